@@ -1,10 +1,12 @@
-"""What membranes carry over a time step: is it noise? The steps of a trained network as an ensemble.
+"""What membranes carry over a time step: is it noise? The steps of a trained network as an
+ensemble.
 
 Command:  python -m benchmarks.carryover RUN [--steps 1,2,4,8] [--by object]
 Result:   docs/LOG.md, 2026-11-26: another sample's carry-over costs 6 points of top-1 at T = 2
 
 A LIF computes s[t] = 1 if x[t] + n[t] >= threshold else 0, with n[t] = leak v[t-1]. With n[t] held
-constant, each step is a network of threshold units without memory, and the T steps are an ensemble of
+constant, each step is a network of threshold units without memory, and the T steps are an ensemble
+of
 networks with the same weights. SLTT differentiates this graph. The network is evaluated with four
 carry-overs:
 
@@ -67,7 +69,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="samples at a time, 2 or more")
     parser.add_argument("--by", help="groups that standard errors are over, such as object")
     parser.add_argument("--which", choices=("last", "best"), default="last")
-    parser.add_argument("--trust", action="append", default=[], help="a package that the recipe names")
+    parser.add_argument(
+        "--trust", action="append", default=[], help="a package that the recipe names"
+    )
     chosen = parser.parse_args()
     steps = listed_time_steps("carryover", chosen.steps)
     recipe = Recipe.read(chosen.run / "recipe.json", trust=chosen.trust)
@@ -91,7 +95,10 @@ def shuffled(data: Data, *, size: int, seed: int) -> list[Batch]:
     The donor of a sample is the next one. The last sample of a batch is there as a donor alone: it
     begins the next batch, or began the first.
     """
-    with closing(data.val(rank=0, world=1, micro_batch=size, threads=1)) as loader, loader.epoch(0) as read:
+    with (
+        closing(data.val(rank=0, world=1, micro_batch=size, threads=1)) as loader,
+        loader.epoch(0) as read,
+    ):
         parts = [(batch.x.clone(), batch.target.clone(), batch.index.clone()) for batch in read]
     x_B, target_B, index_B = (torch.cat(column) for column in zip(*parts, strict=True))
     count = len(target_B)
@@ -114,9 +121,12 @@ def carried_over(
 ) -> pd.DataFrame:
     """Evaluate a network with every carry-over.
 
-    Returns: a row per sample, T and carry-over: `one` and `ensemble` say whether a step (the mean over
-        steps) and the mean of the logits are right, `gap` is their difference, `disagree` the share of
-        pairs of steps that predict different classes, `below real` what `ensemble` lacks to that of the
+    Returns: a row per sample, T and carry-over: `one` and `ensemble` say whether a step (the mean
+    over
+        steps) and the mean of the logits are right, `gap` is their difference, `disagree` the share
+        of
+        pairs of steps that predict different classes, `below real` what `ensemble` lacks to that of
+        the
         real carry-over, `same class` whether the donor is of the sample's class.
     Raises: ValueError for a network whose carry-over is not that of its membranes alone.
     """
@@ -129,7 +139,9 @@ def carried_over(
     for x_B, target_B, index_B in batches:
         x_TB, target = over_steps(x_B.to(device), most), target_B[:-1].to(device)
         logits_TBK, real = record(network, x_TB)
-        keys_of = lambda place, t, rows=index_B.tolist(): [counter_hash(seed, row, place, t) for row in rows]
+        keys_of = lambda place, t, rows=index_B.tolist(): [
+            counter_hash(seed, row, place, t) for row in rows
+        ]
         logits = {"real": logits_TBK}
         for kind, membranes in {
             "zero": changed(real, lambda name, t, v_B: torch.zeros_like(v_B)),
@@ -139,7 +151,10 @@ def carried_over(
             with replaying(network, membranes), fresh_state(network):
                 logits[kind] = network(x_TB)
         for T in steps:
-            scores = {kind: scores_of(each_TBK[:T, :-1].float(), target) for kind, each_TBK in logits.items()}
+            scores = {
+                kind: scores_of(each_TBK[:T, :-1].float(), target)
+                for kind, each_TBK in logits.items()
+            }
             for kind, table in scores.items():
                 table.insert(0, "T", T)
                 table.insert(1, "carry-over", kind)
@@ -156,7 +171,9 @@ def scores_of(logits_TBK: Tensor, target_B: Tensor) -> pd.DataFrame:
     one_B = (predicted_TB == target_B).double().mean(0)
     ensemble_B = (logits_TBK.mean(0).argmax(-1) == target_B).double()
     differing_B = (predicted_TB[:, None] != predicted_TB[None]).double().sum((0, 1))
-    losses_TB = torch.stack([F.cross_entropy(each_BK, target_B, reduction="none") for each_BK in wide_TBK])
+    losses_TB = torch.stack(
+        [F.cross_entropy(each_BK, target_B, reduction="none") for each_BK in wide_TBK]
+    )
     columns = {
         "one": one_B,
         "ensemble": ensemble_B,
@@ -226,13 +243,17 @@ def _replay(membranes: list[Tensor]) -> Callable[[LIF, Tensor], Tensor]:
     def run(lif: LIF, x_TB: Tensor) -> Tensor:
         # Step by step, as in the run, so that no bit differs.
         pairs = zip(x_TB, membranes, strict=True)
-        return torch.stack([lif.step(x_B.to(v_B.dtype), v_B)[0].to(x_TB.dtype) for x_B, v_B in pairs])
+        return torch.stack(
+            [lif.step(x_B.to(v_B.dtype), v_B)[0].to(x_TB.dtype) for x_B, v_B in pairs]
+        )
 
     return run
 
 
 def changed(membranes: Membranes, change: Callable[[str, int, Tensor], Tensor]) -> Membranes:
-    return {name: [change(name, t, v_B) for t, v_B in enumerate(of)] for name, of in membranes.items()}
+    return {
+        name: [change(name, t, v_B) for t, v_B in enumerate(of)] for name, of in membranes.items()
+    }
 
 
 @dataclass
@@ -246,8 +267,14 @@ class Moments:
         for name, of in membranes.items():
             for t, v_B in enumerate(of):
                 v_NC = v_B[:-1].double().movedim(1, -1).flatten(0, -2)
-                count, sum_C, square_C = self.sums.get((name, t), (0, v_NC.new_zeros(()), v_NC.new_zeros(())))
-                self.sums[name, t] = count + len(v_NC), sum_C + v_NC.sum(0), square_C + v_NC.square().sum(0)
+                count, sum_C, square_C = self.sums.get(
+                    (name, t), (0, v_NC.new_zeros(()), v_NC.new_zeros(()))
+                )
+                self.sums[name, t] = (
+                    count + len(v_NC),
+                    sum_C + v_NC.sum(0),
+                    square_C + v_NC.square().sum(0),
+                )
 
     def of(self, name: str, t: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `[C]`."""
@@ -255,14 +282,20 @@ class Moments:
         mean_C = sum_C / count
         return mean_C, (square_C / count - mean_C.square()).clamp_min(0).sqrt()
 
-    def drawn_like(self, membranes: Membranes, keys_of: Callable[[int, int], Sequence[int]]) -> Membranes:
+    def drawn_like(
+        self, membranes: Membranes, keys_of: Callable[[int, int], Sequence[int]]
+    ) -> Membranes:
         """Gaussian membranes; `keys_of(neuron, t)` is a key of 64 bits for each sample."""
         places = {name: place for place, name in enumerate(membranes)}
 
         def draw(name: str, t: int, v_B: Tensor) -> Tensor:
-            mean_C, deviation_C = (each_C.view(-1, *[1] * (v_B.dim() - 2)) for each_C in self.of(name, t))
+            mean_C, deviation_C = (
+                each_C.view(-1, *[1] * (v_B.dim() - 2)) for each_C in self.of(name, t)
+            )
             keys = keys_of(places[name], t)
-            z_B = noise(keys, v_B[0].numel(), distribution="gaussian", device=v_B.device).view_as(v_B)
+            z_B = noise(keys, v_B[0].numel(), distribution="gaussian", device=v_B.device).view_as(
+                v_B
+            )
             return (mean_C + deviation_C * z_B).to(v_B.dtype)
 
         return changed(membranes, draw)

@@ -1,21 +1,28 @@
-"""How long training stands still for a checkpoint, written beside it and waited for, in turn in one process; and its size.
+"""How long training stands still for a checkpoint, written beside it and waited for, in turn in one
+process; and its size.
 
 Command:  python -m benchmarks.checkpoints [--saves 11] [--folder DIR]
-Result:   commit 45dee44e4d14, 2 cores of an Intel Xeon, torch 2.13, nothing else running, a local disk, medians of 11 saves each
+Result:   commit 45dee44e4d14, 2 cores of an Intel Xeon, torch 2.13, nothing else running, a local
+          disk, medians of 11 saves each
 
-    network                    checkpoint        training stands still, ms (most)   written, s    a batch then takes, ms
-    VGG-sWS, half as wide         27.8 MB   waited for               92   (117)         0.07                        86
-                                            beside                   20    (21)         0.08                        93
-    VGG-sWS                      110.8 MB   waited for              290   (503)         0.25                       279
-                                            beside                   43    (44)         0.26                       295
+    network                    checkpoint        training stands still, ms (most)   written, s    a
+    batch then takes, ms VGG-sWS, half as wide         27.8 MB   waited for               92   (117)
+    0.07                        86
+                                            beside                   20    (21)         0.08
+                                            93
+    VGG-sWS                      110.8 MB   waited for              290   (503)         0.25
+                                            279 beside                   43    (44)         0.26
+                                            295
 
-Two networks learn by SLTT with momentum, on one thread: a VGG of a quarter of VGG-sWS's width squared, and VGG-sWS. A checkpoint
-holds the weights, the momentum, and the weights once more for whoever evaluates. The run is the product's own, of one worker on
-the plain backend, and so are the figures: the events "checkpoint" tell them. Waited for, as where somebody asks for one: the
-batch after it begins when it is whole, on disk and summed. Beside: training waits for all that comes before the writing (is
-every weight finite, what memory is used, the copies), and its next batches share the machine with the thread that writes, so
-that what those take longer is told, too. With several workers comparing them comes on top. `--folder`: the storage that is
-asked about; without it the temporary one.
+Two networks learn by SLTT with momentum, on one thread: a VGG of a quarter of VGG-sWS's width
+squared, and VGG-sWS. A checkpoint holds the weights, the momentum, and the weights once more for
+whoever evaluates. The run is the product's own, of one worker on the plain backend, and so are the
+figures: the events "checkpoint" tell them. Waited for, as where somebody asks for one: the batch
+after it begins when it is whole, on disk and summed. Beside: training waits for all that comes
+before the writing (is every weight finite, what memory is used, the copies), and its next batches
+share the machine with the thread that writes, so that what those take longer is told, too. With
+several workers comparing them comes on top. `--folder`: the storage that is asked about; without it
+the temporary one.
 """
 
 from __future__ import annotations
@@ -64,7 +71,13 @@ def recipe(model: Spec) -> Recipe:
         name="checkpoints",
         model=model,
         rule=spec(SLTT),
-        data=spec(Synthetic, samples=10_000 * BATCH, classes=CLASSES, shape=(3, PIXELS, PIXELS), augment="none"),
+        data=spec(
+            Synthetic,
+            samples=10_000 * BATCH,
+            classes=CLASSES,
+            shape=(3, PIXELS, PIXELS),
+            augment="none",
+        ),
         objective=spec(CrossEntropy),
         optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.01, momentum=0.9),
         schedule=spec(cosine, warmup=0.0),
@@ -83,7 +96,9 @@ class Found:
     stall_s: list[float] = field(default_factory=list)
     write_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
-    """of batches while a checkpoint is written beside them; where it is waited for, of those between"""
+    """of batches while a checkpoint is written beside them; where it is waited for, of those
+    between
+    """
     bytes: int = 0
 
     def note(self, told: dict[str, Any]) -> None:
@@ -117,11 +132,16 @@ class InTurn(Attempt):
         self.saves, self.found = saves, found
 
     def run(self) -> None:
-        ways: dict[str, Callable[[Found], None]] = {"waited for": self._waited_for, "beside": self._beside}
+        ways: dict[str, Callable[[Found], None]] = {
+            "waited for": self._waited_for,
+            "beside": self._beside,
+        }
         with closing(self.parts.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
             self.source = iter(loader)
             for index in range(self.saves + 1):
-                for name in sorted(ways, reverse=bool(index % 2)):  # neither always comes after the other
+                for name in sorted(
+                    ways, reverse=bool(index % 2)
+                ):  # neither always comes after the other
                     self._batch()
                     ways[name](self.found[name] if index else Found())  # the first of each warms up
 
@@ -143,10 +163,20 @@ class InTurn(Attempt):
         return told
 
     def _batch(self) -> float:
-        """The seconds it took, with what is done between it and the next: there training hears that a checkpoint is whole."""
+        """The seconds it took, with what is done between it and the next: there training hears that
+        a checkpoint is whole.
+        """
         began = time.perf_counter()
         batches = [(self.step, self._micro_batches(self.source))]
-        train(self.parts.rule, self.backend, self.parts.schedule, batches, CrossEntropy(), self.meters, self.guard)
+        train(
+            self.parts.rule,
+            self.backend,
+            self.parts.schedule,
+            batches,
+            CrossEntropy(),
+            self.meters,
+            self.guard,
+        )
         self.step += 1
         with self.meters.between("coordination"):
             self._between_batches(0, last=False)
@@ -155,7 +185,11 @@ class InTurn(Attempt):
 
 def measure(model: Spec, folder: Path, saves: int) -> dict[str, Found]:
     found = {name: Found() for name in ("waited for", "beside")}
-    run(prepare(recipe(model), Cluster(), folder), Place(), attempt_of=partial(InTurn, saves=saves, found=found))
+    run(
+        prepare(recipe(model), Cluster(), folder),
+        Place(),
+        attempt_of=partial(InTurn, saves=saves, found=found),
+    )
     return found
 
 
@@ -168,15 +202,21 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             report(name, measure(model, Path(folder), arguments.saves))
     machine = hardware(device_here())
-    print(f"medians of {arguments.saves} saves each; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
+    print(
+        f"medians of {arguments.saves} saves each; commit {commit()}, {machine['cpu']}, torch"
+        f" {machine['torch']}"
+    )
 
 
 def report(name: str, found: dict[str, Found]) -> None:
     for way, each in found.items():
-        stall_s, write_s, step_s = (statistics.median(values) for values in (each.stall_s, each.write_s, each.step_s))
+        stall_s, write_s, step_s = (
+            statistics.median(values) for values in (each.stall_s, each.write_s, each.step_s)
+        )
         print(
-            f"{name}, checkpoint of {each.bytes / 1e6:.1f} MB, {way}: training stands still for {stall_s * 1e3:.1f} ms "
-            f"(most {max(each.stall_s) * 1e3:.1f}), written in {write_s:.3f} s, a batch then takes {step_s * 1e3:.1f} ms"
+            f"{name}, checkpoint of {each.bytes / 1e6:.1f} MB, {way}: training stands still for"
+            f" {stall_s * 1e3:.1f} ms (most {max(each.stall_s) * 1e3:.1f}), written in"
+            f" {write_s:.3f} s, a batch then takes {step_s * 1e3:.1f} ms"
         )
 
 

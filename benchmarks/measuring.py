@@ -1,6 +1,8 @@
-"""What measuring costs: training with its meters and without, and evaluations likewise, one of each in turn.
+"""What measuring costs: training with its meters and without, and evaluations likewise, one of each
+in turn.
 
-Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200] [--evaluations 4]
+Command:  python -m benchmarks.measuring [--rule sltt|bptt] [--processes 6] [--batches 200]
+          [--evaluations 4]
 Result:   one thread of 2 cores of an AMD EPYC, torch 2.13, T = 4
 
     SLTT, batch 168, commit 287f1a37561f, 3 processes, batches of 97 to 99 ms:
@@ -11,24 +13,27 @@ Result:   one thread of 2 cores of an AMD EPYC, torch 2.13, T = 4
     a run of 10 epochs    +0.34 %, of a process +0.26 to +0.49 %
 
     At d092e0416fb7, batch 304: +0.17, +3.39, +0.51 and +0.40 %.
-    At 17cea4861c18, batch 240: +0.38, +3.70, +0.87 and +0.64 %. Before, on an Intel Xeon, without what reading the clock takes:
-    +0.48, +3.80, +0.87 and +0.72 % (14580ba4833a, 4 processes); before the clock's boundaries took fewer calls (aa085d6a9b29):
-    +0.78, +1.48, +1.09 and +0.85 %. One process, on a quiet day: BPTT +0.39 % of training, +0.74 % of a run of 1 epoch
-    (5794d42b0e93). On a busy one, 4 processes: +1.49 % and +1.99 % (0340ab195497). It depends on how cold the caches are when a
-    meter has its turn.
+    At 17cea4861c18, batch 240: +0.38, +3.70, +0.87 and +0.64 %. Before, on an Intel Xeon, without
+    what reading the clock takes: +0.48, +3.80, +0.87 and +0.72 % (14580ba4833a, 4 processes);
+    before the clock's boundaries took fewer calls (aa085d6a9b29): +0.78, +1.48, +1.09 and +0.85 %.
+    One process, on a quiet day: BPTT +0.39 % of training, +0.74 % of a run of 1 epoch
+    (5794d42b0e93). On a busy one, 4 processes: +1.49 % and +1.99 % (0340ab195497). It depends on
+    how cold the caches are when a meter has its turn.
 
-The meters are those of every run on a CPU. In training: the clock of the parts, read after every tenth batch (which is timed by
-itself: of turns of one batch the middle half would leave it out), loss and hits, saved bytes on one batch of 200, operations on
-one of 1000. At every evaluation: the spikes of every neuron on one sample in eight, and the peaks of memory before it and after;
-at the last one the operations of 64 samples, too. An evaluation is timed with the batch of training that follows it. Batches with
-meters and without are trained in turn, of one network; the others, of which something is counted, are timed by themselves, and a
-run has its share of them.
+The meters are those of every run on a CPU. In training: the clock of the parts, read after every
+tenth batch (which is timed by itself: of turns of one batch the middle half would leave it out),
+loss and hits, saved bytes on one batch of 200, operations on one of 1000. At every evaluation: the
+spikes of every neuron on one sample in eight, and the peaks of memory before it and after; at the
+last one the operations of 64 samples, too. An evaluation is timed with the batch of training that
+follows it. Batches with meters and without are trained in turn, of one network; the others, of
+which something is counted, are timed by themselves, and a run has its share of them.
 
-A run is so many epochs of 60,000 images, each with an evaluation of 10,000, as Fashion-MNIST has them, put together from what
-was timed here; with one epoch its only evaluation is the last. The network is that of recipes/fashion/base.py, its batch so
-large that one takes about 100 ms, on one thread; images are noise. Of what is timed the middle half counts, and of processes,
-whose memory lies differently, the mean. Exits with 1 where measuring costs more than 1 % of training or of a run.
-"""
+A run is so many epochs of 60,000 images, each with an evaluation of 10,000, as Fashion-MNIST has
+them, put together from what was timed here; with one epoch its only evaluation is the last. The
+network is that of recipes/fashion/base.py, its batch so large that one takes about 100 ms, on one
+thread; images are noise. Of what is timed the middle half counts, and of processes, whose memory
+lies differently, the mean. Exits with 1 where measuring costs more than 1 % of training or of a
+run."""
 
 from __future__ import annotations
 
@@ -73,13 +78,15 @@ ROUND = 3
 
 
 class Trained:
-    """One network and its rule, whoever measures them: of two networks one lies better in the caches than the other, which is
-    as much as meters cost."""
+    """One network and its rule, whoever measures them: of two networks one lies better in the
+    caches than the other, which is as much as meters cost."""
 
     def __init__(self, network: nn.Module, rule_name: str, x_TB: Tensor, target_B: Tensor) -> None:
         self.network, self.rule = network, RULES[rule_name]()
         self.rule.attach(network)
-        self.backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9))
+        self.backend = Plain(
+            network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        )
         self.micro_batches = [MicroBatch(x_TB, target_B, range(len(target_B)), 1.0)]
 
 
@@ -116,7 +123,9 @@ class Measured:
         if isinstance(self.meters, Meters):
             peak_bytes = self.meters.totals.peak_rss_bytes
             self.meters.note_peaks()
-            self.meters.totals.peak_rss_bytes = peak_bytes  # whoever evaluates without meters leaves its peak to the next
+            self.meters.totals.peak_rss_bytes = (
+                peak_bytes  # whoever evaluates without meters leaves its peak to the next
+            )
         with nullcontext() if measures else patch("pipeline.evaluate.Activity", NoActivity):
             evaluate(self.trained.network, batches, CrossEntropy(), counts_operations=is_last)
         if isinstance(self.meters, Meters):
@@ -124,9 +133,12 @@ class Measured:
         self.step()
 
 
-def in_turn(times: int, silent: Callable[[], None], *acts: Callable[[], None]) -> tuple[float, list[float]]:
-    """Seconds of the silent one, and how many more each of the others takes than the silent one of the same turn: means of the
-    middle half. None of them is always the one with the warmer cache."""
+def in_turn(
+    times: int, silent: Callable[[], None], *acts: Callable[[], None]
+) -> tuple[float, list[float]]:
+    """Seconds of the silent one, and how many more each of the others takes than the silent one of
+    the same turn: means of the middle half. None of them is always the one with the warmer
+    cache."""
     seconds: list[list[float]] = [[] for _ in (silent, *acts)]
     for index in range(times):
         for place in range(len(seconds)):
@@ -162,7 +174,10 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     """In a process of its own."""
     settle(1, torch.device("cpu"))
     recipe = fashion()
-    x_TB, target_B = repeat(torch.randn(size, 1, 28, 28), recipe.time_steps), torch.randint(10, (size,))
+    x_TB, target_B = (
+        repeat(torch.randn(size, 1, 28, 28), recipe.time_steps),
+        torch.randint(10, (size,)),
+    )
     trained = Trained(recipe.model.build(), rule_name, x_TB, target_B)
     never = 10**9
     meters = partial(Meters, trained.network, batch_size=size, device=torch.device("cpu"))
@@ -176,16 +191,22 @@ def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     batch, (step_more,) = in_turn(batches, silent.step, plain.step)
     batch_more = step_more + _seconds_of_take(plain, uncounted) / LOG_EVERY
     uncounted.note_peaks()
-    _, counted_more = in_turn(evaluations, *(partial(each.steps_of, ROUND) for each in (silent, of_bytes, of_operations)))
+    _, counted_more = in_turn(
+        evaluations, *(partial(each.steps_of, ROUND) for each in (silent, of_bytes, of_operations))
+    )
     bytes_more, operations_more = (more - ROUND * step_more for more in counted_more)
     evaluation, (evaluation_more, last_more) = in_turn(
         evaluations, silent.evaluate, plain.evaluate, partial(plain.evaluate, is_last=True)
     )
-    return Costs(batch, batch_more, bytes_more, operations_more, evaluation, evaluation_more, last_more)
+    return Costs(
+        batch, batch_more, bytes_more, operations_more, evaluation, evaluation_more, last_more
+    )
 
 
 def _seconds_of_take(plain: Measured, meters: Meters) -> float:
-    """By itself: of turns of one batch the middle half would leave out the tenth that it belongs to."""
+    """By itself: of turns of one batch the middle half would leave out the tenth that it belongs
+    to.
+    """
 
     def take() -> None:
         meters.take(lambda sums: sums)
@@ -200,7 +221,11 @@ def _seconds_of_take(plain: Measured, meters: Meters) -> float:
 
 def share_of_training(found: Costs) -> float:
     """What measuring adds to a long training, a share of it."""
-    more = found.batch_more + found.bytes_more / MEMORY_EVERY + found.operations_more / OPERATIONS_EVERY
+    more = (
+        found.batch_more
+        + found.bytes_more / MEMORY_EVERY
+        + found.operations_more / OPERATIONS_EVERY
+    )
     return more / found.batch
 
 
@@ -225,20 +250,24 @@ def main() -> None:
     recipe, machine = fashion(), hardware(device_here())
     size = tuned_batch(recipe, arguments.rule)
     print(
-        f"{arguments.rule.upper()}, T = {recipe.time_steps}, batch {size}, commit {commit()}, {machine['cpu']}, "
-        f"torch {machine['torch']}; {arguments.processes} processes, of each {arguments.batches} batches and "
-        f"{arguments.evaluations} evaluations with meters and without, in turn"
+        f"{arguments.rule.upper()}, T = {recipe.time_steps}, batch {size}, commit {commit()},"
+        f" {machine['cpu']}, torch {machine['torch']}; {arguments.processes} processes, of each"
+        f" {arguments.batches} batches and {arguments.evaluations} evaluations with meters and"
+        " without, in turn"
     )
     shares: dict[str, list[float]] = {}
     # One after the other, each anew: where a process's memory lies is as much as meters cost.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as starts:
         for _ in range(arguments.processes):
-            found = starts.submit(costs, arguments.rule, size, arguments.batches, arguments.evaluations).result()
+            found = starts.submit(
+                costs, arguments.rule, size, arguments.batches, arguments.evaluations
+            ).result()
             print(
-                f"a batch {found.batch * 1e3:.1f} ms {found.batch_more * 1e3:+.2f}, whose bytes are counted "
-                f"{found.bytes_more * 1e3:+.0f}, whose operations are {found.operations_more * 1e3:+.0f}; an evaluation and the "
-                f"batch after it {found.evaluation:.3f} s {found.evaluation_more * 1e3:+.0f} ms, the last "
-                f"{found.last_more * 1e3:+.0f}",
+                f"a batch {found.batch * 1e3:.1f} ms {found.batch_more * 1e3:+.2f}, whose bytes are"
+                f" counted {found.bytes_more * 1e3:+.0f}, whose operations are"
+                f" {found.operations_more * 1e3:+.0f}; an evaluation and the batch after it"
+                f" {found.evaluation:.3f} s {found.evaluation_more * 1e3:+.0f} ms, the last"
+                f" {found.last_more * 1e3:+.0f}",
                 flush=True,
             )
             shares.setdefault("a long training", []).append(share_of_training(found))

@@ -2,20 +2,21 @@
 
 Command:  spiketrain write events moving --out data/moving
           python -m benchmarks.moving_events [--folder data/moving] [--epochs 8] [--held-out 0.1]
-Result:   of the 1,600 test recordings: sum 0.4869, last slice 0.5063, late slices 0.4856, ten slices 0.9981; commit
-          d4cd31c488fa, one core of an AMD EPYC, other work beside it, torch 2.13
+Result:   of the 1,600 test recordings: sum 0.4869, last slice 0.5063, late slices 0.4856, ten
+          slices 0.9981; commit d4cd31c488fa, one core of an AMD EPYC, other work beside it, torch
+          2.13
 
 One convolutional network, trained anew by backpropagation on four views of the same recordings:
 
     sum          the counts summed over time
     last slice   what is seen in the last tenth of the time
-    late slices  each slice of the later half alone, logits averaged: read late, with nothing carried across steps
-    ten slices   all of them, laid one upon another as channels
+    late slices  each slice of the later half alone, logits averaged: read late, with nothing
+    carried across steps ten slices   all of them, laid one upon another as channels
 
-Opposite directions are exact reversals of each other, and a shape is anywhere at any time, so the first three tell the direction
-0.50 of the time at best; 0.53 leaves room for the error of 1600 recordings (standard error 0.0125). The fourth shows that the
-directions are there to be seen. Exits with 1 when one of the three tells more than `BOUND`, or the fourth less than `SEEN`.
-"""
+Opposite directions are exact reversals of each other, and a shape is anywhere at any time, so the
+first three tell the direction 0.50 of the time at best; 0.53 leaves room for the error of 1600
+recordings (standard error 0.0125). The fourth shows that the directions are there to be seen. Exits
+with 1 when one of the three tells more than `BOUND`, or the fourth less than `SEEN`."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ from pipeline.measure.memory import device_here, hardware
 BOUND, SEEN = 0.53, 0.90  # top-1
 CLASSES, SIZE, STEPS, BATCH = 16, 34, 10, 64
 
-# What each reader is given of a batch [B,J,C,H,W]: [B,V,C,H,W], V looks, the logits of which are averaged.
+# What each reader is given of a batch [B,J,C,H,W]: [B,V,C,H,W], V looks, the logits of which are
+# averaged.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda counts_BJCHW: counts_BJCHW.sum(1, keepdim=True),
     "last slice": lambda counts_BJCHW: counts_BJCHW[:, -1:],
@@ -49,15 +51,24 @@ def network(channels: int) -> nn.Module:
     """Three convolutions with batch norm, 112,192 weights behind two channels."""
     layers: list[nn.Module] = []
     for before, width, kernel, stride in ((channels, 32, 5, 2), (32, 64, 3, 2), (64, 128, 3, 2)):
-        layers += [nn.Conv2d(before, width, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(0.2), nn.Linear(9 * 128, CLASSES))
+        layers += [
+            nn.Conv2d(before, width, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(0.2), nn.Linear(9 * 128, CLASSES)
+    )
 
 
 def top1(folder: str, view: str, *, epochs: int, held_out: float, seed: int) -> float:
     """Train on one view of the recordings, and evaluate once, at the end."""
     torch.manual_seed(seed)
     data = Events(folder, classes=CLASSES, steps=STEPS, size=SIZE, held_out=held_out)
-    train, val = data.train(seed=seed, batch_size=BATCH, micro_batch=BATCH), data.val(micro_batch=BATCH)
+    train, val = (
+        data.train(seed=seed, batch_size=BATCH, micro_batch=BATCH),
+        data.val(micro_batch=BATCH),
+    )
     model = network(2 * STEPS if view == "ten slices" else 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * train.steps_per_epoch)
@@ -86,17 +97,26 @@ def _accuracy(model: nn.Module, loader: Loader, view: str) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", default="data/moving")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--held-out", type=float, default=0.0, help="evaluate on this share of the training set instead")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        help="evaluate on this share of the training set instead",
+    )
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for view in VIEWS:
         began = time.monotonic()
-        found[view] = top1(asked.folder, view, epochs=asked.epochs, held_out=asked.held_out, seed=asked.seed)
+        found[view] = top1(
+            asked.folder, view, epochs=asked.epochs, held_out=asked.held_out, seed=asked.seed
+        )
         print(f"{view:<11}  top-1 {found[view]:.4f}   {time.monotonic() - began:.0f} s", flush=True)
     print(f"commit {commit()}, {hardware(device_here())}")
     seen = found.pop("ten slices")

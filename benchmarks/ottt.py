@@ -1,13 +1,16 @@
-"""What OTTT's traces cost: time of OTTT-A against SLTT on the same network, side by side in one process.
+"""What OTTT's traces cost: time of OTTT-A against SLTT on the same network, side by side in one
+process.
 
 Command:  python -m benchmarks.ottt [--network vgg|nf_resnet|mlp] [--batches 40]
-Result:   OTTT-A / SLTT 1.008 (vgg), 1.060 (nf_resnet), 1.020 (mlp): medians of 40 batches, bound 1.35; commit 9206f888d723, one
-          thread of 2 cores of an AMD EPYC, torch 2.13. Under a load of 8 to 19, at f06c77e: 0.99 to 1.18
+Result:   OTTT-A / SLTT 1.008 (vgg), 1.060 (nf_resnet), 1.020 (mlp): medians of 40 batches, bound
+          1.35; commit 9206f888d723, one thread of 2 cores of an AMD EPYC, torch 2.13. Under a load
+          of 8 to 19, at f06c77e: 0.99 to 1.18
 
-Two copies of a network with the same weights see the same random images at T = 6, batch after batch, one copy by SLTT and
-one by OTTT-A, whoever comes first taking turns, so that drift of the machine falls on both alike. Timed are forward, loss
-and backward of all T steps; the optimizer's step, which knows no rule, comes after the clock. Exits with 1 when the ratio
-of the medians is above the bound.
+Two copies of a network with the same weights see the same random images at T = 6, batch after
+batch, one copy by SLTT and one by OTTT-A, whoever comes first taking turns, so that drift of the
+machine falls on both alike. Timed are forward, loss and backward of all T steps; the optimizer's
+step, which knows no rule, comes after the clock. Exits with 1 when the ratio of the medians is
+above the bound.
 """
 
 from __future__ import annotations
@@ -35,14 +38,23 @@ from pipeline.spiking.surrogate import Sigmoid
 BOUND = 1.35  # OTTT / SLTT
 TIME_STEPS, WARM_UP = 6, 4
 NEURON = LIF(surrogate=Sigmoid())
-# (network, shape of a sample, batch size): OTTT's own, narrower; the one of the Fashion-MNIST recipes; a fully connected one.
+# (network, shape of a sample, batch size): OTTT's own, narrower; the one of the Fashion-MNIST
+# recipes; a fully connected one.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "vgg": (lambda: vgg_sws(stages=((32, 64), (128, 128), (128, 128)), neuron=NEURON), (3, 32, 32), 16),
+    "vgg": (
+        lambda: vgg_sws(stages=((32, 64), (128, 128), (128, 128)), neuron=NEURON),
+        (3, 32, 32),
+        16,
+    ),
     "nf_resnet": (
-        lambda: nf_resnet18_small(in_channels=1, width=32, blocks=(1, 1, 1), stem_stride=2, neuron=NEURON), (1, 28, 28), 64,
+        lambda: nf_resnet18_small(
+            in_channels=1, width=32, blocks=(1, 1, 1), stem_stride=2, neuron=NEURON
+        ),
+        (1, 28, 28),
+        64,
     ),
     "mlp": (lambda: mlp(neuron=NEURON), (1, 28, 28), 128),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -69,9 +81,10 @@ def compare(name: str, batches: int) -> float:
     by_ottt, by_sltt = ottt.median(warm_up=WARM_UP), sltt.median(warm_up=WARM_UP)
     machine = hardware(device_here())
     print(
-        f"{name}, T = {TIME_STEPS}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
-        f"OTTT-A {by_ottt * 1e3:.1f} ms, SLTT {by_sltt * 1e3:.1f} ms, ratio {by_ottt / by_sltt:.3f} (bound {BOUND}) "
-        f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
+        f"{name}, T = {TIME_STEPS}, batch {size}, {batches} interleaved batches,"
+        f" {torch.get_num_threads()} threads: OTTT-A {by_ottt * 1e3:.1f} ms, SLTT"
+        f" {by_sltt * 1e3:.1f} ms, ratio {by_ottt / by_sltt:.3f} (bound {BOUND}) (commit"
+        f" {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
     )
     return by_ottt / by_sltt
 

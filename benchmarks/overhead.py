@@ -1,14 +1,16 @@
 """What the whole pipeline costs over a bare PyTorch loop, measured side by side in one process.
 
 Command:  python -m benchmarks.overhead [--rule sltt|bptt] [--steps 200]
-Result:   SLTT +4.7 % (100.0 ms against 95.5), BPTT +3.2 % (79.7 ms against 77.3), medians of 200 steps; commit e543c42da387,
-          2 cores of an AMD EPYC, torch 2.13. With backend="plain" in place of DeepSpeed SLTT has +2.1 %: half of it is the
-          engine's forward, backward and step, which an online rule calls T times.
+Result:   SLTT +4.7 % (100.0 ms against 95.5), BPTT +3.2 % (79.7 ms against 77.3), medians of 200
+          steps; commit e543c42da387, 2 cores of an AMD EPYC, torch 2.13. With backend="plain" in
+          place of DeepSpeed SLTT has +2.1 %: half of it is the engine's forward, backward and step,
+          which an online rule calls T times.
 
-One Ray worker with one torch thread trains by the product's loop: FFCV file, DeepSpeed ZeRO-0, meters, journal, and MLflow
-from the driver. Between every two of its steps the same process trains a second copy of the network by the loop that
-anybody would write around the same rule, on batches that were read before. Medians of both are compared, so that drift of the
-machine falls on both alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
+One Ray worker with one torch thread trains by the product's loop: FFCV file, DeepSpeed ZeRO-0,
+meters, journal, and MLflow from the driver. Between every two of its steps the same process trains
+a second copy of the network by the loop that anybody would write around the same rule, on batches
+that were read before. Medians of both are compared, so that drift of the machine falls on both
+alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
 """
 
 from __future__ import annotations
@@ -59,9 +61,17 @@ RULES = {"sltt": SLTT, "bptt": BPTT}
 
 
 class Bare:
-    """The loop that anybody would write around the rule, which is the product's: no backend, no meters, no loader, no guard."""
+    """The loop that anybody would write around the rule, which is the product's: no backend, no
+    meters, no loader, no guard.
+    """
 
-    def __init__(self, network: nn.Module, rule_name: str, batches: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        rule_name: str,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        steps: int,
+    ) -> None:
         self.network, self.steps, self.count = network, steps, itertools.count()
         self.rule: Rule = RULES[rule_name]()
         self.rule.attach(network)
@@ -70,8 +80,13 @@ class Bare:
 
     def step(self) -> None:
         x_BCHW, target_B = next(self.batches)
-        x_TB, about = repeat(x_BCHW, self.steps), {"step": next(self.count), "rows": range(len(target_B))}
-        for objective in self.rule.objectives(self.network, x_TB, partial(F.cross_entropy, target=target_B), **about):
+        x_TB, about = (
+            repeat(x_BCHW, self.steps),
+            {"step": next(self.count), "rows": range(len(target_B))},
+        )
+        for objective in self.rule.objectives(
+            self.network, x_TB, partial(F.cross_entropy, target=target_B), **about
+        ):
             if objective.backward is not None:
                 objective.backward.backward()
         self.rule.end_of_batch()
@@ -79,7 +94,9 @@ class Bare:
         self.optimizer.zero_grad()
 
     def follow(self, network: nn.Module) -> None:
-        """Take over the other loop's weights, so that both compute on the same numbers; not timed."""
+        """Take over the other loop's weights, so that both compute on the same numbers; not
+        timed.
+        """
         self.network.load_state_dict(network.state_dict())
 
 
@@ -100,7 +117,9 @@ class Interleaved(Attempt):
         source = super().batches(epoch)
         while True:
             began = time.perf_counter()
-            batch = next(source, None)  # what happens after the last step and before this one belongs to the product
+            batch = next(
+                source, None
+            )  # what happens after the last step and before this one belongs to the product
             if batch is None:
                 break
             yield batch
@@ -143,14 +162,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     recipe = replace(
-        fashion(), name="overhead", rule=spec(RULES[arguments.rule]), stop_after=WARM_UP + arguments.steps, evaluate_samples=64
+        fashion(),
+        name="overhead",
+        rule=spec(RULES[arguments.rule]),
+        stop_after=WARM_UP + arguments.steps,
+        evaluate_samples=64,
     )
     recipe = replace(recipe, batch_size=tuned_batch(recipe, arguments.rule))
     with tempfile.TemporaryDirectory() as folder:
         runs, out = Path(folder), Path(folder) / "seconds.json"
         job = prepare(recipe, Cluster(), runs)
         with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
-            drive(job, launcher, new_console(), uri=tracking_uri(runs), resume_command=command("resume", Path(job.run)))
+            drive(
+                job,
+                launcher,
+                new_console(),
+                uri=tracking_uri(runs),
+                resume_command=command("resume", Path(job.run)),
+            )
         seconds = json.loads(out.read_text())
     ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))
     report(recipe, arguments.rule, ours, bare)
@@ -160,9 +189,10 @@ def report(recipe: Recipe, rule_name: str, ours: Tensor, bare: Tensor) -> None:
     overhead = float(ours.median() / bare.median()) - 1
     machine = hardware(device_here())
     print(
-        f"{rule_name.upper()}, T = {recipe.time_steps}, batch {recipe.batch_size}, {len(ours)} interleaved steps: "
-        f"pipeline {float(ours.median()) * 1e3:.1f} ms, bare {float(bare.median()) * 1e3:.1f} ms, overhead {overhead:+.1%} "
-        f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
+        f"{rule_name.upper()}, T = {recipe.time_steps}, batch {recipe.batch_size}, {len(ours)}"
+        f" interleaved steps: pipeline {float(ours.median()) * 1e3:.1f} ms, bare"
+        f" {float(bare.median()) * 1e3:.1f} ms, overhead {overhead:+.1%} (commit {commit()},"
+        f" {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
     )
 
 

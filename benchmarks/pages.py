@@ -1,11 +1,12 @@
-"""How long a worker compares every page of its data with the checksums, as one on each machine does at every start.
+"""How long a worker compares every page of its data with the checksums, as one on each machine does
+at every start.
 
 Command:  python -m benchmarks.pages [FOLDER] [--times 11]
-Result:   data/fashion, 186 MB: 0.023 s (0.022 to 0.026), 0.13 s per GB; commit 45dee44e4d14, 2 cores of an Intel Xeon, nothing
-          else running
+Result:   data/fashion, 186 MB: 0.023 s (0.022 to 0.026), 0.13 s per GB; commit 45dee44e4d14, 2
+          cores of an Intel Xeon, nothing else running
 
-The files are in the page cache, where a run that starts again finds them if memory has room for them; else it takes as long as
-the storage does.
+The files are in the page cache, where a run that starts again finds them if memory has room for
+them; else it takes as long as the storage does.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def main() -> None:
     machine = hardware(device_here())
     took = statistics.median(seconds)
     print(
-        f"{arguments.folder}, {size / 1e6:.0f} MB: {took:.3f} s ({min(seconds):.3f} to {max(seconds):.3f}), "
-        f"{took / size * 1e9:.2f} s per GB; median of {arguments.times}; "
-        f"commit {commit()}, {machine['cores']} cores of {machine['cpu']}"
+        f"{arguments.folder}, {size / 1e6:.0f} MB: {took:.3f} s ({min(seconds):.3f} to"
+        f" {max(seconds):.3f}), {took / size * 1e9:.2f} s per GB; median of {arguments.times};"
+        f" commit {commit()}, {machine['cores']} cores of {machine['cpu']}"
     )
 
 

@@ -1,16 +1,21 @@
-"""The first recipe of README's "Your own pictures", mine.py, on small picture sets: are BPTT and SLTT near each other?
+"""The first recipe of README's "Your own pictures", mine.py, on small picture sets: are BPTT and
+SLTT near each other?
 
 Command:  python -m benchmarks.pictures [--sets shapes fashion stamps] [--seeds 3] [--folder DIR]
 Result:   docs/LOG.md, "The template of README"
 
-Each set is written to a folder of its own, mine.py beside it with the number of its classes, and launched as README says, with
-several seeds. Nothing else of the recipe changes, except that the test pictures are read once, after the last epoch.
+Each set is written to a folder of its own, mine.py beside it with the number of its classes, and
+launched as README says, with several seeds. Nothing else of the recipe changes, except that the
+test pictures are read once, after the last epoch.
 
     shapes    3 classes, 174 pictures to train on, generated: discs, squares and triangles
-    fashion   10 classes, 1,000 pictures to train on: Debian's Fashion-MNIST (`dataset-fashion-mnist`)
-    stamps    13 classes, 1,300 scenes to train on, of Debian's photographs (infra/setup.sh --pictures), test objects unseen
+    fashion   10 classes, 1,000 pictures to train on: Debian's Fashion-MNIST
+    (`dataset-fashion-mnist`)
+    stamps    13 classes, 1,300 scenes to train on, of Debian's photographs (infra/setup.sh
+    --pictures), test objects unseen
 
-Exits with 1 where a run diverged, or where the means of the two rules lie more than `NEAR` points apart.
+Exits with 1 where a run diverged, or where the means of the two rules lie more than `NEAR` points
+apart.
 """
 
 from __future__ import annotations
@@ -54,16 +59,19 @@ def main() -> None:
 def template(classes: int) -> str:
     """mine.py as README has it, for so many classes."""
     [text] = [
-        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL) if 'name="mine"' in block
+        block
+        for block in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+        if 'name="mine"' in block
     ]
     return text.replace("classes=2", f"classes={classes}")
 
 
 def write_shapes(folder: Path, *, train: int, val: int, seed: int = 0) -> None:
-    """So many pictures of each class in `folder/train` and `folder/val`, of sizes, places, turns and colours drawn from `seed`.
+    """So many pictures of each class in `folder/train` and `folder/val`, of sizes, places, turns
+    and colours drawn from `seed`.
 
-    The colour of a shape leans towards one that its class has; the ground has any, so some shapes are hard to see.
-    """
+    The colour of a shape leans towards one that its class has; the ground has any, so some shapes
+    are hard to see."""
     draw = np.random.default_rng(seed)
     for part, count in (("train", train), ("val", val)):
         for label in CORNERS:
@@ -81,7 +89,9 @@ def _shape(label: str, draw: np.random.Generator) -> Image.Image:
     centre = draw.uniform((radius, radius), (width - radius, height - radius))
     angles = draw.uniform(0, 2 * np.pi) + np.arange(CORNERS[label]) * 2 * np.pi / CORNERS[label]
     corners = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    ImageDraw.Draw(picture).polygon([(float(x), float(y)) for x, y in corners], fill=tuple(int(value) for value in colour))
+    ImageDraw.Draw(picture).polygon(
+        [(float(x), float(y)) for x, y in corners], fill=tuple(int(value) for value in colour)
+    )
     noisy = np.asarray(picture) + draw.normal(0, 25, (height, width, 3))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
@@ -101,7 +111,17 @@ def _is_near(name: str, folder: Path, *, seeds: int) -> bool:
     folder.mkdir(parents=True)
     if name == "stamps":
         _spiketrain(
-            folder, "write", "stamps", "--out", "data/pictures", "--size", "64", "--samples", "1300", "--val-samples", "520"
+            folder,
+            "write",
+            "stamps",
+            "--out",
+            "data/pictures",
+            "--size",
+            "64",
+            "--samples",
+            "1300",
+            "--val-samples",
+            "520",
         )
     else:
         if name == "shapes":
@@ -109,15 +129,35 @@ def _is_near(name: str, folder: Path, *, seeds: int) -> bool:
         else:
             _write_fashion(folder / "pictures", train=100, val=100)
         words = ("--mode", "jpg", "--max-resolution", "256")
-        _spiketrain(folder, "write", "folder", "--source", "pictures", "--out", "data/pictures", *words)
+        _spiketrain(
+            folder, "write", "folder", "--source", "pictures", "--out", "data/pictures", *words
+        )
     (folder / "mine.py").write_text(template(CLASSES[name]))
     once = ("--set", "evaluate_every=0")
-    _spiketrain(folder, "launch", "mine.py", "--inline", "--device", "cpu", "--seeds", str(seeds), *once, may_fail=True)
+    _spiketrain(
+        folder,
+        "launch",
+        "mine.py",
+        "--inline",
+        "--device",
+        "cpu",
+        "--seeds",
+        str(seeds),
+        *once,
+        may_fail=True,
+    )
     top1 = {rule: sorted(_top1_of(folder / "runs", rule)) for rule in ("BPTT", "SLTT")}
     is_whole = all(len(values) == seeds for values in top1.values())
     apart = 100 * (fmean(top1["BPTT"]) - fmean(top1["SLTT"])) if is_whole else float("nan")
-    told = "; ".join(f"{rule} {' '.join(f'{100 * value:.1f}' for value in values)}" for rule, values in top1.items())
-    print(f"{name}, {CLASSES[name]} classes: top-1 by seed {told}; BPTT less SLTT {apart:+.1f} points in the mean", flush=True)
+    told = "; ".join(
+        f"{rule} {' '.join(f'{100 * value:.1f}' for value in values)}"
+        for rule, values in top1.items()
+    )
+    print(
+        f"{name}, {CLASSES[name]} classes: top-1 by seed {told}; BPTT less SLTT {apart:+.1f} points"
+        " in the mean",
+        flush=True,
+    )
     return is_whole and abs(apart) <= NEAR
 
 
@@ -130,7 +170,12 @@ def _top1_of(runs: Path, rule: str) -> Iterator[float]:
 
 
 def _spiketrain(folder: Path, *words: str, may_fail: bool = False) -> None:
-    subprocess.run([sys.executable, "-m", "pipeline", *words], cwd=folder, check=not may_fail, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "pipeline", *words],
+        cwd=folder,
+        check=not may_fail,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 if __name__ == "__main__":

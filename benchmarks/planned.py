@@ -1,8 +1,10 @@
-"""What `spiketrain plan` predicts of this machine, against what `launch` then measures: saved bytes, and seconds of a step.
+"""What `spiketrain plan` predicts of this machine, against what `launch` then measures: saved
+bytes, and seconds of a step.
 
 Command:  python -m benchmarks.planned [--workers 2] [--steps 300]
           (data/fashion, data/stamps-0 and data/moving must have been written)
-Result:   commit a6afb978df11, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes exact in all five; seconds of a step
+Result:   commit a6afb978df11, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes exact in all five;
+          seconds of a step
 
     VGG, SLTT           53.8 ms planned,   58.1 measured    -7.4 %;   planned after it    -6.7 %
     QKFormer, BPTT     160.9              145.9            +10.3 %                       +10.5 %
@@ -11,16 +13,18 @@ Result:   commit a6afb978df11, 2 cores of an AMD EPYC, torch 2.13.0: saved bytes
     recordings, SLTT    55.9               62.9            -11.2 %                        -4.9 %
 
 At 89a26320ca94, when that machine was faster: -3.0, -6.8, -1.3, -11.7, -15.6 %.
-Before neurons and pools became faster, at 862ae618abfb: -0.1, -4.6, -3.5, -3.5, +9.5 %. On an Intel Xeon: -7.4, +6.5, -24.3,
--3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a step of IDE took 38 to 65 ms there: -23.0, +3.7, -8.8, +3.9, -10.9 % at
-3ec7d575fab8; with the engine's own step in the plan -5.2, +7.0, -22.5, +26.0, +11.1 % at 9779fdce236c, of which DSR's is too
-much.
+Before neurons and pools became faster, at 862ae618abfb: -0.1, -4.6, -3.5, -3.5, +9.5 %. On an Intel
+Xeon: -7.4, +6.5, -24.3, -3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a step of IDE took 38 to
+65 ms there: -23.0, +3.7, -8.8, +3.9, -10.9 % at 3ec7d575fab8; with the engine's own step in the
+plan -5.2, +7.0, -22.5, +26.0, +11.1 % at 9779fdce236c, of which DSR's is too much.
 
-All seconds above are of plans that timed small batches. Since then plans count a step without running
+All seconds above are of plans that timed small batches. Since then plans count a step without
+running
 it, and take seconds from a roofline with measured rates: not measured yet on an idle machine.
 
 Five recipes of different families, each trained by its own rule on this machine. The plan is made
-before the launch, which decides. The error of a plan made after it shows how far the machine drifted.
+before the launch, which decides. The error of a plan made after it shows how far the machine
+drifted.
 Nothing else should run. Exits with 1 where saved bytes differ; seconds are printed and not judged.
 """
 
@@ -61,12 +65,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     machine, is_exact = hardware(device_here()), True
-    print(f"{arguments.workers} workers, {arguments.steps} steps; commit {commit()}, {machine['cpu']}, torch {machine['torch']}")
+    print(
+        f"{arguments.workers} workers, {arguments.steps} steps; commit {commit()},"
+        f" {machine['cpu']}, torch {machine['torch']}"
+    )
     for name, made in RECIPES.items():
         recipe = replace(made(), stop_after=arguments.steps, evaluate_samples=64)
         before = plan(recipe, Cluster(workers=arguments.workers), rules=())
         with tempfile.TemporaryDirectory() as runs:
-            launched = Launched(workers=arguments.workers, inline=False, address=None, device="auto")
+            launched = Launched(
+                workers=arguments.workers, inline=False, address=None, device="auto"
+            )
             run = launch_run(recipe, launched, Path(runs))
             assert run is not None, "nobody stopped it"
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
@@ -74,9 +83,10 @@ def main() -> None:
         saved, step = off.saved_bytes, off.step_s
         is_exact &= saved.error == 0
         print(
-            f"{name:<18} {saved.planned / 1e6:8.4g} MB planned, {saved.measured / 1e6:8.4g} measured {saved.error:+7.1%};"
-            f" {step.planned * 1e3:6.4g} ms planned, {step.measured * 1e3:6.4g} measured {step.error:+7.1%};"
-            f" planned after it {later.planned * 1e3:6.4g} ms, {later.error:+.1%}",
+            f"{name:<18} {saved.planned / 1e6:8.4g} MB planned, {saved.measured / 1e6:8.4g}"
+            f" measured {saved.error:+7.1%}; {step.planned * 1e3:6.4g} ms planned,"
+            f" {step.measured * 1e3:6.4g} measured {step.error:+7.1%}; planned after it"
+            f" {later.planned * 1e3:6.4g} ms, {later.error:+.1%}",
             flush=True,
         )
     sys.exit(not is_exact)

@@ -1,4 +1,6 @@
-"""A rule that writes down which samples it was given, and a recipe of it: what `benchmarks/soak.py` trains."""
+"""A rule that writes down which samples it was given, and a recipe of it: what `benchmarks/soak.py`
+trains.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,33 @@ SAMPLES, BATCH = 4096, 64
 
 
 class Recorded(SLTT):
-    """SLTT, and a line in the file `into` for each micro-batch: step, rank, and the samples by what is in them."""
+    """SLTT, and a line in the file `into` for each micro-batch: step, rank, and the samples by what
+    is in them.
+    """
 
     def __init__(self, into: str, *, pause_s: float = 0.05) -> None:
         super().__init__()
         self.into, self.pause_s = into, pause_s
 
     def objectives(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, *, step: int | None = None, rows: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        x_TB: Tensor,
+        loss_of: LossOf,
+        *,
+        step: int | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Iterator[Objective]:
-        names = [hashlib.blake2b(x_B.numpy().tobytes(), digest_size=6).hexdigest() for x_B in x_TB[0]]
-        told = {"event": "trained", "time": time.time(), "step": step, "rank": self.world.rank, "samples": names}
+        names = [
+            hashlib.blake2b(x_B.numpy().tobytes(), digest_size=6).hexdigest() for x_B in x_TB[0]
+        ]
+        told = {
+            "event": "trained",
+            "time": time.time(),
+            "step": step,
+            "rank": self.world.rank,
+            "samples": names,
+        }
         file = os.open(self.into, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(file, json.dumps(told).encode() + b"\n")  # at once: two ranks write here
         os.close(file)
@@ -42,7 +60,9 @@ class Recorded(SLTT):
 
 
 def recorded(into: str) -> Recipe:
-    """An hour or more of small steps, without augmentation, so that a sample is known by its pixels."""
+    """An hour or more of small steps, without augmentation, so that a sample is known by its
+    pixels.
+    """
     return Recipe(
         name="soak",
         model=spec(nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=(1, 1)),

@@ -1,14 +1,17 @@
-"""The frozen teacher of the stamps study: how often it is right about objects that it has not seen, and how sure it is.
+"""The frozen teacher of the stamps study: how often it is right about objects that it has not seen,
+and how sure it is.
 
-Command:  python -m benchmarks.stamps_teacher [--split 3] [--size 160] [--l2 0.03 0.1 0.3] [--threads 1]
-Result:   at 160 pixels, l2 0.1, splits 0, 1, 2: top-1 on unseen objects .5933, .6702, .6962; in training .9737, .9725, .9656, and
-          entropy .6244, .6362, .6912, as of label smoothing .1202, .1231, .1364; commit eb0a1203d0de, one thread of 2 cores of an
-          AMD EPYC, torch 2.13
+Command:  python -m benchmarks.stamps_teacher [--split 3] [--size 160] [--l2 0.03 0.1 0.3]
+          [--threads 1]
+Result:   at 160 pixels, l2 0.1, splits 0, 1, 2: top-1 on unseen objects .5933, .6702, .6962; in
+          training .9737, .9725, .9656, and entropy .6244, .6362, .6912, as of label smoothing
+          .1202, .1231, .1364; commit eb0a1203d0de, one thread of 2 cores of an AMD EPYC, torch 2.13
 
-`size` is what the teacher resizes the study's views to, without it their own. The seed is the split, as in the study. Probes are
-fitted on the views of the first epoch; what the teacher answers in training, how often it is right and how uncertain in the mean,
-in nats, is taken from those of the second, which it was not fitted on as hardly any view of a run is. Label smoothing whose
-targets are as uncertain stands beside it.
+`size` is what the teacher resizes the study's views to, without it their own. The seed is the
+split, as in the study. Probes are fitted on the views of the first epoch; what the teacher answers
+in training, how often it is right and how uncertain in the mean, in nats, is taken from those of
+the second, which it was not fitted on as hardly any view of a run is. Label smoothing whose targets
+are as uncertain stands beside it.
 """
 
 from __future__ import annotations
@@ -46,15 +49,19 @@ def main() -> None:
     fitted_ND, fitted_N = features(network, train())
     train_ND, train_N = features(network, train(), epoch=1)
     val_MD, val_M = features(network, data.val(micro_batch=TOGETHER))
-    print(f"split {chosen.split}, teacher at {chosen.size} pixels; {commit()}; {hardware(device_here())['cpu']}")
+    print(
+        f"split {chosen.split}, teacher at {chosen.size} pixels; {commit()};"
+        f" {hardware(device_here())['cpu']}"
+    )
     for l2 in chosen.l2:
         head = Probe(l2=l2).fit(fitted_ND, fitted_N, CLASSES)
         val_MK, train_NK = head(val_MD), head(train_ND)
         entropy = mean_entropy(train_NK)
         print(
-            f"l2 {l2:g}: top-1 {top1(val_MK, val_M):.4f}, cross-entropy {F.cross_entropy(val_MK, val_M).item():.3f} on "
-            f"{len(val_M)} pictures; in training, on {len(train_N)} views, top-1 {top1(train_NK, train_N):.4f}, entropy "
-            f"{entropy:.4f}, as of label smoothing {smoothing_of(entropy):.4f}"
+            f"l2 {l2:g}: top-1 {top1(val_MK, val_M):.4f}, cross-entropy"
+            f" {F.cross_entropy(val_MK, val_M).item():.3f} on {len(val_M)} pictures; in training,"
+            f" on {len(train_N)} views, top-1 {top1(train_NK, train_N):.4f}, entropy {entropy:.4f},"
+            f" as of label smoothing {smoothing_of(entropy):.4f}"
         )
 
 

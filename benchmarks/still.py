@@ -1,13 +1,16 @@
-"""What a still image saves: step time with what stands before the first neuron computed once, against computed at every step.
+"""What a still image saves: step time with what stands before the first neuron computed once,
+against computed at every step.
 
-Command:  python -m benchmarks.still [--rule bptt|sltt|ottt] [--batches 6] [--side 160] [--size 2] [--threads 1]
-Result:   once / at every step, T = 2 and T = 4:  SLTT 0.956, 0.916;  BPTT 0.938, 0.903;  OTTT-A 0.957, 0.939;  medians of 6
-          batches of 2; commit 9206f888d723, one thread of 2 cores of an AMD EPYC, torch 2.13
+Command:  python -m benchmarks.still [--rule bptt|sltt|ottt] [--batches 6] [--side 160] [--size 2]
+          [--threads 1]
+Result:   once / at every step, T = 2 and T = 4:  SLTT 0.956, 0.916;  BPTT 0.938, 0.903;  OTTT-A
+          0.957, 0.939;  medians of 6 batches of 2; commit 9206f888d723, one thread of 2 cores of an
+          AMD EPYC, torch 2.13
 
-Two copies of a QKFormer (10-384 as published, but one block in its last stage) with the same weights see the same random
-images, one as `encode.repeat` gives them and one as a recording of equal frames, which is computed frame by frame; whoever comes
-first takes turns, so that drift of the machine falls on both alike. Timed are forward, loss and backward of all T steps.
-"""
+Two copies of a QKFormer (10-384 as published, but one block in its last stage) with the same
+weights see the same random images, one as `encode.repeat` gives them and one as a recording of
+equal frames, which is computed frame by frame; whoever comes first takes turns, so that drift of
+the machine falls on both alike. Timed are forward, loss and backward of all T steps."""
 
 from __future__ import annotations
 
@@ -42,23 +45,33 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for steps in (2, 4):
-        compare(arguments.rule, steps, batches=arguments.batches, side=arguments.side, size=arguments.size)
+        compare(
+            arguments.rule,
+            steps,
+            batches=arguments.batches,
+            side=arguments.side,
+            size=arguments.size,
+        )
 
 
 def compare(rule: str, steps: int, *, batches: int, side: int, size: int) -> float:
     """The median time of a batch of still images over that of the same frames as a recording."""
     still, recording = trainee_of(rule), trainee_of(rule)
     for index in range(WARM_UP + batches):
-        x_TB, target_B = repeat(torch.randn(size, 3, side, side), steps), torch.randint(CLASSES, (size,))
+        x_TB, target_B = (
+            repeat(torch.randn(size, 3, side, side), steps),
+            torch.randint(CLASSES, (size,)),
+        )
         pairs = [(still, x_TB), (recording, x_TB.contiguous())]
         for trainee, frames_TB in pairs if index % 2 else reversed(pairs):
             trainee.learn(frames_TB, target_B)
     once, at_every_step = still.median(warm_up=WARM_UP), recording.median(warm_up=WARM_UP)
     machine = hardware(device_here())
     print(
-        f"{rule}, {side} px, T = {steps}, batch {size}, {batches} interleaved batches, {torch.get_num_threads()} threads: "
-        f"once {once:.3f} s, at every step {at_every_step:.3f} s, ratio {once / at_every_step:.3f} "
-        f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']})"
+        f"{rule}, {side} px, T = {steps}, batch {size}, {batches} interleaved batches,"
+        f" {torch.get_num_threads()} threads: once {once:.3f} s, at every step {at_every_step:.3f}"
+        f" s, ratio {once / at_every_step:.3f} (commit {commit()}, {machine['cpu']},"
+        f" {machine['cores']} cores, torch {machine['torch']})"
     )
     return once / at_every_step
 

@@ -1,18 +1,20 @@
-"""What 500 runs cost a reader: `spiketrain compare` over the folder of runs, the list of studies over the MLflow store, and in
-Chromium the dashboard's first paint.
+"""What 500 runs cost a reader: `spiketrain compare` over the folder of runs, the list of studies
+over the MLflow store, and in Chromium the dashboard's first paint.
 
 Command:  python -m benchmarks.store --like runs/fashion-sltt-tiny-20260105-120000
-Result:   commit 502ec4e66da2, 2 cores of an AMD EPYC with nothing else running, 500 runs: `compare` adds 0.09 s to the 0.98 s of
-          its imports, of a named study nothing, of 50 named runs 0.06 s; the dashboard's list after 0.58 to 0.79 s in five new
-          pages. On a faster day of such a machine 0.02 s to 0.76, and 0.44 to 0.66 s (commit 27593a295ee3).
+Result:   commit 502ec4e66da2, 2 cores of an AMD EPYC with nothing else running, 500 runs: `compare`
+          adds 0.09 s to the 0.98 s of its imports, of a named study nothing, of 50 named runs 0.06
+          s; the dashboard's list after 0.58 to 0.79 s in five new pages. On a faster day of such a
+          machine 0.02 s to 0.76, and 0.44 to 0.66 s (commit 27593a295ee3).
           On an Intel Xeon 0.10 s to 1.14, and 0.60 to 0.90 s (commit db9f5152ec41)
 
-`--like` is the folder of a finished run that stands alone, short for choice. It is copied 500 times, as 10 studies of 5 rules
-with 10 seeds each (or `--studies 1`: one of 5 rules with 100 seeds), delivered to an SQLite store as runs are, and then each
-journal is lengthened to `--steps` step events, which is what a folder of long runs has to read. What `compare` adds is the
-time of the command less that of a process which imports what it imports and prints its help, one after the other: medians of
-five pairs. The first paint is of a new page each time, from the address to the first row of the list. Exits with 1 where
-`compare` adds more than 2 s, or that row takes longer.
+`--like` is the folder of a finished run that stands alone, short for choice. It is copied 500
+times, as 10 studies of 5 rules with 10 seeds each (or `--studies 1`: one of 5 rules with 100
+seeds), delivered to an SQLite store as runs are, and then each journal is lengthened to `--steps`
+step events, which is what a folder of long runs has to read. What `compare` adds is the time of the
+command less that of a process which imports what it imports and prints its help, one after the
+other: medians of five pairs. The first paint is of a new page each time, from the address to the
+first row of the list. Exits with 1 where `compare` adds more than 2 s, or that row takes longer.
 """
 
 from __future__ import annotations
@@ -44,13 +46,15 @@ RULES = ("BPTT", "SLTT", "SLTT-1", "OTTT-A", "OPZO")
 TIMES = 5
 LIMIT_S = 2.0
 HELP = (
-    "import sys; import pipeline.report.compare, pipeline.report.suite; from pipeline.__main__ import main; "
-    "sys.argv = ['spiketrain', 'compare', '--help']; main()"
+    "import sys; import pipeline.report.compare, pipeline.report.suite; from pipeline.__main__"
+    " import main; sys.argv = ['spiketrain', 'compare', '--help']; main()"
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--like", type=Path, required=True)
     parser.add_argument("--studies", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200)
@@ -59,8 +63,12 @@ def main() -> None:
         runs = Path(folder)
         uri = f"sqlite:///{runs / 'mlflow.db'}"
         keys = [f"{index:016x}" for index in range(arguments.studies)]
-        for index, (key, rule, seed) in enumerate(product(keys, RULES, range(RUNS // arguments.studies // len(RULES)))):
-            copy = copied(arguments.like, runs / f"run-{index:03d}", study=key, rule=rule, seed=seed)
+        for index, (key, rule, seed) in enumerate(
+            product(keys, RULES, range(RUNS // arguments.studies // len(RULES)))
+        ):
+            copy = copied(
+                arguments.like, runs / f"run-{index:03d}", study=key, rule=rule, seed=seed
+            )
             sync(copy, uri=uri)
             lengthened(copy / "journal.jsonl", arguments.steps)
         sys.exit(max(report(runs, uri, keys)) > LIMIT_S)
@@ -69,14 +77,29 @@ def main() -> None:
 def copied(like: Path, folder: Path, *, study: str, rule: str, seed: int) -> Path:
     """A run's folder under another name."""
     folder.mkdir()
-    about = {"run": folder.name, "run_id": uuid.uuid4().hex, "study": study, "rule": rule, "seed": seed}
+    about = {
+        "run": folder.name,
+        "run_id": uuid.uuid4().hex,
+        "study": study,
+        "rule": rule,
+        "seed": seed,
+    }
     recipe = json.loads((like / "recipe.json").read_text())
     # A rule's label belongs to one rule: a part of its name, where `compare` looks for that.
-    recipe["recipe"] |= {"name": folder.name, "seed": seed, "rule": {"target": f"pipeline.rules.{rule}", "kwargs": {}}}
+    recipe["recipe"] |= {
+        "name": folder.name,
+        "seed": seed,
+        "rule": {"target": f"pipeline.rules.{rule}", "kwargs": {}},
+    }
     (folder / "recipe.json").write_text(json.dumps(recipe, indent=1))
-    (folder / "summary.json").write_text(json.dumps(json.loads((like / "summary.json").read_text()) | about, indent=1))
+    (folder / "summary.json").write_text(
+        json.dumps(json.loads((like / "summary.json").read_text()) | about, indent=1)
+    )
     (folder / "activity.json").write_text((like / "activity.json").read_text())
-    told = [event | about if event["event"] in ("start", "finish") else event for event in read(like / "journal.jsonl")]
+    told = [
+        event | about if event["event"] in ("start", "finish") else event
+        for event in read(like / "journal.jsonl")
+    ]
     _write(folder / "journal.jsonl", told)
     return folder
 
@@ -91,20 +114,30 @@ def lengthened(journal: Path, steps: int) -> None:
 def report(runs: Path, uri: str, keys: Sequence[str]) -> list[float]:
     """Prints all that was measured; the seconds that have a limit."""
     limited: list[float] = []
-    journals, store = sum(file.stat().st_size for file in runs.glob("*/journal.jsonl")), (runs / "mlflow.db").stat().st_size
-    print(f"{RUNS} runs, {len(keys)} studies, journals {journals / 1e6:.0f} MB, store {store / 1e6:.0f} MB")
+    journals, store = (
+        sum(file.stat().st_size for file in runs.glob("*/journal.jsonl")),
+        (runs / "mlflow.db").stat().st_size,
+    )
+    print(
+        f"{RUNS} runs, {len(keys)} studies, journals {journals / 1e6:.0f} MB, store"
+        f" {store / 1e6:.0f} MB"
+    )
     base = [sys.executable, "-c", HELP]
     fifty = [f"run-{index:03d}" for index in range(50)]
     for what, names in (("compare", []), ("compare STUDY", [keys[0]]), ("compare 50 RUNS", fifty)):
         command = [sys.executable, "-m", "pipeline", "compare", *names, "--runs", str(runs)]
-        pairs = [(_seconds(base), _seconds(command)) for _ in range(TIMES)]  # in turn, as other work comes and goes
+        pairs = [
+            (_seconds(base), _seconds(command)) for _ in range(TIMES)
+        ]  # in turn, as other work comes and goes
         bare, whole = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
         adds = statistics.median(after - before for before, after in pairs)
         print(f"{what}: {whole:.2f} s, its imports and --help {bare:.2f} s: it adds {adds:.2f} s")
         limited.append(adds)
     listed = _median_of(lambda: studies(open_store(uri).listed()))
     members = _median_of(lambda: open_store(uri).runs(keys[0]))
-    print(f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s")
+    print(
+        f"store: list of studies {listed:.3f} s, the runs of one with their metrics {members:.3f} s"
+    )
     painted = first_paints(uri)
     print(f"dashboard: the list after {', '.join(f'{seconds:.2f}' for seconds in painted)} s")
     machine = hardware(device_here())
@@ -113,9 +146,14 @@ def report(runs: Path, uri: str, keys: Sequence[str]) -> list[float]:
 
 
 def first_paints(uri: str) -> list[float]:
-    """Seconds to the first row of the list, each time in a page of its own; the first time the server has read nothing yet."""
+    """Seconds to the first row of the list, each time in a page of its own; the first time the
+    server has read nothing yet.
+    """
     command = [sys.executable, "-m", "pipeline", "dashboard", "--store", uri, "--port", "0"]
-    with chromium() as browser, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with (
+        chromium() as browser,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+    ):
         assert server.stdout is not None
         address = server.stdout.readline().split()[0]
         try:

@@ -1,8 +1,9 @@
-"""Of the batches that the attempts at a run have trained: those of the history that survived, and what is wrong with it.
+"""Of the batches that the attempts at a run have trained: those of the history that survived, and
+what is wrong with it.
 
-A record tells of a batch, or of a part of one: the `time` at which it was trained (unix seconds), its `step`, its `samples`. A
-start is the journal's event of that name: an attempt that began at the time `began` with the weights that stood before `step`.
-"""
+A record tells of a batch, or of a part of one: the `time` at which it was trained (unix seconds),
+its `step`, its `samples`. A start is the journal's event of that name: an attempt that began at the
+time `began` with the weights that stood before `step`."""
 
 from __future__ import annotations
 
@@ -14,25 +15,36 @@ Record = Mapping[str, Any]
 
 
 def survived(records: Sequence[Record], starts: Sequence[Record]) -> list[Record]:
-    """Without what was trained in vain: each start takes back every step from its own on that was trained before it began.
+    """Without what was trained in vain: each start takes back every step from its own on that was
+    trained before it began.
 
-    So a step that an attempt should have trained again, and did not, is missing, though an attempt before it has trained it.
-    Where two records of one step survive, one attempt has trained it twice.
+    So a step that an attempt should have trained again, and did not, is missing, though an attempt
+    before it has trained it. Where two records of one step survive, one attempt has trained it
+    twice.
     """
 
     def in_vain(record: Record) -> bool:
-        return any(record["time"] < start["began"] and record["step"] >= start["step"] for start in starts)
+        return any(
+            record["time"] < start["began"] and record["step"] >= start["step"] for start in starts
+        )
 
     return [each for each in records if not in_vain(each)]
 
 
 def wrong(
-    records: Sequence[Record], starts: Sequence[Record], *, steps: int, batch_size: int, samples: int, workers: int
+    records: Sequence[Record],
+    starts: Sequence[Record],
+    *,
+    steps: int,
+    batch_size: int,
+    samples: int,
+    workers: int,
 ) -> list[str]:
-    """What does not hold of `steps` batches: that each of the `samples` of an epoch was in one of its batches, and in no other.
+    """What does not hold of `steps` batches: that each of the `samples` of an epoch was in one of
+    its batches, and in no other.
 
-    `batch_size` is the global batch, of which each of the `workers` writes a record. Without augmentation and without a tail that
-    is dropped: `samples` are so many whole batches.
+    `batch_size` is the global batch, of which each of the `workers` writes a record. Without
+    augmentation and without a tail that is dropped: `samples` are so many whole batches.
     """
     told: dict[int, list[Record]] = {step: [] for step in range(steps)}
     for each in survived(records, starts):
@@ -52,5 +64,7 @@ def wrong(
             everything = everything or set(seen)
         strangers = set(seen) - (everything or set(seen))
         if doubled or lost or strangers:
-            found.append(f"epoch {epoch}: {doubled} doubled, {lost} lost, {len(strangers)} of no other epoch")
+            found.append(
+                f"epoch {epoch}: {doubled} doubled, {lost} lost, {len(strangers)} of no other epoch"
+            )
     return found

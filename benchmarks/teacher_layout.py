@@ -1,8 +1,10 @@
-"""What a teacher's answers cost with the channels last in memory, as timm_teacher has them, against the order of the batch.
+"""What a teacher's answers cost with the channels last in memory, as timm_teacher has them, against
+the order of the batch.
 
-Command:  python -m benchmarks.teacher_layout [--name tf_efficientnet_lite0] [--batches 6] [--side 224] [--size 32] [--threads 1]
-Result:   images/s, contiguous and channels last:  fp32 17.6, 28.3 (1.60);  bf16 43.7, 64.9 (1.48);  commit eb0a1203d0de, one
-          thread of 2 idle cores of an AMD EPYC, torch 2.13
+Command:  python -m benchmarks.teacher_layout [--name tf_efficientnet_lite0] [--batches 6] [--side
+          224] [--size 32] [--threads 1]
+Result:   images/s, contiguous and channels last:  fp32 17.6, 28.3 (1.60);  bf16 43.7, 64.9 (1.48);
+          commit eb0a1203d0de, one thread of 2 idle cores of an AMD EPYC, torch 2.13
 
 Fresh weights; the two layouts take turns on the same random images, once in fp32 and once in bf16.
 """
@@ -35,13 +37,19 @@ def main() -> None:
     print(f"{chosen.name}, {chosen.side} px, batch {chosen.size}; commit {commit()}, {on}")
     network = timm.create_model(chosen.name).eval()
     for dtype in (torch.float32, torch.bfloat16):
-        speeds = images_per_second(network.to(dtype), batches=chosen.batches, side=chosen.side, size=chosen.size)
+        speeds = images_per_second(
+            network.to(dtype), batches=chosen.batches, side=chosen.side, size=chosen.size
+        )
         told = ", ".join(f"{layout} {speed:.1f}" for layout, speed in speeds.items())
-        print(f"{dtype}: {told} images/s, ratio {speeds['channels last'] / speeds['contiguous']:.2f}")
+        print(
+            f"{dtype}: {told} images/s, ratio {speeds['channels last'] / speeds['contiguous']:.2f}"
+        )
 
 
 @torch.no_grad()
-def images_per_second(network: torch.nn.Module, *, batches: int, side: int, size: int) -> dict[str, float]:
+def images_per_second(
+    network: torch.nn.Module, *, batches: int, side: int, size: int
+) -> dict[str, float]:
     networks = {layout: copy.deepcopy(network) for layout in LAYOUTS}
     for layout, order in LAYOUTS.items():
         networks[layout].to(memory_format=order)  # type: ignore[call-overload]

@@ -1,4 +1,6 @@
-"""A network that learns by one rule under a clock, for benchmarks that let several take turns on the same images."""
+"""A network that learns by one rule under a clock, for benchmarks that let several take turns on
+the same images.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from pipeline.rules.base import Rule
 
 
 class Trainee:
-    """Timed are forward, loss and backward of all T steps; the optimizer's step, which knows no rule, comes after the clock.
+    """Timed are forward, loss and backward of all T steps; the optimizer's step, which knows no
+    rule, comes after the clock.
 
     Without an optimizer the weights stay as they are.
     """
 
-    def __init__(self, network: nn.Module, rule: Rule, *, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, rule: Rule, *, optimizer: Optimizer | None = None
+    ) -> None:
         self.network, self.rule, self.optimizer = network, rule, optimizer
         rule.attach(network)
         self.seconds: list[float] = []

@@ -1,4 +1,6 @@
-"""spiketrain: train spiking neural networks by the rule a recipe names, on one machine or many, measured against BPTT."""
+"""spiketrain: train spiking neural networks by the rule a recipe names, on one machine or many,
+measured against BPTT.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(run: str | os.PathLike[str], *, which: Literal["last", "best"] = "last", trust: Collection[str] = ()) -> nn.Module:
+def load(
+    run: str | os.PathLike[str],
+    *,
+    which: Literal["last", "best"] = "last",
+    trust: Collection[str] = (),
+) -> nn.Module:
     """The trained network of a run, ready for evaluation, without Ray or DeepSpeed.
 
     The network is time first, `[T,B,...]` to `[T,B,K]`, and is called inside `fresh_state`:
@@ -22,7 +29,8 @@ def load(run: str | os.PathLike[str], *, which: Literal["last", "best"] = "last"
         with torch.no_grad(), fresh_state(network):
             logits_BK = network(repeat(x_BCHW, 6)).mean(0)
 
-    One with a head for each task answers with the first head until `models.heads.select_head` chooses another.
+    One with a head for each task answers with the first head until `models.heads.select_head`
+    chooses another.
 
     Args:
         run: the run's folder, or a file of `spiketrain export`.
@@ -30,7 +38,8 @@ def load(run: str | os.PathLike[str], *, which: Literal["last", "best"] = "last"
         trust: packages outside spiketrain that the recipe may import from.
 
     Raises:
-        ValueError: the folder is no run, none of its checkpoints verifies, or the file is damaged or of another kind.
+        ValueError: the folder is no run, none of its checkpoints verifies, or the file is damaged
+        or of another kind.
     """
     from pathlib import Path
 
@@ -38,8 +47,13 @@ def load(run: str | os.PathLike[str], *, which: Literal["last", "best"] = "last"
         from pipeline.export import load_export
 
         if which != "last":
-            raise ValueError(f"load: which chooses a checkpoint, and the file {run} has none; got which={which!r}")
+            raise ValueError(
+                f"load: which chooses a checkpoint, and the file {run} has none; got"
+                f" which={which!r}"
+            )
         return load_export(Path(run), trust=trust)
-    from pipeline.weights import load_run  # keeps `import pipeline`, and so `spiketrain --help`, free of torch
+    from pipeline.weights import (
+        load_run,
+    )  # keeps `import pipeline`, and so `spiketrain --help`, free of torch
 
     return load_run(run, which=which, trust=trust)

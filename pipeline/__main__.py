@@ -1,4 +1,6 @@
-"""The command line, from commands/: what a user can mend ends in one line. Nothing heavy is imported before a command runs."""
+"""The command line, from commands/: what a user can mend ends in one line. Nothing heavy is
+imported before a command runs.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +31,26 @@ app = Commands(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Train spiking neural networks by the rule a recipe names, and compare what it cost with BPTT.",
+    help=(
+        "Train spiking neural networks by the rule a recipe names, and compare what it cost with"
+        " BPTT."
+    ),
     epilog="Example: spiketrain launch recipes/compare/fashion_demo.py --workers 2",
 )
 app.add_typer(write_app, name="write")
 
-usage_error: Any = typer.BadParameter.__mro__[1]  # typer 0.29 brings its own click, older ones do not
+usage_error: Any = typer.BadParameter.__mro__[
+    1
+]  # typer 0.29 brings its own click, older ones do not
 
 
 def run() -> None:
-    """Run the command line in a process of its own, and end it without taking the interpreter apart.
+    """Run the command line in a process of its own, and end it without taking the interpreter
+    apart.
 
-    To free every module of torch, Ray and MLflow one by one takes 2 to 4 s of a core after a command's last line, and their
-    native threads have aborted or waited for ever in it. What Python registered for the end runs first.
+    To free every module of torch, Ray and MLflow one by one takes 2 to 4 s of a core after a
+    command's last line, and their native threads have aborted or waited for ever in it. What Python
+    registered for the end runs first.
     """
     code: Any = 1  # of an exception, which Python has printed by then
 
@@ -104,7 +113,11 @@ def runs_(runs: Runs = RUNS) -> None:
 
 
 @app.command(epilog="Example: spiketrain verify data/fashion")
-def verify(path: Annotated[Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")]) -> None:
+def verify(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")
+    ],
+) -> None:
     """Check every byte of FFCV files against their manifests."""
     from pipeline.data.page_checks import verify as verify_files
 

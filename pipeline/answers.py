@@ -1,6 +1,7 @@
 """What a network answered, sample by sample: of a run's last evaluation `RUN/answers.npz`.
 
-Two runs that were evaluated on one set can be compared sample by sample, and the samples grouped by what they show.
+Two runs that were evaluated on one set can be compared sample by sample, and the samples grouped by
+what they show.
 
 B batch, N samples
 """
@@ -30,7 +31,9 @@ class Answers:
     answer: Ints
     """the class with the highest mean logit"""
     task: Ints | None = None
-    """whose evaluation set the sample stands in, and its index counts in; None: the run has no phases"""
+    """whose evaluation set the sample stands in, and its index counts in; None: the run has no
+    phases
+    """
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -45,17 +48,23 @@ def answers_of(batches_3B: Iterable[Tensor]) -> Answers:
 
 
 def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: bool) -> None:
-    """Write, whole or not at all, what every rank has of each task (`shares[rank][task]`), sorted by task and index.
+    """Write, whole or not at all, what every rank has of each task (`shares[rank][task]`), sorted
+    by task and index.
 
     `tasks`: whether the file says which task a sample belongs to.
     """
     sorted_3N = [_sorted(of_task) for of_task in zip(*shares, strict=True)]
-    columns: dict[str, Ints] = dict(zip(("index", "target", "answer"), np.concatenate(sorted_3N, axis=1), strict=True))
+    columns: dict[str, Ints] = dict(
+        zip(("index", "target", "answer"), np.concatenate(sorted_3N, axis=1), strict=True)
+    )
     if tasks:
-        columns["task"] = np.repeat(np.arange(len(sorted_3N)), [each.shape[1] for each in sorted_3N])
+        columns["task"] = np.repeat(
+            np.arange(len(sorted_3N)), [each.shape[1] for each in sorted_3N]
+        )
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with temporary.open("wb") as stream:  # a stream, as savez would add its own suffix to a name
-        np.savez(stream, **columns)  # type: ignore[arg-type]  # numpy's own keyword, allow_pickle, is none of them
+        # numpy's own keyword, allow_pickle, is none of them
+        np.savez(stream, **columns)  # type: ignore[arg-type]
     temporary.rename(file)
 
 
@@ -67,12 +76,24 @@ def read_answers(file: Path) -> Answers:
     except FileNotFoundError:
         raise ValueError(f"answers: {file} must be there; a run writes it at its end") from None
     except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"answers: {file} must hold index, target and answer; it could not be read: {error}") from error
-    columns = [column for column in (found.index, found.target, found.answer, found.task) if column is not None]
+        raise ValueError(
+            f"answers: {file} must hold index, target and answer; it could not be read: {error}"
+        ) from error
+    columns = [
+        column
+        for column in (found.index, found.target, found.answer, found.task)
+        if column is not None
+    ]
     if any(column.ndim != 1 or not np.issubdtype(column.dtype, np.integer) for column in columns):
-        raise ValueError(f"answers: {file} must hold columns of whole numbers; got {', '.join(map(_told, columns))}")
+        raise ValueError(
+            f"answers: {file} must hold columns of whole numbers; got"
+            f" {', '.join(map(_told, columns))}"
+        )
     if len({len(column) for column in columns}) > 1:
-        raise ValueError(f"answers: {file} must hold an entry a sample in each column; got {', '.join(map(_told, columns))}")
+        raise ValueError(
+            f"answers: {file} must hold an entry a sample in each column; got"
+            f" {', '.join(map(_told, columns))}"
+        )
     return found
 
 
@@ -82,5 +103,7 @@ def _told(column: NDArray[np.generic]) -> str:
 
 def _sorted(shares: Sequence[Answers]) -> Ints:
     """`[3,N]`: the shares of all ranks in the order of their samples."""
-    all_3N = np.concatenate([np.stack([each.index, each.target, each.answer]) for each in shares], axis=1)
+    all_3N = np.concatenate(
+        [np.stack([each.index, each.target, each.answer]) for each in shares], axis=1
+    )
     return all_3N[:, np.argsort(all_3N[0])]

@@ -1,4 +1,5 @@
-"""What a recipe names, built and refused on one machine alone: its network, its rule on the network, how it mixes samples.
+"""What a recipe names, built and refused on one machine alone: its network, its rule on the
+network, how it mixes samples.
 
 Nothing here reads a data file or speaks to another process.
 """
@@ -31,7 +32,8 @@ from pipeline.weights import load_start
 
 
 def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
-    """Refuse what does not fit together, before anything is launched; needs no data file. The network that was made for it.
+    """Refuse what does not fit together, before anything is launched; needs no data file. The
+    network that was made for it.
 
     `sizes` are the numbers of workers that the run may have.
     """
@@ -51,7 +53,9 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
         build_teacher(recipe, tasks[0].data)
     if recipe.fidelity_every:
         Nearness.check(recipe, lambda: build_network(recipe, tasks))
-    checked_schedule(recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100), recipe.schedule)
+    checked_schedule(
+        recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100), recipe.schedule
+    )
     return network
 
 
@@ -62,7 +66,10 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
         recipe.check_time_steps(task.data.shape)
         if classes not in (None, task.data.classes):
             where = f" in {task.name}" if recipe.phases else ""
-            raise ValueError(f"recipe: model and data must have the same classes; got {classes} and {task.data.classes}{where}")
+            raise ValueError(
+                f"recipe: model and data must have the same classes; got {classes} and"
+                f" {task.data.classes}{where}"
+            )
     network = checked_network(recipe.model.build(), recipe.model)
     for task in reversed(tasks):
         task.choose_head(network)
@@ -88,11 +95,13 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
 def check_objective(recipe: Recipe, rule: Rule) -> None:
     """Whether the objective fits the teacher, the rule, and how the rule asks for losses."""
     objective: Loss = recipe.objective.build()
-    objective.check(taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps)
+    objective.check(
+        taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps
+    )
     if objective.remembers and not rule.one_loss_a_step:
         raise ValueError(
-            f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing between them; "
-            f"got {recipe.objective.label}"
+            f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
+            f" between them; got {recipe.objective.label}"
         )
 
 

@@ -1,8 +1,10 @@
-"""Which cores a worker computes on: some that no other has, so that runs do not slow one another unseen, or those near its card.
+"""Which cores a worker computes on: some that no other has, so that runs do not slow one another
+unseen, or those near its card.
 
-A core is a physical one, with all the logical ones that the kernel shows of it (SMT siblings share its arithmetic). It is taken
-by a lock on a file of its name, which the kernel lets go when its holder dies. All of this machine's runs that ask for cores of
-their own see the same files; others, which do not ask, are not kept away.
+A core is a physical one, with all the logical ones that the kernel shows of it (SMT siblings share
+its arithmetic). It is taken by a lock on a file of its name, which the kernel lets go when its
+holder dies. All of this machine's runs that ask for cores of their own see the same files; others,
+which do not ask, are not kept away.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ PATIENCE_S = 30.0  # a worker that ended may take a while to die
 
 
 @contextmanager
-def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S) -> Iterator[tuple[int, ...]]:
-    """Take `count` cores and keep every thread of this process on them, those to come included, until the end.
+def own_cores(
+    count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S
+) -> Iterator[tuple[int, ...]]:
+    """Take `count` cores and keep every thread of this process on them, those to come included,
+    until the end.
 
     Gives the logical cores that they are.
 
@@ -58,12 +63,15 @@ def own_cores(count: int, *, folder: Path | None = None, patience_s: float = PAT
 
 
 @contextmanager
-def near_cores(device: torch.device, *, at_least: int, devices: Path = Path("/sys/bus/pci/devices")) -> Iterator[None]:
+def near_cores(
+    device: torch.device, *, at_least: int, devices: Path = Path("/sys/bus/pci/devices")
+) -> Iterator[None]:
     """Inside, every thread of this process is on cores of the NUMA node that its card hangs on.
 
-    Memory lies on the node of the thread that touches it first, so that batches pass no link between sockets. Nothing changes
-    on a CPU, on a machine of one node or that tells of none, and where fewer than `at_least` of this process's logical cores
-    are near: waiting for cores costs more than distance.
+    Memory lies on the node of the thread that touches it first, so that batches pass no link
+    between sockets. Nothing changes on a CPU, on a machine of one node or that tells of none, and
+    where fewer than `at_least` of this process's logical cores are near: waiting for cores costs
+    more than distance.
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device, devices) if device.type == "cuda" else before
@@ -82,9 +90,13 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
     try:
         pynvml.nvmlInit()
         # By its UUID: CUDA's numbers are of the cards that this process sees alone.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
         domain, rest = str(pynvml.nvmlDeviceGetPciInfo(handle).busId).lower().split(":", 1)
-        card = devices / f"{int(domain, 16):04x}:{rest}"  # NVML writes 00000000:3B:00.0, the kernel 0000:3b:00.0
+        card = (
+            devices / f"{int(domain, 16):04x}:{rest}"
+        )  # NVML writes 00000000:3B:00.0, the kernel 0000:3b:00.0
         if int((card / "numa_node").read_text()) < 0:
             return set()
         return _listed((card / "local_cpulist").read_text())
@@ -95,14 +107,22 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
 def _listed(text: str) -> set[int]:
     """The numbers of a kernel's list, such as `0-31,64-95`."""
     spans = [each.partition("-") for each in text.strip().split(",") if each]
-    return {number for first, _, last in spans for number in range(int(first), int(last or first) + 1)}
+    return {
+        number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
+    }
 
 
-def physical_cores(logical: Collection[int], *, topology: Path = Path("/sys/devices/system/cpu")) -> dict[str, tuple[int, ...]]:
-    """The logical cores of each physical one, by its first sibling; each is one by itself where the kernel tells nothing."""
+def physical_cores(
+    logical: Collection[int], *, topology: Path = Path("/sys/devices/system/cpu")
+) -> dict[str, tuple[int, ...]]:
+    """The logical cores of each physical one, by its first sibling; each is one by itself where the
+    kernel tells nothing.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for core in sorted(logical):
-        siblings = topology / f"cpu{core}" / "topology" / "thread_siblings_list"  # such as 0,64 or 0-1
+        siblings = (
+            topology / f"cpu{core}" / "topology" / "thread_siblings_list"
+        )  # such as 0,64 or 0-1
         name = re.split("[,-]", siblings.read_text().strip())[0] if siblings.exists() else str(core)
         found[name] = (*found.get(name, ()), core)
     return found
@@ -138,7 +158,9 @@ def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
     return sum(min(count, there[machine]) for machine, count in given.items())
 
 
-def _taken(there: Mapping[str, tuple[int, ...]], count: int, folder: Path) -> tuple[tuple[int, ...], ExitStack] | None:
+def _taken(
+    there: Mapping[str, tuple[int, ...]], count: int, folder: Path
+) -> tuple[tuple[int, ...], ExitStack] | None:
     """So many of them, and what holds them; None, and none held, where fewer are free."""
     with ExitStack() as locks:
         mine: list[tuple[int, ...]] = []
@@ -162,7 +184,9 @@ def _take(file: Path, held: ExitStack) -> bool:
 
 
 def _keep_on(cores: set[int]) -> None:
-    """Every thread: what the kernel calls a process's affinity is that of one thread, which later ones inherit."""
+    """Every thread: what the kernel calls a process's affinity is that of one thread, which later
+    ones inherit.
+    """
     for thread in Path("/proc/self/task").iterdir():
         try:
             os.sched_setaffinity(int(thread.name), cores)

@@ -1,12 +1,17 @@
-"""Checks of arguments, each refused in one line: whole numbers (True and 2.0 are none), and choices among a few values."""
+"""Checks of arguments, each refused in one line: whole numbers (True and 2.0 are none), and choices
+among a few values.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 
 
-def refuse_unless_counts(who: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None) -> None:
+def refuse_unless_counts(
+    who: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None
+) -> None:
     """Each must be a whole number, or a sequence of one or more, from `least` on.
 
-    `up_to` only names the upper end in the message, such as T, which is not known yet: nothing is compared with it here.
+    `up_to` only names the upper end in the message, such as T, which is not known yet: nothing is
+    compared with it here.
 
     Raises: ValueError, in the name of `who`, that names the first that is not.
     """
@@ -23,8 +28,8 @@ def refuse_unless_counts(who: str, numbers: Mapping[str, object], *, least: int 
 def refuse_unless_one_of(who: str, accepted: Collection[object], **values: object) -> None:
     """Each of `values` must be one of `accepted`.
 
-    Raises: ValueError, in the name of `who`, for the first that is not: "LIF: reset must be 'subtract' or 'zero'; got reset='x'".
-    """
+    Raises: ValueError, in the name of `who`, for the first that is not: "LIF: reset must be
+    'subtract' or 'zero'; got reset='x'"."""
     for name, value in values.items():
         if value not in accepted:
             *others, last = map(repr, accepted)
@@ -53,5 +58,7 @@ def listed_time_steps(who: str, steps: str) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not are_counts(found):
-        raise ValueError(f"{who}: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}")
+        raise ValueError(
+            f"{who}: --steps must be numbers of time steps, such as 1,2,4,8; got {steps!r}"
+        )
     return found

@@ -1,4 +1,6 @@
-"""Down to the disk: what a file system promises about names and content only once asked, and whose business its errors are."""
+"""Down to the disk: what a file system promises about names and content only once asked, and whose
+business its errors are.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,13 @@ from typing import TypeVar
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """what a new process meets again"""
 FOR_THE_USER = (*LASTING, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-"""what a user has to change, a name in the way too, unless it is one that is drawn anew; anything else may pass by itself"""
+"""what a user has to change, a name in the way too, unless it is one that is drawn anew; anything
+else may pass by itself
+"""
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
-"""a bad sector, a checksum of the file system's: the bytes are gone, if they stay so and the storage is there"""
+"""a bad sector, a checksum of the file system's: the bytes are gone, if they stay so and the
+storage is there
+"""
 TRIES, TRY_S = 3, 1.0
 
 T_ = TypeVar("T_")
@@ -27,8 +33,12 @@ def is_for_the_user(error: OSError) -> bool:
 
 
 def lasts(error: OSError) -> bool:
-    """Whether a process that is started again meets it again, until a user has changed something."""
-    return isinstance(error, PermissionError) or error.errno in LASTING  # s3fs (2026.9) gives the former no number
+    """Whether a process that is started again meets it again, until a user has changed
+    something.
+    """
+    return (
+        isinstance(error, PermissionError) or error.errno in LASTING
+    )  # s3fs (2026.9) gives the former no number
 
 
 class Unreadable(OSError):
@@ -56,7 +66,9 @@ def tried(read: Callable[[], T_]) -> T_:
 
 
 def is_name(text: str) -> bool:
-    """Whether a file or folder of this name lies in the folder that it is made in, nowhere beside or above it."""
+    """Whether a file or folder of this name lies in the folder that it is made in, nowhere beside
+    or above it.
+    """
     return Path(text).name == text and text.strip() not in ("", ".", "..")
 
 

@@ -1,5 +1,5 @@
-"""At the door of a Ray cluster: draw a token for our own; at one that is there already show its token, see that somebody listens,
-say why nobody let us in.
+"""At the door of a Ray cluster: draw a token for our own; at one that is there already show its
+token, see that somebody listens, say why nobody let us in.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ TOKEN_ADVICE = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has 
 
 
 def draw_token() -> None:
-    """For a cluster of our own, unless the user names one: in the environment, which is its processes' and no other user's.
+    """For a cluster of our own, unless the user names one: in the environment, which is its
+    processes' and no other user's.
 
-    Ray 2.60 would draw one itself, and write it to ~/.ray/auth_token for every user of the machine to read.
+    Ray 2.60 would draw one itself, and write it to ~/.ray/auth_token for every user of the machine
+    to read.
     """
     if not _is_in_environment():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def offer_token() -> None:
-    """A cluster of Ray 2.60 asks for a token as soon as it has one; a driver shows its own only when told to."""
+    """A cluster of Ray 2.60 asks for a token as soon as it has one; a driver shows its own only
+    when told to.
+    """
     if _is_in_environment() or Path("~/.ray/auth_token").expanduser().exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -44,7 +48,9 @@ def knock(address: str) -> None:
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """What Ray's C++ writes to this process's stderr meanwhile, a line for each of its tries: shown only where they led in."""
+    """What Ray's C++ writes to this process's stderr meanwhile, a line for each of its tries: shown
+    only where they led in.
+    """
     said: list[str] = []
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -69,5 +75,7 @@ def reason(error: Exception, said: Sequence[str]) -> str:
 
 
 def refused_token(said: Iterable[str]) -> bool:
-    """Whether lines that Ray's C++ wrote to stderr tell of a token that was missing or another (2.60)."""
+    """Whether lines that Ray's C++ wrote to stderr tell of a token that was missing or another
+    (2.60).
+    """
     return any("InvalidAuthToken" in line for line in said)

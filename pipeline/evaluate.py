@@ -34,7 +34,9 @@ COUNTED_ON = "from all over the first worker's share of the evaluation set"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares in 0..1; the firing rate is spikes per neuron and time step, of the samples on which they are counted."""
+    """Shares in 0..1; the firing rate is spikes per neuron and time step, of the samples on which
+    they are counted.
+    """
 
     samples: int
     top1: float
@@ -46,7 +48,11 @@ class Evaluation:
     @property
     def metrics(self) -> dict[str, float]:
         """By name, without what was not measured; the number of samples is none of them."""
-        return {name: value for name, value in asdict(self).items() if name != "samples" and value is not None}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "samples" and value is not None
+        }
 
 
 class Evaluated(NamedTuple):
@@ -57,9 +63,13 @@ class Evaluated(NamedTuple):
     answers: Answers
     """of this rank"""
     activity: tuple[LayerActivity, ...]
-    """of all ranks together, on one sample in `ACTIVITY_EVERY`; none for a network without neurons"""
+    """of all ranks together, on one sample in `ACTIVITY_EVERY`; none for a network without
+    neurons
+    """
     inference: Inference | None
-    """of samples spread over this rank's share; None without one, or where operations were not counted"""
+    """of samples spread over this rank's share; None without one, or where operations were not
+    counted
+    """
     readings: Readings
     """of this rank's card"""
 
@@ -80,8 +90,9 @@ def evaluate(
 
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
-        network: the bare network inside, by whose names the layers of neurons are told; None: the model itself.
-        joules: of the card that it runs on, read before the first batch is asked for and after the last one's answers are there,
+        network: the bare network inside, by whose names the layers of neurons are told; None: the
+        model itself. joules: of the card that it runs on, read before the first batch is asked for
+        and after the last one's answers are there,
             so without the counting of operations; None: not measured.
         when_answered: called at that moment, too.
     """
@@ -89,7 +100,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     answered: list[Tensor] = []  # index, target and answer of each batch
-    sums = torch.zeros(5, dtype=torch.float64)  # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
+    sums = torch.zeros(
+        5, dtype=torch.float64
+    )  # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
     counted, largest = Evenly(COUNTED), 1
     began = joules.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
@@ -119,23 +132,33 @@ def evaluate(
     samples, top1, loss, ranked, top5 = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
     if samples == 0:
         raise ValueError("evaluate: needs at least one sample; got none on any rank")
-    layers = activity.layers(*(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)))
+    layers = activity.layers(
+        *(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX))
+    )
     share_top5 = top5 / ranked if ranked else None
-    result = Evaluation(int(samples), top1 / samples, share_top5, loss / samples, firing_rate(layers))
+    result = Evaluation(
+        int(samples), top1 / samples, share_top5, loss / samples, firing_rate(layers)
+    )
     return Evaluated(result, answers_of(answered), layers, inference, readings)
 
 
-def _inference(model: nn.Module, network: nn.Module, counted: Evenly, *, batch_size: int) -> Inference:
+def _inference(
+    model: nn.Module, network: nn.Module, counted: Evenly, *, batch_size: int
+) -> Inference:
     """Counted in batches no larger than those that were evaluated, which fit."""
     with Operations(network) as operations:
         for x_TB in counted.batches(batch_size):
             with fresh_state(model):
                 model(x_TB)
     # Of the forward alone: what a rule or a limit adds to it is no inference's.
-    return Inference(operations.work.get("forward", Work()), len(counted), tuple(sorted(operations.not_counted)))
+    return Inference(
+        operations.work.get("forward", Work()), len(counted), tuple(sorted(operations.not_counted))
+    )
 
 
-def _over_ranks(model: nn.Module, how: distributed.ReduceOp.RedOpType) -> Callable[[Tensor], Tensor]:
+def _over_ranks(
+    model: nn.Module, how: distributed.ReduceOp.RedOpType
+) -> Callable[[Tensor], Tensor]:
     """A reduction of vectors on the CPU."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return lambda value: value
@@ -160,12 +183,18 @@ def hits(logits_BK: Tensor, target_B: Tensor) -> Tensor:
 
 
 def inputs(
-    loader: Loader, time_steps: int, device: torch.device, *, most: int | None = None, epoch: int = 0
+    loader: Loader,
+    time_steps: int,
+    device: torch.device,
+    *,
+    most: int | None = None,
+    epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """What `evaluate` takes, from this rank's batches: all of them, or the first `most` samples. Close it if you leave early.
+    """What `evaluate` takes, from this rank's batches: all of them, or the first `most` samples.
+    Close it if you leave early.
 
-    `epoch`: the same samples whichever it is; who evaluates again with another has other pages of the data compared.
-    """
+    `epoch`: the same samples whichever it is; who evaluates again with another has other pages of
+    the data compared."""
     left = most
     with loader.epoch(epoch) as batches:
         for batch in batches:

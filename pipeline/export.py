@@ -1,17 +1,21 @@
 """A trained network as one safetensors file that says itself what network it is; and the way back.
 
     layout      tensors
-    "plain"     the network's `state_dict`: 1-bit synapses with their latent weights, fit to train on
-    "packed"    the same, but of each 1-bit synapse X the signs alone and, where it has one, its scale:
-                    X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in the lowest bit
-                    X.scale    [out], unless the batch norm that directly follows X took it over (`spiking/fold.py`)
+    "plain"     the network's `state_dict`: 1-bit synapses with their latent weights, fit to train
+    on
+    "packed"    the same, but of each 1-bit synapse X the signs alone and, where it has one, its
+    scale:
+                    X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in the
+                    lowest bit X.scale    [out], unless the batch norm that directly follows X took
+                    it over (`spiking/fold.py`)
 
-The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, where the user's own code of the
-model lies (`code`, see own_code.py), and the sha256 of all this and the tensors.
+The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, where the
+user's own code of the model lies (`code`, see own_code.py), and the sha256 of all this and the
+tensors.
 
-A packed network computes what the trained one does up to rounding, which a fold changes. Rounding may make another decision
-of a potential that lies on its threshold to the last bits, as another batch size or another machine may, too.
-"""
+A packed network computes what the trained one does up to rounding, which a fold changes. Rounding
+may make another decision of a potential that lies on its threshold to the last bits, as another
+batch size or another machine may, too."""
 
 from __future__ import annotations
 
@@ -49,7 +53,9 @@ Layout = Literal["plain", "packed"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `folded` counts the 1-bit synapses whose scales a norm took over, `whole` the bytes before packing."""
+    """What was written. `folded` counts the 1-bit synapses whose scales a norm took over, `whole`
+    the bytes before packing.
+    """
 
     file: Path
     bytes: int
@@ -72,25 +78,37 @@ class Exported:
         if not self.bits:
             return f"{size}, {self.parameters:,} parameters"
         return (
-            f"{size} against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,} parameters are bits, "
-            f"of {counted(self.synapses, 'synapse')}, {self.folded} of them with their scales folded into the norm behind"
+            f"{size} against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,}"
+            f" parameters are bits, of {counted(self.synapses, 'synapse')}, {self.folded} of them"
+            " with their scales folded into the norm behind"
         )
 
 
 def export_run(
-    folder: Path, out: Path | None = None, *, layout: Layout = "plain", which: str = "last", trust: Collection[str] = ()
+    folder: Path,
+    out: Path | None = None,
+    *,
+    layout: Layout = "plain",
+    which: str = "last",
+    trust: Collection[str] = (),
 ) -> Exported:
     """Write the trained network of a run, by default into its folder.
 
     Raises:
-        ValueError: the run has no network that can be loaded, `out` is there already or has no folder, or "packed" is asked for
-            and no weight has 1 bit.
+        ValueError: the run has no network that can be loaded, `out` is there already or has no
+            folder, or "packed" is asked for and no weight has 1 bit.
     """
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
-    out = folder / ("weights.safetensors" if layout == "plain" else f"weights-{layout}.safetensors") if out is None else out
+    out = (
+        folder / ("weights.safetensors" if layout == "plain" else f"weights-{layout}.safetensors")
+        if out is None
+        else out
+    )
     if out.exists() or not out.parent.is_dir():
         why = "is there already" if out.exists() else f"has no folder {out.parent}"
-        raise ValueError(f"export: the file must be a new one; {out} {why}: name another with --out")
+        raise ValueError(
+            f"export: the file must be a new one; {out} {why}: name another with --out"
+        )
     network = load_run(folder, which=which, trust=trust)
     state, packed = network.state_dict(), {}
     parameters, whole = sum(p.numel() for p in network.parameters()), _bytes(state)
@@ -98,8 +116,8 @@ def export_run(
         synapses = binary_synapses(network)
         if not synapses:
             raise ValueError(
-                "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or train a model of "
-                "spec(binarized, ...) (pipeline/models/binarized.py)"
+                "export: --packed stores 1-bit weights, and the network has none; leave --packed"
+                " out, or train a model of spec(binarized, ...) (pipeline/models/binarized.py)"
             )
         state, folded = pack(network, following_norms(network, synapses, _silence(network, recipe)))
         bits = sum(synapse.weight.numel() for synapse in synapses.values())
@@ -130,16 +148,20 @@ def is_export(file: Path) -> bool:
 
 
 def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str] = ()) -> nn.Module:
-    """The network of a file that `export_run` wrote, ready for evaluation. The 1-bit weights of a packed one are plain numbers.
+    """The network of a file that `export_run` wrote, ready for evaluation. The 1-bit weights of a
+    packed one are plain numbers.
 
     `model`, where given, is the one that the file must be of.
 
     Raises:
-        ValueError: another file or format, a byte that is not as it was written, or weights that do not fit the model.
+        ValueError: another file or format, a byte that is not as it was written, or weights that do
+        not fit the model.
     """
     metadata, tensors = _read(file)
     try:
-        code = own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
+        code = (
+            own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
+        )
         with own_code.on_path(code, trust, of=file.name):
             found: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
         if model is not None and model != found:
@@ -160,11 +182,13 @@ def _silence(network: nn.Module, recipe: Recipe) -> Tensor:
     return over_steps(torch.zeros(1, *task.data.shape), recipe.time_steps)
 
 
-# ------------------------------------------------------------------------------------------------------------ the layout
+# --------------------------------------------------------------------------------------- the layout
 
 
 def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
-    """The packed tensors of `network`, and in how many synapses its norm (of `norms`, by name) took the scales over."""
+    """The packed tensors of `network`, and in how many synapses its norm (of `norms`, by name) took
+    the scales over.
+    """
     network = copy.deepcopy(network)
     packed, folded = {}, 0
     for name, synapse in binary_synapses(network).items():
@@ -176,12 +200,19 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
             folded += 1
         elif scale_O is not None:
             packed[f"{name}.scale"] = scale_O
-    latent = {f"{name}.{key}" for name in binary_synapses(network) for key in ("weight", "binarizer.scale")}
-    return {key: value for key, value in network.state_dict().items() if key not in latent} | packed, folded
+    latent = {
+        f"{name}.{key}"
+        for name in binary_synapses(network)
+        for key in ("weight", "binarizer.scale")
+    }
+    return {
+        key: value for key, value in network.state_dict().items() if key not in latent
+    } | packed, folded
 
 
 def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `state_dict` that `network` has once its 1-bit synapses are plain, which they are made here.
+    """The `state_dict` that `network` has once its 1-bit synapses are plain, which they are made
+    here.
 
     Raises: ValueError for bits or scales that are missing or not of their shape.
     """
@@ -190,24 +221,37 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         shape, filters = synapse.weight.shape, len(synapse.weight)
         bits = state.pop(f"{name}.bits", None)
         scale_O = state.pop(f"{name}.scale", torch.ones(filters))
-        if bits is None or bits.dtype != torch.uint8 or bits.shape != ((shape.numel() + 7) // 8,) or scale_O.shape != (filters,):
+        if (
+            bits is None
+            or bits.dtype != torch.uint8
+            or bits.shape != ((shape.numel() + 7) // 8,)
+            or scale_O.shape != (filters,)
+        ):
             raise ValueError(f"the weights must fit the model; got no bits, or others, for {name}")
         fix(synapse)
-        state[f"{name}.weight"] = (2.0 * unpack_bits(bits, shape) - 1) * scale_O.view(-1, *[1] * (len(shape) - 1))
+        state[f"{name}.weight"] = (2.0 * unpack_bits(bits, shape) - 1) * scale_O.view(
+            -1, *[1] * (len(shape) - 1)
+        )
     return state
 
 
 def pack_bits(is_set: Tensor) -> Tensor:
-    """A tensor of bool of any shape as uint8 `[ceil(numel / 8)]`, the first in the lowest bit of the first byte."""
+    """A tensor of bool of any shape as uint8 `[ceil(numel / 8)]`, the first in the lowest bit of
+    the first byte.
+    """
     return torch.from_numpy(np.packbits(is_set.flatten().numpy(), bitorder="little"))
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
     """What `pack_bits` made of a tensor of `shape`."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little")).bool().view(shape)
+    return (
+        torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little"))
+        .bool()
+        .view(shape)
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -217,14 +261,24 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: must be a whole file of spiketrain export; it could not be read: {error}") from error
+        raise ValueError(
+            f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
+        ) from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{file}: must be a file of spiketrain export; its metadata say format {metadata.get('format')!r}")
+        raise ValueError(
+            f"{file}: must be a file of spiketrain export; its metadata say format"
+            f" {metadata.get('format')!r}"
+        )
     if metadata.get("version") != VERSION or metadata.get("layout") not in ("plain", "packed"):
         got = f"version {metadata.get('version')!r}, layout {metadata.get('layout')!r}"
-        raise ValueError(f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got {got}")
+        raise ValueError(
+            f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got"
+            f" {got}"
+        )
     if metadata.pop("sha256", None) != _digest(metadata, tensors):
-        raise ValueError(f"{file}: is damaged; its tensors or metadata differ from what was written")
+        raise ValueError(
+            f"{file}: is damaged; its tensors or metadata differ from what was written"
+        )
     return metadata, tensors
 
 

@@ -13,12 +13,17 @@ from pipeline.recipe import read_json, write_json
 from pipeline.refused import Refused
 
 STOP = "stop"
-"""in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds says who"""
+"""in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds
+says who
+"""
 SAVE = "save"
-"""in a run's folder: somebody asks it to save after the step at hand, or in the middle of an evaluation, and to go on; where
-machines are about to be taken away it holds them and when, as JSON"""
+"""in a run's folder: somebody asks it to save after the step at hand, or in the middle of an
+evaluation, and to go on; where machines are about to be taken away it holds them and when, as
+JSON"""
 REFUSAL = "refusal.json"
-"""in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of training"""
+"""in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of
+training
+"""
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,15 @@ class Job:
     hang_minutes: float = 0.0
     """between two signs of life of a worker, after which it is taken to hang; 0: nobody watches"""
     verify: Literal["sampled", "full"] = "sampled"
-    """for which of the samples that are read the page that holds them is compared with its checksum: see data/page_checks.py"""
+    """for which of the samples that are read the page that holds them is compared with its
+    checksum: see data/page_checks.py
+    """
     checkpoints: str = ""
     """where its checkpoints are: a folder or an address of its own; "": in the run's folder"""
     place_token: str = ""
-    """by which its workers write there (pipeline/checkpoint/owner.py); "": in the run's folder, whose locks are enough"""
+    """by which its workers write there (pipeline/checkpoint/owner.py); "": in the run's folder,
+    whose locks are enough
+    """
     own_cores: bool = False
     """whether each worker on a CPU keeps to cores that no other run's computes on"""
 
@@ -86,7 +95,9 @@ def no_notice() -> Notice | None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where this worker stands among the others; the process group exists when there are several."""
+    """Where this worker stands among the others; the process group exists when there are
+    several.
+    """
 
     rank: int = 0
     workers: int = 1
@@ -111,12 +122,15 @@ def was_stopped(run: Path) -> bool:
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
-    """Write down, for the next attempt, what one rank found that a restart would only find again."""
+    """Write down, for the next attempt, what one rank found that a restart would only find
+    again.
+    """
     write_json(run / REFUSAL, {"said": str(error)})
 
 
 def raise_refusal(run: Path) -> None:
-    """Raise what the last attempt wrote down. The driver clears it when the user launches or resumes.
+    """Raise what the last attempt wrote down. The driver clears it when the user launches or
+    resumes.
 
     Raises:
         Refused: it is there.

@@ -1,4 +1,5 @@
-"""The training loop. It reads like the algorithm box of a paper; data, backend and meters are Protocols to it.
+"""The training loop. It reads like the algorithm box of a paper; data, backend and meters are
+Protocols to it.
 
 T time, B batch, C channels, H W pixels, K classes
 """
@@ -25,7 +26,9 @@ class MicroBatch(NamedTuple):
     target_B: Tensor
     """a class [B], or shares of the classes [B,K]"""
     rows: range
-    """place of each sample in the global batch: what a rule draws for a sample depends on it, never on ranks"""
+    """place of each sample in the global batch: what a rule draws for a sample depends on it, never
+    on ranks
+    """
     share: float
     """of the global batch: a weight; shares sum to 1 over ranks and micro-batches"""
     teacher_BK: Tensor | None = None
@@ -39,7 +42,9 @@ class Meters(Protocol):
         """Surrounds everything that one global batch costs, the wait for its data included."""
         ...
 
-    def part(self, name: Literal["backward", "optimizer", "metrics"]) -> AbstractContextManager[None]:
+    def part(
+        self, name: Literal["backward", "optimizer", "metrics"]
+    ) -> AbstractContextManager[None]:
         """Surrounds a part of it."""
         ...
 
@@ -81,7 +86,9 @@ def train(
     meters: Meters,
     guard: Guard,
 ) -> None:
-    """Train on `batches` of (step, micro-batches): one global batch each, workers x accumulated micro-batches."""
+    """Train on `batches` of (step, micro-batches): one global batch each, workers x accumulated
+    micro-batches.
+    """
     for step, micro_batches in batches:
         with guard.batch(step), meters.batch(step):
             with meters.part("metrics"):
@@ -93,7 +100,9 @@ def train(
                 objectives = rule.objectives(backend.model, x_TB, loss_of, step=step, rows=rows)
                 for objective in meters.each("forward", objectives):
                     meters.add(objective)
-                    if objective.backward is not None:  # SLTT-K reports T steps and differentiates K
+                    if (
+                        objective.backward is not None
+                    ):  # SLTT-K reports T steps and differentiates K
                         with meters.part("backward"):
                             backend.backward(objective.backward, share)
                     guard.add(objective.loss, share)

@@ -1,8 +1,10 @@
-"""How glibc's malloc serves a training process: what it freed stays with it, as torch's own allocator keeps a GPU's memory.
+"""How glibc's malloc serves a training process: what it freed stays with it, as torch's own
+allocator keeps a GPU's memory.
 
-Left alone, it hands the memory of a batch's graph back to the kernel and is given it again, page by page and cleared, at the
-next: thousands of page faults a batch, which cost a small network up to an eighth of its time (docs/LOG.md). And there is one
-heap for all threads: a thread's own, in which Ray trains, is given back however it is told.
+Left alone, it hands the memory of a batch's graph back to the kernel and is given it again, page by
+page and cleared, at the next: thousands of page faults a batch, which cost a small network up to an
+eighth of its time (docs/LOG.md). And there is one heap for all threads: a thread's own, in which
+Ray trains, is given back however it is told.
 
 So what a process holds (RSS) is the most that it has needed since `release_freed_memory`.
 """
@@ -14,7 +16,9 @@ import os
 from typing import NamedTuple
 
 _LARGEST = 2**31 - 1
-_LARGEST_BEFORE_2_35 = 32 * 2**20  # refused above it, which would leave blocks of 128 KiB to the kernel
+_LARGEST_BEFORE_2_35 = (
+    32 * 2**20
+)  # refused above it, which would leave blocks of 128 KiB to the kernel
 
 
 class _Option(NamedTuple):
@@ -28,26 +32,36 @@ def _options() -> tuple[_Option, ...]:
     return (
         _Option(-8, "MALLOC_ARENA_MAX", 1),
         _Option(-1, "MALLOC_TRIM_THRESHOLD_", _LARGEST),
-        _Option(-3, "MALLOC_MMAP_THRESHOLD_", _LARGEST if _glibc() >= (2, 35) else _LARGEST_BEFORE_2_35),
+        _Option(
+            -3, "MALLOC_MMAP_THRESHOLD_", _LARGEST if _glibc() >= (2, 35) else _LARGEST_BEFORE_2_35
+        ),
     )
 
 
 def environment() -> dict[str, str]:
     """What a process that is to be started has to find, where the user has not said otherwise."""
-    return {option.variable: os.environ.get(option.variable, str(option.value)) for option in _options()}
+    return {
+        option.variable: os.environ.get(option.variable, str(option.value)) for option in _options()
+    }
 
 
 def keep_freed_memory() -> bool:
-    """Tell this process's malloc, best before it has threads; whether it listens. Another than glibc's is left as it is."""
+    """Tell this process's malloc, best before it has threads; whether it listens. Another than
+    glibc's is left as it is.
+    """
     if not _glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    heard = [mallopt(option.number, option.value) == 1 for option in _options()]  # each, whatever became of another
+    heard = [
+        mallopt(option.number, option.value) == 1 for option in _options()
+    ]  # each, whatever became of another
     return all(heard)
 
 
 def release_freed_memory() -> None:
-    """Hand what is free back to the kernel, once: what was held is not part of what is measured next."""
+    """Hand what is free back to the kernel, once: what was held is not part of what is measured
+    next.
+    """
     if _glibc():
         ctypes.CDLL(None).malloc_trim(0)
 

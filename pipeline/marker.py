@@ -1,4 +1,6 @@
-"""A file that nobody else can have: who finds it where he looks sees the folder that it was put into."""
+"""A file that nobody else can have: who finds it where he looks sees the folder that it was put
+into.
+"""
 
 from __future__ import annotations
 

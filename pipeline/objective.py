@@ -1,8 +1,8 @@
 """From logits to the scalar that is minimised.
 
-A recipe's objective is a value: called with the targets of one micro-batch it gives a fresh `loss_of`, which a rule then
-calls on logits, once per time step in time order (`over_time="steps"`) or once on the mean (`"mean"`). Objectives that
-distil are in distill.py.
+A recipe's objective is a value: called with the targets of one micro-batch it gives a fresh
+`loss_of`, which a rule then calls on logits, once per time step in time order (`over_time="steps"`)
+or once on the mean (`"mean"`). Objectives that distil are in distill.py.
 
 A target is a class, int64 [B], or, of samples that were mixed, each class's share, float [B,K].
 """
@@ -20,7 +20,9 @@ from pipeline.rules.base import LossOf, OverTime
 
 
 class Loss(Protocol):
-    """Targets [B], and a teacher's logits [B,K] where there is one -> (logits [B,K] -> scalar, the mean over the batch)."""
+    """Targets [B], and a teacher's logits [B,K] where there is one -> (logits [B,K] -> scalar, the
+    mean over the batch).
+    """
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf: ...
 
@@ -31,7 +33,9 @@ class Loss(Protocol):
 
     @property
     def remembers(self) -> bool:
-        """Whether a `loss_of` keeps something of one call for the next, and so must be called once per step, in time order."""
+        """Whether a `loss_of` keeps something of one call for the next, and so must be called once
+        per step, in time order.
+        """
         ...
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
@@ -49,10 +53,11 @@ class CrossEntropy:
     Args:
         label_smoothing: share of the target's probability that is spread over all classes.
         mse: weight of the regulariser on the raw logits; 0 leaves it out.
-        goal: what the regulariser pulls logits to: a constant 1 for every class, or the target as shares of the classes.
+        goal: what the regulariser pulls logits to: a constant 1 for every class, or the target as
+        shares of the classes.
 
-    Source: Meng et al. 2023 (SLTT), arXiv:2302.14311; the constant goal goes back to Deng et al. 2022 (TET), arXiv:2202.11946.
-    """
+    Source: Meng et al. 2023 (SLTT), arXiv:2302.14311; the constant goal goes back to Deng et al.
+    2022 (TET), arXiv:2202.11946."""
 
     label_smoothing: float = 0.0
     mse: float = 0.0
@@ -76,7 +81,10 @@ class CrossEntropy:
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
         del over_time, time_steps
         if taught:
-            raise ValueError("CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use Distillation")
+            raise ValueError(
+                "CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use"
+                " Distillation"
+            )
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
         assert teacher_BK is None, "check refuses a teacher"

@@ -1,12 +1,14 @@
-"""Code of the user's own that a recipe is made of: a run remembers where it lies, and its commands find it there again.
+"""Code of the user's own that a recipe is made of: a run remembers where it lies, and its commands
+find it there again.
 
 A launch writes `code.json` beside recipe.json or suite.json:
 
-    {"mysnn": {"folder": "/home/me/lab", "files": {"mysnn/__init__.py": "90b2...", "mysnn/nets.py": "51aa..."}}}
+    {"mysnn": {"folder": "/home/me/lab", "files": {"mysnn/__init__.py": "90b2...", "mysnn/nets.py":
+    "51aa..."}}}
 
-The folder of a package joins the end of the path (`sys.path`) where the user trusts that package, and never otherwise: a
-run's folder may come from somebody else. A package that the path already has wins, as it does at the launch.
-"""
+The folder of a package joins the end of the path (`sys.path`) where the user trusts that package,
+and never otherwise: a run's folder may come from somebody else. A package that the path already has
+wins, as it does at the launch."""
 
 from __future__ import annotations
 
@@ -39,10 +41,18 @@ class Package:
 
 
 def needed(trust: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
-    """The trusted names that one of the `targets` (dotted names of parts) is inside of; each once, none inside of another."""
+    """The trusted names that one of the `targets` (dotted names of parts) is inside of; each once,
+    none inside of another.
+    """
     of = tuple(targets)
-    wanted = [name for name in dict.fromkeys(trust) if any(is_inside(target, [name]) for target in of)]
-    return tuple(name for name in wanted if not any(name != other and is_inside(name, [other]) for other in wanted))
+    wanted = [
+        name for name in dict.fromkeys(trust) if any(is_inside(target, [name]) for target in of)
+    ]
+    return tuple(
+        name
+        for name in wanted
+        if not any(name != other and is_inside(name, [other]) for other in wanted)
+    )
 
 
 def note(trust: Iterable[str]) -> dict[str, Any]:
@@ -67,7 +77,9 @@ def read(folder: Path) -> dict[str, Package]:
 
 
 def names(folder: Path) -> tuple[str, ...]:
-    """Their names, for a command that is printed; none where code.json is damaged, which the command itself then says."""
+    """Their names, for a command that is printed; none where code.json is damaged, which the
+    command itself then says.
+    """
     try:
         return tuple(read(folder))
     except (OSError, ValueError):
@@ -85,10 +97,17 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
         raise ValueError(f"{rule}; got {value!r}")
     found = {}
     for name, about in value.items():
-        folder, files = (about.get("folder"), about.get("files")) if isinstance(about, dict) else (None, None)
+        folder, files = (
+            (about.get("folder"), about.get("files")) if isinstance(about, dict) else (None, None)
+        )
         is_name = all(part.isidentifier() for part in name.split("."))
         is_folder = folder is None or (isinstance(folder, str) and Path(folder).is_absolute())
-        if not is_name or not is_folder or not isinstance(files, dict) or not all(isinstance(h, str) for h in files.values()):
+        if (
+            not is_name
+            or not is_folder
+            or not isinstance(files, dict)
+            or not all(isinstance(h, str) for h in files.values())
+        ):
             raise ValueError(f"{rule}; got {json.dumps({name: about})}")
         found[name] = Package(folder, files)
     return found
@@ -96,10 +115,11 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
 
 @contextmanager
 def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) -> Iterator[None]:
-    """Inside, what is trusted can be imported from where it was at the launch of `of`, a run or suite.
+    """Inside, what is trusted can be imported from where it was at the launch of `of`, a run or
+    suite.
 
-    Code that lies elsewhere now, or has changed, is told on stderr in one line and is no error: who mends their code goes
-    on with a run as it is, as with another commit of spiketrain.
+    Code that lies elsewhere now, or has changed, is told on stderr in one line and is no error: who
+    mends their code goes on with a run as it is, as with another commit of spiketrain.
 
     Raises:
         ValueError: the code is neither there nor anywhere else on the path.
@@ -115,7 +135,8 @@ def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) ->
 
 
 def digest(folder: Path, trust: Collection[str]) -> str:
-    """12 hex digits of the trusted packages of a run as this process finds them, and not as they were at its launch.
+    """12 hex digits of the trusted packages of a run as this process finds them, and not as they
+    were at its launch.
 
     Raises:
         ValueError: code.json is damaged.
@@ -133,7 +154,8 @@ def _trusted(noted: Mapping[str, Package], trust: Collection[str]) -> dict[str, 
     return {
         name: package
         for name, package in noted.items()
-        if package.folder is not None and (is_inside(name, trust) or any(is_inside(each, [name]) for each in trust))
+        if package.folder is not None
+        and (is_inside(name, trust) or any(is_inside(each, [name]) for each in trust))
     }
 
 
@@ -141,16 +163,24 @@ def _imported(name: str) -> Package:
     modules = {
         each: Path(file).absolute()
         for each, module in list(sys.modules.items())
-        if (is_inside(each, [name]) or is_inside(name, [each])) and (file := getattr(module, "__file__", None))
+        if (is_inside(each, [name]) or is_inside(name, [each]))
+        and (file := getattr(module, "__file__", None))
     }
     if not modules or name.partition(".")[0] == __name__.partition(".")[0]:
         return Package(None, {})
     first, file = next(iter(modules.items()))
     folder = file.parents[first.count(".") + (file.stem == "__init__")]
-    if any(folder.is_relative_to(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib", "purelib", "platlib")):
+    if any(
+        folder.is_relative_to(sysconfig.get_path(kind))
+        for kind in ("stdlib", "platstdlib", "purelib", "platlib")
+    ):
         return Package(None, {})
-    files = sorted(each for each in modules.values() if each.is_relative_to(folder) and each.is_file())
-    return Package(str(folder), {each.relative_to(folder).as_posix(): _digest(each) for each in files})
+    files = sorted(
+        each for each in modules.values() if each.is_relative_to(folder) and each.is_file()
+    )
+    return Package(
+        str(folder), {each.relative_to(folder).as_posix(): _digest(each) for each in files}
+    )
 
 
 def _reach(name: str, package: Package) -> None:
@@ -168,10 +198,17 @@ def _reach(name: str, package: Package) -> None:
 def _tell_if_changed(name: str, package: Package, of: str) -> None:
     top, was, now = name.partition(".")[0], Path(str(package.folder)), _place(name, package)
     changed = [file for file, digest in package.files.items() if _digest(now / file) != digest]
-    told = [] if now.resolve() == was.resolve() else [f"{top} is in {now} now, and was in {was} when {of} was launched"]
+    told = (
+        []
+        if now.resolve() == was.resolve()
+        else [f"{top} is in {now} now, and was in {was} when {of} was launched"]
+    )
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        told.append(f"{changed[0]}{more} in {now} differs from when {of} was launched, and so may its results")
+        told.append(
+            f"{changed[0]}{more} in {now} differs from when {of} was launched, and so may its"
+            " results"
+        )
     about = (top, str(was), str(now), *changed)
     if told and about not in _said:  # also by another run of the suite
         _said.add(about)
@@ -181,11 +218,16 @@ def _tell_if_changed(name: str, package: Package, of: str) -> None:
 def _place(name: str, package: Package) -> Path:
     """The folder that a package is imported from now."""
     places = _places(name.partition(".")[0]) or [Path(str(package.folder))]
-    return next((place for place in places if any((place / file).is_file() for file in package.files)), places[0])
+    return next(
+        (place for place in places if any((place / file).is_file() for file in package.files)),
+        places[0],
+    )
 
 
 def _places(top: str) -> list[Path]:
-    """The folders where Python finds a package or module of this name; of a package without `__init__.py` several."""
+    """The folders where Python finds a package or module of this name; of a package without
+    `__init__.py` several.
+    """
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):

@@ -1,4 +1,5 @@
-"""Whether the parts of a recipe are what the pipeline takes: one line that names what is missing, before anything trains.
+"""Whether the parts of a recipe are what the pipeline takes: one line that names what is missing,
+before anything trains.
 
 T time, B batch, C channels, H W pixels, K classes
 """
@@ -35,11 +36,14 @@ _DATA_METHODS: Mapping[str, tuple[str, ...]] = {
 """of pipeline.data.base.Data, and the keywords that each is called with"""
 
 _fits: list[tuple[Spec, tuple[int, ...], int, int]] = []
-"""networks that `check_network` found to fit, so that the runs of a suite need not try the same one again"""
+"""networks that `check_network` found to fit, so that the runs of a suite need not try the same one
+again
+"""
 
 
 def checked_data(data: Any, part: Spec) -> Data:
-    """`data`, which `part` made, if it has what `pipeline.data.base.Data` asks for; no file is opened.
+    """`data`, which `part` made, if it has what `pipeline.data.base.Data` asks for; no file is
+    opened.
 
     Raises:
         ValueError: what is missing, or is not of its type.
@@ -47,9 +51,13 @@ def checked_data(data: Any, part: Spec) -> Data:
     who = f"data: {part.target.__name__}"
     _refuse_missing(who, data, ("classes", "shape", *_DATA_METHODS))
     if not is_count(data.classes):
-        raise ValueError(f"{who}: classes must be a whole number of 1 or more; got {data.classes!r}")
+        raise ValueError(
+            f"{who}: classes must be a whole number of 1 or more; got {data.classes!r}"
+        )
     if not are_counts(data.shape) or len(data.shape) not in (3, 4):
-        raise ValueError(f"{who}: shape must be (C, H, W), or (T, C, H, W) of recordings; got {data.shape!r}")
+        raise ValueError(
+            f"{who}: shape must be (C, H, W), or (T, C, H, W) of recordings; got {data.shape!r}"
+        )
     for name, keywords in _DATA_METHODS.items():
         _refuse_signature(f"{who}.{name}", getattr(data, name), keywords)
     return data
@@ -62,13 +70,16 @@ def is_own(recipe: Recipe) -> bool:
 
 
 def checked_loader(loader: Any, data: Data, method: str) -> Loader:
-    """The loader that `data.train` or `data.val` returned, if it has what `pipeline.data.base.Loader` asks for.
+    """The loader that `data.train` or `data.val` returned, if it has what
+    `pipeline.data.base.Loader` asks for.
 
     Raises:
         ValueError: what is missing.
     """
     _refuse_missing(
-        f"data: what {type(data).__name__}.{method} returns", loader, ("samples", "steps_per_epoch", "epoch", "close")
+        f"data: what {type(data).__name__}.{method} returns",
+        loader,
+        ("samples", "steps_per_epoch", "epoch", "close"),
     )
     return loader
 
@@ -77,7 +88,9 @@ def fingerprint_of(data: Data) -> str:
     """Raises: ValueError where it is no text; what the data raises."""
     found = data.fingerprint()
     if not isinstance(found, str) or not found:
-        raise ValueError(f"data: {type(data).__name__}.fingerprint must return a hash as text; got {found!r}")
+        raise ValueError(
+            f"data: {type(data).__name__}.fingerprint must return a hash as text; got {found!r}"
+        )
     return found
 
 
@@ -85,7 +98,8 @@ def check_first_batch(loader: Loader, data: Data, method: str) -> None:
     """Read a batch of what `data.train` or `data.val` returned.
 
     Raises:
-        ValueError: sizes that are no numbers, no batch where there must be one, or what `check_batch` raises.
+        ValueError: sizes that are no numbers, no batch where there must be one, or what
+        `check_batch` raises.
     """
     who = f"data: what {type(data).__name__}.{method} returns"
     if not is_count(loader.samples, least=0) or not is_count(loader.steps_per_epoch, least=0):
@@ -96,11 +110,15 @@ def check_first_batch(loader: Loader, data: Data, method: str) -> None:
     if batch is not None:
         check_batch(batch, data, method)
     elif loader.steps_per_epoch:
-        raise ValueError(f"{who}: an epoch must have {counted(loader.steps_per_epoch, 'batch')}; got none")
+        raise ValueError(
+            f"{who}: an epoch must have {counted(loader.steps_per_epoch, 'batch')}; got none"
+        )
 
 
 def check_batch(batch: Any, data: Data, method: str) -> None:
-    """Raises: ValueError for what is no batch of `data`: tensors of another type or shape, or labels of no class."""
+    """Raises: ValueError for what is no batch of `data`: tensors of another type or shape, or
+    labels of no class.
+    """
     who = f"data: a batch of {type(data).__name__}.{method}"
     if not isinstance(batch, Batch):
         raise ValueError(f"{who}: must be a pipeline.data.base.Batch; got {type(batch).__name__}")
@@ -114,12 +132,20 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
         raise ValueError(f"{who}: must have samples; got x of shape {list(batch.x.shape)}")
     for name, dtype, told, shape in expected:
         value = getattr(batch, name)
-        if not isinstance(value, Tensor) or value.dtype != dtype or tuple(value.shape) != (samples, *shape):
-            raise ValueError(f"{who}: {name} must be {str(dtype).removeprefix('torch.')} {told}; got {_described(value)}")
+        if (
+            not isinstance(value, Tensor)
+            or value.dtype != dtype
+            or tuple(value.shape) != (samples, *shape)
+        ):
+            raise ValueError(
+                f"{who}: {name} must be {str(dtype).removeprefix('torch.')} {told}; got"
+                f" {_described(value)}"
+            )
     low, high = int(batch.target.min()), int(batch.target.max())
     if low < 0 or high >= data.classes:
         raise ValueError(
-            f"{who}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')}; got {low} to {high}"
+            f"{who}: target must be in 0..{data.classes - 1}, of {counted(data.classes, 'class')};"
+            f" got {low} to {high}"
         )
 
 
@@ -129,7 +155,8 @@ def checked_network(network: Any, part: Spec) -> nn.Module:
 
 
 def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
-    """Try whether the network maps `[T,B,...]` to logits `[T,B,K]`: one forward pass on the CPU, of zeros in place of a sample.
+    """Try whether the network maps `[T,B,...]` to logits `[T,B,K]`: one forward pass on the CPU, of
+    zeros in place of a sample.
 
     Raises:
         ValueError: what it gave, or how it failed.
@@ -137,7 +164,9 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
     key = (recipe.model, tuple(data.shape), recipe.time_steps, data.classes)
     if key in _fits:
         return
-    samples = 2 if recipe.time_steps == 1 else 1  # another number than T: axes in another order are found
+    samples = (
+        2 if recipe.time_steps == 1 else 1
+    )  # another number than T: axes in another order are found
     x_TB = over_steps(torch.zeros(samples, *data.shape), recipe.time_steps)
     wanted = (recipe.time_steps, samples, data.classes)
     rule = f"model: {recipe.model.target.__name__} must map [T, B, ...] to logits [T, B, K]"
@@ -152,7 +181,11 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
         raise ValueError(f"{rule}; {given} it raised {type(error).__name__}: {said}") from error
     finally:
         network.train(was_training)
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted or not logits.is_floating_point():
+    if (
+        not isinstance(logits, Tensor)
+        or tuple(logits.shape) != wanted
+        or not logits.is_floating_point()
+    ):
         raise ValueError(f"{rule}; {given} it gave {_described(logits)}")
     _fits.append(key)
 
@@ -162,24 +195,36 @@ def checked_rule(rule: Any, part: Spec) -> Rule:
     who = f"rule: {part.target.__name__}"
     rule = _made("rule", part, rule, Rule, "pipeline.rules.base.Rule")
     if type(rule)._objectives is Rule._objectives:
-        raise ValueError(f"{who} must override _objectives, which yields the losses to differentiate; it does not")
+        raise ValueError(
+            f"{who} must override _objectives, which yields the losses to differentiate; it"
+            " does not"
+        )
     if getattr(rule, "memory", None) not in ("constant", "linear"):
-        raise ValueError(f"{who}: memory must be 'constant' or 'linear'; got {getattr(rule, 'memory', None)!r}")
+        raise ValueError(
+            f"{who}: memory must be 'constant' or 'linear'; got {getattr(rule, 'memory', None)!r}"
+        )
     return rule
 
 
 def checked_objective(objective: Any, part: Spec, *, classes: int) -> Loss:
-    """Raises: ValueError where `part` made no `pipeline.objective.Loss`, or its loss on labels is no scalar."""
+    """Raises: ValueError where `part` made no `pipeline.objective.Loss`, or its loss on labels is
+    no scalar.
+    """
     who = f"objective: {part.target.__name__}"
     _refuse_missing(who, objective, ("__call__", "labels", "remembers", "check"))
     loss = objective.labels(torch.zeros(2, dtype=torch.int64))(torch.zeros(2, classes))
     if not isinstance(loss, Tensor) or loss.dim():
-        raise ValueError(f"{who} must map logits [B, K] to a scalar, the mean over the batch; got {_described(loss)}")
+        raise ValueError(
+            f"{who} must map logits [B, K] to a scalar, the mean over the batch; got"
+            f" {_described(loss)}"
+        )
     return objective
 
 
 def checked_teacher(teacher: Any, part: Spec) -> Teacher:
-    """Raises: ValueError where `part` made no teacher, or one that lacks what a teacher must say."""
+    """Raises: ValueError where `part` made no teacher, or one that lacks what a teacher must
+    say.
+    """
     who = f"teacher: {part.target.__name__}"
     teacher = _made("teacher", part, teacher, Teacher, "pipeline.teachers.base.Teacher")
     _refuse_missing(who, teacher, ("label",))
@@ -199,7 +244,8 @@ def checked_schedule(schedule: Any, part: Spec) -> Callable[[int], None]:
     if not hasattr(schedule, "__call__"):  # noqa: B004  (callable() would narrow the type of what is returned)
         got = type(schedule).__name__
         raise ValueError(
-            f"schedule: {part.target.__name__} must make a function of the step, as pipeline.schedule does; got {got}"
+            f"schedule: {part.target.__name__} must make a function of the step, as"
+            f" pipeline.schedule does; got {got}"
         )
     return schedule
 
@@ -212,7 +258,9 @@ def checked_optimizer(optimizer: Any, part: Spec) -> torch.optim.Optimizer:
 def _made(what: str, part: Spec, value: Any, kind: type[T_], name: str) -> T_:
     """`value`, which `part` made, if it is of this kind."""
     if not isinstance(value, kind):
-        raise ValueError(f"{what}: {part.target.__name__} must make a {name}; got {type(value).__name__}")
+        raise ValueError(
+            f"{what}: {part.target.__name__} must make a {name}; got {type(value).__name__}"
+        )
     return value
 
 
@@ -228,7 +276,9 @@ def _refuse_signature(who: str, method: Any, keywords: Sequence[str]) -> None:
     try:
         inspect.signature(method).bind(**dict.fromkeys(keywords))
     except TypeError as error:
-        raise ValueError(f"{who} is called with {', '.join(keywords) or 'no arguments'}; {error}") from error
+        raise ValueError(
+            f"{who} is called with {', '.join(keywords) or 'no arguments'}; {error}"
+        ) from error
 
 
 def _described(value: object) -> str:

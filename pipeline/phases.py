@@ -1,9 +1,12 @@
-"""Tasks that are learnt one after another: how a recipe writes them, and where each of its steps lies.
+"""Tasks that are learnt one after another: how a recipe writes them, and where each of its steps
+lies.
 
-    phases=(Phase(name="task-0", data=spec(Permuted, task=0)), Phase(name="task-1", data=spec(Permuted, task=1)))
+    phases=(Phase(name="task-0", data=spec(Permuted, task=0)), Phase(name="task-1",
+    data=spec(Permuted, task=1)))
 
-A run without phases is a single stretch. Steps (global batches) and epochs are counted over the whole run, so that phase, epoch
-and sample are pure functions of the step: a resume needs no more than that.
+A run without phases is a single stretch. Steps (global batches) and epochs are counted over the
+whole run, so that phase, epoch and sample are pure functions of the step: a resume needs no more
+than that.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from pipeline.spec import Spec
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One task of a recipe. The optimizer's state and the schedule begin anew in each; weights and the rule's state go on."""
+    """One task of a recipe. The optimizer's state and the schedule begin anew in each; weights and
+    the rule's state go on.
+    """
 
     name: str
     data: Spec
@@ -32,16 +37,23 @@ class Phase:
         if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"phase: name must be text; got {self.name!r}")
         if not isinstance(self.data, Spec):
-            raise ValueError(f"phase {self.name}: data must be spec(...), as in pipeline.data.tasks; got {self.data!r}")
+            raise ValueError(
+                f"phase {self.name}: data must be spec(...), as in pipeline.data.tasks; got"
+                f" {self.data!r}"
+            )
         [first, *_] = [*inspect.signature(self.data.target).parameters, ""]
         if first in self.data.kwargs:
             raise ValueError(
-                f"phase {self.name}: data is called with the recipe's data and must not be given {first!r} of its own"
+                f"phase {self.name}: data is called with the recipe's data and must not be given"
+                f" {first!r} of its own"
             )
         for name, least in (("epochs", 1), ("head", 0)):
             value = getattr(self, name)
             if value is not None and not is_count(value, least=least):
-                raise ValueError(f"phase {self.name}: {name} must be None or a whole number from {least}; got {value!r}")
+                raise ValueError(
+                    f"phase {self.name}: {name} must be None or a whole number from {least}; got"
+                    f" {value!r}"
+                )
 
 
 def check_phases(phases: Sequence[Phase]) -> None:
@@ -57,7 +69,9 @@ def check_phases(phases: Sequence[Phase]) -> None:
         raise ValueError(f"recipe: phases must have names of their own; got {', '.join(names)}")
     if len({phase.head is None for phase in phases}) > 1:
         without = ", ".join(phase.name for phase in phases if phase.head is None)
-        raise ValueError(f"recipe: either every phase names its head or none does; got none for {without}")
+        raise ValueError(
+            f"recipe: either every phase names its head or none does; got none for {without}"
+        )
 
 
 @dataclass(frozen=True)
@@ -88,17 +102,25 @@ class Stretch:
         return min(self.epoch_start(epoch + 1), self.end)
 
 
-def timetable(lengths: Sequence[tuple[int, int]], *, stop_after: int | None = None) -> tuple[Stretch, ...]:
-    """One stretch for each (epochs, steps per epoch), each cut to `stop_after` steps where that is shorter."""
+def timetable(
+    lengths: Sequence[tuple[int, int]], *, stop_after: int | None = None
+) -> tuple[Stretch, ...]:
+    """One stretch for each (epochs, steps per epoch), each cut to `stop_after` steps where that is
+    shorter.
+    """
     stretches: list[Stretch] = []
     first = first_epoch = 0
     for index, (epochs, epoch_steps) in enumerate(lengths):
-        steps = epochs * epoch_steps if stop_after is None else min(epochs * epoch_steps, stop_after)
+        steps = (
+            epochs * epoch_steps if stop_after is None else min(epochs * epoch_steps, stop_after)
+        )
         stretches.append(Stretch(index, first, steps, first_epoch, epoch_steps))
         first, first_epoch = first + steps, first_epoch + -(-steps // epoch_steps)
     return tuple(stretches)
 
 
 def stretch_at(stretches: Sequence[Stretch], step: int) -> Stretch:
-    """The stretch that `step` belongs to: at a boundary the one that begins there, after the last step the last."""
+    """The stretch that `step` belongs to: at a boundary the one that begins there, after the last
+    step the last.
+    """
     return next((each for each in stretches if step < each.end), stretches[-1])

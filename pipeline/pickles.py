@@ -1,8 +1,9 @@
-"""Checkpoint files that torch.save wrote are pickles, and a pickle can run code when it is read. These must hold data alone.
+"""Checkpoint files that torch.save wrote are pickles, and a pickle can run code when it is read.
+These must hold data alone.
 
-Checksums are no guard: whoever can change a checkpoint can write its manifest anew. So what the files name is looked at before
-anything is loaded, and they are loaded with `weights_only`, which calls nothing but what is listed (torch 2.13).
-"""
+Checksums are no guard: whoever can change a checkpoint can write its manifest anew. So what the
+files name is looked at before anything is loaded, and they are loaded with `weights_only`, which
+calls nothing but what is listed (torch 2.13)."""
 
 from __future__ import annotations
 
@@ -19,17 +20,24 @@ DEEPSPEED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""what DeepSpeed's files name at ZeRO-1 and 2 beside tensors (0.19.8): values, which do nothing when they are made"""
+"""what DeepSpeed's files name at ZeRO-1 and 2 beside tensors (0.19.8): values, which do nothing
+when they are made
+"""
 
 
 def code_in(folder: Path) -> str | None:
-    """What a file of this checkpoint wants called when it is read, or that it cannot be told; None when all hold data."""
+    """What a file of this checkpoint wants called when it is read, or that it cannot be told; None
+    when all hold data.
+    """
     for file in sorted(folder.rglob("*.pt")):
         name = file.relative_to(folder).as_posix()
         try:
             named = sorted(set(get_unsafe_globals_in_checkpoint(file)) - set(DEEPSPEED))
         except (ValueError, RuntimeError, UnpicklingError) as error:
-            return f"{name} cannot be read as data: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            return (
+                f"{name} cannot be read as data:"
+                f" {(str(error).splitlines() or [type(error).__name__])[0]}"
+            )
         if named:
             return f"{name} calls {', '.join(named)}"
     return None

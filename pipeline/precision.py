@@ -1,12 +1,12 @@
 """In what precision networks compute, for matrix products and convolutions alike.
 
     fp32    IEEE single precision
-    tf32    TF32: operands of fp32 are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards since Ampere
-    bf16    torch's autocast; what it leaves in fp32 is IEEE single precision
+    tf32    TF32: operands of fp32 are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards
+    since Ampere bf16    torch's autocast; what it leaves in fp32 is IEEE single precision
 
-torch's own defaults (2.13) compute fp32 convolutions in TF32 and fp32 products in IEEE single precision. Here both are set, by
-torch's `fp32_precision`, and before that by the older `allow_tf32`, which torch.compile still reads: such a read fails where the
-two disagree.
+torch's own defaults (2.13) compute fp32 convolutions in TF32 and fp32 products in IEEE single
+precision. Here both are set, by torch's `fp32_precision`, and before that by the older
+`allow_tf32`, which torch.compile still reads: such a read fails where the two disagree.
 """
 
 from __future__ import annotations
@@ -39,17 +39,22 @@ def check_precision(who: str, precision: Precision, device: torch.device) -> Non
     Raises:
         ValueError: it has none.
     """
-    if precision != "tf32" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= TF32_SINCE):
+    if precision != "tf32" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= TF32_SINCE
+    ):
         return
     got = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     raise ValueError(
-        f"{who}: precision='tf32' must have an NVIDIA card of compute capability 8.0 or newer; got {got}: take 'fp32' or 'bf16'"
+        f"{who}: precision='tf32' must have an NVIDIA card of compute capability 8.0 or newer; got"
+        f" {got}: take 'fp32' or 'bf16'"
     )
 
 
 @contextmanager
 def products_in(precision: Precision) -> Iterator[None]:
-    """Inside, fp32 products and convolutions on a card are computed in this precision; afterwards as before."""
+    """Inside, fp32 products and convolutions on a card are computed in this precision; afterwards
+    as before.
+    """
     before = [operation.fp32_precision for operation in _operations()]
     _set_products(precision)
     try:
@@ -66,7 +71,9 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 for what torch lists as safe in it (matrix products, convolutions); parameters and membranes stay fp32."""
+    """bf16 for what torch lists as safe in it (matrix products, convolutions); parameters and
+    membranes stay fp32.
+    """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -77,11 +84,16 @@ def _set_products(precision: Precision) -> None:
 def _set(precisions: Sequence[str]) -> None:
     """Of each of `_operations`."""
     product, convolution, _ = precisions
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = product == "tf32", convolution == "tf32"
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = (
+        product == "tf32",
+        convolution == "tf32",
+    )
     for operation, precision in zip(_operations(), precisions, strict=True):
         operation.fp32_precision = precision
 
 
 def _operations() -> tuple[Any, ...]:
-    """What CUDA computes of fp32 in a precision that can be chosen; a CPU has settings of its own, which stay."""
+    """What CUDA computes of fp32 in a precision that can be chosen; a CPU has settings of its own,
+    which stay.
+    """
     return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]

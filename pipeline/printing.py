@@ -1,9 +1,9 @@
 """Tables and sentences for a terminal. No word is cut at its right edge; piped output has no width.
 
-A table takes as many columns as the terminal has room for. The others stand in further tables below it, each with the key
-columns (the run's name, the rule) again. A sentence is wrapped between words. What a person copies, such as a command, a path or
-a run's name, stays in one piece: where it is longer than the terminal is wide, it stands on a line of its own.
-"""
+A table takes as many columns as the terminal has room for. The others stand in further tables below
+it, each with the key columns (the run's name, the rule) again. A sentence is wrapped between words.
+What a person copies, such as a command, a path or a run's name, stays in one piece: where it is
+longer than the terminal is wide, it stands on a line of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.text import Text
 
 NO_WIDTH = 10_000
-"""that a console says where it has none; what others print on it, such as a suite's own report, is wrapped there"""
+"""that a console says where it has none; what others print on it, such as a suite's own report, is
+wrapped there
+"""
 _GAP = 2  # between columns
 _READABLE = 28  # characters of a wrapped column of a table, at least, if its text is that long
 _LINES = 3  # of a wrapped cell, if its text is shorter than that many times _READABLE
@@ -28,7 +30,9 @@ _KEPT = "\0"  # in the place of a space at which a line must not end
 
 @dataclass(frozen=True)
 class Column:
-    """Its header is wrapped between words. So are its values where it `wraps`; else they stay in one piece."""
+    """Its header is wrapped between words. So are its values where it `wraps`; else they stay in
+    one piece.
+    """
 
     title: str
     is_right: bool = False
@@ -44,7 +48,9 @@ def prose(title: str) -> Column:
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Of stdout or stderr: as wide as the terminal, or without a width, whatever the environment says, where there is none."""
+    """Of stdout or stderr: as wide as the terminal, or without a width, whatever the environment
+    says, where there is none.
+    """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr) if is_terminal else Console(stderr=stderr, width=NO_WIDTH)
 
@@ -53,12 +59,20 @@ def has_width(console: Console) -> bool:
     return console.width < NO_WIDTH
 
 
-def say(console: Console, text: str, *, label: str | Text = "", whole: Iterable[str] = (), style: str = "") -> None:
+def say(
+    console: Console,
+    text: str,
+    *,
+    label: str | Text = "",
+    whole: Iterable[str] = (),
+    style: str = "",
+) -> None:
     """Print a sentence, wrapped between words.
 
     Args:
-        label: stands before the first line; the others are indented by its width, unless that is half of a line.
-        whole: parts of the text, such as commands, in which no line may end; those between backticks need not be named.
+        label: stands before the first line; the others are indented by its width, unless that is
+        half of a line. whole: parts of the text, such as commands, in which no line may end; those
+        between backticks need not be named.
     """
     label = Text(label) if isinstance(label, str) else label.copy()
     width = _width(console)
@@ -78,7 +92,9 @@ def say(console: Console, text: str, *, label: str | Text = "", whole: Iterable[
 
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
-    """Names and values beside one another; a name that is longer than half a line stands above its value."""
+    """Names and values beside one another; a name that is longer than half a line stands above its
+    value.
+    """
     most = _width(console) // 2
     width = max((cell_len(name) for name in fields if cell_len(name) <= most), default=0)
     for name, value in fields.items():
@@ -89,17 +105,23 @@ def print_fields(console: Console, fields: Mapping[str, str]) -> None:
 
 
 def print_table(
-    console: Console, columns: Sequence[str | Column], rows: Iterable[Sequence[str]], *, title: str = "", keys: int = 1
+    console: Console,
+    columns: Sequence[str | Column],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str = "",
+    keys: int = 1,
 ) -> None:
     """Print a table, and what does not fit beside its key columns in further tables below it.
 
     Args:
         columns: a title alone is that of a column of text.
-        rows: cells. A cell may have several lines; in piped output they are joined. A tab in a cell is a gap where one table
-            holds all columns, and a new line where it does not.
+        rows: cells. A cell may have several lines; in piped output they are joined. A tab in a cell
+            is a gap where one table holds all columns, and a new line where it does not.
         title: stands above the first table.
-        keys: how many of the first columns are repeated in each further table. Where these are two or more, a terminal shows
-            the first one's value once for neighbouring rows that share it.
+        keys: how many of the first columns are repeated in each further table. Where these are two
+            or more, a terminal shows the first one's value once for neighbouring rows that share
+            it.
     """
     if title:
         say(console, title, style="italic")
@@ -118,7 +140,13 @@ def print_table(
 
 class _Table:
     def __init__(
-        self, columns: Sequence[str | Column], rows: Sequence[Sequence[str]], keys: int, width: int, *, side_by_side: bool
+        self,
+        columns: Sequence[str | Column],
+        rows: Sequence[Sequence[str]],
+        keys: int,
+        width: int,
+        *,
+        side_by_side: bool,
     ) -> None:
         self._columns = [Column(each) if isinstance(each, str) else each for each in columns]
         self._has_width, self._width = width < sys.maxsize, width
@@ -126,21 +154,29 @@ class _Table:
         tab, line = (gap if side_by_side else "\n"), ("\n" if self._has_width else gap)
         self._rows = [[cell.replace("\t", tab).replace("\n", line) for cell in row] for row in rows]
         self._keys, self._others = list(range(keys)), list(range(keys, len(columns)))
-        texts = [[column.title, *(row[index] for row in self._rows)] for index, column in enumerate(self._columns)]
+        texts = [
+            [column.title, *(row[index] for row in self._rows)]
+            for index, column in enumerate(self._columns)
+        ]
         self._whole = [max(map(_longest_line, of_column)) for of_column in texts]
-        self._unwrapped = [max(_longest_word(title), *map(_longest_line, cells), 0) for title, *cells in texts]
+        self._unwrapped = [
+            max(_longest_word(title), *map(_longest_line, cells), 0) for title, *cells in texts
+        ]
         self._least = [self._narrowest(index, of_column) for index, of_column in enumerate(texts)]
 
     def layout(self) -> tuple[list[list[int]], bool]:
-        """The columns of each table; and whether each row's keys stand above its values, for want of room beside them.
+        """The columns of each table; and whether each row's keys stand above its values, for want
+        of room beside them.
 
-        A second table has the keys again. Keys of more than half of the width stand above if that saves a third.
-        """
+        A second table has the keys again. Keys of more than half of the width stand above if that
+        saves a third."""
         taken = _total(self._least[index] for index in self._keys)
         room = self._width - taken - _GAP
         beside, above = self._packed(room), self._packed(self._width - _GAP)
         is_too_wide = any(self._least[index] > room for index in self._others)
-        is_stacked = is_too_wide or (taken > self._width // 2 and len(beside) > 2 and len(above) < len(beside))
+        is_stacked = is_too_wide or (
+            taken > self._width // 2 and len(beside) > 2 and len(above) < len(beside)
+        )
         return (above, True) if is_stacked else (beside, False)
 
     def beside(self, part: list[int]) -> Iterator[Text]:
@@ -159,7 +195,9 @@ class _Table:
         yield from (Text(line, "bold") for line in _wrapped(key, self._width))
         yield from self._header(part, widths, indent)
         for row in self._rows:
-            yield from map(Text, _wrapped("  ".join(row[index] for index in self._keys), self._width))
+            yield from map(
+                Text, _wrapped("  ".join(row[index] for index in self._keys), self._width)
+            )
             yield from self._row(row, part, widths, indent)
 
     def _packed(self, room: int) -> list[list[int]]:
@@ -172,8 +210,12 @@ class _Table:
         return parts
 
     def _widths(self, shown: list[int], room: int) -> list[int]:
-        """Of each column: its whole width where all have that; else the least, and then those grow whose values are wrapped."""
-        whole, unwrapped, widths = ([of[index] for index in shown] for of in (self._whole, self._unwrapped, self._least))
+        """Of each column: its whole width where all have that; else the least, and then those grow
+        whose values are wrapped.
+        """
+        whole, unwrapped, widths = (
+            [of[index] for index in shown] for of in (self._whole, self._unwrapped, self._least)
+        )
         if _total(whole) <= room:
             return whole
         for _ in range(room - _total(widths)):
@@ -187,16 +229,24 @@ class _Table:
         if not self._columns[index].wraps:
             return self._unwrapped[index]
         longest = max(map(_longest_word, texts))
-        return min(max(longest, min(math.ceil(self._unwrapped[index] / _LINES), _READABLE)), self._width - _GAP)
+        return min(
+            max(longest, min(math.ceil(self._unwrapped[index] / _LINES), _READABLE)),
+            self._width - _GAP,
+        )
 
     def _header(self, shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
         """Its last lines stand side by side."""
-        blocks = [_wrapped(self._columns[index].title, width) for index, width in zip(shown, widths, strict=True)]
+        blocks = [
+            _wrapped(self._columns[index].title, width)
+            for index, width in zip(shown, widths, strict=True)
+        ]
         height = max(map(len, blocks), default=0)
         blocks = [[""] * (height - len(block)) + block for block in blocks]
         yield from (Text(line, "bold") for line in self._lines(blocks, shown, widths, indent))
 
-    def _row(self, row: Sequence[str], shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
+    def _row(
+        self, row: Sequence[str], shown: list[int], widths: list[int], indent: str = ""
+    ) -> Iterator[Text]:
         blocks = [
             [
                 piece
@@ -207,7 +257,9 @@ class _Table:
         ]
         yield from map(Text, self._lines(blocks, shown, widths, indent))
 
-    def _lines(self, blocks: list[list[str]], shown: list[int], widths: list[int], indent: str) -> Iterator[str]:
+    def _lines(
+        self, blocks: list[list[str]], shown: list[int], widths: list[int], indent: str
+    ) -> Iterator[str]:
         rights = [self._columns[index].is_right for index in shown]
         for pieces in zip_longest(*blocks, fillvalue=""):
             cells = (_aligned(*each) for each in zip(pieces, widths, rights, strict=True))

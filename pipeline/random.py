@@ -1,6 +1,8 @@
-"""Random numbers as a pure function of counters: the same on any rank, in any thread, after any restart.
+"""Random numbers as a pure function of counters: the same on any rank, in any thread, after any
+restart.
 
-    z = mix(seed + g);  z = mix((z ^ epoch) + g);  z = mix((z ^ index) + g);  bits = mix((z ^ draw) + g)
+    z = mix(seed + g);  z = mix((z ^ epoch) + g);  z = mix((z ^ index) + g);  bits = mix((z ^ draw)
+    + g)
 
 with the increment g and the finaliser `mix` of splitmix64, all modulo 2^64. The global generators
 of Python, numpy and torch are neither read nor moved.
@@ -23,8 +25,16 @@ ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
 COUNTED = 11  # which samples of an evaluation are counted on, see measure/activity.py and evenly.py
 PAGE = 10  # which samples have their pages compared, see data/page_checks.py
-DONOR = 9  # the order of an evaluation set in which each sample is the donor of the one before, see benchmarks/carryover.py
-MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100  # with the step for the epoch, see mixing.py
+# the order of an evaluation set in which each sample is the donor of the one before, see
+# benchmarks/carryover.py
+DONOR = 9
+MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = (
+    96,
+    97,
+    98,
+    99,
+    100,
+)  # with the step for the epoch, see mixing.py
 COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which, 2 magnitude, 3 sign)
 ERASE = 136  # whether; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
 ERASE_PIXELS = 1 << 20  # and upwards: 4 pixels a draw
@@ -71,7 +81,9 @@ def counter_hash(*counters: int) -> int:
     return z
 
 
-def bits(seed: ArrayLike, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike) -> NDArray[np.uint64]:
+def bits(
+    seed: ArrayLike, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike
+) -> NDArray[np.uint64]:
     """64 random bits for each (seed, epoch, index, draw), broadcast as numpy does."""
     z: Any = np.uint64(0)
     with np.errstate(over="ignore"):  # 2^64 wraps by design; numpy warns of it for scalars alone

@@ -1,7 +1,8 @@
-"""What a recipe is made of as JSON, and back: a part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...}`.
+"""What a recipe is made of as JSON, and back: a part is `{"target": name, "kwargs": ...}`, a frozen
+value `{"value": name, ...}`.
 
-Names are dotted paths. Reading imports what they name, and so admits alone what is trusted: packages, modules, single callables.
-"""
+Names are dotted paths. Reading imports what they name, and so admits alone what is trusted:
+packages, modules, single callables."""
 
 from __future__ import annotations
 
@@ -21,13 +22,18 @@ _ABSENT = "(absent)"
 
 
 def encode(value: Any, *, paths: bool) -> Any:
-    """The JSON form of a field; without `paths`, keywords that say where something lies are left out.
+    """The JSON form of a field; without `paths`, keywords that say where something lies are left
+    out.
 
     Raises:
         ValueError: a value that has no JSON form, or a callable that cannot be imported again.
     """
     if isinstance(value, Spec):
-        kwargs = {key: encode(item, paths=paths) for key, item in value.kwargs.items() if paths or not is_path(value.target, key)}
+        kwargs = {
+            key: encode(item, paths=paths)
+            for key, item in value.kwargs.items()
+            if paths or not is_path(value.target, key)
+        }
         return {"target": dotted(value.target), "kwargs": kwargs}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -38,9 +44,15 @@ def encode(value: Any, *, paths: bool) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kwargs = {each.name: encode(getattr(value, each.name), paths=paths) for each in dataclasses.fields(value) if each.init}
+        kwargs = {
+            each.name: encode(getattr(value, each.name), paths=paths)
+            for each in dataclasses.fields(value)
+            if each.init
+        }
         return {"value": dotted(type(value)), "kwargs": kwargs}
-    raise ValueError(f"recipe: {value!r} cannot be written to recipe.json; use numbers, text, lists or spec(...)")
+    raise ValueError(
+        f"recipe: {value!r} cannot be written to recipe.json; use numbers, text, lists or spec(...)"
+    )
 
 
 def decode(value: Any, trusted: Collection[str]) -> Any:
@@ -61,11 +73,19 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
 
 
 def targets(encoded: Any) -> Iterator[str]:
-    """The dotted names of all parts and frozen values in a recipe's JSON: what reading it imports."""
+    """The dotted names of all parts and frozen values in a recipe's JSON: what reading it
+    imports.
+    """
     for kind in ("target", "value"):
         if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
             yield encoded[kind]
-    for item in encoded.values() if isinstance(encoded, Mapping) else encoded if isinstance(encoded, list) else ():
+    for item in (
+        encoded.values()
+        if isinstance(encoded, Mapping)
+        else encoded
+        if isinstance(encoded, list)
+        else ()
+    ):
         yield from targets(item)
 
 
@@ -129,19 +149,27 @@ def dotted(target: Callable[..., Any]) -> str:
     """
     name = f"{target.__module__}.{target.__qualname__}"
     if "<" in name:
-        raise ValueError(f"recipe: {name} has no importable name; define it at the top level of a module")
+        raise ValueError(
+            f"recipe: {name} has no importable name; define it at the top level of a module"
+        )
     return name
 
 
-def imported(name: Any, trusted: Collection[str], *, who: str = "recipe.json") -> Callable[..., Any]:
+def imported(
+    name: Any, trusted: Collection[str], *, who: str = "recipe.json"
+) -> Callable[..., Any]:
     """The callable of a dotted name.
 
     Raises:
-        ValueError: one that is not trusted, makes no parts, or does not exist; in the name of `who` asks.
+        ValueError: one that is not trusted, makes no parts, or does not exist; in the name of `who`
+        asks.
     """
     if not isinstance(name, str):
         raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
-    refusal = f"{who}: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its package with --trust"
+    refusal = (
+        f"{who}: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its"
+        " package with --trust"
+    )
     if not is_inside(name, trusted):
         raise ValueError(refusal)
     parts = name.split(".")
@@ -157,25 +185,35 @@ def imported(name: Any, trusted: Collection[str], *, who: str = "recipe.json") -
             if not hasattr(found, part):
                 raise ValueError(f"{who}: {name} does not exist in this installation")
             found = getattr(found, part)
-        # `pipeline.teachers.cache.os.system` begins with a trusted name: what counts is where the object was defined.
+        # `pipeline.teachers.cache.os.system` begins with a trusted name: what counts is where the
+        # object was defined.
         defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
         if not callable(found) or not is_inside(defined, trusted):
             raise ValueError(refusal)
         if not _makes_parts(found):
-            raise ValueError(f"{who}: {name} must be a class, a class method or a function of a module; it is none of them")
+            raise ValueError(
+                f"{who}: {name} must be a class, a class method or a function of a module; it is"
+                " none of them"
+            )
         return found
     raise ValueError(f"{who}: {name} does not exist in this installation")
 
 
 def _makes_parts(found: Any) -> bool:
-    """A method does not, which whoever writes recipe.json could hand an object of their own as `self`."""
+    """A method does not, which whoever writes recipe.json could hand an object of their own as
+    `self`.
+    """
     if inspect.ismethod(found):
         return isinstance(found.__self__, type)
-    return isinstance(found, type) or getattr(found, "__qualname__", "") == getattr(found, "__name__", None)
+    return isinstance(found, type) or getattr(found, "__qualname__", "") == getattr(
+        found, "__name__", None
+    )
 
 
 def _frozen_value(name: str, kwargs: dict[str, Any], trusted: Collection[str]) -> Any:
-    """Such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing else."""
+    """Such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing
+    else.
+    """
     made = imported(name, trusted)
     if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
         raise ValueError(f"recipe.json: {name} must be a dataclass to be a value; it is not")
@@ -194,7 +232,9 @@ def is_inside(name: str, trusted: Collection[str]) -> bool:
 
 
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command line."""
+    """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command
+    line.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         for kind in ("target", "value"):  # a Spec, a frozen value
             if set(a) == set(b) == {kind, "kwargs"} and a[kind] != b[kind]:

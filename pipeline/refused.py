@@ -12,13 +12,18 @@ class Refused(ValueError):
 class Diverged(Refused):
     """Training has left all bounds: a loss, a gradient or weights that are not finite.
 
-    A failure where somebody wants the network; an answer where a trial asks how a learning rate does.
+    A failure where somebody wants the network; an answer where a trial asks how a learning rate
+    does.
     """
 
 
 def remedy(lr: Any, clip_norm: Any) -> str:
-    """What to change in a recipe whose training diverged, by its `optimizer.lr` and `clip_norm`, where they are known."""
-    rate = f"lower optimizer.lr ({lr:g})" if isinstance(lr, int | float) else "lower the learning rate"
+    """What to change in a recipe whose training diverged, by its `optimizer.lr` and `clip_norm`,
+    where they are known.
+    """
+    rate = (
+        f"lower optimizer.lr ({lr:g})" if isinstance(lr, int | float) else "lower the learning rate"
+    )
     return (
         f"{rate} or clip_norm ({clip_norm:g})"
         if isinstance(clip_norm, int | float) and clip_norm

@@ -1,7 +1,9 @@
-"""Learning rates as pure functions of the step: `Schedule(step)` sets them, so that resuming needs no state.
+"""Learning rates as pure functions of the step: `Schedule(step)` sets them, so that resuming needs
+no state.
 
-Each is called with the optimizer, the global batches of the run (of a phase, where it has phases) and those of one epoch.
-timm's schedulers do the arithmetic. DeepSpeed is never handed one: it would step it by its own count.
+Each is called with the optimizer, the global batches of the run (of a phase, where it has phases)
+and those of one epoch. timm's schedulers do the arithmetic. DeepSpeed is never handed one: it would
+step it by its own count.
 """
 
 from __future__ import annotations
@@ -33,16 +35,18 @@ def cosine(
     by: Literal["step", "epoch"] = "step",
     starts: Literal["at_once", "after_warmup"] = "at_once",
 ) -> Schedule:
-    """Half a cosine from the optimizer's learning rate down to `floor`, behind a linear warm-up from 0.
+    """Half a cosine from the optimizer's learning rate down to `floor`, behind a linear warm-up
+    from 0.
 
         rate[s] = floor + (lr - floor) / 2 * (1 + cos(pi * (s - s0) / (steps - s0)))
 
     Args:
         warmup: share of the run spent warming up, in 0..1.
         floor: the learning rate that the cosine ends in.
-        by: "epoch" holds s at the first step of its epoch, as codes do that set the rate once an epoch. The warm-up goes by
-            step in either case.
-        starts: "at_once" has s0 = 0, so that the cosine has begun when the warm-up ends; "after_warmup" has s0 = its end.
+        by: "epoch" holds s at the first step of its epoch, as codes do that set the rate once an
+            epoch. The warm-up goes by step in either case.
+        starts: "at_once" has s0 = 0, so that the cosine has begun when the warm-up ends;
+        "after_warmup" has s0 = its end.
 
     Raises:
         ValueError: a share that is none, or another word.
@@ -53,8 +57,11 @@ def cosine(
         raise ValueError(f"cosine: starts must be 'at_once' or 'after_warmup'; got {starts!r}")
     warmup_steps = _share("cosine", "warmup", warmup, steps)
     first = warmup_steps if starts == "after_warmup" else 0
-    # Without timm's own warm-up, which would hold in the rest of an epoch whose first step lies in it.
-    scheduler = CosineLRScheduler(optimizer, t_initial=max(1, steps - first), lr_min=floor, t_in_epochs=False)
+    # Without timm's own warm-up, which would hold in the rest of an epoch whose first step lies in
+    # it.
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=max(1, steps - first), lr_min=floor, t_in_epochs=False
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
 
     def schedule(step: int) -> None:
@@ -70,12 +77,20 @@ def cosine(
 
 
 def staircase(
-    optimizer: torch.optim.Optimizer, steps: int, epoch_steps: int, *, every: float = 1 / 3, factor: float = 0.1
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    epoch_steps: int,
+    *,
+    every: float = 1 / 3,
+    factor: float = 0.1,
 ) -> Schedule:
     """The learning rate times `factor` after each `every` of the run (a share in 0..1)."""
     return _by_step(
         StepLRScheduler(
-            optimizer, decay_t=max(1, _share("staircase", "every", every, steps)), decay_rate=factor, t_in_epochs=False
+            optimizer,
+            decay_t=max(1, _share("staircase", "every", every, steps)),
+            decay_rate=factor,
+            t_in_epochs=False,
         )
     )
 
@@ -89,13 +104,17 @@ def milestones(
     factor: float = 0.1,
     warmup: float = 0.0,
 ) -> Schedule:
-    """Linear warm-up from 0, then the learning rate times `factor` at each of the places `at` in the run (shares in 0..1)."""
+    """Linear warm-up from 0, then the learning rate times `factor` at each of the places `at` in
+    the run (shares in 0..1).
+    """
     places = [_share("milestones", "at", share, steps) for share in at]
     if places != sorted(places):
         raise ValueError(f"milestones: at must rise; got at={tuple(at)}")
     scheduler = MultiStepLRScheduler(
         optimizer,
-        decay_t=[place + 1 for place in places],  # timm 1.0.31 lets a milestone m apply from step m - 1
+        decay_t=[
+            place + 1 for place in places
+        ],  # timm 1.0.31 lets a milestone m apply from step m - 1
         decay_rate=factor,
         warmup_t=_share("milestones", "warmup", warmup, steps),
         warmup_prefix=False,

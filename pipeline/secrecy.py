@@ -16,14 +16,21 @@ def is_secret(name: str) -> bool:
 
 def without_secrets(text: str) -> str:
     """A text with the names of variables in the place of their values."""
-    forms = {form: name for name, value in os.environ.items() if is_secret(name) for form in _forms(value)}
+    forms = {
+        form: name
+        for name, value in os.environ.items()
+        if is_secret(name)
+        for form in _forms(value)
+    }
     for form in sorted(forms, key=len, reverse=True):  # a value before what is a part of it
         text = text.replace(form, f"${forms[form]}")
     return text
 
 
 def _forms(value: str) -> set[str]:
-    """As it is and in one line; and as Python quotes it where it is refused: http.client as bytes, requests as text."""
+    """As it is and in one line; and as Python quotes it where it is refused: http.client as bytes,
+    requests as text.
+    """
     plain = (value, value.strip(), " ".join(value.split()))
     forms = {*plain, *(quoted(each)[1:-1] for each in plain for quoted in (repr, ascii))}
     return {form for form in forms if len(form) >= LEAST_SECRET}

@@ -1,4 +1,6 @@
-"""A buildable part of a recipe: a callable and its keywords, checked against the real signature where they are written."""
+"""A buildable part of a recipe: a callable and its keywords, checked against the real signature
+where they are written.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,24 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Spec:
-    """A callable and its keywords, checked against the real signature when written and called when built."""
+    """A callable and its keywords, checked against the real signature when written and called when
+    built.
+    """
 
     target: Callable[..., Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in self.kwargs.items()}
+        kwargs = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in self.kwargs.items()
+        }
         _check_keywords(self.target, kwargs)
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
     def build(self, *args: Any, **more: Any) -> Any:
-        """Call the target; nested specs are built first. `args` and `more` are what only the running process knows.
+        """Call the target; nested specs are built first. `args` and `more` are what only the
+        running process knows.
 
         Raises:
             ValueError: an argument that the target needs and nobody gave.
@@ -35,7 +43,9 @@ class Spec:
         try:
             inspect.signature(self.target).bind(*args, **kwargs)
         except TypeError as error:
-            raise ValueError(f"{self.target.__name__}: {error}; it accepts {accepted_text(self.target)}") from error
+            raise ValueError(
+                f"{self.target.__name__}: {error}; it accepts {accepted_text(self.target)}"
+            ) from error
         return self.target(*args, **kwargs)
 
     def with_(self, **changes: Any) -> Spec:
@@ -51,7 +61,11 @@ class Spec:
         return Spec, (self.target, dict(self.kwargs))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and self.target is other.target and dict(self.kwargs) == dict(other.kwargs)
+        return (
+            isinstance(other, Spec)
+            and self.target is other.target
+            and dict(self.kwargs) == dict(other.kwargs)
+        )
 
     def __hash__(self) -> int:
         return hash((self.target, tuple(self.kwargs)))
@@ -61,7 +75,8 @@ def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:
     """Write a buildable part of a recipe: `rule=spec(SLTT, k=1)`.
 
     Raises:
-        ValueError: a keyword that the target's signature does not have, or a value its annotation does not admit.
+        ValueError: a keyword that the target's signature does not have, or a value its annotation
+        does not admit.
     """
     return Spec(target, kwargs)
 
@@ -73,7 +88,9 @@ def is_path(target: Callable[..., Any], key: str) -> bool:
 
 
 def reference_to(name: str) -> str:
-    """`@NAME`, in the place of a path: what the run of recipe NAME, in the same suite, will have learnt."""
+    """`@NAME`, in the place of a path: what the run of recipe NAME, in the same suite, will have
+    learnt.
+    """
     return f"@{name}"
 
 
@@ -92,9 +109,14 @@ def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> No
     for key, value in kwargs.items():
         if key not in _accepted(parameters):
             if not open_ended:
-                raise ValueError(f"{target.__name__}: unexpected keyword {key!r}; it accepts {accepted_text(target)}")
+                raise ValueError(
+                    f"{target.__name__}: unexpected keyword {key!r}; it accepts"
+                    f" {accepted_text(target)}"
+                )
         elif key in hints and not admits(hints[key], value):
-            raise ValueError(f"{target.__name__}: {key} must be {type_name(hints[key])}; got {_shown(value)}")
+            raise ValueError(
+                f"{target.__name__}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
+            )
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -113,15 +135,23 @@ def accepted_text(target: Callable[..., Any], prefix: str = "") -> str:
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):  # an annotation that only a type checker can resolve checks nothing here
+    except (
+        NameError,
+        TypeError,
+        AttributeError,
+    ):  # an annotation that only a type checker can resolve checks nothing here
         return {}
 
 
-def arguments_of(cls: type, value: Any, *, who: str, besides: Collection[str] = ()) -> dict[str, Any]:
-    """What JSON holds of a dataclass of plain values; the fields `besides` are the caller's to give.
+def arguments_of(
+    cls: type, value: Any, *, who: str, besides: Collection[str] = ()
+) -> dict[str, Any]:
+    """What JSON holds of a dataclass of plain values; the fields `besides` are the caller's to
+    give.
 
     Raises:
-        ValueError: no object, a field that is missing or that there is not, or a value of another type.
+        ValueError: no object, a field that is missing or that there is not, or a value of another
+        type.
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{who}: must be an object; got {value!r}")
@@ -139,7 +169,9 @@ def arguments_of(cls: type, value: Any, *, who: str, besides: Collection[str] = 
 
 
 def admits(hint: Any, value: Any) -> bool:
-    """Whether a value fits an annotation, as far as plain values go; a Spec fits wherever a built object is asked for."""
+    """Whether a value fits an annotation, as far as plain values go; a Spec fits wherever a built
+    object is asked for.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or isinstance(hint, typing.TypeVar):
         return True
@@ -160,12 +192,16 @@ def admits(hint: Any, value: Any) -> bool:
         return isinstance(value, (int, float) if plain is float else plain)
     if plain is Path or plain is os.PathLike:
         return isinstance(value, (str, os.PathLike))
-    if plain in (tuple, list) and isinstance(value, (list, tuple)):  # a list is kept as a tuple: recipes are frozen
+    if plain in (tuple, list) and isinstance(
+        value, (list, tuple)
+    ):  # a list is kept as a tuple: recipes are frozen
         if not args:
             return True
         if plain is list or (len(args) == 2 and args[1] is Ellipsis):
             return all(admits(args[0], item) for item in value)
-        return len(args) == len(value) and all(admits(arm, item) for arm, item in zip(args, value, strict=True))
+        return len(args) == len(value) and all(
+            admits(arm, item) for arm, item in zip(args, value, strict=True)
+        )
     if isinstance(value, Spec) and plain not in (list, dict, tuple):
         return True
     try:

@@ -1,7 +1,8 @@
-"""A suite before its first child has trained: fresh weights stand in for those that its references will name.
+"""A suite before its first child has trained: fresh weights stand in for those that its references
+will name.
 
-They have the names and shapes of the weights to come, so that everything is checked in advance but what the values decide.
-"""
+They have the names and shapes of the weights to come, so that everything is checked in advance but
+what the values decide."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from pipeline.tasks import tasks_of
 
 @contextmanager
 def with_stand_ins(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
-    """Its recipes with a file of fresh weights in the place of each reference; the files are gone afterwards.
+    """Its recipes with a file of fresh weights in the place of each reference; the files are gone
+    afterwards.
 
     Raises:
         ValueError: a network that is referred to cannot be built.
@@ -34,5 +36,8 @@ def with_stand_ins(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
             recipes.append(filled(recipe, files.__getitem__))
             if recipe.name in wanted:
                 files[recipe.name] = Path(place) / f"{len(recipes)}.safetensors"
-                save_file(weights_of(build_network(recipes[-1], tasks_of(recipes[-1]))), files[recipe.name])
+                save_file(
+                    weights_of(build_network(recipes[-1], tasks_of(recipes[-1]))),
+                    files[recipe.name],
+                )
         yield tuple(recipes)

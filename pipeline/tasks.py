@@ -1,4 +1,5 @@
-"""The tasks of a run, as one of its processes sees them: their data, opened while it is needed, and what is known of them.
+"""The tasks of a run, as one of its processes sees them: their data, opened while it is needed, and
+what is known of them.
 
 A recipe without phases is one task.
 """
@@ -37,7 +38,8 @@ class Task:
             select_head(network, self.head)
         elif any(isinstance(module, MultiHead) for module in network.modules()):
             raise ValueError(
-                f"recipe: the network has several heads, so a phase must name its own; got head=None for {self.name}"
+                "recipe: the network has several heads, so a phase must name its own; got"
+                f" head=None for {self.name}"
             )
 
 
@@ -67,15 +69,16 @@ def build_data(recipe: Recipe) -> Data:
 
 
 def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
-    """Compare the content of a data set with a fingerprint, and each page of its files with its checksum.
+    """Compare the content of a data set with a fingerprint, and each page of its files with its
+    checksum.
 
     Raises:
         ValueError: the content is another, or a page is damaged.
     """
     if data.fingerprint() != fingerprint:
         raise ValueError(
-            f"data: this run was launched on content {fingerprint[:12]}; got {data.fingerprint()[:12]}: "
-            "another file lies where the recipe points"
+            f"data: this run was launched on content {fingerprint[:12]}; got"
+            f" {data.fingerprint()[:12]}: another file lies where the recipe points"
         )
     if every_page:
         data.check()
@@ -84,10 +87,23 @@ def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
 class Loaders:
     """The sets of every task for one rank; whoever opens one closes it."""
 
-    def __init__(self, tasks: Sequence[Task], recipe: Recipe, split: Split, *, rank: int = 0, threads: int = 1) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        recipe: Recipe,
+        split: Split,
+        *,
+        rank: int = 0,
+        threads: int = 1,
+    ) -> None:
         self.tasks = tuple(tasks)
         self._tries_batches = rank == 0 and is_own(recipe)
-        self._sizes = {"rank": rank, "world": split.workers, "micro_batch": split.micro_batch, "threads": threads}
+        self._sizes = {
+            "rank": rank,
+            "world": split.workers,
+            "micro_batch": split.micro_batch,
+            "threads": threads,
+        }
         self._training = {"seed": recipe.seed, "batch_size": recipe.batch_size}
         self.lengths = tuple(self._measured(index) for index in range(len(self.tasks)))
         """(samples, global batches an epoch) of each training set"""
@@ -101,7 +117,9 @@ class Loaders:
         return checked_loader(data.val(**self._sizes), data, "val")
 
     def _measured(self, task: int) -> tuple[int, int]:
-        """Both sets are opened for an instant: what is wrong with one is said before anything is trained."""
+        """Both sets are opened for an instant: what is wrong with one is said before anything is
+        trained.
+        """
         with closing(self.train(task)) as train_set, closing(self.val(task)) as val_set:
             if self._tries_batches:
                 check_first_batch(train_set, self.tasks[task].data, "train")
@@ -111,7 +129,9 @@ class Loaders:
 
 @dataclass
 class Learnt:
-    """What was known after each task: top-1 on it and on those before it, the accuracy matrix, and the rule's figures."""
+    """What was known after each task: top-1 on it and on those before it, the accuracy matrix, and
+    the rule's figures.
+    """
 
     rows: list[list[float]] = field(default_factory=list)
     figures: list[dict[str, float]] = field(default_factory=list)
@@ -121,7 +141,8 @@ class Learnt:
         self.figures.append(figures)
 
     def forgotten(self, row: Sequence[float]) -> float | None:
-        """BWT: how much better `row`, top-1 on the tasks so far, is on old ones than what each had when it was learnt.
+        """BWT: how much better `row`, top-1 on the tasks so far, is on old ones than what each had
+        when it was learnt.
 
             1/(k-1) sum_{i<k} (row[i] - rows[i][i]),      None for the first task
 

@@ -1,7 +1,8 @@
-"""The teacher of a run, as one of its processes asks it: built, its probe fitted once, its own accuracy known, its answers kept.
+"""The teacher of a run, as one of its processes asks it: built, its probe fitted once, its own
+accuracy known, its answers kept.
 
-Whatever is learnt about a teacher is stored under a key of all that decides it, in the folder of its cache or, without one,
-in the run's, so that a resume neither fits nor evaluates again.
+Whatever is learnt about a teacher is stored under a key of all that decides it, in the folder of
+its cache or, without one, in the run's, so that a resume neither fits nor evaluates again.
 
 B batch, K classes, N samples, D features
 """
@@ -54,10 +55,11 @@ class Teaching:
         return bytes_of((*self.teacher.parameters(), *self.teacher.buffers()))
 
     def __call__(self, x_B: Tensor, index_B: Tensor, epoch: int) -> Tensor:
-        """The teacher's logits `[B,K]` for one epoch's views of the samples `index_B`, fp32 and without a graph.
+        """The teacher's logits `[B,K]` for one epoch's views of the samples `index_B`, fp32 and
+        without a graph.
 
-        Where one answer is missing all of them are asked for: what others sit in a batch changes the last bits of an answer.
-        """
+        Where one answer is missing all of them are asked for: what others sit in a batch changes
+        the last bits of an answer."""
         if self.kept is None:
             return self.teacher(x_B)
         found_BK = self.kept.find(epoch, index_B)
@@ -67,29 +69,44 @@ class Teaching:
 
 
 def build_teacher(recipe: Recipe, data: Data) -> Teacher:
-    """The recipe's teacher with its weights; no random number is drawn that the student's weights would be drawn from.
+    """The recipe's teacher with its weights; no random number is drawn that the student's weights
+    would be drawn from.
 
     Raises: ValueError for what does not fit together.
     """
     assert recipe.teacher is not None
     if recipe.phases:
-        raise ValueError(f"recipe: a teacher knows the classes of one data set, so it takes no phases; got {len(recipe.phases)}")
+        raise ValueError(
+            "recipe: a teacher knows the classes of one data set, so it takes no phases; got"
+            f" {len(recipe.phases)}"
+        )
     with torch.random.fork_rng(devices=[]):
         teacher = checked_teacher(recipe.teacher.build(data), recipe.teacher)
     repeats = recipe.data.kwargs.get("repeats", 1)
     if teacher.cache is not None and (recipe.mixing is not None or repeats > 1):
         mixing = None if recipe.mixing is None else recipe.mixing.label
         raise ValueError(
-            "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither mixed nor repeated samples; "
-            f"leave teacher.cache out; got mixing={mixing}, repeats={repeats}"
+            "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither"
+            f" mixed nor repeated samples; leave teacher.cache out; got mixing={mixing},"
+            f" repeats={repeats}"
         )
     return teacher
 
 
 def open_teaching(
-    recipe: Recipe, data: Data, split: Split, *, folder: Path, steps: int, ranks: Ranks, tracker: Tracker, threads: int
+    recipe: Recipe,
+    data: Data,
+    split: Split,
+    *,
+    folder: Path,
+    steps: int,
+    ranks: Ranks,
+    tracker: Tracker,
+    threads: int,
 ) -> Teaching:
-    """Everything that comes before the first question; collective. `steps` are the global batches of the whole run."""
+    """Everything that comes before the first question; collective. `steps` are the global batches
+    of the whole run.
+    """
     teacher = ranks.together(lambda: _on_device(build_teacher(recipe, data), ranks.device))
     place = _place(recipe, data, teacher, folder)
     if teacher.probe is not None:
@@ -99,7 +116,9 @@ def open_teaching(
     kept = None
     if teacher.cache is not None:
         cache, answers = teacher.cache, place / f"seed-{recipe.seed}-{teacher.cache.storage}"
-        ranks.agree(lambda: cache.check(answers, answers=steps * recipe.batch_size, classes=data.classes))
+        ranks.agree(
+            lambda: cache.check(answers, answers=steps * recipe.batch_size, classes=data.classes)
+        )
         kept = Kept(answers, classes=data.classes, storage=cache.storage, rank=ranks.rank)
     return Teaching(teacher=teacher, accuracy=accuracy, kept=kept)
 
@@ -112,23 +131,35 @@ def _on_device(teacher: Teacher, device: torch.device) -> Teacher:
 def _place(recipe: Recipe, data: Data, teacher: Teacher, folder: Path) -> Path:
     """Where what is known of this teacher on this data set is kept."""
     probe = None if teacher.probe is None else asdict(teacher.probe)
-    key = {"data": data.fingerprint(), "views": encode(recipe.data, paths=False), "teacher": teacher.identity(), "probe": probe}
+    key = {
+        "data": data.fingerprint(),
+        "views": encode(recipe.data, paths=False),
+        "teacher": teacher.identity(),
+        "probe": probe,
+    }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     place = (folder / "teacher" if teacher.cache is None else Path(teacher.cache.folder)) / name
     place.mkdir(parents=True, exist_ok=True)
     return place
 
 
-# ---------------------------------------------------------------------------------------------------------------------- probe
+# -------------------------------------------------------------------------------------------- probe
 
 
-def _fitted(teacher: Teacher, data: Data, place: Path, tracker: Tracker, threads: int) -> dict[str, Tensor]:
-    """The head's weights, from where they are kept or fitted now and kept; rank 0 alone does this."""
+def _fitted(
+    teacher: Teacher, data: Data, place: Path, tracker: Tracker, threads: int
+) -> dict[str, Tensor]:
+    """The head's weights, from where they are kept or fitted now and kept; rank 0 alone does
+    this.
+    """
     assert teacher.probe is not None
     kept = sorted(place.glob("probe-*.safetensors"))
     if kept:
         if not _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")):
-            raise ValueError(f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is fitted again")
+            raise ValueError(
+                f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
+                " fitted again"
+            )
         return load_file(kept[0])
     begun = time.monotonic()
     features_ND, target_N = _features(teacher, data, threads)
@@ -138,21 +169,33 @@ def _fitted(teacher: Teacher, data: Data, place: Path, tracker: Tracker, threads
     temporary = place / f".probe.{os.getpid()}"  # another run may fit the same
     save_file(state, temporary)
     temporary.rename(place / f"probe-{_sha256(temporary)[:8]}.safetensors")
-    tracker.event("probe", teacher=teacher.label, views=len(target_N), top1=top1, seconds=time.monotonic() - begun)
+    tracker.event(
+        "probe",
+        teacher=teacher.label,
+        views=len(target_N),
+        top1=top1,
+        seconds=time.monotonic() - begun,
+    )
     return state
 
 
 def _features(teacher: Teacher, data: Data, threads: int) -> tuple[Tensor, Tensor]:
-    """Of the probe's views of the training part: one of each sample, in one epoch after another until there are enough."""
+    """Of the probe's views of the training part: one of each sample, in one epoch after another
+    until there are enough.
+    """
     assert teacher.probe is not None
     device = next(teacher.parameters()).device
     # Batches of one, so that no tail of the epoch is left out.
-    loader = data.train(seed=teacher.probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads)
+    loader = data.train(
+        seed=teacher.probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads
+    )
     with closing(loader):
         views = itertools.islice(_samples(loader), teacher.probe.views or loader.samples)
         features, targets = [], []
         while chunk := list(itertools.islice(views, TOGETHER)):
-            features.append(teacher.features(torch.cat([each.x for each in chunk]).to(device)).cpu())
+            features.append(
+                teacher.features(torch.cat([each.x for each in chunk]).to(device)).cpu()
+            )
             targets.append(torch.cat([each.target for each in chunk]))
     return torch.cat(features), torch.cat(targets)
 
@@ -174,7 +217,7 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------------- accuracy
+# ----------------------------------------------------------------------------------------- accuracy
 
 
 class _AsNetwork(nn.Module):
@@ -188,15 +231,27 @@ class _AsNetwork(nn.Module):
         return self.teacher(x_1B[0])[None]
 
 
-def _accuracy(recipe: Recipe, data: Data, split: Split, teacher: Teacher, place: Path, ranks: Ranks, threads: int) -> Evaluation:
-    """The teacher's own, on the samples that the student is evaluated on: once in the life of `place`, shared by the ranks."""
+def _accuracy(
+    recipe: Recipe,
+    data: Data,
+    split: Split,
+    teacher: Teacher,
+    place: Path,
+    ranks: Ranks,
+    threads: int,
+) -> Evaluation:
+    """The teacher's own, on the samples that the student is evaluated on: once in the life of
+    `place`, shared by the ranks.
+    """
     limit = recipe.evaluate_samples
     file = place / ("accuracy.json" if limit is None else f"accuracy-{limit}.json")
     known = ranks.agree(lambda: read_json(file) if file.exists() else None)
     if known is not None:
         return Evaluation(**known)
     most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
-    loader = data.val(rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads)
+    loader = data.val(
+        rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads
+    )
     with closing(loader):
         batches = inputs(loader, 1, ranks.device, most=most)
         result = evaluate(_AsNetwork(teacher), batches, CrossEntropy()).result

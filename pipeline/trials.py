@@ -1,4 +1,6 @@
-"""What a suite has done with: a run that diverged is an answer, and over like one that finished; as a trial it has lost."""
+"""What a suite has done with: a run that diverged is an answer, and over like one that finished; as
+a trial it has lost.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ __all__ = ["best", "is_over", "over_in", "top1_of"]
 
 
 def is_over(run: Path, *, is_needed: bool) -> bool:
-    """Whether a suite has nothing left to do for a run: it has finished, or it diverged, which it would do again.
+    """Whether a suite has nothing left to do for a run: it has finished, or it diverged, which it
+    would do again.
 
-    That a rule diverges at the value which all share is told beside what the others did there, and another value may suit it.
-    `is_needed`: others take its weights, which must have learnt something.
+    That a rule diverges at the value which all share is told beside what the others did there, and
+    another value may suit it. `is_needed`: others take its weights, which must have learnt
+    something.
     """
     return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 
@@ -29,7 +33,9 @@ def over_in(suite: Path) -> dict[str, Path]:
         ValueError: suite.json is damaged.
     """
     needed = sources_in(suite)
-    return {name: run for name, run in runs_of(suite).items() if is_over(run, is_needed=name in needed)}
+    return {
+        name: run for name, run in runs_of(suite).items() if is_over(run, is_needed=name in needed)
+    }
 
 
 def top1_of(run: Path) -> float | None:
@@ -38,6 +44,8 @@ def top1_of(run: Path) -> float | None:
 
 
 def best(top1: Mapping[str, float | None]) -> str:
-    """The name of the trial that a choice takes: the first of those that did best; one that diverged did worst."""
+    """The name of the trial that a choice takes: the first of those that did best; one that
+    diverged did worst.
+    """
     worth = {name: -math.inf if value is None else value for name, value in top1.items()}
     return max(worth, key=lambda name: worth[name])

@@ -7,12 +7,22 @@ from collections.abc import Sequence
 
 
 def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
-    """The scale and the unit in which the largest of some bytes, seconds or joules, or of what has none, is read best."""
+    """The scale and the unit in which the largest of some bytes, seconds or joules, or of what has
+    none, is read best.
+    """
     largest = max(map(abs, values), default=0.0)
     steps: tuple[tuple[float, str], ...] = {
         "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
         "s": ((7200.0, "h"), (120.0, "min"), (1.0, "s"), (1e-3, "ms")),
-        "J": ((1e6, "MJ"), (1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"), (1e-9, "nJ"), (1e-12, "pJ")),
+        "J": (
+            (1e6, "MJ"),
+            (1e3, "kJ"),
+            (1.0, "J"),
+            (1e-3, "mJ"),
+            (1e-6, "µJ"),
+            (1e-9, "nJ"),
+            (1e-12, "pJ"),
+        ),
         "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
         "rate": ((1.0, ""),),
     }[kind]
@@ -35,7 +45,9 @@ def rounded(value: float, *, digits: int = 4) -> str:
 
 
 def shown(value: float, *, kind: str) -> str:
-    """A number of bytes, seconds or joules with its unit, or as a count, a rate, a ratio or a share."""
+    """A number of bytes, seconds or joules with its unit, or as a count, a rate, a ratio or a
+    share.
+    """
     if kind == "share":
         return f"{value:.2%}"
     if kind == "rate":

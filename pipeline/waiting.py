@@ -17,7 +17,9 @@ def say_stage(stage: str) -> None:
 
 
 def announce_imports() -> None:
-    """Say so before the first import that takes seconds, whichever command asks for it; nothing if it was made already."""
+    """Say so before the first import that takes seconds, whichever command asks for it; nothing if
+    it was made already.
+    """
     if not any(name in sys.modules for name in _SLOW):
         sys.meta_path.insert(0, _Announcer())
 
@@ -28,7 +30,9 @@ class _Announcer(MetaPathFinder):
     def __init__(self) -> None:
         self._is_said = False
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> None:
         if fullname in _SLOW and not self._is_said:
             self._is_said = True
             say_stage(f"importing {fullname} and what else this command needs")

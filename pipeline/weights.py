@@ -32,11 +32,15 @@ class Start:
     fresh: tuple[str, ...] = ()
 
 
-def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collection[str] = ()) -> nn.Module:
+def load_run(
+    run: str | os.PathLike[str], *, which: str = "last", trust: Collection[str] = ()
+) -> nn.Module:
     """See `pipeline.load`."""
     folder = Path(run)
     if not (folder / "recipe.json").is_file():
-        raise ValueError(f"load: {folder} must be a run's folder, which holds recipe.json; it does not")
+        raise ValueError(
+            f"load: {folder} must be a run's folder, which holds recipe.json; it does not"
+        )
     recipe = Recipe.read(folder / "recipe.json", trust=trust)
     network: nn.Module = recipe.model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
@@ -44,7 +48,8 @@ def load_run(run: str | os.PathLike[str], *, which: str = "last", trust: Collect
 
 
 def load_weights(network: nn.Module, file: Path) -> nn.Module:
-    """Load every weight of a network from one file, for evaluation; the network. Published names are known for QKFormer.
+    """Load every weight of a network from one file, for evaluation; the network. Published names
+    are known for QKFormer.
 
     Raises:
         ValueError: a file that cannot be read, or weights that do not fit, the first of them named.
@@ -63,16 +68,22 @@ def place_of(run: Path) -> Place:
 
 
 def weights_file(start: Path) -> Path:
-    """The weights that `init` names: a file, or the newest verified checkpoint of a run's folder."""
+    """The weights that `init` names: a file, or the newest verified checkpoint of a run's
+    folder.
+    """
     if start.is_dir():
         return verified(place_of(start)) / WEIGHTS
     if not start.is_file():
-        raise ValueError(f"init: must be a run's folder or a weights file; got {start}, which does not exist")
+        raise ValueError(
+            f"init: must be a run's folder or a weights file; got {start}, which does not exist"
+        )
     return start
 
 
 def lasting_weights(run: Path) -> Path:
-    """The weights of a run that is over, in a file of its folder that a recipe.json may name: what is fetched goes again."""
+    """The weights of a run that is over, in a file of its folder that a recipe.json may name: what
+    is fetched goes again.
+    """
     found, lasting = weights_file(run), run / WEIGHTS
     if not lasting.exists():
         new = run / f".{WEIGHTS}-{uuid.uuid4().hex}"
@@ -85,10 +96,11 @@ def lasting_weights(run: Path) -> Path:
 def load_start(network: nn.Module, start: Path) -> Start:
     """Load weights into a network that may have other time steps and another number of classes.
 
-    Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and is named in the answer.
-    So are the thresholds of rate-coded neurons and learnt leaks, where the file has none: it may come from the ANN of the same
-    layers, or a network of plain neurons. The learnable scales of 1-bit weights, where the file has none, begin anew from the
-    weights: it is of full precision.
+    Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and
+    is named in the answer. So are the thresholds of rate-coded neurons and learnt leaks, where the
+    file has none: it may come from the ANN of the same layers, or a network of plain neurons. The
+    learnable scales of 1-bit weights, where the file has none, begin anew from the weights: it is
+    of full precision.
     Published names are known for QKFormer.
 
     Raises:
@@ -98,9 +110,15 @@ def load_start(network: nn.Module, start: Path) -> Start:
     found = _read(file, network, who="init")
     expected = network.state_dict()
     head = _head(network)
-    thresholds = {f"{name}.threshold" for name, module in network.named_modules() if isinstance(module, RateNeuron)}
+    thresholds = {
+        f"{name}.threshold"
+        for name, module in network.named_modules()
+        if isinstance(module, RateNeuron)
+    }
     leaks = {f"{name}.leak_logit" for name in learnt_leaks(network)}
-    synapses = {f"{name}.binarizer.scale": synapse for name, synapse in binary_synapses(network).items()}
+    synapses = {
+        f"{name}.binarizer.scale": synapse for name, synapse in binary_synapses(network).items()
+    }
     scales = {key for key in synapses if key in expected}
     unknown = {key for keys in (thresholds, leaks, scales) if not keys & set(found) for key in keys}
     reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
@@ -108,7 +126,9 @@ def load_start(network: nn.Module, start: Path) -> Start:
     replaced = unknown | (in_head if in_head.intersection(reshaped) else set())
     fresh = tuple(key for key in expected if key in replaced)
     kept = {key: value for key, value in found.items() if key not in replaced}
-    if wrong := misfits(kept, {key: value for key, value in expected.items() if key not in replaced}):
+    if wrong := misfits(
+        kept, {key: value for key, value in expected.items() if key not in replaced}
+    ):
         raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {wrong}")
     network.load_state_dict(kept, strict=False)
     for key in scales & unknown:
@@ -117,7 +137,9 @@ def load_start(network: nn.Module, start: Path) -> Start:
 
 
 def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
-    """The tensors of a file, under the network's own names where they are those of a published QKFormer."""
+    """The tensors of a file, under the network's own names where they are those of a published
+    QKFormer.
+    """
     found = read_state(file, who=who)
     if not (isinstance(network, QKFormer) and is_published(found)):
         return found
@@ -128,11 +150,19 @@ def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
 
 
 def _head(network: nn.Module) -> str:
-    """`classifier`, or in a network without one the last module with weights of its own; thresholds and the like are none."""
+    """`classifier`, or in a network without one the last module with weights of its own; thresholds
+    and the like are none.
+    """
     if isinstance(getattr(network, "classifier", None), nn.Module):
         return "classifier"
-    holders = [name for name, module in network.named_modules() if list(module.parameters(recurse=False))]
-    return [name for name in holders if not isinstance(network.get_submodule(name), (RateNeuron, PLIF, Binarizer))][-1]
+    holders = [
+        name for name, module in network.named_modules() if list(module.parameters(recurse=False))
+    ]
+    return [
+        name
+        for name in holders
+        if not isinstance(network.get_submodule(name), (RateNeuron, PLIF, Binarizer))
+    ][-1]
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
@@ -141,7 +171,10 @@ def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
     if recipe.init is not None:
         inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
     if recipe.teacher is not None:
-        inputs |= {f"teacher.{key}": hashlib.sha256(file.read_bytes()).hexdigest() for key, file in _files(recipe.teacher)}
+        inputs |= {
+            f"teacher.{key}": hashlib.sha256(file.read_bytes()).hexdigest()
+            for key, file in _files(recipe.teacher)
+        }
     return inputs
 
 

@@ -1,4 +1,6 @@
-"""One process of a run: it composes its parts and trains with them, again where it can go on by itself, to the end."""
+"""One process of a run: it composes its parts and trains with them, again where it can go on by
+itself, to the end.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,11 @@ from pipeline.run.writer import journal, only_writer
 from pipeline.track.base import Tracker
 
 
-def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Attempt) -> dict[str, Any] | None:
-    """Train a run from wherever its folder stands to its end; the summary (on rank 0), or None when it was asked to stop.
+def run(
+    job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Attempt
+) -> dict[str, Any] | None:
+    """Train a run from wherever its folder stands to its end; the summary (on rank 0), or None when
+    it was asked to stop.
 
     `attempt_of` makes the attempt; benchmarks look over its shoulder.
 
@@ -52,7 +57,12 @@ def run(job: Job, place: Place, *, attempt_of: Callable[[Parts], Attempt] = Atte
 
 
 def _run(
-    job: Job, place: Place, ranks: Ranks, clock: Clock, began: float, attempt_of: Callable[[Parts], Attempt]
+    job: Job,
+    place: Place,
+    ranks: Ranks,
+    clock: Clock,
+    began: float,
+    attempt_of: Callable[[Parts], Attempt],
 ) -> dict[str, Any] | None:
     folder = Path(job.run)
     watchdog = Watchdog(folder, rank=ranks.rank, patience_s=60 * job.hang_minutes)
@@ -82,12 +92,17 @@ def _attempt(
     attempt_of: Callable[[Parts], Attempt],
 ) -> dict[str, Any] | None:
     try:
-        return _run_in_memory(attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began)), ranks, tracker)
+        return _run_in_memory(
+            attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began)), ranks, tracker
+        )
     except Refused:
         raise  # every rank knows
     except ValueError as error:
         ranks.raise_if_gone(error)
-        if ranks.size > 1:  # the others wait for this rank: only its death frees them, and then the note speaks to all
+        if (
+            ranks.size > 1
+            # the others wait for this rank: only its death frees them, and then the note speaks to all
+        ):
             note_refusal(Path(job.run), error)
             raise
         raise refusal_of(error) from error
@@ -100,7 +115,9 @@ def _run_in_memory(attempt: Attempt, ranks: Ranks, tracker: Tracker) -> dict[str
         if not is_out_of_memory(error):
             raise
         parts = attempt.parts
-        samples = halve(Path(parts.job.run), parts.split, split_of=lambda limit: _split_of(parts, limit))
+        samples = halve(
+            Path(parts.job.run), parts.split, split_of=lambda limit: _split_of(parts, limit)
+        )
         tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))
         if ranks.size > 1:
             raise  # the others wait for this rank: only its death frees them
@@ -108,7 +125,9 @@ def _run_in_memory(attempt: Attempt, ranks: Ranks, tracker: Tracker) -> dict[str
 
 
 def _split_of(parts: Parts, limit: int) -> Split:
-    """As the next attempt will cut a batch, or refuse to, where at most so many samples may be held at a time."""
+    """As the next attempt will cut a batch, or refuse to, where at most so many samples may be held
+    at a time.
+    """
     recipe = steady(fitted(parts.recipe, limit), parts.backend.network, parts.sizes)
     check_accumulation(recipe, parts.rule, parts.sizes)
     for size in parts.sizes:

@@ -1,4 +1,6 @@
-"""What the recipes of SEI-BWSNN share: two stages, and beside them what the rule is compared with."""
+"""What the recipes of SEI-BWSNN share: two stages, and beside them what the rule is compared
+with.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from pipeline.suite import Suite
 
 
 def two_stages(first: Recipe, *, part: str, **changes: Any) -> Suite:
-    """Full precision; 1-bit weights in a part of the network, from where that ended, at half its learning rate; the same by BPTT.
+    """Full precision; 1-bit weights in a part of the network, from where that ended, at half its
+    learning rate; the same by BPTT.
 
-    The last is what SLTT is read against. Latent weights have no decay, as no 1-bit synapse's have. `changes` are fields
-    of the second stage.
+    The last is what SLTT is read against. Latent weights have no decay, as no 1-bit synapse's have.
+    `changes` are fields of the second stage.
     """
     second = replace(
         first,

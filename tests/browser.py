@@ -20,7 +20,9 @@ def chromium() -> Iterator[Browser]:
     """Fails the test where there is none: a page that no browser has opened is not tested."""
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
-        pytest.fail("no chromium on this machine: infra/setup.sh --browser installs Debian's", pytrace=False)
+        pytest.fail(
+            "no chromium on this machine: infra/setup.sh --browser installs Debian's", pytrace=False
+        )
     root = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses a sandbox to root
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=root)
@@ -48,4 +50,8 @@ class Watch:
 def violations(page: Page) -> list[str]:
     """What axe finds wrong, one line each."""
     found = Axe().run(page).response["violations"]
-    return [f"{each['id']}: {node['html'][:160]} ({node['failureSummary'][:300]})" for each in found for node in each["nodes"]]
+    return [
+        f"{each['id']}: {node['html'][:160]} ({node['failureSummary'][:300]})"
+        for each in found
+        for node in each["nodes"]
+    ]

@@ -7,17 +7,24 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "4")  # FFCV refuses more loader threads than this, also on a machine with fewer cores
+os.environ.setdefault(
+    "NUMBA_NUM_THREADS", "4"
+)  # FFCV refuses more loader threads than this, also on a machine with fewer cores
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # Ray 2.60 polls its workers every 2 s by default
+os.environ.setdefault(
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
+)  # Ray 2.60 polls its workers every 2 s by default
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
-# Tests run on the CPU, on a machine with GPUs too: their processes have a rank each, and there may be fewer cards than ranks.
-# CUDA reads the variable once, when something first asks for it; `pytest -m gpu` gets its cards back before that.
+# Tests run on the CPU, on a machine with GPUs too: their processes have a rank each, and there may
+# be fewer cards than ranks. CUDA reads the variable once, when something first asks for it; `pytest
+# -m gpu` gets its cards back before that.
 _CARDS = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever tests under nohup hands on, to all that tests start, that it is ignored
+signal.signal(
+    signal.SIGHUP, signal.SIG_DFL
+)  # whoever tests under nohup hands on, to all that tests start, that it is ignored
 
 
 def pytest_configure(config: pytest.Config) -> None:

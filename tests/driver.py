@@ -1,4 +1,6 @@
-"""A run that is driven by `spiketrain` in a process of its own, and the eyes of whoever wants to hurt it."""
+"""A run that is driven by `spiketrain` in a process of its own, and the eyes of whoever wants to
+hurt it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,13 @@ from pipeline.track.jsonl import Follower
 
 
 class Driver:
-    """`spiketrain WORDS --runs ...` of the run, started in `folder`; what it says is appended to `log`.
+    """`spiketrain WORDS --runs ...` of the run, started in `folder`; what it says is appended to
+    `log`.
 
     With a `terminal`, the descriptor of one, it is in a session of its own there.
-    It dies with whoever has started it: a test that takes too long ends its whole process, and cleans up nothing.
-    The journal is followed from where it stands now: of each event `wait_for` and the like see the next ones only.
-    """
+    It dies with whoever has started it: a test that takes too long ends its whole process, and
+    cleans up nothing. The journal is followed from where it stands now: of each event `wait_for`
+    and the like see the next ones only."""
 
     def __init__(
         self,
@@ -37,7 +40,17 @@ class Driver:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 # No preexec_fn, which may hang where a process has threads.
-                ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "pipeline", *words, "--runs", str(run.parent)],
+                [
+                    "setpriv",
+                    "--pdeathsig",
+                    "KILL",
+                    sys.executable,
+                    "-m",
+                    "pipeline",
+                    *words,
+                    "--runs",
+                    str(run.parent),
+                ],
                 stdin=terminal,
                 stdout=log if terminal is None else terminal,
                 stderr=subprocess.STDOUT,
@@ -48,7 +61,9 @@ class Driver:
         journal = run / "journal.jsonl"
         self.follower = Follower(journal, offset=journal.stat().st_size if journal.exists() else 0)
 
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 200.0) -> dict[str, Any]:
+    def wait_for(
+        self, wanted: Callable[[dict[str, Any]], bool], *, within: float = 200.0
+    ) -> dict[str, Any]:
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             for event in self.follower.poll():

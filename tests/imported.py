@@ -1,4 +1,6 @@
-"""What every rank of a test needs, imported once, by the process that forks them (tests/processes.py)."""
+"""What every rank of a test needs, imported once, by the process that forks them
+(tests/processes.py).
+"""
 
 from __future__ import annotations
 

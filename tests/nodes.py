@@ -1,7 +1,7 @@
 """A Ray cluster whose nodes a test kills, drains and adds.
 
-It is a `ray.cluster_utils.Cluster` in a process with an environment of its own. Every node is on this machine, with one CPU: room
-for one worker.
+It is a `ray.cluster_utils.Cluster` in a process with an environment of its own. Every node is on
+this machine, with one CPU: room for one worker.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from contextlib import contextmanager
 import psutil
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-"""what a process needs in its environment to join: a cluster without it would not be answered by drivers that have one"""
+"""what a process needs in its environment to join: a cluster without it would not be answered by
+drivers that have one
+"""
 
 
 class Nodes:
@@ -69,7 +71,10 @@ def nodes(environment: Mapping[str, str]) -> Iterator[Nodes]:
         try:
             yield Nodes(process)
         finally:  # never `ray stop`, which ends every Ray there is
-            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            family = [
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ]
             for each in family:
                 each.kill()
             psutil.wait_procs(family, timeout=20)
@@ -81,7 +86,9 @@ def main() -> None:
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # Cython
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     there = {}
     print(f"nodes: {cluster.address}", flush=True)
     for line in sys.stdin:

@@ -17,10 +17,11 @@ from torch import distributed, multiprocessing
 
 
 def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """`work(rank, ranks, *args)` in as many new processes joined by gloo; what each returned, by rank.
+    """`work(rank, ranks, *args)` in as many new processes joined by gloo; what each returned, by
+    rank.
 
-    They are forked by one that has imported what they need, which would take each of them 3 s, and does nothing else.
-    """
+    They are forked by one that has imported what they need, which would take each of them 3 s, and
+    does nothing else."""
     get_context("forkserver").set_forkserver_preload(["tests.imported"])
     about = work, ranks, str(folder), args, dict(os.environ)
     multiprocessing.start_processes(_rank, about, nprocs=ranks, start_method="forkserver")
@@ -28,11 +29,17 @@ def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) ->
 
 
 def _rank(
-    rank: int, work: Callable[..., Any], ranks: int, folder: str, args: tuple[Any, ...], environment: dict[str, str]
+    rank: int,
+    work: Callable[..., Any],
+    ranks: int,
+    folder: str,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
     threading.Thread(target=_end_with_the_test, daemon=True).start()
     torch.set_num_threads(1)
-    np.random.seed()  # noqa: NPY002  # as processes of their own are: what somebody draws unseeded differs between ranks
+    # as processes of their own are: what somebody draws unseeded differs between ranks
+    np.random.seed()  # noqa: NPY002
     os.environ.clear()  # of the test, and not of when the first ranks were started
     os.environ.update(environment)
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
@@ -47,13 +54,16 @@ def _rank(
     distributed.barrier()  # every result is there
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the end of the interpreter, where threads of gloo can outlive the groups that they belong to (torch 2.13): a rank
-    # was seen to abort there ("terminate called without an active exception") with its work done.
+    # Without the end of the interpreter, where threads of gloo can outlive the groups that they
+    # belong to (torch 2.13): a rank was seen to abort there ("terminate called without an active
+    # exception") with its work done.
     os._exit(0)
 
 
 def _end_with_the_test() -> None:
-    """Whose timeout ends pytest at once; the process that has forked this one would live on with it."""
+    """Whose timeout ends pytest at once; the process that has forked this one would live on with
+    it.
+    """
     parent = parent_process()
     assert parent is not None, "started by pytest"
     parent.join()

@@ -28,7 +28,9 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command line in this process: from its words to its exit code, and what it wrote to either stream, stages left out."""
+    """The command line in this process: from its words to its exit code, and what it wrote to
+    either stream, stages left out.
+    """
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["spiketrain", *words])
@@ -41,8 +43,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def without_stages(error: str) -> str:
-    """What a command wrote to stderr but the stages that it was waited for (pipeline/waiting.py)."""
-    return "".join(line for line in error.splitlines(keepends=True) if not line.startswith("spiketrain: "))
+    """What a command wrote to stderr but the stages that it was waited for
+    (pipeline/waiting.py).
+    """
+    return "".join(
+        line for line in error.splitlines(keepends=True) if not line.startswith("spiketrain: ")
+    )
 
 
 def small_recipe(**changes: Any) -> Recipe:
@@ -80,7 +86,14 @@ def make_run(folder: Path, recipe: Recipe) -> Job:
 def job_of(folder: Path, recipe: Recipe) -> Job:
     """As it was launched with this recipe, whatever its folder says by now."""
     fingerprint, told = recipe.data.build().fingerprint(), recipe.resolved().to_json()
-    return Job(run=str(folder), study="s", data_fingerprint=fingerprint, commit="c", recipe=told, run_id="r")
+    return Job(
+        run=str(folder),
+        study="s",
+        data_fingerprint=fingerprint,
+        commit="c",
+        recipe=told,
+        run_id="r",
+    )
 
 
 def train_inline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:

@@ -11,7 +11,9 @@ from pipeline.code import check_same_code, code_digest
 from pipeline.refused import Refused
 
 
-def test_it_changes_with_names_and_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_changes_with_names_and_content_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(code, "__file__", str(tmp_path / "code.py"))
     (tmp_path / "rules").mkdir()
     (file := tmp_path / "rules" / "sltt.py").write_text("leak = 0.5\n")
@@ -31,5 +33,7 @@ def test_it_changes_with_names_and_content_alone(tmp_path: Path, monkeypatch: py
 def test_whoever_runs_another_is_named() -> None:
     mine = code_digest()
     check_same_code("a", mine, each=lambda value: [value, (mine, "b")])
-    with pytest.raises(Refused, match=f"code of worker 0 on a, {mine}; got worker 2 on c 0123: install one"):
+    with pytest.raises(
+        Refused, match=f"code of worker 0 on a, {mine}; got worker 2 on c 0123: install one"
+    ):
         check_same_code("a", mine, each=lambda value: [value, (mine, "b"), ("0123", "c")])

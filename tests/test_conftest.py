@@ -23,14 +23,21 @@ def read_anew() -> ModuleType:
 
 @pytest.mark.parametrize(
     ("asked", "seen"),
-    [("gpu", ("0,1", None)), ("", ("", "cpu")), ("not full and not distributed", ("", "cpu")), ("not gpu", ("", "cpu"))],
+    [
+        ("gpu", ("0,1", None)),
+        ("", ("", "cpu")),
+        ("not full and not distributed", ("", "cpu")),
+        ("not gpu", ("", "cpu")),
+    ],
 )
 def test_cards_are_hidden_unless_they_are_asked_for(
     asked: str, seen: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": "0,1"})
     module = read_anew()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # while test files are not read yet, whatever is asked for
+    assert (
+        os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    )  # while test files are not read yet, whatever is asked for
     module.pytest_configure(SimpleNamespace(getoption={"markexpr": asked}.get))
     assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ.get("DS_ACCELERATOR")) == seen
 

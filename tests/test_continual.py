@@ -1,4 +1,6 @@
-"""Runs of several tasks: the right task at the right step, whatever killed them; a new optimizer, schedule and head in each."""
+"""Runs of several tasks: the right task at the right step, whatever killed them; a new optimizer,
+schedule and head in each.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +50,15 @@ from tests.test_worker import Killed, die_at
 
 # Steps 0-7, 8-23 (in two epochs) and 24-31.
 TASKS = tuple(
-    Phase(name=f"task-{task}", data=spec(Permuted, task=task), epochs=epochs) for task, epochs in enumerate((None, 2, None))
+    Phase(name=f"task-{task}", data=spec(Permuted, task=task), epochs=epochs)
+    for task, epochs in enumerate((None, 2, None))
 )
 
 
 class Counting(SLTT):
-    """Remembers in its state how often each task began, and learns the slower for it: one call too many moves every weight."""
+    """Remembers in its state how often each task began, and learns the slower for it: one call too
+    many moves every weight.
+    """
 
     begun: Tensor
 
@@ -68,19 +73,26 @@ class Counting(SLTT):
     def figures(self) -> dict[str, float]:
         return {"begun": float(self.begun.sum())}
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         for objective in super()._objectives(model, x_TB, loss_of, step, rows):
             assert objective.backward is not None
             yield replace(objective, backward=objective.backward / float(self.begun.sum()))
 
 
 def several(**changes: Any) -> Recipe:
-    return small_recipe(**{"name": "several", "rule": spec(Counting), "phases": TASKS, "epochs": 1, **changes})
+    return small_recipe(
+        **{"name": "several", "rule": spec(Counting), "phases": TASKS, "epochs": 1, **changes}
+    )
 
 
 def split(**changes: Any) -> Recipe:
     """Three tasks of two classes, a head each: 8 steps of 4 samples a task."""
-    phases = tuple(Phase(name=f"pair-{task}", data=spec(SplitClasses, task=task), head=task) for task in range(3))
+    phases = tuple(
+        Phase(name=f"pair-{task}", data=spec(SplitClasses, task=task), head=task)
+        for task in range(3)
+    )
     written = several(
         model=spec(multi_head, network=spec(mlp, classes=2, in_features=64, hidden=(12,)), heads=3),
         data=spec(Synthetic, samples=96, val_samples=30, classes=6, shape=(1, 8, 8)),
@@ -117,7 +129,10 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def outcome(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: summary[key] for key in ("steps", "epochs", "top1", "loss", "accuracy_matrix", "acc", "bwt", "phases")}
+    return {
+        key: summary[key]
+        for key in ("steps", "epochs", "top1", "loss", "accuracy_matrix", "acc", "bwt", "phases")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +143,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------- resumption
+# --------------------------------------------------------------------------------------- resumption
 
 
 def at_step(step: int) -> Callable[[pytest.MonkeyPatch], None]:
@@ -192,7 +207,11 @@ def at_the_end(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_killed_run_goes_on_in_the_right_task_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, killed: Callable[[pytest.MonkeyPatch], None], goes_on_at: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Path,
+    killed: Callable[[pytest.MonkeyPatch], None],
+    goes_on_at: int,
 ) -> None:
     with monkeypatch.context() as patch:
         killed(patch)
@@ -202,7 +221,9 @@ def test_a_killed_run_goes_on_in_the_right_task_to_the_same_bits(
     assert [event["step"] for event in events(tmp_path / "run", "start")] == [0, goes_on_at]
     assert same_weights(tmp_path / "run", whole, trust=["tests"])
     assert outcome(resumed) == outcome(json.loads((whole / "summary.json").read_text()))
-    rule = torch.load(step_folders(tmp_path / "run" / "checkpoints")[-1] / "rule.pt", weights_only=True)
+    rule = torch.load(
+        step_folders(tmp_path / "run" / "checkpoints")[-1] / "rule.pt", weights_only=True
+    )
     assert rule["begun"].tolist() == [1, 1, 1]
 
 
@@ -211,7 +232,8 @@ def test_a_killed_hlop_run_goes_on_in_the_right_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     untouched = train(tmp_path / "whole", protected())
-    # The task; 25 rows of 64 inputs and 15 of 24, the velocity of the newest among them, an energy each; moments of two batches.
+    # The task; 25 rows of 64 inputs and 15 of 24, the velocity of the newest among them, an energy
+    # each; moments of two batches.
     assert untouched["held"]["rule"] == 8 + 4 * (25 * 64 + 1 + 15 * 24 + 1 + 2 * (64**2 + 24**2))
     with monkeypatch.context() as patch:
         killed(patch)
@@ -223,7 +245,8 @@ def test_a_killed_hlop_run_goes_on_in_the_right_task(
     assert [phase["figures"]["free_classifier"] for phase in resumed["phases"]] == [18, 15, 12]
     assert all(0 < phase["figures"]["energy_layers.0"] <= 1 for phase in resumed["phases"])
     first, other = (
-        torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "rule.pt", weights_only=True) for name in ("whole", "run")
+        torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "rule.pt", weights_only=True)
+        for name in ("whole", "run")
     )
     assert first.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in first.items())
@@ -244,7 +267,9 @@ def test_a_run_that_is_stopped_at_a_boundary_begins_the_next_task_once(
         assert train(tmp_path / "run", several()) == {}
     assert len(events(tmp_path / "run", "phase")) == 1
     (tmp_path / "run" / "stop").unlink()
-    assert outcome(train(tmp_path / "run", several())) == outcome(json.loads((whole / "summary.json").read_text()))
+    assert outcome(train(tmp_path / "run", several())) == outcome(
+        json.loads((whole / "summary.json").read_text())
+    )
     assert [event["phase"] for event in events(tmp_path / "run", "phase")] == [0, 1, 2]
     assert same_weights(tmp_path / "run", whole, trust=["tests"])
 
@@ -253,11 +278,19 @@ def test_checkpoints_say_where_they_stand(tmp_path: Path) -> None:
     train(tmp_path / "run", several(keep=99))
     found = [read_trainer(path) for path in step_folders(tmp_path / "run" / "checkpoints")]
     places = {each["step"]: (each["phase"], each["epoch"], each["sample"]) for each in found}
-    assert [places[step] for step in (6, 8, 18, 24, 30)] == [(0, 0, 48), (1, 1, 0), (1, 2, 16), (2, 3, 0), (2, 3, 48)]
-    assert [each["step"] for each in found if each["score"] is not None] == [32]  # only there is the score one of all tasks
+    assert [places[step] for step in (6, 8, 18, 24, 30)] == [
+        (0, 0, 48),
+        (1, 1, 0),
+        (1, 2, 16),
+        (2, 3, 0),
+        (2, 3, 48),
+    ]
+    assert [each["step"] for each in found if each["score"] is not None] == [
+        32
+    ]  # only there is the score one of all tasks
 
 
-# -------------------------------------------------------------------------------------------------- what a phase begins
+# ------------------------------------------------------------------------------ what a phase begins
 
 
 def test_each_task_has_a_new_optimizer_and_schedule(tmp_path: Path) -> None:
@@ -268,14 +301,18 @@ def test_each_task_has_a_new_optimizer_and_schedule(tmp_path: Path) -> None:
     rule.attach(network)
     for phase in recipe.phases:
         optimizer = recipe.optimizer.build(network)
-        loader = phase.data.build(recipe.data.build()).train(seed=0, rank=0, world=1, batch_size=8, micro_batch=8, threads=1)
+        loader = phase.data.build(recipe.data.build()).train(
+            seed=0, rank=0, world=1, batch_size=8, micro_batch=8, threads=1
+        )
         steps = 8 * (phase.epochs or 1)
         schedule, step = cosine(optimizer, steps, 8, warmup=0.2), 0
         for _ in range(phase.epochs or 1):
             with loader.epoch(epoch) as batches:
                 for batch in batches:
                     schedule(step)
-                    for objective in rule.objectives(network, repeat(batch.x, 3), CrossEntropy()(batch.target)):
+                    for objective in rule.objectives(
+                        network, repeat(batch.x, 3), CrossEntropy()(batch.target)
+                    ):
                         assert objective.backward is not None
                         objective.backward.backward()
                     optimizer.step()
@@ -298,12 +335,17 @@ def test_a_head_learns_in_its_own_phase_alone(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     train(tmp_path / "run", split(keep=99))
-    ends = [load_file(tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / WEIGHTS) for step in (8, 16, 24)]
+    ends = [
+        load_file(tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / WEIGHTS)
+        for step in (8, 16, 24)
+    ]
     torch.manual_seed(0)
     ends = [split().model.build().state_dict(), *ends]
     moved = [
         [
-            not torch.equal(before[f"classifier.heads.{head}.weight"], after[f"classifier.heads.{head}.weight"])
+            not torch.equal(
+                before[f"classifier.heads.{head}.weight"], after[f"classifier.heads.{head}.weight"]
+            )
             for head in range(3)
         ]
         for before, after in itertools.pairwise(ends)
@@ -311,7 +353,9 @@ def test_a_head_learns_in_its_own_phase_alone(tmp_path: Path) -> None:
     assert moved == [[True, False, False], [False, True, False], [False, False, True]]
 
 
-def test_a_run_with_heads_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_heads_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     untouched = train(tmp_path / "whole", split())
     with monkeypatch.context() as patch:
         die_at(patch, 13)
@@ -321,7 +365,9 @@ def test_a_run_with_heads_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: 
     assert same_weights(tmp_path / "run", tmp_path / "whole", trust=["tests"])
 
 
-def test_only_the_sets_that_are_needed_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_sets_that_are_needed_are_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_now, most = {"train": 0, "val": 0}, {"train": 0, "val": 0}
 
     def counted(kind: str) -> Callable[..., Any]:
@@ -365,10 +411,17 @@ def raised(patch: pytest.MonkeyPatch, by: Callable[[int], float]) -> None:
     patch.setattr(CrossEntropy, "__call__", call)
 
 
-def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss is held against those of its own task, after a resume at the boundary too; a leap within a task is one."""
+def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss is held against those of its own task, after a resume at the boundary too; a leap
+    within a task is one.
+    """
     monkeypatch.setattr(guard, "WINDOW", 4)
-    raised(monkeypatch, lambda step: 1e6 if step == 14 else 0.0 if step < 8 else 1e2 if step < 24 else 1e4)
+    raised(
+        monkeypatch,
+        lambda step: 1e6 if step == 14 else 0.0 if step < 8 else 1e2 if step < 24 else 1e4,
+    )
     recipe = several(loss_spike=4.0)
     with monkeypatch.context() as patch:
         before_task(1)(patch)
@@ -379,7 +432,7 @@ def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(tmp_path: 
     assert [event["step"] for event in events(tmp_path / "run", "skipped")] == [14]
 
 
-# ------------------------------------------------------------------------------------------------------ what is reported
+# --------------------------------------------------------------------------------- what is reported
 
 
 def accuracy(network: nn.Module, task: Task, steps: int) -> float:
@@ -388,13 +441,17 @@ def accuracy(network: nn.Module, task: Task, steps: int) -> float:
     with torch.no_grad(), loader.epoch(0) as batches:
         for batch in batches:
             with fresh_state(network):
-                hits += int((network(repeat(batch.x, steps)).mean(0).argmax(-1) == batch.target).sum())
+                hits += int(
+                    (network(repeat(batch.x, steps)).mean(0).argmax(-1) == batch.target).sum()
+                )
             samples += len(batch.target)
     return hits / samples
 
 
 @pytest.mark.parametrize("recipe", [several(), split()], ids=["shared", "heads"])
-def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(tmp_path: Path, recipe: Recipe) -> None:
+def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(
+    tmp_path: Path, recipe: Recipe
+) -> None:
     summary = train(tmp_path / "run", replace(recipe, epochs=3))
     rows = summary["accuracy_matrix"]
     assert [len(row) for row in rows] == [1, 2, 3]
@@ -404,8 +461,14 @@ def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(tmp_path: Path, 
         assert rows[2][index] == pytest.approx(accuracy(network, task, recipe.time_steps))
     assert summary["acc"] == summary["top1"] == pytest.approx(sum(rows[2]) / 3)
     assert summary["bwt"] == pytest.approx((rows[2][0] - rows[0][0] + rows[2][1] - rows[1][1]) / 2)
-    assert [phase["top1"] for phase in summary["phases"]] == [rows[index][index] for index in range(3)]
-    assert [phase["figures"] for phase in summary["phases"]] == [{"begun": 1}, {"begun": 2}, {"begun": 3}]
+    assert [phase["top1"] for phase in summary["phases"]] == [
+        rows[index][index] for index in range(3)
+    ]
+    assert [phase["figures"] for phase in summary["phases"]] == [
+        {"begun": 1},
+        {"begun": 2},
+        {"begun": 3},
+    ]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy_matrix"] == rows
 
 
@@ -414,7 +477,11 @@ def test_backward_transfer_by_hand() -> None:
     tasks = tasks_of(several())
     assert learnt.metrics([0.5], tasks) == {"top1_task-0": 0.5}
     learnt.add([0.9], {})
-    assert learnt.metrics([0.7, 0.8], tasks) == {"top1_task-0": 0.7, "top1_task-1": 0.8, "bwt": pytest.approx(-0.2)}
+    assert learnt.metrics([0.7, 0.8], tasks) == {
+        "top1_task-0": 0.7,
+        "top1_task-1": 0.8,
+        "bwt": pytest.approx(-0.2),
+    }
     learnt.add([0.7, 0.8], {})
     learnt.add([0.6, 0.85, 0.9], {})
     summary = learnt.summary(tasks)
@@ -423,7 +490,10 @@ def test_backward_transfer_by_hand() -> None:
 
 
 def test_the_journal_tells_phases_and_what_each_task_still_knows(whole: Path) -> None:
-    phases = [{key: event[key] for key in ("step", "phase", "of", "name", "steps", "epochs")} for event in events(whole, "phase")]
+    phases = [
+        {key: event[key] for key in ("step", "phase", "of", "name", "steps", "epochs")}
+        for event in events(whole, "phase")
+    ]
     assert phases == [
         {"step": 0, "phase": 0, "of": 3, "name": "task-0", "steps": 8, "epochs": 1},
         {"step": 8, "phase": 1, "of": 3, "name": "task-1", "steps": 16, "epochs": 2},
@@ -432,15 +502,26 @@ def test_the_journal_tells_phases_and_what_each_task_still_knows(whole: Path) ->
     [start] = events(whole, "start")
     assert (start["total_steps"], start["epochs"]) == (32, 4)
     told = events(whole, "evaluation")
-    assert [(event["step"], event["epoch"]) for event in told] == [(8, 0), (16, 1), (24, 2), (32, 3)]
+    assert [(event["step"], event["epoch"]) for event in told] == [
+        (8, 0),
+        (16, 1),
+        (24, 2),
+        (32, 3),
+    ]
     assert "bwt" not in told[0]["metrics"]
-    assert {"top1_task-0", "top1_task-1", "bwt", "top1", "loss"} <= set(told[1]["metrics"])  # in the middle of a task, too
+    assert {"top1_task-0", "top1_task-1", "bwt", "top1", "loss"} <= set(
+        told[1]["metrics"]
+    )  # in the middle of a task, too
     rows = json.loads((whole / "summary.json").read_text())["accuracy_matrix"]
     assert [told[3]["metrics"][f"top1_task-{task}"] for task in range(3)] == rows[2]
-    assert [event["epoch"] for event in events(whole, "step")] == [0] * 8 + [1] * 8 + [2] * 8 + [3] * 8
+    assert [event["epoch"] for event in events(whole, "step")] == [0] * 8 + [1] * 8 + [2] * 8 + [
+        3
+    ] * 8
 
 
-def test_a_run_of_several_tasks_can_be_shown_listed_and_evaluated(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_several_tasks_can_be_shown_listed_and_evaluated(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = io.StringIO()
     show_recipe(several(), 1, Console(width=150, file=shown))
     assert "phases.2.data.task" in shown.getvalue()
@@ -453,7 +534,9 @@ def test_a_run_of_several_tasks_can_be_shown_listed_and_evaluated(whole: Path, c
     for line, name, top1 in zip(lines, ("task-0", "task-1", "task-2"), rows[2], strict=False):
         assert f"T = 3, {name}): top-1 {top1:.2%}" in line
     assert f"mean of 3 tasks): top-1 {sum(rows[2]) / 3:.2%}" in lines[3]
-    assert re.fullmatch(r"an inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU", lines[4])
+    assert re.fullmatch(
+        r"an inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU", lines[4]
+    )
 
 
 def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
@@ -462,26 +545,43 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
     assert [event["step"] for event in events(tmp_path / "run", "phase")] == [0, 2, 4]
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        (split(model=spec(multi_head, network=spec(mlp, classes=3, in_features=64), heads=3)), "got 3 and 2 in pair-0"),
-        (split(model=spec(multi_head, network=spec(mlp, classes=2, in_features=64), heads=2)), r"head must be in 0\.\.1; got 2"),
-        (split(model=spec(mlp, classes=2, in_features=64)), "must have several heads, see multi_head; got MLP"),
-        (split(optimizer=several().optimizer), "weight_decay must be 0 where phases have heads.*got 0.0001"),
+        (
+            split(model=spec(multi_head, network=spec(mlp, classes=3, in_features=64), heads=3)),
+            "got 3 and 2 in pair-0",
+        ),
+        (
+            split(model=spec(multi_head, network=spec(mlp, classes=2, in_features=64), heads=2)),
+            r"head must be in 0\.\.1; got 2",
+        ),
+        (
+            split(model=spec(mlp, classes=2, in_features=64)),
+            "must have several heads, see multi_head; got MLP",
+        ),
+        (
+            split(optimizer=several().optimizer),
+            "weight_decay must be 0 where phases have heads.*got 0.0001",
+        ),
         (split(batch_size=64), "batch_size must be at most the 32 samples of the set"),
         (
             several(model=spec(multi_head, network=spec(mlp, in_features=64), heads=2)),
             "a phase must name its own; got head=None for task-",
         ),
         (protected(optimizer=several().optimizer), "weight_decay must be 0"),
-        (several(phases=(TASKS[0], Phase(name="x", data=spec(SplitClasses, task=9)))), "make 5 tasks, from 0; got task=9"),
+        (
+            several(phases=(TASKS[0], Phase(name="x", data=spec(SplitClasses, task=9)))),
+            "make 5 tasks, from 0; got task=9",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path, recipe: Recipe, said: str) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, recipe: Recipe, said: str
+) -> None:
     with pytest.raises(Refused, match=said):
         train(tmp_path / "run", recipe)
 
@@ -492,7 +592,10 @@ def test_the_mean_over_tasks_counts_each_once() -> None:
     mean = mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)])
     assert mean == Evaluation(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))
     assert not math.isnan(mean.loss)
-    assert mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, None, 2.0, 0.3)]).top5 is None
+    assert (
+        mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, None, 2.0, 0.3)]).top5
+        is None
+    )
 
 
 def test_selecting_a_head_reaches_into_a_wrapped_network() -> None:

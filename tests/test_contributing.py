@@ -1,4 +1,6 @@
-"""The examples of CONTRIBUTING.md, which a contributor copies first: they import, fit together, and the rule learns."""
+"""The examples of CONTRIBUTING.md, which a contributor copies first: they import, fit together, and
+the rule learns.
+"""
 
 import re
 import sys
@@ -14,7 +16,12 @@ from pipeline.spiking.state import fresh_state
 from tests.rules.small import batch, cross_entropy, learn, lif_network
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
-NAMES = ("pipeline.rules.last_step", "pipeline.models.perceptron", "pipeline.data.digits", "recipes.digits.sltt")
+NAMES = (
+    "pipeline.rules.last_step",
+    "pipeline.models.perceptron",
+    "pipeline.data.digits",
+    "recipes.digits.sltt",
+)
 
 
 @pytest.fixture
@@ -33,7 +40,9 @@ def test_the_examples_run(modules):
     rule, model, (x_TBC, target) = modules[0].LastStep(), lif_network(), batch(3)
     rule.attach(model)
     assert len(learn(rule.objectives(model, x_TBC, cross_entropy(target)))) == 3
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()
+    )
 
     recipe = modules[3].recipe()
     network = recipe.model.build()
@@ -47,7 +56,10 @@ def test_its_data_source_gives_every_sample_once(modules):
     assert isinstance(digits, Data)
     digits.check()
     x_NP, target_N = load_digits(return_X_y=True)
-    trained = [digits.train(seed=1, rank=rank, world=2, batch_size=60, micro_batch=15, threads=1) for rank in range(2)]
+    trained = [
+        digits.train(seed=1, rank=rank, world=2, batch_size=60, micro_batch=15, threads=1)
+        for rank in range(2)
+    ]
     evaluated = [digits.val(rank=rank, world=2, micro_batch=40, threads=1) for rank in range(2)]
     assert [each.steps_per_epoch for each in trained] == [1500 // 60] * 2
     for loaders, first, count in ((trained, 0, 1500), (evaluated, 1500, 297)):

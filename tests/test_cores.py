@@ -1,4 +1,6 @@
-"""Cores of one's own: taken once, by every thread, waited for, and free again when their holder dies."""
+"""Cores of one's own: taken once, by every thread, waited for, and free again when their holder
+dies.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ import pytest
 import torch
 
 from pipeline import cores as cores_module
-from pipeline.cores import NodeCores, cores_of_a_node, cores_of_machines, near_cores, own_cores, physical_cores
+from pipeline.cores import (
+    NodeCores,
+    cores_of_a_node,
+    cores_of_machines,
+    near_cores,
+    own_cores,
+    physical_cores,
+)
 from pipeline.refused import Refused
 
 HOLDER = """
@@ -55,7 +64,10 @@ def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
                 with own_cores(1, folder=tmp_path) as mine:
                     assert theirs not in mine
             said = f"a worker needs {everything} of its own; too few of this machine's {everything}"
-            with pytest.raises(Refused, match=said), own_cores(everything, folder=tmp_path, patience_s=0.1):
+            with (
+                pytest.raises(Refused, match=said),
+                own_cores(everything, folder=tmp_path, patience_s=0.1),
+            ):
                 pass
         finally:
             other.send_signal(signal.SIGKILL)
@@ -78,10 +90,16 @@ def test_a_cluster_has_the_cores_of_its_machines_once_and_no_more_than_it_was_gi
     [
         ({}, (0, 1, 3), {"0": (0,), "1": (1,), "3": (3,)}),
         ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, (0, 1, 2, 3), {"0": (0, 2), "1": (1, 3)}),
-        ({0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"}, (1, 2, 3), {"0": (1,), "2": (2, 3)}),  # one is not for this process
+        (
+            {0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"},
+            (1, 2, 3),
+            {"0": (1,), "2": (2, 3)},
+        ),  # one is not for this process
     ],
 )
-def test_siblings_are_one_core(siblings: dict[int, str], logical: tuple[int, ...], expected: dict, tmp_path: Path) -> None:
+def test_siblings_are_one_core(
+    siblings: dict[int, str], logical: tuple[int, ...], expected: dict, tmp_path: Path
+) -> None:
     for core, text in siblings.items():
         folder = tmp_path / f"cpu{core}" / "topology"
         folder.mkdir(parents=True)
@@ -89,7 +107,7 @@ def test_siblings_are_one_core(siblings: dict[int, str], logical: tuple[int, ...
     assert physical_cores(logical, topology=tmp_path) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------- near a card
+# -------------------------------------------------------------------------------------- near a card
 
 CARD = torch.device("cuda", 0)
 EVERY = sorted(os.sched_getaffinity(0))
@@ -110,11 +128,15 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         nvmlDeviceGetPciInfo=lambda handle: pynvml.nvmlPciInfo_t(busId=b"00000000:3B:00.0"),
     )
     monkeypatch.setattr(cores_module, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc")
+    )
     folder = tmp_path / "0000:3b:00.0"
     folder.mkdir()
     (folder / "numa_node").write_text("1\n")
-    (folder / "local_cpulist").write_text(f"{EVERY[-1]},5000-5031,6000\n")  # of which this process has the first alone
+    (folder / "local_cpulist").write_text(
+        f"{EVERY[-1]},5000-5031,6000\n"
+    )  # of which this process has the first alone
     return folder
 
 
@@ -130,7 +152,9 @@ def test_a_worker_keeps_to_the_cores_of_its_cards_node(card: Path) -> None:
 
 
 def test_a_worker_stays_where_it_is(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a card, with too few cores near it, on a machine of one node, and where nothing tells of any."""
+    """Without a card, with too few cores near it, on a machine of one node, and where nothing tells
+    of any.
+    """
     assert kept_on(torch.device("cpu"), card) == EVERY
     assert kept_on(CARD, card, at_least=2) == EVERY
     (card / "local_cpulist").write_text("5000-5031\n")  # none of them this process's

@@ -1,4 +1,6 @@
-"""Latent weights have no weight decay, whatever makes the optimizer; everything else has what it had."""
+"""Latent weights have no weight decay, whatever makes the optimizer; everything else has what it
+had.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def latents_alone(model: nn.Module, weight_decay: float) -> torch.optim.Optimize
     """A group of nothing but latent weights."""
     latent = {id(parameter) for parameter in latent_parameters(model)}
     groups = [
-        {"params": [p for p in model.parameters() if (id(p) in latent) is own], "lr": 0.1 if own else 0.3}
+        {
+            "params": [p for p in model.parameters() if (id(p) in latent) is own],
+            "lr": 0.1 if own else 0.3,
+        }
         for own in (True, False)
     ]
     return torch.optim.AdamW(groups, weight_decay=weight_decay)
@@ -65,7 +70,9 @@ def test_no_optimizer_decays_latent_weights(optimizer: Spec, weights: str) -> No
     made = build_optimizer(small_recipe(optimizer=optimizer), model, BPTT())
     assert all(group["params"] for group in made.param_groups)
     after = {id(p): g for g in made.param_groups for p in g["params"]}
-    assert after.keys() == before.keys() and sum(len(group["params"]) for group in made.param_groups) == len(after)
+    assert after.keys() == before.keys() and sum(
+        len(group["params"]) for group in made.param_groups
+    ) == len(after)
     assert any(before[key]["weight_decay"] for key in latent)
     for key, group in after.items():
         settings = {name for name in group if name not in ("params", "param_names", "weight_decay")}
@@ -77,11 +84,15 @@ def test_no_optimizer_decays_latent_weights(optimizer: Spec, weights: str) -> No
 def test_a_step_without_a_gradient_shrinks_all_but_latent_weights() -> None:
     model = network("learnable")
     latent = {id(parameter) for parameter in latent_parameters(model)}
-    made = build_optimizer(small_recipe(optimizer=spec(create_optimizer_v2, opt="adamw", **TIMM)), model, BPTT())
+    made = build_optimizer(
+        small_recipe(optimizer=spec(create_optimizer_v2, opt="adamw", **TIMM)), model, BPTT()
+    )
     before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     for parameter in before:
         parameter.grad = torch.zeros_like(parameter)
     made.step()
     for parameter, value in before.items():
         shrinks = id(parameter) not in latent and parameter.dim() > 1
-        assert torch.allclose(parameter, (1 - 0.1 * DECAY) * value if shrinks else value, rtol=1e-6, atol=0)
+        assert torch.allclose(
+            parameter, (1 - 0.1 * DECAY) * value if shrinks else value, rtol=1e-6, atol=0
+        )

@@ -32,7 +32,9 @@ TIME = 4
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 2 * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 TARGET = torch.tensor([2, 0, 1, 1, 2])
@@ -48,7 +50,10 @@ def softmax(logits: Tensor, tau: float) -> list[list[float]]:
 def by_hand(form: str, teacher: Tensor, student: Tensor, tau: float) -> float:
     total = 0.0
     for p, q in zip(softmax(teacher, tau), softmax(student, tau), strict=True):
-        total += sum(a * ((math.log(a) if form == "kl" else 0.0) - math.log(b)) for a, b in zip(p, q, strict=True))
+        total += sum(
+            a * ((math.log(a) if form == "kl" else 0.0) - math.log(b))
+            for a, b in zip(p, q, strict=True)
+        )
     return tau**2 * total / len(teacher)
 
 
@@ -63,33 +68,56 @@ def test_soft_answers_are_learnt_as_the_formula_says(form: Any, tau: float) -> N
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 @pytest.mark.parametrize("form", ["soft", "kl"])
 def test_a_student_that_answers_as_the_teacher_is_at_the_minimum(form: Any, tau: float) -> None:
-    """Also one whose logits are shifted: answers are probabilities. The soft cross-entropy ends at the teacher's entropy."""
+    """Also one whose logits are shifted: answers are probabilities. The soft cross-entropy ends at
+    the teacher's entropy.
+    """
     loss_of = Distillation(**ONLY_TEACHER, form=form, temperature=tau)(TARGET, TEACHER)
     student = (TEACHER + 0.7).requires_grad_()
     loss = loss_of(student)
     (gradient,) = torch.autograd.grad(loss, student)
     entropy = -sum(p * math.log(p) for row in softmax(TEACHER, tau) for p in row) / len(TEACHER)
     assert float(gradient.abs().max()) < 1e-15
-    assert float(loss.detach()) == pytest.approx(tau**2 * entropy if form == "soft" else 0.0, abs=1e-12)
-    assert all(float(loss_of(TEACHER + draw(5, CLASSES, seed=seed))) > float(loss.detach()) for seed in range(2, 12))
+    assert float(loss.detach()) == pytest.approx(
+        tau**2 * entropy if form == "soft" else 0.0, abs=1e-12
+    )
+    assert all(
+        float(loss_of(TEACHER + draw(5, CLASSES, seed=seed))) > float(loss.detach())
+        for seed in range(2, 12)
+    )
 
 
 def test_tau_squared_keeps_the_gradient_as_large_as_the_logits_differ() -> None:
-    """For large tau the gradient tends to (z - teacher, both without their means) / K, whatever tau (Hinton et al., eq. 4)."""
+    """For large tau the gradient tends to (z - teacher, both without their means) / K, whatever tau
+    (Hinton et al., eq. 4).
+    """
     student = draw(5, CLASSES).requires_grad_()
     loss = Distillation(**ONLY_TEACHER, form="kl", temperature=1e4)(TARGET, TEACHER)(student)
     (gradient,) = torch.autograd.grad(loss, student)
-    gap = (student - student.mean(1, keepdim=True) - TEACHER + TEACHER.mean(1, keepdim=True)).detach() / CLASSES / len(TEACHER)
+    gap = (
+        (student - student.mean(1, keepdim=True) - TEACHER + TEACHER.mean(1, keepdim=True)).detach()
+        / CLASSES
+        / len(TEACHER)
+    )
     assert torch.allclose(gradient, gap, atol=1e-4)
 
 
 def test_hard_distillation_learns_the_teachers_class() -> None:
     student = draw(5, CLASSES)
     labels = CrossEntropy(label_smoothing=0.1)
-    found = Distillation(label_weight=0.5, teacher_weight=0.5, form="hard", labels=labels)(TARGET, TEACHER)(student)
+    found = Distillation(label_weight=0.5, teacher_weight=0.5, form="hard", labels=labels)(
+        TARGET, TEACHER
+    )(student)
     q = softmax(student, 1.0)
-    hard = -sum(math.log(q[row][max(range(CLASSES), key=TEACHER[row].tolist().__getitem__)]) for row in range(5)) / 5
-    assert float(found) == pytest.approx(0.5 * float(labels(TARGET)(student)) + 0.5 * hard, abs=1e-12)
+    hard = (
+        -sum(
+            math.log(q[row][max(range(CLASSES), key=TEACHER[row].tolist().__getitem__)])
+            for row in range(5)
+        )
+        / 5
+    )
+    assert float(found) == pytest.approx(
+        0.5 * float(labels(TARGET)(student)) + 0.5 * hard, abs=1e-12
+    )
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
@@ -100,7 +128,9 @@ def test_no_gradient_reaches_the_teacher() -> None:
 
 
 def test_half_precision_is_widened_first() -> None:
-    loss = Distillation(ensemble_weight=0.5)(TARGET, TEACHER.bfloat16())(draw(5, CLASSES).bfloat16())
+    loss = Distillation(ensemble_weight=0.5)(TARGET, TEACHER.bfloat16())(
+        draw(5, CLASSES).bfloat16()
+    )
     assert loss.dtype == torch.float32
 
 
@@ -113,7 +143,7 @@ def test_of_the_mean_it_is_at_most_the_mean_of_the_steps() -> None:
             assert float(loss_for(TARGET, TEACHER)(logits.mean(0))) < float(steps)
 
 
-# --------------------------------------------------------------------------------------------------------------- over time
+# ---------------------------------------------------------------------------------------- over time
 
 
 def logits_of(model: torch.nn.Module, x_TBC: Tensor) -> Tensor:
@@ -122,14 +152,18 @@ def logits_of(model: torch.nn.Module, x_TBC: Tensor) -> Tensor:
 
 
 def reference(logits_TBK: Tensor, target_B: Tensor, teacher_BK: Tensor, *, tau: float) -> Tensor:
-    """mean_t [CE + 0.5 tau^2 KL(teacher || z_t) + 0.25 tau^2 KL(mean of z_1..z_t || z_t)], the last mean a constant."""
+    """mean_t [CE + 0.5 tau^2 KL(teacher || z_t) + 0.25 tau^2 KL(mean of z_1..z_t || z_t)], the last
+    mean a constant.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for t in range(len(logits_TBK)):
         log_q = F.log_softmax(logits_TBK[t] / tau, -1)
         m = logits_TBK[: t + 1].detach().mean(0)
         total = total + F.cross_entropy(logits_TBK[t], target_B)
         for weight, other in ((0.5, teacher_BK), (0.25, m)):
-            total = total + weight * tau**2 * F.kl_div(log_q, (other / tau).softmax(-1), reduction="batchmean")
+            total = total + weight * tau**2 * F.kl_div(
+                log_q, (other / tau).softmax(-1), reduction="batchmean"
+            )
     return total / len(logits_TBK)
 
 
@@ -183,7 +217,7 @@ def test_the_loss_over_the_mean_is_of_the_mean_logits() -> None:
     assert float(found.loss) == pytest.approx(wanted, abs=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -195,8 +229,14 @@ def test_the_loss_over_the_mean_is_of_the_mean_logits() -> None:
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"form": "cosine"}, "form must be 'soft', 'kl' or 'hard'"),
         ({"form": "hard", "temperature": 2.0}, "temperature=2.0 has no effect with form='hard'"),
-        ({"teacher_weight": 0.0, "ensemble_weight": 1.0, "form": "soft"}, "form='soft' has no effect with teacher_weight=0"),
-        ({"label_weight": 0.0, "labels": CrossEntropy(mse=0.1)}, "labels=.* has no effect with label_weight=0"),
+        (
+            {"teacher_weight": 0.0, "ensemble_weight": 1.0, "form": "soft"},
+            "form='soft' has no effect with teacher_weight=0",
+        ),
+        (
+            {"label_weight": 0.0, "labels": CrossEntropy(mse=0.1)},
+            "labels=.* has no effect with label_weight=0",
+        ),
     ],
 )
 def test_refuses(kwargs: dict[str, Any], said: str) -> None:
@@ -215,14 +255,27 @@ def tiny_teacher() -> Any:
     ("changes", "said"),
     [
         ({"objective": spec(Distillation)}, "teacher_weight=1.0 needs a teacher"),
-        ({"teacher": tiny_teacher()}, "CrossEntropy: knows labels alone, so a teacher has no effect"),
         (
-            {"teacher": tiny_teacher(), "objective": spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0)},
+            {"teacher": tiny_teacher()},
+            "CrossEntropy: knows labels alone, so a teacher has no effect",
+        ),
+        (
+            {
+                "teacher": tiny_teacher(),
+                "objective": spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0),
+            },
             "a teacher has no effect with teacher_weight=0",
         ),
         (
-            {"objective": spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0), "time_steps": 1, "rule": spec(SLTT)},
-            "ensemble_weight .* needs over_time='steps' and time_steps of 2 or more; got over_time='steps', time_steps=1",
+            {
+                "objective": spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0),
+                "time_steps": 1,
+                "rule": spec(SLTT),
+            },
+            (
+                "ensemble_weight .* needs over_time='steps' and time_steps of 2 or more; got"
+                " over_time='steps', time_steps=1"
+            ),
         ),
         (
             {
@@ -238,7 +291,9 @@ def tiny_teacher() -> Any:
         ),
     ],
 )
-def test_what_does_not_fit_the_recipe_is_refused_before_a_launch(changes: dict[str, Any], said: str) -> None:
+def test_what_does_not_fit_the_recipe_is_refused_before_a_launch(
+    changes: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         check_recipe(small_recipe(**changes), 1)
 

@@ -1,4 +1,6 @@
-"""What an inference is counted on, and when top-5 is measured; the figures of an evaluation are in test_ranks.py."""
+"""What an inference is counted on, and when top-5 is measured; the figures of an evaluation are in
+test_ranks.py.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +39,21 @@ def test_top_5_is_measured_of_six_classes_or_more(classes: int, measured: bool) 
     assert list(result.metrics) == ["top1", *["top5"] * measured, "loss", "firing_rate"]
     if measured:
         fifth_B = model(x_TBI).mean(0).topk(5).indices
-        assert result.top5 == pytest.approx(float((fifth_B == target_B[:, None]).any(-1).double().mean()))
+        assert result.top5 == pytest.approx(
+            float((fifth_B == target_B[:, None]).any(-1).double().mean())
+        )
 
 
 def evaluated(*, counts: bool) -> Evaluated:
     target_B = torch.arange(B) % K
-    batches = list(zip(sorted_set().split(16, dim=1), target_B.split(16), torch.arange(B).split(16), strict=True))
+    batches = list(
+        zip(
+            sorted_set().split(16, dim=1),
+            target_B.split(16),
+            torch.arange(B).split(16),
+            strict=True,
+        )
+    )
     return evaluate(network(), batches, CrossEntropy(), counts_operations=counts)
 
 
@@ -58,7 +69,12 @@ def test_of_a_set_that_is_no_larger_each_sample_is_counted() -> None:
     with torch.no_grad(), Operations(model) as counted, fresh_state(model):
         model(few)
     whole = counted.work["forward"]
-    inference = evaluate(model, [(few, torch.arange(24) % K, torch.arange(24))], CrossEntropy(), counts_operations=True).inference
+    inference = evaluate(
+        model,
+        [(few, torch.arange(24) % K, torch.arange(24))],
+        CrossEntropy(),
+        counts_operations=True,
+    ).inference
     assert inference is not None and inference.samples == 24
     assert inference.macs * 24 == whole.multiplications == T * 12 * I * 6
     assert inference.work.additions == whole.additions > whole.multiplications
@@ -66,4 +82,8 @@ def test_of_a_set_that_is_no_larger_each_sample_is_counted() -> None:
 
 def test_counting_adds_nothing_to_what_is_evaluated() -> None:
     plain, counted = evaluated(counts=False), evaluated(counts=True)
-    assert plain.inference is None and plain.result == counted.result and plain.activity == counted.activity
+    assert (
+        plain.inference is None
+        and plain.result == counted.result
+        and plain.activity == counted.activity
+    )

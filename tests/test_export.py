@@ -1,4 +1,6 @@
-"""From a run to one file and back: the same logits, bits 8 to a byte, and one line for a file that cannot be read."""
+"""From a run to one file and back: the same logits, bits 8 to a byte, and one line for a file that
+cannot be read.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,18 @@ NET = spec(convnet, classes=10, in_channels=1, stages=((5,), (6, 7), (7,)), kern
 def recipe(weights: str = "scaled", part: str = "all_but_ends", **network: object) -> Recipe:
     """Two steps on a network whose numbers of weights 8 does not divide."""
     inside = NET.with_(**network)
-    return small_recipe(model=spec(binarized, network=inside, part=part, weights=weights), stop_after=2, checkpoint_every=0)
+    return small_recipe(
+        model=spec(binarized, network=inside, part=part, weights=weights),
+        stop_after=2,
+        checkpoint_every=0,
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run of every kind of 1-bit weights, one without norms, and one of full precision."""
+    """A trained run of every kind of 1-bit weights, one without norms, and one of full
+    precision.
+    """
     folder = tmp_path_factory.mktemp("runs")
     for weights in ("scaled", "centred", "ir", "learnable"):
         train_inline(folder / weights, recipe(weights))
@@ -68,7 +76,9 @@ def rewrite_weights(run: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def awake(network: nn.Module) -> nn.Module:
-    """With gains and shifts under which every block has something to say, and the statistics of a few batches under them."""
+    """With gains and shifts under which every block has something to say, and the statistics of a
+    few batches under them.
+    """
     generator = torch.Generator().manual_seed(1)
     for norm in [module for module in network.modules() if isinstance(module, BatchNorm)]:
         nn.init.uniform_(norm.weight, 1, 3, generator=generator)
@@ -90,12 +100,17 @@ def test_packing_is_lossless(shape: list[int], seed: int) -> None:
 
 
 def test_the_first_sign_is_the_lowest_bit() -> None:
-    assert pack_bits(torch.tensor([True, False, False, True] + [False] * 4 + [True])).tolist() == [9, 1]
+    assert pack_bits(torch.tensor([True, False, False, True] + [False] * 4 + [True])).tolist() == [
+        9,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("name", ["scaled", "centred", "ir", "learnable", "bare"])
 @pytest.mark.parametrize("layout", ["plain", "packed"])
-def test_it_comes_back_to_the_same_logits(name: str, layout: str, runs: Path, tmp_path: Path) -> None:
+def test_it_comes_back_to_the_same_logits(
+    name: str, layout: str, runs: Path, tmp_path: Path
+) -> None:
     run, file = runs / name, tmp_path / "net.safetensors"
     told = export_run(run, file, layout=layout)  # type: ignore[arg-type]
     trained, reloaded = pipeline.load(run), pipeline.load(file)
@@ -103,10 +118,15 @@ def test_it_comes_back_to_the_same_logits(name: str, layout: str, runs: Path, tm
     assert expected.abs().max() > 0.1 and not reloaded.training
     assert torch.allclose(logits(reloaded), expected, rtol=0, atol=1e-5)
     if layout == "plain":
-        assert all(torch.equal(value, reloaded.state_dict()[key]) for key, value in trained.state_dict().items())
+        assert all(
+            torch.equal(value, reloaded.state_dict()[key])
+            for key, value in trained.state_dict().items()
+        )
         assert binary_synapses(reloaded).keys() == binary_synapses(trained).keys()
     else:
-        assert told.synapses == 3 and told.folded == (3 if name in ("scaled", "centred", "learnable") else 0)
+        assert told.synapses == 3 and told.folded == (
+            3 if name in ("scaled", "centred", "learnable") else 0
+        )
         for key, synapse in binary_synapses(trained).items():
             ours = effective_weight(reloaded.get_submodule(key))  # type: ignore[arg-type]
             assert torch.equal(ours.sign(), effective_weight(synapse).sign())
@@ -115,8 +135,12 @@ def test_it_comes_back_to_the_same_logits(name: str, layout: str, runs: Path, tm
             assert torch.equal(logits(reloaded), expected)
 
 
-QKFORMER = spec(QKFormer, channels=32, depth=4, heads=2, classes=10, in_channels=1, shortcut="multiple")
-MS_RESNET = spec(MSResNet, blocks=(2, 1), width=6, classes=10, in_channels=1, stem_stride=1, over="step")
+QKFORMER = spec(
+    QKFormer, channels=32, depth=4, heads=2, classes=10, in_channels=1, shortcut="multiple"
+)
+MS_RESNET = spec(
+    MSResNet, blocks=(2, 1), width=6, classes=10, in_channels=1, stem_stride=1, over="step"
+)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +152,12 @@ MS_RESNET = spec(MSResNet, blocks=(2, 1), width=6, classes=10, in_channels=1, st
     ],
     ids=["QKFormer", "MS-ResNet", "MS-ResNet, multiple"],
 )
-def test_streams_of_real_numbers_come_back_to_the_same_logits(network: Spec, part: str, synapses: int, tmp_path: Path) -> None:
-    """Packed, with all scales folded into norms that have statistics of data, and biases into those before them."""
+def test_streams_of_real_numbers_come_back_to_the_same_logits(
+    network: Spec, part: str, synapses: int, tmp_path: Path
+) -> None:
+    """Packed, with all scales folded into norms that have statistics of data, and biases into those
+    before them.
+    """
     trained_by = small_recipe(
         model=spec(binarized, network=network, part=part),
         data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 16, 16)),
@@ -160,7 +188,9 @@ def test_a_byte_holds_eight_weights(runs: Path, tmp_path: Path) -> None:
         assert tensors[f"{name}.bits"].shape == (-(-size // 8),)
     whole = sum(value.numel() * 4 for value in trained.state_dict().values())
     stored = sum(value.numel() * value.element_size() for value in tensors.values())
-    assert told.whole == whole and whole - stored == sum(4 * size - -(-size // 8) for size in sizes.values())
+    assert told.whole == whole and whole - stored == sum(
+        4 * size - -(-size // 8) for size in sizes.values()
+    )
     assert told.bits == 1089 and told.bytes == told.file.stat().st_size > stored
     # The latent weights are not in it, not even their sizes.
     assert tensors.keys() - trained.state_dict().keys() == {f"{name}.bits" for name in sizes}
@@ -170,7 +200,12 @@ def test_the_file_says_what_it_is(runs: Path, tmp_path: Path) -> None:
     told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
     with safe_open(told.file, framework="pt") as opened:
         metadata = opened.metadata()
-    assert (metadata["format"], metadata["version"], metadata["layout"], metadata["time_steps"]) == (
+    assert (
+        metadata["format"],
+        metadata["version"],
+        metadata["layout"],
+        metadata["time_steps"],
+    ) == (
         "spiketrain",
         "1",
         "packed",
@@ -188,10 +223,19 @@ def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path
     rewrite_weights(run, state)
     told = export_run(run, layout="packed")
     assert told.folded == 2 and load_file(told.file)["stages.1.1.conv.scale"][2] == 0
-    assert torch.allclose(logits(pipeline.load(told.file)), logits(pipeline.load(run)), rtol=0, atol=1e-5)
+    assert torch.allclose(
+        logits(pipeline.load(told.file)), logits(pipeline.load(run)), rtol=0, atol=1e-5
+    )
 
 
-def rewritten(file: Path, out: Path, *, metadata: dict[str, str] | None = None, drop: str = "", **tensors: torch.Tensor) -> Path:
+def rewritten(
+    file: Path,
+    out: Path,
+    *,
+    metadata: dict[str, str] | None = None,
+    drop: str = "",
+    **tensors: torch.Tensor,
+) -> Path:
     """The file with other metadata or tensors, and a checksum that fits them."""
     with safe_open(file, framework="pt") as opened:
         found = {**opened.metadata(), **(metadata or {})}
@@ -203,21 +247,28 @@ def rewritten(file: Path, out: Path, *, metadata: dict[str, str] | None = None, 
 
 @pytest.fixture(scope="module")
 def packed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_run(runs / "scaled", tmp_path_factory.mktemp("files") / "net.safetensors", layout="packed").file
+    return export_run(
+        runs / "scaled", tmp_path_factory.mktemp("files") / "net.safetensors", layout="packed"
+    ).file
 
 
 def test_a_truncated_file_is_refused(packed: Path, tmp_path: Path) -> None:
     for size in (0, 4, 100, packed.stat().st_size - 1):
         (tmp_path / "cut.safetensors").write_bytes(packed.read_bytes()[:size])
         with pytest.raises(
-            ValueError, match=r"cut\.safetensors: must be a whole file of spiketrain export; it could not be read"
+            ValueError,
+            match=(
+                r"cut\.safetensors: must be a whole file of spiketrain export; it could not be read"
+            ),
         ):
             load_export(tmp_path / "cut.safetensors")
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_no_flipped_bit_goes_unseen(packed: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_no_flipped_bit_goes_unseen(
+    packed: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     content = bytearray(packed.read_bytes())
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] ^= 1 << data.draw(st.integers(0, 7))
@@ -230,18 +281,38 @@ def test_no_flipped_bit_goes_unseen(packed: Path, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"metadata": {"version": "2"}}, r"this spiketrain reads version 1, .*; got version '2', layout 'packed'"),
+        (
+            {"metadata": {"version": "2"}},
+            r"this spiketrain reads version 1, .*; got version '2', layout 'packed'",
+        ),
         ({"metadata": {"layout": "sparse"}}, r"got version '1', layout 'sparse'"),
-        ({"metadata": {"format": "other"}}, r"must be a file of spiketrain export; its metadata say format 'other'"),
-        ({"drop": "stages.1.0.conv.bits"}, r"must fit the model; got no bits, or others, for stages\.1\.0\.conv"),
-        ({"stages.1.0.conv.bits": torch.zeros(3, dtype=torch.uint8)}, r"got no bits, or others, for stages\.1\.0\.conv"),
-        ({"stages.1.0.conv.scale": torch.ones(3)}, r"got no bits, or others, for stages\.1\.0\.conv"),
+        (
+            {"metadata": {"format": "other"}},
+            r"must be a file of spiketrain export; its metadata say format 'other'",
+        ),
+        (
+            {"drop": "stages.1.0.conv.bits"},
+            r"must fit the model; got no bits, or others, for stages\.1\.0\.conv",
+        ),
+        (
+            {"stages.1.0.conv.bits": torch.zeros(3, dtype=torch.uint8)},
+            r"got no bits, or others, for stages\.1\.0\.conv",
+        ),
+        (
+            {"stages.1.0.conv.scale": torch.ones(3)},
+            r"got no bits, or others, for stages\.1\.0\.conv",
+        ),
         ({"drop": "classifier.weight"}, r"must fit the model; got 1 missing: classifier\.weight"),
         ({"more": torch.ones(3)}, r"must fit the model; got 1 unknown: more"),
-        ({"classifier.weight": torch.ones(3)}, r"got 1 of another shape: classifier\.weight \(\[3\] instead of \[10, 7\]\)"),
+        (
+            {"classifier.weight": torch.ones(3)},
+            r"got 1 of another shape: classifier\.weight \(\[3\] instead of \[10, 7\]\)",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change: dict, said: str, packed: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_by_name(
+    change: dict, said: str, packed: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=said):
         load_export(rewritten(packed, tmp_path / "other.safetensors", **change))
 
@@ -257,10 +328,12 @@ def test_a_file_has_no_checkpoints_to_choose_from(packed: Path) -> None:
         pipeline.load(packed, which="best")
 
 
-# ------------------------------------------------------------------------------------------------------ the command line
+# --------------------------------------------------------------------------------- the command line
 
 
-def spiketrain(*words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def spiketrain(
+    *words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["spiketrain", *words])
     with pytest.raises(SystemExit) as end:
         main()
@@ -277,15 +350,19 @@ def test_export_and_evaluate(
     file = tmp_path / "net.safetensors"
     code, out, _ = run("export", "learnable", "--packed", "--out", str(file))
     assert code == 0 and out.endswith(f"\nload    pipeline.load('{file}')\n")
-    assert f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
+    assert (
+        f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
+    )
     code, _, err = run("export", "learnable", "--packed", "--out", str(file))
     assert code == 2 and err.count("\n") == 1 and "is there already" in err
     code, out, _ = run("export", "learnable")
     assert code == 0 and "learnable/weights.safetensors: " in out and "1,284 parameters" in out
     code, _, err = run("export", "full", "--packed")
-    assert code == 2 and err == (
-        "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or train a model of "
-        "spec(binarized, ...) (pipeline/models/binarized.py)\n"
+    assert (
+        code == 2
+        and err
+        == "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
+        " train a model of spec(binarized, ...) (pipeline/models/binarized.py)\n"
     )
     code, _, err = run("export", "full", "--out", str(tmp_path / "no" / "net.safetensors"))
     assert code == 2 and err.count("\n") == 1 and "has no folder" in err
@@ -302,7 +379,12 @@ def test_export_and_evaluate(
     assert code == 2 and err.count("\n") == 1 and "could not be read" in err
     code, _, err = run("evaluate", "learnable", "--weights", str(tmp_path / "none.safetensors"))
     assert code == 2 and err.count("\n") == 1
-    code, _, err = run("evaluate", "learnable", "--weights", str(export_run(runs / "full", tmp_path / "full.safetensors").file))
+    code, _, err = run(
+        "evaluate",
+        "learnable",
+        "--weights",
+        str(export_run(runs / "full", tmp_path / "full.safetensors").file),
+    )
     assert code == 2 and err.count("\n") == 1 and "the weights must be of binarized(" in err
 
 
@@ -312,8 +394,12 @@ def test_a_damaged_checkpoint_is_not_exported(
     train_inline(tmp_path / "run", recipe())
     for file in tmp_path.glob("run/checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
-    code, _, err = spiketrain("export", "run", "--runs", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 2 and err.count("\n") == 1 and "needs a checkpoint that verifies; got none" in err
+    code, _, err = spiketrain(
+        "export", "run", "--runs", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert (
+        code == 2 and err.count("\n") == 1 and "needs a checkpoint that verifies; got none" in err
+    )
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
@@ -341,7 +427,9 @@ def recipe():
 def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the recipe file itself, which was trusted when it was run, and of a package beside it, which has to be named."""
+    """Of the recipe file itself, which was trusted when it was run, and of a package beside it,
+    which has to be named.
+    """
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "export_lab.py").write_text(NETWORK)
     (tmp_path / "of_the_lab.py").write_text("from export_lab import network\n" + MADE_OF_IT)
@@ -357,12 +445,28 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
         tensors = made.model.build().state_dict()
         told = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3"}
         told["model"] = json.dumps(encode(made.model, paths=True))
-        save_file(tensors, tmp_path / f"{name}.safetensors", {**told, "sha256": _digest(told, tensors)})
+        save_file(
+            tensors, tmp_path / f"{name}.safetensors", {**told, "sha256": _digest(told, tensors)}
+        )
         save_file(tensors, tmp_path / f"{name}-plain.safetensors")
     code, _, err = evaluate("of_the_lab", "--weights", str(tmp_path / "of_the_lab.safetensors"))
-    assert code == 2 and err.count("\n") == 1 and "export_lab.network is not in a trusted package" in err
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "export_lab.network is not in a trusted package" in err
+    )
     for name, trust in (("of_the_lab", ("--trust", "export_lab")), ("of_itself", ())):
         code, out, err = evaluate(name, "--weights", str(tmp_path / f"{name}.safetensors"), *trust)
         assert code == 0 and "on 20 samples" in out, err
-    code, _, err = evaluate("of_the_lab", "--weights", str(tmp_path / "of_the_lab-plain.safetensors"), "--trust", "export_lab")
-    assert code == 2 and err.count("\n") == 1 and "evaluate: --trust is for a file of spiketrain export, which says what" in err
+    code, _, err = evaluate(
+        "of_the_lab",
+        "--weights",
+        str(tmp_path / "of_the_lab-plain.safetensors"),
+        "--trust",
+        "export_lab",
+    )
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "evaluate: --trust is for a file of spiketrain export, which says what" in err
+    )

@@ -21,7 +21,11 @@ from tests.small import recipes_of
 
 INVENTORY = tomllib.loads(Path("tests/inventory.toml").read_text())
 DROPPED = INVENTORY["dropped"]
-SHOWN = {f"{area} {text}": test for area, texts in INVENTORY["shown"].items() for text, test in texts.items()}
+SHOWN = {
+    f"{area} {text}": test
+    for area, texts in INVENTORY["shown"].items()
+    for text, test in texts.items()
+}
 
 
 def pairs(section: str) -> list[str]:
@@ -53,11 +57,15 @@ def command_line() -> dict[str, set[str]]:
                 found["option"].add(command + option)
             for hint in (hints.get(parameter.name), *typing.get_args(hints.get(parameter.name))):
                 if typing.get_origin(hint) is typing.Literal:
-                    found["value"] |= {f"{command}{option} {value}" for value in typing.get_args(hint)}
+                    found["value"] |= {
+                        f"{command}{option} {value}" for value in typing.get_args(hint)
+                    }
     return found
 
 
-def commands(group: Any, made: Any, prefix: str = "") -> Iterator[tuple[str, Callable[..., Any], Any]]:
+def commands(
+    group: Any, made: Any, prefix: str = ""
+) -> Iterator[tuple[str, Callable[..., Any], Any]]:
     for each in group.registered_commands:
         name = each.name or each.callback.__name__
         yield prefix + name, each.callback, made.commands[name].params
@@ -91,7 +99,11 @@ def said_by_the_product() -> str:
     for file in sorted(Path("pipeline").rglob("*.py")):
         tree = ast.parse(file.read_text())
         alone = {id(each.value) for each in ast.walk(tree) if isinstance(each, ast.Expr)}
-        strings = [each for each in ast.walk(tree) if isinstance(each, ast.Constant) and id(each) not in alone]
+        strings = [
+            each
+            for each in ast.walk(tree)
+            if isinstance(each, ast.Constant) and id(each) not in alone
+        ]
         found += [each.value for each in strings if isinstance(each.value, str)]
     return "\n".join(found)
 
@@ -110,12 +122,18 @@ IS_THERE: dict[str, Callable[[str], bool]] = {
 
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_nothing_is_lost_but_what_the_design_drops(kind: str) -> None:
-    lost = [entry for entry in ENTRIES[kind] if f"{kind} {entry}" not in DROPPED and not IS_THERE[kind](entry)]
+    lost = [
+        entry
+        for entry in ENTRIES[kind]
+        if f"{kind} {entry}" not in DROPPED and not IS_THERE[kind](entry)
+    ]
     assert ENTRIES[kind] and lost == []
 
 
 def test_what_is_dropped_was_there_and_is_gone_in_the_end() -> None:
-    known = {f"{kind} {entry}": (kind, entry) for kind, entries in ENTRIES.items() for entry in entries}
+    known = {
+        f"{kind} {entry}": (kind, entry) for kind, entries in ENTRIES.items() for entry in entries
+    }
     assert [entry for entry in DROPPED if entry not in known] == []
     if INVENTORY["all_dropped"]:
         assert [entry for entry in DROPPED if IS_THERE[known[entry][0]](known[entry][1])] == []
@@ -139,4 +157,8 @@ def is_test(reference: str) -> bool:
 def functions_in(file: str) -> set[str]:
     if not Path(file).exists():
         return set()
-    return {each.name for each in ast.walk(ast.parse(Path(file).read_text())) if isinstance(each, ast.FunctionDef)}
+    return {
+        each.name
+        for each in ast.walk(ast.parse(Path(file).read_text()))
+        if isinstance(each, ast.FunctionDef)
+    }

@@ -1,4 +1,6 @@
-"""Memory that a thread frees and asks for again, in processes of their own: page faults, told to keep it and not."""
+"""Memory that a thread frees and asks for again, in processes of their own: page faults, told to
+keep it and not.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,13 @@ thread.join()
 
 def faults(how: str, **more: str) -> int:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    ran = subprocess.run([sys.executable, "-c", TURNS, how], env={**plain, **more}, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", TURNS, how],
+        env={**plain, **more},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return int(ran.stdout)
 
 

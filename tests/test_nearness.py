@@ -1,4 +1,6 @@
-"""A run that compares its rule's gradient with BPTT's as it goes: what it tells, and that it changes nothing."""
+"""A run that compares its rule's gradient with BPTT's as it goes: what it tells, and that it
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def told(folder: Path) -> list[dict[str, Any]]:
 
 
 def small(**changes: Any) -> Recipe:
-    return small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), **{"rule": spec(SLTT), **changes})
+    return small_recipe(
+        model=spec(mlp, in_features=64, hidden=(16,)), **{"rule": spec(SLTT), **changes}
+    )
 
 
 def compared() -> Recipe:
@@ -44,7 +48,9 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
     events = told(tmp_path / "compared")
     assert [(event["step"], event["epoch"]) for event in events] == [(0, None), (8, 0), (16, 1)]
     shares = [list(event["temporal_share"].values()) for event in events]
-    assert shares[0] != shares[1] != shares[2] and all(0 <= share < 2 for each in shares for share in each)
+    assert shares[0] != shares[1] != shares[2] and all(
+        0 <= share < 2 for each in shares for share in each
+    )
     assert all(list(event["cosines"]) == ["SLTT"] for event in events)
     assert summary is not None and summary["fidelity_s"] > 0
     assert compared().study_key({}) == small().study_key({})
@@ -58,7 +64,10 @@ def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.Monk
             train_inline(tmp_path / "broken", compared())
     train_inline(tmp_path / "broken", compared())
     whole, broken = (
-        [(event["step"], event["temporal_share"], event["cosines"]) for event in told(tmp_path / name)]
+        [
+            (event["step"], event["temporal_share"], event["cosines"])
+            for event in told(tmp_path / name)
+        ]
         for name in ("whole", "broken")
     )
     assert whole == broken
@@ -66,7 +75,7 @@ def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_bptt_is_near_itself(tmp_path: Path) -> None:
     train_inline(tmp_path / "run", small(rule=spec(BPTT), fidelity_every=2))
-    (start, end) = told(tmp_path / "run")
+    start, end = told(tmp_path / "run")
     assert end["step"] == 16
     assert all(cosine == pytest.approx(1) for cosine in start["cosines"]["BPTT"].values())
 
@@ -87,7 +96,10 @@ def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> N
     x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
 
     def cosines(seed: int) -> dict[str, float]:
-        bptt, own = (gradients(network, each, x_TB, lambda: loss(target_B), world=World(seed)) for each in (BPTT(), rule.build()))
+        bptt, own = (
+            gradients(network, each, x_TB, lambda: loss(target_B), world=World(seed))
+            for each in (BPTT(), rule.build())
+        )
         return fidelity(bptt, None, {"own": [own]}).cosines["own"]
 
     nearness = Nearness(recipe, recipe.model.build, loss, x_TB, target_B)
@@ -95,7 +107,9 @@ def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> N
     assert found.cosines[rule.build().label] == cosines(3) != cosines(0)
 
 
-def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def nobody_answers(*_: Any) -> Any:
         raise AssertionError("a collective of one rank alone")
 
@@ -107,15 +121,21 @@ def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(monk
     expected = Nearness(recipe, normed.build, loss, x_TB, target_B)(weights, {}, step=0)
     monkeypatch.setattr("pipeline.spiking.norm.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("pipeline.spiking.norm.moments_over_ranks", nobody_answers)
-    assert Nearness(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0) == expected
+    assert (
+        Nearness(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0) == expected
+    )
 
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
-    with pytest.raises(ValueError, match="recipe: fidelity_every compares with BPTT and SLTT; SLTT"):
+    with pytest.raises(
+        ValueError, match="recipe: fidelity_every compares with BPTT and SLTT; SLTT"
+    ):
         check_recipe(small(rule=spec(BPTT), over_time="mean", fidelity_every=1), 1)
 
 
-def test_what_the_comparison_holds_is_not_what_training_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_comparison_holds_is_not_what_training_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def with_ballast(self: Nearness, *words: Any, **more: Any) -> Any:
         ballast = bytearray(b"x") * (300 << 20)
         found = original(self, *words, **more)

@@ -25,10 +25,14 @@ def by_hand(smoothing: float) -> float:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_and_label_smoothing(smoothing: float) -> None:
-    assert float(CrossEntropy(label_smoothing=smoothing)(TARGET)(LOGITS)) == pytest.approx(by_hand(smoothing), abs=1e-12)
+    assert float(CrossEntropy(label_smoothing=smoothing)(TARGET)(LOGITS)) == pytest.approx(
+        by_hand(smoothing), abs=1e-12
+    )
 
 
-@pytest.mark.parametrize(("goal", "wanted"), [("ones", [[1, 1, 1], [1, 1, 1]]), ("one_hot", [[0, 0, 1], [0, 1, 0]])])
+@pytest.mark.parametrize(
+    ("goal", "wanted"), [("ones", [[1, 1, 1], [1, 1, 1]]), ("one_hot", [[0, 0, 1], [0, 1, 0]])]
+)
 def test_the_mixture_with_a_squared_error(goal: str, wanted: list[list[int]]) -> None:
     squared = float(((LOGITS - torch.tensor(wanted)) ** 2).mean())
     loss = float(CrossEntropy(mse=0.05, goal=goal)(TARGET)(LOGITS))  # type: ignore[arg-type]
@@ -39,7 +43,10 @@ def test_the_mixture_with_a_squared_error(goal: str, wanted: list[list[int]]) ->
 def test_a_mixed_target_has_the_mixture_of_the_losses(objective: CrossEntropy) -> None:
     """Both terms without a square of the target are linear in it."""
     other = torch.tensor([0, 0])
-    shares = 0.7 * torch.nn.functional.one_hot(TARGET, 3).double() + 0.3 * torch.nn.functional.one_hot(other, 3).double()
+    shares = (
+        0.7 * torch.nn.functional.one_hot(TARGET, 3).double()
+        + 0.3 * torch.nn.functional.one_hot(other, 3).double()
+    )
     expected = 0.7 * float(objective(TARGET)(LOGITS)) + 0.3 * float(objective(other)(LOGITS))
     assert float(objective(shares)(LOGITS)) == pytest.approx(expected, abs=1e-12)
 

@@ -1,4 +1,6 @@
-"""A run remembers where its own code lies; nobody's path takes a folder that they did not ask for."""
+"""A run remembers where its own code lies; nobody's path takes a folder that they did not ask
+for.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def recipe():
 
 def forget() -> None:
     """As a process that has just begun."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("own_nets", "own_recipe")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("own_nets", "own_recipe")
+    ]:
         del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if not entry.endswith(("/lab", "/new"))]
     own_code._said.clear()
@@ -69,7 +73,13 @@ def run(lab: Path, tmp_path: Path) -> Path:
     """As it was launched in another process."""
     made = load_recipe(lab / "own_recipe.py")
     assert isinstance(made, Recipe)
-    job = prepare(made, Cluster(inline=True), tmp_path, name="run", trust=trust_of(made, [lab / "own_recipe.py"], ["own_nets"]))
+    job = prepare(
+        made,
+        Cluster(inline=True),
+        tmp_path,
+        name="run",
+        trust=trust_of(made, [lab / "own_recipe.py"], ["own_nets"]),
+    )
     assert job.trust == ("own_nets",)
     forget()
     return tmp_path / "run"
@@ -97,7 +107,9 @@ def test_a_run_finds_the_package_that_its_user_trusts(run: Path, lab: Path) -> N
     Recipe.read(run / "recipe.json", trust=["own_nets.nets"])  # less than the whole of it
 
 
-def test_of_what_a_folder_says_the_trusted_package_alone_joins_the_path(run: Path, lab: Path) -> None:
+def test_of_what_a_folder_says_the_trusted_package_alone_joins_the_path(
+    run: Path, lab: Path
+) -> None:
     noted = json.loads((run / "code.json").read_text())
     foreign = {"folder": str(lab.parent / "new"), "files": {}}
     (lab.parent / "new").mkdir()
@@ -109,7 +121,9 @@ def test_of_what_a_folder_says_the_trusted_package_alone_joins_the_path(run: Pat
 def test_a_suite_finds_it_too(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_train_the_rest", lambda folder, *_, **__: folder)
     suite = Suite((load(lab), small_recipe(name="plain")))
-    folder = launch.launch_suite(suite, Cluster(inline=True), tmp_path, stem="s", name="s", trust=("own_nets",))
+    folder = launch.launch_suite(
+        suite, Cluster(inline=True), tmp_path, stem="s", name="s", trust=("own_nets",)
+    )
     assert folder is not None
     # A run of it that has no part of the package does not ask for it.
     prepare(suite.recipes[1], Cluster(inline=True), tmp_path, name="plain", trust=("own_nets",))
@@ -128,7 +142,9 @@ def test_an_export_finds_it_wherever_the_file_is(lab: Path, tmp_path: Path) -> N
     job = make_run(tmp_path / "trained", load(lab))
     with Inline() as launcher:
         launcher.run(replace(job, trust=("own_nets",)), "test")
-    exported = export_run(tmp_path / "trained", tmp_path / "net.safetensors", trust=["own_nets", "own_recipe"])
+    exported = export_run(
+        tmp_path / "trained", tmp_path / "net.safetensors", trust=["own_nets", "own_recipe"]
+    )
     forget()
     assert exported.loading == f"pipeline.load('{tmp_path}/net.safetensors', trust=['own_nets'])"
     with pytest.raises(ValueError, match=r"own_nets\.nets\.network is not in a trusted package"):
@@ -141,7 +157,10 @@ def test_code_that_is_gone_is_refused_in_one_line(run: Path, lab: Path) -> None:
     lab.rename(lab.parent / "new")
     with pytest.raises(ValueError) as refusal:
         Recipe.read(run / "recipe.json", trust=["own_nets"])
-    said = f"own_nets must be in {lab}, where it was at the launch; it is not there: put it back, or name its new folder in "
+    said = (
+        f"own_nets must be in {lab}, where it was at the launch; it is not there: put it back, or"
+        " name its new folder in "
+    )
     assert str(refusal.value) == f"{run}: {said}PYTHONPATH"
 
 
@@ -154,14 +173,19 @@ def test_code_that_has_moved_or_changed_is_told_in_one_line(
 
     assert said() == ""
     (lab / "own_nets" / "nets.py").write_text(NETS + "\n")
-    assert said() == f"own_nets/nets.py in {lab} differs from when run was launched, and so may its results\n"
+    assert (
+        said()
+        == f"own_nets/nets.py in {lab} differs from when run was launched, and so may its results\n"
+    )
     assert said() == ""  # once
     forget()
     shutil.copytree(lab, lab.parent / "new")
     shutil.rmtree(lab)
     (lab.parent / "new" / "own_nets" / "nets.py").write_text(NETS)
     monkeypatch.syspath_prepend(lab.parent / "new")
-    assert said() == f"own_nets is in {lab.parent}/new now, and was in {lab} when run was launched\n"
+    assert (
+        said() == f"own_nets is in {lab.parent}/new now, and was in {lab} when run was launched\n"
+    )
 
 
 def test_workers_with_different_files_of_it_tell_each_other(run: Path, lab: Path) -> None:
@@ -186,7 +210,10 @@ def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
     (lab / "own_nets" / "__init__.py").unlink()
     made = load(lab)
     assert trust_of(made, [lab / "own_recipe.py"], ["own_nets"]) == ("own_nets",)
-    with pytest.raises(ValueError, match=r"^--trust: must name a package or module that can be imported; got no_such_package$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^--trust: must name a package or module that can be imported; got no_such_package$",
+    ):
         trust_of(made, [lab / "own_recipe.py"], ["own_nets", "no_such_package"])
     nets = asdict(own_code._imported("own_nets"))
     assert (nets["folder"], list(nets["files"])) == (str(lab), ["own_nets/nets.py"])
@@ -209,25 +236,37 @@ def test_a_damaged_file_is_refused_in_one_line(run: Path, text: str) -> None:
     (run / "code.json").write_text(text)
     with pytest.raises(ValueError) as refusal:
         Recipe.read(run / "recipe.json", trust=["own_nets"])
-    assert str(refusal.value).startswith(f"{run}: {run / 'code.json'}: must ") and "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"{run}: {run / 'code.json'}: must ") and "\n" not in str(
+        refusal.value
+    )
     assert own_code.names(run) == ()
-    with pytest.raises(ValueError, match="is not in a trusted package"):  # who trusts nothing does not read it
+    with pytest.raises(
+        ValueError, match="is not in a trusted package"
+    ):  # who trusts nothing does not read it
         Recipe.read(run / "recipe.json")
 
 
-# ------------------------------------------------------------------------------------------- what a recipe file asks for
+# ---------------------------------------------------------------------- what a recipe file asks for
 
 
 def test_a_file_that_only_imports_values_asks_for_nothing(lab: Path) -> None:
     """A path or a name that begins as the file does is no part of it."""
     (lab / "own_nets" / "values.py").write_text("EPOCHS = 3\n")
-    text = "from own_nets.values import EPOCHS\nfrom tests.small import small_recipe\ndef recipe():\n"
+    text = (
+        "from own_nets.values import EPOCHS\nfrom tests.small import small_recipe\ndef recipe():\n"
+    )
     file = lab / "own_recipe.py"
-    file.write_text(text + "    return small_recipe(name='own_recipe.1', init='own_recipe.pt', epochs=EPOCHS)\n")
-    assert trust_of(load(lab), [file]) == trust_of(load(lab), [file], ["own_nets", "own_recipe"]) == ()
+    file.write_text(
+        text + "    return small_recipe(name='own_recipe.1', init='own_recipe.pt', epochs=EPOCHS)\n"
+    )
+    assert (
+        trust_of(load(lab), [file]) == trust_of(load(lab), [file], ["own_nets", "own_recipe"]) == ()
+    )
 
 
-def test_what_lies_beside_a_file_can_be_imported_whatever_the_path_is(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_beside_a_file_can_be_imported_whatever_the_path_is(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path, str(lab.parent)])
     assert load(lab).model == spec(sys.modules["own_nets.nets"].network, classes=10)
     for name in [name for name in sys.modules if name == "lab" or name.startswith("lab.")]:
@@ -238,7 +277,10 @@ def test_a_file_whose_name_cannot_be_imported_may_not_define_parts(lab: Path) ->
     file = lab / "own-recipe.py"
     file.write_text(NETS + RECIPE.replace("from own_nets.nets import network", ""))
     made = load_recipe(file)
-    with pytest.raises(ValueError, match=r"own-recipe\.py: a file that defines parts must have a name that Python can import"):
+    with pytest.raises(
+        ValueError,
+        match=r"own-recipe\.py: a file that defines parts must have a name that Python can import",
+    ):
         refuse_unnamed(made, [file])
     file.write_text(RECIPE)
     refuse_unnamed(load_recipe(file), [file])

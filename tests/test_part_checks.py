@@ -1,4 +1,6 @@
-"""A part that is not what the pipeline takes ends in one line that names what is missing, whatever command meets it."""
+"""A part that is not what the pipeline takes ends in one line that names what is missing, whatever
+command meets it.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,11 @@ class Network(nn.Module):
 
     def forward(self, x_TB: Tensor) -> Any:
         logits = self.classifier(x_TB.flatten(2))
-        return {"mean": logits.mean(0), "batch first": logits.transpose(0, 1), "tuple": (logits,)}.get(self.form, logits)
+        return {
+            "mean": logits.mean(0),
+            "batch first": logits.transpose(0, 1),
+            "tuple": (logits,),
+        }.get(self.form, logits)
 
 
 class WithoutObjectives(Rule):
@@ -92,7 +98,9 @@ class PerSample:
         return self
 
     def check(self, **about: Any) -> None: ...
-    def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def __call__(
+        self, target_B: Tensor, teacher_BK: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
         return lambda logits_BK: logits_BK.sum(-1)
 
 
@@ -117,7 +125,8 @@ def teacher(kind: str) -> dict[str, Any]:
 
 
 MODEL = (
-    r"model: Network must map \[T, B, \.\.\.\] to logits \[T, B, K\]; for an input of shape \[3, 1, 1, 8, 8\] and 10 classes it "
+    r"model: Network must map \[T, B, \.\.\.\] to logits \[T, B, K\]; for an input of shape \[3, 1,"
+    r" 1, 8, 8\] and 10 classes it "
 )
 MEMBERS = "classes, shape, fingerprint, check, train, val"
 
@@ -125,12 +134,24 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data": spec(WithoutFingerprint)}, f"data: WithoutFingerprint must have {MEMBERS}; it has no fingerprint"),
-        ({"data": spec(Nothing)}, "it has no classes, no shape, no fingerprint, no check, no train, no val"),
-        ({"data": spec(WithoutShape)}, r"data: WithoutShape: shape must be \(C, H, W\), or .*; got 64"),
+        (
+            {"data": spec(WithoutFingerprint)},
+            f"data: WithoutFingerprint must have {MEMBERS}; it has no fingerprint",
+        ),
+        (
+            {"data": spec(Nothing)},
+            "it has no classes, no shape, no fingerprint, no check, no train, no val",
+        ),
+        (
+            {"data": spec(WithoutShape)},
+            r"data: WithoutShape: shape must be \(C, H, W\), or .*; got 64",
+        ),
         (
             {"data": spec(OtherSizes)},
-            r"data: OtherSizes\.train is called with seed, rank, world, batch_size, micro_batch, threads; .*argument: 'batch'",
+            (
+                r"data: OtherSizes\.train is called with seed, rank, world, batch_size,"
+                r" micro_batch, threads; .*argument: 'batch'"
+            ),
         ),
         ({"model": spec(Nothing)}, r"model: Nothing must make a torch\.nn\.Module; got Nothing"),
         (form("mean"), MODEL + r"gave float32 \[1, 10\]"),
@@ -139,17 +160,44 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
         (form("tuple"), MODEL + "gave a tuple"),
         (
             {**form(""), "data": spec(Synthetic, shape=(3, 8, 8))},
-            r"for an input of shape \[3, 1, 3, 8, 8\] .* it raised RuntimeError: mat1 and mat2 shapes cannot be multiplied",
+            (
+                r"for an input of shape \[3, 1, 3, 8, 8\] .* it raised RuntimeError: mat1 and mat2"
+                r" shapes cannot be multiplied"
+            ),
         ),
-        ({"rule": spec(Nothing)}, r"rule: Nothing must make a pipeline\.rules\.base\.Rule; got Nothing"),
+        (
+            {"rule": spec(Nothing)},
+            r"rule: Nothing must make a pipeline\.rules\.base\.Rule; got Nothing",
+        ),
         ({"rule": spec(WithoutObjectives)}, "rule: WithoutObjectives must override _objectives"),
-        ({"rule": spec(WithoutMemory)}, "rule: WithoutMemory: memory must be 'constant' or 'linear'; got None"),
-        ({"objective": spec(Nothing)}, "objective: Nothing must have __call__, labels, remembers, check; it has no __call__"),
-        ({"objective": spec(PerSample)}, r"objective: PerSample must map logits \[B, K\] to a scalar, .*; got float32 \[2\]"),
-        ({"optimizer": spec(nothing)}, r"optimizer: nothing must make a torch\.optim\.Optimizer; got Nothing"),
-        ({"schedule": spec(nothing)}, "schedule: nothing must make a function of the step, .*; got Nothing"),
-        ({"mixing": spec(nothing)}, r"mixing: nothing must make a pipeline\.data\.mixing\.Mixing; got Nothing"),
-        (teacher("none"), r"teacher: taught_by must make a pipeline\.teachers\.base\.Teacher; got Nothing"),
+        (
+            {"rule": spec(WithoutMemory)},
+            "rule: WithoutMemory: memory must be 'constant' or 'linear'; got None",
+        ),
+        (
+            {"objective": spec(Nothing)},
+            "objective: Nothing must have __call__, labels, remembers, check; it has no __call__",
+        ),
+        (
+            {"objective": spec(PerSample)},
+            r"objective: PerSample must map logits \[B, K\] to a scalar, .*; got float32 \[2\]",
+        ),
+        (
+            {"optimizer": spec(nothing)},
+            r"optimizer: nothing must make a torch\.optim\.Optimizer; got Nothing",
+        ),
+        (
+            {"schedule": spec(nothing)},
+            "schedule: nothing must make a function of the step, .*; got Nothing",
+        ),
+        (
+            {"mixing": spec(nothing)},
+            r"mixing: nothing must make a pipeline\.data\.mixing\.Mixing; got Nothing",
+        ),
+        (
+            teacher("none"),
+            r"teacher: taught_by must make a pipeline\.teachers\.base\.Teacher; got Nothing",
+        ),
         (teacher("silent"), "teacher: taught_by must override forward; it does not"),
     ],
 )
@@ -159,7 +207,12 @@ def test_what_is_missing_is_named(changes: dict[str, Any], said: str) -> None:
 
 
 def test_a_network_of_one_time_step_is_tried_on_two_samples() -> None:
-    with pytest.raises(ValueError, match=r"for an input of shape \[1, 2, 1, 8, 8\] and 10 classes it gave float32 \[2, 1, 10\]"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"for an input of shape \[1, 2, 1, 8, 8\] and 10 classes it gave float32 \[2, 1, 10\]"
+        ),
+    ):
         check_recipe(replace(small_recipe(time_steps=1, **form("batch first"))), 1)
     check_recipe(replace(small_recipe(time_steps=1, **form(""))), 1)
 
@@ -175,7 +228,7 @@ def test_trying_a_network_leaves_no_trace() -> None:
     assert network.training and torch.equal(torch.rand(3), drawn)
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @dataclass
@@ -205,16 +258,24 @@ class Own:
         return "own" if self.kind != "no hash" else ""
 
     def check(self) -> None: ...
-    def train(self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int) -> Any:
+    def train(
+        self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
+    ) -> Any:
         return Loader(self._batch("right", micro_batch))
 
     def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Any:
         return object() if self.kind == "no loader" else Loader(self._batch(self.kind, micro_batch))
 
     def _batch(self, kind: str, size: int) -> Any:
-        x, target, index = torch.zeros(size, 1, 8, 8), torch.zeros(size, dtype=torch.int64), torch.arange(size)
+        x, target, index = (
+            torch.zeros(size, 1, 8, 8),
+            torch.zeros(size, dtype=torch.int64),
+            torch.arange(size),
+        )
         x = {"bytes": x.byte(), "flat": x.flatten(1), "empty": x[:0]}.get(kind, x)
-        target = {"labels": target + 10, "scores": target.float(), "empty": target[:0]}.get(kind, target)
+        target = {"labels": target + 10, "scores": target.float(), "empty": target[:0]}.get(
+            kind, target
+        )
         index = index[: len(target)]
         return {"tuple": (x, target), "none": None}.get(kind, Batch(x, target, index))
 
@@ -223,10 +284,22 @@ class Own:
     ("kind", "said"),
     [
         ("no hash", "data: Own.fingerprint must return a hash as text; got ''"),
-        ("no loader", "data: what Own.val returns must have samples, steps_per_epoch, epoch, close; it has no samples"),
+        (
+            "no loader",
+            (
+                "data: what Own.val returns must have samples, steps_per_epoch, epoch, close; it"
+                " has no samples"
+            ),
+        ),
         ("none", "data: what Own.val returns: an epoch must have 10 batches; got none"),
         ("tuple", r"data: a batch of Own\.val: must be a pipeline\.data\.base\.Batch; got tuple"),
-        ("bytes", r"data: a batch of Own\.val: x must be float32 \[B, 1, 8, 8\]; got uint8 \[8, 1, 8, 8\]"),
+        (
+            "bytes",
+            (
+                r"data: a batch of Own\.val: x must be float32 \[B, 1, 8, 8\]; got uint8 \[8, 1,"
+                r" 8, 8\]"
+            ),
+        ),
         ("flat", r"x must be float32 \[B, 1, 8, 8\]; got float32 \[8, 64\]"),
         ("empty", r"data: a batch of Own\.val: must have samples; got x of shape \[0, 1, 8, 8\]"),
         ("scores", r"target must be int64 \[B\]; got float32 \[8\]"),
@@ -243,11 +316,19 @@ def _own(kind: str) -> Recipe:
     return replace(small_recipe(), data=spec(Own, kind=kind))
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 @pytest.mark.parametrize(
-    "words", ["show", "probe", "sweep", "plan", "launch --trust tests --runs RUNS", "evaluate --weights WEIGHTS"]
+    "words",
+    [
+        "show",
+        "probe",
+        "sweep",
+        "plan",
+        "launch --trust tests --runs RUNS",
+        "evaluate --weights WEIGHTS",
+    ],
 )
 def test_every_command_refuses_it_in_one_line(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -255,10 +336,15 @@ def test_every_command_refuses_it_in_one_line(
     (tmp_path / "mine.py").write_text(RECIPE)
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
     name, *options = (
-        words.replace("RUNS", str(tmp_path / "runs")).replace("WEIGHTS", str(tmp_path / "weights.safetensors")).split()
+        words.replace("RUNS", str(tmp_path / "runs"))
+        .replace("WEIGHTS", str(tmp_path / "weights.safetensors"))
+        .split()
     )
     code, _, error = command(monkeypatch, capsys)(name, str(tmp_path / "mine.py"), *options)
-    assert code == 2 and error == f"data: WithoutFingerprint must have {MEMBERS}; it has no fingerprint\n"
+    assert (
+        code == 2
+        and error == f"data: WithoutFingerprint must have {MEMBERS}; it has no fingerprint\n"
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -272,6 +358,11 @@ def test_evaluate_tries_the_network_first(
         )
     )
     save_file(Network(form="mean").state_dict(), tmp_path / "weights.safetensors")
-    words = ("evaluate", str(tmp_path / "mine.py"), "--weights", str(tmp_path / "weights.safetensors"))
+    words = (
+        "evaluate",
+        str(tmp_path / "mine.py"),
+        "--weights",
+        str(tmp_path / "weights.safetensors"),
+    )
     code, _, error = command(monkeypatch, capsys)(*words)
     assert code == 2 and re.fullmatch(MODEL + r"gave float32 \[1, 10\]\n", error), error

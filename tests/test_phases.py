@@ -26,11 +26,14 @@ def with_files(data: Any, folder: Path) -> Any:
     return data
 
 
-# ------------------------------------------------------------------------------------------------------------ in a recipe
+# -------------------------------------------------------------------------------------- in a recipe
 
 
 def test_phases_are_the_same_after_json() -> None:
-    phases = (*TASKS[:2], Phase(name="last", data=spec(SplitClasses, task=0, order=(1, 0)), epochs=3))
+    phases = (
+        *TASKS[:2],
+        Phase(name="last", data=spec(SplitClasses, task=0, order=(1, 0)), epochs=3),
+    )
     recipe = small(phases=phases)
     again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
     assert again == recipe
@@ -53,13 +56,18 @@ def test_the_study_key_covers_phases() -> None:
         small(phases=(TASKS[0], replace(TASKS[1], data=spec(Permuted, task=1, seed=1)))),
     ]
     assert len({recipe.study_key({"data": "abc"}) for recipe in recipes}) == len(recipes)
-    with_folders = [small(phases=(replace(TASKS[0], data=spec(with_files, folder=folder)),)) for folder in ("a", "b")]
+    with_folders = [
+        small(phases=(replace(TASKS[0], data=spec(with_files, folder=folder)),))
+        for folder in ("a", "b")
+    ]
     assert len({recipe.study_key({"data": "abc"}) for recipe in with_folders}) == 1
 
 
 def test_resolved_reaches_paths_inside() -> None:
     data = spec(Beton, folder="data/x", classes=10, size=28)
-    recipe = small(data=data, phases=(TASKS[0], Phase(name="other", data=spec(with_files, folder="data/y")))).resolved()
+    recipe = small(
+        data=data, phases=(TASKS[0], Phase(name="other", data=spec(with_files, folder="data/y")))
+    ).resolved()
     assert Path(recipe.data.kwargs["folder"]).is_absolute()
     assert recipe.phases[1].data.kwargs["folder"] == str(Path("data/y").absolute())
     assert recipe.phases[0] == TASKS[0]
@@ -84,9 +92,18 @@ def test_a_table_of_parameters_names_each_phase() -> None:
     [
         (lambda: Phase(name=" ", data=spec(Permuted, task=0)), "phase: name must be text"),
         (lambda: Phase(name="a", data=Permuted), "phase a: data must be spec"),
-        (lambda: Phase(name="a", data=spec(Permuted, data=spec(Synthetic), task=0)), "must not be given 'data' of its own"),
-        (lambda: Phase(name="a", data=spec(Permuted, task=0), epochs=0), "epochs must be None or a whole number from 1; got 0"),
-        (lambda: Phase(name="a", data=spec(Permuted, task=0), head=-1), "head must be None or a whole number from 0; got -1"),
+        (
+            lambda: Phase(name="a", data=spec(Permuted, data=spec(Synthetic), task=0)),
+            "must not be given 'data' of its own",
+        ),
+        (
+            lambda: Phase(name="a", data=spec(Permuted, task=0), epochs=0),
+            "epochs must be None or a whole number from 1; got 0",
+        ),
+        (
+            lambda: Phase(name="a", data=spec(Permuted, task=0), head=-1),
+            "head must be None or a whole number from 0; got -1",
+        ),
         (lambda: Phase(name="a", data=spec(Permuted, task=0), head=True), "got True"),
         (lambda: small(phases=(TASKS[0], TASKS[0])), "names of their own; got task-0, task-0"),
         (lambda: small(phases=(TASKS[0], replace(TASKS[1], head=0))), "got none for task-0"),
@@ -113,16 +130,25 @@ def test_phases_in_json_are_checked_too() -> None:
         Recipe.from_json(value)
 
 
-# -------------------------------------------------------------------------------------------------------------- the clock
+# ---------------------------------------------------------------------------------------- the clock
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5), st.none() | st.integers(1, 12))
-def test_every_step_has_its_phase_epoch_and_place(lengths: list[tuple[int, int]], stop_after: int | None) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5),
+    st.none() | st.integers(1, 12),
+)
+def test_every_step_has_its_phase_epoch_and_place(
+    lengths: list[tuple[int, int]], stop_after: int | None
+) -> None:
     stretches = timetable(lengths, stop_after=stop_after)
     expected = []  # (phase, epoch over the run, step within the epoch), by counting
     epochs_before = 0
     for index, (epochs, epoch_steps) in enumerate(lengths):
-        inside = [(index, epochs_before + epoch, place) for epoch in range(epochs) for place in range(epoch_steps)]
+        inside = [
+            (index, epochs_before + epoch, place)
+            for epoch in range(epochs)
+            for place in range(epoch_steps)
+        ]
         inside = inside[: stop_after or len(inside)]
         expected += inside
         epochs_before = inside[-1][1] + 1
@@ -138,6 +164,10 @@ def test_every_step_has_its_phase_epoch_and_place(lengths: list[tuple[int, int]]
 
 def test_one_stretch_is_a_run_without_phases() -> None:
     [stretch] = timetable([(3, 8)])
-    assert (stretch.first, stretch.end, [stretch.epoch(step) for step in (0, 7, 8, 23, 24)]) == (0, 24, [0, 0, 1, 2, 3])
+    assert (stretch.first, stretch.end, [stretch.epoch(step) for step in (0, 7, 8, 23, 24)]) == (
+        0,
+        24,
+        [0, 0, 1, 2, 3],
+    )
     [short] = timetable([(3, 8)], stop_after=10)
     assert (short.end, short.epoch_end(1)) == (10, 10)

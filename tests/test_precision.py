@@ -20,7 +20,10 @@ CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 def products() -> list[str]:
     """Of matrix products, convolutions and recurrent networks."""
     backends = torch.backends
-    return [each.fp32_precision for each in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)]  # type: ignore[attr-defined]
+    return [
+        each.fp32_precision
+        for each in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    ]  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,11 @@ def test_the_older_names_tell_the_same() -> None:
 
     def older() -> tuple[object, ...]:
         backends = torch.backends
-        return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        return (
+            backends.cuda.matmul.allow_tf32,
+            backends.cudnn.allow_tf32,
+            torch.get_float32_matmul_precision(),
+        )
 
     assert older() == (False, False, "highest")
     with products_in("tf32"):
@@ -71,7 +78,12 @@ def test_inside_is_as_told_and_after_it_as_before() -> None:
 
 
 def test_tf32_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"recipe: precision='tf32' must have an NVIDIA card of .* 8\.0 or newer; got cpu: take"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"recipe: precision='tf32' must have an NVIDIA card of .* 8\.0 or newer; got cpu: take"
+        ),
+    ):
         compute_in("tf32", CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
@@ -81,7 +93,9 @@ def test_tf32_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_it_is_part_of_the_study() -> None:
-    keys = {small_recipe(precision=each).study_key({"data": "x"}) for each in ("fp32", "tf32", "bf16")}
+    keys = {
+        small_recipe(precision=each).study_key({"data": "x"}) for each in ("fp32", "tf32", "bf16")
+    }
     assert len(keys) == 3
 
 
@@ -90,7 +104,9 @@ def test_a_teacher_computes_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pictures:
         classes, shape, mean, std = 1000, (3, 32, 32), (0.5,) * 3, (0.2,) * 3
 
-    made: Teacher = spec(timm_teacher, name="test_vit", weights=spec(Untrained), size=160).build(Pictures())
+    made: Teacher = spec(timm_teacher, name="test_vit", weights=spec(Untrained), size=160).build(
+        Pictures()
+    )
     seen: list[list[str]] = []
     made.body.register_forward_pre_hook(lambda *_: seen.append(products()))  # type: ignore[union-attr, operator]
     compute_in("tf32", CARD)

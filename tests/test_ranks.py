@@ -27,10 +27,14 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
-def test_one_worker_alone_reduces_where_it_computes(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_worker_alone_reduces_where_it_computes(
+    device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As Ray's workers do: over gloo alone a card's tensors would go through the host."""
     asked: list[str] = []
-    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **about: asked.append(backend))
+    monkeypatch.setattr(
+        distributed, "init_process_group", lambda backend, **about: asked.append(backend)
+    )
     with group_of_one(device):
         assert os.environ["DS_ACCELERATOR"] == device
     assert asked == [backend]
@@ -71,7 +75,10 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
         "gather": ranks.gather([rank] * rank),
         "refused": said,
         "averaged": inside,
-        "own": [own["running_mean"].tolist() == [float(rank)] * 2, network.running_mean.tolist() == [float(rank)] * 2],  # type: ignore[union-attr]
+        "own": [
+            own["running_mean"].tolist() == [float(rank)] * 2,
+            network.running_mean.tolist() == [float(rank)] * 2,
+        ],  # type: ignore[union-attr]
         "counted": int(network.num_batches_tracked),  # type: ignore[arg-type]
     }
 
@@ -89,7 +96,10 @@ def test_both_ranks_hear_the_same(tmp_path: Path) -> None:
         "together": "Diverged: rank 1 cannot (worker 1)",
         "counted": 0,
     }
-    assert run_ranks(_talk, 2, tmp_path) == [{**expected, "gather": [[], [1]]}, {**expected, "gather": []}]
+    assert run_ranks(_talk, 2, tmp_path) == [
+        {**expected, "gather": [[], [1]]},
+        {**expected, "gather": []},
+    ]
 
 
 def _network() -> nn.Module:
@@ -105,8 +115,12 @@ def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor
 
 
 def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers], tuple[LayerActivity, ...]]:
-    share = range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]  # one rank has nothing
-    result, answers, activity, inference, _ = evaluate(_network(), _batches(share, 4), CrossEntropy(), counts_operations=True)
+    share = (
+        range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]
+    )  # one rank has nothing
+    result, answers, activity, inference, _ = evaluate(
+        _network(), _batches(share, 4), CrossEntropy(), counts_operations=True
+    )
     assert (inference is None) == (not share)
     return result, Ranks(rank, size).gather(answers), activity
 
@@ -123,15 +137,26 @@ def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
     ranked_BK = logits_TBK.mean(0).argsort(-1, descending=True)
     assert one.samples == 25
     assert one.top1 == pytest.approx(float((ranked_BK[:, 0] == target_B).double().mean()))
-    assert one.top5 == pytest.approx(float((ranked_BK[:, :5] == target_B[:, None]).any(-1).double().mean()))
-    assert np.array_equal(_written(tmp_path, answers), torch.stack([index_B, target_B, ranked_BK[:, 0]]))
+    assert one.top5 == pytest.approx(
+        float((ranked_BK[:, :5] == target_B[:, None]).any(-1).double().mean())
+    )
+    assert np.array_equal(
+        _written(tmp_path, answers), torch.stack([index_B, target_B, ranked_BK[:, 0]])
+    )
     threes = run_ranks(_evaluate, 3, tmp_path)
     assert [each.name for each in activity] == ["1"] and 0 < activity[0].rate == one.firing_rate
     for three, _, its_activity in threes:
         assert its_activity == activity
-        assert (three.samples, three.top1, three.top5, three.firing_rate) == (one.samples, one.top1, one.top5, one.firing_rate)
+        assert (three.samples, three.top1, three.top5, three.firing_rate) == (
+            one.samples,
+            one.top1,
+            one.top5,
+            one.firing_rate,
+        )
         assert three.loss == pytest.approx(one.loss, abs=1e-6)
-    assert [len(each.index) for each in threes[0][1]] == [7, 0, 18] and threes[1][1] == threes[2][1] == []
+    assert [len(each.index) for each in threes[0][1]] == [7, 0, 18] and threes[1][1] == threes[2][
+        1
+    ] == []
     assert np.array_equal(_written(tmp_path, threes[0][1]), _written(tmp_path, answers))
 
 

@@ -1,4 +1,6 @@
-"""The Python of README.md, as it stands there: recipes, saved under the names that it gives them, train for a few batches."""
+"""The Python of README.md, as it stands there: recipes, saved under the names that it gives them,
+train for a few batches.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,16 @@ from tests.small import command, small_recipe, train_inline
 __all__ = ["small_fashion"]  # a fixture
 
 README = Path(__file__).parents[1] / "README.md"
-PARTS, MINE, TAUGHT, RESULT = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+PARTS, MINE, TAUGHT, RESULT = re.findall(
+    r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL
+)
 BRIEFLY = ("--inline", "--set", "backend=plain", "--set", "stop_after=2", "--set", "batch_size=8")
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Path:
     """A folder to work in, with pictures of two classes written as README says."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
@@ -41,7 +47,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         for label in ("cat", "dog"):
             (folder := tmp_path / "pictures" / part / label).mkdir(parents=True)
             for number in range(count):
-                Image.fromarray(draw.integers(0, 256, (80, 70, 3), np.uint8)).save(folder / f"{number}.jpg")
+                Image.fromarray(draw.integers(0, 256, (80, 70, 3), np.uint8)).save(
+                    folder / f"{number}.jpg"
+                )
     told = re.search(r"spiketrain (write folder .*) --workers 2\n", README.read_text())
     assert told is not None
     assert command(monkeypatch, capsys)(*told[1].split())[0] == 0
@@ -49,7 +57,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def test_parts_of_a_recipe() -> None:
-    names = {each.__name__: each for each in (spec, binarized, qkformer_10, Distillation, timm_teacher, Mixing)}
+    names = {
+        each.__name__: each
+        for each in (spec, binarized, qkformer_10, Distillation, timm_teacher, Mixing)
+    }
     parts = eval(f"dict({PARTS})", dict(names))
     assert replace(small_recipe(), **parts).teacher is not None
 
@@ -60,7 +71,12 @@ def test_parts_of_a_recipe() -> None:
     ids=["mine", "taught"],
 )
 def test_a_recipe_file(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, text: str, said: list[str]
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    said: list[str],
 ) -> None:
     run = command(monkeypatch, capsys)
     assert f"`{name}.py`" in README.read_text()
@@ -77,7 +93,9 @@ def test_a_recipe_file(
 def test_the_template_is_stable_and_rules_are_near_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On 102 pictures, at half their size for speed; benchmarks/pictures.py takes several sets and seeds as README has them."""
+    """On 102 pictures, at half their size for speed; benchmarks/pictures.py takes several sets and
+    seeds as README has them.
+    """
     monkeypatch.chdir(tmp_path)
     write_shapes(tmp_path / "pictures", train=34, val=60)
     run = command(monkeypatch, capsys)
@@ -86,7 +104,12 @@ def test_the_template_is_stable_and_rules_are_near_each_other(
     (tmp_path / "mine.py").write_text(template(3))
     changes = ("data.size=32", "backend=plain", "evaluate_every=0", "log_every=1")
     code, _, error = run(
-        "launch", "mine.py", "--inline", "--device", "cpu", *(word for each in changes for word in ("--set", each))
+        "launch",
+        "mine.py",
+        "--inline",
+        "--device",
+        "cpu",
+        *(word for each in changes for word in ("--set", each)),
     )
     assert code == 0, error
     top1 = {}
@@ -95,14 +118,23 @@ def test_the_template_is_stable_and_rules_are_near_each_other(
             summary = read_json(folder / "summary.json")
             assert (summary["rollbacks"], summary["skipped_batches"]) == (0, 0)
             top1[summary["rule"]] = summary["top1"]
-            losses = [event["metrics"]["loss"] for event in read(folder / "journal.jsonl") if event["event"] == "step"]
-            assert len(losses) == 30 and max(losses) < 1.1 * math.log(3)  # the first is ln 3; at lr=0.2 BPTT's reached 1.44
+            losses = [
+                event["metrics"]["loss"]
+                for event in read(folder / "journal.jsonl")
+                if event["event"] == "step"
+            ]
+            assert len(losses) == 30 and max(losses) < 1.1 * math.log(
+                3
+            )  # the first is ln 3; at lr=0.2 BPTT's reached 1.44
     assert top1.keys() == {"BPTT", "SLTT"} and min(top1.values()) > 0.5
     assert abs(top1["BPTT"] - top1["SLTT"]) < 0.15
 
 
 def test_the_result(
-    tmp_path: Path, small_fashion: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    small_fashion: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_fashion(tmp_path / "data" / "fashion", source=small_fashion)

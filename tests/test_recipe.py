@@ -1,4 +1,6 @@
-"""Recipes: checked where they are written, changed by dotted keys, and the same after a trip through JSON."""
+"""Recipes: checked where they are written, changed by dotted keys, and the same after a trip
+through JSON.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 from tests.small import recipes_of
 
-RECIPES = sorted(path for path in Path("recipes").rglob("*.py") if not path.name.endswith(("__init__.py", "base.py")))
+RECIPES = sorted(
+    path
+    for path in Path("recipes").rglob("*.py")
+    if not path.name.endswith(("__init__.py", "base.py"))
+)
 FAMILIES = {"fashion", "stamps", "cifar", "imagenet", "events", "continual"}
 
 
@@ -42,7 +48,12 @@ def small(**changes: Any) -> Recipe:
     written = Recipe(
         name="small",
         model=spec(
-            nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=[1], neuron=spec(LIF, surrogate=Sigmoid(alpha=2.0))
+            nf_resnet18_small,
+            classes=10,
+            in_channels=1,
+            width=4,
+            blocks=[1],
+            neuron=spec(LIF, surrogate=Sigmoid(alpha=2.0)),
         ),
         rule=spec(SLTT, k=1),
         data=spec(Synthetic, samples=64, shape=(1, 8, 8)),
@@ -57,11 +68,15 @@ def small(**changes: Any) -> Recipe:
 
 
 def test_a_wrong_keyword_names_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"^SLTT: unexpected keyword 'K'; it accepts k, chunk, rescale$"):
+    with pytest.raises(
+        ValueError, match=r"^SLTT: unexpected keyword 'K'; it accepts k, chunk, rescale$"
+    ):
         spec(SLTT, K=2)
 
 
-@pytest.mark.parametrize(("kwargs", "said"), [({"k": "two"}, "int or None; got 'two'"), ({"rescale": 1}, "bool; got 1")])
+@pytest.mark.parametrize(
+    ("kwargs", "said"), [({"k": "two"}, "int or None; got 'two'"), ({"rescale": 1}, "bool; got 1")]
+)
 def test_a_value_of_the_wrong_type_is_refused(kwargs: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         spec(SLTT, **kwargs)
@@ -93,7 +108,11 @@ def recordings(**changes: Any) -> Recipe:
 
 def test_tiny_tells_every_part_the_time_steps_it_is_left_with() -> None:
     tiny = recordings().tiny()
-    assert (tiny.time_steps, tiny.data.kwargs["steps"], tiny.model.kwargs["time_steps"]) == (2, 2, 2)
+    assert (tiny.time_steps, tiny.data.kwargs["steps"], tiny.model.kwargs["time_steps"]) == (
+        2,
+        2,
+        2,
+    )
     assert tiny.data.build().shape == (2, 2, 8, 8)
     assert tiny.model.kwargs["network"] == recordings().model.kwargs["network"]
     assert recordings(rule=spec(SLTT, k=3)).tiny().rule == spec(SLTT, k=2)
@@ -107,20 +126,28 @@ def test_parts_that_count_on_another_number_of_time_steps_are_refused() -> None:
     recipe.check_time_steps((1, 8, 8))  # an image is shown at each time step
     with pytest.raises(ValueError, match=r"^recipe: data\.steps must be time_steps=4; got 5$"):
         recipe.check_time_steps((5, 2, 8, 8))
-    with pytest.raises(ValueError, match=r"^recipe: model\.time_steps must be the recipe's time_steps=5; got 4$"):
+    with pytest.raises(
+        ValueError, match=r"^recipe: model\.time_steps must be the recipe's time_steps=5; got 4$"
+    ):
         recipe.override({"time_steps": 5}).check_time_steps((5, 2, 8, 8))
     outer = replace(recipe, model=spec(late, network=recipe.model, time_steps=6), time_steps=6)
-    with pytest.raises(ValueError, match=r"^recipe: model\.network\.time_steps must be .*6; got 4$"):
+    with pytest.raises(
+        ValueError, match=r"^recipe: model\.network\.time_steps must be .*6; got 4$"
+    ):
         outer.check_time_steps((6, 2, 8, 8))
 
 
 def test_a_recipe_is_the_same_after_json() -> None:
     recipe = small()
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-    assert Recipe.from_json(recipe.to_json()).model.build().stages[0][0].first.neuron.surrogate == Sigmoid(alpha=2.0)
+    assert Recipe.from_json(recipe.to_json()).model.build().stages[0][
+        0
+    ].first.neuron.surrogate == Sigmoid(alpha=2.0)
 
 
-def test_two_writers_of_one_json_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_writers_of_one_json_file_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in two pods, whose processes have the same number, on storage that they share."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
     path, values = tmp_path / "job.json", [[number] * 1000 for number in range(2)]
@@ -138,21 +165,36 @@ def test_two_writers_of_one_json_file_do_not_meet(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_json_file_is_written_through_to_the_disk_its_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_json_file_is_written_through_to_the_disk_its_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[tuple[Path, Any]] = []
-    monkeypatch.setattr(disk, "sync_folder", lambda folder: synced.append((folder, read_json(folder / "job.json"))))
+    monkeypatch.setattr(
+        disk, "sync_folder", lambda folder: synced.append((folder, read_json(folder / "job.json")))
+    )
     write_json(tmp_path / "job.json", 1)
     assert synced == [(tmp_path, 1)]
 
 
-def test_what_is_the_users_is_said_and_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_the_users_is_said_and_storage_that_fails_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "torn.json").write_text("{")
     (tmp_path / "whole.json").write_text("{}")
-    for name, said in (("none.json", "does not exist"), ("folder.json", "Is a directory"), ("torn.json", "Expecting property")):
+    for name, said in (
+        ("none.json", "does not exist"),
+        ("folder.json", "Is a directory"),
+        ("torn.json", "Expecting property"),
+    ):
         with pytest.raises(ValueError, match=f"must be a JSON file; .*{said}"):
             read_json(tmp_path / name)
-    for number, kind in ((errno.EACCES, ValueError), (errno.EIO, OSError), (errno.ESTALE, OSError), (errno.ETIMEDOUT, OSError)):
+    for number, kind in (
+        (errno.EACCES, ValueError),
+        (errno.EIO, OSError),
+        (errno.ESTALE, OSError),
+        (errno.ETIMEDOUT, OSError),
+    ):
 
         def fails(self: Path, number: int = number) -> str:
             raise OSError(number, os.strerror(number), str(self))
@@ -200,20 +242,35 @@ def test_json_imports_from_trusted_packages_alone(target: str) -> None:
         Recipe.from_json(value)
 
 
-@pytest.mark.parametrize("target", ["pipeline.teachers.cache.Kept.add", "torch.nn.modules.module.Module.apply"])
+@pytest.mark.parametrize(
+    "target", ["pipeline.teachers.cache.Kept.add", "torch.nn.modules.module.Module.apply"]
+)
 def test_a_method_makes_no_part(target: str) -> None:
     value = small().to_json()
     value["recipe"]["rule"] = {"target": target, "kwargs": {}}
-    with pytest.raises(ValueError, match=f"^recipe.json: {target} must be a class, a class method or a function of a module"):
+    with pytest.raises(
+        ValueError,
+        match=f"^recipe.json: {target} must be a class, a class method or a function of a module",
+    ):
         Recipe.from_json(value)
 
 
 def test_of_what_is_trusted_nothing_takes_a_path_but_to_read_there_or_to_keep_answers() -> None:
-    """Whoever writes a recipe.json chooses every keyword. What else writes a file is in a module that is not trusted."""
+    """Whoever writes a recipe.json chooses every keyword. What else writes a file is in a module
+    that is not trusted.
+    """
     ours = [importlib.import_module(name) for name in TRUSTED if name.startswith("pipeline.")]
     for package in [each for each in ours if hasattr(each, "__path__")]:
-        ours += [importlib.import_module(f"{package.__name__}.{each.name}") for each in pkgutil.iter_modules(package.__path__)]
-    made = {each for module in ours for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__}
+        ours += [
+            importlib.import_module(f"{package.__name__}.{each.name}")
+            for each in pkgutil.iter_modules(package.__path__)
+        ]
+    made = {
+        each
+        for module in ours
+        for each in vars(module).values()
+        if getattr(each, "__module__", "") == module.__name__
+    }
     takes = {
         (each.__qualname__, key)
         for each in made
@@ -222,13 +279,22 @@ def test_of_what_is_trusted_nothing_takes_a_path_but_to_read_there_or_to_keep_an
     }
     assert len(made) > 200
     assert takes == {
-        ("Beton", "folder"), ("Events", "folder"), ("Cache", "folder"), ("Kept", "folder"),
-        ("File", "path"), ("network_teacher", "weights"),
-        ("_check_hash", "path"), ("_check_sides", "path"), ("_stored", "path"), ("_bytes", "folder"),  # helpers, which read
-    }  # fmt: skip
+        ("Beton", "folder"),
+        ("Events", "folder"),
+        ("Cache", "folder"),
+        ("Kept", "folder"),
+        ("File", "path"),
+        ("network_teacher", "weights"),
+        ("_check_hash", "path"),
+        ("_check_sides", "path"),
+        ("_stored", "path"),
+        ("_bytes", "folder"),  # helpers, which read
+    }
 
 
-@pytest.mark.parametrize("target", ["torch.utils.collect_env.run", "timm.optim.create_optimizer_v2", "torch.nn.Linear"])
+@pytest.mark.parametrize(
+    "target", ["torch.utils.collect_env.run", "timm.optim.create_optimizer_v2", "torch.nn.Linear"]
+)
 def test_a_value_in_json_is_a_dataclass_and_runs_nothing(target: str, tmp_path: Path) -> None:
     value = small().to_json()
     value["recipe"]["model"]["kwargs"]["neuron"]["kwargs"]["surrogate"] = {
@@ -240,8 +306,12 @@ def test_a_value_in_json_is_a_dataclass_and_runs_nothing(target: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_users_package_is_admitted_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_lab.py").write_text("from pipeline.rules.bptt import BPTT\nclass Mine(BPTT):\n    pass\n")
+def test_a_users_package_is_admitted_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_lab.py").write_text(
+        "from pipeline.rules.bptt import BPTT\nclass Mine(BPTT):\n    pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     value = small().to_json()
     value["recipe"]["rule"] = {"target": "my_lab.Mine", "kwargs": {}}
@@ -259,12 +329,22 @@ def test_another_format_and_unknown_fields_are_refused() -> None:
 
 
 def test_overrides_reach_into_parts_and_are_validated() -> None:
-    changed = small().override({"optimizer.lr": 0.05, "rule.k": 2, "epochs": 3, "rule.rescale": True})
-    assert (changed.optimizer.kwargs["lr"], changed.rule.kwargs["k"], changed.epochs) == (0.05, 2, 3)
+    changed = small().override(
+        {"optimizer.lr": 0.05, "rule.k": 2, "epochs": 3, "rule.rescale": True}
+    )
+    assert (changed.optimizer.kwargs["lr"], changed.rule.kwargs["k"], changed.epochs) == (
+        0.05,
+        2,
+        3,
+    )
     for key, value, said in [
         ("optimiser.lr", 1, "no field 'optimiser'; it has name, model"),
         ("rule.kk", 1, "SLTT: unexpected keyword 'kk'; it accepts k"),
-        ("rule", 1, "rule is a part, SLTT.k=1.; change its keywords: rule.k, rule.chunk, rule.rescale"),
+        (
+            "rule",
+            1,
+            "rule is a part, SLTT.k=1.; change its keywords: rule.k, rule.chunk, rule.rescale",
+        ),
         ("epochs", "many", "epochs must be int; got 'many'"),
         ("epochs.x", 1, "goes below a plain value"),
     ]:
@@ -274,17 +354,29 @@ def test_overrides_reach_into_parts_and_are_validated() -> None:
 
 def test_set_parses_python_literals_and_leaves_words_alone() -> None:
     assert parse_changes(["a.b=0.5", "c=True", "d=bf16", "e=None", "f=(1, 2)"]) == {
-        "a.b": 0.5, "c": True, "d": "bf16", "e": None, "f": (1, 2),
-    }  # fmt: skip
+        "a.b": 0.5,
+        "c": True,
+        "d": "bf16",
+        "e": None,
+        "f": (1, 2),
+    }
     with pytest.raises(ValueError, match="key=value"):
         parse_changes(["lr"])
 
 
 @pytest.mark.parametrize(
     ("batch", "micro", "workers", "expected"),
-    [(32, None, 2, (16, 1)), (32, 4, 2, (4, 4)), (24, 5, 2, (4, 3)), (7, None, 7, (1, 1)), (96, 100, 3, (32, 1))],
+    [
+        (32, None, 2, (16, 1)),
+        (32, 4, 2, (4, 4)),
+        (24, 5, 2, (4, 3)),
+        (7, None, 7, (1, 1)),
+        (96, 100, 3, (32, 1)),
+    ],
 )
-def test_a_global_batch_splits_exactly(batch: int, micro: int | None, workers: int, expected: tuple[int, int]) -> None:
+def test_a_global_batch_splits_exactly(
+    batch: int, micro: int | None, workers: int, expected: tuple[int, int]
+) -> None:
     split = small(batch_size=batch, micro_batch=micro).split(workers)
     assert (split.micro_batch, split.accumulation) == expected
     assert split.workers * split.micro_batch * split.accumulation == batch
@@ -304,8 +396,13 @@ def test_a_recipe_keeps_its_study_key_when_recipes_learn_more() -> None:
 
 def test_a_family_is_written_inherited_and_checked_as_a_name() -> None:
     recipe = small(family="fashion")
-    assert Recipe.from_json(recipe.to_json()) == recipe and replace(recipe, name="other").tiny().family == "fashion"
-    with pytest.raises(ValueError, match="family becomes a folder's name and must not hold '/'; got 'a/b'"):
+    assert (
+        Recipe.from_json(recipe.to_json()) == recipe
+        and replace(recipe, name="other").tiny().family == "fashion"
+    )
+    with pytest.raises(
+        ValueError, match="family becomes a folder's name and must not hold '/'; got 'a/b'"
+    ):
         small(family="a/b")
 
 
@@ -329,22 +426,33 @@ def test_the_study_key_ignores_rule_seed_name_and_paths_and_nothing_else() -> No
         replace(base, objective=spec(CrossEntropy, label_smoothing=0.1)),
     ]
     assert {recipe.study_key({"data": "abc"}) for recipe in same} == {key}
-    keys = [recipe.study_key({"data": "abc"}) for recipe in other] + [base.study_key({"data": "abd"})]
+    keys = [recipe.study_key({"data": "abc"}) for recipe in other] + [
+        base.study_key({"data": "abd"})
+    ]
     assert len({key, *keys}) == 6
 
 
 def test_the_setting_of_a_published_log_is_read_back_and_needs_the_log() -> None:
     setting = (("time_steps", 4), ("model.over", "time"))
     recipe = small(published=((1, 0.04),), published_setting=setting)
-    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe and recipe.tiny().published_setting == ()
+    assert (
+        Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+        and recipe.tiny().published_setting == ()
+    )
     assert recipe.study_key({}) == small().study_key({})
-    with pytest.raises(ValueError, match="recipe: published_setting needs published, the points of the log; it has none"):
+    with pytest.raises(
+        ValueError,
+        match="recipe: published_setting needs published, the points of the log; it has none",
+    ):
         small(published_setting=setting)
 
 
 def test_published_points_are_read_back_and_checked() -> None:
     recipe = small(published=((1, 0.04), (200, 0.79)))
-    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe and recipe.tiny().published == ()
+    assert (
+        Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+        and recipe.tiny().published == ()
+    )
     for wrong in (((0, 0.5),), ((1, 50.0),), ((1,),)):
         with pytest.raises(ValueError, match="recipe: published must be"):
             small(published=wrong)
@@ -359,7 +467,8 @@ def test_resolved_paths_are_absolute() -> None:
 def test_a_recipe_file_that_fails_names_its_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "from pipeline.recipe import spec\nfrom pipeline.rules.sltt import SLTT\ndef recipe():\n    return spec(SLTT, q=1)\n"
+        "from pipeline.recipe import spec\nfrom pipeline.rules.sltt import SLTT\ndef recipe():\n   "
+        " return spec(SLTT, q=1)\n"
     )
     with pytest.raises(ValueError, match=r"mine\.py:4: SLTT: unexpected keyword 'q'"):
         load_recipe(file)
@@ -371,20 +480,25 @@ def test_a_recipe_file_that_fails_names_its_line(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.py")
 
 
-def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_experiments").mkdir()
     file = tmp_path / "own_experiments" / "mine.py"
     file.write_text(
-        "from torch import nn\nfrom pipeline.recipe import spec\nfrom tests.small import small_recipe\n\n"
-        "class Mine(nn.Module):\n    pass\n\ndef recipe():\n    return small_recipe(model=spec(Mine))\n"
+        "from torch import nn\nfrom pipeline.recipe import spec\nfrom tests.small import"
+        " small_recipe\n\nclass Mine(nn.Module):\n    pass\n\ndef recipe():\n    return"
+        " small_recipe(model=spec(Mine))\n"
     )
     made = load_recipe(file)
     assert isinstance(made, Recipe)
     [own] = trust_of(made, [file])
     assert own == "own_experiments.mine" and Recipe.from_json(made.to_json(), trust=[own]) == made
     ours = Path("recipes/compare/claims_fashion.py")
-    assert trust_of(load_recipe(ours), [ours]) == ()  # with a report that it defines, in a package that is trusted anyway
+    assert (
+        trust_of(load_recipe(ours), [ours]) == ()
+    )  # with a report that it defines, in a package that is trusted anyway
 
 
 def test_every_recipe_file_resolves_and_survives_tiny() -> None:
@@ -401,9 +515,15 @@ def test_every_recipe_file_resolves_and_survives_tiny() -> None:
 
 
 def test_a_recipes_family_is_its_folders_name() -> None:
-    found = {path: {recipe.family for recipe in recipes_of(path)} for path in RECIPES if path.parent.name in FAMILIES}
+    found = {
+        path: {recipe.family for recipe in recipes_of(path)}
+        for path in RECIPES
+        if path.parent.name in FAMILIES
+    }
     assert len(found) >= 80
-    assert {path: families for path, families in found.items() if families != {path.parent.name}} == {}
+    assert {
+        path: families for path, families in found.items() if families != {path.parent.name}
+    } == {}
 
 
 def test_a_spec_survives_pickling() -> None:

@@ -1,4 +1,6 @@
-"""The value of a variable whose name says secret is in no text, however whoever refused it has quoted it."""
+"""The value of a variable whose name says secret is in no text, however whoever refused it has
+quoted it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_what_is_short_or_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in (("A_KEY", "to"), ("A_NAME", "planted"), ("A_PASSWORD", "")):
         monkeypatch.setenv(name, value)
     assert without_secrets("refused to planted") == "refused to planted"
-    assert [name for name in ("aws_secret_access_key", "HF_TOKEN", "NCCL_DEBUG") if is_secret(name)] == [
+    assert [
+        name for name in ("aws_secret_access_key", "HF_TOKEN", "NCCL_DEBUG") if is_secret(name)
+    ] == [
         "aws_secret_access_key",
         "HF_TOKEN",
     ]

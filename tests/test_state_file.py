@@ -1,4 +1,6 @@
-"""Files of weights that others wrote: every usual wrapper is opened, nothing in them is run, and damage is one line."""
+"""Files of weights that others wrote: every usual wrapper is opened, nothing in them is run, and
+damage is one line.
+"""
 
 import argparse
 import pickle
@@ -23,7 +25,12 @@ class Harmful:
     [
         STATE,
         {"state_dict": STATE},
-        {"model": STATE, "optimizer": {"lr": 0.1}, "epoch": 3, "args": argparse.Namespace(model="QKFormer", lr=6e-4)},
+        {
+            "model": STATE,
+            "optimizer": {"lr": 0.1},
+            "epoch": 3,
+            "args": argparse.Namespace(model="QKFormer", lr=6e-4),
+        },
         {"model": {"module": STATE}},
     ],
     ids=["bare", "state_dict", "published", "nested"],
@@ -32,16 +39,22 @@ class Harmful:
 def test_wrappers_are_opened(tmp_path: Path, content: dict, suffix: str) -> None:
     torch.save(content, tmp_path / f"file.{suffix}")
     found = read_state(tmp_path / f"file.{suffix}", who="x")
-    assert found.keys() == STATE.keys() and all(torch.equal(found[name], STATE[name]) for name in STATE)
+    assert found.keys() == STATE.keys() and all(
+        torch.equal(found[name], STATE[name]) for name in STATE
+    )
 
 
 def test_safetensors(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "file.safetensors")
-    assert torch.equal(read_state(tmp_path / "file.safetensors", who="x")["a.weight"], STATE["a.weight"])
+    assert torch.equal(
+        read_state(tmp_path / "file.safetensors", who="x")["a.weight"], STATE["a.weight"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
-def test_what_is_no_file_of_weights_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_file_of_weights_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.save(STATE, tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-100])
     save_file(STATE, tmp_path / "whole.safetensors")
@@ -70,5 +83,6 @@ def test_misfits_are_counted_and_the_first_named() -> None:
     many = {f"b{i}": torch.zeros(1) for i in range(5)}
     assert misfits({**STATE, **many}, STATE) == "5 unknown: b0, b1, b2, ..."
     assert (
-        misfits({"a.weight": torch.zeros(3)}, STATE) == "1 missing: a.bias; 1 of another shape: a.weight ([3] instead of [2, 3])"
+        misfits({"a.weight": torch.zeros(3)}, STATE)
+        == "1 missing: a.bias; 1 of another shape: a.weight ([3] instead of [2, 3])"
     )

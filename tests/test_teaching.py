@@ -1,4 +1,6 @@
-"""Runs with a teacher: asked once a batch, resumed to the bit, one probe for all ranks, never asked again where it is known."""
+"""Runs with a teacher: asked once a batch, resumed to the bit, one probe for all ranks, never asked
+again where it is known.
+"""
 
 from __future__ import annotations
 
@@ -88,13 +90,21 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return calls
 
 
-@pytest.mark.parametrize("rule", [spec(BPTT), spec(SLTT), spec(SLTT, k=1)], ids=["bptt", "sltt", "sltt_k"])
-def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(tmp_path: Path, asked: Any, rule: Any) -> None:
-    """Once for each of its 5 evaluation batches, then once for each of 8 x 2 micro-batches at T = 4."""
+@pytest.mark.parametrize(
+    "rule", [spec(BPTT), spec(SLTT), spec(SLTT, k=1)], ids=["bptt", "sltt", "sltt_k"]
+)
+def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(
+    tmp_path: Path, asked: Any, rule: Any
+) -> None:
+    """Once for each of its 5 evaluation batches, then once for each of 8 x 2 micro-batches at T =
+    4.
+    """
     summary = train_inline(tmp_path / "run", taught(rule=rule))
     assert summary is not None
     assert asked["answers"] == [4] * (5 + 16)
-    assert asked["features"] == [32, 32] + [4] * (5 + 16)  # the probe's 64 samples, then one for each answer
+    assert asked["features"] == [32, 32] + [4] * (
+        5 + 16
+    )  # the probe's 64 samples, then one for each answer
 
 
 def test_the_run_tells_what_the_teacher_costs_and_how_good_it_is(tmp_path: Path) -> None:
@@ -113,10 +123,17 @@ def test_the_run_tells_what_the_teacher_costs_and_how_good_it_is(tmp_path: Path)
 
 
 def test_evaluation_reports_the_loss_on_labels(tmp_path: Path) -> None:
-    """With a learning rate of 0, what is evaluated is the network as it was made, whatever it distils."""
+    """With a learning rate of 0, what is evaluated is the network as it was made, whatever it
+    distils.
+    """
     losses = []
-    for name, changes in (("taught", {}), ("labels", {"objective": small_recipe().objective, "teacher": None})):
-        summary = train_inline(tmp_path / name, taught(**changes, stop_after=1).override({"optimizer.lr": 0.0}))
+    for name, changes in (
+        ("taught", {}),
+        ("labels", {"objective": small_recipe().objective, "teacher": None}),
+    ):
+        summary = train_inline(
+            tmp_path / name, taught(**changes, stop_after=1).override({"optimizer.lr": 0.0})
+        )
         assert summary is not None
         losses.append(summary["loss"])
     assert losses[0] == losses[1]
@@ -139,8 +156,11 @@ def test_the_teacher_is_no_part_of_what_is_trained_or_saved(tmp_path: Path) -> N
     assert len(own) > 50
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not own & {id(p) for p in parts.backend.model.parameters()}
-    assert teacher.identity()["weights"] == content_hash(teacher.body)  # type: ignore[index]  # no statistic has moved
-    assert set(pipeline.load(tmp_path / "run").state_dict()) == set(recipe.model.build().state_dict())
+    # no statistic has moved
+    assert teacher.identity()["weights"] == content_hash(teacher.body)  # type: ignore[index]
+    assert set(pipeline.load(tmp_path / "run").state_dict()) == set(
+        recipe.model.build().state_dict()
+    )
 
 
 def test_the_students_weights_begin_as_without_a_teacher(tmp_path: Path) -> None:
@@ -158,7 +178,9 @@ def test_a_run_that_died_goes_on_to_the_same_bits_with_the_probe_it_had(
     fits = []
     fit = Probe.fit
     monkeypatch.setattr(Probe, "fit", lambda self, *args: fits.append(1) or fit(self, *args))
-    whole, broken = (taught(cache=tmp_path / f"cache-{name}" if cached else None) for name in ("whole", "broken"))
+    whole, broken = (
+        taught(cache=tmp_path / f"cache-{name}" if cached else None) for name in ("whole", "broken")
+    )
     train_inline(tmp_path / "whole", whole)
     with monkeypatch.context() as patch:
         die_at(patch, 5)
@@ -189,7 +211,9 @@ def test_a_second_run_with_the_same_views_never_asks(tmp_path: Path, asked: Any)
 
 def test_a_cache_that_cannot_hold_the_run_is_refused(tmp_path: Path) -> None:
     recipe = taught(cache=tmp_path / "cache").override({"teacher.cache.limit_gb": 1e-6})
-    with pytest.raises(Refused, match=r"Cache: .* for the 64 answers of this run; got limit_gb=1e-06"):
+    with pytest.raises(
+        Refused, match=r"Cache: .* for the 64 answers of this run; got limit_gb=1e-06"
+    ):
         train_inline(tmp_path / "run", recipe)
 
 
@@ -200,11 +224,24 @@ class OnlyTraining(Synthetic):
         raise DataError("the evaluation part was opened")
 
 
-def test_the_probe_is_fitted_on_every_training_sample_and_no_other(tmp_path: Path, asked: Any) -> None:
+def test_the_probe_is_fitted_on_every_training_sample_and_no_other(
+    tmp_path: Path, asked: Any
+) -> None:
     recipe = taught()
     data = OnlyTraining(samples=61, shape=(1, 8, 8))  # no batch size divides it
-    with pytest.raises(DataError, match="the evaluation part was opened"):  # by the accuracy, which comes after the fit
-        open_teaching(recipe, data, recipe.split(1), folder=tmp_path, steps=1, ranks=Ranks(), tracker=NullTracker(), threads=1)
+    with pytest.raises(
+        DataError, match="the evaluation part was opened"
+    ):  # by the accuracy, which comes after the fit
+        open_teaching(
+            recipe,
+            data,
+            recipe.split(1),
+            folder=tmp_path,
+            steps=1,
+            ranks=Ranks(),
+            tracker=NullTracker(),
+            threads=1,
+        )
     assert asked["features"] == [32, 29]
     assert len(list(tmp_path.glob("teacher/*/probe-*.safetensors"))) == 1
 
@@ -216,7 +253,9 @@ def test_a_damaged_probe_is_found_by_the_hash_in_its_name(tmp_path: Path) -> Non
     content = bytearray(probe.read_bytes())
     content[-1] ^= 1
     probe.write_bytes(content)
-    with pytest.raises(Refused, match=r"Probe: .* must be what its name says; it is damaged: delete it"):
+    with pytest.raises(
+        Refused, match=r"Probe: .* must be what its name says; it is damaged: delete it"
+    ):
         train_inline(tmp_path / "first", recipe)
 
 
@@ -225,7 +264,11 @@ def test_weights_in_a_file_belong_to_the_study_by_content(tmp_path: Path) -> Non
     for name, value in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
         save_file({"w": torch.tensor(value)}, tmp_path / f"{name}.safetensors")
         recipe = taught(
-            teacher=spec(timm_teacher, name="test_resnet", weights=spec(File, path=str(tmp_path / f"{name}.safetensors")))
+            teacher=spec(
+                timm_teacher,
+                name="test_resnet",
+                weights=spec(File, path=str(tmp_path / f"{name}.safetensors")),
+            )
         )
         keys.append(recipe.study_key(study_inputs(recipe, "data")))
     assert keys[0] == keys[1] != keys[2]
@@ -239,7 +282,9 @@ def test_a_recipe_with_a_teacher_is_json_both_ways_and_one_without_keeps_its_for
 
 
 def test_tiny_needs_no_download_and_no_cache() -> None:
-    tiny = taught(cache="cache", teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe))).tiny()
+    tiny = taught(
+        cache="cache", teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe))
+    ).tiny()
     assert tiny.teacher is not None
     assert dict(tiny.teacher.kwargs) == {
         "name": "test_resnet",
@@ -249,7 +294,9 @@ def test_tiny_needs_no_download_and_no_cache() -> None:
     }
 
 
-def test_a_recipe_is_shown_without_the_weights_of_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_is_shown_without_the_weights_of_its_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def download(*_: Any) -> None:
         raise AssertionError("the weights were asked for")
 
@@ -262,16 +309,28 @@ def test_a_recipe_is_shown_without_the_weights_of_its_teacher(monkeypatch: pytes
 
 def test_a_teacher_of_phases_is_refused() -> None:
     recipe = taught(phases=(Phase(name="one", data=spec(Synthetic)),))
-    with pytest.raises(ValueError, match="a teacher knows the classes of one data set, so it takes no phases; got 1"):
+    with pytest.raises(
+        ValueError,
+        match="a teacher knows the classes of one data set, so it takes no phases; got 1",
+    ):
         build_teacher(recipe, recipe.data.build())
 
 
 @pytest.mark.parametrize(
-    "change", [{"mixing": spec(Mixing, mixup=0.8)}, {"data": spec(Synthetic, samples=64, shape=(1, 8, 8), repeats=2)}]
+    "change",
+    [
+        {"mixing": spec(Mixing, mixup=0.8)},
+        {"data": spec(Synthetic, samples=64, shape=(1, 8, 8), repeats=2)},
+    ],
 )
-def test_answers_to_mixed_or_repeated_samples_are_not_kept(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_answers_to_mixed_or_repeated_samples_are_not_kept(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
     recipe = replace(taught(cache=tmp_path / "cache"), **change)
-    with pytest.raises(ValueError, match="cache keeps one answer a sample and epoch, so it takes neither mixed nor repeated"):
+    with pytest.raises(
+        ValueError,
+        match="cache keeps one answer a sample and epoch, so it takes neither mixed nor repeated",
+    ):
         build_teacher(recipe, recipe.data.build())
     build_teacher(replace(taught(), **change), recipe.data.build())
 
@@ -280,11 +339,17 @@ def test_a_recipe_that_fits_is_checked_without_data() -> None:
     check_recipe(taught(), 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- two ranks
+# ---------------------------------------------------------------------------------------- two ranks
 
 
 def _rank(rank: int, ranks: int, folder: str) -> torch.Tensor:
-    found: list[Any] = [make_run(Path(folder) / "two", taught(stop_after=1, micro_batch=None)) if rank == 0 else None]
+    found: list[Any] = [
+        (
+            make_run(Path(folder) / "two", taught(stop_after=1, micro_batch=None))
+            if rank == 0
+            else None
+        )
+    ]
     torch.distributed.broadcast_object_list(found, src=0)
     seen: list[Parts] = []
 

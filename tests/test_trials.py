@@ -26,12 +26,20 @@ def run(folder: Path, *, end: str) -> Path:
 
 
 def suite(folder: Path, **ends: str) -> Children:
-    """A suite's runs at the value that all share, a trial and a tuned run, of which those in `ends` have come to one."""
+    """A suite's runs at the value that all share, a trial and a tuned run, of which those in `ends`
+    have come to one.
+    """
     names = ("shared", "trial", "tuned", "after")
-    recipes = [small_recipe(name=name, init="@shared" if name == "after" else None) for name in names]
-    recipes[1:3] = [replace(each, protocol=each.name, tuned=("optimizer.lr",)) for each in recipes[1:3]]
+    recipes = [
+        small_recipe(name=name, init="@shared" if name == "after" else None) for name in names
+    ]
+    recipes[1:3] = [
+        replace(each, protocol=each.name, tuned=("optimizer.lr",)) for each in recipes[1:3]
+    ]
     choices = {"tuned": Choice("optimizer.lr", ("trial",))}
-    made = SuiteFile(suite=Suite(tuple(recipes), None, choices), runs=names, parent="0" * 32, cluster={})
+    made = SuiteFile(
+        suite=Suite(tuple(recipes), None, choices), runs=names, parent="0" * 32, cluster={}
+    )
     (folder / "suite").mkdir(parents=True)
     made.write(folder / "suite")
     for name, end in ends.items():
@@ -40,8 +48,15 @@ def suite(folder: Path, **ends: str) -> Children:
 
 
 @pytest.mark.parametrize("name", ["shared", "trial", "tuned"])
-def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights(tmp_path: Path, name: str) -> None:
-    for end, over in (("finish", True), ("diverged", name != "shared"), ("failed", False), ("stopped", False)):
+def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights(
+    tmp_path: Path, name: str
+) -> None:
+    for end, over in (
+        ("finish", True),
+        ("diverged", name != "shared"),
+        ("failed", False),
+        ("stopped", False),
+    ):
         folder = tmp_path / end
         children = suite(folder, **{name: end})
         assert over_in(folder / "suite") == ({name: folder / name} if over else {})
@@ -72,5 +87,7 @@ def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
     told = json.loads(file.read_text())
     told["children"][2]["choice"] = ["trial"]
     file.write_text(json.dumps(told))
-    with pytest.raises(ValueError, match=r"suite\.json: a choice: must be an object; got \['trial'\]"):
+    with pytest.raises(
+        ValueError, match=r"suite\.json: a choice: must be an object; got \['trial'\]"
+    ):
         SuiteFile.read(tmp_path / "suite")

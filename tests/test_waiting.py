@@ -24,9 +24,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("words", ["launch recipes/fashion/sltt.py --set optimiser.lr=1", "evaluate nowhere"])
+@pytest.mark.parametrize(
+    "words", ["launch recipes/fashion/sltt.py --set optimiser.lr=1", "evaluate nowhere"]
+)
 def test_the_first_line_comes_before_any_import_that_takes_seconds(words: str) -> None:
-    done = subprocess.run([sys.executable, "-c", FIRST, *words.split()], capture_output=True, text=True, timeout=110)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST, *words.split()], capture_output=True, text=True, timeout=110
+    )
     assert done.returncode == 2, done.stderr
     assert done.stdout == "importing torch and what else this command needs []\n"
 
@@ -35,8 +39,14 @@ def test_the_first_line_comes_before_any_import_that_takes_seconds(words: str) -
     ("words", "stage"),
     [
         ("launch recipes/fashion/sltt.py --inline", "checking the recipe and its data"),
-        ("probe recipes/fashion/sltt.py", "reading a batch; the first one compiles what reads the data"),
-        ("sweep recipes/fashion/sltt.py", "reading a batch; the first one compiles what reads the data"),
+        (
+            "probe recipes/fashion/sltt.py",
+            "reading a batch; the first one compiles what reads the data",
+        ),
+        (
+            "sweep recipes/fashion/sltt.py",
+            "reading a batch; the first one compiles what reads the data",
+        ),
         ("verify nowhere", "reading every byte of nowhere"),
     ],
 )

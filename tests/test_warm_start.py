@@ -1,4 +1,6 @@
-"""From a trained ANN to the spiking network of the same layers: weights loaded, thresholds from training batches."""
+"""From a trained ANN to the spiking network of the same layers: weights loaded, thresholds from
+training batches.
+"""
 
 from __future__ import annotations
 
@@ -32,29 +34,49 @@ STAGES: Any = ((4,), (6,))
 
 
 def network(neuron: Spec, **more: Any) -> Spec:
-    return spec(convnet, classes=10, in_channels=1, stages=STAGES, over="time", head="rate", neuron=neuron, **more)
+    return spec(
+        convnet,
+        classes=10,
+        in_channels=1,
+        stages=STAGES,
+        over="time",
+        head="rate",
+        neuron=neuron,
+        **more,
+    )
 
 
 def ann() -> Recipe:
-    return small_recipe(model=network(spec(nn.ReLU)), rule=spec(BPTT), time_steps=1, over_time="mean")
+    return small_recipe(
+        model=network(spec(nn.ReLU)), rule=spec(BPTT), time_steps=1, over_time="mean"
+    )
 
 
 def spiking(**changes: Any) -> Recipe:
-    return replace(ann(), model=network(spec(RateIF)), rule=spec(DSR, calibrate=3), time_steps=4, **changes)
+    return replace(
+        ann(), model=network(spec(RateIF)), rule=spec(DSR, calibrate=3), time_steps=4, **changes
+    )
 
 
 def test_a_spiking_run_starts_from_the_ann(tmp_path: Path) -> None:
     train_inline(tmp_path / "ann", ann())
     recipe = spiking(init=str(tmp_path / "ann"), stop_after=1).override({"optimizer.lr": 0.0})
     assert train_inline(tmp_path / "snn", recipe) is not None
-    weights, start = pipeline.load(tmp_path / "snn").state_dict(), pipeline.load(tmp_path / "ann").state_dict()
+    weights, start = (
+        pipeline.load(tmp_path / "snn").state_dict(),
+        pipeline.load(tmp_path / "ann").state_dict(),
+    )
     thresholds = {key for key in weights if key.endswith(".threshold")}
     assert set(weights) - set(start) == thresholds and len(thresholds) == 4
     learnt = [key for key in start if "running" not in key]
     assert all(torch.equal(weights[key], start[key]) for key in learnt)
-    (told,) = [event for event in read(tmp_path / "snn" / "journal.jsonl") if event["event"] == "init"]
+    (told,) = [
+        event for event in read(tmp_path / "snn" / "journal.jsonl") if event["event"] == "init"
+    ]
     assert set(told["fresh"]) == thresholds
-    assert all(0.01 < weights[key].item() < 6 for key in thresholds)  # calibrated: neither the bound nor the recipe's 6
+    assert all(
+        0.01 < weights[key].item() < 6 for key in thresholds
+    )  # calibrated: neither the bound nor the recipe's 6
 
 
 def test_weights_that_a_suites_recipe_names_stay_where_others_are_fetched(tmp_path: Path) -> None:
@@ -71,15 +93,21 @@ def test_weights_that_a_suites_recipe_names_stay_where_others_are_fetched(tmp_pa
 
 
 def test_calibrated_thresholds_carry_the_accuracy_over(tmp_path: Path) -> None:
-    """No training: at T = 16 the calibrated network answers as the ANN does, the one with the recipe's thresholds does not."""
+    """No training: at T = 16 the calibrated network answers as the ANN does, the one with the
+    recipe's thresholds does not.
+    """
 
     def top1(folder: str, recipe: Recipe) -> float:
-        summary = train_inline(tmp_path / folder, replace(recipe, data=recipe.data.with_(val_samples=200)))
+        summary = train_inline(
+            tmp_path / folder, replace(recipe, data=recipe.data.with_(val_samples=200))
+        )
         assert summary is not None
         return summary["top1"]
 
     trained = top1("ann", replace(ann(), epochs=8))
-    recipe = replace(spiking(init=str(tmp_path / "ann"), stop_after=1), time_steps=16).override({"optimizer.lr": 0.0})
+    recipe = replace(spiking(init=str(tmp_path / "ann"), stop_after=1), time_steps=16).override(
+        {"optimizer.lr": 0.0}
+    )
     assert trained > 0.4
     assert top1("calibrated", recipe) > trained - 0.05
     assert top1("as written", replace(recipe, rule=spec(DSR))) < trained - 0.15
@@ -88,8 +116,13 @@ def test_calibrated_thresholds_carry_the_accuracy_over(tmp_path: Path) -> None:
 def test_a_file_that_lacks_some_thresholds_or_has_others_is_refused(tmp_path: Path) -> None:
     model = network(spec(RateIF)).build()
     state = model.state_dict()
-    save_file({key: value for key, value in state.items() if key != "stages.0.0.neuron.threshold"}, tmp_path / "some.safetensors")
-    with pytest.raises(ValueError, match=r"init: .* got 1 missing: stages\.0\.0\.neuron\.threshold$"):
+    save_file(
+        {key: value for key, value in state.items() if key != "stages.0.0.neuron.threshold"},
+        tmp_path / "some.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"init: .* got 1 missing: stages\.0\.0\.neuron\.threshold$"
+    ):
         load_start(model, tmp_path / "some.safetensors")
     save_file(state, tmp_path / "all.safetensors")
     with pytest.raises(ValueError, match=r"got 4 unknown: classifier\.neuron_in\.threshold, "):
@@ -99,7 +132,10 @@ def test_a_file_that_lacks_some_thresholds_or_has_others_is_refused(tmp_path: Pa
 
 def test_a_head_of_rates_is_replaced_whole(tmp_path: Path) -> None:
     ten, three = (
-        spec(convnet, classes=classes, in_channels=1, stages=STAGES, over="time", head="rate").build() for classes in (10, 3)
+        spec(
+            convnet, classes=classes, in_channels=1, stages=STAGES, over="time", head="rate"
+        ).build()
+        for classes in (10, 3)
     )
     save_file(ten.state_dict(), tmp_path / "ten.safetensors")
     before = {key: value.clone() for key, value in three.state_dict().items()}
@@ -129,13 +165,19 @@ def test_two_ranks_calibrate_as_one_does(tmp_path: Path) -> None:
     run_ranks(_rank, 2, tmp_path, str(tmp_path))
     one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "0"))
     thresholds = [key for key in one if key.endswith(".threshold")]
-    assert len(thresholds) == 4 and all(torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds)
+    assert len(thresholds) == 4 and all(
+        torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds
+    )
 
 
 def test_neurons_that_learn_their_leak_start_from_plain_ones(tmp_path: Path) -> None:
-    first, second = (convnet(10, in_channels=1, stages=STAGES, neuron=neuron) for neuron in (LIF(), PLIF(0.8)))
+    first, second = (
+        convnet(10, in_channels=1, stages=STAGES, neuron=neuron) for neuron in (LIF(), PLIF(0.8))
+    )
     save_file(first.state_dict(), tmp_path / "first.safetensors")
-    assert load_start(second, tmp_path / "first.safetensors").fresh == tuple(f"stages.{n}.0.neuron.leak_logit" for n in (0, 1))
+    assert load_start(second, tmp_path / "first.safetensors").fresh == tuple(
+        f"stages.{n}.0.neuron.leak_logit" for n in (0, 1)
+    )
     found = second.state_dict()
     assert all(torch.equal(found[key], value) for key, value in first.state_dict().items())
 
@@ -147,7 +189,9 @@ def bits(weights: str) -> nn.Module:
 
 @pytest.mark.parametrize("weights", ["scaled", "learnable"])
 def test_one_bit_starts_from_the_weights_of_full_precision(weights: str, tmp_path: Path) -> None:
-    """The second stage of a binary network: latent weights are those of the first, a learnable scale is that of them."""
+    """The second stage of a binary network: latent weights are those of the first, a learnable
+    scale is that of them.
+    """
     first, second = convnet(10, in_channels=1, stages=STAGES), bits(weights)
     save_file(first.state_dict(), tmp_path / "first.safetensors")
     start = load_start(second, tmp_path / "first.safetensors")
@@ -156,7 +200,9 @@ def test_one_bit_starts_from_the_weights_of_full_precision(weights: str, tmp_pat
     scale = "stages.1.0.conv.binarizer.scale"
     assert start.fresh == ((scale,) if weights == "learnable" else ())
     if weights == "learnable":
-        assert torch.allclose(found[scale], 2 * found["stages.1.0.conv.weight"].abs().mean((1, 2, 3)))
+        assert torch.allclose(
+            found[scale], 2 * found["stages.1.0.conv.weight"].abs().mean((1, 2, 3))
+        )
         save_file({**found, scale: found[scale] + 1}, tmp_path / "second.safetensors")
         again = bits(weights)
         assert load_start(again, tmp_path / "second.safetensors").fresh == ()

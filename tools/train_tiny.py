@@ -51,7 +51,9 @@ def recipe() -> Any:
 def _first_seeds(members: list[Any]) -> list[Any]:
     """Those of one seed that are no trials, and every recipe that one of them refers to."""
     kept = [each for each in members if each.seed == members[0].seed and each.protocol != "trial"]
-    while more := [each for each in members if each not in kept and f"'@{each.name}'" in repr(kept)]:
+    while more := [
+        each for each in members if each not in kept and f"'@{each.name}'" in repr(kept)
+    ]:
         kept += more
     return [each for each in members if each in kept]
 
@@ -107,7 +109,9 @@ def _spiketrain(*words: str) -> None:
         runpy.run_module("pipeline", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if end.code:
-            raise RuntimeError(f"spiketrain {' '.join(words)} ended with exit code {end.code}") from end
+            raise RuntimeError(
+                f"spiketrain {' '.join(words)} ended with exit code {end.code}"
+            ) from end
 
 
 def _train(path: str, runs: Path) -> dict[str, Any]:

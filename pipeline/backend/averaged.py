@@ -1,15 +1,19 @@
-"""A running average of the weights around any backend: EMA, Polyak averaging with a memory that fades.
+"""A running average of the weights around any backend: EMA, Polyak averaging with a memory that
+fades.
 
-    a <- d a + (1 - d) w         after every move of the weights w; of parameters, and of running statistics
+    a <- d a + (1 - d) w         after every move of the weights w; of parameters, and of running
+    statistics
 
-What is evaluated and published is the average; what trains, and what a checkpoint's backend state holds, are the weights.
+What is evaluated and published is the average; what trains, and what a checkpoint's backend state
+holds, are the weights.
 
-At every ZeRO stage up to 2 each rank holds all weights after a step, so that each keeps the whole average, in their own
-precision (fp32), and none has to ask another. Running statistics are a rank's own, and so is their average: a checkpoint holds
-each rank's, for as many ranks, and the mean over them, from which all ranks of another number begin.
+At every ZeRO stage up to 2 each rank holds all weights after a step, so that each keeps the whole
+average, in their own precision (fp32), and none has to ask another. Running statistics are a rank's
+own, and so is their average: a checkpoint holds each rank's, for as many ranks, and the mean over
+them, from which all ranks of another number begin.
 
-Source: Polyak and Juditsky 1992; the form is that of timm's ModelEmaV3 (1.0.31) without warm-up, held to it by a test.
-"""
+Source: Polyak and Juditsky 1992; the form is that of timm's ModelEmaV3 (1.0.31) without warm-up,
+held to it by a test."""
 
 from __future__ import annotations
 
@@ -29,7 +33,9 @@ WHOLE = "average.pt"
 
 
 class Averaged:
-    """`backend`, with an average that begins at the weights it has now. `decay`: d, between 0 and 1."""
+    """`backend`, with an average that begins at the weights it has now. `decay`: d, between 0 and
+    1.
+    """
 
     def __init__(self, backend: Backend, *, decay: float) -> None:
         self.backend, self.decay = backend, decay
@@ -56,7 +62,9 @@ class Averaged:
         self._update([self.average[name] for name in values], list(values.values()), 0)
 
     def forget(self) -> None:
-        """Begins the average anew, too: a task is not evaluated with the weights of the one before."""
+        """Begins the average anew, too: a task is not evaluated with the weights of the one
+        before.
+        """
         self.backend.forget()
         for name, value in self._values().items():
             self.average[name].copy_(value)
@@ -74,7 +82,10 @@ class Averaged:
                 value.copy_(own[name])
 
     def replicated(self) -> list[Tensor]:
-        return [*self.backend.replicated(), *(self.average[name] for name, _ in self.network.named_parameters())]
+        return [
+            *self.backend.replicated(),
+            *(self.average[name] for name, _ in self.network.named_parameters()),
+        ]
 
     def capture(self) -> dict[str, Any]:
         files = self.backend.capture()
@@ -91,20 +102,33 @@ class Averaged:
         rank, ranks = _place()
         wrote = len([*folder.glob("average_rank*.pt")])
         for file in (WHOLE, f"average_rank{rank}.pt") if wrote == ranks else (WHOLE,):
-            for name, value in torch.load(folder / file, map_location="cpu", weights_only=True).items():
+            for name, value in torch.load(
+                folder / file, map_location="cpu", weights_only=True
+            ).items():
                 self.average[name].copy_(value)
 
     def _values(self) -> dict[str, Tensor]:
         """What is averaged, by name: a parameter that has two names has one here."""
-        return {**{name: value.detach() for name, value in self.network.named_parameters()}, **self._buffers()}
+        return {
+            **{name: value.detach() for name, value in self.network.named_parameters()},
+            **self._buffers(),
+        }
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self.network.named_buffers() if buffer.is_floating_point()}
+        return {
+            name: buffer
+            for name, buffer in self.network.named_buffers()
+            if buffer.is_floating_point()
+        }
 
 
 def _place() -> tuple[int, int]:
     """This process's rank, and how many there are."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    return (
+        (distributed.get_rank(), distributed.get_world_size())
+        if distributed.is_initialized()
+        else (0, 1)
+    )
 
 
 def _mean(value: Tensor, ranks: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Copies of a state that goes on changing: on the CPU for a checkpoint, and where it lies for a batch that may be undone."""
+"""Copies of a state that goes on changing: on the CPU for a checkpoint, and where it lies for a
+batch that may be undone.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,21 @@ T_ = TypeVar("T_")
 
 
 def copied(value: Any) -> Any:
-    """`value` with every tensor and everything else that can change copied; a tensor that is in it twice is copied once."""
+    """`value` with every tensor and everything else that can change copied; a tensor that is in it
+    twice is copied once.
+    """
     return _copied(value, {})
 
 
 def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor copied on its own device, with one kernel for all of a dtype: on a GPU each kernel costs a launch."""
+    """Each tensor copied on its own device, with one kernel for all of a dtype: on a GPU each
+    kernel costs a launch.
+    """
     clones = {name: torch.empty_like(value) for name, value in values.items()}
     for names in alike(values):
-        torch._foreach_copy_([clones[name] for name in names], [values[name].detach() for name in names])
+        torch._foreach_copy_(
+            [clones[name] for name in names], [values[name].detach() for name in names]
+        )
     return clones
 
 

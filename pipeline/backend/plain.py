@@ -1,4 +1,6 @@
-"""Plain torch without DeepSpeed: for tests, debugging and the reference that DeepSpeed is held to. Any number of ranks."""
+"""Plain torch without DeepSpeed: for tests, debugging and the reference that DeepSpeed is held to.
+Any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ STATE = "state.pt"
 
 
 class _Autocast(nn.Module):
-    """The network under the recipe's precision; a module, so that `fresh_state` finds the neurons inside."""
+    """The network under the recipe's precision; a module, so that `fresh_state` finds the neurons
+    inside.
+    """
 
     def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()
@@ -30,11 +34,20 @@ class _Autocast(nn.Module):
 
 
 class Plain:
-    """The network and its optimizer in one process, gradients summed over ranks where there are several."""
+    """The network and its optimizer in one process, gradients summed over ranks where there are
+    several.
+    """
 
     name = "plain"
 
-    def __init__(self, network: nn.Module, optimizer_of: OptimizerOf, *, precision: str = "fp32", clip_norm: float = 0.0) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer_of: OptimizerOf,
+        *,
+        precision: str = "fp32",
+        clip_norm: float = 0.0,
+    ) -> None:
         self.network = network
         self.model = _Autocast(network, precision)
         self.optimizer = optimizer_of(network)
@@ -56,7 +69,9 @@ class Plain:
     def step(self) -> None:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if _ranks() > 1:
-            for p in parameters:  # a rank without a gradient takes part all the same: the others wait for it
+            for p in (
+                parameters
+            ):  # a rank without a gradient takes part all the same: the others wait for it
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             _sum_over_ranks([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm > 0:
@@ -73,7 +88,11 @@ class Plain:
     def capture(self) -> dict[str, Any]:
         if distributed.is_initialized() and distributed.get_rank() > 0:
             return {}
-        return {STATE: copied({"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()})}
+        return {
+            STATE: copied(
+                {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+            )
+        }
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
@@ -82,13 +101,17 @@ class Plain:
 
 
 def _sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Sum each tensor over ranks, in place, by one collective for all of a dtype: each collective costs a launch."""
+    """Sum each tensor over ranks, in place, by one collective for all of a dtype: each collective
+    costs a launch.
+    """
     for places in alike(dict(enumerate(tensors))):
         mine = [tensors[place] for place in places]
         flat = torch.cat([tensor.flatten() for tensor in mine])
         distributed.all_reduce(flat)
         sums = flat.split([tensor.numel() for tensor in mine])
-        torch._foreach_copy_(mine, [sum_.view_as(tensor) for sum_, tensor in zip(sums, mine, strict=True)])
+        torch._foreach_copy_(
+            mine, [sum_.view_as(tensor) for sum_, tensor in zip(sums, mine, strict=True)]
+        )
 
 
 def _ranks() -> int:

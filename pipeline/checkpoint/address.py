@@ -17,10 +17,16 @@ def refuse_credentials(address: str) -> None:
     if "://" not in address:
         return
     if "::" in address:  # each address of a chain may hold credentials
-        raise CheckpointError("checkpoints: an address must be of one store, without fsspec's '::'; got a chain of several")
+        raise CheckpointError(
+            "checkpoints: an address must be of one store, without fsspec's '::'; got a chain of"
+            " several"
+        )
     parts = urlsplit(address)
     if "@" in parts.netloc or parts.query:
-        raise CheckpointError("checkpoints: an address holds no credentials, which are the environment's; got one with some")
+        raise CheckpointError(
+            "checkpoints: an address holds no credentials, which are the environment's; got one"
+            " with some"
+        )
 
 
 def folder_of(address: str) -> Path | None:

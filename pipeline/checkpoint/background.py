@@ -78,7 +78,9 @@ class Background:
         """on rank 0 the whole checkpoint, on another rank None: its part is written"""
         self._nobody_waits = threading.Event()
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._run, args=(files,), daemon=True, name=f"checkpoint {self.name}")
+        self._thread = threading.Thread(
+            target=self._run, args=(files,), daemon=True, name=f"checkpoint {self.name}"
+        )
         self._thread.start()
 
     def failure(self) -> BaseException | None:
@@ -86,7 +88,9 @@ class Background:
         return self.outcome.exception() if self.outcome.done() else None
 
     def makes_progress(self) -> bool:
-        """Whether the thread may still succeed; who waits for one that hangs gives no sign of life."""
+        """Whether the thread may still succeed; who waits for one that hangs gives no sign of
+        life.
+        """
         return self.outcome.done() or time.monotonic() - self._began < LONGEST_S
 
     def give_up(self, beat: Callable[[], None]) -> None:
@@ -147,7 +151,10 @@ class Background:
             if self._note("failed", rank).exists():
                 raise Abandoned(f"checkpoint {self.name}: worker {rank} could not write its part")
             if not self.temp.is_dir():
-                raise Abandoned(f"checkpoint {self.name}: {self.temp} is gone, as if another driver had taken the place over")
+                raise Abandoned(
+                    f"checkpoint {self.name}: {self.temp} is gone, as if another driver had taken"
+                    " the place over"
+                )
             if self._nobody_waits.is_set() and time.monotonic() > until:
                 raise Abandoned(f"checkpoint {self.name}: the part of worker {rank} is missing")
             time.sleep(POLL_S)

@@ -134,7 +134,8 @@ class Checkpoints:
         return self._writing is not None and self._writing.failure() is not None
 
     def wait(self) -> Saved | None:
-        """Wait until the last `save` is whole; collective. On rank 0 its checkpoint, if not reported.
+        """Wait until the last `save` is whole; collective. On rank 0 its checkpoint, if not
+        reported.
 
         Raises:
             Refused: it cannot be written, and only the user can change that: the disk is full.
@@ -167,8 +168,8 @@ class Checkpoints:
     def close(self, error: BaseException | None = None) -> Saved | None:
         """End without the other ranks, of which one may be gone.
 
-        A checkpoint with all parts is finished. A failure to write is noted on `error`, which ends the attempt.
-        """
+        A checkpoint with all parts is finished. A failure to write is noted on `error`, which ends
+        the attempt."""
         writing, self._writing = self._writing, None
         if writing is None:
             return None
@@ -178,7 +179,9 @@ class Checkpoints:
             return self._report(writing)
         if error is None:
             raise failure
-        error.add_note(f"checkpoint {writing.name} was not written: {type(failure).__name__}: {failure}")
+        error.add_note(
+            f"checkpoint {writing.name} was not written: {type(failure).__name__}: {failure}"
+        )
         return None
 
     def newest(self) -> Path | None:
@@ -187,17 +190,27 @@ class Checkpoints:
         A call after an error of the storage continues the search: nothing is reported twice.
         """
         if self._search is None:
-            self._search = partial(newest, self.place, suffix=self._suffix(), on_quarantine=cache(self.on_quarantine))
+            self._search = partial(
+                newest, self.place, suffix=self._suffix(), on_quarantine=cache(self.on_quarantine)
+            )
         found = self._search()
         self._search = None
         return found
 
     def discard(self, step: int, reason: str) -> None:
-        """Quarantine the checkpoint of `step`, if there is one; collective, without a save in flight."""
+        """Quarantine the checkpoint of `step`, if there is one; collective, without a save in
+        flight.
+        """
         names = self.place.names() if self.rank == 0 else []
         if step_name(step) in names:
             names.remove(step_name(step))
-            quarantine(self.place, step_name(step), reason, suffix=self._suffix(), on_quarantine=self.on_quarantine)
+            quarantine(
+                self.place,
+                step_name(step),
+                reason,
+                suffix=self._suffix(),
+                on_quarantine=self.on_quarantine,
+            )
         self.newest_step = self.each(step_of(names[-1]) if names else 0)[0]
 
     def _suffix(self) -> str:
@@ -217,13 +230,18 @@ class Checkpoints:
         if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
             wrote = counted(trainer["world_size"], "worker")
             raise CheckpointError(
-                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {wrote} loads on as many only; got {self.ranks}"
+                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {wrote} loads on as many"
+                f" only; got {self.ranks}"
             )
         if not (path / backend.name).is_dir():
-            raise CheckpointError(f"checkpoint {path.name}: was not written by backend {backend.name!r}")
+            raise CheckpointError(
+                f"checkpoint {path.name}: was not written by backend {backend.name!r}"
+            )
         backend.load(path / backend.name)
         if "rule.pt" in files:
-            rule.load_state_dict(torch.load(path / "rule.pt", map_location="cpu", weights_only=True))
+            rule.load_state_dict(
+                torch.load(path / "rule.pt", map_location="cpu", weights_only=True)
+            )
         rng = f"rng_rank{self.rank}.pt"
         if rng in files:  # an attempt with fewer ranks wrote none for this one
             state = torch.load(path / rng, map_location="cpu", weights_only=True)
@@ -253,13 +271,17 @@ class Checkpoints:
                 self.beat()
         writing.give_up(self.beat)
         own = writing.failure()
-        failures = [each for each in self.each(None if own is None else _described(own)) if each is not None]
+        failures = [
+            each for each in self.each(None if own is None else _described(own)) if each is not None
+        ]
         if self.rank == 0:
             writing.discard()
         # Rank 0's own may only say that another rank failed: it has no number.
         number, said = min(failures, key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:
-            raise Refused(f"checkpoint: cannot be written after step {writing.step}: {said}; {self._left()}") from own
+            raise Refused(
+                f"checkpoint: cannot be written after step {writing.step}: {said}; {self._left()}"
+            ) from own
         said = f"checkpoint after step {writing.step} was not written: {said}"
         raise OSError(number or errno.EIO, said) from own
 
@@ -287,11 +309,16 @@ def _described(error: BaseException) -> tuple[int | None, str]:
     while found is not None:
         if isinstance(found, OSError):  # s3fs (2026.9) gives a PermissionError no number
             number = errno.EPERM if isinstance(found, PermissionError) else found.errno
-            return number, f"{found.strerror or found}" + (f": {found.filename}" if found.filename else "")
+            return number, f"{found.strerror or found}" + (
+                f": {found.filename}" if found.filename else ""
+            )
         found = found.__cause__ or found.__context__
     return None, f"{type(error).__name__}: {error}"
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """A copy of them on the CPU, as they are published."""
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in network.state_dict().items()}
+    return {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in network.state_dict().items()
+    }

@@ -79,7 +79,10 @@ def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
     """
     owner = owner_of(place)
     if owner is not None and owner.run_id != run_id:
-        raise CheckpointError(f"checkpoints: {place.address('')} must be of run {run_id[:8]} ({run}); got those of {owner}")
+        raise CheckpointError(
+            f"checkpoints: {place.address('')} must be of run {run_id[:8]} ({run}); got those of"
+            f" {owner}"
+        )
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     new = Owner(run_id, study, run, uuid.uuid4().hex, socket.gethostname(), since)
     place.write(FILE, json.dumps(asdict(new), indent=1).encode())
@@ -115,5 +118,6 @@ class Owned:
         if owner is None or owner.token != self.token:
             got = "none" if owner is None else owner
             raise CheckpointError(
-                f"checkpoints: the owner of {self.address('')} must be this driver; got {got}: it writes nothing more there"
+                f"checkpoints: the owner of {self.address('')} must be this driver; got {got}: it"
+                " writes nothing more there"
             )

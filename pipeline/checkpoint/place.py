@@ -43,7 +43,8 @@ class Place(Protocol):
         ...
 
     def finish(self, temp: Path, name: str) -> str:
-        """Make the sealed folder `temp` the checkpoint `name`; its address. It replaces an older one.
+        """Make the sealed folder `temp` the checkpoint `name`; its address. It replaces an older
+        one.
 
         A process that dies at any point leaves the older one or the new one, found after a `sweep`.
         """
@@ -105,13 +106,18 @@ def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], Non
         reason = damage(path)
         if reason is None:
             if said := code_in(path):
-                raise CheckpointError(f"checkpoint {path}: must hold data alone; {said}; move it away if it is not yours")
+                raise CheckpointError(
+                    f"checkpoint {path}: must hold data alone; {said}; move it away if it is not"
+                    " yours"
+                )
             return path
         quarantine(place, name, reason, suffix=suffix, on_quarantine=on_quarantine)
     return None
 
 
-def quarantine(place: Place, name: str, reason: str, *, suffix: str, on_quarantine: Callable[[str, str], None]) -> None:
+def quarantine(
+    place: Place, name: str, reason: str, *, suffix: str, on_quarantine: Callable[[str, str], None]
+) -> None:
     """Report a checkpoint by its new address and the reason, then move it there.
 
     In this order: the journal says that it was saved, and would miss it for ever.

@@ -58,7 +58,9 @@ class Store:
         try:
             fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:  # "Install s3fs to ..."
-            raise CheckpointError(f"checkpoints: an address must be one that fsspec can open; got {address}: {error}") from error
+            raise CheckpointError(
+                f"checkpoints: an address must be one that fsspec can open; got {address}: {error}"
+            ) from error
         self.fs = _WithOSErrors(fs)
 
     def names(self) -> list[str]:
@@ -177,7 +179,8 @@ class Store:
 class _WithOSErrors:
     """A file system of fsspec whose failures are OSErrors.
 
-    s3fs (2026.9) raises botocore's own errors for missing credentials and for a server that is down.
+    s3fs (2026.9) raises botocore's own errors for missing credentials and for a server that is
+    down.
     """
 
     def __init__(self, fs: Any) -> None:
@@ -199,7 +202,8 @@ class _WithOSErrors:
             except Exception as error:
                 if type(error).__name__ in _NO_CREDENTIALS:
                     raise PermissionError(
-                        f"checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID, ...): {error}"
+                        "checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID,"
+                        f" ...): {error}"
                     ) from error
                 raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 

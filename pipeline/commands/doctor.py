@@ -21,7 +21,9 @@ Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="of a Ray cluster: auto, host:6379; without it, or with local, this machine is checked",
+        help=(
+            "of a Ray cluster: auto, host:6379; without it, or with local, this machine is checked"
+        ),
     ),
 ]
 Checkpoints = Annotated[
@@ -32,7 +34,9 @@ Checkpoints = Annotated[
         help="where runs are to keep their checkpoints: each node tries to write there",
     ),
 ]
-Size = Annotated[float, number_option("--checkpoint-gb", min=0, max=1e6, help="the size of a checkpoint")]
+Size = Annotated[
+    float, number_option("--checkpoint-gb", min=0, max=1e6, help="the size of a checkpoint")
+]
 Keep = Annotated[int, typer.Option("--keep", min=1, help="how many of them a run keeps")]
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}

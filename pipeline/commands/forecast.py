@@ -34,7 +34,9 @@ _PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers
 def add_forecast_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")(show)
     app.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")(probe)
-    app.command(epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto")(sweep)
+    app.command(
+        epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
+    )(sweep)
     app.command(epilog=_PLAN)(plan)
 
 
@@ -97,16 +99,31 @@ def probe(
 
 def sweep(
     recipe: RecipeFile,
-    steps: Annotated[str, typer.Option("--steps", metavar="T,...", help="numbers of time steps")] = "1,2,4,8,16",
+    steps: Annotated[
+        str, typer.Option("--steps", metavar="T,...", help="numbers of time steps")
+    ] = "1,2,4,8,16",
     batch: Annotated[
         str | None,
-        typer.Option("--batch", metavar="N|auto", help="samples; auto: as in training, and about the largest that fits"),
+        typer.Option(
+            "--batch",
+            metavar="N|auto",
+            help="samples; auto: as in training, and about the largest that fits",
+        ),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option("--memory", metavar="GB", help="that the largest batch must fit into; without it what is free")
+        float | None,
+        typer.Option(
+            "--memory",
+            metavar="GB",
+            help="that the largest batch must fit into; without it what is free",
+        ),
     ] = None,
     at_largest: Annotated[
-        bool, typer.Option("--at-largest", help="with --batch auto: find each rule's own largest batch by training it and others")
+        bool,
+        typer.Option(
+            "--at-largest",
+            help="with --batch auto: find each rule's own largest batch by training it and others",
+        ),
     ] = False,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
@@ -117,7 +134,8 @@ def sweep(
     size = None if batch is None else count_or_auto(batch, option="sweep: --batch", of="samples")
     if memory is not None and (size != "auto" or not 1e-6 <= memory <= 1e6):
         raise ValueError(
-            f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g} with --batch {batch}"
+            f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g}"
+            f" with --batch {batch}"
         )
     if at_largest and size != "auto":
         raise ValueError(f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}")
@@ -151,23 +169,38 @@ def plan(
     recipe: RecipeFile,
     workers: Workers = 1,
     device: Annotated[
-        str, typer.Option("--device", metavar="here|CARD", help="a card of the table, or machines like this")
+        str,
+        typer.Option(
+            "--device", metavar="here|CARD", help="a card of the table, or machines like this"
+        ),
     ] = "here",
-    per_node: Annotated[int | None, typer.Option("--per-node", min=1, help="cards in a node; without it 8")] = None,
+    per_node: Annotated[
+        int | None, typer.Option("--per-node", min=1, help="cards in a node; without it 8")
+    ] = None,
     node_gbps: Annotated[
-        float | None, number_option("--node-gbps", min=0.001, max=1e6, help="from node to node, in Gb/s; without it 400")
+        float | None,
+        number_option(
+            "--node-gbps", min=0.001, max=1e6, help="from node to node, in Gb/s; without it 400"
+        ),
     ] = None,
     cpus_per_worker: Cores = "auto",
     price: Annotated[
-        float | None, number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency")
+        float | None,
+        number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", min=1, help="of an epoch; without it the data's, if they are here"),
+        typer.Option(
+            "--samples", min=1, help="of an epoch; without it the data's, if they are here"
+        ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="RUN", help="that was trained on such a machine, or card: how far off the plan is"),
+        typer.Option(
+            "--against",
+            metavar="RUN",
+            help="that was trained on such a machine, or card: how far off the plan is",
+        ),
     ] = None,
     runs: Runs = RUNS,
     format_: Format = "table",
@@ -189,9 +222,14 @@ def plan(
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
     if against is None and is_typed(context, "runs"):
-        raise ValueError(f"plan: --runs says where the run of --against is; got --runs {runs} without --against")
+        raise ValueError(
+            f"plan: --runs says where the run of --against is; got --runs {runs} without --against"
+        )
     if device == "here" and (per_node, node_gbps) != (None, None):
-        raise ValueError("plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured")
+        raise ValueError(
+            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this"
+            " one is measured"
+        )
     cluster = Cluster(
         workers=workers,
         device=DEVICES.get(device),
@@ -213,7 +251,9 @@ def plan(
     from pipeline.report.runs import find_run
 
     if not isinstance(made, Recipe):
-        raise ValueError("plan: --against is one run, so the file must hold one recipe; got a suite")
+        raise ValueError(
+            "plan: --against is one run, so the file must hold one recipe; got a suite"
+        )
     folder = find_run(runs, against)
     refuse_unless_comparable(made, cluster, folder)
     found = plan_recipe(made, cluster, samples=samples)

@@ -30,18 +30,25 @@ Where = Annotated[
     _option(
         "--cluster",
         metavar="k8s|slurm|ray://HOST:PORT",
-        help="hand the launch to Kubernetes, to Slurm, or to a Ray whose dashboard is there; its --name is the job's, too",
+        help=(
+            "hand the launch to Kubernetes, to Slurm, or to a Ray whose dashboard is there; its"
+            " --name is the job's, too"
+        ),
     ),
 ]
 DryRun = Annotated[bool, _option("--dry-run", help="print what would be submitted")]
-Image = Annotated[str, _option("--image", help="k8s, required; slurm: of the container that trains")]
+Image = Annotated[
+    str, _option("--image", help="k8s, required; slurm: of the container that trains")
+]
 Infra = Annotated[
     Path | None,
     _option(
         "--infra",
         metavar="DIR",
-        help="k8s, required: a folder for kustomize, such as infra/k8s/overlays/SIZE/job; slurm: a "
-        "folder with a train.sbatch, infra/slurm unless said",
+        help=(
+            "k8s, required: a folder for kustomize, such as infra/k8s/overlays/SIZE/job; slurm: a "
+            "folder with a train.sbatch, infra/slurm unless said"
+        ),
     ),
 ]
 Nodes = Annotated[int | None, _option("--nodes", min=1, help="slurm, required: of the job")]

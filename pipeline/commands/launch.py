@@ -1,4 +1,6 @@
-"""`spiketrain launch` and `resume`: what trains. As in `__main__`, nothing heavy is imported before one of them runs."""
+"""`spiketrain launch` and `resume`: what trains. As in `__main__`, nothing heavy is imported before
+one of them runs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.hand_over import DryRun, Gpus, Image, Infra, Nodes, Partition, Time, Where, hand_over
+from pipeline.commands.hand_over import (
+    DryRun,
+    Gpus,
+    Image,
+    Infra,
+    Nodes,
+    Partition,
+    Time,
+    Where,
+    hand_over,
+)
 from pipeline.commands.options import (
     RUNS,
     Address,
@@ -48,30 +60,52 @@ if TYPE_CHECKING:
     from pipeline.report.suite import Reported
     from pipeline.suite import Suite
 
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="train each recipe so often, with seeds that follow its own")]
+Seeds = Annotated[
+    int,
+    typer.Option(
+        "--seeds", min=1, help="train each recipe so often, with seeds that follow its own"
+    ),
+]
 Tune = Annotated[
     str | None,
     typer.Option(
-        "--tune", metavar="KEY=V,V,...", help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr"
+        "--tune",
+        metavar="KEY=V,V,...",
+        help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr",
     ),
 ]
 Name = Annotated[
     str | None,
-    typer.Option("--name", help="the run's name, or the suite's; without it the recipe's, or the file's, and the time"),
+    typer.Option(
+        "--name",
+        help="the run's name, or the suite's; without it the recipe's, or the file's, and the time",
+    ),
 ]
 Checkpoints = Annotated[
     str | None,
     typer.Option(
         "--checkpoints",
         metavar="DIR|URI",
-        help="where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix, ...; without it in its own",
+        help=(
+            "where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix,"
+            " ...; without it in its own"
+        ),
     ),
 ]
-OrResume = Annotated[bool, typer.Option("--or-resume", help="go on with the run or suite of this --name where it has begun")]
+OrResume = Annotated[
+    bool,
+    typer.Option(
+        "--or-resume", help="go on with the run or suite of this --name where it has begun"
+    ),
+]
 
 
 def add_launch_commands(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05")(launch)
+    app.command(
+        epilog=(
+            "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
+        )
+    )(launch)
     app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")(resume)
 
 
@@ -107,7 +141,9 @@ def launch(
     time: Time = None,
     partition: Partition = None,
 ) -> None:
-    """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own report."""
+    """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own
+    report.
+    """
     _heed_signals()
     if name is not None:
         from pipeline.launch.folder import named
@@ -124,20 +160,30 @@ def launch(
         inline=inline,
         address=address,
         device=device,
-        cpus_per_worker=count_or_auto(cpus_per_worker, option="launch: --cpus-per-worker", of="cores"),
-        loader_threads=count_or_auto(loader_threads, option="launch: --loader-threads", of="threads"),
+        cpus_per_worker=count_or_auto(
+            cpus_per_worker, option="launch: --cpus-per-worker", of="cores"
+        ),
+        loader_threads=count_or_auto(
+            loader_threads, option="launch: --loader-threads", of="threads"
+        ),
         max_restarts=max_restarts,
         hang_minutes=hang_minutes,
         verify=verify,
         checkpoints=checkpoints,
         node_loss=node_loss,
-        side_by_side=_at_a_time(side_by_side, made, sizes, is_here=address in (None, "local") and not inline),
+        side_by_side=_at_a_time(
+            side_by_side, made, sizes, is_here=address in (None, "local") and not inline
+        ),
     )
     if here.side_by_side != 1 and not isinstance(made, Suite):
-        raise ValueError(f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone")
+        raise ValueError(
+            f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone"
+        )
     refuse_unnamed(made, recipes)
     trusted = trust_of(made, recipes, trust)
-    if hand_over(context, made, workers=here.workers, trust=trusted):  # which reads cluster to partition from there
+    if hand_over(
+        context, made, workers=here.workers, trust=trusted
+    ):  # which reads cluster to partition from there
         return
     if or_resume:
         if name is None:
@@ -151,13 +197,17 @@ def launch(
                 "inline": inline,
                 "address": address or (None if inline else "local"),
             }
-            options = {field: getattr(here, field) for field in OPERATIONAL if is_typed(context, field)}
+            options = {
+                field: getattr(here, field) for field in OPERATIONAL if is_typed(context, field)
+            }
             _go_on(runs / name, **where, options=options, trust=trusted)
             return
     if isinstance(made, Suite):
         from pipeline.launch.suite import launch_suite
 
-        stem = "-and-".join(recipe.stem.replace("_", "-") for recipe in recipes[:2]) + ("-and-more" if len(recipes) > 2 else "")
+        stem = "-and-".join(recipe.stem.replace("_", "-") for recipe in recipes[:2]) + (
+            "-and-more" if len(recipes) > 2 else ""
+        )
         _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trusted), trusted)
     else:
         from pipeline.launch.start import launch_run
@@ -182,7 +232,8 @@ def resume(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite, run by run.
+    """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite,
+    run by run.
 
     --device to --side-by-side hold from then on; without them it goes on as it was launched.
     """
@@ -191,12 +242,20 @@ def resume(
     from pipeline.report.runs import find_run_or_suite
 
     asked = None if workers is None else parse_workers(workers)
-    options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}  # device to side_by_side
-    for field, of in (("cpus_per_worker", "cores"), ("loader_threads", "threads"), ("side_by_side", "runs")):
+    options = {
+        field: context.params[field] for field in OPERATIONAL if is_typed(context, field)
+    }  # device to side_by_side
+    for field, of in (
+        ("cpus_per_worker", "cores"),
+        ("loader_threads", "threads"),
+        ("side_by_side", "runs"),
+    ):
         if options.get(field) is not None:
             options[field] = count_or_auto(options[field], option=f"resume: {option(field)}", of=of)
     folder = find_run_or_suite(runs, run)
-    _go_on(folder, workers=asked, inline=inline, address=address, options=options, trust=tuple(trust))
+    _go_on(
+        folder, workers=asked, inline=inline, address=address, options=options, trust=tuple(trust)
+    )
 
 
 def _go_on(
@@ -210,7 +269,12 @@ def _go_on(
 ) -> None:
     from pipeline.suite import is_suite
 
-    how: dict[str, Any] = {"workers": workers, "inline": inline, "address": address, "options": options}
+    how: dict[str, Any] = {
+        "workers": workers,
+        "inline": inline,
+        "address": address,
+        "options": options,
+    }
     if is_suite(folder):
         from pipeline.launch.suite import resume_suite
         from pipeline.suite import runs_of
@@ -225,14 +289,18 @@ def _go_on(
 
 
 def _heed_signals() -> None:
-    """Before and between runs SIGUSR1 and SIGHUP are Ctrl-C: left alone they kill this process. During a run they save it."""
+    """Before and between runs SIGUSR1 and SIGHUP are Ctrl-C: left alone they kill this process.
+    During a run they save it.
+    """
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def _end_run(folder: Path | None) -> None:
-    """The table of what was trained; somebody who stopped the training gets the shell's code for that."""
+    """The table of what was trained; somebody who stopped the training gets the shell's code for
+    that.
+    """
     if folder is None:
         sys.exit(130)
     from pipeline.report.compare import print_studies
@@ -242,7 +310,9 @@ def _end_run(folder: Path | None) -> None:
 
 
 def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
-    """Its table or report; and its page, in its folder and in MLflow, which since it `had_ended` may have been made richer."""
+    """Its table or report; and its page, in its folder and in MLflow, which since it `had_ended`
+    may have been made richer.
+    """
     if folder is None:
         sys.exit(130)
     from pipeline.report.suite import print_suite
@@ -253,7 +323,10 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
     reported = print_suite(folder, trust=trust)
     if not (had_ended and (folder / REPORT).exists()):
         _renew_page(folder, trust, reported)
-    _print_next(folder, run=next((run for run in runs_of(folder).values() if state_of(run) == "finished"), None))
+    _print_next(
+        folder,
+        run=next((run for run in runs_of(folder).values() if state_of(run) == "finished"), None),
+    )
 
 
 def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None) -> None:
@@ -268,13 +341,19 @@ def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None)
         page = write(found.study, found.place)
         print(f"page    {page}")
         publish(found, page)
-    except (ValueError, OSError, TrackingError) as error:  # the runs are there, and whoever waits for them has what it waited for
+    except (
+        ValueError,
+        OSError,
+        TrackingError,
+    ) as error:  # the runs are there, and whoever waits for them has what it waited for
         again = command("report", folder)
         print(f"{error}; its page is made anew, and put into MLflow, by: {again}", file=sys.stderr)
 
 
 def _print_next(folder: Path, *, run: Path | None) -> None:
-    """Commands to go on with, to be copied: `folder` is of a run or a suite, `run` it or one of its runs (None: all diverged)."""
+    """Commands to go on with, to be copied: `folder` is of a run or a suite, `run` it or one of its
+    runs (None: all diverged).
+    """
     from pipeline.command_line import command
 
     commands = [command(verb, folder) for verb in ("compare", "report")]
@@ -282,11 +361,14 @@ def _print_next(folder: Path, *, run: Path | None) -> None:
     print("next    " + "\n        ".join(commands))
 
 
-def _at_a_time(asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, is_here: bool) -> int | Literal["auto"]:
-    """Unasked, as many runs of a suite as there is room for `is_here`, on a cluster of our own; one where they change their size.
+def _at_a_time(
+    asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, is_here: bool
+) -> int | Literal["auto"]:
+    """Unasked, as many runs of a suite as there is room for `is_here`, on a cluster of our own; one
+    where they change their size.
 
-    A cluster of the user's has other users, and what it calls a CPU may be half a core: there they say how many.
-    """
+    A cluster of the user's has other users, and what it calls a CPU may be half a core: there they
+    say how many."""
     from pipeline.suite import Suite
 
     if asked is not None:
@@ -302,5 +384,7 @@ def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
         return made[0]
     from pipeline.protocol import joined, over_seeds, parse_search, tuned
 
-    suite = over_seeds(joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds)
+    suite = over_seeds(
+        joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds
+    )
     return suite if tune is None else tuned(suite, *parse_search(tune))

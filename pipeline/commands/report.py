@@ -1,4 +1,6 @@
-"""`spiketrain compare`, `report` and `dashboard`: what reads results. Nothing heavy is imported before one of them runs."""
+"""`spiketrain compare`, `report` and `dashboard`: what reads results. Nothing heavy is imported
+before one of them runs.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,14 @@ import typer
 from pipeline.commands.options import RUNS, Runs, Trust, is_typed, number_option
 from pipeline.waiting import say_stage
 
-Names = Annotated[list[str] | None, typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study")]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study"),
+]
 Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
-Within = Annotated[float, number_option("--within", help="points below it that a rule may be (paired seeds)")]
+Within = Annotated[
+    float, number_option("--within", help="points below it that a rule may be (paired seeds)")
+]
 
 
 def add_report_commands(app: typer.Typer) -> None:
@@ -30,7 +37,9 @@ def compare(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006  (typer reads the default, nobody changes it)
 ) -> None:
-    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study; or a suite's report."""
+    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study;
+    or a suite's report.
+    """
     from pipeline.report.compare import print_comparison
     from pipeline.report.runs import runs_dir_of
     from pipeline.report.suite import print_suite, suite_named
@@ -46,18 +55,26 @@ def compare(
 def report(
     names: Names = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="without it report.html of a suite, or a file in --runs")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="without it report.html of a suite, or a file in --runs"
+        ),
     ] = None,
     sweep: Annotated[
         list[Path] | None,
-        typer.Option("--sweep", metavar="FILE", help="what sweep --format json printed: memory against T; repeatable"),
+        typer.Option(
+            "--sweep",
+            metavar="FILE",
+            help="what sweep --format json printed: memory against T; repeatable",
+        ),
     ] = None,
     against: Against = "BPTT",
     within: Within = 0.7,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in figures and tables.
+    """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in
+    figures and tables.
 
     It is an artifact in MLflow, too, of each parent that some of the runs were launched with.
     """
@@ -80,21 +97,41 @@ def report(
 def dashboard(
     context: typer.Context,
     store: Annotated[
-        str | None, typer.Option("--store", metavar="URI", help="MLflow's tracking URI; without it that of --runs")
+        str | None,
+        typer.Option(
+            "--store", metavar="URI", help="MLflow's tracking URI; without it that of --runs"
+        ),
     ] = None,
     runs: Runs = RUNS,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: one that is free")] = 8050,
-    host: Annotated[str, typer.Option("--host", help="another than loopback takes a --token")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0: one that is free")
+    ] = 8050,
+    host: Annotated[
+        str, typer.Option("--host", help="another than loopback takes a --token")
+    ] = "127.0.0.1",
     token: Annotated[
-        str | None, typer.Option("--token", envvar="SPIKETRAIN_TOKEN", help="that whoever looks on has to open it with once")
+        str | None,
+        typer.Option(
+            "--token",
+            envvar="SPIKETRAIN_TOKEN",
+            help="that whoever looks on has to open it with once",
+        ),
     ] = None,
     every: Annotated[
-        float, number_option("--every", metavar="SECONDS", min=0.5, max=86_400, help="between looks at the store")
+        float,
+        number_option(
+            "--every", metavar="SECONDS", min=0.5, max=86_400, help="between looks at the store"
+        ),
     ] = 5.0,
 ) -> None:
-    """Serve the figures of a report in the browser, live, over an MLflow store: studies, their runs, and runs that go on."""
+    """Serve the figures of a report in the browser, live, over an MLflow store: studies, their
+    runs, and runs that go on.
+    """
     if store is not None and is_typed(context, "runs"):
-        raise ValueError(f"dashboard: --store names the store, so --runs has no effect; got --runs {runs} beside it")
+        raise ValueError(
+            f"dashboard: --store names the store, so --runs has no effect; got --runs {runs}"
+            " beside it"
+        )
     from pipeline.report.dashboard.serve import serve
 
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)

@@ -1,4 +1,6 @@
-"""`spiketrain sync` and `register`: what goes to MLflow by hand. As in `__main__`, nothing heavy is imported before they run."""
+"""`spiketrain sync` and `register`: what goes to MLflow by hand. As in `__main__`, nothing heavy is
+imported before they run.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from pipeline.units import counted
 
 def add_track_commands(app: typer.Typer) -> None:
     app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")(sync)
-    app.command(epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best")(register)
+    app.command(
+        epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best"
+    )(register)
 
 
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
@@ -26,7 +30,11 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
 
     found = find_run_or_suite(runs, run)
     uri = tracking_uri(found.parent)
-    begun = [each for each in runs_of(found).values() if state_of(each) != "new"] if is_suite(found) else [found]
+    begun = (
+        [each for each in runs_of(found).values() if state_of(each) != "new"]
+        if is_suite(found)
+        else [found]
+    )
     for folder in begun:
         report = sync_run(folder, uri=uri)
         told = f"{counted(report.delivered, 'point')} delivered, {report.already_there} were there"
@@ -37,11 +45,19 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
 
 def register(
     run: RunName,
-    name: Annotated[str, typer.Option("--as", metavar="NAME", help="of the registered model; it is made if need be")],
-    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint; also the version's alias")] = "last",
+    name: Annotated[
+        str,
+        typer.Option("--as", metavar="NAME", help="of the registered model; it is made if need be"),
+    ],
+    which: Annotated[
+        Literal["last", "best"],
+        typer.Option("--which", help="checkpoint; also the version's alias"),
+    ] = "last",
     runs: Runs = RUNS,
 ) -> None:
-    """Make a run's checkpoint a version of a registered model in MLflow, by its address: nothing is uploaded."""
+    """Make a run's checkpoint a version of a registered model in MLflow, by its address: nothing is
+    uploaded.
+    """
     from pipeline.checkpoint import Folder, pin, verified
     from pipeline.report.runs import find_run
     from pipeline.track.mlflow import tracking_uri
@@ -51,8 +67,16 @@ def register(
     folder = find_run(runs, run)
     place = place_of(folder)
     if not isinstance(place, Folder):
-        raise ValueError(f"register: a checkpoint must be in a folder, where it can be pinned; got {place.address('')}")
+        raise ValueError(
+            "register: a checkpoint must be in a folder, where it can be pinned; got"
+            f" {place.address('')}"
+        )
     checkpoint = verified(place, which)
     pin(checkpoint)  # first: a run that still trains prunes
-    version = register_run(folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent))
-    print(f"{folder.name} -> models:/{name}@{which}, version {version}: {checkpoint.resolve().as_uri()}")
+    version = register_run(
+        folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent)
+    )
+    print(
+        f"{folder.name} -> models:/{name}@{which}, version {version}:"
+        f" {checkpoint.resolve().as_uri()}"
+    )

@@ -1,4 +1,6 @@
-"""`spiketrain write`: what makes data sets. As in `__main__`, nothing heavy is imported before a command runs."""
+"""`spiketrain write`: what makes data sets. As in `__main__`, nothing heavy is imported before a
+command runs.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,14 @@ if TYPE_CHECKING:
     from pipeline.data.write import Progress as OnProgress
 
 write_app = Commands(
-    no_args_is_help=True, help="Write a data set as FFCV files.", epilog="Example: spiketrain write fashion --out data/fashion"
+    no_args_is_help=True,
+    help="Write a data set as FFCV files.",
+    epilog="Example: spiketrain write fashion --out data/fashion",
 )
 
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")
+]
 OnExisting = Annotated[
     Literal["refuse", "replace", "keep"],
     typer.Option("--existing", help="what to do about files that are there; keep verifies them"),
@@ -33,7 +39,10 @@ Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that w
 def write_fashion(
     out: Out,
     source: Annotated[
-        Path | None, typer.Option("--source", help="folder of the four idx files; found or downloaded without it")
+        Path | None,
+        typer.Option(
+            "--source", help="folder of the four idx files; found or downloaded without it"
+        ),
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
@@ -46,20 +55,36 @@ def write_fashion(
 
 
 @write_app.command(
-    "folder", epilog="Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution 500"
+    "folder",
+    epilog=(
+        "Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg"
+        " --max-resolution 500"
+    ),
 )
 def write_folder(
-    source: Annotated[Path, typer.Option("--source", help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")],
+    source: Annotated[
+        Path, typer.Option("--source", help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")
+    ],
     out: Out,
-    mode: Annotated[Literal["jpg", "raw", "mixed"], typer.Option("--mode", help="how pixels are stored")] = "jpg",
-    max_resolution: Annotated[int | None, typer.Option("--max-resolution", min=1, help="longest side in pixels")] = None,
+    mode: Annotated[
+        Literal["jpg", "raw", "mixed"], typer.Option("--mode", help="how pixels are stored")
+    ] = "jpg",
+    max_resolution: Annotated[
+        int | None, typer.Option("--max-resolution", min=1, help="longest side in pixels")
+    ] = None,
     quality: Annotated[
-        int | None, typer.Option("--quality", min=1, max=100, help="of JPEGs that are written anew; without it 90")
+        int | None,
+        typer.Option(
+            "--quality", min=1, max=100, help="of JPEGs that are written anew; without it 90"
+        ),
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
     max_bad: Annotated[
-        int, typer.Option("--max-bad", min=0, help="unreadable images that are skipped and named before giving up")
+        int,
+        typer.Option(
+            "--max-bad", min=0, help="unreadable images that are skipped and named before giving up"
+        ),
     ] = 0,
 ) -> None:
     """A folder of pictures in the layout of ImageNet."""
@@ -83,70 +108,129 @@ def write_folder(
 @write_app.command("events", epilog="Example: spiketrain write events moving --out data/moving")
 def write_events(
     name: Annotated[
-        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"], typer.Argument(metavar="SET")
+        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
+        typer.Argument(metavar="SET"),
     ],
     out: Out,
     source: Annotated[
-        str | None, typer.Option("--source", help="published sets: the folder that tonic fills; saccades: fashion, or its files")
+        str | None,
+        typer.Option(
+            "--source",
+            help="published sets: the folder that tonic fills; saccades: fashion, or its files",
+        ),
     ] = None,
     slices: Annotated[
-        int | None, typer.Option("--slices", min=1, help="frames stored; read with any T that divides them")
+        int | None,
+        typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
     ] = None,
     frames_by: Annotated[
-        Literal["time", "number"], typer.Option("--frames-by", help="slices of equal length, or of equally many events")
+        Literal["time", "number"],
+        typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
     ] = "time",
-    size: Annotated[int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")] = None,
-    resize: Annotated[
-        Literal["sum", "area"] | None, typer.Option("--resize", help="counts of all pixels beneath one, or their mean")
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
     ] = None,
-    counts: Annotated[Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")] = "uint8",
-    overflow: Annotated[Literal["refuse", "saturate"], typer.Option("--overflow", help="what a larger count does")] = "refuse",
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="training recordings that are generated")] = None,
-    val_samples: Annotated[int | None, typer.Option("--val-samples", min=1, help="evaluation recordings, likewise")] = None,
+    resize: Annotated[
+        Literal["sum", "area"] | None,
+        typer.Option("--resize", help="counts of all pixels beneath one, or their mean"),
+    ] = None,
+    counts: Annotated[
+        Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
+    ] = "uint8",
+    overflow: Annotated[
+        Literal["refuse", "saturate"], typer.Option("--overflow", help="what a larger count does")
+    ] = "refuse",
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
+    ] = None,
+    val_samples: Annotated[
+        int | None, typer.Option("--val-samples", min=1, help="evaluation recordings, likewise")
+    ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
-    max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")] = 0,
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
+    ] = 0,
 ) -> None:
     """Recordings of event cameras.
 
-    Generated: moving (shapes whose direction only memory tells), saccades (over Fashion-MNIST). Published, read by tonic: nmnist,
-    cifar10dvs, gesture, ncaltech101.
+    Generated: moving (shapes whose direction only memory tells), saccades (over Fashion-MNIST).
+    Published, read by tonic: nmnist, cifar10dvs, gesture, ncaltech101.
     """
     from pipeline.data.events.write import write_events as write
 
-    given = {"source": source, "slices": slices, "size": size, "resize": resize, "samples": samples, "val_samples": val_samples}
+    given = {
+        "source": source,
+        "slices": slices,
+        "size": size,
+        "resize": resize,
+        "samples": samples,
+        "val_samples": val_samples,
+    }
     options = {key: value for key, value in given.items() if value is not None}
-    how = {"frames_by": frames_by, "counts": counts, "overflow": overflow, "workers": workers, "existing": existing}
+    how = {
+        "frames_by": frames_by,
+        "counts": counts,
+        "overflow": overflow,
+        "workers": workers,
+        "existing": existing,
+    }
     with _progress(name) as told:
         _report(write(name, out, progress=told, max_bad=max_bad, **how, **options))
 
 
-@write_app.command("stamps", epilog="Example: spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2")
+@write_app.command(
+    "stamps",
+    epilog="Example: spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2",
+)
 def write_stamps(
     out: Out,
     size: Annotated[int, typer.Option("--size", help="pixels a side")] = 160,
     split: Annotated[
-        int, typer.Option("--split", help="which quarter of the objects evaluates: 0, 1 or 2; 3 to choose settings on")
+        int,
+        typer.Option(
+            "--split",
+            help="which quarter of the objects evaluates: 0, 1 or 2; 3 to choose settings on",
+        ),
     ] = 0,
     samples: Annotated[int, typer.Option("--samples", min=1, help="training scenes")] = 5200,
-    val_samples: Annotated[int, typer.Option("--val-samples", min=1, help="evaluation scenes")] = 1040,
-    smallest: Annotated[float, number_option("--smallest", help="least share of a scene's side that its object takes")] = 0.5,
-    content_seed: Annotated[int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")] = 0,
+    val_samples: Annotated[
+        int, typer.Option("--val-samples", min=1, help="evaluation scenes")
+    ] = 1040,
+    smallest: Annotated[
+        float,
+        number_option("--smallest", help="least share of a scene's side that its object takes"),
+    ] = 0.5,
+    content_seed: Annotated[
+        int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")
+    ] = 0,
     source: Annotated[
-        Path | None, typer.Option("--source", help="where the packages' pictures are; without it /usr/share")
+        Path | None,
+        typer.Option("--source", help="where the packages' pictures are; without it /usr/share"),
     ] = None,
-    mode: Annotated[Literal["jpg", "raw"], typer.Option("--mode", help="how pixels are stored")] = "jpg",
-    quality: Annotated[int | None, typer.Option("--quality", min=1, max=100, help="of JPEGs; without it 90")] = None,
+    mode: Annotated[
+        Literal["jpg", "raw"], typer.Option("--mode", help="how pixels are stored")
+    ] = "jpg",
+    quality: Annotated[
+        int | None, typer.Option("--quality", min=1, max=100, help="of JPEGs; without it 90")
+    ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
 ) -> None:
-    """Scenes of 300 cut-out photographs in 13 classes, on photographs; what is tested was never seen in training.
+    """Scenes of 300 cut-out photographs in 13 classes, on photographs; what is tested was never
+    seen in training.
 
-    Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds plasma-workspace-wallpapers.
-    """
+    Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds
+    plasma-workspace-wallpapers."""
     from pipeline.data.stamps.write import write_stamps as write
 
-    options = {"size": size, "split": split, "samples": samples, "val_samples": val_samples, "smallest": smallest}
+    options = {
+        "size": size,
+        "split": split,
+        "samples": samples,
+        "val_samples": val_samples,
+        "smallest": smallest,
+    }
     how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
     with _progress("stamps") as told:
         _report(write(out, workers=workers, progress=told, existing=existing, **options, **how))
@@ -154,14 +238,27 @@ def write_stamps(
 
 @contextmanager
 def _progress(name: str) -> Iterator[OnProgress]:
-    """A bar on the terminal with the time left; where too much is unreadable, all of it is listed."""
+    """A bar on the terminal with the time left; where too much is unreadable, all of it is
+    listed.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from pipeline.data.write import TooManyUnreadable
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
             task = bar.add_task(name, total=None)
@@ -175,14 +272,20 @@ def _report(manifests: list[Manifest]) -> None:
     from pipeline.data.sources import LeftOut
 
     for manifest in manifests:
-        samples, classes = counted(manifest.samples, "sample"), counted(len(manifest.classes), "class")
+        samples, classes = (
+            counted(manifest.samples, "sample"),
+            counted(len(manifest.classes), "class"),
+        )
         print(f"{manifest.file}: {samples}, {classes}, {len(manifest.skipped)} skipped", flush=True)
         _list_unreadable("skipped", manifest.skipped)
         for left_out in manifest.left_out:
             print(f"  left out {LeftOut(**left_out)}", file=sys.stderr)
         if not_rotated := manifest.stored.get("not rotated"):
             pictures = counted(not_rotated, "picture")
-            print(f"  not rotated {pictures} of {manifest.file}: EXIF orientation is not applied", file=sys.stderr)
+            print(
+                f"  not rotated {pictures} of {manifest.file}: EXIF orientation is not applied",
+                file=sys.stderr,
+            )
 
 
 def _list_unreadable(what: str, found: list[dict[str, str]]) -> None:

@@ -2,11 +2,12 @@
 
     decode, crop, recolour (colour.py), mirror, normalise, erase (erase.py)
 
-Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view comes out the same, bit for bit, in any
-thread, batch, rank and process. Compiled without fastmath; ratios come from a table, because `exp` depends on the machine's libm.
+Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view comes out the
+same, bit for bit, in any thread, batch, rank and process. Compiled without fastmath; ratios come
+from a table, because `exp` depends on the machine's libm.
 
-FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no seed reaches, and ignore what `imdecode` returns.
-"""
+FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no seed reaches, and
+ignore what `imdecode` returns."""
 
 # B batch, S side of the output, C channels of the output, h w of a stored image
 
@@ -26,7 +27,9 @@ from pipeline.data.loops import Decoder, below, bits, compiled, mirrored, shifte
 from pipeline.random import CROP, normal_table
 
 RESIZED, CENTRE, WINDOW = 0, 1, 2
-"""a random resized crop; the central square, resized; a window of the output's size, never resized"""
+"""a random resized crop; the central square, resized; a window of the output's size, never
+resized
+"""
 _ATTEMPTS = 10
 # The draws of a crop; arithmetic on a loop's counter would turn uint64 into float64.
 _DRAWS = np.arange(CROP, CROP + 4 * _ATTEMPTS, dtype=np.uint64).reshape(_ATTEMPTS, 4)
@@ -61,9 +64,24 @@ class Decode(Decoder):
         # In arrays: numba would compile the loop anew for each kind of number.
         options, limits = np.array([kind, reach, int(flip)], np.int64), np.array(area, np.float64)
         strength, ratios = np.array([colour, erase], np.float64), ratio_table(erasing.RATIO)
-        how = (options, limits, ratio_table(ratio), lookup(mean, std), strength, ratios, normal_table())
+        how = (
+            options,
+            limits,
+            ratio_table(ratio),
+            lookup(mean, std),
+            strength,
+            ratios,
+            normal_table(),
+        )
         shape, sample = (channels, size, size), sampler(strong)
-        super().__init__(name=Images.name, what="the JPEG", shape=shape, sample=sample, how=how, parallel=parallel)
+        super().__init__(
+            name=Images.name,
+            what="the JPEG",
+            shape=shape,
+            sample=sample,
+            how=how,
+            parallel=parallel,
+        )
 
 
 def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
@@ -72,7 +90,9 @@ def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
     They are rounded so that libm does not matter.
     """
     low, high = (math.log(each) for each in ratio)
-    return np.array([round(math.exp(low + (high - low) * (i + 0.5) / 4096), 6) for i in range(4096)])
+    return np.array(
+        [round(math.exp(low + (high - low) * (i + 0.5) / 4096), 6) for i in range(4096)]
+    )
 
 
 def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
@@ -85,7 +105,9 @@ def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float3
 def crop_box(h, w, seed, epoch, index, area, ratios):
     """A random resized crop of an image: (top, left, height, width)."""
     for attempt in range(_ATTEMPTS):
-        pixels = np.float64(h * w) * (area[0] + (area[1] - area[0]) * unit(bits(seed, epoch, index, _DRAWS[attempt, 0])))
+        pixels = np.float64(h * w) * (
+            area[0] + (area[1] - area[0]) * unit(bits(seed, epoch, index, _DRAWS[attempt, 0]))
+        )
         ratio = ratios[bits(seed, epoch, index, _DRAWS[attempt, 1]) >> _S52]
         width = np.int64(math.floor(math.sqrt(pixels * ratio) + 0.5))
         height = np.int64(math.floor(math.sqrt(pixels / ratio) + 0.5))
@@ -93,7 +115,8 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
             top = below(bits(seed, epoch, index, _DRAWS[attempt, 2]), h - height + 1)
             left = below(bits(seed, epoch, index, _DRAWS[attempt, 3]), w - width + 1)
             return top, left, height, width
-    # Rarely: the largest central crop whose ratio is within bounds, as torchvision's RandomResizedCrop has it.
+    # Rarely: the largest central crop whose ratio is within bounds, as torchvision's
+    # RandomResizedCrop has it.
     width, height = w, h
     if w < ratios[0] * h:
         height = max(1, np.int64(math.floor(w / ratios[0] + 0.5)))
@@ -104,7 +127,9 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
 
 @compiled
 def put(out_CSS, pixels_hw3, top, left, is_mirrored, table):
-    """Normalise the window at (top, left), which may reach beyond the image: what lies outside is black."""
+    """Normalise the window at (top, left), which may reach beyond the image: what lies outside is
+    black.
+    """
     channels, side = out_CSS.shape[0], out_CSS.shape[1]
     h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
     for y in range(side):
@@ -183,7 +208,10 @@ def sampler(strong: bool) -> Any:
     def sample(b, indices_B, out_BCSS, keys, status, records, storage, how):
         file, addresses, sizes = storage
         samples = np.uint64(len(records))
-        copy, index = np.uint64(indices_B[b]) // samples, np.uint64(indices_B[b]) % samples  # see reader.py
+        copy, index = (
+            np.uint64(indices_B[b]) // samples,
+            np.uint64(indices_B[b]) % samples,
+        )  # see reader.py
         record = records[index]
         address = record["data_ptr"]
         stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
@@ -191,7 +219,8 @@ def sampler(strong: bool) -> Any:
         seed, epoch = keys[b, 0], keys[b, 1] + (copy << _S32)
         status[b, 0] = 0
         if record["mode"] == JPG:
-            # Scratch memory here, not in FFCV's: that would be one image of the largest size for each sample in flight.
+            # Scratch memory here, not in FFCV's: that would be one image of the largest size for
+            # each sample in flight.
             pixels_hw3 = np.empty((h, w, 3), np.uint8)
             status[b, 0] = decode_jpg(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)
             if status[b, 0] == 0:

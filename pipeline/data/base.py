@@ -11,7 +11,16 @@ from torch import Tensor
 
 from pipeline.data.errors import DataError, LoaderError
 
-__all__ = ["Batch", "Data", "DataError", "Grouped", "Loader", "LoaderError", "OnPages", "with_page_checks"]
+__all__ = [
+    "Batch",
+    "Data",
+    "DataError",
+    "Grouped",
+    "Loader",
+    "LoaderError",
+    "OnPages",
+    "with_page_checks",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +43,22 @@ class Loader(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training: global batches in an epoch, `samples // batch_size`. Evaluation: batches of this rank (0 if it has none)."""
+        """Training: global batches in an epoch, `samples // batch_size`. Evaluation: batches of
+        this rank (0 if it has none).
+        """
         ...
 
     def epoch(self, epoch: int, *, start: int = 0) -> AbstractContextManager[Iterator[Batch]]:
-        """The micro-batches of this rank, in order. Leaving the context stops whatever was reading ahead.
+        """The micro-batches of this rank, in order. Leaving the context stops whatever was reading
+        ahead.
 
         `epoch`: selects order and augmentation (evaluation: neither depends on it), and which pages
         are compared, see page_checks.py.
-        `start`: samples of this epoch that all ranks together have consumed, a multiple of the global batch size.
+        `start`: samples of this epoch that all ranks together have consumed, a multiple of the
+        global batch size.
 
-        Raises: DataError (a sample that cannot be decoded, a bad `start`), LoaderError (an error or a hang below).
-        """
+        Raises: DataError (a sample that cannot be decoded, a bad `start`), LoaderError (an error or
+        a hang below)."""
         ...
 
     def close(self) -> None:
@@ -55,18 +68,23 @@ class Loader(Protocol):
 
 @runtime_checkable
 class Data(Protocol):
-    """A training and an evaluation set: what `recipe.data` builds. Constructing one opens no file."""
+    """A training and an evaluation set: what `recipe.data` builds. Constructing one opens no
+    file.
+    """
 
     @property
     def classes(self) -> int: ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a sample of `Batch.x`: (C, H, W) of an image, (T, C, H, W) of a recording, whose T is the recipe's `time_steps`."""
+        """Of a sample of `Batch.x`: (C, H, W) of an image, (T, C, H, W) of a recording, whose T is
+        the recipe's `time_steps`.
+        """
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the content of both sets, whatever file or page holds it: part of the study key.
+        """A hash of the content of both sets, whatever file or page holds it: part of the study
+        key.
 
         Raises: DataError if the data is missing.
         """
@@ -79,16 +97,22 @@ class Data(Protocol):
         """
         ...
 
-    def train(self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int) -> Loader:
-        """One global permutation an epoch, from (seed, epoch). A global batch is accumulation x world x micro_batch samples.
+    def train(
+        self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
+    ) -> Loader:
+        """One global permutation an epoch, from (seed, epoch). A global batch is accumulation x
+        world x micro_batch samples.
 
-        Micro-batch a of rank r takes rows `(a*world + r)*micro_batch` to `(a*world + r + 1)*micro_batch` of each global batch;
-        what is left of the epoch after its last whole global batch is dropped.
+        Micro-batch a of rank r takes rows `(a*world + r)*micro_batch` to `(a*world + r +
+        1)*micro_batch` of each global batch; what is left of the epoch after its last whole global
+        batch is dropped.
         """
         ...
 
     def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Loader:
-        """Each sample once over all ranks: nothing dropped, nothing padded. The last batch may be short, a rank may have none."""
+        """Each sample once over all ranks: nothing dropped, nothing padded. The last batch may be
+        short, a rank may have none.
+        """
         ...
 
 

@@ -1,7 +1,7 @@
 """The images of a folder's train.beton and val.beton as a `Data`: what a recipe names.
 
-Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported when a loader is made.
-"""
+Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported
+when a loader is made."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,17 +22,20 @@ class Beton(FileData):
     """Square images of `size` pixels a side with `channels` 3 (RGB) or 1 (luma).
 
     `crop` of training images; of evaluation images:
-      "resized"  random resized crop (`area` 0.08-1, `ratio` 3/4-4/3); central 224/256, resized     as is usual for ImageNet
-      "shift"    window moved by up to `reach` pixels (4), black comes in; central window           for CIFAR and Fashion
-      "centre"   central 224/256, resized; the same
-    A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at most (28 in 32, zeros around).
-    `flip`: "random" mirrors every second training image, "never" none.
-    `colour`: the magnitude, up to 10, of RandAugment's operations on the colour of training images, see colour.py; 0: none.
-    `erase`: how probable it is that a rectangle of a training image becomes noise, see erase.py.
+      "resized"  random resized crop (`area` 0.08-1, `ratio` 3/4-4/3); central 224/256, resized
+      as is usual for ImageNet "shift"    window moved by up to `reach` pixels (4), black comes in;
+      central window           for CIFAR and Fashion "centre"   central 224/256, resized; the same
+    A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at
+    most (28 in 32, zeros around). `flip`: "random" mirrors every second training image, "never"
+    none.
+    `colour`: the magnitude, up to 10, of RandAugment's operations on the colour of training images,
+    see colour.py; 0: none. `erase`: how probable it is that a rectangle of a training image becomes
+    noise, see erase.py.
     `mean`, `std`: a value a channel, of pixels scaled to 0..1.
-    `held_out`: the share of the training set to evaluate on in the place of the val set, and not to train on: a learning rate
-    is chosen on it, for example with `--set data.held_out=0.1`.
-    `repeats`: how many views of each of its samples a training batch holds, and so how many epochs it takes to see all of them.
+    `held_out`: the share of the training set to evaluate on in the place of the val set, and not to
+    train on: a learning rate is chosen on it, for example with `--set data.held_out=0.1`.
+    `repeats`: how many views of each of its samples a training batch holds, and so how many epochs
+    it takes to see all of them.
 
     Raises: DataError for options that contradict each other or have no effect.
     """
@@ -56,7 +59,13 @@ class Beton(FileData):
         held_out: float = 0.0,
         repeats: int = 1,
     ) -> None:
-        super().__init__(folder, classes=classes, shape=(channels, size, size), held_out=held_out, repeats=repeats)
+        super().__init__(
+            folder,
+            classes=classes,
+            shape=(channels, size, size),
+            held_out=held_out,
+            repeats=repeats,
+        )
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
         self.colour, self.erase = float(colour), float(erase)
         _check_options(self, area, ratio, reach)
@@ -74,7 +83,13 @@ class Beton(FileData):
 
         channels, size, _ = self.shape
         train = use == "train"
-        kind = WINDOW if self.crop == "shift" else RESIZED if self.crop == "resized" and train else CENTRE
+        kind = (
+            WINDOW
+            if self.crop == "shift"
+            else RESIZED
+            if self.crop == "resized" and train
+            else CENTRE
+        )
         return Decode(
             kind=kind,
             size=size,
@@ -92,7 +107,12 @@ class Beton(FileData):
         )
 
 
-def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[float, float] | None, reach: int | None) -> None:
+def _check_options(
+    data: Beton,
+    area: tuple[float, float] | None,
+    ratio: tuple[float, float] | None,
+    reach: int | None,
+) -> None:
     channels, size, _ = data.shape
     if data.classes < 1 or size < 1 or channels not in (1, 3):
         raise DataError(
@@ -100,17 +120,30 @@ def _check_options(data: Beton, area: tuple[float, float] | None, ratio: tuple[f
             f"got classes={data.classes}, size={size}, channels={channels}"
         )
     if not 0 <= data.colour <= 10 or not 0 <= data.erase <= 1:
-        raise DataError(f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour}, erase={data.erase}")
+        raise DataError(
+            f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour},"
+            f" erase={data.erase}"
+        )
     if data.colour and channels == 1:
-        raise DataError(f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}")
+        raise DataError(
+            f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}"
+        )
     if data.repeats < 1:
         raise DataError(f"Beton: repeats must be 1 or more; got {data.repeats}")
     check_views(data, channels, size, crops=("resized", "shift", "centre"), reach=reach)
     for name, value in (("area", area), ("ratio", ratio)):
         if value is not None and data.crop != "resized":
-            raise DataError(f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set crop='resized'")
-        if value is not None and not (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)):
-            raise DataError(f"Beton: {name} must be (low, high) with 0 < low <= high{' <= 1' * (name == 'area')}; got {value}")
+            raise DataError(
+                f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set"
+                " crop='resized'"
+            )
+        if value is not None and not (
+            0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)
+        ):
+            raise DataError(
+                f"Beton: {name} must be (low, high) with 0 < low <="
+                f" high{' <= 1' * (name == 'area')}; got {value}"
+            )
 
 
 def _check_sides(path: Path, records: Any, size: int) -> None:
@@ -118,6 +151,7 @@ def _check_sides(path: Path, records: Any, size: int) -> None:
     shortest, longest = int(sides.min()), int(sides.max())
     if max(size - shortest, longest - size) > size // 4:
         raise DataError(
-            f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of size={size}; "
-            f"got {shortest} to {longest}; choose crop='resized' or write the data with max_resolution"
+            f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of"
+            f" size={size}; got {shortest} to {longest}; choose crop='resized' or write the data"
+            " with max_resolution"
         )

@@ -1,18 +1,21 @@
-"""RandAugment's operations on colour, compiled: two of ten are drawn for a view, and each is applied half of the time.
+"""RandAugment's operations on colour, compiled: two of ten are drawn for a view, and each is
+applied half of the time.
 
     magnitude ~ N(m, 1/2), clipped to 0..10
 
     autocontrast, equalize, invert                      have no strength
-    posterize            4 - floor(4 magnitude / 10) bits stay; at 10 one, where timm asks Pillow for none, which it refuses
-    solarize             levels from 256 - floor(25.6 magnitude) on are inverted
+    posterize            4 - floor(4 magnitude / 10) bits stay; at 10 one, where timm asks Pillow
+    for none, which it refuses solarize             levels from 256 - floor(25.6 magnitude) on are
+    inverted
     solarize-add         floor(11 magnitude) is added to levels below 128
-    colour, contrast, brightness, sharpness             other + f (view - other), the other grey, its mean grey, black, smoothed;
-                                                        f = max(0.1, 1 +- 0.09 magnitude)
+    colour, contrast, brightness, sharpness             other + f (view - other), the other grey,
+                                                        its mean grey, black, smoothed; f = max(0.1,
+                                                        1 +- 0.09 magnitude)
 
 timm's "rand-m9-mstd0.5-inc1" without its rotations, shears and shifts, whose place a crop takes.
 
-Source: Cubuk et al. 2020, arXiv:1909.13719; to the bit what timm 1.0.31 does with Pillow 13.0, for the same draws.
-"""
+Source: Cubuk et al. 2020, arXiv:1909.13719; to the bit what timm 1.0.31 does with Pillow 13.0, for
+the same draws."""
 
 # S side of a view
 
@@ -40,7 +43,12 @@ _COLOUR, _CONTRAST, _SHARPNESS = 6, 7, 9
 @compiled
 def luma(pixel_3):
     """By ITU-R 601 in 16 bits; exact for grey."""
-    return (np.int64(pixel_3[0]) * 19595 + np.int64(pixel_3[1]) * 38470 + np.int64(pixel_3[2]) * 7471 + 32768) >> 16
+    return (
+        np.int64(pixel_3[0]) * 19595
+        + np.int64(pixel_3[1]) * 38470
+        + np.int64(pixel_3[2]) * 7471
+        + 32768
+    ) >> 16
 
 
 @compiled
@@ -127,7 +135,9 @@ def smoothed(pixels_SS3, y, x, c):
 
 @compiled
 def blend(pixels_SS3, operation, factor):
-    """Away from another picture by `factor`: 0 gives that one, 1 this one; in Pillow's float32, cut off and not rounded."""
+    """Away from another picture by `factor`: 0 gives that one, 1 this one; in Pillow's float32, cut
+    off and not rounded.
+    """
     before_SS3 = pixels_SS3.copy()
     grey = mean_luma(before_SS3) if operation == _CONTRAST else np.int64(0)
     for y in range(pixels_SS3.shape[0]):
@@ -158,7 +168,9 @@ def apply(pixels_SS3, operation, level, sign):
 
 @compiled
 def recolour(pixels_SS3, seed, epoch, index, strength, ratios, normals):
-    """In place, on uint8. `strength`: (colour, erase); `normals`: quantiles of the normal distribution."""
+    """In place, on uint8. `strength`: (colour, erase); `normals`: quantiles of the normal
+    distribution.
+    """
     if strength[0] == 0:
         return
     for layer in range(LAYERS):

@@ -1,9 +1,11 @@
-"""One sample to the bytes that a .beton stores, in this process or in several; here an image, from a file or from memory.
+"""One sample to the bytes that a .beton stores, in this process or in several; here an image, from
+a file or from memory.
 
-A JPEG that fits `max_resolution` is stored as it is in mode "jpg", a progressive or grey one too, provided that FFCV's decoder
-takes it without a warning. All else (PNG, CMYK, a JPEG with stray bytes, one too large) is decoded by Pillow to RGB, shrunk by
-area averaging and encoded anew. EXIF orientation is ignored, as torchvision's ImageFolder ignores it; pictures that have
-one other than upright are counted as "not rotated".
+A JPEG that fits `max_resolution` is stored as it is in mode "jpg", a progressive or grey one too,
+provided that FFCV's decoder takes it without a warning. All else (PNG, CMYK, a JPEG with stray
+bytes, one too large) is decoded by Pillow to RGB, shrunk by area averaging and encoded anew. EXIF
+orientation is ignored, as torchvision's ImageFolder ignores it; pictures that have one other than
+upright are counted as "not rotated".
 """
 
 import ctypes
@@ -43,7 +45,9 @@ S_contra = TypeVar("S_contra", bound=Sample, contravariant=True)
 
 
 class Encoder(Protocol[S_contra]):
-    """How samples become bytes: a frozen dataclass, for its fields are kept in the manifest. Worker processes get a copy."""
+    """How samples become bytes: a frozen dataclass, for its fields are kept in the manifest. Worker
+    processes get a copy.
+    """
 
     @property
     def kind(self) -> Kind: ...
@@ -56,7 +60,9 @@ class Encoded:
     payload: bytes
     about: dict[str, int]  # what the file records of it beside its label, see format.py
     counted: dict[str, int]  # what the manifest adds up over the samples
-    groups: dict[str, str] = field(default_factory=dict)  # what the manifest keeps of each sample: what it belongs with
+    groups: dict[str, str] = field(
+        default_factory=dict
+    )  # what the manifest keeps of each sample: what it belongs with
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,9 @@ class Bad:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How images are stored. `jpg_share`: the part stored as JPEG in mode "mixed", chosen by a hash of the image's number."""
+    """How images are stored. `jpg_share`: the part stored as JPEG in mode "mixed", chosen by a hash
+    of the image's number.
+    """
 
     mode: Literal["jpg", "raw", "mixed"]
     max_resolution: int | None = None  # pixels of the longer side
@@ -77,7 +85,9 @@ class Encoding:
         if self.mode not in ("jpg", "raw", "mixed"):
             raise DataError(f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}")
         if self.max_resolution is not None and self.max_resolution < 1:
-            raise DataError(f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}")
+            raise DataError(
+                f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}"
+            )
         if not 1 <= self.quality <= 100:
             raise DataError(f"write: quality must be in 1..100; got {self.quality}")
         if not 0 <= self.jpg_share <= 1:
@@ -103,7 +113,9 @@ class Item:
         return str(self.image) if isinstance(self.image, Path) else f"image {self.number}"
 
 
-def encode_all(items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: float = 300.0) -> Iterator[tuple[S, Encoded | Bad]]:
+def encode_all(
+    items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: float = 300.0
+) -> Iterator[tuple[S, Encoded | Bad]]:
     """Encode in order, by `workers` processes (1: in this one).
 
     Raises: LoaderError if a worker process dies, or finishes nothing for `stall_s` seconds.
@@ -112,8 +124,11 @@ def encode_all(items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: fl
         for item in items:
             yield item, how(item)
         return
-    # Spawned, not forked: this process may run threads (torch, numba), which a fork would leave in an unknown state.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN))
+    # Spawned, not forked: this process may run threads (torch, numba), which a fork would leave in
+    # an unknown state.
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN)
+    )
     pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]] = deque()
     try:
         for chunk in _chunks(items):
@@ -126,7 +141,8 @@ def encode_all(items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: fl
         waiting = f" while samples from {pending[0][0][0]} on were encoded" if pending else ""
         raise LoaderError(f"write: a worker process died{waiting}") from error
     finally:
-        # CPython 3.11 to 3.13 offer no public way to end a worker that hangs; 3.14 has terminate_workers().
+        # CPython 3.11 to 3.13 offer no public way to end a worker that hangs; 3.14 has
+        # terminate_workers().
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.kill()  # SIGTERM would not reach a stopped one
         pool.shutdown(wait=True, cancel_futures=True)
@@ -134,7 +150,9 @@ def encode_all(items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: fl
 
 def encode(item: Item, how: Encoding) -> Encoded | Bad:
     """Encode one image; whatever is wrong with it is the reason that `Bad` gives."""
-    as_jpg = how.mode == "jpg" or (how.mode == "mixed" and int(bits(0, 0, item.number, 0)) < how.jpg_share * 2.0**64)
+    as_jpg = how.mode == "jpg" or (
+        how.mode == "mixed" and int(bits(0, 0, item.number, 0)) < how.jpg_share * 2.0**64
+    )
     try:
         if isinstance(item.image, Path):
             return _encode_file(item.image, how, as_jpg)
@@ -143,7 +161,12 @@ def encode(item: Item, how: Encoding) -> Encoded | Bad:
         raise
     except UnidentifiedImageError:  # whose text has the address of an object
         return Bad("it is no picture that Pillow can read")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow 13.0 raises for damaged files
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow 13.0 raises for damaged files
         return Bad(f"{type(error).__name__}: {error}")
 
 
@@ -165,7 +188,9 @@ def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | Bad:
 
 def _is_upright(picture: Image.Image) -> bool:
     try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)  # others have no meaning
+        return picture.getexif().get(ExifTags.Base.Orientation, 1) not in range(
+            2, 9
+        )  # others have no meaning
     except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
         return True
 
@@ -176,7 +201,9 @@ def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encode
     picture = picture.convert("RGB")  # decodes it all: raises if the file ends early
     longest = max(picture.size)
     if how.max_resolution is not None and longest > how.max_resolution:
-        width, height = (max(1, round(side * how.max_resolution / longest)) for side in picture.size)
+        width, height = (
+            max(1, round(side * how.max_resolution / longest)) for side in picture.size
+        )
         picture = picture.resize((width, height), Image.Resampling.BOX)
     width, height = picture.size
     if max(width, height) > 65535:
@@ -188,29 +215,59 @@ def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encode
     return _image(picture.tobytes(), RAW, height, width, "raw")
 
 
-def _image(payload: bytes, mode: int, height: int, width: int, stored: Literal["as it is", "jpg", "raw"]) -> Encoded:
+def _image(
+    payload: bytes, mode: int, height: int, width: int, stored: Literal["as it is", "jpg", "raw"]
+) -> Encoded:
     return Encoded(payload, {"mode": mode, "height": height, "width": width}, {stored: 1})
 
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
-    """Whether the decoder of the training run takes this JPEG without error or warning (the run treats both as damage)."""
+    """Whether the decoder of the training run takes this JPEG without error or warning (the run
+    treats both as damage).
+    """
     pixels = np.empty((height, width, 3), np.uint8)
-    sizes = (height, width, pixels.ctypes.data_as(ctypes.c_void_p), height, width, 0, 0, 1, 1, False, False)
+    sizes = (
+        height,
+        width,
+        pixels.ctypes.data_as(ctypes.c_void_p),
+        height,
+        width,
+        0,
+        0,
+        1,
+        1,
+        False,
+        False,
+    )
     return _ffcv_imdecode()(content, len(content), *sizes) == 0
 
 
 @cache
 def _ffcv_imdecode() -> Callable[..., int]:
-    """`imdecode` of FFCV's library, found without importing the package: that takes torch and numba, seconds for each worker."""
+    """`imdecode` of FFCV's library, found without importing the package: that takes torch and
+    numba, seconds for each worker.
+    """
     package = PathFinder.find_spec("ffcv")
     folders = list(package.submodule_search_locations or []) if package else []
     libraries = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
     if not libraries:
-        raise DataError("write: FFCV must be installed, its decoder judges what it will read; got no ffcv/_libffcv*.so")
+        raise DataError(
+            "write: FFCV must be installed, its decoder judges what it will read; got no"
+            " ffcv/_libffcv*.so"
+        )
     function = ctypes.CDLL(str(libraries[0])).imdecode
     words = [ctypes.c_uint32] * 2
-    # (bytes, size, height, width, pixels, crop height and width, offset x and y, scale as a fraction, crop?, flip?) in 1.0.2
-    function.argtypes = [ctypes.c_char_p, ctypes.c_uint64, *words, ctypes.c_void_p, *words * 3, ctypes.c_bool, ctypes.c_bool]
+    # (bytes, size, height, width, pixels, crop height and width, offset x and y, scale as a
+    # fraction, crop?, flip?) in 1.0.2
+    function.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_uint64,
+        *words,
+        ctypes.c_void_p,
+        *words * 3,
+        ctypes.c_bool,
+        ctypes.c_bool,
+    ]
     return function
 
 
@@ -229,12 +286,15 @@ def _chunks(items: Iterable[S]) -> Iterator[list[S]]:
         yield chunk
 
 
-def _next(pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]], stall_s: float) -> Iterator[tuple[S, Encoded | Bad]]:
+def _next(
+    pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]], stall_s: float
+) -> Iterator[tuple[S, Encoded | Bad]]:
     chunk, future = pending.popleft()
     try:
         results = future.result(timeout=stall_s)
     except TimeoutError as error:
         raise LoaderError(
-            f"write: no worker finished for {stall_s:g} s; waiting for samples {chunk[0]} to {chunk[-1]}"
+            f"write: no worker finished for {stall_s:g} s; waiting for samples {chunk[0]} to"
+            f" {chunk[-1]}"
         ) from error
     yield from zip(chunk, results, strict=True)

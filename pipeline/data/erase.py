@@ -1,7 +1,8 @@
-"""Random erasing, compiled: a rectangle of a normalised view becomes noise of mean 0 and standard deviation 1.
+"""Random erasing, compiled: a rectangle of a normalised view becomes noise of mean 0 and standard
+deviation 1.
 
-Its area is a share 0.02 to 1/3 of the view, its ratio of height to width 0.3 to 1/0.3, evenly spaced in the logarithm; of ten
-attempts the first that fits is taken.
+Its area is a share 0.02 to 1/3 of the view, its ratio of height to width 0.3 to 1/0.3, evenly
+spaced in the logarithm; of ten attempts the first that fits is taken.
 
 Source: Zhong et al. 2020, arXiv:1708.04896; choices as of timm 1.0.31 in its mode "pixel".
 """
@@ -38,12 +39,18 @@ def fill(out_Chw, seed, epoch, index, normals):
 
 @compiled
 def erase(out_CSS, seed, epoch, index, strength, ratios, normals):
-    """In place. `strength`: (colour, erase); `ratios`, `normals`: tables of RATIO and of normal quantiles."""
+    """In place. `strength`: (colour, erase); `ratios`, `normals`: tables of RATIO and of normal
+    quantiles.
+    """
     if unit(bits(seed, epoch, index, _WHETHER)) >= strength[1]:
         return
     side = out_CSS.shape[1]
     for attempt in range(_ATTEMPTS):
-        area = (AREA[0] + (AREA[1] - AREA[0]) * unit(bits(seed, epoch, index, _DRAWS[attempt, 0]))) * side * side
+        area = (
+            (AREA[0] + (AREA[1] - AREA[0]) * unit(bits(seed, epoch, index, _DRAWS[attempt, 0])))
+            * side
+            * side
+        )
         ratio = ratios[bits(seed, epoch, index, _DRAWS[attempt, 1]) >> _S52]
         height = np.int64(math.floor(math.sqrt(area * ratio) + 0.5))
         width = np.int64(math.floor(math.sqrt(area / ratio) + 0.5))

@@ -2,8 +2,12 @@
 
 
 class DataError(ValueError):
-    """Data, or a size asked of it, that cannot be used: who, the rule, what was got, what is accepted. A retry does not help."""
+    """Data, or a size asked of it, that cannot be used: who, the rule, what was got, what is
+    accepted. A retry does not help.
+    """
 
 
 class LoaderError(RuntimeError):
-    """A loader or writer that failed or went silent for a reason of the machine's, not of the data's. A retry may help."""
+    """A loader or writer that failed or went silent for a reason of the machine's, not of the
+    data's. A retry may help.
+    """

@@ -1,8 +1,10 @@
-"""The parts of FFCV that this package builds on, imported in one place and without their side effects.
+"""The parts of FFCV that this package builds on, imported in one place and without their side
+effects.
 
-FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a loader is made. Where torch finds a GPU, the thread
-of its loader makes CUDA streams. A new thread starts on device 0, so every rank would open a context on that card. Our pipeline
-has no stage on a GPU and needs no stream.
+FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a loader is made. Where
+torch finds a GPU, the thread of its loader makes CUDA streams. A new thread starts on device 0, so
+every rank would open a context on that card. Our pipeline has no stage on a GPU and needs no
+stream.
 """
 
 from collections.abc import Iterator
@@ -39,7 +41,13 @@ with torch_threads_kept():
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.reader import Reader
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType, get_metadata_type
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        FieldDescType,
+        HeaderType,
+        get_metadata_type,
+    )
 
 epoch_iterator.IS_CUDA = False
 

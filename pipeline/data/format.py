@@ -1,10 +1,13 @@
-"""The layout of a .beton, and a writer of it whose output does not depend on how many processes encode.
+"""The layout of a .beton, and a writer of it whose output does not depend on how many processes
+encode.
 
-    header | field descriptors | metadata, one record a sample | zeros up to a page | pages | allocation table
+    header | field descriptors | metadata, one record a sample | zeros up to a page | pages |
+    allocation table
 
-A file holds samples of one kind, images or arrays, and a label beside each. A sample lies whole within one page. FFCV's own
-writer (1.0.2) lets its worker processes race for pages, waits for ever for one that died, and cannot store a JPEG as it is; this
-one is fed by a single process, in the order of the samples. FFCV reads both.
+A file holds samples of one kind, images or arrays, and a label beside each. A sample lies whole
+within one page. FFCV's own writer (1.0.2) lets its worker processes race for pages, waits for ever
+for one that died, and cannot store a JPEG as it is; this one is fed by a single process, in the
+order of the samples. FFCV reads both.
 """
 
 import math
@@ -23,7 +26,9 @@ JPG, RAW = 0, 1  # FFCV's codes of how an image is stored
 
 @dataclass(frozen=True)
 class Images:
-    """RGB images, each of its own size: FFCV's RGBImageField (type 2 in 1.0.2); a record is (mode, width, height, address)."""
+    """RGB images, each of its own size: FFCV's RGBImageField (type 2 in 1.0.2); a record is (mode,
+    width, height, address).
+    """
 
     name: ClassVar[str] = "image"
     type_id: ClassVar[int] = 2
@@ -96,18 +101,23 @@ class Region:
 
 
 class BetonWriter:
-    """Writes samples of one kind in order to `path`, which must not be in use; `finish` makes the file whole and durable.
+    """Writes samples of one kind in order to `path`, which must not be in use; `finish` makes the
+    file whole and durable.
 
     `capacity`: the most samples that may come; room for their metadata is left at the front.
     """
 
-    def __init__(self, path: Path, *, capacity: int, kind: Kind = Images(), page_bytes: int = PAGE_BYTES) -> None:
+    def __init__(
+        self, path: Path, *, capacity: int, kind: Kind = Images(), page_bytes: int = PAGE_BYTES
+    ) -> None:
         from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE
 
         self.path, self.kind, self.page_bytes, self.samples = path, kind, page_bytes, 0
         self._metadata = np.zeros(capacity, _metadata_type(kind))
         self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
-        self._pages_offset = -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
+        self._pages_offset = (
+            -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
+        )
         self._page = bytearray()
         self._pages = 0  # written out
         self._file = path.open("wb")
@@ -132,7 +142,9 @@ class BetonWriter:
         self.samples += 1
 
     def finish(self) -> None:
-        """Write what is left, the table, the metadata and the header; then wait until the disk has it."""
+        """Write what is left, the table, the metadata and the header; then wait until the disk has
+        it.
+        """
         from pipeline.data.ffcv_api import CURRENT_VERSION, HeaderType
 
         if self._page:
@@ -140,10 +152,16 @@ class BetonWriter:
         table_offset = self._pages_offset + self._pages * self.page_bytes
         self._file.write(self._table[: self.samples].tobytes())
         header = np.zeros((), HeaderType)
-        header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, 2, self.page_bytes
+        header["version"], header["num_fields"], header["page_size"] = (
+            CURRENT_VERSION,
+            2,
+            self.page_bytes,
+        )
         header["num_samples"], header["alloc_table_ptr"] = self.samples, table_offset
         self._file.seek(0)
-        self._file.write(header.tobytes() + _descriptors(self.kind) + self._metadata[: self.samples].tobytes())
+        self._file.write(
+            header.tobytes() + _descriptors(self.kind) + self._metadata[: self.samples].tobytes()
+        )
         self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
@@ -173,8 +191,8 @@ class Layout:
 def layout(path: Path) -> Layout:
     """The regions of a file, which cover it without gap.
 
-    Raises: DataError if the file is not a whole .beton of images or arrays, and labels, as written here or by FFCV.
-    """
+    Raises: DataError if the file is not a whole .beton of images or arrays, and labels, as written
+    here or by FFCV."""
     from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
 
     size = path.stat().st_size
@@ -182,19 +200,29 @@ def layout(path: Path) -> Layout:
         raise DataError(f"{path}: not a .beton: {size} bytes are less than its header")
     header = np.fromfile(path, HeaderType, count=1)[0]
     # FFCV's counts are NumPy scalars of 16 bits, which overflow in arithmetic under NumPy 2.
-    samples, page_bytes, table = int(header["num_samples"]), int(header["page_size"]), int(header["alloc_table_ptr"])
+    samples, page_bytes, table = (
+        int(header["num_samples"]),
+        int(header["page_size"]),
+        int(header["alloc_table_ptr"]),
+    )
     if int(header["version"]) != CURRENT_VERSION:
-        raise DataError(f"{path}: not a .beton of version {CURRENT_VERSION}; got version {int(header['version'])}")
+        raise DataError(
+            f"{path}: not a .beton of version {CURRENT_VERSION}; got version"
+            f" {int(header['version'])}"
+        )
     if page_bytes < 1 or page_bytes & (page_bytes - 1):
         raise DataError(f"{path}: damaged header: page size must be a power of 2; got {page_bytes}")
-    fields = np.fromfile(path, FieldDescType, count=int(header["num_fields"]), offset=HeaderType.itemsize)
+    fields = np.fromfile(
+        path, FieldDescType, count=int(header["num_fields"]), offset=HeaderType.itemsize
+    )
     kind = _kind(path, fields)
     metadata_size = samples * _metadata_type(kind).itemsize
     metadata_end = _metadata_offset() + metadata_size
     lowest = -(-metadata_end // page_bytes) * page_bytes
     if table % page_bytes or table < lowest or table + samples * ALLOC_TABLE_TYPE.itemsize != size:
         raise DataError(
-            f"{path}: truncated or damaged: {size} bytes, but its header places a table of {samples} samples at {table}"
+            f"{path}: truncated or damaged: {size} bytes, but its header places a table of"
+            f" {samples} samples at {table}"
         )
     first = _first_page(path, kind, samples, page_bytes, lowest)
     front = [
@@ -203,14 +231,21 @@ def layout(path: Path) -> Layout:
         Region("metadata", _metadata_offset(), metadata_size),
         Region("padding", metadata_end, first - metadata_end),
     ]
-    pages = [Region(f"page {i}", at, page_bytes) for i, at in enumerate(range(first, table, page_bytes))]
-    front_regions, table_region = tuple(r for r in front if r.size), Region("allocation table", table, size - table)
+    pages = [
+        Region(f"page {i}", at, page_bytes) for i, at in enumerate(range(first, table, page_bytes))
+    ]
+    front_regions, table_region = (
+        tuple(r for r in front if r.size),
+        Region("allocation table", table, size - table),
+    )
     return Layout(kind, samples, page_bytes, front_regions, tuple(pages), table_region)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a file, in index order: what FFCV records of each, addresses in the file, labels, and bytes in the file."""
+    """The samples of a file, in index order: what FFCV records of each, addresses in the file,
+    labels, and bytes in the file.
+    """
 
     kind: Kind
     records: np.ndarray[Any, Any]
@@ -224,7 +259,9 @@ def samples(path: Path) -> Samples:
     from pipeline.data.ffcv_api import ALLOC_TABLE_TYPE
 
     where = layout(path)
-    metadata = np.fromfile(path, _metadata_type(where.kind), count=where.samples, offset=_metadata_offset())
+    metadata = np.fromfile(
+        path, _metadata_type(where.kind), count=where.samples, offset=_metadata_offset()
+    )
     addresses = where.kind.addresses(metadata["f0"])
     table = np.fromfile(path, ALLOC_TABLE_TYPE, offset=where.table.offset)
     table = table[np.argsort(table["sample_id"], kind="stable")]
@@ -232,7 +269,10 @@ def samples(path: Path) -> Samples:
     if (
         not np.array_equal(table["sample_id"], np.arange(where.samples))
         or not np.array_equal(table["ptr"], addresses)
-        or (where.samples and (table["ptr"].min() < start or (table["ptr"] + table["size"]).max() > end))
+        or (
+            where.samples
+            and (table["ptr"].min() < start or (table["ptr"] + table["size"]).max() > end)
+        )
     ):
         raise DataError(f"{path}: damaged: metadata and allocation table contradict each other")
     return Samples(where.kind, metadata["f0"], addresses, metadata["f1"], table["size"])
@@ -259,11 +299,16 @@ def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
     """What kind of samples a file's field descriptors speak of."""
     from pipeline.data.ffcv_api import NDArrayField
 
-    found = [(bytes(field["name"]).rstrip(b"\0").decode(errors="replace"), int(field["type_id"])) for field in fields]
+    found = [
+        (bytes(field["name"]).rstrip(b"\0").decode(errors="replace"), int(field["type_id"]))
+        for field in fields
+    ]
     if found == [(Images.name, Images.type_id), _LABEL]:
         return Images()
     if found != [(Arrays.name, Arrays.type_id), _LABEL]:
-        raise DataError(f"{path}: must hold the fields image or array, and label, in this order; got {found}")
+        raise DataError(
+            f"{path}: must hold the fields image or array, and label, in this order; got {found}"
+        )
     try:
         field: Any = NDArrayField.from_binary(fields[0]["arguments"])
         return Arrays(field.dtype.name, tuple(int(side) for side in field.shape))
@@ -274,7 +319,9 @@ def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
         KeyError,
         AssertionError,
     ) as error:  # what FFCV 1.0.2 raises for bytes that say nothing
-        raise DataError(f"{path}: damaged field descriptors: no array's type and shape ({error})") from error
+        raise DataError(
+            f"{path}: damaged field descriptors: no array's type and shape ({error})"
+        ) from error
 
 
 def _metadata_type(kind: Kind) -> np.dtype[Any]:
@@ -290,11 +337,15 @@ def _metadata_offset() -> int:
 
 
 def _first_page(path: Path, kind: Kind, samples: int, page_bytes: int, lowest: int) -> int:
-    """Where the pages begin: with skipped images there is more room for metadata than samples use."""
+    """Where the pages begin: with skipped images there is more room for metadata than samples
+    use.
+    """
     if not samples:
         return lowest
     metadata = np.fromfile(path, _metadata_type(kind), count=samples, offset=_metadata_offset())
     first = int(kind.addresses(metadata["f0"]).min()) // page_bytes * page_bytes
     if first < lowest:
-        raise DataError(f"{path}: damaged metadata: a sample lies at {first}, before the first page at {lowest}")
+        raise DataError(
+            f"{path}: damaged metadata: a sample lies at {first}, before the first page at {lowest}"
+        )
     return first

@@ -32,7 +32,9 @@ class Decoder(Operation):
 
     KEYS, STATUS = 1, 2  # places in the memory
 
-    def __init__(self, *, name: str, what: str, shape: tuple[int, ...], sample: Any, how: Any, parallel: bool) -> None:
+    def __init__(
+        self, *, name: str, what: str, shape: tuple[int, ...], sample: Any, how: Any, parallel: bool
+    ) -> None:
         super().__init__()
         self.name, self.what, self.shape = name, what, shape
         self._batch, self._how = over_batch(sample, parallel), how

@@ -1,8 +1,9 @@
-"""What a .beton must look like: `<name>.beton.manifest.json` beside it, written with it, compared at every start.
+"""What a .beton must look like: `<name>.beton.manifest.json` beside it, written with it, compared
+at every start.
 
-FFCV (1.0.2) decodes damaged bytes without a word, so each page and each region of the file has a checksum here. The content hash
-names the samples themselves, whatever page, file or number of writers brought them: it is what two studies compare.
-"""
+FFCV (1.0.2) decodes damaged bytes without a word, so each page and each region of the file has a
+checksum here. The content hash names the samples themselves, whatever page, file or number of
+writers brought them: it is what two studies compare."""
 
 import hashlib
 import json
@@ -37,11 +38,17 @@ class Manifest:
     pages_offset: int
     page_bytes: int
     pages: list[str]  # xxh3-64 of each
-    skipped: list[dict[str, str]] = field(default_factory=list)  # images that could not be read, and why
-    left_out: list[dict[str, Any]] = field(default_factory=list)  # what a folder holds beside: sources.LeftOut
-    # Images: how many "as it is", as "jpg", as "raw", and of these "not rotated", see encode.py; else what was counted.
+    skipped: list[dict[str, str]] = field(
+        default_factory=list
+    )  # images that could not be read, and why
+    left_out: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what a folder holds beside: sources.LeftOut
+    # Images: how many "as it is", as "jpg", as "raw", and of these "not rotated", see encode.py;
+    # else what was counted.
     stored: dict[str, int] = field(default_factory=dict)
-    # By name of the grouping, one text a sample: samples with equal ones belong together, scenes of one "object" for example.
+    # By name of the grouping, one text a sample: samples with equal ones belong together, scenes of
+    # one "object" for example.
     groups: dict[str, list[str]] = field(default_factory=dict)
     source: str = ""
     command: str = ""
@@ -53,7 +60,9 @@ class Manifest:
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         temporary = path.with_name(f".{path.name}.part")
         try:
-            temporary.write_text(json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n", encoding="utf-8"
+            )
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -62,14 +71,20 @@ class Manifest:
 def read(path: Path) -> Manifest:
     """The manifest of the .beton at `path`.
 
-    Raises: DataError if either is missing, or the manifest is damaged, of another version or of another file; OSError where their
-    storage is away.
+    Raises: DataError if either is missing, or the manifest is damaged, of another version or of
+    another file; OSError where their storage is away.
     """
     if not path.is_file():
-        raise DataError(f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name another folder")
+        raise DataError(
+            f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name"
+            " another folder"
+        )
     at = path.with_name(path.name + SUFFIX)
     if not at.is_file():
-        raise DataError(f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is not trained on")
+        raise DataError(
+            f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is"
+            " not trained on"
+        )
     try:
         body = json.loads(tried(lambda: at.read_text(encoding="utf-8")))
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
@@ -77,14 +92,24 @@ def read(path: Path) -> Manifest:
         if (version := body.pop("version", None)) != VERSION:
             raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
         checksum = body.pop("checksum", None)
-        known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(Manifest)}
+        known = {
+            each.name: each.default is MISSING and each.default_factory is MISSING
+            for each in fields(Manifest)
+        }
         needed = {name for name, is_needed in known.items() if is_needed}
-        if checksum != _checksum({"format": FORMAT, "version": VERSION, **body}) or not needed <= set(body) <= set(known):
-            raise DataError(f"data: {at} is damaged: its own checksum differs; restore it or write the data again")
+        if checksum != _checksum(
+            {"format": FORMAT, "version": VERSION, **body}
+        ) or not needed <= set(body) <= set(known):
+            raise DataError(
+                f"data: {at} is damaged: its own checksum differs; restore it or write the data"
+                " again"
+            )
         manifest = Manifest(**body)
     except Unreadable as error:
         look_at(path)
-        raise DataError(f"data: {at} cannot be read: {error.strerror}; restore it or write the data again") from error
+        raise DataError(
+            f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"data: {at} is damaged: not JSON ({error})") from error
     if manifest.file != path.name:
@@ -95,14 +120,18 @@ def read(path: Path) -> Manifest:
 
 
 def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
-    return f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or another file"
+    return (
+        f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or"
+        " another file"
+    )
 
 
 class ContentHash:
-    """sha256 over the class names and, in index order, each sample's label, what is recorded of it, and xxh3-128.
+    """sha256 over the class names and, in index order, each sample's label, what is recorded of it,
+    and xxh3-128.
 
-    Recorded are an image's storage code, height and width; an array has the type and shape of all, named after the classes.
-    """
+    Recorded are an image's storage code, height and width; an array has the type and shape of all,
+    named after the classes."""
 
     def __init__(self, classes: list[str], kind: Kind = Images()) -> None:
         self._hash = hashlib.sha256(json.dumps(classes).encode())
@@ -111,18 +140,27 @@ class ContentHash:
 
     def add(self, payload: "bytes | memoryview", *, label: int, **about: int) -> None:
         recorded = [about[name] for name in ("mode", "height", "width") if name in about]
-        self._hash.update(np.array([label, *recorded], "<i8").tobytes() + xxhash.xxh3_128_digest(payload))
+        self._hash.update(
+            np.array([label, *recorded], "<i8").tobytes() + xxhash.xxh3_128_digest(payload)
+        )
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
 
 
-def describe(path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any) -> Manifest:
-    """The manifest of a file just written, which is read back for it. `name`: what the file will be called."""
+def describe(
+    path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any
+) -> Manifest:
+    """The manifest of a file just written, which is read back for it. `name`: what the file will be
+    called.
+    """
     layout = beton.layout(path)
     with path.open("rb", buffering=0) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        regions = [[r.name, r.offset, r.size, xxh3(file.fileno(), r.offset, r.size)] for r in (*layout.front, layout.table)]
+        regions = [
+            [r.name, r.offset, r.size, xxh3(file.fileno(), r.offset, r.size)]
+            for r in (*layout.front, layout.table)
+        ]
         pages = [xxh3(file.fileno(), page.offset, page.size) for page in layout.pages]
     return Manifest(
         file=name,
@@ -147,7 +185,13 @@ def content_of(path: Path, classes: list[str]) -> str:
     """
     found = beton.samples(path)
     content, view = ContentHash(classes, found.kind), np.memmap(path, np.uint8, "r")
-    places = zip(found.records, found.addresses.tolist(), found.labels.tolist(), found.sizes.tolist(), strict=True)
+    places = zip(
+        found.records,
+        found.addresses.tolist(),
+        found.labels.tolist(),
+        found.sizes.tolist(),
+        strict=True,
+    )
     for record, address, label, size in places:
         content.add(view[address : address + size].data, label=label, **found.kind.about(record))
     return content.hexdigest()

@@ -1,4 +1,6 @@
-"""What a file's medium has lost, told from storage that is away as a whole: a bad sector, or a server that fails over."""
+"""What a file's medium has lost, told from storage that is away as a whole: a bad sector, or a
+server that fails over.
+"""
 
 import os
 from collections.abc import Callable
@@ -14,7 +16,8 @@ T_ = TypeVar("T_")
 
 
 def read_part(path: Path, file: int, part: range, read: Callable[[int], T_]) -> T_:
-    """What `read` gives of the bytes `part` of the file, from its open descriptor; where that fails, from a fresh one.
+    """What `read` gives of the bytes `part` of the file, from its open descriptor; where that
+    fails, from a fresh one.
 
     Raises:
         Unreadable: the medium has lost them, and the others are there.

@@ -1,17 +1,22 @@
-"""Mixup and CutMix: each sample of a batch is mixed with its neighbour, and so is what it should be taken for.
+"""Mixup and CutMix: each sample of a batch is mixed with its neighbour, and so is what it should be
+taken for.
 
-    x'_r = w x_r + (1 - w) x_n        y'_r = lam y_r + (1 - lam) y_n        n: row r + 1 where r is even, r - 1 where it is odd
+    x'_r = w x_r + (1 - w) x_n        y'_r = lam y_r + (1 - lam) y_n        n: row r + 1 where r is
+    even, r - 1 where it is odd
 
     Mixup     w = lam everywhere                           lam ~ Beta(mixup, mixup)
-    CutMix    w = 0 within a box, 1 outside of it          the box has the share 1 - l of the image, l ~ Beta(cutmix, cutmix);
-                                                           cut at the image's border, it leaves the share lam
+    CutMix    w = 0 within a box, 1 outside of it          the box has the share 1 - l of the image,
+                                                           l ~ Beta(cutmix, cutmix); cut at the
+                                                           image's border, it leaves the share lam
 
-Rows are places in the global batch, which is in random order: a neighbour is as good as any other partner, and it lies on the
-same rank. All that is drawn is a pure function of (seed, step) or of (seed, step, row), so that the batches are the same for any
-number of ranks and micro-batches and after any restart.
+Rows are places in the global batch, which is in random order: a neighbour is as good as any other
+partner, and it lies on the same rank. All that is drawn is a pure function of (seed, step) or of
+(seed, step, row), so that the batches are the same for any number of ranks and micro-batches and
+after any restart.
 
-Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899; what may be chosen is as of
-timm 1.0.31, whose partners are the rows of a rank's batch from its other end.
+Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899;
+what may be chosen is as of timm 1.0.31, whose partners are the rows of a rank's batch from its
+other end.
 """
 
 # B batch, K classes, H W pixels
@@ -52,11 +57,16 @@ class Mixing:
 
     def __post_init__(self) -> None:
         if min(self.mixup, self.cutmix) < 0 or self.mixup == self.cutmix == 0:
-            raise DataError(f"Mixing: mixup or cutmix must be above 0; got mixup={self.mixup}, cutmix={self.cutmix}")
+            raise DataError(
+                f"Mixing: mixup or cutmix must be above 0; got mixup={self.mixup},"
+                f" cutmix={self.cutmix}"
+            )
         if not 0 < self.probability <= 1:
             raise DataError(f"Mixing: probability must be in 0..1, above 0; got {self.probability}")
         if self.switch is not None and 0 in (self.mixup, self.cutmix):
-            raise DataError(f"Mixing: switch has no effect without both mixup and cutmix; got {self.switch}")
+            raise DataError(
+                f"Mixing: switch has no effect without both mixup and cutmix; got {self.switch}"
+            )
         if self.switch is not None and not 0 < self.switch < 1:
             raise DataError(f"Mixing: switch must be between 0 and 1; got {self.switch}")
         if self.per not in ("batch", "pair", "sample"):
@@ -65,14 +75,21 @@ class Mixing:
     def check(self, *, micro_batch: int) -> None:
         """Raises: DataError for a micro-batch that would part neighbours."""
         if micro_batch % 2:
-            raise DataError(f"Mixing: a micro-batch must be even, for samples are mixed in pairs; got {micro_batch}")
+            raise DataError(
+                "Mixing: a micro-batch must be even, for samples are mixed in pairs; got"
+                f" {micro_batch}"
+            )
 
     def __call__(
         self, x_B: Tensor, target_B: Tensor, *, classes: int, seed: int, step: int, rows: range
     ) -> tuple[Tensor, Tensor]:
-        """`x` mixed, [B,...,H,W], and what the samples are now taken for: shares of the classes, [B,K], in the type of `x`."""
+        """`x` mixed, [B,...,H,W], and what the samples are now taken for: shares of the classes,
+        [B,K], in the type of `x`.
+        """
         assert len(rows) == len(x_B) and rows.start % 2 == len(rows) % 2 == 0, rows
-        lam_B, box_B4 = self._drawn(x_B.shape[-2], x_B.shape[-1], seed=seed, step=step, rows=np.asarray(rows))
+        lam_B, box_B4 = self._drawn(
+            x_B.shape[-2], x_B.shape[-1], seed=seed, step=step, rows=np.asarray(rows)
+        )
         target_BK = F.one_hot(target_B, classes).to(x_B.dtype)
         weight_B = torch.from_numpy(lam_B).to(x_B)
         mixed_target_BK = _neighbours(target_BK).lerp_(target_BK, weight_B[:, None])
@@ -85,7 +102,8 @@ class Mixing:
     def _drawn(
         self, height: int, width: int, *, seed: int, step: int, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-        """The share lam that each sample keeps, and the box (top, bottom, left, right) that it loses; None where none does.
+        """The share lam that each sample keeps, and the box (top, bottom, left, right) that it
+        loses; None where none does.
 
         A box of a sample that loses none is -1.
         """
@@ -110,28 +128,44 @@ class Mixing:
 
 @cache
 def _beta(parameter: float) -> NDArray[np.float64]:
-    """4096 values at evenly spaced quantiles of Beta(parameter, parameter), rounded so that no library's last digit matters."""
+    """4096 values at evenly spaced quantiles of Beta(parameter, parameter), rounded so that no
+    library's last digit matters.
+    """
     if parameter == 0:
         return np.ones(4096)
     return np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
 
 
 def _boxes(
-    lam_B: NDArray[np.float64], y_B: NDArray[np.int64], x_B: NDArray[np.int64], height: int, width: int
+    lam_B: NDArray[np.float64],
+    y_B: NDArray[np.int64],
+    x_B: NDArray[np.int64],
+    height: int,
+    width: int,
 ) -> NDArray[np.int64]:
-    """Boxes of the image's shape and the share 1 - lam of it around (y, x), cut at its border: [B,4]."""
+    """Boxes of the image's shape and the share 1 - lam of it around (y, x), cut at its border:
+    [B,4].
+    """
     side_B = np.sqrt(1 - lam_B)
     ends = []
     for middle_B, length in ((y_B, height), (x_B, width)):
         size_B = (length * side_B).astype(np.int64)
-        ends += [np.clip(middle_B - size_B // 2, 0, length), np.clip(middle_B + (size_B + 1) // 2, 0, length)]
+        ends += [
+            np.clip(middle_B - size_B // 2, 0, length),
+            np.clip(middle_B + (size_B + 1) // 2, 0, length),
+        ]
     return np.stack(ends, -1)
 
 
 def _outside(lam_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
-    """The weight of each pixel: 0 within a box and 1 outside of it, lam everywhere in a sample without one: [B,1,...,H,W]."""
+    """The weight of each pixel: 0 within a box and 1 outside of it, lam everywhere in a sample
+    without one: [B,1,...,H,W].
+    """
     height, width = x_B.shape[-2:]
-    y_1H1, x_11W = torch.arange(height, device=x_B.device)[None, :, None], torch.arange(width, device=x_B.device)[None, None]
+    y_1H1, x_11W = (
+        torch.arange(height, device=x_B.device)[None, :, None],
+        torch.arange(width, device=x_B.device)[None, None],
+    )
     top, bottom, left, right = (each_B[:, None, None] for each_B in box_B4.unbind(-1))
     inside_BHW = (y_1H1 >= top) & (y_1H1 < bottom) & (x_11W >= left) & (x_11W < right)
     weight_BHW = torch.where(top < 0, lam_B[:, None, None], (~inside_BHW).to(x_B))

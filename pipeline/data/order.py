@@ -14,12 +14,13 @@ from pipeline.units import counted
 class TrainOrder:
     """The training order of one rank.
 
-    With `repeats` above 1, a global batch holds so many copies of batch_size / repeats samples, each copy another view: in row r
-    copy r // (batch_size / repeats). An epoch has as many steps as without, and so sees one in `repeats` of the samples.
+    With `repeats` above 1, a global batch holds so many copies of batch_size / repeats samples,
+    each copy another view: in row r copy r // (batch_size / repeats). An epoch has as many steps as
+    without, and so sees one in `repeats` of the samples.
 
     Raises: DataError if the sizes do not divide, or the set is smaller than one global batch.
-    Source of repeated augmentation: Hoffer et al. 2019, arXiv:1901.09335; the length of an epoch is that of Touvron et al. 2021
-    (DeiT), arXiv:2012.12877.
+    Source of repeated augmentation: Hoffer et al. 2019, arXiv:1901.09335; the length of an epoch is
+    that of Touvron et al. 2021 (DeiT), arXiv:2012.12877.
     """
 
     samples: int
@@ -29,13 +30,18 @@ class TrainOrder:
     batch_size: int  # samples of a global batch, over all ranks and micro-batches
     micro_batch: int  # samples of one batch on one rank
     repeats: int = 1
-    ids: NDArray[np.int64] | None = field(default=None, compare=False)  # the `samples` of the file that are used; None: all
+    ids: NDArray[np.int64] | None = field(
+        default=None, compare=False
+    )  # the `samples` of the file that are used; None: all
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
         _check_micro_batch(self.micro_batch)
         if self.repeats < 1 or self.batch_size % self.repeats:
-            raise DataError(f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got {self.repeats}")
+            raise DataError(
+                f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got"
+                f" {self.repeats}"
+            )
         if not 0 <= self.seed < 2**63:
             raise DataError(f"train: seed must be in 0..2^63-1; got {self.seed}")
         share = self.world * self.micro_batch
@@ -43,12 +49,14 @@ class TrainOrder:
             lower = self.batch_size // share * share
             near = [str(size) for size in (lower, lower + share) if size > 0]
             raise DataError(
-                f"train: batch_size must be a multiple of world x micro_batch = {self.world} x {self.micro_batch} = {share}; "
-                f"got {self.batch_size}; {' or '.join(near)} would do"
+                f"train: batch_size must be a multiple of world x micro_batch = {self.world} x"
+                f" {self.micro_batch} = {share}; got {self.batch_size}; {' or '.join(near)}"
+                " would do"
             )
         if self.samples < self.batch_size:
             raise DataError(
-                f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the set; got {self.batch_size}"
+                f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the"
+                f" set; got {self.batch_size}"
             )
 
     @property
@@ -65,7 +73,10 @@ class TrainOrder:
             raise DataError(f"train: epoch must be 0 or more; got {epoch}")
         whole = self.steps * self.batch_size
         if start % self.batch_size or not 0 <= start <= whole:
-            raise DataError(f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole}; got {start}")
+            raise DataError(
+                f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole};"
+                f" got {start}"
+            )
         order = permutation(self.samples, seed=self.seed, epoch=epoch)
         if self.ids is not None:
             order = self.ids[order]
@@ -75,20 +86,32 @@ class TrainOrder:
         return order.reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
 
     def copies(self, *, start: int = 0) -> NDArray[np.int64]:
-        """Which copy of its sample each one of `epoch` is, 0 to repeats - 1: what its view is drawn for beside the epoch."""
-        rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
-        return np.tile(rows // (self.batch_size // self.repeats), self.steps - start // self.batch_size)
+        """Which copy of its sample each one of `epoch` is, 0 to repeats - 1: what its view is drawn
+        for beside the epoch.
+        """
+        rows = (
+            np.arange(self.batch_size)
+            .reshape(-1, self.world, self.micro_batch)[:, self.rank]
+            .reshape(-1)
+        )
+        return np.tile(
+            rows // (self.batch_size // self.repeats), self.steps - start // self.batch_size
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValOrder:
-    """The evaluation order of one rank: a contiguous run of the file, at most one sample longer than another rank's."""
+    """The evaluation order of one rank: a contiguous run of the file, at most one sample longer
+    than another rank's.
+    """
 
     samples: int
     rank: int
     world: int
     micro_batch: int
-    ids: NDArray[np.int64] | None = field(default=None, compare=False)  # the `samples` of the file that are used; None: all
+    ids: NDArray[np.int64] | None = field(
+        default=None, compare=False
+    )  # the `samples` of the file that are used; None: all
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
@@ -106,7 +129,9 @@ class ValOrder:
         """
         if start:
             raise DataError(f"val: an evaluation starts at 0; got start={start}")
-        places = np.arange(self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world)
+        places = np.arange(
+            self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world
+        )
         return places if self.ids is None else self.ids[places]
 
     def copies(self, *, start: int = 0) -> NDArray[np.int64]:
@@ -114,7 +139,8 @@ class ValOrder:
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """All sample ids sorted by their random bits (ties by id): [samples]. Depends on no generator's version.
+    """All sample ids sorted by their random bits (ties by id): [samples]. Depends on no generator's
+    version.
 
     1.28 M samples take about 0.2 s.
     """
@@ -122,7 +148,8 @@ def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A training set's ids in two parts, (to train on, to choose on): the same in every run, whatever its seed.
+    """A training set's ids in two parts, (to train on, to choose on): the same in every run,
+    whatever its seed.
 
     For learning rates and their like, which must never be chosen on the test set.
     """

@@ -27,7 +27,9 @@ Verify = Literal["sampled", "full"]
 ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
 """Samples that are read for each one whose page is compared; a page of 8 MiB holds about 80."""
 CHECKERS = 4
-"""Threads: reading and hashing release the interpreter's lock, and a disk likes several requests."""
+"""Threads: reading and hashing release the interpreter's lock, and a disk likes several
+requests.
+"""
 NAMED = 5
 """Pages, and runs of samples, that an error names."""
 
@@ -43,17 +45,23 @@ def check(path: Path) -> Manifest:
     pool = ThreadPoolExecutor(CHECKERS, "check")
     try:
         with path.open("rb", buffering=0) as file:
-            faults = pool.map(lambda region: _fault(path, file.fileno(), *region[1:]), manifest.regions)
+            faults = pool.map(
+                lambda region: _fault(path, file.fileno(), *region[1:]), manifest.regions
+            )
             for (name, offset, length, _), fault in zip(manifest.regions, faults, strict=True):
                 if fault:
                     raise _damaged(path, [f"{name} ({_bytes(offset, length)}) {fault}"])
             numbers = range(len(manifest.pages))
-            faults = pool.map(lambda number: page_fault(path, file.fileno(), manifest, number), numbers)
+            faults = pool.map(
+                lambda number: page_fault(path, file.fileno(), manifest, number), numbers
+            )
             damaged = {number: fault for number, fault in enumerate(faults) if fault}
     finally:
         pool.shutdown(cancel_futures=True)
     if damaged:
-        raise damaged_pages(path, manifest, damaged, _page_of(manifest, beton.samples(path).addresses))
+        raise damaged_pages(
+            path, manifest, damaged, _page_of(manifest, beton.samples(path).addresses)
+        )
     return manifest
 
 
@@ -92,7 +100,8 @@ class SpotCheck:
         self._file.close()
 
     def before(self) -> None:
-        """Refuse a file that became shorter: reading beyond the end of a mapped file kills the process.
+        """Refuse a file that became shorter: reading beyond the end of a mapped file kills the
+        process.
 
         Raises: DataError.
         """
@@ -107,7 +116,9 @@ class SpotCheck:
         """
         drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
         pages = np.unique(self._page_of[index_B[drawn_B | failed_B]]).tolist()
-        faults = {page: page_fault(self.path, self._file.fileno(), self.manifest, page) for page in pages}
+        faults = {
+            page: page_fault(self.path, self._file.fileno(), self.manifest, page) for page in pages
+        }
         if damaged := {page: fault for page, fault in faults.items() if fault}:
             raise damaged_pages(self.path, self.manifest, damaged, self._page_of)
 
@@ -121,19 +132,26 @@ def page_fault(path: Path, file: int, manifest: Manifest, number: int) -> str:
     return _fault(path, file, offset, manifest.page_bytes, manifest.pages[number])
 
 
-def damaged_pages(path: Path, manifest: Manifest, faults: Mapping[int, str], page_of: NDArray[np.int64]) -> DataError:
+def damaged_pages(
+    path: Path, manifest: Manifest, faults: Mapping[int, str], page_of: NDArray[np.int64]
+) -> DataError:
     """The refusal of a file. `faults`: of each damaged page; `page_of`: the page of each sample."""
 
     def named(number: int) -> str:
         samples = _some(_runs(np.flatnonzero(page_of == number).tolist()))
         offset = manifest.pages_offset + number * manifest.page_bytes
-        return f"page {number} ({_bytes(offset, manifest.page_bytes)}, samples {samples}) {faults[number]}"
+        return (
+            f"page {number} ({_bytes(offset, manifest.page_bytes)}, samples {samples})"
+            f" {faults[number]}"
+        )
 
     return _damaged(path, [named(number) for number in faults])
 
 
 def _damaged(path: Path, parts: list[str]) -> DataError:
-    return DataError(f"data: {path}: {_some(parts)}: damaged; restore the file or write the data again")
+    return DataError(
+        f"data: {path}: {_some(parts)}: damaged; restore the file or write the data again"
+    )
 
 
 def _fault(path: Path, file: int, offset: int, length: int, expected: str) -> str:
@@ -175,4 +193,6 @@ def _runs(numbers: Iterable[int]) -> list[str]:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return ", ".join(names[:NAMED]) + (
+        f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    )

@@ -1,10 +1,12 @@
-"""A learnable data set made of counter-based random numbers: no file, no FFCV. For tests and benchmarks.
+"""A learnable data set made of counter-based random numbers: no file, no FFCV. For tests and
+benchmarks.
 
-A class is a smooth random pattern; a sample is its class's pattern at half to full contrast under noise. Order, resumption and
-augmentation behave exactly as those of files do. A set of recordings stands for event data: T patterns a class, as counts.
-"""
+A class is a smooth random pattern; a sample is its class's pattern at half to full contrast under
+noise. Order, resumption and augmentation behave exactly as those of files do. A set of recordings
+stands for event data: T patterns a class, as counts."""
 
-# N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W pixels
+# N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W
+# pixels
 
 import copy
 import hashlib
@@ -26,13 +28,16 @@ _TRAIN, _VAL = 0, 1
 
 
 class Synthetic:
-    """`samples` training and `val_samples` evaluation samples of `shape` (C, H, W), images, or (T, C, H, W), recordings.
+    """`samples` training and `val_samples` evaluation samples of `shape` (C, H, W), images, or (T,
+    C, H, W), recordings.
 
-    Sample i is of class `i % classes`. The values of a recording are whole numbers, 0 or more, as counts of events are.
-    `noise`: its standard deviation, in those of a pattern at full contrast.
-    `augment`: "shift-flip" moves a training sample by up to max(1, H // 8) pixels (zeros come in) and mirrors every second one.
-    `repeats`: views of each of its samples in a training batch, see order.py.
-    `content_seed`: selects patterns and noise; it belongs to the data, unlike the `seed` of `train`.
+    Sample i is of class `i % classes`. The values of a recording are whole numbers, 0 or more, as
+    counts of events are. `noise`: its standard deviation, in those of a pattern at full contrast.
+    `augment`: "shift-flip" moves a training sample by up to max(1, H // 8) pixels (zeros come in)
+    and mirrors every second one. `repeats`: views of each of its samples in a training batch, see
+    order.py.
+    `content_seed`: selects patterns and noise; it belongs to the data, unlike the `seed` of
+    `train`.
 
     Raises: DataError for sizes that make no set.
     """
@@ -51,25 +56,42 @@ class Synthetic:
     ) -> None:
         if min(samples, val_samples, classes, *shape) < 1 or len(shape) not in (3, 4):
             raise DataError(
-                f"Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1 or more; "
-                f"got samples={samples}, val_samples={val_samples}, classes={classes}, shape={shape}"
+                "Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1"
+                f" or more; got samples={samples}, val_samples={val_samples}, classes={classes},"
+                f" shape={shape}"
             )
         if augment not in ("shift-flip", "none"):
             raise DataError(f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}")
         if repeats < 1:
             raise DataError(f"Synthetic: repeats must be 1 or more; got {repeats}")
         if noise < 0 or content_seed < 0:
-            raise DataError(f"Synthetic: noise and content_seed must be 0 or more; got {noise} and {content_seed}")
+            raise DataError(
+                f"Synthetic: noise and content_seed must be 0 or more; got {noise} and"
+                f" {content_seed}"
+            )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
         # To whoever must see pictures, a teacher, the values are pixels normalised so.
         self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
-        self.noise, self.augment, self.content_seed, self.repeats = float(noise), augment, content_seed, repeats
+        self.noise, self.augment, self.content_seed, self.repeats = (
+            float(noise),
+            augment,
+            content_seed,
+            repeats,
+        )
         self._only: tuple[int, ...] | None = None
 
     def fingerprint(self) -> str:
         """A hash of everything that the samples are computed from."""
-        parts = ("synthetic-1", self.samples, self.val_samples, self.classes, self.shape, self.noise, self.content_seed)
+        parts = (
+            "synthetic-1",
+            self.samples,
+            self.val_samples,
+            self.classes,
+            self.shape,
+            self.noise,
+            self.content_seed,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def check(self) -> None:
@@ -82,16 +104,33 @@ class Synthetic:
         return narrowed
 
     def train(
-        self, *, seed: int, rank: int = 0, world: int = 1, batch_size: int, micro_batch: int, threads: int = 1
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int,
+        micro_batch: int,
+        threads: int = 1,
     ) -> "SyntheticLoader":
         ids = self._ids(self.samples)
-        sizes: dict[str, Any] = {"rank": rank, "world": world, "batch_size": batch_size, "micro_batch": micro_batch}
+        sizes: dict[str, Any] = {
+            "rank": rank,
+            "world": world,
+            "batch_size": batch_size,
+            "micro_batch": micro_batch,
+        }
         order = TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
         return SyntheticLoader(self, order, seed=seed if self.augment == "shift-flip" else None)
 
-    def val(self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1) -> "SyntheticLoader":
+    def val(
+        self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1
+    ) -> "SyntheticLoader":
         ids = self._ids(self.val_samples)
-        return SyntheticLoader(self, ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch))
+        return SyntheticLoader(
+            self,
+            ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch),
+        )
 
     def _ids(self, samples: int) -> NDArray[np.int64]:
         ids = np.arange(samples)
@@ -99,9 +138,13 @@ class Synthetic:
 
 
 class SyntheticLoader:
-    """Batches of a `Synthetic`, made when asked for. `seed`: of the augmentation; None leaves the samples as they are."""
+    """Batches of a `Synthetic`, made when asked for. `seed`: of the augmentation; None leaves the
+    samples as they are.
+    """
 
-    def __init__(self, data: Synthetic, order: TrainOrder | ValOrder, *, seed: int | None = None) -> None:
+    def __init__(
+        self, data: Synthetic, order: TrainOrder | ValOrder, *, seed: int | None = None
+    ) -> None:
         self.samples, self.steps_per_epoch = order.samples, order.steps
         self._data, self._order, self._seed = data, order, seed
         self._part = _TRAIN if isinstance(order, TrainOrder) else _VAL
@@ -110,9 +153,14 @@ class SyntheticLoader:
 
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
-        ids, epochs = self._order.epoch(epoch, start=start), epoch + (self._order.copies(start=start) << 32)
+        ids, epochs = (
+            self._order.epoch(epoch, start=start),
+            epoch + (self._order.copies(start=start) << 32),
+        )
         size = self._order.micro_batch
-        yield (self._batch(ids[i : i + size], epochs[i : i + size]) for i in range(0, len(ids), size))
+        yield (
+            self._batch(ids[i : i + size], epochs[i : i + size]) for i in range(0, len(ids), size)
+        )
 
     def close(self) -> None:
         """Nothing is open."""
@@ -133,7 +181,9 @@ class SyntheticLoader:
 
 
 def _patterns(data: Synthetic) -> NDArray[np.float32]:
-    """One smooth pattern a class, mean 0 and standard deviation 1: 4 x 4 random values a channel, blown up linearly. [K,C,H,W]"""
+    """One smooth pattern a class, mean 0 and standard deviation 1: 4 x 4 random values a channel,
+    blown up linearly. [K,C,H,W]
+    """
     channels, height, width = _channels(data), *data.shape[-2:]
     corners = _uniform(data.content_seed, _PATTERN, (data.classes, channels, 4, 4))
     rows, columns = _interpolation(height), _interpolation(width)
@@ -145,7 +195,9 @@ def _patterns(data: Synthetic) -> NDArray[np.float32]:
 def _fields(data: Synthetic) -> NDArray[np.float32]:
     """Noise fields; the sum of two has the standard deviation `data.noise`. [F,C,H,W]"""
     x = _uniform(data.content_seed, _NOISE, (_FIELDS, _channels(data), *data.shape[-2:]))
-    return (x * (data.noise * np.sqrt(6.0))).astype(np.float32)  # a uniform of width 1 has variance 1/12
+    return (x * (data.noise * np.sqrt(6.0))).astype(
+        np.float32
+    )  # a uniform of width 1 has variance 1/12
 
 
 def _channels(data: Synthetic) -> int:
@@ -155,7 +207,9 @@ def _channels(data: Synthetic) -> int:
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Uniform in -0.5..0.5."""
     index = np.arange(int(np.prod(shape)))
-    return np.asarray((bits(seed, 0, index, draw) >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
+    return np.asarray(
+        (bits(seed, 0, index, draw) >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64
+    ).reshape(shape)
 
 
 def _interpolation(size: int) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
-"""Tasks made of one data set, to be learnt one after another: its pixels in another order, or its classes a few at a time.
+"""Tasks made of one data set, to be learnt one after another: its pixels in another order, or its
+classes a few at a time.
 
-A recipe writes them without the data set, `Phase(name="task-1", data=spec(Permuted, task=1))`, and is asked for the rest.
-"""
+A recipe writes them without the data set, `Phase(name="task-1", data=spec(Permuted, task=1))`, and
+is asked for the rest."""
 
 # B batch, C channels, H W pixels, K classes
 
@@ -63,19 +64,27 @@ class _Task:
 
 
 class Permuted(_Task):
-    """`data` with its pixels in an order that belongs to the task, the same for every sample and channel.
+    """`data` with its pixels in an order that belongs to the task, the same for every sample and
+    channel.
 
         x'[..., p] = x[..., order(seed, task)[p]],      p = 0..H W - 1
 
     Augmentation comes first: a moved image is moved before its pixels change places.
-    `first`: task 0 is "permuted" like the others (as in HLOP's and GPM's code), or has the images as they are ("plain").
-    `seed`: of the orders; it belongs to the data, unlike a run's seed.
+    `first`: task 0 is "permuted" like the others (as in HLOP's and GPM's code), or has the images
+    as they are ("plain"). `seed`: of the orders; it belongs to the data, unlike a run's seed.
 
     Raises: DataError for a task or a seed below 0.
     Source: Goodfellow et al. 2014 (arXiv 1312.6211) for permuted MNIST.
     """
 
-    def __init__(self, data: Data, *, task: int, seed: int = 0, first: Literal["permuted", "plain"] = "permuted") -> None:
+    def __init__(
+        self,
+        data: Data,
+        *,
+        task: int,
+        seed: int = 0,
+        first: Literal["permuted", "plain"] = "permuted",
+    ) -> None:
         if min(task, seed) < 0 or first not in ("permuted", "plain"):
             raise DataError(
                 "Permuted: task and seed must be 0 or more, first 'permuted' or 'plain'; "
@@ -84,7 +93,9 @@ class Permuted(_Task):
         self.data, self.classes, self.shape = data, data.classes, data.shape
         pixels = np.arange(data.shape[-2] * data.shape[-1])
         is_plain = task == 0 and first == "plain"
-        self.order = pixels if is_plain else np.argsort(bits(seed, task, pixels, _PIXELS), kind="stable")
+        self.order = (
+            pixels if is_plain else np.argsort(bits(seed, task, pixels, _PIXELS), kind="stable")
+        )
 
     def fingerprint(self) -> str:
         return _digest("permuted-1", self.data.fingerprint(), self.order.tolist())
@@ -99,14 +110,16 @@ class Permuted(_Task):
 
 
 class SplitClasses(_Task):
-    """The samples of `classes_per_task` classes of `data`: task k has the k-th so many of `order` (None: 0, 1, 2, ...).
+    """The samples of `classes_per_task` classes of `data`: task k has the k-th so many of `order`
+    (None: 0, 1, 2, ...).
 
-    The others are left out of the order that samples are read in, so a batch is full, and rank, epoch and resumption mean what
-    they mean for a whole set.
-    `labels`: "task" counts the task's classes from 0, for a head of its own; "data" keeps the data's labels, for a shared head.
+    The others are left out of the order that samples are read in, so a batch is full, and rank,
+    epoch and resumption mean what they mean for a whole set.
+    `labels`: "task" counts the task's classes from 0, for a head of its own; "data" keeps the
+    data's labels, for a shared head.
 
-    Raises: DataError for a task beyond the classes, an order that is none, or data that cannot leave classes out.
-    """
+    Raises: DataError for a task beyond the classes, an order that is none, or data that cannot
+    leave classes out."""
 
     def __init__(
         self,
@@ -119,14 +132,16 @@ class SplitClasses(_Task):
     ) -> None:
         ordered = tuple(range(data.classes)) if order is None else tuple(order)
         if sorted(ordered) != list(range(data.classes)):
-            raise DataError(f"SplitClasses: order must hold each of 0..{data.classes - 1} once; got {ordered}")
+            raise DataError(
+                f"SplitClasses: order must hold each of 0..{data.classes - 1} once; got {ordered}"
+            )
         if labels not in ("task", "data"):
             raise DataError(f"SplitClasses: labels must be 'task' or 'data'; got {labels!r}")
         tasks = data.classes // classes_per_task if classes_per_task >= 1 else 0
         if not 0 <= task < tasks:
             raise DataError(
-                f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make {counted(tasks, 'task')}, from 0; "
-                f"got task={task}"
+                f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make"
+                f" {counted(tasks, 'task')}, from 0; got task={task}"
             )
         self.data, self.labels = _by_class("SplitClasses", data), labels
         self.chosen = ordered[task * classes_per_task : (task + 1) * classes_per_task]
@@ -165,7 +180,10 @@ class Changed:
 
 def _by_class(who: str, data: Data) -> ByClass:
     if not isinstance(data, ByClass):
-        raise DataError(f"{who}: needs data that can leave classes out, such as Beton or Synthetic; got {type(data).__name__}")
+        raise DataError(
+            f"{who}: needs data that can leave classes out, such as Beton or Synthetic; got"
+            f" {type(data).__name__}"
+        )
     return data
 
 

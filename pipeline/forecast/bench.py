@@ -83,7 +83,9 @@ TIMED = 5
 # of memory that is left to fragments, to workspaces and the driver, and to what a small batch does
 # not tell of a large one
 RESERVE = 0.1
-LEARNS_BY_ITSELF = 16  # batches that a rule with matrices of its own sees before its gradient is taken
+LEARNS_BY_ITSELF = (
+    16  # batches that a rule with matrices of its own sees before its gradient is taken
+)
 DRAWS = 8
 ROUNDS = 3  # rounds in which rules take turns, where their seconds are compared
 Behind = Literal["plain torch", "own backend"]
@@ -171,10 +173,11 @@ class Bench:
         self.x_TB = over_steps(x_B, self.recipe.time_steps)
 
     def cost(self, rule: Spec, *, behind: Behind = "plain torch") -> Cost:
-        """What it costs, by itself, or behind the backend that the recipe names, whose process group must exist.
+        """What it costs, by itself, or behind the backend that the recipe names, whose process
+        group must exist.
 
-        Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does not fit into memory.
-        """
+        Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does
+        not fit into memory."""
         made, meters, before = self._trained(rule, batches=UNTIMED + TIMED, behind=behind)
         peak = peak_device_bytes(self.x_B.device) if self.x_B.is_cuda else peak_rss_bytes()
         timed, totals = meters.clock.take()[UNTIMED:], meters.totals
@@ -194,22 +197,29 @@ class Bench:
         )
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """What the rule gives each synapse, in fp32; of one that draws time steps, in several draws.
+        """What the rule gives each synapse, in fp32; of one that draws time steps, in several
+        draws.
 
         They are kept off the card, where the next rule has to fit.
 
-        Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not fit into memory.
-        """
+        Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not
+        fit into memory."""
         made = self._made(rule)
         decides = made.inner if isinstance(made, HLOP) else made
         draws = DRAWS if isinstance(decides, SLTT) and decides.k is not None else 1
         batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
-        about = {"world": World(self.recipe.seed), "over_time": self.recipe.over_time, "batches": batches}
+        about = {
+            "world": World(self.recipe.seed),
+            "over_time": self.recipe.over_time,
+            "batches": batches,
+        }
         loss_for = partial(self.loss, self.target_B)
         found: list[dict[str, Tensor]] = []
         with self.in_memory(f"{made.label}'s gradient"):
             for step in range(draws):
-                given = gradients(self.network, self._made(rule), self.x_TB, loss_for, step=step, **about)
+                given = gradients(
+                    self.network, self._made(rule), self.x_TB, loss_for, step=step, **about
+                )
                 found.append({name: g.cpu() for name, g in given.items()})
         return found
 
@@ -245,7 +255,8 @@ class Bench:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(
-                f"{who}: a batch must fit into memory; {counted(self.samples, 'sample')} at T = {self.recipe.time_steps} do not"
+                f"{who}: a batch must fit into memory; {counted(self.samples, 'sample')} at T ="
+                f" {self.recipe.time_steps} do not"
             ) from None
 
     @property
@@ -287,7 +298,9 @@ class Bench:
         made.check_steps(self.recipe.time_steps)
         return made
 
-    def _trained(self, rule: Spec, *, batches: int, behind: Behind) -> tuple[Rule, Meters, int | None]:
+    def _trained(
+        self, rule: Spec, *, batches: int, behind: Behind
+    ) -> tuple[Rule, Meters, int | None]:
         """Train on the batch so many times; the weights rest.
 
         Third, the bytes that memory held when its peak began anew, before the timed batches: what
@@ -354,7 +367,11 @@ def _loader(recipe: Recipe, size: int) -> Loader:
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
     """BPTT folded over time or step by step, whichever is faster; None where there is neither."""
-    return min((cost for cost in costs if is_baseline(cost.rule)), key=lambda cost: cost.compute_s, default=None)
+    return min(
+        (cost for cost in costs if is_baseline(cost.rule)),
+        key=lambda cost: cost.compute_s,
+        default=None,
+    )
 
 
 def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
@@ -362,7 +379,9 @@ def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
-def by_network(recipes: Sequence[Recipe], alike: Callable[[Recipe], object]) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
+def by_network(
+    recipes: Sequence[Recipe], alike: Callable[[Recipe], object]
+) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
     """Group recipes that differ in their rules alone, as `alike` says: one recipe, and all rules.
 
     The recipe's name is made of the names of its group.
@@ -385,13 +404,22 @@ def by_network(recipes: Sequence[Recipe], alike: Callable[[Recipe], object]) -> 
 
 def without_rule(recipe: Recipe) -> tuple[object, ...]:
     """All that decides what a batch costs, beside the rule."""
-    parts = (recipe.model, recipe.data, recipe.objective, recipe.teacher, recipe.phases, recipe.init)
+    parts = (
+        recipe.model,
+        recipe.data,
+        recipe.objective,
+        recipe.teacher,
+        recipe.phases,
+        recipe.init,
+    )
     sizes = (recipe.time_steps, recipe.over_time, recipe.batch_size, recipe.micro_batch)
     return (*parts, *sizes, recipe.precision)
 
 
 def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
-    """The order of each round. Every round begins with another, so that drift falls on all alike."""
+    """The order of each round. Every round begins with another, so that drift falls on all
+    alike.
+    """
     order = list(those)
     for each in range(rounds):
         first = each % len(order)
@@ -416,13 +444,18 @@ def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]
 
 def in_the_median(rounds: Sequence[Cost]) -> Cost:
     """Of one rule: the medians of its seconds. Bytes and operations are the same in each round."""
-    seconds = {name: statistics.median(getattr(cost, name) for cost in rounds) for name in ("forward_s", "backward_s", "loop_s")}
+    seconds = {
+        name: statistics.median(getattr(cost, name) for cost in rounds)
+        for name in ("forward_s", "backward_s", "loop_s")
+    }
     return replace(rounds[0], **seconds)
 
 
 def bytes_of_batch(made: Rule, totals: Totals) -> dict[str, int]:
     """What a rule that has trained keeps of a batch, and of its own."""
-    assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, "no batch is skipped"
+    assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, (
+        "no batch is skipped"
+    )
     return {
         "peak_saved_bytes": totals.peak_saved_bytes,
         "state_bytes": totals.state_bytes,

@@ -64,10 +64,10 @@ class Counts:
     def describe(self) -> str:
         counted_as = f", counted {self.counted_as}" if self.counted_as else ""
         return (
-            f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward, "
-            f"{self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP, "
-            f"{count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g} GB"
-            f"{counted_as}; the optimizer not among them"
+            f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward,"
+            f" {self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP,"
+            f" {count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g}"
+            f" GB{counted_as}; the optimizer not among them"
         )
 
 
@@ -108,7 +108,9 @@ class FakeBench(Bench):
                 yield
         except RuntimeError as error:
             why = str(error).split("\n")[0]
-            raise ValueError(f"{who}: a step must not depend on values to be counted; {why}") from error
+            raise ValueError(
+                f"{who}: a step must not depend on values to be counted; {why}"
+            ) from error
 
     def copy_of_network(self) -> nn.Module:
         return self.without_values(self.network)
@@ -137,7 +139,13 @@ class _Answers(TorchDispatchMode):
     the deviation of each channel in the dtype of its statistics, not in bf16.
     """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         try:
             result = func(*args, **(kwargs or {}))
             if func is torch.ops.aten.native_batch_norm.default:
@@ -209,7 +217,9 @@ def counted_teacher(recipe: Recipe, bench: FakeBench) -> TeacherCounts | None:
 
 
 def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
-    """What one micro-batch of each recipe costs a worker, in a line each, or why it is not known."""
+    """What one micro-batch of each recipe costs a worker, in a line each, or why it is not
+    known.
+    """
     known: list[tuple[object, str]] = []
     for recipe in recipes:
         samples = recipe.split(workers).micro_batch

@@ -119,7 +119,9 @@ class Plan:
     refused: Mapping[str, str]
 
 
-def plan(recipe: Recipe, cluster: Cluster, *, samples: int | None = None, rules: Sequence[Spec] = RULES) -> Plan:
+def plan(
+    recipe: Recipe, cluster: Cluster, *, samples: int | None = None, rules: Sequence[Spec] = RULES
+) -> Plan:
     """Plan `rules`, and the recipe's own, on `cluster`.
 
     `samples`: of an epoch. None takes the data's, if the data are here.
@@ -205,7 +207,9 @@ class _Planner:
         self.bench: Callable[[int], FakeBench] = cache(lambda size: FakeBench(recipe, size))
         bench = self.bench(self.wanted)
         self.held, optimizer = counted_optimizer(bench)
-        self._teachers: Callable[[int], TeacherCounts | None] = cache(lambda size: counted_teacher(recipe, self.bench(size)))
+        self._teachers: Callable[[int], TeacherCounts | None] = cache(
+            lambda size: counted_teacher(recipe, self.bench(size))
+        )
         self.teacher = self._teachers(self.wanted)
         precisions: set[Precision] = {recipe.precision}
         if self.teacher is not None:
@@ -226,7 +230,8 @@ class _Planner:
         else:
             if self.teacher is not None and self.teacher.precision not in card.flops:
                 raise ValueError(
-                    f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; got {self.teacher.precision}"
+                    f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)};"
+                    f" got {self.teacher.precision}"
                 )
             self.device, self.memory = card, (1 - RESERVE) * card.memory
             self.s_of_a_byte = 1 / cluster.bandwidth
@@ -307,9 +312,12 @@ class _Planner:
                 counts = counted(self.bench(size), rule)
                 if (zero := stage_of(counts.kept_bytes, size)) is not None:
                     return counts, size, zero
-        needs = min(self._needed(each, size, zero) for size, each in kept.items() for zero in stages)
+        needs = min(
+            self._needed(each, size, zero) for size, each in kept.items() for zero in stages
+        )
         raise ValueError(
-            f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs {needs / 1e9:.3g} GB at least"
+            f"{counts.rule}: a worker must fit into {self.memory / 1e9:.3g} GB; it needs"
+            f" {needs / 1e9:.3g} GB at least"
         )
 
     def _needed(self, kept: float, micro: int, zero: int) -> float:

@@ -1,4 +1,6 @@
-"""What each rule would cost on a recipe's network, and what of BPTT's gradient it would drop: on one batch (`bench.py`)."""
+"""What each rule would cost on a recipe's network, and what of BPTT's gradient it would drop: on
+one batch (`bench.py`).
+"""
 
 from __future__ import annotations
 
@@ -52,19 +54,30 @@ class Probe:
         """Of the time baseline's, in each round."""
         base = self.time_baseline
         assert base is not None, "asked where there is one"
-        return tuple(mine / its for mine, its in zip(self.rounds[rule], self.rounds[base.rule], strict=True))
+        return tuple(
+            mine / its for mine, its in zip(self.rounds[rule], self.rounds[base.rule], strict=True)
+        )
 
     @property
     def time_baseline(self) -> Cost | None:
-        """What seconds are divided by: the faster BPTT; bytes and operations are divided by those of BPTT folded over time."""
+        """What seconds are divided by: the faster BPTT; bytes and operations are divided by those
+        of BPTT folded over time.
+        """
         return fastest_baseline(self.costs)
 
 
-def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, rules: Sequence[Spec] = RULES) -> Probe:
-    """Probe `rules`, and the recipe's own, on `batch_size` samples (None: what one worker would hold at a time).
+def probe(
+    recipe: Recipe,
+    *,
+    batch_size: int | None = None,
+    threads: int = 1,
+    rules: Sequence[Spec] = RULES,
+) -> Probe:
+    """Probe `rules`, and the recipe's own, on `batch_size` samples (None: what one worker would
+    hold at a time).
 
-    Raises: ValueError for a recipe that does not fit together, or where no rule can train the network; what the data refuse.
-    """
+    Raises: ValueError for a recipe that does not fit together, or where no rule can train the
+    network; what the data refuse."""
     check_recipe(recipe.with_untrained_teacher(), 1)
     say_stage("reading a batch; the first one compiles what reads the data")
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
@@ -78,7 +91,9 @@ def probe(recipe: Recipe, *, batch_size: int | None = None, threads: int = 1, ru
     found: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
     for label, rule in by_label(rules, recipe.rule).items():
-        if label in rounds and (label == BASELINE or not is_baseline(label)):  # BPTT in slices of time has BPTT's gradient
+        if label in rounds and (
+            label == BASELINE or not is_baseline(label)
+        ):  # BPTT in slices of time has BPTT's gradient
             try:
                 found[label] = bench.gradients(rule)
             except ValueError as error:
@@ -106,22 +121,31 @@ def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
 
 
 def advice(found: Probe) -> str:
-    """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what it saves.
+    """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what
+    it saves.
 
-    Cheapest: the least product of seconds and bytes: saved, states and the rule's own. Near: a cosine of `SAFE` or more. Where
-    BPTT's gradient of a layer is 0, as where neurons are silent, nothing is known of it, and no rule is called safe.
-    """
+    Cheapest: the least product of seconds and bytes: saved, states and the rule's own. Near: a
+    cosine of `SAFE` or more. Where BPTT's gradient of a layer is 0, as where neurons are silent,
+    nothing is known of it, and no rule is called safe."""
     bptt, fastest = found.cost(BASELINE), found.time_baseline
     if bptt is None or fastest is None:
-        return f"There is nothing to compare gradients with; {found.refused.get(BASELINE, 'BPTT was not tried')}."
+        return (
+            "There is nothing to compare gradients with;"
+            f" {found.refused.get(BASELINE, 'BPTT was not tried')}."
+        )
     if found.fidelity is None:
         return f"There is nothing to compare gradients with; {found.uncompared[BASELINE]}."
     others = [cost for cost in found.costs if not is_baseline(cost.rule)]
     if not others:
-        return f"There is no rule to compare with BPTT; {'; '.join(found.refused.values()) or 'none was tried'}."
+        return (
+            "There is no rule to compare with BPTT;"
+            f" {'; '.join(found.refused.values()) or 'none was tried'}."
+        )
     others = [cost for cost in others if cost.rule in found.fidelity.cosines]
     if not others:
-        return f"There is no gradient to compare with BPTT's; {'; '.join(found.uncompared.values())}."
+        return (
+            f"There is no gradient to compare with BPTT's; {'; '.join(found.uncompared.values())}."
+        )
     layers, known = found.fidelity.layers, found.fidelity.comparable
     unknown = "BPTT's gradient is 0 or not finite"
     if not known:
@@ -131,10 +155,14 @@ def advice(found: Probe) -> str:
     if not near:
         rule, (layer, cosine) = max(lowest.items(), key=lambda item: item[1][1])
         whose = "No gradient that was compared is" if found.uncompared else "No rule's gradient is"
-        blind = "" if len(known) == len(layers) else f"{unknown} in {len(layers) - len(known)} of {len(layers)} layers. "
+        blind = (
+            ""
+            if len(known) == len(layers)
+            else f"{unknown} in {len(layers) - len(known)} of {len(layers)} layers. "
+        )
         return (
-            f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of {cosine:.2f} at {layer}. "
-            f"{blind}Whether it learns all the same, a run says."
+            f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
+            f" {cosine:.2f} at {layer}. {blind}Whether it learns all the same, a run says."
         )
     best = min(near, key=lambda cost: _all_bytes(cost) * cost.compute_s)
     layer, cosine = lowest[best.rule]
@@ -148,10 +176,11 @@ def advice(found: Probe) -> str:
     saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"
     faster = "its time" if fastest is bptt else f"the time of {fastest.rule}, the faster BPTT"
     return (
-        f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with BPTT's in {where}; "
-        f"it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for backward, "
-        f"{kept:.0%} with states{own}, so it {saves}, "
-        f"and takes {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in {len(shares)} rounds."
+        f"{called}: its gradient has a cosine of {cosine:.2f} or more (least at {layer}) with"
+        f" BPTT's in {where}; it keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of"
+        f" BPTT's bytes for backward, {kept:.0%} with states{own}, so it {saves}, and takes"
+        f" {statistics.median(shares):.0%} of {faster}, {min(shares):.0%} to {max(shares):.0%} in"
+        f" {len(shares)} rounds."
     )
 
 

@@ -1,9 +1,11 @@
-"""Memory and time against the number of time steps T, for each rule: what the papers' central figures show.
+"""Memory and time against the number of time steps T, for each rule: what the papers' central
+figures show.
 
-And the largest batch that fits. What training takes at its peak grows with the batch in a straight line, bytes(B) = a + b B, so
-two sizes tell it; beside it lie the optimizer's state, a teacher, and the batch itself. That is an estimate, for which a part of
-the memory is left free. Who wants to know has the batch trained: where it fits, larger ones are, up to what the free part would
-hold, and where it does not, smaller ones; the largest of them that did is told.
+And the largest batch that fits. What training takes at its peak grows with the batch in a straight
+line, bytes(B) = a + b B, so two sizes tell it; beside it lie the optimizer's state, a teacher, and
+the batch itself. That is an estimate, for which a part of the memory is left free. Who wants to
+know has the batch trained: where it fits, larger ones are, up to what the free part would hold, and
+where it does not, smaller ones; the largest of them that did is told.
 """
 
 from __future__ import annotations
@@ -59,7 +61,11 @@ class Point:
 
     @property
     def images_per_compute_s_at_largest(self) -> float | None:
-        return None if self.at_largest is None or not self.largest_batch else self.largest_batch / self.at_largest.compute_s
+        return (
+            None
+            if self.at_largest is None or not self.largest_batch
+            else self.largest_batch / self.at_largest.compute_s
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +92,14 @@ class Sweep:
 
     @property
     def time_baselines(self) -> dict[int, Cost]:
-        """At each T the faster BPTT, folded over time or step by step: what seconds are divided by there."""
+        """At each T the faster BPTT, folded over time or step by step: what seconds are divided by
+        there.
+        """
         steps = sorted({point.time_steps for point in self.points})
-        found = {T: fastest_baseline(point.cost for point in self.points if point.time_steps == T) for T in steps}
+        found = {
+            T: fastest_baseline(point.cost for point in self.points if point.time_steps == T)
+            for T in steps
+        }
         return {T: cost for T, cost in found.items() if cost is not None}
 
     def growth(self, rule: str) -> float:
@@ -111,30 +122,44 @@ def sweep(
 
     Args:
         batch_size: samples; None: what one worker would hold at a time.
-        memory_bytes: find the largest batch that fits into so many, or into what is free; None: find none.
-        at_largest: train each rule's own largest batch, too, with larger ones where it fits and smaller ones where it does not;
+        memory_bytes: find the largest batch that fits into so many, or into what is free; None:
+        find none. at_largest: train each rule's own largest batch, too, with larger ones where it
+        fits and smaller ones where it does not;
             the time that this takes grows with `memory_bytes`.
 
-    Raises: ValueError for a recipe that does not fit together, for recordings (their T is their own), for no time steps, or
-    where no rule can train the network; what the data refuse.
+    Raises: ValueError for a recipe that does not fit together, for recordings (their T is their
+    own), for no time steps, or where no rule can train the network; what the data refuse.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
     if not are_counts(steps):
         raise ValueError(f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
     if len(shape := build_data(recipe).shape) == 4:
-        raise ValueError(f"sweep: a recording has time steps of its own, so the data must be still images; got shape {shape}")
+        raise ValueError(
+            "sweep: a recording has time steps of its own, so the data must be still images; got"
+            f" shape {shape}"
+        )
     if at_largest and memory_bytes is None:
-        raise ValueError("sweep: a largest batch is tried where there is one to find, with memory_bytes; got None")
+        raise ValueError(
+            "sweep: a largest batch is tried where there is one to find, with memory_bytes; got"
+            " None"
+        )
     limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
     points: list[Point] = []
     refused: dict[str, dict[int, str]] = {}
     say_stage("reading a batch; the first one compiles what reads the data")
-    benches = [Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads) for each in steps]
+    benches = [
+        Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads)
+        for each in steps
+    ]
     with benches[0].in_memory(f"{recipe.name}'s teacher"):
         teacher = asked(recipe, benches[0].x_B)
     for bench in benches:
         say_stage(f"measuring each rule at T = {bench.recipe.time_steps}")
-        room = None if limit is None else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
+        room = (
+            None
+            if limit is None
+            else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
+        )
         tried = by_label(rules, recipe.rule)
         rounds, why = costs(bench, tried)
         for label, of_one in rounds.items():
@@ -153,7 +178,9 @@ def sweep(
     return Sweep(
         recipe=recipe.name,
         samples=benches[0].samples,
-        points=tuple(sorted(points, key=lambda point: (order.index(point.cost.rule), point.time_steps))),
+        points=tuple(
+            sorted(points, key=lambda point: (order.index(point.cost.rule), point.time_steps))
+        ),
         refused=refused,
         memory_bytes=limit,
         at_largest=at_largest,
@@ -177,7 +204,8 @@ class _Room:
     def __init__(self, bench: Bench, size: int, threads: int) -> None:
         if bench.samples < 2:
             raise ValueError(
-                f"sweep: a largest batch is found from two sizes, so the batch must be 2 or more; got {bench.samples}"
+                "sweep: a largest batch is found from two sizes, so the batch must be 2 or more;"
+                f" got {bench.samples}"
             )
         self.bench, self.bytes, self.threads = bench, size, threads
         self.half = self._bench_of(bench.samples // 2)
@@ -187,18 +215,24 @@ class _Room:
         self.beside = self.held.parameters + self.held.buffers + self.held.optimizer + averages
 
     def estimate(self, cost: Cost, rule: Spec) -> int:
-        """From the bytes of two batches, of which `cost` is one; 0 where not even one sample fits."""
+        """From the bytes of two batches, of which `cost` is one; 0 where not even one sample
+        fits.
+        """
         bench, half, half_cost = self.bench, self.half, self.half.cost(rule)
         grows = self._counted(cost) - self._counted(half_cost)
         if cost.peak_memory_bytes is not None and half_cost.peak_memory_bytes is not None:
             seen = cost.peak_memory_bytes - half_cost.peak_memory_bytes
             grows = max(grows, seen if seen >= self.coarse else 0)
-        of_a_sample = (grows + bench.batch_bytes - half.batch_bytes) / (bench.samples - half.samples)
+        of_a_sample = (grows + bench.batch_bytes - half.batch_bytes) / (
+            bench.samples - half.samples
+        )
         left = (1 - RESERVE) * self.bytes - self.needed(bench, cost)
         return max(0, bench.samples + int(left // max(of_a_sample, 1.0)))
 
     def trained(self, point: Point, rule: Spec) -> Point:
-        """With the largest batch that was trained, of sizes around its own, and fitted; 0 where not even one sample did."""
+        """With the largest batch that was trained, of sizes around its own, and fitted; 0 where not
+        even one sample did.
+        """
         assert point.largest_batch is not None
 
         def cost_of(samples: int) -> Cost | None:
@@ -207,14 +241,17 @@ class _Room:
             return cost if self.needed(bench, cost) <= self.bytes else None
 
         without_reserve = max(1, int(point.largest_batch / (1 - RESERVE)))
-        samples, cost = _largest_of(point.largest_batch, min(without_reserve, samples_of(self.bench.recipe)), cost_of)
+        samples, cost = _largest_of(
+            point.largest_batch, min(without_reserve, samples_of(self.bench.recipe)), cost_of
+        )
         return replace(point, largest_batch=samples, at_largest=cost)
 
     def needed(self, bench: Bench, cost: Cost) -> int:
-        """Of training on batches like the bench's: the peak that was seen, as far as it tells of a batch, or what is counted.
+        """Of training on batches like the bench's: the peak that was seen, as far as it tells of a
+        batch, or what is counted.
 
-        What a rule notes of a batch is in a peak that was seen as well, and twice in this sum: so a batch fits rather than not.
-        """
+        What a rule notes of a batch is in a peak that was seen as well, and twice in this sum: so a
+        batch fits rather than not."""
         at_peak = max(self._counted(cost), (cost.peak_memory_bytes or 0) - self.coarse)
         return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
 
@@ -225,8 +262,12 @@ class _Room:
         return Bench(self.bench.recipe, batch_size=samples, threads=self.threads)
 
 
-def _largest_of(estimate: int, most: int, cost_of: Callable[[int], Cost | None]) -> tuple[int, Cost | None]:
-    """Where `estimate` fits `most`, else half of it and so on; then what fits between there and what did not, with its cost."""
+def _largest_of(
+    estimate: int, most: int, cost_of: Callable[[int], Cost | None]
+) -> tuple[int, Cost | None]:
+    """Where `estimate` fits `most`, else half of it and so on; then what fits between there and
+    what did not, with its cost.
+    """
 
     def tried(samples: int) -> Cost | None:
         try:

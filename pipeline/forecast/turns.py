@@ -1,9 +1,10 @@
 """Rules that take turns on one batch, in as many processes at once as a run has workers.
 
-Runs of a study take hours, in which a machine gets slower and faster by more than some rules differ. Here each
-round trains a few batches by every rule, behind the backend that the recipe names and on a copy of the network whose weights
-rest, and each begins with another, so that what drifts falls on all alike. What does not drift, such as where a process has its
-memory, is another one in each of several starts.
+Runs of a study take hours, in which a machine gets slower and faster by more than some rules
+differ. Here each round trains a few batches by every rule, behind the backend that the recipe names
+and on a copy of the network whose weights rest, and each begins with another, so that what drifts
+falls on all alike. What does not drift, such as where a process has its memory, is another one in
+each of several starts.
 """
 
 from __future__ import annotations
@@ -45,9 +46,16 @@ class Turns:
 
 
 def in_turn(
-    recipe: Recipe, rules: Sequence[Spec], *, workers: int, samples: int | None = None, threads: int = 1, starts: int = STARTS
+    recipe: Recipe,
+    rules: Sequence[Spec],
+    *,
+    workers: int,
+    samples: int | None = None,
+    threads: int = 1,
+    starts: int = STARTS,
 ) -> dict[str, Turns]:
-    """Of each rule by its label; weights rest. As many processes compute at once as `workers`, cards or cores admit.
+    """Of each rule by its label; weights rest. As many processes compute at once as `workers`,
+    cards or cores admit.
 
     Each start goes round as often as there are rules, so that every rule is once in every place.
 
@@ -58,15 +66,26 @@ def in_turn(
     """
     labelled, samples = by_label(rules, rules[0]), samples or recipe.split(workers).micro_batch
     on: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = min(workers, torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads))
+    processes = min(
+        workers, torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
+    )
     given = recipe, labelled, samples, threads
     told = [at_once("turns", _seconds, *given, processes=processes, on=on) for _ in range(starts)]
 
     def means(label: str, part: str) -> tuple[float, ...]:
         return tuple(statistics.fmean(each[label][part] for each in start) for start in told)
 
-    about = {"processes": processes, "samples": samples, "threads": threads, "backend": recipe.backend, "commit": commit()}
-    return {label: Turns(means(label, "forward_s"), means(label, "backward_s"), **about) for label in labelled}
+    about = {
+        "processes": processes,
+        "samples": samples,
+        "threads": threads,
+        "backend": recipe.backend,
+        "commit": commit(),
+    }
+    return {
+        label: Turns(means(label, "forward_s"), means(label, "backward_s"), **about)
+        for label in labelled
+    }
 
 
 def _seconds(
@@ -74,12 +93,19 @@ def _seconds(
 ) -> dict[str, dict[str, float]]:
     """Of each part of a batch, by rule, the mean over rounds."""
     bench = Bench(recipe, batch_size=samples, threads=threads)
-    seconds: dict[str, dict[str, list[float]]] = {label: {"forward_s": [], "backward_s": []} for label in rules}
+    seconds: dict[str, dict[str, list[float]]] = {
+        label: {"forward_s": [], "backward_s": []} for label in rules
+    }
     for order in in_rounds(rules, len(rules)):
         for label in order:
-            gc.collect()  # DeepSpeed's engines are cycles: that of the rule before would lie in memory beside this one's
+            # DeepSpeed's engines are cycles: that of the rule before would lie in memory beside
+            # this one's
+            gc.collect()
             meet(device)
             cost = bench.cost(rules[label], behind="own backend")
             seconds[label]["forward_s"].append(cost.forward_s)
             seconds[label]["backward_s"].append(cost.backward_s)
-    return {label: {part: statistics.fmean(each) for part, each in of_rule.items()} for label, of_rule in seconds.items()}
+    return {
+        label: {part: statistics.fmean(each) for part, each in of_rule.items()}
+        for label, of_rule in seconds.items()
+    }

@@ -1,19 +1,23 @@
 """Batches that a network must not learn from, and what happens in their place.
 
-Before the weights move every rank hears of every other's. A batch is bad whose loss or gradient is not finite on any of them, and
-where the recipe asks for it (`loss_spike`) one whose loss is so many times the median of the last 64 good ones of its task.
+Before the weights move every rank hears of every other's. A batch is bad whose loss or gradient is
+not finite on any of them, and where the recipe asks for it (`loss_spike`) one whose loss is so many
+times the median of the last 64 good ones of its task.
 
-    a bad batch                                  leaves no trace: running statistics, what the rule learnt from it and the random
-                                                 numbers are put back, as if the run had been told to skip it (`Recipe.skip`)
-    one more than `max_skips` of them in a row   GoBack: the run begins again at its newest checkpoint, and from there on skips
-                                                 everything up to this batch
+    a bad batch                                  leaves no trace: running statistics, what the rule
+                                                 learnt from it and the random numbers are put back,
+                                                 as if the run had been told to skip it
+                                                 (`Recipe.skip`)
+    one more than `max_skips` of them in a row   GoBack: the run begins again at its newest
+                                                 checkpoint, and from there on skips everything up
+                                                 to this batch
     one more than `max_rollbacks` of these       Diverged
 
-Where the weights have moved inside the batch (a rule that moves them at every time step), or ZeRO holds gradients of its own, a
-batch cannot be taken back: the first bad one leads to GoBack.
+Where the weights have moved inside the batch (a rule that moves them at every time step), or ZeRO
+holds gradients of its own, a batch cannot be taken back: the first bad one leads to GoBack.
 
-An evaluation whose loss is not finite leads to GoBack as well, and the checkpoint of its step goes into quarantine.
-"""
+An evaluation whose loss is not finite leads to GoBack as well, and the checkpoint of its step goes
+into quarantine."""
 
 from __future__ import annotations
 
@@ -50,7 +54,8 @@ FILE = "skipped.json"
 class GoBack(Exception):
     """The run begins again at its newest checkpoint; every rank raises it.
 
-    `skips`: and passes over what led here; where the batches are not to blame it learns from them again.
+    `skips`: and passes over what led here; where the batches are not to blame it learns from them
+    again.
     """
 
     def __init__(self, step: int, reason: str, *, skips: bool = True) -> None:
@@ -72,7 +77,10 @@ class Skipped:
 
     def after(self, back: GoBack, *, saved: int) -> Skipped:
         """One more time, to the checkpoint behind `saved` batches."""
-        return Skipped(self.rollbacks + 1, (*self.batches, (saved, back.step + 1)) if back.skips else self.batches)
+        return Skipped(
+            self.rollbacks + 1,
+            (*self.batches, (saved, back.step + 1)) if back.skips else self.batches,
+        )
 
     def further(self, other: Skipped) -> Skipped:
         """Whichever has gone back more often: the other is what it was before."""
@@ -84,7 +92,10 @@ class Skipped:
 
         Raises: KeyError, TypeError, ValueError: it is something else.
         """
-        return cls(int(value["rollbacks"]), tuple((int(first), int(end)) for first, end in value["batches"]))
+        return cls(
+            int(value["rollbacks"]),
+            tuple((int(first), int(end)) for first, end in value["batches"]),
+        )
 
     @classmethod
     def read(cls, run: Path) -> Skipped:
@@ -94,7 +105,9 @@ class Skipped:
         try:
             return cls.of(value)
         except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f"{run / FILE}: must hold rollbacks and batches; got {value!r}") from error
+            raise Refused(
+                f"{run / FILE}: must hold rollbacks and batches; got {value!r}"
+            ) from error
 
     def write(self, run: Path) -> None:
         write_json(run / FILE, asdict(self))
@@ -171,12 +184,16 @@ class Guard:
             self._before = None
 
     def keep(self) -> None:
-        """Copy what a batch changes beside the weights, as large as what the rule has learnt, inside what is measured."""
+        """Copy what a batch changes beside the weights, as large as what the rule has learnt,
+        inside what is measured.
+        """
         if self.takes_back:
             self._before = _Before(self.backend, self.rule)
 
     def add(self, loss: Tensor, share: float) -> None:
-        """A part of the batch's loss; parts weighted by their shares sum to it over micro-batches and ranks."""
+        """A part of the batch's loss; parts weighted by their shares sum to it over micro-batches
+        and ranks.
+        """
         self._losses.append(loss.detach() * share)
 
     def check(self) -> None:
@@ -186,11 +203,15 @@ class Guard:
             raise _Bad(why)
 
     def verdict(self) -> str | None:
-        """Why the batch is bad, of whose loss and gradients every rank hears; None: it is good. Collective."""
+        """Why the batch is bad, of whose loss and gradients every rank hears; None: it is good.
+        Collective.
+        """
         loss = torch.stack(self._losses).sum(dtype=torch.float64)
         gradients = self.backend.gradients()
         if not gradients:  # and nothing would be found of them
-            raise RuntimeError(f"guard: a batch must leave gradients to look at; {self.backend.name} shows none")
+            raise RuntimeError(
+                f"guard: a batch must leave gradients to look at; {self.backend.name} shows none"
+            )
         size = get_total_norm(gradients, math.inf)
         bad, unsolved = (~size.isfinite()).to(loss), loss.new_tensor(self.rule.is_unsolved())
         self._loss, ranks, gave_up = self.ranks.sum(torch.stack([loss, bad, unsolved])).tolist()
@@ -198,9 +219,19 @@ class Guard:
             return f"its loss is {self._loss}"
         if ranks:
             why = f": {self.rule.label} could not solve for it on {gave_up:.0f}" if gave_up else ""
-            return f"its gradient is not finite on {ranks:.0f} of {counted(self.ranks.size, 'worker')}{why}"
-        if self.spike and len(self._good) == WINDOW and self._loss > self.spike * (usual := statistics.median(self._good)):
-            return f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual {usual:.4g}"
+            return (
+                f"its gradient is not finite on {ranks:.0f} of"
+                f" {counted(self.ranks.size, 'worker')}{why}"
+            )
+        if (
+            self.spike
+            and len(self._good) == WINDOW
+            and self._loss > self.spike * (usual := statistics.median(self._good))
+        ):
+            return (
+                f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual"
+                f" {usual:.4g}"
+            )
         return None
 
 

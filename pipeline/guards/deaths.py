@@ -1,4 +1,5 @@
-"""A worker that dies or raises: what its launcher hears of it waits in the run's folder for whoever opens the journal next.
+"""A worker that dies or raises: what its launcher hears of it waits in the run's folder for whoever
+opens the journal next.
 
 Rank 0, which holds the journal, is gone itself, or hears of a lost connection alone.
 """
@@ -20,7 +21,9 @@ def note_death(run: Path, *, worker: int, error: str) -> None:
 
 
 def noted(run: Path) -> dict[str, Any] | None:
-    """The last death that nobody has told yet; None where what was noted cannot be read, which is no reason not to train."""
+    """The last death that nobody has told yet; None where what was noted cannot be read, which is
+    no reason not to train.
+    """
     with suppress(ValueError):
         return read_json(run / FILE) if (run / FILE).exists() else None
     return None

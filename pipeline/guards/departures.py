@@ -16,7 +16,9 @@ class Departures:
     def __init__(self) -> None:
         self.machines: frozenset[str] = frozenset()
         self._deadline: float | None = None
-        """of a save that is still to come, on the monotonic clock; None: nobody has named one, or the save was made"""
+        """of a save that is still to come, on the monotonic clock; None: nobody has named one, or
+        the save was made
+        """
 
     def is_new(self, notice: Notice | None) -> bool:
         """Whether a notice speaks of a machine that none has spoken of before."""
@@ -29,8 +31,13 @@ class Departures:
             self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
 
     def is_last_call(self, *, batch_s: float, write_s: float) -> bool:
-        """Whether a save that waits for one more batch may come too late; both may take twice as long as they did."""
-        return self._deadline is not None and self._deadline - time.monotonic() < 2 * (batch_s + write_s) + MARGIN_S
+        """Whether a save that waits for one more batch may come too late; both may take twice as
+        long as they did.
+        """
+        return (
+            self._deadline is not None
+            and self._deadline - time.monotonic() < 2 * (batch_s + write_s) + MARGIN_S
+        )
 
     def saved(self) -> None:
         """For the last time."""

@@ -1,7 +1,8 @@
-"""A micro-batch that fits: where a device's memory runs out, half as many samples are held at a time, and twice as many times.
+"""A micro-batch that fits: where a device's memory runs out, half as many samples are held at a
+time, and twice as many times.
 
-The global batch stays. What comes out is the same but for the order of sums, unless something looks at a micro-batch as one, as
-batch norm does: its statistics are then those of fewer samples.
+The global batch stays. What comes out is the same but for the order of sums, unless something looks
+at a micro-batch as one, as batch norm does: its statistics are then those of fewer samples.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def limit_of(run: Path) -> int | None:
 
 
 def untold(run: Path) -> int | None:
-    """The largest micro-batch that may still fit, where the journal knows of larger ones alone; else None.
+    """The largest micro-batch that may still fit, where the journal knows of larger ones alone;
+    else None.
 
-    Of several workers the one whose memory ran out has died of it, and another holds the journal: the next attempt tells.
-    """
+    Of several workers the one whose memory ran out has died of it, and another holds the journal:
+    the next attempt tells."""
     limit = limit_of(run)
     if limit is None:
         return None
@@ -55,14 +57,15 @@ def fitted(recipe: Recipe, limit: int | None) -> Recipe:
 
 
 def halve(run: Path, split: Split, *, split_of: Callable[[int], Split]) -> int:
-    """Note that not even `split.micro_batch` samples fit; how many are tried next: half of them, or the next fewer that may be.
+    """Note that not even `split.micro_batch` samples fit; how many are tried next: half of them, or
+    the next fewer that may be.
 
-    `split_of` tells how the batch falls on the workers in micro-batches of at most so many samples; it raises ValueError where
-    the recipe takes none of that size.
+    `split_of` tells how the batch falls on the workers in micro-batches of at most so many samples;
+    it raises ValueError where the recipe takes none of that size.
 
     Raises:
-        ValueError: one sample is too many, or no fewer may be taken, and nothing is noted; of several ranks the others do not
-            know yet.
+        ValueError: one sample is too many, or no fewer may be taken, and nothing is noted; of
+            several ranks the others do not know yet.
     """
     had, refusal = split.micro_batch, None
     for samples in range(had // 2, 0, -1):
@@ -77,5 +80,6 @@ def halve(run: Path, split: Split, *, split_of: Callable[[int], Split]) -> int:
     held = "one sample" if had == 1 else f"{had} samples"
     why = f", and fewer cannot be taken: {refusal}" if refusal else ""
     raise ValueError(
-        f"training: the device's memory runs out with {held} at a time{why}; take a smaller network, or more memory"
+        f"training: the device's memory runs out with {held} at a time{why}; take a smaller"
+        " network, or more memory"
     ) from refusal

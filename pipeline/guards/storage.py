@@ -1,4 +1,6 @@
-"""Storage that is away for a while: all ranks wait for it together, as a start that fails would be one of few."""
+"""Storage that is away for a while: all ranks wait for it together, as a start that fails would be
+one of few.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,20 @@ def patiently(
     beat: Callable[[], None] = lambda: None,
     on_wait: Callable[[str], None] = lambda error: None,
 ) -> T_:
-    """Rank 0 acts, as in `Ranks.agree`, and again and again while storage fails for no fault of the user's; collective.
+    """Rank 0 acts, as in `Ranks.agree`, and again and again while storage fails for no fault of the
+    user's; collective.
 
     Meanwhile every rank calls `beat`, again and again; rank 0 tells `on_wait` once what has failed.
 
     Raises:
-        OSError: it failed for ten minutes, or as only the user can change; on rank 0, which the others wait for.
-        Refused: see `Ranks.agree`.
+        OSError: it failed for ten minutes, or as only the user can change; on rank 0, which the
+        others wait for. Refused: see `Ranks.agree`.
     """
     begun, pause_s, is_told = time.monotonic(), FIRST_PAUSE_S, False
     while True:
-        result, failure = ranks.agree(lambda: _tried(act, is_last=time.monotonic() - begun > PATIENCE_S))
+        result, failure = ranks.agree(
+            lambda: _tried(act, is_last=time.monotonic() - begun > PATIENCE_S)
+        )
         if failure is None:
             return result
         if ranks.rank == 0 and not is_told:
@@ -48,7 +53,9 @@ def patiently(
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether it may be gone without anything that the user does: not where something is gone, or closed to them."""
+    """Whether it may be gone without anything that the user does: not where something is gone, or
+    closed to them.
+    """
     return not isinstance(error, FileNotFoundError) and not is_for_the_user(error)
 
 

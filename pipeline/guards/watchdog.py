@@ -1,7 +1,9 @@
-"""A worker that hangs: what each of its threads is at goes into the run's folder, and the process ends, to be started again.
+"""A worker that hangs: what each of its threads is at goes into the run's folder, and the process
+ends, to be started again.
 
-A hang in a loader, a lock or a collective raises nothing, and Ray looks no closer at a worker whose actor answers. The timer
-is the interpreter's own (faulthandler), which needs no thread of Python to get its turn.
+A hang in a loader, a lock or a collective raises nothing, and Ray looks no closer at a worker whose
+actor answers. The timer is the interpreter's own (faulthandler), which needs no thread of Python to
+get its turn.
 """
 
 from __future__ import annotations
@@ -22,11 +24,20 @@ _ARMED_ANEW = 0.1  # of the patience: to arm it costs a thread
 
 
 def untold(run: Path, events: Sequence[Event]) -> dict[str, int]:
-    """The files, beneath the run's folder, of hangs that its journal does not know, and the ranks that hung."""
+    """The files, beneath the run's folder, of hangs that its journal does not know, and the ranks
+    that hung.
+    """
     told = {event["stacks"] for event in events if event["event"] == "hung"}
-    files = ((re.match(r"rank(\d+)-.+\.txt$", file.name), file) for file in sorted((run / FOLDER).glob("rank*")))
+    files = (
+        (re.match(r"rank(\d+)-.+\.txt$", file.name), file)
+        for file in sorted((run / FOLDER).glob("rank*"))
+    )
     # One that was killed leaves its file empty.
-    found = {f"{FOLDER}/{file.name}": int(named[1]) for named, file in files if named is not None and _size(file)}
+    found = {
+        f"{FOLDER}/{file.name}": int(named[1])
+        for named, file in files
+        if named is not None and _size(file)
+    }
     return {file: rank for file, rank in found.items() if file not in told}
 
 
@@ -38,7 +49,9 @@ def _size(file: Path) -> int:
 
 
 class Watchdog:
-    """Of one process; inside, `beat` has to be called at least every `patience_s` seconds. 0: nobody watches."""
+    """Of one process; inside, `beat` has to be called at least every `patience_s` seconds. 0:
+    nobody watches.
+    """
 
     def __init__(self, run: Path, *, rank: int, patience_s: float) -> None:
         self._patience_s = patience_s
@@ -65,14 +78,16 @@ class Watchdog:
     def beat(self) -> None:
         """It goes on.
 
-        Armed anew when the clock begins another tenth of the patience, which it does for all ranks at once: those that wait for
-        one that hangs have no less of it left than that one.
+        Armed anew when the clock begins another tenth of the patience, which it does for all ranks
+        at once: those that wait for one that hangs have no less of it left than that one.
         """
         if self._patience_s > 0 and self._armed_in() != self._armed:
             self._arm()
 
     def off(self) -> AbstractContextManager[None]:
-        """Nobody watches inside, where one worker may rightly be busy for longer and the others wait for it."""
+        """Nobody watches inside, where one worker may rightly be busy for longer and the others
+        wait for it.
+        """
         return self._within(0.0)
 
     def patient(self, seconds: float) -> AbstractContextManager[None]:

@@ -13,7 +13,8 @@ Device = Literal["auto", "cpu", "gpu"]
 
 
 def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
-    """Whether each worker gets a GPU: `auto` takes them where there are any, and there must be one for each.
+    """Whether each worker gets a GPU: `auto` takes them where there are any, and there must be one
+    for each.
 
     Raises:
         Refused: fewer GPUs than workers; nobody would notice that the rest train on CPUs.
@@ -23,18 +24,24 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
     if gpus < workers:
         need = "1 worker needs a GPU" if workers == 1 else f"{workers} workers need as many GPUs"
         fewer = "fewer workers or " if gpus else ""
-        raise Refused(f"launch: {need}; there {'is' if gpus == 1 else 'are'} {gpus}; take {fewer}--device cpu")
+        raise Refused(
+            f"launch: {need}; there {'is' if gpus == 1 else 'are'} {gpus}; take {fewer}--device cpu"
+        )
     return True
 
 
 def refuse_unusable_cards(device: Device) -> None:
-    """Raises: Refused where this machine has GPUs that torch cannot use; with `cpu` nobody asks for them."""
+    """Raises: Refused where this machine has GPUs that torch cannot use; with `cpu` nobody asks for
+    them.
+    """
     if device != "cpu" and (found := unusable_cards()) is not None:
         raise Refused(f"launch: {found}")
 
 
 class Launcher(Protocol):
-    """Starts the workers of one run after another and waits for them. Entered and left in the process's main thread."""
+    """Starts the workers of one run after another and waits for them. Entered and left in the
+    process's main thread.
+    """
 
     workers: int
 

@@ -26,7 +26,9 @@ MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
 """Fields of `Cluster` in which a launch may differ from the one that it goes on with."""
 
 
-def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
+def refuse_unless_launched_so(
+    folder: Path, made: Recipe | Suite, cluster: Cluster, *, trust: tuple[str, ...]
+) -> None:
     """Refuse to go on with a run or suite that was launched with another recipe or other options.
 
     Raises:
@@ -39,19 +41,26 @@ def refuse_unless_launched_so(folder: Path, made: Recipe | Suite, cluster: Clust
     found = list(_differences(folder, made, trust=trust))
     if found:
         raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
-    there = read_json(folder / "cluster.json") if isinstance(made, Recipe) else SuiteFile.read(folder, trust=trust).cluster
+    there = (
+        read_json(folder / "cluster.json")
+        if isinstance(made, Recipe)
+        else SuiteFile.read(folder, trust=trust).cluster
+    )
     was, now = Cluster.from_json(there), cluster
     changed = [told for name, told in differences(was, now).items() if name not in MAY_DIFFER]
     if changed:
         raise ValueError(f"{rule}; its options differ now: {', '.join(changed)}")
 
 
-def _differences(folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]
+) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(made, Recipe):
         yield from differing("", recipe_fields(folder), _as_read(made.resolved()))
         return
     was, now = (
-        {each.name: each for each in suite.recipes} for suite in (SuiteFile.read(folder, trust=trust).suite, made.resolved())
+        {each.name: each for each in suite.recipes}
+        for suite in (SuiteFile.read(folder, trust=trust).suite, made.resolved())
     )
     if list(was) != list(now):
         yield "recipes", list(was), list(now)
@@ -80,7 +89,11 @@ def change_run(folder: Path, options: Mapping[str, Any], console: Console) -> No
 
 
 def change_suite(
-    folder: Path, suite_file: SuiteFile, options: Mapping[str, Any], begun: Iterable[Path], console: Console
+    folder: Path,
+    suite_file: SuiteFile,
+    options: Mapping[str, Any],
+    begun: Iterable[Path],
+    console: Console,
 ) -> SuiteFile:
     """Write fields of OPERATIONAL into suite.json and the folders of the runs that have `begun`.
 

@@ -1,4 +1,6 @@
-"""The runs of a suite: which are left, which can begin, and what each is told once those before it have said what it needs."""
+"""The runs of a suite: which are left, which can begin, and what each is told once those before it
+have said what it needs.
+"""
 
 from __future__ import annotations
 
@@ -51,17 +53,23 @@ class Children:
         return all(self.is_over(name) for name in needed(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
-        """Its run as it stands; one that has not begun is prepared, with what the suite had left open.
+        """Its run as it stands; one that has not begun is prepared, with what the suite had left
+        open.
 
         Raises:
-            ValueError: its folder is not whole or not of this suite, or the recipe, complete now, is refused.
+            ValueError: its folder is not whole or not of this suite, or the recipe, complete now,
+            is refused.
         """
         run, parent = self.where[recipe.name], self.suite_file.parent
         if run.exists():
             return begun_job(run, parent, trust=self.trust)
         ready = filled(self._chosen(recipe), self._weights_of)
         check(ready, self.cluster, trust=self.trust)
-        about: dict[str, Any] = {"parent": parent, "suite": self.name, "family": self.suite_file.suite.family}
+        about: dict[str, Any] = {
+            "parent": parent,
+            "suite": self.name,
+            "family": self.suite_file.suite.family,
+        }
         return prepare(ready, self.cluster, self.runs, name=run.name, trust=self.trust, **about)
 
     def _weights_of(self, name: str) -> Path:
@@ -84,8 +92,12 @@ def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
         ValueError: it is not whole, or it is no child of this suite.
     """
     if not (run / "job.json").is_file():
-        raise ValueError(f"suite: {run.name} must be a whole run; it has no job.json: move it away, resume")
+        raise ValueError(
+            f"suite: {run.name} must be a whole run; it has no job.json: move it away, resume"
+        )
     job = read_job(run, trust=trust)
     if job.parent != parent:
-        raise ValueError(f"suite: {run.name} must be a run of this suite; got one of another launch")
+        raise ValueError(
+            f"suite: {run.name} must be a run of this suite; got one of another launch"
+        )
     return job

@@ -66,7 +66,9 @@ class Order:
         for name, texts in (("words", self.words), ("runs", [self.runs]), ("image", [self.image])):
             for text in texts:
                 if any(ord(character) < 32 or ord(character) == 127 for character in text):
-                    raise ValueError(f"order: {name} must be free of control characters; got {text!r}")
+                    raise ValueError(
+                        f"order: {name} must be free of control characters; got {text!r}"
+                    )
         for option in (word.partition("=")[0] for word in self.words):
             if option in OWN:
                 raise ValueError(f"order: {option} follows from the job; got it among the words")
@@ -118,7 +120,9 @@ class Order:
         return [*words, "--or-resume"]
 
 
-def answer_of(name: str, *words: str, given: str = "", environment: Mapping[str, str] | None = None) -> str:
+def answer_of(
+    name: str, *words: str, given: str = "", environment: Mapping[str, str] | None = None
+) -> str:
     """What a program prints. It is looked for on PATH, and beside this Python, where `ray` is.
 
     Raises:
@@ -139,7 +143,10 @@ def answer_of(name: str, *words: str, given: str = "", environment: Mapping[str,
             env={**os.environ, **(environment or {})},
         )
     except subprocess.TimeoutExpired:
-        raise Refused(f"submit: {name} must answer within {PATIENCE_S:.0f} s; it has not, and may have taken the job") from None
+        raise Refused(
+            f"submit: {name} must answer within {PATIENCE_S:.0f} s; it has not, and may have taken"
+            " the job"
+        ) from None
     except OSError as error:
         raise Refused(f"submit: {program} cannot be run: {error.strerror}") from error
     if done.returncode != 0:
@@ -180,14 +187,19 @@ def render_rayjob(order: Order, folder: Path) -> str:
             f"at most {LONGEST_NAME} long (RFC 1123, KubeRay); got {order.name!r}"
         )
     if not _is_fixed(order.image):
-        raise ValueError(f"k8s: image must be a name with a tag or a digest, other than latest; got {order.image!r}")
+        raise ValueError(
+            "k8s: image must be a name with a tag or a digest, other than latest; got"
+            f" {order.image!r}"
+        )
     jobs = [each for each in manifests_of(folder) if each["kind"] == "RayJob"]
     if len(jobs) != 1:
         raise ValueError(f"k8s: {folder} must hold one RayJob; got {len(jobs)}")
     try:
         _fill_rayjob(jobs[0], order, folder)
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"k8s: the RayJob of {folder} must be one as in infra/k8s/base/job; not found: {error}") from error
+        raise ValueError(
+            f"k8s: the RayJob of {folder} must be one as in infra/k8s/base/job; not found: {error}"
+        ) from error
     return yaml.safe_dump(jobs[0], sort_keys=False, width=1000)
 
 
@@ -205,7 +217,8 @@ def submit_rayjob(manifest: str) -> str:
     get = ("get", "rayjobs.ray.io", name, "--ignore-not-found", "--output", status)
     if (ended := answer_of("kubectl", *get)) in ("Complete", "Failed"):
         raise Refused(
-            f"k8s: KubeRay starts no RayJob again that has ended; got {name}, {ended}: first kubectl delete rayjob {name}"
+            f"k8s: KubeRay starts no RayJob again that has ended; got {name}, {ended}: first"
+            f" kubectl delete rayjob {name}"
         )
     return answer_of("kubectl", "apply", "-f", "-", given=manifest)
 
@@ -219,14 +232,18 @@ def _is_fixed(image: str) -> bool:
     host = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?"
     version = r"(?::(?P<tag>\w[\w.-]{0,127}))?(?P<digest>@sha256:[0-9a-f]{64})?"
     found = re.fullmatch(rf"(?:{host}/)?{part}(?:/{part})*{version}", image, re.ASCII)
-    return found is not None and (found["digest"] is not None or found["tag"] not in (None, "latest"))
+    return found is not None and (
+        found["digest"] is not None or found["tag"] not in (None, "latest")
+    )
 
 
 def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     cluster = job["spec"]["rayClusterSpec"]
     groups = cluster["workerGroupSpecs"]
     if len(groups) != 1:
-        raise ValueError(f"k8s: the RayJob of {folder} must have one group of workers; got {len(groups)}")
+        raise ValueError(
+            f"k8s: the RayJob of {folder} must have one group of workers; got {len(groups)}"
+        )
     group = groups[0]
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
     _refuse_unless_shared(order, pods)
@@ -286,7 +303,8 @@ def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
     for name, given, folder in folders:
         if ".." in folder.parts or not any(folder.is_relative_to(mount) for mount in shared):
             raise ValueError(
-                f"k8s: {name} must lie where every pod writes to a shared volume ({', '.join(shared)}), without ..; got {given!r}"
+                f"k8s: {name} must lie where every pod writes to a shared volume"
+                f" ({', '.join(shared)}), without ..; got {given!r}"
             )
 
 
@@ -295,13 +313,17 @@ def _shared_mounts(pod: dict[str, Any]) -> set[str]:
     volumes = pod.get("volumes", ())
     claims = {each["name"] for each in volumes if "persistentVolumeClaim" in each}
     mounts = pod["containers"][0].get("volumeMounts", ())
-    return {each["mountPath"] for each in mounts if each["name"] in claims and not each.get("readOnly")}
+    return {
+        each["mountPath"] for each in mounts if each["name"] in claims and not each.get("readOnly")
+    }
 
 
 # ------------------------------------------------------------------------------------------- Slurm
 
 
-def render_sbatch(order: Order, folder: Path, *, nodes: int, gpus_per_node: int, time: str, partition: str | None) -> str:
+def render_sbatch(
+    order: Order, folder: Path, *, nodes: int, gpus_per_node: int, time: str, partition: str | None
+) -> str:
     """The command line of sbatch for a folder's train.sbatch, such as infra/slurm.
 
     `time` is Slurm's: minutes, hours:minutes:seconds, or days-hours.

@@ -1,7 +1,7 @@
 """The driver's part while the workers of a run train.
 
-It trains nothing. It holds `RUN/driver.lock`, follows the run's journal to show how it goes and to feed MLflow, and passes on
-what signals ask (`signals.py`), through files in the run's folder.
+It trains nothing. It holds `RUN/driver.lock`, follows the run's journal to show how it goes and to
+feed MLflow, and passes on what signals ask (`signals.py`), through files in the run's folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
 
 
-def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_command: str) -> dict[str, Any] | None:
+def drive(
+    job: Job, launcher: Launcher, console: Console, *, uri: str, resume_command: str
+) -> dict[str, Any] | None:
     """Run one job to its end, watched, mirrored to MLflow at `uri` and stoppable.
 
     See `Launcher.run` for what comes back or is raised.
@@ -58,7 +60,9 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
         write_job(job)
         with (
             _mirrored(folder, uri, tell),
-            closing(Shown(folder, console, store=uri, resume_command=resume_command, also=exposed.show)) as shown,
+            closing(
+                Shown(folder, console, store=uri, resume_command=resume_command, also=exposed.show)
+            ) as shown,
         ):
             try:
                 with stops_on_signal(folder, tell) as request:
@@ -78,14 +82,18 @@ def drive(job: Job, launcher: Launcher, console: Console, *, uri: str, resume_co
 
 
 def _owning(job: Job, say: Callable[[str], None]) -> Job:
-    """The job with a token for its workers, where its checkpoints lie elsewhere: that place is this driver's from now on."""
+    """The job with a token for its workers, where its checkpoints lie elsewhere: that place is this
+    driver's from now on.
+    """
     if not job.checkpoints:
         return job
     place = place_at(job.checkpoints, Path(job.run))
     token = patiently(
         Ranks(),
         lambda: claim(place, run=job.run, run_id=job.run_id, study=job.study),
-        on_wait=lambda error: say(f"{place.address('')} does not answer, and is waited for: {error}"),
+        on_wait=lambda error: say(
+            f"{place.address('')} does not answer, and is waited for: {error}"
+        ),
     )
     return replace(job, place_token=token)
 
@@ -98,11 +106,15 @@ def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[No
         yield
     finally:
         if not mirror.close(timeout=MLFLOW_PATIENCE_S):
-            say(f"MLflow at {without_password(uri)} has not answered; `spiketrain sync {folder}` delivers the rest later")
+            say(
+                f"MLflow at {without_password(uri)} has not answered; `spiketrain sync {folder}`"
+                " delivers the rest later"
+            )
 
 
 def _tell_what_ended(folder: Path, failure: LaunchError) -> dict[str, int]:
-    """Write down what ended the workers, for which no attempt is left; the hangs among it (see `untold`).
+    """Write down what ended the workers, for which no attempt is left; the hangs among it (see
+    `untold`).
 
     Raises:
         Refused: a rank that found why the run cannot go on died of it.
@@ -118,20 +130,25 @@ def _tell_what_ended(folder: Path, failure: LaunchError) -> dict[str, int]:
 
 
 def _in_words(hung: dict[str, int], job: Job) -> str:
-    """Of which Ray, and the workers that waited for these, know no more than that a connection was lost.
+    """Of which Ray, and the workers that waited for these, know no more than that a connection was
+    lost.
 
     Who waits for another gives no sign of life either, and may be the first to be ended.
     """
     files, ranks = [str(Path(job.run) / file) for file in hung], sorted(set(hung.values()))
     more = f" and {len(files) - 4} more" if len(files) > 4 else ""
     return (
-        f"worker {', '.join(map(str, ranks))}, or one that was waited for: no sign of life for too long (--hang-minutes); "
-        f"what its threads were at is in {', '.join(files[:4])}{more}"
+        f"worker {', '.join(map(str, ranks))}, or one that was waited for: no sign of life for too"
+        f" long (--hang-minutes); what its threads were at is in {', '.join(files[:4])}{more}"
     )
 
 
-def _in_thread(work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]) -> dict[str, Any] | None:
-    """Work in a daemon thread while the main thread stays free for signals (Ray's `fit` in the main thread would die of them)."""
+def _in_thread(
+    work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]
+) -> dict[str, Any] | None:
+    """Work in a daemon thread while the main thread stays free for signals (Ray's `fit` in the main
+    thread would die of them).
+    """
     outcome: dict[str, Any] = {}
 
     def target() -> None:

@@ -14,7 +14,8 @@ from pipeline.disk import is_name
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A hidden one beside it, to write into, that takes its name at the end; who is killed before leaves at most the hidden one.
+    """A hidden one beside it, to write into, that takes its name at the end; who is killed before
+    leaves at most the hidden one.
 
     Raises:
         ValueError: the name is taken.
@@ -49,7 +50,8 @@ def named(runs: Path, name: str) -> Path:
 def refuse_taken(folder: Path) -> None:
     if folder.exists():
         raise ValueError(
-            f"launch: --name must be new in {folder.parent}; got {folder.name}, which `{how_to_resume(folder)}` goes on with"
+            f"launch: --name must be new in {folder.parent}; got {folder.name}, which"
+            f" `{how_to_resume(folder)}` goes on with"
         )
 
 

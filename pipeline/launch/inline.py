@@ -22,7 +22,9 @@ class Inline:
 
     workers = 1
 
-    def __init__(self, *, device: Device = "auto", loader_threads: int | Literal["auto"] = "auto") -> None:
+    def __init__(
+        self, *, device: Device = "auto", loader_threads: int | Literal["auto"] = "auto"
+    ) -> None:
         refuse_unusable_cards(device)
         self.device = "cuda" if takes_gpus(device, 1, torch.cuda.device_count()) else "cpu"
         self.loader_threads: int | Literal["auto"] = loader_threads

@@ -1,8 +1,8 @@
 """One driver for the folder of a run or a suite, whichever machine another one is started on.
 
-The kernel lets go of a process's lock when it dies. That of a machine which dies stays until the file system gives it up, and by
-then a scheduler has started the same words elsewhere: so the lock says whose it is, and another machine's is waited for.
-"""
+The kernel lets go of a process's lock when it dies. That of a machine which dies stays until the
+file system gives it up, and by then a scheduler has started the same words elsewhere: so the lock
+says whose it is, and another machine's is waited for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @contextmanager
 def driver_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder against every other driver; one on this machine is refused at once, one elsewhere has ten minutes to go.
+    """Hold the folder against every other driver; one on this machine is refused at once, one
+    elsewhere has ten minutes to go.
 
     Raises:
         Refused: somebody else holds it.
@@ -40,7 +41,9 @@ def driver_lock(folder: Path) -> Iterator[None]:
 
 
 def this_machine() -> str:
-    """Its name, and which of its starts this is: what it held before the last one is a dead machine's, too."""
+    """Its name, and which of its starts this is: what it held before the last one is a dead
+    machine's, too.
+    """
     return f"{socket.gethostname()} {_BOOT.read_text().strip() if _BOOT.exists() else ''}"
 
 
@@ -56,10 +59,16 @@ def _take(handle: IO[str], folder: Path) -> None:
             if host is None:
                 raise Refused(f"{folder.name}: is being trained by another process on this machine")
             if waited_s > PATIENCE_S:
-                told = f"is being trained by another process on {host}, which still holds it after {waited_s:.0f} s"
+                told = (
+                    f"is being trained by another process on {host}, which still holds it after"
+                    f" {waited_s:.0f} s"
+                )
                 raise Refused(f"{folder.name}: {told}")
             if not is_told:
-                told = f"is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in which a dead machine loses it"
+                told = (
+                    f"is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in which a dead"
+                    " machine loses it"
+                )
                 print(f"{folder.name}: {told}", flush=True)
                 is_told = True
         time.sleep(0.5 if is_told else 0.05)

@@ -15,21 +15,36 @@ R = TypeVar("R")
 
 
 class Nodes:
-    def on_each(self, work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float) -> list[R | Silent]:
-        """What `work` returns on each node that is up, the head first; it has what `given` makes of the node's resources."""
+    def on_each(
+        self, work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float
+    ) -> list[R | Silent]:
+        """What `work` returns on each node that is up, the head first; it has what `given` makes of
+        the node's resources.
+        """
         import ray
 
         run, nodes = ray.remote(work), _alive()
         there = {"num_cpus": 0, "max_retries": 0}
-        asked = [run.options(**there, scheduling_strategy=_on(node)).remote(given(node["Resources"])) for node in nodes]
+        asked = [
+            run.options(**there, scheduling_strategy=_on(node)).remote(given(node["Resources"]))
+            for node in nodes
+        ]
         ray.wait(asked, num_returns=len(asked), timeout=within_s)
         return [_answer(each, node) for each, node in zip(asked, nodes, strict=True)]
 
-    def at_once(self, work: Callable[[G, int], R], given: Callable[[str, int, int, bool], G], *, within_s: float) -> list[R]:
-        """What `work(given, rank)` returns of processes that run together as a training's do, in the order of ranks.
+    def at_once(
+        self,
+        work: Callable[[G, int], R],
+        given: Callable[[str, int, int, bool], G],
+        *,
+        within_s: float,
+    ) -> list[R]:
+        """What `work(given, rank)` returns of processes that run together as a training's do, in
+        the order of ranks.
 
-        One for each GPU of the cluster, or where it has none for each node that has cores. `given` is made of an address and
-        a free port of the first one's node, how many there are, and whether they have a GPU each. Nothing, where there is one.
+        One for each GPU of the cluster, or where it has none for each node that has cores. `given`
+        is made of an address and a free port of the first one's node, how many there are, and
+        whether they have a GPU each. Nothing, where there is one.
 
         Raises:
             LaunchError: one of them failed, or there was no room for all of them in time.
@@ -39,18 +54,31 @@ class Nodes:
 
         nodes = [(_on(node), node["Resources"]) for node in _alive()]
         gpus = any(has.get("GPU") for _, has in nodes)
-        places = [on for on, has in nodes for _ in range(int(has.get("GPU", 0)) if gpus else int(has.get("CPU", 0) > 0))]
+        places = [
+            on
+            for on, has in nodes
+            for _ in range(int(has.get("GPU", 0)) if gpus else int(has.get("CPU", 0) > 0))
+        ]
         if len(places) < 2:
             return []
-        there = {"num_cpus": 0, "num_gpus": int(gpus), "runtime_env": {"env_vars": passed_on()}, "max_retries": 0}
+        there = {
+            "num_cpus": 0,
+            "num_gpus": int(gpus),
+            "runtime_env": {"env_vars": passed_on()},
+            "max_retries": 0,
+        }
         started: list[Any] = []
         try:
             host, port = ray.get(
-                ray.remote(_open_door).options(num_cpus=0, scheduling_strategy=places[0]).remote(), timeout=within_s
+                ray.remote(_open_door).options(num_cpus=0, scheduling_strategy=places[0]).remote(),
+                timeout=within_s,
             )
             asked = given(host, port, len(places), gpus)
             run = ray.remote(work)
-            started += [run.options(**there, scheduling_strategy=each).remote(asked, rank) for rank, each in enumerate(places)]
+            started += [
+                run.options(**there, scheduling_strategy=each).remote(asked, rank)
+                for rank, each in enumerate(places)
+            ]
             return ray.get(started, timeout=within_s)
         except RayError as error:
             for each in started:

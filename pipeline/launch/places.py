@@ -1,4 +1,6 @@
-"""Places for the workers of a run whose node is gone: how long they are waited for, and that somebody is told of it."""
+"""Places for the workers of a run whose node is gone: how long they are waited for, and that
+somebody is told of it.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,12 @@ def no_place(workers: int) -> str:
 
 
 def tell_waiting(folder: Path, workers: int) -> None:
-    """Write down that no worker of the run in `folder` is left, and what is waited for; the driver shows it.
+    """Write down that no worker of the run in `folder` is left, and what is waited for; the driver
+    shows it.
 
     Raises: OSError.
     """
     with Journal(folder / "journal.jsonl", attempt=OF_NONE) as journal:
-        journal.event("waiting", sync=True, what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S)
+        journal.event(
+            "waiting", sync=True, what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S
+        )

@@ -61,7 +61,9 @@ class NodeReport:
     findings: tuple[Finding, ...] = ()
 
 
-def preflight(runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int, checkpoints: str | None) -> list[Finding]:
+def preflight(
+    runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int, checkpoints: str | None
+) -> list[Finding]:
     """Examine this machine, or each node of the Ray cluster at `address` (unless it is `local`).
 
     Args:
@@ -115,7 +117,9 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _nodes(cluster: Ray, folder: Store) -> list[Finding]:
-    answers = cluster.nodes.on_each(lambda resources: examine(folder, resources), lambda resources: resources, within_s=NODE_S)
+    answers = cluster.nodes.on_each(
+        lambda resources: examine(folder, resources), lambda resources: resources, within_s=NODE_S
+    )
     found = list(compare([each for each in answers if isinstance(each, NodeReport)]))
     for each in answers:
         found += [_silent("node", each)] if isinstance(each, Silent) else each.findings

@@ -219,7 +219,9 @@ def _ask(uri: str, headers: dict[str, str], auth: Callable[[Any], Any] | None) -
 
     address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        answer = requests.get(address, headers=headers, auth=auth, timeout=MLFLOW_S, allow_redirects=False)
+        answer = requests.get(
+            address, headers=headers, auth=auth, timeout=MLFLOW_S, allow_redirects=False
+        )
     except (requests.RequestException, ValueError):  # ValueError: not an address
         return "does not answer"
     if answer.is_redirect:
@@ -246,7 +248,9 @@ def of_token(address: str) -> Finding:
     return Finding("auth", "ok", f"the Ray at {address} asks for its token")
 
 
-def join_without_token(address: str, *, patience_s: float = STRANGER_S) -> tuple[Literal["joined", "refused", "unclear"], str]:
+def join_without_token(
+    address: str, *, patience_s: float = STRANGER_S
+) -> tuple[Literal["joined", "refused", "unclear"], str]:
     """Try to join the Ray cluster at `host:port` or `ray://...` from a process without a token.
 
     Returns: the outcome; and, if it is unclear, what was in the way.

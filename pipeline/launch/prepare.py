@@ -40,19 +40,24 @@ def prepare(
     adopts: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Job:
-    """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it trains.
+    """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it
+    trains.
 
-    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to. `adopts`: checkpoints that a run
-    of this name has left in the cluster's place for them, whose folder is gone, are gone on with, as that run.
+    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to.
+    `adopts`: checkpoints that a run of this name has left in the cluster's place for them, whose
+    folder is gone, are gone on with, as that run.
 
     Raises:
-        ValueError: the data set is missing, the weights that `init` names are missing, or the name is taken.
+        ValueError: the data set is missing, the weights that `init` names are missing, or the name
+        is taken.
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
     fingerprint = fingerprint_of(build_data(recipe))
     study = recipe.study_key(study_inputs(recipe, fingerprint))
-    folder = named(runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name)
+    folder = named(
+        runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
+    )
     if name is None:
         folder = next(path for path in numbered(folder) if not path.exists())
     job = Job(
@@ -80,21 +85,27 @@ def prepare(
 
 
 def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str, str | None]:
-    """The address of a run's checkpoints, beneath `place`, and whose it is; None: nobody's, which it must be unless `adopts`.
+    """The address of a run's checkpoints, beneath `place`, and whose it is; None: nobody's, which
+    it must be unless `adopts`.
 
     Raises:
-        ValueError: it is another's, of another study where it is adopted, or the address cannot be opened.
+        ValueError: it is another's, of another study where it is adopted, or the address cannot be
+        opened.
     """
     address, names, owner = open_place(place, run)
     if not adopts and (names or owner):
         raise ValueError(
-            f"launch: {address} must hold no checkpoints yet; got {names[-1] if names else f'those to come of {owner}'}: "
-            "another --name, or --or-resume to go on with them"
+            f"launch: {address} must hold no checkpoints yet; got"
+            f" {names[-1] if names else f'those to come of {owner}'}: another --name, or"
+            " --or-resume to go on with them"
         )
     if owner is None:
         return address, None
     if owner.study != study:
-        raise ValueError(f"launch: --or-resume goes on with checkpoints of the same study; got {owner.study} in {address}")
+        raise ValueError(
+            f"launch: --or-resume goes on with checkpoints of the same study; got {owner.study} in"
+            f" {address}"
+        )
     return address, owner.run_id
 
 
@@ -109,7 +120,9 @@ def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
     try:
         return address, found.names(), owner_of(found)
     except Exception as error:  # each store has errors of its own
-        raise ValueError(f"launch: {address} must be open to this user; got {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"launch: {address} must be open to this user; got {type(error).__name__}: {error}"
+        ) from error
 
 
 def write_job(job: Job) -> None:
@@ -118,7 +131,9 @@ def write_job(job: Job) -> None:
 
 
 def _to_json(job: Job) -> dict[str, Any]:
-    """Whom the user trusts is not written down: the next user says it anew. Nor is a token, which each start of a driver has."""
+    """Whom the user trusts is not written down: the next user says it anew. Nor is a token, which
+    each start of a driver has.
+    """
     return {name: value for name, value in asdict(job).items() if name not in UNWRITTEN}
 
 
@@ -126,7 +141,8 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     """What `write_job` wrote; a folder that was moved is where it is now.
 
     Raises:
-        ValueError: it is missing or damaged, or its suite, or what MLflow keeps of its family, would lie in another folder.
+        ValueError: it is missing or damaged, or its suite, or what MLflow keeps of its family,
+        would lie in another folder.
     """
     file = folder / "job.json"
     told = arguments_of(Job, read_json(file), who=str(file), besides=UNWRITTEN)
@@ -134,7 +150,11 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     refuse_unless_watchable(str(file), job.hang_minutes)
     if job.suite is not None and not is_name(job.suite):
-        raise ValueError(f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}")
+        raise ValueError(
+            f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}"
+        )
     if job.family is not None and not is_name(job.family):
-        raise ValueError(f"{file}: family becomes a folder's name and must be one; got {job.family!r}")
+        raise ValueError(
+            f"{file}: family becomes a folder's name and must be one; got {job.family!r}"
+        )
     return job

@@ -1,8 +1,8 @@
 """Ray Train starts one worker process per accelerator and starts them again when one dies.
 
-Ray is asked for processes and a process group, no more: checkpoints and metrics never pass through it, because what it
-remembers of them lags behind the disk and is lost with one truncated file (ray 2.60). The run's own folder counts.
-"""
+Ray is asked for processes and a process group, no more: checkpoints and metrics never pass through
+it, because what it remembers of them lags behind the disk and is lost with one truncated file (ray
+2.60). The run's own folder counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from torch import distributed
 from pipeline.cores import cores_here, cores_of_a_node, cores_of_machines
 from pipeline.door import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
 from pipeline.job import STOP, Job, Notice, Place, asked_by
-from pipeline.launch.base import Device, LaunchError, Silent, WorkersEnded, refuse_unusable_cards, takes_gpus
+from pipeline.launch.base import (
+    Device,
+    LaunchError,
+    Silent,
+    WorkersEnded,
+    refuse_unusable_cards,
+    takes_gpus,
+)
 from pipeline.launch.environment import of_worker
 from pipeline.launch.innermost import innermost
 from pipeline.launch.node_loss import NodeLoss, waits_for
@@ -41,32 +48,43 @@ from pipeline.worker import run
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how soon a dead worker is noticed; 2 s by default
-    "RAY_worker_niceness": "0",  # 15 by default: any other process on the machine would slow training, and its measurement
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default of the next release, without the warning of this one
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": (
+        "0.25"
+    ),  # how soon a dead worker is noticed; 2 s by default
+    "RAY_worker_niceness": (
+        "0"
+    ),  # 15 by default: any other process on the machine would slow training, and its measurement
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": (
+        "0"
+    ),  # the default of the next release, without the warning of this one
 }
 ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""of a cluster of our own: its node is 127.0.0.1, as on those systems, and Ray's servers listen there and nowhere else (2.60)"""
+"""of a cluster of our own: its node is 127.0.0.1, as on those systems, and Ray's servers listen
+there and nowhere else (2.60)
+"""
 
 ASKED_S = 30.0
 """in which each node says how many cores it has"""
 MEETING_S = 600
 """in which workers have to find one another as they start; nobody watches them yet"""
 AFTER_WATCHDOG_S = 600
-"""which a worker that is well waits on, once a watchdog would have ended the one that it waits for"""
+"""which a worker that is well waits on, once a watchdog would have ended the one that it waits
+for
+"""
 
 
 class Ray:
     """Workers on a Ray cluster: an existing one, or one of our own on this machine.
 
     Args:
-        workers: processes that train together; of several numbers (ascending) as many as there is room for, from time to time.
-        address: of an existing cluster (`auto`, `host:6379`, `ray://...`); None starts one here.
+        workers: processes that train together; of several numbers (ascending) as many as there is
+        room for, from time to time. address: of an existing cluster (`auto`, `host:6379`,
+        `ray://...`); None starts one here.
         device: whether each worker gets a GPU; see `takes_gpus`.
-        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each. See `share_of` for `auto`.
-        loader_threads: that read data in each worker; likewise.
-        max_restarts: how often the workers are started again after one of them died, with nothing new between (`restarts.py`).
-        node_loss: how long a node that says nothing is waited for.
+        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each. See
+        `share_of` for `auto`. loader_threads: that read data in each worker; likewise.
+        max_restarts: how often the workers are started again after one of them died, with nothing
+        new between (`restarts.py`). node_loss: how long a node that says nothing is waited for.
         work: what a worker does with its job; benchmarks measure inside it.
     """
 
@@ -95,14 +113,24 @@ class Ray:
         self._owned = False
 
     def __enter__(self) -> Self:
-        """Join the cluster, or start one: in the main thread, because Ray's servers end with the thread that started them."""
+        """Join the cluster, or start one: in the main thread, because Ray's servers end with the
+        thread that started them.
+        """
         of_own = ALONE if self.address is None else {}
         if self.address is None:
             refuse_unusable_cards(self.device)
-        for name, value in {**SETTINGS, **of_own, **waits_for(self.node_loss, sizes=len(self.sizes))}.items():
+        for name, value in {
+            **SETTINGS,
+            **of_own,
+            **waits_for(self.node_loss, sizes=len(self.sizes)),
+        }.items():
             os.environ.setdefault(name, value)
-        say_stage("starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}")
-        (draw_token if self.address is None else offer_token)()  # Ray reads its settings when it is imported
+        say_stage(
+            "starting Ray" if self.address is None else f"joining the Ray cluster at {self.address}"
+        )
+        (
+            draw_token if self.address is None else offer_token
+        )()  # Ray reads its settings when it is imported
         import ray
         from ray.exceptions import AuthenticationError
 
@@ -113,18 +141,29 @@ class Ray:
                 if self.address is None:
                     asked = 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker
                     cores = max(self.workers * asked, cores_here())
-                    # Not one that somebody else has started on this machine, which Ray would join if it were not told so.
+                    # Not one that somebody else has started on this machine, which Ray would join
+                    # if it were not told so.
                     here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-                    with withheld(signal.SIGHUP):  # a lost terminal tells all of its processes; workers have to save first
+                    with withheld(
+                        signal.SIGHUP
+                    ):  # a lost terminal tells all of its processes; workers have to save first
                         ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
                 else:
                     knock(self.address)
                     with heard() as said:
-                        ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-            except AuthenticationError as error:  # of this process's own, before it has asked anybody
-                raise Refused(f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}") from error
+                        ray.init(
+                            address=self.address, log_to_driver=False, logging_level=logging.ERROR
+                        )
+            except (
+                AuthenticationError
+            ) as error:  # of this process's own, before it has asked anybody
+                raise Refused(
+                    f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}"
+                ) from error
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
-                raise Refused(f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}") from error
+                raise Refused(
+                    f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}"
+                ) from error
         try:
             self._refuse_too_few()
         except BaseException:
@@ -147,9 +186,13 @@ class Ray:
         share = self._share(gpus=gpus)
         if there < (wanted := self.workers * share.cores):
             each = f"{counted(self.workers, 'worker')} x {counted(share.cores, 'cpu')}"
-            raise Refused(f"launch: {each} need {counted(wanted, 'core')}; the cluster has {there:.0f}")
+            raise Refused(
+                f"launch: {each} need {counted(wanted, 'core')}; the cluster has {there:.0f}"
+            )
         if gpus and self.address is not None:  # of this machine it is known
-            told = self.nodes.on_each(_unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ASKED_S)
+            told = self.nodes.on_each(
+                _unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ASKED_S
+            )
             for found in told:  # who is silent is found by whoever sends it a worker
                 if isinstance(found, str):
                     raise Refused(f"launch: {found}")
@@ -164,7 +207,9 @@ class Ray:
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if gpus else []
-        return share_of(nodes, gpus=gpus, cores=self.cpus_per_worker, loader_threads=self.loader_threads)
+        return share_of(
+            nodes, gpus=gpus, cores=self.cpus_per_worker, loader_threads=self.loader_threads
+        )
 
     def room(self) -> int:
         import ray
@@ -176,11 +221,17 @@ class Ray:
         return self._cores() // of_a_run
 
     def _cores(self) -> int:
-        """Physical ones of all machines, as far as Ray may give them; a CPU of the user's own cluster may be half of one."""
+        """Physical ones of all machines, as far as Ray may give them; a CPU of the user's own
+        cluster may be half of one.
+        """
         if self.address is None:
             return cores_here()
-        told = self.nodes.on_each(cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ASKED_S)
-        return cores_of_machines(each for each in told if not isinstance(each, Silent))  # whoever is silent is given no run
+        told = self.nodes.on_each(
+            cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ASKED_S
+        )
+        return cores_of_machines(
+            each for each in told if not isinstance(each, Silent)
+        )  # whoever is silent is given no run
 
     def joining(self) -> list[str]:
         return ["--address", self.address or self.found_at(), "--workers", str(self.workers)]
@@ -189,7 +240,11 @@ class Ray:
         """The address by which others find this cluster, whatever there is in their environment."""
         import ray
 
-        return self.address if self.address not in (None, "auto") else ray.get_runtime_context().gcs_address
+        return (
+            self.address
+            if self.address not in (None, "auto")
+            else ray.get_runtime_context().gcs_address
+        )
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
         import ray
@@ -205,17 +260,21 @@ class Ray:
         if gpus:
             job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
         elastic = len(self.sizes) > 1
-        # In a cluster of our own, also of a suite's that this process has joined; it is asked for its nodes, not this process for
-        # its address, which may be a client's of elsewhere.
+        # In a cluster of our own, also of a suite's that this process has joined; it is asked for
+        # its nodes, not this process for its address, which may be a client's of elsewhere.
         alone = all(node["NodeManagerAddress"] == HOST for node in ray.nodes() if node["Alive"])
-        told = of_worker(threads=share.cores, loader_threads=job.loader_threads, gpus=gpus, alone=alone)
+        told = of_worker(
+            threads=share.cores, loader_threads=job.loader_threads, gpus=gpus, alone=alone
+        )
         trainer = Trainer(
             partial(_train, work=self.work, sizes=self.sizes),
             sizes=self.sizes,
             folder=Path(job.run),
             awaits_nodes=self.address is not None,
             train_loop_config=asdict(job),
-            torch_config=(OnLoopback if alone else TorchConfig)(backend="nccl" if gpus else "gloo", timeout_s=MEETING_S),
+            torch_config=(OnLoopback if alone else TorchConfig)(
+                backend="nccl" if gpus else "gloo", timeout_s=MEETING_S
+            ),
             scaling_config=ScalingConfig(
                 num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
                 elastic_resize_monitor_interval_s=LOOK_S,
@@ -223,12 +282,13 @@ class Ray:
                 resources_per_worker={"CPU": share.cores, **({"GPU": 1} if gpus else {})},
             ),
             run_config=RunConfig(
-                name=f"attempt-{attempt}",  # a new name each time: nothing that Ray remembers can stand in the way
+                # a new name each time: nothing that Ray remembers can stand in the way
+                name=f"attempt-{attempt}",
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(
                     max_failures=self.max_restarts,
-                    # Places that are not there in time: several numbers of workers wait as `Resizing` says, a fixed number as
-                    # `Restarts` does.
+                    # Places that are not there in time: several numbers of workers wait as
+                    # `Resizing` says, a fixed number as `Restarts` does.
                     controller_failure_limit=-1 if elastic else 1,
                 ),
                 worker_runtime_env={"env_vars": told},
@@ -236,7 +296,9 @@ class Ray:
         )
         try:
             outcome = trainer.fit().return_value
-        except Exception as error:  # Ray wraps whatever a worker raised in several layers of its own
+        except (
+            Exception
+        ) as error:  # Ray wraps whatever a worker raised in several layers of its own
             if has_no_place(error):
                 if (Path(job.run) / STOP).exists():
                     return _stopped_without_workers(job)
@@ -254,12 +316,15 @@ def _unusable_cards(gpus: int) -> str | None:
 
 
 def _wait_for_others(hang_minutes: float) -> None:
-    """From now on in a collective of all workers: until long after a watchdog has ended one of them.
+    """From now on in a collective of all workers: until long after a watchdog has ended one of
+    them.
 
-    A collective that gave up first would end a worker that is well, and Ray with it the one that hangs, before anybody has seen
-    what that is at.
+    A collective that gave up first would end a worker that is well, and Ray with it the one that
+    hangs, before anybody has seen what that is at.
     """
-    patience = timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE
+    patience = (
+        timedelta(minutes=hang_minutes, seconds=AFTER_WATCHDOG_S) if hang_minutes else PATIENCE
+    )
     distributed.distributed_c10d._set_pg_timeout(patience, distributed.group.WORLD)
 
 
@@ -268,12 +333,18 @@ def _stopped_without_workers(job: Job) -> None:
     folder = Path(job.run)
     saved = last(folder / "journal.jsonl", "checkpoint")
     with journal(folder, Ranks()) as tracker:
-        told = {"reason": f"{asked_by(folder)} while its workers had no place", "resume_command": job.resume_command}
+        told = {
+            "reason": f"{asked_by(folder)} while its workers had no place",
+            "resume_command": job.resume_command,
+        }
         tracker.event("stopped", sync=True, step=0 if saved is None else saved["step"], **told)
 
 
 def _train(
-    config: dict[str, Any], *, work: Callable[[Job, Place], dict[str, Any] | None], sizes: tuple[int, ...]
+    config: dict[str, Any],
+    *,
+    work: Callable[[Job, Place], dict[str, Any] | None],
+    sizes: tuple[int, ...],
 ) -> dict[str, Any] | None:
     """Runs in every worker process."""
     from ray import train
@@ -281,7 +352,14 @@ def _train(
 
     context = train.get_context()
     job = Job(**{**config, "trust": tuple(config["trust"])})
-    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()), context.get_local_rank(), sizes, _notice)
+    place = Place(
+        context.get_world_rank(),
+        context.get_world_size(),
+        str(get_device()),
+        context.get_local_rank(),
+        sizes,
+        _notice,
+    )
     _wait_for_others(job.hang_minutes)
     try:
         return work(job, place)
@@ -299,4 +377,6 @@ def _notice() -> Notice | None:
     info = get_train_context().preemption_context.preemption_info
     if info is None:
         return None
-    return Notice(tuple(info.preempted_node_ids), None if info.deadline_ms is None else info.deadline_ms / 1e3)
+    return Notice(
+        tuple(info.preempted_node_ids), None if info.deadline_ms is None else info.deadline_ms / 1e3
+    )

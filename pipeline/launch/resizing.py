@@ -1,8 +1,10 @@
-"""How many workers a run has from time to time, on a cluster whose nodes come and go: decided in Ray Train's controller.
+"""How many workers a run has from time to time, on a cluster whose nodes come and go: decided in
+Ray Train's controller.
 
-Ray's own policy (2.60) takes any number between two, counts nodes that are gone until its coordinator looks again (20 s), and
-ends the workers of a run that is to grow wherever they are. This one takes numbers that the run may have, on nodes that are there
-and stay, and asks the run to save first.
+Ray's own policy (2.60) takes any number between two, counts nodes that are gone until its
+coordinator looks again (20 s), and ends the workers of a run that is to grow wherever they are.
+This one takes numbers that the run may have, on nodes that are there and stay, and asks the run to
+save first.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from pipeline.launch.places import PLACES_S, NoPlace, no_place, tell_waiting
 from pipeline.recipe import write_json
 
 LOOK_S = 10.0
-"""between two looks at whether there is room for another number of workers; a new node has to be there for so long"""
+"""between two looks at whether there is room for another number of workers; a new node has to be
+there for so long
+"""
 PATIENCE_S = 300.0
 """for the save that comes before, which may have far to go"""
 
@@ -39,13 +43,17 @@ def _leaving(worker_group_state: Any) -> Notice:
     """The nodes of the run that are being drained."""
     nodes = {worker.metadata.node_id for worker in worker_group_state.workers}
     leaving = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
-    return Notice(tuple(sorted(leaving)), min((ms / 1e3 for ms in leaving.values() if ms), default=None))
+    return Notice(
+        tuple(sorted(leaving)), min((ms / 1e3 for ms in leaving.values() if ms), default=None)
+    )
 
 
 class Resizing(ElasticScalingPolicy):
     """As many workers of `sizes` (ascending) as there is room for, of the run in `folder`."""
 
-    def __init__(self, scaling_config: ScalingConfig, *, sizes: Sequence[int], folder: Path) -> None:
+    def __init__(
+        self, scaling_config: ScalingConfig, *, sizes: Sequence[int], folder: Path
+    ) -> None:
         super().__init__(scaling_config)
         self.sizes, self.folder = tuple(sizes), folder
         self._wanted: ResizeDecision | None = None
@@ -56,16 +64,23 @@ class Resizing(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
         leaving = state.get_draining_nodes()
-        there = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
-        room = super()._count_possible_workers({node: has for node, has in reserved_resources.items() if node in there})
+        there = {
+            node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in leaving
+        }
+        room = super()._count_possible_workers(
+            {node: has for node, has in reserved_resources.items() if node in there}
+        )
         return max((size for size in self.sizes if size <= room), default=0)
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Whoever asks to stop meanwhile waits for no node: as if places had not come in time (`restarts.py`).
+        """Whoever asks to stop meanwhile waits for no node: as if places had not come in time
+        (`restarts.py`).
 
         Raises:
-            NoPlace: no workers have begun within an hour, whether there was room for some of them now and then or not. Room that
-                comes later than that is tried once.
+            NoPlace: no workers have begun within an hour, whether there was room for some of them
+                now and then or not. Room that comes later than that is tried once.
         """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
@@ -84,15 +99,21 @@ class Resizing(ElasticScalingPolicy):
                 self._is_told = True
         return decision
 
-    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
         """First a save is asked for; the decision follows it."""
         self._none_since = None
         if self._wanted is None:
-            if time.monotonic() - self._ticked > LOOK_S / 2:  # the coordinator looks at the cluster now, not in up to 20 s
+            if (
+                time.monotonic() - self._ticked > LOOK_S / 2
+            ):  # the coordinator looks at the cluster now, not in up to 20 s
                 self._ticked = time.monotonic()
                 coordinator: Any = self._autoscaling_coordinator
                 coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
-            decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+            decision = super().make_decision_for_running_worker_group(
+                worker_group_state, worker_group_status
+            )
             if not isinstance(decision, ResizeDecision):
                 return decision
             with suppress(OSError):  # else it is asked for at the next look
@@ -107,7 +128,8 @@ class Resizing(ElasticScalingPolicy):
         return decision
 
     def _is_there(self, name: str, *, if_away: bool) -> bool:
-        """Whether the run's folder has this file, or what is to be taken for the answer while its storage is away.
+        """Whether the run's folder has this file, or what is to be taken for the answer while its
+        storage is away.
 
         What is raised here ends the launch: Ray (2.60) takes it for a failure of its controller.
         """

@@ -1,8 +1,8 @@
 """How many cores and loader threads a worker gets where nobody has said so.
 
-One core decodes some hundreds of JPEGs in a second, which leaves a card idle most of the time. So a worker with a GPU gets its
-share of the node: cores of the node over its GPUs. A worker on a CPU gets one core, and runs are compared on that.
-"""
+One core decodes some hundreds of JPEGs in a second, which leaves a card idle most of the time. So a
+worker with a GPU gets its share of the node: cores of the node over its GPUs. A worker on a CPU
+gets one core, and runs are compared on that."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def share_of(
 ) -> Share:
     """`nodes`: the resources of each, as Ray counts them. A number that somebody has said stays."""
     found = cores if cores != "auto" else cores_of_a_card(nodes) if gpus else 1
-    return Share(found, loader_threads if loader_threads != "auto" else loaders_for(found) if gpus else 1)
+    return Share(
+        found, loader_threads if loader_threads != "auto" else loaders_for(found) if gpus else 1
+    )
 
 
 def cores_of_a_card(nodes: Iterable[Mapping[str, float]]) -> int:

@@ -1,7 +1,8 @@
-"""Several runs of a suite at the same time, each driven by a process of its own that resumes it as a user would.
+"""Several runs of a suite at the same time, each driven by a process of its own that resumes it as
+a user would.
 
-Each worker keeps to cores of its own (pipeline.cores), or has a card of its own from Ray: what one run costs is measured while
-others run, on the same memory bus, and never on the same cores.
+Each worker keeps to cores of its own (pipeline.cores), or has a card of its own from Ray: what one
+run costs is measured while others run, on the same memory bus, and never on the same cores.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from pipeline.track.state import is_driven
 LOG = "launch.log"
 """in a run's folder: what its process printed"""
 LEAVING_S = PATIENCE_S
-"""in which a run saves and tells MLflow, after the suite that began it was killed, or a machine that died loses it"""
+"""in which a run saves and tells MLflow, after the suite that began it was killed, or a machine
+that died loses it
+"""
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
@@ -52,12 +55,18 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
     if wanted == "auto":
         return max(1, room)
     if wanted > room:
-        raise Refused(f"launch: {wanted} runs side by side need cores and cards of their own; there is room for {room}")
+        raise Refused(
+            f"launch: {wanted} runs side by side need cores and cards of their own; there is room"
+            f" for {room}"
+        )
     return wanted
 
 
-def train_side_by_side(children: Children, launcher: Launcher, slots: int, console: Console) -> bool:
-    """Whether all are over; False when asked to stop. At the first failure none is begun any more; the others end first.
+def train_side_by_side(
+    children: Children, launcher: Launcher, slots: int, console: Console
+) -> bool:
+    """Whether all are over; False when asked to stop. At the first failure none is begun any more;
+    the others end first.
 
     Raises:
         LaunchError: a run failed; the line is its process's last.
@@ -77,7 +86,9 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
                     continue
                 del going[name]
                 failed = failed or each.failure()
-                stopped = stopped or not children.is_over(name)  # by somebody who asked this run alone
+                stopped = stopped or not children.is_over(
+                    name
+                )  # by somebody who asked this run alone
             is_waiting = False
             if not asked() and failed is None and not stopped:
                 try:
@@ -93,9 +104,15 @@ def train_side_by_side(children: Children, launcher: Launcher, slots: int, conso
 
 
 def _begin_more(
-    children: Children, launcher: Launcher, slots: int, going: dict[str, _Driven], leaving: _Leaving, console: Console
+    children: Children,
+    launcher: Launcher,
+    slots: int,
+    going: dict[str, _Driven],
+    leaving: _Leaving,
+    console: Console,
 ) -> bool:
-    """Fill the free slots, in the suite's order; whether one is left to a run that somebody else still drives.
+    """Fill the free slots, in the suite's order; whether one is left to a run that somebody else
+    still drives.
 
     Raises: OSError, ValueError for what is refused, or fails, on the way.
     """
@@ -113,7 +130,9 @@ def _begin_more(
 
 
 class _Leaving:
-    """Another process that drives a run: most likely a child of a suite that was killed, which was asked to save."""
+    """Another process that drives a run: most likely a child of a suite that was killed, which was
+    asked to save.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -130,19 +149,29 @@ class _Leaving:
             return False
         if name not in self._since:
             self._since[name] = time.monotonic()
-            say(self._console, f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s")
+            say(
+                self._console,
+                f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s",
+            )
         if time.monotonic() - self._since[name] > LEAVING_S:
-            raise Refused(f"{run.name}: is being trained by another process, which still does after {LEAVING_S:.0f} s")
+            raise Refused(
+                f"{run.name}: is being trained by another process, which still does after"
+                f" {LEAVING_S:.0f} s"
+            )
         return True
 
 
 class _Driven:
     """One run, which nobody else drives, and the process that does."""
 
-    def __init__(self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console
+    ) -> None:
         self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
         (self.folder / STOP).unlink(missing_ok=True)
-        self._shown = Shown(self.folder, console, store=tracking_uri(children.runs), name=recipe.name)
+        self._shown = Shown(
+            self.folder, console, store=tracking_uri(children.runs), name=recipe.name
+        )
         words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
         self._log = (self.folder / LOG).open("ab")
         self._process = subprocess.Popen(
@@ -150,7 +179,8 @@ class _Driven:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in a terminal reaches the suite alone, which passes it on
+            # Ctrl-C in a terminal reaches the suite alone, which passes it on
+            start_new_session=True,
             preexec_fn=_end_with_the_suite,
         )
         self._asked_at_once = False
@@ -172,13 +202,19 @@ class _Driven:
             self._process.terminate()
 
     def failure(self) -> Exception | None:
-        """None where it is over or was stopped; one that was refused was not, whoever has asked for that."""
+        """None where it is over or was stopped; one that was refused was not, whoever has asked for
+        that.
+        """
         code = self._process.returncode
         if code == 0 or (code != 2 and was_stopped(self.folder)) or self._is_over():
             return None
         if code < 0:
-            return LaunchError(f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}")
-        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines() or [f"exit status {code}"]
+            return LaunchError(
+                f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}"
+            )
+        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines() or [
+            f"exit status {code}"
+        ]
         said = f"{self.folder.name}: {lines[-1]}"
         return Refused(said) if code == 2 else LaunchError(said)
 
@@ -200,7 +236,8 @@ _prctl = ctypes.CDLL(None).prctl  # now: between fork and exec nothing may be lo
 
 
 def _end_with_the_suite() -> None:
-    """Ask the kernel for a signal when the suite's process dies: its run is saved, and can be gone on with.
+    """Ask the kernel for a signal when the suite's process dies: its run is saved, and can be gone
+    on with.
 
     SIGUSR1 never means "at once": the suite may have asked this run to save already.
     """

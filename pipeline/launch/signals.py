@@ -1,8 +1,8 @@
 """What signals ask of whoever drives a run or a suite.
 
 Ctrl-C, SIGTERM     to save after the step at hand and to stop; the second one to stop at once
-SIGUSR1, SIGHUP     to save and to stop, however often they come: a scheduler sends the one ahead of its time limit, the other
-                    comes of a terminal that is gone
+SIGUSR1, SIGHUP     to save and to stop, however often they come: a scheduler sends the one ahead of
+                    its time limit, the other comes of a terminal that is gone
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from pipeline.job import STOP, was_stopped
 
 PATIENT = (signal.SIGUSR1, signal.SIGHUP)
 ECHO_S = 0.3
-"""One wish may come as several signals: to a process and to its group, or for each thread of a parent that dies (Linux 6)."""
+"""One wish may come as several signals: to a process and to its group, or for each thread of a
+parent that dies (Linux 6).
+"""
 
 
 @contextmanager
@@ -65,7 +67,9 @@ class StopRequest:
         self._is_said = False
 
     def hear(self, number: signal.Signals) -> None:
-        """Asks the workers. The first time nothing is said here: the main thread may be in the middle of a line."""
+        """Asks the workers. The first time nothing is said here: the main thread may be in the
+        middle of a line.
+        """
         if not self._by and not self._is_there():
             self._by = number.name
             self._ask()
@@ -76,7 +80,9 @@ class StopRequest:
                 os._exit(130)
 
     def tell(self) -> None:
-        """To be called now and then: says what was heard, and asks once more where storage did not take it."""
+        """To be called now and then: says what was heard, and asks once more where storage did not
+        take it.
+        """
         if not self._by:
             return
         if not self._is_there():

@@ -1,4 +1,6 @@
-"""What the commands launch and resume do with a suite: each recipe in turn, or side by side, never two on the same cores."""
+"""What the commands launch and resume do with a suite: each recipe in turn, or side by side, never
+two on the same cores.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,23 @@ from pipeline.waiting import say_stage
 
 
 def launch_suite(
-    suite: Suite, cluster: Cluster, runs: Path, *, stem: str, name: str | None = None, trust: tuple[str, ...] = ()
+    suite: Suite,
+    cluster: Cluster,
+    runs: Path,
+    *,
+    stem: str,
+    name: str | None = None,
+    trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Train a suite: its folder, or None when asked to stop. Without a `name` it is called `stem` and the time."""
+    """Train a suite: its folder, or None when asked to stop. Without a `name` it is called `stem`
+    and the time.
+    """
     launcher = cluster.launcher()
     parent = uuid.uuid4().hex
     folder, names = _names(suite, runs, stem=stem, name=name, mark=parent[:4])
-    suite_file = SuiteFile(suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster))
+    suite_file = SuiteFile(
+        suite=suite.resolved(), runs=names, parent=parent, cluster=asdict(cluster)
+    )
     SuiteFile.from_json(suite_file.to_json(), own=folder.name, trust=trust)
     say_stage(f"checking {counted(len(suite.recipes), 'recipe')} and their data")
     _check_ahead(suite, cluster, trust=trust)
@@ -66,7 +78,9 @@ def resume_suite(
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Go on with a suite where it stopped, `options` from now on (`change_suite`): its folder, or None when asked to stop."""
+    """Go on with a suite where it stopped, `options` from now on (`change_suite`): its folder, or
+    None when asked to stop.
+    """
     suite_file = SuiteFile.read(folder, trust=trust)
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
     for run in begun.values():
@@ -90,7 +104,13 @@ def resume_suite(
 
 
 def _train_the_rest(
-    folder: Path, suite_file: SuiteFile, cluster: Cluster, launcher: Launcher, slots: int, *, trust: tuple[str, ...]
+    folder: Path,
+    suite_file: SuiteFile,
+    cluster: Cluster,
+    launcher: Launcher,
+    slots: int,
+    *,
+    trust: tuple[str, ...],
 ) -> Path | None:
     """Every recipe whose run is not over, each from where its run stands, `slots` at a time."""
     console, runs, where = new_console(), folder.parent, runs_of(folder)
@@ -122,18 +142,25 @@ def _train_the_rest(
 
 
 def _agree_on_cores(children: Children, console: Console) -> None:
-    """Runs that began where there was room for another number at a time go on as those do that begin now."""
+    """Runs that began where there was room for another number at a time go on as those do that
+    begin now.
+    """
     cluster = children.cluster
     for run in (children.where[recipe.name] for recipe in children.left()):
-        if not run.exists() or is_driven(run):  # by whom a suite that was killed has left it to, who saves it and goes
+        if not run.exists() or is_driven(
+            run
+        ):  # by whom a suite that was killed has left it to, who saves it and goes
             continue
-        if begun_job(run, children.suite_file.parent, trust=children.trust).own_cores != cluster.of_workers["own_cores"]:
+        if (
+            begun_job(run, children.suite_file.parent, trust=children.trust).own_cores
+            != cluster.of_workers["own_cores"]
+        ):
             change_run(run, {"side_by_side": cluster.side_by_side}, console)
 
 
 def _tell_mlflow(children: Children, console: Console) -> None:
-    """How the suite and its runs stand once nobody drives them: one whose process was killed could not tell it itself, and
-    between two of them MLflow was told that the suite goes on."""
+    """How the suite and its runs stand once nobody drives them: one whose process was killed could
+    not tell it itself, and between two of them MLflow was told that the suite goes on."""
     try:
         begun = {name: run for name, run in children.where.items() if state_of(run) != "new"}
         if not begun or not children.left():  # the last run has told it
@@ -141,7 +168,11 @@ def _tell_mlflow(children: Children, console: Console) -> None:
         ended = [run for name, run in begun.items() if not children.is_over(name)]
         for run in ended or [*begun.values()][-1:]:
             sync(run, uri=tracking_uri(children.runs))
-    except (TrackingError, OSError, ValueError) as error:  # another one may be on its way to the user
+    except (
+        TrackingError,
+        OSError,
+        ValueError,
+    ) as error:  # another one may be on its way to the user
         say(console, str(error))
 
 
@@ -152,7 +183,9 @@ def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> 
         for recipe in left:
             finished = _train_one(children, recipe, launcher, console)
             # Who asks during a run's last batch finds it finished: it is the suite that stops.
-            if not finished or (was_stopped(children.where[recipe.name]) and recipe is not left[-1]):
+            if not finished or (
+                was_stopped(children.where[recipe.name]) and recipe is not left[-1]
+            ):
                 return False
     except KeyboardInterrupt:  # between two runs
         return False
@@ -163,26 +196,34 @@ def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: 
     """False when it was asked to stop. What diverges has been told, and is an answer."""
     job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
     try:
-        return train(job, launcher, children.runs, console, address=children.cluster.address_to_say(launched))
+        return train(
+            job, launcher, children.runs, console, address=children.cluster.address_to_say(launched)
+        )
     except Refused:
         if not children.is_over(recipe.name):
             raise
         return True
 
 
-def _check_ahead(suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()) -> None:
-    """Refuse what can be refused before any of them trains; each is checked again, with the weights it refers to, in its turn."""
+def _check_ahead(
+    suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()
+) -> None:
+    """Refuse what can be refused before any of them trains; each is checked again, with the weights
+    it refers to, in its turn.
+    """
     with with_stand_ins(suite) as recipes:
         for recipe in recipes:
             if recipe.name not in begun:
                 check(recipe, cluster, trust=trust)
 
 
-def _names(suite: Suite, runs: Path, *, stem: str, name: str | None, mark: str) -> tuple[Path, tuple[str, ...]]:
+def _names(
+    suite: Suite, runs: Path, *, stem: str, name: str | None, mark: str
+) -> tuple[Path, tuple[str, ...]]:
     """The suite's folder and the names of its runs, none of which is taken.
 
-    `mark` sets them apart from those of a suite that is launched in the same second, as runs get their folders later.
-    """
+    `mark` sets them apart from those of a suite that is launched in the same second, as runs get
+    their folders later."""
     if name is not None:
         refuse_taken(named(runs, name))
     stamp = time.strftime("%Y%m%d-%H%M%S")

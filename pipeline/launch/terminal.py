@@ -1,4 +1,6 @@
-"""A terminal that may be lost while a run trains: a full disk beneath a log, a pipe that nobody reads, an ssh that ended."""
+"""A terminal that may be lost while a run trains: a full disk beneath a log, a pipe that nobody
+reads, an ssh that ended.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,17 @@ _STDERR = 2
 
 
 def outlive(console: Console) -> None:
-    """From here on nothing that is printed on it raises: once it takes no more, that is said on stderr, and all is quiet."""
+    """From here on nothing that is printed on it raises: once it takes no more, that is said on
+    stderr, and all is quiet.
+    """
     if not isinstance(console.file, _Losable):
         console.file = cast(IO[str], _Losable(console.file))
 
 
 class _Losable:
-    """Writes to `file` until it fails. So rich (15.0), too, never meets a broken pipe, of which it ends the process."""
+    """Writes to `file` until it fails. So rich (15.0), too, never meets a broken pipe, of which it
+    ends the process.
+    """
 
     def __init__(self, file: IO[str]) -> None:
         self._file, self._is_lost = file, False
@@ -42,12 +48,17 @@ class _Losable:
         except OSError as error:
             self._is_lost = True
             with suppress(OSError):
-                told = f"shown no more: {error.strerror or error}; training goes on, and its journal has everything\n"
+                told = (
+                    f"shown no more: {error.strerror or error}; training goes on, and its journal"
+                    " has everything\n"
+                )
                 os.write(_STDERR, told.encode())
             self._empty()
 
     def _empty(self) -> None:
-        """What its buffer holds goes nowhere: the interpreter would try again as it ends, and end with 120 (Python 3.11)."""
+        """What its buffer holds goes nowhere: the interpreter would try again as it ends, and end
+        with 120 (Python 3.11).
+        """
         with suppress(OSError, ValueError):  # it may have no descriptor
             descriptor, nowhere = self._file.fileno(), os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)

@@ -40,7 +40,9 @@ class Trainer(TorchTrainer):
         awaits_nodes: whether the workers wait for nodes to come back or to be replaced.
     """
 
-    def __init__(self, *args: Any, sizes: Sequence[int], folder: Path, awaits_nodes: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, sizes: Sequence[int], folder: Path, awaits_nodes: bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         failures = self.run_config.failure_config
         assert failures is not None  # Ray's default is one
@@ -48,7 +50,9 @@ class Trainer(TorchTrainer):
         restarts = Restarts(failures, folder=folder, awaits_nodes=awaits_nodes and not several)
         self._policies: dict[str, Any] = {"failure_policy": restarts}
         if several:
-            self._policies["scaling_policy"] = Resizing(self.scaling_config, sizes=sizes, folder=folder)
+            self._policies["scaling_policy"] = Resizing(
+                self.scaling_config, sizes=sizes, folder=folder
+            )
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         return super()._initialize_and_run_controller(**{**parts, **self._policies})

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from pipeline.measure.energy import in_words
 from pipeline.printing import say
@@ -19,11 +27,12 @@ from pipeline.units import counted
 
 
 class Watch:
-    """Draws the events that `show` is given, some times a second or more rarely; `close` ends the bar.
+    """Draws the events that `show` is given, some times a second or more rarely; `close` ends the
+    bar.
 
-    At once it prints where the run is kept and the command that resumes it. `every` is the number of seconds between lines
-    where the console is no terminal; `clock` tells them. A `name` begins each line: then several runs are shown at once, and
-    none of them has a bar.
+    At once it prints where the run is kept and the command that resumes it. `every` is the number
+    of seconds between lines where the console is no terminal; `clock` tells them. A `name` begins
+    each line: then several runs are shown at once, and none of them has a bar.
     """
 
     def __init__(
@@ -75,13 +84,16 @@ class Watch:
             self._bar.stop()
             self._bar = None
 
-    # ----------------------------------------------------------------------------------------------------------- events
+    # --------------------------------------------------------------------------------------- events
 
     def _on_start(self, event: dict[str, Any]) -> None:
         self._start, self._newest = event, {}
         if (event.get("hardware") or {}).get("gpu", "none") != "none":
             cores, loaders = event["hardware"].get("threads"), event.get("loader_threads")
-            self._say(f"cores   {cores} for each GPU, {loaders} loader threads (--cpus-per-worker, --loader-threads)")
+            self._say(
+                f"cores   {cores} for each GPU, {loaders} loader threads (--cpus-per-worker,"
+                " --loader-threads)"
+            )
         done, total = event.get("step", 0), event.get("total_steps")
         workers = counted(event.get("world_size"), "worker")
         if event.get("attempt", 0):
@@ -89,7 +101,10 @@ class Watch:
         else:
             steps, samples = counted(total, "step"), counted(event.get("batch_size"), "sample")
             what = f"{event.get('rule')} on {workers}, {steps} of {samples}"
-            self._say(f"start   {what}, study {str(event.get('study', ''))[:8]}, commit {event.get('commit')}")
+            self._say(
+                f"start   {what}, study {str(event.get('study', ''))[:8]}, commit"
+                f" {event.get('commit')}"
+            )
         if done != total:
             self._say("waiting for the first batch, which compiles what reads the data")
         if self._has_bar:
@@ -100,32 +115,58 @@ class Watch:
             self._bar.reset(self._task, total=total, completed=done, text="")
 
     def _on_first_batch(self, event: dict[str, Any]) -> None:
-        self._say(f"started after {_short(event.get('startup_s'))} s: imports, compilation and the first batch are done")
+        self._say(
+            f"started after {_short(event.get('startup_s'))} s: imports, compilation and the first"
+            " batch are done"
+        )
         self._start = {**self._start, "step": event.get("step", 0), "time": event.get("time", 0)}
 
     def _on_phase(self, event: dict[str, Any]) -> None:
         head = "" if event.get("head") is None else f", head {event['head']}"
         place = f"{_from_one(event.get('phase'))}/{event.get('of')}"
         self._say(
-            f"phase {place}, {event.get('name')}: from step {event.get('step')}, {counted(event.get('steps'), 'step')}{head}"
+            f"phase {place}, {event.get('name')}: from step {event.get('step')},"
+            f" {counted(event.get('steps'), 'step')}{head}"
         )
 
     def _on_evaluation(self, event: dict[str, Any]) -> None:
         metrics = event.get("metrics", {})
-        parts = [f"{name} {_share(metrics[key])}" for name, key in (("top-1", "top1"), ("top-5", "top5")) if key in metrics]
-        parts += [f"{key.replace('_', ' ')} {_short(metrics[key])}" for key in ("loss", "firing_rate") if key in metrics]
+        parts = [
+            f"{name} {_share(metrics[key])}"
+            for name, key in (("top-1", "top1"), ("top-5", "top5"))
+            if key in metrics
+        ]
+        parts += [
+            f"{key.replace('_', ' ')} {_short(metrics[key])}"
+            for key in ("loss", "firing_rate")
+            if key in metrics
+        ]
         parts += [f"BWT {_share(metrics['bwt'])}"] if "bwt" in metrics else []
         self._accuracy = _share(metrics["top1"]) if "top1" in metrics else ""
-        self._say(f"evaluation after step {event.get('step')} (epoch {_from_one(event.get('epoch'))}): {', '.join(parts)}")
-        tasks = [f"{key.removeprefix('top1_')} {_share(top1)}" for key, top1 in metrics.items() if key.startswith("top1_")]
+        self._say(
+            f"evaluation after step {event.get('step')} (epoch {_from_one(event.get('epoch'))}):"
+            f" {', '.join(parts)}"
+        )
+        tasks = [
+            f"{key.removeprefix('top1_')} {_share(top1)}"
+            for key, top1 in metrics.items()
+            if key.startswith("top1_")
+        ]
         if len(tasks) > 1:
             self._say(f"each task: {', '.join(tasks)}")
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         if self._bar is not None:
             return  # a terminal shows the bar; a log should say what can be resumed
-        size, written, stalled = _bytes(event.get("bytes")), _short(event.get("write_s")), _short(event.get("stall_s"))
-        self._say(f"checkpoint at step {event.get('step')}: {size} in {written} s, training stood still for {stalled} s")
+        size, written, stalled = (
+            _bytes(event.get("bytes")),
+            _short(event.get("write_s")),
+            _short(event.get("stall_s")),
+        )
+        self._say(
+            f"checkpoint at step {event.get('step')}: {size} in {written} s, training stood still"
+            f" for {stalled} s"
+        )
 
     def _on_quarantine(self, event: dict[str, Any]) -> None:
         self._say(f"quarantined {event.get('path')}: {event.get('reason')}")
@@ -135,10 +176,15 @@ class Watch:
 
     def _on_waiting(self, event: dict[str, Any]) -> None:
         why = f": {event['error']}" if event.get("error") else ""
-        self._say(f"{event.get('what')} is waited for, for up to {_short(event.get('most_s'))} s{why}")
+        self._say(
+            f"{event.get('what')} is waited for, for up to {_short(event.get('most_s'))} s{why}"
+        )
 
     def _on_undeleted(self, event: dict[str, Any]) -> None:
-        self._say(f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted: {event.get('error')}")
+        self._say(
+            f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted:"
+            f" {event.get('error')}"
+        )
 
     def _on_skipped(self, event: dict[str, Any]) -> None:
         samples = counted(event.get("samples"), "sample")
@@ -149,7 +195,9 @@ class Watch:
         when = "soon" if left is None else f"in {left:.0f} s"
         count = len(event.get("machines") or ())
         which = f"{counted(count, 'machine')} {'is' if count == 1 else 'are'}"
-        self._say(f"{which} taken away {when}: a checkpoint at step {event.get('step')} is begun")  # and told once it is whole
+        self._say(
+            f"{which} taken away {when}: a checkpoint at step {event.get('step')} is begun"
+        )  # and told once it is whole
 
     def _on_stopped(self, event: dict[str, Any]) -> None:
         self._say(f"stopped after step {event.get('step')}: {event.get('reason')}")
@@ -158,24 +206,39 @@ class Watch:
         self._say(f"failed: {event.get('error')}")
 
     def _on_hung(self, event: dict[str, Any]) -> None:
-        self._say(f"worker {event.get('worker')} gave no sign of life: what it was at is in {event.get('stacks')}")
+        self._say(
+            f"worker {event.get('worker')} gave no sign of life: what it was at is in"
+            f" {event.get('stacks')}"
+        )
 
     def _on_died(self, event: dict[str, Any]) -> None:
         self._say(f"worker {event.get('worker')} ended: {event.get('error')}")
 
     def _on_rollback(self, event: dict[str, Any]) -> None:
-        self._say(f"{_batch(event)}: {event.get('reason')}; back to step {event.get('to')}{_advice(event)}")
+        self._say(
+            f"{_batch(event)}: {event.get('reason')}; back to step"
+            f" {event.get('to')}{_advice(event)}"
+        )
 
     def _on_straggler(self, event: dict[str, Any]) -> None:
         for rank, about in (event.get("workers") or {}).items():
-            self._say(f"worker {rank} on {about.get('host')} takes {about.get('times', 0):.1f} times as long as the others")
+            self._say(
+                f"worker {rank} on {about.get('host')} takes {about.get('times', 0):.1f} times as"
+                " long as the others"
+            )
 
     def _on_data_wait(self, event: dict[str, Any]) -> None:
         waits = f"training waits for data {_share(event.get('share'))} of the time"
-        self._say(f"{waits}: take more --loader-threads, now {event.get('loader_threads')}, and more --cpus-per-worker")
+        self._say(
+            f"{waits}: take more --loader-threads, now {event.get('loader_threads')}, and more"
+            " --cpus-per-worker"
+        )
 
     def _on_smaller(self, event: dict[str, Any]) -> None:
-        self._say(f"out of memory: at most {counted(event.get('micro_batch'), 'sample')} at a time from here on")
+        self._say(
+            f"out of memory: at most {counted(event.get('micro_batch'), 'sample')} at a time from"
+            " here on"
+        )
 
     def _on_diverged(self, event: dict[str, Any]) -> None:
         self._say(f"diverged: {event.get('error')}")
@@ -194,7 +257,7 @@ class Watch:
         diverged = f"; its training diverged and went back {counted(back, 'time')}" if back else ""
         self._say(f"finished: {steps} in {_short(event.get('wall_s'))} s{top1}{bwt}{diverged}")
 
-    # ---------------------------------------------------------------------------------------------------------- drawing
+    # -------------------------------------------------------------------------------------- drawing
 
     def _draw(self) -> None:
         event, metrics = self._newest, self._newest.get("metrics", {})
@@ -202,7 +265,8 @@ class Watch:
             f"epoch {_from_one(event.get('epoch'))}/{self._start.get('epochs', '?')}",
             f"{_short(metrics.get('images_per_s'))} images/s",
             f"loss {_short(metrics.get('loss'))}",
-            f"top-1 {_share(metrics.get('top1'))}" + (f" (val {self._accuracy})" if self._accuracy else ""),
+            f"top-1 {_share(metrics.get('top1'))}"
+            + (f" (val {self._accuracy})" if self._accuracy else ""),
             _bytes(event.get("memory_bytes")),
         ]
         if self._bar is not None:
@@ -211,26 +275,38 @@ class Watch:
         if self._has_bar or self._clock() - self._shown < self._every:
             return
         self._shown = self._clock()
-        self._say(f"step {event.get('step')}/{self._start.get('total_steps', '?')}  {'  '.join(parts)}{self._left()}")
+        self._say(
+            f"step {event.get('step')}/{self._start.get('total_steps', '?')} "
+            f" {'  '.join(parts)}{self._left()}"
+        )
 
     def _fitting(self, parts: list[str]) -> str:
         """As many parts as fit beside the bar: rich would cut the times that stand after them."""
         steps = 2 * len(str(self._start.get("total_steps", ""))) + 1
-        beside = (len(str(self._start.get("rule", ""))), _bar_width(self._console), steps, *2 * [len("00:00:00")])
+        beside = (
+            len(str(self._start.get("rule", ""))),
+            _bar_width(self._console),
+            steps,
+            *2 * [len("00:00:00")],
+        )
         room = self._console.width - sum(beside) - len(beside)
         while parts and len("  ".join(parts)) > room:
             parts = parts[:-1]
         return "  ".join(parts)
 
     def _left(self) -> str:
-        """Time to the end at the speed since the first batch of this start; a bar knows by itself."""
+        """Time to the end at the speed since the first batch of this start; a bar knows by
+        itself.
+        """
         done, seconds = (
             self._newest.get("step", 0) - self._start.get("step", 0),
             self._newest["time"] - self._start.get("time", 0),
         )
         if not self._start.get("total_steps") or done <= 0:
             return ""
-        minutes, rest = divmod(int((self._start["total_steps"] - self._newest["step"]) * seconds / done), 60)
+        minutes, rest = divmod(
+            int((self._start["total_steps"] - self._newest["step"]) * seconds / done), 60
+        )
         return f"  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
     def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
@@ -269,7 +345,11 @@ def _bytes(value: Any) -> str:
     found = number(value)
     if found is None:
         return "-"
-    scale, unit = next(pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if found >= pair[0] or pair[0] == 1)
+    scale, unit = next(
+        pair
+        for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+        if found >= pair[0] or pair[0] == 1
+    )
     return f"{found / scale:.3g} {unit}"
 
 
@@ -287,7 +367,8 @@ def _from_one(epoch: Any) -> Any:
 
 
 class Shown:
-    """Shows a run while it trains, from its journal as it grows. No error in here ends the training.
+    """Shows a run while it trains, from its journal as it grows. No error in here ends the
+    training.
 
     It begins where the journal in `folder` ends now. `store`, `resume_command` and `name` are
     `Watch`'s. `also` is given the same events.
@@ -307,7 +388,9 @@ class Shown:
         journal = folder / "journal.jsonl"
         end = journal.stat().st_size if journal.exists() else 0
         self._follower = Follower(journal, offset=end)
-        self._watch = Watch(console, run_dir=folder, store=store, resume_command=resume_command, name=name)
+        self._watch = Watch(
+            console, run_dir=folder, store=store, resume_command=resume_command, name=name
+        )
         self._is_blind = self._is_broken = False
 
     def look(self) -> None:

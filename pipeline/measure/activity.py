@@ -55,7 +55,9 @@ class LayerActivity:
 
 
 def firing_rate(layers: Sequence[LayerActivity]) -> float:
-    """Spikes per neuron and time step of all layers together; NaN without a layer, of which nothing is known."""
+    """Spikes per neuron and time step of all layers together; NaN without a layer, of which nothing
+    is known.
+    """
     places = [each.neurons * len(each.rates) for each in layers]
     if not places:
         return math.nan
@@ -63,11 +65,12 @@ def firing_rate(layers: Sequence[LayerActivity]) -> float:
 
 
 class Activity:
-    """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron and time step.
+    """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron and time
+    step.
 
-    `every`: of one in so many samples, drawn by their ids: the same ones for any number of workers, and in step with no set
-    whose classes take turns. It passes over their spikes alone, and waits for a GPU in `layers` alone. Exact up to 2^24 samples.
-    """
+    `every`: of one in so many samples, drawn by their ids: the same ones for any number of workers,
+    and in step with no set whose classes take turns. It passes over their spikes alone, and waits
+    for a GPU in `layers` alone. Exact up to 2^24 samples."""
 
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
         self.every = every
@@ -109,8 +112,13 @@ class Activity:
         """
         if not self._layers:
             return ()
-        sizes_L2 = largest(torch.tensor([layer.fired_TN.shape for layer in self._layers], dtype=torch.int64)).tolist()
-        widened = [layer.widened(steps, neurons).cpu() for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)]
+        sizes_L2 = largest(
+            torch.tensor([layer.fired_TN.shape for layer in self._layers], dtype=torch.int64)
+        ).tolist()
+        widened = [
+            layer.widened(steps, neurons).cpu()
+            for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)
+        ]
         by_step = [fired_TN.sum(1, dtype=torch.float64) for fired_TN in widened]
         steps_T = total(torch.cat([*by_step, torch.tensor([self._samples], dtype=torch.float64)]))
         neurons_N = total(torch.cat([fired_TN.sum(0, dtype=torch.int32) for fired_TN in widened]))
@@ -122,16 +130,22 @@ class Activity:
                 rates = (spikes_T / (samples * len(spikes_N))).tolist()
                 always = (spikes_N == len(spikes_T) * int(samples)).double().mean()
                 never = (spikes_N == 0).double().mean()
-                about = {"samples": int(samples), "silent": float(never), "saturated": float(always)}
-                found.append(LayerActivity(name=name, neurons=len(spikes_N), rates=tuple(rates), **about))
+                about = {
+                    "samples": int(samples),
+                    "silent": float(never),
+                    "saturated": float(always),
+                }
+                found.append(
+                    LayerActivity(name=name, neurons=len(spikes_N), rates=tuple(rates), **about)
+                )
         return tuple(found)
 
 
 class _Drawn:
     """The samples of the batch at hand that are counted.
 
-    In lists, and once for all layers: a network has just passed through the caches, and the smallest operation of torch takes as
-    long there as a loop over a batch.
+    In lists, and once for all layers: a network has just passed through the caches, and the
+    smallest operation of torch takes as long there as a loop over a batch.
     """
 
     def __init__(self, places: list[int]) -> None:
@@ -139,12 +153,19 @@ class _Drawn:
         self._rows: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, steps: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where they lie in spikes whose time steps and samples are one dimension, [T C], and where each step of them begins."""
+        """Where they lie in spikes whose time steps and samples are one dimension, [T C], and where
+        each step of them begins.
+        """
         key = steps, batch, device
         if key not in self._rows:
-            row_TC = torch.tensor([step * batch + place for step in range(steps) for place in self.places])
+            row_TC = torch.tensor(
+                [step * batch + place for step in range(steps) for place in self.places]
+            )
             first_T = torch.tensor([step * len(self.places) for step in range(steps)])
-            self._rows[key] = row_TC.to(device, non_blocking=True), first_T.to(device, non_blocking=True)
+            self._rows[key] = (
+                row_TC.to(device, non_blocking=True),
+                first_T.to(device, non_blocking=True),
+            )
         return self._rows[key]
 
 
@@ -165,13 +186,17 @@ class _Layer:
         s_RN = s_TB.reshape(steps * batch, -1)
         row_TC, first_T = self.drawn.rows(steps, batch, s_TB.device)
         if _fires_ones(neuron) and s_TB.dtype == torch.float32:
-            fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]  # sums the rows where they lie, without a copy of them
+            fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[
+                0
+            ]  # sums the rows where they lie, without a copy of them
         else:
             fired_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
         first, self.step = self.step, self.step + steps
         if len(self.fired_TN) < self.step:
             self.fired_TN = self.widened(self.step, fired_TN.shape[1]).to(s_TB.device)
-        counted_TN = self.fired_TN if steps == len(self.fired_TN) else self.fired_TN[first : self.step]
+        counted_TN = (
+            self.fired_TN if steps == len(self.fired_TN) else self.fired_TN[first : self.step]
+        )
         counted_TN += fired_TN
 
     def widened(self, steps: int, neurons: int) -> Tensor:
@@ -182,6 +207,6 @@ class _Layer:
 
 
 def _fires_ones(neuron: nn.Module) -> bool:
-    """Whether each of its spikes is a 1: those of LIF's own step are, a rate neuron's have a height, and a rule's gradient may
-    give what it likes."""
+    """Whether each of its spikes is a 1: those of LIF's own step are, a rate neuron's have a
+    height, and a rule's gradient may give what it likes."""
     return isinstance(neuron, LIF) and type(neuron).step is LIF.step and neuron.gradient is None

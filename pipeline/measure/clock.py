@@ -1,17 +1,21 @@
-"""Where the time of training goes: at each moment of a batch exactly one part is charged, the innermost that is entered.
+"""Where the time of training goes: at each moment of a batch exactly one part is charged, the
+innermost that is entered.
 
     with clock.batch():
         with clock.part("data_wait"):  ...
         with clock.part("backward"):   ...       # in which a collective may charge "communication"
 
-What no part is entered for is charged to REST. So the parts of a batch, with REST, are its seconds, to the last digit.
+What no part is entered for is charged to REST. So the parts of a batch, with REST, are its seconds,
+to the last digit.
 
-On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels and its seconds mean nothing, so each boundary is an
-event on the stream, and a part's seconds are the stream's: a wait for data is charged for as long as kernels had to wait for it.
-Nobody waits for an event before `take` asks for the seconds.
+On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels and its seconds mean
+nothing, so each boundary is an event on the stream, and a part's seconds are the stream's: a wait
+for data is charged for as long as kernels had to wait for it. Nobody waits for an event before
+`take` asks for the seconds.
 
-A batch has some thirty boundaries, each behind a layer that has just passed through the caches, where every call is one of
-microseconds: so at a boundary there are few, and nothing is made but the time.
+A batch has some thirty boundaries, each behind a layer that has just passed through the caches,
+where every call is one of microseconds: so at a boundary there are few, and nothing is made but the
+time.
 """
 
 from __future__ import annotations
@@ -27,7 +31,16 @@ from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 
 __all__ = ["BETWEEN", "PARTS", "REST", "Between", "Clock", "Part"]
 
-Part = Literal["data_wait", "transfer", "teacher", "forward", "backward", "communication", "optimizer", "metrics"]
+Part = Literal[
+    "data_wait",
+    "transfer",
+    "teacher",
+    "forward",
+    "backward",
+    "communication",
+    "optimizer",
+    "metrics",
+]
 Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
 T_ = TypeVar("T_")
 
@@ -41,9 +54,13 @@ class Clock:
         self._now: Callable[[], Any] = self._event if self._is_cuda else time.perf_counter
         self._parts = {name: _Part(self, name) for name in PARTS}
         self.entered: list[str] = [REST]
-        """the innermost last; also by a thread of autograd (a collective in a hook of a gradient), for which the loop's waits"""
+        """the innermost last; also by a thread of autograd (a collective in a hook of a gradient),
+        for which the loop's waits
+        """
         self._boundaries: list[Any] | None = None
-        """of the batch at hand: what begins and when, seconds or an event, in turn; the last one ends it"""
+        """of the batch at hand: what begins and when, seconds or an event, in turn; the last one
+        ends it
+        """
         self._ended: list[list[Any]] = []
 
     @contextmanager
@@ -79,7 +96,9 @@ class Clock:
             self._boundaries += name, self._now()
 
     def take(self) -> list[dict[str, float]]:
-        """The seconds of each part, and of REST, in every batch that ended since the last `take`; waits for the device."""
+        """The seconds of each part, and of REST, in every batch that ended since the last `take`;
+        waits for the device.
+        """
         ended, self._ended = self._ended, []
         if self._is_cuda and ended:
             ended[-1][-1].synchronize()

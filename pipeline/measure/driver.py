@@ -1,7 +1,8 @@
 """Whether torch can use the GPUs of this machine, and what to do where it cannot.
 
-Ray counts cards through NVML, which every driver answers; torch asks CUDA, which refuses a driver that is older than the CUDA
-that torch was built for. Without a word ahead, workers would be given cards and die.
+Ray counts cards through NVML, which every driver answers; torch asks CUDA, which refuses a driver
+that is older than the CUDA that torch was built for. Without a word ahead, workers would be given
+cards and die.
 """
 
 from __future__ import annotations
@@ -60,22 +61,34 @@ def unusable_cards() -> Unusable | None:
     if not driver.cards:
         return None
     here = f"the {driver.cards} GPUs here" if driver.cards > 1 else "the GPU here"
-    of_driver = f"NVIDIA's driver {driver.version}, which runs CUDA {driver.cuda[0]}.{driver.cuda[1]} and older"
+    of_driver = (
+        f"NVIDIA's driver {driver.version}, which runs CUDA {driver.cuda[0]}.{driver.cuda[1]} and"
+        " older"
+    )
     built = torch.version.cuda
     if built is None:
-        told = f"torch {torch.__version__} is built without CUDA and cannot use {here} ({of_driver})"
-        return Unusable(told, f"{_another_torch(driver) or _another_driver(min(OLDEST_DRIVERS))}, or {ON_A_CPU}")
+        told = (
+            f"torch {torch.__version__} is built without CUDA and cannot use {here} ({of_driver})"
+        )
+        return Unusable(
+            told, f"{_another_torch(driver) or _another_driver(min(OLDEST_DRIVERS))}, or {ON_A_CPU}"
+        )
     told = f"torch {torch.__version__} is built for CUDA {built} and cannot use {here}"
     major = int(built.split(".")[0])
     if driver.cuda[0] < major:
         ways = [_another_driver(major), _another_torch(driver), ON_A_CPU]
         return Unusable(f"{told}: this is {of_driver}", ", or ".join(way for way in ways if way))
-    advice = f"see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility; or {ON_A_CPU}"
+    advice = (
+        "see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility; or"
+        f" {ON_A_CPU}"
+    )
     return Unusable(f"{told}: {_reason()}; the driver is new enough ({of_driver})", advice)
 
 
 def _hides_all(visible: str | None) -> bool:
-    """CUDA takes the cards before the first name that it does not know: `""`, `-1` and Slurm's `NoDevFiles` are none."""
+    """CUDA takes the cards before the first name that it does not know: `""`, `-1` and Slurm's
+    `NoDevFiles` are none.
+    """
     return visible is not None and re.match(r"\d|GPU-|MIG-", visible) is None
 
 
@@ -93,12 +106,19 @@ def _driver() -> _Driver:
 def _without_answer(error: pynvml.NVMLError) -> Unusable:
     told = f"NVIDIA's driver does not answer for the GPUs in {DEVICES}: {error}"
     rest = "a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-    return Unusable(told, f"see nvidia-smi; after an update of the driver restart the machine; {rest}; or {ON_A_CPU}")
+    return Unusable(
+        told,
+        f"see nvidia-smi; after an update of the driver restart the machine; {rest}; or {ON_A_CPU}",
+    )
 
 
 def _another_driver(cuda: int) -> str:
     oldest = OLDEST_DRIVERS.get(cuda)
-    return f"install a driver that runs CUDA {cuda}" if oldest is None else f"install driver {oldest} or newer"
+    return (
+        f"install a driver that runs CUDA {cuda}"
+        if oldest is None
+        else f"install driver {oldest} or newer"
+    )
 
 
 def _another_torch(driver: _Driver) -> str:

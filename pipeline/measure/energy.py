@@ -1,15 +1,18 @@
-"""What an inference would cost in energy, from the operations that it really makes: an estimate, beside what a card measured.
+"""What an inference would cost in energy, from the operations that it really makes: an estimate,
+beside what a card measured.
 
-    E = mac MACs + ac ACs        MACs: products of two real numbers, each with its addition;  ACs: additions alone, for spikes
+    E = mac MACs + ac ACs        MACs: products of two real numbers, each with its addition;  ACs:
+    additions alone, for spikes
 
-What is counted is what is made: a still image meets the first layer once, and its zeros cost nothing. Most papers count that
-layer at each of T steps, zeros too: theirs is T times as large or more, which must be said where ours stands beside it. And a
-mean of spikes, as a pool makes it, is a real number, whose products are MACs; counts of synaptic operations take it for a spike,
-and their price for such a layer is up to five times lower.
+What is counted is what is made: a still image meets the first layer once, and its zeros cost
+nothing. Most papers count that layer at each of T steps, zeros too: theirs is T times as large or
+more, which must be said where ours stands beside it. And a mean of spikes, as a pool makes it, is a
+real number, whose products are MACs; counts of synaptic operations take it for a spike, and their
+price for such a layer is up to five times lower.
 
-The prices are of arithmetic alone; moving weights and membranes costs more on most chips and is not in them. What a card says
-that it used (`measure/joules.py`) is all that it used, on a chip of another kind: it stands beside the estimate.
-"""
+The prices are of arithmetic alone; moving weights and membranes costs more on most chips and is not
+in them. What a card says that it used (`measure/joules.py`) is all that it used, on a chip of
+another kind: it stands beside the estimate."""
 
 from __future__ import annotations
 
@@ -58,15 +61,28 @@ class Inference:
         return (self.work.additions - self.work.multiplications) / self.samples
 
     def told(self, measured_j: float | None = None, *, prices: Prices = FP32) -> dict[str, Any]:
-        """For a summary: operations of a sample, and their energy in J, by these prices and by those of every table.
+        """For a summary: operations of a sample, and their energy in J, by these prices and by
+        those of every table.
 
-        `measured_j`: of a sample, by the cards' own counters; where none told, there is no such field.
+        `measured_j`: of a sample, by the cards' own counters; where none told, there is no such
+        field.
         """
         by_table = {table.name: energy_j(self.macs, self.acs, table) for table in TABLES}
-        energy = {"energy_j": energy_j(self.macs, self.acs, prices), "prices": prices.name, "energy_j_by_table": by_table}
+        energy = {
+            "energy_j": energy_j(self.macs, self.acs, prices),
+            "prices": prices.name,
+            "energy_j_by_table": by_table,
+        }
         measured = {} if measured_j is None else {"measured_j": measured_j}
         unknown = {"not_counted": list(self.not_counted)} if self.not_counted else {}
-        return {"macs": self.macs, "acs": self.acs, **energy, **measured, "samples": self.samples, **unknown}
+        return {
+            "macs": self.macs,
+            "acs": self.acs,
+            **energy,
+            **measured,
+            "samples": self.samples,
+            **unknown,
+        }
 
 
 def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
@@ -75,11 +91,21 @@ def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
 
 
 def in_words(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
-    """What `Inference.told` told: `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`"""
+    """What `Inference.told` told: `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a
+    CPU`
+    """
     measured = inference.get("measured_j")
     if measured is not None:
-        told = f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data included"
+        told = (
+            f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data"
+            " included"
+        )
     else:
         told = "not measured: no card told it" if on_gpu else "not measured on a CPU"
-    unknown = f", without {', '.join(inference['not_counted'])}" if inference.get("not_counted") else ""
-    return f"an inference: {shown(inference['energy_j'], kind='J')} estimated ({inference['prices']}{unknown}), {told}"
+    unknown = (
+        f", without {', '.join(inference['not_counted'])}" if inference.get("not_counted") else ""
+    )
+    return (
+        f"an inference: {shown(inference['energy_j'], kind='J')} estimated"
+        f" ({inference['prices']}{unknown}), {told}"
+    )

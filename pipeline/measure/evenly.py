@@ -1,8 +1,8 @@
 """A few of the samples that pass by, from all over them, however many there will be.
 
-Each place in the set draws a number, and the samples with the least are held. So a set that is sorted by class gives some of
-each, which its first batch does not; and one whose classes take turns does, too, with which every tenth sample would be in step.
-"""
+Each place in the set draws a number, and the samples with the least are held. So a set that is
+sorted by class gives some of each, which its first batch does not; and one whose classes take turns
+does, too, with which every tenth sample would be in step."""
 
 # T time, B batch
 
@@ -52,4 +52,6 @@ class Evenly:
         """`x_TB` of what is held, of at most `size` samples each; still images are still."""
         for first in range(0, len(self._held), size):
             held = self._held[first : first + size]
-            yield repeat(torch.stack(held), self._steps) if self._steps else torch.stack(held, dim=1)
+            yield (
+                repeat(torch.stack(held), self._steps) if self._steps else torch.stack(held, dim=1)
+            )

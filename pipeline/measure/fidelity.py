@@ -1,11 +1,13 @@
-"""How far a rule's gradient is from that of BPTT, layer by layer: g_w the gradient of a synapse's weight on one batch.
+"""How far a rule's gradient is from that of BPTT, layer by layer: g_w the gradient of a synapse's
+weight on one batch.
 
-    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where it gives nothing, -1 where what
-                                                                it gives is not finite
+    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where it
+                                                                gives nothing, -1 where what it
+                                                                gives is not finite
     temporal share   |g_BPTT - g_SLTT| / |g_BPTT|               what reaches the weight through time
 
-Both are of one batch at the weights as they are: they say what a rule drops there, not what it learns in the end.
-"""
+Both are of one batch at the weights as they are: they say what a rule drops there, not what it
+learns in the end."""
 
 # T time, B batch
 
@@ -41,11 +43,13 @@ def gradients(
     step: int = 0,
     batches: int = 1,
 ) -> dict[str, Tensor]:
-    """What `rule` gives the weight of every synapse of a copy of `network` on one batch, in order of registration.
+    """What `rule` gives the weight of every synapse of a copy of `network` on one batch, in order
+    of registration.
 
-    Dropout is off: BPTT draws it layer by layer and an online rule step by step, so that no seed makes them agree. The generators
-    are seeded alike for whatever else draws. What the rule draws, it draws with the seed of `world` for batch `step`. One that
-    learns by itself, as OPZO its matrices, begins with `learnt`, the state dict of a rule that trains (None: with nothing), sees
+    Dropout is off: BPTT draws it layer by layer and an online rule step by step, so that no seed
+    makes them agree. The generators are seeded alike for whatever else draws. What the rule draws,
+    it draws with the seed of `world` for batch `step`. One that learns by itself, as OPZO its
+    matrices, begins with `learnt`, the state dict of a rule that trains (None: with nothing), sees
     the batch `batches` times, and is asked the last time. `loss_for()` is a fresh loss for each.
 
     Raises: ValueError where the rule refuses the network.
@@ -69,8 +73,15 @@ def gradients(
             rule.end_of_batch()
     finally:
         rule.release()
-    synapses = {name: module for name, module in network.named_modules() if isinstance(module, (Linear, Conv2d))}
-    return {name: torch.zeros_like(w) if (w := module.weight).grad is None else w.grad for name, module in synapses.items()}
+    synapses = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, (Linear, Conv2d))
+    }
+    return {
+        name: torch.zeros_like(w) if (w := module.weight).grad is None else w.grad
+        for name, module in synapses.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -89,22 +100,33 @@ class Fidelity:
     @property
     def comparable(self) -> list[str]:
         """The synapses that BPTT gives a finite gradient that is not 0; the same for every rule."""
-        return [name for name, cosine in next(iter(self.cosines.values()), {}).items() if not math.isnan(cosine)]
+        return [
+            name
+            for name, cosine in next(iter(self.cosines.values()), {}).items()
+            if not math.isnan(cosine)
+        ]
 
     def lowest(self, label: str) -> tuple[str, float]:
         """The layer in which a rule's gradient is farthest from BPTT's, and its cosine."""
-        known = {name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)}
+        known = {
+            name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)
+        }
         return min(known.items(), key=lambda item: item[1]) if known else ("", math.nan)
 
 
-def fidelity(bptt: Gradients, sltt: Gradients | None, others: Mapping[str, Sequence[Gradients]]) -> Fidelity:
+def fidelity(
+    bptt: Gradients, sltt: Gradients | None, others: Mapping[str, Sequence[Gradients]]
+) -> Fidelity:
     """Compare gradients of one network on one batch.
 
-    `sltt`: None where SLTT cannot train it, so that its share is not known; `others`: by label, what each gave in its draws.
-    """
+    `sltt`: None where SLTT cannot train it, so that its share is not known; `others`: by label,
+    what each gave in its draws."""
     shares = {} if sltt is None else {name: _share(g, sltt[name]) for name, g in bptt.items()}
     cosines = {
-        label: {name: statistics.fmean(_cosine(g, draw[name]) for draw in draws) for name, g in bptt.items()}
+        label: {
+            name: statistics.fmean(_cosine(g, draw[name]) for draw in draws)
+            for name, g in bptt.items()
+        }
         for label, draws in others.items()
     }
     return Fidelity(shares, cosines)

@@ -18,7 +18,9 @@ class Held:
     gradients: int
     """while a batch is differentiated: of every parameter that learns"""
     optimizer: int
-    """what it keeps of the parameters: momentum and the like; under ZeRO of this worker's share of them"""
+    """what it keeps of the parameters: momentum and the like; under ZeRO of this worker's share of
+    them
+    """
 
     @property
     def total(self) -> int:
@@ -28,7 +30,12 @@ class Held:
 def held(network: nn.Module, optimizer: torch.optim.Optimizer) -> Held:
     """After the optimizer's first step; before it, it keeps nothing."""
     learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    kept = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    kept = (
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
     return Held(
         parameters=bytes_of(network.parameters()),
         buffers=bytes_of(network.buffers()),

@@ -1,4 +1,6 @@
-"""Memory: the bytes that backward keeps alive, the peaks of process and device, and the machine they were measured on."""
+"""Memory: the bytes that backward keeps alive, the peaks of process and device, and the machine
+they were measured on.
+"""
 
 from __future__ import annotations
 
@@ -41,22 +43,30 @@ __all__ = [
 
 
 class SavedBytes:
-    """Counts the bytes held for backward while it is entered: `with SavedBytes(model) as saved: ...; saved.peak`.
+    """Counts the bytes held for backward while it is entered: `with SavedBytes(model) as saved:
+    ...; saved.peak`.
 
-    `now` and `peak` are bytes of distinct storages that autograd's saved tensors hold at one moment: each storage whole
-    and once, however many nodes or views save it; the storages of `parameters` (a model, or an iterable of tensors), and so
-    their views, are left out. A storage counts from the first node that saves it until the last one is freed: by backward,
-    or later where the graph is retained. Copies of a weight (autocast, standardised weights) are not parameters and count.
+    `now` and `peak` are bytes of distinct storages that autograd's saved tensors hold at one
+    moment: each storage whole and once, however many nodes or views save it; the storages of
+    `parameters` (a model, or an iterable of tensors), and so their views, are left out. A storage
+    counts from the first node that saves it until the last one is freed: by backward, or later
+    where the graph is retained. Copies of a weight (autocast, standardised weights) are not
+    parameters and count.
 
-    The parameters' storages are taken when it is entered, because an engine such as DeepSpeed moves parameters into flat
-    buffers. A graph that outlives the context is still subtracted from `now` as it is freed. Tensors that hooks of somebody
-    else keep are not seen: torch.utils.checkpoint with use_reentrant=False hides what it recomputes (torch 2.13), while
-    use_reentrant=True, or a recomputation inside a Function's backward, is counted.
+    The parameters' storages are taken when it is entered, because an engine such as DeepSpeed moves
+    parameters into flat buffers. A graph that outlives the context is still subtracted from `now`
+    as it is freed. Tensors that hooks of somebody else keep are not seen: torch.utils.checkpoint
+    with use_reentrant=False hides what it recomputes (torch 2.13), while use_reentrant=True, or a
+    recomputation inside a Function's backward, is counted.
     """
 
     def __init__(self, parameters: nn.Module | Iterable[Tensor] = ()) -> None:
-        self._parameters = list(parameters.parameters()) if isinstance(parameters, nn.Module) else list(parameters)
-        self._excluded: dict[int, torch.UntypedStorage] = {}  # values: so that no other storage gets the key
+        self._parameters = (
+            list(parameters.parameters()) if isinstance(parameters, nn.Module) else list(parameters)
+        )
+        self._excluded: dict[
+            int, torch.UntypedStorage
+        ] = {}  # values: so that no other storage gets the key
         self._held: dict[int, list[int]] = {}  # storage -> [saved tensors in it, bytes]
         # Reentrant: the garbage collector may free a saved tensor while this thread saves another.
         # A lock at all: autograd runs one thread for each device.
@@ -113,10 +123,11 @@ class SavedBytes:
 
 
 class _Saved:
-    """What autograd holds in place of a tensor; freed exactly when autograd frees the tensor, and says so.
+    """What autograd holds in place of a tensor; freed exactly when autograd frees the tensor, and
+    says so.
 
-    It holds a detached alias: an output saved by its own node would otherwise hold that node, a cycle that nothing frees.
-    """
+    It holds a detached alias: an output saved by its own node would otherwise hold that node, a
+    cycle that nothing frees."""
 
     __slots__ = ("key", "owner", "tensor", "version")
 
@@ -128,17 +139,19 @@ class _Saved:
 
     def __del__(self) -> None:
         if self.owner is not None:
-            self.owner._release(self.key)  # before the storage goes, so that its key is free when it is given again
+            self.owner._release(
+                self.key
+            )  # before the storage goes, so that its key is free when it is given again
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    # torch 2.13 skips its version check where hooks are set (saved_variable.cpp), so it is made here: a measured batch must
-    # fail where a plain one does.
+    # torch 2.13 skips its version check where hooks are set (saved_variable.cpp), so it is made
+    # here: a measured batch must fail where a plain one does.
     if saved.tensor._version != saved.version:
         raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"[{saved.tensor.type()} {list(saved.tensor.shape)}] is at version {saved.tensor._version}; "
-            f"expected version {saved.version} instead"
+            "one of the variables needed for gradient computation has been modified by an inplace"
+            f" operation: [{saved.tensor.type()} {list(saved.tensor.shape)}] is at version"
+            f" {saved.tensor._version}; expected version {saved.version} instead"
         )
     return saved.tensor
 
@@ -146,8 +159,8 @@ def _unpack(saved: _Saved) -> Tensor:
 def peak_rss_bytes() -> int:
     """The highest resident memory of this process, in bytes, since its start or `reset_peak_rss`.
 
-    From VmHWM where there is a Linux /proc: getrusage's maximum survives exec, so a small child of a large parent reports
-    the parent's.
+    From VmHWM where there is a Linux /proc: getrusage's maximum survives exec, so a small child of
+    a large parent reports the parent's.
     """
     kilobytes = _proc_kilobytes("/proc/self/status", "VmHWM:")
     if kilobytes is not None:
@@ -166,7 +179,9 @@ def reset_peak_rss() -> bool:
 
 
 def pss_bytes() -> int:
-    """Resident memory of this process now, pages that n processes share counted as an n-th; 0 where the kernel does not tell."""
+    """Resident memory of this process now, pages that n processes share counted as an n-th; 0 where
+    the kernel does not tell.
+    """
     return (_proc_kilobytes("/proc/self/smaps_rollup", "Pss:") or 0) * 1024
 
 
@@ -186,7 +201,9 @@ def memory_now_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the device could still hold: a GPU's free memory; on a CPU what the kernel has available and a container may take."""
+    """What the device could still hold: a GPU's free memory; on a CPU what the kernel has available
+    and a container may take.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = (_proc_kilobytes("/proc/meminfo", "MemAvailable:") or 0) * 1024
@@ -197,23 +214,28 @@ def free_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, or this machine, had no more memory to give.
 
-    torch (2.13) raises `OutOfMemoryError` where its own allocator on a GPU fails. Everywhere else it raises a RuntimeError with
-    the text of whoever failed: its allocator on a CPU, cuBLAS, cuDNN, NCCL, the driver.
+    torch (2.13) raises `OutOfMemoryError` where its own allocator on a GPU fails. Everywhere else
+    it raises a RuntimeError with the text of whoever failed: its allocator on a CPU, cuBLAS, cuDNN,
+    NCCL, the driver.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
     said = str(error).lower()
-    return any(text in said for text in _OUT_OF_MEMORY) or (any(text in said for text in _PERHAPS) and _is_card_full())
+    return any(text in said for text in _OUT_OF_MEMORY) or (
+        any(text in said for text in _PERHAPS) and _is_card_full()
+    )
 
 
 _OUT_OF_MEMORY = (
-    "out of memory",  # "CUDA out of memory", "CUDA error: out of memory", NCCL's "Cuda failure 2 'out of memory'"
+    # "CUDA out of memory", "CUDA error: out of memory", NCCL's "Cuda failure 2 'out of memory'"
+    "out of memory",
     "cuda_error_out_of_memory",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
-    "allocation_failed",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED and ..._HOST_ALLOCATION_FAILED
+    # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED and ..._HOST_ALLOCATION_FAILED
+    "allocation_failed",
     "can't allocate memory",  # torch's DefaultCPUAllocator
     "cannot allocate memory",  # the kernel's text, of a mapping
 )
@@ -224,7 +246,9 @@ _PERHAPS = (
     "unable to find a valid cudnn algorithm",
     "unable to find an engine to execute this computation",
 )
-"""These have other causes, too. A full card is the common one: their workspaces and handles are not of torch's allocator."""
+"""These have other causes, too. A full card is the common one: their workspaces and handles are not
+of torch's allocator.
+"""
 _FULL = 0.05
 """of a card's memory is free, or less"""
 
@@ -232,7 +256,10 @@ _FULL = 0.05
 def _is_card_full() -> bool:
     try:
         free, total = torch.cuda.mem_get_info()
-    except (RuntimeError, AssertionError):  # no card, a torch without CUDA, or a card that answers no more
+    except (
+        RuntimeError,
+        AssertionError,
+    ):  # no card, a torch without CUDA, or a card that answers no more
         return False
     return free <= _FULL * total
 
@@ -244,17 +271,23 @@ def reset_peak_device_bytes(device: torch.device) -> None:
 
 
 def peak_device_bytes(device: torch.device) -> int:
-    """The most bytes torch's allocator held for tensors on the device since the reset; 0 on a CPU."""
+    """The most bytes torch's allocator held for tensors on the device since the reset; 0 on a
+    CPU.
+    """
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def peak_reserved_bytes(device: torch.device) -> int:
-    """Likewise what the allocator had taken from the device, held by tensors or kept for the next: what must fit the card."""
+    """Likewise what the allocator had taken from the device, held by tensors or kept for the next:
+    what must fit the card.
+    """
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def release_reserved_bytes(device: torch.device) -> None:
-    """Hand what torch's allocator keeps for the next tensors back to the device; nothing to do on a CPU."""
+    """Hand what torch's allocator keeps for the next tensors back to the device; nothing to do on a
+    CPU.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -265,10 +298,16 @@ def reserved_bytes(device: torch.device) -> int:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What speed and memory on `device` were measured on, flat, without the host's name: two equal machines compare equal."""
+    """What speed and memory on `device` were measured on, flat, without the host's name: two equal
+    machines compare equal.
+    """
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        ),
         "memory_gib": round((_proc_kilobytes("/proc/meminfo", "MemTotal:") or 0) / 2**20),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "torch": str(torch.__version__),
@@ -277,18 +316,25 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def other_than_here(machine: Mapping[str, Any], *, own_cores: bool) -> list[tuple[str, Any, Any]]:
-    """What differs of a worker's `hardware()` from that of `device_here`: each name, what is here, and what was there.
+    """What differs of a worker's `hardware()` from that of `device_here`: each name, what is here,
+    and what was there.
 
-    Threads are told by themselves. A worker on cores of its own saw those alone, and one on a card those near to it.
-    """
+    Threads are told by themselves. A worker on cores of its own saw those alone, and one on a card
+    those near to it."""
     device = device_here()
     unlike = {"threads", *(("cores",) if own_cores or device.type == "cuda" else ())}
     here = hardware(device)
-    return [(name, mine, machine.get(name)) for name, mine in here.items() if name not in unlike and mine != machine.get(name)]
+    return [
+        (name, mine, machine.get(name))
+        for name, mine in here.items()
+        if name not in unlike and mine != machine.get(name)
+    ]
 
 
 def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the workers' machines one: what they differ in is told with how many have it, whichever of them is rank 0."""
+    """Of the workers' machines one: what they differ in is told with how many have it, whichever of
+    them is rank 0.
+    """
 
     def over(values: list[Any]) -> Any:
         counts = sorted(Counter(values).items(), key=str)
@@ -301,7 +347,11 @@ def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def told_hardware(machine: Mapping[str, Any]) -> str:
     """What computed, of a `hardware()`: the GPU, or the CPU and torch's threads."""
-    return machine["gpu"] if machine["gpu"] != "none" else f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
+    return (
+        machine["gpu"]
+        if machine["gpu"] != "none"
+        else f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
+    )
 
 
 def _cpu_model() -> str:

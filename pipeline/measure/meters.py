@@ -1,4 +1,6 @@
-"""What training costs and how it goes, batch by batch: seconds by part, saved bytes, loss and hits."""
+"""What training costs and how it goes, batch by batch: seconds by part, saved bytes, loss and
+hits.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ T_ = TypeVar("T_")
 
 @dataclass
 class _Learnt:
-    """How learning went, on a batch or since the last `take`: kept as it comes, and summed when it is asked for."""
+    """How learning went, on a batch or since the last `take`: kept as it comes, and summed when it
+    is asked for.
+    """
 
     hit_B: list[Tensor] = field(default_factory=list)
     """whether each sample's answer was right, of each micro-batch"""
@@ -63,7 +67,9 @@ class _Learnt:
         """Loss, hits and samples."""
         found = torch.tensor([0.0, 0.0, self.samples], dtype=torch.float64, device=device)
         if self.losses:
-            found[0] = torch.cat(self.losses).double() @ torch.tensor(self.shares, dtype=torch.float64, device=device)
+            found[0] = torch.cat(self.losses).double() @ torch.tensor(
+                self.shares, dtype=torch.float64, device=device
+            )
             found[1] = torch.cat(self.hit_B).sum()
         return found
 
@@ -75,7 +81,9 @@ class _Batch:
     learnt: _Learnt = field(default_factory=_Learnt)
     backward_calls: int = 0
     kept: tuple[int, int] = (0, 0)
-    """where bytes are counted: saved ones, and those of states beside them, at the end of the forward that leaves most"""
+    """where bytes are counted: saved ones, and those of states beside them, at the end of the
+    forward that leaves most
+    """
 
 
 @dataclass
@@ -102,13 +110,15 @@ class Meters:
     Args:
         network: its parameters do not count as saved for backward.
         batch_size: samples in a global batch.
-        device: where loss and hits are summed; they, and the clock, are read only at `take`, so that a GPU is never waited for
-            in between.
-        memory_every: counting saved bytes costs time, so it is done on the second batch of an attempt and every so many
-            batches after it, and those batches are left out of the steady speed. A batch that is left in the middle counts
-            nothing, and the next one does in its place.
-        operations_every: likewise of operations, but from the third step of the run on, whatever attempt makes it: they depend
-            on how far the network has learnt, and not on how warm the machine is.
+        device: where loss and hits are summed; they, and the clock, are read only at `take`, so
+            that a GPU is never waited for in between.
+        memory_every: counting saved bytes costs time, so it is done on the second batch of an
+            attempt and every so many batches after it, and those batches are left out of the steady
+            speed. A batch that is left in the middle counts nothing, and the next one does in its
+            place.
+        operations_every: likewise of operations, but from the third step of the run on, whatever
+            attempt makes it: they depend on how far the network has learnt, and not on how warm the
+            machine is.
     """
 
     def __init__(
@@ -148,11 +158,12 @@ class Meters:
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
-        """Surrounds everything that one global batch costs; on some of them counts what backward keeps alive.
+        """Surrounds everything that one global batch costs; on some of them counts what backward
+        keeps alive.
 
-        Of a batch that is left in the middle nothing is kept but its seconds: the host's, which has waited to hear why.
-        The seconds of an attempt's first batch count as start-up, which `Attempt` tells: it waits for imports and compilation.
-        """
+        Of a batch that is left in the middle nothing is kept but its seconds: the host's, which has
+        waited to hear why. The seconds of an attempt's first batch count as start-up, which
+        `Attempt` tells: it waits for imports and compilation."""
         begun = time.perf_counter()
         counted = self._counted_on(self._begun, step)
         is_first = self._begun == 0
@@ -178,7 +189,8 @@ class Meters:
         finally:
             self._watching = self._counting = None
             if watching is not None:
-                self.forget_peaks()  # an instrument takes memory of its own, which is not training's
+                # an instrument takes memory of its own, which is not training's
+                self.forget_peaks()
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
         self._window.learnt.add(batch.learnt)
         if counted is not None:
@@ -187,12 +199,16 @@ class Meters:
             self.totals.peak_saved_bytes = max(self.totals.peak_saved_bytes or 0, saved.peak)
             self.totals.state_bytes = max(self.totals.state_bytes or 0, batch.kept[1])
         if operations is not None:
-            self.totals.add_operations(operations.work, batch.learnt.samples, operations.not_counted)
+            self.totals.add_operations(
+                operations.work, batch.learnt.samples, operations.not_counted
+            )
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 
     def watch(self, instrument: Instrument) -> None:
-        """Let it see the next batch, in the place of nothing: not on one whose operations are counted."""
+        """Let it see the next batch, in the place of nothing: not on one whose operations are
+        counted.
+        """
         self._asked = instrument
 
     def part(self, name: Part) -> AbstractContextManager[None]:
@@ -224,9 +240,13 @@ class Meters:
             self._inside_s = outer + took
 
     def add(self, objective: Objective) -> None:
-        """At the end of its forward: what backward keeps is there, and with states the most that there is."""
+        """At the end of its forward: what backward keeps is there, and with states the most that
+        there is.
+        """
         self._batch.backward_calls += objective.backward is not None
-        self._objectives.append((objective.loss, objective.logits))  # summed once: each sum is a kernel
+        self._objectives.append(
+            (objective.loss, objective.logits)
+        )  # summed once: each sum is a kernel
         if (saved := self._counting) is not None:
             with self.part("metrics"):
                 found = saved.now, state_bytes(self.network, beside=saved.storages)
@@ -237,7 +257,9 @@ class Meters:
         assert self._objectives, "a rule yields at least one objective"
         with self.part("metrics"):
             losses, logits = zip(*self._objectives, strict=True)
-            wanted_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)  # of a mixed sample, what there is most of
+            wanted_B = (
+                target_B if target_B.dim() == 1 else target_B.argmax(-1)
+            )  # of a mixed sample, what there is most of
             learnt = self._batch.learnt
             learnt.hit_B.append(torch.stack(logits).sum(0).argmax(-1) == wanted_B)
             learnt.losses.append(torch.stack(losses))
@@ -246,7 +268,9 @@ class Meters:
             self._objectives = []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
-        """Means since the last `take`, the same on every rank; collective through `reduce`, which sums over ranks."""
+        """Means since the last `take`, the same on every rank; collective through `reduce`, which
+        sums over ranks.
+        """
         self._account()
         window, self._window = self._window, _Window()
         loss, hits, samples = reduce(window.learnt.sums(self.device)).tolist()
@@ -254,7 +278,9 @@ class Meters:
         self.busy_s = seconds - window.seconds["communication"]
         batches = max(1, window.batches)
         return {
-            "loss": loss / window.learnt.batches if window.learnt.batches else math.nan,  # nothing was learnt from
+            "loss": (
+                loss / window.learnt.batches if window.learnt.batches else math.nan
+            ),  # nothing was learnt from
             "top1": hits / max(1.0, samples),
             "images_per_s": window.batches * self.batch_size / max(seconds, 1e-9),
             **{f"{name}_s": window.seconds[name] / batches for name in (*PARTS, REST)},
@@ -262,7 +288,9 @@ class Meters:
         }
 
     def note_peaks(self) -> None:
-        """Take the process's and the device's peaks of memory into the totals, and what the device has used."""
+        """Take the process's and the device's peaks of memory into the totals, and what the device
+        has used.
+        """
         self._note({**_peaks(self.device), "peak_pss_bytes": pss_bytes()})
         then, now = self._joules_then, self._joules.read()
         if then is not None and now is not None:
@@ -271,14 +299,18 @@ class Meters:
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[[], None]]:
-        """Surrounds an evaluation, whose peaks of memory are its own: yields what notes them, once every answer is there."""
+        """Surrounds an evaluation, whose peaks of memory are its own: yields what notes them, once
+        every answer is there.
+        """
         self.note_peaks()
         release_freed_memory()  # else training's would be the least that is told
         release_reserved_bytes(self.device)
         reset_peak_rss()
         reset_peak_device_bytes(self.device)
         try:
-            yield lambda: self._note({f"evaluation_{name}": value for name, value in _peaks(self.device).items()})
+            yield lambda: self._note(
+                {f"evaluation_{name}": value for name, value in _peaks(self.device).items()}
+            )
         finally:
             self.forget_peaks()
 
@@ -289,8 +321,8 @@ class Meters:
     def forget_peaks(self) -> None:
         """Start the peaks anew: what was held, and used, before is not training's.
 
-        What was held and is free goes back to the kernel, or the device, where it would be told as training's peak; else training
-        keeps it, and is not given it again page by page.
+        What was held and is free goes back to the kernel, or the device, where it would be told as
+        training's peak; else training keeps it, and is not given it again page by page.
         """
         if rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
@@ -304,28 +336,39 @@ class Meters:
         """The totals with every peak the largest over ranks, and of joules the mean; collective."""
         self._account()
         self.note_peaks()
-        used = math.nan if self.totals.device_j is None else self.totals.device_j  # every rank takes part, counter or not
+        used = (
+            math.nan if self.totals.device_j is None else self.totals.device_j
+        )  # every rank takes part, counter or not
         mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
         self.totals.device_j = None if math.isnan(mean) else mean
         own = [getattr(self.totals, name) for name in Totals.PEAKS]
-        peaks = reduce_max(torch.tensor([-1 if peak is None else peak for peak in own], dtype=torch.int64)).tolist()
-        found = {name: None if peak < 0 else peak for name, peak in zip(Totals.PEAKS, peaks, strict=True)}
+        peaks = reduce_max(
+            torch.tensor([-1 if peak is None else peak for peak in own], dtype=torch.int64)
+        ).tolist()
+        found = {
+            name: None if peak < 0 else peak for name, peak in zip(Totals.PEAKS, peaks, strict=True)
+        }
         return Totals(**{**asdict(self.totals), **found})
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
-        """What this batch of the attempt, and step of the run, is counted for: one thing at a time."""
+        """What this batch of the attempt, and step of the run, is counted for: one thing at a
+        time.
+        """
         if batch % self.memory_every == 1:
             self._due.add("bytes")
         if step % self.operations_every == 2:
             self._due.add("operations")
-        return "bytes" if "bytes" in self._due else "operations" if "operations" in self._due else None
+        return (
+            "bytes" if "bytes" in self._due else "operations" if "operations" in self._due else None
+        )
 
     def _account(self) -> None:
         """Take what the clock has measured since the last time."""
         for seconds in self.clock.take():
             kind = self._kinds.popleft()
             for name, value in seconds.items():
-                self._window.seconds[name] += value  # type: ignore[assignment]  # a Counter of floats
+                # a Counter of floats
+                self._window.seconds[name] += value  # type: ignore[assignment]
                 if kind != "first":
                     self.totals.seconds[name] += value
             self._window.batches += 1

@@ -1,8 +1,8 @@
-"""On which batches of an attempt, or samples of an evaluation, that is measured which would cost too much on all; without torch,
-so that reports can read it.
+"""On which batches of an attempt, or samples of an evaluation, that is measured which would cost
+too much on all; without torch, so that reports can read it.
 
-Batches are counted from the attempt's first, 0, which warms up, and steps from the run's. In the place of one that is skipped
-stands the next that is not.
+Batches are counted from the attempt's first, 0, which warms up, and steps from the run's. In the
+place of one that is skipped stands the next that is not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What a run's training has cost so far: sums, counts and peaks, which survive restarts inside its checkpoints."""
+"""What a run's training has cost so far: sums, counts and peaks, which survive restarts inside its
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,37 @@ from pipeline.measure.operations import Work
 class Totals:
     """Seconds and bytes."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0))
-    """of each part of the batches, the first of each attempt left out, and of what was done between batches"""
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0)
+    )
+    """of each part of the batches, the first of each attempt left out, and of what was done between
+    batches
+    """
     timed_batches: int = 0
     """whose parts these are"""
     steady_batches: int = 0
     steady_samples: int = 0
-    """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or operations were counted"""
-    steady_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*PARTS, REST), 0.0))
+    """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or
+    operations were counted
+    """
+    steady_seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys((*PARTS, REST), 0.0)
+    )
     """of each part of those batches"""
     peak_saved_bytes: int | None = None
     state_bytes: int | None = None
-    """of states beside what backward keeps; both None until a batch whose bytes are counted has ended"""
+    """of states beside what backward keeps; both None until a batch whose bytes are counted has
+    ended
+    """
     peak_rss_bytes: int = 0
     peak_pss_bytes: int = 0
     """the most that was seen, at the ends of what is measured: the kernel keeps no peak of it"""
     peak_device_bytes: int = 0
     peak_reserved_bytes: int = 0
     evaluation_peak_rss_bytes: int = 0
-    """while the set was evaluated, without what training keeps free for itself: a batch at every time step, without a graph"""
+    """while the set was evaluated, without what training keeps free for itself: a batch at every
+    time step, without a graph
+    """
     evaluation_peak_device_bytes: int = 0
     evaluation_peak_reserved_bytes: int = 0
     device_j: float | None = None
@@ -39,15 +53,24 @@ class Totals:
     backward_calls: int = 0
     batches: int = 0
     operations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """of this rank in the batches that were counted: for each purpose multiplications, additions, dense"""
+    """of this rank in the batches that were counted: for each purpose multiplications, additions,
+    dense
+    """
     operation_samples: int = 0
     not_counted: list[str] = field(default_factory=list)
     """operations of torch that make products, which no count of operations knows"""
 
     PEAKS = (
-        "peak_saved_bytes", "state_bytes", "peak_rss_bytes", "peak_pss_bytes", "peak_device_bytes", "peak_reserved_bytes",
-        "evaluation_peak_rss_bytes", "evaluation_peak_device_bytes", "evaluation_peak_reserved_bytes",
-    )  # fmt: skip
+        "peak_saved_bytes",
+        "state_bytes",
+        "peak_rss_bytes",
+        "peak_pss_bytes",
+        "peak_device_bytes",
+        "peak_reserved_bytes",
+        "evaluation_peak_rss_bytes",
+        "evaluation_peak_device_bytes",
+        "evaluation_peak_reserved_bytes",
+    )
 
     @property
     def train_s(self) -> float:
@@ -66,7 +89,9 @@ class Totals:
     def steady_s(self) -> float:
         return sum(self.steady_seconds.values())
 
-    def add_operations(self, work: Mapping[str, Work], samples: int, not_counted: Collection[str] = ()) -> None:
+    def add_operations(
+        self, work: Mapping[str, Work], samples: int, not_counted: Collection[str] = ()
+    ) -> None:
         for purpose, more in work.items():
             so_far = Work(**self.operations.get(purpose, {}))
             self.operations[purpose] = asdict(so_far + more)

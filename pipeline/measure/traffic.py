@@ -1,14 +1,17 @@
-"""What a device has to do for one batch: operations on numbers, bytes that it moves, and how many kernels it is asked for.
+"""What a device has to do for one batch: operations on numbers, bytes that it moves, and how many
+kernels it is asked for.
 
     with Traffic() as traffic: ...       # one batch
     traffic.busy(device, precision="bf16")
 
-Of each operation that torch calls below autograd: the multiply-adds of a product, as if no number were 0 (a GPU multiplies zeros,
-too), and the bytes of its inputs and outputs. By the roofline model it takes the longer of both,
+Of each operation that torch calls below autograd: the multiply-adds of a product, as if no number
+were 0 (a GPU multiplies zeros, too), and the bytes of its inputs and outputs. By the roofline model
+it takes the longer of both,
 
     seconds = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
 
-Nothing is known of caches, so what one kernel leaves to the next is read again; kernels that fuse several operations do better.
+Nothing is known of caches, so what one kernel leaves to the next is read again; kernels that fuse
+several operations do better.
 
 Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
 """
@@ -47,7 +50,9 @@ class Device:
     launch: float = 5e-6
     """seconds from one kernel to the next, asked for by Python"""
     driver: str
-    """its name as the driver, and so torch, tells it: another board, or another memory, has another one"""
+    """its name as the driver, and so torch, tells it: another board, or another memory, has another
+    one
+    """
     source: str
 
 
@@ -66,19 +71,29 @@ class Traffic(Pausable, TorchDispatchMode):
         super().__init__()
         self.operations: list[Operation] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self.is_paused and not _moves_nothing(func):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
-            self.operations.append(Operation(int(flops), _bytes(args) + _bytes(kwargs) + _bytes(result)))
+            self.operations.append(
+                Operation(int(flops), _bytes(args) + _bytes(kwargs) + _bytes(result))
+            )
         return result
 
     def busy(self, device: Device, *, precision: str) -> float:
         """Seconds by the roofline at an efficiency of 1."""
         peak = device.flops[precision]
-        return sum(max(each.flops / peak, each.bytes / device.bandwidth) for each in self.operations)
+        return sum(
+            max(each.flops / peak, each.bytes / device.bandwidth) for each in self.operations
+        )
 
     @property
     def flops(self) -> int:
@@ -102,7 +117,9 @@ def _moves_nothing(func: Any) -> bool:
 
 
 def _bytes(values: Any) -> int:
-    """Of the numbers that are read or written: of a tensor that repeats some of its own, each once."""
+    """Of the numbers that are read or written: of a tensor that repeats some of its own, each
+    once.
+    """
     found = 0
     for value in tree_leaves(values):
         if isinstance(value, Tensor):

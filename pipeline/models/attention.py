@@ -1,19 +1,22 @@
 """Attention without softmax, on spikes: QKFormer's two.
 
-q, k, v are spikes of 1x1 synapses that read the stream, split into heads of d channels; the tokens are the N pixels.
+q, k, v are spikes of 1x1 synapses that read the stream, split into heads of d channels; the tokens
+are the N pixels.
 
-    TokenQK          a[n] = L'(sum_d q[d, n]) k[ . , n]          y = S a         a mask over tokens: O(N C)
-    SelfAttention    a[n] = SCALE sum_m (q[n] . k[m]) v[m]       y = S L'(a)     computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
+    TokenQK          a[n] = L'(sum_d q[d, n]) k[ . , n]          y = S a         a mask over tokens:
+    O(N C) SelfAttention    a[n] = SCALE sum_m (q[n] . k[m]) v[m]       y = S L'(a)     computed as
+    (sum_m v[m] k[m]^T) q[n]: O(N C d)
 
-with L' a neuron of threshold 0.5, and S the last synapse and its norm. On a stream of real numbers one neuron stands before q,
-k and v, and none behind S. Under "multiple_all" each projection has a shortcut of its own: the stream is added to the currents
-of q, k and v, and a to y. (In SelfAttention a is what the last neuron reads; TokenQK has no neuron before S, and a is spikes.)
+with L' a neuron of threshold 0.5, and S the last synapse and its norm. On a stream of real numbers
+one neuron stands before q, k and v, and none behind S. Under "multiple_all" each projection has a
+shortcut of its own: the stream is added to the currents of q, k and v, and a to y. (In
+SelfAttention a is what the last neuron reads; TokenQK has no neuron before S, and a is spikes.)
 
-The neuron behind S of SelfAttention may run as the published code has it, `projection_neuron="over_samples"`: see
-`OverSamples`. Published accuracies were measured so.
+The neuron behind S of SelfAttention may run as the published code has it,
+`projection_neuron="over_samples"`: see `OverSamples`. Published accuracies were measured so.
 
-Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts: Le & Li
-2023 (BinaryViT, arXiv 2306.16678).
+Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv
+2209.15425); the shortcuts: Le & Li 2023 (BinaryViT, arXiv 2306.16678).
 """
 
 # T time, B batch, C channels, H W pixels; h heads, d channels of a head, N tokens
@@ -34,12 +37,13 @@ ProjectionNeuron = Literal["over_time", "over_samples"]
 
 
 class OverSamples(LIF):
-    """The LIF on `[T, B, ...]`, one membrane for all samples: it runs over the B samples of a step, then over the next step's.
+    """The LIF on `[T, B, ...]`, one membrane for all samples: it runs over the B samples of a step,
+    then over the next step's.
 
         u[t, b] = leak v[t, b-1] + x[t, b],      v[t, 0] = v[t-1, B],      v[0, B] = 0
 
-    What a sample gives depends on the samples before it in its batch, and so on the order and size of the batch, on
-    micro-batches and on workers. In a batch of one it is the LIF.
+    What a sample gives depends on the samples before it in its batch, and so on the order and size
+    of the batch, on micro-batches and on workers. In a batch of one it is the LIF.
     """
 
     @classmethod
@@ -47,8 +51,17 @@ class OverSamples(LIF):
         """Raises: ValueError for a neuron that is no plain LIF."""
         if type(neuron) is not LIF:
             raise ValueError(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}")
-        made = cls(neuron.leak, threshold=neuron.threshold, decay_input=neuron.decay_input, surrogate=neuron.surrogate)
-        made.reset, made.subtract, made.reset_gradient = neuron.reset, neuron.subtract, neuron.reset_gradient
+        made = cls(
+            neuron.leak,
+            threshold=neuron.threshold,
+            decay_input=neuron.decay_input,
+            surrogate=neuron.surrogate,
+        )
+        made.reset, made.subtract, made.reset_gradient = (
+            neuron.reset,
+            neuron.subtract,
+            neuron.reset_gradient,
+        )
         return made
 
     def forward(self, x_TB: Tensor) -> Tensor:
@@ -56,7 +69,9 @@ class OverSamples(LIF):
 
 
 class Projection(nn.Module):
-    """Spikes for one of q, k, v: neuron(norm(synapse(h))), with the stream added to the currents where it is given."""
+    """Spikes for one of q, k, v: neuron(norm(synapse(h))), with the stream added to the currents
+    where it is given.
+    """
 
     def __init__(self, blocks: Blocks, channels: int) -> None:
         super().__init__()
@@ -74,14 +89,21 @@ class Attention(nn.Module):
     Raises: ValueError for channels that do not divide into the heads.
     """
 
-    def __init__(self, blocks: Blocks, channels: int, *, heads: int, projections: tuple[str, ...]) -> None:
+    def __init__(
+        self, blocks: Blocks, channels: int, *, heads: int, projections: tuple[str, ...]
+    ) -> None:
         super().__init__()
         if heads < 1 or channels % heads:
-            raise ValueError(f"{type(self).__name__}: the channels must divide into heads; got {channels} and heads={heads}")
+            raise ValueError(
+                f"{type(self).__name__}: the channels must divide into heads; got {channels} and"
+                f" heads={heads}"
+            )
         self.heads = heads
         self.has_shortcuts = blocks.shortcut == "multiple_all"
         self.first = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
-        self.projections = nn.ModuleDict({name: Projection(blocks, channels) for name in projections})
+        self.projections = nn.ModuleDict(
+            {name: Projection(blocks, channels) for name in projections}
+        )
         self.attention_neuron = blocks.spikes(threshold=ATTENTION_THRESHOLD)
         self.project = blocks.currents(Layer(channels, channels, bias=True), gain=blocks.silent)
         self.last = blocks.neuron() if blocks.carries_spikes else nn.Identity()
@@ -89,7 +111,10 @@ class Attention(nn.Module):
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.first(x_TBCHW)
         stream = x_TBCHW if self.has_shortcuts else None
-        heads = [each(h, stream).flatten(3).unflatten(2, (self.heads, -1)) for each in self.projections.values()]
+        heads = [
+            each(h, stream).flatten(3).unflatten(2, (self.heads, -1))
+            for each in self.projections.values()
+        ]
         return self.last(self._mix(*heads, shape=x_TBCHW.shape))
 
     def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -113,17 +138,26 @@ class TokenQK(Attention):
 class SelfAttention(Attention):
     """Every token sees every other; linear in their number.
 
-    Raises: ValueError for a `projection_neuron` that is unknown, or that runs over samples where no LIF stands behind S.
-    """
+    Raises: ValueError for a `projection_neuron` that is unknown, or that runs over samples where no
+    LIF stands behind S."""
 
-    def __init__(self, blocks: Blocks, channels: int, *, heads: int, projection_neuron: ProjectionNeuron = "over_time") -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        channels: int,
+        *,
+        heads: int,
+        projection_neuron: ProjectionNeuron = "over_time",
+    ) -> None:
         super().__init__(blocks, channels, heads=heads, projections=("q", "k", "v"))
-        refuse_unless_one_of("SelfAttention", ("over_time", "over_samples"), projection_neuron=projection_neuron)
+        refuse_unless_one_of(
+            "SelfAttention", ("over_time", "over_samples"), projection_neuron=projection_neuron
+        )
         if projection_neuron == "over_samples":
             if not blocks.carries_spikes:
                 raise ValueError(
-                    "SelfAttention: projection_neuron='over_samples' needs a neuron behind the attention, as shortcut='sew' "
-                    f"has; got shortcut={blocks.shortcut!r}"
+                    "SelfAttention: projection_neuron='over_samples' needs a neuron behind the"
+                    f" attention, as shortcut='sew' has; got shortcut={blocks.shortcut!r}"
                 )
             self.last = OverSamples.of(self.last)
 

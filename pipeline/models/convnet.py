@@ -1,9 +1,11 @@
 """Plain convolutional networks: `[T, B, C, H, W]` to logits `[T, B, K]`.
 
-    per layer:   h = neuron(norm(convolution(h))),   an average pool between stages, one more before the classifier
+    per layer:   h = neuron(norm(convolution(h))),   an average pool between stages, one more before
+    the classifier
 
-Every map between two neurons is affine in eval mode, so the network computes on spikes, on rates, or with ReLU alike.
-`head="linear"` ends in a linear classifier, `"rate"` in neurons (`RateHead`), as DSR's networks do.
+Every map between two neurons is affine in eval mode, so the network computes on spikes, on rates,
+or with ReLU alike. `head="linear"` ends in a linear classifier, `"rate"` in neurons (`RateHead`),
+as DSR's networks do.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -28,7 +30,9 @@ Head = Literal["linear", "rate"]
 
 
 class Layer(nn.Module):
-    """h = neuron(norm(convolution(h))); it keeps the size of the image, stride aside, and has a bias where no norm has one."""
+    """h = neuron(norm(convolution(h))); it keeps the size of the image, stride aside, and has a
+    bias where no norm has one.
+    """
 
     def __init__(
         self,
@@ -61,8 +65,8 @@ class Layer(nn.Module):
 class ConvNet(nn.Module):
     """Stages of layers as at the head of the file.
 
-    Raises: ValueError for an empty stage, sizes below 1, an even kernel, an unknown choice or one without effect, or an image too
-    small for the pools.
+    Raises: ValueError for an empty stage, sizes below 1, an even kernel, an unknown choice or one
+    without effect, or an image too small for the pools.
     """
 
     def __init__(
@@ -83,20 +87,35 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         if not stages or not all(are_counts(widths) for widths in stages):
-            raise ValueError(f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}")
-        numbers = {"classes": classes, "in_channels": in_channels, "stem_stride": stem_stride, "grid": grid}
+            raise ValueError(
+                f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}"
+            )
+        numbers = {
+            "classes": classes,
+            "in_channels": in_channels,
+            "stem_stride": stem_stride,
+            "grid": grid,
+        }
         refuse_unless_counts("ConvNet", numbers)
         if not is_count(kernel) or kernel % 2 == 0:
-            raise ValueError(f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}")
+            raise ValueError(
+                f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}"
+            )
         refuse_unless_one_of("ConvNet", ("batch", "none"), norm=norm)
         refuse_unless_one_of("ConvNet", ("linear", "rate"), head=head)
         if norm == "none" and head == "linear" and over != "step":
-            raise ValueError(f"ConvNet: over={over!r} is about batch norm and has no effect with norm='none'")
+            raise ValueError(
+                f"ConvNet: over={over!r} is about batch norm and has no effect with norm='none'"
+            )
         if not 0 <= dropout < 1:
-            raise ValueError(f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}")
+            raise ValueError(
+                f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}"
+            )
         refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
         if mask != "batch" and dropout == 0:
-            raise ValueError(f"ConvNet: mask={mask!r} is about dropout and has no effect with dropout=0")
+            raise ValueError(
+                f"ConvNet: mask={mask!r} is about dropout and has no effect with dropout=0"
+            )
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
@@ -131,13 +150,16 @@ class ConvNet(nn.Module):
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         if min(x_TBCHW.shape[-2:]) < self.smallest:
             raise ValueError(
-                f"ConvNet: {len(self.stages)} stages, the image halved between them, need {self.smallest} pixels a side; "
-                f"got {tuple(x_TBCHW.shape[-2:])}"
+                f"ConvNet: {len(self.stages)} stages, the image halved between them, need"
+                f" {self.smallest} pixels a side; got {tuple(x_TBCHW.shape[-2:])}"
             )
         h = x_TBCHW
         for index, layers in enumerate(self.stages):
             h = layers(h if index == 0 else folded(self.pool, h))
-        if h.shape[-2:] != (self.grid, self.grid):  # torch 2.13 spends 9 % of a step on a pool that changes nothing
+        if h.shape[-2:] != (
+            self.grid,
+            self.grid,
+        ):  # torch 2.13 spends 9 % of a step on a pool that changes nothing
             h = folded(self.last_pool, h)
         return self.readout(self.classifier(h.flatten(2)))
 
@@ -157,11 +179,12 @@ def convnet(
     head: Head = "linear",
     neuron: nn.Module = LIF(),
 ) -> ConvNet:
-    """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid` places, 1 is a global pool.
+    """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid`
+    places, 1 is a global pool.
 
-    `stem_stride` is the first convolution's. `dropout` stands behind each neuron of a stage: one mask for all time steps of a
-    batch, or one for each (`mask="step"`, as in DSR), which no seed makes the same for rules that slice time in other ways.
-    """
+    `stem_stride` is the first convolution's. `dropout` stands behind each neuron of a stage: one
+    mask for all time steps of a batch, or one for each (`mask="step"`, as in DSR), which no seed
+    makes the same for rules that slice time in other ways."""
     return ConvNet(
         stages=stages,
         classes=classes,

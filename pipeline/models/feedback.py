@@ -1,13 +1,16 @@
 """Networks whose last layer feeds back to the first, and that come to rest: those of IDE and SPIDE.
 
-    inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier             dropout_on="readout"
-    inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier                        dropout_on="currents", as published
+    inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
+    dropout_on="readout" inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier
+    dropout_on="currents", as published
 
-"currents" puts a dropout of its own behind every synapse, `inject` and the feedback included, and none before the classifier.
-A mask is drawn once for a batch: the same in all T steps, and in the equation that IDE and SPIDE solve for the gradient.
+"currents" puts a dropout of its own behind every synapse, `inject` and the feedback included, and
+none before the classifier. A mask is drawn once for a batch: the same in all T steps, and in the
+equation that IDE and SPIDE solve for the gradient.
 
-A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96 outputs, (F96C3u) a feedback
-of 3x3 transposed convolutions that brings the last layer to the 96 channels and the size of the first.
+A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96
+outputs, (F96C3u) a feedback of 3x3 transposed convolutions that brings the last layer to the 96
+channels and the size of the first.
 
 Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the
 networks without norm.
@@ -39,12 +42,15 @@ DropoutOn = Literal["readout", "currents"]
 
 
 class FeedbackNetwork(nn.Module):
-    """`[T, B, ...]` to the readout `[T, B, K]` of a network at rest, whose mean over T is that of its rate a[T].
+    """`[T, B, ...]` to the readout `[T, B, K]` of a network at rest, whose mean over T is that of
+    its rate a[T].
 
     `flat` inputs are vectors to it, whatever their shape.
     """
 
-    def __init__(self, equilibrium: Equilibrium, *, features: int, classes: int, dropout: float, flat: bool) -> None:
+    def __init__(
+        self, equilibrium: Equilibrium, *, features: int, classes: int, dropout: float, flat: bool
+    ) -> None:
         super().__init__()
         self.equilibrium = equilibrium
         self.dropout = Dropout(dropout)
@@ -57,16 +63,35 @@ class FeedbackNetwork(nn.Module):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias: an image `stride` times as large."""
+    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias: an image `stride` times as
+    large.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
         padding = kernel_size // 2
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, output_padding=stride - 1, bias=False)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding=stride - 1,
+            bias=False,
+        )
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
         weight = self.weight if weight is None else weight
-        stride, padding, output_padding = self.stride[0], self.kernel_size[0] // 2, self.output_padding[0]
-        return folded(lambda x_NCHW: F.conv_transpose2d(x_NCHW, weight, None, stride, padding, output_padding), input)
+        stride, padding, output_padding = (
+            self.stride[0],
+            self.kernel_size[0] // 2,
+            self.output_padding[0],
+        )
+        return folded(
+            lambda x_NCHW: F.conv_transpose2d(
+                x_NCHW, weight, None, stride, padding, output_padding
+            ),
+            input,
+        )
 
 
 class NoFeedback(nn.Module):
@@ -77,8 +102,12 @@ class NoFeedback(nn.Module):
         self.shape = shape
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        nothing_TB = 0 * x_TB.flatten(2).sum(2)  # still a function of x: the solvers ask for its gradient
-        return nothing_TB.view(*nothing_TB.shape, *[1] * len(self.shape)).expand(*nothing_TB.shape, *self.shape)
+        nothing_TB = 0 * x_TB.flatten(2).sum(
+            2
+        )  # still a function of x: the solvers ask for its gradient
+        return nothing_TB.view(*nothing_TB.shape, *[1] * len(self.shape)).expand(
+            *nothing_TB.shape, *self.shape
+        )
 
 
 def fc_feedback(
@@ -92,19 +121,24 @@ def fc_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """One fully connected layer that feeds back to itself: 400 (F400), 478,011 parameters without norm.
+    """One fully connected layer that feeds back to itself: 400 (F400), 478,011 parameters without
+    norm.
 
-    IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2. Published are `norm="batch"` on the
-    input and `dropout_on="currents"`.
+    IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2. Published
+    are `norm="batch"` on the input and `dropout_on="currents"`.
     """
-    refuse_unless_counts("fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden})
+    refuse_unless_counts(
+        "fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden}
+    )
     inside, outside = _shares(dropout, dropout_on)
     equilibrium = Equilibrium(
         inject=_dropped(_normed(Linear(in_features, hidden, norm == "none"), hidden, norm), inside),
         feedback=_dropped(_limited(Linear(hidden, hidden, bias=False), limit), inside),
         neurons=[one_more(neuron)],
     )
-    return FeedbackNetwork(equilibrium, features=hidden, classes=classes, dropout=outside, flat=True)
+    return FeedbackNetwork(
+        equilibrium, features=hidden, classes=classes, dropout=outside, flat=True
+    )
 
 
 def conv_feedback(
@@ -120,26 +154,43 @@ def conv_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """Convolutions `(width, kernel, stride)` on images of `size` pixels, fed back by one of `kernel`: 64C5s (F64C5) as it is.
+    """Convolutions `(width, kernel, stride)` on images of `size` pixels, fed back by one of
+    `kernel`: 64C5s (F64C5) as it is.
 
     Raises: ValueError for sizes below 1, no layers, or strides that do not divide the image.
     """
-    refuse_unless_counts("conv_feedback", {"classes": classes, "in_channels": in_channels, "size": size, "kernel": kernel})
+    refuse_unless_counts(
+        "conv_feedback",
+        {"classes": classes, "in_channels": in_channels, "size": size, "kernel": kernel},
+    )
     if not layers or not all(are_counts(layer) and len(layer) == 3 for layer in layers):
-        raise ValueError(f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}")
+        raise ValueError(
+            f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}"
+        )
     total = 1
     for _, _, stride in layers:
         total *= stride
     if size % total:
-        raise ValueError(f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}")
+        raise ValueError(
+            f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}"
+        )
     widths = [in_channels, *(width for width, _, _ in layers)]
     inside, outside = _shares(dropout, dropout_on)
     synapses = [
-        _dropped(_normed(Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm), inside)
+        _dropped(
+            _normed(
+                Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm
+            ),
+            inside,
+        )
         for before, (width, taps, stride) in zip(widths, layers, strict=False)
     ]
     first, last, up = widths[1], widths[-1], total // layers[0][2]
-    feedback = ConvTranspose2d(last, first, kernel, up) if up > 1 else Conv2d(last, first, kernel, 1, kernel // 2, bias=False)
+    feedback = (
+        ConvTranspose2d(last, first, kernel, up)
+        if up > 1
+        else Conv2d(last, first, kernel, 1, kernel // 2, bias=False)
+    )
     equilibrium = Equilibrium(
         inject=synapses[0],
         feedback=_dropped(_limited(feedback, limit), inside),
@@ -147,7 +198,9 @@ def conv_feedback(
         synapses=synapses[1:],
     )
     features = last * (size // total) ** 2
-    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=outside, flat=False)
+    return FeedbackNetwork(
+        equilibrium, features=features, classes=classes, dropout=outside, flat=False
+    )
 
 
 def alexnet_f(
@@ -160,7 +213,9 @@ def alexnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
-    """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes; `width` narrows it for demos."""
+    """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes;
+    `width` narrows it for demos.
+    """
     layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
     return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
@@ -175,7 +230,9 @@ def cifarnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
-    """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes; `width` as above."""
+    """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes;
+    `width` as above.
+    """
     layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
     return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
@@ -193,10 +250,12 @@ def convnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
-    """SPIDE's networks without norm: 64C5s-64C5s-64C5 (F64C3u), 274,826 parameters, or the layers that are named.
+    """SPIDE's networks without norm: 64C5s-64C5s-64C5 (F64C3u), 274,826 parameters, or the layers
+    that are named.
 
-    Weights start as N(0, gain / fan_in), a tenth of that in an upsampling feedback, biases at 0. (Published for CIFAR are rows
-    of uniform numbers scaled to the norm 1, which N(0, 1 / fan_in) has on average.)
+    Weights start as N(0, gain / fan_in), a tenth of that in an upsampling feedback, biases at 0.
+    (Published for CIFAR are rows of uniform numbers scaled to the norm 1, which N(0, 1 / fan_in)
+    has on average.)
     """
     network = conv_feedback(
         classes,
@@ -224,10 +283,11 @@ def lenet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
-    """LeNet as SPIDE trains it: 15C5-P2-40C5-P2-300, neurons behind the pools, too, and nothing fed back; 606,740 parameters.
+    """LeNet as SPIDE trains it: 15C5-P2-40C5-P2-300, neurons behind the pools, too, and nothing fed
+    back; 606,740 parameters.
 
-    It comes to rest as fast as its layers do; its backward phase is that of a chain. `dropout_on="currents"` is here, as
-    published, behind the last synapse alone.
+    It comes to rest as fast as its layers do; its backward phase is that of a chain.
+    `dropout_on="currents"` is here, as published, behind the last synapse alone.
 
     Raises: ValueError for an image that two pools do not divide.
     """
@@ -249,14 +309,17 @@ def lenet_f(
         ],
     )
     _draw(equilibrium, 2.0)
-    return FeedbackNetwork(equilibrium, features=features, classes=classes, dropout=outside, flat=False)
+    return FeedbackNetwork(
+        equilibrium, features=features, classes=classes, dropout=outside, flat=False
+    )
 
 
 def _draw(equilibrium: Equilibrium, gain: float) -> None:
-    """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed convolution, biases 0.
+    """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed
+    convolution, biases 0.
 
-    fan_in counts the weights of one output; a transposed convolution has its outputs in the second dimension.
-    """
+    fan_in counts the weights of one output; a transposed convolution has its outputs in the second
+    dimension."""
     for module in equilibrium.modules():
         if isinstance(module, Linear | Conv2d):
             nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
@@ -312,5 +375,7 @@ def _limited(synapse: nn.Module, limit: Limit) -> nn.Module:
     if isinstance(limit, int | float):
         return FrobeniusLimit(synapse, limit)
     if limit not in ("spectral", "none"):
-        raise ValueError(f"feedback: limit must be 'spectral', 'none' or a number; got limit={limit!r}")
+        raise ValueError(
+            f"feedback: limit must be 'spectral', 'none' or a number; got limit={limit!r}"
+        )
     return synapse if limit == "none" else SpectralLimit(synapse)

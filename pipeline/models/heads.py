@@ -1,4 +1,6 @@
-"""Classifiers for several tasks: a head for each, of which the task's own answers. A shared head is any network's classifier."""
+"""Classifiers for several tasks: a head for each, of which the task's own answers. A shared head is
+any network's classifier.
+"""
 
 # T time, B batch, C channels, K classes
 
@@ -9,10 +11,11 @@ from torch import Tensor, nn
 
 
 class MultiHead(nn.Module):
-    """One classifier for each task, of which the `selected` one answers: `[T, B, C]` to `[T, B, K]`.
+    """One classifier for each task, of which the `selected` one answers: `[T, B, C]` to `[T, B,
+    K]`.
 
-    `selected` is a plain attribute, set by `select_head`: `state_dict` is the same whichever head is selected. The
-    others are out of the graph and get no gradient.
+    `selected` is a plain attribute, set by `select_head`: `state_dict` is the same whichever head
+    is selected. The others are out of the graph and get no gradient.
 
     Raises: ValueError for no heads.
     """
@@ -35,16 +38,19 @@ class MultiHead(nn.Module):
 
 
 def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
-    """`network` with its `classifier` as many times as there are `heads`, all with the weights that it was initialised with.
+    """`network` with its `classifier` as many times as there are `heads`, all with the weights that
+    it was initialised with.
 
-    In a recipe `model=spec(multi_head, network=spec(mlp, classes=2), heads=5)`; its phases say which head is theirs.
+    In a recipe `model=spec(multi_head, network=spec(mlp, classes=2), heads=5)`; its phases say
+    which head is theirs.
 
     Raises: ValueError for fewer than one head, or a network whose classifier has another name.
     """
     classifier = getattr(network, "classifier", None)
     if heads < 1 or not isinstance(classifier, nn.Module):
         raise ValueError(
-            f"multi_head: needs heads >= 1 and a network with a module `classifier`; got heads={heads}, {type(network).__name__}"
+            "multi_head: needs heads >= 1 and a network with a module `classifier`; got"
+            f" heads={heads}, {type(network).__name__}"
         )
     network.classifier = MultiHead(copy.deepcopy(classifier) for _ in range(heads))
     return network
@@ -57,7 +63,10 @@ def select_head(network: nn.Module, head: int) -> None:
     """
     found = [module for module in network.modules() if isinstance(module, MultiHead)]
     if not found:
-        raise ValueError(f"select_head: the network must have several heads, see multi_head; got {type(network).__name__}")
+        raise ValueError(
+            "select_head: the network must have several heads, see multi_head; got"
+            f" {type(network).__name__}"
+        )
     for module in found:
         if not 0 <= head < len(module.heads):
             raise ValueError(f"select_head: head must be in 0..{len(module.heads) - 1}; got {head}")

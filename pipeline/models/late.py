@@ -1,9 +1,11 @@
-"""A readout that listens late: for recordings whose class shows in how they go on, not in how they begin.
+"""A readout that listens late: for recordings whose class shows in how they go on, not in how they
+begin.
 
     y[t] = T / n x[t]  in the last n of T steps,  0 before;        n = share T, rounded, 1 or more
 
-The mean over T of y is the mean of x over the late steps, which is what predicts. The loss of an early step is that of logits 0,
-log K and without gradient, so the loss that is differentiated is the one of the late steps.
+The mean over T of y is the mean of x over the late steps, which is what predicts. The loss of an
+early step is that of logits 0, log K and without gradient, so the loss that is differentiated is
+the one of the late steps.
 """
 
 # T time, B batch, K classes
@@ -20,8 +22,8 @@ class Late(nn.Module):
 
     `time_steps`: T, which slices do not show.
 
-    Raises: ValueError for a share outside 0..1 or fewer than one step (when made), and for more steps than T.
-    """
+    Raises: ValueError for a share outside 0..1 or fewer than one step (when made), and for more
+    steps than T."""
 
     def __init__(self, *, share: float, time_steps: int) -> None:
         super().__init__()
@@ -37,7 +39,9 @@ class Late(nn.Module):
         first = 0 if seen is None else int(seen)
         last = first + len(x_TBK)
         if last > self.time_steps:
-            raise ValueError(f"Late: a recording must have its {self.time_steps} time steps; got step {last}")
+            raise ValueError(
+                f"Late: a recording must have its {self.time_steps} time steps; got step {last}"
+            )
         self.state.write("seen", torch.tensor(last))
         speaks = [step >= self.time_steps - self.late for step in range(first, last)]
         scale_T = x_TBK.new_tensor(speaks) * (self.time_steps / self.late)

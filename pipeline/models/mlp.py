@@ -1,4 +1,6 @@
-"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, a neuron behind each hidden layer."""
+"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, a neuron behind each hidden
+layer.
+"""
 
 # T time, B batch, K classes
 
@@ -14,13 +16,21 @@ from pipeline.spiking.synapse import Linear, Weights
 
 
 class MLP(nn.Module):
-    """Flatten, then Linear and neuron for each of `hidden`, then the classifier; rates that are weighted end weighted.
+    """Flatten, then Linear and neuron for each of `hidden`, then the classifier; rates that are
+    weighted end weighted.
 
     Raises: ValueError for sizes below 1.
     """
 
     def __init__(
-        self, *, in_features: int, hidden: Sequence[int], classes: int, bias: bool, weights: Weights, neuron: nn.Module
+        self,
+        *,
+        in_features: int,
+        hidden: Sequence[int],
+        classes: int,
+        bias: bool,
+        weights: Weights,
+        neuron: nn.Module,
     ) -> None:
         super().__init__()
         sizes = {"in_features": in_features, "classes": classes}
@@ -48,4 +58,11 @@ def mlp(
     neuron: nn.Module = LIF(),
 ) -> MLP:
     """784-800-800-10 unless told otherwise; HLOP's published network has no bias."""
-    return MLP(in_features=in_features, hidden=hidden, classes=classes, bias=bias, weights=weights, neuron=neuron)
+    return MLP(
+        in_features=in_features,
+        hidden=hidden,
+        classes=classes,
+        bias=bias,
+        weights=weights,
+        neuron=neuron,
+    )

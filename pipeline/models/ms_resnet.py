@@ -1,13 +1,16 @@
-"""MS-ResNet: the membrane shortcut, a stream of real numbers that every neuron reads before its synapse.
+"""MS-ResNet: the membrane shortcut, a stream of real numbers that every neuron reads before its
+synapse.
 
-    y = N S L N S L x + x,     where the shape changes the shortcut is N S x: a 1x1 synapse that reads the stream itself
+    y = N S L N S L x + x,     where the shape changes the shortcut is N S x: a 1x1 synapse that
+    reads the stream itself
 
-The 7x7 stem is followed by no neuron and no pool; the first stage halves the image, too. The 104-layer one has a stem of
-three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and dropout before the classifier. The last batch norm of
-a block starts at gain 0, all others at the threshold.
+The 7x7 stem is followed by no neuron and no pool; the first stage halves the image, too. The
+104-layer one has a stem of three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and
+dropout before the classifier. The last batch norm of a block starts at gain 0, all others at the
+threshold.
 
-With `shortcut="multiple"` every synapse has a shortcut of its own; with `norm="sws"` there is no batch norm, and what changes
-the shape reads spikes (`models/residual.py`).
+With `shortcut="multiple"` every synapse has a shortcut of its own; with `norm="sws"` there is no
+batch norm, and what changes the shape reads spikes (`models/residual.py`).
 
 Source: Hu et al. 2021 (MS-ResNet, arXiv 2112.08954).
 """
@@ -37,12 +40,14 @@ DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 104: (3, 8, 32, 8)}
 
 
 class MSResNet(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`: stem, stages that each halve the image, neuron, global average pool, classifier.
+    """`[T, B, C, H, W]` to `[T, B, K]`: stem, stages that each halve the image, neuron, global
+    average pool, classifier.
 
     Args:
         blocks: in each stage, each of two 3x3 synapses.
-        stem: "one" 7x7 synapse of stride 2, or "three" 3x3, the first of stride 2; for images of 28 or 32 pixels `stem_stride=1`.
-        pooled: an average pool before the 1x1 synapse of a shortcut, in the place of its stride.
+        stem: "one" 7x7 synapse of stride 2, or "three" 3x3, the first of stride 2; for images of 28
+        or 32 pixels `stem_stride=1`. pooled: an average pool before the 1x1 synapse of a shortcut,
+        in the place of its stride.
         dropout: share of the features before the classifier.
 
     Raises: ValueError for numbers that make no network, or choices that do not fit together.
@@ -66,25 +71,45 @@ class MSResNet(nn.Module):
         neuron: nn.Module = NEURON,
     ) -> None:
         super().__init__()
-        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
+        numbers = {
+            "classes": classes,
+            "in_channels": in_channels,
+            "width": width,
+            "stem_stride": stem_stride,
+        }
         refuse_unless_counts("MSResNet", {**numbers, "blocks": blocks})
         refuse_unless_one_of("MSResNet", ("one", "three"), stem=stem)
         refuse_unless_one_of("MSResNet", ("membrane", "multiple"), shortcut=shortcut)
-        factory = Blocks(shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD)
+        factory = Blocks(
+            shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD
+        )
         if stem == "one":
             self.stem = OncePerImage.of(factory.currents(Layer(in_channels, width, 7, stem_stride)))
         else:
-            first, second, third = Layer(in_channels, width, 3, stem_stride, True), *[Layer(width, width, 3, 1, True)] * 2
-            self.stem = OncePerImage(factory.synapse(first), factory.synapse(second), factory.currents(third))
+            first, second, third = (
+                Layer(in_channels, width, 3, stem_stride, True),
+                *[Layer(width, width, 3, 1, True)] * 2,
+            )
+            self.stem = OncePerImage(
+                factory.synapse(first), factory.synapse(second), factory.currents(third)
+            )
         self.stages, channels = resnet_stages(
-            factory, blocks, width, first_stride=2, last_gain=0.0, pooled=pooled, drop_path=drop_path
+            factory,
+            blocks,
+            width,
+            first_stride=2,
+            last_gain=0.0,
+            pooled=pooled,
+            drop_path=drop_path,
         )
         self.last = factory.spikes_of_stream()
         self.dropout = Dropout(dropout) if dropout else nn.Identity()
         self.classifier = Linear(channels, classes)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.last(self.stages(self.stem(x_TBCHW))).mean((3, 4))))
+        return self.classifier(
+            self.dropout(self.last(self.stages(self.stem(x_TBCHW))).mean((3, 4)))
+        )
 
 
 def ms_resnet(

@@ -1,13 +1,15 @@
 """NF-ResNet: the normaliser-free spiking ResNet on which OTTT and SLTT report ImageNet.
 
-    block:   h = gamma LIF(x / beta),   y = x (h through a 1x1 convolution, where the shape changes) + alpha skip_gain branch(h)
+    block:   h = gamma LIF(x / beta),   y = x (h through a 1x1 convolution, where the shape changes)
+    + alpha skip_gain branch(h)
 
-Standardised weights keep each branch at unit variance, gamma undoes the variance that the spike function takes away, beta is
-the expected standard deviation of the stream, and skip_gain starts at 0: no statistics of the batch anywhere, so a
-network may be run one time step at a time. The stream is real-valued, and no neuron stands before the last pool.
+Standardised weights keep each branch at unit variance, gamma undoes the variance that the spike
+function takes away, beta is the expected standard deviation of the stream, and skip_gain starts at
+0: no statistics of the batch anywhere, so a network may be run one time step at a time. The stream
+is real-valued, and no neuron stands before the last pool.
 
-Source: Brock et al. 2021 (arXiv 2101.08692) for the normaliser-free net; Xiao et al. 2022 (OTTT, arXiv 2210.04195) and
-Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking one.
+Source: Brock et al. 2021 (arXiv 2101.08692) for the normaliser-free net; Xiao et al. 2022 (OTTT,
+arXiv 2210.04195) and Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking one.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -26,12 +28,14 @@ from pipeline.spiking.synapse import Linear
 
 
 class NFResNet(nn.Module):
-    """Stem, four (or fewer) stages of blocks, global average pool, classifier: `[T, B, C, H, W]` to `[T, B, K]`.
+    """Stem, four (or fewer) stages of blocks, global average pool, classifier: `[T, B, C, H, W]` to
+    `[T, B, K]`.
 
-    `stem="imagenet"` is a 7x7 convolution of stride 2 and an average pool of stride 2; `stem="small"` a 3x3 convolution of
-    stride `stem_stride`, for images of 28 to 32 pixels. Stage i has `blocks[i]` blocks of width `width * 2**i`, two 3x3
-    convolutions or a `bottleneck`; all but the first start with stride 2. The classifier starts at 0, so the first logits are 0
-    and the first loss is ln K.
+    `stem="imagenet"` is a 7x7 convolution of stride 2 and an average pool of stride 2;
+    `stem="small"` a 3x3 convolution of stride `stem_stride`, for images of 28 to 32 pixels. Stage i
+    has `blocks[i]` blocks of width `width * 2**i`, two 3x3 convolutions or a `bottleneck`; all but
+    the first start with stride 2. The classifier starts at 0, so the first logits are 0 and the
+    first loss is ln K.
 
     Raises: ValueError for an unknown stem, or numbers that make no network.
     """
@@ -49,13 +53,23 @@ class NFResNet(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        numbers = {"classes": classes, "in_channels": in_channels, "width": width, "stem_stride": stem_stride}
+        numbers = {
+            "classes": classes,
+            "in_channels": in_channels,
+            "width": width,
+            "stem_stride": stem_stride,
+        }
         refuse_unless_counts("NFResNet", {**numbers, "blocks": blocks})
         refuse_unless_one_of("NFResNet", ("imagenet", "small"), stem=stem)
         factory = Blocks(shortcut="membrane", neuron=neuron, norm="sws")
         self.stem = OncePerImage()
         if stem == "imagenet":
-            self.stem.extend([standardized_conv(in_channels, width, 7, stride=2), Pool(nn.AvgPool2d(3, stride=2, padding=1))])
+            self.stem.extend(
+                [
+                    standardized_conv(in_channels, width, 7, stride=2),
+                    Pool(nn.AvgPool2d(3, stride=2, padding=1)),
+                ]
+            )
         else:
             self.stem.append(standardized_conv(in_channels, width, 3, stride=stem_stride))
         self.stages, channels = resnet_stages(factory, blocks, width, bottleneck=bottleneck)
@@ -73,8 +87,17 @@ def nf_resnet34(
     in_channels: int = 3,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-34, 21,797,688 parameters at 1000 classes. SLTT's published leak is 1/11, OTTT's 0.5."""
-    return NFResNet(blocks=(3, 4, 6, 3), classes=classes, in_channels=in_channels, width=64, stem="imagenet", neuron=neuron)
+    """NF-ResNet-34, 21,797,688 parameters at 1000 classes. SLTT's published leak is 1/11, OTTT's
+    0.5.
+    """
+    return NFResNet(
+        blocks=(3, 4, 6, 3),
+        classes=classes,
+        in_channels=in_channels,
+        width=64,
+        stem="imagenet",
+        neuron=neuron,
+    )
 
 
 def nf_resnet50(
@@ -122,7 +145,9 @@ def nf_resnet18_small(
     stem_stride: int = 1,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width`, fewer `blocks` and `stem_stride` make it small."""
+    """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width`, fewer `blocks` and
+    `stem_stride` make it small.
+    """
     return NFResNet(
         blocks=blocks,
         classes=classes,

@@ -1,8 +1,9 @@
-"""What several families are made of: copies of one neuron, pools, the convolution of networks without batch norm, and the
-classifier of rate-coded networks.
+"""What several families are made of: copies of one neuron, pools, the convolution of networks
+without batch norm, and the classifier of rate-coded networks.
 
-A builder takes its neuron as a module, `neuron=LIF(leak=0.5)`, in a recipe `neuron=spec(LIF, leak=0.5)`, and gives each
-layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same layers.
+A builder takes its neuron as a module, `neuron=LIF(leak=0.5)`, in a recipe `neuron=spec(LIF,
+leak=0.5)`, and gives each layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same
+layers.
 """
 
 # T time, B batch, C channels, H W pixels
@@ -19,12 +20,15 @@ from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Over = Literal["step", "time"]
-"""whether batch norm takes its statistics at each time step, or over time steps and samples together"""
+"""whether batch norm takes its statistics at each time step, or over time steps and samples
+together
+"""
 
-# 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at threshold 1 has unit variance
-# after it. Rounded as published.
+# 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at
+# threshold 1 has unit variance after it. Rounded as published.
 SPIKE_GAIN = 2.74
-# The same for max(0, N(0, 1)), whose variance is (1 - 1/pi) / 2 (Brock et al. 2021, arXiv 2101.08692).
+# The same for max(0, N(0, 1)), whose variance is (1 - 1/pi) / 2 (Brock et al. 2021, arXiv
+# 2101.08692).
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
@@ -34,7 +38,9 @@ def one_more(neuron: nn.Module) -> nn.Module:
 
 
 def variance_gain(neuron: nn.Module) -> float:
-    """What a unit-variance current must be multiplied by behind the neuron to have unit variance again."""
+    """What a unit-variance current must be multiplied by behind the neuron to have unit variance
+    again.
+    """
     if isinstance(neuron, nn.ReLU):
         return RELU_GAIN
     if not isinstance(neuron, LIF) or neuron.threshold == 1:
@@ -54,9 +60,15 @@ class Pool(nn.Module):
         return folded(self.pool, x_TBCHW)
 
 
-def standardized_conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
-    """A convolution with standardised weights that keeps the size of the image, stride aside; Kaiming fan-out, bias 0."""
-    conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized")
+def standardized_conv(
+    in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1
+) -> Conv2d:
+    """A convolution with standardised weights that keeps the size of the image, stride aside;
+    Kaiming fan-out, bias 0.
+    """
+    conv = Conv2d(
+        in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized"
+    )
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv
@@ -72,8 +84,9 @@ def initialized_as_relu(model: nn.Module) -> None:
 class RateHead(nn.Module):
     """logits = readout(neuron(norm(linear(neuron(x))))): `[T, B, C]`, as pooled, to `[T, B, K]`.
 
-    The pool leaves means of spikes, the first neuron makes them spikes again; the last one gives logits that are rates, of
-    which LIF's are weighted by the readout. With `nn.ReLU` as the neuron it is the head of the ANN.
+    The pool leaves means of spikes, the first neuron makes them spikes again; the last one gives
+    logits that are rates, of which LIF's are weighted by the readout. With `nn.ReLU` as the neuron
+    it is the head of the ANN.
 
     Source: Meng et al. 2022 (DSR, arXiv 2205.00459).
     """

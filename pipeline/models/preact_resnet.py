@@ -1,14 +1,14 @@
 """PreAct-ResNet: DSR's network for CIFAR and ImageNet, and SLTT's for CIFAR.
 
-    block:   h = neuron(norm(x)),   y = convolution(neuron(norm(convolution(h)))) + (h, through a 1x1 convolution where the
-             shape changes)
+    block:   h = neuron(norm(x)),   y = convolution(neuron(norm(convolution(h)))) + (h, through a
+             1x1 convolution where the shape changes)
 
-So the shortcut carries spikes even where nothing changes shape, unlike He et al.'s, whose identity takes x. Pools are
-averages; behind the last block come norm, neuron, a global pool and the head: `"rate"` ends in neurons (`RateHead`),
-`"linear"` is a linear classifier.
+So the shortcut carries spikes even where nothing changes shape, unlike He et al.'s, whose identity
+takes x. Pools are averages; behind the last block come norm, neuron, a global pool and the head:
+`"rate"` ends in neurons (`RateHead`), `"linear"` is a linear classifier.
 
-Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) and Meng et al. 2023 (SLTT, arXiv
-2302.14311) for the spiking form.
+Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) and Meng et al.
+2023 (SLTT, arXiv 2302.14311) for the spiking form.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -33,7 +33,14 @@ class Block(nn.Module):
     """Two 3x3 convolutions, norm and neuron before each."""
 
     def __init__(
-        self, in_channels: int, width: int, *, stride: int, normed_shortcut: bool, over: Over, neuron: nn.Module
+        self,
+        in_channels: int,
+        width: int,
+        *,
+        stride: int,
+        normed_shortcut: bool,
+        over: Over,
+        neuron: nn.Module,
     ) -> None:
         super().__init__()
         self.norm1, self.neuron1 = BatchNorm(in_channels, over=over), one_more(neuron)
@@ -52,7 +59,8 @@ class Block(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """`stem` "imagenet": 7x7 convolution, norm, neuron and pool, norms in the shortcuts; "small": a 3x3 convolution, none.
+    """`stem` "imagenet": 7x7 convolution, norm, neuron and pool, norms in the shortcuts; "small": a
+    3x3 convolution, none.
 
     Raises: ValueError for an unknown `stem` or `head`, or sizes below 1.
     """
@@ -87,12 +95,25 @@ class PreActResNet(nn.Module):
             for position in range(count):
                 stride = 2 if index > 0 and position == 0 else 1
                 wide = width * 2**index
-                stage.append(Block(channels, wide, stride=stride, normed_shortcut=stem == "imagenet", over=over, neuron=neuron))
+                stage.append(
+                    Block(
+                        channels,
+                        wide,
+                        stride=stride,
+                        normed_shortcut=stem == "imagenet",
+                        over=over,
+                        neuron=neuron,
+                    )
+                )
                 channels = wide
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.norm, self.neuron = BatchNorm(channels, over=over), one_more(neuron)
-        self.classifier = RateHead(channels, classes, over=over, neuron=neuron) if head == "rate" else Linear(channels, classes)
+        self.classifier = (
+            RateHead(channels, classes, over=over, neuron=neuron)
+            if head == "rate"
+            else Linear(channels, classes)
+        )
         self.readout = rate_readout(neuron) if head == "linear" else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
@@ -107,7 +128,9 @@ def preact_resnet18(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. `over` is batch norm's, over T and B as published."""
+    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. `over` is batch norm's, over T and B as
+    published.
+    """
     return PreActResNet(
         blocks=(2, 2, 2, 2),
         classes=classes,
@@ -130,10 +153,11 @@ def preact_resnet18_small(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and fewer `blocks` make it small.
+    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and fewer `blocks` make
+    it small.
 
-    The published ones have biases in their convolutions; a batch norm stands behind each of those here and takes them away.
-    SLTT's is `head="linear", over="step", neuron=LIF(1 / 11)`.
+    The published ones have biases in their convolutions; a batch norm stands behind each of those
+    here and takes them away. SLTT's is `head="linear", over="step", neuron=LIF(1 / 11)`.
     """
     return PreActResNet(
         blocks=blocks,

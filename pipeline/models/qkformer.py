@@ -1,16 +1,19 @@
-"""QKFormer: a hierarchical spiking Transformer of three stages, at 1/4, 1/8 and 1/16 of the image, rounded up.
+"""QKFormer: a hierarchical spiking Transformer of three stages, at 1/4, 1/8 and 1/16 of the image,
+rounded up.
 
-    embed to D/4, 1 block with TokenQK;   embed to D/2, 2 blocks with TokenQK;   embed to D, the rest with SelfAttention;
-    mean over tokens, linear classifier
+    embed to D/4, 1 block with TokenQK;   embed to D/2, 2 blocks with TokenQK;   embed to D, the
+    rest with SelfAttention; mean over tokens, linear classifier
     block:   x <- x + attention(x),   x <- x + ffn(x),   ffn of two 1x1 synapses, D to 4 D to D
-    embed:   synapse, norm, max pool, neuron, synapse, norm, neuron + (1x1 synapse of stride 2, norm, neuron)
+    embed:   synapse, norm, max pool, neuron, synapse, norm, neuron + (1x1 synapse of stride 2,
+    norm, neuron)
 
-as published with `shortcut="sew"`, whose stream holds whole numbers. With "membrane", "multiple" and "multiple_all" the
-stream is real (`models/residual.py`): neurons stand before synapses, also in the embeddings, and one before the classifier. A
-block starts as the identity, as in MS-ResNet (but under "multiple_all", where the a of its attention is added to it).
+as published with `shortcut="sew"`, whose stream holds whole numbers. With "membrane", "multiple"
+and "multiple_all" the stream is real (`models/residual.py`): neurons stand before synapses, also in
+the embeddings, and one before the classifier. A block starts as the identity, as in MS-ResNet (but
+under "multiple_all", where the a of its attention is added to it).
 
-Drop path is a share that grows linearly with depth to `drop_path`, one for both branches of a block. The published code declares
-it and never applies it, so 0 is as published.
+Drop path is a share that grows linearly with depth to `drop_path`, one for both branches of a
+block. The published code declares it and never applies it, so 0 is as published.
 
 Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552).
 """
@@ -32,14 +35,15 @@ from pipeline.spiking.still import OncePerImage
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Linear
 
-# SpikingJelly's LIF at tau 2, as the published code uses it; and without its decay of the input, which normaliser-free
-# currents do not stand.
+# SpikingJelly's LIF at tau 2, as the published code uses it; and without its decay of the input,
+# which normaliser-free currents do not stand.
 NEURON = LIF(0.5, reset="zero", decay_input=True, surrogate=Sigmoid(4.0))
 SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 
 
 class QKFormer(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size; 16 pixels a side, once shrunk, leave one token in the last stage.
+    """`[T, B, C, H, W]` to `[T, B, K]`, for images of any size; 16 pixels a side, once shrunk,
+    leave one token in the last stage.
 
     Args:
         channels: D, of the last stage; a multiple of 4 heads.
@@ -47,15 +51,17 @@ class QKFormer(nn.Module):
         heads: of every attention.
         expansion: of the FFN.
         drop_path: the share at the last block.
-        shrink: pictures are averaged over squares of so many pixels a side first: a small student looks at less of the view that
-            its teacher sees whole. Rows and columns that fill no square, at the right and the bottom, are left out.
-        projection_neuron: of the last stage's attentions (`models/attention.py`). "over_samples" is the published code's, which
-            published accuracies need: an answer then depends on the batch that the picture is in.
-        neuron: None for the published LIF (leak 0.5, decay of the input, reset to zero), under "sws" for one with reset by
-            subtraction and without that decay.
+        shrink: pictures are averaged over squares of so many pixels a side first: a small student
+            looks at less of the view that its teacher sees whole. Rows and columns that fill no
+            square, at the right and the bottom, are left out.
+        projection_neuron: of the last stage's attentions (`models/attention.py`). "over_samples" is
+            the published code's, which published accuracies need: an answer then depends on the
+            batch that the picture is in.
+        neuron: None for the published LIF (leak 0.5, decay of the input, reset to zero), under
+            "sws" for one with reset by subtraction and without that decay.
 
-    Raises: ValueError for numbers that make no network, or choices that do not fit together (`models/residual.py`); in
-        `forward` for pictures smaller than one square.
+    Raises: ValueError for numbers that make no network, or choices that do not fit together
+        (`models/residual.py`); in `forward` for pictures smaller than one square.
     """
 
     def __init__(
@@ -76,16 +82,31 @@ class QKFormer(nn.Module):
         neuron: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        numbers = {"classes": classes, "in_channels": in_channels, "expansion": expansion, "heads": heads, "channels": channels}
+        numbers = {
+            "classes": classes,
+            "in_channels": in_channels,
+            "expansion": expansion,
+            "heads": heads,
+            "channels": channels,
+        }
         numbers |= {"shrink": shrink}
         refuse_unless_counts("QKFormer", numbers)
         self.shrink = shrink
         if channels % (4 * heads):
-            raise ValueError(f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}")
+            raise ValueError(
+                f"QKFormer: channels must be a multiple of 4 heads; got channels={channels},"
+                f" heads={heads}"
+            )
         if depth < 4:
-            raise ValueError(f"QKFormer: depth must be >= 4, one block for the first stage and two for the second; got {depth=}")
+            raise ValueError(
+                "QKFormer: depth must be >= 4, one block for the first stage and two for the"
+                f" second; got {depth=}"
+            )
         if shortcut == "post_activation":
-            raise ValueError("QKFormer: shortcut must not be 'post_activation', which has no published form for attention")
+            raise ValueError(
+                "QKFormer: shortcut must not be 'post_activation', which has no published form for"
+                " attention"
+            )
         if neuron is None:
             neuron = SWS_NEURON if norm == "sws" else NEURON
         blocks = Blocks(shortcut=shortcut, neuron=neuron, norm=norm, over=over)
@@ -100,7 +121,16 @@ class QKFormer(nn.Module):
             stage = nn.Sequential(Embed(blocks, wide // 2, wide, stem=stem))
             for _ in range(count):
                 share = next(shares)
-                stage.append(Block(blocks, wide, attention=attention, heads=heads, expansion=expansion, drop_path=share))
+                stage.append(
+                    Block(
+                        blocks,
+                        wide,
+                        attention=attention,
+                        heads=heads,
+                        expansion=expansion,
+                        drop_path=share,
+                    )
+                )
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.last = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
@@ -111,14 +141,21 @@ class QKFormer(nn.Module):
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         height, width = x_TBCHW.shape[3:]
         if min(height, width) < self.shrink:
-            raise ValueError(f"QKFormer: pictures must have shrink={self.shrink} pixels a side or more; got {height} x {width}")
+            raise ValueError(
+                f"QKFormer: pictures must have shrink={self.shrink} pixels a side or more; got"
+                f" {height} x {width}"
+            )
         return self.classifier(self.last(self.stages(x_TBCHW)).mean((3, 4)))
 
 
 class Embed(nn.Module):
-    """Halves the image (the first one, with a stem of its own before it: to a quarter) and changes the channels."""
+    """Halves the image (the first one, with a stem of its own before it: to a quarter) and changes
+    the channels.
+    """
 
-    def __init__(self, blocks: Blocks, in_channels: int, channels: int, *, stem: nn.Sequential | None) -> None:
+    def __init__(
+        self, blocks: Blocks, in_channels: int, channels: int, *, stem: nn.Sequential | None
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential() if stem is None else stem
         layers = [Layer(in_channels, channels, 3, pools=True), Layer(channels, channels, 3)]
@@ -150,7 +187,9 @@ class Block(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        self.attention = blocks.around(attention(blocks, channels, heads=heads), drop_path=drop_path)
+        self.attention = blocks.around(
+            attention(blocks, channels, heads=heads), drop_path=drop_path
+        )
         wide = channels * expansion
         layers = [Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)]
         self.ffn = blocks.residual(layers, last_gain=blocks.silent, drop_path=drop_path)

@@ -15,10 +15,19 @@ from pipeline.models.qkformer import QKFormer
 from pipeline.state_file import misfits
 
 # What a published file holds that this network has no place for, and why.
-IGNORED = {"num_batches_tracked": "counts calls for torch's cumulative average, which batch norm with a momentum never reads"}
+IGNORED = {
+    "num_batches_tracked": (
+        "counts calls for torch's cumulative average, which batch norm with a momentum never reads"
+    )
+}
 
 _KINDS = {"synapse": "conv", "norm": "bn"}
-_EMBEDDINGS = {("0", "branch.0"): "proj1", ("0", "branch.2"): "proj2", ("1", "branch.0"): "proj3", ("1", "branch.2"): "proj4"}
+_EMBEDDINGS = {
+    ("0", "branch.0"): "proj1",
+    ("0", "branch.2"): "proj2",
+    ("1", "branch.0"): "proj3",
+    ("1", "branch.2"): "proj4",
+}
 
 
 def published_name(name: str) -> str:
@@ -28,10 +37,19 @@ def published_name(name: str) -> str:
     kind = r"(?P<kind>synapse|norm)\.(?P<tensor>\w+)$"
     if found := re.match(stage + r"0\.stem\.0\." + kind, name):
         place = "patch_embed1.proj"
-    elif found := re.match(stage + r"0\.residual\.(?P<part>branch\.[02]|shortcut\.0)\." + kind, name):
-        part = "proj_res" if found["part"] == "shortcut.0" else _EMBEDDINGS[min(found["stage"], "1"), found["part"]]
+    elif found := re.match(
+        stage + r"0\.residual\.(?P<part>branch\.[02]|shortcut\.0)\." + kind, name
+    ):
+        part = (
+            "proj_res"
+            if found["part"] == "shortcut.0"
+            else _EMBEDDINGS[min(found["stage"], "1"), found["part"]]
+        )
         place = f"patch_embed{int(found['stage']) + 1}.{part}"
-    elif found := re.match(block + r"attention\.branch\.(projections\.(?P<which>[qkv])\.currents|project)\." + kind, name):
+    elif found := re.match(
+        block + r"attention\.branch\.(projections\.(?P<which>[qkv])\.currents|project)\." + kind,
+        name,
+    ):
         attention = "attn" if found["stage"] == "2" else "tssa"
         place = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}.{attention}.{found['which'] or 'proj'}"
     elif found := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
@@ -40,7 +58,10 @@ def published_name(name: str) -> str:
     elif found := re.match(r"classifier\.(?P<tensor>\w+)$", name):
         return f"head.{found['tensor']}"
     else:
-        raise ValueError(f"published_name: only tensors of a QKFormer with shortcut='sew' were published; got {name}")
+        raise ValueError(
+            "published_name: only tensors of a QKFormer with shortcut='sew' were published; got"
+            f" {name}"
+        )
     return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
 
 
@@ -51,14 +72,17 @@ def from_published(
     over: Over = "time",
     projection_neuron: ProjectionNeuron = "over_time",
 ) -> QKFormer:
-    """The network that published weights belong to, with these weights. Its sizes are those of the tensors.
+    """The network that published weights belong to, with these weights. Its sizes are those of the
+    tensors.
 
     Args:
         published: tensors under their published names.
-        heads: of every attention. No tensor tells them; None is one for 64 channels, as published for ImageNet.
-        over: what batch norm takes its statistics of in training (`models/residual.py`). "time", all steps together, is the
+        heads: of every attention. No tensor tells them; None is one for 64 channels, as published
+        for ImageNet. over: what batch norm takes its statistics of in training
+        (`models/residual.py`). "time", all steps together, is the
             published network. "step" trains another one, which rules in slices need.
-        projection_neuron: "over_samples" answers as the published code does, by the batch that a picture is in.
+        projection_neuron: "over_samples" answers as the published code does, by the batch that a
+        picture is in.
 
     Raises: ValueError for tensors that are missing, left over or of another shape.
     """
@@ -66,7 +90,10 @@ def from_published(
     in_channels = _sizes(published, "patch_embed1.proj_conv.weight", 4)[1]
     expansion = _sizes(published, "stage1.0.mlp.fc1_conv.weight", 4)[0] * 4 // channels
     if heads is None and channels < 64:
-        raise ValueError(f"from_published: heads must be given for fewer than 64 channels; got {channels} channels")
+        raise ValueError(
+            f"from_published: heads must be given for fewer than 64 channels; got {channels}"
+            " channels"
+        )
     depth = len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name})
     with torch.device("meta"):
         network = QKFormer(
@@ -82,17 +109,25 @@ def from_published(
     network.to_empty(device="cpu")
     tensors = renamed(published, network)
     if wrong := misfits(tensors, network.state_dict()):
-        raise ValueError(f"from_published: the weights must be those of a published QKFormer; got {wrong}")
+        raise ValueError(
+            f"from_published: the weights must be those of a published QKFormer; got {wrong}"
+        )
     network.load_state_dict(tensors)
     return network
 
 
 def _sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
     if name not in published:
-        raise ValueError(f"from_published: the weights must be those of a published QKFormer; got none named '{name}'")
+        raise ValueError(
+            "from_published: the weights must be those of a published QKFormer; got none named"
+            f" '{name}'"
+        )
     shape = published[name].shape
     if len(shape) != dimensions:
-        raise ValueError(f"from_published: {name} must have {dimensions} dimensions; got the shape {tuple(shape)}")
+        raise ValueError(
+            f"from_published: {name} must have {dimensions} dimensions; got the shape"
+            f" {tuple(shape)}"
+        )
     return shape
 
 
@@ -102,26 +137,41 @@ def is_published(weights: Mapping[str, Tensor]) -> bool:
 
 
 def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
-    """The same, of weights that need not fit: what `network` has no place for keeps its name, what is of another size its shape.
+    """The same, of weights that need not fit: what `network` has no place for keeps its name, what
+    is of another size its shape.
 
-    Raises: ValueError for a network with a stream of real numbers, which nothing published belongs to.
+    Raises: ValueError for a network with a stream of real numbers, which nothing published belongs
+    to.
     """
     if not isinstance(network.last, nn.Identity):
-        raise ValueError("QKFormer: published weights are those of shortcut='sew'; got a network with a stream of real numbers")
-    left = {name: tensor for name, tensor in published.items() if name.rsplit(".", 1)[-1] not in IGNORED}
+        raise ValueError(
+            "QKFormer: published weights are those of shortcut='sew'; got a network with a stream"
+            " of real numbers"
+        )
+    left = {
+        name: tensor for name, tensor in published.items() if name.rsplit(".", 1)[-1] not in IGNORED
+    }
     ours = {}
     for name, mine in network.state_dict().items():
         theirs = published_name(name)
         if theirs in left:
             tensor = left.pop(theirs)
-            ours[name] = tensor.reshape(mine.shape) if tensor.shape == _published_shape(theirs, mine) else tensor
+            ours[name] = (
+                tensor.reshape(mine.shape)
+                if tensor.shape == _published_shape(theirs, mine)
+                else tensor
+            )
     return ours | left
 
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
-    """Our weights under the published names and in the published shapes; without the counts of calls."""
+    """Our weights under the published names and in the published shapes; without the counts of
+    calls.
+    """
     named = {published_name(name): tensor for name, tensor in network.state_dict().items()}
-    return {theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()}
+    return {
+        theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()
+    }
 
 
 def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:

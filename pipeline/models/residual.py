@@ -1,30 +1,38 @@
-"""One factory for the residual blocks of spiking networks: what stands in a branch, and what its shortcut carries.
+"""One factory for the residual blocks of spiking networks: what stands in a branch, and what its
+shortcut carries.
 
 S a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch(h)):
 
-    shortcut             first   branch       last   what is added                  what the stream holds
-    "post_activation"            S N L S N    L      x, currents to spikes          spikes, 0 or 1
-    "sew"                        S N L S N L         x, spikes to spikes            whole numbers 0, 1, 2, ...
-    "membrane"           L       S N L S N           x, currents to currents        real numbers; synapses see spikes
-    "multiple"           L       S N                 x, once for every synapse      real numbers; synapses see spikes
-    "sew_multiple"               S N L               x, once for every synapse      multiples of 1/r
+    shortcut             first   branch       last   what is added                  what the stream
+    holds "post_activation"            S N L S N    L      x, currents to spikes          spikes, 0
+    or 1
+    "sew"                        S N L S N L         x, spikes to spikes            whole numbers 0,
+    1, 2, ... "membrane"           L       S N L S N           x, currents to currents        real
+    numbers; synapses see spikes "multiple"           L       S N                 x, once for every
+    synapse      real numbers; synapses see spikes "sew_multiple"               S N L
+    x, once for every synapse      multiples of 1/r
 
-The last two put a shortcut around every triple of neuron, synapse and norm, as binary networks do, whose layers lose too much
-to be two between shortcuts. "multiple_all" is "multiple" with shortcuts around the projections of an attention as well
-(`models/attention.py`). Where a triple changes the number of channels by a whole factor, its shortcut repeats the channels
-or averages groups of them, of r each; where the stride changes, it is an average pool and a 1x1 synapse with its norm. The mean
-over groups of spikes is graded: behind it the synapses of "sew_multiple" see more than whole numbers.
+The last two put a shortcut around every triple of neuron, synapse and norm, as binary networks do,
+whose layers lose too much to be two between shortcuts. "multiple_all" is "multiple" with shortcuts
+around the projections of an attention as well (`models/attention.py`). Where a triple changes the
+number of channels by a whole factor, its shortcut repeats the channels or averages groups of them,
+of r each; where the stride changes, it is an average pool and a 1x1 synapse with its norm. The mean
+over groups of spikes is graded: behind it the synapses of "sew_multiple" see more than whole
+numbers.
 
-`norm="sws"` is the normaliser-free form of the streams of real numbers: standardised weights in the place of batch norm,
+`norm="sws"` is the normaliser-free form of the streams of real numbers: standardised weights in the
+place of batch norm,
 
-    y = x + ALPHA skip_gain branch(gain L(x / beta)),   gain L( . ) before every further synapse of the branch
+    y = x + ALPHA skip_gain branch(gain L(x / beta)),   gain L( . ) before every further synapse of
+    the branch
 
-beta the expected standard deviation of the stream, gain what a spike takes from the variance, skip_gain from 0; a change of
-shape starts from gain L(x / beta). No statistics of the batch anywhere: such a network runs one time step at a time.
+beta the expected standard deviation of the stream, gain what a spike takes from the variance,
+skip_gain from 0; a change of shape starts from gain L(x / beta). No statistics of the batch
+anywhere: such a network runs one time step at a time.
 
-Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.04159), Hu et al. 2021 (MS, arXiv 2112.08954),
-Brock et al. 2021 (NF, arXiv 2101.08692); multiple shortcuts: Liu et al. 2018 (Bi-Real, arXiv 1808.00278), Le & Li 2023
-(BinaryViT, arXiv 2306.16678).
+Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.04159), Hu et al. 2021
+(MS, arXiv 2112.08954), Brock et al. 2021 (NF, arXiv 2101.08692); multiple shortcuts: Liu et al.
+2018 (Bi-Real, arXiv 1808.00278), Le & Li 2023 (BinaryViT, arXiv 2306.16678).
 """
 
 # T time, B batch, C channels, H W pixels
@@ -38,7 +46,15 @@ from torch import nn
 
 from pipeline.counts import refuse_unless_one_of
 from pipeline.models.parts import Over, Pool, one_more, standardized_conv, variance_gain
-from pipeline.models.stream import ALPHA, GroupMean, Repeat, Rescaled, Residual, ShortcutOf, StreamVariance
+from pipeline.models.stream import (
+    ALPHA,
+    GroupMean,
+    Repeat,
+    Rescaled,
+    Residual,
+    ShortcutOf,
+    StreamVariance,
+)
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d
@@ -48,7 +64,9 @@ Norm = Literal["batch", "sws"]
 
 
 class Layer(NamedTuple):
-    """A convolution that keeps the size of the image, stride aside; `pools` halves the image, by a max pool behind its norm."""
+    """A convolution that keeps the size of the image, stride aside; `pools` halves the image, by a
+    max pool behind its norm.
+    """
 
     in_channels: int
     out_channels: int
@@ -59,7 +77,8 @@ class Layer(NamedTuple):
 
 
 class Blocks:
-    """Makes the layers of one network, from stem to head: it keeps count of the variance of the stream.
+    """Makes the layers of one network, from stem to head: it keeps count of the variance of the
+    stream.
 
     Args:
         shortcut: as at the head of the file.
@@ -83,10 +102,14 @@ class Blocks:
         refuse_unless_one_of("Blocks", get_args(Shortcut), shortcut=shortcut)
         refuse_unless_one_of("Blocks", get_args(Norm), norm=norm)
         if norm == "sws" and shortcut not in ("membrane", "multiple"):
-            raise ValueError(f"norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got {shortcut=}")
+            raise ValueError(
+                "norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got"
+                f" {shortcut=}"
+            )
         if norm == "sws" and getattr(neuron, "decay_input", False):
             raise ValueError(
-                "norm='sws' counts on currents of unit variance, which decay_input shrinks; got a neuron with decay_input"
+                "norm='sws' counts on currents of unit variance, which decay_input shrinks; got a"
+                " neuron with decay_input"
             )
         self.shortcut: Shortcut = shortcut
         self.prototype = neuron
@@ -98,33 +121,43 @@ class Blocks:
 
     @property
     def carries_spikes(self) -> bool:
-        """Whether the stream holds spikes, their sums, or means of those, which synapses read without a neuron before them."""
+        """Whether the stream holds spikes, their sums, or means of those, which synapses read
+        without a neuron before them.
+        """
         return self.shortcut in ("post_activation", "sew", "sew_multiple")
 
     @property
     def silent(self) -> float | None:
-        """Where the gain of a branch's last batch norm starts, for a block that is to be the identity at first: streams of real
-        numbers would gain the variance of every branch otherwise, until hardly a neuron that reads them is near its threshold.
-        None where the stream holds spikes, of which each branch adds more."""
+        """Where the gain of a branch's last batch norm starts, for a block that is to be the
+        identity at first: streams of real numbers would gain the variance of every branch
+        otherwise, until hardly a neuron that reads them is near its threshold. None where the
+        stream holds spikes, of which each branch adds more."""
         return None if self.carries_spikes else 0.0
 
     @property
     def is_multiple(self) -> bool:
         return self.shortcut in ("multiple", "multiple_all", "sew_multiple")
 
-    # -------------------------------------------------------------------------------------------------------------- layers
+    # --------------------------------------------------------------------------------------- layers
 
     def neuron(self, *, threshold: float | None = None) -> nn.Module:
-        """A copy of the prototype, with a threshold of its own where one is given; its reset is moved in proportion.
+        """A copy of the prototype, with a threshold of its own where one is given; its reset is
+        moved in proportion.
 
-        Raises: ValueError for a threshold of a neuron that has one and is no plain LIF: a learnable one is its own.
-        """
+        Raises: ValueError for a threshold of a neuron that has one and is no plain LIF: a learnable
+        one is its own."""
         neuron = one_more(self.prototype)
         if threshold is None or isinstance(neuron, nn.ReLU):
             return neuron
         if type(neuron) is not LIF:
-            raise ValueError(f"neuron must be a LIF where a threshold of {threshold} is asked for; got {type(neuron).__name__}")
-        neuron.threshold, neuron.subtract = threshold, neuron.subtract * threshold / neuron.threshold
+            raise ValueError(
+                f"neuron must be a LIF where a threshold of {threshold} is asked for; got"
+                f" {type(neuron).__name__}"
+            )
+        neuron.threshold, neuron.subtract = (
+            threshold,
+            neuron.subtract * threshold / neuron.threshold,
+        )
         return neuron
 
     def spikes(self, *, threshold: float | None = None) -> nn.Module:
@@ -134,7 +167,11 @@ class Blocks:
 
     def spikes_of_stream(self) -> nn.Module:
         """The neuron that reads the stream where it stands now."""
-        return Rescaled(self.neuron(), gain=self.gain, beta=self.stream.variance**0.5) if self.is_sws else self.neuron()
+        return (
+            Rescaled(self.neuron(), gain=self.gain, beta=self.stream.variance**0.5)
+            if self.is_sws
+            else self.neuron()
+        )
 
     def synapse(self, layer: Layer) -> Conv2d:
         """The convolution of a layer; it has its bias under "sws", whatever the layer says."""
@@ -153,7 +190,7 @@ class Blocks:
             parts["pool"] = Pool(nn.MaxPool2d(3, stride=2, padding=1))
         return named(**parts)
 
-    # ----------------------------------------------------------------------------------------------------------- residuals
+    # ------------------------------------------------------------------------------------ residuals
 
     def residual(
         self,
@@ -163,13 +200,18 @@ class Blocks:
         pooled: bool = False,
         drop_path: float = 0.0,
     ) -> nn.Module:
-        """Shortcut and branch of these layers; one residual for each where there are multiple shortcuts.
+        """Shortcut and branch of these layers; one residual for each where there are multiple
+        shortcuts.
 
-        `last_gain` is where the last batch norm of a branch starts (0: with the identity); `pooled` makes strides of one
-        shortcut for all an average pool and a 1x1 synapse, in the place of a 1x1 synapse with the stride.
+        `last_gain` is where the last batch norm of a branch starts (0: with the identity); `pooled`
+        makes strides of one shortcut for all an average pool and a 1x1 synapse, in the place of a
+        1x1 synapse with the stride.
         """
         if self.is_multiple:
-            each = [self.one_residual([layer], last_gain=last_gain, pooled=True, drop_path=drop_path) for layer in layers]
+            each = [
+                self.one_residual([layer], last_gain=last_gain, pooled=True, drop_path=drop_path)
+                for layer in layers
+            ]
             return nn.Sequential(*each)
         return self.one_residual(layers, last_gain=last_gain, pooled=pooled, drop_path=drop_path)
 
@@ -182,7 +224,9 @@ class Blocks:
         drop_path: float = 0.0,
         shortcut_of: ShortcutOf = "stream",
     ) -> nn.Module:
-        """All layers in one branch, whatever the shortcut; `shortcut_of` is what a projection reads."""
+        """All layers in one branch, whatever the shortcut; `shortcut_of` is what a projection
+        reads.
+        """
         first = None if self.carries_spikes else self.spikes_of_stream()
         branch = nn.Sequential()
         for layer in layers[:-1]:
@@ -191,25 +235,32 @@ class Blocks:
         if self.shortcut in ("sew", "sew_multiple"):
             branch.append(self.neuron())
         stride = math.prod(2 * layer.stride if layer.pools else layer.stride for layer in layers)
-        shortcut, projects = self._shortcut(layers[0].in_channels, layers[-1].out_channels, stride, pooled=pooled)
+        shortcut, projects = self._shortcut(
+            layers[0].in_channels, layers[-1].out_channels, stride, pooled=pooled
+        )
         return Residual(
             branch,
             shortcut,
             first=first,
             last=self.neuron() if self.shortcut == "post_activation" else None,
-            # What a normaliser-free projection reads must have unit variance, which the stream has not.
+            # What a normaliser-free projection reads must have unit variance, which the stream has
+            # not.
             shortcut_of="first" if self.is_sws and projects else shortcut_of,
             alpha=ALPHA if self.is_sws else None,
             drop_path=drop_path,
         )
 
     def around(self, branch: nn.Module, *, drop_path: float = 0.0) -> nn.Module:
-        """A branch that reads the stream by itself and keeps its shape, such as an attention; not under "post_activation"."""
+        """A branch that reads the stream by itself and keeps its shape, such as an attention; not
+        under "post_activation".
+        """
         assert self.shortcut != "post_activation"
         self.stream.add()
         return Residual(branch, alpha=ALPHA if self.is_sws else None, drop_path=drop_path)
 
-    def _shortcut(self, in_channels: int, out_channels: int, stride: int, *, pooled: bool) -> tuple[nn.Module | None, bool]:
+    def _shortcut(
+        self, in_channels: int, out_channels: int, stride: int, *, pooled: bool
+    ) -> tuple[nn.Module | None, bool]:
         """The shortcut, and whether it has a synapse of its own."""
         if stride == 1 and in_channels == out_channels:
             self.stream.add()
@@ -226,7 +277,9 @@ class Blocks:
         pools = pooled and stride > 1 and not self.is_sws
         if pools:
             projection.append(Pool(nn.AvgPool2d(stride, ceil_mode=True)))
-        projection.append(self.currents(Layer(in_channels, out_channels, stride=1 if pools else stride)))
+        projection.append(
+            self.currents(Layer(in_channels, out_channels, stride=1 if pools else stride))
+        )
         if self.shortcut in ("sew", "sew_multiple"):
             projection.append(self.neuron())
         return projection, True
@@ -243,9 +296,11 @@ def resnet_stages(
     pooled: bool = False,
     drop_path: float = 0.0,
 ) -> tuple[nn.Sequential, int]:
-    """Stage i has `blocks[i]` blocks of width `width * 2**i` and begins with stride 2, the first with `first_stride`.
+    """Stage i has `blocks[i]` blocks of width `width * 2**i` and begins with stride 2, the first
+    with `first_stride`.
 
-    `drop_path` is the share at the last block, to which it grows linearly; `last_gain` and `pooled` are `Blocks.residual`'s.
+    `drop_path` is the share at the last block, to which it grows linearly; `last_gain` and `pooled`
+    are `Blocks.residual`'s.
 
     Returns: the stages, and the channels that leave them.
     """
@@ -256,7 +311,11 @@ def resnet_stages(
         for position in range(count):
             stride = 1 if position else 2 if index else first_stride
             layers = resnet_layers(channels, width * 2**index, stride=stride, bottleneck=bottleneck)
-            stage.append(factory.residual(layers, last_gain=last_gain, pooled=pooled, drop_path=drop_path * built / last))
+            stage.append(
+                factory.residual(
+                    layers, last_gain=last_gain, pooled=pooled, drop_path=drop_path * built / last
+                )
+            )
             channels, built = layers[-1].out_channels, built + 1
         stages.append(stage)
     return stages, channels

@@ -1,9 +1,12 @@
-"""SEW-ResNet, and the Spiking ResNet that it was built to better: ResNets whose neurons stand behind synapse and norm.
+"""SEW-ResNet, and the Spiking ResNet that it was built to better: ResNets whose neurons stand
+behind synapse and norm.
 
-    SEW        y = L(N S L N S x) + x          spikes are added to spikes: whole numbers on the stream
+    SEW        y = L(N S L N S x) + x          spikes are added to spikes: whole numbers on the
+    stream
     Spiking    y = L(N S L N S x + x)          currents to spikes: deep ones do not learn
 
-(three layers in a bottleneck); where the shape changes, a 1x1 synapse with norm, and neuron in SEW, stands in the shortcut.
+(three layers in a bottleneck); where the shape changes, a 1x1 synapse with norm, and neuron in SEW,
+stands in the shortcut.
 
 Source: Fang et al. 2021 (SEW, arXiv 2102.04159), of which this is "ADD".
 """
@@ -28,15 +31,23 @@ Order = Literal["sew", "post_activation"]
 # SpikingJelly's default surrogate, of which no setting was published.
 NEURON = IF(reset="zero", surrogate=ATan())
 
-DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+DEPTHS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 class SEWResNet(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`: 7x7 stem with max pool, four (or fewer) stages, global average pool, classifier.
+    """`[T, B, C, H, W]` to `[T, B, K]`: 7x7 stem with max pool, four (or fewer) stages, global
+    average pool, classifier.
 
     Args:
         blocks: in each stage, of which all but the first halve the image.
-        bottleneck: blocks of 1x1, 3x3, 1x1 with four times `width` outside, in the place of two 3x3.
+        bottleneck: blocks of 1x1, 3x3, 1x1 with four times `width` outside, in the place of two
+        3x3.
         shortcut: "sew" or "post_activation".
 
     Raises: ValueError for numbers that make no network, or another shortcut.
@@ -81,7 +92,9 @@ def sew_resnet(
     over: Over = "time",
     neuron: nn.Module = NEURON,
 ) -> SEWResNet:
-    """SEW-ResNet-18 to -152 for ImageNet; 11.69, 21.80, 25.56, 44.55, 60.19 M parameters. "post_activation": Spiking ResNet."""
+    """SEW-ResNet-18 to -152 for ImageNet; 11.69, 21.80, 25.56, 44.55, 60.19 M parameters.
+    "post_activation": Spiking ResNet.
+    """
     refuse_unless_one_of("sew_resnet", DEPTHS, depth=depth)
     return SEWResNet(
         blocks=DEPTHS[depth],

@@ -1,4 +1,5 @@
-"""The stream of a residual network: what adds to it, what widens and narrows it, and the variance that it has by then.
+"""The stream of a residual network: what adds to it, what widens and narrows it, and the variance
+that it has by then.
 
 Which of them stand in a network, and where, is decided in `models/residual.py`.
 """
@@ -19,7 +20,9 @@ ALPHA = 0.2
 
 
 class Residual(nn.Module):
-    """h = first(x), y = last(shortcut + branch(h)), the shortcut of x or of h; with `alpha` the branch has a learnable weight."""
+    """h = first(x), y = last(shortcut + branch(h)), the shortcut of x or of h; with `alpha` the
+    branch has a learnable weight.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,9 @@ class Repeat(nn.Module):
 
 
 class GroupMean(nn.Module):
-    """`[T, B, group C, ...]` to `[T, B, C, ...]`: the mean over the copies that `Repeat` made, so that it undoes it."""
+    """`[T, B, group C, ...]` to `[T, B, C, ...]`: the mean over the copies that `Repeat` made, so
+    that it undoes it.
+    """
 
     def __init__(self, group: int) -> None:
         super().__init__()
@@ -91,7 +96,9 @@ class Rescaled(nn.Module):
 
 
 class StreamVariance:
-    """The expected variance of a normaliser-free stream: 1 behind a standardised synapse, ALPHA^2 more for each branch."""
+    """The expected variance of a normaliser-free stream: 1 behind a standardised synapse, ALPHA^2
+    more for each branch.
+    """
 
     def __init__(self) -> None:
         self.shared = 1.0

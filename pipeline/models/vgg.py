@@ -1,14 +1,15 @@
 """VGG with scaled weight standardisation: OTTT's network for CIFAR and event data.
 
-    per layer:   s = LIF(sWS convolution(gamma s)),   an average pool between stages, a global one before the classifier
+    per layer:   s = LIF(sWS convolution(gamma s)),   an average pool between stages, a global one
+    before the classifier
 
-where the first reads the image as it is, and gamma follows the pools, which leave fewer numbers to multiply.
-VGG-F hands its last features back to its first layer, a time step later:
+where the first reads the image as it is, and gamma follows the pools, which leave fewer numbers to
+multiply. VGG-F hands its last features back to its first layer, a time step later:
 
     first layer:   s[t] = LIF(sWS convolution(x[t]) + convolution(upsampled gamma s_last[t-1]))
 
-where the second convolution starts at zero, so that VGG-F starts as VGG. The first time step has nothing of the second
-convolution, its bias included.
+where the second convolution starts at zero, so that VGG-F starts as VGG. The first time step has
+nothing of the second convolution, its bias included.
 
 Source: Xiao et al. 2022 (OTTT, arXiv 2210.04195), section 5 and appendix.
 """
@@ -33,10 +34,11 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 class Layer(nn.Module):
-    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), `more` being where else current comes from.
+    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), `more` being where else current comes
+    from.
 
-    The first layer of a network, which sees the image, has no gamma, and its convolution once where the image is still.
-    """
+    The first layer of a network, which sees the image, has no gamma, and its convolution once where
+    the image is still."""
 
     def __init__(
         self,
@@ -58,14 +60,18 @@ class Layer(nn.Module):
 
     def forward(self, h_TBCHW: Tensor, more: nn.Module | None = None) -> Tensor:
         current_TBCHW = self.conv(h_TBCHW if self.gain is None else self.gain * h_TBCHW)
-        return self.dropout(self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW)))
+        return self.dropout(
+            self.neuron(current_TBCHW if more is None else current_TBCHW + more(h_TBCHW))
+        )
 
 
 class Feedback(nn.Module):
-    """h[t-1] at time t: `recall` before it is needed, `keep` when h[t] is known. Both hold one step, `[1, B, ...]`.
+    """h[t-1] at time t: `recall` before it is needed, `keep` when h[t] is known. Both hold one
+    step, `[1, B, ...]`.
 
-    A model with feedback runs its time steps one after another, whatever the length of the slice that it is given.
-    The seam `carry` is applied to what is kept, as in `LIF`: the identity under BPTT, detach under online rules.
+    A model with feedback runs its time steps one after another, whatever the length of the slice
+    that it is given. The seam `carry` is applied to what is kept, as in `LIF`: the identity under
+    BPTT, detach under online rules.
 
     Raises: ValueError outside `fresh_state`, or when more than one step is kept.
     """
@@ -81,12 +87,16 @@ class Feedback(nn.Module):
 
     def keep(self, h_TB: Tensor) -> None:
         if h_TB.shape[0] != 1:
-            raise ValueError(f"Feedback: keep must be handed one time step, [1, B, ...]; got shape {tuple(h_TB.shape)}")
+            raise ValueError(
+                "Feedback: keep must be handed one time step, [1, B, ...]; got shape"
+                f" {tuple(h_TB.shape)}"
+            )
         self.state.write("h", self.carry(h_TB))
 
 
 class FeedbackConv(nn.Module):
-    """The current that h_last[t-1] gives the first layer, whose input is x[t]: upsampled to its nearest pixels, 3x3 convolution.
+    """The current that h_last[t-1] gives the first layer, whose input is x[t]: upsampled to its
+    nearest pixels, 3x3 convolution.
 
     At the first time step it is zero, without the bias, as published.
     """
@@ -103,18 +113,22 @@ class FeedbackConv(nn.Module):
         if h_TBCHW is None:
             return x_TBCHW.new_zeros(())
         size = x_TBCHW.shape[3:]
-        return self.conv(folded(lambda h_NCHW: F.interpolate(h_NCHW, size, mode="nearest"), h_TBCHW))
+        return self.conv(
+            folded(lambda h_NCHW: F.interpolate(h_NCHW, size, mode="nearest"), h_TBCHW)
+        )
 
 
 class VGG(nn.Module):
-    """3x3 convolutions with a neuron after each, `stages` of widths: `[T, B, C, H, W]` to `[T, B, K]`.
+    """3x3 convolutions with a neuron after each, `stages` of widths: `[T, B, C, H, W]` to `[T, B,
+    K]`.
 
-    `stem` is (kernel, stride) of the first convolution: (5, 2) quarters what an image of 28 pixels costs.
-    `dropout` is the share of neurons whose spikes are dropped, the same ones at every time step of a batch.
-    With `feedback="last"` (VGG-F) the time steps run one after another, whatever the length of the slice.
+    `stem` is (kernel, stride) of the first convolution: (5, 2) quarters what an image of 28 pixels
+    costs. `dropout` is the share of neurons whose spikes are dropped, the same ones at every time
+    step of a batch. With `feedback="last"` (VGG-F) the time steps run one after another, whatever
+    the length of the slice.
 
-    Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools between the stages.
-    """
+    Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools
+    between the stages."""
 
     def __init__(
         self,
@@ -129,7 +143,9 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         if not stages or not all(are_counts(widths) for widths in stages):
-            raise ValueError(f"VGG: each stage must hold at least one width >= 1; got stages={stages}")
+            raise ValueError(
+                f"VGG: each stage must hold at least one width >= 1; got stages={stages}"
+            )
         refuse_unless_counts("VGG", {"classes": classes, "in_channels": in_channels})
         refuse_unless_one_of("VGG", ("none", "last"), feedback=feedback)
         if not are_counts(stem) or len(stem) != 2 or stem[0] % 2 == 0:
@@ -137,7 +153,8 @@ class VGG(nn.Module):
         kernel, stride = stem
         if feedback == "last" and stride > 1:
             raise ValueError(
-                f"VGG: feedback joins the current of the first layer, pixel by pixel, so stem keeps the size; got {stem}"
+                "VGG: feedback joins the current of the first layer, pixel by pixel, so stem keeps"
+                f" the size; got {stem}"
             )
         self.stages = nn.ModuleList()
         channels = in_channels
@@ -145,7 +162,9 @@ class VGG(nn.Module):
             layers = nn.Sequential()
             for width in widths:
                 about = {"kernel": kernel, "stride": stride, "dropout": dropout, "neuron": neuron}
-                layers.append(Layer(channels, width, is_first=not self.stages and not layers, **about))
+                layers.append(
+                    Layer(channels, width, is_first=not self.stages and not layers, **about)
+                )
                 channels, kernel, stride = width, 3, 1
             self.stages.append(layers)
         self.pool = MeanPool(2)
@@ -159,8 +178,8 @@ class VGG(nn.Module):
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         if min(x_TBCHW.shape[-2:]) < self.smallest:
             raise ValueError(
-                f"VGG: {len(self.stages)} stages, the image halved between them, need {self.smallest} pixels a side; "
-                f"got {tuple(x_TBCHW.shape[-2:])}"
+                f"VGG: {len(self.stages)} stages, the image halved between them, need"
+                f" {self.smallest} pixels a side; got {tuple(x_TBCHW.shape[-2:])}"
             )
         if self.feedback is None:
             return self.classifier(self.gain * self._spikes(x_TBCHW).mean((3, 4)))
@@ -194,7 +213,14 @@ def vgg_sws(
 
     OTTT's neuron is LIF(surrogate=Sigmoid(4)), its dropout 0.1 on event data and 0 on images.
     """
-    return VGG(stages=stages, classes=classes, in_channels=in_channels, stem=stem, dropout=dropout, neuron=neuron)
+    return VGG(
+        stages=stages,
+        classes=classes,
+        in_channels=in_channels,
+        stem=stem,
+        dropout=dropout,
+        neuron=neuron,
+    )
 
 
 def vgg_sws_f(
@@ -205,4 +231,6 @@ def vgg_sws_f(
     neuron: nn.Module = LIF(),
 ) -> VGG:
     """VGG-F, VGG-sWS with feedback: 9,523,338 parameters at 10 classes and 3 channels."""
-    return VGG(stages=stages, classes=classes, in_channels=in_channels, feedback="last", neuron=neuron)
+    return VGG(
+        stages=stages, classes=classes, in_channels=in_channels, feedback="last", neuron=neuron
+    )

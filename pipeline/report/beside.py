@@ -19,19 +19,28 @@ T_ = TypeVar("T_")
 
 
 def beside(
-    file: Path, *, rests_on: Mapping[str, Any], measure: Callable[[], Any], told: Callable[[Any], T_], console: Console
+    file: Path,
+    *,
+    rests_on: Mapping[str, Any],
+    measure: Callable[[], Any],
+    told: Callable[[Any], T_],
+    console: Console,
 ) -> T_ | None:
-    """`told` of what `measure` has found, JSON values, which `file` keeps as long as it rests on the same.
+    """`told` of what `measure` has found, JSON values, which `file` keeps as long as it rests on
+    the same.
 
-    None, and a line that says why, where it is not there and cannot be measured here: where `measure` raises ValueError. Where
-    the file can be neither read nor written, as on a read-only mount, nothing but that is lost.
+    None, and a line that says why, where it is not there and cannot be measured here: where
+    `measure` raises ValueError. Where the file can be neither read nor written, as on a read-only
+    mount, nothing but that is lost.
     """
     try:
         kept = json.loads(file.read_text()) if file.exists() else None
         if kept is not None:
             if kept["rests_on"] == rests_on:
                 return told(kept["found"])
-            changed = [name for name, value in rests_on.items() if kept["rests_on"].get(name) != value]
+            changed = [
+                name for name, value in rests_on.items() if kept["rests_on"].get(name) != value
+            ]
             say(console, f"{file}: of no use, for it is of another {' and '.join(changed)}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         say(console, f"{file}: of no use, for it is damaged, or of an earlier version: {error!r}")
@@ -45,5 +54,9 @@ def beside(
     try:
         write_json(file, {"rests_on": rests_on, "found": found})
     except OSError as error:
-        say(console, f"{file}: what was measured is not kept, and the next report does it anew: {error.strerror}")
+        say(
+            console,
+            f"{file}: what was measured is not kept, and the next report does it anew:"
+            f" {error.strerror}",
+        )
     return told(found)

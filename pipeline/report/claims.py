@@ -1,9 +1,10 @@
 """What the papers claim of a rule, beside what was measured here: {claim, published, ours, holds?}.
 
-What is judged is what the rest of a report shows: the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
-`Group.differences`); and times as well in the mean of starts in which rules took turns on one batch, before any training. Where
-its 95 % interval lies on both sides of the bound, the verdict says so. A claim that does not hold is shown as not holding, and
-one that was not run as that. Accuracy and time of one seed have no interval, and get no verdict.
+What is judged is what the rest of a report shows: the mean over the seeds that a rule and its
+baseline both ran (`Group.ratios`, `Group.differences`); and times as well in the mean of starts in
+which rules took turns on one batch, before any training. Where its 95 % interval lies on both sides
+of the bound, the verdict says so. A claim that does not hold is shown as not holding, and one that
+was not run as that. Accuracy and time of one seed have no interval, and get no verdict.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from pipeline.units import counted
 if TYPE_CHECKING:  # which imports torch, and whoever reads results waits for that
     from pipeline.forecast.turns import Turns
 
-_CALLED = {"peak_saved_bytes": "saved bytes", KEPT: "saved bytes and states", COMPUTE: "forward and backward"}
+_CALLED = {
+    "peak_saved_bytes": "saved bytes",
+    KEPT: "saved bytes and states",
+    COMPUTE: "forward and backward",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +60,34 @@ class Claim:
         return "holds" if self.holds else "does not hold"
 
 
-def bytes_at_most(about: str, group: Group, rule: str, *, bound: float | None, published: str) -> Claim:
+def bytes_at_most(
+    about: str, group: Group, rule: str, *, bound: float | None, published: str
+) -> Claim:
     """Of the baseline's peak; `bound` None: nothing is claimed that ours could be held to."""
     held_to = "" if bound is None else f"<= {bound:.3f}"
-    return _share(about, group, rule, "peak_saved_bytes", bound=bound, held_to=held_to, published=published)
+    return _share(
+        about, group, rule, "peak_saved_bytes", bound=bound, held_to=held_to, published=published
+    )
 
 
 def kept(about: str, group: Group, rule: str) -> Claim:
-    """Membranes, traces and what slices share counted in, no storage twice: what no paper tells, and a reader must know."""
+    """Membranes, traces and what slices share counted in, no storage twice: what no paper tells,
+    and a reader must know.
+    """
     return _share(about, group, rule, KEPT, bound=None, held_to="", published="")
 
 
-def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str) -> Claim:
-    """Within 3 % over all of these T: where one was too large for the machine, nothing is judged."""
+def flat_in_t(
+    about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str
+) -> Claim:
+    """Within 3 % over all of these T: where one was too large for the machine, nothing is
+    judged.
+    """
     claim = f"saved bytes from T = {min(over)} to {max(over)}"
     if absent := [T for T in over if T not in bytes_of_T]:
-        return not_judged(about, claim, published, ours=f"not measured at T = {', '.join(map(str, absent))}")
+        return not_judged(
+            about, claim, published, ours=f"not measured at T = {', '.join(map(str, absent))}"
+        )
     measured = [bytes_of_T[T] for T in over]
     spread = max(measured) / min(measured) - 1
     return Claim(
@@ -84,7 +101,8 @@ def flat_in_t(about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int
 
 
 def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> Iterator[Claim]:
-    """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own: what a rule's memory buys.
+    """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own:
+    what a rule's memory buys.
 
     Of batches that were trained; no paper has these, so nothing is judged.
     """
@@ -96,16 +114,22 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
     speeds = [f"T = {each.time_steps}: {each.beside:.2f}" for each in tried]
     for claim, told in (("images of its largest batch", batches), ("images/s of it", speeds)):
         ours = ", ".join(told) or "not measured"
-        yield not_judged(about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours)
+        yield not_judged(
+            about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours
+        )
 
 
 def time_at_most(about: str, group: Group, rule: str, *, bound: float, published: str) -> Claim:
     """Of the faster BPTT's compute time."""
-    return _share(about, group, rule, COMPUTE, bound=bound, held_to=f"<= {bound:g}", published=published)
+    return _share(
+        about, group, rule, COMPUTE, bound=bound, held_to=f"<= {bound:g}", published=published
+    )
 
 
 def share_of_k(T: int, k: int) -> Callable[[float], float]:
-    """All of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time, as a function of r."""
+    """All of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time, as a function
+    of r.
+    """
     return lambda r: (T + k * r) / (T * (1 + r))
 
 
@@ -115,17 +139,25 @@ def time_of_k(about: str, group: Group, rule: str, *, T: int, k: int, published:
 
 
 def time_of_two_forwards(about: str, group: Group, rule: str, *, published: str) -> Claim:
-    """Every forward is made twice: at most 1.1 (2 + r) / (1 + r) of the faster BPTT's, with that one's own r."""
+    """Every forward is made twice: at most 1.1 (2 + r) / (1 + r) of the faster BPTT's, with that
+    one's own r.
+    """
     return _time_by_r(about, group, rule, lambda r: (2 + r) / (1 + r), published=published)
 
 
 def time_in_turn(
-    about: str, turns: Mapping[str, Turns], rule: str, *, bound: float | Callable[[float], float], published: str
+    about: str,
+    turns: Mapping[str, Turns],
+    rule: str,
+    *,
+    bound: float | Callable[[float], float],
+    published: str,
 ) -> Claim:
-    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts from run to run cannot blur.
+    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts
+    from run to run cannot blur.
 
-    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function of r, the backward over the
-    forward of what is divided by, and then a tenth more.
+    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function
+    of r, the backward over the forward of what is divided by, and then a tenth more.
     """
     claim = f"{_CALLED[COMPUTE]} in turn, of {BASELINE}'s"
     if rule not in turns:
@@ -145,28 +177,46 @@ def time_in_turn(
         claim=claim,
         published=published,
         bound=f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {most:g}",
-        ours=f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {turns[base].commit}",
+        ours=(
+            f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at"
+            f" {turns[base].commit}"
+        ),
         holds=found.mean <= most,
         within_noise=low <= most < high,
     )
 
 
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
-    """At most `within` points below the baseline over paired seeds: the whole interval, none of it, or undecided."""
-    claim, bound = f"top-1 below {group.against}'s, points", "" if within is None else f"<= {within:g}"
+    """At most `within` points below the baseline over paired seeds: the whole interval, none of it,
+    or undecided.
+    """
+    claim, bound = (
+        f"top-1 below {group.against}'s, points",
+        "" if within is None else f"<= {within:g}",
+    )
     found = next((difference for difference in group.differences if difference.rule == rule), None)
     if found is None and (lost := group.lost_told(rule)):
         holds = None if within is None else False
-        return Claim(about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds)
+        return Claim(
+            about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds
+        )
     if found is None:
-        return not_judged(about, claim, published, ours=f"no two seeds in common with {group.against}'s, trained on the same")
+        return not_judged(
+            about,
+            claim,
+            published,
+            ours=f"no two seeds in common with {group.against}'s, trained on the same",
+        )
     verdict = None if within is None else found.verdict(within)
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=bound,
-        ours=f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {counted(found.seeds, 'seed')}"
+        ours=(
+            f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}),"
+            f" {counted(found.seeds, 'seed')}"
+        )
         + (f", and {found.diverged} that diverged" if found.diverged else ""),
         holds={"holds": True, "fails": False}.get(verdict or ""),
         within_noise=verdict == "is undecided",
@@ -174,7 +224,9 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
 
 
 def temporal_shares(about: str, runs: Sequence[StudyRun]) -> Iterator[Claim]:
-    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over the runs that looked."""
+    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over
+    the runs that looked.
+    """
     found: dict[str, dict[int, list[float | None]]] = {}
     for run in runs:
         for look in run.fidelity:
@@ -184,7 +236,8 @@ def temporal_shares(about: str, runs: Sequence[StudyRun]) -> Iterator[Claim]:
     seeds = _seeds([run.seed for run in runs if run.fidelity])
     for layer, by_moment in found.items():
         shares = (
-            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}" for moment, each in sorted(by_moment.items())
+            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}"
+            for moment, each in sorted(by_moment.items())
         )
         claim = f"share of BPTT's gradient through time, {layer}"
         yield not_judged(about, claim, "", ours=f"{', '.join(shares)}; {seeds}")
@@ -195,7 +248,9 @@ def _mean_of_known(shares: Sequence[float | None]) -> str:
     known = [share for share in shares if share is not None]
     if not known:
         return "not known"
-    return f"{statistics.fmean(known):.2f}" + (f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else "")
+    return f"{statistics.fmean(known):.2f}" + (
+        f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else ""
+    )
 
 
 def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
@@ -205,7 +260,10 @@ def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
     """A table, in which a terminal shows once what several lines are about."""
     columns = ("rule", *map(prose, ("claim", "published", "held to", "ours")), "")
-    rows = [(each.about, each.claim, each.published, each.bound, each.ours, each.verdict) for each in claims]
+    rows = [
+        (each.about, each.claim, each.published, each.bound, each.ours, each.verdict)
+        for each in claims
+    ]
     print_table(console, columns, rows, title="claims", keys=2)
 
 
@@ -213,22 +271,40 @@ def told(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     return [asdict(claim) for claim in claims]
 
 
-def _share(about: str, group: Group, rule: str, name: str, *, bound: float | None, held_to: str, published: str) -> Claim:
-    """A rule's `name` over its baseline's, in the mean over the seeds of both; `held_to` is the bound in words."""
+def _share(
+    about: str,
+    group: Group,
+    rule: str,
+    name: str,
+    *,
+    bound: float | None,
+    held_to: str,
+    published: str,
+) -> Claim:
+    """A rule's `name` over its baseline's, in the mean over the seeds of both; `held_to` is the
+    bound in words.
+    """
     claim = f"{_CALLED[name]}, of {group.against}'s"
     paired = group.paired(rule, name)
     found = spread_of(list(paired.values()))
     if found is None:
-        seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, group.base_of(name))]
+        seeds = [
+            {run.seed for run in group.of(each) if run.is_finished}
+            for each in (rule, group.base_of(name))
+        ]
         absent = group.lost_told(rule) or f"no run beside {group.against}'s, trained on the same"
-        return not_judged(about, claim, published, ours="not measured" if set.intersection(*seeds) else absent)
+        return not_judged(
+            about, claim, published, ours="not measured" if set.intersection(*seeds) else absent
+        )
     low, high = found.interval or (found.mean, found.mean)
     reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
     told = f"{found.mean:.3f}{reach} of {group.base_of(name)}'s, {_seeds(list(paired))}"
     ours = "; ".join(filter(None, (told, group.lost_told(rule))))
     if bound is None:
         return not_judged(about, claim, published, ours=ours)
-    is_lone = name == COMPUTE and found.interval is None  # bytes repeat exactly, and a machine's speed moves from run to run
+    is_lone = (
+        name == COMPUTE and found.interval is None
+    )  # bytes repeat exactly, and a machine's speed moves from run to run
     return Claim(
         about=about,
         claim=claim,
@@ -240,12 +316,18 @@ def _share(about: str, group: Group, rule: str, name: str, *, bound: float | Non
     )
 
 
-def _time_by_r(about: str, group: Group, rule: str, share_of: Callable[[float], float], *, published: str) -> Claim:
-    """A tenth more than `share_of(r)`, r the backward over the forward of what is divided by, over the seeds of both."""
+def _time_by_r(
+    about: str, group: Group, rule: str, share_of: Callable[[float], float], *, published: str
+) -> Claim:
+    """A tenth more than `share_of(r)`, r the backward over the forward of what is divided by, over
+    the seeds of both.
+    """
     base, seeds = group.base_of(COMPUTE), group.paired(rule, COMPUTE)
     bound, held_to = None, ""
     if seeds:
-        forward, backward = (group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward"))
+        forward, backward = (
+            group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward")
+        )
         r = sum(backward[seed] for seed in seeds) / sum(forward[seed] for seed in seeds)
         bound = 1.1 * share_of(r)
         held_to = f"<= {bound:.3f} (r = {r:.2f})"

@@ -1,8 +1,9 @@
-"""Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to the baseline, BPTT.
+"""Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to
+the baseline, BPTT.
 
-Runs that differ in more than the rule and the seed are refused, and nothing is divided across studies or machines: a table of
-unlike runs would look the same as this one. A study whose runs are of several machines has a comparison for each.
-"""
+Runs that differ in more than the rule and the seed are refused, and nothing is divided across
+studies or machines: a table of unlike runs would look the same as this one. A study whose runs are
+of several machines has a comparison for each."""
 
 from __future__ import annotations
 
@@ -64,8 +65,9 @@ def compare(
 
     Args:
         runs_dir: where runs live.
-        names: run names, paths, or study keys (or beginnings of them); none: all of the study whose run finished last. Named
-            runs get those of the same study of each kind of the baseline that is not among them.
+        names: run names, paths, or study keys (or beginnings of them); none: all of the study whose
+            run finished last. Named runs get those of the same study of each kind of the baseline
+            that is not among them.
         against: the rule that ratios and differences refer to.
         within: points of accuracy below it that a rule may be, for the verdict on paired seeds.
 
@@ -75,7 +77,9 @@ def compare(
     """
     runs_dir = Path(runs_dir)
     folders = named(runs_dir, names) if names else newest_study(runs_dir)
-    return _compared(runs_dir, list(map(_read, folders)), against=against, within=within, is_whole=not names)
+    return _compared(
+        runs_dir, list(map(_read, folders)), against=against, within=within, is_whole=not names
+    )
 
 
 def _read(folder: Path) -> Finished | Unfinished:
@@ -83,21 +87,37 @@ def _read(folder: Path) -> Finished | Unfinished:
 
 
 def _compared(
-    runs_dir: Path, runs: Sequence[Finished | Unfinished], *, against: str, within: float, is_whole: bool
+    runs_dir: Path,
+    runs: Sequence[Finished | Unfinished],
+    *,
+    against: str,
+    within: float,
+    is_whole: bool,
 ) -> Comparison:
-    """Of a study that `is_whole` nothing is missing but the baseline, whose runs may be of another suite."""
+    """Of a study that `is_whole` nothing is missing but the baseline, whose runs may be of another
+    suite.
+    """
     finished = [run for run in runs if isinstance(run, Finished)]
     left_out = [run for run in runs if isinstance(run, Unfinished)]
     if not finished:
-        raise ComparisonError("compare: no finished run: " + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out))
+        raise ComparisonError(
+            "compare: no finished run: "
+            + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out)
+        )
     finished.sort(key=lambda run: (rule_of(run) != against, rule_of(run), seed_of(run), run.name))
     refuse_unlike(finished)
     notes = []
     if rule_of(finished[0]) != against or not is_whole:
         finished, notes = with_baseline(runs_dir, finished, against)
-    lost = [run for run in left_out if run.state == "diverged" and _kind_of(run) == _kind_of(finished[0])]
+    lost = [
+        run
+        for run in left_out
+        if run.state == "diverged" and _kind_of(run) == _kind_of(finished[0])
+    ]
     diverged = frozenset((run.rule, run.seed) for run in lost)
-    group = Group(tuple(map(_study_run, finished)), against=against, within=within, diverged_beside=diverged)
+    group = Group(
+        tuple(map(_study_run, finished)), against=against, within=within, diverged_beside=diverged
+    )
     return Comparison(
         study=str(finished[0].summary.get("study", "")),
         runs=tuple(finished),
@@ -116,11 +136,19 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare`, or of a whole study a comparison for each machine that its runs are of; `format`: see `print_studies`."""
+    """Print `compare`, or of a whole study a comparison for each machine that its runs are of;
+    `format`: see `print_studies`.
+    """
     if folders := _whole_study(Path(runs_dir), names):
-        print_studies(runs_dir, folders, format=format, against=against, within=within, console=console)
+        print_studies(
+            runs_dir, folders, format=format, against=against, within=within, console=console
+        )
     else:
-        _print([compare(runs_dir, names, against=against, within=within)], format=format, console=console)
+        _print(
+            [compare(runs_dir, names, against=against, within=within)],
+            format=format,
+            console=console,
+        )
 
 
 def print_studies(
@@ -135,7 +163,8 @@ def print_studies(
     """Print `comparisons`; what keeps some of the runs from one is raised after those of others.
 
     Args:
-        format: table, one below another on the console; json, a list of them; or csv, a line for each finished run.
+        format: table, one below another on the console; json, a list of them; or csv, a line for
+        each finished run.
 
     Raises:
         ComparisonError: see `comparisons`.
@@ -166,16 +195,21 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
     for study, tables in Counter(comparison.study for comparison in found).items():
         if tables > 1:
             told = (
-                f"study {study[:8]} has {tables} tables, of different machines, workers or micro-batches: "
-                "nothing is divided from one to another"
+                f"study {study[:8]} has {tables} tables, of different machines, workers or"
+                " micro-batches: nothing is divided from one to another"
             )
             say(console, told)
 
 
 def comparisons(
-    runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, against: str = BASELINE, within: float = WITHIN
+    runs_dir: str | os.PathLike[str],
+    folders: Sequence[Path],
+    *,
+    against: str = BASELINE,
+    within: float = WITHIN,
 ) -> list[Comparison]:
-    """Those of the runs that may be compared, by study and machine: runs of another are never divided by one another.
+    """Those of the runs that may be compared, by study and machine: runs of another are never
+    divided by one another.
 
     Raises:
         ComparisonError: nothing of a study finished, or its runs differ in what no study key tells.
@@ -193,20 +227,26 @@ def _made(
     refusals: list[ComparisonError] = []
     for members in comparable(folders):
         try:
-            found.append(_compared(Path(runs_dir), members, against=against, within=within, is_whole=True))
+            found.append(
+                _compared(Path(runs_dir), members, against=against, within=within, is_whole=True)
+            )
         except ComparisonError as error:
             refusals.append(error)
     tables = Counter(comparison.study for comparison in found)
     told = [
-        replace(comparison, where=_where(comparison.group.runs[-1])) if tables[comparison.study] > 1 else comparison
+        (
+            replace(comparison, where=_where(comparison.group.runs[-1]))
+            if tables[comparison.study] > 1
+            else comparison
+        )
         for comparison in found
     ]
     return told, refusals
 
 
 def comparable(folders: Sequence[Path]) -> list[list[Finished | Unfinished]]:
-    """Runs by study and machine, in their order; unfinished ones of a machine where nothing finished join the first of their
-    study."""
+    """Runs by study and machine, in their order; unfinished ones of a machine where nothing
+    finished join the first of their study."""
     groups: dict[str, list[Finished | Unfinished]] = {}
     first_of: dict[str, str] = {}
     unfinished: list[Unfinished] = []
@@ -240,7 +280,9 @@ def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> lis
 
 
 def _study_run(run: Finished) -> StudyRun:
-    of_summary = study_run(run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json"))
+    of_summary = study_run(
+        run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json")
+    )
     commits = run.summary.get("commits") or [run.summary.get("commit")]
     return replace(of_summary, commits=tuple(map(str, commits)))
 
@@ -248,5 +290,8 @@ def _study_run(run: Finished) -> StudyRun:
 def _where(run: StudyRun) -> str:
     """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
     threads = {loaders(each) for each in run.trained_on}
-    told = (places(run, between="; "), threads.pop() if len(threads) == 1 else "")  # several are told by places
+    told = (
+        places(run, between="; "),
+        threads.pop() if len(threads) == 1 else "",
+    )  # several are told by places
     return ", ".join(filter(None, told))

@@ -17,15 +17,17 @@ VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which cou
 
 
 def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
-    """`(field, value in run a, value in run b)` for all that must be equal and is not; empty when the two may be compared.
+    """`(field, value in run a, value in run b)` for all that must be equal and is not; empty when
+    the two may be compared.
 
-    Unequal study keys are explained from the two recipes. A path counts by the content that it leads to, so it is only named
-    when nothing else explains the keys.
+    Unequal study keys are explained from the two recipes. A path counts by the content that it
+    leads to, so it is only named when nothing else explains the keys.
     """
     summaries = summary_of(a) or {}, summary_of(b) or {}
     found = [*trained_apart(*map(told_in, summaries))]
     if summaries[0].get("rule") == summaries[1].get("rule"):
-        # One label in the table must be one rule (rescale is not in it) with one value of what was tuned.
+        # One label in the table must be one rule (rescale is not in it) with one value of what was
+        # tuned.
         recipes = [recipe_of(folder) for folder in (a, b)]
         found += differing("rule", *(recipe.get("rule") for recipe in recipes))
         for key in tuned_in(recipes[0]):
@@ -34,17 +36,27 @@ def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
     return found if keys[0] == keys[1] else _explained(a, b, summaries, keys) + found
 
 
-def trained_apart(mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
-    """The fields of what two runs were trained on that are not equal; where one changed on the way, in lists: `[2, 1]`."""
+def trained_apart(
+    mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Any, Any]]:
+    """The fields of what two runs were trained on that are not equal; where one changed on the way,
+    in lists: `[2, 1]`.
+    """
     if list(mine) != list(theirs):
-        yield from list(differing("", _columns(mine), _columns(theirs))) or [("trained_on", mine, theirs)]
+        yield from list(differing("", _columns(mine), _columns(theirs))) or [
+            ("trained_on", mine, theirs)
+        ]
 
 
 def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`hardware.cpu` and the like with what they were, each once; what did not change stands alone."""
+    """`hardware.cpu` and the like with what they were, each once; what did not change stands
+    alone.
+    """
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
-        machine = {f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()}
+        machine = {
+            f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()
+        }
         for name, value in {**each, **machine}.items():
             if name != "hardware" and value not in columns.setdefault(name, []):
                 columns[name].append(value)
@@ -52,13 +64,17 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The dotted keys that each rule has its own value of; none known where the journal alone tells of a recipe, as text."""
+    """The dotted keys that each rule has its own value of; none known where the journal alone tells
+    of a recipe, as text.
+    """
     keys = recipe.get("tuned")
     return tuple(keys) if isinstance(keys, (list, tuple)) else ()
 
 
 def written(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON, or of flat parameters; None where there is none."""
+    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON, or of flat parameters;
+    None where there is none.
+    """
     if key in recipe:
         return recipe[key]
     value: Any = recipe
@@ -67,9 +83,13 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _explained(a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]) -> list[tuple[str, Any, Any]]:
+def _explained(
+    a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]
+) -> list[tuple[str, Any, Any]]:
     recipes = [recipe_of(folder) for folder in (a, b)]
-    kept = [{name: value for name, value in recipe.items() if name not in VARIED} for recipe in recipes]
+    kept = [
+        {name: value for name, value in recipe.items() if name not in VARIED} for recipe in recipes
+    ]
     found = list(differing("", *kept))
     paths = [one for one in found if all(_is_path(value) for value in one[1:])]
     found = [one for one in found if one not in paths]

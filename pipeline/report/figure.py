@@ -1,4 +1,6 @@
-"""What a figure of a report is: a drawing in a theme, the table of what it shows, and one sentence for who cannot see it."""
+"""What a figure of a report is: a drawing in a theme, the table of what it shows, and one sentence
+for who cannot see it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of one scheme; those of `series` keep 4.5 : 1 to `paper`, and are told apart without red and green."""
+    """Colours of one scheme; those of `series` keep 4.5 : 1 to `paper`, and are told apart without
+    red and green.
+    """
 
     name: str
     paper: str
@@ -37,7 +41,13 @@ LIGHT = Theme(
     muted="#5f5a50",
     grid="#e4dfd4",
     series=("#22201c", "#0b5fa5", "#b3450b", "#00705a", "#8f3f80", "#6b5d00", "#3f4cb8", "#a12b3a"),
-    scale=((0.0, "#f3efe6"), (0.25, "#c3d3e0"), (0.5, "#7fa6c9"), (0.75, "#35709f"), (1.0, "#0b3c68")),
+    scale=(
+        (0.0, "#f3efe6"),
+        (0.25, "#c3d3e0"),
+        (0.5, "#7fa6c9"),
+        (0.75, "#35709f"),
+        (1.0, "#0b3c68"),
+    ),
 )
 DARK = Theme(
     name="dark",
@@ -46,7 +56,13 @@ DARK = Theme(
     muted="#b1aca0",
     grid="#35363b",
     series=("#ece8df", "#6cb4ee", "#f2945c", "#3ecfae", "#e29ad3", "#dcc84a", "#a3b0ff", "#ff9ba6"),
-    scale=((0.0, "#22242a"), (0.25, "#26435e"), (0.5, "#3a709d"), (0.75, "#73a9d3"), (1.0, "#d6e9f8")),
+    scale=(
+        (0.0, "#22242a"),
+        (0.25, "#26435e"),
+        (0.5, "#3a709d"),
+        (0.75, "#73a9d3"),
+        (1.0, "#d6e9f8"),
+    ),
 )
 SYMBOLS = ("square", "circle", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 PATTERNS = ("", "/", "\\", ".", "x", "-", "|", "+")
@@ -95,8 +111,15 @@ class Missing:
 
 
 def base_layout(theme: Theme, *, height: int, **more: Any) -> dict[str, Any]:
-    """What all drawings share: no title, which the page has; a legend above; no margins but what labels need."""
-    axis = {"gridcolor": theme.grid, "linecolor": theme.muted, "zerolinecolor": theme.grid, "automargin": True}
+    """What all drawings share: no title, which the page has; a legend above; no margins but what
+    labels need.
+    """
+    axis = {
+        "gridcolor": theme.grid,
+        "linecolor": theme.muted,
+        "zerolinecolor": theme.grid,
+        "automargin": True,
+    }
     layout = {
         "template": "none",
         "height": height,
@@ -104,8 +127,19 @@ def base_layout(theme: Theme, *, height: int, **more: Any) -> dict[str, Any]:
         "plot_bgcolor": theme.paper,
         "font": {"family": _FONT, "size": 13, "color": theme.ink},
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8, "pad": 4},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-        "hoverlabel": {"bgcolor": theme.paper, "bordercolor": theme.muted, "font": {"color": theme.ink, "family": _FONT}},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "bgcolor": "rgba(0,0,0,0)",
+        },
+        "hoverlabel": {
+            "bgcolor": theme.paper,
+            "bordercolor": theme.muted,
+            "font": {"color": theme.ink, "family": _FONT},
+        },
         "xaxis": axis,
         "yaxis": axis,
         "dragmode": False,
@@ -133,7 +167,9 @@ def _shifted(shapes: Sequence[str], place: int) -> str:
 
 
 def harmless(cell: Cell) -> Cell:
-    """A text that a spreadsheet would take for a formula is quoted; a number as a text, such as `-inf`, is none."""
+    """A text that a spreadsheet would take for a formula is quoted; a number as a text, such as
+    `-inf`, is none.
+    """
     if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
         return cell
     try:

@@ -15,8 +15,8 @@ from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group,
 from pipeline.units import unit_of
 
 MEASURED_SAID = (
-    "what the cards used for a sample while the set was evaluated, by their own counters (NVML): idle power and waits for data "
-    "are in it"
+    "what the cards used for a sample while the set was evaluated, by their own counters (NVML):"
+    " idle power and waits for data are in it"
 )
 QUANTITIES = {
     "peak_saved_bytes": ("saved bytes", "B"),
@@ -29,17 +29,25 @@ QUANTITIES = {
 _AXES = {
     "wall_s": (
         "wall clock",
-        "what a run took from the end of its first batch to its last line, restarts included; their start-up is left out, and "
-        "so are comparisons of its gradient with BPTT's",
+        (
+            "what a run took from the end of its first batch to its last line, restarts included;"
+            " their start-up is left out, and so are comparisons of its gradient with BPTT's"
+        ),
     ),
     "peak_saved_bytes": (
         "peak saved bytes",
-        "what autograd keeps for backward at one moment, parameters left out, counted on the second batch of each start of a run "
-        f"and every {MEMORY_EVERY}th after it, or the next where that one is skipped",
+        (
+            "what autograd keeps for backward at one moment, parameters left out, counted on the"
+            f" second batch of each start of a run and every {MEMORY_EVERY}th after it, or the next"
+            " where that one is skipped"
+        ),
     ),
     ENERGY: (
         "energy of an inference",
-        "an estimate from measured operations, of arithmetic alone, for one sample; never a measurement",
+        (
+            "an estimate from measured operations, of arithmetic alone, for one sample; never a"
+            " measurement"
+        ),
     ),
 }
 
@@ -50,7 +58,12 @@ def ratios(group: Group) -> Figure | Missing:
     if not group.has_baseline:
         return Missing(title=title, why=f"no baseline: {group.undivided}, so nothing is divided")
     rules = [rule for rule in group.rules if rule != group.against]
-    found = {(rule, name): ratio for rule in rules for name in QUANTITIES if (ratio := group.ratios(rule, name))}
+    found = {
+        (rule, name): ratio
+        for rule in rules
+        for name in QUANTITIES
+        if (ratio := group.ratios(rule, name))
+    }
     if not found:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     rows = [
@@ -62,7 +75,11 @@ def ratios(group: Group) -> Figure | Missing:
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
         for index, rule in enumerate(rules):
-            here = [(place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found]
+            here = [
+                (place, found[rule, name])
+                for place, name in enumerate(names)
+                if (rule, name) in found
+            ]
             figure.add_trace(
                 go.Scatter(
                     name=plain(rule),
@@ -73,29 +90,65 @@ def ratios(group: Group) -> Figure | Missing:
                     text=[f"{ratio.mean:.2f}" for _, ratio in here],
                     textposition="top center",
                     textfont={"size": 12, "color": color(theme, index + 1)},
-                    marker={"color": color(theme, index + 1), "symbol": symbol(index + 1), "size": 10},
+                    marker={
+                        "color": color(theme, index + 1),
+                        "symbol": symbol(index + 1),
+                        "size": 10,
+                    },
                     hovertemplate="%{x:.3f}<extra>" + plain(rule) + "</extra>",
                 )
             )
         most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
         figure.add_vline(x=1, line={"color": theme.ink, "width": 1, "dash": "dot"})
-        y = {"tickvals": list(range(len(names))), "ticktext": [QUANTITIES[name][0] for name in names], "showgrid": False}
+        y = {
+            "tickvals": list(range(len(names))),
+            "ticktext": [QUANTITIES[name][0] for name in names],
+            "showgrid": False,
+        }
         y |= {"range": [len(names) - 0.5, -0.75], "zeroline": False}
         x = {"range": [0, 1.3 * most], "title": {"text": f"multiple of {plain(group.against)}"}}
         return figure.update_layout(**base_layout(theme, height=height, xaxis=x, yaxis=y))
 
     height = 110 + len(names) * max(52, 30 * len(rules))
-    least = min((item for item in found.items() if item[0][1] == "peak_saved_bytes"), key=lambda item: item[1].mean, default=None)
+    least = min(
+        (item for item in found.items() if item[0][1] == "peak_saved_bytes"),
+        key=lambda item: item[1].mean,
+        default=None,
+    )
     faster = group.fastest_baseline
-    times = "" if faster == group.against else f" Times are multiples of {faster}'s, the faster {group.against}."
-    said = "" if least is None else f": {least[0][0]} keeps {least[1].mean:.2f} of its saved bytes, the least"
+    times = (
+        ""
+        if faster == group.against
+        else f" Times are multiples of {faster}'s, the faster {group.against}."
+    )
+    said = (
+        ""
+        if least is None
+        else f": {least[0][0]} keeps {least[1].mean:.2f} of its saved bytes, the least"
+    )
     return Figure(
         name="ratios",
         title=title,
-        caption="Left of the dotted line is less than the baseline; mean and standard deviation over the seeds that both ran."
+        caption=(
+            "Left of the dotted line is less than the baseline; mean and standard deviation over"
+            " the seeds that both ran."
+        )
         + times,
-        alt=f"{len(rules)} rules beside {group.against} in {', '.join(QUANTITIES[name][0] for name in names)}{said}.",
-        table=Table(columns=("rule", "quantity", "divided by", "ratio", "standard deviation", "paired seeds"), rows=tuple(rows)),
+        alt=(
+            f"{len(rules)} rules beside {group.against} in"
+            f" {', '.join(QUANTITIES[name][0] for name in names)}{said}."
+        ),
+        table=Table(
+            columns=(
+                "rule",
+                "quantity",
+                "divided by",
+                "ratio",
+                "standard deviation",
+                "paired seeds",
+            ),
+            rows=tuple(rows),
+        ),
         draw=draw,
         height=height,
     )
@@ -108,7 +161,8 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     points = {
         rule: (cost, top1)
         for rule in group.rules
-        if (cost := group.spread(rule, name)) is not None and (top1 := group.spread(rule, "top1")) is not None
+        if (cost := group.spread(rule, name)) is not None
+        and (top1 := group.spread(rule, "top1")) is not None
     }
     if not points:
         return Missing(title=title, why="not measured in any finished run")
@@ -153,21 +207,46 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         return figure.update_layout(**base_layout(theme, height=380, xaxis=x, yaxis=y))
 
     rows = [
-        (rule, cost.mean, cost.deviation, top1.mean, top1.deviation, top1.runs, "yes" if rule in front else "no")
+        (
+            rule,
+            cost.mean,
+            cost.deviation,
+            top1.mean,
+            top1.deviation,
+            top1.runs,
+            "yes" if rule in front else "no",
+        )
         for rule, (cost, top1) in points.items()
     ]
     unit_name = {"B": "bytes", "s": "seconds", "J": "joules"}[kind]
-    columns = ("rule", f"{what}, {unit_name}", "its deviation", "top-1", "its deviation", "runs", "on the Pareto front")
+    columns = (
+        "rule",
+        f"{what}, {unit_name}",
+        "its deviation",
+        "top-1",
+        "its deviation",
+        "runs",
+        "on the Pareto front",
+    )
     if name == ENERGY:
         columns = (*columns, "measured on cards, joules", "MACs", "ACs")
         rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
-        how = f"{how}. Prices of an operation: {prices(group.finished)}. {_counted_on(group)}. {_measured_on(group)}"
+        how = (
+            f"{how}. Prices of an operation: {prices(group.finished)}. {_counted_on(group)}."
+            f" {_measured_on(group)}"
+        )
     return Figure(
         name=f"accuracy-against-{what.replace(' ', '-')}",
         title=title,
-        caption=f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is at least as good in both."
+        caption=(
+            f"{what.capitalize()}: {how}. Filled markers are on the Pareto front: no other rule is"
+            " at least as good in both."
+        )
         + _lost(group),
-        alt=f"On the Pareto front of accuracy and {what}, of {len(points)} rules: {', '.join(front)}.",
+        alt=(
+            f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
+            f" {', '.join(front)}."
+        ),
         table=Table(columns=columns, rows=tuple(rows)),
         draw=draw,
         height=380,
@@ -175,14 +254,22 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
 
 
 def prices(runs: Iterable[StudyRun]) -> str:
-    """The tables of prices behind the joules of inferences, such as `45 nm, fp32`; empty where none was estimated."""
-    told = (str((run.summary or {})["inference"].get("prices", NOT_SAID)) for run in runs if run.value(ENERGY) is not None)
+    """The tables of prices behind the joules of inferences, such as `45 nm, fp32`; empty where none
+    was estimated.
+    """
+    told = (
+        str((run.summary or {})["inference"].get("prices", NOT_SAID))
+        for run in runs
+        if run.value(ENERGY) is not None
+    )
     return "; ".join(dict.fromkeys(told))
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:
     """Of an inference what cards measured, and its multiply-accumulates and accumulates."""
-    found = [group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")]
+    found = [
+        group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
+    ]
     return [None if each is None else each.mean for each in found]
 
 
@@ -191,30 +278,48 @@ def _measured_on(group: Group) -> str:
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         return f"Joules measured on cards are {MEASURED_SAID}"
     has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
-    return "Joules are not measured: no card told them" if has_gpu else "Joules are not measured on a CPU"
+    return (
+        "Joules are not measured: no card told them"
+        if has_gpu
+        else "Joules are not measured on a CPU"
+    )
 
 
 def _counted_on(group: Group) -> str:
     """Which samples the energy is of, and where it departs from published counts."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
-    told = ((run.summary or {})["inference"].get("counted_on", "the first batch of the first worker's share") for run in counted)
+    told = (
+        (run.summary or {})["inference"].get(
+            "counted_on", "the first batch of the first worker's share"
+        )
+        for run in counted
+    )
     return (
-        f"Counted on {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(told))}; what stands before the first "
-        "neuron counts once for a still image, as it is computed, where published counts have it at each time step; means of "
-        "spikes, behind a pool, are no spikes and are multiplied, which counts of synaptic operations leave out"
+        f"Counted on {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(told))};"
+        " what stands before the first neuron counts once for a still image, as it is computed,"
+        " where published counts have it at each time step; means of spikes, behind a pool, are no"
+        " spikes and are multiplied, which counts of synaptic operations leave out"
     )
 
 
 def _lost(group: Group) -> str:
-    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, whatever finished beside it; empty where nothing did."""
-    lost = {rule: ", ".join(map(str, sorted(seeds))) for rule in group.rules if (seeds := group.diverged(rule))}
+    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, whatever finished beside it; empty where
+    nothing did.
+    """
+    lost = {
+        rule: ", ".join(map(str, sorted(seeds)))
+        for rule in group.rules
+        if (seeds := group.diverged(rule))
+    }
     told = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
     return f" Diverged, and in no mean: {told}." if told else ""
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those that nobody beats: with no more of the first and no less of the second, and better in one; cheapest first."""
+    """Those that nobody beats: with no more of the first and no less of the second, and better in
+    one; cheapest first.
+    """
     kept = [
         name
         for name, (cost, gain) in points.items()
@@ -227,6 +332,14 @@ def _offset(index: int, count: int) -> float:
     return 0.0 if count == 1 else 0.6 * (index / (count - 1) - 0.5)
 
 
-def _errors(spreads: Sequence[Spread], theme: Theme, place: int, *, scale: float = 1.0) -> dict[str, Any]:
+def _errors(
+    spreads: Sequence[Spread], theme: Theme, place: int, *, scale: float = 1.0
+) -> dict[str, Any]:
     lengths = [scale * (each.deviation or 0.0) for each in spreads]
-    return {"array": lengths, "visible": any(lengths), "color": color(theme, place), "thickness": 1.5, "width": 4}
+    return {
+        "array": lengths,
+        "visible": any(lengths),
+        "color": color(theme, place),
+        "thickness": 1.5,
+        "width": 4,
+    }

@@ -1,4 +1,6 @@
-"""Learning curves of a group with its restarts, and how they stand beside points that a recipe carries from a publication."""
+"""Learning curves of a group with its restarts, and how they stand beside points that a recipe
+carries from a publication.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,17 @@ from typing import Any
 import plotly.graph_objects as go
 
 from pipeline.recipe_json import flat
-from pipeline.report.figure import Cell, Figure, Missing, Table, Theme, base_layout, color, plain, symbol
+from pipeline.report.figure import (
+    Cell,
+    Figure,
+    Missing,
+    Table,
+    Theme,
+    base_layout,
+    color,
+    plain,
+    symbol,
+)
 from pipeline.report.history import TrainPoint
 from pipeline.report.study import Group, StudyRun
 from pipeline.units import counted
@@ -21,7 +33,9 @@ _TOLD = 300  # points of a curve: a run of ImageNet has some hundred thousand
 
 
 def learning_curves(group: Group) -> Figure | Missing:
-    """Accuracy in training and on the evaluation set by epoch, for each run; a cross where a run was started again."""
+    """Accuracy in training and on the evaluation set by epoch, for each run; a cross where a run
+    was started again.
+    """
     title = "Learning curves"
     if not any(run.curve or run.evaluations for run in group.runs):
         return Missing(title=title, why="no run has told a step yet")
@@ -32,7 +46,9 @@ def learning_curves(group: Group) -> Figure | Missing:
         figure = go.Figure()
         named: set[str] = set()  # a rule stands in the legend once, by its first run with a trace
         for run in runs:
-            for trace in _traces(run, theme, group.rules.index(run.rule), named=run.rule not in named):
+            for trace in _traces(
+                run, theme, group.rules.index(run.rule), named=run.rule not in named
+            ):
                 figure.add_trace(trace)
                 named.add(run.rule)
         restarts = [(run, each) for run in runs for each in run.restarts]
@@ -43,7 +59,11 @@ def learning_curves(group: Group) -> Figure | Missing:
                     mode="markers",
                     x=[_epochs(run, each.step) for run, each in restarts],
                     y=[_height_at(run, each.step) for run, each in restarts],
-                    marker={"symbol": "x-thin", "size": 13, "line": {"width": 2.5, "color": theme.ink}},
+                    marker={
+                        "symbol": "x-thin",
+                        "size": 13,
+                        "line": {"width": 2.5, "color": theme.ink},
+                    },
                     hovertemplate="started again after %{x:.4g} epochs<extra></extra>",
                 )
             )
@@ -71,23 +91,37 @@ def learning_curves(group: Group) -> Figure | Missing:
     restarts = sum(len(run.restarts) for run in group.runs)
     said = "; ".join(standings(group)) or "no recipe carries published points"
     captions = [
-        "Lines: training batches, each point the mean since the one before; markers: the evaluation set. "
-        f"Crosses: restarts ({restarts})."
+        "Lines: training batches, each point the mean since the one before; markers: the"
+        f" evaluation set. Crosses: restarts ({restarts})."
     ]
     if logs:
         captions.append("Stars: the published log that recipes of a rule carry.")
-        captions += [f"Of another setting than the run's: {other}." for other in sorted(set(map(_other_setting, runs)) - {""})]
+        captions += [
+            f"Of another setting than the run's: {other}."
+            for other in sorted(set(map(_other_setting, runs)) - {""})
+        ]
     if any(len(run.curve) > _TOLD for run in group.runs):
-        captions.append(f"A curve of more than {_TOLD} points is told in {_TOLD} means at most, here and in the CSV.")
+        captions.append(
+            f"A curve of more than {_TOLD} points is told in {_TOLD} means at most, here and in the"
+            " CSV."
+        )
     if any(run.every > 1 for run in group.runs):
-        captions.append("Of a long journal not every point is read: what is left out is in no mean.")
+        captions.append(
+            "Of a long journal not every point is read: what is left out is in no mean."
+        )
     if any(run.again_from is not None for run in group.runs):
-        captions.append("Beyond its last cross a run that goes on shows what it had done before, until it has done that again.")
+        captions.append(
+            "Beyond its last cross a run that goes on shows what it had done before, until it has"
+            " done that again."
+        )
     return Figure(
         name="learning-curves",
         title=title,
         caption=" ".join(captions),
-        alt=f"Accuracy of {counted(len(group.runs), 'run')} by epoch, with {counted(restarts, 'restart')}; {said}.",
+        alt=(
+            f"Accuracy of {counted(len(group.runs), 'run')} by epoch, with"
+            f" {counted(restarts, 'restart')}; {said}."
+        ),
         table=Table(columns=columns, rows=tuple(rows)),
         draw=draw,
         height=420,
@@ -100,14 +134,19 @@ def standings(group: Group) -> list[str]:
 
 
 def standing(run: StudyRun) -> str:
-    """ "on track" or "4.0 points below the published run at epoch 4"; nothing is said between published points.
+    """ "on track" or "4.0 points below the published run at epoch 4"; nothing is said between
+    published points.
 
     A run of another setting than the log's is not judged.
     """
     if other := _other_setting(run):
         return f"not judged by the published log, which is of another setting: {other}"
     target = dict(published(run))
-    both = [each for each in run.evaluations if each.epoch is not None and each.epoch + 1 in target and each.top1 is not None]
+    both = [
+        each
+        for each in run.evaluations
+        if each.epoch is not None and each.epoch + 1 in target and each.top1 is not None
+    ]
     if not both:
         return "no evaluation yet at an epoch that is published"
     last = both[-1]
@@ -120,23 +159,35 @@ def standing(run: StudyRun) -> str:
 
 
 def published(run: StudyRun) -> tuple[tuple[int, float], ...]:
-    """Epochs done and top-1 in 0..1 of the published log that its recipe carries; empty where it carries none."""
+    """Epochs done and top-1 in 0..1 of the published log that its recipe carries; empty where it
+    carries none.
+    """
     points = run.recipe.get("published")
-    return tuple((int(epoch), float(top1)) for epoch, top1 in points) if isinstance(points, (list, tuple)) else ()
+    return (
+        tuple((int(epoch), float(top1)) for epoch, top1 in points)
+        if isinstance(points, (list, tuple))
+        else ()
+    )
 
 
 def _other_setting(run: StudyRun) -> str:
-    """Where a run differs from the setting of the published log, "time_steps 4 there, 2 here"; "" where it does not."""
+    """Where a run differs from the setting of the published log, "time_steps 4 there, 2 here"; ""
+    where it does not.
+    """
     setting = run.recipe.get("published_setting")
     there = dict(flat(dict(setting))) if isinstance(setting, (list, tuple)) else {}
     here = dict(flat(run.recipe))
     return ", ".join(
-        f"{key} {value} there, {here.get(key, 'not written')} here" for key, value in there.items() if here.get(key) != value
+        f"{key} {value} there, {here.get(key, 'not written')} here"
+        for key, value in there.items()
+        if here.get(key) != value
     )
 
 
 def _logs(runs: Sequence[StudyRun]) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """Each published log, and the rules whose recipes carry it: it is no part of what makes runs a study."""
+    """Each published log, and the rules whose recipes carry it: it is no part of what makes runs a
+    study.
+    """
     logs: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for run in runs:
         if points := published(run):
@@ -177,23 +228,46 @@ def _traces(run: StudyRun, theme: Theme, place: int, *, named: bool) -> Iterator
 def _rows(run: StudyRun) -> Iterator[tuple[Cell, ...]]:
     about = (run.name, run.rule, run.seed)
     for point in run.curve:
-        yield (*about, "training", point.step, _epochs(run, point.step), point.seconds, point.top1, point.loss)
+        yield (
+            *about,
+            "training",
+            point.step,
+            _epochs(run, point.step),
+            point.seconds,
+            point.top1,
+            point.loss,
+        )
     for each in run.evaluations:
-        yield (*about, "evaluation", each.step, _epochs(run, each.step), each.seconds, each.top1, each.loss)
+        yield (
+            *about,
+            "evaluation",
+            each.step,
+            _epochs(run, each.step),
+            each.seconds,
+            each.top1,
+            each.loss,
+        )
     for each in run.restarts:
         yield (*about, "restart", each.step, _epochs(run, each.step), each.seconds, None, None)
 
 
 def _told(curve: tuple[TrainPoint, ...]) -> tuple[TrainPoint, ...]:
-    """At most so many points, each the mean over the batches since the one before, as those of a journal are."""
+    """At most so many points, each the mean over the batches since the one before, as those of a
+    journal are.
+    """
     size = math.ceil(len(curve) / _TOLD)
     if size <= 1:
         return curve
-    return tuple(_mean(curve[at : at + size], after=curve[at - 1].step if at else 0) for at in range(0, len(curve), size))
+    return tuple(
+        _mean(curve[at : at + size], after=curve[at - 1].step if at else 0)
+        for at in range(0, len(curve), size)
+    )
 
 
 def _mean(points: Sequence[TrainPoint], *, after: int) -> TrainPoint:
-    """Of those that follow batch `after`, where the last of them stands; None for what none of them told."""
+    """Of those that follow batch `after`, where the last of them stands; None for what none of them
+    told.
+    """
     befores = (after, *(point.step for point in points[:-1]))
     means: dict[str, float | None] = {"loss": None, "top1": None, "images_per_s": None}
     for name in ("loss", "top1"):
@@ -203,7 +277,9 @@ def _mean(points: Sequence[TrainPoint], *, after: int) -> TrainPoint:
             if (value := getattr(point, name)) is not None
         ]
         if told:
-            means[name] = sum(value * batches for value, batches in told) / sum(batches for _, batches in told)
+            means[name] = sum(value * batches for value, batches in told) / sum(
+                batches for _, batches in told
+            )
     return replace(points[-1], **means)
 
 

@@ -1,4 +1,6 @@
-"""What each rule's memory and time do with the number of time steps, from what `spiketrain sweep --format json` prints."""
+"""What each rule's memory and time do with the number of time steps, from what `spiketrain sweep
+--format json` prints.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,18 @@ def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
     """Memory and time against T, of a sweep that has points."""
     by_rule: dict[str, list[_Point]] = {}
     for point in sweep["points"]:
-        by_rule.setdefault(str(point["cost"]["rule"]), []).append(_point(point["time_steps"], point["cost"]))
+        by_rule.setdefault(str(point["cost"]["rule"]), []).append(
+            _point(point["time_steps"], point["cost"])
+        )
     return _memory(sweep, by_rule), _time(sweep, by_rule)
 
 
 def _point(time_steps: int, cost: Mapping[str, Any]) -> _Point:
     saved, states = float(cost["peak_saved_bytes"]), cost.get("state_bytes")
     kept = None if states is None else saved + float(states)
-    return _Point(int(time_steps), saved, kept, float(cost["forward_s"]) + float(cost["backward_s"]))
+    return _Point(
+        int(time_steps), saved, kept, float(cost["forward_s"]) + float(cost["backward_s"])
+    )
 
 
 def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> Figure:
@@ -47,25 +53,34 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
         for place, (rule, points) in enumerate(by_rule.items()):
-            figure.add_trace(_line(theme, place, rule, points, [point.saved / scale for point in points], unit))
+            figure.add_trace(
+                _line(theme, place, rule, points, [point.saved / scale for point in points], unit)
+            )
             kept = [None if point.kept is None else point.kept / scale for point in points]
             if has_states:
                 figure.add_trace(_line(theme, place, rule, points, kept, unit, is_dotted=True))
         return figure.update_layout(**_layout(theme, by_rule, f"peak saved bytes, {unit}"))
 
-    rows = [(rule, point.time_steps, point.saved, point.kept) for rule, points in by_rule.items() for point in points]
+    rows = [
+        (rule, point.time_steps, point.saved, point.kept)
+        for rule, points in by_rule.items()
+        for point in points
+    ]
     said = [
-        f"{rule} keeps {points[-1].saved / points[0].saved:.3g} times the bytes at T = {points[-1].time_steps} as at "
-        f"T = {points[0].time_steps}"
+        f"{rule} keeps {points[-1].saved / points[0].saved:.3g} times the bytes at T ="
+        f" {points[-1].time_steps} as at T = {points[0].time_steps}"
         for rule, points in by_rule.items()
         if points[0].saved
     ]
     return Figure(
         name="memory-against-time-steps",
         title=f"Memory against time steps: {sweep['recipe']}",
-        caption=_caption(sweep) + (" Dotted: with membranes, traces and what slices share." if has_states else ""),
+        caption=_caption(sweep)
+        + (" Dotted: with membranes, traces and what slices share." if has_states else ""),
         alt=f"{'; '.join(said)}.",
-        table=Table(columns=("rule", "time steps", "peak saved bytes", "and states"), rows=tuple(rows)),
+        table=Table(
+            columns=("rule", "time steps", "peak saved bytes", "and states"), rows=tuple(rows)
+        ),
         draw=draw,
         height=_HEIGHT,
     )
@@ -75,12 +90,22 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> 
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
         for place, (rule, points) in enumerate(by_rule.items()):
-            figure.add_trace(_line(theme, place, rule, points, [1e3 * point.seconds for point in points], "ms"))
+            figure.add_trace(
+                _line(theme, place, rule, points, [1e3 * point.seconds for point in points], "ms")
+            )
         return figure.update_layout(**_layout(theme, by_rule, "forward and backward, ms"))
 
-    rows = [(rule, point.time_steps, point.seconds) for rule, points in by_rule.items() for point in points]
+    rows = [
+        (rule, point.time_steps, point.seconds)
+        for rule, points in by_rule.items()
+        for point in points
+    ]
     last = max(point.time_steps for points in by_rule.values() for point in points)
-    there = {rule: points[-1].seconds for rule, points in by_rule.items() if points[-1].time_steps == last}
+    there = {
+        rule: points[-1].seconds
+        for rule, points in by_rule.items()
+        if points[-1].time_steps == last
+    }
     order = sorted(there, key=lambda rule: -there[rule])
     slowest, fastest = order[0], order[-1]
     told = f"At T = {last} {slowest} takes {1e3 * there[slowest]:.4g} ms"
@@ -88,8 +113,14 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> 
         name="time-against-time-steps",
         title=f"Time against time steps: {sweep['recipe']}",
         caption=f"{_caption(sweep)} Loading, the optimizer and collectives are not in it.",
-        alt=f"{told}, the longest, and {fastest} {1e3 * there[fastest]:.4g} ms." if len(there) > 1 else f"{told}.",
-        table=Table(columns=("rule", "time steps", "seconds of forward and backward"), rows=tuple(rows)),
+        alt=(
+            f"{told}, the longest, and {fastest} {1e3 * there[fastest]:.4g} ms."
+            if len(there) > 1
+            else f"{told}."
+        ),
+        table=Table(
+            columns=("rule", "time steps", "seconds of forward and backward"), rows=tuple(rows)
+        ),
         draw=draw,
         height=_HEIGHT,
     )
@@ -114,7 +145,11 @@ def _line(
         mode="lines+markers",
         x=[point.time_steps for point in points],
         y=list(y),
-        line={"color": color(theme, place), "width": 1 if is_dotted else 2, "dash": "dot" if is_dotted else "solid"},
+        line={
+            "color": color(theme, place),
+            "width": 1 if is_dotted else 2,
+            "dash": "dot" if is_dotted else "solid",
+        },
         marker={"symbol": symbol(place), "size": 5 if is_dotted else 9},
         hovertemplate=f"T = %{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>",
     )
@@ -123,9 +158,14 @@ def _line(
 def _layout(theme: Theme, by_rule: Mapping[str, Sequence[_Point]], title: str) -> dict[str, Any]:
     T = sorted({point.time_steps for points in by_rule.values() for point in points})
     x = {"title": {"text": "time steps T"}, "tickvals": T}
-    return base_layout(theme, height=_HEIGHT, xaxis=x, yaxis={"title": {"text": title}, "rangemode": "tozero"})
+    return base_layout(
+        theme, height=_HEIGHT, xaxis=x, yaxis={"title": {"text": title}, "rangemode": "tozero"}
+    )
 
 
 def _caption(sweep: Mapping[str, Any]) -> str:
     on = told_hardware(sweep["hardware"])
-    return f"One batch of {counted(sweep['samples'], 'sample')}, before any training; commit {sweep['commit']}, {on}."
+    return (
+        f"One batch of {counted(sweep['samples'], 'sample')}, before any training; commit"
+        f" {sweep['commit']}, {on}."
+    )

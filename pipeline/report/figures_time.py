@@ -22,47 +22,86 @@ def time_parts(group: Group) -> Figure | Missing:
     of_rule = dict(_bars(group))
     if not of_rule:
         return Missing(title=title, why="no run has told the parts of its time")
-    names = [name for name in (*PARTS, REST, *BETWEEN) if any(parts.get(name) for parts in of_rule.values())]
+    names = [
+        name
+        for name in (*PARTS, REST, *BETWEEN)
+        if any(parts.get(name) for parts in of_rule.values())
+    ]
     totals = {rule: sum(parts.values()) for rule, parts in of_rule.items()}
-    large = [name for name in names if any(of_rule[rule].get(name, 0) >= _SMALL * totals[rule] for rule in of_rule)]
+    large = [
+        name
+        for name in names
+        if any(of_rule[rule].get(name, 0) >= _SMALL * totals[rule] for rule in of_rule)
+    ]
     small = [name for name in names if name not in large]
 
     def draw(theme: Theme) -> go.Figure:
         figure = go.Figure()
-        bars = [*((name, [name]) for name in large), *([(f"{len(small)} small ones", small)] if small else [])]
+        bars = [
+            *((name, [name]) for name in large),
+            *([(f"{len(small)} small ones", small)] if small else []),
+        ]
         for place, (label, merged) in enumerate(bars):
-            hatch = {"shape": pattern(place), "size": 6, "fgcolor": theme.paper, "fillmode": "overlay"}
+            hatch = {
+                "shape": pattern(place),
+                "size": 6,
+                "fgcolor": theme.paper,
+                "fillmode": "overlay",
+            }
             figure.add_trace(
                 go.Bar(
                     name=label.replace("_", " "),
                     orientation="h",
                     y=[plain(rule) for rule in of_rule],
-                    x=[sum(1e3 * parts.get(name, 0.0) for name in merged) for parts in of_rule.values()],
-                    marker={"color": color(theme, place + 1), "pattern": hatch, "line": {"color": theme.paper, "width": 1}},
+                    x=[
+                        sum(1e3 * parts.get(name, 0.0) for name in merged)
+                        for parts in of_rule.values()
+                    ],
+                    marker={
+                        "color": color(theme, place + 1),
+                        "pattern": hatch,
+                        "line": {"color": theme.paper, "width": 1},
+                    },
                     hovertemplate="%{y}: %{x:.3g} ms<extra>" + label.replace("_", " ") + "</extra>",
                 )
             )
         x, y = {"title": {"text": "ms of a batch"}}, {"autorange": "reversed", "showgrid": False}
         layout = base_layout(
-            theme, height=height, xaxis=x, yaxis=y, barmode="stack", bargap=0.35, legend={"traceorder": "normal"}
+            theme,
+            height=height,
+            xaxis=x,
+            yaxis=y,
+            barmode="stack",
+            bargap=0.35,
+            legend={"traceorder": "normal"},
         )
         return figure.update_layout(layout)
 
     height = 170 + 42 * len(of_rule)
     rows = [
-        (rule, name, of_rule[rule].get(name), of_rule[rule].get(name, 0.0) / totals[rule]) for rule in of_rule for name in names
+        (rule, name, of_rule[rule].get(name), of_rule[rule].get(name, 0.0) / totals[rule])
+        for rule in of_rule
+        for name in names
     ]
     slowest = max(totals, key=lambda rule: totals[rule])
     most = max(of_rule[slowest], key=lambda name: of_rule[slowest][name])
     share = of_rule[slowest][most] / totals[slowest]
     took = shown(totals[slowest], kind="s")
-    alone = "; of a rule without one, of its batches alone" if of_rule.keys() - set(group.rules) else ""
+    alone = (
+        "; of a rule without one, of its batches alone" if of_rule.keys() - set(group.rules) else ""
+    )
     return Figure(
         name="time-parts",
         title=title,
-        caption="Mean over finished runs of all seconds that a run was charged with, evaluation and checkpoints too and "
-        f"start-up and comparisons of gradients not, by batch{alone}; rest is what no named part was entered for.",
-        alt=f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is {share:.0%}.",
+        caption=(
+            "Mean over finished runs of all seconds that a run was charged with, evaluation and"
+            f" checkpoints too and start-up and comparisons of gradients not, by batch{alone}; rest"
+            " is what no named part was entered for."
+        ),
+        alt=(
+            f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is"
+            f" {share:.0%}."
+        ),
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
         draw=draw,
         height=height,
@@ -70,14 +109,18 @@ def time_parts(group: Group) -> Figure | Missing:
 
 
 def _bars(group: Group) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each rule as its bar is called, and its seconds of a batch in each part, the mean over its finished runs.
+    """Each rule as its bar is called, and its seconds of a batch in each part, the mean over its
+    finished runs.
 
-    Others tell of their batches alone and are in no mean with those: they stand for a rule of which none has finished.
-    """
+    Others tell of their batches alone and are in no mean with those: they stand for a rule of which
+    none has finished."""
     for rule in group.rules:
         finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
         of_runs = finished or [run.parts for run in group.of(rule) if run.parts]
         if of_runs:
             names = dict.fromkeys(name for parts in of_runs for name in parts if name != "fidelity")
-            means = {name: statistics.fmean(parts[name] for parts in of_runs if name in parts) for name in names}
+            means = {
+                name: statistics.fmean(parts[name] for parts in of_runs if name in parts)
+                for name in names
+            }
             yield rule if finished else f"{rule}{_SO_FAR}", means

@@ -1,4 +1,6 @@
-"""What a run's journal tells of it over time: its curve, evaluations, starts, gradients beside BPTT's, and parts of its time."""
+"""What a run's journal tells of it over time: its curve, evaluations, starts, gradients beside
+BPTT's, and parts of its time.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class Fidelity:
 
 
 def timed(events: Iterable[Event]) -> Iterator[Timed]:
-    """Each event with its seconds: those of its attempts, one after another. What is told of between them costs nothing."""
+    """Each event with its seconds: those of its attempts, one after another. What is told of
+    between them costs nothing.
+    """
     paid = begun = now = last = 0.0
     attempt: Any = None
     for event in events:
@@ -101,7 +105,9 @@ def curve(events: Iterable[Timed], *, redone: Literal["dropped", "kept"]) -> lis
 
 
 def evaluations(events: Iterable[Timed], *, redone: Literal["dropped", "kept"]) -> list[Evaluated]:
-    """Of one that is done again the newest, on the weights that came to stay; `redone` as for the curve."""
+    """Of one that is done again the newest, on the weights that came to stay; `redone` as for the
+    curve.
+    """
     found: dict[int, Evaluated] = {}
     for seconds, event in events:
         step = count(event.get("step"))
@@ -112,7 +118,9 @@ def evaluations(events: Iterable[Timed], *, redone: Literal["dropped", "kept"]) 
         elif event["event"] == "evaluation":
             metrics = event.get("metrics") or {}
             values = {name: number(metrics.get(name)) for name in ("top1", "loss", "firing_rate")}
-            found[step] = Evaluated(step=step, seconds=seconds, epoch=count(event.get("epoch")), **values)
+            found[step] = Evaluated(
+                step=step, seconds=seconds, epoch=count(event.get("epoch")), **values
+            )
     return sorted(found.values(), key=lambda each: each.step)
 
 
@@ -132,17 +140,23 @@ def fidelity(events: Iterable[Event]) -> list[Fidelity]:
     found: dict[int, Fidelity] = {}
     for event in events:
         if event["event"] == "fidelity" and (step := count(event.get("step"))) is not None:
-            shares = {str(layer): number(value) for layer, value in (event.get("temporal_share") or {}).items()}
+            shares = {
+                str(layer): number(value)
+                for layer, value in (event.get("temporal_share") or {}).items()
+            }
             cosines = {
                 str(rule): {str(layer): number(value) for layer, value in by_layer.items()}
                 for rule, by_layer in (event.get("cosines") or {}).items()
             }
-            found[step] = Fidelity(step=step, epoch=count(event.get("epoch")), temporal_share=shares, cosines=cosines)
+            found[step] = Fidelity(
+                step=step, epoch=count(event.get("epoch")), temporal_share=shares, cosines=cosines
+            )
     return sorted(found.values(), key=lambda each: each.step)
 
 
 def parts(events: Iterable[Timed]) -> dict[str, float]:
-    """Of the batches alone: a point has the mean of a batch since the one before, and one that metrics told may have no parts.
+    """Of the batches alone: a point has the mean of a batch since the one before, and one that
+    metrics told may have no parts.
 
     A start's first point is left out: its first batch waits for imports and compilation.
     """
@@ -153,7 +167,11 @@ def parts(events: Iterable[Timed]) -> dict[str, float]:
         step = count(event.get("step"))
         if event["event"] == "step" and step is not None:
             metrics = {} if is_first else event.get("metrics") or {}
-            means = {name: mean for name in (*PARTS, REST) if (mean := number(metrics.get(f"{name}_s"))) is not None}
+            means = {
+                name: mean
+                for name in (*PARTS, REST)
+                if (mean := number(metrics.get(f"{name}_s"))) is not None
+            }
             batches = max(0, step - done) if means else 0
             told_of += batches
             for name, mean in means.items():
@@ -168,7 +186,9 @@ def _joined(points: Sequence[TrainPoint], again: Sequence[TrainPoint]) -> list[T
     if not again:
         return list(points)
     told = max((point.step for point in points if point.step <= again[-1].step), default=0)
-    return sorted([*points, *(point for point in again if point.step > told)], key=lambda point: point.step)
+    return sorted(
+        [*points, *(point for point in again if point.step > told)], key=lambda point: point.step
+    )
 
 
 def number(value: Any) -> float | None:

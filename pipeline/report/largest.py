@@ -1,4 +1,6 @@
-"""Each rule's own largest batch of a sweep, and its speed there, beside the faster BPTT's at its own."""
+"""Each rule's own largest batch of a sweep, and its speed there, beside the faster BPTT's at its
+own.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,18 @@ def largest(sweep: Mapping[str, Any]) -> list[Largest]:
         T, speed = point["time_steps"], _images_per_s(point)
         base_speed, base_batch = fastest.get(T, (None, None))
         beside = None if speed is None or base_speed is None else speed / base_speed
-        found.append(Largest(str(point["cost"]["rule"]), T, point["largest_batch"], speed, base_batch, beside))
+        found.append(
+            Largest(
+                str(point["cost"]["rule"]), T, point["largest_batch"], speed, base_batch, beside
+            )
+        )
     return found
 
 
 def _images_per_s(point: Mapping[str, Any]) -> float | None:
     cost = point.get("at_largest")
-    return None if cost is None else point["largest_batch"] / (float(cost["forward_s"]) + float(cost["backward_s"]))
+    return (
+        None
+        if cost is None
+        else point["largest_batch"] / (float(cost["forward_s"]) + float(cost["backward_s"]))
+    )

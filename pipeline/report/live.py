@@ -3,8 +3,8 @@
     live = Live(open_store(uri))
     live.study(live.members(key))
 
-What was read is kept. Of a run that has ended, as long as MLflow tells of no newer artifact or metric; of one that goes on
-its points, so that the next look asks for those after them.
+What was read is kept. Of a run that has ended, as long as MLflow tells of no newer artifact or
+metric; of one that goes on its points, so that the next look asks for those after them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from pipeline.track.files import JOURNAL
 from pipeline.track.jsonl import Event
 from pipeline.track.publish import REPORT_DATA
 
-_ASKED = {"step": ("train/", ("loss", "top1", "images_per_s")), "evaluation": ("val/", ("top1", "loss", "firing_rate"))}
+_ASKED = {
+    "step": ("train/", ("loss", "top1", "images_per_s")),
+    "evaluation": ("val/", ("top1", "loss", "firing_rate")),
+}
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # tags that say which version of an artifact was sent
 _BESIDE = {"summary": dict, "activity": list, "recipe": dict}
@@ -54,7 +57,9 @@ class _Going:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteReport:
-    """What `spiketrain report` told of a suite: of all runs that were launched with it, whichever of them are shown."""
+    """What `spiketrain report` told of a suite: of all runs that were launched with it, whichever
+    of them are shown.
+    """
 
     key: str
     """the beginning of the id of its run in MLflow"""
@@ -80,7 +85,9 @@ class _Read:
 
 
 class Live:
-    """Reads a store for as long as somebody looks; safe to share between threads. What it asks of the store may raise."""
+    """Reads a store for as long as somebody looks; safe to share between threads. What it asks of
+    the store may raise.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -95,7 +102,9 @@ class Live:
         """All runs, as the store had them `fresh_s` ago at most; 0 asks it."""
         read, runs = self._listed
         if time.monotonic() - read >= fresh_s:
-            runs = self.store.listed()  # without the lock: a list that takes long keeps nobody from the figures
+            runs = (
+                self.store.listed()
+            )  # without the lock: a list that takes long keeps nobody from the figures
             self._listed = (time.monotonic(), runs)
         return runs
 
@@ -125,27 +134,51 @@ class Live:
                 notes.append(f"{stored.name} is left out: {error}")
                 continue
             except ReportError as error:
-                notes.append(f"{stored.name} is left out: {error}; `spiketrain sync {shlex.quote(stored.name)}`")
+                notes.append(
+                    f"{stored.name} is left out: {error}; `spiketrain sync"
+                    f" {shlex.quote(stored.name)}`"
+                )
                 continue
             if run.recipe.get("protocol") == "trial":
-                notes.append(f"{run.name} is a trial on a held-out part, no run to set beside others.")
+                notes.append(
+                    f"{run.name} is a trial on a held-out part, no run to set beside others."
+                )
                 continue
             found.append(run)
             if run.every > 1:
-                parts = ", and its parts of time are of those" if run.parts and run.summary is None else ""
-                notes.append(f"{run.name} has a long journal: of the points of its curve one of {run.every} is shown{parts}.")
+                parts = (
+                    ", and its parts of time are of those"
+                    if run.parts and run.summary is None
+                    else ""
+                )
+                notes.append(
+                    f"{run.name} has a long journal: of the points of its curve one of {run.every}"
+                    f" is shown{parts}."
+                )
         keys = {run.study[:8] for run in runs}
-        return Study(title=f"Study {', '.join(sorted(keys))}", runs=tuple(found), against=against, notes=tuple(notes))
+        return Study(
+            title=f"Study {', '.join(sorted(keys))}",
+            runs=tuple(found),
+            against=against,
+            notes=tuple(notes),
+        )
 
     def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
-        """What the reports of the suites tell that these runs were launched with, the one launched last first.
+        """What the reports of the suites tell that these runs were launched with, the one launched
+        last first.
 
         Raises:
             StoreError: the store cannot be read.
         """
         suites = _by_suite(runs)
         return [
-            SuiteReport(key=suite[:8], title=_title(suite, members), told=read.told, printed=read.printed, note=read.note)
+            SuiteReport(
+                key=suite[:8],
+                title=_title(suite, members),
+                told=read.told,
+                printed=read.printed,
+                note=read.note,
+            )
             for (suite, members), read in zip(suites.items(), self._read(suites), strict=True)
         ]
 
@@ -171,9 +204,13 @@ class Live:
         told = self.store.journal(stored.id)
         if not any(event["event"] == "start" for event in told.events):
             told = self._told_by_metrics(stored, _Going())
-        beside = {name: self._json(stored.id, f"{name}.json", kind) for name, kind in _BESIDE.items()}
+        beside = {
+            name: self._json(stored.id, f"{name}.json", kind) for name, kind in _BESIDE.items()
+        }
         refuse_damaged_summary(beside["summary"] or {}, "its summary.json in MLflow")
-        return study_run(stored.name, told.events, state=state_of(stored), every=told.every, **beside)
+        return study_run(
+            stored.name, told.events, state=state_of(stored), every=told.every, **beside
+        )
 
     def _going_on(self, stored: StoredRun) -> StudyRun:
         going = self._going.setdefault(stored.id, _Going())
@@ -181,12 +218,22 @@ class Live:
         self._going.move_to_end(stored.id)
         told = self._told_by_metrics(stored, going)
         recipe = self._json(stored.id, "recipe.json", dict)
-        # MLflow takes no second value of a step: of what a restart does again nothing is told until the next journal.
-        run = study_run(stored.name, told.events, state="running", recipe=recipe, redone="kept", every=told.every)
+        # MLflow takes no second value of a step: of what a restart does again nothing is told until
+        # the next journal.
+        run = study_run(
+            stored.name,
+            told.events,
+            state="running",
+            recipe=recipe,
+            redone="kept",
+            every=told.every,
+        )
         return replace(run, heard=stored.newest)
 
     def _told_by_metrics(self, stored: StoredRun, going: _Going) -> Told:
-        """The journal as it was last sent, at a start or when its weights were looked at, and after it what metrics tell."""
+        """The journal as it was last sent, at a start or when its weights were looked at, and after
+        it what metrics tell.
+        """
         version = stored.tags.get(_SENT + JOURNAL, "")
         if version != going.journal[0]:
             going.journal = version, self.store.journal(stored.id)
@@ -195,15 +242,22 @@ class Live:
                 for key in (prefix + name for name in names):
                     if key in stored.metrics:
                         known = going.points.setdefault(key, [])
-                        known += self.store.history(stored.id, key, since=known[-1].step if known else -1)
+                        known += self.store.history(
+                            stored.id, key, since=known[-1].step if known else -1
+                        )
             going.seen = stored.newest
         told = going.journal[1]
         events = list(told.events) or [_start(stored)]
         attempt = events[-1].get("attempt")
         later = list(_after(events, going.points, attempt))
         if newest := next((event for event in reversed(later) if event["event"] == "step"), None):
-            # Their newest values come with the run, and cost no further question; of the points before it nothing is known.
-            newest["metrics"] |= {name: stored.metrics[f"train/{name}"] for name in _PARTS if f"train/{name}" in stored.metrics}
+            # Their newest values come with the run, and cost no further question; of the points
+            # before it nothing is known.
+            newest["metrics"] |= {
+                name: stored.metrics[f"train/{name}"]
+                for name in _PARTS
+                if f"train/{name}" in stored.metrics
+            }
         return replace(told, events=[*events, *later])
 
     def _read(self, suites: Iterable[str]) -> list[_Read]:
@@ -221,12 +275,19 @@ class Live:
         try:
             told = self._json(suite, REPORT_DATA, dict)
             version = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-            found, printed = returned(told, f"{REPORT_DATA} in MLflow"), str((told or {}).get("printed") or "")
+            found, printed = (
+                returned(told, f"{REPORT_DATA} in MLflow"),
+                str((told or {}).get("printed") or ""),
+            )
             return _Read(at=time.monotonic(), version=version, told=found, printed=printed)
         except StoreError:
             raise  # of the store, not of this report
         except ReportError as error:
-            return _Read(at=time.monotonic(), version=str(error), note=f"What its report tells is left out: {error}")
+            return _Read(
+                at=time.monotonic(),
+                version=str(error),
+                note=f"What its report tells is left out: {error}",
+            )
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
         text = self.store.text(run_id, name)
@@ -235,20 +296,33 @@ class Live:
         except ValueError as error:
             raise ReportError(f"its {name} in MLflow is not JSON ({error})") from error
         if value is not None and not isinstance(value, kind):
-            raise ReportError(f"its {name} in MLflow must hold a {kind.__name__}; got a {type(value).__name__}")
+            raise ReportError(
+                f"its {name} in MLflow must hold a {kind.__name__}; got a {type(value).__name__}"
+            )
         return value
 
 
-def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]], attempt: Any) -> Iterator[Event]:
+def _after(
+    events: Sequence[Event], points: Mapping[str, Sequence[Point]], attempt: Any
+) -> Iterator[Event]:
     """Points of steps that the journal has not told, as events in the order of their time."""
     found: list[Event] = []
     for kind, (prefix, names) in _ASKED.items():
-        told = max((int(number(event.get("step")) or 0) for event in events if event["event"] == kind), default=-1)
+        told = max(
+            (int(number(event.get("step")) or 0) for event in events if event["event"] == kind),
+            default=-1,
+        )
         by_step: dict[int, Event] = {}
         for name in names:
             for point in points.get(prefix + name, ()):
                 if point.step > told:
-                    about = {"event": kind, "time": point.time, "attempt": attempt, "step": point.step, "metrics": {}}
+                    about = {
+                        "event": kind,
+                        "time": point.time,
+                        "attempt": attempt,
+                        "step": point.step,
+                        "metrics": {},
+                    }
                     by_step.setdefault(point.step, about)["metrics"][name] = point.value
         found += by_step.values()
     yield from sorted(found, key=lambda event: (event["time"], event["step"]))
@@ -277,11 +351,22 @@ def _start(stored: StoredRun) -> Event:
     about = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in numbers}
-    return {"event": "start", "time": stored.started, "step": 0, "hardware": _hardware(stored), **about, **counts}
+    return {
+        "event": "start",
+        "time": stored.started,
+        "step": 0,
+        "hardware": _hardware(stored),
+        **about,
+        **counts,
+    }
 
 
 def _hardware(stored: StoredRun) -> dict[str, str | int]:
-    return {name.removeprefix("hardware."): _value(value) for name, value in stored.tags.items() if name.startswith("hardware.")}
+    return {
+        name.removeprefix("hardware."): _value(value)
+        for name, value in stored.tags.items()
+        if name.startswith("hardware.")
+    }
 
 
 def _value(text: str) -> str | int:

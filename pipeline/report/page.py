@@ -33,8 +33,14 @@ _WEB = Path(__file__).parent / "web"
 _ROWS = 40
 """of a table that the page shows; its CSV has them all"""
 TRADED = ("wall_s", "peak_saved_bytes", ENERGY)
-_SWEEP = "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json > sweep.json, then spiketrain report STUDY --sweep sweep.json"
-_WORKERS = "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE --workers N with another N"
+_SWEEP = (
+    "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json > sweep.json, then spiketrain report"
+    " STUDY --sweep sweep.json"
+)
+_WORKERS = (
+    "no rule has finished on two numbers of workers, all else equal; spiketrain launch RECIPE"
+    " --workers N with another N"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +79,28 @@ def render(study: Study) -> str:
     ]
     alone = [group for group in study.groups if group not in compared]
     sections = [
-        _section(group, f"g{index}", _figures(group), among=study.groups) for index, group in enumerate(compared, start=1)
+        _section(group, f"g{index}", _figures(group), among=study.groups)
+        for index, group in enumerate(compared, start=1)
     ]
     lone = [
-        _section(group, f"alone{index}", _of_each_rule(group), among=study.groups) for index, group in enumerate(alone, start=1)
+        _section(group, f"alone{index}", _of_each_rule(group), among=study.groups)
+        for index, group in enumerate(alone, start=1)
     ]
     memory = list(swept(study.sweeps))
-    drawings = {f"{section.key}-{figure.name}": _drawn(figure) for section in (*sections, *lone) for figure in section.figures}
-    drawings |= {f"{each.key}-{figure.name}": _drawn(figure) for each in memory for figure in each.figures}
+    drawings = {
+        f"{section.key}-{figure.name}": _drawn(figure)
+        for section in (*sections, *lone)
+        for figure in section.figures
+    }
+    drawings |= {
+        f"{each.key}-{figure.name}": _drawn(figure) for each in memory for figure in each.figures
+    }
     scaled = scaling.scaling(study)
-    missing = [(one.title, f"{section.title}: {one.why}") for section in sections for one in section.missing]
+    missing = [
+        (one.title, f"{section.title}: {one.why}")
+        for section in sections
+        for one in section.missing
+    ]
     missing += (
         []
         if any(each.figures for each in memory)
@@ -137,7 +155,9 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 
-def _section(group: Group, key: str, figures: Iterator[Figure | Missing], *, among: Sequence[Group]) -> Section:
+def _section(
+    group: Group, key: str, figures: Iterator[Figure | Missing], *, among: Sequence[Group]
+) -> Section:
     made = list(figures)
     return Section(
         key=key,
@@ -168,7 +188,9 @@ def _of_each_rule(group: Group) -> Iterator[Figure | Missing]:
 
 
 def _drawn(figure: Figure) -> Mapping[str, Any]:
-    """In both themes: the page takes the one that its reader's system asks for, and the light one for paper."""
+    """In both themes: the page takes the one that its reader's system asks for, and the light one
+    for paper.
+    """
     return {theme.name: json.loads(str(figure.draw(theme).to_json())) for theme in (LIGHT, DARK)}
 
 
@@ -184,6 +206,8 @@ def _plotly() -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(loader=FileSystemLoader(_WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(_WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     environment.filters |= {"told": told, "csv": data_uri, "slug": slug}
     return environment

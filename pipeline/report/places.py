@@ -1,4 +1,6 @@
-"""What a run was trained on, in words: machines, workers, loaders, and how a batch fell on them, in turn where they changed."""
+"""What a run was trained on, in words: machines, workers, loaders, and how a batch fell on them, in
+turn where they changed.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,15 @@ NOT_SAID = "not known"
 
 
 def places(run: StudyRun, *, between: str = ", ") -> str:
-    """`a cpu, 2 cores, 1 thread, 2 workers, in micro-batches of 64, then a cpu, 2 cores, 1 thread, 1 worker`
+    """`a cpu, 2 cores, 1 thread, 2 workers, in micro-batches of 64, then a cpu, 2 cores, 1 thread,
+    1 worker`
 
     Loader threads are told where they changed on the way.
     """
-    told = [between.join(filter(None, (machine(each.hardware), _workers(run, each)))) for each in run.trained_on]
+    told = [
+        between.join(filter(None, (machine(each.hardware), _workers(run, each))))
+        for each in run.trained_on
+    ]
     return ", then ".join(told) or machine({})
 
 
@@ -26,7 +32,11 @@ def machine(hardware: Mapping[str, Any]) -> str:
         return "a machine that is not known"
     if hardware.get("gpu") not in (None, "none"):
         return str(hardware["gpu"])
-    counts = [counted(hardware[name], name[:-1]) for name in ("cores", "threads") if isinstance(hardware.get(name), int)]
+    counts = [
+        counted(hardware[name], name[:-1])
+        for name in ("cores", "threads")
+        if isinstance(hardware.get(name), int)
+    ]
     return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
 
 
@@ -38,7 +48,9 @@ def micro_batches(run: StudyRun) -> str:
 
 def loaders(on: TrainedOn) -> str:
     """`with 1 loader thread`; nothing where it is not known."""
-    return "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
+    return (
+        "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
+    )
 
 
 def _workers(run: StudyRun, on: TrainedOn) -> str:
@@ -54,11 +66,17 @@ def _workers(run: StudyRun, on: TrainedOn) -> str:
 def _micro_batch(on: TrainedOn, accumulated: int | None) -> str:
     if on.micro_batch is None:
         return NOT_SAID
-    return f"{on.micro_batch} × {accumulated}" if accumulated and accumulated > 1 else str(on.micro_batch)
+    return (
+        f"{on.micro_batch} × {accumulated}"
+        if accumulated and accumulated > 1
+        else str(on.micro_batch)
+    )
 
 
 def _accumulated(run: StudyRun, on: TrainedOn) -> int | None:
-    """Micro-batches of a worker in a batch; None where the batch is not known, as the journal alone tells a recipe as text."""
+    """Micro-batches of a worker in a batch; None where the batch is not known, as the journal alone
+    tells a recipe as text.
+    """
     batch = run.recipe.get("batch_size")
     if not isinstance(batch, int) or not on.workers or not on.micro_batch:
         return None

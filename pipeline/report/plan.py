@@ -31,9 +31,17 @@ def print_plan(
     """
     console = console or new_console()
     if as_json:
-        console.out(json.dumps(plan_as_json(plan, against), indent=2, allow_nan=False), highlight=False)
+        console.out(
+            json.dumps(plan_as_json(plan, against), indent=2, allow_nan=False), highlight=False
+        )
         return
-    parts = ("compute", *(() if plan.teacher is None else ("teacher",)), "sums", "optimizer", "step")
+    parts = (
+        "compute",
+        *(() if plan.teacher is None else ("teacher",)),
+        "sums",
+        "optimizer",
+        "step",
+    )
     titles = ["ZeRO", "micro x acc.", "saved", "memory", "TFLOP", "kernels"]
     titles += [*(f"{part} ms" for part in parts), "images/s"]
     titles += [title for title, value in _optional(plan.rules) if value]
@@ -57,20 +65,22 @@ def basis(plan: Plan) -> str:
     """What the figures were made from, and what is not in them."""
     device, workers = plan.device, plan.cluster.workers
     said = (
-        "Saved bytes, operations and kernels (saved, TFLOP, kernels) are of one micro-batch, counted "
-        "at full size without running it, as a CPU would compute them."
+        "Saved bytes, operations and kernels (saved, TFLOP, kernels) are of one micro-batch,"
+        " counted at full size without running it, as a CPU would compute them."
     )
     for planned in plan.rules:
         if planned.counted_as:
             said += f" {planned.rule} is counted {planned.counted_as}."
     left = f"{RESERVE:.0%} of the memory is left free"
     if plan.cluster.device is None:
-        rates = ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in device.flops.items())
+        rates = ", ".join(
+            f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in device.flops.items()
+        )
         neighbours = "" if workers == 1 else f", and what {workers} local workers do to one another"
         said += (
-            f" Seconds are of a roofline measured on this machine ({rates}, "
-            f"{device.bandwidth / 1e9:.3g} GB/s, {device.launch * 1e6:.2g} us a kernel){neighbours}; "
-            f"{left}; loaders keep up."
+            f" Seconds are of a roofline measured on this machine ({rates},"
+            f" {device.bandwidth / 1e9:.3g} GB/s, {device.launch * 1e6:.2g} us a"
+            f" kernel){neighbours}; {left}; loaders keep up."
         )
     else:
         cluster = plan.cluster

@@ -18,8 +18,21 @@ from pipeline.track.jsonl import read
 from pipeline.trained_on import told_in
 
 # What a batch costs does not depend on how many there are, nor on when a run looks up from them.
-_BESIDE = (*BESIDE_THE_STUDY, "epochs", "schedule", "stop_after", "evaluate_every", "evaluate_samples",
-           "checkpoint_every", "checkpoint_minutes", "keep", "log_every", "protocol", "tuned", "searched")  # fmt: skip
+_BESIDE = (
+    *BESIDE_THE_STUDY,
+    "epochs",
+    "schedule",
+    "stop_after",
+    "evaluate_every",
+    "evaluate_samples",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "log_every",
+    "protocol",
+    "tuned",
+    "searched",
+)
 
 
 @dataclass(frozen=True)
@@ -43,17 +56,23 @@ class Errors:
     rule: str
     saved_bytes: Quantity
     step_s: Quantity
-    """of the batches whose speed counts: neither the first nor those on which bytes or operations are counted"""
+    """of the batches whose speed counts: neither the first nor those on which bytes or operations
+    are counted
+    """
     own_cores: bool
     """others may have trained beside it, which are in no plan"""
 
     def told(self) -> str:
         saved, step = self.saved_bytes, self.step_s
         return (
-            f"Against {self.run}, {self.rule}: saved for backward {saved.planned / 1e6:.4g} MB planned, "
-            f"{saved.measured / 1e6:.4g} MB measured, {saved.error:+.1%}; a step {step.planned * 1e3:.4g} ms planned, "
-            f"{step.measured * 1e3:.4g} ms measured, {step.error:+.1%}."
-            + (" It had cores of its own; runs on the others, and the memory that they share, are in no plan." * self.own_cores)
+            f"Against {self.run}, {self.rule}: saved for backward {saved.planned / 1e6:.4g} MB"
+            f" planned, {saved.measured / 1e6:.4g} MB measured, {saved.error:+.1%}; a step"
+            f" {step.planned * 1e3:.4g} ms planned, {step.measured * 1e3:.4g} ms measured,"
+            f" {step.error:+.1%}."
+            + (
+                " It had cores of its own; runs on the others, and the memory that they share, are"
+                " in no plan." * self.own_cores
+            )
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -72,24 +91,42 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
     """Refuse a run that a plan of `recipe` on `cluster` says nothing about.
 
     Raises:
-        ReportError: it has not finished, was of another recipe, on other machines or other workers, or changed them on the way.
+        ReportError: it has not finished, was of another recipe, on other machines or other workers,
+        or changed them on the way.
     """
     summary = _summary(folder)
     on = _trained_on(folder, summary)
-    found = [("workers", cluster.workers, on["world_size"])] if on["world_size"] != cluster.workers else []
+    found = (
+        [("workers", cluster.workers, on["world_size"])]
+        if on["world_size"] != cluster.workers
+        else []
+    )
     found += _other_machine(cluster, on)
     theirs = recipe_of(folder)
     mine = recipe.resolved().to_json()["recipe"]
-    found += list(differing("", *({name: each[name] for name in each if name not in _BESIDE} for each in (mine, theirs))))
+    found += list(
+        differing(
+            "",
+            *(
+                {name: each[name] for name in each if name not in _BESIDE}
+                for each in (mine, theirs)
+            ),
+        )
+    )
     _refuse_if(found, folder)
 
 
 def _other_machine(cluster: Cluster, on: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """How the machine that is planned for differs from the one that a run was trained on; a card's host is in no plan."""
+    """How the machine that is planned for differs from the one that a run was trained on; a card's
+    host is in no plan.
+    """
     there = on["hardware"]
     if cluster.device is not None:
         return list(differing("card", cluster.device.driver, there["gpu"]))
-    found = [(f"hardware.{name}", *values) for name, *values in other_than_here(there, own_cores=on["own_cores"])]
+    found = [
+        (f"hardware.{name}", *values)
+        for name, *values in other_than_here(there, own_cores=on["own_cores"])
+    ]
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))
     return found
@@ -99,16 +136,22 @@ def errors(found: Plan, folder: Path) -> Errors:
     """Of the rule that the run was trained by.
 
     Raises:
-        ReportError: the plan has no such rule, another one of its label, or a micro-batch that the run was not trained in.
+        ReportError: the plan has no such rule, another one of its label, or a micro-batch that the
+        run was not trained in.
     """
     summary = _summary(folder)
     planned = next((each for each in found.rules if each.rule == summary["rule"]), None)
     if planned is None:
         told = ", ".join(each.rule for each in found.rules) or "none"
-        raise ReportError(f"plan: --against must be of a rule that is planned, {told}; got {summary['rule']} of {folder.name}")
+        raise ReportError(
+            f"plan: --against must be of a rule that is planned, {told}; got {summary['rule']} of"
+            f" {folder.name}"
+        )
     on = _trained_on(folder, summary)
     of_rule = differing("rule", {**planned.written}, recipe_of(folder)["rule"])
-    _refuse_if([*of_rule, *differing("micro_batch", planned.micro_batch, on["micro_batch"])], folder)
+    _refuse_if(
+        [*of_rule, *differing("micro_batch", planned.micro_batch, on["micro_batch"])], folder
+    )
     batch_size = planned.images_per_s * planned.step_s
     return Errors(
         run=folder.name,
@@ -124,21 +167,30 @@ def _trained_on(folder: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
     first, *later = told_in(summary, read(folder / "journal.jsonl"))
     if later:
         changed = listed(list(trained_apart([first], later)))
-        raise ReportError(f"plan: --against must be a run that changed nothing on the way; {folder.name} did: {changed}")
+        raise ReportError(
+            f"plan: --against must be a run that changed nothing on the way; {folder.name} did:"
+            f" {changed}"
+        )
     return first
 
 
 def _refuse_if(differs: Sequence[tuple[str, Any, Any]], folder: Path) -> None:
     if differs:
         shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in differs[:4])
-        raise ReportError(f"plan: --against must be a run of what is planned; {folder.name} differs: {shown}")
+        raise ReportError(
+            f"plan: --against must be a run of what is planned; {folder.name} differs: {shown}"
+        )
 
 
 def _summary(folder: Path) -> Mapping[str, Any]:
     run = finished_run(folder)
-    if run is None or not run.summary.get("images_per_s") or not run.summary.get("peak_saved_bytes"):
+    if (
+        run is None
+        or not run.summary.get("images_per_s")
+        or not run.summary.get("peak_saved_bytes")
+    ):
         raise ReportError(
-            "plan: --against must be a run that has finished, of more than a few batches, on one of which its saved bytes were "
-            f"counted; got {folder.name}"
+            "plan: --against must be a run that has finished, of more than a few batches, on one"
+            f" of which its saved bytes were counted; got {folder.name}"
         )
     return run.summary

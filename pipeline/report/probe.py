@@ -18,7 +18,9 @@ from pipeline.units import counted
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:
-    """What each rule costs; what it drops, layer by layer; what cannot train the network, or be compared; and the advice."""
+    """What each rule costs; what it drops, layer by layer; what cannot train the network, or be
+    compared; and the advice.
+    """
     console = console or new_console()
     if as_json:
         console.out(json.dumps(probe_as_json(found), indent=2, allow_nan=False), highlight=False)
@@ -29,7 +31,14 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         _print_layers(found, console)
     console.print()
     for rule, why in found.refused.items():
-        say(console, f"not in the tables: {rule}: {why}" if not why.startswith(rule) else f"not in the tables: {why}")
+        say(
+            console,
+            (
+                f"not in the tables: {rule}: {why}"
+                if not why.startswith(rule)
+                else f"not in the tables: {why}"
+            ),
+        )
     for why in found.uncompared.values():
         say(console, f"not compared: {why}")
     if (fastest := found.time_baseline) is not None:
@@ -38,7 +47,11 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
         say(console, f"mult and add leave out what no count knows: {', '.join(unknown)}")
     on = told_hardware(found.hardware)
-    say(console, f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}, before any training; {on}")
+    say(
+        console,
+        f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}, before any"
+        f" training; {on}",
+    )
     if found.teacher is not None:
         say(console, found.teacher.describe())
     say(console, advice(found))
@@ -96,7 +109,15 @@ def _print_layers(found: Probe, console: Console) -> None:
     titles, rows = (*(["temporal share"] if share else []), *cosines), []
     for layer in next(iter(cosines.values()), {}):
         first = [share[layer]] if share else []
-        rows.append((layer, *(_number(value) for value in (*first, *(each[layer] for each in cosines.values())))))
+        rows.append(
+            (
+                layer,
+                *(
+                    _number(value)
+                    for value in (*first, *(each[layer] for each in cosines.values()))
+                ),
+            )
+        )
     print_table(console, ("layer", *map(number, titles)), rows, title="cosine with BPTT's gradient")
 
 

@@ -1,7 +1,8 @@
-"""The two protocols of a comparison beside one another: the same settings for every rule, and each rule with its own best.
+"""The two protocols of a comparison beside one another: the same settings for every rule, and each
+rule with its own best.
 
-The trials, which chose, are listed with what they did on the part of the training set that they had held out.
-"""
+The trials, which chose, are listed with what they did on the part of the training set that they had
+held out."""
 
 from __future__ import annotations
 
@@ -22,11 +23,15 @@ from pipeline.track.jsonl import last
 from pipeline.track.state import state_of
 from pipeline.trials import best, top1_of
 
-TITLES = {"shared": "shared: only the rule differs", "tuned": "tuned: each rule with its own best value of {fields}"}
+TITLES = {
+    "shared": "shared: only the rule differs",
+    "tuned": "tuned: each rule with its own best value of {fields}",
+}
 
 
 def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called with all runs of a suite.
+    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called
+    with all runs of a suite.
 
     A study of which every run diverged has no table: its runs are named.
     """
@@ -42,13 +47,17 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
                 for run in lost:
                     say(console, f"{run.folder.name} ({run.rule}) diverged")
                 console.print()
-                told[protocol].append({"study": study, "runs": [], "unfinished": [run.to_json() for run in lost]})
+                told[protocol].append(
+                    {"study": study, "runs": [], "unfinished": [run.to_json() for run in lost]}
+                )
                 continue
             for comparison in comparisons(folders[0].parent, folders):
                 comparison.render(console)
                 console.print()
                 told[protocol].append(comparison.to_json())
-    trials = [trial for folders in by_protocol.get("trial", {}).values() for trial in _trials(folders)]
+    trials = [
+        trial for folders in by_protocol.get("trial", {}).values() for trial in _trials(folders)
+    ]
     _print_trials(trials, console)
     return {**told, "trials": trials}
 
@@ -84,13 +93,29 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
     rows = []
     for trial in trials:
         top1 = "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}"
-        rows.append((trial["rule"], trial["field"], str(trial["value"]), top1, "taken" if trial["taken"] else ""))
-    print_table(console, ("rule", "field", number("value"), number("top-1"), ""), rows, title="trials, on a held-out part")
+        rows.append(
+            (
+                trial["rule"],
+                trial["field"],
+                str(trial["value"]),
+                top1,
+                "taken" if trial["taken"] else "",
+            )
+        )
+    print_table(
+        console,
+        ("rule", "field", number("value"), number("top-1"), ""),
+        rows,
+        title="trials, on a held-out part",
+    )
 
 
 def _search(folder: Path) -> str:
-    """Trials of one search differ in their name and in the value that they try alone: what differs in anything else, such as one
-    keyword of its rule or its family, has a search of its own (`pipeline.protocol.tuned`)."""
+    """Trials of one search differ in their name and in the value that they try alone: what differs
+    in anything else, such as one keyword of its rule or its family, has a search of its own
+    (`pipeline.protocol.tuned`)."""
     recipe = recipe_of(folder)
     tried = ("name", *recipe["tuned"])
-    return json.dumps({key: value for key, value in flat(recipe) if key not in tried}, sort_keys=True)
+    return json.dumps(
+        {key: value for key, value in flat(recipe) if key not in tried}, sort_keys=True
+    )

@@ -1,7 +1,8 @@
-"""The study that is meant by names on the command line: a suite with its own report, a study key, runs, or the newest study.
+"""The study that is meant by names on the command line: a suite with its own report, a study key,
+runs, or the newest study.
 
-Trials of a search are never in it: they differ in a value that was tried, and are judged on a part of the training set.
-"""
+Trials of a search are never in it: they differ in a value that was tried, and are judged on a part
+of the training set."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def read_study(
         reported: what the suite's own report has told already; None: it is asked, if it has one.
 
     Raises:
-        ValueError: nothing answers to a name, a file is damaged, or a suite's own report cannot be made or judges otherwise.
+        ValueError: nothing answers to a name, a file is damaged, or a suite's own report cannot be
+        made or judges otherwise.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
     suite = suite_named(runs_dir, names)
@@ -69,8 +71,8 @@ def read_study(
             raise ReportError(f"report: {suite.name} has no run yet")
         if (against, within) != (BASELINE, WITHIN) and has_report(suite):
             raise ReportError(
-                f"report: {suite.name} has a report of its own, so --against and --within have no effect on its claims; "
-                f"got {against}, {within:g}"
+                f"report: {suite.name} has a report of its own, so --against and --within have no"
+                f" effect on its claims; got {against}, {within:g}"
             )
         own, printed, notes = _own_report(suite, trust, reported)
         members, tried = _without_trials(runs.values())
@@ -79,16 +81,21 @@ def read_study(
         folders = named(runs_dir, names) if names else newest_study(runs_dir)
         own, printed, notes = Returned(), "", []
         chosen, tried = _without_trials(folders)
-        members, missing = _with_their_baseline(runs_dir, chosen, against) if names else (chosen, [])
+        members, missing = (
+            _with_their_baseline(runs_dir, chosen, against) if names else (chosen, [])
+        )
         notes += missing
         title = _title(members, names)
         place = runs_dir / f"report-{_slug(title)}.html"
     if tried and not members:
         raise ReportError(
-            f"report: runs must be trained on the whole training set; got {counted(len(tried), 'trial')} of a search alone"
+            "report: runs must be trained on the whole training set; got"
+            f" {counted(len(tried), 'trial')} of a search alone"
         )
     if tried:
-        notes.append(f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set.")
+        notes.append(
+            f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set."
+        )
     study = Study(
         title=title,
         runs=tuple(from_folder(folder) for folder in members),
@@ -111,8 +118,12 @@ def _without_trials(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     return members, tried
 
 
-def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) -> tuple[list[Path], list[str]]:
-    """Those of each study and machine with the runs of the baseline that they lack; where there are none, a note says why."""
+def _with_their_baseline(
+    runs_dir: Path, folders: Sequence[Path], against: str
+) -> tuple[list[Path], list[str]]:
+    """Those of each study and machine with the runs of the baseline that they lack; where there are
+    none, a note says why.
+    """
     found: list[Path] = []
     notes: list[str] = []
     for runs in comparable(folders):
@@ -123,25 +134,33 @@ def _with_their_baseline(runs_dir: Path, folders: Sequence[Path], against: str) 
     return list(dict.fromkeys([*found, *(folder.resolve() for folder in folders)])), notes
 
 
-def _own_report(suite: Path, trust: tuple[str, ...], reported: Reported | None) -> tuple[Returned, str, list[str]]:
+def _own_report(
+    suite: Path, trust: tuple[str, ...], reported: Reported | None
+) -> tuple[Returned, str, list[str]]:
     """What the suite's report returns and prints; a note where it has nothing to say yet.
 
-    Raises: ReportError where it cannot be made: an earlier page, and its artifact, are worth more than one without claims.
-    """
+    Raises: ReportError where it cannot be made: an earlier page, and its artifact, are worth more
+    than one without claims."""
     runs, over = runs_of(suite), over_in(suite)
     if not has_report(suite):
         return Returned(), "", []
     if len(over) < len(runs):
-        waits = f"The suite's own report, with its claims, waits for all runs: {len(over)} of {len(runs)} have finished."
+        waits = (
+            f"The suite's own report, with its claims, waits for all runs: {len(over)} of"
+            f" {len(runs)} have finished."
+        )
         return Returned(), "", [waits]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"
-        reported = reported or own_report(suite.name, report, over, Console(file=io.StringIO(), width=_WIDTH))
+        reported = reported or own_report(
+            suite.name, report, over, Console(file=io.StringIO(), width=_WIDTH)
+        )
     except ValueError as error:
         why = str(error).removeprefix("compare: ")
         raise ReportError(
-            f"report: what {suite.name} reports by itself cannot be made; its runs can be named instead: {why}"
+            f"report: what {suite.name} reports by itself cannot be made; its runs can be named"
+            f" instead: {why}"
         ) from error
     return returned(reported.value, suite.name), reported.printed, []
 
@@ -154,4 +173,9 @@ def _title(folders: Sequence[Path], names: Sequence[str]) -> str:
 
 
 def _slug(text: str) -> str:
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())[:80] or "runs"
+    return (
+        "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())[
+            :80
+        ]
+        or "runs"
+    )

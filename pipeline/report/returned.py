@@ -1,7 +1,7 @@
 """What a suite's own report returns beside its figures: claims, and sweeps over time steps.
 
-As the report itself has them, as `sweep --format json` prints one, and as MLflow keeps them beside the page (report.json).
-"""
+As the report itself has them, as `sweep --format json` prints one, and as MLflow keeps them beside
+the page (report.json)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ class Returned:
     sweeps: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"claims": [asdict(claim) for claim in self.claims], "sweeps": [dict(sweep) for sweep in self.sweeps]}
+        return {
+            "claims": [asdict(claim) for claim in self.claims],
+            "sweeps": [dict(sweep) for sweep in self.sweeps],
+        }
 
 
 def returned(value: Any, where: str) -> Returned:
@@ -42,7 +45,8 @@ def returned(value: Any, where: str) -> Returned:
 
 
 def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
-    """What pages show of a sweep; its largest batches, and what they cost, where it looked for them.
+    """What pages show of a sweep; its largest batches, and what they cost, where it looked for
+    them.
 
     Raises:
         ReportError: it is none; `where` it came from.
@@ -55,7 +59,9 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
             kept["memory_bytes"] = int(value["memory_bytes"])
         return {**kept, "points": [_point(point) for point in value["points"]]}
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ReportError(f"report: {where} must hold what sweep --format json prints; {error!r}") from error
+        raise ReportError(
+            f"report: {where} must hold what sweep --format json prints; {error!r}"
+        ) from error
 
 
 def _point(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,18 +79,28 @@ def _cost(value: Any) -> dict[str, Any]:
     cost = dict(value)
     cost["rule"]
     for name in (*_NUMBERS, *(("state_bytes",) if cost.get("state_bytes") is not None else ())):
-        if not 0 <= float(cost[name]) < math.inf:  # of a suite's report.json, null where it is not finite
+        if (
+            not 0 <= float(cost[name]) < math.inf
+        ):  # of a suite's report.json, null where it is not finite
             raise ValueError(f"{name} must be a number from 0; got {cost[name]!r}")
     return cost
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:
-    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    values = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     return [each for each in values if isinstance(each, Mapping)]
 
 
 def _claim(value: Mapping[str, Any]) -> Claim:
     needed = [each.name for each in fields(Claim) if each.default is MISSING]
     if missing := [name for name in needed if name not in value]:
-        raise ReportError(f"report: a claim must have {', '.join(needed)}; there is no {missing[0]}")
+        raise ReportError(
+            f"report: a claim must have {', '.join(needed)}; there is no {missing[0]}"
+        )
     return Claim(**{each.name: value[each.name] for each in fields(Claim) if each.name in value})

@@ -1,4 +1,6 @@
-"""The runs and suites of a folder: find one by name, list them all. All is read from their folders; MLflow is not asked."""
+"""The runs and suites of a folder: find one by name, list them all. All is read from their folders;
+MLflow is not asked.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ class AmbiguousName(ReportError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """One run in a list. `step` counts global batches done; `resume` is None for a run that is finished or running."""
+    """One run in a list. `step` counts global batches done; `resume` is None for a run that is
+    finished or running.
+    """
 
     name: str
     folder: Path
@@ -86,9 +90,13 @@ class SuiteRow:
 
 
 def find_run(
-    runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str], *, among: Sequence[Path] | None = None
+    runs_dir: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str],
+    *,
+    among: Sequence[Path] | None = None,
 ) -> Path:
-    """The folder of a run, absolute, from its name in `runs_dir`, an unambiguous beginning of it, or a path.
+    """The folder of a run, absolute, from its name in `runs_dir`, an unambiguous beginning of it,
+    or a path.
 
     Its parent is the folder of runs that it belongs to, whatever `runs_dir` is.
 
@@ -103,7 +111,10 @@ def find_run(
 
 
 def find_run_or_suite(
-    runs_dir: str | os.PathLike[str], name_or_path: str | os.PathLike[str], *, among: Sequence[Path] | None = None
+    runs_dir: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str],
+    *,
+    among: Sequence[Path] | None = None,
 ) -> Path:
     """As `find_run`, or the folder of a suite; `among`: `run_and_suite_folders`."""
     folders = run_and_suite_folders(Path(runs_dir)) if among is None else among
@@ -111,11 +122,15 @@ def find_run_or_suite(
     def is_one(folder: Path) -> bool:
         return _is_run(folder) or is_suite(folder)
 
-    return _found(Path(runs_dir), os.fspath(name_or_path), folders, is_one=is_one, kind="run or suite")
+    return _found(
+        Path(runs_dir), os.fspath(name_or_path), folders, is_one=is_one, kind="run or suite"
+    )
 
 
 def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
-    """The folder that all of these runs and suites are in, where their baseline is; else, as for a study's key, `runs_dir`."""
+    """The folder that all of these runs and suites are in, where their baseline is; else, as for a
+    study's key, `runs_dir`.
+    """
     there = run_and_suite_folders(runs_dir)
     try:
         folders = {find_run_or_suite(runs_dir, name, among=there).parent for name in names}
@@ -124,7 +139,9 @@ def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
     return folders.pop() if len(folders) == 1 else runs_dir
 
 
-def _found(runs_dir: Path, text: str, folders: Sequence[Path], *, is_one: Callable[[Path], bool], kind: str) -> Path:
+def _found(
+    runs_dir: Path, text: str, folders: Sequence[Path], *, is_one: Callable[[Path], bool], kind: str
+) -> Path:
     for folder in (runs_dir / text, Path(text)):
         if is_one(folder):
             return _absolute(folder)
@@ -132,9 +149,15 @@ def _found(runs_dir: Path, text: str, folders: Sequence[Path], *, is_one: Callab
     if len(found) == 1:
         return _absolute(found[0])
     if found:
-        raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {', '.join(folder.name for folder in found)}")
+        raise AmbiguousName(
+            f"{text!r} begins the names of {len(found)} runs:"
+            f" {', '.join(folder.name for folder in found)}"
+        )
     known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
-    raise ReportError(f"no {kind} {text!r} in {runs_dir}" + (f"; there are {known}" if folders else ", which has no runs"))
+    raise ReportError(
+        f"no {kind} {text!r} in {runs_dir}"
+        + (f"; there are {known}" if folders else ", which has no runs")
+    )
 
 
 def _absolute(folder: Path) -> Path:
@@ -144,13 +167,19 @@ def _absolute(folder: Path) -> Path:
 
 def list_runs(runs_dir: str | os.PathLike[str]) -> list[RunRow]:
     """All runs of a folder, the one started last first."""
-    rows = [(_started(folder), _row(Path(runs_dir), folder)) for folder in run_folders(Path(runs_dir))]
+    rows = [
+        (_started(folder), _row(Path(runs_dir), folder)) for folder in run_folders(Path(runs_dir))
+    ]
     return [row for _, row in sorted(rows, key=lambda pair: pair[0], reverse=True)]
 
 
 def list_suites(runs_dir: str | os.PathLike[str]) -> list[SuiteRow]:
     """All suites of a folder, the one launched last first."""
-    newest = sorted(suite_folders(Path(runs_dir)), key=lambda folder: (folder / FILE).stat().st_mtime, reverse=True)
+    newest = sorted(
+        suite_folders(Path(runs_dir)),
+        key=lambda folder: (folder / FILE).stat().st_mtime,
+        reverse=True,
+    )
     return [_suite_row(Path(runs_dir), folder) for folder in newest]
 
 
@@ -171,11 +200,17 @@ def run_and_suite_folders(runs_dir: Path) -> list[Path]:
 
 def _shown(runs_dir: Path) -> list[Path]:
     """What a launch that was killed while it made a folder has left is hidden."""
-    return [folder for folder in runs_dir.iterdir() if not folder.name.startswith(".")] if runs_dir.is_dir() else []
+    return (
+        [folder for folder in runs_dir.iterdir() if not folder.name.startswith(".")]
+        if runs_dir.is_dir()
+        else []
+    )
 
 
 def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None) -> None:
-    """Suites and runs as tables, and the command that resumes each that did not finish on a line of its own, to be copied."""
+    """Suites and runs as tables, and the command that resumes each that did not finish on a line of
+    its own, to be copied.
+    """
     console = console or new_console()
     rows, suites = list_runs(runs_dir), list_suites(runs_dir)
     if not rows and not suites:
@@ -222,7 +257,9 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
-    """Raises: ReportError where a field of it, or of what it trained on, is of another kind; `where` it came from."""
+    """Raises: ReportError where a field of it, or of what it trained on, is of another kind;
+    `where` it came from.
+    """
     for name, (kind, called) in _OF_A_SUMMARY.items():
         if (value := summary.get(name)) is not None and not isinstance(value, kind):
             raise ReportError(f"{where}: {name} must be {called}; got {value!r}")
@@ -293,7 +330,9 @@ def _suite_row(runs_dir: Path, folder: Path) -> SuiteRow:
     try:
         runs, over = runs_of(folder), len(over_in(folder))
     except ValueError:
-        return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)  # a list shows what there is
+        return SuiteRow(
+            name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None
+        )  # a list shows what there is
     driven = is_driven(folder)
     resume = None if over == len(runs) or driven else how_to_resume(folder)
     state = f"{over} of {len(runs)} finished" + (", running" if driven else "")

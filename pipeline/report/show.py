@@ -51,12 +51,21 @@ def show_recipe(
         _print(recipe.name, own_fields, own_lines, console)
 
 
-def _resolved(recipe: Recipe, ready: Recipe, workers: int, step: str | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its references."""
-    network = check_recipe(ready.with_untrained_teacher(), workers)  # its weights may have to be downloaded
+def _resolved(
+    recipe: Recipe, ready: Recipe, workers: int, step: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its
+    references.
+    """
+    network = check_recipe(
+        ready.with_untrained_teacher(), workers
+    )  # its weights may have to be downloaded
     split = recipe.split(workers)
     parameters = sum(p.numel() for p in network.parameters())
-    each = f"{counted(workers, 'worker')} x {counted(split.micro_batch, 'sample')} x {split.accumulation} accumulated"
+    each = (
+        f"{counted(workers, 'worker')} x {counted(split.micro_batch, 'sample')} x"
+        f" {split.accumulation} accumulated"
+    )
     lines = {
         "parameters": f"{parameters:,}",
         "study key": _study(recipe),
@@ -65,7 +74,9 @@ def _resolved(recipe: Recipe, ready: Recipe, workers: int, step: str | None) -> 
     if step:
         lines["one step"] = step
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
-        lines["learning rate"] = f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
+        lines["learning rate"] = (
+            f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"
+        )
     if recipe.backend == "deepspeed":
         settings = config(
             micro_batch=split.micro_batch,
@@ -81,7 +92,11 @@ def _resolved(recipe: Recipe, ready: Recipe, workers: int, step: str | None) -> 
 
 def _shared(each: Sequence[dict[str, str]]) -> dict[str, str]:
     """What all of them hold alike."""
-    return {key: value for key, value in each[0].items() if all(other.get(key) == value for other in each)}
+    return {
+        key: value
+        for key, value in each[0].items()
+        if all(other.get(key) == value for other in each)
+    }
 
 
 def _less(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""A quantity over the seeds of a rule: its mean, its spread, and the interval that the mean lies in."""
+"""A quantity over the seeds of a rule: its mean, its spread, and the interval that the mean lies
+in.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""What an MLflow store holds of our runs, for somebody who looks on: studies, runs, the history of a metric, an artifact.
+"""What an MLflow store holds of our runs, for somebody who looks on: studies, runs, the history of
+a metric, an artifact.
 
-Looking never makes or changes a store. An SQLite file is read as it lies there, read-only and without MLflow, whose client
-(3.17.2) would make a missing file and its schema, and took 1.9 s to list 500 runs; a server is asked through MLflow's client.
-Whatever is wrong with a store ends within seconds in a `StoreError`, one sentence that names it and says what to do; with one
-artifact of it, in an `ArtifactError`.
+Looking never makes or changes a store. An SQLite file is read as it lies there, read-only and
+without MLflow, whose client (3.17.2) would make a missing file and its schema, and took 1.9 s to
+list 500 runs; a server is asked through MLflow's client. Whatever is wrong with a store ends within
+seconds in a `StoreError`, one sentence that names it and says what to do; with one artifact of it,
+in an `ArtifactError`.
 """
 
 from __future__ import annotations
@@ -77,7 +79,9 @@ class StoredStudy:
     """`tuned, optimizer.lr`, or `trials of optimizer.lr`; empty where only the rule differs"""
     seeds: tuple[str, ...]
     states: Mapping[str, int]
-    """how many runs are in each state; silent are those that go on by what MLflow says and nobody hears of"""
+    """how many runs are in each state; silent are those that go on by what MLflow says and nobody
+    hears of
+    """
     parents: tuple[str, ...]
     newest: float
 
@@ -106,7 +110,9 @@ class Store(Protocol):
         ...
 
     def runs(self, study: str) -> list[StoredRun]:
-        """The runs of a study key, with the newest value of each metric, the one started last first."""
+        """The runs of a study key, with the newest value of each metric, the one started last
+        first.
+        """
         ...
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -114,7 +120,8 @@ class Store(Protocol):
         ...
 
     def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`, of a run that was found; None where it has none of that name (yet).
+        """An artifact, one of `ARTIFACTS`, of a run that was found; None where it has none of that
+        name (yet).
 
         A suite's run is known by its id alone: where it was deleted, its report is None.
 
@@ -123,7 +130,8 @@ class Store(Protocol):
         ...
 
     def journal(self, run_id: str) -> Told:
-        """A run's journal, its curve thinned where it is long (of ImageNet it has some 100 MB); none where there is none (yet).
+        """A run's journal, its curve thinned where it is long (of ImageNet it has some 100 MB);
+        none where there is none (yet).
 
         Raises: ArtifactError where it cannot be read.
         """
@@ -131,7 +139,8 @@ class Store(Protocol):
 
 
 def open_store(uri: str) -> Store:
-    """A store by its tracking URI, `sqlite:///FILE`, `http://...` or `https://...`; an SQLite file may be named by its path.
+    """A store by its tracking URI, `sqlite:///FILE`, `http://...` or `https://...`; an SQLite file
+    may be named by its path.
 
     Raises:
         StoreError: it is of another kind.
@@ -145,13 +154,15 @@ def open_store(uri: str) -> Store:
 
         return SqliteStore(Path(uri.removeprefix(SQLITE)))
     raise StoreError(
-        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start one for it: "
-        "mlflow server --backend-store-uri URI"
+        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start"
+        " one for it: mlflow server --backend-store-uri URI"
     )
 
 
 def state_of(run: StoredRun) -> State:
-    """As its folder tells it. For MLflow what diverged has FAILED, which a tag tells apart, and what was stopped is KILLED."""
+    """As its folder tells it. For MLflow what diverged has FAILED, which a tag tells apart, and
+    what was stopped is KILLED.
+    """
     if run.state == "FAILED" and run.tags.get("spiketrain.diverged") == "true":
         return "diverged"
     return _STATES.get(run.state, "stopped")
@@ -167,7 +178,9 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
             experiment=experiment,
             study=study,
             rules=tuple(sorted({run.rule for run in members})),
-            protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),  # some may be older than the tag
+            protocol=next(
+                filter(None, (_protocol(run.tags) for run in members)), ""
+            ),  # some may be older than the tag
             seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
             states=dict(sorted(Counter(map(_state_listed, members)).items())),
             parents=tuple(sorted({run.parent for run in members if run.parent})),
@@ -180,7 +193,9 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
 
 def _protocol(tags: Mapping[str, str]) -> str:
     tuned = ", ".join(re.findall(r"[\w.]+", tags.get("spiketrain.tuned", "")))
-    return {"tuned": f"tuned, {tuned}", "trial": f"trials of {tuned}"}.get(tags.get("spiketrain.protocol", ""), "")
+    return {"tuned": f"tuned, {tuned}", "trial": f"trials of {tuned}"}.get(
+        tags.get("spiketrain.protocol", ""), ""
+    )
 
 
 def _state_listed(run: StoredRun) -> str:

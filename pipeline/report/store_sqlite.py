@@ -1,4 +1,6 @@
-"""An SQLite store of MLflow, read as a file: read-only, and by SQL, as its schema (checked on 3.17.2) is a simple one."""
+"""An SQLite store of MLflow, read as a file: read-only, and by SQL, as its schema (checked on
+3.17.2) is a simple one.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 
 LOCKED_S = 2.0
 MAKING_S = 60.0
-"""A file that was changed so lately may be a store that is being made: MLflow (3.17.2) makes its tables, and then, as it brings
-them up to date, the one by which a store is known."""
+"""A file that was changed so lately may be a store that is being made: MLflow (3.17.2) makes its
+tables, and then, as it brings them up to date, the one by which a store is known."""
 _READABLE = "are the file and its folder readable to you?"
 Read = TypeVar("Read")
 
@@ -42,7 +44,10 @@ _RUNS = f"""
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
 """
 _PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
-_OF_STUDY = " and exists (select 1 from tags s where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study' and s.value = ?)"
+_OF_STUDY = (
+    " and exists (select 1 from tags s where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study'"
+    " and s.value = ?)"
+)
 
 
 class SqliteStore:
@@ -53,7 +58,11 @@ class SqliteStore:
 
     def listed(self) -> list[StoredRun]:
         with self._connection() as connection:
-            newest = dict(connection.execute("select run_uuid, max(timestamp) from latest_metrics group by run_uuid").fetchall())
+            newest = dict(
+                connection.execute(
+                    "select run_uuid, max(timestamp) from latest_metrics group by run_uuid"
+                ).fetchall()
+            )
             return _runs(connection.execute(_RUNS).fetchall(), newest, {})
 
     def runs(self, study: str) -> list[StoredRun]:
@@ -62,17 +71,26 @@ class SqliteStore:
             newest: dict[str, int] = {}
             metrics: dict[str, dict[str, float]] = {}
             for run in {row[0] for row in rows}:
-                found = connection.execute("select key, value, is_nan, timestamp from latest_metrics where run_uuid = ?", (run,))
+                found = connection.execute(
+                    "select key, value, is_nan, timestamp from latest_metrics where run_uuid = ?",
+                    (run,),
+                )
                 for key, value, is_nan, time in found:
                     metrics.setdefault(run, {})[key] = float("nan") if is_nan else value
                     newest[run] = max(newest.get(run, 0), time)
         return sorted(_runs(rows, newest, metrics), key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
-        query = "select step, timestamp, value, is_nan from metrics where run_uuid = ? and key = ? and step > ? order by step"
+        query = (
+            "select step, timestamp, value, is_nan from metrics where run_uuid = ? and key = ? and"
+            " step > ? order by step"
+        )
         with self._connection() as connection:
             rows = connection.execute(query, (run_id, metric, since)).fetchall()
-        return [Point(step, time / 1000, float("nan") if is_nan else value) for step, time, value, is_nan in rows]
+        return [
+            Point(step, time / 1000, float("nan") if is_nan else value)
+            for step, time, value, is_nan in rows
+        ]
 
     def text(self, run_id: str, name: str) -> str | None:
         refuse_unknown_artifact(name)
@@ -83,7 +101,9 @@ class SqliteStore:
 
     def _whole(self, path: Path) -> str:
         if path.stat().st_size > MOST_BYTES:
-            raise ArtifactError(f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand")
+            raise ArtifactError(
+                f"store {self.file}: {path} has over {MOST_BYTES >> 20} MiB; look at it by hand"
+            )
         return path.read_text(errors="replace")
 
     def _read(self, run_id: str, name: str, read: Callable[[Path], Read]) -> Read | None:
@@ -94,26 +114,39 @@ class SqliteStore:
             return None
         place = urlparse(row[0])
         if place.scheme not in ("", "file"):
-            raise StoreError(f"store {self.file}: its artifacts are at {place.scheme}://; start a server on it and name that")
-        root = Path(os.path.realpath(unquote(place.path)))  # Path.resolve() raises where links lead in a circle
+            raise StoreError(
+                f"store {self.file}: its artifacts are at {place.scheme}://; start a server on it"
+                " and name that"
+            )
+        root = Path(
+            os.path.realpath(unquote(place.path))
+        )  # Path.resolve() raises where links lead in a circle
         path = Path(os.path.realpath(root / name))
         if path.parent != root:
             raise ArtifactError(
-                f"store {self.file}: {name} of run {run_id} is a link that leads out of {root}; look at it by hand"
+                f"store {self.file}: {name} of run {run_id} is a link that leads out of {root};"
+                " look at it by hand"
             )
         try:
             return read(path)
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise ArtifactError(f"store {self.file}: {path} cannot be read ({error.strerror}); look at it by hand") from error
+            raise ArtifactError(
+                f"store {self.file}: {path} cannot be read ({error.strerror}); look at it by hand"
+            ) from error
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        """What SQLite says of a file that is none of its own, or of MLflow's, becomes a sentence."""
+        """What SQLite says of a file that is none of its own, or of MLflow's, becomes a
+        sentence.
+        """
         facts = self._facts()
         if facts.st_size == 0:
-            raise StoreError(f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN` fills it")
+            raise StoreError(
+                f"store {self.file} is empty, nothing was delivered yet; `spiketrain sync RUN`"
+                " fills it"
+            )
         try:
             with closing(self._opened()) as connection:
                 yield connection
@@ -122,7 +155,8 @@ class SqliteStore:
             raise StoreError(f"store {self.file} {_told(error, is_new=is_new)}") from error
         except sqlite3.DatabaseError as error:
             raise StoreError(
-                f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills a new one from the journals"
+                f"store {self.file} is damaged ({error}); move it away: `spiketrain sync RUN` fills"
+                " a new one from the journals"
             ) from error
 
     def _facts(self) -> os.stat_result:
@@ -131,19 +165,29 @@ class SqliteStore:
         except (FileNotFoundError, NotADirectoryError):
             facts = None
         except OSError as error:
-            raise StoreError(f"store {self.file} cannot be read ({error.strerror}); {_READABLE}") from error
+            raise StoreError(
+                f"store {self.file} cannot be read ({error.strerror}); {_READABLE}"
+            ) from error
         if facts is None or not stat.S_ISREG(facts.st_mode):
-            raise StoreError(f"store {self.file} does not exist; launch a run, or name another by MLFLOW_TRACKING_URI")
+            raise StoreError(
+                f"store {self.file} does not exist; launch a run, or name another by"
+                " MLFLOW_TRACKING_URI"
+            )
         return facts
 
     def _opened(self) -> sqlite3.Connection:
-        """Read-only, unless its last writer was killed in the middle of a write, which SQLite itself must undo first."""
+        """Read-only, unless its last writer was killed in the middle of a write, which SQLite
+        itself must undo first.
+        """
         connection = self._open("ro")
         try:
             connection.execute("select 1 from alembic_version").fetchall()
         except sqlite3.OperationalError as error:
             connection.close()
-            if error.sqlite_errorcode not in (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN):
+            if error.sqlite_errorcode not in (
+                sqlite3.SQLITE_READONLY_ROLLBACK,
+                sqlite3.SQLITE_CANTOPEN,
+            ):
                 raise
             connection = self._open("rw")
         except sqlite3.DatabaseError:
@@ -152,25 +196,37 @@ class SqliteStore:
         return connection
 
     def _open(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S)
+        return sqlite3.connect(
+            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
+        )
 
 
 def _told(error: sqlite3.OperationalError, *, is_new: bool) -> str:
     text = str(error)
     if "locked" in text or "busy" in text:
-        return f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+        return (
+            f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+        )
     again = f"look again in {MAKING_S:g} s"
     if "no such table: alembic_version" in text and is_new:
         return f"is being made, or is no MLflow store; {again}"
     if "no such table: alembic_version" in text:
-        return "is no MLflow store; name another, or move it away: `spiketrain sync RUN` fills a new one"
+        return (
+            "is no MLflow store; name another, or move it away: `spiketrain sync RUN` fills a"
+            " new one"
+        )
     if "no such table" in text or "no such column" in text:
         making, waits = ("is being made, or ", f"{again}, then ") if is_new else ("", "")
-        return f"{making}is of another version of MLflow ({text}); {waits}mlflow db upgrade sqlite:///FILE"
+        return (
+            f"{making}is of another version of MLflow ({text}); {waits}mlflow db upgrade"
+            " sqlite:///FILE"
+        )
     return f"cannot be read ({text}); {_READABLE}"
 
 
-def _runs(rows: list[tuple], newest: dict[str, int], metrics: dict[str, dict[str, float]]) -> list[StoredRun]:
+def _runs(
+    rows: list[tuple], newest: dict[str, int], metrics: dict[str, dict[str, float]]
+) -> list[StoredRun]:
     """One from all rows of a run: a row for each tag."""
     tags: dict[str, dict[str, str]] = {}
     heads: dict[str, tuple[Any, ...]] = {}

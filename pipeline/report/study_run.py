@@ -1,4 +1,5 @@
-"""One run as a report reads it: from its journal, and where it has them its summary, firing rates and recipe.
+"""One run as a report reads it: from its journal, and where it has them its summary, firing rates
+and recipe.
 
 A run's folder and the artifacts of MLflow hold the same files, so that both make the same value.
 """
@@ -58,7 +59,9 @@ class StudyRun:
     name: str
     state: State
     heard: float | None = None
-    """of a run that goes on by what MLflow says, its last sign of life, in unix seconds; a folder knows its state"""
+    """of a run that goes on by what MLflow says, its last sign of life, in unix seconds; a folder
+    knows its state
+    """
     rule: str
     """its label in tables"""
     seed: int
@@ -75,7 +78,9 @@ class StudyRun:
     step: int
     """batches done"""
     again_from: int | None = None
-    """where a restart stands, as far as it was told, that does the batches up to `step` again; None where none does"""
+    """where a restart stands, as far as it was told, that does the batches up to `step` again; None
+    where none does
+    """
     total_steps: int | None
     steps_per_epoch: int | None
     curve: tuple[TrainPoint, ...]
@@ -86,8 +91,9 @@ class StudyRun:
     activity: tuple[LayerRates, ...]
     fidelity: tuple[Fidelity, ...]
     parts: Mapping[str, float] = field(default_factory=dict)
-    """seconds of a batch in each part of the clock: of a finished run all that it was charged with but its start-up, evaluations
-    and checkpoints too; of another its batches alone, in the mean over those whose parts were told"""
+    """seconds of a batch in each part of the clock: of a finished run all that it was charged with
+    but its start-up, evaluations and checkpoints too; of another its batches alone, in the mean
+    over those whose parts were told"""
 
     @property
     def is_finished(self) -> bool:
@@ -109,7 +115,9 @@ class StudyRun:
         return self.attempts[1:]
 
     def value(self, name: str) -> float | None:
-        """A number of the summary, such as "top1", or "inference.energy_j" within an object of it."""
+        """A number of the summary, such as "top1", or "inference.energy_j" within an object of
+        it.
+        """
         found: Any = self.summary
         for key in name.split("."):
             found = found.get(key) if isinstance(found, Mapping) else None
@@ -131,8 +139,9 @@ def study_run(
 
     Args:
         events: its journal, oldest first.
-        summary, activity, recipe: what summary.json, activity.json and recipe.json hold; None where there is no such file.
-        redone: what becomes of batches that a restart does again, until they are told again.
+        summary, activity, recipe: what summary.json, activity.json and recipe.json hold; None where
+        there is no such file. redone: what becomes of batches that a restart does again, until they
+        are told again.
         every: of the events of its curve that the journal has, one of so many is among `events`.
     """
     finished = summary if state == "finished" else None
@@ -140,8 +149,14 @@ def study_run(
     told = {**(starts[-1] if starts else {}), **(finished or {})}
     timed = list(history.timed(events))
     curve = tuple(history.curve(timed, redone=redone))
-    told_in_time = [event for event in events if event["event"] not in ("checkpoint", "unwritten")]  # of which a thread tells
-    done = [int(step) for event in told_in_time if (step := number(event.get("step", event.get("steps")))) is not None]
+    told_in_time = [
+        event for event in events if event["event"] not in ("checkpoint", "unwritten")
+    ]  # of which a thread tells
+    done = [
+        int(step)
+        for event in told_in_time
+        if (step := number(event.get("step", event.get("steps")))) is not None
+    ]
     last = done[-1] if done else 0
     known = max(last, curve[-1].step) if curve and redone == "kept" else last
     return StudyRun(
@@ -152,8 +167,15 @@ def study_run(
         study=str(told.get("study") or ""),
         recipe=_fields(recipe) or told.get("params") or {},
         summary=finished,
-        trained_on=tuple(map(_trained_on, told_in(finished, starts) if finished else trained_on(starts, steps=None))),
-        commits=tuple(dict.fromkeys(str(event["commit"]) for event in starts if event.get("commit"))),
+        trained_on=tuple(
+            map(
+                _trained_on,
+                told_in(finished, starts) if finished else trained_on(starts, steps=None),
+            )
+        ),
+        commits=tuple(
+            dict.fromkeys(str(event["commit"]) for event in starts if event.get("commit"))
+        ),
         step=known,
         again_from=last if last < known else None,
         total_steps=count(told.get("total_steps")),
@@ -212,7 +234,8 @@ def _layers(activity: Sequence[Mapping[str, Any]]) -> Iterator[LayerRates]:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ReportError(
-                f"activity.json: a layer must have name, neurons, samples, rates, silent, saturated; got {layer!r}"
+                "activity.json: a layer must have name, neurons, samples, rates, silent,"
+                f" saturated; got {layer!r}"
             ) from error
 
 
@@ -220,4 +243,8 @@ def _parts_of(summary: Mapping[str, Any], done: int) -> dict[str, float]:
     """Of a finished run; runs from before the clock had all its parts have fewer."""
     steps = number(summary.get("timed_batches")) or number(summary.get("steps")) or done
     names = (*PARTS, REST, *BETWEEN) if steps else ()
-    return {name: value / steps for name in names if (value := number(summary.get(f"{name}_s"))) is not None}
+    return {
+        name: value / steps
+        for name in names
+        if (value := number(summary.get(f"{name}_s"))) is not None
+    }

@@ -25,21 +25,44 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         console.out(json.dumps(told_sweep(found), indent=2, allow_nan=False), highlight=False)
         return
     own = ("rule's own",) if any(point.cost.rule_bytes for point in found.points) else ()
-    titles = ("T", "saved", f"× {BASELINE}", "states beside", *own, "fwd+bwd ms", f"× faster {BASELINE}", "images/s of fwd+bwd")
+    titles = (
+        "T",
+        "saved",
+        f"× {BASELINE}",
+        "states beside",
+        *own,
+        "fwd+bwd ms",
+        f"× faster {BASELINE}",
+        "images/s of fwd+bwd",
+    )
     base = {point.time_steps: point.cost for point in found.of(BASELINE)}
     fastest = found.time_baselines
     rows = []
     for rule in found.rules:
         for point in found.of(rule):
             T = point.time_steps
-            rows.append((rule, *_cells(point, base.get(T), fastest.get(T), tried=found.at_largest, has_own=bool(own))))
+            rows.append(
+                (
+                    rule,
+                    *_cells(
+                        point,
+                        base.get(T),
+                        fastest.get(T),
+                        tried=found.at_largest,
+                        has_own=bool(own),
+                    ),
+                )
+            )
     columns = ("rule", *map(number, (*titles, *_of_largest(found))))
     print_table(console, columns, rows, title=found.recipe, keys=2)
     for rule in found.rules:
         points = found.of(rule)
         if len(points) > 1:
             first, last = points[0].time_steps, points[-1].time_steps
-            say(console, f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}")
+            say(
+                console,
+                f"{rule}: {found.growth(rule):.2f} times the bytes at T = {last} as at T = {first}",
+            )
     if fastest:
         say(console, _divided(found))
     for line in dict.fromkeys(_refusals(found)):
@@ -54,18 +77,30 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
 
 
 def _refusals(found: Sweep) -> Iterator[str]:
-    """Of a rule that cannot train the network, and of one whose largest batch could not be tried."""
+    """Of a rule that cannot train the network, and of one whose largest batch could not be
+    tried.
+    """
     for rule, at_T in found.refused.items():
         for T, why in at_T.items():
             is_there = any(point.time_steps == T for point in found.of(rule))
-            yield f"{rule}: its largest batch at T = {T} was not trained: {why}" if is_there else f"not in the table: {why}"
+            yield (
+                f"{rule}: its largest batch at T = {T} was not trained: {why}"
+                if is_there
+                else f"not in the table: {why}"
+            )
 
 
 def _told_of_largest(found: Sweep, memory_bytes: int) -> str:
-    estimate = f"an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not trained"
+    estimate = (
+        f"an estimate from what two batches took, {RESERVE:.0%} of the memory left free, not"
+        " trained"
+    )
     told = f"about: {estimate}"
     if found.at_largest:
-        told = f'without "about": trained, and fitted, or 0 where not even one sample did; with it: {estimate}'
+        told = (
+            'without "about": trained, and fitted, or 0 where not even one sample did; with it:'
+            f" {estimate}"
+        )
     evaluation = "an evaluation holds a batch at every time step, without a graph, and is not in it"
     return f"largest batch in {memory_bytes / 1e9:.3g} GB; {told}; of training alone: {evaluation}"
 
@@ -78,7 +113,9 @@ def _of_largest(found: Sweep) -> list[str]:
 
 
 def told_sweep(found: Sweep) -> dict[str, Any]:
-    """What `--format json` prints, and reports read: the sweep, whose seconds others' are divided by, and the commit."""
+    """What `--format json` prints, and reports read: the sweep, whose seconds others' are divided
+    by, and the commit.
+    """
     fastest = {str(T): cost.rule for T, cost in found.time_baselines.items()}
     return {"commit": commit(), **asdict(found), "time_baselines": fastest}
 
@@ -95,7 +132,9 @@ def _largest(point: Point) -> str:
     return f"{'about ' if point.largest_batch and point.at_largest is None else ''}{point.largest_batch:,}"
 
 
-def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool, has_own: bool) -> tuple[str, ...]:
+def _cells(
+    point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool, has_own: bool
+) -> tuple[str, ...]:
     cost = point.cost
     beside = (
         "" if base is None else f"{cost.peak_saved_bytes / base.peak_saved_bytes:.2f}",
@@ -111,5 +150,9 @@ def _cells(point: Point, base: Cost | None, fastest: Cost | None, *, tried: bool
         beside[1],
         f"{point.images_per_compute_s:.4g}",
         *(() if point.largest_batch is None else (_largest(point),)),
-        *((f"{fast:.4g}" if (fast := point.images_per_compute_s_at_largest) is not None else "",) if tried else ()),
+        *(
+            (f"{fast:.4g}" if (fast := point.images_per_compute_s_at_largest) is not None else "",)
+            if tried
+            else ()
+        ),
     )

@@ -18,34 +18,46 @@ from pipeline.spiking.state import State, fresh_state
 class BPTT(Rule):
     """One backward through all T steps; the whole sequence is kept for it.
 
-        L = 1/T sum_t loss_of(o[t])  (over_time "steps")      or      loss_of(1/T sum_t o[t])  (over_time "mean")
+        L = 1/T sum_t loss_of(o[t])  (over_time "steps")      or      loss_of(1/T sum_t o[t])
+        (over_time "mean")
 
-    `chunk` is the number of steps per forward call, None for all T at once: the same graph, built in slices.
+    `chunk` is the number of steps per forward call, None for all T at once: the same graph, built
+    in slices.
 
     Two relatives that every comparison asks for:
-    `recompute` keeps the membranes between slices of `chunk` steps (None: 1) and nothing else, and computes each slice again
-    when its turn in the backward comes: the same gradient for about 4/3 of the time. Of all that is saved only the membranes,
-    and the running statistics of batch norm, grow with T. The latter move once, and what dropout drew is drawn again.
-    `truncate` cuts the graph every so many steps, and differentiates each piece as soon as it is whole: memory knows the
-    length of a piece and not T. 1 is SLTT; T is BPTT.
+    `recompute` keeps the membranes between slices of `chunk` steps (None: 1) and nothing else, and
+    computes each slice again when its turn in the backward comes: the same gradient for about 4/3
+    of the time. Of all that is saved only the membranes, and the running statistics of batch norm,
+    grow with T. The latter move once, and what dropout drew is drawn again. `truncate` cuts the
+    graph every so many steps, and differentiates each piece as soon as it is whole: memory knows
+    the length of a piece and not T. 1 is SLTT; T is BPTT.
 
     Raises: ValueError when chunk or truncate are not in 1..T, or when options exclude each other.
-    Source: Neftci et al. 2019 (arXiv 1901.09948) for the surrogate gradient through time; Chen et al. 2016 (arXiv 1604.06174)
-    for recomputation; Williams & Peng 1990 (doi 10.1162/neco.1990.2.4.490) for truncation.
+    Source: Neftci et al. 2019 (arXiv 1901.09948) for the surrogate gradient through time; Chen et
+    al. 2016 (arXiv 1604.06174) for recomputation; Williams & Peng 1990 (doi
+    10.1162/neco.1990.2.4.490) for truncation.
     """
 
     over_time_choices = ("steps", "mean")
 
-    def __init__(self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None) -> None:
+    def __init__(
+        self, chunk: int | None = None, *, recompute: bool = False, truncate: int | None = None
+    ) -> None:
         super().__init__()
-        given = {name: value for name, value in (("chunk", chunk), ("truncate", truncate)) if value is not None}
+        given = {
+            name: value
+            for name, value in (("chunk", chunk), ("truncate", truncate))
+            if value is not None
+        }
         refuse_unless_counts("BPTT", given, up_to="T")
         if truncate is not None and (recompute or chunk is not None):
             raise ValueError(
                 "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
                 f"got truncate={truncate}, recompute={recompute}, chunk={chunk}"
             )
-        self.chunk = truncate if truncate is not None else 1 if recompute and chunk is None else chunk
+        self.chunk = (
+            truncate if truncate is not None else 1 if recompute and chunk is None else chunk
+        )
         self.recompute = recompute
         self.truncate = truncate
         self.memory: Literal["constant", "linear"] = "linear" if truncate is None else "constant"
@@ -60,15 +72,22 @@ class BPTT(Rule):
 
     def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
         if self.truncate is not None and over_time == "mean":
-            raise ValueError(f"{self.label}: the loss of the mean logits needs all T steps in one graph; got over_time='mean'")
+            raise ValueError(
+                f"{self.label}: the loss of the mean logits needs all T steps in one graph; got"
+                " over_time='mean'"
+            )
         super().attach(model, over_time=over_time, **more)
 
     def check_steps(self, steps: int) -> None:
         if self.truncate is not None and self.truncate > steps:
-            raise ValueError(f"BPTT: truncate must be in 1..T; got truncate={self.truncate}, T={steps}")
+            raise ValueError(
+                f"BPTT: truncate must be in 1..T; got truncate={self.truncate}, T={steps}"
+            )
         super().check_steps(steps)
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         backwards = "one" if self.truncate is None else "several"
         with fresh_state(model), computed_once(model, steps=steps, backwards=backwards) as sharing:
@@ -81,9 +100,13 @@ class BPTT(Rule):
                 loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
                 yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
-    def _in_pieces(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, sharing: Sharing) -> Iterator[Objective]:
+    def _in_pieces(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, sharing: Sharing
+    ) -> Iterator[Objective]:
         steps = x_TB.shape[0]
-        for first, x_cB in zip(range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True):
+        for first, x_cB in zip(
+            range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True
+        ):
             sharing.is_last = first + len(x_cB) == steps
             loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
             yield Objective(backward=sharing.carrying(loss), loss=loss.detach(), logits=share_BK)
@@ -97,4 +120,6 @@ class BPTT(Rule):
             logits_TBK = run.forward().requires_grad_()
             loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
             (error_TBK,) = torch.autograd.grad(loss, logits_TBK)
-        return Objective(backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK)
+        return Objective(
+            backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK
+        )

@@ -1,4 +1,6 @@
-"""Differentiation on Spike Representation: backward through what spikes mean, their rates, and through no spike."""
+"""Differentiation on Spike Representation: backward through what spikes mean, their rates, and
+through no spike.
+"""
 
 # T time, B batch, K classes
 
@@ -19,7 +21,8 @@ from pipeline.spiking.rate import RateNeuron, rate_weights
 from pipeline.spiking.serving import serving
 from pipeline.spiking.state import attribute_set, fresh_state, hooked
 
-# Calibration holds so many samples at a time, at every T and width; and each layer keeps 1 / 1000 of its rates.
+# Calibration holds so many samples at a time, at every T and width; and each layer keeps 1 / 1000
+# of its rates.
 CALIBRATION_SAMPLES = 32
 OUTLIERS = 1000
 
@@ -31,31 +34,35 @@ class DSR(Rule):
         dL/dx[t]     = w[t] gain G     where 0 <= gain I <= height, else 0
         dL/dheight   = sum of G        where gain I > height
 
-    Everything between two neurons is plain autograd on T steps. Where the loss sees the weighted mean of the logits
-    (`WeightedRates`; IF: the plain mean), G[t] is proportional to w[t] in every layer and the gradient is exactly that of
-    the network of rates.
+    Everything between two neurons is plain autograd on T steps. Where the loss sees the weighted
+    mean of the logits (`WeightedRates`; IF: the plain mean), G[t] is proportional to w[t] in every
+    layer and the gradient is exactly that of the network of rates.
 
     Args:
-        calibrate: set every threshold from so many training batches before the first step. The height is the 99.9th percentile
-            of max(0, gain I) over samples and units.
-        calibrate_on: "spikes", layer after layer from the spikes of the calibrated layers before it, batch norm by the batch's
-            own statistics; "activations", as published: from the network with ramps without a ceiling in the place of its
-            neurons, which is the ANN that its weights come from, batch norm by its running statistics. It sees the image, or
-            the mean frame of a recording.
-        backward: "rates", the equations above; "published", what the published code does for LIF, with gain' = 1 / tau:
+        calibrate: set every threshold from so many training batches before the first step. The
+            height is the 99.9th percentile of max(0, gain I) over samples and units.
+        calibrate_on: "spikes", layer after layer from the spikes of the calibrated layers before
+            it, batch norm by the batch's own statistics; "activations", as published: from the
+            network with ramps without a ceiling in the place of its neurons, which is the ANN that
+            its weights come from, batch norm by its running statistics. It sees the image, or the
+            mean frame of a recording.
+        backward: "rates", the equations above; "published", what the published code does for LIF,
+        with gain' = 1 / tau:
 
             G = T sum_t w[t] dL/dout[t]
             dL/dx[t]     = gain' G / T     where 0 < gain' I < height, else 0
             dL/dheight   = sum of G        where gain' I > height
 
-            It hands G back evenly over time, so a weight's gradient has the plain mean of its inputs for a factor. A layer's
-            gradient is larger by T sum_t w[t]^2 (1.02 to 1.5) than that of the rates. Published accuracies of LIF were
-            reached with it. For IF both are the same.
+            It hands G back evenly over time, so a weight's gradient has the plain mean of its
+            inputs for a factor. A layer's gradient is larger by T sum_t w[t]^2 (1.02 to 1.5) than
+            that of the rates. Published accuracies of LIF were reached with it. For IF both are the
+            same.
 
-    Raises: ValueError for a negative `calibrate`, an unknown choice, or `calibrate_on` without `calibrate` (when made); for a
-    model without rate-coded neurons, with others beside them, or with IF alone under "published" (`attach`).
-    Source: Meng et al. 2022 (arXiv 2205.00459), section 4; calibration: Rathi et al. 2020 (arXiv 2005.01807).
-    """
+    Raises: ValueError for a negative `calibrate`, an unknown choice, or `calibrate_on` without
+    `calibrate` (when made); for a model without rate-coded neurons, with others beside them, or
+    with IF alone under "published" (`attach`).
+    Source: Meng et al. 2022 (arXiv 2205.00459), section 4; calibration: Rathi et al. 2020 (arXiv
+    2005.01807)."""
 
     memory = "linear"
     over_time_choices = ("mean", "steps")
@@ -71,27 +78,45 @@ class DSR(Rule):
         refuse_unless_counts("DSR", {"calibrate": calibrate}, least=0)
         refuse_unless_one_of("DSR", ("spikes", "activations"), calibrate_on=calibrate_on)
         if calibrate_on == "activations" and calibrate == 0:
-            raise ValueError("DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0")
+            raise ValueError(
+                "DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0"
+            )
         refuse_unless_one_of("DSR", ("rates", "published"), backward=backward)
         self.calibration_batches = calibrate
         self.calibrate_on: Literal["spikes", "activations"] = calibrate_on
         self.backward: Literal["rates", "published"] = backward
 
-    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+    def attach(
+        self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
+    ) -> None:
         neurons = named_neurons(model)
         if not neurons:
-            raise ValueError(f"DSR: the model must have rate-coded neurons, RateIF or RateLIF; got {type(model).__name__}")
+            raise ValueError(
+                "DSR: the model must have rate-coded neurons, RateIF or RateLIF; got"
+                f" {type(model).__name__}"
+            )
         for name, neuron in neurons:
             if not isinstance(neuron, RateNeuron):
                 where = name or "the model itself"
-                raise ValueError(f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at {where}")
+                raise ValueError(
+                    f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at"
+                    f" {where}"
+                )
         if self.backward == "published" and all(neuron.leak == 1 for _, neuron in neurons):
-            raise ValueError("DSR: backward='published' changes RateLIF alone; got a model with RateIF alone")
+            raise ValueError(
+                "DSR: backward='published' changes RateLIF alone; got a model with RateIF alone"
+            )
         super().attach(model, world=world, over_time=over_time)
         for _, neuron in neurons:
-            self.set_seam(neuron, "gradient", rate_gradient if self.backward == "rates" else published_gradient)
+            self.set_seam(
+                neuron,
+                "gradient",
+                rate_gradient if self.backward == "rates" else published_gradient,
+            )
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         with fresh_state(model):
             logits_TBK = model(x_TB)
             loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
@@ -103,11 +128,19 @@ class DSR(Rule):
         samples = sum(part_TB.shape[1] for part_TB in parts)
         on_spikes = self.calibrate_on == "spikes"
         if not on_spikes:
-            parts = [part_TB[:1] if is_still(part_TB) else part_TB.mean(0, keepdim=True) for part_TB in parts]
+            parts = [
+                part_TB[:1] if is_still(part_TB) else part_TB.mean(0, keepdim=True)
+                for part_TB in parts
+            ]
         ramps = [] if on_spikes else [neuron for _, neuron in named_neurons(model)]
-        with _evaluated(model, batch_statistics=on_spikes), attribute_set(ramps, "gradient", _activation):
+        with (
+            _evaluated(model, batch_statistics=on_spikes),
+            attribute_set(ramps, "gradient", _activation),
+        ):
             for neuron in _in_order_of_use(model, parts[0]):
-                height = _percentile((_rates_into(neuron, model, part_TB) for part_TB in parts), samples)
+                height = _percentile(
+                    (_rates_into(neuron, model, part_TB) for part_TB in parts), samples
+                )
                 neuron.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
 
 
@@ -132,13 +165,17 @@ class _RateMap(torch.autograd.Function):
         gain = -math.log(lif.leak) / lif.dt if evenly else lif.gain  # 1 / tau
         rate_B = _rate(lif, x_TB, gain)
         height = (threshold / lif.dt).to(rate_B.dtype)
-        inside_B = (rate_B > 0) & (rate_B < height) if evenly else (rate_B >= 0) & (rate_B <= height)
+        inside_B = (
+            (rate_B > 0) & (rate_B < height) if evenly else (rate_B >= 0) & (rate_B <= height)
+        )
         ctx.save_for_backward(inside_B, rate_B > height)
         ctx.leak, ctx.gain, ctx.dt, ctx.evenly = lif.leak, gain, lif.dt, evenly
         return out_TB
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         (g_TB,) = grad_outputs
         inside_B, above_B = ctx.saved_tensors
         want_x, want_threshold, *_ = ctx.needs_input_grad
@@ -164,7 +201,7 @@ def _rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
         return gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 
 
-# ------------------------------------------------------------------------------------------------------------ calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
 class _Reached(Exception):
@@ -197,14 +234,19 @@ def _rates_into(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
 def _in_order_of_use(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
     """The neurons that one forward meets, each once."""
     met: dict[nn.Module, None] = {}
-    hooks = [lif.register_forward_pre_hook(lambda lif, _: met.setdefault(lif)) for _, lif in named_neurons(model)]
+    hooks = [
+        lif.register_forward_pre_hook(lambda lif, _: met.setdefault(lif))
+        for _, lif in named_neurons(model)
+    ]
     with hooked(hooks), fresh_state(model):
         model(x_TB)
     return [lif for lif in met if isinstance(lif, RateNeuron)]
 
 
 def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
-    """The smallest of max(0, rate) that 99.9 % do not exceed, exactly, in memory for the largest 0.1 %."""
+    """The smallest of max(0, rate) that 99.9 % do not exceed, exactly, in memory for the largest
+    0.1 %.
+    """
     largest = None
     for rate_B in rates:
         keep = rate_B[0].numel() * samples // OUTLIERS + 1
@@ -216,8 +258,8 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
 
 @contextmanager
 def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
-    """Evaluation mode, with batch norm by the statistics of the batch, this rank's own, where they are asked for; the model is
-    as before afterwards.
+    """Evaluation mode, with batch norm by the statistics of the batch, this rank's own, where they
+    are asked for; the model is as before afterwards.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}

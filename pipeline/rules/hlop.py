@@ -1,4 +1,6 @@
-"""Hebbian Learning based Orthogonal Projection: any rule, held to the directions that old tasks do not use."""
+"""Hebbian Learning based Orthogonal Projection: any rule, held to the directions that old tasks do
+not use.
+"""
 
 # T time, B batch
 
@@ -34,47 +36,57 @@ _ROWS, _FEEDBACK = 0x484C4F50, 0x46414C47
 
 
 class HLOP(Rule):
-    """HLOP(inner): `inner` decides on the gradients, and each task leaves the subspaces of the tasks before it alone.
+    """HLOP(inner): `inner` decides on the gradients, and each task leaves the subspaces of the
+    tasks before it alone.
 
-        dL/dW <- dL/dW - (dL/dW H^T) H         from the second task on;  H the frozen rows of the synapse
+        dL/dW <- dL/dW - (dL/dW H^T) H         from the second task on;  H the frozen rows of the
+        synapse
 
-    where H spans the inputs that the synapse had in old tasks, so that what it answered to them stays. H is learnt beside
-    the weights, by Hebbian lateral neurons (`spiking/subspace.py`), from every batch's inputs, once a global batch. A
-    convolution's inputs are its patches, its weight a matrix `[out, C k k]`; the projection unfolds nothing.
+    where H spans the inputs that the synapse had in old tasks, so that what it answered to them
+    stays. H is learnt beside the weights, by Hebbian lateral neurons (`spiking/subspace.py`), from
+    every batch's inputs, once a global batch. A convolution's inputs are its patches, its weight a
+    matrix `[out, C k k]`; the projection unfolds nothing.
 
-    `start_task` freezes the rows learnt and begins new ones, orthogonal to them. With it, from the second task on, every
-    vector of parameters rests (biases, thresholds, gains: their gradient is zero), and batch norm uses its running
-    statistics and keeps them. Old outputs stay exactly where H spans the old *per-step* inputs, and by |dW| times what
-    H misses of them otherwise, under SGD with or without momentum, which must be fresh in each task: an old momentum still
-    points into the subspace. Weight decay, Adam and the like, weights that are not the plain parameter (standardised, 1-bit,
-    spectrally limited) leave it, so they are refused.
+    `start_task` freezes the rows learnt and begins new ones, orthogonal to them. With it, from the
+    second task on, every vector of parameters rests (biases, thresholds, gains: their gradient is
+    zero), and batch norm uses its running statistics and keeps them. Old outputs stay exactly where
+    H spans the old *per-step* inputs, and by |dW| times what H misses of them otherwise, under SGD
+    with or without momentum, which must be fresh in each task: an old momentum still points into
+    the subspace. Weight decay, Adam and the like, weights that are not the plain parameter
+    (standardised, 1-bit, spectrally limited) leave it, so they are refused.
 
     Args:
-        rows: how many rows each synapse, in order of registration, gets in each task: `((80, 200, 100), (70, 70, 70))`; the
-            last entry holds for all later tasks.
-        learning_rate: of the lateral neurons, one or one for each synapse, in units of 1 / x^2: times the largest eigenvalue
-            of E[x^T x] it must stay below about 4 (published: 0.01, and 0.001 for 784 normalised pixels).
+        rows: how many rows each synapse, in order of registration, gets in each task: `((80, 200,
+            100), (70, 70, 70))`; the last entry holds for all later tasks.
+        learning_rate: of the lateral neurons, one or one for each synapse, in units of 1 / x^2:
+            times the largest eigenvalue of E[x^T x] it must stay below about 4 (published: 0.01,
+            and 0.001 for 784 normalised pixels).
         inner_iterations, momentum: of the Hebbian rule within a batch.
-        learn_from: "spikes", the inputs of each step (of an equilibrium: of each step of its simulation, and of its last state);
-            "traces", what the inner rule multiplies the error with (OTTT, OPZO); "rates", their weighted mean over time
-            (DSR's), for rules that hold all steps at once. Rates keep the mean current of old tasks and not that of each step.
-        lateral_steps: lateral neurons answer in spikes of so many steps (published: 1000, 40) while they learn; None: in real
-            numbers. Published ones differ twice: they fire anew in each inner iteration, here once a batch; and they round in
-            the projection too, which leaves some of the gradient in the old subspace (.0015 and .037 of it on random inputs of
-            50 numbers), where the projection here is exact.
-        error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error down (`spiking/errorpath.py`).
-            OPZO hands no error from layer to layer and refuses them.
-        skip: modules with all in them that are neither projected nor frozen, such as the heads that tasks do not share.
+        learn_from: "spikes", the inputs of each step (of an equilibrium: of each step of its
+            simulation, and of its last state); "traces", what the inner rule multiplies the error
+            with (OTTT, OPZO); "rates", their weighted mean over time (DSR's), for rules that hold
+            all steps at once. Rates keep the mean current of old tasks and not that of each step.
+        lateral_steps: lateral neurons answer in spikes of so many steps (published: 1000, 40) while
+            they learn; None: in real numbers. Published ones differ twice: they fire anew in each
+            inner iteration, here once a batch; and they round in the projection too, which leaves
+            some of the gradient in the old subspace (.0015 and .037 of it on random inputs of 50
+            numbers), where the projection here is exact.
+        error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error
+            down (`spiking/errorpath.py`). OPZO hands no error from layer to layer and refuses them.
+        skip: modules with all in them that are neither projected nor frozen, such as the heads that
+        tasks do not share.
 
-    Unlike the published code, which learns at every forward from its own samples (OTTT: at each step, from spikes and traces
-    stacked), H learns from the mean over the global batch, so that ranks and micro-batches agree on it; and it is made
-    orthonormal after each batch. Each backward call is projected by itself: an online rule with `chunk` = T costs one
-    projection a batch instead of T.
+    Unlike the published code, which learns at every forward from its own samples (OTTT: at each
+    step, from spikes and traces stacked), H learns from the mean over the global batch, so that
+    ranks and micro-batches agree on it; and it is made orthonormal after each batch. Each backward
+    call is projected by itself: an online rule with `chunk` = T costs one projection a batch
+    instead of T.
 
-    Raises: ValueError for arguments out of range (when made); for a synapse or parameter that cannot be projected, batch norm
-    of torch, rows that do not fit, traces or rates that the inner rule or model does not have (`attach`); for an optimizer
-    that is not plain SGD (`check_optimizer`); for slices under "rates" (`check_steps`); for fewer than two tasks, or rows of
-    all tasks that do not fit (`check_tasks`); for a task out of turn (`start_task`).
+    Raises: ValueError for arguments out of range (when made); for a synapse or parameter that
+    cannot be projected, batch norm of torch, rows that do not fit, traces or rates that the inner
+    rule or model does not have (`attach`); for an optimizer that is not plain SGD
+    (`check_optimizer`); for slices under "rates" (`check_steps`); for fewer than two tasks, or rows
+    of all tasks that do not fit (`check_tasks`); for a task out of turn (`start_task`).
     Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
     """
 
@@ -97,20 +109,33 @@ class HLOP(Rule):
         self.rows = Rows("HLOP", rows)
         rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
         if not rates or not all(admits(float, rate) and rate > 0 for rate in rates):
-            raise ValueError(f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}")
+            raise ValueError(
+                f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}"
+            )
         counts = {"inner_iterations": inner_iterations}
-        refuse_unless_counts("HLOP", counts if lateral_steps is None else {**counts, "lateral_steps": lateral_steps})
+        refuse_unless_counts(
+            "HLOP", counts if lateral_steps is None else {**counts, "lateral_steps": lateral_steps}
+        )
         if not 0 <= momentum < 1:
             raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
         refuse_unless_one_of("HLOP", ("spikes", "traces", "rates"), learn_from=learn_from)
         refuse_unless_one_of("HLOP", ("backprop", "sign_symmetric", "feedback"), error=error)
         if error != "backprop" and not inner.hands_errors_down:
-            raise ValueError(f"HLOP: {inner.label} hands no error from layer to layer, so error must be 'backprop'; got {error=}")
+            raise ValueError(
+                f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
+                f" 'backprop'; got {error=}"
+            )
         self.inner = inner
         self.counted_as = inner.counted_as
         self.memory, self.update = inner.memory, inner.update
-        self.over_time_choices, self.calibration_batches = inner.over_time_choices, inner.calibration_batches
-        self.disturbs_forward, self.hands_errors_down = inner.disturbs_forward, inner.hands_errors_down
+        self.over_time_choices, self.calibration_batches = (
+            inner.over_time_choices,
+            inner.calibration_batches,
+        )
+        self.disturbs_forward, self.hands_errors_down = (
+            inner.disturbs_forward,
+            inner.hands_errors_down,
+        )
         self.chunk, self.one_loss_a_step = inner.chunk, inner.one_loss_a_step
         self.learning_rates = rates
         self.inner_iterations = inner_iterations
@@ -132,21 +157,31 @@ class HLOP(Rule):
         error = "" if self.error == "backprop" else f", {self.error.replace('_', '-')}"
         return f"HLOP({self.inner.label}{error}{spiking})"
 
-    # ------------------------------------------------------------------------------------------------- attach and release
+    # --------------------------------------------------------------------------- attach and release
 
-    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+    def attach(
+        self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
+    ) -> None:
         if self._attached:
             raise ValueError(f"{self.label}: release the first model before attaching another")
         synapses = self._synapses_of(model)
-        if self.learn_from == "rates" and any(isinstance(module, Equilibrium) for module in model.modules()):
-            raise ValueError(f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be 'rates'")
+        if self.learn_from == "rates" and any(
+            isinstance(module, Equilibrium) for module in model.modules()
+        ):
+            raise ValueError(
+                f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be"
+                " 'rates'"
+            )
         leak = the_leak(self.label, model) if self.learn_from == "rates" else None
         # Not super().attach: it is the inner rule that finds out whether the model is free.
         self.inner.attach(model, world=world, over_time=over_time)
-        if self.learn_from == "traces" and all(synapse.presynaptic is None for synapse in synapses.values()):
+        if self.learn_from == "traces" and all(
+            synapse.presynaptic is None for synapse in synapses.values()
+        ):
             self.inner.release()
             raise ValueError(
-                f"{self.label}: learn_from='traces' needs a rule that keeps traces, such as OTTT; got {self.inner.label}"
+                f"{self.label}: learn_from='traces' needs a rule that keeps traces, such as OTTT;"
+                f" got {self.inner.label}"
             )
         self.world, self.over_time = world, over_time
         self._attached.append(model)
@@ -155,7 +190,9 @@ class HLOP(Rule):
         self.task = torch.tensor([0])  # not zeros, whose value a forecast would not know
         self.subspaces = nn.ModuleList(
             Subspace(
-                fan_in(synapse), dtype=torch.promote_types(synapse.weight.dtype, torch.float32), device=synapse.weight.device
+                fan_in(synapse),
+                dtype=torch.promote_types(synapse.weight.dtype, torch.float32),
+                device=synapse.weight.device,
             )
             for synapse in synapses.values()
         )
@@ -176,20 +213,33 @@ class HLOP(Rule):
         super().release()
         self.inner.release()
 
-    def _tie(self, name: str, synapse: Linear | Conv2d, subspace: Subspace, leak: float | None) -> None:
+    def _tie(
+        self, name: str, synapse: Linear | Conv2d, subspace: Subspace, leak: float | None
+    ) -> None:
         """One synapse to its subspace: what it hears, and the gradient of its weight."""
         ear = Ear(name, synapse, subspace, self._moments, leak)
         self._ears.append(ear)
         if self.learn_from == "traces" and synapse.presynaptic is not None:
             self.set_seam(synapse, "presynaptic", Overheard(synapse.presynaptic, ear.hear))
         else:
-            # Closures are not copied with the model, unlike bound methods, which would take the rule along.
-            self._hooks.append(synapse.register_forward_pre_hook(lambda _, inputs: ear.hear(inputs[0])))
+            # Closures are not copied with the model, unlike bound methods, which would take the
+            # rule along.
+            self._hooks.append(
+                synapse.register_forward_pre_hook(lambda _, inputs: ear.hear(inputs[0]))
+            )
         if synapse.weight.requires_grad:
-            self._hooks.append(synapse.weight.register_hook(lambda g: subspace.project(g) if len(subspace.old) else None))
+            self._hooks.append(
+                synapse.weight.register_hook(
+                    lambda g: subspace.project(g) if len(subspace.old) else None
+                )
+            )
 
     def _moments(self, subspace: Subspace) -> Moments:
-        return SecondMoments(subspace) if self.lateral_steps is None else SpikingMoments(subspace, steps=self.lateral_steps)
+        return (
+            SecondMoments(subspace)
+            if self.lateral_steps is None
+            else SpikingMoments(subspace, steps=self.lateral_steps)
+        )
 
     def _set_error_path(self, model: nn.Module) -> None:
         synapses = [module for module in model.modules() if isinstance(module, (Linear, Conv2d))]
@@ -202,18 +252,25 @@ class HLOP(Rule):
                 self.set_seam(synapse, "backward_weight", self._feedback[-1])
 
     def _at_rest(self, g: Tensor) -> Tensor | None:
-        """The gradient of a vector of parameters: zero from the second task on. The parameter itself stays the optimizer's."""
+        """The gradient of a vector of parameters: zero from the second task on. The parameter
+        itself stays the optimizer's.
+        """
         return torch.zeros_like(g) if int(self.task) else None
 
-    # -------------------------------------------------------------------------------------------------------------- tasks
+    # ---------------------------------------------------------------------------------------- tasks
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Task 0 has begun with `attach`; each later one freezes what was learnt. Collective where there is batch norm."""
+        """Task 0 has begun with `attach`; each later one freezes what was learnt. Collective where
+        there is batch norm.
+        """
         self.inner.start_task(model, task)
         if task == int(self.task) == 0:
             return
         if task != int(self.task) + 1:
-            raise ValueError(f"{self.label}: tasks come one after another; got task {task} after task {int(self.task)}")
+            raise ValueError(
+                f"{self.label}: tasks come one after another; got task {task} after task"
+                f" {int(self.task)}"
+            )
         self.task += 1
         self._begin_rows()
         for norm in self._moving_norms():  # what rests is the same on every rank
@@ -223,12 +280,20 @@ class HLOP(Rule):
 
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
         if tasks < 2:
-            raise ValueError(f"{self.label}: protects the tasks before, so a recipe must have 2 phases or more; got {tasks}")
+            raise ValueError(
+                f"{self.label}: protects the tasks before, so a recipe must have 2 phases or more;"
+                f" got {tasks}"
+            )
         self.rows.check(self.label, self._synapses_of(model), tasks=tasks)
 
     def _begin_rows(self) -> None:
         task, seed = int(self.task), self.world.seed
-        self.rows.grow(self.label, self._subspaces, task=task, key_of=lambda index: counter_hash(seed, _ROWS, index, task))
+        self.rows.grow(
+            self.label,
+            self._subspaces,
+            task=task,
+            key_of=lambda index: counter_hash(seed, _ROWS, index, task),
+        )
 
     def _freeze_norms(self) -> None:
         for norm in self._moving_norms():
@@ -237,50 +302,77 @@ class HLOP(Rule):
     def _moving_norms(self) -> list[BatchNorm]:
         """Those that tasks share and that were not frozen yet."""
         named = self._attached[0].named_modules()
-        norms = [module for name, module in named if isinstance(module, BatchNorm) and not is_inside(name, self.skip)]
+        norms = [
+            module
+            for name, module in named
+            if isinstance(module, BatchNorm) and not is_inside(name, self.skip)
+        ]
         return [norm for norm in norms if not norm.frozen]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **more)
         for ear in self._ears:  # a batch that is taken back leaves nothing to report
             ear.last = None
-        if int(self.task) and self._attached:  # start_task is not called again for the task that was running
+        if (
+            int(self.task) and self._attached
+        ):  # start_task is not called again for the task that was running
             self._freeze_norms()
 
     @property
     def _subspaces(self) -> list[Subspace]:
         return list(self.subspaces)  # type: ignore[arg-type]
 
-    # ------------------------------------------------------------------------------------------------------------ batches
+    # -------------------------------------------------------------------------------------- batches
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         if step != self._batch:
             self._batch = step
             for ear in self._ears:
                 ear.forget()
         if self.inner.disturbs_forward:
-            # What must stay is what the network does by itself: its inputs without the noise, for one forward more.
-            with torch.no_grad(), fresh_state(model), answering(model), listening(self._ears, x_TB.shape[0]):
+            # What must stay is what the network does by itself: its inputs without the noise, for
+            # one forward more.
+            with (
+                torch.no_grad(),
+                fresh_state(model),
+                answering(model),
+                listening(self._ears, x_TB.shape[0]),
+            ):
                 model(x_TB)
         shares = self.inner.objectives(model, x_TB, loss_of, step=step, rows=rows)
         while True:
-            # Closed again before the yield: what a backward computes once more (recomputation) is not heard twice.
-            with nullcontext() if self.inner.disturbs_forward else listening(self._ears, x_TB.shape[0]):
+            # Closed again before the yield: what a backward computes once more (recomputation) is
+            # not heard twice.
+            with (
+                nullcontext()
+                if self.inner.disturbs_forward
+                else listening(self._ears, x_TB.shape[0])
+            ):
                 share = next(shares, None)
             if share is None:
                 return
             yield share
 
     def end_of_batch(self) -> None:
-        """The rows learn from the inputs of all micro-batches and ranks; one collective or three a synapse."""
+        """The rows learn from the inputs of all micro-batches and ranks; one collective or three a
+        synapse.
+        """
         self.inner.end_of_batch()
         for ear, rate in zip(self._ears, self._rates(len(self._ears)), strict=True):
             heard = ear.take(self.world.mean)
             if heard is not None:
-                ear.subspace.learn(heard, rate=rate, momentum=self.momentum, iterations=self.inner_iterations)
+                ear.subspace.learn(
+                    heard, rate=rate, momentum=self.momentum, iterations=self.inner_iterations
+                )
 
     def figures(self) -> dict[str, float]:
-        """The inner rule's, and for each synapse the energy of the last batch's inputs that its rows keep, and what is free."""
+        """The inner rule's, and for each synapse the energy of the last batch's inputs that its
+        rows keep, and what is free.
+        """
         found = dict(self.inner.figures())
         for ear in self._ears:
             found[f"energy_{ear.name}"] = ear.energy()
@@ -290,9 +382,13 @@ class HLOP(Rule):
     def bytes_beside_buffers(self) -> int:
         """What every synapse hears, the feedback where it is fixed, and the inner rule's."""
         heard = sum(ear.bytes() for ear in self._ears)
-        return heard + sum(each.matrix.nbytes for each in self._feedback) + self.inner.bytes_beside_buffers()
+        return (
+            heard
+            + sum(each.matrix.nbytes for each in self._feedback)
+            + self.inner.bytes_beside_buffers()
+        )
 
-    # -------------------------------------------------------------------------------------------- what is the inner rule's
+    # --------------------------------------------------------------------- what is the inner rule's
 
     def is_unsolved(self) -> bool:
         return self.inner.is_unsolved()
@@ -301,8 +397,8 @@ class HLOP(Rule):
         self.inner.check_steps(steps)
         if self.learn_from == "rates" and (self.chunk or steps) < steps:
             raise ValueError(
-                f"{self.label}: learn_from='rates' needs a rule that gives all T steps to the model at once; "
-                f"{self.inner.label} gives {self.chunk} of {steps}"
+                f"{self.label}: learn_from='rates' needs a rule that gives all T steps to the model"
+                f" at once; {self.inner.label} gives {self.chunk} of {steps}"
             )
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -312,24 +408,27 @@ class HLOP(Rule):
         self.inner.check_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.SGD):
             raise ValueError(
-                f"{self.label}: the optimizer must be SGD, whose steps are sums of projected gradients; "
-                f"got {type(optimizer).__name__}"
+                f"{self.label}: the optimizer must be SGD, whose steps are sums of projected"
+                f" gradients; got {type(optimizer).__name__}"
             )
         decay = max(group["weight_decay"] for group in optimizer.param_groups)
         if decay != 0:
             raise ValueError(
-                f"{self.label}: weight_decay must be 0, for it shrinks weights in the directions of old tasks, too; "
-                f"got weight_decay={decay}"
+                f"{self.label}: weight_decay must be 0, for it shrinks weights in the directions of"
+                f" old tasks, too; got weight_decay={decay}"
             )
 
-    # ------------------------------------------------------------------------------------------------------------- checks
+    # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """What is projected, by module name, in order of registration."""
         found = plain_synapses(self.label, model, skip=self.skip)
         self.rows.check(self.label, found, tasks=1)
         if len(rates := self._rates(len(found))) != len(found):
-            raise ValueError(f"{self.label}: learning_rate must name one for each of {', '.join(found)}; got {rates}")
+            raise ValueError(
+                f"{self.label}: learning_rate must name one for each of {', '.join(found)}; got"
+                f" {rates}"
+            )
         return found
 
     def _rates(self, count: int) -> tuple[float, ...]:

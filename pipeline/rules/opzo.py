@@ -1,4 +1,6 @@
-"""Online Pseudo-Zeroth-Order training: errors reach hidden layers through matrices learnt from noise, not backwards."""
+"""Online Pseudo-Zeroth-Order training: errors reach hidden layers through matrices learnt from
+noise, not backwards.
+"""
 
 # T time, B batch, N units of a layer, K outputs, L hidden layers
 
@@ -13,14 +15,29 @@ from torch import Tensor, nn
 
 from pipeline.counts import are_counts, refuse_unless_one_of
 from pipeline.random import counter_hash
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, cut_in_time, slices, steps_share
+from pipeline.rules.base import (
+    LossOf,
+    Objective,
+    OverTime,
+    Rule,
+    World,
+    cut_in_time,
+    slices,
+    steps_share,
+)
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.signals import Fixed, MeanJacobian, Signals, SinglePoint
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.topdown import Inject, Readout, TopDown, refuse_streams, with_signals
-from pipeline.spiking.trace import Trace, refuse_batch_norm, running_order, the_leak, traceable_synapses
+from pipeline.spiking.trace import (
+    Trace,
+    refuse_batch_norm,
+    running_order,
+    the_leak,
+    traceable_synapses,
+)
 
 Feedback = Literal["momentum", "random", "single_point"]
 NAMES = {"momentum": "OPZO", "random": "OPZO-DFA", "single_point": "OPZO-ZO"}
@@ -28,44 +45,53 @@ NOISE = 0.2
 
 
 class OPZO(Rule):
-    """OPZO, and the two baselines that it is compared with: DFA (`feedback="random"`) and ZO (`"single_point"`).
+    """OPZO, and the two baselines that it is compared with: DFA (`feedback="random"`) and ZO
+    (`"single_point"`).
 
-        out[t] = s[t] + alpha z[t]        in every hidden layer, z ~ N(0, 1);  o[t] the logits of this one noisy forward
-        e[t]   = dL[t]/do[t]              the output error of each sample
+        out[t] = s[t] + alpha z[t]        in every hidden layer, z ~ N(0, 1);  o[t] the logits of
+        this one noisy forward e[t]   = dL[t]/do[t]              the output error of each sample
         g[t]   = M e[t] / (1 - lam^k)     the signal to a hidden layer, M of N x K, after k batches
-        grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T,       a[t] = leak a[t-1] + x[t]     three local factors
-        M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha    after each global batch, over its samples and time steps
+        grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T,       a[t] = leak a[t-1] + x[t]     three local
+        factors
+        M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha    after each global batch, over its
+        samples and time steps
 
-    So M follows the mean Jacobian E[do/ds]^T; where tasks have heads of their own, it begins anew with each. No gradient passes
-    from a layer to the one below; the readout learns from e itself. Neurons, traces and losses are OTTT's. "random": M is drawn
-    once and stays, with independent entries of variance 1/K. "single_point": g = z (o^T e) / alpha, the estimate of the sample
-    and the step alone.
+    So M follows the mean Jacobian E[do/ds]^T; where tasks have heads of their own, it begins anew
+    with each. No gradient passes from a layer to the one below; the readout learns from e itself.
+    Neurons, traces and losses are OTTT's. "random": M is drawn once and stays, with independent
+    entries of variance 1/K. "single_point": g = z (o^T e) / alpha, the estimate of the sample and
+    the step alone.
 
     Args:
-        noise: alpha, in spikes (`inject="spikes"`, the default) or units of the membrane (`"membrane"`, which decides on the
-            spike and is not carried on). None: 0.2 where the feedback comes from it, 0 for "random", where it is a matter of
-            taste. Without noise, the settings of noise are refused.
+        noise: alpha, in spikes (`inject="spikes"`, the default) or units of the membrane
+            (`"membrane"`, which decides on the spike and is not carried on). None: 0.2 where the
+            feedback comes from it, 0 for "random", where it is a matter of taste. Without noise,
+            the settings of noise are refused.
         distribution: of z, "gaussian" (the default) or "rademacher".
         momentum: lam, of "momentum" alone; 0.999 by default.
-        antithetic: every second time step takes the noise of the one before with the sign turned (the default, which at T = 1
-            comes to nothing; asked for there, it is refused).
-        local_readouts: OPZO+LL. Each hidden layer learns, beside the signal from above, from the loss of its own linear
-            readout, a `Readout` of the model (`models/readouts.py`), whose weights learn from that loss alone.
-        intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all layers below, too: M then
-            has K columns for each of them above a layer, and K for the output. The layer itself learns from its readout's loss.
+        antithetic: every second time step takes the noise of the one before with the sign turned
+            (the default, which at T = 1 comes to nothing; asked for there, it is refused).
+        local_readouts: OPZO+LL. Each hidden layer learns, beside the signal from above, from the
+            loss of its own linear readout, a `Readout` of the model (`models/readouts.py`), whose
+            weights learn from that loss alone.
+        intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all
+            layers below, too: M then has K columns for each of them above a layer, and K for the
+            output. The layer itself learns from its readout's loss.
         leak: that of all neurons, which the traces share; None takes it from the model.
 
-    Each z is a pure function of (seed, step, row, layer, time). `loss_of` is called on each readout's logits after the
-    output's; a loss with memory between calls is not for readouts.
+    Each z is a pure function of (seed, step, row, layer, time). `loss_of` is called on each
+    readout's logits after the output's; a loss with memory between calls is not for readouts.
 
-    There is no public code. From the paper: noise, M's average, g, the three factors, antithetic pairs, the two add-ons as
-    ideas. Reconstructed here: M starts at 0 and is corrected as Adam's means are; it moves once per global batch, not per
-    step; psi, then of u + alpha z, also multiplies where the noise is in the membrane; how IGL's errors and LL's losses are
-    weighed (1 each) and that readouts average over places; DFA's variance.
+    There is no public code. From the paper: noise, M's average, g, the three factors, antithetic
+    pairs, the two add-ons as ideas. Reconstructed here: M starts at 0 and is corrected as Adam's
+    means are; it moves once per global batch, not per step; psi, then of u + alpha z, also
+    multiplies where the noise is in the membrane; how IGL's errors and LL's losses are weighed (1
+    each) and that readouts average over places; DFA's variance.
 
-    Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no neurons, several leaks or learnt
-    ones, batch norm, layers of torch where a synapse is due, readouts that the model lacks (`attach`); for a stream that passes
-    by the neurons, through which gradients would pass too, layers that run twice in a step or change their size (`objectives`);
+    Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no
+    neurons, several leaks or learnt ones, batch norm, layers of torch where a synapse is due,
+    readouts that the model lacks (`attach`); for a stream that passes by the neurons, through which
+    gradients would pass too, layers that run twice in a step or change their size (`objectives`);
     for antithetic=True at T = 1 (`check_steps`).
     Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
     """
@@ -94,7 +120,10 @@ class OPZO(Rule):
         if noise is None:
             noise = 0.0 if feedback == "random" else NOISE
         if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
-            raise ValueError(f"OPZO: noise must be > 0, for the feedback is learnt from it; got noise={noise}, {feedback=}")
+            raise ValueError(
+                f"OPZO: noise must be > 0, for the feedback is learnt from it; got noise={noise},"
+                f" {feedback=}"
+            )
         for name, value, acts in (
             ("momentum", momentum, feedback == "momentum"),
             ("distribution", distribution, noise > 0),
@@ -102,15 +131,20 @@ class OPZO(Rule):
             ("antithetic", antithetic, noise > 0),
         ):
             if value is not None and not acts:
-                raise ValueError(f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got {name}={value!r}")
+                raise ValueError(
+                    f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got"
+                    f" {name}={value!r}"
+                )
         momentum = 0.999 if momentum is None else momentum
         if not 0 <= momentum < 1:
-            raise ValueError(f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}")
+            raise ValueError(
+                f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}"
+            )
         are_places = are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))
         if not are_places and intermediate not in ((), []):
             raise ValueError(
-                "OPZO: intermediate must be places of hidden layers in order, 1 or more, for below layer 0 there is none; "
-                f"got intermediate={intermediate!r}"
+                "OPZO: intermediate must be places of hidden layers in order, 1 or more, for below"
+                f" layer 0 there is none; got intermediate={intermediate!r}"
             )
         self.feedback = feedback
         self.noise = noise
@@ -135,7 +169,9 @@ class OPZO(Rule):
     def label(self) -> str:
         return NAMES[self.feedback] + "-LL" * self.local_readouts + "-IGL" * bool(self.intermediate)
 
-    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+    def attach(
+        self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
+    ) -> None:
         refuse_batch_norm(self.label, model)
         leak, synapses, readouts = (
             the_leak(self.label, model, self.leak),
@@ -153,14 +189,22 @@ class OPZO(Rule):
         for synapse in synapses[1:]:
             self.set_seam(synapse, "presynaptic", Trace(leak))
         for index, (_, neuron) in enumerate(named_neurons(model)):
-            layer = TopDown(scale=self.noise, inject=self.inject, distribution=self.distribution, readout=readouts.get(index))
+            layer = TopDown(
+                scale=self.noise,
+                inject=self.inject,
+                distribution=self.distribution,
+                readout=readouts.get(index),
+            )
             self._layers.append(layer)
             self.set_seam(neuron, "gradient", layer)
 
     def check_steps(self, steps: int) -> None:
         super().check_steps(steps)
         if self.antithetic and steps < 2:
-            raise ValueError(f"OPZO: antithetic pairs need two time steps, so T must be >= 2; got antithetic=True, T={steps}")
+            raise ValueError(
+                "OPZO: antithetic pairs need two time steps, so T must be >= 2; got"
+                f" antithetic=True, T={steps}"
+            )
 
     def start_task(self, model: nn.Module, task: int) -> None:
         if task > 0 and any(getattr(module, "has_task_heads", False) for module in model.modules()):
@@ -176,7 +220,9 @@ class OPZO(Rule):
     def bytes_beside_buffers(self) -> int:
         return self.signals.noted_bytes()
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         if step != self._noted:
             self.signals.drop()  # of a batch that failed half-way
@@ -184,16 +230,26 @@ class OPZO(Rule):
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
                 with self._learning(step, rows, t):
-                    logits_1BK = model(x_1B) if self._paths_are_known else self._checked(model, x_1B)
+                    logits_1BK = (
+                        model(x_1B) if self._paths_are_known else self._checked(model, x_1B)
+                    )
                 loss, share_BK, ends, signals = self._ends(logits_1BK, loss_of, steps)
-                yield Objective(backward=with_signals(loss, ends, signals), loss=loss, logits=share_BK)
+                yield Objective(
+                    backward=with_signals(loss, ends, signals), loss=loss, logits=share_BK
+                )
 
     @contextmanager
     def _learning(self, step: int, rows: Sequence[int], t: int) -> Iterator[None]:
-        """Inside, every layer learns from its steps, perturbed by the noise of (seed, step, row, layer, time)."""
+        """Inside, every layer learns from its steps, perturbed by the noise of (seed, step, row,
+        layer, time).
+        """
         drawn, sign = (t, 1.0) if self.antithetic is False else (t // 2 * 2, (-1.0) ** t)
         for index, layer in enumerate(self._layers):
-            keys = [counter_hash(self.world.seed, step, row, index, drawn) for row in rows] if self.noise else ()
+            keys = (
+                [counter_hash(self.world.seed, step, row, index, drawn) for row in rows]
+                if self.noise
+                else ()
+            )
             layer.open(keys, sign=sign)
         try:
             yield
@@ -201,15 +257,23 @@ class OPZO(Rule):
             for layer in self._layers:
                 layer.close()
 
-    def _ends(self, logits_1BK: Tensor, loss_of: LossOf, steps: int) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    def _ends(
+        self, logits_1BK: Tensor, loss_of: LossOf, steps: int
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """Of one step: loss and logits as they are reported, where signals arrive, and the signals.
 
         Each output takes its own error, each hidden layer what its errors make of it.
         """
         (loss, share_BK), e_BK = _loss_and_error(logits_1BK, loss_of, steps)
-        readouts = {index: layer.kept("logits") for index, layer in enumerate(self._layers) if layer.readout is not None}
+        readouts = {
+            index: layer.kept("logits")
+            for index, layer in enumerate(self._layers)
+            if layer.readout is not None
+        }
         ends, signals = [logits_1BK, *readouts.values()], [e_BK]
-        signals += [_loss_and_error(local_1BK, loss_of, steps)[1] for local_1BK in readouts.values()]
+        signals += [
+            _loss_and_error(local_1BK, loss_of, steps)[1] for local_1BK in readouts.values()
+        ]
         errors = dict(zip(readouts, signals[1:], strict=True))
         for index, layer in enumerate(self._layers):
             s_1B = layer.kept("spikes")
@@ -226,7 +290,7 @@ class OPZO(Rule):
             signals.append(g_BN.view_as(s_1B))
         return loss, share_BK, ends, signals
 
-    # ------------------------------------------------------------------------------------------------------------ checks
+    # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """Those that hold traces; readouts beside the network are not among them."""
@@ -246,13 +310,16 @@ class OPZO(Rule):
         lacking = [index for index in wanted if index not in found]
         if lacking:
             raise ValueError(
-                f"{self.label}: the model must have a Readout behind each hidden layer that learns from one "
-                f"(models/readouts.py); got none at layer {', '.join(map(str, lacking))} of 0..{place}"
+                f"{self.label}: the model must have a Readout behind each hidden layer that learns"
+                f" from one (models/readouts.py); got none at layer {', '.join(map(str, lacking))}"
+                f" of 0..{place}"
             )
         return {index: found[index] for index in wanted}
 
     def _checked(self, model: nn.Module, x_1B: Tensor) -> Tensor:
-        """The logits of the first step, whose run must show that nothing but neurons leads from layer to layer."""
+        """The logits of the first step, whose run must show that nothing but neurons leads from
+        layer to layer.
+        """
         network = self._attached[0]
         synapses = self._synapses_of(network)
         neurons = dict(named_neurons(network))
@@ -261,12 +328,13 @@ class OPZO(Rule):
         twice = [name for name in (*synapses, *neurons) if ran.count(name) + fired.count(name) > 1]
         if twice:
             raise ValueError(
-                f"{self.label}: a layer must run once in a time step, because it takes one signal; got {', '.join(twice)} twice"
+                f"{self.label}: a layer must run once in a time step, because it takes one signal;"
+                f" got {', '.join(twice)} twice"
             )
         if ran[0] != next(iter(synapses)):
             raise ValueError(
-                f"{self.label}: the first synapse in order of registration must run first, for it has no trace; "
-                f"got {ran[0]} before {next(iter(synapses))}"
+                f"{self.label}: the first synapse in order of registration must run first, for it"
+                f" has no trace; got {ran[0]} before {next(iter(synapses))}"
             )
         ends = dict(zip(neurons, (layer.kept("spikes") for layer in self._layers), strict=True))
         refuse_streams(self.label, network, {**ends, "the output": logits_1BK})
@@ -274,11 +342,13 @@ class OPZO(Rule):
         return logits_1BK
 
 
-def _loss_and_error(logits_1BK: Tensor, loss_of: LossOf, steps: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _loss_and_error(
+    logits_1BK: Tensor, loss_of: LossOf, steps: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """A step's share of loss and logits, and dloss/dlogits.
 
-    On a leaf: DeepSpeed 0.19.8 takes any gradient that passes the output of its engine for a backward of its own.
-    """
+    On a leaf: DeepSpeed 0.19.8 takes any gradient that passes the output of its engine for a
+    backward of its own."""
     leaf_1BK = logits_1BK.detach().requires_grad_()
     with torch.enable_grad():
         loss, share_BK = steps_share(leaf_1BK, loss_of, steps=steps)

@@ -1,4 +1,6 @@
-"""Online Training Through Time: what a synapse saw before stays in a trace, and the weight learns from the trace."""
+"""Online Training Through Time: what a synapse saw before stays in a trace, and the weight learns
+from the trace.
+"""
 
 # T time, B batch, K classes
 
@@ -21,28 +23,40 @@ from pipeline.rules.base import (
 )
 from pipeline.spiking.once import computed_once
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.trace import Trace, refuse_batch_norm, running_order, the_leak, traceable_synapses
+from pipeline.spiking.trace import (
+    Trace,
+    refuse_batch_norm,
+    running_order,
+    the_leak,
+    traceable_synapses,
+)
 
 
 class OTTT(Rule):
-    """OTTT: the membrane that crosses a time step is a constant, and a weight's gradient takes the trace of its input.
+    """OTTT: the membrane that crosses a time step is a constant, and a weight's gradient takes the
+    trace of its input.
 
-        a[t] = leak a[t-1] + x[t],   a[0] = 0        grad W = 1/T sum_t g[t] a[t]^T,   g[t] = dL[t]/du[t] within step t
+        a[t] = leak a[t-1] + x[t],   a[0] = 0        grad W = 1/T sum_t g[t] a[t]^T,   g[t] =
+        dL[t]/du[t] within step t
 
-    with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`). As du[t]/dW = a[t] where the
-    reset is a constant that is subtracted, the last weight that feeds a LIF learns exactly as under BPTT, any other by the
-    product of three local factors: trace, surrogate, error from above. Biases see the constant 1 without a trace.
+    with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`). As
+    du[t]/dW = a[t] where the reset is a constant that is subtracted, the last weight that feeds a
+    LIF learns exactly as under BPTT, any other by the product of three local factors: trace,
+    surrogate, error from above. Biases see the constant 1 without a trace.
 
-    The trace forgets as the neuron that it feeds does: `leak=None` takes the leak that all neurons of the model share; a
-    number must be that leak. `update="batch"` is OTTT-A, `"objective"` OTTT-O: the weights move at every time step.
-    `first="plain"` gives the first synapse, which sees the data, no trace, as published; `readout="plain"` the last, behind
-    which no membrane integrates, so that its plain gradient is BPTT's (published: traced in VGG, plain in NF-ResNet). First
-    and last are those in order of registration; the first slice that runs must run them in these places.
-    `chunk` steps share one forward and one backward: more memory, fuller devices, the same gradient.
+    The trace forgets as the neuron that it feeds does: `leak=None` takes the leak that all neurons
+    of the model share; a number must be that leak. `update="batch"` is OTTT-A, `"objective"`
+    OTTT-O: the weights move at every time step. `first="plain"` gives the first synapse, which sees
+    the data, no trace, as published; `readout="plain"` the last, behind which no membrane
+    integrates, so that its plain gradient is BPTT's (published: traced in VGG, plain in NF-ResNet).
+    First and last are those in order of registration; the first slice that runs must run them in
+    these places. `chunk` steps share one forward and one backward: more memory, fuller devices, the
+    same gradient.
 
-    Raises: ValueError for chunk below 1, and chunk > 1 with update="objective" (when made); for a loss over mean logits,
-    batch norm, no neurons, several leaks or learnt ones, a leak that is not theirs, layers of torch where a synapse is due
-    (`attach`); for chunk above T (`check_steps`); for a first or last synapse that is run in another place (`objectives`).
+    Raises: ValueError for chunk below 1, and chunk > 1 with update="objective" (when made); for a
+    loss over mean logits, batch norm, no neurons, several leaks or learnt ones, a leak that is not
+    theirs, layers of torch where a synapse is due (`attach`); for chunk above T (`check_steps`);
+    for a first or last synapse that is run in another place (`objectives`).
     Source: Xiao et al. 2022 (arXiv 2210.04195), eq. 6-8 and section 4.3.
     """
 
@@ -62,7 +76,10 @@ class OTTT(Rule):
         refuse_unless_one_of("OTTT", ("plain", "traced"), first=first, readout=readout)
         refuse_unless_counts("OTTT", {"chunk": chunk}, up_to="T")
         if update == "objective" and chunk > 1:
-            raise ValueError(f"OTTT: update='objective' moves the weights at every step, so chunk must be 1; got chunk={chunk}")
+            raise ValueError(
+                "OTTT: update='objective' moves the weights at every step, so chunk must be 1; got"
+                f" chunk={chunk}"
+            )
         self.leak = leak
         self.update = update
         self.first = first
@@ -74,7 +91,9 @@ class OTTT(Rule):
     def label(self) -> str:
         return "OTTT-A" if self.update == "batch" else "OTTT-O"
 
-    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+    def attach(
+        self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
+    ) -> None:
         refuse_batch_norm(self.label, model)
         leak = the_leak(self.label, model, self.leak)
         synapses = traceable_synapses(self.label, model)
@@ -86,11 +105,17 @@ class OTTT(Rule):
             if name not in plain:
                 self.set_seam(synapse, "presynaptic", Trace(leak))
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         last = (steps - 1) // (self.chunk or steps)
         # What OTTT-O computes before the first neuron changes with the weights, at every step.
-        once = computed_once(model, steps=steps, backwards="several") if self.update == "batch" else nullcontext()
+        once = (
+            computed_once(model, steps=steps, backwards="several")
+            if self.update == "batch"
+            else nullcontext()
+        )
         with fresh_state(model), once as sharing:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 if sharing is not None:
@@ -102,10 +127,16 @@ class OTTT(Rule):
 
     def _plain(self, names: Sequence[str]) -> set[str]:
         """The synapses without a trace."""
-        return {name for name, choice in ((names[0], self.first), (names[-1], self.readout)) if choice == "plain"}
+        return {
+            name
+            for name, choice in ((names[0], self.first), (names[-1], self.readout))
+            if choice == "plain"
+        }
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
-        """The logits of the first slice, whose run must confirm which synapse is first, which last, and that each runs once."""
+        """The logits of the first slice, whose run must confirm which synapse is first, which last,
+        and that each runs once.
+        """
         synapses = traceable_synapses(self.label, self._attached[0])
         names = list(synapses)
         with running_order(synapses) as ran:
@@ -113,14 +144,15 @@ class OTTT(Rule):
         for name in names:
             if (count := ran.count(name)) > len(x_cB):
                 raise ValueError(
-                    f"{self.label}: a synapse must run once in a time step, because its trace is of one input; "
-                    f"got {name}, which ran {count} times in {len(x_cB)}"
+                    f"{self.label}: a synapse must run once in a time step, because its trace is of"
+                    f" one input; got {name}, which ran {count} times in {len(x_cB)}"
                 )
         for what, choice, place in (("first", self.first, 0), ("readout", self.readout, -1)):
             if choice == "plain" and ran[place] != names[place]:
                 raise ValueError(
-                    f"{self.label}: {what}='plain' means {names[place]}, by order of registration, but {ran[place]} ran in its "
-                    f"place; register the synapses in the order in which they run, or set {what}='traced'"
+                    f"{self.label}: {what}='plain' means {names[place]}, by order of registration,"
+                    f" but {ran[place]} ran in its place; register the synapses in the order in"
+                    f" which they run, or set {what}='traced'"
                 )
         self._order_is_known = True
         return logits_TBK

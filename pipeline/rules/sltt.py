@@ -1,4 +1,6 @@
-"""Spatial Learning Through Time: backward inside the time loop, and only through the network, never through the past."""
+"""Spatial Learning Through Time: backward inside the time loop, and only through the network, never
+through the past.
+"""
 
 # T time, B batch, K classes
 
@@ -9,7 +11,16 @@ from torch import Tensor, nn
 
 from pipeline.counts import refuse_unless_counts
 from pipeline.random import counter_hash
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, cut_in_time, slices, steps_share
+from pipeline.rules.base import (
+    LossOf,
+    Objective,
+    OverTime,
+    Rule,
+    World,
+    cut_in_time,
+    slices,
+    steps_share,
+)
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.once import computed_once
 from pipeline.spiking.state import fresh_state
@@ -18,17 +29,21 @@ from pipeline.spiking.state import fresh_state
 class SLTT(Rule):
     """SLTT, and SLTT-K with `k`: the membrane that crosses a time step is a constant.
 
-        grad W = 1/T sum_{t in S} g[t] x[t]^T,      g[t] = dL[t]/du[t] within step t,      S all steps, or k of them
+        grad W = 1/T sum_{t in S} g[t] x[t]^T,      g[t] = dL[t]/du[t] within step t,      S all
+        steps, or k of them
 
     with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`).
 
-    S is a uniform k-subset of the T steps, drawn anew for each batch from (seed, step) alone; the other steps run without a
-    graph, move the state, and are reported with `backward=None`. The divisor stays T as published, so the expected gradient
-    is k/T of SLTT's; `rescale` multiplies by T/k (the gradients, not the reported losses).
-    `chunk` steps share one forward and one backward: more memory, fuller devices, the same gradient.
+    S is a uniform k-subset of the T steps, drawn anew for each batch from (seed, step) alone; the
+    other steps run without a graph, move the state, and are reported with `backward=None`. The
+    divisor stays T as published, so the expected gradient is k/T of SLTT's; `rescale` multiplies by
+    T/k (the gradients, not the reported losses).
+    `chunk` steps share one forward and one backward: more memory, fuller devices, the same
+    gradient.
 
-    Raises: ValueError for k or chunk below 1 and for rescale without k (when made); for a loss over mean logits, a model
-    without LIF, and a norm that mixes time steps (`attach`); for k or chunk above T, and chunk > 1 with k < T (`check_steps`).
+    Raises: ValueError for k or chunk below 1 and for rescale without k (when made); for a loss over
+    mean logits, a model without LIF, and a norm that mixes time steps (`attach`); for k or chunk
+    above T, and chunk > 1 with k < T (`check_steps`).
     Source: Meng et al. 2023 (arXiv 2302.14311), eq. 8 and section 4.3.
     """
 
@@ -36,7 +51,9 @@ class SLTT(Rule):
 
     def __init__(self, k: int | None = None, *, chunk: int = 1, rescale: bool = False) -> None:
         super().__init__()
-        refuse_unless_counts("SLTT", {"chunk": chunk} if k is None else {"k": k, "chunk": chunk}, up_to="T")
+        refuse_unless_counts(
+            "SLTT", {"chunk": chunk} if k is None else {"k": k, "chunk": chunk}, up_to="T"
+        )
         if rescale and k is None:
             raise ValueError("SLTT: rescale multiplies by T/k, so it needs a k; got k=None")
         self.k = k
@@ -47,10 +64,15 @@ class SLTT(Rule):
     def label(self) -> str:
         return "SLTT" if self.k is None else f"SLTT-{self.k}"
 
-    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+    def attach(
+        self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
+    ) -> None:
         neurons = named_neurons(model)
         if not neurons:
-            raise ValueError(f"{self.label}: the model must have LIF neurons, whose membrane is cut; got {type(model).__name__}")
+            raise ValueError(
+                f"{self.label}: the model must have LIF neurons, whose membrane is cut; got"
+                f" {type(model).__name__}"
+            )
         super().attach(model, world=world, over_time=over_time)
         cut_in_time(self, model)
 
@@ -60,9 +82,14 @@ class SLTT(Rule):
             raise ValueError(f"SLTT: k must be in 1..T; got k={k}, T={steps}")
         super().check_steps(steps)
         if k < steps and self.chunk != 1:
-            raise ValueError(f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps}, chunk={self.chunk}")
+            raise ValueError(
+                f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps},"
+                f" chunk={self.chunk}"
+            )
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         steps = x_TB.shape[0]
         k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
@@ -71,16 +98,22 @@ class SLTT(Rule):
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
                 sharing.is_last = index == last
-                # The block ends before the yield: a generator suspended inside it would switch off the consumer's graph.
+                # The block ends before the yield: a generator suspended inside it would switch off
+                # the consumer's graph.
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)
                     loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
-                    backward = sharing.carrying(loss * (steps / k) if self.rescale else loss) if learns else None
+                    backward = (
+                        sharing.carrying(loss * (steps / k) if self.rescale else loss)
+                        if learns
+                        else None
+                    )
                 yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
 
 
 def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:
-    """The k time steps of 0..steps-1 that batch `step` learns from, sorted; every k-subset is equally likely.
+    """The k time steps of 0..steps-1 that batch `step` learns from, sorted; every k-subset is
+    equally likely.
 
     Each time step draws 64 bits of (seed, step, t), and the k smallest win.
     """

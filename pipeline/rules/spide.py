@@ -1,4 +1,6 @@
-"""SPIDE: the gradient at a feedback network's rest, found by neurons that spike, as the rest itself was."""
+"""SPIDE: the gradient at a feedback network's rest, found by neurons that spike, as the rest itself
+was.
+"""
 
 # T time, B batch, K classes, N layers; T_B steps of the backward phase
 
@@ -21,33 +23,41 @@ from pipeline.spiking.state import fresh_state, hooked
 from pipeline.spiking.synapse import Linear, carrier, effective_weight
 
 Transposed = Callable[[Tensor, Tensor], None]
-"""(u_B, s_B): add to the potentials u_B of a layer what the emissions s_B of the layer behind it hand down, in place"""
+"""(u_B, s_B): add to the potentials u_B of a layer what the emissions s_B of the layer behind it
+hand down, in place
+"""
 
 
 class SPIDE(Rule):
-    """Spike-based implicit differentiation: IDE's equation, solved by a second phase of `steps` (T_B) time steps.
+    """Spike-based implicit differentiation: IDE's equation, solved by a second phase of `steps`
+    (T_B) time steps.
 
-        forward      T steps without a graph; a[T] is the rate at their end                   (`spiking/equilibrium.py`)
-        backward     beta = g + J^T beta, as mean emissions of ternary neurons                (`ternary_phase`)
-        grad W_l   = mean_b (mask_l beta_l / subtract_l) z_{l-1}^T,      one beta for each layer
+        forward      T steps without a graph; a[T] is the rate at their end
+        (`spiking/equilibrium.py`) backward     beta = g + J^T beta, as mean emissions of ternary
+        neurons                (`ternary_phase`) grad W_l   = mean_b (mask_l beta_l / subtract_l)
+        z_{l-1}^T,      one beta for each layer
 
-    What enters the backward phase is the gradient g of each sample's own loss, times `scale`, and `scale` is divided out
-    again behind it. A neuron's emissions are q = 2 threshold, so scale |beta| is resolved to q / T_B and must stay below q:
-    too small a scale and nothing fires, too large and it saturates. The spikes depend on the sample alone, not on the batch,
-    its micro-batches or the ranks, and the gradient has the size of any other rule's, for learning rate, decay and clipping.
-    The published factor S multiplies a mean over 128 samples: it is `scale` = S / 128 here.
+    What enters the backward phase is the gradient g of each sample's own loss, times `scale`, and
+    `scale` is divided out again behind it. A neuron's emissions are q = 2 threshold, so scale
+    |beta| is resolved to q / T_B and must stay below q: too small a scale and nothing fires, too
+    large and it saturates. The spikes depend on the sample alone, not on the batch, its
+    micro-batches or the ranks, and the gradient has the size of any other rule's, for learning
+    rate, decay and clipping. The published factor S multiplies a mean over 128 samples: it is
+    `scale` = S / 128 here.
 
-    The symmetric reset of the forward neurons, rest at -threshold, is `subtract` = 2 threshold of the network's own. `leak`
-    below 1 makes the backward neurons leaky: they average over their last 1 / (1 - leak) steps.
-    Masks and z_l are those of f at a[T], as in IDE, which so differs from SPIDE in the solution of the equation alone; the
-    published code takes them from each layer's simulated rate.
+    The symmetric reset of the forward neurons, rest at -threshold, is `subtract` = 2 threshold of
+    the network's own. `leak` below 1 makes the backward neurons leaky: they average over their last
+    1 / (1 - leak) steps.
+    Masks and z_l are those of f at a[T], as in IDE, which so differs from SPIDE in the solution of
+    the equation alone; the published code takes them from each layer's simulated rate.
 
-    Reported, of the last micro-batch: spikes per neuron and step of the forward phase and of the backward phase, and the
-    share of the backward neurons that saturated. Where none fires, or most saturate, it warns once. A gradient of the loss that
-    is not finite is handed on as that, with a warning: spikes could not tell of it.
+    Reported, of the last micro-batch: spikes per neuron and step of the forward phase and of the
+    backward phase, and the share of the backward neurons that saturated. Where none fires, or most
+    saturate, it warns once. A gradient of the loss that is not finite is handed on as that, with a
+    warning: spikes could not tell of it.
 
-    Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`, with several, with
-    neurons outside it, or with a norm that mixes time steps (`attach`).
+    Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`,
+    with several, with neurons outside it, or with a norm that mixes time steps (`attach`).
     Source: Xiao et al. 2023 (arXiv 2302.00232, doi 10.1016/j.neunet.2023.01.026).
     """
 
@@ -56,7 +66,9 @@ class SPIDE(Rule):
     tiny: Mapping[str, Any] = {"steps": 4}
     counted_as = "with dense products, also where a CPU skips neurons that did not fire"
 
-    def __init__(self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, leak: float = 1.0) -> None:
+    def __init__(
+        self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, leak: float = 1.0
+    ) -> None:
         super().__init__()
         refuse_unless_counts("SPIDE", {"steps": steps})
         if not 0 < scale < math.inf:
@@ -68,7 +80,9 @@ class SPIDE(Rule):
         self.adjoint = _Adjoint(steps, scale, threshold, leak)
         self.forward_rate = math.nan
 
-    def attach(self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps") -> None:
+    def attach(
+        self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
+    ) -> None:
         equilibrium = the_equilibrium(self.label, model)
         refuse_foreign_norms(self.label, model)
         super().attach(model, world=world, over_time=over_time)
@@ -77,7 +91,9 @@ class SPIDE(Rule):
     def figures(self) -> dict[str, float]:
         return {"forward_rate": self.forward_rate, **self.adjoint.figures()}
 
-    def _objectives(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]) -> Iterator[Objective]:
+    def _objectives(
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
+    ) -> Iterator[Objective]:
         with fresh_state(model):
             with spikes_counted(the_equilibrium(self.label, model)) as counted:
                 (logits_BK,) = model(x_TB)  # of a[T]: one step
@@ -89,7 +105,9 @@ class SPIDE(Rule):
 
 
 class _Adjoint:
-    """The seam: the settings of a backward phase and what the last one found, and no reference to rule or model."""
+    """The seam: the settings of a backward phase and what the last one found, and no reference to
+    rule or model.
+    """
 
     def __init__(self, steps: int, scale: float, threshold: float, leak: float) -> None:
         self.steps, self.scale, self.threshold, self.leak = steps, scale, threshold, leak
@@ -101,7 +119,11 @@ class _Adjoint:
         g_B = g_B.to(torch.promote_types(g_B.dtype, torch.float32))
         if not g_B.isfinite().all():
             got = g_B[~g_B.isfinite()][0].item()
-            warnings.warn(f"SPIDE: the gradient of the loss must be finite; got {got}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"SPIDE: the gradient of the loss must be finite; got {got}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return [torch.full_like(mask_B, math.nan, dtype=g_B.dtype) for mask_B in vjp.masks]
         if self.factor == 0:  # a share of nothing teaches nothing
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
@@ -124,12 +146,14 @@ class _Adjoint:
         return {"backward_rate": self.backward_rate, "saturated": self.saturated}
 
     def _warn(self, largest: float) -> None:
-        settings = f"{largest:.2g} at scale={self.scale}, steps={self.steps}, threshold={self.threshold}"
+        settings = (
+            f"{largest:.2g} at scale={self.scale}, steps={self.steps}, threshold={self.threshold}"
+        )
         if self.backward_rate == 0 and largest > 0 and "silent" not in self.warned:
             self.warned.add("silent")
             warnings.warn(
-                f"SPIDE: no backward neuron fired, so a batch taught the network nothing but its readout: "
-                f"the largest gradient times scale is {settings}; raise scale or steps",
+                "SPIDE: no backward neuron fired, so a batch taught the network nothing but its"
+                f" readout: the largest gradient times scale is {settings}; raise scale or steps",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -144,7 +168,9 @@ class _Adjoint:
 
 
 class _Heard(torch.autograd.Function):
-    """Identity; backward, before anything else, the adjoint hears what a backend multiplied the loss by."""
+    """Identity; backward, before anything else, the adjoint hears what a backend multiplied the
+    loss by.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, adjoint: _Adjoint) -> Tensor:
@@ -166,7 +192,9 @@ class Ternary:
     rate: float
     """emissions per neuron and step"""
     saturated: float
-    """share of the neurons that hold back more than one emission at the end: their beta stopped at the quantum"""
+    """share of the neurons that hold back more than one emission at the end: their beta stopped at
+    the quantum
+    """
 
 
 @torch.no_grad()
@@ -186,19 +214,23 @@ def ternary_phase(
         s[t] = quantum sign(u[t]) if |u[t]| >= threshold else 0,      then u[t] -= s[t]
         beta = sum_t leak^(T_B-t) s[t] / sum_t leak^(T_B-t)
 
-    J^T is taken layer by layer, the last layer first, each with potentials of its own: within a step a layer hears what the
-    layer behind it has just emitted, and the last layer what the first emitted in the step before. g enters the last layer.
+    J^T is taken layer by layer, the last layer first, each with potentials of its own: within a
+    step a layer hears what the layer behind it has just emitted, and the last layer what the first
+    emitted in the step before. g enters the last layer.
 
-    With leak 1, while |beta| < quantum the error is at most quantum ||(I - J^T)^-1||_inf / T_B. The symmetric reset,
-    quantum = 2 threshold (rest at -threshold), keeps potentials within +-threshold and so has the smallest error there is.
+    With leak 1, while |beta| < quantum the error is at most quantum ||(I - J^T)^-1||_inf / T_B. The
+    symmetric reset, quantum = 2 threshold (rest at -threshold), keeps potentials within +-threshold
+    and so has the smallest error there is.
 
-    Arguments: `transposed[l]` takes the emissions of layer l to the layer before it, those of layer 0 to the last;
-    `shapes[l]` is the shape of layer l's potentials.
+    Arguments: `transposed[l]` takes the emissions of layer l to the layer before it, those of layer
+    0 to the last; `shapes[l]` is the shape of layer l's potentials.
     """
     last = len(shapes) - 1
     # |u| > below is |u| >= threshold, and hardshrink is the former in one op.
     below = torch.nextafter(g_B.new_tensor(threshold), g_B.new_tensor(0.0)).item()
-    potentials, emissions, sums, counts = ([g_B.new_zeros(shape) for shape in shapes] for _ in range(4))
+    potentials, emissions, sums, counts = (
+        [g_B.new_zeros(shape) for shape in shapes] for _ in range(4)
+    )
     for _ in range(steps):
         for layer in range(last, -1, -1):
             u_B, s_B, sum_B = potentials[layer], emissions[layer], sums[layer]
@@ -241,8 +273,8 @@ def _hand_down(vjp: Linearized, layer: int) -> Transposed:
 def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
     """u += (gain s) W as a sum of those rows of W whose neuron emitted; a few per cent do.
 
-    A quarter of the time of the product at 128 samples, 400 neurons and 3 % (one core, torch 2.13); and a sample's sum has
-    the same order, and so the same bits, whatever the batch.
+    A quarter of the time of the product at 128 samples, 400 neurons and 3 % (one core, torch 2.13);
+    and a sample's sum has the same order, and so the same bits, whatever the batch.
     """
     samples, neurons = gain_BM.shape
     rows_B = torch.arange(samples)
@@ -252,7 +284,15 @@ def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
         places = flat.nonzero().squeeze(1)
         sample = places.div(neurons, rounding_mode="floor")
         starts_B = torch.searchsorted(sample, rows_B)
-        u_BN.add_(F.embedding_bag(places - sample * neurons, weight, starts_B, mode="sum", per_sample_weights=flat[places]))
+        u_BN.add_(
+            F.embedding_bag(
+                places - sample * neurons,
+                weight,
+                starts_B,
+                mode="sum",
+                per_sample_weights=flat[places],
+            )
+        )
 
     return transposed
 

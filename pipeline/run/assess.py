@@ -1,4 +1,6 @@
-"""A run's network as it is published, evaluated on each of its tasks so far, unless somebody asks to stop or save meanwhile."""
+"""A run's network as it is published, evaluated on each of its tasks so far, unless somebody asks
+to stop or save meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ T_ = TypeVar("T_")
 def assess(
     parts: Parts, *, step: int, tasks: int, counts_operations: bool, is_asked: Callable[[], bool]
 ) -> list[Evaluated] | None:
-    """On each of the first `tasks`, the one at hand last; None where somebody asked to stop or to save. Collective.
+    """On each of the first `tasks`, the one at hand last; None where somebody asked to stop or to
+    save. Collective.
 
-    `is_asked` says whether somebody does, as far as this rank knows. It is called about once a second, by each rank for itself.
-    `step`: of the run, at each of which other pages of the data are compared with their checksums.
+    `is_asked` says whether somebody does, as far as this rank knows. It is called about once a
+    second, by each rank for itself. `step`: of the run, at each of which other pages of the data
+    are compared with their checksums.
     """
     recipe, ranks, network = parts.recipe, parts.ranks, parts.backend.network
     limit = recipe.evaluate_samples
@@ -38,14 +42,20 @@ def assess(
         for index, task in enumerate(parts.loaders.tasks[:tasks]):
             task.choose_head(network)
             with closing(parts.loaders.val(index)) as val_set:
-                batches = lookout.over(inputs(val_set, recipe.time_steps, parts.device, most=most, epoch=step))
+                batches = lookout.over(
+                    inputs(val_set, recipe.time_steps, parts.device, most=most, epoch=step)
+                )
                 about = {
                     "network": network,
                     "counts_operations": counts_operations,
                     "joules": joules,
                     "when_answered": note_peaks,
                 }
-                found.append(evaluate(parts.backend.model, batches, loss_for, over_time=recipe.over_time, **about))
+                found.append(
+                    evaluate(
+                        parts.backend.model, batches, loss_for, over_time=recipe.over_time, **about
+                    )
+                )
             is_left = bool(ranks.max(torch.tensor(float(lookout.has_left))))
             if is_left:
                 break
@@ -53,7 +63,9 @@ def assess(
 
 
 class _Lookout:
-    """Whether somebody asks to stop or to save; each rank looks by itself between batches, as they have not as many."""
+    """Whether somebody asks to stop or to save; each rank looks by itself between batches, as they
+    have not as many.
+    """
 
     def __init__(self, watchdog: Watchdog, is_asked: Callable[[], bool]) -> None:
         self.has_left = False
@@ -74,6 +86,8 @@ class _Lookout:
 
 @contextmanager
 def published(parts: Parts) -> Iterator[None]:
-    """Inside, the network is what is evaluated and published: an average of its weights where the recipe asks for one."""
+    """Inside, the network is what is evaluated and published: an average of its weights where the
+    recipe asks for one.
+    """
     with parts.backend.published(), parts.ranks.averaged(parts.backend.network):
         yield

@@ -1,4 +1,6 @@
-"""From a job to the parts that one process trains with: recipe -> data, network, rule, backend, newest checkpoint; collective."""
+"""From a job to the parts that one process trains with: recipe -> data, network, rule, backend,
+newest checkpoint; collective.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from pipeline.backend.averaged import Averaged
 from pipeline.backend.base import Backend
 from pipeline.backend.plain import Plain
 from pipeline.build import attached_rule, build_mixing, build_network
-from pipeline.checkpoint import Checkpoints, Owned, check_shared, lost_step, place_at, read_trainer, step_name
+from pipeline.checkpoint import (
+    Checkpoints,
+    Owned,
+    check_shared,
+    lost_step,
+    place_at,
+    read_trainer,
+    step_name,
+)
 from pipeline.checkpoint.background import LONGEST_S
 from pipeline.code import check_same_code, code_digest
 from pipeline.data.base import Data
@@ -51,8 +61,17 @@ from pipeline.track.jsonl import read
 from pipeline.weights import load_start
 
 
-def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Watchdog, clock: Clock, began: float) -> Parts:
-    """Build everything that this process trains with, and restore the newest checkpoint into it; collective.
+def compose(
+    job: Job,
+    place: Place,
+    ranks: Ranks,
+    tracker: Tracker,
+    watchdog: Watchdog,
+    clock: Clock,
+    began: float,
+) -> Parts:
+    """Build everything that this process trains with, and restore the newest checkpoint into it;
+    collective.
 
     Raises:
         Refused: something that the user has to change; every rank knows.
@@ -62,11 +81,15 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     folder = Path(job.run)
     if ranks.size > 1:
         check_same_code(socket.gethostname(), code_digest(), each=ranks.each)
-    written = ranks.together(lambda: Recipe.read(folder / "recipe.json", trust=job.trust))  # a node may lack the user's package
+    written = ranks.together(
+        lambda: Recipe.read(folder / "recipe.json", trust=job.trust)
+    )  # a node may lack the user's package
     ranks.together(lambda: compute_in(written.precision, ranks.device))
     if ranks.size > 1 and job.trust:
         own = ranks.together(lambda: own_code.digest(folder, job.trust))
-        check_same_code(socket.gethostname(), own, each=ranks.each, of=f"the {', '.join(job.trust)}")
+        check_same_code(
+            socket.gethostname(), own, each=ranks.each, of=f"the {', '.join(job.trust)}"
+        )
     checkpoints, checkpoint = _found(job, written, ranks, tracker, watchdog)
     limit, skipped = patiently(
         ranks,
@@ -78,7 +101,8 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     with watchdog.off():  # one worker of each machine reads all of the data
         ranks.together(lambda: _check_data(recipe, job, place))
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
-    # What can be refused on one machine alone comes first, and nobody talks to the others while it does.
+    # What can be refused on one machine alone comes first, and nobody talks to the others while it
+    # does.
     recipe, network, rule, loaders = ranks.together(
         lambda: _own_parts(job, place, recipe, world, tracker, is_fresh=checkpoint is None)
     )
@@ -88,10 +112,22 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     backend = ranks.together(lambda: build_backend(recipe, network, rule, split))
     watchdog.beat()
     seed_everything(recipe.seed + 1 + ranks.rank)  # dropout and its like: not the same on two ranks
-    lengths = [(task.epochs, steps) for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)]
+    lengths = [
+        (task.epochs, steps)
+        for task, (_, steps) in zip(loaders.tasks, loaders.lengths, strict=True)
+    ]
     stretches = timetable(lengths, stop_after=recipe.stop_after)
     with watchdog.off():  # one worker may fit a head on all of the data
-        teaching = _opened(job, recipe, loaders, split, ranks, tracker, steps=stretches[-1].end, is_fresh=checkpoint is None)
+        teaching = _opened(
+            job,
+            recipe,
+            loaders,
+            split,
+            ranks,
+            tracker,
+            steps=stretches[-1].end,
+            is_fresh=checkpoint is None,
+        )
     return Parts(
         job=job,
         ranks=ranks,
@@ -107,7 +143,9 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
         stretches=stretches,
         mixing=mixing,
         teaching=teaching,
-        nearness=ranks.together(lambda: build_nearness(recipe, loaders, split, world, ranks.device)),
+        nearness=ranks.together(
+            lambda: build_nearness(recipe, loaders, split, world, ranks.device)
+        ),
         meters=Meters(network, batch_size=recipe.batch_size, device=ranks.device, clock=clock),
         checkpoints=checkpoints,
         skipped=skipped,
@@ -119,7 +157,9 @@ def compose(job: Job, place: Place, ranks: Ranks, tracker: Tracker, watchdog: Wa
     )
 
 
-def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: Watchdog) -> tuple[Checkpoints, Path | None]:
+def _found(
+    job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: Watchdog
+) -> tuple[Checkpoints, Path | None]:
     """The run's checkpoints, and the one to go on from; storage that is away is waited for."""
     found = ranks.together(lambda: place_at(job.checkpoints, Path(job.run)))
     kept = Owned(found, job.place_token) if job.place_token else found
@@ -134,11 +174,17 @@ def _found(job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: W
         rank=ranks.rank,
         ranks=ranks.size,
         each=ranks.each,
-        on_quarantine=lambda address, reason: tracker.event("quarantine", sync=True, path=address, reason=reason),
-        on_unwritten=lambda step, error: tracker.event("unwritten", sync=True, step=step, error=error),
+        on_quarantine=lambda address, reason: tracker.event(
+            "quarantine", sync=True, path=address, reason=reason
+        ),
+        on_unwritten=lambda step, error: tracker.event(
+            "unwritten", sync=True, step=step, error=error
+        ),
         beat=watchdog.beat,
     )
-    with watchdog.patient(LONGEST_S):  # while worker 0 fetches and verifies; as for one that is written
+    with watchdog.patient(
+        LONGEST_S
+    ):  # while worker 0 fetches and verifies; as for one that is written
         return checkpoints, patient(lambda: _newest(checkpoints, recipe, job))
 
 
@@ -147,13 +193,15 @@ def _tell_waiting(tracker: Tracker, error: str) -> None:
 
 
 def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
-    """The checkpoint to go on from; None: the run begins at step 0, as none was saved or all of them are in quarantine.
+    """The checkpoint to go on from; None: the run begins at step 0, as none was saved or all of
+    them are in quarantine.
 
     What it tells of the run's decisions is written down where the folder was lost.
 
     Raises:
-        Refused: the journal knows of one that nobody has found damaged, and none is there: to begin anew would lose what was
-            learnt, where a disk is not mounted. Or it is of another recipe; or none is, and another one was launched.
+        Refused: the journal knows of one that nobody has found damaged, and none is there: to begin
+            anew would lose what was learnt, where a disk is not mounted. Or it is of another
+            recipe; or none is, and another one was launched.
     """
     folder, found = Path(job.run), checkpoints.newest()
     if found is not None:
@@ -162,8 +210,9 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
         adopt(folder, trainer.get("decided", {}))
     elif (step := lost_step(read(folder / "journal.jsonl"), keep=recipe.keep)) is not None:
         raise Refused(
-            f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the journal says; got no checkpoint: "
-            "mount or restore its storage, or begin anew under another --name"
+            f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the"
+            " journal says; got no checkpoint: mount or restore its storage, or begin anew under"
+            " another --name"
         )
     else:
         refuse_another_start(job.recipe, recipe, trust=job.trust)
@@ -172,7 +221,9 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
 
 def _check_data(recipe: Recipe, job: Job, place: Place) -> None:
     """One worker of each machine reads every page: machines may hold copies of their own."""
-    check_data(build_data(recipe), fingerprint=job.data_fingerprint, every_page=place.local_rank == 0)
+    check_data(
+        build_data(recipe), fingerprint=job.data_fingerprint, every_page=place.local_rank == 0
+    )
 
 
 def _own_parts(
@@ -194,18 +245,36 @@ def _own_parts(
     recipe = steady(recipe, network, place.sizes or (world.size,))
     check_accumulation(recipe, rule, (world.size,))
     if is_fresh and rule.calibration_batches:
-        rule.calibrate(network, first_batches(recipe, tasks[0].data, rule.calibration_batches, torch.device(place.device)))
-    loaders = Loaders(tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads)
+        rule.calibrate(
+            network,
+            first_batches(
+                recipe, tasks[0].data, rule.calibration_batches, torch.device(place.device)
+            ),
+        )
+    loaders = Loaders(
+        tasks, recipe, recipe.split(world.size), rank=world.rank, threads=job.loader_threads
+    )
     return recipe, network, rule, loaders
 
 
 def first_batches(recipe: Recipe, data: Data, count: int, device: torch.device) -> list[Tensor]:
-    """The inputs `x_TB` of the first `count` global batches, whole: the same on every rank, whatever the number of ranks."""
-    whole = {"rank": 0, "world": 1, "batch_size": recipe.batch_size, "micro_batch": recipe.batch_size, "threads": 1}
+    """The inputs `x_TB` of the first `count` global batches, whole: the same on every rank,
+    whatever the number of ranks.
+    """
+    whole = {
+        "rank": 0,
+        "world": 1,
+        "batch_size": recipe.batch_size,
+        "micro_batch": recipe.batch_size,
+        "threads": 1,
+    }
     loader = data.train(seed=recipe.seed, **whole)
     try:
         with loader.epoch(0) as batches:
-            return [over_steps(batch.x.to(device), recipe.time_steps) for batch in itertools.islice(batches, count)]
+            return [
+                over_steps(batch.x.to(device), recipe.time_steps)
+                for batch in itertools.islice(batches, count)
+            ]
     finally:
         loader.close()
 
@@ -234,13 +303,23 @@ def _plain_or_deepspeed(recipe: Recipe, network: nn.Module, rule: Rule, split: S
 
 
 def _opened(
-    job: Job, recipe: Recipe, loaders: Loaders, split: Split, ranks: Ranks, tracker: Tracker, *, steps: int, is_fresh: bool
+    job: Job,
+    recipe: Recipe,
+    loaders: Loaders,
+    split: Split,
+    ranks: Ranks,
+    tracker: Tracker,
+    *,
+    steps: int,
+    is_fresh: bool,
 ) -> Teaching | None:
     """The recipe's teacher, where it has one, whose accuracy a run that begins tells."""
     if recipe.teacher is None:
         return None
     about = {"folder": Path(job.run), "steps": steps, "threads": job.loader_threads}
-    teaching = open_teaching(recipe, loaders.tasks[0].data, split, ranks=ranks, tracker=tracker, **about)
+    teaching = open_teaching(
+        recipe, loaders.tasks[0].data, split, ranks=ranks, tracker=tracker, **about
+    )
     if is_fresh:
         found = teaching.accuracy
         figures: dict[str, Any] = {"samples": found.samples, **found.metrics}
@@ -249,7 +328,9 @@ def _opened(
     return teaching
 
 
-def build_nearness(recipe: Recipe, loaders: Loaders, split: Split, world: World, device: torch.device) -> Nearness | None:
+def build_nearness(
+    recipe: Recipe, loaders: Loaders, split: Split, world: World, device: torch.device
+) -> Nearness | None:
     """What compares gradients, on rank 0 alone: the others wait for it where they next meet."""
     if recipe.fidelity_every == 0 or world.rank:
         return None

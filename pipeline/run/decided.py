@@ -1,7 +1,7 @@
 """What a run has decided for all of its attempts: batches to skip, a micro-batch that fits.
 
-Each lies in the run's folder as soon as it is decided. Checkpoints tell of it, for a run whose folder is lost; what was decided
-after the newest of them is lost with it.
+Each lies in the run's folder as soon as it is decided. Checkpoints tell of it, for a run whose
+folder is lost; what was decided after the newest of them is lost with it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def decided(run: Path) -> dict[str, Any]:
 def adopt(run: Path, told: Mapping[str, Any]) -> None:
     """Write down what a checkpoint tells and the run's folder does not.
 
-    Either may know more: the folder has what was decided after the checkpoint, and a copy of it lacks what was decided since.
-    Decisions go one way, so the further one stands.
+    Either may know more: the folder has what was decided after the checkpoint, and a copy of it
+    lacks what was decided since. Decisions go one way, so the further one stands.
 
     Raises: Refused: a file in the folder is damaged.
     """

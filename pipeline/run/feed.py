@@ -1,4 +1,5 @@
-"""The micro-batches of a global batch, as a rule learns from them: here, mixed, laid out over time, and answered by a teacher.
+"""The micro-batches of a global batch, as a rule learns from them: here, mixed, laid out over time,
+and answered by a teacher.
 
 B batch
 """
@@ -15,8 +16,12 @@ from pipeline.run.parts import Parts
 from pipeline.spiking.encode import over_steps
 
 
-def micro_batches(parts: Parts, source: Iterator[Any], *, step: int, stretch: Stretch) -> Iterator[MicroBatch]:
-    """Of global batch `step`, this rank's: as many as are accumulated, of the next batches of `source`."""
+def micro_batches(
+    parts: Parts, source: Iterator[Any], *, step: int, stretch: Stretch
+) -> Iterator[MicroBatch]:
+    """Of global batch `step`, this rank's: as many as are accumulated, of the next batches of
+    `source`.
+    """
     recipe, split, meters = parts.recipe, parts.split, parts.meters
     for index in range(split.accumulation):
         with meters.part("data_wait"):

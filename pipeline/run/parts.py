@@ -1,4 +1,6 @@
-"""What one process of a run is made of: `compose.py` builds it, `attempt.py` trains with it, `record.py` tells of it."""
+"""What one process of a run is made of: `compose.py` builds it, `attempt.py` trains with it,
+`record.py` tells of it.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ from pipeline.trained_on import trained_on
 def told_at_start(parts: Parts, *, step: int) -> dict[str, Any]:
     """The journal's event "start" of an attempt that begins before `step`; collective."""
     job, recipe, split = parts.job, parts.recipe, parts.split
-    samples, epoch_steps = parts.loaders.lengths[stretch_at(parts.stretches, step).index]  # of the task at hand
+    samples, epoch_steps = parts.loaders.lengths[
+        stretch_at(parts.stretches, step).index
+    ]  # of the task at hand
     return {
         "run": Path(job.run).name,
         "run_id": job.run_id,
@@ -83,8 +85,8 @@ def told_in_checkpoint(
 ) -> dict[str, Any]:
     """`trainer.json`: where the run stands after `step` steps, and whose run it is.
 
-    `owes`: these steps end an epoch, and what comes after one, its evaluation first, is still to come. `figures` are the rule's,
-    of its last batch.
+    `owes`: these steps end an epoch, and what comes after one, its evaluation first, is still to
+    come. `figures` are the rule's, of its last batch.
     """
     folder, job, recipe = Path(parts.job.run), parts.job, parts.recipe
     stretch = stretch_at(parts.stretches, step)
@@ -113,8 +115,11 @@ def told_in_checkpoint(
     }
 
 
-def refuse_another_recipe(trainer: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]) -> None:
-    """Refuse to go on from a checkpoint with another recipe than led to it: recipe.json was changed meanwhile.
+def refuse_another_recipe(
+    trainer: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]
+) -> None:
+    """Refuse to go on from a checkpoint with another recipe than led to it: recipe.json was changed
+    meanwhile.
 
     Raises:
         ValueError: the fields that differ, as they were and as they are now.
@@ -122,11 +127,16 @@ def refuse_another_recipe(trainer: Mapping[str, Any], recipe: Recipe, *, trust: 
     if "recipe" not in trainer:  # written by a version that did not tell
         return
     was = Recipe.from_json(trainer["recipe"], trust=trust)
-    _refuse(differing("", was.decisive(), recipe.decisive()), when=f"step {trainer['step']} was saved")
+    _refuse(
+        differing("", was.decisive(), recipe.decisive()), when=f"step {trainer['step']} was saved"
+    )
 
 
-def refuse_another_start(launched: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]) -> None:
-    """Refuse to begin with another recipe than was launched, by which the run is known and compared; likewise.
+def refuse_another_start(
+    launched: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]
+) -> None:
+    """Refuse to begin with another recipe than was launched, by which the run is known and
+    compared; likewise.
 
     What it begins from counts too, as long as no checkpoint has taken its place.
 
@@ -135,26 +145,48 @@ def refuse_another_start(launched: Mapping[str, Any], recipe: Recipe, *, trust: 
     """
     was = Recipe.from_json(launched, trust=trust)
     inits = differing("init", was.init, recipe.init)
-    _refuse([*differing("", was.decisive(), recipe.decisive()), *inits], when="the run was launched")
+    _refuse(
+        [*differing("", was.decisive(), recipe.decisive()), *inits], when="the run was launched"
+    )
 
 
 def _refuse(differences: Iterable[tuple[str, Any, Any]], *, when: str) -> None:
     if found := list(differences):
-        raise ValueError(f"resume: recipe.json must be as it was when {when}; it differs now: {listed(found)}")
+        raise ValueError(
+            f"resume: recipe.json must be as it was when {when}; it differs now: {listed(found)}"
+        )
 
 
 def held_without_zero(parts: Parts) -> Held:
-    """What a worker would hold if ZeRO gave it no share of the optimizer's state, but all of it; collective."""
+    """What a worker would hold if ZeRO gave it no share of the optimizer's state, but all of it;
+    collective.
+    """
     found = held(parts.backend.network, parts.backend.optimizer)
-    return replace(found, optimizer=sum(parts.ranks.each(found.optimizer))) if parts.recipe.zero else found
+    return (
+        replace(found, optimizer=sum(parts.ranks.each(found.optimizer)))
+        if parts.recipe.zero
+        else found
+    )
 
 
 def told_at_the_end(
-    parts: Parts, *, step: int, result: Evaluation, totals: Totals, kept: Held, learnt: Learnt, figures: Mapping[str, float]
+    parts: Parts,
+    *,
+    step: int,
+    result: Evaluation,
+    totals: Totals,
+    kept: Held,
+    learnt: Learnt,
+    figures: Mapping[str, float],
 ) -> dict[str, Any]:
-    """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its last batch."""
+    """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its
+    last batch.
+    """
     folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
-    events, of_teacher = read(folder / "journal.jsonl"), {} if taught is None else taught.accuracy.metrics
+    events, of_teacher = (
+        read(folder / "journal.jsonl"),
+        {} if taught is None else taught.accuracy.metrics,
+    )
     return {
         "run": folder.name,
         "run_id": job.run_id,
@@ -170,7 +202,11 @@ def told_at_the_end(
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **{f"teacher_{name}": of_teacher[name] for name in ("top1", "top5") if name in of_teacher},
         "conditions": conditions(parts.backend.network, parts.rule, recipe, parts.device),
-        "held": {**asdict(kept), "rule": parts.rule.bytes(), "teacher": 0 if taught is None else taught.bytes},
+        "held": {
+            **asdict(kept),
+            "rule": parts.rule.bytes(),
+            "teacher": 0 if taught is None else taught.bytes,
+        },
         "rule_figures": dict(figures),
         "loader_threads": job.loader_threads,
         "own_cores": _has_own_cores(parts),

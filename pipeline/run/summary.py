@@ -13,14 +13,18 @@ from pipeline.measure.totals import Totals
 from pipeline.track.jsonl import OF_NONE
 
 
-def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares in 0..1.
+def summarise(
+    result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares
+    in 0..1.
 
-    What is called steady is of a batch, the first of each attempt and those whose bytes or operations were counted left out; None
-    where there was no other. Saved bytes and states are None where no batch was whole on which they are counted. `wall_s` is all
-    time from a worker's first line to the run's end; `startup_s` is the part of it up to the end of each attempt's first batch
-    (imports, compilation, the first batch itself), without evaluations, checkpoints and the like. `net_s` is without start-up and
-    without what was done again after restarts.
+    What is called steady is of a batch, the first of each attempt and those whose bytes or
+    operations were counted left out; None where there was no other. Saved bytes and states are None
+    where no batch was whole on which they are counted. `wall_s` is all time from a worker's first
+    line to the run's end; `startup_s` is the part of it up to the end of each attempt's first batch
+    (imports, compilation, the first batch itself), without evaluations, checkpoints and the like.
+    `net_s` is without start-up and without what was done again after restarts.
     """
     starts = [event for event in events if event["event"] == "start"]
     attempts = {event["attempt"] for event in events} - {OF_NONE}
@@ -57,24 +61,36 @@ def summarise(result: Evaluation, totals: Totals, events: Sequence[dict[str, Any
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")}
+    return {
+        name: version(name)
+        for name in ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")
+    }
 
 
 def _attempt_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
-    """From the worker's first line of code to the attempt's last sign of life: what a killed attempt lost is paid for, too.
+    """From the worker's first line of code to the attempt's last sign of life: what a killed
+    attempt lost is paid for, too.
 
     A clock that was set back between two signs counts as no time at all, not as less.
     """
     mine = [event for event in events if event["attempt"] == attempt]
     begun = next((event["began"] for event in mine if event["event"] == "start"), mine[0]["time"])
-    times = [begun, *(event["time"] for event in mine)] + ([time.time()] if attempt == events[-1]["attempt"] else [])
+    times = [begun, *(event["time"] for event in mine)] + (
+        [time.time()] if attempt == events[-1]["attempt"] else []
+    )
     return sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
 
 
 def _startup_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
     """Of an attempt that ended before its first batch did, what came before its event "start"."""
-    mine = {event["event"]: event for event in reversed(events) if event["attempt"] == attempt}  # of each kind the first
+    mine = {
+        event["event"]: event for event in reversed(events) if event["attempt"] == attempt
+    }  # of each kind the first
     wall = _attempt_seconds(events, attempt)
     if "first_batch" in mine:
         return min(mine["first_batch"]["startup_s"], wall)
-    return min(max(0.0, mine["start"]["time"] - mine["start"]["began"]), wall) if "start" in mine else wall
+    return (
+        min(max(0.0, mine["start"]["time"] - mine["start"]["began"]), wall)
+        if "start" in mine
+        else wall
+    )

@@ -1,9 +1,9 @@
 """One writer for a run's folder, however many processes once trained it.
 
-Rank 0 holds an exclusive lock on `RUN/writer.lock` for as long as it lives, and the kernel lets go of it when the process
-dies: a run can be resumed only after the last rank 0 is gone, and nothing of an abandoned attempt can reach the journal
-or a finished checkpoint. (The other ranks write into folders that carry the attempt's name, in a bucket too.)
-"""
+Rank 0 holds an exclusive lock on `RUN/writer.lock` for as long as it lives, and the kernel lets go
+of it when the process dies: a run can be resumed only after the last rank 0 is gone, and nothing of
+an abandoned attempt can reach the journal or a finished checkpoint. (The other ranks write into
+folders that carry the attempt's name, in a bucket too.)"""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from pipeline.track.base import NullTracker, Tracker
 from pipeline.track.jsonl import OF_NONE, Event, Journal, read
 
 PATIENCE_S = 600.0
-"""for a writer whose machine is dead: its lock goes when the file system gives it up (CephFS after 5 minutes, NFSv4 after 1.5)"""
+"""for a writer whose machine is dead: its lock goes when the file system gives it up (CephFS after
+5 minutes, NFSv4 after 1.5)
+"""
 
 
 @contextmanager
 def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 waits until the last writer of this run is gone, then holds the run until it goes itself; collective.
+    """Rank 0 waits until the last writer of this run is gone, then holds the run until it goes
+    itself; collective.
 
     Raises:
         Refused: the other one is still there after ten minutes.
@@ -42,9 +45,11 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
-    """Rank 0's journal of a new attempt, to which an exception that ends it is told; the others tell nobody.
+    """Rank 0's journal of a new attempt, to which an exception that ends it is told; the others
+    tell nobody.
 
-    It begins with what has ended workers since the last one, where they could not tell it themselves.
+    It begins with what has ended workers since the last one, where they could not tell it
+    themselves.
     """
     if ranks.rank != 0:
         yield NullTracker()
@@ -60,7 +65,10 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             raise  # it has told
         except Exception as error:
             how = "diverged" if isinstance(error, Diverged) else "failed"
-            told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            told = {
+                "error": f"{type(error).__name__}: {error}",
+                "traceback": traceback.format_exc(),
+            }
             try:
                 tracker.event(how, sync=True, **told)
             except OSError as unwritten:  # a full disk, which may be the very error that is told
@@ -93,7 +101,9 @@ def _is_locked(folder: Path, held: ExitStack, *, is_last: bool) -> bool:
             held.enter_context(tried.pop_all())
     except BlockingIOError:
         if is_last:
-            raise Refused(f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s") from None
+            raise Refused(
+                f"{folder}: another worker still writes this run after {PATIENCE_S:.0f} s"
+            ) from None
     except OSError as error:
         if is_last or not may_pass(error):
             raise

@@ -1,31 +1,37 @@
-"""1-bit weights: a synapse that multiplies by the signs of its weight W, times a scale for each output channel.
+"""1-bit weights: a synapse that multiplies by the signs of its weight W, times a scale for each
+output channel.
 
     W_b = a sign(V),    sign(0) = +1,    a one number per output channel (filter),    g = dL/dW_b
 
-    "scaled"      V = W                                    a = mean |W|, a constant             dL/dV = g where |V| <= 1, else 0
-    "centred"     V = W - mean W                           a = mean |V|, a constant             as above
-    "ir"          V = (W - mean W) / sqrt(var W + 1e-8)    a = 1                                dL/dV = g
-    "learnable"   V = W                                    a learnt from 2 mean |W|, >= 1e-5    dL/dV = g where |V| <= a, else 0
+    "scaled"      V = W                                    a = mean |W|, a constant
+    dL/dV = g where |V| <= 1, else 0 "centred"     V = W - mean W                           a = mean
+    |V|, a constant             as above
+    "ir"          V = (W - mean W) / sqrt(var W + 1e-8)    a = 1
+    dL/dV = g "learnable"   V = W                                    a learnt from 2 mean |W|, >=
+    1e-5    dL/dV = g where |V| <= a, else 0
                                                            dL/da = sum g sign(V) / sqrt(fan_in)
 
-mean and (unbiased) var are those of a filter, and the gradient passes them. The straight-through gradient is that of V, not
-of a V: a latent weight moves as far as a weight of full precision would. "ir" leaves the size of the current to the batch
-norm behind it and is of no use without one.
+mean and (unbiased) var are those of a filter, and the gradient passes them. The straight-through
+gradient is that of V, not of a V: a latent weight moves as far as a weight of full precision would.
+"ir" leaves the size of the current to the batch norm behind it and is of no use without one.
 
-W stays the parameter, in full precision, under its own name: a network has the same `state_dict` with and without 1-bit
-weights (a learnable scale aside), and so starts from the weights of its twin of full precision. That speaks against
-torch.nn.utils.parametrize, which renames the parameter, exchanges the synapse's class and cannot be pickled (torch 2.13), and
-against a wrapper around the synapse. The seams of a synapse see W_b as they see any weight.
+W stays the parameter, in full precision, under its own name: a network has the same `state_dict`
+with and without 1-bit weights (a learnable scale aside), and so starts from the weights of its twin
+of full precision. That speaks against torch.nn.utils.parametrize, which renames the parameter,
+exchanges the synapse's class and cannot be pickled (torch 2.13), and against a wrapper around the
+synapse. The seams of a synapse see W_b as they see any weight.
 
-W_b is made once a batch (`once.py`), and at each slice by a rule that moves W in between. Of 768 to 3072 channels making it costs
-14 ("scaled") to 48 ms ("ir") beside the product's 222 ms with 8 images of 196 tokens, forward and backward (one core, torch
-2.13), and less beside more images. "scaled" and "learnable" keep nothing of its size for the backward but the parameter, the
-others a V.
+W_b is made once a batch (`once.py`), and at each slice by a rule that moves W in between. Of 768 to
+3072 channels making it costs 14 ("scaled") to 48 ms ("ir") beside the product's 222 ms with 8
+images of 196 tokens, forward and backward (one core, torch 2.13), and less beside more images.
+"scaled" and "learnable" keep nothing of its size for the backward but the parameter, the others a
+V.
 
-Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (ReActNet, arXiv 2003.03488) for "scaled";
-Le & Li 2023 (BinaryViT, arXiv 2306.16678) for "centred"; Qin et al. 2020 (IR-Net, arXiv 1909.10788), with the straight-through
-gradient of Cao et al. 2025 (BESTformer, arXiv 2501.05904), for "ir"; Liu et al. 2022 (BiT, arXiv 2205.13016), from Esser et al.
-2020 (LSQ, arXiv 1902.08153), for "learnable".
+Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (ReActNet, arXiv
+2003.03488) for "scaled"; Le & Li 2023 (BinaryViT, arXiv 2306.16678) for "centred"; Qin et al. 2020
+(IR-Net, arXiv 1909.10788), with the straight-through gradient of Cao et al. 2025 (BESTformer, arXiv
+2501.05904), for "ir"; Liu et al. 2022 (BiT, arXiv 2205.13016), from Esser et al. 2020 (LSQ, arXiv
+1902.08153), for "learnable".
 """
 
 import math
@@ -42,32 +48,43 @@ from pipeline.spiking.synapse import Conv2d, Linear
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
 
 # Up to which |V| the gradient passes; None: up to the scale.
-WINDOWS: dict[Binarization, float | None] = {"scaled": 1.0, "centred": 1.0, "ir": math.inf, "learnable": None}
+WINDOWS: dict[Binarization, float | None] = {
+    "scaled": 1.0,
+    "centred": 1.0,
+    "ir": math.inf,
+    "learnable": None,
+}
 VARIANCE_EPS = 1e-8
 SMALLEST_SCALE = 1e-5
 
 
 def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None:
-    """Give a plain synapse weights of one bit, as at the head of the file. Its latent weight is the one that it had.
+    """Give a plain synapse weights of one bit, as at the head of the file. Its latent weight is the
+    one that it had.
 
-    Raises: ValueError for an unknown `weights`, another module, or a synapse whose weights are no longer plain. Those of sWS
-    have mean 0 and variance 1 / fan_in in each filter, which is what its network lives on in the place of a batch norm; their
-    signs have neither.
+    Raises: ValueError for an unknown `weights`, another module, or a synapse whose weights are no
+    longer plain. Those of sWS have mean 0 and variance 1 / fan_in in each filter, which is what its
+    network lives on in the place of a batch norm; their signs have neither.
     """
     refuse_unless_one_of("binarize", WINDOWS, weights=weights)
     if not isinstance(synapse, (Linear, Conv2d)):
         raise ValueError(
-            f"binarize: the synapse must be a Linear or Conv2d of pipeline.spiking.synapse; got {type(synapse).__name__}"
+            "binarize: the synapse must be a Linear or Conv2d of pipeline.spiking.synapse; got"
+            f" {type(synapse).__name__}"
         )
     if synapse.weights != "plain":
-        raise ValueError(f"binarize: the weights must be plain before they are 1-bit; got {synapse.weights} weights")
+        raise ValueError(
+            f"binarize: the weights must be plain before they are 1-bit; got {synapse.weights}"
+            " weights"
+        )
     synapse.binarizer = Binarizer(synapse.weight, weights)
     synapse.state = State(type(synapse).__name__)
     synapse.weights = "1-bit"
 
 
 class Binarizer(nn.Module):
-    """W to W_b, one of the `weights` at the head of the file, for a synapse whose latent weight is like `weight`.
+    """W to W_b, one of the `weights` at the head of the file, for a synapse whose latent weight is
+    like `weight`.
 
     Raises: ValueError for a filter of one weight, which has no sign beside its own mean.
     """
@@ -75,7 +92,10 @@ class Binarizer(nn.Module):
     def __init__(self, weight: Tensor, weights: Binarization) -> None:
         super().__init__()
         if weights in ("centred", "ir") and weight[0].numel() < 2:
-            raise ValueError(f"binarize: weights={weights!r} need a fan-in of at least 2; got {weight[0].numel()}")
+            raise ValueError(
+                f"binarize: weights={weights!r} need a fan-in of at least 2; got"
+                f" {weight[0].numel()}"
+            )
         self.weights = weights
         self.scale = nn.Parameter(weight.new_empty(len(weight))) if weights == "learnable" else None
         self.reset(weight)
@@ -103,11 +123,15 @@ class Binarizer(nn.Module):
         W_ON = weight.flatten(1)
         var_O1, mean_O1 = torch.var_mean(W_ON, 1, keepdim=True)
         V_ON = W_ON - mean_O1
-        return (V_ON if self.weights == "centred" else V_ON * torch.rsqrt(var_O1 + VARIANCE_EPS)).view_as(weight)
+        return (
+            V_ON if self.weights == "centred" else V_ON * torch.rsqrt(var_O1 + VARIANCE_EPS)
+        ).view_as(weight)
 
     def _scale(self, V: Tensor) -> Tensor:
         """a"""
-        if self.scale is not None:  # its gradient passes below the floor too, so that it can leave it again
+        if (
+            self.scale is not None
+        ):  # its gradient passes below the floor too, so that it can leave it again
             return self.scale + (self.scale.clamp_min(SMALLEST_SCALE) - self.scale).detach()
         return V.new_ones(len(V)) if self.weights == "ir" else _mean_size(V.detach())
 
@@ -116,7 +140,9 @@ class Binarizer(nn.Module):
 
 
 def fix(synapse: Linear | Conv2d) -> None:
-    """Let a 1-bit synapse be plain again: from now on it multiplies by its weight as it stands, which was the latent one."""
+    """Let a 1-bit synapse be plain again: from now on it multiplies by its weight as it stands,
+    which was the latent one.
+    """
     synapse.binarizer = None
     synapse.state = None
     synapse.weights = "plain"
@@ -132,14 +158,18 @@ def binary_synapses(model: nn.Module) -> dict[str, Linear | Conv2d]:
 
 
 def latent_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """What weight decay has no business with: it would draw latent weights to 0, where they flip, and scales off their size."""
+    """What weight decay has no business with: it would draw latent weights to 0, where they flip,
+    and scales off their size.
+    """
     for synapse in binary_synapses(model).values():
         yield synapse.weight
         yield from synapse.binarizer.parameters()  # type: ignore[union-attr]
 
 
 class _Signs(torch.autograd.Function):
-    """V, a [out] -> a sign(V). The gradient of V passes where |V| <= window (None: a), that of a is divided by sqrt(fan_in)."""
+    """V, a [out] -> a sign(V). The gradient of V passes where |V| <= window (None: a), that of a is
+    divided by sqrt(fan_in).
+    """
 
     @staticmethod
     def forward(ctx: Any, V: Tensor, a_O: Tensor, window: float | None) -> Tensor:
@@ -156,7 +186,11 @@ class _Signs(torch.autograd.Function):
         window = _over_filters(a_O, V) if ctx.window is None else ctx.window
         return (
             g.masked_fill(V.abs() > window, 0) if want_V else None,
-            torch.where(V >= 0, g, -g).flatten(1).sum(1) / math.sqrt(V[0].numel()) if want_a else None,
+            (
+                torch.where(V >= 0, g, -g).flatten(1).sum(1) / math.sqrt(V[0].numel())
+                if want_a
+                else None
+            ),
             None,
         )
 

@@ -9,10 +9,11 @@ from pipeline.spiking.state import State
 
 
 class Dropout(nn.Module):
-    """y[t] = m x[t] / (1 - share), where m is 0 with probability `share`, else 1, drawn once for each `fresh_state`.
+    """y[t] = m x[t] / (1 - share), where m is 0 with probability `share`, else 1, drawn once for
+    each `fresh_state`.
 
-    A mask that is the same at all time steps, in every pass of a batch: what is dropped is a unit, not a spike. Evaluation
-    is the identity. Drawn from torch's generator of the device.
+    A mask that is the same at all time steps, in every pass of a batch: what is dropped is a unit,
+    not a spike. Evaluation is the identity. Drawn from torch's generator of the device.
 
     Raises: ValueError for a share outside 0..1, or when trained outside `fresh_state`.
     Source: Gal & Ghahramani 2016 (arXiv 1512.05287).
@@ -21,7 +22,9 @@ class Dropout(nn.Module):
     def __init__(self, share: float) -> None:
         super().__init__()
         if not 0 <= share < 1:
-            raise ValueError(f"{type(self).__name__}: the share must be in 0..1, 1 excluded; got share={share}")
+            raise ValueError(
+                f"{type(self).__name__}: the share must be in 0..1, 1 excluded; got share={share}"
+            )
         self.share = share
         self.state = State(type(self).__name__)
 
@@ -44,7 +47,8 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """The same, with one m for all of a sample: behind the branch of a residual block it leaves that sample the shortcut alone.
+    """The same, with one m for all of a sample: behind the branch of a residual block it leaves
+    that sample the shortcut alone.
 
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """

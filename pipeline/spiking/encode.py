@@ -8,7 +8,8 @@ from pipeline.counts import refuse_unless_counts
 
 
 def over_steps(x_B: Tensor, steps: int) -> Tensor:
-    """A batch of a data set, time first: still images `[B, C, H, W]` repeated, recordings `[B, T, C, H, W]` as they are.
+    """A batch of a data set, time first: still images `[B, C, H, W]` repeated, recordings `[B, T,
+    C, H, W]` as they are.
 
     Raises: ValueError for recordings of another length than `steps`.
     """
@@ -16,13 +17,15 @@ def over_steps(x_B: Tensor, steps: int) -> Tensor:
         return repeat(x_B, steps)
     if x_B.dim() != 5 or x_B.shape[1] != steps:
         raise ValueError(
-            f"over_steps: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got {tuple(x_B.shape[1:])}"
+            f"over_steps: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got"
+            f" {tuple(x_B.shape[1:])}"
         )
     return x_B.transpose(0, 1).contiguous()
 
 
 def repeat(x_B: Tensor, steps: int) -> Tensor:
-    """The same frame at each of `steps` time steps: `[B, ...]` to `[T, B, ...]`, a view that copies nothing.
+    """The same frame at each of `steps` time steps: `[B, ...]` to `[T, B, ...]`, a view that copies
+    nothing.
 
     Raises: ValueError for fewer than one step.
     """
@@ -31,8 +34,9 @@ def repeat(x_B: Tensor, steps: int) -> Tensor:
 
 
 def is_still(x_TB: Tensor) -> bool:
-    """Whether all time steps are one frame, as `repeat` makes them; slices along T stay so, and frames that are equal are not.
+    """Whether all time steps are one frame, as `repeat` makes them; slices along T stay so, and
+    frames that are equal are not.
 
-    What maps each step by itself then maps one frame: `folded` and the layers of `pipeline.spiking` do, and hand on a view.
-    """
+    What maps each step by itself then maps one frame: `folded` and the layers of `pipeline.spiking`
+    do, and hand on a view."""
     return x_TB.stride(0) == 0

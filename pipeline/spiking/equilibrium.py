@@ -1,17 +1,21 @@
-"""A network that feeds back into itself until its firing rates come to rest, and its gradient at rest.
+"""A network that feeds back into itself until its firing rates come to rest, and its gradient at
+rest.
 
-    first layer    c_1[t] = inject(x[t]) + feedback(s_N[t-1]),     s_1[t] = neuron_1(c_1[t])          (s_N[0] = 0)
-    layer l        c_l[t] = synapse_l(s_{l-1}[t]),                 s_l[t] = neuron_l(c_l[t])          l = 2..N
+    first layer    c_1[t] = inject(x[t]) + feedback(s_N[t-1]),     s_1[t] = neuron_1(c_1[t])
+    (s_N[0] = 0) layer l        c_l[t] = synapse_l(s_{l-1}[t]),                 s_l[t] =
+    neuron_l(c_l[t])          l = 2..N
 
-The (weighted) firing rate of the last layer, a[T] = sum_t leak^(T-t) s_N[t] / sum_t leak^(T-t), approaches a fixed point
+The (weighted) firing rate of the last layer, a[T] = sum_t leak^(T-t) s_N[t] / sum_t leak^(T-t),
+approaches a fixed point
 
-    a* = f(a*),    f = f_N o ... o f_1,    f_1(a) = rate(inject(x*) + feedback(a)),    f_l(z) = rate(synapse_l(z)),
-    rate(c) = clamp(c / subtract, 0, 1)
+    a* = f(a*),    f = f_N o ... o f_1,    f_1(a) = rate(inject(x*) + feedback(a)),    f_l(z) =
+    rate(synapse_l(z)), rate(c) = clamp(c / subtract, 0, 1)
 
-with x* the same weighted mean of the input, as 1/T for IF (leak 1) and up to a remainder that time does not remove for LIF.
+with x* the same weighted mean of the input, as 1/T for IF (leak 1) and up to a remainder that time
+does not remove for LIF.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Bai et al. 2019 (arXiv 1909.01377) for the implicit gradient.
-"""
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Bai et al. 2019 (arXiv 1909.01377) for the
+implicit gradient."""
 
 # T time, B batch, N layers; v_B and the like are [B, ...] in the shape of the last layer
 
@@ -34,40 +38,53 @@ Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
 
 
 class Equilibrium(nn.Module):
-    """The equations at the head of the file: inputs `[T, B, ...]` to `[T, B, ...]` in the shape of the last layer.
+    """The equations at the head of the file: inputs `[T, B, ...]` to `[T, B, ...]` in the shape of
+    the last layer.
 
-    `inject` and `synapses` (N - 1 of them, layer l to l + 1) are affine in evaluation, such as a synapse with batch norm;
-    `feedback`, from the last layer to the first, is linear. `neurons` are N LIFs of one leak that reset by subtraction.
+    `inject` and `synapses` (N - 1 of them, layer l to l + 1) are affine in evaluation, such as a
+    synapse with batch norm; `feedback`, from the last layer to the first, is linear. `neurons` are
+    N LIFs of one leak that reset by subtraction.
 
-    What comes out at step t is t a[t] - (t-1) a[t-1] (the spikes, for IF): its mean over time is the rate a[T], whatever T
-    and however it is sliced, so that the mean over T of an affine readout of it is the readout of a[T].
+    What comes out at step t is t a[t] - (t-1) a[t-1] (the spikes, for IF): its mean over time is
+    the rate a[T], whatever T and however it is sliced, so that the mean over T of an affine readout
+    of it is the readout of a[T].
 
-    As it stands this is a recurrent network, unrolled with its graph (BPTT). Two seams for rules: `carry` is applied to what
-    crosses a time step; and `adjoint(g_B, vjp) -> beta_B`, where set, replaces backpropagation through time when a
-    gradient is wanted. The simulation then has no graph, its output is a[T] alone, as one step `[1, B, ...]`, and
+    As it stands this is a recurrent network, unrolled with its graph (BPTT). Two seams for rules:
+    `carry` is applied to what crosses a time step; and `adjoint(g_B, vjp) -> beta_B`, where set,
+    replaces backpropagation through time when a gradient is wanted. The simulation then has no
+    graph, its output is a[T] alone, as one step `[1, B, ...]`, and
 
-        the gradient g = dL/da[T] that arrives is replaced by what `adjoint` makes of it, a solution of beta = g + J^T beta
-        with J = df/da at a[T], and beta goes on through one application of f at a[T] into its parameters and its input.
+        the gradient g = dL/da[T] that arrives is replaced by what `adjoint` makes of it, a solution
+        of beta = g + J^T beta with J = df/da at a[T], and beta goes on through one application of f
+        at a[T] into its parameters and its input.
 
-    `vjp` is a `Linearized`: v_B -> J^T v_B, and each layer's part of it. Where `adjoint` returns N tensors, one for each
-    layer's rate, each layer of f takes its own in the place of what the layer behind it would hand down.
+    `vjp` is a `Linearized`: v_B -> J^T v_B, and each layer's part of it. Where `adjoint` returns N
+    tensors, one for each layer's rate, each layer of f takes its own in the place of what the layer
+    behind it would hand down.
 
-    Batch norm inside is evaluated, not trained, during such a simulation and in J; its statistics and its batch gradient
-    come from the one application of f. An input that is the same at every step (`encode.repeat`) is injected once, for both:
-    by the batch's statistics. The frames of a recording are injected by the running ones in the simulation and, as their
-    mean, by the batch's in f, so a[T] is f's only as far as the two agree.
+    Batch norm inside is evaluated, not trained, during such a simulation and in J; its statistics
+    and its batch gradient come from the one application of f. An input that is the same at every
+    step (`encode.repeat`) is injected once, for both: by the batch's statistics. The frames of a
+    recording are injected by the running ones in the simulation and, as their mean, by the batch's
+    in f, so a[T] is f's only as far as the two agree.
 
-    Raises: ValueError for neurons that have no such rate, a feedback with bias, or a wrong number of synapses; with an
-    adjoint, for a batch that comes in slices.
+    Raises: ValueError for neurons that have no such rate, a feedback with bias, or a wrong number
+    of synapses; with an adjoint, for a batch that comes in slices.
     """
 
     def __init__(
-        self, *, inject: nn.Module, feedback: nn.Module, neurons: Sequence[nn.Module], synapses: Sequence[nn.Module] = ()
+        self,
+        *,
+        inject: nn.Module,
+        feedback: nn.Module,
+        neurons: Sequence[nn.Module],
+        synapses: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
         if len(neurons) < 1 or len(synapses) != len(neurons) - 1:
             raise ValueError(
-                f"Equilibrium: N neurons need N - 1 synapses between them; got {len(neurons)} neurons, {len(synapses)} synapses"
+                f"Equilibrium: N neurons need N - 1 synapses between them; got {len(neurons)}"
+                f" neurons, {len(synapses)} synapses"
             )
         self.leak, self.divisors = _check_neurons(neurons)
         _check_linear(feedback)
@@ -116,7 +133,10 @@ class Equilibrium(nn.Module):
 
     def _implicit(self, x_TB: Tensor, adjoint: Adjoint) -> Tensor:
         if self.state.read("steps") is not None:
-            raise ValueError("Equilibrium: with an adjoint a batch is one call on all T steps; got a second slice of it")
+            raise ValueError(
+                "Equilibrium: with an adjoint a batch is one call on all T steps; got a second"
+                " slice of it"
+            )
         same = x_TB.shape[0] == 1 or is_still(x_TB)
         current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.leak))
         with torch.no_grad(), evaluated_norms(self):
@@ -124,7 +144,9 @@ class Equilibrium(nn.Module):
         return self._at_rest(a_1B, current_1B, adjoint)
 
     def _simulate(self, x_TB: Tensor, current_1B: Tensor | None) -> Tensor:
-        """a[T]; `current_1B` is what `inject` gives at every step, None where it has to be asked."""
+        """a[T]; `current_1B` is what `inject` gives at every step, None where it has to be
+        asked.
+        """
         for x_1B in x_TB.split(1):
             self._step(self.inject(x_1B) if current_1B is None else current_1B)
         sum_1B = self.state.read("sum")
@@ -145,24 +167,37 @@ def the_equilibrium(who: str, model: nn.Module) -> Equilibrium:
 
     Raises: ValueError, in the name of `who`, that says what the model has instead.
     """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)]
+    found = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)
+    ]
     if len(found) != 1:
-        what = " and ".join(name or type(module).__name__ for name, module in found) or f"none in {type(model).__name__}"
-        raise ValueError(f"{who}: the model must have one equilibrium, whose rates are differentiated; got {what}")
+        what = (
+            " and ".join(name or type(module).__name__ for name, module in found)
+            or f"none in {type(model).__name__}"
+        )
+        raise ValueError(
+            f"{who}: the model must have one equilibrium, whose rates are differentiated; got"
+            f" {what}"
+        )
     inside = {id(neuron) for _, neuron in named_neurons(found[0][1])}
     outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
     if outside:
-        raise ValueError(f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it")
+        raise ValueError(
+            f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)}"
+            " outside it"
+        )
     return found[0][1]
 
 
 class Linearized:
-    """J = df/da at rates `a_1B`, with constant parameters and batch norm in evaluation: `linearized(v_B)` is J^T v_B.
+    """J = df/da at rates `a_1B`, with constant parameters and batch norm in evaluation:
+    `linearized(v_B)` is J^T v_B.
 
-    `synapses[l]` is the synapse into layer l (l = 0: the feedback); `masks[l]` is 1 where layer l's rate lies strictly
-    between 0 and 1, else 0; `divisors[l]` its neurons' `subtract`.
-    `transposed(l, d_B)` is the transposed synapse into layer l: from a gradient of layer l's current to that of the rate
-    which feeds it. So, from the last layer to the first,  v <- transposed(l, masks[l] v / divisors[l]).
+    `synapses[l]` is the synapse into layer l (l = 0: the feedback); `masks[l]` is 1 where layer l's
+    rate lies strictly between 0 and 1, else 0; `divisors[l]` its neurons' `subtract`.
+    `transposed(l, d_B)` is the transposed synapse into layer l: from a gradient of layer l's
+    current to that of the rate which feeds it. So, from the last layer to the first,  v <-
+    transposed(l, masks[l] v / divisors[l]).
 
     No gradient reaches a parameter from here, and no hook of one is run.
     """
@@ -178,7 +213,9 @@ class Linearized:
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
                 self._maps.append((input_1B, output_1B))
-                total_1B = output_1B.detach() + current_1B.detach() if layer == 0 else output_1B.detach()
+                total_1B = (
+                    output_1B.detach() + current_1B.detach() if layer == 0 else output_1B.detach()
+                )
                 rate_1B = equilibrium.rate(layer, total_1B)
                 self.masks.append(((rate_1B > 0) & (rate_1B < 1)).to(rate_1B.dtype).squeeze(0))
 
@@ -186,7 +223,9 @@ class Linearized:
         return self.backwards(v_B)[-1]
 
     def backwards(self, v_B: Tensor) -> list[Tensor]:
-        """`v_B` handed down from the last layer's rate: to layer N - 1's, ..., layer 1's, and through the feedback, J^T v."""
+        """`v_B` handed down from the last layer's rate: to layer N - 1's, ..., layer 1's, and
+        through the feedback, J^T v.
+        """
         found = []
         for layer in reversed(range(len(self.masks))):
             v_B = self.transposed(layer, self.masks[layer] * v_B / self.divisors[layer])
@@ -210,7 +249,9 @@ def weighted_mean(x_TB: Tensor, leak: float) -> Tensor:
 
 
 def evaluated_norms(model: nn.Module) -> AbstractContextManager[None]:
-    """Batch norm under `model` uses its running statistics, and leaves them alone; everything else stays as it is."""
+    """Batch norm under `model` uses its running statistics, and leaves them alone; everything else
+    stays as it is.
+    """
     return attribute_set(batch_norms(model), "training", False)
 
 
@@ -228,7 +269,9 @@ class _OwnGradient(torch.autograd.Function):
 
 
 class _AtRest(torch.autograd.Function):
-    """The value a[T] with the graph of f(a[T]); backward, the adjoint's solution in the place of the gradient."""
+    """The value a[T] with the graph of f(a[T]); backward, the adjoint's solution in the place of
+    the gradient.
+    """
 
     @staticmethod
     def forward(
@@ -249,7 +292,10 @@ class _AtRest(torch.autograd.Function):
         a_1B, current_1B = ctx.saved_tensors
         # In the precision of the rate, never below fp32: a solve is longer than bf16 is precise.
         with torch.autocast(a_1B.device.type, enabled=False), serving("solver"):
-            solved = ctx.adjoint(grad_outputs[0].squeeze(0), Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)))
+            solved = ctx.adjoint(
+                grad_outputs[0].squeeze(0),
+                Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)),
+            )
         if isinstance(solved, Tensor):
             return solved.unsqueeze(0), None, None, None, None, None
         ctx.betas[:] = solved
@@ -266,7 +312,10 @@ def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
     leaks, divisors = set(), []
     for neuron in neurons:
         if not isinstance(neuron, LIF) or isinstance(neuron, (RateNeuron, PLIF)):
-            raise ValueError(f"Equilibrium: the neurons must be LIF or IF, whose rate is known; got {type(neuron).__name__}")
+            raise ValueError(
+                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got"
+                f" {type(neuron).__name__}"
+            )
         if neuron.reset != "subtract" or neuron.decay_input:
             raise ValueError(
                 "Equilibrium: neurons must reset by subtraction and not decay their input; "
@@ -275,7 +324,10 @@ def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
         leaks.add(neuron.leak)
         divisors.append(neuron.subtract)
     if len(leaks) > 1:
-        raise ValueError(f"Equilibrium: one weighted mean is the rate of all layers, so they have one leak; got {sorted(leaks)}")
+        raise ValueError(
+            "Equilibrium: one weighted mean is the rate of all layers, so they have one leak; got"
+            f" {sorted(leaks)}"
+        )
     return leaks.pop(), divisors
 
 
@@ -284,6 +336,6 @@ def _check_linear(feedback: nn.Module) -> None:
         if getattr(module, "bias", None) is not None:
             where = f"feedback.{name}" if name else "feedback"
             raise ValueError(
-                f"Equilibrium: the feedback must be linear, because it starts a step late; got a bias in {where}: "
-                "give it to inject"
+                "Equilibrium: the feedback must be linear, because it starts a step late; got a"
+                f" bias in {where}: give it to inject"
             )

@@ -1,9 +1,12 @@
-"""Other weights than the forward ones to carry an error down, for the seam `backward_weight` of a synapse.
+"""Other weights than the forward ones to carry an error down, for the seam `backward_weight` of a
+synapse.
 
-    dL/dx = B^T g,      B = scale sign(W)   (sign-symmetric)      or      B fixed and random   (feedback alignment)
+    dL/dx = B^T g,      B = scale sign(W)   (sign-symmetric)      or      B fixed and random
+    (feedback alignment)
 
-Source: Liao et al. 2016 (arXiv 1510.05067) for signs; Lillicrap et al. 2016 (doi 10.1038/ncomms13276) for random feedback;
-both scales are those of HLOP's code (Xiao et al. 2024, arXiv 2402.11984).
+Source: Liao et al. 2016 (arXiv 1510.05067) for signs; Lillicrap et al. 2016 (doi
+10.1038/ncomms13276) for random feedback; both scales are those of HLOP's code (Xiao et al. 2024,
+arXiv 2402.11984).
 """
 
 import math
@@ -19,7 +22,9 @@ def sign_symmetric(weight: Tensor) -> Tensor:
 
 
 class FixedFeedback:
-    """B, drawn once from `key` alone: uniform within +-1 / sqrt(fan_in), in the shape of the weight."""
+    """B, drawn once from `key` alone: uniform within +-1 / sqrt(fan_in), in the shape of the
+    weight.
+    """
 
     def __init__(self, weight: Tensor, *, key: int) -> None:
         generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)

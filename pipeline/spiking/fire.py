@@ -1,4 +1,5 @@
-"""A membrane at its threshold: the spike, and the reset after it, as one operation with a backward of its own.
+"""A membrane at its threshold: the spike, and the reset after it, as one operation with a backward
+of its own.
 
     s = 1 if u >= threshold else 0
     v = u - subtract s      (reset by subtraction)      or      u (1 - s)      (reset to zero)
@@ -7,9 +8,9 @@ With a = u - threshold, and psi the derivative that a surrogate puts in the plac
 
     dL/du = psi(a) dL/ds + dL/dv r,      r = 1      or      1 - s
 
-and where the reset is differentiated, too, dL/ds is less by subtract dL/dv, or by u dL/dv. A network asks for this once for each
-neuron and time step, and autograd would note every kernel of it. The backward is not differentiable itself, and refuses to be.
-"""
+and where the reset is differentiated, too, dL/ds is less by subtract dL/dv, or by u dL/dv. A
+network asks for this once for each neuron and time step, and autograd would note every kernel of
+it. The backward is not differentiable itself, and refuses to be."""
 
 # B batch
 
@@ -22,9 +23,15 @@ from pipeline.spiking.surrogate import Surrogate, heaviside
 
 
 def fire(
-    u_B: Tensor, *, threshold: float, subtract: float | None, keeps_gradient: bool, surrogate: Surrogate
+    u_B: Tensor,
+    *,
+    threshold: float,
+    subtract: float | None,
+    keeps_gradient: bool,
+    surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor]:
-    """u -> (s, v). The caller gives u away, whose memory may become v's: no view, and not what its own backward needs.
+    """u -> (s, v). The caller gives u away, whose memory may become v's: no view, and not what its
+    own backward needs.
 
     Kept for the backward is a alone, and u where a reset to zero is differentiated.
 
@@ -34,13 +41,19 @@ def fire(
 
     Raises: RuntimeError in a backward that is to be differentiated (`create_graph`).
     """
-    return _Fire.apply(u_B, threshold, subtract, keeps_gradient, surrogate)  # type: ignore[return-value]  # apply is untyped
+    # apply is untyped
+    return _Fire.apply(u_B, threshold, subtract, keeps_gradient, surrogate)  # type: ignore[return-value]
 
 
 class _Fire(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, u_B: Tensor, threshold: float, subtract: float | None, keeps_gradient: bool, surrogate: Surrogate
+        ctx: Any,
+        u_B: Tensor,
+        threshold: float,
+        subtract: float | None,
+        keeps_gradient: bool,
+        surrogate: Surrogate,
     ) -> tuple[Tensor, Tensor]:
         a_B = u_B - threshold
         s_B = heaviside(a_B)
@@ -51,11 +64,14 @@ class _Fire(torch.autograd.Function):
             return s_B, u_B.masked_fill(a_B >= 0, 0)
         ctx.save_for_backward(a_B)
         ctx.mark_dirty(u_B)
-        return s_B, u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
+        return s_B, (
+            u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # torch's own `once_differentiable` gives a constant where no gradient comes in with a graph
+        # torch's own `once_differentiable` gives a constant where no gradient comes in with a graph
+        if torch.is_grad_enabled():
             raise RuntimeError("fire: a spike has no second derivative; create_graph must be False")
         g_s, g_v = grad_outputs
         a_B, *u = ctx.saved_tensors

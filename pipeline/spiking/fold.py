@@ -1,8 +1,10 @@
-"""Which batch norm directly follows a synapse, and how the norm takes over what scales the synapse's output.
+"""Which batch norm directly follows a synapse, and how the norm takes over what scales the
+synapse's output.
 
 With a > 0 per channel and the running statistics of eval mode,
 
-    gain (a z + bias - mean) / sqrt(var + eps) + shift  =  (a gain) (z + bias / a - mean / a) / sqrt(var + eps) + shift
+    gain (a z + bias - mean) / sqrt(var + eps) + shift  =  (a gain) (z + bias / a - mean / a) /
+    sqrt(var + eps) + shift
 
 so a weight a W may be stored as W where the norm is the only one that hears it.
 """
@@ -23,18 +25,29 @@ from pipeline.spiking.state import fresh_state, hooked
 
 
 @torch.no_grad()
-def following_norms(network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor) -> dict[str, str]:
-    """The batch norm of each of `synapses` that has one: its only listener, which hears nothing else.
+def following_norms(
+    network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor
+) -> dict[str, str]:
+    """The batch norm of each of `synapses` that has one: its only listener, which hears nothing
+    else.
 
-    Found by running `network` on `x_TB`, of which the values do not matter. Every operation on an output counts as listening;
-    a synapse that does not run has no norm.
+    Found by running `network` on `x_TB`, of which the values do not matter. Every operation on an
+    output counts as listening; a synapse that does not run has no norm.
     """
     listeners = _Listeners()
-    norms = {name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)}
+    norms = {
+        name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)
+    }
     was_training = network.training
     network.eval()
-    hooks = [module.register_forward_hook(partial(listeners.made, name)) for name, module in synapses.items()]
-    hooks += [norm.register_forward_pre_hook(partial(listeners.begins, name)) for name, norm in norms.items()]
+    hooks = [
+        module.register_forward_hook(partial(listeners.made, name))
+        for name, module in synapses.items()
+    ]
+    hooks += [
+        norm.register_forward_pre_hook(partial(listeners.begins, name))
+        for name, norm in norms.items()
+    ]
     hooks += [norm.register_forward_hook(listeners.ends) for norm in norms.values()]
     with fresh_state(network), hooked(hooks), listeners:
         network(x_TB)
@@ -49,7 +62,9 @@ def following_norms(network: nn.Module, synapses: Mapping[str, nn.Module], x_TB:
 
 
 def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
-    """Let `norm` and the bias before it (where there is one) take over a `scale_O` > 0, as at the head of the file."""
+    """Let `norm` and the bias before it (where there is one) take over a `scale_O` > 0, as at the
+    head of the file.
+    """
     with torch.no_grad():
         norm.weight.copy_(norm.weight.double() * scale_O)
         norm.running_mean.copy_(norm.running_mean.double() / scale_O)
@@ -58,11 +73,15 @@ def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
 
 
 class _Listeners(TorchDispatchMode):
-    """Who works on the outputs of synapses: the norm that runs at that moment, or None for anything else."""
+    """Who works on the outputs of synapses: the norm that runs at that moment, or None for anything
+    else.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: dict[int, tuple[str, Tensor]] = {}  # the tensor too: so that no other gets its id
+        self.outputs: dict[
+            int, tuple[str, Tensor]
+        ] = {}  # the tensor too: so that no other gets its id
         self.running: str | None = None
         self.of: dict[str, set[str | None]] = {}
         self.hears: dict[str, set[str | None]] = {}

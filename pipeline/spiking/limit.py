@@ -1,20 +1,25 @@
-"""Synapses with a limited weight: what makes a feedback a contraction, so that its equilibrium is one and is reached.
+"""Synapses with a limited weight: what makes a feedback a contraction, so that its equilibrium is
+one and is reached.
 
-    SpectralLimit     W = clamp(gain, -1, 1) V / sigma(V),       sigma the largest singular value of V as a matrix [out, the rest]
-    FrobeniusLimit    W = min(1, largest / |V|) V
+    SpectralLimit     W = clamp(gain, -1, 1) V / sigma(V),       sigma the largest singular value of
+    V as a matrix [out, the rest] FrobeniusLimit    W = min(1, largest / |V|) V
 
-With threshold 2 a fully connected feedback of spectral norm 1 has Lipschitz constant 1/2. The norm of a convolution as an
-operator on images is another than that of its matrix: with k taps (9 for 3x3) it may be up to sqrt(k) times as large. There,
-and in a chain with synapses that are not limited, contraction is likely, not certain; the solvers of `spiking/solvers.py`
-notice where it fails.
+With threshold 2 a fully connected feedback of spectral norm 1 has Lipschitz constant 1/2. The norm
+of a convolution as an operator on images is another than that of its matrix: with k taps (9 for
+3x3) it may be up to sqrt(k) times as large. There, and in a chain with synapses that are not
+limited, contraction is likely, not certain; the solvers of `spiking/solvers.py` notice where it
+fails.
 
-It is the weight that is limited, not the output: whatever a seam puts in the place of the synapse's input reaches V and gain.
+It is the weight that is limited, not the output: whatever a seam puts in the place of the synapse's
+input reaches V and gain.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247) for the former, Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the latter. The
-published code estimates both norms from random vectors; here the latter is exact and the former exact up to 32 directions,
-beyond them within 1e-3 and from below, so that W may be so much longer than 1. It keeps the vectors of a power iteration as
-buffers and makes one iteration per forward; its value then lags behind a large step and depends on how many micro-batches a batch
-was cut into. Here a norm is computed anew from a fixed start (Golub & Kahan 1965, doi 10.1137/0702016).
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247) for the former, Xiao et al. 2023 (SPIDE, arXiv
+2302.00232) for the latter. The published code estimates both norms from random vectors; here the
+latter is exact and the former exact up to 32 directions, beyond them within 1e-3 and from below, so
+that W may be so much longer than 1. It keeps the vectors of a power iteration as buffers and makes
+one iteration per forward; its value then lags behind a large step and depends on how many
+micro-batches a batch was cut into. Here a norm is computed anew from a fixed start (Golub & Kahan
+1965, doi 10.1137/0702016).
 """
 
 # V [M, N] the weight as a matrix; K Lanczos steps
@@ -33,8 +38,8 @@ STEPS = 32
 class Limited(nn.Module):
     """`synapse` with `weight()` in the place of its own weight V, the parameter.
 
-    Raises: ValueError for a synapse that takes no weight from outside, whose weight is standardised already, or with a bias.
-    """
+    Raises: ValueError for a synapse that takes no weight from outside, whose weight is standardised
+    already, or with a bias."""
 
     def __init__(self, synapse: nn.Module) -> None:
         super().__init__()
@@ -42,8 +47,8 @@ class Limited(nn.Module):
         plain = takes_weight and getattr(synapse, "weights", "plain") == "plain"
         if not plain or getattr(synapse, "bias", None) is not None:
             raise ValueError(
-                f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain and without bias; "
-                f"got {synapse}"
+                f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain"
+                f" and without bias; got {synapse}"
             )
         self.synapse = synapse
 
@@ -60,7 +65,9 @@ class Limited(nn.Module):
 
 
 class SpectralLimit(Limited):
-    """A spectral norm of at most 1; `gain` is learnable, from 1. A weight of zeros stays what it is."""
+    """A spectral norm of at most 1; `gain` is learnable, from 1. A weight of zeros stays what it
+    is.
+    """
 
     def __init__(self, synapse: nn.Module) -> None:
         super().__init__(synapse)
@@ -69,10 +76,14 @@ class SpectralLimit(Limited):
 
     def weight(self) -> Tensor:
         sigma = self._sigma()
-        return self.gain.clamp(-1, 1) / torch.where(sigma > 0, sigma, torch.ones_like(sigma)) * self.V
+        return (
+            self.gain.clamp(-1, 1) / torch.where(sigma > 0, sigma, torch.ones_like(sigma)) * self.V
+        )
 
     def _sigma(self) -> Tensor:
-        """Of one batch, whose time steps share the weight, the singular vectors are sought once; again if the weight moves."""
+        """Of one batch, whose time steps share the weight, the singular vectors are sought once;
+        again if the weight moves.
+        """
         V_MN = self.V.flatten(1)
         if not self.state.is_open:
             return spectral_norm(V_MN)
@@ -97,19 +108,22 @@ class FrobeniusLimit(Limited):
         self.largest = largest
 
     def weight(self) -> Tensor:
-        # Before the square root, whose derivative is infinite at 0; where the limit acts, the scale has a gradient too.
+        # Before the square root, whose derivative is infinite at 0; where the limit acts, the scale
+        # has a gradient too.
         smallest = torch.tensor(self.largest**2, dtype=self.V.dtype, device=self.V.device)
         return self.largest * self.V.square().sum().maximum(smallest).rsqrt() * self.V
 
 
-# ------------------------------------------------------------------------------------------------------- largest singular value
+# --------------------------------------------------------------------------- largest singular value
 
 
 def spectral_norm(V: Tensor, *, steps: int = STEPS) -> Tensor:
-    """The largest singular value of V `[M, N]`, with its gradient u v^T; a pure function of V, never below fp32.
+    """The largest singular value of V `[M, N]`, with its gradient u v^T; a pure function of V,
+    never below fp32.
 
-    Exact from min(M, N) steps on; before that from below, within 1e-3 at 32 steps even where singular values crowd
-    together at the top, as in random square matrices of 400 (tests/spiking/test_limit.py).
+    Exact from min(M, N) steps on; before that from below, within 1e-3 at 32 steps even where
+    singular values crowd together at the top, as in random square matrices of 400
+    (tests/spiking/test_limit.py).
     """
     u, v = top_vectors(V, steps=steps)
     return stretch(u, V, v)
@@ -129,7 +143,9 @@ def answer(V: Tensor, v: Tensor) -> Tensor:
 
 
 def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-    """Unit u, v that make u^T V v largest over the Krylov space of a fixed start: Golub-Kahan-Lanczos, reorthogonalised."""
+    """Unit u, v that make u^T V v largest over the Krylov space of a fixed start:
+    Golub-Kahan-Lanczos, reorthogonalised.
+    """
     with torch.no_grad(), torch.autocast(V.device.type, enabled=False), serving("limit"):
         return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
 
@@ -138,9 +154,11 @@ def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     A = V if V.shape[0] >= V.shape[1] else V.T
     size = A.shape[1]
     steps = min(steps, size)
-    # Numbers without a pattern, all positive: what a matrix is large along is often the common direction, and never lies
-    # orthogonal to this.
-    start = (torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949) % 1
+    # Numbers without a pattern, all positive: what a matrix is large along is often the common
+    # direction, and never lies orthogonal to this.
+    start = (
+        torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949
+    ) % 1
     q = (start / start.norm()).to(V.dtype)
     right, left = V.new_zeros(steps, size), V.new_zeros(steps, A.shape[0])
     for k in range(steps):
@@ -157,10 +175,17 @@ def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """x without its part in the rows of `basis`, as a unit vector; 0 where nothing but rounding is left."""
+    """x without its part in the rows of `basis`, as a unit vector; 0 where nothing but rounding is
+    left.
+    """
     size = x.norm()
     for _ in range(2):
         x = x - (basis @ x) @ basis
     left = x.norm()
-    # A space that is closed under A (a low rank) has no next vector: a zero adds nothing to the projection.
-    return torch.where(left > 10 * torch.finfo(x.dtype).eps * size, x / left.clamp_min(torch.finfo(x.dtype).tiny), 0 * x)
+    # A space that is closed under A (a low rank) has no next vector: a zero adds nothing to the
+    # projection.
+    return torch.where(
+        left > 10 * torch.finfo(x.dtype).eps * size,
+        x / left.clamp_min(torch.finfo(x.dtype).tiny),
+        0 * x,
+    )

@@ -1,6 +1,9 @@
-"""Who hears what the weight of a synapse multiplies: inputs of each step, traces, or rates, as rows of numbers."""
+"""Who hears what the weight of a synapse multiplies: inputs of each step, traces, or rates, as rows
+of numbers.
+"""
 
-# T time, B batch, N samples and time steps, C inputs of a synapse (of a convolution: the values of a patch)
+# T time, B batch, N samples and time steps, C inputs of a synapse (of a convolution: the values of
+# a patch)
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,15 +21,27 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 class Ear:
-    """Adds up what one synapse hears while `open_for` holds the number of steps T of the batch (`listening`).
+    """Adds up what one synapse hears while `open_for` holds the number of steps T of the batch
+    (`listening`).
 
     With `leak`, it hears the weighted mean over time in the place of each step.
     """
 
     def __init__(
-        self, name: str, synapse: Linear | Conv2d, subspace: Subspace, moments: Callable[[Subspace], Moments], leak: float | None
+        self,
+        name: str,
+        synapse: Linear | Conv2d,
+        subspace: Subspace,
+        moments: Callable[[Subspace], Moments],
+        leak: float | None,
     ) -> None:
-        self.name, self.synapse, self.subspace, self.moments, self.leak = name, synapse, subspace, moments, leak
+        self.name, self.synapse, self.subspace, self.moments, self.leak = (
+            name,
+            synapse,
+            subspace,
+            moments,
+            leak,
+        )
         self.open_for: int | None = None
         self.heard: Moments | None = None
         self.last: Moments | None = None
@@ -34,13 +49,15 @@ class Ear:
 
     @torch.no_grad()
     def hear(self, x_TB: Tensor) -> None:
-        """Raises: ValueError for a part of the sequence where the rates of all of it are asked for."""
+        """Raises: ValueError for a part of the sequence where the rates of all of it are asked
+        for.
+        """
         if self.open_for is None:
             return
         if self.leak is not None and len(x_TB) != self.open_for:
             raise ValueError(
-                f"HLOP: learn_from='rates' needs a rule that gives all T steps to the model at once; "
-                f"got {len(x_TB)} of {self.open_for} steps at {self.name}"
+                "HLOP: learn_from='rates' needs a rule that gives all T steps to the model at"
+                f" once; got {len(x_TB)} of {self.open_for} steps at {self.name}"
             )
         if self.heard is None:
             self.heard = self.moments(self.subspace)
@@ -48,18 +65,24 @@ class Ear:
             if is_still(x_TB):  # every mean over time is the frame
                 x_TB = x_TB[:1]
             elif self.leak is not None:
-                x_TB = torch.einsum("t,tb...->b...", rate_weights(self.leak, x_TB), x_TB.to(self.subspace.old.dtype)).unsqueeze(0)
+                x_TB = torch.einsum(
+                    "t,tb...->b...", rate_weights(self.leak, x_TB), x_TB.to(self.subspace.old.dtype)
+                ).unsqueeze(0)
             for x_NC in factors(self.synapse, x_TB.to(self.subspace.old.dtype)):
                 self.heard.add(x_NC)
 
     def energy(self) -> float:
-        """The share of the last batch's energy that the rows keep; before the first batch, what the checkpoint says, or 0."""
+        """The share of the last batch's energy that the rows keep; before the first batch, what the
+        checkpoint says, or 0.
+        """
         if self.last is not None:
             self.subspace.energy.copy_(self.last.energy(self.subspace))
         return float(self.subspace.energy)
 
     def bytes(self) -> int:
-        """Of what it adds up in a batch, and what the last batch came to, which is there until then."""
+        """Of what it adds up in a batch, and what the last batch came to, which is there until
+        then.
+        """
         as_large = vars(self.moments(self.subspace)).values()
         return 2 * sum(each.nbytes for each in as_large if isinstance(each, Tensor))
 
@@ -68,7 +91,9 @@ class Ear:
         self.heard = None
 
     def take(self, over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
-        """The moments of a global batch, and a new beginning; None for a synapse that it did not pass. Collective."""
+        """The moments of a global batch, and a new beginning; None for a synapse that it did not
+        pass. Collective.
+        """
         heard, self.heard = self.heard, None
         if heard is not None:
             heard.mean(over_ranks)
@@ -99,7 +124,9 @@ def fan_in(synapse: Linear | Conv2d) -> int:
 
 
 def factors(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
-    """`[N, C]`: what each row of the weight is multiplied with; the patches of a convolution one time step after another."""
+    """`[N, C]`: what each row of the weight is multiplied with; the patches of a convolution one
+    time step after another.
+    """
     if isinstance(synapse, Linear):
         yield x_TB.flatten(0, -2)
         return

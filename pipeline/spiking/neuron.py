@@ -1,4 +1,6 @@
-"""The leaky integrate-and-fire neuron, with a leak that is given (LIF), of 1 (IF), or learnt (PLIF)."""
+"""The leaky integrate-and-fire neuron, with a leak that is given (LIF), of 1 (IF), or learnt
+(PLIF).
+"""
 
 # T time, B batch
 
@@ -16,28 +18,33 @@ from pipeline.spiking.surrogate import Surrogate, Triangle
 
 
 def identity(v_B: Tensor) -> Tensor:
-    """`LIF.carry` of a plain model: the membrane crosses the time step with its graph (BPTT). Also `World.mean` of one rank."""
+    """`LIF.carry` of a plain model: the membrane crosses the time step with its graph (BPTT). Also
+    `World.mean` of one rank.
+    """
     return v_B
 
 
 class LIF(nn.Module):
     """Leaky integrate-and-fire: currents `[T, B, ...]` to spikes `[T, B, ...]`.
 
-        u[t] = leak v[t-1] + x[t]              (decay_input: leak v[t-1] + (1 - leak) x[t]),  v[0] = 0
+        u[t] = leak v[t-1] + x[t]              (decay_input: leak v[t-1] + (1 - leak) x[t]),  v[0] =
+        0
         s[t] = 1 if u[t] >= threshold else 0
-        v[t] = u[t] - subtract s[t]            (reset "subtract")      or      u[t] (1 - s[t])     (reset "zero")
+        v[t] = u[t] - subtract s[t]            (reset "subtract")      or      u[t] (1 - s[t])
+        (reset "zero")
 
-    Arguments: `leak` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps (`PLIF` learns it); `threshold`
-    is in units of the current, and so is `subtract`, None for the threshold (more of it makes rest negative);
-    `reset_gradient="detached"` treats the s of the last line as a constant; `surrogate` replaces the derivative of the
-    second line. The membrane is never below fp32 (float64 stays); spikes have the dtype of the current.
+    Arguments: `leak` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps
+    (`PLIF` learns it); `threshold` is in units of the current, and so is `subtract`, None for the
+    threshold (more of it makes rest negative); `reset_gradient="detached"` treats the s of the last
+    line as a constant; `surrogate` replaces the derivative of the second line. The membrane is
+    never below fp32 (float64 stays); spikes have the dtype of the current.
 
-    Two seams for rules: `carry` is applied to the membrane after every step, so it stands between all steps, inside a
-    slice as between slices; `gradient(lif, x_TB) -> s_TB`, where set, replaces the loop (it finds the equations in `step`
-    and the membrane in `membrane` and `state`).
+    Two seams for rules: `carry` is applied to the membrane after every step, so it stands between
+    all steps, inside a slice as between slices; `gradient(lif, x_TB) -> s_TB`, where set, replaces
+    the loop (it finds the equations in `step` and the membrane in `membrane` and `state`).
 
-    Raises: ValueError for arguments out of range, outside `fresh_state`, or when a batch changes its shape half-way.
-    """
+    Raises: ValueError for arguments out of range, outside `fresh_state`, or when a batch changes
+    its shape half-way."""
 
     def __init__(
         self,
@@ -57,12 +64,20 @@ class LIF(nn.Module):
             raise ValueError(f"LIF: threshold must be > 0; got threshold={threshold}")
         refuse_unless_one_of("LIF", ("subtract", "zero"), reset=reset)
         if subtract is not None and (reset != "subtract" or not subtract > 0):
-            raise ValueError(f"LIF: subtract must be > 0 and needs reset='subtract'; got subtract={subtract}, reset={reset!r}")
+            raise ValueError(
+                f"LIF: subtract must be > 0 and needs reset='subtract'; got subtract={subtract},"
+                f" reset={reset!r}"
+            )
         refuse_unless_one_of("LIF", ("detached", "kept"), reset_gradient=reset_gradient)
         if decay_input and leak == 1:
-            raise ValueError("LIF: decay_input scales the current by 1 - leak, so leak must be < 1; got leak=1")
+            raise ValueError(
+                "LIF: decay_input scales the current by 1 - leak, so leak must be < 1; got leak=1"
+            )
         if isinstance(surrogate, nn.Module) or not callable(getattr(surrogate, "derivative", None)):
-            raise ValueError(f"LIF: surrogate must be a value with a derivative, of which nothing is learnt; got {surrogate}")
+            raise ValueError(
+                "LIF: surrogate must be a value with a derivative, of which nothing is learnt; got"
+                f" {surrogate}"
+            )
         self.leak = leak
         self.threshold = threshold
         self.reset = reset
@@ -85,7 +100,8 @@ class LIF(nn.Module):
         spikes = []
         for x_B in x_TB.unbind(0):
             s_B, v_B = self.step(x_B.to(v_B.dtype), v_B)
-            # Applied when a step ends, not when the next begins: what is remembered then holds no graph under SLTT.
+            # Applied when a step ends, not when the next begins: what is remembered then holds no
+            # graph under SLTT.
             v_B = self.carry(v_B)
             spikes.append(s_B.to(x_TB.dtype))
         self.state.write("v", v_B)
@@ -95,10 +111,12 @@ class LIF(nn.Module):
         """v before the first step of the slice `x_TB`: the last slice's, or rest."""
         v_B = self.state.read("v")
         if v_B is None:
-            return x_TB.new_zeros(x_TB.shape[1:], dtype=torch.promote_types(x_TB.dtype, torch.float32))
+            return x_TB.new_zeros(
+                x_TB.shape[1:], dtype=torch.promote_types(x_TB.dtype, torch.float32)
+            )
         if v_B.shape != x_TB.shape[1:]:
             raise ValueError(
-                f"LIF: the slices of one fresh_state must agree in all but time; "
+                "LIF: the slices of one fresh_state must agree in all but time; "
                 f"got {tuple(x_TB.shape[1:])} after {tuple(v_B.shape)}"
             )
         return v_B
@@ -119,25 +137,28 @@ class LIF(nn.Module):
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
         """u[t] of x[t] and v[t-1], element by element.
 
-        In memory of its own, which `fire` writes to: neither a view nor what the backward of its own last operation keeps.
-        """
+        In memory of its own, which `fire` writes to: neither a view nor what the backward of its
+        own last operation keeps."""
         current_B = (1 - self.leak) * x_B if self.decay_input else x_B
         return torch.add(current_B, v_B, alpha=self.leak)
 
     def extra_repr(self) -> str:
         return (
-            f"leak={self.leak}, threshold={self.threshold}, reset={self.reset!r}, subtract={self.subtract}, "
-            f"reset_gradient={self.reset_gradient!r}, decay_input={self.decay_input}, surrogate={self.surrogate}"
+            f"leak={self.leak}, threshold={self.threshold}, reset={self.reset!r},"
+            f" subtract={self.subtract}, reset_gradient={self.reset_gradient!r},"
+            f" decay_input={self.decay_input}, surrogate={self.surrogate}"
         )
 
 
 class PLIF(LIF):
     """Parametric LIF: `leak` is where it begins, and a layer's neurons share one that is learnt.
 
-        leak = sigmoid(w),      dL/dw = leak (1 - leak) sum_t g[t] v[t-1]          (decay_input: v[t-1] - x[t])
+        leak = sigmoid(w),      dL/dw = leak (1 - leak) sum_t g[t] v[t-1]          (decay_input:
+        v[t-1] - x[t])
 
-    with g[t] = dL/du[t] whole under BPTT, and of the time step alone under a rule that cuts the membrane's graph (SLTT). All
-    else is `LIF`'s, the seams too. Rules whose traces or rates take the leak for a constant refuse it.
+    with g[t] = dL/du[t] whole under BPTT, and of the time step alone under a rule that cuts the
+    membrane's graph (SLTT). All else is `LIF`'s, the seams too. Rules whose traces or rates take
+    the leak for a constant refuse it.
 
     Raises: ValueError for a leak that no w gives, and what LIF refuses.
     Source: Fang et al. 2021 (arXiv 2007.05785), whose 1 / tau is 1 - leak, with decay_input.
@@ -155,7 +176,10 @@ class PLIF(LIF):
         surrogate: Surrogate = Triangle(),
     ) -> None:
         if not 0 < leak < 1:
-            raise ValueError(f"PLIF: leak must be in 0..1, both excluded, for a sigmoid reaches neither; got leak={leak}")
+            raise ValueError(
+                "PLIF: leak must be in 0..1, both excluded, for a sigmoid reaches neither; got"
+                f" leak={leak}"
+            )
         super().__init__(
             leak,
             threshold=threshold,
@@ -174,15 +198,20 @@ class PLIF(LIF):
 
     def extra_repr(self) -> str:
         return (
-            f"leak={self.leak_logit.sigmoid().item():.4g}, threshold={self.threshold}, reset={self.reset!r}, "
-            f"subtract={self.subtract}, reset_gradient={self.reset_gradient!r}, decay_input={self.decay_input}, "
-            f"surrogate={self.surrogate}"
+            f"leak={self.leak_logit.sigmoid().item():.4g}, threshold={self.threshold},"
+            f" reset={self.reset!r}, subtract={self.subtract},"
+            f" reset_gradient={self.reset_gradient!r}, decay_input={self.decay_input},"
+            f" surrogate={self.surrogate}"
         )
 
 
 def learnt_leaks(model: nn.Module) -> list[str]:
     """The neurons of `model` whose leak is learnt, by module name."""
-    return [name or "the model itself" for name, module in model.named_modules() if isinstance(module, PLIF)]
+    return [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        if isinstance(module, PLIF)
+    ]
 
 
 def IF(
@@ -194,7 +223,14 @@ def IF(
     surrogate: Surrogate = Triangle(),
 ) -> LIF:
     """Integrate-and-fire: the LIF that forgets nothing, leak 1."""
-    return LIF(1.0, threshold=threshold, reset=reset, subtract=subtract, reset_gradient=reset_gradient, surrogate=surrogate)
+    return LIF(
+        1.0,
+        threshold=threshold,
+        reset=reset,
+        subtract=subtract,
+        reset_gradient=reset_gradient,
+        surrogate=surrogate,
+    )
 
 
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:

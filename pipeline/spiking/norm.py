@@ -3,13 +3,14 @@
     y = gain (x - mean) / sqrt(var + eps) + bias
 
 Two named choices, both part of the model and so of the study:
-`over="step"` takes mean and (biased) variance at each time step, so that T steps at once equal T slices;
-`over="time"` takes them over T and B together, as most published Transformers do; online rules refuse it.
-`between="rank"` normalises by each rank's own samples; `between="world"` by all ranks' samples, exactly, whatever the
-local batch sizes (torch's SyncBatchNorm runs on CUDA alone, checked on torch 2.13).
+`over="step"` takes mean and (biased) variance at each time step, so that T steps at once equal T
+slices; `over="time"` takes them over T and B together, as most published Transformers do; online
+rules refuse it. `between="rank"` normalises by each rank's own samples; `between="world"` by all
+ranks' samples, exactly, whatever the local batch sizes (torch's SyncBatchNorm runs on CUDA alone,
+checked on torch 2.13).
 
-A still image (`encode.is_still`) has the same statistics at every step: they are taken once, and the running ones end where
-all steps would have brought them.
+A still image (`encode.is_still`) has the same statistics at every step: they are taken once, and
+the running ones end where all steps would have brought them.
 """
 
 # T time, B batch, C channels, R ranks
@@ -30,11 +31,12 @@ from pipeline.spiking.state import attribute_set
 class BatchNorm(nn.Module):
     """Batch norm on `[T, B, C]` or `[T, B, C, H, W]`.
 
-    In train mode the running statistics move once per time step (`over="time"`: once per call), under `no_grad` too; in
-    eval mode, and where `frozen` is set, they rest and take the place of the batch's. With `between="world"` every rank must
-    make the same calls.
+    In train mode the running statistics move once per time step (`over="time"`: once per call),
+    under `no_grad` too; in eval mode, and where `frozen` is set, they rest and take the place of
+    the batch's. With `between="world"` every rank must make the same calls.
 
-    Raises: ValueError for an unknown `over` or `between`, or when the third dimension is not `channels`.
+    Raises: ValueError for an unknown `over` or `between`, or when the third dimension is not
+    `channels`.
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167).
     """
 
@@ -67,7 +69,10 @@ class BatchNorm(nn.Module):
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         if x_TBC.dim() < 3 or x_TBC.shape[2] != self.channels:
-            raise ValueError(f"BatchNorm: the input must be [T, B, {self.channels}, ...]; got shape {tuple(x_TBC.shape)}")
+            raise ValueError(
+                f"BatchNorm: the input must be [T, B, {self.channels}, ...]; got shape"
+                f" {tuple(x_TBC.shape)}"
+            )
         if self.stands_for is not None or is_still(x_TBC):
             return repeat(self._normalize(x_TBC[0], self.stands_for or len(x_TBC)), len(x_TBC))
         if self.uses_batch and self.over == "step":
@@ -85,7 +90,14 @@ class BatchNorm(nn.Module):
             return self._normalize_over_ranks(x_NC, times)
         if not self.uses_batch or times == 1:
             return F.batch_norm(
-                x_NC, self.running_mean, self.running_var, self.weight, self.bias, self.uses_batch, self.momentum, self.eps
+                x_NC,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.uses_batch,
+                self.momentum,
+                self.eps,
             )
         # With momentum 1, what the running statistics become is the batch's.
         mean_C, var_C = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
@@ -105,40 +117,50 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _move(self, mean_C: Tensor, var_C: Tensor, count: Tensor | int, times: int) -> None:
-        """The running statistics, by mean and biased variance of `count` samples at each of `times` equal steps."""
+        """The running statistics, by mean and biased variance of `count` samples at each of `times`
+        equal steps.
+        """
         moves, samples = (times, count) if self.over == "step" else (1, count * times)
         part = 1 - (1 - self.momentum) ** moves  # so many moves towards one value
         self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), part)
         self.running_var.lerp_((var_C * (samples / (samples - 1))).to(self.running_var.dtype), part)
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, eps={self.eps}, momentum={self.momentum}, over={self.over!r}, between={self.between!r}"
+        return (
+            f"{self.channels}, eps={self.eps}, momentum={self.momentum}, over={self.over!r},"
+            f" between={self.between!r}"
+        )
 
 
 def is_foreign_norm(module: nn.Module) -> bool:
-    """Whether `module` is another class than `BatchNorm` and takes or keeps statistics over all samples of its input.
+    """Whether `module` is another class than `BatchNorm` and takes or keeps statistics over all
+    samples of its input.
 
-    Examples are torch's BatchNorm, its InstanceNorm with running statistics, and timm's BatchNormAct2d and EvoNorm2dB0. Their
-    input has no time axis, `[T B, C, ...]`, so their statistics mix the time steps of a call. A layer whose weight is a buffer
-    (torchvision's FrozenBatchNorm2d) takes no statistics.
+    Examples are torch's BatchNorm, its InstanceNorm with running statistics, and timm's
+    BatchNormAct2d and EvoNorm2dB0. Their input has no time axis, `[T B, C, ...]`, so their
+    statistics mix the time steps of a call. A layer whose weight is a buffer (torchvision's
+    FrozenBatchNorm2d) takes no statistics.
     """
     if isinstance(module, BatchNorm):
         return False
     buffers = dict(module.named_buffers(recurse=False))
-    return isinstance(module, _BatchNorm) or ("weight" not in buffers and bool(buffers.keys() & {"running_mean", "running_var"}))
+    return isinstance(module, _BatchNorm) or (
+        "weight" not in buffers and bool(buffers.keys() & {"running_mean", "running_var"})
+    )
 
 
 def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The foreign norms of `model` that use batch statistics in training, by module name.
 
-    A norm that stays in evaluation mode when the model is put into training mode uses its running statistics: it is left out.
-    """
+    A norm that stays in evaluation mode when the model is put into training mode uses its running
+    statistics: it is left out."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     found = {
         name or "the model itself": module
         for name, module in model.named_modules()
-        if is_foreign_norm(module) and (module.training or not getattr(module, "track_running_stats", True))
+        if is_foreign_norm(module)
+        and (module.training or not getattr(module, "track_running_stats", True))
     }
     for module, mode in modes.items():
         module.training = mode
@@ -150,20 +172,26 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def by_own_samples(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, batch norms under `model` normalise by the samples of this rank: for what one rank computes, or each by itself."""
+    """Inside, batch norms under `model` normalise by the samples of this rank: for what one rank
+    computes, or each by itself.
+    """
     return attribute_set(batch_norms(model), "between", "rank")
 
 
 def standing_for(model: nn.Module, steps: int) -> AbstractContextManager[None]:
-    """Inside, the slices that batch norms under `model` see are one frame, which stands for so many time steps."""
+    """Inside, the slices that batch norms under `model` see are one frame, which stands for so many
+    time steps.
+    """
     return attribute_set(batch_norms(model), "stands_for", steps)
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over the samples of all ranks, with gradient, and the number of samples.
+    """Mean and biased variance per channel over the samples of all ranks, with gradient, and the
+    number of samples.
 
-    One collective: each rank fills its own row of a table, and the sum over ranks is the whole table. Mean and squared
-    deviations are combined by Chan's rule, which does not cancel as E[x^2] - E[x]^2 does.
+    One collective: each rank fills its own row of a table, and the sum over ranks is the whole
+    table. Mean and squared deviations are combined by Chan's rule, which does not cancel as E[x^2]
+    - E[x]^2 does.
 
     Source: Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115), eq. 2.1.
     """

@@ -1,4 +1,6 @@
-"""Synapses whose weight is the parameter itself, for rules whose promise is about what an update does to W x."""
+"""Synapses whose weight is the parameter itself, for rules whose promise is about what an update
+does to W x.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,12 +13,16 @@ from pipeline.spiking.norm import is_foreign_norm
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
-def plain_synapses(who: str, model: nn.Module, *, skip: Sequence[str] = ()) -> dict[str, Linear | Conv2d]:
-    """Every Linear and Conv2d outside the modules in `skip`, by module name, in order of registration.
+def plain_synapses(
+    who: str, model: nn.Module, *, skip: Sequence[str] = ()
+) -> dict[str, Linear | Conv2d]:
+    """Every Linear and Conv2d outside the modules in `skip`, by module name, in order of
+    registration.
 
-    Raises: ValueError, in the name of `who`, that names a weight which is not its parameter (standardised, parametrised,
-    limited in its norm, of another class), a matrix that belongs to no synapse, two synapses with one weight, groups,
-    another batch norm than spiking.norm's, or an entry of `skip` that is no module.
+    Raises: ValueError, in the name of `who`, that names a weight which is not its parameter
+    (standardised, parametrised, limited in its norm, of another class), a matrix that belongs to no
+    synapse, two synapses with one weight, groups, another batch norm than spiking.norm's, or an
+    entry of `skip` that is no module.
     """
     modules = dict(model.named_modules())
     for name in skip:
@@ -29,23 +35,34 @@ def plain_synapses(who: str, model: nn.Module, *, skip: Sequence[str] = ()) -> d
         why = _why_not(module)
         if why is not None:
             raise ValueError(
-                f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the parameter itself; "
-                f"got {why} at {name or 'the model itself'}"
+                f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the"
+                f" parameter itself; got {why} at {name or 'the model itself'}"
             )
         if isinstance(module, (Linear, Conv2d)):
             found[name] = module
     weights = {id(synapse.weight) for synapse in found.values()}
     for name, parameter in named_parameters(model, skip=skip):
         if parameter.dim() > 1 and id(parameter) not in weights:
-            raise ValueError(f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}")
+            raise ValueError(
+                f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}"
+            )
     if not found or len(weights) < len(found):
-        raise ValueError(f"{who}: the model must have synapses, each with a weight of its own; got {', '.join(found) or 'none'}")
+        raise ValueError(
+            f"{who}: the model must have synapses, each with a weight of its own; got"
+            f" {', '.join(found) or 'none'}"
+        )
     return found
 
 
-def named_parameters(model: nn.Module, *, skip: Sequence[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(
+    model: nn.Module, *, skip: Sequence[str] = ()
+) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters outside the modules in `skip`."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if not is_inside(name, skip))
+    return (
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if not is_inside(name, skip)
+    )
 
 
 def is_inside(name: str, modules: Sequence[str]) -> bool:
@@ -56,7 +73,10 @@ def is_inside(name: str, modules: Sequence[str]) -> bool:
 def _why_not(module: nn.Module) -> str | None:
     """What speaks against a module, in words."""
     if is_foreign_norm(module):
-        return f"{type(module).__name__}, which cannot be frozen (pipeline.spiking.norm.BatchNorm can),"
+        return (
+            f"{type(module).__name__}, which cannot be frozen (pipeline.spiking.norm.BatchNorm"
+            " can),"
+        )
     if isinstance(module, Limited):
         return f"{type(module).__name__}, which scales the weight,"
     if not isinstance(module, (nn.Linear, _ConvNd)):

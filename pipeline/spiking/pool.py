@@ -1,7 +1,8 @@
-"""The mean of every square of pixels, of which nothing is kept: torch's own (2.13) keeps its input, for no more than its shape.
+"""The mean of every square of pixels, of which nothing is kept: torch's own (2.13) keeps its input,
+for no more than its shape.
 
-On a CPU slices are added up, which on small images took a sixth of the time of torch's pool, and backwards a quarter of it
-(docs/LOG.md).
+On a CPU slices are added up, which on small images took a sixth of the time of torch's pool, and
+backwards a quarter of it (docs/LOG.md).
 """
 
 # N images, C channels, H W pixels
@@ -17,7 +18,8 @@ from pipeline.counts import refuse_unless_counts
 
 
 class MeanPool(nn.Module):
-    """The means of `size` x `size` pixels side by side: `[N, C, H, W]` to `[N, C, H // size, W // size]`.
+    """The means of `size` x `size` pixels side by side: `[N, C, H, W]` to `[N, C, H // size, W //
+    size]`.
 
     What is left over at the right and at the bottom is left out, as in `nn.AvgPool2d(size)`.
 
@@ -31,7 +33,10 @@ class MeanPool(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if min(x_NCHW.shape[-2:]) < self.size:
-            raise ValueError(f"MeanPool: an image must have {self.size} pixels a side; got {tuple(x_NCHW.shape[-2:])}")
+            raise ValueError(
+                f"MeanPool: an image must have {self.size} pixels a side; got"
+                f" {tuple(x_NCHW.shape[-2:])}"
+            )
         return _Mean.apply(x_NCHW, self.size)  # type: ignore[return-value]  # apply is untyped
 
     def extra_repr(self) -> str:
@@ -50,7 +55,9 @@ class _Mean(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (g,) = grad_outputs
         share = g / ctx.size**2
-        return (into_slices if g.device.type == "cpu" else enlarged)(share, ctx.shape, ctx.size), None
+        return (into_slices if g.device.type == "cpu" else enlarged)(
+            share, ctx.shape, ctx.size
+        ), None
 
 
 def mean_of_slices(x_NCHW: Tensor, size: int) -> Tensor:
@@ -61,7 +68,9 @@ def mean_of_slices(x_NCHW: Tensor, size: int) -> Tensor:
 
 
 def into_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """Each pixel of `share` at every place of its square, and 0 where none is: many kernels, and the fastest way on a CPU."""
+    """Each pixel of `share` at every place of its square, and 0 where none is: many kernels, and
+    the fastest way on a CPU.
+    """
     height, width = (pixels * size for pixels in share.shape[-2:])
     made = (share.new_empty if (height, width) == shape[-2:] else share.new_zeros)(shape)
     for row in range(size):
@@ -73,5 +82,7 @@ def into_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
 def enlarged(share: Tensor, shape: torch.Size, size: int) -> Tensor:
     """The same in one kernel, and another where pixels are left over."""
     made = F.interpolate(share, scale_factor=size, mode="nearest")
-    below, right = (whole - covered for whole, covered in zip(shape[-2:], made.shape[-2:], strict=True))
+    below, right = (
+        whole - covered for whole, covered in zip(shape[-2:], made.shape[-2:], strict=True)
+    )
     return F.pad(made, (0, right, 0, below)) if below or right else made

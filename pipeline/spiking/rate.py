@@ -1,21 +1,28 @@
-"""Rate-coded neurons: spikes of a learnable height, whose mean over time is a ramp with two corners.
+"""Rate-coded neurons: spikes of a learnable height, whose mean over time is a ramp with two
+corners.
 
-    IF:    u[t] = v[t-1] + x[t]                      LIF:    u[t] = b v[t-1] + (1 - b) x[t],    b = exp(-dt / tau)
-    s[t] = 1 if u[t] >= alpha threshold else 0       v[t] = u[t] - threshold s[t],    v[0] = 0
+    IF:    u[t] = v[t-1] + x[t]                      LIF:    u[t] = b v[t-1] + (1 - b) x[t],    b =
+    exp(-dt / tau) s[t] = 1 if u[t] >= alpha threshold else 0       v[t] = u[t] - threshold s[t],
+    v[0] = 0
     out[t] = height s[t]
 
-Unrolled from 0 to T, with weights w[t] that sum to 1, rate r = sum_t w[t] out[t] and mean input I = sum_t w[t] x[t]:
+Unrolled from 0 to T, with weights w[t] that sum to 1, rate r = sum_t w[t] out[t] and mean input I =
+sum_t w[t] x[t]:
 
-    r = gain I - v[T] / (dt sum_t b^(T-t)),          so    r is near clamp(gain I, 0, height) while v[T] is small
+    r = gain I - v[T] / (dt sum_t b^(T-t)),          so    r is near clamp(gain I, 0, height) while
+    v[T] is small
 
-            w[t]                    gain            height              |r - clamp| for a constant input, at most
-    IF      1 / T                   1               threshold           max(alpha, 1 - alpha) height / T
-    LIF     b^(T-t) / sum           (1 - b) / dt    threshold / dt      max(alpha, 1 - alpha) height (1 - b) / (1 - b^T)
+            w[t]                    gain            height              |r - clamp| for a constant
+            input, at most
+    IF      1 / T                   1               threshold           max(alpha, 1 - alpha) height
+    / T
+    LIF     b^(T-t) / sum           (1 - b) / dt    threshold / dt      max(alpha, 1 - alpha) height
+    (1 - b) / (1 - b^T)
 
 IF's error falls with T; LIF's does not, it falls with dt. Input that changes obeys neither bound.
 
-Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There LIF's gain is 1 / tau, which (1 - b) / dt is at dt = 0.
-"""
+Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There LIF's gain is 1 / tau,
+which (1 - b) / dt is at dt = 0."""
 
 # T time, B batch, K classes
 
@@ -33,13 +40,14 @@ from pipeline.spiking.surrogate import Surrogate, Triangle, spike
 class RateNeuron(LIF):
     """What `RateIF` and `RateLIF` make: a LIF whose spikes are worth `threshold / dt` each.
 
-    `threshold`, a parameter of shape (1,), is in units of the potential; the neuron fires at `alpha` of it, which centres
-    the error of the rate. It is kept from below at `bound` by a view: the parameter itself is never written to, as ZeRO
-    trains a copy of it, and its gradient passes the bound unchanged, so that it is linear in the batch and the same for
-    any number of ranks. That gradient is multiplied by `threshold_gradient`, under every rule.
+    `threshold`, a parameter of shape (1,), is in units of the potential; the neuron fires at
+    `alpha` of it, which centres the error of the rate. It is kept from below at `bound` by a view:
+    the parameter itself is never written to, as ZeRO trains a copy of it, and its gradient passes
+    the bound unchanged, so that it is linear in the batch and the same for any number of ranks.
+    That gradient is multiplied by `threshold_gradient`, under every rule.
 
-    The seams are LIF's. Without a rule the spike has the surrogate's derivative, on u / threshold - alpha, and a detached
-    reset.
+    The seams are LIF's. Without a rule the spike has the surrogate's derivative, on u / threshold -
+    alpha, and a detached reset.
 
     Raises: ValueError for arguments out of range.
     """
@@ -61,9 +69,15 @@ class RateNeuron(LIF):
         if not 0 < alpha <= 1:
             raise ValueError(f"{who}: alpha must be above 0 and at most 1; got alpha={alpha}")
         if not 0 < bound <= threshold:
-            raise ValueError(f"{who}: bound must be above 0 and at most the threshold; got bound={bound}, threshold={threshold}")
+            raise ValueError(
+                f"{who}: bound must be above 0 and at most the threshold; got bound={bound},"
+                f" threshold={threshold}"
+            )
         if not threshold_gradient >= 0:
-            raise ValueError(f"{who}: threshold_gradient must be >= 0; got threshold_gradient={threshold_gradient}")
+            raise ValueError(
+                f"{who}: threshold_gradient must be >= 0; got"
+                f" threshold_gradient={threshold_gradient}"
+            )
         super().__init__(leak, decay_input=leak < 1, surrogate=surrogate)
         del self.threshold, self.subtract  # numbers; here one parameter stands for both
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
@@ -124,11 +138,13 @@ def RateLIF(
     threshold_gradient: float | None = None,
     surrogate: Surrogate = Triangle(),
 ) -> RateNeuron:
-    """DSR's leaky neuron; `tau` and `dt`, the length of a time step, in one unit of time. The defaults are CIFAR's.
+    """DSR's leaky neuron; `tau` and `dt`, the length of a time step, in one unit of time. The
+    defaults are CIFAR's.
 
-    `threshold_gradient=None` is dt^2. What the network feels is the height threshold / dt, so the exact derivative by the
-    threshold (1.0) moves the height under SGD by 1 / dt^2 = 400 times of what it would move as a parameter itself; dt^2
-    makes up for that, and is what the published code does (its gradient has dt in the place of 1 / dt).
+    `threshold_gradient=None` is dt^2. What the network feels is the height threshold / dt, so the
+    exact derivative by the threshold (1.0) moves the height under SGD by 1 / dt^2 = 400 times of
+    what it would move as a parameter itself; dt^2 makes up for that, and is what the published code
+    does (its gradient has dt in the place of 1 / dt).
 
     Raises: ValueError for tau or dt that are not positive.
     """
@@ -146,7 +162,8 @@ def RateLIF(
 
 
 class WeightedRates(nn.Module):
-    """Readout of LIF rates: step t times T w[t], so that the mean over time of what comes out is the weighted rate.
+    """Readout of LIF rates: step t times T w[t], so that the mean over time of what comes out is
+    the weighted rate.
 
         y[t] = T w[t] x[t],      mean_t y[t] = sum_t w[t] x[t]
 
@@ -162,7 +179,10 @@ class WeightedRates(nn.Module):
 
     def forward(self, x_TBK: Tensor) -> Tensor:
         if self.state.read("seen") is not None:
-            raise ValueError("WeightedRates: weights depend on T, so all T steps must come at once; got a second slice")
+            raise ValueError(
+                "WeightedRates: weights depend on T, so all T steps must come at once; got a second"
+                " slice"
+            )
         self.state.write("seen", x_TBK.new_empty(0))
         weights_T = rate_weights(self.leak, x_TBK).view(-1, *[1] * (x_TBK.dim() - 1))
         return x_TBK * (len(x_TBK) * weights_T).to(x_TBK.dtype)
@@ -172,7 +192,9 @@ class WeightedRates(nn.Module):
 
 
 def rate_readout(neuron: nn.Module) -> nn.Module:
-    """What stands between a network's last layer and its logits: weights where its neurons' rates are weighted."""
+    """What stands between a network's last layer and its logits: weights where its neurons' rates
+    are weighted.
+    """
     if isinstance(neuron, RateNeuron) and neuron.leak < 1:
         return WeightedRates(neuron.leak)
     return nn.Identity()

@@ -1,4 +1,5 @@
-"""Backward through a sequence of which only the membranes between slices were kept: each slice is computed again.
+"""Backward through a sequence of which only the membranes between slices were kept: each slice is
+computed again.
 
     run = Recomputed(model, slices)
     logits_TBK = run.forward()                       # no graph
@@ -33,7 +34,9 @@ class _Moment:
 
 
 class Recomputed:
-    """One forward over `slices` of a sequence, and its backward. Used inside one `fresh_state`, which both must share."""
+    """One forward over `slices` of a sequence, and its backward. Used inside one `fresh_state`,
+    which both must share.
+    """
 
     def __init__(self, model: nn.Module, slices: Sequence[Tensor]) -> None:
         self.model = model
@@ -51,12 +54,18 @@ class Recomputed:
         return torch.cat(logits)
 
     def scalar(self, loss: Tensor, error_TBK: Tensor) -> Tensor:
-        """A scalar worth `loss` whose gradient is that of sum(error logits), the error a constant."""
-        kept = [tensor for moment in self.moments for tensor in (*moment.membranes, *moment.buffers)]
+        """A scalar worth `loss` whose gradient is that of sum(error logits), the error a
+        constant.
+        """
+        kept = [
+            tensor for moment in self.moments for tensor in (*moment.membranes, *moment.buffers)
+        ]
         return _Scalar.apply(loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt)  # type: ignore[return-value]
 
     def gradients(self, error_TBK: Tensor, kept: Sequence[Tensor]) -> list[Tensor | None]:
-        """sum over slices, newest first, of error^T dlogits/dW and of what comes back through the membranes after the slice."""
+        """sum over slices, newest first, of error^T dlogits/dW and of what comes back through the
+        membranes after the slice.
+        """
         total: list[Tensor | None] = [None] * len(self.learnt)
         errors = error_TBK.split([x_cB.shape[0] for x_cB in self.slices])
         kept = list(kept)
@@ -64,7 +73,9 @@ class Recomputed:
         now = self._now()
         device = error_TBK.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for x_cB, error_cBK, moment in reversed(list(zip(self.slices, errors, self.moments, strict=True))):
+            for x_cB, error_cBK, moment in reversed(
+                list(zip(self.slices, errors, self.moments, strict=True))
+            ):
                 kept, buffers = _split_last(kept, len(moment.buffers))
                 kept, membranes = _split_last(kept, len(moment.membranes))
                 leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in membranes]
@@ -82,10 +93,16 @@ class Recomputed:
                 for index, gradient in enumerate(found[: len(self.learnt)]):
                     if gradient is not None:
                         total[index] = gradient if total[index] is None else total[index] + gradient  # type: ignore[operator]
-                carried = [place for place, leaf in zip(moment.places, leaves, strict=True) if leaf.requires_grad]
+                carried = [
+                    place
+                    for place, leaf in zip(moment.places, leaves, strict=True)
+                    if leaf.requires_grad
+                ]
                 after = {
                     (id(state), name): gradient
-                    for (state, name), gradient in zip(carried, found[len(self.learnt) :], strict=True)
+                    for (state, name), gradient in zip(
+                        carried, found[len(self.learnt) :], strict=True
+                    )
                     if gradient is not None
                 }
         self._set(now, now.membranes, now.buffers)
@@ -98,7 +115,10 @@ class Recomputed:
             places=places,
             membranes=[state.values[name].detach() for state, name in places],
             buffers=[buffer.clone() for buffer in self.model.buffers()],
-            generators=(torch.get_rng_state(), None if cuda is None else torch.cuda.get_rng_state(cuda)),
+            generators=(
+                torch.get_rng_state(),
+                None if cuda is None else torch.cuda.get_rng_state(cuda),
+            ),
         )
 
     def _set(self, moment: _Moment, membranes: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
@@ -112,14 +132,20 @@ class Recomputed:
         host, device = moment.generators
         torch.set_rng_state(host)
         if device is not None:
-            torch.cuda.set_rng_state(device, next(p.device for p in self.model.parameters() if p.is_cuda))
+            torch.cuda.set_rng_state(
+                device, next(p.device for p in self.model.parameters() if p.is_cuda)
+            )
 
 
 class _Scalar(torch.autograd.Function):
-    """What was kept goes through `save_for_backward`, so that whoever counts saved bytes counts it."""
+    """What was kept goes through `save_for_backward`, so that whoever counts saved bytes counts
+    it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, run: Recomputed, count: int, error_TBK: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, loss: Tensor, run: Recomputed, count: int, error_TBK: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.run, ctx.count = run, count
         ctx.save_for_backward(error_TBK, *tensors[:count])
         return loss.clone()

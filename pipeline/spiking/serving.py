@@ -1,10 +1,12 @@
-"""What a product is worked out for, where it is neither the forward of a network nor the backward of one.
+"""What a product is worked out for, where it is neither the forward of a network nor the backward
+of one.
 
     with serving("solver"):
         ...                      # every product in here belongs to the solver
 
-A rule says so where its own work begins, and whoever counts operations (`measure/operations.py`) asks `served()`. Inner beats
-outer. It costs two moves of a context variable, and nothing happens where nobody asks.
+A rule says so where its own work begins, and whoever counts operations (`measure/operations.py`)
+asks `served()`. Inner beats outer. It costs two moves of a context variable, and nothing happens
+where nobody asks.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from contextvars import ContextVar
 from typing import Literal
 
 Served = Literal["recomputation", "solver", "feedback", "lateral", "rates", "limit"]
-"""recomputation: a forward made again for its backward; solver: the adjoint of an equilibrium; feedback: signals to hidden
-layers, and learning what makes them; lateral: the subspaces of old tasks, and the projection; rates: means over time; limit: the
-norm of a weight that is limited"""
+"""recomputation: a forward made again for its backward; solver: the adjoint of an equilibrium;
+feedback: signals to hidden layers, and learning what makes them; lateral: the subspaces of old
+tasks, and the projection; rates: means over time; limit: the norm of a weight that is limited"""
 
 _served: ContextVar[Served | None] = ContextVar("served", default=None)
 

@@ -1,8 +1,9 @@
 """beta = g + J^T beta, solved for each sample of a batch by itself.
 
-Both solvers start at beta = 0, ask for J^T v of the whole batch at once, and let each sample stop on its own: as soon as
-its residual |g + J^T beta - beta| is at most `tolerance` times |g|, so that neither the batch that a sample is in nor the
-scale of the loss changes its solution. A sample that has stopped keeps its solution while the others go on.
+Both solvers start at beta = 0, ask for J^T v of the whole batch at once, and let each sample stop
+on its own: as soon as its residual |g + J^T beta - beta| is at most `tolerance` times |g|, so that
+neither the batch that a sample is in nor the scale of the loss changes its solution. A sample that
+has stopped keeps its solution while the others go on.
 """
 
 # B batch, D units of a sample, K terms of a low-rank history
@@ -18,7 +19,9 @@ ESCAPED = 1e6
 
 @dataclass(frozen=True)
 class Solution:
-    """`residual_B` is |g + J^T beta - beta| / |g| of `beta_B` (0 where g is); `iterations_B` counts evaluations of J^T."""
+    """`residual_B` is |g + J^T beta - beta| / |g| of `beta_B` (0 where g is); `iterations_B` counts
+    evaluations of J^T.
+    """
 
     beta_B: Tensor
     residual_B: Tensor
@@ -26,12 +29,15 @@ class Solution:
 
 
 @torch.no_grad()
-def fixed_point(g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float) -> Solution:
-    """beta <- (beta + J^T beta + g) / 2, which converges where every eigenvalue of J lies within 2 of -1: for every
-    contraction, and beyond.
+def fixed_point(
+    g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
+) -> Solution:
+    """beta <- (beta + J^T beta + g) / 2, which converges where every eigenvalue of J lies within 2
+    of -1: for every contraction, and beyond.
 
-    Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published code iterates
-    beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta) / 2.
+    Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published
+    code iterates beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta)
+    / 2.
     """
     progress = _Progress(g_B, tolerance, keep="last")
     beta_B, r_B = torch.zeros_like(g_B), g_B
@@ -46,15 +52,20 @@ def fixed_point(g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iteratio
 
 
 @torch.no_grad()
-def broyden(g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float) -> Solution:
-    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search; the iterate of lowest residual is returned.
+def broyden(
+    g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
+) -> Solution:
+    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search; the iterate of
+    lowest residual is returned.
 
-        delta = -H r(beta),     beta <- beta + delta,     H <- H + (delta - H dr) (delta^T H) / (delta^T H dr),     H_0 = -I
+        delta = -H r(beta),     beta <- beta + delta,     H <- H + (delta - H dr) (delta^T H) /
+        (delta^T H dr),     H_0 = -I
 
-    H is kept as -I and one rank-one term for each iteration, of each sample its own: 2 x iterations x D numbers a sample.
+    H is kept as -I and one rank-one term for each iteration, of each sample its own: 2 x iterations
+    x D numbers a sample.
 
-    Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377) for the
-    limited memory.
+    Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377)
+    for the limited memory.
     """
     progress = _Progress(g_B, tolerance, keep="lowest")
     g_BD = g_B.flatten(1)
@@ -67,11 +78,13 @@ def broyden(g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: 
         new_BD = transposed(beta_BD.view_as(g_B)).flatten(1) + g_BD - beta_BD
         progress.take(beta_BD.view_as(g_B), new_BD.view_as(g_B))
         u_BkD, w_BkD = u_BKD[:, :k], w_BKD[:, :k]
-        # With h = H r(new) before the update, H dr = h + delta, so the new term is -h w^T / (w . dr) with w = H^T delta.
+        # With h = H r(new) before the update, H dr = h + delta, so the new term is -h w^T / (w .
+        # dr) with w = H^T delta.
         w_BD = _product(w_BkD, u_BkD, delta_BD) - delta_BD
         h_BD = _product(u_BkD, w_BkD, new_BD) - new_BD
         bend_B1 = (w_BD * (new_BD - r_BD)).sum(1, keepdim=True)
-        # A sample that has stopped takes no step, and so learns nothing; one whose curvature vanishes keeps its H.
+        # A sample that has stopped takes no step, and so learns nothing; one whose curvature
+        # vanishes keeps its H.
         is_live_B1 = progress.running_B[:, None] & (bend_B1.abs() > torch.finfo(g_BD.dtype).tiny)
         u_BKD[:, k] = torch.where(is_live_B1, -h_BD / bend_B1, 0)
         w_BKD[:, k] = torch.where(is_live_B1, w_BD, 0)
@@ -108,7 +121,9 @@ class _Progress:
 
     def take(self, beta_B: Tensor, r_B: Tensor) -> None:
         now_B = _norm(r_B) / self.scale_B
-        taken_B = self.running_B & (now_B < self.residual_B) if self.keep == "lowest" else self.running_B
+        taken_B = (
+            self.running_B & (now_B < self.residual_B) if self.keep == "lowest" else self.running_B
+        )
         self.residual_B = torch.where(taken_B, now_B, self.residual_B)
         self.beta_B = torch.where(_over(taken_B, beta_B), beta_B, self.beta_B)
         self.iterations_B = self.iterations_B + self.running_B

@@ -1,8 +1,9 @@
 """What a network remembers between time steps, and who clears it.
 
-A module with memory holds a `State` as its attribute `state`; `fresh_state(model)` is the only owner: it opens every
-state of a model at the start of a batch and empties it at the end. The values are plain tensors, not buffers: a buffer
-would enter `state_dict`, and DDP would overwrite it by rank 0's at each forward (measured on torch 2.13).
+A module with memory holds a `State` as its attribute `state`; `fresh_state(model)` is the only
+owner: it opens every state of a model at the start of a batch and empties it at the end. The values
+are plain tensors, not buffers: a buffer would enter `state_dict`, and DDP would overwrite it by
+rank 0's at each forward (measured on torch 2.13).
 """
 
 from collections.abc import Container, Iterable, Iterator
@@ -12,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# Where a rule puts its callables. A callable with memory of its own (a trace) holds a `State` as `state`, too.
+# Where a rule puts its callables. A callable with memory of its own (a trace) holds a `State` as
+# `state`, too.
 SEAMS = ("presynaptic", "backward_weight", "carry", "gradient", "adjoint")
 
 
@@ -48,8 +50,9 @@ class State:
 def fresh_state(model: nn.Module) -> Iterator[None]:
     """Every neuron of `model` at rest, for the length of one batch.
 
-    Inside, T slices of length 1 continue one another and equal one call on T. On exit, by an exception too, everything
-    remembered is dropped: a membrane with a graph would keep that graph alive and break `deepcopy`.
+    Inside, T slices of length 1 continue one another and equal one call on T. On exit, by an
+    exception too, everything remembered is dropped: a membrane with a graph would keep that graph
+    alive and break `deepcopy`.
 
     Raises: ValueError when the model is already inside a fresh_state.
     """
@@ -57,7 +60,8 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
     for state in states:
         if state.is_open:
             raise ValueError(
-                f"fresh_state: leave the first fresh_state before entering another; got a {state.owner} already open"
+                "fresh_state: leave the first fresh_state before entering another; got a"
+                f" {state.owner} already open"
             )
     for state in states:
         state.is_open = True
@@ -71,7 +75,9 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attribute_set(holders: Iterable[Any], name: str, value: object) -> Iterator[None]:
-    """Inside, the attribute `name` of each of `holders` is `value`; afterwards it is what it was."""
+    """Inside, the attribute `name` of each of `holders` is `value`; afterwards it is what it
+    was.
+    """
     before = [(holder, getattr(holder, name)) for holder in holders]
     for holder, _ in before:
         setattr(holder, name, value)
@@ -105,10 +111,11 @@ def states_of(model: nn.Module) -> list[State]:
 
 
 def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:
-    """Bytes of membranes, traces, and what slices share with its gradient, each storage once; 0 outside `fresh_state`.
+    """Bytes of membranes, traces, and what slices share with its gradient, each storage once; 0
+    outside `fresh_state`.
 
-    Those `beside` storages that are counted already, each by its `_cdata`: a trace is what backward keeps as well.
-    """
+    Those `beside` storages that are counted already, each by its `_cdata`: a trace is what backward
+    keeps as well."""
     values = (value for state in states_of(model) for value in state.values.values())
     storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in values}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in beside)

@@ -1,8 +1,9 @@
-"""What stands before the first neuron, computed once for a still image, however many slices of time steps read it.
+"""What stands before the first neuron, computed once for a still image, however many slices of time
+steps read it.
 
-A call on several steps of a still image computes them once as it is (`encode.is_still`); slices share what the first of them
-computed (`once.py`). A synapse whose `presynaptic` gives another factor at each step is computed at each step.
-"""
+A call on several steps of a still image computes them once as it is (`encode.is_still`); slices
+share what the first of them computed (`once.py`). A synapse whose `presynaptic` gives another
+factor at each step is computed at each step."""
 
 # T time, B batch
 
@@ -18,7 +19,8 @@ from pipeline.spiking.state import State
 
 
 class OncePerImage(nn.Sequential):
-    """Synapse, norm, pool and the like before the first neuron, as at the head of the file; nothing in it remembers or draws.
+    """Synapse, norm, pool and the like before the first neuron, as at the head of the file; nothing
+    in it remembers or draws.
 
     Its running statistics move at the first slice, as far as all T steps move them.
     """
@@ -60,4 +62,5 @@ def _is_slice_of_the_image(x_TB: Tensor, sharing: Sharing) -> bool:
 
 def _place(x: Tensor) -> tuple[int, int]:
     """Storage and offset; a tensor without values, as a forecast counts with, has no address."""
-    return x.untyped_storage()._cdata, x.storage_offset()  # type: ignore[return-value]  # torch's stub says Tensor
+    # torch's stub says Tensor
+    return x.untyped_storage()._cdata, x.storage_offset()  # type: ignore[return-value]

@@ -1,15 +1,18 @@
-"""The subspace that the inputs of a layer span, learnt by lateral neurons from Hebbian and anti-Hebbian plasticity.
+"""The subspace that the inputs of a layer span, learnt by lateral neurons from Hebbian and
+anti-Hebbian plasticity.
 
     y = x H^T                                     lateral neurons, one for each row of H
-    D = clamp(E[y^T (x - y H)], -10, 10)          Hebbian in y x, anti-Hebbian in y (y H);  E over samples and time steps
-    m <- momentum m + (1 - momentum) D,   H <- H + rate m         for the rows that still learn
+    D = clamp(E[y^T (x - y H)], -10, 10)          Hebbian in y x, anti-Hebbian in y (y H);  E over
+    samples and time steps m <- momentum m + (1 - momentum) D,   H <- H + rate m         for the
+    rows that still learn
 
-Frozen rows take part in y H, so new rows learn what the old ones leave over. D sees the inputs only through their second
-moments, D = H S (I - H^T H) with S = E[x^T x]: adding up S over time steps, micro-batches and ranks and iterating once for a
-global batch gives every rank the same H, however the batch was cut.
+Frozen rows take part in y H, so new rows learn what the old ones leave over. D sees the inputs only
+through their second moments, D = H S (I - H^T H) with S = E[x^T x]: adding up S over time steps,
+micro-batches and ranks and iterating once for a global batch gives every rank the same H, however
+the batch was cut.
 
-Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi 10.1142/S0129065789000475) for the subspace rule.
-"""
+Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi
+10.1142/S0129065789000475) for the subspace rule."""
 
 # N samples and time steps, C inputs of a layer, K lateral neurons
 
@@ -26,11 +29,12 @@ LARGEST_RESPONSE = 20.0
 
 
 class Subspace(nn.Module):
-    """H over `size` inputs: the rows `old`, frozen, and the rows `new`, which learn; both orthonormal, and to each other.
+    """H over `size` inputs: the rows `old`, frozen, and the rows `new`, which learn; both
+    orthonormal, and to each other.
 
-    Orthonormality is an attractor of the Hebbian rule, but only where the rows have inputs to learn from; the projection
-    relies on it. So the new rows are made orthonormal after each batch (their span stays) - an addition to the published rule.
-    """
+    Orthonormality is an attractor of the Hebbian rule, but only where the rows have inputs to learn
+    from; the projection relies on it. So the new rows are made orthonormal after each batch (their
+    span stays) - an addition to the published rule."""
 
     old: Tensor
     new: Tensor
@@ -55,11 +59,17 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def grow(self, count: int, *, key: int) -> None:
-        """Freeze what was learnt, and begin `count` new rows, drawn from `key` alone, orthogonal to all others."""
+        """Freeze what was learnt, and begin `count` new rows, drawn from `key` alone, orthogonal to
+        all others.
+        """
         old, dtype, device = self.old.double(), self.old.dtype, self.old.device
-        self.old = torch.cat([self.old, orthonormal(orthonormal(self.new.double(), old), old).to(dtype)])
+        self.old = torch.cat(
+            [self.old, orthonormal(orthonormal(self.new.double(), old), old).to(dtype)]
+        )
         generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
-        drawn = torch.randn(count, self.old.shape[1], generator=generator, dtype=torch.float64).to(device)
+        drawn = torch.randn(count, self.old.shape[1], generator=generator, dtype=torch.float64).to(
+            device
+        )
         old = self.old.double()
         self.new = orthonormal(orthonormal(drawn, old), old).to(dtype)
         self.velocity = torch.zeros_like(self.new)
@@ -76,12 +86,16 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def project(self, g: Tensor) -> Tensor:
-        """g - (g H^T) H over the frozen rows; `g` is the gradient of a weight, flattened to `[outputs, C]`."""
+        """g - (g H^T) H over the frozen rows; `g` is the gradient of a weight, flattened to
+        `[outputs, C]`.
+        """
         with torch.autocast(g.device.type, enabled=False), serving("lateral"):
             g_KC = g.flatten(1).to(self.old.dtype)
             return (g_KC - (g_KC @ self.old.T) @ self.old).view_as(g).to(g.dtype)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
+    ) -> None:
         # The number of rows is a matter of the tasks so far: a checkpoint brings it.
         for name in ("old", "new", "velocity"):
             saved = state_dict.get(prefix + name)
@@ -95,7 +109,8 @@ class SecondMoments:
 
     `mean` turns sums over the samples of this rank into means over all; it is collective, and every
     rank must hold the same number of samples. `drive` is E[y^T (x - y H)] of the rows that learn.
-    `energy` is the share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2; it is 1
+    `energy` is the share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2; it is
+    1
     where x is silent.
     """
 
@@ -125,8 +140,9 @@ class SpikingMoments:
 
     y is clipped to +-20 and rounded to 1 / steps of that.
 
-    They fire once for each batch, with the weights of its beginning; the iterations move the weights under the same spikes.
-    (Published ones fire anew in each iteration, for which a global batch would have to be kept.)
+    They fire once for each batch, with the weights of its beginning; the iterations move the
+    weights under the same spikes. (Published ones fire anew in each iteration, for which a global
+    batch would have to be kept.)
     """
 
     def __init__(self, subspace: Subspace, *, steps: int) -> None:
@@ -163,16 +179,23 @@ Moments = SecondMoments | SpikingMoments
 
 def _share(kept: Tensor, energy: Tensor) -> Tensor:
     """kept / energy; of silent inputs, all is kept."""
-    return torch.where(energy > 0, kept / energy.clamp_min(torch.finfo(energy.dtype).tiny), torch.ones_like(energy))
+    return torch.where(
+        energy > 0, kept / energy.clamp_min(torch.finfo(energy.dtype).tiny), torch.ones_like(energy)
+    )
 
 
 def in_spikes(y: Tensor, steps: int) -> Tensor:
-    """What `steps` time steps of signed spikes can say of y: clipped to +-20, in steps of 20 / `steps`."""
-    return (y.clamp(-LARGEST_RESPONSE, LARGEST_RESPONSE) * (steps / LARGEST_RESPONSE)).round() * (LARGEST_RESPONSE / steps)
+    """What `steps` time steps of signed spikes can say of y: clipped to +-20, in steps of 20 /
+    `steps`.
+    """
+    return (y.clamp(-LARGEST_RESPONSE, LARGEST_RESPONSE) * (steps / LARGEST_RESPONSE)).round() * (
+        LARGEST_RESPONSE / steps
+    )
 
 
 def orthonormal(rows: Tensor, others: Tensor) -> Tensor:
-    """Rows of the same span, apart from what lies in that of `others`: orthonormal, and orthogonal to `others`.
+    """Rows of the same span, apart from what lies in that of `others`: orthonormal, and orthogonal
+    to `others`.
 
     Gram-Schmidt in the order of the rows; where they are orthonormal already, nothing changes.
     """

@@ -1,8 +1,8 @@
 """Spike functions: a step forward, a smooth window backward.
 
-Each is a frozen value, of which nothing is learnt. The step is the same for all: of `u - threshold` (in thresholds) `spike` gives
-1 where it is >= 0, in the same dtype, and keeps that argument alone. What differs is `derivative`, by which the backward
-multiplies.
+Each is a frozen value, of which nothing is learnt. The step is the same for all: of `u - threshold`
+(in thresholds) `spike` gives 1 where it is >= 0, in the same dtype, and keeps that argument alone.
+What differs is `derivative`, by which the backward multiplies.
 """
 
 import math
@@ -25,8 +25,8 @@ class Surrogate(Protocol):
 class Triangle:
     """psi(x) = max(0, a - a^2 |x|), a = `alpha`.
 
-    Source: SLTT's default (Meng et al. 2023, arXiv 2302.14311); with a = 1 also half the derivative of the polynomial
-    sign of Bi-Real Net (Liu et al. 2018, arXiv 1808.00278).
+    Source: SLTT's default (Meng et al. 2023, arXiv 2302.14311); with a = 1 also half the derivative
+    of the polynomial sign of Bi-Real Net (Liu et al. 2018, arXiv 1808.00278).
     """
 
     alpha: float = 1.0
@@ -84,17 +84,28 @@ class ATan:
         _check_alpha(self, self.alpha)
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
-        return (math.pi / 2 * self.alpha * u_minus_threshold).square_().add_(1).reciprocal_().mul_(self.alpha / 2)
+        return (
+            (math.pi / 2 * self.alpha * u_minus_threshold)
+            .square_()
+            .add_(1)
+            .reciprocal_()
+            .mul_(self.alpha / 2)
+        )
 
 
 def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
     """s = 1 where the argument is >= 0, else 0; backward g * surrogate.derivative."""
-    return _Spike.apply(u_minus_threshold, surrogate)  # type: ignore[return-value]  # apply is untyped in torch 2.13
+    # apply is untyped in torch 2.13
+    return _Spike.apply(u_minus_threshold, surrogate)  # type: ignore[return-value]
 
 
 def heaviside(u_minus_threshold: Tensor) -> Tensor:
-    """1 where the argument is >= 0, else 0, in its dtype: for operations that have a backward of their own."""
-    return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))  # no booleans in between
+    """1 where the argument is >= 0, else 0, in its dtype: for operations that have a backward of
+    their own.
+    """
+    return torch.ge(
+        u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold)
+    )  # no booleans in between
 
 
 class _Spike(torch.autograd.Function):

@@ -1,19 +1,26 @@
-"""Synapses: torch's linear maps on time-first tensors, with a seam for each of the two things that their backward multiplies.
+"""Synapses: torch's linear maps on time-first tensors, with a seam for each of the two things that
+their backward multiplies.
 
-`weights="standardized"` is scaled weight standardisation (sWS), the normalisation of networks without batch norm:
+`weights="standardized"` is scaled weight standardisation (sWS), the normalisation of networks
+without batch norm:
 
-    W^ = gain (W - mean) / sqrt(fan_in var + 1e-4),   mean and unbiased var per output filter, gain learnable
+    W^ = gain (W - mean) / sqrt(fan_in var + 1e-4),   mean and unbiased var per output filter, gain
+    learnable
 
-A synapse may be given a `binarizer` (`spiking/binary.py`), which makes a weight of one bit of the parameter at every call;
-its `weights` are "1-bit" then. Weights that are made of the parameter are made once for all slices of a batch (`once.py`).
+A synapse may be given a `binarizer` (`spiking/binary.py`), which makes a weight of one bit of the
+parameter at every call; its `weights` are "1-bit" then. Weights that are made of the parameter are
+made once for all slices of a batch (`once.py`).
 
-The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the weight gradient uses in the place of the
-input: dL/dW = sum_t g[t] factor[t]^T. The seam `backward_weight: weight -> weight`, where set, gives the weight that carries
-the error down: dL/dx = backward_weight(W)^T g. Neither touches the other; one forward, one backward op, no second pass.
+The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the weight gradient uses
+in the place of the input: dL/dW = sum_t g[t] factor[t]^T. The seam `backward_weight: weight ->
+weight`, where set, gives the weight that carries the error down: dL/dx = backward_weight(W)^T g.
+Neither touches the other; one forward, one backward op, no second pass.
 
-`forward` takes another `weight` where one is given, such as a limited one (`spiking/limit.py`); bias and seams stay.
+`forward` takes another `weight` where one is given, such as a limited one (`spiking/limit.py`);
+bias and seams stay.
 
-Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT and SLTT's NF-ResNet.
+Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT and SLTT's
+NF-ResNet.
 """
 
 # T time, B batch, C channels, H W pixels
@@ -40,7 +47,9 @@ BackwardWeight = Callable[[Tensor], Tensor]
 
 
 def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
-    """Apply a map without memory to all time steps at once: `[T, B, ...]` as a batch of T * B; to a still image, once."""
+    """Apply a map without memory to all time steps at once: `[T, B, ...]` as a batch of T * B; to a
+    still image, once.
+    """
     if is_still(x_TB):
         return repeat(op(x_TB[0]), len(x_TB))
     return op(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
@@ -67,13 +76,18 @@ class Linear(nn.Linear, _Synapse):
     Raises: ValueError for an unknown `weights`, or for an input without a time axis.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, weights: Weights = "plain") -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, weights: Weights = "plain"
+    ) -> None:
         super().__init__(in_features, out_features, bias)
         self._add_seams(weights)
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() < 3:
-            raise ValueError(f"Linear: the input must be time first, [T, B, ..., C]; got shape {tuple(input.shape)}")
+            raise ValueError(
+                "Linear: the input must be time first, [T, B, ..., C]; got shape"
+                f" {tuple(input.shape)}"
+            )
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             if is_still(input):
@@ -84,9 +98,11 @@ class Linear(nn.Linear, _Synapse):
 
 
 class Conv2d(nn.Conv2d, _Synapse):
-    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding; `weights` and the seams as at the head of the file.
+    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding; `weights` and the seams as at the head
+    of the file.
 
-    Raises: ValueError for an unknown `weights`, padding given as a word, or an input without a time axis.
+    Raises: ValueError for an unknown `weights`, padding given as a word, or an input without a time
+    axis.
     """
 
     def __init__(
@@ -104,23 +120,38 @@ class Conv2d(nn.Conv2d, _Synapse):
     ) -> None:
         if isinstance(padding, str):
             raise ValueError(f"Conv2d: padding must be a number of pixels; got padding={padding!r}")
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
+        )
         self._add_seams(weights)
 
     def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:
         if input.dim() != 5:
-            raise ValueError(f"Conv2d: the input must be time first, [T, B, C, H, W]; got shape {tuple(input.shape)}")
+            raise ValueError(
+                "Conv2d: the input must be time first, [T, B, C, H, W]; got shape"
+                f" {tuple(input.shape)}"
+            )
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
             return folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        operands = (x_TB.flatten(0, 1), factor_TB.flatten(0, 1), weight, bias, self.backward_weight, geometry)
-        return _ConvWithSeams.apply(*operands).unflatten(0, input.shape[:2])  # type: ignore[union-attr]  # apply is untyped
+        operands = (
+            x_TB.flatten(0, 1),
+            factor_TB.flatten(0, 1),
+            weight,
+            bias,
+            self.backward_weight,
+            geometry,
+        )
+        # apply is untyped
+        return _ConvWithSeams.apply(*operands).unflatten(0, input.shape[:2])  # type: ignore[union-attr]
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
-    """The weight that multiplies: the parameter itself, its standardised form, or the one bit that a binarizer makes of it."""
+    """The weight that multiplies: the parameter itself, its standardised form, or the one bit that
+    a binarizer makes of it.
+    """
     if synapse.binarizer is not None:
         return synapse.binarizer(synapse.weight)
     return synapse.weight if synapse.gain is None else _standardized(synapse.weight, synapse.gain)
@@ -135,19 +166,27 @@ def _weight_for(synapse: Linear | Conv2d, x_TB: Tensor) -> Tensor:
 
 def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     fan_in = weight[0].numel()
-    # Batch norm with filters as channels is this standardisation in one fused op that keeps the parameter, a mean and a
-    # scale per filter (timm's ScaledStdConv does the same). Its variance is biased, so both constants are rewritten:
-    # fan_in unbiased + eps = fan_in^2 / (fan_in - 1) (biased + eps (fan_in - 1) / fan_in^2).
+    # Batch norm with filters as channels is this standardisation in one fused op that keeps the
+    # parameter, a mean and a scale per filter (timm's ScaledStdConv does the same). Its variance is
+    # biased, so both constants are rewritten: fan_in unbiased + eps = fan_in^2 / (fan_in - 1)
+    # (biased + eps (fan_in - 1) / fan_in^2).
     scale = math.sqrt(fan_in - 1) / fan_in
     flat_1CN = weight.reshape(1, weight.shape[0], fan_in)
     eps = STANDARDIZATION_EPS * scale**2
-    return F.batch_norm(flat_1CN, None, None, (gain * scale).flatten(), training=True, eps=eps).view_as(weight)
+    return F.batch_norm(
+        flat_1CN, None, None, (gain * scale).flatten(), training=True, eps=eps
+    ).view_as(weight)
 
 
 class _LinearWithSeams(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TBC: Tensor, factor_TBC: Tensor, weight: Tensor, bias: Tensor | None, downward: BackwardWeight | None
+        ctx: Any,
+        x_TBC: Tensor,
+        factor_TBC: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        downward: BackwardWeight | None,
     ) -> Tensor:
         ctx.save_for_backward(factor_TBC, weight)
         ctx.downward = downward
@@ -188,8 +227,9 @@ class _ConvWithSeams(torch.autograd.Function):
         factor_NCHW, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
-        # The input enters this op only through the weight gradient (its shape aside), and the weight only through the
-        # input's: handing it the factor and the carrier of the error gives both.
+        # The input enters this op only through the weight gradient (its shape aside), and the
+        # weight only through the input's: handing it the factor and the carrier of the error gives
+        # both.
         g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
             grad_outputs[0],
             factor_NCHW,
@@ -214,23 +254,35 @@ def carrier(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
 def _operands(
     x_TB: Tensor, presynaptic: Presynaptic | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, its factor, weight and bias in one dtype: what autocast does for torch's ops, it does not for ours."""
+    """x, its factor, weight and bias in one dtype: what autocast does for torch's ops, it does not
+    for ours.
+    """
     with torch.no_grad():
         factor_TB = x_TB if presynaptic is None else presynaptic(x_TB)
     if factor_TB.shape != x_TB.shape:
         raise ValueError(
-            f"presynaptic: the factor must have the shape of the input, {tuple(x_TB.shape)}; got {tuple(factor_TB.shape)}"
+            f"presynaptic: the factor must have the shape of the input, {tuple(x_TB.shape)}; got"
+            f" {tuple(factor_TB.shape)}"
         )
     kind = x_TB.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return x_TB.to(dtype), factor_TB.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return (
+        x_TB.to(dtype),
+        factor_TB.to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
 
 
 def _gain(name: str, weight: Tensor, weights: str) -> nn.Parameter | None:
     if weights == "plain":
         return None
     if weights != "standardized":
-        raise ValueError(f"{name}: weights must be 'plain' or 'standardized'; got weights={weights!r}")
+        raise ValueError(
+            f"{name}: weights must be 'plain' or 'standardized'; got weights={weights!r}"
+        )
     if weight[0].numel() < 2:
-        raise ValueError(f"{name}: standardized weights need a fan-in of at least 2; got {weight[0].numel()}")
+        raise ValueError(
+            f"{name}: standardized weights need a fan-in of at least 2; got {weight[0].numel()}"
+        )
     return nn.Parameter(torch.ones(weight.shape[0], *[1] * (weight.dim() - 1)))

@@ -1,4 +1,6 @@
-"""The trace of what a synapse saw, which OTTT and OPZO multiply with the error, and the models that traces can be kept in."""
+"""The trace of what a synapse saw, which OTTT and OPZO multiply with the error, and the models that
+traces can be kept in.
+"""
 
 # T time, B batch
 
@@ -17,7 +19,9 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 class Trace:
-    """The seam `presynaptic` of a synapse: x[t] -> a[t] = leak a[t-1] + x[t], without a graph and never below fp32."""
+    """The seam `presynaptic` of a synapse: x[t] -> a[t] = leak a[t-1] + x[t], without a graph and
+    never below fp32.
+    """
 
     def __init__(self, leak: float) -> None:
         self.leak = leak
@@ -29,27 +33,40 @@ class Trace:
         # A tensor of its own from the first step on: the factor must not be x itself.
         a_TB = torch.empty_like(x_TB, dtype=torch.promote_types(x_TB.dtype, torch.float32))
         for t, x_B in enumerate(x_TB.unbind(0)):
-            a_B = a_TB[t].copy_(x_B) if a_B is None else torch.add(x_B, a_B, alpha=self.leak, out=a_TB[t])
+            a_B = (
+                a_TB[t].copy_(x_B)
+                if a_B is None
+                else torch.add(x_B, a_B, alpha=self.leak, out=a_TB[t])
+            )
         # What is remembered beyond the slice holds one step, not the slice.
         self.state.write("a", a_TB[-1] if len(a_TB) == 1 else a_TB[-1].clone())
         return a_TB
 
 
 def the_leak(who: str, model: nn.Module, leak: float | None = None) -> float:
-    """The one leak of all neurons of `model`, at which traces of their inputs forget; a `leak` that is given must be it.
+    """The one leak of all neurons of `model`, at which traces of their inputs forget; a `leak` that
+    is given must be it.
 
-    Raises: ValueError, in the name of `who`, that names the neurons which differ, or which learn theirs.
+    Raises: ValueError, in the name of `who`, that names the neurons which differ, or which learn
+    theirs.
     """
     if learnt := learnt_leaks(model):
         raise ValueError(
-            f"{who}: traces and rates take the leak for a constant, so it must not be learnt; got PLIF at {', '.join(learnt)}"
+            f"{who}: traces and rates take the leak for a constant, so it must not be learnt; got"
+            f" PLIF at {', '.join(learnt)}"
         )
     leaks = {name or "the model itself": neuron.leak for name, neuron in named_neurons(model)}
     if not leaks:
-        raise ValueError(f"{who}: the model must have LIF neurons, whose leak traces and rates share; got {type(model).__name__}")
+        raise ValueError(
+            f"{who}: the model must have LIF neurons, whose leak traces and rates share; got"
+            f" {type(model).__name__}"
+        )
     others = {name: each for name, each in leaks.items() if each != leak}
     if leak is not None and others:
-        raise ValueError(f"{who}: leak must be that of the neurons, which the traces feed; got {leak} and {_listed(others)}")
+        raise ValueError(
+            f"{who}: leak must be that of the neurons, which the traces feed; got {leak} and"
+            f" {_listed(others)}"
+        )
     if len(set(leaks.values())) > 1:
         raise ValueError(f"{who}: the neurons must share one leak; got {_listed(leaks)}")
     return next(iter(leaks.values()))
@@ -58,19 +75,22 @@ def the_leak(who: str, model: nn.Module, leak: float | None = None) -> float:
 def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]:
     """Every synapse of `model` by module name, in order of registration.
 
-    Raises: ValueError, in the name of `who`, for a layer with weights that cannot hold a trace, or a model without synapses.
-    """
+    Raises: ValueError, in the name of `who`, for a layer with weights that cannot hold a trace, or
+    a model without synapses."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Conv2d)):
             found[name] = module
         elif isinstance(module, (nn.Linear, _ConvNd)):
             raise ValueError(
-                f"{who}: the layers with weights must be of pipeline.spiking.synapse, which holds the traces; "
-                f"got torch's {type(module).__name__} at {name}"
+                f"{who}: the layers with weights must be of pipeline.spiking.synapse, which holds"
+                f" the traces; got torch's {type(module).__name__} at {name}"
             )
     if not found:
-        raise ValueError(f"{who}: the model must have synapses, which hold the traces; got {type(model).__name__}")
+        raise ValueError(
+            f"{who}: the model must have synapses, which hold the traces; got"
+            f" {type(model).__name__}"
+        )
     return found
 
 
@@ -86,20 +106,24 @@ def refuse_batch_norm(who: str, model: nn.Module) -> None:
     ]
     if names:
         raise ValueError(
-            f"{who}: a trace cannot pass batch norm; standardise the weights instead (weights='standardized'); "
-            f"got batch norm at {', '.join(names)}"
+            f"{who}: a trace cannot pass batch norm; standardise the weights instead"
+            f" (weights='standardized'); got batch norm at {', '.join(names)}"
         )
 
 
 @contextmanager
 def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Fills with the names of `modules` as they run, each once for every time step that it is run on."""
+    """Fills with the names of `modules` as they run, each once for every time step that it is run
+    on.
+    """
     ran: list[str] = []
 
     def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         ran.extend([name] * len(inputs[0]))
 
-    with hooked(module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()):
+    with hooked(
+        module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()
+    ):
         yield ran
 
 

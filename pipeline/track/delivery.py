@@ -71,7 +71,9 @@ class Delivery:
         a driver is looked for under the lock: one may have begun while another process delivered.
         """
         with one_at_a_time(self.run_dir.parent):
-            return self._advance(leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving)
+            return self._advance(
+                leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving
+            )
 
     def _advance(self, *, leaving: bool) -> bool:
         if not self._is_open and not self._open():
@@ -91,7 +93,9 @@ class Delivery:
                     self._journal_due = self._newest
             self._send(points, tags, params)
         while samples := self._system.poll(limit_bytes=_BLOCK):
-            self._send([point for each in samples for point in self._translation.points(each)], {}, {})
+            self._send(
+                [point for each in samples for point in self._translation.points(each)], {}, {}
+            )
         status = status or self._status[0]
         if status == "RUNNING" and leaving:
             status = "KILLED"
@@ -109,7 +113,12 @@ class Delivery:
         self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(client, experiment_id, start)
         self._client, self._run_id, self._is_open = client, run.info.run_id, True
-        write_note(self.run_dir, uri=without_password(self._uri), experiment_id=experiment_id, run_id=self._run_id)
+        write_note(
+            self.run_dir,
+            uri=without_password(self._uri),
+            experiment_id=experiment_id,
+            run_id=self._run_id,
+        )
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
         # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.
@@ -124,19 +133,28 @@ class Delivery:
             for twin in twins:  # a server that hung may have made it late, after a retry
                 client.delete_run(twin)
             run = client.get_run(kept)
-            if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):  # the process that made the parent died
+            if self._parent_id not in (
+                None,
+                run.data.tags.get(PARENT_OF),
+            ):  # the process that made the parent died
                 client.set_tag(kept, PARENT_OF, self._parent_id)
             return run
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
         if self._parent_id:
             tags[PARENT_OF] = self._parent_id
         name = str(start.get("run", self.run_dir.name))
-        return client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name)
+        return client.create_run(
+            experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
+        )
 
     def _send(self, points: list[Metric], tags: dict[str, str], params: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        new_tags = [RunTag(key, value[:5000]) for key, value in tags.items() if self._tags.get(key) != value[:5000]]
+        new_tags = [
+            RunTag(key, value[:5000])
+            for key, value in tags.items()
+            if self._tags.get(key) != value[:5000]
+        ]
         # MLflow takes a parameter once; what a restart changed is in the tags.
         new_params = [Param(key, value) for key, value in params.items() if key not in self._params]
         # One call: the client (3.17.2) cuts it to the limits of a request, and keeps the order.
@@ -148,7 +166,9 @@ class Delivery:
     def _set_status(self, status: str, ended: int) -> None:
         if status == "RUNNING" and self._status[0] != status:
             self._client.update_run(self._run_id, status=status)
-        elif status not in ("", "RUNNING") and (status != self._status[0] or ended not in (0, self._status[1])):
+        elif status not in ("", "RUNNING") and (
+            status != self._status[0] or ended not in (0, self._status[1])
+        ):
             self._client.set_terminated(self._run_id, status=status, end_time=ended or None)
         elif status in ("", self._parent_knows):
             return

@@ -19,21 +19,57 @@ STATES = tuple(_STATE_OF.values())
 
 # name -> its help text, and the event and field with the value
 _GAUGES: Mapping[str, tuple[str, str, str]] = {
-    "spiketrain_images_per_second": ("Samples that all workers train per second.", "step", "images_per_s"),
+    "spiketrain_images_per_second": (
+        "Samples that all workers train per second.",
+        "step",
+        "images_per_s",
+    ),
     "spiketrain_loss": ("Training loss, the mean since the step event before.", "step", "loss"),
-    "spiketrain_top1_ratio": ("Top-1 accuracy on what was trained since the step event before.", "step", "top1"),
+    "spiketrain_top1_ratio": (
+        "Top-1 accuracy on what was trained since the step event before.",
+        "step",
+        "top1",
+    ),
     "spiketrain_learning_rate": ("Learning rate of the first parameter group.", "step", "lr"),
     "spiketrain_step_seconds": ("Seconds of a global batch, on rank 0.", "step", "step_s"),
-    "spiketrain_data_wait_seconds": ("Seconds of a global batch that rank 0 waited for the loader.", "step", "data_wait_s"),
-    "spiketrain_memory_bytes": ("What rank 0 holds: on its GPU, resident where it has none.", "step", "memory_bytes"),
-    "spiketrain_evaluation_top1_ratio": ("Top-1 accuracy of the newest evaluation.", "evaluation", "top1"),
+    "spiketrain_data_wait_seconds": (
+        "Seconds of a global batch that rank 0 waited for the loader.",
+        "step",
+        "data_wait_s",
+    ),
+    "spiketrain_memory_bytes": (
+        "What rank 0 holds: on its GPU, resident where it has none.",
+        "step",
+        "memory_bytes",
+    ),
+    "spiketrain_evaluation_top1_ratio": (
+        "Top-1 accuracy of the newest evaluation.",
+        "evaluation",
+        "top1",
+    ),
     "spiketrain_evaluation_loss": ("Loss of the newest evaluation.", "evaluation", "loss"),
-    "spiketrain_firing_rate": ("Spikes per neuron and time step in the newest evaluation.", "evaluation", "firing_rate"),
+    "spiketrain_firing_rate": (
+        "Spikes per neuron and time step in the newest evaluation.",
+        "evaluation",
+        "firing_rate",
+    ),
     "spiketrain_total_steps": ("Global batches of the whole run.", "start", "total_steps"),
     "spiketrain_workers": ("Workers that train together.", "start", "world_size"),
-    "spiketrain_checkpoint_step": ("Global batches done at the newest checkpoint.", "checkpoint", "step"),
-    "spiketrain_checkpoint_timestamp_seconds": ("When the newest checkpoint was whole, in Unix time.", "checkpoint", "time"),
-    "spiketrain_checkpoint_seconds": ("Seconds that the newest checkpoint was written for.", "checkpoint", "write_s"),
+    "spiketrain_checkpoint_step": (
+        "Global batches done at the newest checkpoint.",
+        "checkpoint",
+        "step",
+    ),
+    "spiketrain_checkpoint_timestamp_seconds": (
+        "When the newest checkpoint was whole, in Unix time.",
+        "checkpoint",
+        "time",
+    ),
+    "spiketrain_checkpoint_seconds": (
+        "Seconds that the newest checkpoint was written for.",
+        "checkpoint",
+        "write_s",
+    ),
 }
 _LABELS = ("run", "recipe", "rule")
 
@@ -72,11 +108,15 @@ class _Run(Collector):
             gauge.add_metric(labels, value)
             yield gauge
         # Attempts are counted over the whole run: increase() can be asked of a counter.
-        restarts = CounterMetricFamily("spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS)
+        restarts = CounterMetricFamily(
+            "spiketrain_restarts_total", "Attempts after the first.", labels=_LABELS
+        )
         restarts.add_metric(labels, number(start.get("attempt")) or 0.0)
         yield restarts
         kind = next(kind for kind in reversed(of_kind) if kind in _STATE_OF)
-        state = GaugeMetricFamily("spiketrain_state", "1 for the state that the run is in.", labels=(*_LABELS, "state"))
+        state = GaugeMetricFamily(
+            "spiketrain_state", "1 for the state that the run is in.", labels=(*_LABELS, "state")
+        )
         for each in STATES:
             state.add_metric([*labels, each], float(each == _STATE_OF[kind]))
         yield state
@@ -111,13 +151,17 @@ class Exposed:
     def __init__(self, run: Path, say: Callable[[str], None]) -> None:
         folder = os.environ.get("SPIKETRAIN_METRICS")
         if folder and not Path(folder).is_dir():
-            raise ValueError(f"metrics: SPIKETRAIN_METRICS must be a folder that is there; got {folder}")
+            raise ValueError(
+                f"metrics: SPIKETRAIN_METRICS must be a folder that is there; got {folder}"
+            )
         self._file = Path(folder) / f"{run.name}.prom" if folder else None
         self._say = say
         self._newest = newest(read(run / "journal.jsonl")) if self._file else []
 
     def show(self, events: Sequence[Event]) -> None:
-        """Rewrite the file with new events. An error of the folder is said once; training goes on."""
+        """Rewrite the file with new events. An error of the folder is said once; training goes
+        on.
+        """
         if self._file is None or not events:
             return
         self._newest = newest([*self._newest, *events])
@@ -127,5 +171,8 @@ class Exposed:
             hidden.chmod(0o644)  # whatever the umask: the collector is another user
             hidden.replace(self._file)
         except OSError as error:
-            self._say(f"metrics: {self._file} cannot be written ({error.strerror}); the run goes on without")
+            self._say(
+                f"metrics: {self._file} cannot be written ({error.strerror}); the run goes on"
+                " without"
+            )
             self._file = None

@@ -18,4 +18,8 @@ JOURNAL_DUE = ("start", "evaluation", "fidelity", "finish", "stopped", "failed",
 def digests(run_dir: Path, *, is_finished: bool) -> dict[str, str]:
     """A digest of each file that is due and there, by its name; the journal is none of them."""
     due = (run_dir / name for name in (*AT_ONCE, *(AT_THE_END if is_finished else ())))
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in due if file.exists()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        for file in due
+        if file.exists()
+    }

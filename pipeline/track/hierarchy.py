@@ -5,7 +5,8 @@
                  report is its artifact
         child    one training run
 
-MLflow (3.17.2) makes experiments and runs in several steps: of two callers at once both can fail, or
+MLflow (3.17.2) makes experiments and runs in several steps: of two callers at once both can fail,
+or
 both make one. So callers hold `one_at_a_time` of the folder of runs.
 """
 
@@ -48,12 +49,15 @@ def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Pat
         try:
             return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
         except MlflowException:
-            found = client.get_experiment_by_name(name)  # made meanwhile, from another folder of runs
+            found = client.get_experiment_by_name(
+                name
+            )  # made meanwhile, from another folder of runs
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
         raise TrackingError(
-            f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore {found.experiment_id}"
+            f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore"
+            f" {found.experiment_id}"
         )
     return found.experiment_id
 
@@ -64,7 +68,9 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
         return None
     file, folder = sqlite_file(uri), name.replace("/", "-")
     if not is_name(folder):
-        raise TrackingError(f"{runs_dir}: the family of a run becomes a folder's name and must be one; got {name!r}")
+        raise TrackingError(
+            f"{runs_dir}: the family of a run becomes a folder's name and must be one; got {name!r}"
+        )
     return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
 
 
@@ -81,7 +87,9 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | N
         return found[0].info.run_id
     tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
     name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
-    made = client.create_run(experiment_id, start_time=milliseconds(start), tags=tags, run_name=name).info.run_id
+    made = client.create_run(
+        experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
+    ).info.run_id
     for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
         client.set_tag(run.info.run_id, PARENT_OF, made)
     return made
@@ -97,7 +105,10 @@ def suite_of(run_dir: Path, start: Event) -> Path | None:
     if not name:
         return None
     if not is_name(str(name)):
-        raise TrackingError(f"{run_dir}: its suite must be the name of a folder beside it; the journal says {name!r}")
+        raise TrackingError(
+            f"{run_dir}: its suite must be the name of a folder beside it; the journal says"
+            f" {name!r}"
+        )
     return run_dir.parent / str(name)
 
 
@@ -124,7 +135,9 @@ def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | Non
 
 def _status_in_suite(run: Run, needed: Collection[str]) -> str:
     """A diverged run counts as finished, unless other runs need its weights."""
-    is_result = run.info.run_name not in needed and run.data.tags.get("spiketrain.diverged") == "true"
+    is_result = (
+        run.info.run_name not in needed and run.data.tags.get("spiketrain.diverged") == "true"
+    )
     return "FINISHED" if is_result and run.info.status == "FAILED" else run.info.status
 
 
@@ -144,7 +157,8 @@ def one_at_a_time(runs_dir: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise TrackingError(
-                        f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f} s; see who it is"
+                        f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f}"
+                        " s; see who it is"
                     ) from None
             time.sleep(0.1)
         yield

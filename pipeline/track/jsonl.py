@@ -1,7 +1,8 @@
 """The journal of a run: append-only JSON lines, the source of MLflow, progress bar and reports.
 
-One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process may be killed at any byte:
-readers skip what is not a whole line, and a new attempt begins on a fresh one.
+One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process
+may be killed at any byte: readers skip what is not a whole line, and a new attempt begins on a
+fresh one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from typing import Any
 from pipeline.disk import sync_folder
 from pipeline.track.base import NullTracker
 
-__all__ = ["OF_NONE", "Event", "Follower", "Journal", "NullTracker", "first", "last", "read", "read_thinned"]
+__all__ = [
+    "OF_NONE",
+    "Event",
+    "Follower",
+    "Journal",
+    "NullTracker",
+    "first",
+    "last",
+    "read",
+    "read_thinned",
+]
 
 Event = dict[str, Any]
 OF_NONE = -1
@@ -38,25 +49,31 @@ class Journal:
         self.path = Path(path)
         self.attempt = attempt
         fresh = not self.path.exists()
-        self._fd: int | None = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd: int | None = os.open(
+            self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
+        )
         if fresh:
             sync_folder(self.path.parent)
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
-        """Append one event. NaN and infinities become "nan", "inf", "-inf", which `float` reads back.
+        """Append one event. NaN and infinities become "nan", "inf", "-inf", which `float` reads
+        back.
 
         Raises:
             ValueError: the journal is closed, or a field is called event, time or attempt.
             TypeError: a field has no JSON form.
-            OSError: the disk refused (part of) the line. Readers skip it; the next event begins anew.
+            OSError: the disk refused (part of) the line. Readers skip it; the next event begins
+            anew.
         """
         if self._fd is None:
             raise ValueError(f"journal {self.path} is closed; got event {kind!r}")
         for name in _RESERVED:
             if name in fields:
-                raise ValueError(f"journal: the field {name!r} is the journal's own; got it in event {kind!r}")
+                raise ValueError(
+                    f"journal: the field {name!r} is the journal's own; got it in event {kind!r}"
+                )
         line = {"event": kind, "time": time.time(), "attempt": self.attempt, **fields}
         data = json.dumps(_plain(line), allow_nan=False, default=_converted).encode() + b"\n"
         if self._torn:
@@ -67,7 +84,11 @@ class Journal:
             raise OSError(error.errno, f"journal: {error.strerror}", str(self.path)) from error
         self._torn = written < len(data)
         if self._torn:
-            raise OSError(errno.ENOSPC, f"journal: only {written} of {len(data)} bytes were written", str(self.path))
+            raise OSError(
+                errno.ENOSPC,
+                f"journal: only {written} of {len(data)} bytes were written",
+                str(self.path),
+            )
         if sync:
             os.fsync(self._fd)
 
@@ -89,7 +110,8 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Event]:
-    """As `read`, but only every `every`-th event of one kind; the lines of the others are not parsed.
+    """As `read`, but only every `every`-th event of one kind; the lines of the others are not
+    parsed.
 
     The last of them before an event of another kind is kept, too: a curve ends where it ended.
     """
@@ -136,7 +158,9 @@ class Follower:
                 if size < self.offset:
                     self.offset = 0
                 file.seek(self.offset)
-                block = file.read() if limit_bytes is None else file.read(limit_bytes) + file.readline()
+                block = (
+                    file.read() if limit_bytes is None else file.read(limit_bytes) + file.readline()
+                )
         except FileNotFoundError:
             return []
         whole = block[: block.rfind(b"\n") + 1]
@@ -184,7 +208,9 @@ def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
 
 
 def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Event | None]:
-    """The newest event of a kind at or behind `begin`, and where it begins; torn lines are skipped."""
+    """The newest event of a kind at or behind `begin`, and where it begins; torn lines are
+    skipped.
+    """
     at = text.rfind(_head(kind), begin)
     while at >= 0:
         end = text.find(b"\n", at)

@@ -35,7 +35,9 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
 
     MLflow resolves a relative one in the working directory, which differs in a Ray worker.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
+    uri = (
+        os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
+    )
     if uri.startswith(SQLITE) and not uri.startswith(SQLITE + "/"):
         uri = f"{SQLITE}{Path(uri.removeprefix(SQLITE)).resolve()}"
     return uri
@@ -59,11 +61,19 @@ class Mirror:
 
     It raises nothing: failures are retried, each time later, and `warning` is the newest one in one
     line (None: none). A journal that does not exist yet is waited for. `interval` is the seconds
-    between readings of the journal, `patience` the longest wait after failures. Meanwhile it samples
+    between readings of the journal, `patience` the longest wait after failures. Meanwhile it
+    samples
     the machine's load (`system`).
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str], *, uri: str, interval: float = 2.0, patience: float = 30.0) -> None:
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        *,
+        uri: str,
+        interval: float = 2.0,
+        patience: float = 30.0,
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.uri = uri
         self.warning: str | None = None
@@ -103,7 +113,11 @@ class Mirror:
                 failures = 0
                 self.warning = None
             if not leaving:
-                self._leaving.wait(min(self._interval * 2 ** min(failures, 10), self._patience) if failures else self._interval)
+                self._leaving.wait(
+                    min(self._interval * 2 ** min(failures, 10), self._patience)
+                    if failures
+                    else self._interval
+                )
                 continue
             last_tries += 1
             if failures == 0 or last_tries == 2:

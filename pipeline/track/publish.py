@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect, tracking_errors
 from pipeline.track.delivery import Delivery
-from pipeline.track.hierarchy import experiment_of, one_at_a_time, parent_of, set_parent_status, suite_of
+from pipeline.track.hierarchy import (
+    experiment_of,
+    one_at_a_time,
+    parent_of,
+    set_parent_status,
+    suite_of,
+)
 from pipeline.track.jsonl import first
 
 if TYPE_CHECKING:
@@ -32,13 +38,19 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: s
     Raises:
         TrackingError: MLflow could not be reached or refused; one line.
     """
-    starts = [(run, start) for run in runs if (start := first(run / "journal.jsonl", "start")) is not None]
-    of_suites = {start["study_parent"]: (run, start) for run, start in starts if start.get("study_parent")}
+    starts = [
+        (run, start) for run in runs if (start := first(run / "journal.jsonl", "start")) is not None
+    ]
+    of_suites = {
+        start["study_parent"]: (run, start) for run, start in starts if start.get("study_parent")
+    }
     parents: list[str] = []
     for run, start in of_suites.values():
         with tracking_errors(uri), one_at_a_time(run.parent):
             client = connect(uri)
-            parent = parent_of(client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start)
+            parent = parent_of(
+                client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start
+            )
             assert parent is not None, "its start names one"
             if name == REPORT:
                 client.log_text(parent, told, REPORT_DATA)
@@ -72,7 +84,9 @@ def register(
     delivery = Delivery(run_dir, uri=uri)
     with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
-            raise TrackingError(f"{run_dir} has no journal of a run that began; nothing to register")
+            raise TrackingError(
+                f"{run_dir} has no journal of a run that began; nothing to register"
+            )
         with one_at_a_time(run_dir.parent):
             return _register(connect(uri), delivery.run, checkpoint, name=name, alias=alias)
 
@@ -89,10 +103,14 @@ def _register(client: MlflowClient, run: Run, checkpoint: Path, *, name: str, al
         if version is None:
             # A server (3.17.2) refuses a local source outside of the run's artifacts.
             source = f"{run.info.artifact_uri}/{checkpoint.name}"
-            version = client.create_model_version(name, source, run.info.run_id, tags={"uri": address})
+            version = client.create_model_version(
+                name, source, run.info.run_id, tags={"uri": address}
+            )
         client.set_registered_model_alias(name, alias, version.version)
     except MlflowException as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
-        raise TrackingError(f"register: MLflow refuses the name {name!r}: {error.message}") from error
+        raise TrackingError(
+            f"register: MLflow refuses the name {name!r}: {error.message}"
+        ) from error
     return str(version.version)

@@ -5,7 +5,8 @@ machine. What a run itself takes is measured by its workers (`pipeline.measure`)
 
 MLflow's monitoring thread (3.17.2) writes to the store itself, ends for good at the first failed
 answer, and counts its steps by what the store holds. So only its monitors are used. Samples are
-appended to `RUN/system.jsonl` and delivered like everything else, with the time of the sample. After
+appended to `RUN/system.jsonl` and delivered like everything else, with the time of the sample.
+After
 a resume the count of steps continues from the file.
 """
 
@@ -28,7 +29,8 @@ INTERVAL_S = 10.0
 
 
 class Sampler:
-    """Appends a sample every `interval` seconds from a daemon thread, until `close`; raises nothing.
+    """Appends a sample every `interval` seconds from a daemon thread, until `close`; raises
+    nothing.
 
     As in MLflow, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off, and
     MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the interval. The driver that holds `driver.lock`
@@ -37,10 +39,17 @@ class Sampler:
 
     def __init__(self, run_dir: Path, *, interval: float | None = None) -> None:
         self._file = run_dir / FILE
-        self._interval = interval or _seconds(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")) or INTERVAL_S
+        self._interval = (
+            interval
+            or _seconds(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"))
+            or INTERVAL_S
+        )
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
-        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0"):
+        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in (
+            "false",
+            "0",
+        ):
             self._thread.start()
 
     def close(self) -> None:
@@ -60,7 +69,10 @@ class Sampler:
                     samples.event("system", step=step, metrics=_collect(monitors))
                     step += 1
         except Exception as error:  # a full disk, a card's driver that failed
-            warnings.warn(f"system metrics are no longer sampled: {type(error).__name__}: {error}", stacklevel=1)
+            warnings.warn(
+                f"system metrics are no longer sampled: {type(error).__name__}: {error}",
+                stacklevel=1,
+            )
 
 
 def _monitors() -> list[BaseMetricsMonitor]:

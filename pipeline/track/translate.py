@@ -24,9 +24,30 @@ _COUNTED = {
 }
 """kinds of events whose count is a tag; of `skipped` the count of samples"""
 _OF_WEIGHTS = ("evaluation", "fidelity")
-STATUS = {"start": "RUNNING", "finish": "FINISHED", "stopped": "KILLED", "failed": "FAILED", "diverged": "FAILED"}
-_TAGGED = ("recipe", "rule", "study", "study_parent", "seed", "world_size", "batch_size", "micro_batch", "precision", "zero",
-           "commit", "dirty", "data_fingerprint", "family", "suite")  # fmt: skip
+STATUS = {
+    "start": "RUNNING",
+    "finish": "FINISHED",
+    "stopped": "KILLED",
+    "failed": "FAILED",
+    "diverged": "FAILED",
+}
+_TAGGED = (
+    "recipe",
+    "rule",
+    "study",
+    "study_parent",
+    "seed",
+    "world_size",
+    "batch_size",
+    "micro_batch",
+    "precision",
+    "zero",
+    "commit",
+    "dirty",
+    "data_fingerprint",
+    "family",
+    "suite",
+)
 
 
 CHECKPOINT_TAG = "spiketrain.checkpoint"
@@ -39,7 +60,8 @@ class Translation:
     """Translates one run's events, in the journal's order. The first value of a step counts.
 
     MLflow takes no second value of a step. So an evaluation or a fidelity measurement waits for a
-    checkpoint at its step or later, or for the run to finish or diverge. Until then the run may fail,
+    checkpoint at its step or later, or for the run to finish or diverge. Until then the run may
+    fail,
     stop, or find that the ranks' weights differ, go back and measure again. Training metrics of
     batches that are rolled back are sent and stay; a tag names their steps.
 
@@ -59,16 +81,23 @@ class Translation:
 
     def points(self, event: Event) -> Iterator[Metric]:
         """The new metrics to send with this event: its own, or those that waited for it."""
-        kind, step = event["event"], _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        kind, step = (
+            event["event"],
+            _integer(event.get("step"), _integer(event.get("steps"), self._step)),
+        )
         if kind != "system":  # its steps count samples
             self._step = step
         if kind in _OF_WEIGHTS:
             self._waiting[kind, step] = event
             return
         if kind == "start":
-            self._waiting = {(of, at): each for (of, at), each in self._waiting.items() if at <= step}
+            self._waiting = {
+                (of, at): each for (of, at), each in self._waiting.items() if at <= step
+            }
         elif kind in ("checkpoint", "finish", "diverged"):
-            for of, at in sorted((key for key in self._waiting if key[1] <= step), key=lambda key: key[1]):
+            for of, at in sorted(
+                (key for key in self._waiting if key[1] <= step), key=lambda key: key[1]
+            ):
                 yield from self._new(self._waiting.pop((of, at)), at)
         yield from self._new(event, step)
 
@@ -88,18 +117,32 @@ class Translation:
     def tags(self, event: Event) -> dict[str, str]:
         kind = event["event"]
         if kind == "start":
-            tags = {f"spiketrain.{name}": str(event[name]) for name in _TAGGED if event.get(name) is not None}
+            tags = {
+                f"spiketrain.{name}": str(event[name])
+                for name in _TAGGED
+                if event.get(name) is not None
+            }
             params = event.get("params") or {}
-            tags |= {f"spiketrain.{name}": str(params[name]) for name in _TAGGED_PARAMS if name in params}
+            tags |= {
+                f"spiketrain.{name}": str(params[name]) for name in _TAGGED_PARAMS if name in params
+            }
             for group in ("hardware", "versions"):
-                tags |= {f"{group}.{_key(name)}": str(value) for name, value in (event.get(group) or {}).items()}
+                tags |= {
+                    f"{group}.{_key(name)}": str(value)
+                    for name, value in (event.get(group) or {}).items()
+                }
             if event.get("commit"):
                 tags["mlflow.source.git.commit"] = str(event["commit"])
             tags |= dict.fromkeys(self._of_ends, "")
-            return tags | {"spiketrain.attempt": str(event.get("attempt", 0)), "mlflow.source.name": str(event.get("recipe", ""))}
+            return tags | {
+                "spiketrain.attempt": str(event.get("attempt", 0)),
+                "mlflow.source.name": str(event.get("recipe", "")),
+            }
         if kind == "checkpoint" and event.get("path"):
             address = str(event["path"])
-            return {CHECKPOINT_TAG: address if "://" in address else Path(address).absolute().as_uri()}
+            return {
+                CHECKPOINT_TAG: address if "://" in address else Path(address).absolute().as_uri()
+            }
         if ended := _ended(event):
             self._of_ends |= ended.keys()
             return ended
@@ -113,7 +156,9 @@ class Translation:
 
     def _rolled_back_steps(self, rollback: Event) -> dict[str, str]:
         """The tag with the steps whose training metrics are of batches that were rolled back."""
-        self._rolled_back.append(f"{_integer(rollback.get('to'), 0) + 1}-{_integer(rollback.get('step'), 0) + 1}")
+        self._rolled_back.append(
+            f"{_integer(rollback.get('to'), 0) + 1}-{_integer(rollback.get('step'), 0) + 1}"
+        )
         return {"spiketrain.rolled_back": ", ".join(self._rolled_back)}
 
 
@@ -133,7 +178,10 @@ def _ended(event: Event) -> dict[str, str]:
     """The tags of an attempt that ended without finishing."""
     kind = event["event"]
     if kind in ("failed", "diverged"):
-        return {"spiketrain.error": str(event.get("error", "")), "spiketrain.diverged": str(kind == "diverged").lower()}
+        return {
+            "spiketrain.error": str(event.get("error", "")),
+            "spiketrain.diverged": str(kind == "diverged").lower(),
+        }
     if kind == "stopped":
         return {"spiketrain.stopped": str(event.get("reason", ""))}
     return {}
@@ -160,7 +208,11 @@ def _metrics(event: Event) -> Iterator[tuple[str, float]]:
     elif kind == "fidelity":
         values |= {name: event.get(name) for name in ("temporal_share", "cosines")}
     elif kind == "finish":
-        values |= {name: value for name, value in event.items() if name not in ("time", "attempt", "seed", "steps", "epochs")}
+        values |= {
+            name: value
+            for name, value in event.items()
+            if name not in ("time", "attempt", "seed", "steps", "epochs")
+        }
     yield from _numbers(prefix, values)
 
 

@@ -1,7 +1,8 @@
 """What the CIFAR recipes share: the data, the optimizer, the schedule, OTTT's network.
 
-CIFAR has no command of its own: `spiketrain write folder` reads it from pictures, SOURCE/train/CLASS/*.png and
-SOURCE/val/CLASS/*.png, the test set being val. `--mode raw` keeps the pixels as they are.
+CIFAR has no command of its own: `spiketrain write folder` reads it from pictures,
+SOURCE/train/CLASS/*.png and SOURCE/val/CLASS/*.png, the test set being val. `--mode raw` keeps the
+pixels as they are.
 """
 
 from __future__ import annotations
@@ -19,15 +20,26 @@ from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 
-# Mean and deviation of CIFAR-10's channels. The published codes of OTTT, IDE and SPIDE take them for CIFAR-100, too.
+# Mean and deviation of CIFAR-10's channels. The published codes of OTTT, IDE and SPIDE take them
+# for CIFAR-100, too.
 CIFAR10 = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 # The published codes of SLTT and DSR take CIFAR-100's own there.
 CIFAR100 = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
 
 
 def images(classes: int, *, statistics: Mapping[str, tuple[float, ...]] = CIFAR10) -> Spec:
-    """CIFAR-10 or CIFAR-100: crop after padding by 4 pixels, flip. The published Cutout is not part of it."""
-    return spec(Beton, folder=f"data/cifar{classes}", classes=classes, size=32, crop="shift", reach=4, **statistics)
+    """CIFAR-10 or CIFAR-100: crop after padding by 4 pixels, flip. The published Cutout is not part
+    of it.
+    """
+    return spec(
+        Beton,
+        folder=f"data/cifar{classes}",
+        classes=classes,
+        size=32,
+        crop="shift",
+        reach=4,
+        **statistics,
+    )
 
 
 def cifar(classes: int = 10) -> Recipe:
@@ -35,7 +47,9 @@ def cifar(classes: int = 10) -> Recipe:
     return Recipe(
         name=f"cifar{classes}",
         family="cifar",
-        model=spec(vgg_sws, classes=classes, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))),
+        model=spec(
+            vgg_sws, classes=classes, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+        ),
         rule=spec(OTTT),
         data=images(classes),
         objective=spec(CrossEntropy, mse=0.05, goal="one_hot"),

@@ -3,7 +3,8 @@
 Command:  spiketrain write folder --source cifar100 --out data/cifar100 --mode raw
           spiketrain launch recipes/cifar/cifar100_cifarnet_f_ide.py --workers 1
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247, the settings of CIFAR-10.
-Result:   not run (target, published: 73.07 % top-1, mean of several runs, best 73.43 %; T = 30: 71.56 %)
+Result:   not run (target, published: 73.07 % top-1, mean of several runs, best 73.43 %; T = 30:
+          71.56 %)
 """
 
 from __future__ import annotations

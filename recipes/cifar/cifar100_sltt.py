@@ -2,12 +2,13 @@
 
 Command:  spiketrain write folder --source cifar100 --out data/cifar100 --mode raw
           spiketrain launch recipes/cifar/cifar100_sltt.py --workers 1
-Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: T = 6, batch 128, 200 epochs, SGD 0.1 with cosine, weight decay 5e-4,
-          leak 1/11, 5 % squared error to a constant 1. The published Cutout is not part of this recipe.
+Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: T = 6, batch 128, 200 epochs, SGD 0.1 with
+          cosine, weight decay 5e-4, leak 1/11, 5 % squared error to a constant 1. The published
+          Cutout is not part of this recipe.
 Result:   not run (target, published: 74.67 % top-1; BPTT on the same network 73.80 %)
 
-The published BPTT keeps the gradient through the reset. Here the default detaches it; `--set model.neuron.reset_gradient=kept`
-keeps it.
+The published BPTT keeps the gradient through the reset. Here the default detaches it; `--set
+model.neuron.reset_gradient=kept` keeps it.
 """
 
 from __future__ import annotations

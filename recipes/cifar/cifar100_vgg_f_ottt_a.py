@@ -1,4 +1,5 @@
-"""VGG-F, whose last features come back to its first layer a time step later, on CIFAR-100 by OTTT-A.
+"""VGG-F, whose last features come back to its first layer a time step later, on CIFAR-100 by
+OTTT-A.
 
 Command:  spiketrain write folder --source cifar100 --out data/cifar100 --mode raw
           spiketrain launch recipes/cifar/cifar100_vgg_f_ottt_a.py --workers 1

@@ -2,11 +2,13 @@
 
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_alexnet_f_spide.py --workers 1
-Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its code: batch 128, 100 epochs, SGD 0.05 with
-          momentum 0.9, times 0.1 after 50 and 75 epochs, 400 steps of warm-up, dropout 0.2 on the currents, threshold 1, rest
-          at -1. The published loss is multiplied by S = 400 and the learning rate divided by it, which leaves 5e-4 / S of its
-          decay. Two differences: weights are drawn from a normal distribution here, and gradients of weights have the factor
-          1 / (1 - 0.2) of a current that is kept and 0 of one that is dropped, which the published code leaves out.
+Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its code: batch 128, 100
+          epochs, SGD 0.05 with momentum 0.9, times 0.1 after 50 and 75 epochs, 400 steps of
+          warm-up, dropout 0.2 on the currents, threshold 1, rest at -1. The published loss is
+          multiplied by S = 400 and the learning rate divided by it, which leaves 5e-4 / S of its
+          decay. Two differences: weights are drawn from a normal distribution here, and gradients
+          of weights have the factor 1 / (1 - 0.2) of a current that is kept and 0 of one that is
+          dropped, which the published code leaves out.
 Result:   not run (the published accuracies could not be had)
 """
 

@@ -3,7 +3,8 @@
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_cifarnet_f_ide.py --workers 1
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247, the settings of AlexNet-F.
-Result:   not run (target, published: 92.52 % top-1, mean of several runs, best 92.82 %; T = 30: 92.08 %)
+Result:   not run (target, published: 92.52 % top-1, mean of several runs, best 92.82 %; T = 30:
+          92.08 %)
 """
 
 from __future__ import annotations
@@ -17,4 +18,9 @@ from recipes.cifar.cifar10_alexnet_f_ide import recipe as alexnet
 
 def recipe() -> Recipe:
     shared = alexnet()
-    return replace(shared, name="cifar10-cifarnet-f-ide", model=Spec(cifarnet_f, shared.model.kwargs), time_steps=100)
+    return replace(
+        shared,
+        name="cifar10-cifarnet-f-ide",
+        model=Spec(cifarnet_f, shared.model.kwargs),
+        time_steps=100,
+    )

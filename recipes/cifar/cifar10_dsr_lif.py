@@ -2,9 +2,10 @@
 
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_dsr_lif.py --workers 1
-Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, batch 128, 200 epochs, SGD 0.1 with cosine after 400 steps of warm-up,
-          weight decay 5e-4, on thresholds too, threshold 0.3, tau 1, dt 0.05, alpha 0.3. The backward is the published code's,
-          which is not the exact gradient of the weighted rates (`rule.backward=rates`), as said in pipeline/rules/dsr.py.
+Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, batch 128, 200 epochs, SGD 0.1 with
+          cosine after 400 steps of warm-up, weight decay 5e-4, on thresholds too, threshold 0.3,
+          tau 1, dt 0.05, alpha 0.3. The backward is the published code's, which is not the exact
+          gradient of the weighted rates (`rule.backward=rates`), as said in pipeline/rules/dsr.py.
 Result:   not run (target, published: 95.40 % top-1)
 """
 

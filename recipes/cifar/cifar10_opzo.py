@@ -2,10 +2,10 @@
 
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_opzo.py --workers 1
-Source:   Xiao et al. 2024 (OPZO, 5 convolutional layers), arXiv:2407.12516; its settings and code are not public. Widths are a
-          choice of ours, the rest are OTTT's settings for this set.
-Result:   not run (target, published: 85.74 % top-1; spatial backpropagation 90.00 %, DFA 79.90 %, zeroth order 49.04 %)
-"""
+Source:   Xiao et al. 2024 (OPZO, 5 convolutional layers), arXiv:2407.12516; its settings and code
+          are not public. Widths are a choice of ours, the rest are OTTT's settings for this set.
+Result:   not run (target, published: 85.74 % top-1; spatial backpropagation 90.00 %, DFA 79.90 %,
+zeroth order 49.04 %)"""
 
 from __future__ import annotations
 

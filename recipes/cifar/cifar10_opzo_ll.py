@@ -2,7 +2,8 @@
 
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_opzo_ll.py --workers 1
-Source:   Xiao et al. 2024 (OPZO+LL), arXiv:2407.12516; see cifar10_opzo.py. Readouts over 4 x 4 places are a choice of ours.
+Source:   Xiao et al. 2024 (OPZO+LL), arXiv:2407.12516; see cifar10_opzo.py. Readouts over 4 x 4
+          places are a choice of ours.
 Result:   not run (target, published: 89.42 % top-1; spatial backpropagation 90.00 %)
 """
 

@@ -2,7 +2,8 @@
 
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_ottt_o.py --workers 1
-Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195, the settings of OTTT-A, learning rate and momentum included.
+Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195, the settings of OTTT-A, learning rate and
+          momentum included.
 Result:   not run (target, published: 93.49 +- 0.17 % top-1)
 """
 

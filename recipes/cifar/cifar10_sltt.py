@@ -2,12 +2,13 @@
 
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_sltt.py --workers 1
-Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: T = 6, batch 128, 200 epochs, SGD 0.1 with cosine, weight decay 5e-5,
-          leak 1/11, 5 % squared error to a constant 1. The published Cutout is not part of this recipe.
+Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: T = 6, batch 128, 200 epochs, SGD 0.1 with
+          cosine, weight decay 5e-5, leak 1/11, 5 % squared error to a constant 1. The published
+          Cutout is not part of this recipe.
 Result:   not run (target, published: 94.59 % top-1; BPTT on the same network 94.60 %)
 
-The published BPTT keeps the gradient through the reset. Here the default detaches it; `--set model.neuron.reset_gradient=kept`
-keeps it.
+The published BPTT keeps the gradient through the reset. Here the default detaches it; `--set
+model.neuron.reset_gradient=kept` keeps it.
 """
 
 from __future__ import annotations

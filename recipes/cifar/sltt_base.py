@@ -13,11 +13,19 @@ from recipes.cifar.base import CIFAR10, CIFAR100, cifar, images
 
 
 def sltt(classes: int, *, weight_decay: float) -> Recipe:
-    """PreAct-ResNet-18 with batch norm per time step, at T = 6. The published code trains in fp16; here the precision is bf16."""
+    """PreAct-ResNet-18 with batch norm per time step, at T = 6. The published code trains in fp16;
+    here the precision is bf16.
+    """
     shared = cifar(classes)
     return replace(
         shared,
-        model=spec(preact_resnet18_small, classes=classes, head="linear", over="step", neuron=spec(LIF, leak=1 / 11)),
+        model=spec(
+            preact_resnet18_small,
+            classes=classes,
+            head="linear",
+            over="step",
+            neuron=spec(LIF, leak=1 / 11),
+        ),
         rule=spec(SLTT),
         objective=spec(CrossEntropy, mse=0.05),
         data=images(classes, statistics=CIFAR10 if classes == 10 else CIFAR100),

@@ -1,60 +1,82 @@
-"""What SLTT and OTTT claim against BPTT, measured on Fashion-MNIST: memory, time, accuracy, and what they drop of its gradient.
+"""What SLTT and OTTT claim against BPTT, measured on Fashion-MNIST: memory, time, accuracy, and
+what they drop of its gradient.
 
 Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/claims_fashion.py
-Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; Xiao et al. 2022 (OTTT), arXiv:2210.04195; the network is one of ours.
-Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (where that was still asked for by --side-by-side
-          auto), 2 cores of an AMD EPYC, torch 2.13, T = 6, one worker, which holds 256 images
-            saved bytes of SLTT, of BPTT's           0.179 at both leaks (at most 0.217); +0.0 % from T = 2 to 16        hold
-              and states, which no paper counts      0.422 at both leaks, and so OTTT-A's
-            compute time, of the faster BPTT's, with 95 % intervals: of three seeds, then of five starts in turn
-              of SLTT (at most 1)                    leak 1/11: 0.959 (0.928 to 0.989)                                 holds
-                                                     leak 1/2:  1.011 (0.993 to 1.028)                fails, within the noise
-                in turn                              leak 1/11: 0.964 (0.959 to 0.970)                                 holds
-                                                     leak 1/2:  0.967 (0.960 to 0.974)                                 holds
-              of SLTT-1 (at most 0.526, 0.532)       0.490 (0.447 to 0.532); 0.513 (0.469 to 0.557)    hold, within the noise
-                in turn (at most 0.535, 0.536)       0.471 (0.465 to 0.476); 0.477 (0.473 to 0.482)                     hold
-              of SLTT-2 (at most 0.641)              leak 1/11: 0.602 (0.581 to 0.624)                                 holds
-                        (at most 0.646)              leak 1/2:  0.599 (0.527 to 0.671)                holds, within the noise
-                in turn (at most 0.648, 0.649)       0.571 (0.566 to 0.575); 0.572 (0.564 to 0.580)                     hold
-            BPTT's top-1 less the rule's, points     leak 1/11: SLTT +.12 (-.41 to +.66), SLTT-1 +.12 (-.77 to +1.01),
-            and 95 % intervals of three seeds        SLTT-2 +.11 (+.03 to +.20), OTTT-A +.07 (-.40 to +.54); leak 1/2: SLTT
-                                                     -.06 (-1.05 to +.93), SLTT-1 +.53 (-.14 to +1.20), SLTT-2 +.19
-                                                     (-.90 to +1.28), OTTT-A -.33 (-.98 to +.31); BPTT .8888 and .8932
-            share of BPTT's gradient that comes      leak 1/11: .22, .15, .07 in the three convolutions at the start, .21, .15,
-            through time                             .08 after each epoch; leak 1/2: .79, .66, .40, then .77, .63, .41
-            own largest batch in 100 MB, images, and images/s of its forward and backward, at leak 1/11; 1/2 (commit e52de55d1b9d,
-            one process alone on that machine; a batch that fits or not is told by resident memory, to some tenth)
-              BPTT folded 91, 1114; 96, 1157         step by step 125, 1169; 136, 1114    recomputed 145, 811; 146, 790
-              SLTT 287, 1169; 317, 1208              SLTT-1 350, 2393; 338, 2362          SLTT-2 262, 2006; 291, 1917
-              OTTT-A 265, 1164; 267, 1120
-          An interval of three seeds on both sides of a bound is told in the table as within the noise, or as undecided
-          (accuracies: 0.7 points hold at leak 1/11 for SLTT and OTTT-A, at 1/2 for OTTT-A). Two runs share the memory bus,
-          whatever the rule of the other; in turn, one process has the machine to itself. Text was edited beside it.
-          Of two workers with 128 images each, one run at a time (commit 5708807b7084, that machine, 98 min), SLTT takes 1.012
-          (0.911 to 1.113) and 0.994 (0.986 to 1.001) of the faster BPTT's time: the fewer images a worker holds, the more a time
-          step costs beside them, and at 128 the two are even (docs/LOG.md). Before neurons and pools took a sixth less time
-          (commit af9e0b3027d8): 1.043 (1.023 to 1.063) and 1.020 (0.987 to 1.053). On 2 cores of an Intel Xeon, two workers, 103
-          min (commit 0938e54ac260): 0.937 (0.842 to 1.033) and 0.946 (0.788 to 1.105) of BPTT's step by step.
+Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; Xiao et al. 2022 (OTTT), arXiv:2210.04195; the
+          network is one of ours.
+Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (where that was still
+          asked for by --side-by-side auto), 2 cores of an AMD EPYC, torch 2.13, T = 6, one worker,
+          which holds 256 images
+            saved bytes of SLTT, of BPTT's           0.179 at both leaks (at most 0.217); +0.0 %
+              from T = 2 to 16        hold and states, which no paper counts      0.422 at both
+              leaks, and so OTTT-A's
+            compute time, of the faster BPTT's, with 95 % intervals: of three seeds, then of five
+              starts in turn of SLTT (at most 1)                    leak 1/11: 0.959 (0.928 to
+              0.989)                                 holds
+                                                     leak 1/2:  1.011 (0.993 to 1.028)
+                                                     fails, within the noise
+                in turn                              leak 1/11: 0.964 (0.959 to 0.970)
+                                                     holds leak 1/2:  0.967 (0.960 to 0.974)
+                                                     holds
+              of SLTT-1 (at most 0.526, 0.532)       0.490 (0.447 to 0.532); 0.513 (0.469 to 0.557)
+                hold, within the noise in turn (at most 0.535, 0.536)       0.471 (0.465 to 0.476);
+                0.477 (0.473 to 0.482)                     hold
+              of SLTT-2 (at most 0.641)              leak 1/11: 0.602 (0.581 to 0.624)
+                        holds (at most 0.646)              leak 1/2:  0.599 (0.527 to 0.671)
+                        holds, within the noise
+                in turn (at most 0.648, 0.649)       0.571 (0.566 to 0.575); 0.572 (0.564 to 0.580)
+                hold
+            BPTT's top-1 less the rule's, points     leak 1/11: SLTT +.12 (-.41 to +.66), SLTT-1
+            +.12 (-.77 to +1.01), and 95 % intervals of three seeds        SLTT-2 +.11 (+.03 to
+            +.20), OTTT-A +.07 (-.40 to +.54); leak 1/2: SLTT
+                                                     -.06 (-1.05 to +.93), SLTT-1 +.53 (-.14 to
+                                                     +1.20), SLTT-2 +.19 (-.90 to +1.28), OTTT-A
+                                                     -.33 (-.98 to +.31); BPTT .8888 and .8932
+            share of BPTT's gradient that comes      leak 1/11: .22, .15, .07 in the three
+            convolutions at the start, .21, .15, through time                             .08 after
+            each epoch; leak 1/2: .79, .66, .40, then .77, .63, .41 own largest batch in 100 MB,
+            images, and images/s of its forward and backward, at leak 1/11; 1/2 (commit
+            e52de55d1b9d, one process alone on that machine; a batch that fits or not is told by
+            resident memory, to some tenth)
+              BPTT folded 91, 1114; 96, 1157         step by step 125, 1169; 136, 1114    recomputed
+              145, 811; 146, 790 SLTT 287, 1169; 317, 1208              SLTT-1 350, 2393; 338, 2362
+              SLTT-2 262, 2006; 291, 1917 OTTT-A 265, 1164; 267, 1120
+          An interval of three seeds on both sides of a bound is told in the table as within the
+          noise, or as undecided (accuracies: 0.7 points hold at leak 1/11 for SLTT and OTTT-A, at
+          1/2 for OTTT-A). Two runs share the memory bus, whatever the rule of the other; in turn,
+          one process has the machine to itself. Text was edited beside it. Of two workers with 128
+          images each, one run at a time (commit 5708807b7084, that machine, 98 min), SLTT takes
+          1.012 (0.911 to 1.113) and 0.994 (0.986 to 1.001) of the faster BPTT's time: the fewer
+          images a worker holds, the more a time step costs beside them, and at 128 the two are even
+          (docs/LOG.md). Before neurons and pools took a sixth less time (commit af9e0b3027d8):
+          1.043 (1.023 to 1.063) and 1.020 (0.987 to 1.053). On 2 cores of an Intel Xeon, two
+          workers, 103 min (commit 0938e54ac260): 0.937 (0.842 to 1.033) and 0.946 (0.788 to 1.105)
+          of BPTT's step by step.
 
-Two studies, at the leaks of the two papers (1/11 and 0.5), T = 6; in each seven rules with three seeds. BPTT is trained folded
-over time and step by step: the faster of the two is what the others' time is divided by. Only the rule differs, learning rate
-included: 0.3, which SLTT-1's rescaled gradient bears; it was chosen for all rules at leak 1/2, and is half of what was chosen at
-1/11 (recipes/fashion/base.py). Rules with rates of their own, BPTT, SLTT and SLTT-1 at 1/11, are compared in tuned_fashion.py.
-SLTT-K is rescaled by T/K, which the published rule is not, so that its expected gradient is SLTT's. After each epoch all runs
-compare gradients, for a run that has done so is some 2 % slower from then on (docs/LOG.md); SLTT's tell which share of BPTT's
-comes through time, which it drops.
+Two studies, at the leaks of the two papers (1/11 and 0.5), T = 6; in each seven rules with three
+seeds. BPTT is trained folded over time and step by step: the faster of the two is what the others'
+time is divided by. Only the rule differs, learning rate included: 0.3, which SLTT-1's rescaled
+gradient bears; it was chosen for all rules at leak 1/2, and is half of what was chosen at 1/11
+(recipes/fashion/base.py). Rules with rates of their own, BPTT, SLTT and SLTT-1 at 1/11, are
+compared in tuned_fashion.py. SLTT-K is rescaled by T/K, which the published rule is not, so that
+its expected gradient is SLTT's. After each epoch all runs compare gradients, for a run that has
+done so is some 2 % slower from then on (docs/LOG.md); SLTT's tell which share of BPTT's comes
+through time, which it drops.
 
-The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % from T = 2 to 16 (on one batch, untrained);
-each rule's own largest batch in 100 MB, and its speed there (largest.json, beside the first run);
-compute time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its backward over its forward, and of SLTT at
-most as long; of OTTT-A at most half of BPTT's bytes; of BPTT recomputed at most 1.1 (2 + r) / (1 + r) of its time; top-1 at
-most 0.7 points below BPTT's, over paired seeds. Times are judged twice: of the runs, two at a time over hours, in which a
-machine drifts; and of rules that take turns, a few batches each, in as many processes as the runs had workers, started
-five times, which is kept beside the first run (turns.json). What the papers measured is named beside their figures: GPU memory
-and training hours, where ours are saved bytes and forward and backward. Rows of ImageNet have the published figures, of AMP,
-and what `plan` predicts in fp32, a model, which is kept beside the first sweep (plan.json). Runs of several machines are shown
-apart, and claims are judged on the one with most of the rules and runs.
+The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % from T = 2 to 16 (on
+one batch, untrained); each rule's own largest batch in 100 MB, and its speed there (largest.json,
+beside the first run);
+compute time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its backward over
+its forward, and of SLTT at most as long; of OTTT-A at most half of BPTT's bytes; of BPTT recomputed
+at most 1.1 (2 + r) / (1 + r) of its time; top-1 at most 0.7 points below BPTT's, over paired seeds.
+Times are judged twice: of the runs, two at a time over hours, in which a machine drifts; and of
+rules that take turns, a few batches each, in as many processes as the runs had workers, started
+five times, which is kept beside the first run (turns.json). What the papers measured is named
+beside their figures: GPU memory and training hours, where ours are saved bytes and forward and
+backward. Rows of ImageNet have the published figures, of AMP, and what `plan` predicts in fp32, a
+model, which is kept beside the first sweep (plan.json). Runs of several machines are shown apart,
+and claims are judged on the one with most of the rules and runs.
 """
 
 from __future__ import annotations
@@ -131,7 +153,9 @@ IMAGENET_SAMPLES = 1_281_167
 
 
 def recipe() -> Suite:
-    return Suite(recipes=tuple(each for study in STUDIES for each in _of_study(study)), report=report)
+    return Suite(
+        recipes=tuple(each for study in STUDIES for each in _of_study(study)), report=report
+    )
 
 
 def _of_study(study: str) -> Iterator[Recipe]:
@@ -175,7 +199,11 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         swept = _swept(trained, run, first / "sweep.json", console)
         largest = _at_largest(trained, run, first / "largest.json", console)
         turns = _turned(trained, run, first / "turns.json", console)
-        sweeps |= {f"{study}, {of}": found for of, found in (("by T", swept), ("largest batches", largest)) if found is not None}
+        sweeps |= {
+            f"{study}, {of}": found
+            for of, found in (("by T", swept), ("largest batches", largest))
+            if found is not None
+        }
         looked = [from_folder(folder) for folder in folders["sltt"]]
         claims += _claims(trained, judged.group, swept, largest, turns, looked)
     claims += _imagenet(_planned(next(iter(runs.values())) / "plan.json", console))
@@ -185,18 +213,32 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
 
 def _lost(study: str, runs: int) -> Claim:
     ours = f"all {runs} runs diverged"
-    return Claim(about=study, claim="every claim of it", published="", bound="", ours=ours, holds=False)
+    return Claim(
+        about=study, claim="every claim of it", published="", bound="", ours=ours, holds=False
+    )
 
 
 def _most_complete(study: str, found: list[Comparison], console: Console) -> Comparison:
-    """The one with most of the rules that claims are of, then runs, by which they are judged; a line tells of runs elsewhere."""
-    judged = max(found, key=lambda comparison: (len(CLAIMED & set(comparison.rules)), len(comparison.runs)))
-    if elsewhere := [run.name for comparison in found if comparison is not judged for run in comparison.runs]:
-        say(console, f"{study}: claims are judged on {judged.where} alone; elsewhere: {', '.join(elsewhere)}")
+    """The one with most of the rules that claims are of, then runs, by which they are judged; a
+    line tells of runs elsewhere.
+    """
+    judged = max(
+        found, key=lambda comparison: (len(CLAIMED & set(comparison.rules)), len(comparison.runs))
+    )
+    if elsewhere := [
+        run.name for comparison in found if comparison is not judged for run in comparison.runs
+    ]:
+        say(
+            console,
+            f"{study}: claims are judged on {judged.where} alone; elsewhere:"
+            f" {', '.join(elsewhere)}",
+        )
     return judged
 
 
-def _swept(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapping[str, Any] | None:
+def _swept(
+    trained: Recipe, run: StudyRun, file: Path, console: Console
+) -> Mapping[str, Any] | None:
     """None where it is not there and this is not the machine that `run` was trained on."""
 
     def measure() -> dict[str, Any]:
@@ -206,7 +248,9 @@ def _swept(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapp
     return _kept(file, {"machine": dict(run.hardware)}, measure, console)
 
 
-def _at_largest(trained: Recipe, run: StudyRun, file: Path, console: Console) -> Mapping[str, Any] | None:
+def _at_largest(
+    trained: Recipe, run: StudyRun, file: Path, console: Console
+) -> Mapping[str, Any] | None:
     """Each rule's own largest batch at the T of the runs. None as `_swept`."""
     T = trained.time_steps
 
@@ -215,7 +259,9 @@ def _at_largest(trained: Recipe, run: StudyRun, file: Path, console: Console) ->
         about = {"rules": [*RULES.values()], "memory_bytes": LARGEST_IN, "at_largest": True}
         return told_sweep(sweep(trained, steps=(T,), **about))
 
-    return _kept(file, {"machine": dict(run.hardware), "memory": LARGEST_IN, "T": T}, measure, console)
+    return _kept(
+        file, {"machine": dict(run.hardware), "memory": LARGEST_IN, "T": T}, measure, console
+    )
 
 
 def _kept(
@@ -229,17 +275,28 @@ def _kept(
 
 
 def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dict[str, Turns]:
-    """Rules that take turns as `run` was trained: so many at once, with as many samples and threads. Nothing as `_swept`."""
+    """Rules that take turns as `run` was trained: so many at once, with as many samples and
+    threads. Nothing as `_swept`.
+    """
     on = run.trained_on[-1]
-    about = {"workers": on.workers or 1, "samples": on.micro_batch, "threads": on.hardware.get("threads", 1)}
+    about = {
+        "workers": on.workers or 1,
+        "samples": on.micro_batch,
+        "threads": on.hardware.get("threads", 1),
+    }
 
     def measure() -> dict[str, Any]:
         _refuse_elsewhere(run)
-        return {label: asdict(each) for label, each in in_turn(trained, [RULES[name] for name in TURNED], **about).items()}
+        return {
+            label: asdict(each)
+            for label, each in in_turn(trained, [RULES[name] for name in TURNED], **about).items()
+        }
 
     def told(found: Any) -> dict[str, Turns]:
         return {
-            label: Turns(**{**of, "forward_s": tuple(of["forward_s"]), "backward_s": tuple(of["backward_s"])})
+            label: Turns(
+                **{**of, "forward_s": tuple(of["forward_s"]), "backward_s": tuple(of["backward_s"])}
+            )
             for label, of in found.items()
         }
 
@@ -248,7 +305,9 @@ def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dic
 
 
 def _refuse_elsewhere(run: StudyRun) -> None:
-    """Raises: ValueError where `run` was trained on another machine than this one, or on another of its devices."""
+    """Raises: ValueError where `run` was trained on another machine than this one, or on another of
+    its devices.
+    """
     found = other_than_here(run.hardware, own_cores=run.trained_on[-1].own_cores)
     if other := [f"{name} {there}, here {here}" for name, here, there in found]:
         raise ValueError(f"the runs were trained on another machine: {'; '.join(other)}")
@@ -262,15 +321,24 @@ def _claims(
     turns: Mapping[str, Turns],
     looked: Sequence[StudyRun],
 ) -> Iterator[Claim]:
-    """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a verdict. `looked` told shares."""
-    T, leak = trained.time_steps, Fraction(trained.value_of("model.neuron.leak")).limit_denominator(100)
+    """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a
+    verdict. `looked` told shares.
+    """
+    T, leak = (
+        trained.time_steps,
+        Fraction(trained.value_of("model.neuron.leak")).limit_denominator(100),
+    )
 
     def about(rule: str) -> str:
         return f"{rule}, leak {leak}, T = {T}"
 
     constant = 1 / T + 0.05
     of = (about("SLTT"), group, "SLTT")
-    yield bytes_at_most(*of, bound=constant, published="0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)")
+    yield bytes_at_most(
+        *of,
+        bound=constant,
+        published="0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)",
+    )
     yield kept(*of)
     yield flat_in_t(about("SLTT"), _bytes_of_T(swept, "SLTT"), over=SWEPT, published="constant")
     yield from at_their_largest(about("SLTT"), largest, "SLTT")
@@ -280,7 +348,10 @@ def _claims(
     yield accuracy(*of, within=WITHIN, published="+0.28 (ImageNet), +0.01 (CIFAR-10)")
     yield from temporal_shares(about("SLTT"), looked)
     of = (about("SLTT-1"), group, "SLTT-1")
-    one, two = "0.43 of training hours (ImageNet)", "half of the training time, of SLTT-K (abstract)"
+    one, two = (
+        "0.43 of training hours (ImageNet)",
+        "half of the training time, of SLTT-K (abstract)",
+    )
     yield time_of_k(*of, T=T, k=1, published=one)
     yield time_in_turn(about("SLTT-1"), turns, "SLTT-1", bound=share_of_k(T, 1), published=one)
     yield from at_their_largest(about("SLTT-1"), largest, "SLTT-1")
@@ -305,19 +376,29 @@ def _claims(
 
 def _bytes_of_T(swept: Mapping[str, Any] | None, rule: str) -> dict[int, float]:
     points = () if swept is None else swept["points"]
-    costs = {point["time_steps"]: point["cost"] for point in points if point["cost"]["rule"] == rule}
+    costs = {
+        point["time_steps"]: point["cost"] for point in points if point["cost"]["rule"] == rule
+    }
     return {steps: cost["peak_saved_bytes"] for steps, cost in costs.items()}
 
 
 def _planned(file: Path, console: Console) -> dict[str, str]:
-    """What is predicted of each rule, or why nothing is: NF-ResNet-34 at T = 6 on one V100 in fp32, as its sheet has it.
+    """What is predicted of each rule, or why nothing is: NF-ResNet-34 at T = 6 on one V100 in fp32,
+    as its sheet has it.
 
-    A minute of counting, which is not repeated while our code, the recipe and this machine stay the same.
+    A minute of counting, which is not repeated while our code, the recipe and this machine stay the
+    same.
     """
     recipe = replace(nf_resnet34_sltt(), precision="fp32")
     rules, card = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)), DEVICES["v100"]
-    machine = {name: value for name, value in hardware(device_here()).items() if name != "threads"}  # which a plan sets
-    asked = {"recipe": recipe.to_json(), "rules": [each.label for each in rules], "card": asdict(card)}
+    machine = {
+        name: value for name, value in hardware(device_here()).items() if name != "threads"
+    }  # which a plan sets
+    asked = {
+        "recipe": recipe.to_json(),
+        "rules": [each.label for each in rules],
+        "card": asdict(card),
+    }
 
     def measure() -> dict[str, str]:
         found = plan(recipe, Cluster(workers=1, device=card), samples=IMAGENET_SAMPLES, rules=rules)
@@ -331,11 +412,16 @@ def _planned(file: Path, console: Console) -> dict[str, str]:
 
 def _predicted(model: Planned) -> str:
     size = f"{model.micro_batch} samples at a time x {model.accumulation}"
-    return f"plan in fp32, a model, not measured: {model.memory_bytes / 1e9:.3g} GB, {size}, {model.hours:.3g} h"
+    return (
+        f"plan in fp32, a model, not measured: {model.memory_bytes / 1e9:.3g} GB, {size},"
+        f" {model.hours:.3g} h"
+    )
 
 
 def _imagenet(planned: Mapping[str, str]) -> Iterator[Claim]:
-    """NF-ResNet-34 at T = 6: published figures of one card with AMP, and what is planned in fp32."""
+    """NF-ResNet-34 at T = 6: published figures of one card with AMP, and what is planned in
+    fp32.
+    """
     published = {
         "BPTT": ("28.41 GB, AMP", "73.8 h, AMP", "66.47 %"),
         "SLTT": ("8.47 GB, AMP", "66.9 h, AMP", "66.19 %"),

@@ -1,4 +1,5 @@
-"""Effects in a factorial study whose evaluation samples come in groups, with intervals over the groups.
+"""Effects in a factorial study whose evaluation samples come in groups, with intervals over the
+groups.
 
 Each split of the data evaluates on its own groups. The accuracy of a cell is its mean over splits.
 A contrast is a weighted sum of cells whose weights sum to 0, in points of accuracy. The effect of m
@@ -61,7 +62,9 @@ def effect(factors: Mapping[str, Levels], *of: str, at: Mapping[str, str] | None
 
 
 def all_effects(factors: Mapping[str, Levels]) -> dict[str, Weights]:
-    """Main effects, named `weights (1-bit - full)`, then interactions, named `weights x teacher`."""
+    """Main effects, named `weights (1-bit - full)`, then interactions, named `weights x
+    teacher`.
+    """
     effects = {}
     for count in range(1, len(factors) + 1):
         for of in itertools.combinations(factors, count):
@@ -78,7 +81,9 @@ class Factorial:
     cells: pd.DataFrame
     """a row per cell; columns: one per split, `mean`"""
     contrasts: pd.DataFrame
-    """a row per contrast; columns: one per split, `points`, `low`, `high`, `splits_low`, `splits_high`"""
+    """a row per contrast; columns: one per split, `points`, `low`, `high`, `splits_low`,
+    `splits_high`
+    """
     sizes: pd.DataFrame
     """a row per split; columns: `groups`, `effective`, `samples`"""
 
@@ -91,7 +96,8 @@ class Factorial:
         splits = list(self.sizes.index)
         columns = [number(f"split {split}") for split in splits]
         cells = [
-            (name, *(f"{share:.2f}%" for share in row)) for name, row in zip(self.cells.index, self.cells.to_numpy(), strict=True)
+            (name, *(f"{share:.2f}%" for share in row))
+            for name, row in zip(self.cells.index, self.cells.to_numpy(), strict=True)
         ]
         print_table(console, (prose("cell"), *columns, number("mean")), cells)
         rows = []
@@ -104,7 +110,9 @@ class Factorial:
         console.print()
         titles = ("points", f"95 % over {by}s", "", "95 % over splits")
         print_table(console, (prose("contrast"), *columns, *map(number, titles)), rows)
-        listed = {name: " + ".join(f"{each:.0f}" for each in self.sizes[name]) for name in self.sizes}
+        listed = {
+            name: " + ".join(f"{each:.0f}" for each in self.sizes[name]) for name in self.sizes
+        }
         say(
             console,
             f"{listed['groups']} groups by {by}, as good as {listed['effective']} of one size, "
@@ -135,7 +143,8 @@ def factorial(
     for split, frame in right.items():
         by_group: Any = frame.groupby(level=0)
         samples_G = by_group.size().to_numpy(np.float64)
-        # Cells are subtracted while they are whole numbers: the difference of equal cells is exactly 0.
+        # Cells are subtracted while they are whole numbers: the difference of equal cells is
+        # exactly 0.
         right_GK = by_group.sum().to_numpy(np.float64) @ weights_CK
         values[split] = 100 * right_GK.sum(0) / samples_G.sum()
         G = len(samples_G)
@@ -147,18 +156,24 @@ def factorial(
     points = table.mean(axis=1)
     quantiles_2K = np.percentile(np.mean(resampled, axis=0), (2.5, 97.5), axis=0)
     by_split = pd.DataFrame.from_dict(sizes, orient="index").rename_axis("split")
-    low, high = points.to_numpy() + _widening(by_split["effective"]) * (quantiles_2K - points.to_numpy())
+    low, high = points.to_numpy() + _widening(by_split["effective"]) * (
+        quantiles_2K - points.to_numpy()
+    )
     half = stats.t.ppf(0.975, len(values) - 1) * table.sem(axis=1)
     shares = pd.DataFrame({split: 100 * frame.mean() for split, frame in right.items()})
     return Factorial(
         cells=shares.rename_axis("cell").assign(mean=shares.mean(axis=1)),
-        contrasts=table.assign(points=points, low=low, high=high, splits_low=points - half, splits_high=points + half),
+        contrasts=table.assign(
+            points=points, low=low, high=high, splits_low=points - half, splits_high=points + half
+        ),
         sizes=by_split,
     )
 
 
 def _widening(groups: Any) -> float:
-    """The factor on percentiles of resamples of few groups, from the effective groups of each split."""
+    """The factor on percentiles of resamples of few groups, from the effective groups of each
+    split.
+    """
     student = stats.t.ppf(0.975, (groups - 1).sum()) / stats.norm.ppf(0.975)
     return float(student / np.sqrt((1 - 1 / groups).mean()))
 
@@ -174,18 +189,27 @@ def read_right(
     everyone = [run for runs in cells.values() for run in runs.values()]
     right: dict[str, pd.DataFrame] = {}
     for split in next(iter(cells.values())):
-        columns = {_text(cell): _read_run(runs[split], by=by, trust=trust) for cell, runs in cells.items()}
+        columns = {
+            _text(cell): _read_run(runs[split], by=by, trust=trust) for cell, runs in cells.items()
+        }
         first, *others = columns.values()
         if not all(column.index.equals(first.index) for column in others):
-            raise ValueError(f"factorial: all runs of a split must be evaluated on the same samples; split {split}'s were not")
+            raise ValueError(
+                "factorial: all runs of a split must be evaluated on the same samples; split"
+                f" {split}'s were not"
+            )
         right[split] = pd.DataFrame(columns).droplevel(["content", "index", "target"])
     groups = Counter(group for frame in right.values() for group in frame.index.unique())
     if shared := [group for group, splits in groups.items() if splits > 1]:
-        raise ValueError(f"factorial: splits must evaluate on different groups; got {shared[0]!r} in several")
+        raise ValueError(
+            f"factorial: splits must evaluate on different groups; got {shared[0]!r} in several"
+        )
     # Batch norms divide a batch among the workers.
     workers = {int(read_json(run / "summary.json")["world_size"]) for run in everyone}
     if len(workers) > 1:
-        raise ValueError(f"factorial: all runs must be trained by as many workers; got {sorted(workers)}")
+        raise ValueError(
+            f"factorial: all runs must be trained by as many workers; got {sorted(workers)}"
+        )
     return right
 
 
@@ -201,7 +225,13 @@ def _read_run(run: Path, *, by: str, trust: Collection[str]) -> pd.Series:
     data = Recipe.read(run / "recipe.json", trust=trust).data.build()
     content, evaluated = data.fingerprint(), read_json(run / "summary.json")["data_fingerprint"]
     if content != evaluated:
-        raise ValueError(f"factorial: {run.name} was evaluated on content {evaluated[:12]}; its data now has {content[:12]}")
+        raise ValueError(
+            f"factorial: {run.name} was evaluated on content {evaluated[:12]}; its data now has"
+            f" {content[:12]}"
+        )
     groups = np.array(data.groups("val", by=by))[answers.index]
     levels = [groups, np.full(len(groups), content), answers.index, answers.target]
-    return pd.Series(answers.right, pd.MultiIndex.from_arrays(levels, names=["group", "content", "index", "target"]))
+    return pd.Series(
+        answers.right,
+        pd.MultiIndex.from_arrays(levels, names=["group", "content", "index", "target"]),
+    )

@@ -1,4 +1,5 @@
-"""The learning rate of recipes/stamps and of the stamps study: four cells of the study by labels, at four rates, on split 3.
+"""The learning rate of recipes/stamps and of the stamps study: four cells of the study by labels,
+at four rates, on split 3.
 
 Command:  spiketrain write stamps --out data/stamps-3 --size 160 --split 3 --workers 2
           spiketrain launch recipes/compare/sei_stamps_rates.py --workers 2
@@ -9,10 +10,11 @@ Result:   unseen objects of split 3, one seed each     lr .003   .006    .012   
                                      1-bit, block      .1865  .1750  .1827  .1615
                                      1-bit, multiple   .2048  .1933  .1817  .1808
                                      mean              .1885  .1950  .1988  .1873
-          commits 0e75b777cc84 and, for .024, eb0a1203d0de; 2 cores of an AMD EPYC, other work beside; torch 2.13
+          commits 0e75b777cc84 and, for .024, eb0a1203d0de; 2 cores of an AMD EPYC, other work
+          beside; torch 2.13
 
-One rate for all cells, the best on their mean, because the study compares networks and not rates. Half of the study's epochs.
-"""
+One rate for all cells, the best on their mean, because the study compares networks and not rates.
+Half of the study's epochs."""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def recipe() -> Suite:
         cell = trained(weights, shortcuts, "labels")
         changes = {"data": pictures("3"), "seed": 3, "epochs": EPOCHS, "evaluate_every": 0}
         optimizer = cell.optimizer.with_(lr=rate)
-        recipes.append(replace(cell, name=_name(weights, shortcuts, rate), optimizer=optimizer, **changes))
+        recipes.append(
+            replace(cell, name=_name(weights, shortcuts, rate), optimizer=optimizer, **changes)
+        )
     return Suite(recipes=tuple(recipes), report=report)
 
 
@@ -53,7 +57,11 @@ def report(runs: Mapping[str, Path], console: Console) -> None:
     found = {key: top1_of(runs[_name(*key[0], key[1])]) for key in product(CELLS, RATES)}
 
     def told(values: list[float | None]) -> str:
-        return "diverged" if None in values else f"{statistics.fmean(value for value in values if value is not None):.2%}"
+        return (
+            "diverged"
+            if None in values
+            else f"{statistics.fmean(value for value in values if value is not None):.2%}"
+        )
 
     rows = [(", ".join(cell), *(told([found[cell, rate]]) for rate in RATES)) for cell in CELLS]
     rows.append(("mean", *(told([found[cell, rate] for cell in CELLS]) for rate in RATES)))

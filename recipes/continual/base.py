@@ -1,4 +1,6 @@
-"""What the continual-learning recipes share: HLOP's fully connected network, plain SGD, and the tasks made of Fashion-MNIST."""
+"""What the continual-learning recipes share: HLOP's fully connected network, plain SGD, and the
+tasks made of Fashion-MNIST.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,17 @@ from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 
-# Rows that each task adds to each of the three layers, as published: 20 fewer from every third task on, so that ten tasks
-# leave room in 800 inputs. (The published scripts take 20 from one list that they keep, and never start it anew.)
+# Rows that each task adds to each of the three layers, as published: 20 fewer from every third task
+# on, so that ten tasks leave room in 800 inputs. (The published scripts take 20 from one list that
+# they keep, and never start it anew.)
 ROWS = ((80, 200, 100), *((rows, rows, rows) for rows in (70, 70, 50, 50, 50, 30, 30, 30, 10)))
 NEURON = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))  # published for OTTT and BPTT
 
 
 def permuted() -> Recipe:
-    """Ten tasks: Fashion-MNIST with its pixels in ten orders, one epoch each, one head for all. Trained by SLTT."""
+    """Ten tasks: Fashion-MNIST with its pixels in ten orders, one epoch each, one head for all.
+    Trained by SLTT.
+    """
     return Recipe(
         name="permuted-fashion",
         family="continual",
@@ -46,20 +51,30 @@ def permuted() -> Recipe:
             std=(0.353,),
         ),
         objective=spec(CrossEntropy),
-        # Published, for MNIST, is 0.1 without momentum, under which too little is learnt in one epoch to be forgotten.
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.05, momentum=0.9, weight_decay=0.0),
+        # Published, for MNIST, is 0.1 without momentum, under which too little is learnt in one
+        # epoch to be forgotten.
+        optimizer=spec(
+            create_optimizer_v2, opt="momentum", lr=0.05, momentum=0.9, weight_decay=0.0
+        ),
         schedule=spec(cosine),
         time_steps=3,
         batch_size=64,
         epochs=1,
-        phases=tuple(Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(10)),
+        phases=tuple(
+            Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(10)
+        ),
         log_every=50,
     )
 
 
 def protected(recipe: Recipe, inner: Spec, **changes: Any) -> Recipe:
     """The same tasks by HLOP around `inner`; `changes` are HLOP's keywords."""
-    return replace(recipe, rule=spec(HLOP, **{"inner": inner, "rows": ROWS, "learning_rate": (0.001, 0.01, 0.01), **changes}))
+    return replace(
+        recipe,
+        rule=spec(
+            HLOP, **{"inner": inner, "rows": ROWS, "learning_rate": (0.001, 0.01, 0.01), **changes}
+        ),
+    )
 
 
 def split() -> Recipe:
@@ -67,6 +82,13 @@ def split() -> Recipe:
     return replace(
         permuted(),
         name="split-fashion",
-        model=spec(multi_head, network=spec(mlp, classes=2, hidden=(800, 800), bias=False, neuron=NEURON), heads=5),
-        phases=tuple(Phase(name=f"pair-{task}", data=spec(SplitClasses, task=task), head=task) for task in range(5)),
+        model=spec(
+            multi_head,
+            network=spec(mlp, classes=2, hidden=(800, 800), bias=False, neuron=NEURON),
+            heads=5,
+        ),
+        phases=tuple(
+            Phase(name=f"pair-{task}", data=spec(SplitClasses, task=task), head=task)
+            for task in range(5)
+        ),
     )

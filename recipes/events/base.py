@@ -1,8 +1,9 @@
-"""What the recipes for event data share: moving shapes and the network that must use time, and SLTT's settings for recordings.
+"""What the recipes for event data share: moving shapes and the network that must use time, and
+SLTT's settings for recordings.
 
-Of moving shapes the test set is read once, after the last epoch; learning rate and epochs were chosen on a held-out tenth of the
-training set (`--set data.held_out=0.1`). The published settings evaluate as they go, every ten epochs or after each.
-"""
+Of moving shapes the test set is read once, after the last epoch; learning rate and epochs were
+chosen on a held-out tenth of the training set (`--set data.held_out=0.1`). The published settings
+evaluate as they go, every ten epochs or after each."""
 
 from __future__ import annotations
 
@@ -27,10 +28,17 @@ STEPS = 10
 def moving(*, lr: float) -> Recipe:
     """A small VGG on moving shapes at T = 10, trained by BPTT on the last five steps.
 
-    Leak 0.9: a trail of ten steps fades to a third, so its two ends differ. `lr` is each rule's own, the best of 0.003, 0.01,
-    0.03 and 0.1 on the held-out tenth.
+    Leak 0.9: a trail of ten steps fades to a third, so its two ends differ. `lr` is each rule's
+    own, the best of 0.003, 0.01, 0.03 and 0.1 on the held-out tenth.
     """
-    network = spec(vgg_sws, classes=16, in_channels=2, stages=((16,), (32,), (64,)), stem=(5, 2), neuron=spec(LIF, leak=0.9))
+    network = spec(
+        vgg_sws,
+        classes=16,
+        in_channels=2,
+        stages=((16,), (32,), (64,)),
+        stem=(5, 2),
+        neuron=spec(LIF, leak=0.9),
+    )
     return Recipe(
         name="moving",
         family="events",
@@ -60,8 +68,9 @@ def sltt_k(
 ) -> Recipe:
     """VGG-11 with batch norm per time step, and what SLTT's settings for recordings have in common.
 
-    As published, the gradient of k steps is not rescaled, weight decay reaches biases and norms, and the rate changes once an
-    epoch. The published code trains in fp16; here the precision is bf16.
+    As published, the gradient of k steps is not rescaled, weight decay reaches biases and norms,
+    and the rate changes once an epoch. The published code trains in fp16; here the precision is
+    bf16.
     """
     classes, steps = data.kwargs["classes"], data.kwargs["steps"]
     network = spec(
@@ -80,7 +89,14 @@ def sltt_k(
         rule=spec(SLTT, k=k),
         data=data,
         objective=spec(CrossEntropy, mse=0.05, goal=goal),
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=lr, momentum=0.9, weight_decay=5e-4, filter_bias_and_bn=False),
+        optimizer=spec(
+            create_optimizer_v2,
+            opt="momentum",
+            lr=lr,
+            momentum=0.9,
+            weight_decay=5e-4,
+            filter_bias_and_bn=False,
+        ),
         schedule=spec(cosine, by="epoch"),
         time_steps=steps,
         batch_size=batch_size,

@@ -1,11 +1,12 @@
 r"""VGG-11 with batch norm on CIFAR10-DVS by DSR, leaky neurons at T = 20.
 
-Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs-20 --slices 20 --frames-by number \
-              --size 48 --resize area
+Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dvs-20 --slices 20
+              --frames-by number \ --size 48 --resize area
           spiketrain launch recipes/events/cifar10dvs_dsr.py --workers 1
-Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, 48 pixels, padded by 4 and cropped, batch 128, 300 epochs, SGD 0.05,
-          dropout 0.1 with a mask for each step, the rest as for CIFAR-10. The published classifier reads the one place that five
-          pools leave, 49 times over; here it reads the global pool behind four, through a neuron.
+Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, 48 pixels, padded by 4 and cropped,
+          batch 128, 300 epochs, SGD 0.05, dropout 0.1 with a mask for each step, the rest as for
+          CIFAR-10. The published classifier reads the one place that five pools leave, 49 times
+          over; here it reads the global pool behind four, through a neuron.
 Result:   not run (target, published: 77.3 % top-1)
 """
 
@@ -41,8 +42,18 @@ def recipe() -> Recipe:
             head="rate",
             neuron=spec(RateLIF),
         ),
-        data=spec(Events, folder="data/cifar10dvs-20", classes=10, steps=20, size=48, crop="shift", reach=4),
+        data=spec(
+            Events,
+            folder="data/cifar10dvs-20",
+            classes=10,
+            steps=20,
+            size=48,
+            crop="shift",
+            reach=4,
+        ),
         optimizer=shared.optimizer.with_(lr=0.05),
-        schedule=spec(cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // shared.batch_size)), by="epoch"),
+        schedule=spec(
+            cosine, warmup=WARMUP_STEPS / (EPOCHS * (SAMPLES // shared.batch_size)), by="epoch"
+        ),
         epochs=EPOCHS,
     )

@@ -1,10 +1,12 @@
-"""OPZO with local readouts, and one in the middle whose errors go to all layers below, on DVS-Gesture.
+"""OPZO with local readouts, and one in the middle whose errors go to all layers below, on
+DVS-Gesture.
 
-Command:  spiketrain write events gesture --source tonic --out data/gesture --slices 20 --size 48 --counts int16
-          spiketrain launch recipes/events/gesture_opzo_ll.py --workers 1
-Source:   Xiao et al. 2024 (OPZO+LL+IGL, 9 layers), arXiv:2407.12516; its settings and code are not public. Network, T = 20,
-          batch 16, 300 epochs, Adam 1e-3 with cosine and 0.1 % squared error are those that OTTT publishes for this set (Xiao
-          et al. 2022, arXiv:2210.04195); where the readouts stand is a choice of ours.
+Command:  spiketrain write events gesture --source tonic --out data/gesture --slices 20 --size 48
+          --counts int16 spiketrain launch recipes/events/gesture_opzo_ll.py --workers 1
+Source:   Xiao et al. 2024 (OPZO+LL+IGL, 9 layers), arXiv:2407.12516; its settings and code are not
+          public. Network, T = 20, batch 16, 300 epochs, Adam 1e-3 with cosine and 0.1 % squared
+          error are those that OTTT publishes for this set (Xiao et al. 2022, arXiv:2210.04195);
+          where the readouts stand is a choice of ours.
 Result:   not run (target, published: 96.88 % top-1; spatial backpropagation 94.10 %)
 """
 
@@ -24,7 +26,9 @@ from pipeline.spiking.surrogate import Sigmoid
 
 
 def recipe() -> Recipe:
-    network = spec(vgg_sws, classes=11, in_channels=2, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0)))
+    network = spec(
+        vgg_sws, classes=11, in_channels=2, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+    )
     return Recipe(
         name="gesture-opzo-ll",
         family="events",

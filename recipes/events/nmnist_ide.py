@@ -2,10 +2,11 @@
 
 Command:  spiketrain write events nmnist --source tonic --out data/nmnist --slices 30 --counts int16
           spiketrain launch recipes/events/nmnist_ide.py --workers 1
-Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: batch 128, 100 epochs, SGD 0.05 with momentum 0.9, times 0.1 after 30, 60
-          and 90 epochs, weight decay 5e-4, dropout 0.2 on the currents, threshold 2, leak 0.95, 30 iterations of the solver.
-          The published code solves (2I - J^T) beta = g here, by its solver "iter". Its beta is half of the paper's
-          (I - J^T) beta = g, which is solved here, where J is small. The published figure was reached with that.
+Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: batch 128, 100 epochs, SGD 0.05 with momentum
+          0.9, times 0.1 after 30, 60 and 90 epochs, weight decay 5e-4, dropout 0.2 on the currents,
+          threshold 2, leak 0.95, 30 iterations of the solver. The published code solves (2I - J^T)
+          beta = g here, by its solver "iter". Its beta is half of the paper's (I - J^T) beta = g,
+          which is solved here, where J is small. The published figure was reached with that.
 Result:   not run (target, published: 99.42 % top-1, mean of several runs; IF 99.30 %)
 """
 
@@ -40,7 +41,14 @@ def recipe() -> Recipe:
         rule=spec(IDE, solver="fixed_point", iterations=30),
         data=spec(Events, folder="data/nmnist", classes=10, steps=30, size=34),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.05, momentum=0.9, weight_decay=5e-4, filter_bias_and_bn=False),
+        optimizer=spec(
+            create_optimizer_v2,
+            opt="momentum",
+            lr=0.05,
+            momentum=0.9,
+            weight_decay=5e-4,
+            filter_bias_and_bn=False,
+        ),
         schedule=spec(milestones, at=(0.3, 0.6, 0.9)),
         time_steps=30,
         over_time="mean",

@@ -2,10 +2,11 @@
 
 Command:  spiketrain write events nmnist --source tonic --out data/nmnist --slices 30 --counts int16
           spiketrain launch recipes/events/nmnist_opzo.py --workers 1
-Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516. A fully connected network is published for N-MNIST; its sizes, T, and how it
-          is optimised are choices of ours, for neither settings nor code are public.
-Result:   not run (target, published: 98.27 % top-1; spatial backpropagation 98.15 %, DFA 97.98 %, zeroth order 72.90 %)
-"""
+Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516. A fully connected network is published for
+          N-MNIST; its sizes, T, and how it is optimised are choices of ours, for neither settings
+          nor code are public.
+Result:   not run (target, published: 98.27 % top-1; spatial backpropagation 98.15 %, DFA 97.98 %,
+zeroth order 72.90 %)"""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ def recipe() -> Recipe:
     return Recipe(
         name="nmnist-opzo",
         family="events",
-        model=spec(mlp, classes=10, in_features=2 * 34 * 34, hidden=(800, 800), weights="standardized", neuron=neuron),
+        model=spec(
+            mlp,
+            classes=10,
+            in_features=2 * 34 * 34,
+            hidden=(800, 800),
+            weights="standardized",
+            neuron=neuron,
+        ),
         rule=spec(OPZO),
         data=spec(Events, folder="data/nmnist", classes=10, steps=30, size=34),
         objective=spec(CrossEntropy),

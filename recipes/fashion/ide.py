@@ -1,16 +1,19 @@
 """IDE on Fashion-MNIST: 400 units that feed back to themselves, at T = 5.
 
-The published network is another one: it has batch norm on its input, and dropout on the currents of the units. Here are no norm
-and dropout before the classifier. `--set model.norm=batch --set model.dropout_on=currents` makes the published one.
+The published network is another one: it has batch norm on its input, and dropout on the currents of
+the units. Here are no norm and dropout before the classifier. `--set model.norm=batch --set
+model.dropout_on=currents` makes the published one.
 
-IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset, and forms one with spide_ide.py.
-Learning rate, augmentation and length were chosen on a held-out tenth of the training set; of the latter two no figures are kept.
+IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset,
+and forms one with spide_ide.py. Learning rate, augmentation and length were chosen on a held-out
+tenth of the training set; of the latter two no figures are kept.
 
 Command:  spiketrain launch recipes/fashion/ide.py --workers 2
-Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: F400, T = 5, threshold 2, batch 128, SGD 0.05, weight decay 5e-4, dropout 0.2;
-          100 epochs with steps there, fewer with a cosine here.
-Result:   0.8994 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of an AMD EPYC, other work
-          beside it, 17 minutes; commit 2da429644653 (published: 0.9004, mean of several runs). It ran
+Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: F400, T = 5, threshold 2, batch 128, SGD 0.05,
+          weight decay 5e-4, dropout 0.2; 100 epochs with steps there, fewer with a cosine here.
+Result:   0.8994 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of
+          an AMD EPYC, other work beside it, 17 minutes; commit 2da429644653 (published: 0.9004,
+          mean of several runs). It ran
           before weight decay reached biases and gains, as it does in the published code
 """
 
@@ -30,9 +33,13 @@ def recipe() -> Recipe:
     return replace(
         shared,
         name="fashion-ide",
-        model=spec(fc_feedback, classes=10, hidden=400, dropout=0.2, neuron=spec(IF, threshold=2.0)),
+        model=spec(
+            fc_feedback, classes=10, hidden=400, dropout=0.2, neuron=spec(IF, threshold=2.0)
+        ),
         rule=spec(IDE),
-        optimizer=shared.optimizer.with_(opt="momentum", lr=0.05, weight_decay=5e-4, filter_bias_and_bn=False),
+        optimizer=shared.optimizer.with_(
+            opt="momentum", lr=0.05, weight_decay=5e-4, filter_bias_and_bn=False
+        ),
         time_steps=5,
         over_time="mean",
         epochs=60,

@@ -1,9 +1,11 @@
-"""A feed-forward network with as many parameters as IDE's: 784-400-400-10, 478,410 against 478,011, trained by BPTT.
+"""A feed-forward network with as many parameters as IDE's: 784-400-400-10, 478,410 against 478,011,
+trained by BPTT.
 
 Command:  spiketrain launch recipes/fashion/ide_feedforward.py --workers 2
 Source:   the neurons and settings of recipes/fashion/ide.py, without its dropout.
-Result:   0.8911 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of an AMD EPYC, other work
-          beside it, 10 minutes; commit 1c241ec47596 (IDE with as many parameters: 0.8994).
+Result:   0.8911 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of
+          an AMD EPYC, other work beside it, 10 minutes; commit 1c241ec47596 (IDE with as many
+          parameters: 0.8994).
           It ran before weight decay reached biases and gains (ide.py)
 """
 
@@ -22,6 +24,8 @@ def recipe() -> Recipe:
     return replace(
         ide(),
         name="fashion-ide-feedforward",
-        model=spec(mlp, classes=10, in_features=784, hidden=(400, 400), neuron=spec(IF, threshold=2.0)),
+        model=spec(
+            mlp, classes=10, in_features=784, hidden=(400, 400), neuron=spec(IF, threshold=2.0)
+        ),
         rule=spec(BPTT),
     )

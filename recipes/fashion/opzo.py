@@ -1,12 +1,15 @@
-"""OPZO on Fashion-MNIST: three convolutions whose errors come from above through matrices learnt from noise.
+"""OPZO on Fashion-MNIST: three convolutions whose errors come from above through matrices learnt
+from noise.
 
-OPZO, OPZO+LL, DFA and backpropagation (recipes/fashion/opzo*.py, dfa.py) train this network with these settings, and form a
-study; the readouts beside the network are inert for all but OPZO+LL.
+OPZO, OPZO+LL, DFA and backpropagation (recipes/fashion/opzo*.py, dfa.py) train this network with
+these settings, and form a study; the readouts beside the network are inert for all but OPZO+LL.
 
 Command:  spiketrain launch recipes/fashion/opzo.py --workers 2
-Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516, for the rule, which has no public code; the network is a small one of ours.
-Result:   top-1 0.9025 (0.9042, 0.9004, 0.9030) on the 10,000 test images after 10 epochs, three seeds, each with --inline: one
-          core of an AMD EPYC, other work beside it, 6 minutes a run; commit 15d3b0516162; paired intervals in docs/LOG.md
+Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516, for the rule, which has no public code; the
+          network is a small one of ours.
+Result:   top-1 0.9025 (0.9042, 0.9004, 0.9030) on the 10,000 test images after 10 epochs, three
+          seeds, each with --inline: one core of an AMD EPYC, other work beside it, 6 minutes a run;
+          commit 15d3b0516162; paired intervals in docs/LOG.md
 """
 
 from __future__ import annotations

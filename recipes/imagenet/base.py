@@ -1,8 +1,9 @@
-"""SLTT's two stages on ImageNet: 100 epochs at T = 1, where every rule is the same rule, then 30 at T = 6 from those weights.
+"""SLTT's two stages on ImageNet: 100 epochs at T = 1, where every rule is the same rule, then 30 at
+T = 6 from those weights.
 
-Published accuracies need both; the published hours are those of the second stage alone. As published, weight decay reaches
-biases and gains, and the rate changes once an epoch. The published code trains in fp16; here the precision is bf16.
-"""
+Published accuracies need both; the published hours are those of the second stage alone. As
+published, weight decay reaches biases and gains, and the rate changes once an epoch. The published
+code trains in fp16; here the precision is bf16."""
 
 from __future__ import annotations
 
@@ -31,7 +32,14 @@ def first_stage(network: Callable[..., nn.Module], name: str) -> Recipe:
         rule=spec(SLTT),
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=1e-5, filter_bias_and_bn=False),
+        optimizer=spec(
+            create_optimizer_v2,
+            opt="momentum",
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=1e-5,
+            filter_bias_and_bn=False,
+        ),
         schedule=spec(cosine, by="epoch"),
         time_steps=1,
         batch_size=256,

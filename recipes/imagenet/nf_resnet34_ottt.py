@@ -1,10 +1,11 @@
 """NF-ResNet-34 on ImageNet by OTTT-A at T = 6, from scratch.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution 500
-          spiketrain launch recipes/imagenet/nf_resnet34_ottt.py --workers 8
-Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epochs, SGD 0.1, weight decay 2e-5 on biases and gains,
-          too, leak 0.5, no trace at the first convolution and the classifier, cross-entropy alone, fp32. These are the defaults
-          of the published code, the cosine among them: the paper's text says a tenth of the learning rate every 30 epochs.
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
+          500 spiketrain launch recipes/imagenet/nf_resnet34_ottt.py --workers 8
+Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epochs, SGD 0.1, weight
+          decay 2e-5 on biases and gains, too, leak 0.5, no trace at the first convolution and the
+          classifier, cross-entropy alone, fp32. These are the defaults of the published code, the
+          cosine among them: the paper's text says a tenth of the learning rate every 30 epochs.
 Result:   not run (target, published: 65.15 % top-1)
 """
 
@@ -25,9 +26,13 @@ def recipe() -> Recipe:
     return replace(
         shared,
         name="imagenet-nf-resnet34-ottt",
-        model=spec(nf_resnet34, classes=1000, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))),
+        model=spec(
+            nf_resnet34, classes=1000, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+        ),
         rule=spec(OTTT, readout="plain"),
-        optimizer=shared.optimizer.with_(opt="momentum", weight_decay=2e-5, filter_bias_and_bn=False),
+        optimizer=shared.optimizer.with_(
+            opt="momentum", weight_decay=2e-5, filter_bias_and_bn=False
+        ),
         time_steps=6,
         precision="fp32",
     )

@@ -1,9 +1,9 @@
 """PreAct-ResNet-18 with ReLU on ImageNet: the first of DSR's two stages.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution 500
-          spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
-Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: SGD 0.1, weight decay 1e-4, batch 256; epochs and schedule are not published
-          with the method, 100 with a cosine are ours.
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
+          500 spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
+Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: SGD 0.1, weight decay 1e-4, batch 256; epochs
+          and schedule are not published with the method, 100 with a cosine are ours.
 Result:   not run
 """
 
@@ -28,7 +28,14 @@ def recipe() -> Recipe:
         rule=spec(BPTT),
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
         objective=spec(CrossEntropy),
-        optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=1e-4, filter_bias_and_bn=False),
+        optimizer=spec(
+            create_optimizer_v2,
+            opt="momentum",
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=1e-4,
+            filter_bias_and_bn=False,
+        ),
         schedule=spec(cosine),
         time_steps=1,
         over_time="mean",

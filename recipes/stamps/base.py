@@ -1,10 +1,12 @@
-"""What the recipes for stamps share: a small QKFormer at T = 2 on 13 classes of cut-out photographs, and its teacher.
+"""What the recipes for stamps share: a small QKFormer at T = 2 on 13 classes of cut-out
+photographs, and its teacher.
 
-    spiketrain write stamps --out data/stamps-0 --size 160 --split 0        (and 1, 2; 3 to choose settings on)
+    spiketrain write stamps --out data/stamps-0 --size 160 --split 0        (and 1, 2; 3 to choose
+    settings on)
 
-Objects and grounds of the evaluation images were never seen in training. The learning rate (recipes/compare/sei_stamps_rates.py)
-and the teacher (docs/LOG.md) were chosen on split 3, whose evaluation objects train in the other three. The test set is read
-once, after the last epoch.
+Objects and grounds of the evaluation images were never seen in training. The learning rate
+(recipes/compare/sei_stamps_rates.py) and the teacher (docs/LOG.md) were chosen on split 3, whose
+evaluation objects train in the other three. The test set is read once, after the last epoch.
 """
 
 from __future__ import annotations
@@ -33,12 +35,17 @@ RATE = 12e-3
 
 
 def pictures(split: str = "0") -> Spec:
-    """Whole scenes, moved a little and mirrored: an object stands anywhere in its scene, and should not be cut away."""
-    return spec(Beton, folder=f"data/stamps-{split}", classes=CLASSES, size=SIZE, crop="shift", reach=8)
+    """Whole scenes, moved a little and mirrored: an object stands anywhere in its scene, and should
+    not be cut away.
+    """
+    return spec(
+        Beton, folder=f"data/stamps-{split}", classes=CLASSES, size=SIZE, crop="shift", reach=8
+    )
 
 
 def teacher() -> Spec:
-    """EfficientNet-Lite0, trained on ImageNet, its head fitted to the 13 classes on the training part alone.
+    """EfficientNet-Lite0, trained on ImageNet, its head fitted to the 13 classes on the training
+    part alone.
 
     l2 was chosen on split 3 (docs/LOG.md).
     """
@@ -54,12 +61,16 @@ def teacher() -> Spec:
 
 
 def qkformer() -> Recipe:
-    """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone; the neuron resets by subtraction."""
+    """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone; the neuron
+    resets by subtraction.
+    """
     neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))
     return Recipe(
         name="stamps-qkformer-bptt",
         family="stamps",
-        model=spec(QKFormer, channels=128, depth=4, heads=4, classes=CLASSES, shrink=5, neuron=neuron),
+        model=spec(
+            QKFormer, channels=128, depth=4, heads=4, classes=CLASSES, shrink=5, neuron=neuron
+        ),
         rule=spec(BPTT),
         data=pictures(),
         objective=spec(CrossEntropy, label_smoothing=0.1),
@@ -73,7 +84,9 @@ def qkformer() -> Recipe:
 
 
 def sei_first_stage() -> Recipe:
-    """Reading A of SEI-BWSNN, full precision: a shortcut round every synapse of the FFN, a teacher for every step, SLTT."""
+    """Reading A of SEI-BWSNN, full precision: a shortcut round every synapse of the FFN, a teacher
+    for every step, SLTT.
+    """
     recipe = qkformer()
     return replace(
         recipe,

@@ -1,4 +1,6 @@
-"""The running average of the weights: its closed form, timm's, a resume to the bit, and two DeepSpeed ranks at every stage."""
+"""The running average of the weights: its closed form, timm's, a resume to the bit, and two
+DeepSpeed ranks at every stage.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def sgd(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=0.3, momentum=0.9)
 
 
-def train(backend: Backend, first: int, last: int, rows: slice = slice(None)) -> list[dict[str, Tensor]]:
+def train(
+    backend: Backend, first: int, last: int, rows: slice = slice(None)
+) -> list[dict[str, Tensor]]:
     """The weights after each step; the shares of `rows` sum to 1 over ranks."""
     after = []
     for step in range(first, last):
@@ -118,7 +122,9 @@ def _two_ranks(rank: int, ranks: int, folder: str) -> dict[str, bool | float]:
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     found: dict[str, bool | float] = {}
     for zero in (0, 1, 2):
-        make = lambda seed, zero=zero: Averaged(DeepSpeed(network(seed), sgd, micro_batch=BATCH // ranks, zero=zero), decay=DECAY)
+        make = lambda seed, zero=zero: Averaged(
+            DeepSpeed(network(seed), sgd, micro_batch=BATCH // ranks, zero=zero), decay=DECAY
+        )
         backend, other = make(0), make(1)
         weights = [values(backend), *train(backend, 0, 3, rows)]
         published(backend)  # what an evaluation does must leave no trace in what DeepSpeed keeps
@@ -135,7 +141,9 @@ def _two_ranks(rank: int, ranks: int, folder: str) -> dict[str, bool | float]:
         found[f"moved {zero}"] = float((weights[-1]["0.weight"] - ours["0.weight"]).abs().max())
         other.load(place)
         # A rank's own running statistics are kept by the checkpoint, see pipeline/checkpoint/.
-        other.network.load_state_dict({name: weights[3][name] for name in ("1.running_mean", "1.running_var")}, strict=False)
+        other.network.load_state_dict(
+            {name: weights[3][name] for name in ("1.running_mean", "1.running_var")}, strict=False
+        )
         train(other, 3, STEPS, rows)
         found[f"same {zero}"] = same(published(other), ours) and same(values(other), weights[-1])
     return found
@@ -169,12 +177,17 @@ def _loads(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
-def test_averages_of_running_statistics_are_a_ranks_own_and_their_mean_at_another_number_of_ranks(tmp_path: Path) -> None:
+def test_averages_of_running_statistics_are_a_ranks_own_and_their_mean_at_another_number_of_ranks(
+    tmp_path: Path,
+) -> None:
     (saved := tmp_path / "saved").mkdir()
     own = run_ranks(_saves, 2, _made(tmp_path / "two"), str(saved))
     mean = {name: (own[0][name] + own[1][name]) / 2 for name in STATISTICS}
     assert not any(torch.equal(own[0][name], own[1][name]) for name in STATISTICS)
-    again, fewer, more = (run_ranks(_loads, ranks, _made(tmp_path / f"{ranks} again"), str(saved)) for ranks in (2, 1, 3))
+    again, fewer, more = (
+        run_ranks(_loads, ranks, _made(tmp_path / f"{ranks} again"), str(saved))
+        for ranks in (2, 1, 3)
+    )
     assert all(same(found, there) for found, there in zip(again, own, strict=True))
     for found in (*fewer, *more):
         assert same(found, {**own[0], **mean})

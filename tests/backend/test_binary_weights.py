@@ -1,4 +1,6 @@
-"""1-bit weights on two DeepSpeed ranks, ZeRO-0/1/2, against plain torch on the joint batch: latent weights and scales."""
+"""1-bit weights on two DeepSpeed ranks, ZeRO-0/1/2, against plain torch on the joint batch: latent
+weights and scales.
+"""
 
 # T time, B batch
 
@@ -30,21 +32,30 @@ from tests.small import small_recipe
 pytestmark = pytest.mark.distributed
 
 TIME, BATCH, STEPS, STAGES = 4, 8, 3, (0, 1, 2)
-RECIPE = small_recipe(optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=0.05))
+RECIPE = small_recipe(
+    optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=0.05)
+)
 
 
 def network() -> nn.Module:
     return binarized(lif_network().float(), part="all_but_ends", weights="learnable")
 
 
-def trained(model: nn.Module, backend: Backend, rule: SLTT, *, rank: int = 0, ranks: int = 1) -> dict[str, Tensor]:
+def trained(
+    model: nn.Module, backend: Backend, rule: SLTT, *, rank: int = 0, ranks: int = 1
+) -> dict[str, Tensor]:
     rule.attach(model)
     share = BATCH // ranks
 
     def micro_batch(step: int) -> MicroBatch:
         x_TBC, target_B = batch(TIME, size=BATCH * STEPS)
         mine = slice(step * BATCH + rank * share, step * BATCH + (rank + 1) * share)
-        return MicroBatch(x_TBC[:, mine].float(), target_B[mine], range(rank * share, (rank + 1) * share), 1 / ranks)
+        return MicroBatch(
+            x_TBC[:, mine].float(),
+            target_B[mine],
+            range(rank * share, (rank + 1) * share),
+            1 / ranks,
+        )
 
     batches = ((step, [micro_batch(step)]) for step in range(STEPS))
     train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
@@ -74,4 +85,6 @@ def test_two_ranks_equal_plain_torch_on_the_joint_batch(tmp_path: Path) -> None:
     for states in run_ranks(_ranks, 2, tmp_path):
         for zero, state in zip(STAGES, states, strict=True):
             assert state.keys() == expected.keys()
-            assert all(torch.allclose(state[key], expected[key], rtol=0, atol=1e-6) for key in expected), zero
+            assert all(
+                torch.allclose(state[key], expected[key], rtol=0, atol=1e-6) for key in expected
+            ), zero

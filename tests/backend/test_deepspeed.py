@@ -1,4 +1,6 @@
-"""Two DeepSpeed ranks against plain torch on the joint batch, for each rule, ZeRO stage, clipping and accumulation."""
+"""Two DeepSpeed ranks against plain torch on the joint batch, for each rule, ZeRO stage, clipping
+and accumulation.
+"""
 
 # T time, B batch, C channels, H W pixels, K classes
 
@@ -38,7 +40,9 @@ STAGES = (0, 1, 2)
 
 
 class Watched(LIF):
-    """Remembers how near a membrane came to the threshold: a spike that rounding could flip would void the comparison."""
+    """Remembers how near a membrane came to the threshold: a spike that rounding could flip would
+    void the comparison.
+    """
 
     nearest = float("inf")
 
@@ -63,14 +67,17 @@ def network(*, norm: bool = False) -> nn.Module:
         Conv2d(6, 4, 3, stride=2, padding=1),
         Watched(0.5, threshold=0.3),
         Flatten(),
-        # A layer of torch's own: DeepSpeed 0.19.8 would reduce the gradients of these (not of subclasses) in bf16.
+        # A layer of torch's own: DeepSpeed 0.19.8 would reduce the gradients of these (not of
+        # subclasses) in bf16.
         nn.Linear(4 * 3 * 3, 5),
     )
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(100 + step)
-    return torch.randn(TIME, BATCH, 2, 6, 6, generator=draw), torch.randint(5, (BATCH,), generator=draw)
+    return torch.randn(TIME, BATCH, 2, 6, 6, generator=draw), torch.randint(
+        5, (BATCH,), generator=draw
+    )
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -98,20 +105,31 @@ def reference(rule: Rule, clip: float, *, norm: bool = False) -> nn.Module:
 
 
 def ours(
-    rule: Rule, rank: int, *, zero: int, clip: float, accumulation: int, norm: bool = False, precision: str = "fp32"
+    rule: Rule,
+    rank: int,
+    *,
+    zero: int,
+    clip: float,
+    accumulation: int,
+    norm: bool = False,
+    precision: str = "fp32",
 ) -> nn.Module:
     """The product's own loop and backend on this rank's rows."""
     model = network(norm=norm)
     rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
     micro = BATCH // RANKS // accumulation
-    backend = DeepSpeed(model, sgd, micro_batch=micro, zero=zero, clip_norm=clip, precision=precision)
+    backend = DeepSpeed(
+        model, sgd, micro_batch=micro, zero=zero, clip_norm=clip, precision=precision
+    )
 
     def micro_batches(step: int) -> Iterator[MicroBatch]:
         x_TB, target_B = batch(step)
         for index in range(accumulation):
             first = (index * RANKS + rank) * micro
             rows = range(first, first + micro)
-            yield MicroBatch(x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH)
+            yield MicroBatch(
+                x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH
+            )
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
     train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
@@ -119,10 +137,13 @@ def ours(
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    return max(
+        float((a - b).abs().max())
+        for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ fp32, exact
+# -------------------------------------------------------------------------------------- fp32, exact
 
 
 def _fp32(rank: int, ranks: int) -> dict[tuple[Any, ...], float]:
@@ -152,7 +173,9 @@ def _normed(rank: int, ranks: int) -> dict[tuple[str, int], float]:
     for name in RULES:
         expected = reference(RULES[name](), 0.0, norm=True)
         for zero in STAGES:
-            found[name, zero] = distance(ours(RULES[name](), rank, zero=zero, clip=0.0, accumulation=1, norm=True), expected)
+            found[name, zero] = distance(
+                ours(RULES[name](), rank, zero=zero, clip=0.0, accumulation=1, norm=True), expected
+            )
     return found
 
 
@@ -161,7 +184,7 @@ def test_two_ranks_equal_the_joint_batch_with_synchronised_batch_norm(tmp_path: 
         assert {case: gap for case, gap in result.items() if not gap <= 1e-6} == {}
 
 
-# ------------------------------------------------------------------------------------------------------------------ bf16
+# --------------------------------------------------------------------------------------------- bf16
 
 
 def _split_by_hand(rule: Rule, rank: int, clip: float) -> nn.Module:
@@ -172,7 +195,9 @@ def _split_by_hand(rule: Rule, rank: int, clip: float) -> nn.Module:
     half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
     for step in range(STEPS):
         x_TB, target_B = batch(step)
-        for objective in rule.objectives(Bf16(model), x_TB[:, half], CrossEntropy()(target_B[half]), step=step):
+        for objective in rule.objectives(
+            Bf16(model), x_TB[:, half], CrossEntropy()(target_B[half]), step=step
+        ):
             if objective.backward is not None:
                 (objective.backward / RANKS).backward()
         for p in model.parameters():
@@ -202,7 +227,8 @@ def _bf16(rank: int, ranks: int) -> dict[tuple[Any, ...], float]:
         found[name, "far from fp32"] = distance(expected, reference(RULES[name](), clip))
         for zero in STAGES:
             found[name, clip, zero] = distance(
-                ours(RULES[name](), rank, zero=zero, clip=clip, accumulation=1, precision="bf16"), expected
+                ours(RULES[name](), rank, zero=zero, clip=clip, accumulation=1, precision="bf16"),
+                expected,
             )
     return found
 
@@ -211,11 +237,14 @@ def test_bf16_equals_plain_torch_split_the_same_way(tmp_path: Path) -> None:
     for result in run_ranks(_bf16, RANKS, tmp_path):
         far = {case: gap for case, gap in result.items() if case[1] == "far from fp32"}
         assert min(far.values()) > 1e-5, "bf16 was not in use"
-        # 1e-8 here; gradients reduced in bf16, as DeepSpeed does unless told otherwise, would be 1e-4 away.
-        assert {case: gap for case, gap in result.items() if case not in far and not gap <= 1e-6} == {}
+        # 1e-8 here; gradients reduced in bf16, as DeepSpeed does unless told otherwise, would be
+        # 1e-4 away.
+        assert {
+            case: gap for case, gap in result.items() if case not in far and not gap <= 1e-6
+        } == {}
 
 
-# ---------------------------------------------------------------------------------------------- what the settings are for
+# ------------------------------------------------------------------------ what the settings are for
 
 
 NOISY = """
@@ -242,10 +271,12 @@ print(mlflow.__version__ > "3", sys.modules["mlflow"] is mlflow)
 def test_it_is_imported_without_mlflow_and_without_a_line_on_stdout() -> None:
     """MLflow is a second of every worker's start; afterwards whoever wants it may have it.
 
-    0.19.8 prints warnings at its import on a machine with a GPU and no nvcc: stdout is for the JSON of a command. What other
-    threads print meanwhile is not touched.
+    0.19.8 prints warnings at its import on a machine with a GPU and no nvcc: stdout is for the JSON
+    of a command. What other threads print meanwhile is not touched.
     """
-    done = subprocess.run([sys.executable, "-c", NOISY], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY], capture_output=True, text=True, timeout=100, check=True
+    )
     assert done.stdout.split() == ["of-another-thread", "False", "True", "True"], done.stdout
     assert "[WARNING] no nvcc\n" in done.stderr
 
@@ -259,14 +290,18 @@ def _default_settings(rank: int, ranks: int) -> dict[tuple[str, int], float]:
             model = network()
             rule = SLTT()
             rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
-            settings = config(micro_batch=BATCH // RANKS, workers=RANKS, parameters=10_000, zero=zero)
+            settings = config(
+                micro_batch=BATCH // RANKS, workers=RANKS, parameters=10_000, zero=zero
+            )
             if mode == "default":
                 del settings["managed_gradient_accumulation"]
             engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=settings)
             half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
             for step in range(STEPS):
                 x_TB, target_B = batch(step)
-                for objective in rule.objectives(engine, x_TB[:, half], CrossEntropy()(target_B[half]), step=step):
+                for objective in rule.objectives(
+                    engine, x_TB[:, half], CrossEntropy()(target_B[half]), step=step
+                ):
                     engine.backward(objective.backward)
                 engine.step()
             found[mode, zero] = distance(model, reference(SLTT(), 0.0))
@@ -294,9 +329,12 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
             half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
             rows = range(half.start, half.stop)
             batches = (
-                (step, [MicroBatch(batch(step)[0][:, half], batch(step)[1][half], rows, 0.5)]) for step in range(first, last)
+                (step, [MicroBatch(batch(step)[0][:, half], batch(step)[1][half], rows, 0.5)])
+                for step in range(first, last)
             )
-            train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+            train(
+                rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded()
+            )
             rule.release()
 
         whole, first, second = network(), network(), network()
@@ -310,7 +348,9 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
         after = engine_of(second)
         after.load(Path(folder) / str(zero))
         steps(after, second, 2, 4)
-        parts = [name for name in captured if "optim_states" in name]  # each rank's own, beside the weights of rank 0
+        parts = [
+            name for name in captured if "optim_states" in name
+        ]  # each rank's own, beside the weights of rank 0
         assert [f"_rank_{rank}_" in name for name in parts] == [True] * (zero > 0)
         assert len(captured) == len(parts) + (rank == 0)
         found[zero] = distance(whole, second) == 0.0
@@ -318,7 +358,10 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
 
 
 def test_a_checkpoint_resumes_to_the_same_bits_at_every_stage(tmp_path: Path) -> None:
-    assert run_ranks(_resumed, RANKS, tmp_path, str(tmp_path / "saved")) == [dict.fromkeys(STAGES, True)] * RANKS
+    assert (
+        run_ranks(_resumed, RANKS, tmp_path, str(tmp_path / "saved"))
+        == [dict.fromkeys(STAGES, True)] * RANKS
+    )
 
 
 def test_clipping_is_off_unless_the_recipe_says_otherwise() -> None:
@@ -328,7 +371,9 @@ def test_clipping_is_off_unless_the_recipe_says_otherwise() -> None:
 
 def test_a_bucket_is_no_larger_than_the_network() -> None:
     def bucket(parameters: int) -> int:
-        return config(micro_batch=4, workers=2, parameters=parameters)["zero_optimization"]["reduce_bucket_size"]
+        return config(micro_batch=4, workers=2, parameters=parameters)["zero_optimization"][
+            "reduce_bucket_size"
+        ]
 
     assert (bucket(9), bucket(10**10)) == (9, 500_000_000)
 
@@ -367,13 +412,21 @@ def test_a_scalar_parameter_is_refused_by_name(built: tuple[str, list[timedelta]
     assert built[0].endswith("got gain: use shape (1,)")
 
 
-def test_gradients_wait_for_a_worker_as_long_as_anything_else(built: tuple[str, list[timedelta]]) -> None:
+def test_gradients_wait_for_a_worker_as_long_as_anything_else(
+    built: tuple[str, list[timedelta]],
+) -> None:
     """Torch's default for a new group gives up long before a watchdog that has more patience."""
     assert built[1] == [timedelta(hours=7)] * 2
 
 
-@pytest.mark.parametrize(("zero", "clip", "computed"), [(0, 0.0, True), (1, 0.0, False), (2, 0.0, False), (2, 0.5, True)])
-def test_the_norm_of_gradients_is_computed_only_to_clip_them(zero: int, clip: float, computed: bool) -> None:
+@pytest.mark.parametrize(
+    ("zero", "clip", "computed"), [(0, 0.0, True), (1, 0.0, False), (2, 0.0, False), (2, 0.5, True)]
+)
+def test_the_norm_of_gradients_is_computed_only_to_clip_them(
+    zero: int, clip: float, computed: bool
+) -> None:
     """DeepSpeed (0.19.8) refuses the setting at stage 0, where it computes none but to clip."""
-    settings = config(micro_batch=4, workers=2, parameters=9, zero=zero, clip_norm=clip)["zero_optimization"]
+    settings = config(micro_batch=4, workers=2, parameters=9, zero=zero, clip_norm=clip)[
+        "zero_optimization"
+    ]
     assert settings.get("compute_grad_norm", True) is computed

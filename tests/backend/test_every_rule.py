@@ -1,4 +1,6 @@
-"""Every rule on two DeepSpeed ranks, ZeRO-0/1/2, against plain torch on the joint batch: weights and the rule's own state."""
+"""Every rule on two DeepSpeed ranks, ZeRO-0/1/2, against plain torch on the joint batch: weights
+and the rule's own state.
+"""
 
 # T time, B batch
 
@@ -69,7 +71,9 @@ def on_deepspeed(case: Case, rank: int, *, zero: int, accumulation: int) -> tupl
         for index in range(accumulation):
             first = (index * RANKS + rank) * micro
             rows = range(first, first + micro)
-            yield MicroBatch(x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH)
+            yield MicroBatch(
+                x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH
+            )
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
     train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
@@ -79,7 +83,10 @@ def on_deepspeed(case: Case, rank: int, *, zero: int, accumulation: int) -> tupl
 def distance(one: nn.Module, other: nn.Module) -> float:
     a, b = one.state_dict(), other.state_dict()
     assert a.keys() == b.keys()
-    return max((float((a[key].double() - b[key].double()).abs().max()) for key in a if a[key].numel()), default=0.0)
+    return max(
+        (float((a[key].double() - b[key].double()).abs().max()) for key in a if a[key].numel()),
+        default=0.0,
+    )
 
 
 def _ranks(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
@@ -91,7 +98,9 @@ def _ranks(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
         for zero in STAGES:
             for accumulation in (1, 2) if expected_rule.update == "batch" else (1,):
                 model, rule = on_deepspeed(case, rank, zero=zero, accumulation=accumulation)
-                apart = drifted((*model.parameters(), *rule.buffers()), Ranks(rank, ranks))  # to the bit, as a run compares them
+                apart = drifted(
+                    (*model.parameters(), *rule.buffers()), Ranks(rank, ranks)
+                )  # to the bit, as a run compares them
                 gaps = distance(model, expected), distance(rule, expected_rule), float(len(apart))
                 found[case.name, zero, accumulation] = max(gaps)
     return found

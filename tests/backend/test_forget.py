@@ -1,4 +1,6 @@
-"""An optimizer that was made to forget is a new one, in plain torch and in every ZeRO stage on two ranks; unused heads stay."""
+"""An optimizer that was made to forget is a new one, in plain torch and in every ZeRO stage on two
+ranks; unused heads stay.
+"""
 
 # T time, B batch, C channels, K classes
 
@@ -36,7 +38,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lamb": {"opt": "lamb", "lr": 0.02},
     "lookahead": {"opt": "lookahead_momentum", "lr": 0.2, "momentum": 0.9},
 }
-# Not LAMB: its trust ratio is one for each parameter in plain torch, and one for each rank's share under ZeRO.
+# Not LAMB: its trust ratio is one for each parameter in plain torch, and one for each rank's share
+# under ZeRO.
 SHARED = ("momentum", "adamw", "adagrad")
 
 
@@ -47,7 +50,9 @@ def network() -> nn.Module:
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(100 + step)
-    return 2 * torch.randn(TIME, BATCH, 6, generator=draw), torch.randint(3, (BATCH,), generator=draw)
+    return 2 * torch.randn(TIME, BATCH, 6, generator=draw), torch.randint(
+        3, (BATCH,), generator=draw
+    )
 
 
 def optimizer_of(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -55,7 +60,9 @@ def optimizer_of(name: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 
 def reference(name: str, *, renewed: bool = True) -> nn.Module:
-    """Plain torch on the joint batch; each task has its head and, where it is `renewed`, an optimizer that nobody has used."""
+    """Plain torch on the joint batch; each task has its head and, where it is `renewed`, an
+    optimizer that nobody has used.
+    """
     model, rule = network(), SLTT()
     rule.attach(model, world=World())
     optimizer = optimizer_of(name)(model)
@@ -83,7 +90,9 @@ def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> n
     def micro_batches(step: int) -> Iterator[MicroBatch]:
         x_TB, target_B = batch(step)
         rows = range(rank * share, (rank + 1) * share)
-        yield MicroBatch(x_TB[:, rows.start : rows.stop], target_B[rows.start : rows.stop], rows, 1 / ranks)
+        yield MicroBatch(
+            x_TB[:, rows.start : rows.stop], target_B[rows.start : rows.stop], rows, 1 / ranks
+        )
 
     for task in range(TASKS):
         select_head(model, task)
@@ -102,17 +111,27 @@ def distance(one: nn.Module, other: nn.Module) -> float:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_plain_torch_goes_on_as_with_a_new_optimizer(name: str) -> None:
-    assert distance(ours(lambda model: Plain(model, optimizer_of(name)), 0, 1), reference(name)) == 0
-    assert distance(reference(name, renewed=False), reference(name)) > 1e-3, "the reference does not see what is remembered"
+    assert (
+        distance(ours(lambda model: Plain(model, optimizer_of(name)), 0, 1), reference(name)) == 0
+    )
+    assert distance(reference(name, renewed=False), reference(name)) > 1e-3, (
+        "the reference does not see what is remembered"
+    )
 
 
 def test_settings_that_an_optimizer_changed_are_those_it_was_made_with() -> None:
     backend = Plain(network(), optimizer_of("momentum"))
-    before = [{key: value for key, value in group.items() if key != "params"} for group in backend.optimizer.param_groups]
+    before = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in backend.optimizer.param_groups
+    ]
     for group in backend.optimizer.param_groups:
         group["lr"], group["counted"] = 7.0, 3
     backend.forget()
-    after = [{key: value for key, value in group.items() if key != "params"} for group in backend.optimizer.param_groups]
+    after = [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in backend.optimizer.param_groups
+    ]
     assert after == before
 
 
@@ -137,7 +156,9 @@ def _ranks(rank: int, ranks: int) -> dict[tuple[str, str], float]:
     for name in SHARED:
         expected = reference(name)
         backends: dict[str, Callable[[nn.Module], Backend]] = {
-            f"zero-{zero}": partial(DeepSpeed, optimizer_of=optimizer_of(name), micro_batch=BATCH // RANKS, zero=zero)
+            f"zero-{zero}": partial(
+                DeepSpeed, optimizer_of=optimizer_of(name), micro_batch=BATCH // RANKS, zero=zero
+            )
             for zero in (0, 1, 2)
         }
         backends["plain"] = partial(Plain, optimizer_of=optimizer_of(name))

@@ -1,7 +1,9 @@
-"""HLOP in its second task on two DeepSpeed ranks, ZeRO-0/1/2, against plain torch on the joint batch.
+"""HLOP in its second task on two DeepSpeed ranks, ZeRO-0/1/2, against plain torch on the joint
+batch.
 
-`test_every_rule.py` has it in its first, where nothing is projected yet. Here the hooks that project, and those that keep
-vectors still, stand in front of DeepSpeed's own, which collect the gradient.
+`test_every_rule.py` has it in its first, where nothing is projected yet. Here the hooks that
+project, and those that keep vectors still, stand in front of DeepSpeed's own, which collect the
+gradient.
 """
 
 # T time, B batch
@@ -62,7 +64,9 @@ def reference(inner: type) -> tuple[nn.Module, HLOP]:
     return model, rule
 
 
-def on_deepspeed(inner: type, rank: int, *, zero: int, accumulation: int) -> tuple[nn.Module, HLOP, float]:
+def on_deepspeed(
+    inner: type, rank: int, *, zero: int, accumulation: int
+) -> tuple[nn.Module, HLOP, float]:
     model, rule = attached(inner, Ranks(rank, RANKS))
     micro, before = BATCH // RANKS // accumulation, {}
     backend = DeepSpeed(model, sgd, micro_batch=micro, zero=zero)
@@ -72,13 +76,23 @@ def on_deepspeed(inner: type, rank: int, *, zero: int, accumulation: int) -> tup
         for index in range(accumulation):
             first = (index * RANKS + rank) * micro
             rows = range(first, first + micro)
-            yield MicroBatch(x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH)
+            yield MicroBatch(
+                x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH
+            )
 
     for step in range(STEPS):
         before = begin(rule, model, step)
         if step == SECOND_TASK:
             backend.forget()
-        train(rule, backend, lambda step: None, [(step, micro_batches(step))], CrossEntropy(), NoMeters(), Unguarded())
+        train(
+            rule,
+            backend,
+            lambda step: None,
+            [(step, micro_batches(step))],
+            CrossEntropy(),
+            NoMeters(),
+            Unguarded(),
+        )
     return model, rule, moved_where_it_must_not(model, rule, before)
 
 
@@ -89,11 +103,19 @@ def begin(rule: HLOP, model: nn.Module, step: int) -> dict[str, torch.Tensor]:
 
 
 def moved_where_it_must_not(model: nn.Module, rule: HLOP, before: dict[str, torch.Tensor]) -> float:
-    """Of the last batch: how far weights moved within the frozen subspace, and biases at all. It must have learnt something."""
+    """Of the last batch: how far weights moved within the frozen subspace, and biases at all. It
+    must have learnt something.
+    """
     changes = {name: value - before[name] for name, value in model.state_dict().items()}
     assert min(changes[f"{name}.weight"].abs().max() for name in ("0", "2", "4")) > 1e-4
-    inside = [changes[f"{name}.weight"] @ rule.subspaces[index].get_buffer("old").T for index, name in enumerate(("0", "2", "4"))]
-    return max(float(part.abs().max()) for part in (*inside, *(changes[f"{name}.bias"] for name in ("0", "2", "4"))))
+    inside = [
+        changes[f"{name}.weight"] @ rule.subspaces[index].get_buffer("old").T
+        for index, name in enumerate(("0", "2", "4"))
+    ]
+    return max(
+        float(part.abs().max())
+        for part in (*inside, *(changes[f"{name}.bias"] for name in ("0", "2", "4")))
+    )
 
 
 def _ranks(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:

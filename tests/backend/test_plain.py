@@ -17,7 +17,9 @@ def network() -> nn.Module:
     return made
 
 
-def test_gradients_are_summed_by_one_collective_for_each_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_summed_by_one_collective_for_each_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of two ranks that compute the same; one layer is without a gradient."""
     sizes: list[int] = []
 
@@ -28,11 +30,16 @@ def test_gradients_are_summed_by_one_collective_for_each_dtype(monkeypatch: pyte
     alone, joined = network(), network()
     for made in (alone, joined):
         for parameter in (*made[0].parameters(), *made[1].parameters()):  # type: ignore[index]
-            parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(parameter)
+            parameter.grad = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(1)
+            ).to(parameter)
     Plain(alone, lambda model: torch.optim.SGD(model.parameters(), lr=0.2)).step()
     monkeypatch.setattr(plain, "_ranks", lambda: 2)
     monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: None)
     monkeypatch.setattr(distributed, "all_reduce", doubled)
     Plain(joined, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)).step()
     assert sorted(sizes) == [4 * 2 + 2, 3 * 4 + 4 + 2 * 2 + 2]
-    assert all(torch.equal(one, other) for one, other in zip(alone.parameters(), joined.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(alone.parameters(), joined.parameters(), strict=True)
+    )

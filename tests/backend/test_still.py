@@ -1,4 +1,6 @@
-"""Still images on two DeepSpeed ranks, their first layer computed once, against plain torch on the joint batch as a recording."""
+"""Still images on two DeepSpeed ranks, their first layer computed once, against plain torch on the
+joint batch as a recording.
+"""
 
 # T time, B batch, C channels, H W pixels
 
@@ -32,14 +34,23 @@ pytestmark = pytest.mark.distributed
 
 TIME, STEPS, ROWS = 4, 2, ((0, 5), (5, 8))  # the ranks hold unequal shares
 RULES: dict[str, Callable[[], Rule]] = {
-    "SLTT": SLTT, "SLTT-2": lambda: SLTT(k=2, rescale=True), "truncated": lambda: BPTT(truncate=2),
-}  # fmt: skip
+    "SLTT": SLTT,
+    "SLTT-2": lambda: SLTT(k=2, rescale=True),
+    "truncated": lambda: BPTT(truncate=2),
+}
 
 
 def network(between: Literal["rank", "world"]) -> nn.Module:
     torch.manual_seed(3)
     first = OncePerImage(Conv2d(2, 6, 3, padding=1), BatchNorm(6, between=between))
-    return nn.Sequential(first, LIF(), Conv2d(6, 4, 3, stride=2, padding=1), LIF(threshold=0.3), nn.Flatten(2), nn.Linear(36, 5))
+    return nn.Sequential(
+        first,
+        LIF(),
+        Conv2d(6, 4, 3, stride=2, padding=1),
+        LIF(threshold=0.3),
+        nn.Flatten(2),
+        nn.Linear(36, 5),
+    )
 
 
 def images(step: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +68,9 @@ def reference(rule: Rule) -> nn.Module:
     optimizer = sgd(model)
     for step in range(STEPS):
         x_BCHW, target_B = images(step)
-        for objective in rule.objectives(model, repeat(x_BCHW, TIME).contiguous(), CrossEntropy()(target_B), step=step):
+        for objective in rule.objectives(
+            model, repeat(x_BCHW, TIME).contiguous(), CrossEntropy()(target_B), step=step
+        ):
             if objective.backward is not None:
                 objective.backward.backward()
         optimizer.step()
@@ -75,7 +88,12 @@ def ours(rule: Rule, rank: int, *, zero: int) -> tuple[nn.Module, Counter[str]]:
     def micro_batches(step: int) -> Iterator[MicroBatch]:
         first, end = ROWS[rank]
         x_BCHW, target_B = images(step)
-        yield MicroBatch(repeat(x_BCHW[first:end], TIME), target_B[first:end], range(first, end), (end - first) / 8)
+        yield MicroBatch(
+            repeat(x_BCHW[first:end], TIME),
+            target_B[first:end],
+            range(first, end),
+            (end - first) / 8,
+        )
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
     train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
@@ -88,9 +106,17 @@ def _ranks(rank: int, ranks: int) -> dict[tuple[str, int], float]:
         expected = reference(rule()).state_dict()
         for zero in (1, 2):
             model, calls = ours(rule(), rank, zero=zero)
-            assert calls["forward"] == STEPS, f"the first layer of {name} must run once a batch; got {calls}"
-            found[name, zero] = max(float((value - expected[key]).abs().max()) for key, value in model.state_dict().items())
-        assert float((expected["0.0.weight"] - network("rank").state_dict()["0.0.weight"]).abs().max()) > 1e-3
+            assert calls["forward"] == STEPS, (
+                f"the first layer of {name} must run once a batch; got {calls}"
+            )
+            found[name, zero] = max(
+                float((value - expected[key]).abs().max())
+                for key, value in model.state_dict().items()
+            )
+        assert (
+            float((expected["0.0.weight"] - network("rank").state_dict()["0.0.weight"]).abs().max())
+            > 1e-3
+        )
     return found
 
 

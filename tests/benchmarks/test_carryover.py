@@ -1,4 +1,6 @@
-"""The carry-over experiment: a replay is exact, its gradient is SLTT's, and its figures are those of logits by hand."""
+"""The carry-over experiment: a replay is exact, its gradient is SLTT's, and its figures are those
+of logits by hand.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,11 @@ def test_a_replay_fires_the_same_spikes_and_its_gradient_is_that_of_sltt(neuron:
         torch.stack([loss_of(logits_BK) for logits_BK in again_TBK]).mean().backward()
     assert torch.equal(logits_TBK, again_TBK)
     assert all(torch.equal(run, replayed) for run, replayed in spikes.values())
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     assert difference(found, by_sltt) < 1e-12 < 1e-4 < difference(found, by_bptt)
     assert all(neuron.gradient is None for _, neuron in named_neurons(model))
 
@@ -70,7 +76,9 @@ def test_a_gaussian_has_the_moments_of_each_channel_and_step() -> None:
     moments.add({"n": [v_BCN[99:]]})
     mean_C, deviation_C = moments.of("n", 0)
     kept_CN = v_BCN[:-1].double().movedim(1, 0).flatten(1)
-    torch.testing.assert_close((mean_C, deviation_C), (kept_CN.mean(1), kept_CN.std(1, correction=0)))
+    torch.testing.assert_close(
+        (mean_C, deviation_C), (kept_CN.mean(1), kept_CN.std(1, correction=0))
+    )
     keys_of = lambda place, t: range(400)
     (drawn,) = moments.drawn_like({"n": [v_BCN]}, keys_of)["n"]
     (one,) = moments.drawn_like({"n": [v_BCN[7:8]]}, lambda place, t: [7])["n"]
@@ -91,8 +99,11 @@ class Fixed(nn.Module):
         return x_TBK + 0 * self.neuron(x_TBK)
 
 
-# Right and right; wrong and right, with the mean right; wrong and right, with the mean wrong. The fourth is a donor.
-BY_HAND_BTK = torch.tensor([[[2.0, 0], [1, 0]], [[0, 1], [2, 0]], [[0, 3], [1, 0]], [[0, 9], [0, 9]]])
+# Right and right; wrong and right, with the mean right; wrong and right, with the mean wrong. The
+# fourth is a donor.
+BY_HAND_BTK = torch.tensor(
+    [[[2.0, 0], [1, 0]], [[0, 1], [2, 0]], [[0, 3], [1, 0]], [[0, 9], [0, 9]]]
+)
 
 
 def test_figures_and_errors_of_logits_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,20 +114,33 @@ def test_figures_and_errors_of_logits_by_hand(monkeypatch: pytest.MonkeyPatch) -
     by_group = means(samples, ["", "", "", "cup", "jug", "jug"]).loc[2, "real"]
     assert alone[["one", "ensemble", "gap"]].tolist() == pytest.approx([2 / 3, 2 / 3, 0])
     assert alone["disagree"] == alone["same class"] == pytest.approx(2 / 3)
-    loss = lambda *margins: sum(torch.nn.functional.softplus(-torch.tensor(each)).item() for each in margins)
+    loss = lambda *margins: sum(
+        torch.nn.functional.softplus(-torch.tensor(each)).item() for each in margins
+    )
     assert alone["loss of one"] == pytest.approx(loss(2.0, -1.0, -3.0, 1.0, 2.0, 1.0) / 6)
     assert alone["loss of ensemble"] == pytest.approx(loss(1.5, 0.5, -1.0) / 3)
     assert alone["gap ±"] == pytest.approx(0.5 / 3**0.5)  # of the samples: 0, 1/2, -1/2
-    # Residuals of the hits 1, 1, 0 from 2/3: those of the first and third, which are one group, sum to -1/3.
+    # Residuals of the hits 1, 1, 0 from 2/3: those of the first and third, which are one group, sum
+    # to -1/3.
     assert by_group["ensemble ±"] == pytest.approx((2 * ((1 / 3) ** 2 + (1 / 3) ** 2)) ** 0.5 / 3)
 
 
 @pytest.mark.parametrize("size", [2, 7, 16, 41, 64])
 def test_each_sample_is_tested_once_and_is_a_donor_once(size: int) -> None:
-    pairs = [pair for *_, index_B in shuffled(DATA, size=size, seed=0) for pair in itertools.pairwise(index_B.tolist())]
+    pairs = [
+        pair
+        for *_, index_B in shuffled(DATA, size=size, seed=0)
+        for pair in itertools.pairwise(index_B.tolist())
+    ]
     tested, donors = zip(*pairs, strict=True)
-    assert sorted(tested) == sorted(donors) == list(range(41)) and all(sample != donor for sample, donor in pairs)
-    whole = [pair for *_, index_B in shuffled(DATA, size=64, seed=0) for pair in itertools.pairwise(index_B.tolist())]
+    assert sorted(tested) == sorted(donors) == list(range(41)) and all(
+        sample != donor for sample, donor in pairs
+    )
+    whole = [
+        pair
+        for *_, index_B in shuffled(DATA, size=64, seed=0)
+        for pair in itertools.pairwise(index_B.tolist())
+    ]
     assert pairs == whole
 
 
@@ -133,22 +157,32 @@ def test_what_carries_over_anything_else_is_refused() -> None:
             record(model, x_TBC)
 
 
-def test_the_table_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = small_recipe(stop_after=4)
     write_job(make_run(tmp_path / "run", recipe))
     assert train_inline(tmp_path / "run", recipe) is not None
     found = []
     monkeypatch.setattr(carryover, "means", lambda *given: found.append(means(*given)) or found[-1])
-    monkeypatch.setattr("sys.argv", ["carryover", str(tmp_path / "run"), "--steps", "1,3", "--batch", "8"])
+    monkeypatch.setattr(
+        "sys.argv", ["carryover", str(tmp_path / "run"), "--steps", "1,3", "--batch", "8"]
+    )
     carryover.main()
     (table,) = found
     assert list(table.index) == [(T, kind) for T in (1, 3) for kind in KINDS]
-    assert (table.loc[1] == table.loc[1, "real"]).all(axis=None)  # the first step has nothing to carry over
+    assert (table.loc[1] == table.loc[1, "real"]).all(
+        axis=None
+    )  # the first step has nothing to carry over
     assert table.loc[3, "zero"]["disagree"] == table.loc[3, "zero"]["gap"] == 0
     assert table.loc[3, "zero"]["ensemble"] == table.loc[1, "zero"]["ensemble"]
     assert (table["loss of ensemble"] <= table["loss of one"] + 1e-12).all()  # Jensen
     assert len(table["loss of one"].loc[3].round(6).unique()) == 4
     network = carryover.load_run(tmp_path / "run", which="last")
-    plain, *_ = evaluate(network, inputs(recipe.data.build().val(micro_batch=7), 3, torch.device("cpu")), CrossEntropy())
+    plain, *_ = evaluate(
+        network,
+        inputs(recipe.data.build().val(micro_batch=7), 3, torch.device("cpu")),
+        CrossEntropy(),
+    )
     assert table.loc[3, "real"]["ensemble"] == pytest.approx(plain.top1)
     assert (tmp_path / "run" / "carryover.csv").exists() and "gaussian" in capsys.readouterr().out

@@ -19,7 +19,9 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(params=["memory", "s3"])
 def address(request: pytest.FixtureRequest) -> str:
-    base = "memory://checkpoints" if request.param == "memory" else request.getfixturevalue("bucket")
+    base = (
+        "memory://checkpoints" if request.param == "memory" else request.getfixturevalue("bucket")
+    )
     return f"{base}/{uuid.uuid4().hex}/run"
 
 

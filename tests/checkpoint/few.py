@@ -38,7 +38,14 @@ class Counting(nn.Module):
         self.register_buffer("feedback", torch.full((3,), value))
 
 
-def save(checkpoints: Checkpoints, step: int, made: Plain, rule: nn.Module, trainer: dict[str, Any], **more: Any) -> Saved:
+def save(
+    checkpoints: Checkpoints,
+    step: int,
+    made: Plain,
+    rule: nn.Module,
+    trainer: dict[str, Any],
+    **more: Any,
+) -> Saved:
     """Until it is whole."""
     assert checkpoints.save(step, made, rule, trainer, **more) is None
     told = checkpoints.wait()
@@ -55,7 +62,11 @@ def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[s
 def content(place: Folder | Store) -> set[str]:
     """The files in a place, without the owner's."""
     if isinstance(place, Folder):
-        files = {str(path.relative_to(place.folder)) for path in place.folder.rglob("*") if path.is_file()}
+        files = {
+            str(path.relative_to(place.folder))
+            for path in place.folder.rglob("*")
+            if path.is_file()
+        }
     else:
         root = place.root.strip("/")
         files = {path.strip("/").removeprefix(f"{root}/") for path in place.fs.find(place.root)}

@@ -28,7 +28,8 @@ def s3_server() -> Iterator[str]:
             patch.setenv("AWS_ACCESS_KEY_ID", "testing")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            S3FileSystem.clear_instance_cache()  # one of before knows the address of a server that is gone
+            # one of before knows the address of a server that is gone
+            S3FileSystem.clear_instance_cache()
             boto3.client("s3").create_bucket(Bucket=BUCKET)
             yield f"s3://{BUCKET}"
     finally:

@@ -1,4 +1,6 @@
-"""Written beside training: what is saved is what was there, one at a time, whole or told why not, by one rank and by two."""
+"""Written beside training: what is saved is what was there, one at a time, whole or told why not,
+by one rank and by two.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(background, "_write", fails)
 
 
-def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(tmp_path: Path, gate: threading.Event) -> None:
+def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
+    tmp_path: Path, gate: threading.Event
+) -> None:
     made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Folder(tmp_path), attempt="a")
     then = copied(made.network.state_dict())
     momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
@@ -100,23 +104,34 @@ def has_failed(checkpoints: Checkpoints) -> bool:
     return checkpoints.failed()
 
 
-def test_a_full_disk_is_the_users_and_the_one_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_the_users_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
         failing(patch, errno.ENOSPC)
         checkpoints.save(2, backend(), Counting(), TRAINER)
         assert has_failed(checkpoints)
-        said = r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest whole one is"
+        said = (
+            r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
+            r" whole one is"
+        )
         with pytest.raises(Refused, match=said):
             checkpoints.save(3, backend(), Counting(), TRAINER)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]  # what there was of it makes room
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "step_00000001"
+    ]  # what there was of it makes room
     assert checkpoints.wait() is None
 
 
-def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[tuple[int, str]] = []
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about))
+    checkpoints = Checkpoints(
+        Folder(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
+    )
     for number in (2, 4):  # never two in a row
         with monkeypatch.context() as patch:
             failing(patch, errno.EIO)
@@ -139,9 +154,13 @@ def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
         failing(patch, errno.EIO)
         checkpoints.save(2, backend(), Counting(), TRAINER)
         checkpoints.save(3, backend(), Counting(), TRAINER)
-        with pytest.raises(OSError, match=r"checkpoint after step 3 was not written: Input/output error"):
+        with pytest.raises(
+            OSError, match=r"checkpoint after step 3 was not written: Input/output error"
+        ):
             checkpoints.save(4, backend(), Counting(), TRAINER)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]  # what there was of it makes room
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "step_00000001"
+    ]  # what there was of it makes room
     assert checkpoints.wait() is None
 
 
@@ -160,14 +179,18 @@ def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
         patch.setattr("pipeline.checkpoint.folder.shutil.rmtree", fails)
         for value, number in enumerate(steps[1:]):
             told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
-            assert told.step == number and told.untidy.startswith("OSError: [Errno 39] Directory not empty: ")
+            assert told.step == number and told.untidy.startswith(
+                "OSError: [Errno 39] Directory not empty: "
+            )
     rule = Counting()
     restore(Checkpoints(Folder(tmp_path), attempt="b"), backend(), rule)
     assert rule.feedback.tolist() == [3.0] * 3  # type: ignore[operator]
     assert [path.name for path in tmp_path.iterdir()] == [f"step_{steps[-1]:08d}"]  # swept
 
 
-def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(tmp_path: Path, gate: threading.Event) -> None:
+def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(
+    tmp_path: Path, gate: threading.Event
+) -> None:
     checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.1, gate.set).start()
@@ -182,7 +205,9 @@ def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
     failing(monkeypatch, errno.EIO)
     checkpoints.save(1, backend(), Counting(), TRAINER)
     assert checkpoints.close(error) is None
-    assert error.__notes__ == ["checkpoint step_00000001 was not written: RuntimeError: unexpected pos 640 vs 598"]
+    assert error.__notes__ == [
+        "checkpoint step_00000001 was not written: RuntimeError: unexpected pos 640 vs 598"
+    ]
 
 
 def wait_for(file: Path) -> None:
@@ -251,7 +276,12 @@ def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
             raise OSError(errno.EIO, "Input/output error", "x")
         write(file, value)
 
-    about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.each, "on_unwritten": lambda *about: told.append(about)}
+    about: dict[str, Any] = {
+        "rank": rank,
+        "ranks": size,
+        "each": ranks.each,
+        "on_unwritten": lambda *about: told.append(about),
+    }
     checkpoints, background._write = Checkpoints(Folder(Path(folder)), attempt="a", **about), fails
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     heard = has_failed(checkpoints)
@@ -280,7 +310,12 @@ def _one_is_slow(rank: int, size: int, folder: str) -> int:
         write(file, value)
 
     background._write, background.WAIT_S = slowly, 0.05
-    about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.each, "beat": lambda: beats.append(rank)}
+    about: dict[str, Any] = {
+        "rank": rank,
+        "ranks": size,
+        "each": ranks.each,
+        "beat": lambda: beats.append(rank),
+    }
     checkpoints = Checkpoints(Folder(Path(folder)), attempt="a", **about)
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     checkpoints.wait()
@@ -292,7 +327,9 @@ def test_ranks_show_signs_of_life_while_one_of_them_writes(tmp_path: Path) -> No
     assert min(run_ranks(_one_is_slow, 2, tmp_path, str(tmp_path / "checkpoints"))) >= 3
 
 
-def test_so_does_one_that_ends(tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_does_one_that_ends(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     beats: list[int] = []
     monkeypatch.setattr(background, "WAIT_S", 0.02)
     checkpoints = Checkpoints(Folder(tmp_path), attempt="a", beat=lambda: beats.append(1))
@@ -309,7 +346,9 @@ def test_a_thread_that_writes_for_long_is_no_sign_of_life(
     monkeypatch.setattr(background, "WAIT_S", 0.02)
     monkeypatch.setattr(background, "LONGEST_S", 0.5)
     beats: list[float] = []
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic()))
+    checkpoints = Checkpoints(
+        Folder(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
+    )
     checkpoints.save(1, backend(), Counting(), TRAINER)
     began = time.monotonic()
     threading.Timer(2.0, gate.set).start()
@@ -324,11 +363,18 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
         assert first[f"half {writer}"] is second[f"half {writer}"] is False
         assert first[f"whole {writer}"] is second[f"whole {writer}"] is None
         assert first[f"full {writer}"] == second[f"full {writer}"]
-        assert "after step 5: No space left on device: x; the newest whole one is" in first[f"full {writer}"]
-    assert first["alone"][0].endswith("Abandoned: checkpoint step_00000006: the part of worker 1 is missing")
+        assert (
+            "after step 5: No space left on device: x; the newest whole one is"
+            in first[f"full {writer}"]
+        )
+    assert first["alone"][0].endswith(
+        "Abandoned: checkpoint step_00000006: the part of worker 1 is missing"
+    )
     assert first["left"] == [".writing-b-step_00000006", "step_00000001", "step_00000002"]
     written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
-    assert {"rng_rank0.pt", "rng_rank1.pt", "manifest.json"} < written and not any(name.startswith(".") for name in written)
+    assert {"rng_rank0.pt", "rng_rank1.pt", "manifest.json"} < written and not any(
+        name.startswith(".") for name in written
+    )
 
 
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:

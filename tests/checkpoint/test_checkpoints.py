@@ -1,4 +1,6 @@
-"""Checkpoints: whole or not there, verified before use, damaged ones named and passed over, the best one kept."""
+"""Checkpoints: whole or not there, verified before use, damaged ones named and passed over, the
+best one kept.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import disk
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, damage, lost_step, pin, read_trainer, step_folders, verified
+from pipeline.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Folder,
+    damage,
+    lost_step,
+    pin,
+    read_trainer,
+    step_folders,
+    verified,
+)
 from pipeline.checkpoint.sealed import facts_of, seal
 from pipeline.checkpoint.store import Store
 from tests.checkpoint.few import TRAINER, Counting, backend, content, restore, save
@@ -50,7 +62,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert told.bytes > 0
     for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(a, b)
-    momenta = [[state["momentum_buffer"] for state in made.optimizer.state.values()] for made in (original, other)]
+    momenta = [
+        [state["momentum_buffer"] for state in made.optimizer.state.values()]
+        for made in (original, other)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
     assert torch.equal(rule.feedback, torch.full((3,), 2.5))  # type: ignore[arg-type]
     again = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
@@ -58,12 +73,22 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert drawn[1:] == again[1:]
 
 
-FILES = ["model.safetensors", "plain/state.pt", "rng_rank0.pt", "rule.pt", "trainer.json", "manifest.json"]
+FILES = [
+    "model.safetensors",
+    "plain/state.pt",
+    "rng_rank0.pt",
+    "rule.pt",
+    "trainer.json",
+    "manifest.json",
+]
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [*((name, "flipped") for name in FILES), *((name, how) for name in FILES[::5] for how in ("cut", "gone"))],
+    [
+        *((name, "flipped") for name in FILES),
+        *((name, how) for name in FILES[::5] for how in ("cut", "gone")),
+    ],
 )
 def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     place: Folder | Store, name: str, how: str
@@ -83,7 +108,9 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     assert restore(checkpoints, backend(9), Counting())["step"] == 1
     assert place.names() == ["step_00000001"]
     if isinstance(place, Store) and (name, how) == ("manifest.json", "gone"):
-        assert told == [] and not any("step_00000002" in file for file in content(place))  # it never was one
+        assert told == [] and not any(
+            "step_00000002" in file for file in content(place)
+        )  # it never was one
         return
     [(moved, reason)] = told
     assert moved.startswith(f"{place.address('quarantine/step_00000002')}") and name in reason
@@ -95,7 +122,11 @@ def test_the_newest_the_best_and_the_pinned_are_kept(place: Folder | Store) -> N
     for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
         save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
         if step == 1:
-            pin(place.folder / "step_00000001") if isinstance(place, Folder) else place.write("step_00000001.pinned", b"")
+            (
+                pin(place.folder / "step_00000001")
+                if isinstance(place, Folder)
+                else place.write("step_00000001.pinned", b"")
+            )
     assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
     assert not any("step_00000003" in file for file in content(place))
     assert verified(place, "best").name == "step_00000002"
@@ -103,13 +134,22 @@ def test_the_newest_the_best_and_the_pinned_are_kept(place: Folder | Store) -> N
     assert damage(place.fetch("step_00000001")) is None
 
 
-def test_a_damaged_one_is_told_before_it_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who dies in between leaves it where the next one finds it, and no journal says that it must be there."""
+def test_a_damaged_one_is_told_before_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who dies in between leaves it where the next one finds it, and no journal says that it must
+    be there.
+    """
     told: list[str] = []
     saved(tmp_path, [1])
     flip_a_byte(tmp_path / "step_00000001" / "rule.pt")
     dying, next_one = (
-        Checkpoints(Folder(tmp_path), attempt=name, on_quarantine=lambda address, reason: told.append(address)) for name in "bc"
+        Checkpoints(
+            Folder(tmp_path),
+            attempt=name,
+            on_quarantine=lambda address, reason: told.append(address),
+        )
+        for name in "bc"
     )
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "set_aside", lambda self, name, aside: sys.exit("killed"))
@@ -120,7 +160,9 @@ def test_a_damaged_one_is_told_before_it_is_moved(tmp_path: Path, monkeypatch: p
     assert len(told) == 2 and damage(Path(told[1])) is not None and not step_folders(tmp_path)
 
 
-def test_one_that_storage_does_not_let_go_at_once_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_storage_does_not_let_go_at_once_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
     checkpoints = saved(tmp_path, [1], on_quarantine=lambda address, reason: told.append(address))
     for step in (1, 2):  # and one that is damaged later is another
@@ -144,7 +186,9 @@ def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path: Path) -> None:
     folder = tmp_path / "step_00000001"
     on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert on_disk == set(FILES)
-    assert on_disk - {"manifest.json"} == set(json.loads((folder / "manifest.json").read_text())["files"])
+    assert on_disk - {"manifest.json"} == set(
+        json.loads((folder / "manifest.json").read_text())["files"]
+    )
     assert damage(folder) is None
 
 
@@ -158,7 +202,9 @@ def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
     assert not torn.exists()
 
 
-def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read, away = Path.read_bytes, [tmp_path / "step_00000002" / "trainer.json"]
 
     def fails(self: Path) -> bytes:
@@ -180,8 +226,14 @@ def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(tmp_path: Path, m
     assert ([path.name[-1] for path in step_folders(tmp_path)], told.untidy) == (["2", "5"], "")
 
 
-def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints, read, lost = saved(tmp_path, [1, 2]), Path.read_bytes, tmp_path / "step_00000001" / "trainer.json"
+def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, read, lost = (
+        saved(tmp_path, [1, 2]),
+        Path.read_bytes,
+        tmp_path / "step_00000001" / "trainer.json",
+    )
 
     def fails(self: Path) -> bytes:
         if self == lost:
@@ -214,7 +266,9 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
     shutil.copytree(tmp_path / "step_00000003", made)
     flip_a_byte(made / "model.safetensors")
     seal(made, facts_of(made, [name for name in FILES if name != "manifest.json"]))
-    old, new = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "step_00000003", made))
+    old, new = (
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "step_00000003", made)
+    )
     left, rename, remove = call, Path.rename, shutil.rmtree
 
     def killed() -> bool:
@@ -244,12 +298,16 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
             assert call < 4
     checkpoints = Checkpoints(Folder(tmp_path), attempt="b")
     assert checkpoints.newest() == tmp_path / "step_00000003"
-    assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == (old if call < 2 else new)
+    assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == (
+        old if call < 2 else new
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
-@pytest.mark.parametrize(("number", "times"), [(errno.EIO, 9), (errno.ESTALE, 1), (errno.EIO, 1), (errno.EACCES, 9)])
+@pytest.mark.parametrize(
+    ("number", "times"), [(errno.EIO, 9), (errno.ESTALE, 1), (errno.EIO, 1), (errno.EACCES, 9)]
+)
 def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int
 ) -> None:
@@ -264,7 +322,9 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
 
     monkeypatch.setattr(Path, "open", fails)
     monkeypatch.setattr(disk, "TRY_S", 0.0)
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1]))
+    checkpoints = Checkpoints(
+        Folder(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1])
+    )
     if number in (errno.EACCES, errno.ESTALE):
         with pytest.raises(OSError, match=os.strerror(number)):
             checkpoints.newest()
@@ -278,7 +338,9 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
 def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
-    with pytest.raises(CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"):
+    with pytest.raises(
+        CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"
+    ):
         restore(checkpoints, backend(), Counting())
 
 
@@ -293,7 +355,9 @@ def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -
     half = tmp_path / ".deleting-dead-step_00000000"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"rest")
-    (tmp_path / "step_00000001" / "trainer.json").write_text("{")  # damaged, and old: nobody's best, and in nobody's way
+    (tmp_path / "step_00000001" / "trainer.json").write_text(
+        "{"
+    )  # damaged, and old: nobody's best, and in nobody's way
     save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.5})
     save(checkpoints, 4, backend(), Counting(), TRAINER)
     assert [path.name[-1] for path in step_folders(tmp_path)] == ["3", "4"]
@@ -319,7 +383,7 @@ def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path)
     assert Folder(tmp_path).names() == ["step_00000002", "step_00000005"]
 
 
-# ------------------------------------------------------------------------------ what the journal knows, where none is found
+# ------------------------------------------------------ what the journal knows, where none is found
 
 
 def start(step: int) -> dict[str, Any]:
@@ -331,7 +395,11 @@ def told_saved(step: int) -> dict[str, Any]:
 
 
 def quarantined(step: int, more: str = "") -> dict[str, Any]:
-    return {"event": "quarantine", "path": f"s3://bucket/run/quarantine/step_{step:08d}{more}-20261127-031500-7-a", "reason": "r"}
+    return {
+        "event": "quarantine",
+        "path": f"s3://bucket/run/quarantine/step_{step:08d}{more}-20261127-031500-7-a",
+        "reason": "r",
+    }
 
 
 @pytest.mark.parametrize(
@@ -344,16 +412,27 @@ def quarantined(step: int, more: str = "") -> dict[str, Any]:
         ([start(8)], 8),  # adopted from a run whose folder was lost
         ([start(0), told_saved(3), quarantined(3)], None),
         ([start(0), told_saved(3), told_saved(6), quarantined(6, ".1")], 3),
-        ([start(0), told_saved(3), told_saved(6), quarantined(6), quarantined(6)], 3),  # told once more by the start after a kill
-        ([start(0), told_saved(3), told_saved(6), told_saved(9), quarantined(9), quarantined(6)], None),  # 3 was pruned
+        (
+            [start(0), told_saved(3), told_saved(6), quarantined(6), quarantined(6)],
+            3,
+        ),  # told once more by the start after a kill
+        (
+            [start(0), told_saved(3), told_saved(6), told_saved(9), quarantined(9), quarantined(6)],
+            None,
+        ),  # 3 was pruned
         (
             [start(0), told_saved(3), told_saved(6), quarantined(9), quarantined(6)],
             None,
         ),  # 9 died with its writer, 3 was pruned for it
         ([start(0), told_saved(3), quarantined(3), start(0), told_saved(3)], 3),
         ([start(0), told_saved(3), quarantined(3), start(0)], None),
-        ([start(0), told_saved(3), told_saved(6), start(3)], 3),  # 6 had been moved away by hand, and the run went on
+        (
+            [start(0), told_saved(3), told_saved(6), start(3)],
+            3,
+        ),  # 6 had been moved away by hand, and the run went on
     ],
 )
-def test_one_must_be_there_unless_it_was_quarantined(events: list[dict[str, Any]], step: int | None) -> None:
+def test_one_must_be_there_unless_it_was_quarantined(
+    events: list[dict[str, Any]], step: int | None
+) -> None:
     assert lost_step(events, keep=2) == step

@@ -1,4 +1,6 @@
-"""What a process fetches is its own until it ends, and a checkpoint is loaded whole: as its manifest lists it, or not at all."""
+"""What a process fetches is its own until it ends, and a checkpoint is loaded whole: as its
+manifest lists it, or not at all.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,16 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return made
 
 
-def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_left_is_swept(checkpoints: Checkpoints) -> None:
+def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_left_is_swept(
+    checkpoints: Checkpoints,
+) -> None:
     path, staging = checkpoints.newest(), checkpoints.place.staging
     assert path is not None
     with subprocess.Popen(
-        [sys.executable, "-c", OTHER, str(staging)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OTHER, str(staging)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as other:
         assert other.stdout is not None
         theirs = Path(other.stdout.readline().strip())
@@ -56,12 +63,20 @@ def test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_le
 
 
 def test_a_process_that_ends_leaves_nothing_of_what_it_fetched(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", OTHER, str(tmp_path)], input="", capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", OTHER, str(tmp_path)],
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ended.stdout and [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("name", ["rule.pt", "rng_rank0.pt", "plain/state.pt", "model.safetensors"])
-def test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_loaded(checkpoints: Checkpoints, name: str) -> None:
+def test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_loaded(
+    checkpoints: Checkpoints, name: str
+) -> None:
     path, made, rule = checkpoints.newest(), backend(2), Counting()
     assert path is not None
     before = [p.clone() for p in made.network.parameters()]

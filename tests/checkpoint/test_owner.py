@@ -1,4 +1,6 @@
-"""Of two drivers that know one place of checkpoints the later has it; the earlier tells nothing whole, and deletes nothing."""
+"""Of two drivers that know one place of checkpoints the later has it; the earlier tells nothing
+whole, and deletes nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from pipeline import disk
-from pipeline.checkpoint import CheckpointError, Checkpoints, Folder, Owned, claim, owner_of, place_at
+from pipeline.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Folder,
+    Owned,
+    claim,
+    owner_of,
+    place_at,
+)
 from pipeline.checkpoint import background as thread
 from pipeline.checkpoint.store import Store
 from pipeline.refused import Refused
@@ -24,7 +34,11 @@ OF_A = {**TRAINER, "run_id": "a" * 32, "study": "s", "run": "first"}
 @pytest.fixture(params=["folder", "memory"])
 def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Folder | Store]:
     """The one place, as a run of each name knows it."""
-    address = str(tmp_path / "elsewhere") if request.param == "folder" else f"memory://owned/{uuid.uuid4().hex}"
+    address = (
+        str(tmp_path / "elsewhere")
+        if request.param == "folder"
+        else f"memory://owned/{uuid.uuid4().hex}"
+    )
     return lambda run: place_at(address, tmp_path / run)
 
 
@@ -32,25 +46,37 @@ def claimed(place: Folder | Store, run: str = "first") -> Owned:
     return Owned(place, claim(place, run=run, run_id="a" * 32, study="s"))
 
 
-def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(place_of: Callable[[str], Folder | Store]) -> None:
+def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
+    place_of: Callable[[str], Folder | Store],
+) -> None:
     place = place_of("first")
     save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), OF_A)
     there, mine = content(place), {"run": "mine", "run_id": "b" * 32, "study": "s"}
-    with pytest.raises(CheckpointError, match=r"must be of run bbbbbbbb \(mine\); got those of run aaaaaaaa \(first\)$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"must be of run bbbbbbbb \(mine\); got those of run aaaaaaaa \(first\)$",
+    ):
         claim(place, **mine)  # a checkpoint tells, no driver has yet
     with pytest.raises(FileNotFoundError):
         place.read("owner.json")
     token = claimed(place).token
-    with pytest.raises(CheckpointError, match=r"got those of run aaaaaaaa \(first, driven on \S+ since "):
+    with pytest.raises(
+        CheckpointError, match=r"got those of run aaaaaaaa \(first, driven on \S+ since "
+    ):
         claim(place, **mine)
     owner = owner_of(place)
     assert owner is not None and owner.token == token and content(place) == there
     place.write("owner.json", b"[]")
-    with pytest.raises(CheckpointError, match=r"owner.json must say whose they are; it is damaged: .*; got \[\]; move it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"owner.json must say whose they are; it is damaged: .*; got \[\]; move it",
+    ):
         claimed(place)
 
 
-def test_a_full_disk_leaves_the_owner_that_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_owner_that_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = Folder(tmp_path)
     token = claimed(place).token
 
@@ -61,7 +87,11 @@ def test_a_full_disk_leaves_the_owner_that_there_was(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="No space left on device"):
         claimed(place)
     owner = owner_of(place)
-    assert owner is not None and owner.token == token and [path.name for path in tmp_path.iterdir()] == ["owner.json"]
+    assert (
+        owner is not None
+        and owner.token == token
+        and [path.name for path in tmp_path.iterdir()] == ["owner.json"]
+    )
 
 
 @pytest.mark.parametrize("when", ["before its manifest", "with its manifest"])
@@ -93,13 +123,24 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
     if when == "before its manifest":
         monkeypatch.setattr(thread, "seal", sealed)
     else:
-        monkeypatch.setattr(Folder if isinstance(first.place, Folder) else Store, "finish", lambda self, *given: finished(*given))
+        monkeypatch.setattr(
+            Folder if isinstance(first.place, Folder) else Store,
+            "finish",
+            lambda self, *given: finished(*given),
+        )
     one.save(2, backend(3), Counting(3), OF_A)
-    with pytest.raises(Refused, match=r"checkpoint: cannot be written after step 2: checkpoints: the owner of .*second") as said:
+    with pytest.raises(
+        Refused,
+        match=r"checkpoint: cannot be written after step 2: checkpoints: the owner of .*second",
+    ) as said:
         one.wait()
     assert "\n" not in str(said.value) and one.done() is None
     assert "step_00000001" in place_of("third").names()  # with keep=1 it would have gone
-    for change in (first.sweep, lambda: first.delete("step_00000001"), lambda: first.set_aside("step_00000001", "x")):
+    for change in (
+        first.sweep,
+        lambda: first.delete("step_00000001"),
+        lambda: first.set_aside("step_00000001", "x"),
+    ):
         with pytest.raises(CheckpointError, match="must be this driver"):
             change()
     if when == "before its manifest":

@@ -1,4 +1,6 @@
-"""Workers whose checkpoints would lie on different disks are refused before they train; one that shows late is waited for."""
+"""Workers whose checkpoints would lie on different disks are refused before they train; one that
+shows late is waited for.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
 def test_a_folder_of_each_worker_is_refused_in_one_line(tmp_path: Path) -> None:
     first, second = run_ranks(_each_on_its_own_disk, 2, tmp_path, str(tmp_path))
     wanted = (
-        r"checkpoints: all workers must see \S+/disk{} as worker 0 on \S+ does; worker 1 on \S+ does not: name storage that .*"
+        r"checkpoints: all workers must see \S+/disk{} as worker 0 on \S+ does; worker 1 on \S+"
+        r" does not: name storage that .*"
     )
     assert re.fullmatch(wanted.format(0), first) and re.fullmatch(wanted.format(1), second)
     assert not [*(tmp_path / "disk0").iterdir()]
@@ -57,7 +60,11 @@ def _slow(rank: int, ranks: int, place: str) -> dict[str, Any]:
         return left < 0 and is_in(self, folder)
 
     Marker.is_in = late
-    about: dict[str, Any] = {"rank": rank, "each": Ranks(rank, ranks).each, "beat": lambda: beats.append(rank)}
+    about: dict[str, Any] = {
+        "rank": rank,
+        "each": Ranks(rank, ranks).each,
+        "beat": lambda: beats.append(rank),
+    }
     shared.check_shared(Path(place), **about)
     (Path(place) / "file").touch()
     try:
@@ -70,7 +77,10 @@ def _slow(rank: int, ranks: int, place: str) -> dict[str, Any]:
 def test_one_that_shows_late_is_waited_for_with_signs_of_life(tmp_path: Path) -> None:
     place = tmp_path / "place"
     for found in run_ranks(_slow, 2, tmp_path, str(place)):
-        assert found == {"beats": 3, "said": f"checkpoints: worker 0 must be able to write to {place}/file; got File exists"}
+        assert found == {
+            "beats": 3,
+            "said": f"checkpoints: worker 0 must be able to write to {place}/file; got File exists",
+        }
     assert [path.name for path in place.iterdir()] == ["file"]
 
 

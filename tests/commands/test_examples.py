@@ -1,4 +1,6 @@
-"""The example below each command's help: it is shown, its options are there, and the command does not refuse it."""
+"""The example below each command's help: it is shown, its options are there, and the command does
+not refuse it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _epilogs(of: typer.Typer) -> Iterator[tuple[str, str]]:
     for group in of.registered_groups:
         assert group.typer_instance is not None
         yield str(group.name), str(group.typer_instance.info.epilog)
-        yield from ((f"{group.name} {name}", epilog) for name, epilog in _epilogs(group.typer_instance))
+        yield from (
+            (f"{group.name} {name}", epilog) for name, epilog in _epilogs(group.typer_instance)
+        )
 
 
 EPILOGS = {"": str(app.info.epilog), **dict(_epilogs(app))}
@@ -35,7 +39,8 @@ EXAMPLES = [
     for words, epilog in EPILOGS.items()
     for example in epilog.removeprefix("Example: spiketrain ").split("; spiketrain ")
 ]
-WORK = {  # by how an example begins, what its command calls once it has refused what it refuses by itself
+# by how an example begins, what its command calls once it has refused what it refuses by itself
+WORK = {
     "launch recipes/compare/": "pipeline.launch.suite.launch_suite",
     "launch recipes/fashion/": "pipeline.launch.start.launch_run",
     "evaluate recipes/": "pipeline.launch.start.evaluate_recipe",
@@ -52,7 +57,9 @@ def test_every_command_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("words", EPILOGS)
-def test_help_shows_an_example(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_an_example(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, said, _ = command(monkeypatch, capsys)(*words.split(), "--help")
     assert code == 0
     assert "Example: spiketrain" in said
@@ -63,7 +70,9 @@ def test_an_example_is_of_its_command_and_has_its_options(
     words: str, example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed, parsed = shlex.split(example), []
-    monkeypatch.setattr(TyperCommand, "invoke", lambda self, context: parsed.append(context.command_path))
+    monkeypatch.setattr(
+        TyperCommand, "invoke", lambda self, context: parsed.append(context.command_path)
+    )
     code, _, error = command(monkeypatch, capsys)(*typed)
     assert code == 0, error
     [path] = parsed
@@ -88,7 +97,10 @@ class AtWork(Exception):
     ],
 )
 def test_runs_of_a_suite_train_side_by_side_where_there_is_room(
-    words: str, at_a_time: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: str,
+    at_a_time: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def launched(suite: object, cluster: Cluster, *given: object, **more: object) -> None:
         assert cluster.side_by_side == at_a_time

@@ -13,7 +13,9 @@ pytest.importorskip("ffcv")
 from tests.small import command
 
 
-def test_what_is_not_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("train", "val"):
         (tmp_path / name / "a").mkdir(parents=True)
         picture = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
@@ -25,21 +27,30 @@ def test_what_is_not_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     unreadable = [train / f"{number}.png" for number in range(25)] + [val / "text.png"]
     for file in unreadable:
         file.write_text("no picture")
-    run, words = command(monkeypatch, capsys), ("write", "folder", "--source", tmp_path, "--out", tmp_path / "out")
+    run, words = (
+        command(monkeypatch, capsys),
+        ("write", "folder", "--source", tmp_path, "--out", tmp_path / "out"),
+    )
     reasons = [f"{file}: it is no picture that Pillow can read" for file in sorted(unreadable)]
 
     code, _, error = run(*map(str, words))
     *listed, refused = error.splitlines()
     assert code == 2 and listed == [f"  unreadable {reason}" for reason in reasons]
-    assert refused == (
-        "write: at most 0 images of each set may be unreadable; got 25 in train and 1 in val; "
+    assert (
+        refused
+        == "write: at most 0 images of each set may be unreadable; got 25 in train and 1 in val; "
         "mend or remove what is listed, or allow more with --max-bad"
     )
 
     code, out, error = run(*map(str, words), "--max-bad", "25")
     assert code == 0
-    assert out.splitlines() == ["train.beton: 1 sample, 1 class, 25 skipped", "val.beton: 1 sample, 1 class, 1 skipped"]
-    assert [line for line in error.splitlines() if "skipped" in line] == [f"  skipped {reason}" for reason in reasons]
+    assert out.splitlines() == [
+        "train.beton: 1 sample, 1 class, 25 skipped",
+        "val.beton: 1 sample, 1 class, 1 skipped",
+    ]
+    assert [line for line in error.splitlines() if "skipped" in line] == [
+        f"  skipped {reason}" for reason in reasons
+    ]
     assert f"  left out 1 file ending in .gif, such as {train / '1.gif'}" in error
     for name in ("train", "val"):
         assert f"  not rotated 1 picture of {name}.beton: EXIF orientation is not applied" in error

@@ -1,4 +1,6 @@
-"""Real JPEGs of many sizes, cut at test time from scikit-learn's two photographs; the .beton files made of them."""
+"""Real JPEGs of many sizes, cut at test time from scikit-learn's two photographs; the .beton files
+made of them.
+"""
 
 from pathlib import Path
 
@@ -12,7 +14,9 @@ TRAIN, VAL = 61, 13  # images: no multiple of any batch size used here
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and val/ with the classes china and flower; JPEGs from 40x40 to 200x200 pixels, a progressive and a grey one too."""
+    """train/ and val/ with the classes china and flower; JPEGs from 40x40 to 200x200 pixels, a
+    progressive and a grey one too.
+    """
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     photos = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
     for name, count in (("train", TRAIN), ("val", VAL)):
@@ -20,7 +24,10 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             kind = ("china", "flower")[i % 2]
             photo = Image.fromarray(photos[kind])
             width, height = (int(side) for side in rng.integers(40, 200, 2))
-            left, top = int(rng.integers(0, photo.width - width)), int(rng.integers(0, photo.height - height))
+            left, top = (
+                int(rng.integers(0, photo.width - width)),
+                int(rng.integers(0, photo.height - height)),
+            )
             cut = photo.crop((left, top, left + width, top + height))
             path = root / name / kind / f"{i:03d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,13 +46,21 @@ def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def raw(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
-    """The photographs stored raw, and their pixels in order: a folder and a list of uint8 [h,w,3]."""
+def raw(
+    photo_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[np.ndarray]]:
+    """The photographs stored raw, and their pixels in order: a folder and a list of uint8
+    [h,w,3].
+    """
     from pipeline.data.write import write_folder
 
     out = tmp_path_factory.mktemp("raw")
     write_folder(photo_folder, out, mode="raw")
-    paths = [path for kind in ("china", "flower") for path in sorted((photo_folder / "train" / kind).iterdir())]
+    paths = [
+        path
+        for kind in ("china", "flower")
+        for path in sorted((photo_folder / "train" / kind).iterdir())
+    ]
     return out, [np.asarray(Image.open(path).convert("RGB")) for path in paths]
 
 

@@ -25,7 +25,9 @@ def fail_reads(
     where: Callable[[int, int], bool] = lambda offset, length: True,
     number: int = errno.EIO,
 ) -> None:
-    """Reading a file at (offset, length) fails; names are there, and what is mapped already stays."""
+    """Reading a file at (offset, length) fails; names are there, and what is mapped already
+    stays.
+    """
     pread, files = os.pread, [path.stat() for path in paths]
 
     def fails(file: int, length: int, offset: int) -> bytes:

@@ -29,7 +29,10 @@ def test_constructing_opens_no_file():
         ({"crop": "shift", "area": (0.1, 1.0)}, "area has no effect with crop='shift'"),
         ({"crop": "centre", "ratio": (0.5, 2.0)}, "ratio has no effect with crop='centre'"),
         ({"reach": 4}, "reach has no effect with crop='resized'"),
-        ({"area": (0.0, 1.0)}, r"area must be \(low, high\) with 0 < low <= high <= 1; got \(0.0, 1.0\)"),
+        (
+            {"area": (0.0, 1.0)},
+            r"area must be \(low, high\) with 0 < low <= high <= 1; got \(0.0, 1.0\)",
+        ),
         ({"area": (0.5, 1.5)}, r"high <= 1; got \(0.5, 1.5\)"),
         ({"ratio": (2.0, 1.0)}, r"ratio must be \(low, high\) with 0 < low <= high; got"),
         ({"colour": 11.0}, r"colour must be in 0\.\.10, erase in 0\.\.1; got colour=11\.0"),
@@ -53,14 +56,19 @@ def test_the_number_of_classes_must_be_the_files(photos):
 
 
 def test_shift_refuses_images_of_another_size(photos):
-    with pytest.raises(DataError, match=r"crop='shift' does not resize: .* size=32; got \d+ to \d+"):
+    with pytest.raises(
+        DataError, match=r"crop='shift' does not resize: .* size=32; got \d+ to \d+"
+    ):
         Beton(photos, crop="shift", **GOOD).train(seed=0, batch_size=4, micro_batch=4)
 
 
 def test_fingerprint_names_the_content_not_the_options(photos, photo_folder, fashion, tmp_path):
     one = Beton(photos, **GOOD).fingerprint()
     assert one == Beton(photos, classes=2, size=64, flip="never").fingerprint()
-    assert one != Beton(fashion, classes=10, size=28, channels=1, mean=(0.5,), std=(0.5,)).fingerprint()
+    assert (
+        one
+        != Beton(fashion, classes=10, size=28, channels=1, mean=(0.5,), std=(0.5,)).fingerprint()
+    )
     write_folder(photo_folder, tmp_path, mode="mixed")
     assert one == Beton(tmp_path, **GOOD).fingerprint()
     write_folder(photo_folder, tmp_path, mode="raw", existing="replace")
@@ -87,7 +95,16 @@ def test_train_and_val_must_name_the_classes_alike(photos, photo_folder, tmp_pat
 
 
 def test_a_held_out_share_is_evaluated_and_never_trained_on(fashion):
-    data = Beton(fashion, classes=10, channels=1, size=28, crop="shift", mean=(0.5,), std=(0.5,), held_out=0.1)
+    data = Beton(
+        fashion,
+        classes=10,
+        channels=1,
+        size=28,
+        crop="shift",
+        mean=(0.5,),
+        std=(0.5,),
+        held_out=0.1,
+    )
     seen = {}
     for name, loader in (
         ("train", data.train(seed=0, batch_size=10, micro_batch=10)),
@@ -98,5 +115,7 @@ def test_a_held_out_share_is_evaluated_and_never_trained_on(fashion):
         loader.close()
     assert len(seen["train"]) == 90 and len(seen["val"]) == 10
     assert sorted(torch.cat([*seen.values()]).tolist()) == list(range(100))
-    with pytest.raises(DataError, match=r"Beton: held_out must be a share in 0\.\.1, 1 excluded; got 1"):
+    with pytest.raises(
+        DataError, match=r"Beton: held_out must be a share in 0\.\.1, 1 excluded; got 1"
+    ):
         Beton(fashion, classes=10, size=28, held_out=1.0)

@@ -1,4 +1,6 @@
-"""Random erasing: rectangles where they should be by hand, noise that is normal, the rest untouched."""
+"""Random erasing: rectangles where they should be by hand, noise that is normal, the rest
+untouched.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def erased_by_hand(x_CSS: np.ndarray, i: int, epoch: int) -> np.ndarray:
             places = np.arange(3 * height * width)
             quarter = (48 - 16 * (places % 4)).astype(np.uint64)
             words = bits(21, epoch, i, ERASE_PIXELS + places // 4) >> quarter & np.uint64(65535)
-            x_CSS[:, top : top + height, left : left + width] = normal_table()[words].reshape(3, height, width)
+            x_CSS[:, top : top + height, left : left + width] = normal_table()[words].reshape(
+                3, height, width
+            )
             return x_CSS
     return x_CSS
 
@@ -41,7 +45,9 @@ def erased_by_hand(x_CSS: np.ndarray, i: int, epoch: int) -> np.ndarray:
 def test_rectangles_are_those_of_their_counters(raw, crop: str) -> None:
     folder, _ = raw
     options = {"classes": 2, "size": SIDE, "crop": crop, "mean": MEAN, "std": STD}
-    plain, erased = (dict(epoch_of(Beton(folder, **options, **more), "train", 2)) for more in ({}, {"erase": P}))
+    plain, erased = (
+        dict(epoch_of(Beton(folder, **options, **more), "train", 2)) for more in ({}, {"erase": P})
+    )
     shares = []
     for i, x_CSS in erased.items():
         assert np.array_equal(x_CSS, erased_by_hand(plain[i], i, 2))
@@ -51,12 +57,25 @@ def test_rectangles_are_those_of_their_counters(raw, crop: str) -> None:
 
 
 def test_a_moved_window_is_erased_too(fashion) -> None:
-    options = {"classes": 10, "size": 28, "channels": 1, "crop": "shift", "mean": (0.0,), "std": (1.0,)}
-    plain, erased = (dict(epoch_of(Beton(fashion, **options, **more), "train")) for more in ({}, {"erase": 1.0}))
+    options = {
+        "classes": 10,
+        "size": 28,
+        "channels": 1,
+        "crop": "shift",
+        "mean": (0.0,),
+        "std": (1.0,),
+    }
+    plain, erased = (
+        dict(epoch_of(Beton(fashion, **options, **more), "train")) for more in ({}, {"erase": 1.0})
+    )
     assert all(0.01 < (plain[i] != erased[i]).mean() < 0.36 for i in plain)
 
 
 def test_the_noise_is_normal() -> None:
     table = normal_table().astype(float)
-    assert abs(table.mean()) < 1e-6 and abs(table.std() - 1) < 1e-3 and np.array_equal(table, -table[::-1])
+    assert (
+        abs(table.mean()) < 1e-6
+        and abs(table.std() - 1) < 1e-3
+        and np.array_equal(table, -table[::-1])
+    )
     assert abs((table < 1).mean() - 0.841345) < 1e-4

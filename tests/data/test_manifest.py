@@ -36,7 +36,10 @@ def test_a_manifest_that_cannot_be_read_is_named(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", fails)
     monkeypatch.setattr(disk, "TRY_S", 0.0)
-    with pytest.raises(DataError, match=r"train\.beton\.manifest\.json cannot be read: Input/output error; restore it"):
+    with pytest.raises(
+        DataError,
+        match=r"train\.beton\.manifest\.json cannot be read: Input/output error; restore it",
+    ):
         Beton(folder, classes=2, size=8).check()
     fail_reads(monkeypatch, *folder.glob("*.beton"))
     with pytest.raises(OSError, match="Input/output error"):
@@ -62,14 +65,18 @@ def test_the_content_hash_is_that_of_its_definition():
 
     content = manifests.ContentHash(["a"], beton_format.Arrays("uint8", (2, 3)))
     content.add(b"counts", label=0)
-    parts = b'["a"]{"dtype": "uint8", "shape": [2, 3]}' + bytes(8) + xxhash.xxh3_128_digest(b"counts")
+    parts = (
+        b'["a"]{"dtype": "uint8", "shape": [2, 3]}' + bytes(8) + xxhash.xxh3_128_digest(b"counts")
+    )
     assert content.hexdigest() == hashlib.sha256(parts).hexdigest()
 
 
 def test_a_truncated_file_is_refused(folder):
     with (folder / "train.beton").open("r+b") as file:
         file.truncate(100_000)
-    with pytest.raises(DataError, match=r"train\.beton must have \d+ bytes by its manifest; got 100000: truncated"):
+    with pytest.raises(
+        DataError, match=r"train\.beton must have \d+ bytes by its manifest; got 100000: truncated"
+    ):
         Beton(folder, classes=2, size=8).check()
     with pytest.raises(DataError, match="truncated or damaged"):
         beton_format.layout(folder / "train.beton")
@@ -89,10 +96,16 @@ def test_missing_parts_are_named(folder, tmp_path):
     ("change", "message"),
     [
         (lambda text: text[:300], "is damaged: not JSON"),
-        (lambda text: text.replace('"samples": 61', '"samples": 60'), "is damaged: its own checksum differs"),
+        (
+            lambda text: text.replace('"samples": 61', '"samples": 60'),
+            "is damaged: its own checksum differs",
+        ),
         (lambda text: '{"format": "something else"}', "is not a manifest of a .beton"),
         (lambda text: "[1, 2]", "is not a manifest of a .beton"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2; this program reads 1"),
+        (
+            lambda text: text.replace('"version": 1', '"version": 2'),
+            "is of version 2; this program reads 1",
+        ),
     ],
 )
 def test_a_bad_manifest_is_refused(folder, change, message):

@@ -1,4 +1,6 @@
-"""Mixup and CutMix against timm's, fed with the same draws; the same batches for any number of ranks and micro-batches."""
+"""Mixup and CutMix against timm's, fed with the same draws; the same batches for any number of
+ranks and micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,17 @@ PLACE = {"classes": CLASSES, "seed": 3, "step": 41}
 
 def batch(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    x, target = torch.randn(64, 3, H, W, generator=draw), torch.randint(CLASSES, (64,), generator=draw)
+    x, target = (
+        torch.randn(64, 3, H, W, generator=draw),
+        torch.randint(CLASSES, (64,), generator=draw),
+    )
     return x[rows.start : rows.stop].clone(), target[rows.start : rows.stop]
 
 
 class Fed:
-    """Stands for numpy within timm: its generator gives what ours drew for the keys of a pair's samples, in timm's order."""
+    """Stands for numpy within timm: its generator gives what ours drew for the keys of a pair's
+    samples, in timm's order.
+    """
 
     def __init__(self, keys: list[int], how: str) -> None:
         self.keys, self.ends = np.array(keys), []
@@ -60,10 +67,16 @@ class Fed:
         return int(place)
 
 
-@pytest.mark.parametrize(("per", "mode"), [("batch", "batch"), ("pair", "pair"), ("sample", "elem")])
-def test_it_is_timms_fed_with_the_same_draws(per: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("per", "mode"), [("batch", "batch"), ("pair", "pair"), ("sample", "elem")]
+)
+def test_it_is_timms_fed_with_the_same_draws(
+    per: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = Mixing(mixup=0.4, cutmix=1.0, probability=0.8, switch=0.4, per=per)
-    theirs = timm_mixup.Mixup(0.4, 1.0, prob=0.8, switch_prob=0.4, mode=mode, label_smoothing=0.0, num_classes=CLASSES)
+    theirs = timm_mixup.Mixup(
+        0.4, 1.0, prob=0.8, switch_prob=0.4, mode=mode, label_smoothing=0.0, num_classes=CLASSES
+    )
     seen = set()
     for step in range(30 if per == "batch" else 2):
         monkeypatch.setitem(PLACE, "step", step)
@@ -78,7 +91,13 @@ def test_it_is_timms_fed_with_the_same_draws(per: str, mode: str, monkeypatch: p
             torch.testing.assert_close(target_B[row : row + 2], expected_target, rtol=0, atol=1e-6)
             assert not fed.ends
             for found, plain in zip(expected_x, batch(range(row, row + 2))[0], strict=True):
-                seen.add("same" if torch.equal(found, plain) else "cut" if (found == plain).any() else "mixed")
+                seen.add(
+                    "same"
+                    if torch.equal(found, plain)
+                    else "cut"
+                    if (found == plain).any()
+                    else "mixed"
+                )
     assert seen == {"same", "cut", "mixed"}
 
 
@@ -89,7 +108,10 @@ def test_micro_batches_and_ranks_do_not_matter(per: str) -> None:
         place = PLACE | {"step": step}
         x_B, target_B = mixing(*batch(range(24)), rows=range(24), **place)
         for micro in (2, 6, 8):
-            parts = [mixing(*batch(rows), rows=rows, **place) for rows in (range(i, i + micro) for i in range(0, 24, micro))]
+            parts = [
+                mixing(*batch(rows), rows=rows, **place)
+                for rows in (range(i, i + micro) for i in range(0, 24, micro))
+            ]
             assert torch.equal(torch.cat([x for x, _ in parts]), x_B)
             assert torch.equal(torch.cat([target for _, target in parts]), target_B)
 
@@ -97,13 +119,26 @@ def test_micro_batches_and_ranks_do_not_matter(per: str) -> None:
 def test_seed_and_step_draw_anew() -> None:
     mixing = Mixing(mixup=1.0, per="sample")
     places = [PLACE, PLACE | {"seed": 4}, PLACE | {"step": 42}]
-    assert len({mixing(*batch(range(8)), rows=range(8), **place)[0].numpy().tobytes() for place in places}) == 3
+    assert (
+        len(
+            {
+                mixing(*batch(range(8)), rows=range(8), **place)[0].numpy().tobytes()
+                for place in places
+            }
+        )
+        == 3
+    )
 
 
 def test_draws_have_their_distributions() -> None:
-    """Of 4000 samples: how many are mixed, how many by a box, the mean and spread of what each keeps."""
+    """Of 4000 samples: how many are mixed, how many by a box, the mean and spread of what each
+    keeps.
+    """
     rows = range(4000)
-    x_B, target_B = torch.zeros(4000, 1, 8, 8), torch.arange(4000) % 2  # neighbours differ: the target tells lam
+    x_B, target_B = (
+        torch.zeros(4000, 1, 8, 8),
+        torch.arange(4000) % 2,
+    )  # neighbours differ: the target tells lam
     x_B[1::2] = 1
     mixing = Mixing(mixup=0.5, cutmix=1.0, probability=0.7, switch=0.25, per="sample")
     mixed_B, shares_BK = mixing(x_B, target_B, rows=rows, **PLACE | {"classes": 2})
@@ -114,7 +149,9 @@ def test_draws_have_their_distributions() -> None:
     assert 0.65 < float(is_mixed.float().mean()) < 0.73
     assert 0.22 < float(is_cut.sum() / is_mixed.sum()) < 0.29
     by_mixup = kept_B[is_mixed & ~is_cut]
-    assert abs(float(by_mixup.mean()) - 0.5) < 0.03 and abs(float(by_mixup.var()) - 1 / 8) < 0.01  # of Beta(a, a): 1 / (8 a + 4)
+    assert (
+        abs(float(by_mixup.mean()) - 0.5) < 0.03 and abs(float(by_mixup.var()) - 1 / 8) < 0.01
+    )  # of Beta(a, a): 1 / (8 a + 4)
     other_B = torch.where(target_B == 1, 1 - mixed_B.mean((1, 2, 3)), mixed_B.mean((1, 2, 3)))
     assert (1 - other_B - kept_B).abs().max() < 1e-5  # the target is what the picture shows
 
@@ -122,7 +159,9 @@ def test_draws_have_their_distributions() -> None:
 def test_recordings_are_cut_in_space_alone() -> None:
     x_B = torch.arange(2.0).view(2, 1, 1, 1, 1).expand(2, 3, 2, H, W).clone()
     for step in range(5):
-        mixed_B, shares_BK = Mixing(cutmix=1.0)(x_B, torch.tensor([0, 1]), rows=range(2), **PLACE | {"step": step})
+        mixed_B, shares_BK = Mixing(cutmix=1.0)(
+            x_B, torch.tensor([0, 1]), rows=range(2), **PLACE | {"step": step}
+        )
         assert (mixed_B == mixed_B[:, :1, :1]).all()
         torch.testing.assert_close(mixed_B[0].mean(), shares_BK[0, 1])
 

@@ -10,13 +10,25 @@ from pipeline.data.order import TrainOrder, ValOrder, held_out, permutation
 @st.composite
 def sizes(draw):
     """samples, world, micro_batch, accumulation: at least one global batch."""
-    world, micro_batch, accumulation = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    world, micro_batch, accumulation = (
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+    )
     batch = world * micro_batch * accumulation
     return draw(st.integers(batch, 4 * batch + 3)), world, micro_batch, accumulation
 
 
-def orders(samples: int, world: int, micro_batch: int, batch_size: int, seed: int = 3) -> list[TrainOrder]:
-    common = {"samples": samples, "seed": seed, "world": world, "micro_batch": micro_batch, "batch_size": batch_size}
+def orders(
+    samples: int, world: int, micro_batch: int, batch_size: int, seed: int = 3
+) -> list[TrainOrder]:
+    common = {
+        "samples": samples,
+        "seed": seed,
+        "world": world,
+        "micro_batch": micro_batch,
+        "batch_size": batch_size,
+    }
     return [TrainOrder(rank=rank, **common) for rank in range(world)]
 
 
@@ -59,17 +71,28 @@ def test_every_world_forms_the_same_global_batches():
 
 @given(sizes(), st.integers(1, 4), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_batch_holds_each_of_its_samples_as_often_as_asked_in_copies_of_their_own(size, repeats, data):
+def test_a_batch_holds_each_of_its_samples_as_often_as_asked_in_copies_of_their_own(
+    size, repeats, data
+):
     samples, world, micro, accumulation = size
     batch = world * micro * accumulation
     if batch % repeats:
         return
     start = batch * data.draw(st.integers(0, samples // batch))
-    common = {"samples": samples, "seed": 3, "world": world, "micro_batch": micro, "batch_size": batch, "repeats": repeats}
+    common = {
+        "samples": samples,
+        "seed": 3,
+        "world": world,
+        "micro_batch": micro,
+        "batch_size": batch,
+        "repeats": repeats,
+    }
     ranks = [TrainOrder(rank=rank, **common) for rank in range(world)]
     shape = (samples // batch, accumulation, micro)
     ids, copies = (
-        np.stack([each.reshape(shape) for each in values], 2).reshape(-1, batch)  # [steps, rows of the global batch]
+        np.stack([each.reshape(shape) for each in values], 2).reshape(
+            -1, batch
+        )  # [steps, rows of the global batch]
         for values in ([rank.epoch(5) for rank in ranks], [rank.copies() for rank in ranks])
     )
     whole = permutation(samples, seed=3, epoch=5)
@@ -90,7 +113,10 @@ def test_epoch_and_seed_change_the_order():
 
 @given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 5))
 def test_evaluation_takes_each_sample_once(samples, world, micro):
-    each = [ValOrder(samples=samples, rank=rank, world=world, micro_batch=micro) for rank in range(world)]
+    each = [
+        ValOrder(samples=samples, rank=rank, world=world, micro_batch=micro)
+        for rank in range(world)
+    ]
     assert np.concatenate([order.epoch(9) for order in each]).tolist() == list(range(samples))
     lengths = [len(order.epoch(0)) for order in each]
     assert max(lengths) - min(lengths) <= 1
@@ -100,7 +126,10 @@ def test_evaluation_takes_each_sample_once(samples, world, micro):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 10}, r"multiple of world x micro_batch = 2 x 4 = 8; got 10; 8 or 16 would do"),
+        (
+            {"batch_size": 10},
+            r"multiple of world x micro_batch = 2 x 4 = 8; got 10; 8 or 16 would do",
+        ),
         ({"batch_size": 3}, r"got 3; 8 would do"),
         ({"batch_size": 0}, r"got 0; 8 would do"),
         ({"batch_size": 104}, r"at most the 100 samples of the set; got 104"),
@@ -112,7 +141,15 @@ def test_evaluation_takes_each_sample_once(samples, world, micro):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):
-    sizes = {"samples": 100, "seed": 0, "rank": 0, "world": 2, "batch_size": 8, "micro_batch": 4, **change}
+    sizes = {
+        "samples": 100,
+        "seed": 0,
+        "rank": 0,
+        "world": 2,
+        "batch_size": 8,
+        "micro_batch": 4,
+        **change,
+    }
     with pytest.raises(DataError, match=message):
         TrainOrder(**sizes)
 
@@ -132,7 +169,9 @@ def test_a_held_out_part_is_fixed_and_disjoint():
     train, chosen_on = held_out(1000, 0.1)
     assert len(chosen_on) == 100 and sorted([*train, *chosen_on]) == list(range(1000))
     assert np.array_equal(held_out(1000, 0.1)[1], chosen_on)
-    assert 30 < np.mean(chosen_on < 500) * 100 < 70  # spread over the file, which may be sorted by class
+    assert (
+        30 < np.mean(chosen_on < 500) * 100 < 70
+    )  # spread over the file, which may be sorted by class
 
 
 def test_an_order_of_some_ids_is_the_order_of_their_places():
@@ -140,5 +179,8 @@ def test_an_order_of_some_ids_is_the_order_of_their_places():
     sizes = {"seed": 1, "rank": 0, "world": 1, "batch_size": 3, "micro_batch": 3}
     places = TrainOrder(samples=7, **sizes).epoch(2, start=3)
     assert np.array_equal(TrainOrder(samples=7, ids=ids, **sizes).epoch(2, start=3), ids[places])
-    parts = [ValOrder(samples=7, ids=ids, rank=rank, world=2, micro_batch=2).epoch(0) for rank in range(2)]
+    parts = [
+        ValOrder(samples=7, ids=ids, rank=rank, world=2, micro_batch=2).epoch(0)
+        for rank in range(2)
+    ]
     assert np.array_equal(np.concatenate(parts), ids)

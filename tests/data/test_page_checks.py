@@ -53,27 +53,47 @@ def read_all(data, epoch: int = 0) -> list[torch.Tensor]:
 def test_whole_files_pass(photos):
     Beton(photos, classes=2, size=8).check()
     train, val = verify(photos)
-    assert (train.samples, val.samples, train.classes, sum(train.histogram)) == (61, 13, ["china", "flower"], 61)
+    assert (train.samples, val.samples, train.classes, sum(train.histogram)) == (
+        61,
+        13,
+        ["china", "flower"],
+        61,
+    )
     assert verify(photos / "val.beton") == [val]
 
 
-@pytest.mark.parametrize("name", ["header", "field descriptors", "metadata", "padding", "page 0", "allocation table"])
+@pytest.mark.parametrize(
+    "name", ["header", "field descriptors", "metadata", "padding", "page 0", "allocation table"]
+)
 def test_a_flipped_bit_is_located(folder, name):
     path = folder / "train.beton"
     layout = beton_format.layout(path)
-    region = next(each for each in (*layout.front, *layout.pages, layout.table) if each.name == name)
+    region = next(
+        each for each in (*layout.front, *layout.pages, layout.table) if each.name == name
+    )
     flip(path, region.offset + region.size // 2)
     for look in (Beton(folder, classes=2, size=8).check, lambda: verify(folder)):
-        with pytest.raises(DataError, match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest"):
+        with pytest.raises(
+            DataError,
+            match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest",
+        ):
             look()
 
 
-@pytest.mark.parametrize("times", [disk.TRIES, 1 + disk.TRIES])  # of the open file once, and of fresh ones
+@pytest.mark.parametrize(
+    "times", [disk.TRIES, 1 + disk.TRIES]
+)  # of the open file once, and of fresh ones
 @pytest.mark.parametrize("name", ["header", "page 0", "allocation table"])
 def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypatch):
-    path, pread, left = folder / "train.beton", os.pread, [OSError(errno.EIO, os.strerror(errno.EIO))] * times
+    path, pread, left = (
+        folder / "train.beton",
+        os.pread,
+        [OSError(errno.EIO, os.strerror(errno.EIO))] * times,
+    )
     layout = beton_format.layout(path)
-    region = next(each for each in (*layout.front, *layout.pages, layout.table) if each.name == name)
+    region = next(
+        each for each in (*layout.front, *layout.pages, layout.table) if each.name == name
+    )
 
     def fails(file, length, offset):
         if offset == region.offset and left:
@@ -86,7 +106,10 @@ def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypa
         verify(path)
         assert not left
         return
-    said = rf"train\.beton: {name} \(bytes {region.offset} to .* cannot be read \(Input/output error\): damaged"
+    said = (
+        rf"train\.beton: {name} \(bytes {region.offset} to .* cannot be read \(Input/output"
+        r" error\): damaged"
+    )
     with pytest.raises(DataError, match=said):
         verify(path)
 
@@ -107,7 +130,9 @@ def test_a_page_is_named_among_many(tmp_path):
         content.add(bytes([i]) * 768, **sample)
     writer.finish()
     path = tmp_path / "train.beton"
-    manifest = manifests.describe(path, name=path.name, content=content.hexdigest(), classes=["a"], labels=[0] * 64)
+    manifest = manifests.describe(
+        path, name=path.name, content=content.hexdigest(), classes=["a"], labels=[0] * 64
+    )
     manifest.write(tmp_path / "train.beton.manifest.json")
     assert len(manifest.pages) == 13 and verify(path) == [manifest]
     flip(path, manifest.pages_offset + 7 * 4096 + 4095)
@@ -120,19 +145,32 @@ def test_some_pages_and_samples_are_named_and_the_rest_counted(photos):
     manifest = replace(manifests.read(path), page_bytes=10, pages_offset=0)
     page_of = np.repeat(np.arange(9), [1, 1, 3, 1, 1, 1, 1, 1, 1])
     page_of[[0, 8]] = 2  # samples 0, 2 to 4 and 8 lie on page 2
-    said = str(page_checks.damaged_pages(path, manifest, dict.fromkeys(range(2, 9), "differs"), page_of))
-    first, last = "page 2 (bytes 20 to 29, samples 0, 2 to 4, 8) differs", "page 6 (bytes 60 to 69, samples "
+    said = str(
+        page_checks.damaged_pages(path, manifest, dict.fromkeys(range(2, 9), "differs"), page_of)
+    )
+    first, last = (
+        "page 2 (bytes 20 to 29, samples 0, 2 to 4, 8) differs",
+        "page 6 (bytes 60 to 69, samples ",
+    )
     assert said.startswith(f"data: {path}: {first}, page 3 (") and last in said
     assert said.endswith(" and 2 more: damaged; restore the file or write the data again")
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda data: data, lambda data: Permuted(data, task=1), lambda data: SplitClasses(data, task=1)]
+    "wrap",
+    [
+        lambda data: data,
+        lambda data: Permuted(data, task=1),
+        lambda data: SplitClasses(data, task=1),
+    ],
 )
 def test_a_damaged_page_is_refused_while_it_is_read(wrap, damaged):
     data = wrap(data_of(damaged))
     read_all(data)  # nobody looks: FFCV says nothing
-    said = r"train\.beton: page 0 \(bytes \d+ to \d+, samples 0 to 99\) differs from its manifest: damaged; restore"
+    said = (
+        r"train\.beton: page 0 \(bytes \d+ to \d+, samples 0 to 99\) differs from its manifest:"
+        r" damaged; restore"
+    )
     with pytest.raises(DataError, match=said):
         read_all(with_page_checks(data, 1))
 
@@ -149,7 +187,9 @@ def test_one_sample_in_so_many_has_its_page_compared(fashion, monkeypatch):
     manifest = manifests.read(path)
     table["sample_id"] = np.arange(10_000)[::-1]
     table["ptr"] = manifest.pages_offset + manifest.page_bytes * table["sample_id"]  # a page each
-    monkeypatch.setattr(page_checks, "page_fault", lambda path, file, manifest, page: compared.append(page) or "")
+    monkeypatch.setattr(
+        page_checks, "page_fault", lambda path, file, manifest, page: compared.append(page) or ""
+    )
 
     def drawn(epoch: int) -> list[int]:
         compared.clear()

@@ -1,4 +1,6 @@
-"""What stock FFCV does not promise: exact repetition, errors that arrive, batches that stay, threads that end."""
+"""What stock FFCV does not promise: exact repetition, errors that arrive, batches that stay,
+threads that end.
+"""
 
 import gc
 import hashlib
@@ -42,7 +44,9 @@ def digests(loader, epoch=1, start=0):
 
 
 def digest(batch) -> str:
-    return hashlib.sha256(b"".join(each.numpy().tobytes() for each in (batch.x, batch.target, batch.index))).hexdigest()
+    return hashlib.sha256(
+        b"".join(each.numpy().tobytes() for each in (batch.x, batch.target, batch.index))
+    ).hexdigest()
 
 
 def test_batches_are_bit_identical_for_any_number_of_threads(data):
@@ -58,14 +62,15 @@ def test_batches_are_bit_identical_for_any_number_of_threads(data):
 
 def test_batches_are_bit_identical_in_another_process(data):
     code = (
-        "import sys, hashlib, torch; torch.set_num_threads(3)\n"
-        "from pipeline.data.beton import Beton\n"
-        "with Beton(sys.argv[1], classes=2, size=32).train(seed=5, batch_size=12, micro_batch=12).epoch(1) as batches:\n"
-        "    for b in batches:\n"
-        "        print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in (b.x, b.target, b.index))).hexdigest())\n"
-        "print(torch.get_num_threads())"
+        "import sys, hashlib, torch; torch.set_num_threads(3)\nfrom pipeline.data.beton import"
+        " Beton\nwith Beton(sys.argv[1], classes=2, size=32).train(seed=5, batch_size=12,"
+        " micro_batch=12).epoch(1) as batches:\n    for b in batches:\n       "
+        " print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in (b.x, b.target,"
+        " b.index))).hexdigest())\nprint(torch.get_num_threads())"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(data.folder)], capture_output=True, text=True, timeout=100)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(data.folder)], capture_output=True, text=True, timeout=100
+    )
     # 3: importing FFCV alone would have left torch 1 thread
     assert run.stdout.split() == [*digests(data.train(**SIZES)), "3"], run.stderr
 
@@ -83,7 +88,9 @@ def test_epochs_differ_in_order_and_augmentation(data):
 
     def samples(epoch):
         with loader.epoch(epoch) as batches:
-            return {int(i): x for batch in batches for i, x in zip(batch.index, batch.x, strict=True)}
+            return {
+                int(i): x for batch in batches for i, x in zip(batch.index, batch.x, strict=True)
+            }
 
     first, second = samples(0), samples(1)
     assert list(first) != list(second)
@@ -100,9 +107,13 @@ def test_ranks_share_the_global_batches_of_one(data, world):
         loader = data.train(seed=5, rank=rank, world=world, batch_size=12, micro_batch=2)
         with loader.epoch(2) as batches:
             for i, batch in enumerate(batches):
-                together[i * 2 * world // 12].update(zip(batch.index.tolist(), batch.x, strict=True))
+                together[i * 2 * world // 12].update(
+                    zip(batch.index.tolist(), batch.x, strict=True)
+                )
     assert [set(each) for each in together] == [set(each) for each in alone]
-    assert all(torch.equal(mine[i], one[i]) for mine, one in zip(together, alone, strict=True) for i in one)
+    assert all(
+        torch.equal(mine[i], one[i]) for mine, one in zip(together, alone, strict=True) for i in one
+    )
 
 
 def test_evaluation_over_ranks_takes_each_sample_once(data):
@@ -127,7 +138,11 @@ def test_targets_belong_to_their_samples(data):
     with data.train(**SIZES).epoch(0) as batches:
         for batch in batches:
             assert batch.target.tolist() == labels[batch.index.numpy()].tolist()
-            assert (batch.x.dtype, batch.target.dtype, batch.index.dtype) == (torch.float32, torch.int64, torch.int64)
+            assert (batch.x.dtype, batch.target.dtype, batch.index.dtype) == (
+                torch.float32,
+                torch.int64,
+                torch.int64,
+            )
 
 
 def test_batches_can_be_kept(data):
@@ -151,7 +166,9 @@ def test_a_process_on_the_cpu_of_a_machine_with_a_gpu_pins_no_memory(data, monke
     monkeypatch.setattr(torch, "empty", empty)
     with data.train(**SIZES).epoch(1) as batches:
         next(iter(batches))
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # as in one that computes on the card
+        monkeypatch.setattr(
+            torch.cuda, "is_initialized", lambda: True
+        )  # as in one that computes on the card
         next(iter(batches))
     assert pins == [False, True]
 
@@ -199,7 +216,10 @@ def test_an_error_in_the_thread_arrives(data, monkeypatch):
 
     monkeypatch.setattr(reader._Reading, "run_pipeline", broken)
     begin = time.monotonic()
-    with pytest.raises(LoaderError, match=r"train\.beton failed: OSError: disk on fire"), loader.epoch(0) as batches:
+    with (
+        pytest.raises(LoaderError, match=r"train\.beton failed: OSError: disk on fire"),
+        loader.epoch(0) as batches,
+    ):
         next(batches)
     assert time.monotonic() - begin < 10  # seconds, on a busy machine
 
@@ -225,7 +245,10 @@ def test_a_hang_after_the_first_batch_arrives_within_seconds(data, monkeypatch):
         return original(self, *args) if len(done) < 3 else free.wait(30)
 
     monkeypatch.setattr(reader._Reading, "run_pipeline", hang_later)
-    with pytest.raises(LoaderError, match=r"no batch for 0\.5 s"), data.train(**SIZES).epoch(0) as batches:
+    with (
+        pytest.raises(LoaderError, match=r"no batch for 0\.5 s"),
+        data.train(**SIZES).epoch(0) as batches,
+    ):
         assert len(list(batches)) < 3
     free.set()
 
@@ -253,7 +276,9 @@ def test_a_corrupt_jpeg_is_named(corrupt, threads):
     folder, victim = corrupt
     loader = Beton(folder, classes=2, size=32).train(**SIZES, threads=threads)
     with (
-        pytest.raises(DataError, match=rf"train\.beton: cannot decode the JPEG of samples \[{victim}\]"),
+        pytest.raises(
+            DataError, match=rf"train\.beton: cannot decode the JPEG of samples \[{victim}\]"
+        ),
         loader.epoch(0) as batches,
     ):
         list(batches)
@@ -264,15 +289,30 @@ def test_with_page_checks_it_is_a_damaged_page_unless_it_was_written_so(corrupt,
     folder, victim = corrupt
     path = folder / "train.beton"
     data = Beton(folder, classes=2, size=32).with_page_checks(1 << 30)
-    said = r"train\.beton: page 0 \(bytes \d+ to \d+, samples 0 to 60\) differs from its manifest: damaged"
-    with pytest.raises(DataError, match=said), data.train(**SIZES, threads=threads).epoch(0) as batches:
+    said = (
+        r"train\.beton: page 0 \(bytes \d+ to \d+, samples 0 to 60\) differs from its manifest:"
+        r" damaged"
+    )
+    with (
+        pytest.raises(DataError, match=said),
+        data.train(**SIZES, threads=threads).epoch(0) as batches,
+    ):
         list(batches)
 
     known = manifests.read(path)
-    about = {"content": known.content, "classes": known.classes, "labels": beton_format.samples(path).labels.tolist()}
-    manifests.describe(path, name=path.name, **about).write(path.with_name(path.name + manifests.SUFFIX))
+    about = {
+        "content": known.content,
+        "classes": known.classes,
+        "labels": beton_format.samples(path).labels.tolist(),
+    }
+    manifests.describe(path, name=path.name, **about).write(
+        path.with_name(path.name + manifests.SUFFIX)
+    )
     said = rf"train\.beton: cannot decode the JPEG of samples \[{victim}\]"
-    with pytest.raises(DataError, match=said), data.train(**SIZES, threads=threads).epoch(0) as batches:
+    with (
+        pytest.raises(DataError, match=said),
+        data.train(**SIZES, threads=threads).epoch(0) as batches,
+    ):
         list(batches)
 
 

@@ -24,14 +24,17 @@ def plain(samples=50, **changes):
     return Synthetic(samples, **{"classes": 6, "shape": (2, 4, 5), "val_samples": 20, **changes})
 
 
-# ------------------------------------------------------------------------------------------------------------- permuted
+# ----------------------------------------------------------------------------------------- permuted
 
 
 def test_permuted_data_and_loader_fulfil_the_contract():
     data = Permuted(plain(), task=1)
     loader = data.train(**SIZES)
     assert isinstance(data, Data) and isinstance(data, ByClass) and isinstance(loader, Loader)
-    assert (data.classes, data.shape) == (6, (2, 4, 5)) and (loader.samples, loader.steps_per_epoch) == (50, 4)
+    assert (data.classes, data.shape) == (6, (2, 4, 5)) and (
+        loader.samples,
+        loader.steps_per_epoch,
+    ) == (50, 4)
     data.check()
 
 
@@ -50,21 +53,31 @@ def test_every_pixel_is_found_again_and_only_there(part):
 
 
 def test_the_order_is_the_tasks_and_the_same_in_every_run():
-    orders = {tuple(Permuted(plain(), task=task, seed=seed).order.tolist()) for task in range(4) for seed in range(2)}
+    orders = {
+        tuple(Permuted(plain(), task=task, seed=seed).order.tolist())
+        for task in range(4)
+        for seed in range(2)
+    }
     assert len(orders) == 8
-    assert np.array_equal(Permuted(plain(), task=2).order, Permuted(plain(samples=60, content_seed=3), task=2).order)
+    assert np.array_equal(
+        Permuted(plain(), task=2).order, Permuted(plain(samples=60, content_seed=3), task=2).order
+    )
 
 
 def test_task_0_is_as_it_is_only_when_asked():
     assert Permuted(plain(), task=0, first="plain").order.tolist() == list(range(20))
     assert Permuted(plain(), task=0).order.tolist() != list(range(20))
-    assert np.array_equal(Permuted(plain(), task=1, first="plain").order, Permuted(plain(), task=1).order)
+    assert np.array_equal(
+        Permuted(plain(), task=1, first="plain").order, Permuted(plain(), task=1).order
+    )
 
 
 def test_recordings_are_permuted_alike_at_every_time_step():
     data = Synthetic(24, shape=(3, 2, 4, 5))
     [before, after] = [read(each.val(**VAL))[0].x for each in (data, Permuted(data, task=1))]
-    assert torch.equal(after.flatten(-2), before.flatten(-2)[..., torch.from_numpy(Permuted(data, task=1).order)])
+    assert torch.equal(
+        after.flatten(-2), before.flatten(-2)[..., torch.from_numpy(Permuted(data, task=1).order)]
+    )
 
 
 def test_fingerprint_names_content_and_order():
@@ -80,7 +93,7 @@ def test_fingerprint_names_content_and_order():
     assert Permuted(plain(augment="none"), task=1).fingerprint() == prints[2]
 
 
-# ---------------------------------------------------------------------------------------------------------------- split
+# -------------------------------------------------------------------------------------------- split
 
 
 def test_a_task_has_each_sample_of_its_classes_once():
@@ -109,13 +122,26 @@ def test_the_training_order_is_one_permutation_of_the_tasks_samples():
 def test_ranks_share_a_global_batch_and_resume_within_it():
     data = SplitClasses(plain(), task=0, classes_per_task=3)
     sizes = SIZES | {"batch_size": 8, "micro_batch": 2, "world": 2}
-    whole = torch.cat([batch.index for batch in read(data.train(**SIZES | {"batch_size": 8, "micro_batch": 8}), epoch=1)])
+    whole = torch.cat(
+        [
+            batch.index
+            for batch in read(data.train(**SIZES | {"batch_size": 8, "micro_batch": 8}), epoch=1)
+        ]
+    )
     for rank in range(2):
-        mine = torch.cat([batch.index for batch in read(data.train(**sizes | {"rank": rank}), epoch=1)])
+        mine = torch.cat(
+            [batch.index for batch in read(data.train(**sizes | {"rank": rank}), epoch=1)]
+        )
         assert torch.equal(mine, whole.view(-1, 2, 2)[:, rank].flatten())
-        tail = torch.cat([batch.index for batch in read(data.train(**sizes | {"rank": rank}), epoch=1, start=16)])
+        tail = torch.cat(
+            [batch.index for batch in read(data.train(**sizes | {"rank": rank}), epoch=1, start=16)]
+        )
         assert torch.equal(tail, mine[8:])
-    found = [batch.index for rank in range(2) for batch in read(data.val(rank=rank, world=2, micro_batch=3, threads=1))]
+    found = [
+        batch.index
+        for rank in range(2)
+        for batch in read(data.val(rank=rank, world=2, micro_batch=3, threads=1))
+    ]
     assert sorted(torch.cat(found).tolist()) == [i for i in range(20) if i % 6 < 3]
 
 
@@ -153,15 +179,32 @@ def test_files_leave_classes_out(fashion):
     pytest.importorskip("ffcv")
     from pipeline.data.beton import Beton
 
-    beton = Beton(fashion, classes=10, size=28, channels=1, crop="shift", reach=0, flip="never", mean=(0.5,), std=(0.5,))
+    beton = Beton(
+        fashion,
+        classes=10,
+        size=28,
+        channels=1,
+        crop="shift",
+        reach=0,
+        flip="never",
+        mean=(0.5,),
+        std=(0.5,),
+    )
     data = SplitClasses(beton, task=3)
     batches = read(data.train(**SIZES | {"batch_size": 5, "micro_batch": 5}))
-    assert sorted(int(i) for batch in batches for i in batch.index) == [i for i in range(100) if i % 10 in (6, 7)]
+    assert sorted(int(i) for batch in batches for i in batch.index) == [
+        i for i in range(100) if i % 10 in (6, 7)
+    ]
     assert all(torch.equal(batch.target, batch.index % 10 - 6) for batch in batches)
     [whole] = read(beton.val(**VAL | {"micro_batch": 30}))
     [mine] = read(data.val(**VAL))
-    assert mine.index.tolist() == [6, 7, 16, 17, 26, 27] and torch.equal(mine.x, whole.x[mine.index])
-    held_out = SplitClasses(Beton(fashion, classes=10, size=28, channels=1, mean=(0.5,), std=(0.5,), held_out=0.3), task=3)
+    assert mine.index.tolist() == [6, 7, 16, 17, 26, 27] and torch.equal(
+        mine.x, whole.x[mine.index]
+    )
+    held_out = SplitClasses(
+        Beton(fashion, classes=10, size=28, channels=1, mean=(0.5,), std=(0.5,), held_out=0.3),
+        task=3,
+    )
     chosen_on = [int(i) for batch in read(held_out.val(**VAL)) for i in batch.index]
     trained_on = held_out.train(**SIZES | {"batch_size": 1, "micro_batch": 1})
     learnt = [int(i) for batch in read(trained_on) for i in batch.index]
@@ -172,14 +215,29 @@ def test_files_leave_classes_out(fashion):
     ("make", "said"),
     [
         (lambda: Permuted(plain(), task=-1), "task and seed must be 0 or more.*got task=-1"),
-        (lambda: Permuted(plain(), task=0, first="none"), "first 'permuted' or 'plain'.*got .*'none'"),
-        (lambda: SplitClasses(plain(), task=3), "6 classes in tasks of 2 make 3 tasks, from 0; got task=3"),
+        (
+            lambda: Permuted(plain(), task=0, first="none"),
+            "first 'permuted' or 'plain'.*got .*'none'",
+        ),
+        (
+            lambda: SplitClasses(plain(), task=3),
+            "6 classes in tasks of 2 make 3 tasks, from 0; got task=3",
+        ),
         (lambda: SplitClasses(plain(), task=0, classes_per_task=0), "tasks of 0 make 0 tasks"),
         (lambda: SplitClasses(plain(), task=0, classes_per_task=7), "tasks of 7 make 0 tasks"),
         (lambda: SplitClasses(plain(), task=0, order=(0, 1)), r"each of 0\.\.5 once; got \(0, 1\)"),
-        (lambda: SplitClasses(plain(), task=0, labels="both"), "labels must be 'task' or 'data'; got 'both'"),
-        (lambda: SplitClasses(SplitClasses(plain(), task=0), task=0), "needs data that can leave classes out.*got SplitClasses"),
-        (lambda: SplitClasses(plain(), task=0).train(**SIZES | {"batch_size": 24}), "at most the 18 samples of the set; got 24"),
+        (
+            lambda: SplitClasses(plain(), task=0, labels="both"),
+            "labels must be 'task' or 'data'; got 'both'",
+        ),
+        (
+            lambda: SplitClasses(SplitClasses(plain(), task=0), task=0),
+            "needs data that can leave classes out.*got SplitClasses",
+        ),
+        (
+            lambda: SplitClasses(plain(), task=0).train(**SIZES | {"batch_size": 24}),
+            "at most the 18 samples of the set; got 24",
+        ),
         (lambda: plain().of_classes((9,)).train(**SIZES), "at most the 0 samples"),
     ],
 )

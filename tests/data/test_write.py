@@ -38,19 +38,27 @@ def test_files_are_the_same_from_one_and_two_workers(photo_folder, photos, tmp_p
 
 
 def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path):
-    """FFCV's own writer makes the same content of the same pixels, and FFCV's own reader finds them in our file."""
+    """FFCV's own writer makes the same content of the same pixels, and FFCV's own reader finds them
+    in our file.
+    """
     from ffcv.writer import DatasetWriter
 
     ours = write_folder(photo_folder, tmp_path, mode="raw")[1]
     items = sources.image_folder(photo_folder)[1].items
-    pictures = [(np.asarray(Image.open(str(item.image)).convert("RGB")), item.label) for item in items]
+    pictures = [
+        (np.asarray(Image.open(str(item.image)).convert("RGB")), item.label) for item in items
+    ]
     fields = {"image": ffcv_api.RGBImageField(write_mode="raw"), "label": ffcv_api.IntField()}
     with contextlib.redirect_stderr(io.StringIO()):
-        writer = DatasetWriter(str(tmp_path / "stock.beton"), fields, page_size=1 << 21, num_workers=1)
+        writer = DatasetWriter(
+            str(tmp_path / "stock.beton"), fields, page_size=1 << 21, num_workers=1
+        )
         writer.from_indexed_dataset(pictures)
     stock = tmp_path / "stock.beton"
     assert manifest.content_of(stock, ours.classes) == ours.content
-    described = manifest.describe(stock, name="stock.beton", content=ours.content, classes=ours.classes, labels=[0])
+    described = manifest.describe(
+        stock, name="stock.beton", content=ours.content, classes=ours.classes, labels=[0]
+    )
     assert described.page_bytes != ours.page_bytes and described.sha256 != ours.sha256
     reader = ffcv_api.Reader(str(tmp_path / "val.beton"))
     assert reader.metadata["f1"].tolist() == [label for _, label in pictures]
@@ -58,7 +66,12 @@ def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path
 
 def test_fashion(small_fashion, fashion, tmp_path):
     train, val = verify(fashion)
-    assert (train.samples, val.samples, train.stored, train.classes[9]) == (100, 30, {"raw": 100}, "Ankle boot")
+    assert (train.samples, val.samples, train.stored, train.classes[9]) == (
+        100,
+        30,
+        {"raw": 100},
+        "Ankle boot",
+    )
     assert train.histogram == [10] * 10
     write_fashion(tmp_path, source=small_fashion, workers=2)
     assert verify(tmp_path)[0].sha256 == train.sha256
@@ -79,12 +92,16 @@ def test_fashion_that_is_nowhere_says_what_to_install(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sources, "FASHION_PACKAGE", tmp_path / "none")
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", offline)
-    with pytest.raises(DataError, match=r"apt install dataset-fashion-mnist.*Error downloading.*or pass source="):
+    with pytest.raises(
+        DataError, match=r"apt install dataset-fashion-mnist.*Error downloading.*or pass source="
+    ):
         write_fashion(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:3], lambda b: b"\0\0\x09" + b[3:], lambda b: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:3], lambda b: b"\0\0\x09" + b[3:], lambda b: b""]
+)
 def test_a_damaged_fashion_file_is_named(small_fashion, tmp_path, damage):
     source = shutil.copytree(small_fashion, tmp_path / "idx")
     path = source / "t10k-labels-idx1-ubyte"
@@ -101,20 +118,26 @@ def test_a_jpeg_that_fits_is_stored_as_it_is(photo_folder, tmp_path):
     found = beton_format.samples(tmp_path / "val.beton")
     content = np.fromfile(tmp_path / "val.beton", np.uint8)
     kinds = {"as it is": 0, "jpg": 0}
-    for item, record, size in zip(sources.image_folder(photo_folder)[1].items, found.records, found.sizes, strict=True):
+    for item, record, size in zip(
+        sources.image_folder(photo_folder)[1].items, found.records, found.sizes, strict=True
+    ):
         original = Path(str(item.image)).read_bytes()
         stored = content[int(record["data_ptr"]) :][: int(size)].tobytes()
         with Image.open(str(item.image)) as picture:
             fits = max(picture.size) <= 150
             scale = 1 if fits else 150 / max(picture.size)
-            assert (record["width"], record["height"]) == tuple(round(side * scale) for side in picture.size)
+            assert (record["width"], record["height"]) == tuple(
+                round(side * scale) for side in picture.size
+            )
         assert (stored == original) == fits
         kinds["as it is" if fits else "jpg"] += 1
     assert val.stored == kinds and min(kinds.values()) > 0
 
 
 def test_odd_images_become_rgb(folder, tmp_path):
-    """CMYK, grey, progressive, palette, transparent, stray bytes in a JPEG: each is read as Pillow shows it."""
+    """CMYK, grey, progressive, palette, transparent, stray bytes in a JPEG: each is read as Pillow
+    shows it.
+    """
     photo = Image.open(folder / "train" / "china" / "000.jpg")
     odd = folder / "val" / "china"
     photo.convert("CMYK").save(odd / "a_cmyk.jpg", quality=95)
@@ -131,7 +154,11 @@ def test_odd_images_become_rgb(folder, tmp_path):
     data = Beton(tmp_path / "out", classes=2, size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
     items = sources.image_folder(folder)[1].items
     with data.val(micro_batch=4).epoch(0) as batches:
-        x = {Path(str(items[int(i)].image)).name: x for batch in batches for i, x in zip(batch.index, batch.x, strict=True)}
+        x = {
+            Path(str(items[int(i)].image)).name: x
+            for batch in batches
+            for i, x in zip(batch.index, batch.x, strict=True)
+        }
     assert x["b_grey.jpg"].std(0).max() == 0  # three equal channels
     colours = x["c_progressive.jpg"].mean((1, 2))
     for name in ("a_cmyk.jpg", "d_palette.png", "e_alpha.PNG"):
@@ -145,7 +172,9 @@ def test_bad_images_are_skipped_up_to_a_limit(folder, tmp_path, workers):
     (bad / "bad_short.jpg").write_bytes((bad / "001.jpg").read_bytes()[:700])
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(bad / "bad_deep.png")
     names = ["bad_deep.png", "bad_empty.jpg", "bad_short.jpg"]
-    with pytest.raises(DataError, match=r"at most 2 images of each set may be unreadable; got 3 in train; mend "):
+    with pytest.raises(
+        DataError, match=r"at most 2 images of each set may be unreadable; got 3 in train; mend "
+    ):
         write_folder(folder, tmp_path / "out", max_bad=2, workers=workers)
     assert list((tmp_path / "out").iterdir()) == []
     train, _ = write_folder(folder, tmp_path / "out", max_bad=3, workers=workers)
@@ -175,7 +204,9 @@ def test_a_set_without_a_readable_image_is_refused(photo_folder, tmp_path):
     for name in ("train", "val"):
         (tmp_path / name / "china").mkdir(parents=True)
         (tmp_path / name / "china" / "a.jpg").write_bytes(b"")
-    shutil.copy(photo_folder / "train" / "china" / "000.jpg", tmp_path / "train" / "china" / "b.jpg")
+    shutil.copy(
+        photo_folder / "train" / "china" / "000.jpg", tmp_path / "train" / "china" / "b.jpg"
+    )
     with pytest.raises(TooManyUnreadable, match=r"val must have a readable image; got none"):
         write_folder(tmp_path, tmp_path / "out", max_bad=1)
 
@@ -218,12 +249,17 @@ class Odd:
     def __call__(self, item: encode.Item) -> encode.Encoded | encode.Bad:
         if item.number % 2 == 0:
             return encode.Bad("even")
-        return replace(encode.encode(item, encode.Encoding(mode="raw")), groups={"number": str(item.number)})
+        return replace(
+            encode.encode(item, encode.Encoding(mode="raw")), groups={"number": str(item.number)}
+        )
 
 
 def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_path):
     train, val = write_sets(sources.fashion(small_fashion), tmp_path, Odd(), max_bad=50)
-    assert train.groups == {"number": [str(number) for number in range(1, 100, 2)]} and len(val.groups["number"]) == 15
+    assert (
+        train.groups == {"number": [str(number) for number in range(1, 100, 2)]}
+        and len(val.groups["number"]) == 15
+    )
     assert verify(tmp_path) == [train, val]
 
 
@@ -244,13 +280,17 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     stock, limit_s = encode._next, [60.0]  # long enough for the workers to start
     monkeypatch.setattr(encode, "_next", lambda pending, _: stock(pending, limit_s[0]))
     monkeypatch.setattr(encode, "CHUNK", 1)
-    encoded = encode.encode_all(sources.image_folder(photo_folder)[0].items, encode.Encoding(mode="jpg"), workers=2)
+    encoded = encode.encode_all(
+        sources.image_folder(photo_folder)[0].items, encode.Encoding(mode="jpg"), workers=2
+    )
     next(encoded)
     limit_s[0] = 0.5
     workers = [psutil.Process(worker.pid) for worker in multiprocessing.active_children()]
     for worker in workers:
         worker.suspend()
-    with pytest.raises(LoaderError, match=r"no worker finished for 0\.5 s; waiting for samples .*jpg to .*jpg"):
+    with pytest.raises(
+        LoaderError, match=r"no worker finished for 0\.5 s; waiting for samples .*jpg to .*jpg"
+    ):
         list(encoded)
     assert workers and not any(worker.is_running() for worker in workers)
 
@@ -259,7 +299,9 @@ def test_classes_must_agree(folder, tmp_path):
     (folder / "val" / "tulip").mkdir()
     shutil.copy(folder / "val" / "china" / "000.jpg", folder / "val" / "tulip")
     shutil.copytree(folder / "train" / "china", folder / "train" / "porcelain")
-    with pytest.raises(DataError, match="same classes; only in train: porcelain; only in val: tulip"):
+    with pytest.raises(
+        DataError, match="same classes; only in train: porcelain; only in val: tulip"
+    ):
         write_folder(folder, tmp_path / "out")
 
 
@@ -269,7 +311,9 @@ def test_folders_must_be_there_and_hold_images(folder, tmp_path):
         write_folder(folder, tmp_path / "out")
     shutil.rmtree(folder / "val")
     (folder / "train" / "tulip").rmdir()
-    with pytest.raises(DataError, match=r"photos/val must be a folder of class folders; it does not exist"):
+    with pytest.raises(
+        DataError, match=r"photos/val must be a folder of class folders; it does not exist"
+    ):
         write_folder(folder, tmp_path / "out")
     (folder / "val").mkdir()
     with pytest.raises(DataError, match=r"photos/val must hold a folder for each class"):
@@ -293,7 +337,9 @@ def test_interrupted_leaves_nothing(photo_folder, tmp_path, workers):
         if done == 40:
             os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background is started deaf to it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a test run in the background is started deaf to it
     try:
         with pytest.raises(KeyboardInterrupt):
             write_folder(photo_folder, tmp_path, workers=workers, progress=interrupt)
@@ -317,20 +363,27 @@ def test_existing_files_are_refused_or_replaced(small_fashion, tmp_path):
     with pytest.raises(DataError, match=r"train\.beton and .*val\.beton must not exist yet"):
         write_fashion(tmp_path, source=small_fashion)
     before = verify(tmp_path)
-    assert [each.sha256 for each in write_fashion(tmp_path, source=small_fashion, existing="replace")] == [
-        each.sha256 for each in before
-    ]
+    assert [
+        each.sha256 for each in write_fashion(tmp_path, source=small_fashion, existing="replace")
+    ] == [each.sha256 for each in before]
 
 
 def test_progress_counts_both_sets(small_fashion, tmp_path):
     seen = []
-    write_fashion(tmp_path, source=small_fashion, progress=lambda done, total: seen.append((done, total)))
+    write_fashion(
+        tmp_path, source=small_fashion, progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(i, 130) for i in range(1, 131)]
 
 
 def test_a_raw_image_larger_than_a_page_is_named(folder, tmp_path):
-    Image.fromarray(np.zeros((1700, 1700, 3), np.uint8)).save(folder / "train" / "china" / "000.jpg")
-    with pytest.raises(DataError, match=r"000\.jpg: .*must fit a page of 8388608 bytes; got 8670000 bytes \(1700x1700\)"):
+    Image.fromarray(np.zeros((1700, 1700, 3), np.uint8)).save(
+        folder / "train" / "china" / "000.jpg"
+    )
+    with pytest.raises(
+        DataError,
+        match=r"000\.jpg: .*must fit a page of 8388608 bytes; got 8670000 bytes \(1700x1700\)",
+    ):
         write_folder(folder, tmp_path / "out", mode="raw")
     write_folder(folder, tmp_path / "out", mode="raw", max_resolution=1600)
 

@@ -17,10 +17,23 @@ def crop_by_hand(h, w, seed, epoch, index, area=AREA, ratio=RATIO):
     for attempt in range(10):
         draw = [int(bits(seed, epoch, index, CROP + 4 * attempt + i)) for i in range(4)]
         pixels = h * w * (area[0] + (area[1] - area[0]) * ((draw[0] >> 11) * 2.0**-53))
-        aspect = round(math.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * ((draw[1] >> 52) + 0.5) / 4096), 6)
-        width, height = math.floor(math.sqrt(pixels * aspect) + 0.5), math.floor(math.sqrt(pixels / aspect) + 0.5)
+        aspect = round(
+            math.exp(
+                math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * ((draw[1] >> 52) + 0.5) / 4096
+            ),
+            6,
+        )
+        width, height = (
+            math.floor(math.sqrt(pixels * aspect) + 0.5),
+            math.floor(math.sqrt(pixels / aspect) + 0.5),
+        )
         if 0 < width <= w and 0 < height <= h:
-            return (draw[2] >> 32) * (h - height + 1) >> 32, (draw[3] >> 32) * (w - width + 1) >> 32, height, width
+            return (
+                (draw[2] >> 32) * (h - height + 1) >> 32,
+                (draw[3] >> 32) * (w - width + 1) >> 32,
+                height,
+                width,
+            )
     height = max(1, math.floor(w / ratio[0] + 0.5)) if w < ratio[0] * h else h
     width = max(1, math.floor(h * ratio[1] + 0.5)) if w > ratio[1] * h else w
     return (h - height) // 2, (w - width) // 2, height, width
@@ -30,7 +43,11 @@ def epoch_of(data, name, epoch=0):
     sizes = {"micro_batch": 8, "threads": 1}
     loader = data.val(**sizes) if name == "val" else data.train(seed=21, batch_size=8, **sizes)
     with loader.epoch(epoch) as batches:
-        return [(int(i), x.numpy()) for batch in batches for i, x in zip(batch.index, batch.x, strict=True)]
+        return [
+            (int(i), x.numpy())
+            for batch in batches
+            for i, x in zip(batch.index, batch.x, strict=True)
+        ]
 
 
 def normalised(pixels_hw3):

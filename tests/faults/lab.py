@@ -1,4 +1,6 @@
-"""A recipe whose rule writes down which samples it was given, and the process that drives a run of it."""
+"""A recipe whose rule writes down which samples it was given, and the process that drives a run of
+it.
+"""
 
 from __future__ import annotations
 
@@ -61,14 +63,24 @@ class Lab:
         for file in (self.folder / "rows").iterdir():
             for line in file.read_text().splitlines():
                 step, row, sample, when = line.split()
-                told.append({"step": int(step), "row": int(row), "sample": sample, "time": int(when) / 1e9})
-        starts = [event for event in read(self.folder / "runs" / "run" / "journal.jsonl") if event["event"] == "start"]
+                told.append(
+                    {"step": int(step), "row": int(row), "sample": sample, "time": int(when) / 1e9}
+                )
+        starts = [
+            event
+            for event in read(self.folder / "runs" / "run" / "journal.jsonl")
+            if event["event"] == "start"
+        ]
         found: dict[tuple[int, int], str] = {}
         for each in survived(told, starts):
             place = each["step"], each["row"]
-            assert place not in found, f"row {place[1]} of step {place[0]} was trained twice by one attempt"
+            assert place not in found, (
+                f"row {place[1]} of step {place[0]} was trained twice by one attempt"
+            )
             found[place] = each["sample"]
-        return [[found[step, row] for row in range(BATCH)] for step in range(STEPS_PER_EPOCH * EPOCHS)]
+        return [
+            [found[step, row] for row in range(BATCH)] for step in range(STEPS_PER_EPOCH * EPOCHS)
+        ]
 
 
 class Driven(Driver):

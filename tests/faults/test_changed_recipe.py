@@ -1,4 +1,6 @@
-"""recipe.json is changed while a run lies still: it is not gone on with, and with the old one back it is, to the same bits."""
+"""recipe.json is changed while a run lies still: it is not gone on with, and with the old one back
+it is, to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     return command(monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("met", ["nothing", "a death before its first checkpoint", "damage of all of its checkpoints"])
+@pytest.mark.parametrize(
+    "met", ["nothing", "a death before its first checkpoint", "damage of all of its checkpoints"]
+)
 def test_a_run_without_a_checkpoint_begins_as_it_was_launched_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command, met: str
 ) -> None:
@@ -49,7 +53,11 @@ def test_a_run_without_a_checkpoint_begins_as_it_was_launched_or_not_at_all(
         write_json(run / "recipe.json", made.resolved().to_json())
         code, _, error = spiketrain(*words)
         assert code == 2
-        assert error == f"resume: recipe.json must be as it was when the run was launched; it differs now: {said}\n"
+        assert (
+            error
+            == "resume: recipe.json must be as it was when the run was launched; it differs now:"
+            f" {said}\n"
+        )
     assert len(started(run)) == starts
     write_json(run / "recipe.json", recipe.resolved().to_json())
     assert spiketrain(*words)[0] == 0
@@ -60,14 +68,18 @@ def started(run: Path) -> list[dict[str, Any]]:
     return [event for event in read(run / "journal.jsonl") if event["event"] == "start"]
 
 
-def test_the_fields_that_differ_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
+def test_the_fields_that_differ_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+) -> None:
     recipe, run = small_recipe(), tmp_path / "runs" / "it"
     with monkeypatch.context() as patch:
         die_at(patch, 7)
         with Inline() as launcher, pytest.raises(Killed):
             launcher.run(prepare(recipe, Cluster(inline=True), run.parent, name="it"), "test")
     changed = recipe.override({"optimizer.lr": 0.25, "rule.k": 1, "epochs": 3})
-    other = small_recipe(data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 8, 8), noise=0.5))
+    other = small_recipe(
+        data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 8, 8), noise=0.5)
+    )
     words = ("resume", "it", "--inline", "--runs", str(run.parent))
     for made, said in (
         (changed, "rule.k: 2 and 1; optimizer.lr: 0.1 and 0.25; epochs: 2 and 3"),
@@ -76,8 +88,13 @@ def test_the_fields_that_differ_are_named(tmp_path: Path, monkeypatch: pytest.Mo
         write_json(run / "recipe.json", made.resolved().to_json())
         code, _, error = spiketrain(*words)
         assert code == 2
-        assert error == f"resume: recipe.json must be as it was when step 6 was saved; it differs now: {said}\n"
-    value = recipe.override({"micro_batch": 4}).resolved().to_json()  # how it fits into memory is not what is learnt
+        assert (
+            error == "resume: recipe.json must be as it was when step 6 was saved; it differs now:"
+            f" {said}\n"
+        )
+    value = (
+        recipe.override({"micro_batch": 4}).resolved().to_json()
+    )  # how it fits into memory is not what is learnt
     write_json(run / "recipe.json", value)
     assert spiketrain(*words)[0] == 0
     assert read_json(run / "summary.json")["restarts"] == 1

@@ -1,4 +1,6 @@
-"""What befalls checkpoints: killed while one is written or uploaded, a full disk, damage; the bits are the same."""
+"""What befalls checkpoints: killed while one is written or uploaded, a full disk, damage; the bits
+are the same.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,15 @@ from tests.test_worker import Killed, die_at
 pytestmark = pytest.mark.timeout(240)
 
 SEED = 20261128  # of the steps and files at which something happens
-STEPS = [3, 6, 8, 9, 12, 15, 16]  # behind which checkpoints stand: checkpoint_every, and each epoch's end
+STEPS = [
+    3,
+    6,
+    8,
+    9,
+    12,
+    15,
+    16,
+]  # behind which checkpoints stand: checkpoint_every, and each epoch's end
 FILES = ["plain/state.pt", "rng_rank0.pt", "model.safetensors", "trainer.json", "manifest.json"]
 
 
@@ -92,7 +102,9 @@ with Inline() as launcher:
 
 def killed_at(run: Path, address: str, step: int, name: str, how: str) -> None:
     words = [str(run), address, str(step), name, how]
-    ended = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
@@ -105,7 +117,9 @@ def drawn(seed: int) -> tuple[int, str]:
     return draw.choice(STEPS[1:]), draw.choice(FILES)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 9))])
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 9))]
+)
 def test_killed_while_a_checkpoint_is_written(tmp_path: Path, whole: Path, seed: int) -> None:
     run, (step, name) = tmp_path / "run", drawn(seed)
     killed_at(run, "", step, name, "written")
@@ -116,7 +130,9 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, whole: Path, seed:
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_killed_while_a_checkpoint_goes_to_s3_and_gone_on_with_in_a_fresh_folder(tmp_path: Path, whole: Path) -> None:
+def test_killed_while_a_checkpoint_goes_to_s3_and_gone_on_with_in_a_fresh_folder(
+    tmp_path: Path, whole: Path
+) -> None:
     step, name = drawn(2)
     with s3_server() as bucket:
         killed_at(tmp_path / "run", f"{bucket}/run", step, name, "brought")
@@ -149,7 +165,10 @@ def without_manifest(checkpoint: Path, name: str) -> None:
 
 @pytest.mark.parametrize("damage", [truncated, flipped, missing, without_manifest])
 def test_the_newest_is_damaged(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path, str], None]
+    tmp_path: Path,
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path, str], None],
 ) -> None:
     run, draw = tmp_path / "run", random.Random(f"{SEED} {damage.__name__}")
     with monkeypatch.context() as patch:
@@ -160,11 +179,15 @@ def test_the_newest_is_damaged(
     damage(newest, draw.choice(FILES))
     train_inline(run, small_recipe())
     assert f"step_{events(run, 'start')[-1]['step']:08d}" == older.name
-    assert [newest.name in event["path"] for event in events(run, "quarantine")] == [True] * (damage is not missing)
+    assert [newest.name in event["path"] for event in events(run, "quarantine")] == [True] * (
+        damage is not missing
+    )
     assert same_weights(run, whole)
 
 
-def test_all_are_damaged_and_the_run_begins_anew(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_are_damaged_and_the_run_begins_anew(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, draw = tmp_path / "run", random.Random(SEED)
     with monkeypatch.context() as patch:
         die_at(patch, 7)
@@ -173,7 +196,9 @@ def test_all_are_damaged_and_the_run_begins_anew(tmp_path: Path, whole: Path, mo
     for checkpoint in step_folders(run / "checkpoints"):
         flipped(checkpoint, draw.choice(FILES))
     train_inline(run, small_recipe())
-    assert [event["step"] for event in events(run, "start")] == [0, 0] and len(events(run, "quarantine")) == 2
+    assert [event["step"] for event in events(run, "start")] == [0, 0] and len(
+        events(run, "quarantine")
+    ) == 2
     assert same_weights(run, whole)
 
 
@@ -189,11 +214,15 @@ def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
     for _ in range(2):
         with pytest.raises(Refused) as refusal:
             train_inline(run, small_recipe())
-        assert str(refusal.value) == (
-            f"checkpoint: {run}/checkpoints/step_00000006 must be there, as the journal says; got no checkpoint: "
-            "mount or restore its storage, or begin anew under another --name"
+        assert (
+            str(refusal.value)
+            == f"checkpoint: {run}/checkpoints/step_00000006 must be there, as the journal says;"
+            " got no checkpoint: mount or restore its storage, or begin anew under another"
+            " --name"
         )
-    assert [event["step"] for event in events(run, "start")] == [0] and len(events(run, "failed")) == 2
+    assert [event["step"] for event in events(run, "start")] == [0] and len(
+        events(run, "failed")
+    ) == 2
     away.rename(run / "checkpoints")
     train_inline(run, small_recipe())
     assert [event["step"] for event in events(run, "start")] == [0, 6]
@@ -224,7 +253,9 @@ def test_going_back_waits_for_the_checkpoint_that_is_being_written(
 def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step that is written down is the one that training goes on from, and batches are passed over from there."""
+    """The step that is written down is the one that training goes on from, and batches are passed
+    over from there.
+    """
     write, failed = background._write, []
 
     def fails_once(file: Path, value: Any) -> None:
@@ -238,10 +269,14 @@ def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
         hit(patch, {6})
         train_inline(tmp_path / "hit", small_recipe(max_skips=0))
     assert [event["step"] for event in events(tmp_path / "hit", "unwritten")] == [6]
-    assert [(event["step"], event["to"]) for event in events(tmp_path / "hit", "rollback")] == [(6, 3)]
+    assert [(event["step"], event["to"]) for event in events(tmp_path / "hit", "rollback")] == [
+        (6, 3)
+    ]
     assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 3]
     train_inline(tmp_path / "told", small_recipe(skip=((3, 7),)))
-    assert same_weights(tmp_path / "hit", tmp_path / "told") and not same_weights(tmp_path / "hit", whole)
+    assert same_weights(tmp_path / "hit", tmp_path / "told") and not same_weights(
+        tmp_path / "hit", whole
+    )
 
 
 @pytest.mark.parametrize(
@@ -263,7 +298,11 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
 
     def once_it_is_known(self: Attempt, epoch: int, *, last: bool) -> None:
         deadline = time.monotonic() + 20
-        while self.step == step + 1 and not self.parts.checkpoints.failed() and time.monotonic() < deadline:
+        while (
+            self.step == step + 1
+            and not self.parts.checkpoints.failed()
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         between(self, epoch, last=last)
 
@@ -271,7 +310,10 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
     monkeypatch.setattr(Attempt, "_between_batches", once_it_is_known)
     train_inline(tmp_path / "run", small_recipe(checkpoint_every=step))
     [event] = events(tmp_path / "run", "unwritten")
-    assert (event["step"], event["error"]) == (step, f"checkpoint after step {step} was not written: Input/output error: x")
+    assert (event["step"], event["error"]) == (
+        step,
+        f"checkpoint after step {step} was not written: Input/output error: x",
+    )
     assert [event["step"] for event in events(tmp_path / "run", "start")] == [0]
     assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == saved
     assert same_weights(tmp_path / "run", whole)
@@ -302,11 +344,15 @@ def test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_mor
 
         monkeypatch.setattr(Attempt, "_between_batches", stopped)
         assert train_inline(tmp_path / "run", recipe) is None
-        assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == ["step_00000005"]
+        assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == [
+            "step_00000005"
+        ]
         (tmp_path / "run" / "stop").unlink()
     train_inline(tmp_path / "run", recipe)
     assert [event["step"] for event in events(tmp_path / "run", "unwritten")] == [last]
-    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")][-1] == "step_00000016"
+    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")][
+        -1
+    ] == "step_00000016"
     assert same_weights(tmp_path / "run", whole)
 
 
@@ -337,14 +383,21 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
     with Inline() as launcher:
         launcher.run(job, "test")
     [waiting] = events(run, "waiting")
-    assert waiting["error"] == "[Errno 5] ServerDown: Could not connect to the endpoint URL" and len(failed) == 3
+    assert (
+        waiting["error"] == "[Errno 5] ServerDown: Could not connect to the endpoint URL"
+        and len(failed) == 3
+    )
     assert waiting["attempt"] == 1
-    assert [event["step"] for event in events(run, "start")] == [0, 6] and events(run, "failed") == []
+    assert [event["step"] for event in events(run, "start")] == [0, 6] and events(
+        run, "failed"
+    ) == []
     assert same_weights(run, whole)
 
 
 @pytest.mark.parametrize("name", ["skipped.json", "micro_batch.json"])
-def test_what_a_run_has_written_down_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_what_a_run_has_written_down_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """By the same attempt: a note that storage does not give is not damaged."""
     run, recipe = tmp_path / "run", small_recipe(epochs=1)
     make_run(run, recipe)
@@ -370,8 +423,13 @@ def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: Non
     make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     (tmp_path / "run" / "stop").touch()
     assert train_inline(tmp_path / "run", small_recipe(checkpoint_every=0)) is None
-    assert [event["event"] for event in read(tmp_path / "run" / "journal.jsonl")][-2:] == ["checkpoint", "stopped"]
-    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == ["step_00000001"]
+    assert [event["event"] for event in read(tmp_path / "run" / "journal.jsonl")][-2:] == [
+        "checkpoint",
+        "stopped",
+    ]
+    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == [
+        "step_00000001"
+    ]
 
 
 @pytest.fixture
@@ -379,9 +437,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 kB, to be grown."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+    )
     if mounted.returncode:
-        pytest.fail(f"a small disk needs root, to mount one: {mounted.stderr.strip()}", pytrace=False)
+        pytest.fail(
+            f"a small disk needs root, to mount one: {mounted.stderr.strip()}", pytrace=False
+        )
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
@@ -410,18 +474,30 @@ def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     (tmp_path / "recipe.py").write_text(RECIPE.format(every=first))
     run: Command = command(monkeypatch, capsys)
     page = 4096
-    one = sum(-(-file.stat().st_size // page) * page for file in step_folders(whole / "checkpoints")[-1].rglob("*"))
+    one = sum(
+        -(-file.stat().st_size // page) * page
+        for file in step_folders(whole / "checkpoints")[-1].rglob("*")
+    )
     grow(small_disk, one * 3 // 2)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     words = ("--runs", str(tmp_path / "runs"))
     code, _, said = run(
-        "launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", "--checkpoints", str(small_disk), *words
+        "launch",
+        str(tmp_path / "recipe.py"),
+        "--inline",
+        "--name",
+        "full",
+        "--checkpoints",
+        str(small_disk),
+        *words,
     )
     place = small_disk / "full"
     assert code == 2
     [line] = said.strip().splitlines()
     wanted = f"checkpoint: cannot be written after step {second}: No space left on device"
-    assert line.startswith(wanted) and line.endswith(f"the newest whole one is {place / step_name(first)}")
+    assert line.startswith(wanted) and line.endswith(
+        f"the newest whole one is {place / step_name(first)}"
+    )
     assert {path.name for path in place.iterdir()} == {"owner.json", step_name(first)}
     assert re.search(wanted, events(tmp_path / "runs" / "full", "failed")[0]["error"])
     grow(small_disk, one * 8)
@@ -471,11 +547,17 @@ def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
     words, folder = ("--runs", str(small_disk)), small_disk / "full"
     with monkeypatch.context() as patch:
         if not every:
-            filling_at(patch, 9, small_disk)  # of a later step on, the journal's last page may still hold all that is to come
-        code, _, said = run("launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", *words)
+            filling_at(
+                patch, 9, small_disk
+            )  # of a later step on, the journal's last page may still hold all that is to come
+        code, _, said = run(
+            "launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", *words
+        )
     assert code == 2
     [line] = said.strip().splitlines()
-    by_journal = f"[Errno {errno.ENOSPC}] journal: "  # which may find the disk full of half a checkpoint, too
+    by_journal = (  # which may find the disk full of half a checkpoint, too
+        f"[Errno {errno.ENOSPC}] journal: "
+    )
     by_checkpoint = f"checkpoint: cannot be written after step {min(2 * every, 8)}: "
     assert line.startswith((by_checkpoint, by_journal) if every else by_journal)
     [first] = [event["step"] for event in events(folder, "start")]
@@ -505,12 +587,23 @@ def recipe():
 def test_workers_that_a_full_disk_ends_are_not_started_again(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The journal is the first that finds no room, in the middle of the first of two long epochs."""
+    """The journal is the first that finds no room, in the middle of the first of two long
+    epochs.
+    """
     grow(small_disk, 2**24)
     (tmp_path / "recipe.py").write_text(LONG)
     (small_disk / "full.log").symlink_to(tmp_path / "said")  # what the driver says finds room
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    words = ("launch", str(tmp_path / "recipe.py"), "--name", "full", "--workers", "2", "--device", "cpu")
+    words = (
+        "launch",
+        str(tmp_path / "recipe.py"),
+        "--name",
+        "full",
+        "--workers",
+        "2",
+        "--device",
+        "cpu",
+    )
     driver = Driver(*words, run=small_disk / "full", folder=tmp_path)
     try:
         driver.at_step(random.Random(SEED + 2).randrange(5, 30))
@@ -520,5 +613,9 @@ def test_workers_that_a_full_disk_ends_are_not_started_again(
         driver.kill()
     journal = small_disk / "full" / "journal.jsonl"
     line = driver.log.read_text().splitlines()[-1]
-    assert line.startswith("worker 0: ") and f"[Errno {errno.ENOSPC}] journal: " in line and line.endswith(f"{str(journal)!r}")
+    assert (
+        line.startswith("worker 0: ")
+        and f"[Errno {errno.ENOSPC}] journal: " in line
+        and line.endswith(f"{str(journal)!r}")
+    )
     assert [event["step"] for event in read(journal) if event["event"] == "start"] == [0]

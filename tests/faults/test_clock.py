@@ -1,4 +1,6 @@
-"""A machine's clock is set back while a run trains, and while it lies still: the same bits, and no time that runs backwards."""
+"""A machine's clock is set back while a run trains, and while it lies still: the same bits, and no
+time that runs backwards.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ SEED = 20261128  # of the steps
 HOUR = 3600.0
 
 
-def test_set_back_in_the_middle_and_before_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_back_in_the_middle_and_before_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw, recipe = random.Random(SEED), small_recipe()
     dies, turns = draw.randrange(4, 8), draw.randrange(10, 15)
     train_inline(tmp_path / "untouched", recipe)
@@ -42,7 +46,11 @@ def test_set_back_in_the_middle_and_before_a_resume(tmp_path: Path, monkeypatch:
         summary = train_inline(tmp_path / "hit", recipe)
     assert same_weights(tmp_path / "hit", tmp_path / "untouched")
     events = read(tmp_path / "hit" / "journal.jsonl")
-    backwards = [later["step"] for earlier, later in pairwise(events) if later["time"] < earlier["time"] - HOUR / 2]
+    backwards = [
+        later["step"]
+        for earlier, later in pairwise(events)
+        if later["time"] < earlier["time"] - HOUR / 2
+    ]
     newest = max(step for step in (0, 3, 6) if step <= dies)
     assert backwards == [newest, turns], "the clock was set back at a start and at a step"
     assert state_of(tmp_path / "hit") == "finished"

@@ -51,8 +51,15 @@ EPOCH, CHECKPOINTS = 8, sorted({*range(0, 25, 3), *range(0, 25, 8)})  # of three
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 training images on 13 pages, 20 to evaluate on: written as any data set is, but for the size of a page."""
-    return written(tmp_path_factory.mktemp("whole"), lambda image: image.tobytes(), mode=RAW, page_bytes=PAGE_BYTES)
+    """64 training images on 13 pages, 20 to evaluate on: written as any data set is, but for the
+    size of a page.
+    """
+    return written(
+        tmp_path_factory.mktemp("whole"),
+        lambda image: image.tobytes(),
+        mode=RAW,
+        page_bytes=PAGE_BYTES,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +74,29 @@ def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("jpegs"), stored, mode=JPG, page_bytes=JPEG_PAGE_BYTES)
 
 
-def written(folder: Path, stored: Callable[[Image.Image], bytes], *, mode: int, page_bytes: int) -> Path:
+def written(
+    folder: Path, stored: Callable[[Image.Image], bytes], *, mode: int, page_bytes: int
+) -> Path:
     rng = np.random.default_rng(SEED)
-    classes, about = [str(number) for number in range(10)], {"mode": mode, "height": SIDE, "width": SIDE}
+    classes, about = (
+        [str(number) for number in range(10)],
+        {"mode": mode, "height": SIDE, "width": SIDE},
+    )
     for name, count in (("train", 64), ("val", 20)):
-        path, content, labels = folder / f"{name}.beton", manifests.ContentHash(classes), [i % 10 for i in range(count)]
+        path, content, labels = (
+            folder / f"{name}.beton",
+            manifests.ContentHash(classes),
+            [i % 10 for i in range(count)],
+        )
         writer = BetonWriter(path, capacity=count, page_bytes=page_bytes)
         for label in labels:
             image = stored(Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)))
             writer.add(image, label=label, **about)
             content.add(image, label=label, **about)
         writer.finish()
-        made = manifests.describe(path, name=path.name, content=content.hexdigest(), classes=classes, labels=labels)
+        made = manifests.describe(
+            path, name=path.name, content=content.hexdigest(), classes=classes, labels=labels
+        )
         made.write(folder / f"{path.name}{manifests.SUFFIX}")
     return folder
 
@@ -107,7 +125,9 @@ def flip(data: Path, page: int, *, name: str = "train") -> None:
 def zero_a_jpeg(data: Path, page: int) -> None:
     """A sector of the page's second sample, from its beginning on."""
     with (data / "train.beton").open("r+b") as file:
-        file.seek(manifests.read(data / "train.beton").pages_offset + page * JPEG_PAGE_BYTES + JPEG_BYTES)
+        file.seek(
+            manifests.read(data / "train.beton").pages_offset + page * JPEG_PAGE_BYTES + JPEG_BYTES
+        )
         file.write(bytes(512))
 
 
@@ -118,7 +138,14 @@ def bad_sector(patch: pytest.MonkeyPatch, data: Path, page: int) -> None:
 
 
 def recipe(data: Path, **changes: Any) -> Recipe:
-    how = {"classes": 10, "size": SIDE, "channels": 1, "crop": "shift", "mean": (0.5,), "std": (0.5,)}
+    how = {
+        "classes": 10,
+        "size": SIDE,
+        "channels": 1,
+        "crop": "shift",
+        "mean": (0.5,),
+        "std": (0.5,),
+    }
     return small_recipe(data=spec(Beton, folder=str(data), **how), replicas_every=0, **changes)
 
 
@@ -150,7 +177,10 @@ def named(page: int, fault: str = "differs from its manifest", *, name: str = "t
     """The line that refuses a page, as a pattern."""
     first, end = samples_of(page)
     samples = rf"page {page} \(bytes \d+ to \d+, samples {first} to {end - 1}\)"
-    return rf"data: \S+{name}\.beton: {samples} {fault}: damaged; restore the file or write the data again( \(worker \d\))?$"
+    return (
+        rf"data: \S+{name}\.beton: {samples} {fault}: damaged; restore the file or write the data"
+        r" again( \(worker \d\))?$"
+    )
 
 
 UNREADABLE = r"cannot be read \(Input/output error\)"
@@ -159,9 +189,17 @@ UNREADABLE = r"cannot be read \(Input/output error\)"
 @pytest.mark.parametrize("when", ["at the start", "while it is read"])
 @pytest.mark.parametrize("how", ["flipped", "bad sector", "of the evaluation set", "held out"])
 def test_a_damaged_page_stops_the_run_in_one_line_and_restored_it_goes_on(
-    when: str, how: str, tmp_path: Path, whole: Path, data: Path, page: int, monkeypatch: pytest.MonkeyPatch
+    when: str,
+    how: str,
+    tmp_path: Path,
+    whole: Path,
+    data: Path,
+    page: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is never learnt from: with `verify="full"` a page is compared before its samples are used."""
+    """It is never learnt from: with `verify="full"` a page is compared before its samples are
+    used.
+    """
     name, share, fault = "train", 0.0, "differs from its manifest"
     if how == "of the evaluation set":
         name, page = "val", 3
@@ -169,7 +207,9 @@ def test_a_damaged_page_stops_the_run_in_one_line_and_restored_it_goes_on(
         share, page = 0.25, int(held_out_of(64, 0.25)[1][0]) // IN_A_PAGE
     if how == "bad sector":
         fault = UNREADABLE
-    made, untouched = (recipe(folder).override({"data.held_out": share}) for folder in (data, whole))
+    made, untouched = (
+        recipe(folder).override({"data.held_out": share}) for folder in (data, whole)
+    )
 
     def break_page(patch: pytest.MonkeyPatch) -> None:
         bad_sector(patch, data, page) if how == "bad sector" else flip(data, page, name=name)
@@ -192,7 +232,11 @@ def test_a_damaged_page_stops_the_run_in_one_line_and_restored_it_goes_on(
 
 @pytest.mark.parametrize("how", ["flipped", "bad sector"])
 def test_verify_names_the_page(
-    how: str, data: Path, page: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    how: str,
+    data: Path,
+    page: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run: Command = command(monkeypatch, capsys)
     if how == "bad sector":
@@ -201,7 +245,10 @@ def test_verify_names_the_page(
         flip(data, page)
     code, _, line = run("verify", str(data))
     assert (code, len(line.splitlines())) == (2, 1)
-    assert re.search(named(page, UNREADABLE if how == "bad sector" else "differs from its manifest"), line.strip())
+    assert re.search(
+        named(page, UNREADABLE if how == "bad sector" else "differs from its manifest"),
+        line.strip(),
+    )
 
 
 @pytest.mark.parametrize("when", ["at the start", "while it is read"])
@@ -209,13 +256,17 @@ def test_verify_names_the_page(
 def test_storage_that_is_away_damages_nothing(
     tmp_path: Path, whole: Path, data: Path, monkeypatch: pytest.MonkeyPatch, when: str, number: int
 ) -> None:
-    """Its worker dies, and the next one reads on; the bits are those of a run that nobody touched."""
+    """Its worker dies, and the next one reads on; the bits are those of a run that nobody
+    touched.
+    """
     made = recipe(data, epochs=1)
     with monkeypatch.context() as patch:
         if when == "at the start":
             damage.fail_reads(patch, data / "train.beton", number=number)
         else:
-            once_checked(patch, lambda: damage.fail_reads(patch, data / "train.beton", number=number))
+            once_checked(
+                patch, lambda: damage.fail_reads(patch, data / "train.beton", number=number)
+            )
         with pytest.raises((OSError, LoaderError), match=os.strerror(number)):
             train(tmp_path / "hit", made)
     summary = train(tmp_path / "hit", made)
@@ -227,8 +278,12 @@ def test_storage_that_is_away_damages_nothing(
 def test_damage_in_the_middle_is_refused_and_restored_the_run_goes_on_at_the_newest_checkpoint(
     tmp_path: Path, whole: Path, data: Path, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has been learnt from by then, and is read again in the third epoch, if not in the second."""
-    step = damaged_in_the_middle(tmp_path, data, lambda: flip(data, page), page, monkeypatch, verify="full")
+    """It has been learnt from by then, and is read again in the third epoch, if not in the
+    second.
+    """
+    step = damaged_in_the_middle(
+        tmp_path, data, lambda: flip(data, page), page, monkeypatch, verify="full"
+    )
     flip(data, page)
     train(tmp_path / "hit", recipe(data, epochs=3))
     first, again = [event["step"] for event in events(tmp_path / "hit", "start")]
@@ -243,11 +298,19 @@ def test_the_page_of_an_image_that_cannot_be_decoded_is_compared_and_named(
     """Where no draw asks for it."""
     monkeypatch.setitem(ONE_IN, "sampled", 1 << 30)
     data = shutil.copytree(jpegs, tmp_path / "data")
-    damaged_in_the_middle(tmp_path, data, lambda: zero_a_jpeg(data, page), page, monkeypatch, verify="sampled")
+    damaged_in_the_middle(
+        tmp_path, data, lambda: zero_a_jpeg(data, page), page, monkeypatch, verify="sampled"
+    )
 
 
 def damaged_in_the_middle(
-    tmp_path: Path, data: Path, act: Callable[[], None], page: int, monkeypatch: pytest.MonkeyPatch, *, verify: Verify
+    tmp_path: Path,
+    data: Path,
+    act: Callable[[], None],
+    page: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    verify: Verify,
 ) -> int:
     """Refused after the step that is returned."""
     step, original = random.Random(SEED).randrange(EPOCH, 2 * EPOCH), Attempt._between_batches
@@ -264,8 +327,12 @@ def damaged_in_the_middle(
     return step
 
 
-def test_each_evaluation_compares_other_pages(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page of which the draw for step 0 compares nothing is found by one of twelve evaluations all the same."""
+def test_each_evaluation_compares_other_pages(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of which the draw for step 0 compares nothing is found by one of twelve evaluations
+    all the same.
+    """
     one_in, samples = 8, np.arange(20)
     monkeypatch.setitem(ONE_IN, "sampled", one_in)
     drawn = samples[below(bits(0, 0, samples, PAGE), one_in) == 0]
@@ -294,7 +361,9 @@ def test_a_truncated_file_is_refused_in_one_line(
     with path.open("r+b") as file:
         file.truncate(size - 100)
     changes = ("--set", f"data.folder={data}", "--set", "data.size=8")
-    code, _, line = run("launch", "recipes/fashion/sltt.py", "--inline", *changes, "--runs", str(tmp_path / "runs"))
+    code, _, line = run(
+        "launch", "recipes/fashion/sltt.py", "--inline", *changes, "--runs", str(tmp_path / "runs")
+    )
     assert (code, len(line.splitlines())) == (2, 1)
     assert f"{path} must have {size} bytes by its manifest; got {size - 100}: truncated" in line
     assert not (tmp_path / "runs").exists()
@@ -313,9 +382,14 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(
             file.truncate(size - 100)  # of the table at its end, which nobody reads by now
 
     monkeypatch.setattr(Attempt, "_micro_batches", micro_batches)
-    with pytest.raises(Refused, match=rf"train\.beton must have {size} bytes by its manifest; got {size - 100}: truncated"):
+    with pytest.raises(
+        Refused,
+        match=rf"train\.beton must have {size} bytes by its manifest; got {size - 100}: truncated",
+    ):
         train(tmp_path / "hit", recipe(data, epochs=1), verify="sampled")
-    assert [event["step"] for event in events(tmp_path / "hit", "step")] != []  # it was whole when it was opened
+    assert [
+        event["step"] for event in events(tmp_path / "hit", "step")
+    ] != []  # it was whole when it was opened
 
 
 LAB = """
@@ -347,8 +421,13 @@ def test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line(
     places = np.argsort(permutation(64, seed=0, epoch=0))
     page = max(range(12), key=lambda each: places[slice(*samples_of(each))].min())
     size = 2
-    assert places[slice(*samples_of(page))].min() // size >= 6  # no worker has read ahead so far when it is damaged
-    place = {"file": str(data / "train.beton"), "at": manifests.read(data / "train.beton").pages_offset + page * PAGE_BYTES}
+    assert (
+        places[slice(*samples_of(page))].min() // size >= 6
+    )  # no worker has read ahead so far when it is damaged
+    place = {
+        "file": str(data / "train.beton"),
+        "at": manifests.read(data / "train.beton").pages_offset + page * PAGE_BYTES,
+    }
     (tmp_path / "damage_lab.py").write_text(LAB.format(**place))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")

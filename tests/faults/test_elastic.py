@@ -1,4 +1,6 @@
-"""Nodes die, come and are taken away under a run: each sample once an epoch, and the weights of an untouched run."""
+"""Nodes die, come and are taken away under a run: each sample once an epoch, and the weights of an
+untouched run.
+"""
 
 from __future__ import annotations
 
@@ -62,32 +64,48 @@ def cluster() -> Iterator[Nodes]:
 
 
 def assert_as(unhurt: Driven, run: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each sample once in each epoch of what came to stay, and the weights of the run that nothing happened to."""
+    """Each sample once in each epoch of what came to stay, and the weights of the run that nothing
+    happened to.
+    """
     monkeypatch.syspath_prepend(unhurt.lab.folder)
     samples = run.lab.samples()
     for epoch in range(EPOCHS):
-        seen = [each for step in samples[epoch * STEPS_PER_EPOCH :][:STEPS_PER_EPOCH] for each in step]
+        seen = [
+            each for step in samples[epoch * STEPS_PER_EPOCH :][:STEPS_PER_EPOCH] for each in step
+        ]
         assert len(set(seen)) == STEPS_PER_EPOCH * BATCH
     assert samples == unhurt.lab.samples()
-    ours, theirs = (load_run(each, trust=["told_lab"]).state_dict() for each in (run.run, unhurt.run))
+    ours, theirs = (
+        load_run(each, trust=["told_lab"]).state_dict() for each in (run.run, unhurt.run)
+    )
     assert ours.keys() == theirs.keys() and len(ours) > 5
     for name, value in ours.items():
-        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
+        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), (
+            name
+        )
 
 
 def checkpoints(run: Driven) -> list[int]:
-    return [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "checkpoint"]
+    return [
+        event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "checkpoint"
+    ]
 
 
 def assert_from_a_checkpoint(start: dict[str, Any], run: Driven) -> None:
     """From the newest that was told of, or from one that was whole just before its writer died."""
     events = [each for each in read(run.run / "journal.jsonl") if each["time"] < start["time"]]
-    newest = {kind: max(each["step"] for each in events if each["event"] == kind) for kind in ("checkpoint", "step")}
+    newest = {
+        kind: max(each["step"] for each in events if each["event"] == kind)
+        for kind in ("checkpoint", "step")
+    }
     assert newest["checkpoint"] <= start["step"] <= newest["step"]
 
 
 def test_a_node_dies(
-    cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+    cluster: Nodes,
+    driven: Callable[[str, str], Driven],
+    unhurt: Driven,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """2 -> 1"""
     first = cluster.add()
@@ -101,7 +119,10 @@ def test_a_node_dies(
 
 
 def test_a_node_dies_and_another_comes(
-    cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+    cluster: Nodes,
+    driven: Callable[[str, str], Driven],
+    unhurt: Driven,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """2 -> 1 -> 2"""
     first = cluster.add()
@@ -119,7 +140,10 @@ def test_a_node_dies_and_another_comes(
 
 
 def test_one_of_three_nodes_dies(
-    cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+    cluster: Nodes,
+    driven: Callable[[str, str], Driven],
+    unhurt: Driven,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """3 -> 2, of sizes that a user may write: 12 samples do not divide by 5."""
     added = [cluster.add(), cluster.add()]
@@ -134,7 +158,10 @@ def test_one_of_three_nodes_dies(
 
 
 def test_a_node_is_taken_away_after_a_notice(
-    cluster: Nodes, driven: Callable[[str, str], Driven], unhurt: Driven, monkeypatch: pytest.MonkeyPatch
+    cluster: Nodes,
+    driven: Callable[[str, str], Driven],
+    unhurt: Driven,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """2 -> 1, saved as soon as the notice is there."""
     first = cluster.add()
@@ -155,7 +182,10 @@ def test_a_node_is_taken_away_after_a_notice(
 
 @pytest.mark.parametrize("sizes", ["2", "2,3"])
 def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
-    cluster: Nodes, driven: Callable[[str, str], Driven], monkeypatch: pytest.MonkeyPatch, sizes: str
+    cluster: Nodes,
+    driven: Callable[[str, str], Driven],
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: str,
 ) -> None:
     """2 -> nobody, as two it has to be."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")

@@ -1,7 +1,8 @@
-"""Two DeepSpeed workers under Ray meet one fault after another and end with the bits of a run that was told what to skip.
+"""Two DeepSpeed workers under Ray meet one fault after another and end with the bits of a run that
+was told what to skip.
 
-All of them in one run, as every start of workers costs seconds; a test for each looks at what became of it. The last fault is the
-death of the run's driver, and the run is resumed by its name.
+All of them in one run, as every start of workers costs seconds; a test for each looks at what
+became of it. The last fault is the death of the run's driver, and the run is resumed by its name.
 """
 
 from __future__ import annotations
@@ -124,15 +125,31 @@ def newest(step: int) -> int:
 
 @pytest.fixture(scope="module")
 def faults() -> dict[str, tuple[int, int]]:
-    """At steps of their own, in order, in the six epochs of eight batches; the driver dies once the drift has been found."""
+    """At steps of their own, in order, in the six epochs of eight batches; the driver dies once the
+    drift has been found.
+    """
     draw = random.Random(SEED)
     names = ("not finite", "exception", "hang", "killed 0", "killed 1", "drift")
-    found = {name: (draw.randrange(2), 2 + 6 * place + draw.randrange(5)) for place, name in enumerate(names)}
+    found = {
+        name: (draw.randrange(2), 2 + 6 * place + draw.randrange(5))
+        for place, name in enumerate(names)
+    }
     found["driver"] = (draw.randrange(2), 41 + draw.randrange(5))
     return {**found, **{f"killed {rank}": (rank, found[f"killed {rank}"][1]) for rank in range(2)}}
 
 
-OPTIONS = ("--workers", "2", "--device", "cpu", "--hang-minutes", "0.3", "--max-restarts", "4", "--trust", "faulty_lab")
+OPTIONS = (
+    "--workers",
+    "2",
+    "--device",
+    "cpu",
+    "--hang-minutes",
+    "0.3",
+    "--max-restarts",
+    "4",
+    "--trust",
+    "faulty_lab",
+)
 
 
 def launched(file: Path, runs: Path) -> Path:
@@ -146,19 +163,27 @@ def launched(file: Path, runs: Path) -> Path:
 
 
 def hunted(file: Path, run: Path) -> list[psutil.Process]:
-    """Launch the run, kill its driver where its turn comes, and resume it; the workers that outlived the driver by 15 s."""
+    """Launch the run, kill its driver where its turn comes, and resume it; the workers that
+    outlived the driver by 15 s.
+    """
     first = Driver("launch", str(file), *OPTIONS, "--name", run.name, run=run, folder=file.parent)
     try:
         deadline = time.monotonic() + 400
         while not (file.parent / "driver").exists():
-            assert first.process.poll() is None and time.monotonic() < deadline, first.log.read_text()[-3000:]
+            assert first.process.poll() is None and time.monotonic() < deadline, (
+                first.log.read_text()[-3000:]
+            )
             time.sleep(0.05)
         workers = first.workers()
         assert len(workers) == 2
         write_json(file.parent / "doors.json", doors(psutil.Process(first.process.pid)))
         first.process.kill()
-        _, left = psutil.wait_procs(workers, timeout=15)  # sooner than they would take themselves to hang
-        assert wait_for(lambda: in_mlflow(run) == "KILLED")  # nobody has synced it or gone on with it
+        _, left = psutil.wait_procs(
+            workers, timeout=15
+        )  # sooner than they would take themselves to hang
+        assert wait_for(
+            lambda: in_mlflow(run) == "KILLED"
+        )  # nobody has synced it or gone on with it
     finally:
         first.kill()
     second = Driver("resume", run.name, "--trust", "faulty_lab", run=run, folder=file.parent)
@@ -170,7 +195,11 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
 
 
 def in_mlflow(run: Path) -> str:
-    [state] = [each.state for each in open_store(os.environ["MLFLOW_TRACKING_URI"]).listed() if each.name == run.name]
+    [state] = [
+        each.state
+        for each in open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
+        if each.name == run.name
+    ]
     return state
 
 
@@ -179,28 +208,45 @@ def doors(driver: psutil.Process) -> list[tuple[str, str]]:
     found = []
     for each in (driver, *driver.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [(each.name(), door.laddr.ip) for door in each.net_connections("inet") if door.status == psutil.CONN_LISTEN]
+            found += [
+                (each.name(), door.laddr.ip)
+                for door in each.net_connections("inet")
+                if door.status == psutil.CONN_LISTEN
+            ]
     return found
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]]) -> Iterator[tuple[Path, Path]]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]]
+) -> Iterator[tuple[Path, Path]]:
     """The run that met them, and the one that was told to skip what it skipped."""
     folder = tmp_path_factory.mktemp("faults")
     saved = {name: step_name(newest(step)) for name, (_, step) in faults.items()}
     (folder / "faulty_lab.py").write_text(LAB.format(faults=faults, saved=saved))
     step = faults["not finite"][1]
-    (folder / "hit.py").write_text(RECIPE.format(change="rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)"))
-    (folder / "told.py").write_text(RECIPE.format(change=f"rule=spec(SLTT), skip=(({step}, {step + 1}),)"))
+    (folder / "hit.py").write_text(
+        RECIPE.format(change="rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)")
+    )
+    (folder / "told.py").write_text(
+        RECIPE.format(change=f"rule=spec(SLTT), skip=(({step}, {step + 1}),)")
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        with tempfile.TemporaryDirectory(prefix="ray") as logs:  # of a short name: sockets lie in it
+        with tempfile.TemporaryDirectory(
+            prefix="ray"
+        ) as logs:  # of a short name: sockets lie in it
             patch.setenv("RAY_TMPDIR", logs)
             plant(patch)
             hit = folder / "runs" / "hit"
             assert hunted(folder / "hit.py", hit) == []
-            shutil.copytree(logs, folder / "ray", symlinks=True, ignore=lambda _, names: [n for n in names if n == "sockets"])
+            shutil.copytree(
+                logs,
+                folder / "ray",
+                symlinks=True,
+                ignore=lambda _, names: [n for n in names if n == "sockets"],
+            )
             told = launched(folder / "told.py", folder / "runs")
         yield hit, told
 
@@ -209,13 +255,17 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
 
 
-def test_the_parameters_are_the_same_to_the_bit(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parameters_are_the_same_to_the_bit(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(runs[0].parent.parent)
     assert same_weights(*runs, trust=["faulty_lab"])
     assert len(events(runs[0], "start")) == 7 and len(events(runs[1], "start")) == 1
 
 
-def test_what_is_not_finite_on_one_worker_is_skipped_by_all(runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]) -> None:
+def test_what_is_not_finite_on_one_worker_is_skipped_by_all(
+    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
+) -> None:
     skipped = {(event["step"], event["reason"]) for event in events(runs[0], "skipped")}
     assert skipped == {(faults["not finite"][1], "its gradient is not finite on 1 of 2 workers")}
 
@@ -236,7 +286,9 @@ def test_a_loader_that_hangs_is_written_down_and_its_worker_started_again(
     stacks = "".join(file.read_text() for file in files)  # one that was killed leaves an empty one
     assert 'faulty_lab.py", line' in stacks and " in met" in stacks
     told = events(runs[0], "hung")
-    assert {event["attempt"] for event in told} == {2} and rank in [event["worker"] for event in told]
+    assert {event["attempt"] for event in told} == {2} and rank in [
+        event["worker"] for event in told
+    ]
     assert all((runs[0] / event["stacks"]).read_text() for event in told)
 
 
@@ -253,7 +305,9 @@ def test_a_cluster_of_our_own_listens_to_its_own_machine_alone(runs: tuple[Path,
     """Of torch's store and gloo, too, which ask nobody for a token."""
     found = read_json(runs[0].parent.parent / "doors.json")
     assert {"gcs_server", "raylet"} <= {name for name, _ in found} and len(found) > 10
-    assert [door for door in found if door[1].removeprefix("::ffff:") not in ("127.0.0.1", "::1")] == []
+    assert [
+        door for door in found if door[1].removeprefix("::ffff:") not in ("127.0.0.1", "::1")
+    ] == []
 
 
 def test_no_secret_of_the_driver_is_written_down_by_anybody(runs: tuple[Path, Path]) -> None:
@@ -264,12 +318,16 @@ def test_no_secret_of_the_driver_is_written_down_by_anybody(runs: tuple[Path, Pa
     assert holders(folder) == []
 
 
-def test_weights_that_come_apart_are_found_and_given_up(runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]) -> None:
+def test_weights_that_come_apart_are_found_and_given_up(
+    runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
+) -> None:
     [back] = events(runs[0], "rollback")
     step = faults["drift"][1]
     found = min(each for each in CHECKPOINTS if each > step)
     assert (back["step"], back["to"]) == (found - 1, newest(step))
-    assert back["reason"].startswith("what workers 1 have learnt is not what others have")  # of two, nobody can tell which
+    assert back["reason"].startswith(
+        "what workers 1 have learnt is not what others have"
+    )  # of two, nobody can tell which
     assert events(runs[0], "start")[5]["step"] == newest(step)
 
 

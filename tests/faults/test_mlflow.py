@@ -1,4 +1,6 @@
-"""The MLflow server hangs, goes on, and dies while a run trains: the run waits for nothing, and the new server misses nothing."""
+"""The MLflow server hangs, goes on, and dies while a run trains: the run waits for nothing, and the
+new server misses nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ TIMEOUT_S = 6
 PACE_S = 0.4  # of a step
 
 
-def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (store := tmp_path / "server").mkdir()
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
@@ -50,14 +54,18 @@ def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(tmp_path: 
         driven.at_step(hangs_at + 26)
         os.killpg(server.pid, signal.SIGCONT)
         goes_on = time.time()
-        assert goes_on - hangs > TIMEOUT_S + 2  # a request is begun at least every 2 s: one of them was given up
+        assert (
+            goes_on - hangs > TIMEOUT_S + 2
+        )  # a request is begun at least every 2 s: one of them was given up
         driven.at_step(hangs_at + 26 + draw.randrange(2, 6))
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         driven.finish()
         server = start_server(store, port)
         run = driven.run
-        trained = [event["time"] for event in read(run / "journal.jsonl") if event["event"] == "step"]
+        trained = [
+            event["time"] for event in read(run / "journal.jsonl") if event["event"] == "step"
+        ]
         while_it_hung = [when for when in trained if hangs < when < goes_on]
         assert len(while_it_hung) > 20
         assert max(after - before for before, after in pairwise(while_it_hung)) < TIMEOUT_S / 2

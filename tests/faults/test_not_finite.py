@@ -1,4 +1,6 @@
-"""Runs that meet batches which are not finite: skipped, gone back for, given up; the bits are those of a run that was told so."""
+"""Runs that meet batches which are not finite: skipped, gone back for, given up; the bits are those
+of a run that was told so.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ pytestmark = pytest.mark.timeout(120)
 
 SEED = 20261127  # of the batches
 STEPS = 16
-CHECKPOINTS = sorted({*range(0, STEPS + 1, 3), *range(0, STEPS + 1, 8)})  # checkpoint_every, and each epoch's end
+CHECKPOINTS = sorted(
+    {*range(0, STEPS + 1, 3), *range(0, STEPS + 1, 8)}
+)  # checkpoint_every, and each epoch's end
 
 
 def newest(step: int) -> int:
@@ -47,7 +51,9 @@ def hit(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
 
     def micro_batches(self: Attempt, source: Any) -> Any:
         for batch in original(self, source):
-            nothing_TB = over_steps(batch.x_TB[0] * math.nan, len(batch.x_TB))  # a still image on this rank as on the others
+            nothing_TB = over_steps(
+                batch.x_TB[0] * math.nan, len(batch.x_TB)
+            )  # a still image on this rank as on the others
             yield batch._replace(x_TB=nothing_TB) if self.step in steps else batch
 
     patch.setattr(Attempt, "_micro_batches", micro_batches)
@@ -67,20 +73,31 @@ def told(run: Path, skip: tuple[tuple[int, int], ...], **changes: Any) -> Path:
     return run
 
 
-def test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_is_skipped_and_the_rest_is_as_if_it_had_been_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = random.Random(SEED).randrange(STEPS)
     with monkeypatch.context() as patch:
         hit(patch, {step})
         summary = train_inline(tmp_path / "hit", recipe())
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((step, step + 1),)))
     [skipped] = events(tmp_path / "hit", "skipped")
-    assert (skipped["step"], skipped["reason"], skipped["samples"]) == (step, REASON, recipe().batch_size)
-    assert (skipped["epoch"], skipped["advice"]) == (step // 8, "lower optimizer.lr (0.1) or set clip_norm=1.0")
+    assert (skipped["step"], skipped["reason"], skipped["samples"]) == (
+        step,
+        REASON,
+        recipe().batch_size,
+    )
+    assert (skipped["epoch"], skipped["advice"]) == (
+        step // 8,
+        "lower optimizer.lr (0.1) or set clip_norm=1.0",
+    )
     assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"]) == (1, 0)
 
 
-def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = random.Random(SEED + 1).randrange(STEPS - 3)
     last, to = first + 3, newest(first + 3)
     with monkeypatch.context() as patch:
@@ -120,9 +137,17 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
         if is_saved_before:  # a long evaluation is preceded by a checkpoint without a score
             patch.setattr(saving, "UNSAVED_S", 0.0)
         original = Attempt._go_back
-        patch.setattr(Attempt, "_go_back", lambda self, back: (original(self, back), found.append(checkpoint_steps(checkpoints))))
+        patch.setattr(
+            Attempt,
+            "_go_back",
+            lambda self, back: (original(self, back), found.append(checkpoint_steps(checkpoints))),
+        )
         with pytest.raises(
-            Diverged, match=r"batch 7 \(epoch 1\): the loss of the evaluation after it is nan; .* lower optimizer"
+            Diverged,
+            match=(
+                r"batch 7 \(epoch 1\): the loss of the evaluation after it is nan; .* lower"
+                r" optimizer"
+            ),
         ):
             train_inline(run, recipe(max_rollbacks=1))
     assert [event["to"] for event in events(run, "rollback")] == [6]
@@ -143,19 +168,27 @@ def test_what_to_change_names_the_settings_that_are_there() -> None:
     assert remedy(None, None) == "lower the learning rate or set clip_norm=1.0"
 
 
-def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule, step = {"rule": spec(OTTT, update="objective")}, random.Random(SEED + 2).randrange(1, STEPS)
+def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule, step = (
+        {"rule": spec(OTTT, update="objective")},
+        random.Random(SEED + 2).randrange(1, STEPS),
+    )
     with monkeypatch.context() as patch:
         hit(patch, {step})
         train_inline(tmp_path / "hit", recipe(**rule))
     assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [newest(step)]
-    assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((newest(step), step + 1),), **rule))
+    assert same_weights(
+        tmp_path / "hit", told(tmp_path / "told", ((newest(step), step + 1),), **rule)
+    )
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_where_zero_holds_the_gradients_it_is_seen_all_the_same(tmp_path: Path, zero: int) -> None:
-    """What one of two ranks met leads both back; at ZeRO-2 no rank has gradients of its own (deepspeed 0.19.8).
+    """What one of two ranks met leads both back; at ZeRO-2 no rank has gradients of its own
+    (deepspeed 0.19.8).
 
     Each keeps half of the momentum, and the summary tells what a worker without ZeRO would keep.
     """
@@ -165,10 +198,14 @@ def test_where_zero_holds_the_gradients_it_is_seen_all_the_same(tmp_path: Path, 
     (tmp_path / "meeting").mkdir()
     run_ranks(_one_is_hit, 2, tmp_path / "meeting", *jobs, step)
     [back] = events(tmp_path / "hit", "rollback")
-    assert (back["step"], back["to"]) == (step, newest(step)) and back["reason"].startswith("its gradient is not finite on ")
+    assert (back["step"], back["to"]) == (step, newest(step)) and back["reason"].startswith(
+        "its gradient is not finite on "
+    )
     assert same_weights(tmp_path / "hit", tmp_path / "told")
     held = json.loads((tmp_path / "told" / "summary.json").read_text())["held"]
-    assert held["gradients"] <= held["optimizer"] < 1.1 * held["gradients"]  # DeepSpeed fills each part up to a round number
+    assert (
+        held["gradients"] <= held["optimizer"] < 1.1 * held["gradients"]
+    )  # DeepSpeed fills each part up to a round number
 
 
 def _one_is_hit(rank: int, ranks: int, meets: Job, told: Job, step: int) -> None:
@@ -178,18 +215,28 @@ def _one_is_hit(rank: int, ranks: int, meets: Job, told: Job, step: int) -> None
             run(job, Place(rank, ranks, "cpu", rank))
 
 
-def test_at_the_end_of_the_ladder_it_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Of two in a row the first is skipped, once more after going back; a checkpoint between them would remember it.
-    first = random.Random(SEED + 3).choice([step for step in range(1, STEPS - 4) if step + 1 not in CHECKPOINTS])
+def test_at_the_end_of_the_ladder_it_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of two in a row the first is skipped, once more after going back; a checkpoint between them
+    # would remember it.
+    first = random.Random(SEED + 3).choice(
+        [step for step in range(1, STEPS - 4) if step + 1 not in CHECKPOINTS]
+    )
     with monkeypatch.context() as patch:
         hit(patch, range(first, 100))
         with pytest.raises(
             Diverged,
-            match=rf"training: batch {first + 3} \(epoch {(first + 3) // 8 + 1}\): {REASON}; it has gone back max_rollbacks=1 "
-            r"times; lower optimizer.lr \(0.1\) or set clip_norm=1.0$",
+            match=(
+                rf"training: batch {first + 3} \(epoch {(first + 3) // 8 + 1}\): {REASON}; it has"
+                r" gone back max_rollbacks=1 "
+                r"times; lower optimizer.lr \(0.1\) or set clip_norm=1.0$"
+            ),
         ):
             train_inline(tmp_path / "hit", recipe(max_skips=1, max_rollbacks=1))
-    assert state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
+    assert (
+        state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,10 +255,12 @@ def test_a_ladder_without_rungs_is_refused(changes: dict[str, Any], said: str) -
 
 @pytest.mark.distributed
 def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None:
-    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", replicas_every=0))  # else the other's weights come back
+    job = make_run(
+        tmp_path / "run", small_recipe(backend="deepspeed", replicas_every=0)
+    )  # else the other's weights come back
     said = (
-        "training: weights and what the rule learnt must be finite to be saved; they are not after step 3: "
-        "lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
+        "training: weights and what the rule learnt must be finite to be saved; they are not after"
+        " step 3: lower optimizer.lr (0.1) or set clip_norm=1.0 (worker 1)"
     )
     assert run_ranks(_damaged_on_one, 2, tmp_path, job) == [said, said]
 

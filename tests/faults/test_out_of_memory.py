@@ -1,4 +1,6 @@
-"""A device whose memory runs out: half the samples at a time, the same batch, and the same weights but for the order of sums."""
+"""A device whose memory runs out: half the samples at a time, the same batch, and the same weights
+but for the order of sums.
+"""
 
 from __future__ import annotations
 
@@ -60,30 +62,48 @@ def _room_for(patch: pytest.MonkeyPatch, rule: type[Rule], samples: int, error: 
     patch.setattr(rule, "objectives", objectives)
 
 
-def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_micro_batch_is_halved_until_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         room_for(patch, 3)
         summary = train_inline(tmp_path / "hit", small_recipe())
-    assert summary is not None and [on["micro_batch"] for on in summary["trained_on"]] == [2]  # nothing of the others is left
+    assert summary is not None and [on["micro_batch"] for on in summary["trained_on"]] == [
+        2
+    ]  # nothing of the others is left
     events = read(tmp_path / "hit" / "journal.jsonl")
     assert [event["micro_batch"] for event in events if event["event"] == "smaller"] == [4, 2]
-    assert [(event["micro_batch"], event["accumulation"]) for event in events if event["event"] == "start"] == [
-        (8, 1), (4, 2), (2, 4),
-    ]  # fmt: skip
+    assert [
+        (event["micro_batch"], event["accumulation"])
+        for event in events
+        if event["event"] == "start"
+    ] == [
+        (8, 1),
+        (4, 2),
+        (2, 4),
+    ]
     train_inline(tmp_path / "told", small_recipe(micro_batch=2))
     assert same_weights(tmp_path / "hit", tmp_path / "told")
 
 
-def test_it_is_halved_too_where_another_than_torchs_allocator_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_halved_too_where_another_than_torchs_allocator_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     room_for(monkeypatch, 4, error=RuntimeError(said))
     train_inline(tmp_path / "hit", small_recipe(stop_after=1))
-    smaller = [event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "smaller"]
+    smaller = [
+        event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "smaller"
+    ]
     assert [(event["micro_batch"], event["reason"]) for event in smaller] == [(4, said)]
 
 
-def test_another_error_of_the_device_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room_for(monkeypatch, 4, error=RuntimeError("CUDA error: an illegal memory access was encountered"))
+def test_another_error_of_the_device_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(
+        monkeypatch, 4, error=RuntimeError("CUDA error: an illegal memory access was encountered")
+    )
     with pytest.raises(RuntimeError, match="illegal memory access"):
         train_inline(tmp_path / "hit", small_recipe(stop_after=1))
     assert not (tmp_path / "hit" / FILE).exists()
@@ -94,18 +114,29 @@ def of_20_steps(**changes: Any) -> Recipe:
     return small_recipe(epochs=3, stop_after=STEPS, **changes)
 
 
-def written_down(patch: pytest.MonkeyPatch, file: Path, *, met: tuple[int, int] = NEVER, room: int = BATCH) -> None:
+def written_down(
+    patch: pytest.MonkeyPatch, file: Path, *, met: tuple[int, int] = NEVER, room: int = BATCH
+) -> None:
     """SLTT tells `file` which sample each row of a batch held.
 
-    In the step and the micro-batch, named by its first row, that are `met` there is room for so many samples alone; memory runs
-    out when it has been learnt from in part.
+    In the step and the micro-batch, named by its first row, that are `met` there is room for so
+    many samples alone; memory runs out when it has been learnt from in part.
     """
     original = SLTT.objectives
 
-    def objectives(self: SLTT, model: Any, x_TB: Tensor, loss_of: LossOf, *, step: int, rows: range) -> Iterator[Objective]:
-        samples = [hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest() for x_T in x_TB.unbind(1)]
+    def objectives(
+        self: SLTT, model: Any, x_TB: Tensor, loss_of: LossOf, *, step: int, rows: range
+    ) -> Iterator[Objective]:
+        samples = [
+            hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest() for x_T in x_TB.unbind(1)
+        ]
         with file.open("a") as told:
-            print(json.dumps({"step": step, "rows": [*rows], "samples": samples, "time": time.time()}), file=told)
+            print(
+                json.dumps(
+                    {"step": step, "rows": [*rows], "samples": samples, "time": time.time()}
+                ),
+                file=told,
+            )
         slices = original(self, model, x_TB, loss_of, step=step, rows=rows)
         yield next(slices)
         if (step, rows[0]) == met and len(rows) > room:
@@ -119,23 +150,32 @@ def samples_of(run: Path, files: list[Path]) -> list[list[str]]:
     """Of each step of the history that survived, by row."""
     told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     found: dict[tuple[int, int], str] = {}
-    for each in survived(told, [event for event in read(run / "journal.jsonl") if event["event"] == "start"]):
+    for each in survived(
+        told, [event for event in read(run / "journal.jsonl") if event["event"] == "start"]
+    ):
         for row, sample in zip(each["rows"], each["samples"], strict=True):
-            assert (each["step"], row) not in found, f"row {row} of step {each['step']} was trained twice by one attempt"
+            assert (
+                each["step"],
+                row,
+            ) not in found, f"row {row} of step {each['step']} was trained twice by one attempt"
             found[each["step"], row] = sample
     assert len(found) == STEPS * BATCH
     return [[found[step, row] for row in range(BATCH)] for step in range(STEPS)]
 
 
 def drawn(ranks: int) -> tuple[int, int, int]:
-    """The step and the first row that memory runs out at, and the rank that holds it; it has two micro-batches in a step."""
+    """The step and the first row that memory runs out at, and the rank that holds it; it has two
+    micro-batches in a step.
+    """
     draw, samples = random.Random(SEED + ranks), BATCH // ranks // 2
     row = draw.randrange(0, BATCH, samples)
     return draw.randrange(1, STEPS), row, row // samples % ranks
 
 
 def assert_as_untouched(run: Path, files: list[Path], untouched: Path) -> None:
-    """Every sample of an epoch once, in the rows where it belongs, and the weights but for the order of sums."""
+    """Every sample of an epoch once, in the rows where it belongs, and the weights but for the
+    order of sums.
+    """
     samples = samples_of(run, files)
     for epoch in range(0, STEPS, STEPS_PER_EPOCH):
         seen = [sample for step in samples[epoch : epoch + STEPS_PER_EPOCH] for sample in step]
@@ -144,7 +184,9 @@ def assert_as_untouched(run: Path, files: list[Path], untouched: Path) -> None:
     ours, theirs = (dict(load_run(each).named_parameters()) for each in (run, untouched))
     assert ours.keys() == theirs.keys() and len(ours) > 5
     for name, value in ours.items():
-        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), name
+        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), (
+            name
+        )
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +207,18 @@ def test_memory_that_runs_out_in_mid_run_costs_no_sample(
         written_down(patch, tmp_path / "rows.jsonl", met=(step, row), room=2)
         train_inline(tmp_path / "run", of_20_steps(micro_batch=4))
     events = read(tmp_path / "run" / "journal.jsonl")
-    assert [(event["step"], event["micro_batch"]) for event in events if event["event"] == "smaller"] == [(step, 2)]
+    assert [
+        (event["step"], event["micro_batch"]) for event in events if event["event"] == "smaller"
+    ] == [(step, 2)]
     starts = [event for event in events if event["event"] == "start"]
     assert [(start["micro_batch"], start["accumulation"]) for start in starts] == [(4, 2), (2, 4)]
     assert_as_untouched(tmp_path / "run", [tmp_path / "rows.jsonl"], untouched)
 
 
 @pytest.mark.distributed
-def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(tmp_path: Path, untouched: Path) -> None:
+def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(
+    tmp_path: Path, untouched: Path
+) -> None:
     """The rank dies of it, which frees the other, and the next attempt goes on."""
     step, row, rank = drawn(2)
     job = make_run(tmp_path / "run", of_20_steps(micro_batch=2, backend="deepspeed"))
@@ -181,9 +227,13 @@ def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(tmp
     assert (tmp_path / f"ended{rank}").read_text() == "OutOfMemoryError"
     (tmp_path / "meeting").mkdir()  # of their own: where the first two met, one has left for good
     run_ranks(_written_down, 2, tmp_path / "meeting", job, (step, row))
-    starts = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"]
+    starts = [
+        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"
+    ]
     assert [(start["micro_batch"], start["accumulation"]) for start in starts] == [(2, 2), (1, 4)]
-    assert_as_untouched(tmp_path / "run", [tmp_path / f"rows{rank}.jsonl" for rank in range(2)], untouched)
+    assert_as_untouched(
+        tmp_path / "run", [tmp_path / f"rows{rank}.jsonl" for rank in range(2)], untouched
+    )
 
 
 def _written_down(rank: int, ranks: int, job: Job, met: tuple[int, int]) -> None:
@@ -197,9 +247,15 @@ def _written_down(rank: int, ranks: int, job: Job, met: tuple[int, int]) -> None
             raise
 
 
-def test_what_was_trained_before_memory_ran_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_trained_before_memory_ran_out_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In any batch after the third, which was saved."""
-    original, batches, had = SLTT.objectives, itertools.count(1), random.Random(SEED).randrange(3, 16)
+    original, batches, had = (
+        SLTT.objectives,
+        itertools.count(1),
+        random.Random(SEED).randrange(3, 16),
+    )
 
     def objectives(self: SLTT, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
         if x_TB.shape[1] > 4 and next(batches) > had:
@@ -209,20 +265,36 @@ def test_what_was_trained_before_memory_ran_out_is_told(tmp_path: Path, monkeypa
     monkeypatch.setattr(SLTT, "objectives", objectives)
     summary = train_inline(tmp_path / "hit", small_recipe())
     assert summary is not None
-    assert [(on["world_size"], on["micro_batch"]) for on in summary["trained_on"]] == [(1, 8), (1, 4)]
-    assert {tuple(on["hardware"].items()) for on in summary["trained_on"]} == {tuple(hardware(torch.device("cpu")).items())}
-    assert json.loads((tmp_path / "hit" / "summary.json").read_text())["trained_on"] == summary["trained_on"]
+    assert [(on["world_size"], on["micro_batch"]) for on in summary["trained_on"]] == [
+        (1, 8),
+        (1, 4),
+    ]
+    assert {tuple(on["hardware"].items()) for on in summary["trained_on"]} == {
+        tuple(hardware(torch.device("cpu")).items())
+    }
+    assert (
+        json.loads((tmp_path / "hit" / "summary.json").read_text())["trained_on"]
+        == summary["trained_on"]
+    )
 
 
-def test_one_sample_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sample_that_does_not_fit_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     room_for(monkeypatch, 0)
-    with pytest.raises(Refused, match="training: the device's memory runs out with one sample at a time"):
+    with pytest.raises(
+        Refused, match="training: the device's memory runs out with one sample at a time"
+    ):
         train_inline(tmp_path / "hit", small_recipe())
 
 
-def test_mixing_takes_the_next_fewer_that_are_whole_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     room_for(monkeypatch, 3)
-    train_inline(tmp_path / "hit", small_recipe(batch_size=12, stop_after=2, mixing=spec(Mixing, mixup=0.5)))
+    train_inline(
+        tmp_path / "hit", small_recipe(batch_size=12, stop_after=2, mixing=spec(Mixing, mixup=0.5))
+    )
     events = read(tmp_path / "hit" / "journal.jsonl")
     assert [event["micro_batch"] for event in events if event["event"] == "smaller"] == [6, 2]
 
@@ -231,11 +303,21 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(tmp_path: Path, monkey
     ("changes", "samples", "why"),
     [
         (
-            {"rule": spec(OTTT, leak=0.5, update="objective"), "model": spec(mlp, classes=10, in_features=64, hidden=(8,))},
+            {
+                "rule": spec(OTTT, leak=0.5, update="objective"),
+                "model": spec(mlp, classes=10, in_features=64, hidden=(8,)),
+            },
             8,
-            r"OTTT.*: moves the weights at every time step and refuses accumulation; got .*micro_batch=4.*",
+            (
+                r"OTTT.*: moves the weights at every time step and refuses accumulation; got"
+                r" .*micro_batch=4.*"
+            ),
         ),
-        ({"mixing": spec(Mixing, mixup=0.5), "micro_batch": 2}, 2, r"Mixing: a micro-batch must be even, .*; got 1"),
+        (
+            {"mixing": spec(Mixing, mixup=0.5), "micro_batch": 2},
+            2,
+            r"Mixing: a micro-batch must be even, .*; got 1",
+        ),
     ],
 )
 def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
@@ -243,7 +325,10 @@ def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
 ) -> None:
     room_for(monkeypatch, 0)
     for _ in range(2):  # with more memory the run can still go on
-        said = rf"training: the device's memory runs out with {samples} samples at a time, and fewer cannot be taken: {why}; take"
+        said = (
+            rf"training: the device's memory runs out with {samples} samples at a time, and fewer"
+            rf" cannot be taken: {why}; take"
+        )
         with pytest.raises(Refused, match=said):
             train_inline(tmp_path / "hit", small_recipe(**changes))
     assert not (tmp_path / "hit" / FILE).exists()
@@ -251,12 +336,18 @@ def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
 
 @pytest.mark.distributed
 def test_one_sample_that_does_not_fit_one_of_two_ranks_ends_the_run(tmp_path: Path) -> None:
-    """The rank dies of it, which frees the other; what it noted is what every rank of the next attempt ends with."""
+    """The rank dies of it, which frees the other; what it noted is what every rank of the next
+    attempt ends with.
+    """
     job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", micro_batch=1))
     with pytest.raises(ProcessRaisedException):
         run_ranks(_without_room_on_one, 2, tmp_path, job)
-    assert (tmp_path / "run" / "ended1").read_text() == "ValueError"  # no Refused, which would say that every rank knows
-    with pytest.raises(Refused, match="training: the device's memory runs out with one sample at a time"):
+    assert (
+        tmp_path / "run" / "ended1"
+    ).read_text() == "ValueError"  # no Refused, which would say that every rank knows
+    with pytest.raises(
+        Refused, match="training: the device's memory runs out with one sample at a time"
+    ):
         run(job, Place())
 
 
@@ -268,10 +359,17 @@ def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(tmp_path: Pa
         run_ranks(_without_room_on_one, 2, tmp_path, job)
     for _ in range(2):  # and once alone
         run(job, Place())
-    told = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] in ("start", "smaller")]
+    told = [
+        event
+        for event in read(tmp_path / "run" / "journal.jsonl")
+        if event["event"] in ("start", "smaller")
+    ]
     assert [(event["event"], event["micro_batch"]) for event in told] == [
-        ("start", 4), ("smaller", 2), ("start", 2), ("start", 2),
-    ]  # fmt: skip
+        ("start", 4),
+        ("smaller", 2),
+        ("start", 2),
+        ("start", 2),
+    ]
     assert told[1]["reason"] == "memory ran out on another worker"
 
 

@@ -1,4 +1,6 @@
-"""A notice that a machine is taken away, and whoever asks for a save: a checkpoint after the step at hand, and on it goes."""
+"""A notice that a machine is taken away, and whoever asks for a save: a checkpoint after the step
+at hand, and on it goes.
+"""
 
 from __future__ import annotations
 
@@ -58,16 +60,26 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouch
     deadline = time.time() + 120
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     assert run(job, Place(notice=notice)) is not None
-    [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]
-    assert event["step"] == told and event["machines"] == ["node"] and 60 < event["seconds_left"] <= 120
+    [event] = [
+        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
+    ]
+    assert (
+        event["step"] == told
+        and event["machines"] == ["node"]
+        and 60 < event["seconds_left"] <= 120
+    )
     assert steps_of(tmp_path / "run", "checkpoint") == [told, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
     assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
     counted = Translation()
-    assert [counted.tags({"event": "unwritten", "step": 3}) for _ in range(2)][-1] == {"spiketrain.unwritten_checkpoints": "2"}
+    assert [counted.tags({"event": "unwritten", "step": 3}) for _ in range(2)][-1] == {
+        "spiketrain.unwritten_checkpoints": "2"
+    }
 
 
-def test_a_notice_is_saved_upon_once_more_before_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notice_is_saved_upon_once_more_before_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is learnt between the two is not lost with the machine."""
     original, told, step = attempt.Attempt._micro_batches, [], random.Random(SEED + 2).randrange(3)
 
@@ -83,14 +95,23 @@ def test_a_notice_is_saved_upon_once_more_before_its_deadline(tmp_path: Path, mo
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, data=data, stop_after=12))
     assert run(job, Place(notice=lambda: told[-1] if told else None)) is not None
     assert steps_of(tmp_path / "run", "preempted") == [step + 1]
-    first, last, *others = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "checkpoint"]
+    first, last, *others = [
+        event
+        for event in read(tmp_path / "run" / "journal.jsonl")
+        if event["event"] == "checkpoint"
+    ]
     assert first["step"] == step + 1 < last["step"] < 12 and last["time"] < told[0].deadline
     assert [event["step"] for event in others] == [12, 12]
 
 
-def test_who_asks_for_a_save_may_know_of_a_notice_first(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asks_for_a_save_may_know_of_a_notice_first(
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the controller does, which takes the machine's workers away as soon as they have saved."""
-    original, asked = attempt.Attempt._between_batches, sorted(random.Random(SEED + 3).sample(range(1, 8), 2))
+    original, asked = (
+        attempt.Attempt._between_batches,
+        sorted(random.Random(SEED + 3).sample(range(1, 8), 2)),
+    )
 
     def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
         if self.step in asked:
@@ -99,8 +120,12 @@ def test_who_asks_for_a_save_may_know_of_a_notice_first(tmp_path: Path, untouche
 
     monkeypatch.setattr(attempt.Attempt, "_between_batches", between)
     assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
-    [event] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"]  # told once
-    assert (event["step"], event["machines"]) == (asked[0], ["node"]) and 0 < event["seconds_left"] <= 60
+    [event] = [
+        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
+    ]  # told once
+    assert (event["step"], event["machines"]) == (asked[0], ["node"]) and 0 < event[
+        "seconds_left"
+    ] <= 60
     assert steps_of(tmp_path / "run", "checkpoint") == [*asked, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
 
@@ -121,13 +146,21 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
     monkeypatch.setattr(attempt.Attempt, "_between_batches", between)
     assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
     assert steps_of(tmp_path / "run", "checkpoint") == sorted([step, 8, 16])
-    events = [event["event"] for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] != "step"]
+    events = [
+        event["event"]
+        for event in read(tmp_path / "run" / "journal.jsonl")
+        if event["event"] != "step"
+    ]
     assert events.index("checkpoint") < events.index("evaluation")
     assert same_weights(tmp_path / "run", untouched)
 
 
-def ask_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int, file: str = STOP, said: str = "SIGTERM") -> None:
-    """Somebody asks to stop, or to save, while the evaluation after `of` steps is under way, with batches of it to come."""
+def ask_in_an_evaluation(
+    patch: pytest.MonkeyPatch, *, of: int, file: str = STOP, said: str = "SIGTERM"
+) -> None:
+    """Somebody asks to stop, or to save, while the evaluation after `of` steps is under way, with
+    batches of it to come.
+    """
     original = attempt.Attempt._evaluate
 
     def evaluate(self: attempt.Attempt) -> list[Evaluation]:
@@ -148,7 +181,11 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
         ask_in_an_evaluation(patch, of=step)
         assert run(job, Place()) is None
     assert steps_of(tmp_path / "run", "evaluation") == [8][: step // 8 - 1]
-    assert steps_of(tmp_path / "run", "checkpoint")[-1] == steps_of(tmp_path / "run", "stopped")[-1] == step
+    assert (
+        steps_of(tmp_path / "run", "checkpoint")[-1]
+        == steps_of(tmp_path / "run", "stopped")[-1]
+        == step
+    )
     (tmp_path / "run" / STOP).unlink()  # as whoever resumes does
     assert run(job, Place()) is not None
     assert evaluations(tmp_path / "run") == evaluations(untouched)
@@ -189,12 +226,19 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
     assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
     assert not (tmp_path / "run" / SAVE).exists()
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert steps_of(tmp_path / "run", "checkpoint") == [8, 8, 16, 16]  # the second of each with its score
+    assert steps_of(tmp_path / "run", "checkpoint") == [
+        8,
+        8,
+        16,
+        16,
+    ]  # the second of each with its score
     assert evaluations(tmp_path / "run") == evaluations(untouched)
     assert same_weights(tmp_path / "run", untouched)
 
 
-def test_a_notice_waits_for_no_evaluation(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notice_waits_for_no_evaluation(
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     assert run(job, Place(notice=told_in_an_evaluation(monkeypatch, of=8))) is not None
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
@@ -204,7 +248,9 @@ def test_a_notice_waits_for_no_evaluation(tmp_path: Path, untouched: Path, monke
 
 
 def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[], Notice | None]:
-    """What a worker hears whom Ray tells of a machine while the evaluation after `of` steps is under way."""
+    """What a worker hears whom Ray tells of a machine while the evaluation after `of` steps is
+    under way.
+    """
     original, told = attempt.Attempt._evaluate, []
 
     def evaluate(self: attempt.Attempt) -> list[Evaluation]:
@@ -219,14 +265,20 @@ def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[],
 
 def told_of(folder: Path) -> list[tuple[str, int]]:
     kinds = ("preempted", "checkpoint", "evaluation")
-    return [(event["event"], event["step"]) for event in read(folder / "journal.jsonl") if event["event"] in kinds]
+    return [
+        (event["event"], event["step"])
+        for event in read(folder / "journal.jsonl")
+        if event["event"] in kinds
+    ]
 
 
 class Killed(BaseException):
     """Stands for a worker that dies."""
 
 
-def test_what_dies_in_an_evaluation_has_saved_before_it(tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_dies_in_an_evaluation_has_saved_before_it(
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     monkeypatch.setattr(saving, "UNSAVED_S", -1.0)
 
@@ -239,7 +291,12 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(tmp_path: Path, untouche
             run(job, Place())
     assert run(job, Place()) is not None
     assert steps_of(tmp_path / "run", "start") == [0, 8]
-    assert steps_of(tmp_path / "run", "checkpoint") == [8, 8, 16, 16]  # without a score before each evaluation, and with it
+    assert steps_of(tmp_path / "run", "checkpoint") == [
+        8,
+        8,
+        16,
+        16,
+    ]  # without a score before each evaluation, and with it
     *_, last = step_folders(tmp_path / "run" / "checkpoints")
     assert read_trainer(last)["score"] is not None and not read_trainer(last)["owes_epoch_end"]
     assert evaluations(tmp_path / "run") == evaluations(untouched)
@@ -247,18 +304,26 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(tmp_path: Path, untouche
 
 
 @pytest.mark.distributed
-def test_two_ranks_leave_an_evaluation_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_leave_an_evaluation_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where one of them alone has seen that it is to stop, or has no more batches."""
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
     assert run_ranks(_asked_one, 2, tmp_path, job, STOP) == [None, None]
-    assert (steps_of(tmp_path / "run", "stopped"), steps_of(tmp_path / "run", "evaluation")) == ([8], [])
+    assert (steps_of(tmp_path / "run", "stopped"), steps_of(tmp_path / "run", "evaluation")) == (
+        [8],
+        [],
+    )
 
 
 @pytest.mark.distributed
 def test_two_ranks_save_in_an_evaluation_together(tmp_path: Path) -> None:
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
     run_ranks(_asked_one, 2, tmp_path, job, SAVE)
-    assert (steps_of(tmp_path / "run", "checkpoint"), steps_of(tmp_path / "run", "evaluation")) == ([8, 8, 16], [8, 16])
+    assert (steps_of(tmp_path / "run", "checkpoint"), steps_of(tmp_path / "run", "evaluation")) == (
+        [8, 8, 16],
+        [8, 16],
+    )
 
 
 def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
@@ -275,7 +340,10 @@ def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(tmp_pat
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     run_ranks(_told_to_one, 2, tmp_path, job)
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert (steps_of(tmp_path / "run", "preempted"), steps_of(tmp_path / "run", "evaluation")) == ([8], [8, 16])
+    assert (steps_of(tmp_path / "run", "preempted"), steps_of(tmp_path / "run", "evaluation")) == (
+        [8],
+        [8, 16],
+    )
 
 
 def _told_to_one(rank: int, ranks: int, job: Job) -> None:
@@ -306,15 +374,23 @@ def _without_a_group(rank: int, ranks: int, job: Job) -> str:
         patch.setattr(attempt.Attempt, "_between_batches", between)
         with pytest.raises(RuntimeError) as raised:
             run(job, Place(rank, ranks, "cpu", rank))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{Path(job.run).parent}/again", rank=rank, world_size=ranks)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{Path(job.run).parent}/again", rank=rank, world_size=ranks
+    )
     return str(raised.value)
 
 
 def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    return [(event["step"], event["metrics"]) for event in read(folder / "journal.jsonl") if event["event"] == "evaluation"]
+    return [
+        (event["step"], event["metrics"])
+        for event in read(folder / "journal.jsonl")
+        if event["event"] == "evaluation"
+    ]
 
 
-@pytest.mark.parametrize(("said", "reason"), [("SIGTERM", "asked to stop by SIGTERM"), ("", "asked to stop")])
+@pytest.mark.parametrize(
+    ("said", "reason"), [("SIGTERM", "asked to stop by SIGTERM"), ("", "asked to stop")]
+)
 def test_a_run_that_stopped_says_who_asked(tmp_path: Path, said: str, reason: str) -> None:
     job = make_run(tmp_path / "run", small_recipe())
     (tmp_path / "run" / STOP).write_text(said)

@@ -1,4 +1,6 @@
-"""What comes from outside: secrets that get nowhere, pickles that are not run, names and paths that stay in their folder."""
+"""What comes from outside: secrets that get nowhere, pickles that are not run, names and paths that
+stay in their folder.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,15 @@ from torch import nn
 
 import pipeline
 from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.checkpoint import WEIGHTS, CheckpointError, Checkpoints, Folder, damage, place, step_folders
+from pipeline.checkpoint import (
+    WEIGHTS,
+    CheckpointError,
+    Checkpoints,
+    Folder,
+    damage,
+    place,
+    step_folders,
+)
 from pipeline.checkpoint.sealed import facts_of, seal
 from pipeline.door import draw_token
 from pipeline.export import _digest
@@ -63,12 +73,18 @@ def refusal(code: int, error: str) -> str:
     return error
 
 
-# --------------------------------------------------------------------------------------------------------------- secrets
+# ------------------------------------------------------------------------------------------ secrets
 
 
 def plant(patch: pytest.MonkeyPatch) -> None:
     """In every variable that a user of a cluster keeps one in."""
-    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "RAY_AUTH_TOKEN", "HF_TOKEN"):
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "MLFLOW_TRACKING_PASSWORD",
+        "RAY_AUTH_TOKEN",
+        "HF_TOKEN",
+    ):
         patch.setenv(name, SECRET)
     patch.setenv("MLFLOW_TRACKING_USERNAME", "somebody")
 
@@ -77,7 +93,9 @@ def holders(folder: Path) -> list[str]:
     """Files beneath a folder that hold the secret, in any of their bytes or in their names."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 5, "what was searched is there"
-    return [str(path) for path in files if SECRET.encode() in path.read_bytes() or SECRET in str(path)]
+    return [
+        str(path) for path in files if SECRET.encode() in path.read_bytes() or SECRET in str(path)
+    ]
 
 
 OF_OUR_OWN = """
@@ -100,12 +118,18 @@ def test_the_token_of_a_cluster_of_our_own_is_in_no_file(tmp_path: Path) -> None
     """Ray 2.60 would write it into the user's home, for all users of the machine to read."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
     with tempfile.TemporaryDirectory() as place:  # short: Ray's sockets lie in it
-        about = {"env": {**kept, "HOME": str(tmp_path), "RAY_TMPDIR": place}, "capture_output": True, "text": True}
+        about = {
+            "env": {**kept, "HOME": str(tmp_path), "RAY_TMPDIR": place},
+            "capture_output": True,
+            "text": True,
+        }
         ran = subprocess.run([sys.executable, "-c", OF_OUR_OWN], timeout=100, **about)
     assert ran.stdout.splitlines()[-1:] == ["refused True [] False"], ran.stderr[-2000:]
 
 
-def test_a_token_that_the_user_names_is_that_of_a_cluster_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_the_user_names_is_that_of_a_cluster_of_our_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     drawn = []
     for name in (None, None, "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.setattr(os, "environ", {} if name is None else {name: "mine"})
@@ -115,7 +139,9 @@ def test_a_token_that_the_user_names_is_that_of_a_cluster_of_our_own(monkeypatch
     assert drawn[2:] == [{"RAY_AUTH_TOKEN": "mine"}, {"RAY_AUTH_TOKEN_PATH": "mine"}]
 
 
-def test_a_run_and_its_store_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
+def test_a_run_and_its_store_hold_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+) -> None:
     plant(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store/mlflow.db")
     (tmp_path / "store").mkdir()
@@ -123,9 +149,13 @@ def test_a_run_and_its_store_hold_no_secret(tmp_path: Path, monkeypatch: pytest.
     words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"))
     code, said, error = spiketrain(*words, "--name", "whole")
     assert code == 0, error
-    assert (tmp_path / "store" / "mlflow.db").exists() and read_json(tmp_path / "runs" / "whole" / "mlflow.json")["run_id"]
+    assert (tmp_path / "store" / "mlflow.db").exists() and read_json(
+        tmp_path / "runs" / "whole" / "mlflow.json"
+    )["run_id"]
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.evaluate.Evaluation.__init__", _fail)  # with a traceback in its journal
+        patch.setattr(
+            "pipeline.evaluate.Evaluation.__init__", _fail
+        )  # with a traceback in its journal
         with pytest.raises(KeyError):
             spiketrain(*words, "--name", "failed")
     assert "KeyError" in (tmp_path / "runs" / "failed" / "journal.jsonl").read_text()
@@ -137,19 +167,26 @@ def _fail(*words: Any, **more: Any) -> None:
     raise KeyError("the cable fell out")
 
 
-@pytest.mark.parametrize("password", [f"{SECRET}@{SECRET}", f"{SECRET}/{SECRET}", f"12/{SECRET}"])  # as nobody quoted it
+@pytest.mark.parametrize(
+    "password", [f"{SECRET}@{SECRET}", f"{SECRET}/{SECRET}", f"12/{SECRET}"]
+)  # as nobody quoted it
 def test_the_password_of_a_server_is_not_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command, password: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://somebody:{password}@127.0.0.1:{port}")  # nobody is there
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", f"http://somebody:{password}@127.0.0.1:{port}"
+    )  # nobody is there
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=2"))
     runs = ("--runs", str(tmp_path / "runs"))
-    code, said, error = spiketrain("launch", str(tmp_path / "small.py"), "--inline", *runs, "--name", "it")
+    code, said, error = spiketrain(
+        "launch", str(tmp_path / "small.py"), "--inline", *runs, "--name", "it"
+    )
     assert code == 0, error
-    assert f"mlflow  http://127.0.0.1:{port}" in said and f"MLflow at http://127.0.0.1:{port} has not answered" in said.replace(
-        "\n", " "
+    assert (
+        f"mlflow  http://127.0.0.1:{port}" in said
+        and f"MLflow at http://127.0.0.1:{port} has not answered" in said.replace("\n", " ")
     )
     assert SECRET not in said + error
     assert holders(tmp_path) == []
@@ -168,7 +205,7 @@ def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatc
     assert SECRET not in told.values()
 
 
-# --------------------------------------------------------------------------------------------------------------- pickles
+# ------------------------------------------------------------------------------------------ pickles
 
 
 class Harmful:
@@ -193,7 +230,12 @@ def harmful_alone(file: Path, mark: Path) -> None:
 
 def reseal(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    seal(folder, facts_of(folder, (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())))
+    seal(
+        folder,
+        facts_of(
+            folder, (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        ),
+    )
     assert damage(folder) is None
 
 
@@ -208,7 +250,12 @@ def broken_off(run: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("plain/state.pt", harmful), ("plain/average.pt", harmful), ("rng_rank0.pt", harmful), ("rule.pt", harmful_alone)],
+    [
+        ("plain/state.pt", harmful),
+        ("plain/average.pt", harmful),
+        ("rng_rank0.pt", harmful),
+        ("rule.pt", harmful_alone),
+    ],
 )
 def test_a_pickle_in_a_checkpoint_is_not_run(
     name: str, how: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,7 +264,13 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     newest = broken_off(tmp_path / "it", recipe, monkeypatch)
     how(newest / name, tmp_path / "harmed")
     reseal(newest)
-    with pytest.raises(Refused, match=rf"checkpoint .*{newest.name}: must hold data alone; {name} (calls posix.mkdir|cannot be)"):
+    with pytest.raises(
+        Refused,
+        match=(
+            rf"checkpoint .*{newest.name}: must hold data alone; {name} (calls"
+            r" posix.mkdir|cannot be)"
+        ),
+    ):
         train_inline(tmp_path / "it", recipe)
     assert newest.is_dir()  # for whoever asks where it came from
     monkeypatch.setattr(place, "code_in", lambda folder: None)  # the second wall
@@ -233,9 +286,14 @@ def test_nor_by_deepspeed(tmp_path: Path) -> None:
 
 def tampered_with(rank: int, ranks: int) -> None:
     here = Path(tempfile.mkdtemp())
-    for zero, file in ((0, "mp_rank_00_model_states.pt"), (1, "zero_pp_rank_0_mp_rank_00_optim_states.pt")):
+    for zero, file in (
+        (0, "mp_rank_00_model_states.pt"),
+        (1, "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    ):
         network = nn.Linear(2, 2)
-        backend = DeepSpeed(network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), micro_batch=1, zero=zero)
+        backend = DeepSpeed(
+            network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), micro_batch=1, zero=zero
+        )
         checkpoints, rule = Checkpoints(Folder(here / str(zero)), attempt="a"), nn.Module()
         checkpoints.save(1, backend, rule, {"world_size": 1, "zero": zero, "score": None})
         whole = checkpoints.wait()
@@ -247,7 +305,9 @@ def tampered_with(rank: int, ranks: int) -> None:
         assert checkpoints.newest() == saved and torch.equal(network.weight, weight)
         harmful(saved / "deepspeed" / "state" / file, here / "harmed")
         reseal(saved)
-        with pytest.raises(CheckpointError, match=f"must hold data alone; deepspeed/state/{file} calls posix.mkdir"):
+        with pytest.raises(
+            CheckpointError, match=f"must hold data alone; deepspeed/state/{file} calls posix.mkdir"
+        ):
             checkpoints.newest()
         with pytest.raises(pickle.UnpicklingError):
             checkpoints.load(saved, backend, rule)
@@ -259,29 +319,47 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Comma
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=2"))
     recipe, runs = str(tmp_path / "small.py"), ("--runs", str(tmp_path / "runs"))
     with Inline() as launcher:
-        launcher.run(prepare(small_recipe(stop_after=2), Cluster(inline=True), tmp_path / "runs", name="it"), "test")
+        launcher.run(
+            prepare(small_recipe(stop_after=2), Cluster(inline=True), tmp_path / "runs", name="it"),
+            "test",
+        )
     for name in ("weights.pt", "weights.safetensors"):
         harmful_alone(tmp_path / name, tmp_path / "harmed")
         for what in (("it", *runs), (recipe,)):
             code, _, error = spiketrain("evaluate", *what, "--weights", str(tmp_path / name))
             assert f"{name} must hold weights" in refusal(code, error)
-        code, _, error = spiketrain("launch", recipe, "--inline", "--set", f"init={tmp_path / name}", *runs)
+        code, _, error = spiketrain(
+            "launch", recipe, "--inline", "--set", f"init={tmp_path / name}", *runs
+        )
         assert name in refusal(code, error)
     newest = step_folders(tmp_path / "runs" / "it" / "checkpoints")[-1]
-    harmful(newest / "plain" / "state.pt", tmp_path / "harmed")  # which nobody reads for its weights
+    harmful(
+        newest / "plain" / "state.pt", tmp_path / "harmed"
+    )  # which nobody reads for its weights
     reseal(newest)
-    assert spiketrain("evaluate", "it", *runs)[0] == spiketrain("export", "it", "--out", str(tmp_path / "out"), *runs)[0] == 0
+    assert (
+        spiketrain("evaluate", "it", *runs)[0]
+        == spiketrain("export", "it", "--out", str(tmp_path / "out"), *runs)[0]
+        == 0
+    )
     harmful_alone(newest / WEIGHTS, tmp_path / "harmed")
     reseal(newest)
-    for words in (("evaluate", "it"), ("export", "it", "--out", str(tmp_path / "other.safetensors"))):
+    for words in (
+        ("evaluate", "it"),
+        ("export", "it", "--out", str(tmp_path / "other.safetensors")),
+    ):
         code, _, error = spiketrain(*words, *runs)
         assert "must hold weights" in refusal(code, error)
     assert not (tmp_path / "harmed").exists()
 
 
 @pytest.mark.parametrize("where", ["timm.models", "timm.models._helpers"])
-def test_a_pickle_that_a_recipe_has_read_is_not_run(where: str, tmp_path: Path, spiketrain: Command) -> None:
-    """By a function that reads pickles where it is told to, of a package of which others make parts."""
+def test_a_pickle_that_a_recipe_has_read_is_not_run(
+    where: str, tmp_path: Path, spiketrain: Command
+) -> None:
+    """By a function that reads pickles where it is told to, of a package of which others make
+    parts.
+    """
     harmful_alone(tmp_path / "weights.pt", tmp_path / "harmed")
     given = {"checkpoint_path": str(tmp_path / "weights.pt"), "weights_only": False}
     model = {"target": f"{where}.load_state_dict", "kwargs": given}
@@ -290,10 +368,20 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(where: str, tmp_path: Path, 
     value = read_json(run / "recipe.json")
     write_json(run / "recipe.json", {**value, "recipe": {**value["recipe"], "model": model}})
     said = f"{where}.load_state_dict is not in a trusted package; trusted are pipeline.data.beton, "
-    for words in (("resume", "it"), ("evaluate", "it"), ("export", "it", "--out", str(tmp_path / "out"))):
+    for words in (
+        ("resume", "it"),
+        ("evaluate", "it"),
+        ("export", "it", "--out", str(tmp_path / "out")),
+    ):
         code, _, error = spiketrain(*words, *runs)
         assert said in refusal(code, error)
-    told = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3", "model": json.dumps(model)}
+    told = {
+        "format": "spiketrain",
+        "version": "1",
+        "layout": "plain",
+        "time_steps": "3",
+        "model": json.dumps(model),
+    }
     save_file({}, tmp_path / "net.safetensors", {**told, "sha256": _digest(told, {})})
     for there in (run, tmp_path / "net.safetensors"):
         with pytest.raises(ValueError, match=re.escape(said)):
@@ -301,16 +389,27 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(where: str, tmp_path: Path, 
     assert not (tmp_path / "harmed").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- names and paths
+# ---------------------------------------------------------------------------------- names and paths
 
 
 @pytest.mark.parametrize("name", ["../out", "..", "", "a/b", "/tmp/out"])
 def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, spiketrain: Command) -> None:
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=1"))
-    words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"), "--name", name)
+    words = (
+        "launch",
+        str(tmp_path / "small.py"),
+        "--inline",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--name",
+        name,
+    )
     for more in ((), ("--or-resume",), ("--seeds", "2")):
         code, _, error = spiketrain(*words, *more)
-        assert refusal(code, error) == f"launch: --name must be a name in {tmp_path / 'runs'}; got {name!r}\n"
+        assert (
+            refusal(code, error)
+            == f"launch: --name must be a name in {tmp_path / 'runs'}; got {name!r}\n"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["small.py"]
 
 
@@ -322,7 +421,9 @@ def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, spiketrai
     ],
 )
 @pytest.mark.parametrize("name", ["../out", "..", "/out"])
-def test_a_run_from_elsewhere_names_no_folder_elsewhere(field: str, rule: str, name: str, tmp_path: Path) -> None:
+def test_a_run_from_elsewhere_names_no_folder_elsewhere(
+    field: str, rule: str, name: str, tmp_path: Path
+) -> None:
     """Its suite lies beside it, and what MLflow keeps of its family among the artifacts."""
     job = make_run(tmp_path / "it", small_recipe())
     write_job(replace(job, **{field: name}))
@@ -330,7 +431,9 @@ def test_a_run_from_elsewhere_names_no_folder_elsewhere(field: str, rule: str, n
         read_job(tmp_path / "it")
 
 
-def test_a_run_from_elsewhere_leads_to_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> None:
+def test_a_run_from_elsewhere_leads_to_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+) -> None:
     """Whoever is joined is shown the token, and may run what they like here."""
     plant(monkeypatch)
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
@@ -347,18 +450,41 @@ def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Comma
     prepare(small_recipe(), Cluster(inline=True), tmp_path / "runs", name="it")
     file, runs = tmp_path / "runs" / "it" / "recipe.json", ("--runs", str(tmp_path / "runs"))
     value = read_json(file)
-    for target in ("os.system", "subprocess.call", "pipeline.data.write.os.system", "builtins.exec"):
-        value["recipe"]["schedule"] = {"target": target, "kwargs": {"command": f"touch {tmp_path}/harmed"}}
+    for target in (
+        "os.system",
+        "subprocess.call",
+        "pipeline.data.write.os.system",
+        "builtins.exec",
+    ):
+        value["recipe"]["schedule"] = {
+            "target": target,
+            "kwargs": {"command": f"touch {tmp_path}/harmed"},
+        }
         write_json(file, value)
-        for words in (("resume", "it"), ("evaluate", "it"), ("export", "it", "--out", str(tmp_path / "out"))):
+        for words in (
+            ("resume", "it"),
+            ("evaluate", "it"),
+            ("export", "it", "--out", str(tmp_path / "out")),
+        ):
             code, _, error = spiketrain(*words, *runs)
             assert f"{target} is not in a trusted package" in refusal(code, error)
     assert not (tmp_path / "harmed").exists()
 
 
 def test_nothing_here_opens_an_archive_or_a_pickle_without_care() -> None:
-    """A tar or a zip can hold names that leave the folder that it is unpacked in: none is unpacked."""
-    careless = {"tarfile", "pickle", "cPickle", "shelve", "marshal", "dill", "cloudpickle", "joblib"}
+    """A tar or a zip can hold names that leave the folder that it is unpacked in: none is
+    unpacked.
+    """
+    careless = {
+        "tarfile",
+        "pickle",
+        "cPickle",
+        "shelve",
+        "marshal",
+        "dill",
+        "cloudpickle",
+        "joblib",
+    }
     calls = {"unpack_archive", "extractall", "eval", "exec"}
     files = sorted(Path("pipeline").rglob("*.py"))
     found, loads = [], 0
@@ -372,12 +498,21 @@ def test_nothing_here_opens_an_archive_or_a_pickle_without_care() -> None:
                 found += [
                     f"{file}: {called}"
                     for name in calls
-                    if called == name or (called.endswith(f".{name}") and name not in ("eval", "exec"))
+                    if called == name
+                    or (called.endswith(f".{name}") and name not in ("eval", "exec"))
                 ]
                 told = {each.arg: ast.unparse(each.value) for each in node.keywords}
                 loads += called == "torch.load"
-                found += [f"{file}: {called}"] if called == "torch.load" and told.get("weights_only") != "True" else []
-                found += [f"{file}: {called}"] if called == "np.load" and told.get("allow_pickle") != "False" else []
+                found += (
+                    [f"{file}: {called}"]
+                    if called == "torch.load" and told.get("weights_only") != "True"
+                    else []
+                )
+                found += (
+                    [f"{file}: {called}"]
+                    if called == "np.load" and told.get("allow_pickle") != "False"
+                    else []
+                )
     assert len(files) > 200 and loads >= 6
     assert found == ["pipeline/pickles.py: pickle"]  # the name of an error
 

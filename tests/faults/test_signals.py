@@ -1,4 +1,6 @@
-"""Signals at steps of their own, and a terminal that is lost: what was saved goes on to the bits of an untouched run."""
+"""Signals at steps of their own, and a terminal that is lost: what was saved goes on to the bits of
+an untouched run.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
         assert run.process.wait(60) == 130, run.log.read_text()
         assert time.monotonic() - asked < 45  # what a step and MLflow take, on a busy machine
         stopped = read(run.run / "journal.jsonl")[-1]
-        assert (stopped["event"], stopped["reason"]) == ("stopped", f"asked to stop by {number.name}")
+        assert (stopped["event"], stopped["reason"]) == (
+            "stopped",
+            f"asked to stop by {number.name}",
+        )
         step = stopped["step"]
         assert step_folders(run.run / "checkpoints")[-1].name == f"step_{step:08d}"
 
@@ -73,14 +78,18 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
 
     lab.pace(0)
     driven(lab).finish()
-    starts = [event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "start"]
+    starts = [
+        event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "start"
+    ]
     assert len(starts) == 6 and starts[-1] == newest
     monkeypatch.syspath_prepend(lab.folder)
     assert same_weights(run.run, whole.run, trust=["told_lab"])
 
 
 def shown_until(master: int, lost: threading.Event) -> None:
-    """Reads what a driver shows, which would stand still before a terminal that takes nothing, until it is `lost`."""
+    """Reads what a driver shows, which would stand still before a terminal that takes nothing,
+    until it is `lost`.
+    """
     while not lost.is_set():
         os.read(master, 65536)
     os.close(master)
@@ -88,9 +97,14 @@ def shown_until(master: int, lost: threading.Event) -> None:
 
 @pytest.mark.parametrize("where", [("--inline",), ("--workers", "2")], ids=["inline", "under Ray"])
 def test_a_lost_terminal_saves_and_stops(
-    tmp_path: Path, driven: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, where: tuple[str, ...]
+    tmp_path: Path,
+    driven: Callable[..., Driven],
+    monkeypatch: pytest.MonkeyPatch,
+    where: tuple[str, ...],
 ) -> None:
-    """As of an ssh that ended: all processes of the session get the signal, and what they write fails."""
+    """As of an ssh that ended: all processes of the session get the signal, and what they write
+    fails.
+    """
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     lab = Lab(tmp_path / "lost")
     lab.pace(0.1)

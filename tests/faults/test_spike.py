@@ -1,4 +1,6 @@
-"""A loss that leaps, as one batch of garbage makes it: passed over, or gone back for, to the bits of a run that was told so."""
+"""A loss that leaps, as one batch of garbage makes it: passed over, or gone back for, to the bits
+of a run that was told so.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ STEPS = WINDOW + 12
 
 
 def leaping(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
-    """The loss of these batches, and with it their gradient, is a hundred times what it should be."""
+    """The loss of these batches, and with it their gradient, is a hundred times what it should
+    be.
+    """
     batches, loss_for, times = Attempt._micro_batches, CrossEntropy.__call__, [1.0]
 
     def micro_batches(self: Attempt, source: Any) -> Any:
@@ -39,9 +43,16 @@ def leaping(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
 
 
 @pytest.mark.parametrize("max_skips", [1, 0])
-def test_it_is_passed_over_or_gone_back_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_skips: int) -> None:
+def test_it_is_passed_over_or_gone_back_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_skips: int
+) -> None:
     step = random.Random(SEED).randrange(WINDOW + 2, STEPS - 2)
-    changes: dict[str, Any] = {"epochs": 12, "stop_after": STEPS, "loss_spike": 10.0, "max_skips": max_skips}
+    changes: dict[str, Any] = {
+        "epochs": 12,
+        "stop_after": STEPS,
+        "loss_spike": 10.0,
+        "max_skips": max_skips,
+    }
     with monkeypatch.context() as patch:
         leaping(patch, {step})
         train_inline(tmp_path / "hit", small_recipe(**changes))

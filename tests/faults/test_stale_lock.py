@@ -1,4 +1,6 @@
-"""Locks that a killed build of DeepSpeed's extensions left, for which torch waits without an end: nobody here asks for one."""
+"""Locks that a killed build of DeepSpeed's extensions left, for which torch waits without an end:
+nobody here asks for one.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,14 @@ ZERO = (0, 1)
 def test_training_waits_for_no_build(tmp_path: Path) -> None:
     """A run beside the locks ends with the bits of one beside none."""
     recipes = [small_recipe(backend="deepspeed", epochs=1, zero=zero) for zero in ZERO]
-    hit, untouched = ([make_run(tmp_path / f"{name}{each.zero}", each) for each in recipes] for name in ("hit", "untouched"))
+    hit, untouched = (
+        [make_run(tmp_path / f"{name}{each.zero}", each) for each in recipes]
+        for name in ("hit", "untouched")
+    )
     assert run_ranks(trained, 1, tmp_path, tmp_path / "extensions", hit, untouched) == [True]
-    assert all(same_weights(tmp_path / f"hit{zero}", tmp_path / f"untouched{zero}") for zero in ZERO)
+    assert all(
+        same_weights(tmp_path / f"hit{zero}", tmp_path / f"untouched{zero}") for zero in ZERO
+    )
 
 
 def trained(rank: int, ranks: int, root: Path, hit: list[Job], untouched: list[Job]) -> bool:

@@ -1,4 +1,6 @@
-"""A second driver that is to go on with a run which one trains already is refused, and the first one goes on."""
+"""A second driver that is to go on with a run which one trains already is refused, and the first
+one goes on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ spiketrain = pytest.fixture(command)
 
 @pytest.fixture
 def driven(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Lab], Driven]]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # two make their stores at a time: each its own
+    monkeypatch.delenv(
+        "MLFLOW_TRACKING_URI", raising=False
+    )  # two make their stores at a time: each its own
     started: list[Driven] = []
 
     def start(lab: Lab) -> Driven:
@@ -34,7 +38,10 @@ def driven(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Lab], Driven]]
 
 
 def test_the_second_is_refused_in_one_line_and_the_first_goes_on(
-    tmp_path: Path, driven: Callable[[Lab], Driven], spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    driven: Callable[[Lab], Driven],
+    spiketrain: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And ends, stopped and resumed, with the bits of a run that nobody touched."""
     untouched, lab = driven(Lab(tmp_path / "untouched")), Lab(tmp_path / "held")
@@ -42,7 +49,9 @@ def test_the_second_is_refused_in_one_line_and_the_first_goes_on(
     first = driven(lab)
     first.wait_for(lambda event: event["event"] == "start")
     for _ in range(2):
-        code, _, error = spiketrain("resume", "run", "--inline", "--runs", str(first.run.parent), "--trust", "told_lab")
+        code, _, error = spiketrain(
+            "resume", "run", "--inline", "--runs", str(first.run.parent), "--trust", "told_lab"
+        )
         assert (code, error) == (2, "run: is being trained by another process on this machine\n")
     first.at_step(random.Random(SEED).randrange(3, 9))
     first.process.send_signal(signal.SIGTERM)

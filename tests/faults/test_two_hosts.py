@@ -1,4 +1,6 @@
-"""Two hosts, made of network namespaces: a training over both, who is let in, and a link that is cut and mended."""
+"""Two hosts, made of network namespaces: a training over both, who is let in, and a link that is
+cut and mended.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,11 @@ class Hosts:
         self.token.write_text(secrets.token_hex(32))
         self.token.chmod(0o600)
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("RAY_", "MLFLOW_"))
+            },
             **NODES["patient"],
             "HOME": str(folder),  # where a token may lie
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -69,13 +75,17 @@ class Hosts:
         }
         self.with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
 
-    def on(self, host: str | None, *words: str, token: bool = True, log: str | None = None) -> subprocess.Popen[str]:
+    def on(
+        self, host: str | None, *words: str, token: bool = True, log: str | None = None
+    ) -> subprocess.Popen[str]:
         """A process there, in a session of its own; `host` None: outside of both."""
         place = () if host is None else ("ip", "netns", "exec", self.names[host])
         out = subprocess.PIPE if log is None else (self.folder / log).open("w")
         return subprocess.Popen(
             [*place, *words],
-            env=self.environment | (self.with_token if token else {}) | ({} if host is None else {"GLOO_SOCKET_IFNAME": LINK}),
+            env=self.environment
+            | (self.with_token if token else {})
+            | ({} if host is None else {"GLOO_SOCKET_IFNAME": LINK}),
             cwd=self.folder,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -83,10 +93,23 @@ class Hosts:
             start_new_session=True,
         )
 
-    def launch(self, host: str | None, name: str, *words: str, token: bool = True) -> subprocess.Popen[str]:
-        told = ["--workers", "2", "--device", "cpu", "--runs", str(self.folder / "runs"), "--name", name]
+    def launch(
+        self, host: str | None, name: str, *words: str, token: bool = True
+    ) -> subprocess.Popen[str]:
+        told = [
+            "--workers",
+            "2",
+            "--device",
+            "cpu",
+            "--runs",
+            str(self.folder / "runs"),
+            "--name",
+            name,
+        ]
         told += ["--node-loss", "patient", "--trust", "slow_lab"]
-        return self.on(host, "spiketrain", "launch", "lab.py", *told, *words, token=token, log=f"{name}.log")
+        return self.on(
+            host, "spiketrain", "launch", "lab.py", *told, *words, token=token, log=f"{name}.log"
+        )
 
     def link(self, state: str) -> None:
         subprocess.run(["ip", "-n", self.names["b"], "link", "set", LINK, state], check=True)
@@ -101,7 +124,20 @@ def namespaces(names: dict[str, str]) -> Iterator[None]:
         for name in names.values():
             ip("netns", "add", name)
             ends.callback(ip, "netns", "del", name)
-        ip("link", "add", LINK, "netns", names["a"], "type", "veth", "peer", "name", LINK, "netns", names["b"])
+        ip(
+            "link",
+            "add",
+            LINK,
+            "netns",
+            names["a"],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            LINK,
+            "netns",
+            names["b"],
+        )
         for host, name in names.items():
             ip("-n", name, "addr", "add", f"{ADDRESS[host]}/24", "dev", LINK)
             for device in ("lo", LINK):
@@ -113,16 +149,31 @@ def namespaces(names: dict[str, str]) -> Iterator[None]:
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     """With Ray on both, one core each."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.fail("these tests need root, and iproute2, which `infra/setup.sh --servers` installs", pytrace=False)
+        pytest.fail(
+            "these tests need root, and iproute2, which `infra/setup.sh --servers` installs",
+            pytrace=False,
+        )
     made = Hosts(tmp_path_factory.mktemp("hosts"))
     (made.folder / "slow_lab.py").write_text(LAB)
     (made.folder / "lab.py").write_text(RECIPE)
     port = HEAD.rpartition(":")[2]
     with namespaces(made.names), ExitStack() as ends:
-        for host, how in (("a", ("--head", "--port", port, "--include-dashboard", "false")), ("b", ("--address", HEAD))):
+        for host, how in (
+            ("a", ("--head", "--port", port, "--include-dashboard", "false")),
+            ("b", ("--address", HEAD)),
+        ):
             short = Path(f"/tmp/st-{os.getpid()}-{host}")  # a socket's name has at most 107 bytes
             ends.callback(shutil.rmtree, short, ignore_errors=True)
-            words = ("ray", "start", *how, "--node-ip-address", ADDRESS[host], "--num-cpus", "1", "--block")
+            words = (
+                "ray",
+                "start",
+                *how,
+                "--node-ip-address",
+                ADDRESS[host],
+                "--num-cpus",
+                "1",
+                "--block",
+            )
             made.environment["RAY_TMPDIR"] = str(short)
             ray = made.on(host, *words, log=f"ray-{host}.log")
             ends.callback(_end, ray)
@@ -154,7 +205,10 @@ def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
     refused = hosts.launch("b", "nobody", "--address", HEAD, token=False)
     assert refused.wait(120) == 2
     (line,) = (hosts.folder / "nobody.log").read_text().strip().splitlines()
-    assert f"no cluster let us in at '{HEAD}'" in line and "wants its token and this client shows none" in line
+    assert (
+        f"no cluster let us in at '{HEAD}'" in line
+        and "wants its token and this client shows none" in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +218,9 @@ def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
         ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "cannot be opened or is empty: /nowhere/token"),
     ],
 )
-def test_a_client_that_has_lost_its_token_is_told_so(hosts: Hosts, told: dict[str, str], said: str) -> None:
+def test_a_client_that_has_lost_its_token_is_told_so(
+    hosts: Hosts, told: dict[str, str], said: str
+) -> None:
     log = hosts.folder / "lost.log"
     log.unlink(missing_ok=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -176,7 +232,16 @@ def test_a_client_that_has_lost_its_token_is_told_so(hosts: Hosts, told: dict[st
 
 
 def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
-    doctor = hosts.on("a", "spiketrain", "doctor", "--address", HEAD, "--runs", str(hosts.folder / "runs"), log="doctor.log")
+    doctor = hosts.on(
+        "a",
+        "spiketrain",
+        "doctor",
+        "--address",
+        HEAD,
+        "--runs",
+        str(hosts.folder / "runs"),
+        log="doctor.log",
+    )
     assert doctor.wait(300) == 0, (hosts.folder / "doctor.log").read_text()
     said = (hosts.folder / "doctor.log").read_text()
     assert "the same on 2 nodes" in said and said.count("images were written and read") == 2
@@ -184,7 +249,9 @@ def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
     assert "2 processes reach one another" in said
 
 
-def test_a_link_that_was_cut_and_mended_costs_no_bit(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_that_was_cut_and_mended_costs_no_bit(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, alone = hosts.folder / "runs" / "cut", hosts.folder / "runs" / "alone"
     uninterrupted = hosts.launch(None, "alone")
     assert uninterrupted.wait(200) == 0, (hosts.folder / "alone.log").read_text()
@@ -201,7 +268,11 @@ def test_a_link_that_was_cut_and_mended_costs_no_bit(hosts: Hosts, monkeypatch: 
     before = last(run / "journal.jsonl", "step")
     hosts.link("up")
     assert training.wait(200) == 0, (hosts.folder / "cut.log").read_text()
-    assert before is not None and before["step"] < 120, "the training had ended before the link was cut"
-    assert {event["world_size"] for event in read(run / "journal.jsonl") if event["event"] == "start"} == {2}
+    assert before is not None and before["step"] < 120, (
+        "the training had ended before the link was cut"
+    )
+    assert {
+        event["world_size"] for event in read(run / "journal.jsonl") if event["event"] == "start"
+    } == {2}
     monkeypatch.syspath_prepend(hosts.folder)
     assert same_weights(run, alone, trust=("slow_lab",))

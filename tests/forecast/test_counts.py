@@ -129,14 +129,24 @@ def test_a_solver_is_counted_at_its_most_iterations() -> None:
 
 def test_spide_is_counted_as_dense_products_and_keeps_the_same_bytes() -> None:
     recipe = recipe_of("fashion.spide")
-    measured, dense = (counted(bench, recipe.rule) for bench in (Bench(recipe, batch_size=2), FakeBench(recipe, 2)))
-    assert (dense.peak_saved_bytes, dense.state_bytes) == (measured.peak_saved_bytes, measured.state_bytes)
-    assert dense.traffic.flops > measured.traffic.flops and "counted with dense products" in dense.describe()
+    measured, dense = (
+        counted(bench, recipe.rule) for bench in (Bench(recipe, batch_size=2), FakeBench(recipe, 2))
+    )
+    assert (dense.peak_saved_bytes, dense.state_bytes) == (
+        measured.peak_saved_bytes,
+        measured.state_bytes,
+    )
+    assert (
+        dense.traffic.flops > measured.traffic.flops
+        and "counted with dense products" in dense.describe()
+    )
 
 
 def test_the_optimizer_and_what_it_holds_are_counted_to_the_unit() -> None:
     recipe = small_recipe()
-    (held, traffic), (fake, counted_) = map(counted_optimizer, (Bench(recipe), FakeBench(recipe, 8)))
+    (held, traffic), (fake, counted_) = map(
+        counted_optimizer, (Bench(recipe), FakeBench(recipe, 8))
+    )
     assert fake == held and held.optimizer == held.parameters
     assert counted_.operations == traffic.operations and traffic.kernels > 0
 
@@ -146,7 +156,10 @@ def test_saved_bytes_are_those_of_a_run(tmp_path: Path) -> None:
     summary = train_inline(tmp_path / "run", recipe)
     assert summary is not None
     counts = counted(FakeBench(recipe, 4), recipe.rule)
-    assert (counts.peak_saved_bytes, counts.state_bytes) == (summary["peak_saved_bytes"], summary["state_bytes"])
+    assert (counts.peak_saved_bytes, counts.state_bytes) == (
+        summary["peak_saved_bytes"],
+        summary["state_bytes"],
+    )
 
 
 def test_a_step_of_any_size_is_counted_without_its_memory() -> None:
@@ -172,7 +185,9 @@ class Chooser(nn.Module):
 
 def test_a_step_that_depends_on_values_is_refused_in_a_line() -> None:
     recipe = small_recipe(model=spec(Chooser), rule=spec(BPTT))
-    with pytest.raises(ValueError, match=r"^BPTT: a step must not depend on values to be counted; .+$"):
+    with pytest.raises(
+        ValueError, match=r"^BPTT: a step must not depend on values to be counted; .+$"
+    ):
         counted(FakeBench(recipe, 2), recipe.rule)
     (line,) = describe_steps([recipe], 1)
     assert line.startswith("not counted: BPTT: a step must not depend on values")
@@ -187,4 +202,6 @@ def test_the_network_of_a_bench_keeps_its_values() -> None:
     bench = FakeBench(recipe_with(0.5), 2)
     before = {name: value.clone() for name, value in bench.network.state_dict().items()}
     counted(bench, spec(SLTT))
-    assert all(torch.equal(value, before[name]) for name, value in bench.network.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in bench.network.state_dict().items()
+    )

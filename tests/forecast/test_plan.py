@@ -42,7 +42,13 @@ H100 = DEVICES["h100"]
 
 def made(**changes: Any) -> Recipe:
     """T = 6, 64 samples in a batch."""
-    return replace(recipe_with(0.5), **{"rule": spec(SLTT), **changes}, time_steps=6, batch_size=64, backend="deepspeed")
+    return replace(
+        recipe_with(0.5),
+        **{"rule": spec(SLTT), **changes},
+        time_steps=6,
+        batch_size=64,
+        backend="deepspeed",
+    )
 
 
 def on(workers: int, **changes: Any) -> Plan:
@@ -51,7 +57,9 @@ def on(workers: int, **changes: Any) -> Plan:
 
 
 def test_an_epoch_without_a_whole_batch_is_no_plan() -> None:
-    with pytest.raises(ValueError, match="an epoch must have a batch of 64 samples at least; got 63"):
+    with pytest.raises(
+        ValueError, match="an epoch must have a batch of 64 samples at least; got 63"
+    ):
         plan(made(), Cluster(workers=1, device=H100), samples=63, rules=RULES)
 
 
@@ -71,12 +79,17 @@ def test_counts_are_those_of_the_whole_micro_batch() -> None:
     for rule in RULES:
         planned, measured = of(found, rule.build().label), counted(bench, rule)
         assert planned.saved_bytes == measured.peak_saved_bytes
-        assert (planned.flops, planned.kernels) == (measured.traffic.flops, measured.traffic.kernels)
+        assert (planned.flops, planned.kernels) == (
+            measured.traffic.flops,
+            measured.traffic.kernels,
+        )
         assert planned.moved_bytes == measured.traffic.bytes
 
 
 def test_what_is_moved_at_each_stage() -> None:
-    """In bytes over the slowest link: G of gradients, P of parameters, both 4 bytes a parameter here."""
+    """In bytes over the slowest link: G of gradients, P of parameters, both 4 bytes a parameter
+    here.
+    """
     P = G = 4 * (64 * 16 + 16 + 16 * 10 + 10)
     assert Bench(made(), batch_size=4).held().gradients == G
     seconds = {zero: on(8, zero=zero) for zero in (0, 1, 2)}
@@ -89,7 +102,9 @@ def test_what_is_moved_at_each_stage() -> None:
 
 
 def test_what_is_held_at_each_stage() -> None:
-    """SGD with momentum: P of parameters, G of gradients, O of momentum, all as large; a bucket of G, a master copy of P / 8."""
+    """SGD with momentum: P of parameters, G of gradients, O of momentum, all as large; a bucket of
+    G, a master copy of P / 8.
+    """
     P = 4 * (64 * 16 + 16 + 16 * 10 + 10)
     kept = of(on(8), "SLTT").memory_bytes - 3 * P
     assert of(on(8, zero=1), "SLTT").memory_bytes == pytest.approx(kept + 2 * P + 2 * P / 8 + P)
@@ -98,7 +113,9 @@ def test_what_is_held_at_each_stage() -> None:
 
 def test_a_rule_that_moves_the_weights_at_every_step_pays_for_it_every_time() -> None:
     once, each = (on_rules(8, (spec(OTTT, update=update),)) for update in ("batch", "objective"))
-    assert of(each, "OTTT-O").communication_s == pytest.approx(6 * of(once, "OTTT-A").communication_s)
+    assert of(each, "OTTT-O").communication_s == pytest.approx(
+        6 * of(once, "OTTT-A").communication_s
+    )
     assert of(each, "OTTT-O").optimizer_s == pytest.approx(6 * of(once, "OTTT-A").optimizer_s)
 
 
@@ -120,7 +137,9 @@ def test_a_card_computes_in_tf32_what_is_to_be_computed_so() -> None:
     """Counted on a machine without it, and priced by the card's own rate."""
     card = replace(H100, flops={"fp32": 1e9, "tf32": 8e9}, launch=1e-12, bandwidth=1e18)
     cluster = Cluster(workers=1, device=card)
-    ieee, tf32 = (plan(made(precision=each), cluster, samples=6400, rules=RULES) for each in ("fp32", "tf32"))
+    ieee, tf32 = (
+        plan(made(precision=each), cluster, samples=6400, rules=RULES) for each in ("fp32", "tf32")
+    )
     assert of(ieee, "BPTT").compute_s == pytest.approx(8 * of(tf32, "BPTT").compute_s)
 
 
@@ -138,7 +157,9 @@ def test_recordings_are_planned_at_their_own_length() -> None:
     assert found.samples == 64 and not found.refused
 
 
-def test_without_the_data_and_their_number_hours_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_data_and_their_number_hours_are_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing(recipe: Recipe) -> int:
         raise DataError("not here")
 
@@ -146,7 +167,9 @@ def test_without_the_data_and_their_number_hours_are_not_known(monkeypatch: pyte
     found = plan(made(), Cluster(workers=1, device=H100, price=3.0), rules=RULES)
     planned = of(found, "BPTT")
     assert (found.samples, planned.hours, planned.kwh, planned.cost) == (None, None, None, None)
-    assert planned.images_per_s > 0 and "Hours need --samples: the data are not here." in basis(found)
+    assert planned.images_per_s > 0 and "Hours need --samples: the data are not here." in basis(
+        found
+    )
     print_plan(found, console=Console(file=(out := io.StringIO()), width=200))
     [head] = [line for line in out.getvalue().splitlines() if line.startswith("rule")]
     assert head.split()[-1] == "images/s"
@@ -154,7 +177,9 @@ def test_without_the_data_and_their_number_hours_are_not_known(monkeypatch: pyte
 
 def test_hours_energy_and_cost_follow_from_the_step() -> None:
     planned = of(on(8, cluster={"price": 3.0}, epochs=5), "BPTT")
-    assert planned.hours is not None and planned.hours == pytest.approx(6400 // 64 * 5 * planned.step_s / 3600)
+    assert planned.hours is not None and planned.hours == pytest.approx(
+        6400 // 64 * 5 * planned.step_s / 3600
+    )
     assert planned.kwh == pytest.approx(planned.hours * 8 * 0.7)
     assert planned.cost == pytest.approx(planned.hours * 8 * 3)
     assert planned.images_per_s == pytest.approx(64 / planned.step_s)
@@ -163,10 +188,15 @@ def test_hours_energy_and_cost_follow_from_the_step() -> None:
 def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
     found = on(1, cluster={"price": 3.0})
     large = replace(of(found, "BPTT"), kwh=12_345.6, cost=0.00123)
-    print_plan(replace(found, rules=(large,)), console=Console(file=(out := io.StringIO()), width=200))
+    print_plan(
+        replace(found, rules=(large,)), console=Console(file=(out := io.StringIO()), width=200)
+    )
     [row] = [line for line in out.getvalue().splitlines() if line.startswith("BPTT")]
     assert row.split()[-2:] == ["12,346", "0.00123"]
-    assert "; kWh: the cards' rated watts all the time, hosts left out. Hours are of training, without" in basis(found)
+    assert (
+        "; kWh: the cards' rated watts all the time, hosts left out. Hours are of training, without"
+        in basis(found)
+    )
 
 
 def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:
@@ -174,7 +204,10 @@ def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> No
     small = replace(H100, memory=0.6 * whole.memory_bytes / 0.9)
     found = plan(made(), Cluster(workers=1, device=small), samples=6400, rules=RULES)
     assert (whole.micro_batch, whole.accumulation) == (64, 1)
-    assert of(found, "BPTT").micro_batch * of(found, "BPTT").accumulation == 64 and of(found, "BPTT").accumulation > 1
+    assert (
+        of(found, "BPTT").micro_batch * of(found, "BPTT").accumulation == 64
+        and of(found, "BPTT").accumulation > 1
+    )
     assert of(found, "BPTT").memory_bytes < 0.6 * whole.memory_bytes
     tiny = replace(H100, memory=1000.0)
     refused = plan(made(), Cluster(workers=1, device=tiny), samples=6400, rules=RULES)
@@ -182,8 +215,12 @@ def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> No
     assert refused.refused["BPTT"].startswith("BPTT: a worker must fit into 9e-07 GB; it needs")
 
 
-def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether this machine has cards or not: cards are not asked about what cores do to one another."""
+def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether this machine has cards or not: cards are not asked about what cores do to one
+    another.
+    """
     asked: list[dict[str, Any]] = []
 
     def measured(workers: int, size: int, **about: Any) -> Neighbours:
@@ -203,7 +240,10 @@ def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypat
     assert (on_cores.slowdown, on_cards.slowdown) == (2, 1)
     assert on_cores.optimizer_s == pytest.approx(2 * on_cards.optimizer_s)
     assert on_cards._communication_s(0, 1) == pytest.approx(1.5)
-    said = "every worker takes a card, of which machines like this one have 2; got 4 workers; name the card with --device"
+    said = (
+        "every worker takes a card, of which machines like this one have 2; got 4 workers; name the"
+        " card with --device"
+    )
     with pytest.raises(ValueError, match=said):
         plan(made(), Cluster(workers=4))
     assert len(asked) == 2
@@ -211,21 +251,35 @@ def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(monkeypat
 
 def test_the_device_here_is_measured() -> None:
     here = measured_here(("fp32", "bf16"), threads=1)
-    assert set(here.flops) == {"fp32", "bf16"} and here.source == "measured" and here.efficiency == 1
-    assert 1e8 < here.flops["fp32"] < 1e15 and 1e8 < here.bandwidth < 1e13 and 1e-8 < here.launch < 1e-2
+    assert (
+        set(here.flops) == {"fp32", "bf16"} and here.source == "measured" and here.efficiency == 1
+    )
+    assert (
+        1e8 < here.flops["fp32"] < 1e15
+        and 1e8 < here.bandwidth < 1e13
+        and 1e-8 < here.launch < 1e-2
+    )
 
 
 def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
-    """On a card its kernels are too small to be waited for: two micro-batches of as many launches each."""
+    """On a card its kernels are too small to be waited for: two micro-batches of as many launches
+    each.
+    """
     recipe = replace(taught(), backend="deepspeed")
     alone = replace(recipe, teacher=None, objective=spec(CrossEntropy))
     cluster = Cluster(workers=1, device=H100)
     found, without = (plan(each, cluster, samples=64, rules=RULES) for each in (recipe, alone))
     teacher, kernels = _teacher_of(recipe)
-    assert (found.teacher, found.teacher_bytes) == ("test_efficientnet", teacher) and without.teacher is None
+    assert (found.teacher, found.teacher_bytes) == (
+        "test_efficientnet",
+        teacher,
+    ) and without.teacher is None
     for rule in ("BPTT", "SLTT", "SLTT-1"):
         taught_, untaught = of(found, rule), of(without, rule)
-        assert taught_.teacher_s == pytest.approx(2 * kernels * H100.launch) and untaught.teacher_s == 0
+        assert (
+            taught_.teacher_s == pytest.approx(2 * kernels * H100.launch)
+            and untaught.teacher_s == 0
+        )
         assert taught_.step_s == pytest.approx(untaught.step_s + taught_.teacher_s)
         assert taught_.memory_bytes == pytest.approx(untaught.memory_bytes + teacher)
     said = f"hold the teacher, test_efficientnet: {teacher / 1e6:.4g} MB of weights."
@@ -238,13 +292,21 @@ def test_a_teacher_is_in_every_rules_time_and_bytes() -> None:
 
 
 def _teacher_of(recipe: Recipe) -> tuple[int, int]:
-    """Bytes of its weights, statistics and a head for 10 classes, and the kernels of an answer, counted by hand."""
+    """Bytes of its weights, statistics and a head for 10 classes, and the kernels of an answer,
+    counted by hand.
+    """
     teacher = build_teacher(recipe.with_untrained_teacher(), recipe.data.build())
     x_B = torch.zeros(2, 1, 8, 8)
     teacher.head = nn.Linear(teacher.features(x_B).shape[-1], 10)
     with Traffic() as traffic:
         teacher(x_B)
-    return sum(each.numel() * each.element_size() for each in (*teacher.parameters(), *teacher.buffers())), traffic.kernels
+    return (
+        sum(
+            each.numel() * each.element_size()
+            for each in (*teacher.parameters(), *teacher.buffers())
+        ),
+        traffic.kernels,
+    )
 
 
 @pytest.mark.full
@@ -255,10 +317,12 @@ def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_
     assert 1 <= little.slowdown < 3
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)
     run = command(monkeypatch, capsys)
@@ -269,9 +333,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "a model, not measured" in out and "Fastest" in out and "roofline at 40%" in said
     code, out, _ = run("plan", str(file), *words, "--format", "json")
     told = json.loads(out)
-    assert {each["rule"] for each in told["rules"]} >= {"BPTT", "SLTT"} and told["kind"] == "a model, not measured"
+    assert {each["rule"] for each in told["rules"]} >= {"BPTT", "SLTT"} and told[
+        "kind"
+    ] == "a model, not measured"
     code, out, _ = run("plan", str(file))
-    assert code == 0 and "Seconds are of a roofline measured on this machine (" in " ".join(out.split())
+    assert code == 0 and "Seconds are of a roofline measured on this machine (" in " ".join(
+        out.split()
+    )
 
 
 def test_of_several_recipes_each_network_is_planned_once(
@@ -285,20 +353,41 @@ def test_of_several_recipes_each_network_is_planned_once(
     assert (code, err) == (0, "")
     assert "small, bptt: a model" in out and "wide: a model" in out and out.count("Fastest") == 2
     code, out, _ = run("plan", str(file), "--device", "h100", "--format", "json")
-    rules = [(each["recipe"], [planned["rule"] for planned in each["rules"]]) for each in json.loads(out)]
+    rules = [
+        (each["recipe"], [planned["rule"] for planned in each["rules"]]) for each in json.loads(out)
+    ]
     assert rules == [("small, bptt", ["SLTT-2", "BPTT"]), ("wide", ["SLTT-2"])]
     code, _, err = run("plan", str(file), "--against", "one")
-    assert (code, err) == (2, "plan: --against is one run, so the file must hold one recipe; got a suite\n")
+    assert (code, err) == (
+        2,
+        "plan: --against is one run, so the file must hold one recipe; got a suite\n",
+    )
 
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-def test_a_plan_at_full_size_takes_less_than_a_minute_of_one_core_and_no_data(tmp_path: Path) -> None:
-    words = ("plan", "recipes/imagenet/nf_resnet34_sltt.py", "--workers", "64", "--device", "h100", "--format", "json")
+def test_a_plan_at_full_size_takes_less_than_a_minute_of_one_core_and_no_data(
+    tmp_path: Path,
+) -> None:
+    words = (
+        "plan",
+        "recipes/imagenet/nf_resnet34_sltt.py",
+        "--workers",
+        "64",
+        "--device",
+        "h100",
+        "--format",
+        "json",
+    )
     before = os.times()
-    done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, check=True
+    )
     after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 60
+    assert (
+        after.children_user + after.children_system - before.children_user - before.children_system
+        < 60
+    )
     told = json.loads(done.stdout)
     planned = {each["rule"]: each for each in told["rules"]}
     assert told["samples"] is None and done.stderr.count("counting a step of") == 10
@@ -321,47 +410,95 @@ def test_a_plan_against_what_was_launched(
     code, out, err = run(*words, "--format", "json")
     assert (code, err) == (0, "")
     told = json.loads(out)
-    off, [planned] = told["against"], [each for each in told["rules"] if each["rule"] == summary["rule"]]
-    assert off["rule"] == summary["rule"] and off["saved_bytes"]["planned"] == planned["saved_bytes"]
-    assert off["saved_bytes"]["measured"] == summary["peak_saved_bytes"] and off["saved_bytes"]["error"] == 0
+    off, [planned] = (
+        told["against"],
+        [each for each in told["rules"] if each["rule"] == summary["rule"]],
+    )
+    assert (
+        off["rule"] == summary["rule"] and off["saved_bytes"]["planned"] == planned["saved_bytes"]
+    )
+    assert (
+        off["saved_bytes"]["measured"] == summary["peak_saved_bytes"]
+        and off["saved_bytes"]["error"] == 0
+    )
     assert off["step_s"]["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
-    assert off["step_s"]["error"] == pytest.approx(off["step_s"]["planned"] / off["step_s"]["measured"] - 1)
+    assert off["step_s"]["error"] == pytest.approx(
+        off["step_s"]["planned"] / off["step_s"]["measured"] - 1
+    )
     assert off["step_s"]["planned"] > 0
     assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
     code, _, err = run(*words, "--set", "batch_size=16")
-    assert code == 2 and err == ("plan: --against must be a run of what is planned; launched differs: batch_size: 16 and 8\n")
+    assert (
+        code == 2
+        and err
+        == "plan: --against must be a run of what is planned; launched differs: batch_size: 16"
+        " and 8\n"
+    )
     code, _, err = run(*words, "--set", "rule.rescale=False")  # another rule of the same label
-    assert code == 2 and "--against must be a run of what is planned; launched differs: rule." in err
+    assert (
+        code == 2 and "--against must be a run of what is planned; launched differs: rule." in err
+    )
     written = runs / "launched" / "summary.json"
     [on], told = summary["trained_on"], json.loads(written.read_text())
     halved = {**on, "micro_batch": 4}
     for trained_on, said in (
-        ([on, halved], "plan: --against must be a run that changed nothing on the way; launched did: micro_batch: 8 and 4\n"),
-        ([halved], "plan: --against must be a run of what is planned; launched differs: micro_batch: 8 and 4\n"),
+        (
+            [on, halved],
+            (
+                "plan: --against must be a run that changed nothing on the way; launched did:"
+                " micro_batch: 8 and 4\n"
+            ),
+        ),
+        (
+            [halved],
+            (
+                "plan: --against must be a run of what is planned; launched differs: micro_batch: 8"
+                " and 4\n"
+            ),
+        ),
     ):
         write_json(written, {**told, "trained_on": trained_on})
         code, out, err = run(*words)
         assert (code, out, err) == (2, "", said)
-    write_json(written, {**told, "trained_on": [{**on, "own_cores": True, "hardware": {**on["hardware"], "cores": 1}}]})
+    write_json(
+        written,
+        {
+            **told,
+            "trained_on": [{**on, "own_cores": True, "hardware": {**on["hardware"], "cores": 1}}],
+        },
+    )
     code, out, err = run(*words)
-    assert code == 0 and "It had cores of its own; runs on the others," in " ".join(out.split()), err
-    write_json(written, {**told, "trained_on": [{**on, "hardware": {**on["hardware"], "cores": 99}}]})
+    assert code == 0 and "It had cores of its own; runs on the others," in " ".join(out.split()), (
+        err
+    )
+    write_json(
+        written, {**told, "trained_on": [{**on, "hardware": {**on["hardware"], "cores": 99}}]}
+    )
     code, _, err = run(*words)
     assert code == 2 and "launched differs: hardware.cores: " in err and " and 99" in err
     of_a_card = (*words, "--device")
     with_card = [{**on, "hardware": {**on["hardware"], "gpu": "NVIDIA H100 80GB HBM3"}}]
     write_json(written, {**told, "trained_on": [on]})
     code, _, err = run(*of_a_card, "h100")
-    assert code == 2 and err.endswith("launched differs: card: NVIDIA H100 80GB HBM3 and none\n")  # it trained on cores
+    assert code == 2 and err.endswith(
+        "launched differs: card: NVIDIA H100 80GB HBM3 and none\n"
+    )  # it trained on cores
     write_json(written, {**told, "trained_on": with_card})
     code, out, err = run(*of_a_card, "h100", "--format", "json")
     assert code == 0, err
-    assert json.loads(out)["against"]["saved_bytes"]["error"] == pytest.approx(off["saved_bytes"]["error"])
+    assert json.loads(out)["against"]["saved_bytes"]["error"] == pytest.approx(
+        off["saved_bytes"]["error"]
+    )
     code, _, err = run(*of_a_card, "a100")
-    assert code == 2 and err.endswith("launched differs: card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n")
+    assert code == 2 and err.endswith(
+        "launched differs: card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n"
+    )
     write_json(written, {**told, "peak_saved_bytes": None})
     code, out, err = run(*words)
-    assert (code, out) == (2, "") and "on one of which its saved bytes were counted; got launched" in err
+    assert (code, out) == (
+        2,
+        "",
+    ) and "on one of which its saved bytes were counted; got launched" in err
     written.unlink()
     code, _, err = run(*words)
     assert code == 2 and "must be a run that has finished, of more than a few batches" in err
@@ -370,16 +507,29 @@ def test_a_plan_against_what_was_launched(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--device", "h1000"), "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000"),
-        (("--device", "v100", "--set", "precision=bf16"), "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16"),
+        (
+            ("--device", "h1000"),
+            "plan: --device must be here, h100, h200, a100, v100, rtx4090; got h1000",
+        ),
+        (
+            ("--device", "v100", "--set", "precision=bf16"),
+            "plan: V100 SXM2, 32 GB: precision must be fp32; got bf16",
+        ),
         (
             ("--node-gbps", "100"),
-            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this one is measured",
+            (
+                "plan: --per-node and --node-gbps are of cards in nodes; what links machines like"
+                " this one is measured"
+            ),
         ),
     ],
 )
 def test_bad_use_ends_in_a_line(
-    words: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)

@@ -1,4 +1,6 @@
-"""What rules cost and drop on one batch, against counts that are known and gradients of known distance."""
+"""What rules cost and drop on one batch, against counts that are known and gradients of known
+distance.
+"""
 
 from __future__ import annotations
 
@@ -69,20 +71,28 @@ def test_every_rule_that_fits_is_probed_and_the_others_say_why(found: Probe) -> 
 def test_costs_are_those_of_the_rules(found: Probe) -> None:
     costs = {cost.rule: cost for cost in found.costs}
     assert costs["SLTT"].peak_saved_bytes < 0.5 * costs["BPTT"].peak_saved_bytes
-    assert costs["SLTT-1"].operations["error"]["dense"] == pytest.approx(costs["SLTT"].operations["error"]["dense"] / 4)
-    assert costs["BPTT"].operations["forward"]["dense"] == 64 * 16 + 4 * 16 * 10  # a still image meets its synapse once
+    assert costs["SLTT-1"].operations["error"]["dense"] == pytest.approx(
+        costs["SLTT"].operations["error"]["dense"] / 4
+    )
+    assert (
+        costs["BPTT"].operations["forward"]["dense"] == 64 * 16 + 4 * 16 * 10
+    )  # a still image meets its synapse once
     assert costs["BPTT-recompute"].operations["recomputation"]["dense"] == 4 * (64 * 16 + 16 * 10)
     assert set(costs["OPZO"].operations) == {"forward", "weights", "feedback"}
     assert all(cost.forward_s > 0 and cost.backward_s > 0 for cost in found.costs)
 
 
 def test_what_a_rule_has_of_its_own_is_told_where_one_has(found: Probe) -> None:
-    """OPZO's matrix of 16 neurons and 10 outputs, the sum that it learns from, and the count of its moves."""
+    """OPZO's matrix of 16 neurons and 10 outputs, the sum that it learns from, and the count of its
+    moves.
+    """
     own = {cost.rule: cost.rule_bytes for cost in found.costs}
     assert own == dict.fromkeys(own, 0) | {"OPZO": 2 * 16 * 10 * 4 + 8}
     print_probe(found, console=Console(file=(out := io.StringIO()), width=250))
     assert "rule's own" in out.getvalue() and "0.001288 MB" in out.getvalue()
-    print_probe(probed(SLTT=(20, 0.9, {"a": 0.95})), console=Console(file=(out := io.StringIO()), width=250))
+    print_probe(
+        probed(SLTT=(20, 0.9, {"a": 0.95})), console=Console(file=(out := io.StringIO()), width=250)
+    )
     assert "rule's own" not in out.getvalue()
 
 
@@ -91,7 +101,9 @@ def test_fidelity_is_of_every_synapse(found: Probe) -> None:
     layers = {"layers.0", "classifier"}
     assert set(found.fidelity.temporal_share) == layers == set(found.fidelity.cosines["SLTT"])
     assert found.fidelity.cosines["BPTT-recompute"] == dict.fromkeys(layers, pytest.approx(1))
-    assert found.fidelity.temporal_share["classifier"] == pytest.approx(0, abs=1e-6)  # a readout without membrane
+    assert found.fidelity.temporal_share["classifier"] == pytest.approx(
+        0, abs=1e-6
+    )  # a readout without membrane
 
 
 def test_without_a_leak_nothing_comes_through_time() -> None:
@@ -108,28 +120,45 @@ def test_the_network_is_the_recipes_and_rests() -> None:
 
 
 def test_a_recipe_that_starts_from_weights_is_probed_with_them(tmp_path: Path) -> None:
-    """Of a network that is silent but for its readout, whose bias alone is not 0, no gradient reaches the first layer."""
-    silent = {name: torch.zeros_like(value) for name, value in recipe_with(0.5).model.build().state_dict().items()}
+    """Of a network that is silent but for its readout, whose bias alone is not 0, no gradient
+    reaches the first layer.
+    """
+    silent = {
+        name: torch.zeros_like(value)
+        for name, value in recipe_with(0.5).model.build().state_dict().items()
+    }
     save_file({**silent, "classifier.bias": torch.ones(10)}, tmp_path / "start.safetensors")
     recipe = recipe_with(0.5, init=str(tmp_path / "start.safetensors"))
     found = probe(recipe, rules=(spec(BPTT), spec(SLTT))).fidelity
     assert found is not None and math.isnan(found.temporal_share["layers.0"])
-    assert torch.equal(Bench(recipe, batch_size=2).network.state_dict()["classifier.bias"], torch.ones(10))
+    assert torch.equal(
+        Bench(recipe, batch_size=2).network.state_dict()["classifier.bias"], torch.ones(10)
+    )
 
 
 def test_a_taught_recipe_is_probed_with_labels_and_its_teacher_is_told_beside() -> None:
     found = probe(taught(), rules=(spec(BPTT),))
     assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-1"]
-    assert found.teacher is not None and found.teacher.teacher == "test_efficientnet" and found.teacher.seconds > 0
-    assert found.teacher.bytes > 4 * sum(each.numel() for each in timm.create_model("test_efficientnet").parameters())
+    assert (
+        found.teacher is not None
+        and found.teacher.teacher == "test_efficientnet"
+        and found.teacher.seconds > 0
+    )
+    assert found.teacher.bytes > 4 * sum(
+        each.numel() for each in timm.create_model("test_efficientnet").parameters()
+    )
     out, told = io.StringIO(), io.StringIO()
     print_probe(found, console=Console(file=out, width=200))
-    assert "the teacher, test_efficientnet, is in no row: beside every rule it holds" in out.getvalue()
+    assert (
+        "the teacher, test_efficientnet, is in no row: beside every rule it holds" in out.getvalue()
+    )
     print_probe(found, as_json=True, console=Console(file=told))
     assert json.loads(told.getvalue())["teacher"]["bytes"] == found.teacher.bytes
 
 
-def test_rules_take_turns_and_the_median_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_take_turns_and_the_median_of_the_rounds_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On a machine that gets slower with every look."""
     turns: list[str] = []
     cost = Bench.cost
@@ -153,7 +182,9 @@ def test_rules_take_turns_and_the_median_of_the_rounds_counts(monkeypatch: pytes
 def test_the_recipes_own_rule_stands_for_one_of_its_label() -> None:
     """Two steps at a time keep more bytes than one."""
     own = replace(recipe_with(0.5), rule=spec(SLTT, chunk=2))
-    one, two = (probe(made, rules=(spec(BPTT), spec(SLTT))).cost("SLTT") for made in (recipe_with(0.5), own))
+    one, two = (
+        probe(made, rules=(spec(BPTT), spec(SLTT))).cost("SLTT") for made in (recipe_with(0.5), own)
+    )
     assert one is not None and two is not None and two.peak_saved_bytes > 1.2 * one.peak_saved_bytes
 
 
@@ -162,7 +193,9 @@ def test_a_recipe_that_does_not_fit_together_is_refused_first() -> None:
         probe(small_recipe(rule=spec(SLTT, k=9), time_steps=4))
 
 
-def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     objectives = BPTT._objectives
 
     def full(self: BPTT, *args: Any) -> Any:
@@ -173,7 +206,10 @@ def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(monkeypatch:
     monkeypatch.setattr(BPTT, "_objectives", full)
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(BPTT, recompute=True)))
     assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-2"]
-    assert found.refused["BPTT-recompute"] == ("BPTT-recompute: a batch must fit into memory; 8 samples at T = 4 do not")
+    assert (
+        found.refused["BPTT-recompute"]
+        == "BPTT-recompute: a batch must fit into memory; 8 samples at T = 4 do not"
+    )
 
 
 def full_at_the_gradient_of(monkeypatch: pytest.MonkeyPatch, *labels: str) -> None:
@@ -205,23 +241,39 @@ class OnCard:
         return "here"
 
 
-def test_gradients_that_wait_to_be_compared_are_kept_off_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.forecast.bench.gradients", lambda *args, **about: {"layers.0": OnCard()})
+def test_gradients_that_wait_to_be_compared_are_kept_off_the_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "pipeline.forecast.bench.gradients", lambda *args, **about: {"layers.0": OnCard()}
+    )
     assert Bench(recipe_with(0.5)).gradients(spec(BPTT)) == [{"layers.0": "here"}]
 
 
-def test_without_bptts_gradient_none_is_compared_and_why_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bptts_gradient_none_is_compared_and_why_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     full_at_the_gradient_of(monkeypatch, "BPTT")
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(SLTT)))
-    assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT", "SLTT-2"] and found.fidelity is None
+    assert [cost.rule for cost in found.costs] == [
+        "BPTT",
+        "SLTT",
+        "SLTT-2",
+    ] and found.fidelity is None
     why = "BPTT's gradient: a batch must fit into memory; 8 samples at T = 4 do not"
     assert advice(found) == f"There is nothing to compare gradients with; {why}."
     print_probe(found, as_json=True, console=Console(file=(out := io.StringIO())))
     told = json.loads(out.getvalue())
-    assert told["fidelity"] is None and told["uncompared"] == {"BPTT": why} and told["advice"] == advice(found)
+    assert (
+        told["fidelity"] is None
+        and told["uncompared"] == {"BPTT": why}
+        and told["advice"] == advice(found)
+    )
 
 
-def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(teacher: Teacher, x_B: torch.Tensor) -> float:
         raise torch.OutOfMemoryError
 
@@ -233,7 +285,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(monkeypat
             forecast(taught())
 
 
-# ---------------------------------------------------------------------------------------------------------------- advice
+# ------------------------------------------------------------------------------------------- advice
 
 
 def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
@@ -273,27 +325,47 @@ def test_what_a_rule_has_of_its_own_is_not_saved() -> None:
     heavy = replace(found, costs=(bptt, sltt, replace(opzo, rule_bytes=55)))
     assert "SLTT is safe" in advice(heavy) and "47% with states, so it saves 53%" in advice(heavy)
     alone = replace(found, costs=(bptt, replace(opzo, rule_bytes=55)))
-    assert "it keeps 15% of BPTT's bytes for backward, 80% with states and the rule's own, so it saves 20%" in advice(alone)
+    assert (
+        "it keeps 15% of BPTT's bytes for backward, 80% with states and the rule's own, so it"
+        " saves 20%" in advice(alone)
+    )
 
 
 def test_the_cheapest_rule_that_is_near_in_every_layer_is_advised() -> None:
     near, far = {"a": 0.95, "b": 0.92}, {"a": 0.99, "b": 0.3}
     said = advice(probed(SLTT=(20, 0.9, near), OTTT=(25, 1.0, near), cheap=(10, 0.1, far)))
     assert said.startswith("SLTT is safe here before training")
-    assert "0.92 or more" in said and "least at b" in said and "20% of BPTT's bytes" in said and "90% of its time" in said
-    assert "keeps 20% of BPTT's bytes for backward, 47% with states, so it saves 53%" in said  # 70 of 150
-    assert "keeps 104% of BPTT's bytes for backward, 103% with states, so it saves nothing" in advice(
-        probed(SLTT=(104, 0.9, near))
+    assert (
+        "0.92 or more" in said
+        and "least at b" in said
+        and "20% of BPTT's bytes" in said
+        and "90% of its time" in said
     )
-    found = replace(probed(SLTT=(20, 0.9, near)), rounds={"BPTT": (1.0, 1.0, 2.0), "SLTT": (0.9, 0.8, 2.2)})
+    assert (
+        "keeps 20% of BPTT's bytes for backward, 47% with states, so it saves 53%" in said
+    )  # 70 of 150
+    assert (
+        "keeps 104% of BPTT's bytes for backward, 103% with states, so it saves nothing"
+        in advice(probed(SLTT=(104, 0.9, near)))
+    )
+    found = replace(
+        probed(SLTT=(20, 0.9, near)), rounds={"BPTT": (1.0, 1.0, 2.0), "SLTT": (0.9, 0.8, 2.2)}
+    )
     assert advice(found).endswith("and takes 90% of its time, 80% to 110% in 3 rounds.")
 
 
 def test_where_none_is_near_the_nearest_is_named() -> None:
     said = advice(
-        probed(SLTT=(20, 0.9, {"a": 0.7, "b": 0.2}), OTTT=(25, 1.0, {"a": 0.4, "b": 0.5}), OPZO=(1, 1.0, {"a": float("nan")}))
+        probed(
+            SLTT=(20, 0.9, {"a": 0.7, "b": 0.2}),
+            OTTT=(25, 1.0, {"a": 0.4, "b": 0.5}),
+            OPZO=(1, 1.0, {"a": float("nan")}),
+        )
     )
-    assert said.startswith("No rule's gradient is near BPTT's in every layer: the nearest is OTTT, with a cosine of 0.40 at a.")
+    assert said.startswith(
+        "No rule's gradient is near BPTT's in every layer: the nearest is OTTT, with a cosine of"
+        " 0.40 at a."
+    )
 
 
 def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
@@ -317,17 +389,31 @@ def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
 def test_no_rule_is_called_safe_on_layers_that_nobody_can_compare() -> None:
     silent = dict.fromkeys("cde", math.nan)
     said = advice(probed(SLTT=(20, 0.9, {"a": 0.95, "b": 0.92, **silent})))
-    assert said.startswith("SLTT is near BPTT here before training, but not known to be safe: its gradient has a cosine of 0.92")
-    assert "in 2 of 5 layers; BPTT's gradient is 0 or not finite in the others" in said and "every layer" not in said
+    assert said.startswith(
+        "SLTT is near BPTT here before training, but not known to be safe: its gradient has a"
+        " cosine of 0.92"
+    )
+    assert (
+        "in 2 of 5 layers; BPTT's gradient is 0 or not finite in the others" in said
+        and "every layer" not in said
+    )
     said = advice(probed(SLTT=(20, 0.9, {"a": 0.2, **silent})))
     assert "a cosine of 0.20 at a. BPTT's gradient is 0 or not finite in 3 of 4 layers." in said
     said = advice(probed(SLTT=(20, 0.9, silent)))
-    assert said == "BPTT's gradient is 0 or not finite in every layer, so there is nothing to compare gradients with."
+    assert (
+        said == "BPTT's gradient is 0 or not finite in every layer, so there is nothing to compare"
+        " gradients with."
+    )
     why = {"SLTT": "SLTT: a batch must fit into memory; 8 samples at T = 4 do not"}
-    assert advice(replace(probed(), refused=why)) == f"There is no rule to compare with BPTT; {why['SLTT']}."
+    assert (
+        advice(replace(probed(), refused=why))
+        == f"There is no rule to compare with BPTT; {why['SLTT']}."
+    )
     found = probed(SLTT=(20, 0.9, {"a": 0.95}))
     why = {"BPTT": "BPTT: a batch must fit into memory; 8 samples at T = 4 do not"}
-    without = replace(found, costs=tuple(cost for cost in found.costs if cost.rule != "BPTT"), refused=why)
+    without = replace(
+        found, costs=tuple(cost for cost in found.costs if cost.rule != "BPTT"), refused=why
+    )
     assert advice(without) == f"There is nothing to compare gradients with; {why['BPTT']}."
 
 
@@ -336,12 +422,15 @@ def test_what_was_not_compared_is_neither_near_nor_far() -> None:
     said = advice(replace(probed(SLTT=(20, 0.9, {})), uncompared=why))
     assert said == f"There is no gradient to compare with BPTT's; {why['SLTT']}."
     said = advice(replace(probed(SLTT=(20, 0.9, {}), OTTT=(25, 1.0, {"a": 0.4})), uncompared=why))
-    assert said.startswith("No gradient that was compared is near BPTT's in every layer: the nearest is OTTT, with a cosine")
+    assert said.startswith(
+        "No gradient that was compared is near BPTT's in every layer: the nearest is OTTT, with a"
+        " cosine"
+    )
     said = advice(replace(probed(SLTT=(20, 0.9, {}), OTTT=(25, 1.0, {"a": 0.95})), uncompared=why))
     assert said.startswith("OTTT is safe here before training")
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 RECIPE = """
 from tests.small import small_recipe
@@ -394,7 +483,10 @@ def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "mine.py"
-    imports = "from dataclasses import replace\nfrom pipeline.rules.bptt import BPTT\nfrom pipeline.rules.sltt import SLTT\n"
+    imports = (
+        "from dataclasses import replace\nfrom pipeline.rules.bptt import BPTT\nfrom"
+        " pipeline.rules.sltt import SLTT\n"
+    )
     file.write_text(imports + RECIPE[: RECIPE.index("    return")] + SEVERAL)
     monkeypatch.setattr("pipeline.forecast.bench.RULES", (spec(BPTT),))
     run = command(monkeypatch, capsys)
@@ -403,24 +495,32 @@ def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
     assert out.count("one batch of 8 samples") == out.count("one batch of 4 samples") == 1
     assert "small, bptt, two" in out and "\nwide" in out
     code, out, _ = run("probe", str(file), "--format", "json")
-    assert [(each["recipe"], [cost["rule"] for cost in each["costs"]]) for each in json.loads(out)] == [
+    assert [
+        (each["recipe"], [cost["rule"] for cost in each["costs"]]) for each in json.loads(out)
+    ] == [
         ("small, bptt, two", ["BPTT", "SLTT", "SLTT-2"]),
         ("wide", ["BPTT", "SLTT"]),
     ]
 
 
-def test_a_worker_gets_the_cores_that_a_launch_would_give_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_gets_the_cores_that_a_launch_would_give_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One on a CPU; on a card its share of the node."""
     assert (_threads("probe", "auto"), _threads("probe", "3")) == (1, 3)
     monkeypatch.setattr("pipeline.cores.cores_here", lambda: 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _threads("probe", "auto") == 8
-    with pytest.raises(ValueError, match="probe: --cpus-per-worker must be a number of cores or auto; got x"):
+    with pytest.raises(
+        ValueError, match="probe: --cpus-per-worker must be a number of cores or auto; got x"
+    ):
         _threads("probe", "x")
 
 
-def test_bad_use_ends_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_use_ends_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = command(monkeypatch, capsys)
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)

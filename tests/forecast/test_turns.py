@@ -30,11 +30,18 @@ def test_each_rule_has_a_time_in_each_start() -> None:
     assert list(found) == ["BPTT", "SLTT", "SLTT-1"]
     for each in found.values():
         assert each.processes == 2 and each.backend == "deepspeed"
-        assert len(each.forward_s) == len(each.backward_s) == 2 and min(*each.forward_s, *each.backward_s) > 0
-        assert each.compute_s == tuple(a + b for a, b in zip(each.forward_s, each.backward_s, strict=True))
+        assert (
+            len(each.forward_s) == len(each.backward_s) == 2
+            and min(*each.forward_s, *each.backward_s) > 0
+        )
+        assert each.compute_s == tuple(
+            a + b for a, b in zip(each.forward_s, each.backward_s, strict=True)
+        )
 
 
-def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[Backend] = []
 
     def noted(*about: Any) -> Backend:
@@ -43,7 +50,9 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 
     monkeypatch.setattr(bench, "build_backend", noted)
     with group_of_one("cpu"):
-        turns._seconds(torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1)
+        turns._seconds(
+            torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1
+        )
     assert len(made) == 4  # two rounds of two rules
     assert {group["lr"] for backend in made for group in backend.optimizer.param_groups} == {0.0}
 
@@ -52,7 +61,9 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 @pytest.mark.timeout(120)
 def test_what_a_process_ended_in_is_a_line() -> None:
     """DSR has neurons of its own, which this network has not."""
-    with pytest.raises(ValueError, match=r"^turns: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$"):
+    with pytest.raises(
+        ValueError, match=r"^turns: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$"
+    ):
         in_turn(recipe_with(0.5), (spec(DSR),), workers=1)
 
 

@@ -1,4 +1,6 @@
-"""What the tests of GPUs share. `pytest -m gpu` runs them on a card; on a machine without one they are skipped with a reason."""
+"""What the tests of GPUs share. `pytest -m gpu` runs them on a card; on a machine without one they
+are skipped with a reason.
+"""
 
 from __future__ import annotations
 
@@ -12,5 +14,8 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 def device_of(name: str) -> torch.device:
     """Skips the test where the device is a card, and torch finds none."""
     if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU that torch can use, and `pytest -m gpu`, which shows it to the tests (make test-gpu)")
+        pytest.skip(
+            "needs a GPU that torch can use, and `pytest -m gpu`, which shows it to the tests (make"
+            " test-gpu)"
+        )
     return torch.device(name)

@@ -12,7 +12,9 @@ from tests.rules.cases import CASES, Case
 from tests.rules.small import batch, cross_entropy, gradients
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""of the largest gradient; no spike of these networks is so near its threshold that float32 moves it"""
+"""of the largest gradient; no spike of these networks is so near its threshold that float32 moves
+it
+"""
 
 
 def gradients_on(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -21,7 +23,10 @@ def gradients_on(case: Case, device: torch.device, dtype: torch.dtype) -> dict[s
     x_TBC, target_B = x_TBC.to(device, dtype), target_B.to(device)
     about = {"world": World(seed=7), "over_time": rule.over_time_choices[0]}
     torch.manual_seed(0)
-    return {name: g.cpu().double() for name, g in gradients(rule, model, x_TBC, cross_entropy(target_B), **about).items()}
+    return {
+        name: g.cpu().double()
+        for name, g in gradients(rule, model, x_TBC, cross_entropy(target_B), **about).items()
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -33,7 +38,9 @@ def gradients_on(case: Case, device: torch.device, dtype: torch.dtype) -> dict[s
         pytest.param("cuda", torch.float64, marks=pytest.mark.gpu),
     ],
 )
-def test_the_gradient_is_that_of_float64_on_a_cpu(device: str, dtype: torch.dtype, case: Case) -> None:
+def test_the_gradient_is_that_of_float64_on_a_cpu(
+    device: str, dtype: torch.dtype, case: Case
+) -> None:
     expected = gradients_on(case, torch.device("cpu"), torch.float64)
     found = gradients_on(case, device_of(device), dtype)
     most = max(float(g.abs().max()) for g in expected.values())

@@ -1,4 +1,6 @@
-"""The memory of a card: a batch that does not fit is halved, and what SLTT takes does not grow with the number of time steps."""
+"""The memory of a card: a batch that does not fit is halved, and what SLTT takes does not grow with
+the number of time steps.
+"""
 
 # T time, B batch
 
@@ -36,7 +38,9 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_memory")
 def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
-    """BPTT keeps 18.5 GB of 256 such images at T = 8: more than a twentieth of a card of 370 GB or less."""
+    """BPTT keeps 18.5 GB of 256 such images at T = 8: more than a twentieth of a card of 370 GB or
+    less.
+    """
     recipe = small_recipe(
         model=spec(nf_resnet18_small, classes=10, in_channels=3, width=64, blocks=(1, 1)),
         rule=spec(BPTT),
@@ -50,7 +54,11 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
     job = make_run(tmp_path / "run", recipe)
     with Inline(device="gpu") as launcher:
         assert launcher.run(job, "test") is not None
-    sizes = [event["micro_batch"] for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "smaller"]
+    sizes = [
+        event["micro_batch"]
+        for event in read(tmp_path / "run" / "journal.jsonl")
+        if event["event"] == "smaller"
+    ]
     assert sizes and sizes == [256 // 2**n for n in range(1, len(sizes) + 1)]
 
 

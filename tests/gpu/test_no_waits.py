@@ -26,7 +26,9 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("device", ["meta", CUDA])
 def test_a_batch_asks_for_no_value(device: str, rule: str) -> None:
-    """A tensor on `meta` has no value: whatever asks for one fails there, and so does a tensor that was left on the CPU."""
+    """A tensor on `meta` has no value: whatever asks for one fails there, and so does a tensor that
+    was left on the CPU.
+    """
     made, on = RULES[rule](), device_of(device)
     network = nf_resnet18_small(classes=10, in_channels=1, width=4, blocks=(1, 1)).to(on)
     made.attach(network)
@@ -43,7 +45,10 @@ def test_a_batch_asks_for_no_value(device: str, rule: str) -> None:
 
 def _learn(rule: Rule, network: nn.Module, on: torch.device) -> None:
     network.zero_grad()
-    x_TB, target_B = torch.zeros(4, 8, 1, 8, 8, device=on), torch.zeros(8, dtype=torch.long, device=on)
+    x_TB, target_B = (
+        torch.zeros(4, 8, 1, 8, 8, device=on),
+        torch.zeros(8, dtype=torch.long, device=on),
+    )
     for objective in rule.objectives(network, x_TB, CrossEntropy()(target_B), step=0):
         if objective.backward is not None:
             objective.backward.backward()

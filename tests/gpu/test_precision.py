@@ -21,15 +21,21 @@ NEAR_ONE = 1 + 2**-12
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_products_and_convolutions_are_computed_as_a_run_tells(precision: Literal["fp32", "tf32"], tmp_path: Path) -> None:
+def test_products_and_convolutions_are_computed_as_a_run_tells(
+    precision: Literal["fp32", "tf32"], tmp_path: Path
+) -> None:
     on = device_of("cuda")
     job = make_run(tmp_path / "run", small_recipe(precision=precision, stop_after=1))
     with Inline(device="gpu") as launcher:
         launcher.run(job, "test")
-    [start] = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"]
+    [start] = [
+        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"
+    ]
     assert start["precision"] == precision
     expected = NEAR_ONE if precision == "fp32" else 1.0
-    assert _product(on) == expected and _convolution(on) == expected  # of this process, as the run has left it
+    assert (
+        _product(on) == expected and _convolution(on) == expected
+    )  # of this process, as the run has left it
 
 
 def _product(on: torch.device) -> float:

@@ -45,7 +45,9 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     file = tmp_path / "killed.py"
     file.write_text(RECIPE)
     how = ["launch", str(file), "--inline", "--device", device]
-    untouched = Driver(*how, "--name", "untouched", run=tmp_path / "runs" / "untouched", folder=tmp_path)
+    untouched = Driver(
+        *how, "--name", "untouched", run=tmp_path / "runs" / "untouched", folder=tmp_path
+    )
     hit = Driver(*how, "--name", "hit", run=tmp_path / "runs" / "hit", folder=tmp_path)
     try:
         hit.at_step(40)

@@ -46,7 +46,9 @@ class Norm(nn.Module):
 
 
 class Trained:
-    """A network with momentum and dropout, under SLTT with running statistics, and its guard; `batch` trains on one."""
+    """A network with momentum and dropout, under SLTT with running statistics, and its guard;
+    `batch` trains on one.
+    """
 
     def __init__(self, ranks: Ranks = Ranks(), *, rule: Rule | None = None, **guard: Any) -> None:
         torch.manual_seed(0)
@@ -54,23 +56,34 @@ class Trained:
         network = nn.Sequential(Linear(4, 6), norm, LIF(threshold=0.3), Dropout(0.3), Linear(6, 3))
         self.rule = SLTT() if rule is None else rule
         self.rule.attach(network)
-        self.backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9))
+        self.backend = Plain(
+            network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        )
         self.told: list[tuple[int, str]] = []
         torch.manual_seed(1)  # of dropout
-        self.guard = Guard(self.backend, self.rule, ranks, on_skip=lambda *told: self.told.append(told), **guard)
+        self.guard = Guard(
+            self.backend, self.rule, ranks, on_skip=lambda *told: self.told.append(told), **guard
+        )
 
-    def batch(self, step: int, *, scale: float = 1.0, bad: bool = False, meters: NoMeters = NoMeters()) -> None:
+    def batch(
+        self, step: int, *, scale: float = 1.0, bad: bool = False, meters: NoMeters = NoMeters()
+    ) -> None:
         draw = torch.Generator().manual_seed(step)
         x_BC, target_B = torch.randn(8, 4, generator=draw), torch.randint(3, (8,), generator=draw)
         x_BC = x_BC.fill_(math.nan) if bad else x_BC * scale
         batches = [(step, [MicroBatch(repeat(x_BC, 3), target_B, range(8), 1.0)])]
-        train(self.rule, self.backend, lambda step: None, batches, CrossEntropy(), meters, self.guard)
+        train(
+            self.rule, self.backend, lambda step: None, batches, CrossEntropy(), meters, self.guard
+        )
 
     def values(self) -> dict[str, Tensor]:
         momentum = self.backend.optimizer.state_dict()["state"]
         held = {f"momentum {index}": state["momentum_buffer"] for index, state in momentum.items()}
         held |= {f"rule {name}": value.clone() for name, value in self.rule.state_dict().items()}
-        return {**{name: value.clone() for name, value in self.backend.network.state_dict().items()}, **held}
+        return {
+            **{name: value.clone() for name, value in self.backend.network.state_dict().items()},
+            **held,
+        }
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -100,7 +113,9 @@ def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
     for trained in (hit, whole):
         trained.rule.figures()  # HLOP writes down what it is asked for
     assert same(hit.values(), whole.values())
-    assert hit.told == [(bad, "its gradient is not finite on 1 of 1 worker")]  # spikes hide it from the loss
+    assert hit.told == [
+        (bad, "its gradient is not finite on 1 of 1 worker")
+    ]  # spikes hide it from the loss
     assert all(p.grad is None for p in hit.backend.network.parameters())
 
 
@@ -138,7 +153,9 @@ def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:
     hook = hit.backend.network[0].weight.register_hook(lambda g: g * math.inf)  # type: ignore[union-attr, operator]
     hit.batch(1)
     hook.remove()
-    assert same(hit.values(), before) and hit.told == [(1, "its gradient is not finite on 1 of 1 worker")]
+    assert same(hit.values(), before) and hit.told == [
+        (1, "its gradient is not finite on 1 of 1 worker")
+    ]
 
 
 def test_too_many_in_a_row_lead_back() -> None:
@@ -171,7 +188,9 @@ def test_a_loss_that_leaps_is_bad_once_there_is_something_to_hold_it_against() -
     hit.batch(WINDOW)
     assert same(hit.values(), leapt) and not same(before, leapt)
     [(step, reason)] = hit.told
-    assert step == WINDOW and re.fullmatch(r"its loss of \d+\.\d+ is more than 3 times the usual \d\.\d+", reason)
+    assert step == WINDOW and re.fullmatch(
+        r"its loss of \d+\.\d+ is more than 3 times the usual \d\.\d+", reason
+    )
 
 
 def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:

@@ -14,7 +14,13 @@ from pipeline.job import Notice
 
 def test_a_notice_is_new_where_it_names_a_machine_that_none_has_named() -> None:
     known = Departures()
-    for machines, is_new in ((("a",), True), (("a",), False), (("a", "b"), True), (("b",), False), (("c",), True)):
+    for machines, is_new in (
+        (("a",), True),
+        (("a",), False),
+        (("a", "b"), True),
+        (("b",), False),
+        (("c",), True),
+    ):
         notice = Notice(machines, None)
         assert known.is_new(notice) is is_new
         known.add(notice)
@@ -22,7 +28,9 @@ def test_a_notice_is_new_where_it_names_a_machine_that_none_has_named() -> None:
     assert not known.is_last_call(batch_s=1e9, write_s=1e9)  # nobody knows when
 
 
-def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 50.0
     monkeypatch.setattr(departures, "time", SimpleNamespace(monotonic=lambda: now))
     known = Departures()

@@ -32,22 +32,41 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
 
 
-KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int64]
+KINDS = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.bool,
+    torch.uint8,
+    torch.int64,
+]
 BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-SIZES = st.integers(1, 3 * ROW + 2) | st.sampled_from([1, ROW - 1, ROW, ROW + 1, 2 * ROW, 2 * ROW + 1])
+SIZES = st.integers(1, 3 * ROW + 2) | st.sampled_from(
+    [1, ROW - 1, ROW, ROW + 1, 2 * ROW, 2 * ROW + 1]
+)
 
 
 def drawn(kind: torch.dtype, size: int, seed: int) -> Tensor:
     """Of any bits; all of a bool are one."""
     if kind == torch.bool:
         return torch.randint(2, (size,), generator=torch.Generator().manual_seed(seed)).to(kind)
-    made = torch.randint(256, (size * kind.itemsize,), generator=torch.Generator().manual_seed(seed))
+    made = torch.randint(
+        256, (size * kind.itemsize,), generator=torch.Generator().manual_seed(seed)
+    )
     return made.to(torch.uint8).view(kind)
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.data(), st.sampled_from(KINDS), st.lists(SIZES, min_size=1, max_size=3), st.integers(0, 1 << 30))
-def test_any_bit_that_flips_is_seen(data: st.DataObject, kind: torch.dtype, sizes: list[int], seed: int) -> None:
+@given(
+    st.data(),
+    st.sampled_from(KINDS),
+    st.lists(SIZES, min_size=1, max_size=3),
+    st.integers(0, 1 << 30),
+)
+def test_any_bit_that_flips_is_seen(
+    data: st.DataObject, kind: torch.dtype, sizes: list[int], seed: int
+) -> None:
     values = [drawn(kind, size, seed + index) for index, size in enumerate(sizes)]
     before = fingerprint(values)
     assert fingerprint([value.clone() for value in values]) == before
@@ -55,24 +74,43 @@ def test_any_bit_that_flips_is_seen(data: st.DataObject, kind: torch.dtype, size
     place = data.draw(st.integers(0, len(value) - 1))
     bits = 1 if kind == torch.bool else 8 * kind.itemsize
     bit = data.draw(st.integers(0, bits - 1))
-    value.view(BYTES[kind.itemsize])[place] ^= -1 << bit if bit == 8 * kind.itemsize - 1 and kind.itemsize > 1 else 1 << bit
+    value.view(BYTES[kind.itemsize])[place] ^= (
+        -1 << bit if bit == 8 * kind.itemsize - 1 and kind.itemsize > 1 else 1 << bit
+    )
     assert fingerprint(values) != before
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.data(), st.sampled_from(KINDS), st.lists(SIZES, min_size=1, max_size=3), st.integers(0, 1 << 30))
-def test_any_two_that_change_places_are_seen(data: st.DataObject, kind: torch.dtype, sizes: list[int], seed: int) -> None:
+@given(
+    st.data(),
+    st.sampled_from(KINDS),
+    st.lists(SIZES, min_size=1, max_size=3),
+    st.integers(0, 1 << 30),
+)
+def test_any_two_that_change_places_are_seen(
+    data: st.DataObject, kind: torch.dtype, sizes: list[int], seed: int
+) -> None:
     """Also where they stand below one another, and where they differ in their highest bit alone."""
-    values = [drawn(kind, size, seed + index).view(BYTES[kind.itemsize]) for index, size in enumerate(sizes)]
+    values = [
+        drawn(kind, size, seed + index).view(BYTES[kind.itemsize])
+        for index, size in enumerate(sizes)
+    ]
     one, other = data.draw(st.sampled_from(values)), data.draw(st.sampled_from(values))
     here = data.draw(st.integers(0, len(one) - 1))
-    below = st.integers(0, (len(other) - 1 - here % ROW) // ROW).map(lambda row: here % ROW + row * ROW)
-    there = data.draw(st.integers(0, len(other) - 1) | (below if len(other) > here % ROW else st.nothing()))
+    below = st.integers(0, (len(other) - 1 - here % ROW) // ROW).map(
+        lambda row: here % ROW + row * ROW
+    )
+    there = data.draw(
+        st.integers(0, len(other) - 1) | (below if len(other) > here % ROW else st.nothing())
+    )
     if kind != torch.bool and data.draw(st.booleans()) and (one is not other or here != there):
         highest = 128 if kind == torch.uint8 else -1 << 8 * kind.itemsize - 1
         other[there] = one[here]
         other[there] ^= highest
-    before, (a, b) = fingerprint([value.view(kind) for value in values]), (one[here].clone(), other[there].clone())
+    before, (a, b) = (
+        fingerprint([value.view(kind) for value in values]),
+        (one[here].clone(), other[there].clone()),
+    )
     one[here], other[there] = b, a
     assert (fingerprint([value.view(kind) for value in values]) == before) == bool(a == b)
 
@@ -104,24 +142,43 @@ def _compared(rank: int, size: int) -> dict[str, Any]:
     }
 
 
-def test_the_one_that_is_apart_and_the_one_that_is_slow_are_named_on_every_rank(tmp_path: Path) -> None:
+def test_the_one_that_is_apart_and_the_one_that_is_slow_are_named_on_every_rank(
+    tmp_path: Path,
+) -> None:
     found = run_ranks(_compared, 3, tmp_path)
-    assert found == [{"same": [], "apart": [1], "slow": {1: pytest.approx(1.9 / 1.1)}, "none": {}}] * 3
+    assert (
+        found == [{"same": [], "apart": [1], "slow": {1: pytest.approx(1.9 / 1.1)}, "none": {}}] * 3
+    )
 
 
 def test_of_two_the_slower_one(tmp_path: Path) -> None:
     assert stragglers(5.0, Ranks()) == {}
-    assert [each["slow"] for each in run_ranks(_compared, 2, tmp_path)] == [{1: pytest.approx(1.9)}] * 2
+    assert [each["slow"] for each in run_ranks(_compared, 2, tmp_path)] == [
+        {1: pytest.approx(1.9)}
+    ] * 2
 
 
 def _damaged(rank: int, size: int) -> dict[str, str]:
     """What is said of a run one of whose workers, the last, holds something else."""
-    ranks, model, rule = Ranks(rank, size), nn.Sequential(network(), nn.BatchNorm1d(3)), Counting(1.0)
-    backend = Averaged(Plain(model, lambda net: torch.optim.SGD(net.parameters(), lr=0.1)), decay=0.9)
-    parts: Any = SimpleNamespace(
-        ranks=ranks, backend=backend, rule=rule, job=SimpleNamespace(run="."), checkpoints=None, meters=None
+    ranks, model, rule = (
+        Ranks(rank, size),
+        nn.Sequential(network(), nn.BatchNorm1d(3)),
+        Counting(1.0),
     )
-    saving = Saving(parts, step=0, learnt=cast(Any, None), guard=cast(Any, None), figures=cast(Any, None))
+    backend = Averaged(
+        Plain(model, lambda net: torch.optim.SGD(net.parameters(), lr=0.1)), decay=0.9
+    )
+    parts: Any = SimpleNamespace(
+        ranks=ranks,
+        backend=backend,
+        rule=rule,
+        job=SimpleNamespace(run="."),
+        checkpoints=None,
+        meters=None,
+    )
+    saving = Saving(
+        parts, step=0, learnt=cast(Any, None), guard=cast(Any, None), figures=cast(Any, None)
+    )
     found = {}
     for name, value in {
         "nothing": torch.zeros(1),
@@ -144,7 +201,9 @@ def _damaged(rank: int, size: int) -> dict[str, str]:
 def test_all_that_ranks_hold_alike_is_compared_and_what_is_their_own_is_not(tmp_path: Path) -> None:
     for found in run_ranks(_damaged, 3, tmp_path):
         assert [*found] == ["a weight", "an average of weights", "what the rule learnt"]
-        assert all("what workers 2 have learnt is not what others have" in said for said in found.values())
+        assert all(
+            "what workers 2 have learnt is not what others have" in said for said in found.values()
+        )
 
 
 @settings(deadline=None, max_examples=200)
@@ -158,13 +217,20 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(
     data: st.DataObject, kind: torch.dtype, size: int, bad: float
 ) -> None:
     largest = torch.finfo(kind).max  # whose sum would not be finite
-    values = [torch.full((size,), largest, dtype=kind), torch.zeros(0), torch.tensor(3), torch.full((5, 7), -1.0)]
+    values = [
+        torch.full((size,), largest, dtype=kind),
+        torch.zeros(0),
+        torch.tensor(3),
+        torch.full((5, 7), -1.0),
+    ]
     assert saving._are_finite(values)
     values[0][data.draw(st.integers(0, size - 1))] = bad
     assert not saving._are_finite(values)
 
 
-def test_an_average_that_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_average_that_is_not_finite_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = Averaged.step
 
     def spoilt(self: Averaged) -> None:

@@ -1,4 +1,6 @@
-"""Storage that is away for a while: tried again by rank 0 while all ranks show that they live, and given up in the end."""
+"""Storage that is away for a while: tried again by rank 0 while all ranks show that they live, and
+given up in the end.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
 
 
-def away(times: int, error: Exception = OSError(errno.ESTALE, "Stale file handle")) -> Callable[[], str]:
+def away(
+    times: int, error: Exception = OSError(errno.ESTALE, "Stale file handle")
+) -> Callable[[], str]:
     """Fails so often, then answers."""
     tries = itertools.count()
 
@@ -40,7 +44,11 @@ def test_it_is_tried_again_and_told_once(monkeypatch: pytest.MonkeyPatch) -> Non
     told: list[str] = []
     assert patiently(Ranks(), away(20), on_wait=told.append) == "there"
     assert told == ["[Errno 116] Stale file handle"]
-    assert pauses[:3] == [0.01, 0.02, 0.04] and pauses[-1] == storage.LONGEST_PAUSE_S and len(pauses) == 20
+    assert (
+        pauses[:3] == [0.01, 0.02, 0.04]
+        and pauses[-1] == storage.LONGEST_PAUSE_S
+        and len(pauses) == 20
+    )
 
 
 def test_a_pause_is_full_of_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +103,9 @@ def _of_two(rank: int, ranks: int) -> dict[str, Any]:
         acted.append(None)
         return act()
 
-    found = patiently(Ranks(rank, ranks), counted, beat=lambda: beats.append(None), on_wait=told.append)
+    found = patiently(
+        Ranks(rank, ranks), counted, beat=lambda: beats.append(None), on_wait=told.append
+    )
     return {"found": found, "acted": len(acted), "told": len(told), "beats": len(beats)}
 
 

@@ -101,7 +101,11 @@ PROCESSES = {
     "goes on": (GOES_ON,),
     "is off": (OFF,),
     "is patient": (PATIENT,),
-    "hangs all the same": (HANGS.replace("    waits_for_ever()", "    with watchdog.patient(2.0):\n        waits_for_ever()"),),
+    "hangs all the same": (
+        HANGS.replace(
+            "    waits_for_ever()", "    with watchdog.patient(2.0):\n        waits_for_ever()"
+        ),
+    ),
     "a worker hangs": (WORKER, "hangs"),
     "a worker restores": (WORKER, "restores"),
     "a worker writes": (WORKER, "writes"),
@@ -125,7 +129,9 @@ class Ran(NamedTuple):
 
 def end_of(run: Path, code: str, *words: str) -> Ran:
     began = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", code, str(run), *words], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(run), *words], capture_output=True, text=True, timeout=60
+    )
     return Ran(run, ended.returncode, ended.stdout, ended.stderr, time.monotonic() - began)
 
 
@@ -149,7 +155,10 @@ def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
     assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
     (hung.run / FOLDER / "rank0-20260105-120000.txt").touch()  # of one that was killed
     named = f"{FOLDER}/{file.name}"
-    assert untold(hung.run, []) == {named: 3} and untold(hung.run, [{"event": "hung", "stacks": named}]) == {}
+    assert (
+        untold(hung.run, []) == {named: 3}
+        and untold(hung.run, [{"event": "hung", "stacks": named}]) == {}
+    )
 
 
 @pytest.mark.parametrize("name", ["goes on", "is off", "is patient"])
@@ -186,5 +195,7 @@ def test_a_checkpoint_that_takes_longer_to_write_ends_nobody(ran: dict[str, Ran]
     wrote = ran["a worker writes"]
     assert wrote.code == 0, wrote.err
     assert wrote.stacks == []
-    [event] = [event for event in read(wrote.run / "journal.jsonl") if event["event"] == "checkpoint"]
+    [event] = [
+        event for event in read(wrote.run / "journal.jsonl") if event["event"] == "checkpoint"
+    ]
     assert event["write_s"] > 4.0

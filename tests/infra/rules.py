@@ -1,4 +1,6 @@
-"""What every manifest for KubeRay keeps to: each rule names what in a manifest breaks it, and nothing of one that keeps it."""
+"""What every manifest for KubeRay keeps to: each rule names what in a manifest breaks it, and
+nothing of one that keeps it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ METRICS = {"metrics": 8080, "metrics-runs": 9100}
 def require_kustomize() -> None:
     """Skip the test, or the module that is being imported, where nothing renders a folder."""
     if not (shutil.which("kubectl") or shutil.which("kustomize")):
-        pytest.skip("needs kustomize: `infra/setup.sh --tools`, where apt has it", allow_module_level=True)
+        pytest.skip(
+            "needs kustomize: `infra/setup.sh --tools`, where apt has it", allow_module_level=True
+        )
 
 
 def build(folder: Path) -> list[Manifest]:
@@ -56,7 +60,13 @@ def _built(folder: Path) -> list[Manifest]:
 def containers(node: Any) -> list[Manifest]:
     """Every container that a manifest names, whatever its kind."""
     found: list[Manifest] = []
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+    for key, value in (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    ):
         is_list = key in ("containers", "initContainers") and isinstance(value, list)
         found += value if is_list else containers(value)
     return found
@@ -74,8 +84,12 @@ def secrets(manifest: Manifest) -> Iterator[str]:
         yield "a Secret must not lie among the manifests"
     for container in containers(manifest):
         for variable in container.get("env", ()):
-            if "value" in variable and re.search("TOKEN|PASSWORD|SECRET|CREDENTIAL|_KEY$|_URI$", variable["name"].upper()):
-                yield f"{container['name']}: {variable['name']} must come from a Secret; got a value"
+            if "value" in variable and re.search(
+                "TOKEN|PASSWORD|SECRET|CREDENTIAL|_KEY$|_URI$", variable["name"].upper()
+            ):
+                yield (
+                    f"{container['name']}: {variable['name']} must come from a Secret; got a value"
+                )
         for source in container.get("envFrom", ()):
             if set(source) != {"secretRef"} or source["secretRef"].get("optional") is not True:
                 yield f"{container['name']}: envFrom must be an optional secretRef; got {source}"
@@ -88,13 +102,26 @@ def user(manifest: Manifest) -> Iterator[str]:
     """Kubernetes' restricted profile, with the user of the image."""
     for pod in _pods(manifest):
         context = pod.get("securityContext", {})
-        for name, value in (("runAsNonRoot", True), ("runAsUser", 10001), ("runAsGroup", 10001), ("fsGroup", 10001)):
+        for name, value in (
+            ("runAsNonRoot", True),
+            ("runAsUser", 10001),
+            ("runAsGroup", 10001),
+            ("fsGroup", 10001),
+        ):
             if context.get(name) != value:
                 yield f"a pod's {name} must be {value}; got {context.get(name)}"
         if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
-            yield f"a pod's seccompProfile must be RuntimeDefault; got {context.get('seccompProfile')}"
-    own = [(container["name"], container.get("securityContext")) for container in containers(manifest)]
-    own += [("autoscaler", spec.get("autoscalerOptions", {}).get("securityContext")) for spec in _clusters(manifest)]
+            yield (
+                "a pod's seccompProfile must be RuntimeDefault; got"
+                f" {context.get('seccompProfile')}"
+            )
+    own = [
+        (container["name"], container.get("securityContext")) for container in containers(manifest)
+    ]
+    own += [
+        ("autoscaler", spec.get("autoscalerOptions", {}).get("securityContext"))
+        for spec in _clusters(manifest)
+    ]
     for name, context in own:
         if context != {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}:
             yield f"{name}: must drop all capabilities and allow no escalation; got {context}"
@@ -114,9 +141,14 @@ def closed(manifest: Manifest) -> Iterator[str]:
         for name in ("enableIngress", "ingressOptions", "headService"):
             if name in head:
                 yield f"the head must have no {name}"
-        ports = {port["name"] for port in head["template"]["spec"]["containers"][0].get("ports", ())}
+        ports = {
+            port["name"] for port in head["template"]["spec"]["containers"][0].get("ports", ())
+        }
         if ports != {"gcs-server", "dashboard", "metrics"}:
-            yield f"the head's ports must be gcs-server, dashboard and metrics, or KubeRay opens others; got {sorted(ports)}"
+            yield (
+                "the head's ports must be gcs-server, dashboard and metrics, or KubeRay opens"
+                f" others; got {sorted(ports)}"
+            )
     for pod, labels in zip(_pods(manifest), _labels(manifest), strict=True):
         if labels != LABEL:
             yield f"a pod must have the label that the NetworkPolicy goes by; got {labels}"
@@ -126,7 +158,9 @@ def closed(manifest: Manifest) -> Iterator[str]:
 
 
 def retries(manifest: Manifest) -> Iterator[str]:
-    """A retry is a new cluster, which finds the run by its name on storage that outlives the old one. Evictions count, too."""
+    """A retry is a new cluster, which finds the run by its name on storage that outlives the old
+    one. Evictions count, too.
+    """
     if manifest["kind"] != "RayJob":
         return
     spec, words = manifest["spec"], manifest["spec"]["entrypoint"].split()
@@ -157,13 +191,20 @@ def head(manifest: Manifest) -> Iterator[str]:
 
 
 def stays(manifest: Manifest) -> Iterator[str]:
-    """The head prefers a machine that nobody takes back, and has any other where there is none, or where none is labelled."""
+    """The head prefers a machine that nobody takes back, and has any other where there is none, or
+    where none is labelled.
+    """
     wanted = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in SPOT.items()]
     for spec in _clusters(manifest):
-        affinity = spec["headGroupSpec"]["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
+        affinity = (
+            spec["headGroupSpec"]["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
+        )
         preferred = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
         if [each["preference"].get("matchExpressions") for each in preferred] != [wanted]:
-            yield f"the head must prefer nodes without any label of spot machines, {', '.join(SPOT)}; got {preferred}"
+            yield (
+                f"the head must prefer nodes without any label of spot machines, {', '.join(SPOT)};"
+                f" got {preferred}"
+            )
         if "requiredDuringSchedulingIgnoredDuringExecution" in affinity:
             yield "the head must require no label of its node: there may be no such node"
 
@@ -180,20 +221,34 @@ def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
 
 def scale(manifest: Manifest) -> Iterator[str]:
     for spec in _clusters(manifest):
-        if spec.get("enableInTreeAutoscaling") is not True or spec.get("autoscalerOptions", {}).get("version") != "v2":
+        if (
+            spec.get("enableInTreeAutoscaling") is not True
+            or spec.get("autoscalerOptions", {}).get("version") != "v2"
+        ):
             yield "the autoscaler must be on, version v2"
         for group in spec["workerGroupSpecs"]:
-            least, now, most = (group.get(name) for name in ("minReplicas", "replicas", "maxReplicas"))
+            least, now, most = (
+                group.get(name) for name in ("minReplicas", "replicas", "maxReplicas")
+            )
             if None in (least, now, most) or not 0 <= least <= now <= most or most < 1:
-                yield f"replicas must lie between minReplicas and maxReplicas; got {now} of {least} to {most}"
+                yield (
+                    f"replicas must lie between minReplicas and maxReplicas; got {now} of {least}"
+                    f" to {most}"
+                )
             if manifest["kind"] == "RayJob" and None not in (least, now, most):
                 yield from _room(manifest, group)
 
 
 def _room(manifest: Manifest, group: Manifest) -> Iterator[str]:
-    """The driver counts on its least number of workers when it starts, and never has more than its largest."""
+    """The driver counts on its least number of workers when it starts, and never has more than its
+    largest.
+    """
     words = manifest["spec"]["entrypoint"].split()
-    told = {name: words[words.index(name) + 1] for name in ("--workers", "--cpus-per-worker", "--device") if name in words}
+    told = {
+        name: words[words.index(name) + 1]
+        for name in ("--workers", "--cpus-per-worker", "--device")
+        if name in words
+    }
     numbers = [int(each) for each in re.split("[:,]", told.get("--workers", "1"))]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     room = int(limits["cpu"]) // int(told.get("--cpus-per-worker", 1))
@@ -201,9 +256,15 @@ def _room(manifest: Manifest, group: Manifest) -> Iterator[str]:
         room = min(room, int(limits["nvidia.com/gpu"]))
     for name, workers in (("minReplicas", numbers[0]), ("maxReplicas", numbers[-1])):
         if group[name] * room < workers:
-            yield f"a RayJob's {name} must hold {workers} workers, {room} in each pod; got {group[name]}"
+            yield (
+                f"a RayJob's {name} must hold {workers} workers, {room} in each pod; got"
+                f" {group[name]}"
+            )
     if len(numbers) == 1 and group["minReplicas"] != group["replicas"]:
-        yield f"a RayJob's minReplicas must be its replicas, {group['replicas']}, all of which train; got {group['minReplicas']}"
+        yield (
+            f"a RayJob's minReplicas must be its replicas, {group['replicas']}, all of which train;"
+            f" got {group['minReplicas']}"
+        )
 
 
 def departure(manifest: Manifest) -> Iterator[str]:
@@ -215,47 +276,90 @@ def departure(manifest: Manifest) -> Iterator[str]:
             if grace < 120:
                 yield f"a pod's terminationGracePeriodSeconds must be 120 or more; got {grace}"
             container = pod["containers"][0]
-            hook = " ".join(container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ()))
+            hook = " ".join(
+                container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ())
+            )
             if is_head and "kill -USR1" not in hook:
-                yield f"{container['name']}: preStop must ask the driver to save with SIGUSR1; got {hook!r}"
+                yield (
+                    f"{container['name']}: preStop must ask the driver to save with SIGUSR1; got"
+                    f" {hook!r}"
+                )
             if not is_head:
                 found = re.search(r"ray drain-node .*--deadline-remaining-seconds (\d+)", hook)
                 if found is None or "--reason DRAIN_NODE_REASON_PREEMPTION" not in hook:
-                    yield f"{container['name']}: preStop must drain the node for a preemption, with a deadline; got {hook!r}"
+                    yield (
+                        f"{container['name']}: preStop must drain the node for a preemption, with a"
+                        f" deadline; got {hook!r}"
+                    )
                 elif int(found[1]) >= grace:
-                    yield f"{container['name']}: the deadline must lie before the end of the pod, {grace} s; got {found[1]}"
+                    yield (
+                        f"{container['name']}: the deadline must lie before the end of the pod,"
+                        f" {grace} s; got {found[1]}"
+                    )
 
 
 def storage(manifest: Manifest) -> Iterator[str]:
-    """Runs and data on claims, shared memory as memory, and a request for all that a container may take."""
+    """Runs and data on claims, shared memory as memory, and a request for all that a container may
+    take.
+    """
     for pod in _pods(manifest):
         volumes = {volume["name"]: volume for volume in pod.get("volumes", ())}
         container = pod["containers"][0]
-        mounts = {mount["mountPath"]: volumes.get(mount["name"], {}) for mount in container.get("volumeMounts", ())}
-        for path, claim in (("/shared/runs", "spiketrain-runs"), ("/opt/spiketrain/data", "spiketrain-data")):
+        mounts = {
+            mount["mountPath"]: volumes.get(mount["name"], {})
+            for mount in container.get("volumeMounts", ())
+        }
+        for path, claim in (
+            ("/shared/runs", "spiketrain-runs"),
+            ("/opt/spiketrain/data", "spiketrain-data"),
+        ):
             if mounts.get(path, {}).get("persistentVolumeClaim") != {"claimName": claim}:
-                yield f"{container['name']}: {path} must be the claim {claim}; got {mounts.get(path)}"
+                yield (
+                    f"{container['name']}: {path} must be the claim {claim}; got {mounts.get(path)}"
+                )
         shm = mounts.get("/dev/shm", {}).get("emptyDir", {})
         if shm.get("medium") != "Memory" or "sizeLimit" not in shm:
-            yield f"{container['name']}: /dev/shm must be an emptyDir of Memory with a sizeLimit; got {shm}"
-        elif _gibibytes(shm["sizeLimit"]) * 2 > _gibibytes(container["resources"]["limits"]["memory"]):
-            yield f"{container['name']}: /dev/shm must take at most half of the memory; got {shm['sizeLimit']}"
+            yield (
+                f"{container['name']}: /dev/shm must be an emptyDir of Memory with a sizeLimit; got"
+                f" {shm}"
+            )
+        elif _gibibytes(shm["sizeLimit"]) * 2 > _gibibytes(
+            container["resources"]["limits"]["memory"]
+        ):
+            yield (
+                f"{container['name']}: /dev/shm must take at most half of the memory; got"
+                f" {shm['sizeLimit']}"
+            )
     for spec in _clusters(manifest):
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             asked = int(group.get("rayStartParams", {}).get("object-store-memory", 0))
-            shm = next(each for each in group["template"]["spec"]["volumes"] if each["name"] == "shm")["emptyDir"]
+            shm = next(
+                each for each in group["template"]["spec"]["volumes"] if each["name"] == "shm"
+            )["emptyDir"]
             if not 0 < asked <= _gibibytes(shm["sizeLimit"]) * 2**30:
                 name = group.get("groupName", "the head")
-                yield f"{name}: object-store-memory must be said, and fit into /dev/shm, {shm['sizeLimit']}; got {asked}"
+                yield (
+                    f"{name}: object-store-memory must be said, and fit into /dev/shm,"
+                    f" {shm['sizeLimit']}; got {asked}"
+                )
     amounts = [(each["name"], each.get("resources", {})) for each in containers(manifest)]
-    amounts += [("autoscaler", spec.get("autoscalerOptions", {}).get("resources", {})) for spec in _clusters(manifest)]
+    amounts += [
+        ("autoscaler", spec.get("autoscalerOptions", {}).get("resources", {}))
+        for spec in _clusters(manifest)
+    ]
     for name, resources in amounts:
-        if resources.get("requests") != resources.get("limits") or not {"cpu", "memory"} <= set(resources.get("requests", {})):
-            yield f"{name}: must request cpu and memory, and be limited to just that; got {resources}"
+        if resources.get("requests") != resources.get("limits") or not {"cpu", "memory"} <= set(
+            resources.get("requests", {})
+        ):
+            yield (
+                f"{name}: must request cpu and memory, and be limited to just that; got {resources}"
+            )
 
 
 def metrics(manifest: Manifest) -> Iterator[str]:
-    """What machines do is read at a named port of every pod; what runs do at one of the head's, out of what the driver writes."""
+    """What machines do is read at a named port of every pod; what runs do at one of the head's, out
+    of what the driver writes.
+    """
     for spec in _clusters(manifest):
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             yield from _port(group["template"]["spec"]["containers"][0], "metrics")
@@ -263,45 +367,78 @@ def metrics(manifest: Manifest) -> Iterator[str]:
         driver, *beside = pod["containers"]
         exporter = next((each for each in beside if each["image"] == EXPORTER), None)
         if exporter is None:
-            yield f"the head must have {EXPORTER} beside Ray; got {[each['image'] for each in beside]}"
+            yield (
+                f"the head must have {EXPORTER} beside Ray; got"
+                f" {[each['image'] for each in beside]}"
+            )
             continue
         yield from _port(exporter, "metrics-runs")
-        folder = {each["name"]: each.get("value") for each in driver.get("env", ())}.get("SPIKETRAIN_METRICS")
+        folder = {each["name"]: each.get("value") for each in driver.get("env", ())}.get(
+            "SPIKETRAIN_METRICS"
+        )
         written, read = (_volume_at(each, folder) for each in (driver, exporter))
-        if written != read or written not in {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume}:
-            yield f"SPIKETRAIN_METRICS must be an emptyDir of {driver['name']} and {exporter['name']}; got {folder}"
+        if written != read or written not in {
+            volume["name"] for volume in pod["volumes"] if "emptyDir" in volume
+        }:
+            yield (
+                f"SPIKETRAIN_METRICS must be an emptyDir of {driver['name']} and"
+                f" {exporter['name']}; got {folder}"
+            )
         if f"--collector.textfile.directory={folder}" not in exporter.get("args", ()):
             yield f"{exporter['name']}: must read {folder}; got {exporter.get('args')}"
 
 
 def _port(container: Manifest, name: str) -> Iterator[str]:
     if {"name": name, "containerPort": METRICS[name]} not in container.get("ports", ()):
-        yield f"{container['name']}: must have the port {name}, {METRICS[name]}; got {container.get('ports')}"
+        yield (
+            f"{container['name']}: must have the port {name}, {METRICS[name]}; got"
+            f" {container.get('ports')}"
+        )
 
 
 def _volume_at(container: Manifest, path: str | None) -> str | None:
-    return next((mount["name"] for mount in container.get("volumeMounts", ()) if mount["mountPath"] == path), None)
+    return next(
+        (
+            mount["name"]
+            for mount in container.get("volumeMounts", ())
+            if mount["mountPath"] == path
+        ),
+        None,
+    )
 
 
 def policy(manifest: Manifest) -> Iterator[str]:
-    """Whom a NetworkPolicy lets in: the pods everywhere, the operator at the dashboard, a Prometheus at figures, nobody else."""
+    """Whom a NetworkPolicy lets in: the pods everywhere, the operator at the dashboard, a
+    Prometheus at figures, nobody else.
+    """
     if manifest["kind"] != "NetworkPolicy":
         return
     spec = manifest["spec"]
     if spec["podSelector"] != {"matchLabels": LABEL} or spec.get("policyTypes") != ["Ingress"]:
-        yield f"the policy must be about what comes in to {LABEL}; got {spec['podSelector']}, {spec.get('policyTypes')}"
+        yield (
+            f"the policy must be about what comes in to {LABEL}; got {spec['podSelector']},"
+            f" {spec.get('policyTypes')}"
+        )
     for rule in spec.get("ingress", ()):
         sources = rule.get("from") or [{}]
         own = sources == [{"podSelector": {"matchLabels": LABEL}}]
         of_operator = [
-            source.get("podSelector") == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+            source.get("podSelector")
+            == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
             and "namespaceSelector" in source
             for source in sources
         ]
         at_dashboard = all(of_operator) and rule.get("ports") == [{"protocol": "TCP", "port": 8265}]
         figures = [{"protocol": "TCP", "port": port} for port in METRICS.values()]
-        if not own and not at_dashboard and not (sources == [MONITORING] and rule.get("ports") == figures):
-            yield f"the policy must let in its own pods, the operator at port 8265, and a Prometheus at figures; got {rule}"
+        if (
+            not own
+            and not at_dashboard
+            and not (sources == [MONITORING] and rule.get("ports") == figures)
+        ):
+            yield (
+                "the policy must let in its own pods, the operator at port 8265, and a Prometheus"
+                f" at figures; got {rule}"
+            )
 
 
 RULES = (
@@ -311,17 +448,24 @@ RULES = (
 
 
 def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:
-    """The image holds the ray of requirements.lock, and KubeRay builds its commands for rayVersion."""
+    """The image holds the ray of requirements.lock, and KubeRay builds its commands for
+    rayVersion.
+    """
     for spec in _clusters(manifest):
         if spec.get("rayVersion") != ray:
-            yield f"rayVersion must be that of requirements.lock, {ray}; got {spec.get('rayVersion')}"
+            yield (
+                f"rayVersion must be that of requirements.lock, {ray}; got {spec.get('rayVersion')}"
+            )
     for pod in _pods(manifest):
         container = pod["containers"][0]  # Ray's; whatever stands beside it has its own
         if not container["image"].endswith(f"/spiketrain:{spiketrain}-ray{ray}"):
-            yield f"{container['name']}: the image must be spiketrain:{spiketrain}-ray{ray}; got {container['image']}"
+            yield (
+                f"{container['name']}: the image must be spiketrain:{spiketrain}-ray{ray}; got"
+                f" {container['image']}"
+            )
 
 
-# ------------------------------------------------------------------------------------------------------- parts of a manifest
+# ------------------------------------------------------------------------------ parts of a manifest
 
 
 def cluster_of(manifest: Manifest) -> Manifest:
@@ -333,8 +477,16 @@ def _clusters(manifest: Manifest) -> list[Manifest]:
 
 
 def _templates(manifest: Manifest) -> list[Manifest]:
-    groups = [group for spec in _clusters(manifest) for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
-    own = [manifest["spec"]["submitterPodTemplate"]] if "submitterPodTemplate" in manifest["spec"] else []
+    groups = [
+        group
+        for spec in _clusters(manifest)
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
+    own = (
+        [manifest["spec"]["submitterPodTemplate"]]
+        if "submitterPodTemplate" in manifest["spec"]
+        else []
+    )
     return [group["template"] for group in groups] + own
 
 
@@ -349,7 +501,13 @@ def _labels(manifest: Manifest) -> list[dict[str, str]]:
 def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(node, str):
         yield path, node
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+    for key, value in (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    ):
         yield from _texts(value, f"{path}.{key}" if path else str(key))
 
 

@@ -1,4 +1,6 @@
-"""The very commands by which a pod of infra/k8s is taken away, on processes of this test: they see them as all that there are."""
+"""The very commands by which a pod of infra/k8s is taken away, on processes of this test: they see
+them as all that there are.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ def hook(place: str, *processes: int, folder: Path, **environment: str) -> subpr
         (folder / "proc" / str(process)).symlink_to(f"/proc/{process}")
     mine = [word.replace(" /proc/", f" {folder}/proc/") for word in command]
     assert mine != command
-    return subprocess.Popen(mine, env={"PATH": PATH, "HOME": str(folder), **environment}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        mine,
+        env={"PATH": PATH, "HOME": str(folder), **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_a_head_that_leaves_has_its_driver_save_and_waits_for_it(tmp_path: Path) -> None:
@@ -49,7 +56,9 @@ def test_a_head_that_leaves_has_its_driver_save_and_waits_for_it(tmp_path: Path)
         assert driver.stdout is not None and driver.stdout.readline()
         began = time.monotonic()
         leaving = hook("head", driver.pid, beside.pid, folder=tmp_path)
-        assert driver.wait(20) == 130  # and so it is a zombie no longer, as Ray's supervisor sees to
+        assert (
+            driver.wait(20) == 130
+        )  # and so it is a zombie no longer, as Ray's supervisor sees to
         assert leaving.wait(20) == 0 and time.monotonic() - began > 2
         assert beside.poll() is None
     finally:

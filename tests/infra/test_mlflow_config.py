@@ -32,7 +32,15 @@ def docker_compose(*words: str, file: Path, **environment: str) -> subprocess.Co
     command = shutil.which("docker-compose")
     assert command, "this test needs docker-compose, which `infra/setup.sh --tools` installs"
     return subprocess.run(
-        [command, "--file", str(FOLDER / "compose.yaml"), "--env-file", str(file), "config", *words],
+        [
+            command,
+            "--file",
+            str(FOLDER / "compose.yaml"),
+            "--env-file",
+            str(file),
+            "config",
+            *words,
+        ],
         env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment},
         capture_output=True,
         text=True,
@@ -42,8 +50,14 @@ def docker_compose(*words: str, file: Path, **environment: str) -> subprocess.Co
 @pytest.mark.parametrize("given", ["the example", "secrets alone"])
 def test_docker_compose_takes_the_file_and_binds_to_loopback(tmp_path: Path, given: str):
     filled = tmp_path / "env"
-    example = re.sub(r"^(\w+)=$", r"\1=a-long-secret", (FOLDER / ".env.example").read_text(), flags=re.MULTILINE)
-    lines = [line for line in example.splitlines() if given == "the example" or line.split("=")[0] in SECRETS]
+    example = re.sub(
+        r"^(\w+)=$", r"\1=a-long-secret", (FOLDER / ".env.example").read_text(), flags=re.MULTILINE
+    )
+    lines = [
+        line
+        for line in example.splitlines()
+        if given == "the example" or line.split("=")[0] in SECRETS
+    ]
     filled.write_text("\n".join(lines))
 
     quiet = docker_compose("--quiet", file=filled)
@@ -52,10 +66,15 @@ def test_docker_compose_takes_the_file_and_binds_to_loopback(tmp_path: Path, giv
     (port,) = told["mlflow"]["ports"]
     assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "5000", 5000)
     assert "ports" not in told["postgres"]
-    assert told["mlflow"]["environment"]["PGPASSWORD"] == told["postgres"]["environment"]["POSTGRES_PASSWORD"] == "a-long-secret"
-    assert {"--allowed-hosts=localhost:*,127.0.0.1:*", "--cors-allowed-origins=http://localhost:5000"} <= set(
-        told["mlflow"]["command"]
+    assert (
+        told["mlflow"]["environment"]["PGPASSWORD"]
+        == told["postgres"]["environment"]["POSTGRES_PASSWORD"]
+        == "a-long-secret"
     )
+    assert {
+        "--allowed-hosts=localhost:*,127.0.0.1:*",
+        "--cors-allowed-origins=http://localhost:5000",
+    } <= set(told["mlflow"]["command"])
 
 
 @pytest.mark.parametrize("missing", SECRETS)
@@ -76,8 +95,12 @@ def test_every_value_that_is_asked_for_is_in_the_example_and_no_secret_has_one()
 
 
 def test_a_filled_in_env_is_not_in_git():
-    ignored = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "--quiet", "infra/mlflow/.env"]).returncode
-    kept = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "--quiet", "infra/mlflow/.env.example"]).returncode
+    ignored = subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", "--quiet", "infra/mlflow/.env"]
+    ).returncode
+    kept = subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", "--quiet", "infra/mlflow/.env.example"]
+    ).returncode
 
     assert (ignored, kept) == (0, 1)
 
@@ -111,7 +134,9 @@ def test_images_are_pinned_and_the_server_is_of_the_client_s_release(
     assert re.search(r":\d+\.\d+$", images["postgres"])
 
 
-def test_kubernetes_has_what_compose_has(compose: dict[str, Any], manifests: dict[tuple[str, str], dict[str, Any]]):
+def test_kubernetes_has_what_compose_has(
+    compose: dict[str, Any], manifests: dict[tuple[str, str], dict[str, Any]]
+):
     container = manifests["Deployment", "mlflow"]["spec"]["template"]["spec"]["containers"][0]
     environment = compose["services"]["mlflow"]["environment"]
 
@@ -121,7 +146,10 @@ def test_kubernetes_has_what_compose_has(compose: dict[str, Any], manifests: dic
         for each in (compose["services"]["mlflow"]["command"], container["command"])
     )
     assert there == given
-    for allowed in (r"--allowed-hosts=[^*\s]+:\*(,\S+)*", r"--cors-allowed-origins=[^*\s]+"):  # of origins each in full
+    for allowed in (
+        r"--allowed-hosts=[^*\s]+:\*(,\S+)*",
+        r"--cors-allowed-origins=[^*\s]+",
+    ):  # of origins each in full
         assert any(re.fullmatch(allowed, word) for word in container["command"])
     values = re.sub(r"^#.*\n", "", (FOLDER / "auth.ini").read_text(), flags=re.MULTILINE)
     assert manifests["ConfigMap", "mlflow"]["data"]["auth.ini"] == values
@@ -130,7 +158,10 @@ def test_kubernetes_has_what_compose_has(compose: dict[str, Any], manifests: dic
 def test_secrets_are_references(manifests: dict[tuple[str, str], dict[str, Any]]):
     assert not [name for kind, name in manifests if kind == "Secret"]
     by_reference = {
-        (variable["valueFrom"]["secretKeyRef"]["name"], variable["valueFrom"]["secretKeyRef"]["key"])
+        (
+            variable["valueFrom"]["secretKeyRef"]["name"],
+            variable["valueFrom"]["secretKeyRef"]["key"],
+        )
         for each in (manifests["Deployment", "mlflow"], manifests["StatefulSet", "postgres"])
         for variable in each["spec"]["template"]["spec"]["containers"][0]["env"]
         if "valueFrom" in variable
@@ -143,14 +174,26 @@ def test_manifests_refer_to_one_another(manifests: dict[tuple[str, str], dict[st
     for kind, name in (("Deployment", "mlflow"), ("StatefulSet", "postgres")):
         spec = manifests[kind, name]["spec"]
         labels = spec["template"]["metadata"]["labels"]
-        assert spec["selector"]["matchLabels"] == labels == manifests["Service", name]["spec"]["selector"]
+        assert (
+            spec["selector"]["matchLabels"]
+            == labels
+            == manifests["Service", name]["spec"]["selector"]
+        )
         pod = spec["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
-        volumes = [*pod.get("volumes", []), *({"name": c["metadata"]["name"]} for c in spec.get("volumeClaimTemplates", []))]
-        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {volume["name"] for volume in volumes}
+        volumes = [
+            *pod.get("volumes", []),
+            *({"name": c["metadata"]["name"]} for c in spec.get("volumeClaimTemplates", [])),
+        ]
+        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == {
+            volume["name"] for volume in volumes
+        }
         for volume in volumes:
             if "persistentVolumeClaim" in volume:
-                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in manifests
+                assert (
+                    "PersistentVolumeClaim",
+                    volume["persistentVolumeClaim"]["claimName"],
+                ) in manifests
             if "configMap" in volume:
                 assert ("ConfigMap", volume["configMap"]["name"]) in manifests
     assert manifests["StatefulSet", "postgres"]["spec"]["serviceName"] == "postgres"

@@ -1,4 +1,6 @@
-"""What infra/setup.sh has pip do, with a pip that writes down what it is told; no package is fetched or installed."""
+"""What infra/setup.sh has pip do, with a pip that writes down what it is told; no package is
+fetched or installed.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,18 @@ for word in "$@"; do if [[ $word == /dev/fd/* ]]; then cat "$word" >>piped; fi; 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """What the image copies, beside a .venv that holds what this test's does; every system package is there."""
+    """What the image copies, beside a .venv that holds what this test's does; every system package
+    is there.
+    """
     for name in ("pyproject.toml", "requirements.lock", "infra/setup.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = PYTHON.format(python=sys.executable)
-    for name, text in ((".venv/bin/python", python), (".venv/bin/pip", ""), ("system/dpkg-query", "#!/bin/sh\necho installed")):
+    for name, text in (
+        (".venv/bin/python", python),
+        (".venv/bin/pip", ""),
+        ("system/dpkg-query", "#!/bin/sh\necho installed"),
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -41,7 +49,10 @@ def clone(tmp_path: Path) -> Path:
 def set_up(clone: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = f"{clone / 'system'}:{os.environ['PATH']}"
     return subprocess.run(
-        [clone / "infra" / "setup.sh"], env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True
+        [clone / "infra" / "setup.sh"],
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -56,14 +67,19 @@ def test_the_environment_of_another_clone_is_not_emptied_through_a_link(clone: P
 
 
 def test_locked_nothing_is_fetched_that_has_no_hash(clone: Path) -> None:
-    """Neither a release nor what builds one: pip fetches that anew for each source archive, unless it is told not to."""
+    """Neither a release nor what builds one: pip fetches that anew for each source archive, unless
+    it is told not to.
+    """
     done = set_up(clone, LOCKED="1")
     assert done.returncode == 0, done.stdout + done.stderr
     builder, releases, package = (clone / "told").read_text().splitlines()
     assert "--require-hashes" in builder and re.fullmatch(
-        r"setuptools==\S+( \\\n    --hash=sha256:\w{64})+\n( +#.*\n)+", (clone / "piped").read_text()
+        r"setuptools==\S+( \\\n    --hash=sha256:\w{64})+\n( +#.*\n)+",
+        (clone / "piped").read_text(),
     )
-    assert {"--require-hashes", "--no-build-isolation", "requirements.lock"} <= set(releases.split())
+    assert {"--require-hashes", "--no-build-isolation", "requirements.lock"} <= set(
+        releases.split()
+    )
     assert {"--no-deps", "--no-build-isolation", "--editable"} <= set(package.split())
 
 
@@ -71,7 +87,11 @@ def test_cards_that_torch_cannot_use_are_told_of_and_no_failure(clone: Path) -> 
     """The sentence is that of the clone's own code."""
     (clone / "pipeline" / "measure").mkdir(parents=True)
     said = "def unusable_cards():\n    return 'install driver 580 or newer'\n"
-    for name, code in (("__init__.py", ""), ("measure/__init__.py", ""), ("measure/driver.py", said)):
+    for name, code in (
+        ("__init__.py", ""),
+        ("measure/__init__.py", ""),
+        ("measure/driver.py", said),
+    ):
         (clone / "pipeline" / name).write_text(code)
     done = set_up(clone)
     assert done.returncode == 0, done.stdout + done.stderr

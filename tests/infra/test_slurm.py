@@ -1,4 +1,6 @@
-"""The job script runs as it is, on stand-ins for Slurm's, Ray's and our own commands (tests/infra/stand_in)."""
+"""The job script runs as it is, on stand-ins for Slurm's, Ray's and our own commands
+(tests/infra/stand_in).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
         self.number = str(9_000_000 + os.getpid())
-        self.job, self.of_ray = self.runs / f".slurm-{self.number}", Path(f"/tmp/spiketrain-{self.number}")
+        self.job, self.of_ray = (
+            self.runs / f".slurm-{self.number}",
+            Path(f"/tmp/spiketrain-{self.number}"),
+        )
         self.environment = {
             "PATH": f"{STAND_IN}:/usr/local/bin:/usr/bin:/bin",
             "PYTHONPATH": str(STAND_IN / "python"),
@@ -49,15 +54,20 @@ class Slurm:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, script: Path, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        """As Slurm would on the first node: with the job's name and number, in the folder of submission."""
+        """As Slurm would on the first node: with the job's name and number, in the folder of
+        submission.
+        """
         name = re.search(r"^#SBATCH --job-name=(.*)$", script.read_text(), re.MULTILINE)
         assert name is not None
         self._process = subprocess.Popen(
-            # The limit of memory that may be locked is that of the shell of the submission, as Slurm passes it on.
+            # The limit of memory that may be locked is that of the shell of the submission, as
+            # Slurm passes it on.
             ["bash", "-c", 'ulimit -S -l 64 && exec bash "$@"', "bash", str(script), *words],
             env=self.environment | {"SLURM_JOB_NAME": name[1]} | environment,
             cwd=self.folder,
-            stderr=(self.folder / "said").open("w"),  # no pipe, which would stay open as long as any process of the job
+            stderr=(self.folder / "said").open(
+                "w"
+            ),  # no pipe, which would stay open as long as any process of the job
             start_new_session=True,
         )
         return self._process
@@ -94,7 +104,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
     job.close()
 
 
-# ------------------------------------------------------------------------------------------------------------ a job that ends
+# ---------------------------------------------------------------------------------- a job that ends
 
 
 def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
@@ -102,8 +112,16 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
 
     assert status == 0, said
     words = (slurm.folder / "driver.words").read_text().splitlines()
-    expected = "launch recipes/fashion/sltt.py --set optimizer.lr=0.05 --name spiketrain --runs RUNS --address auto --workers 16"
-    assert words == [*expected.replace("RUNS", str(slurm.runs)).split(), "--or-resume", "--node-loss", "patient"]
+    expected = (
+        "launch recipes/fashion/sltt.py --set optimizer.lr=0.05 --name spiketrain --runs RUNS"
+        " --address auto --workers 16"
+    )
+    assert words == [
+        *expected.replace("RUNS", str(slurm.runs)).split(),
+        "--or-resume",
+        "--node-loss",
+        "patient",
+    ]
     head = (slurm.folder / "driver.ray").read_text().strip()
     assert re.fullmatch(r"[\d.]+:2\d{4}", head) and not head.startswith("127.")
     patience = (slurm.folder / "driver.patience").read_text().splitlines()
@@ -112,20 +130,28 @@ def test_the_launch_is_told_where_and_on_how_much_to_train(slurm: Slurm):
     assert soft == hard != "64"  # InfiniBand needs more than a shell commonly has
     for node in "01":
         started = (slurm.folder / f"ray.{node}").read_text()
-        assert started.startswith(f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 ")
+        assert started.startswith(
+            f"symmetric-run --address {head} --min-nodes 2 --num-cpus=16 --num-gpus=8 "
+        )
     assert not (slurm.folder / "scontrol").exists()
     assert not slurm.job.exists()
-    assert stat.S_IMODE(slurm.of_ray.stat().st_mode) == 0o700  # logs of Ray, in a folder that all may write to
+    assert (
+        stat.S_IMODE(slurm.of_ray.stat().st_mode) == 0o700
+    )  # logs of Ray, in a folder that all may write to
 
 
 @pytest.mark.parametrize(
     ("ray", "started"),
     [
         ("2.60", ("symmetric-run --address ", "symmetric-run --address ")),
-        pytest.param("2.48", ("start --head --node-ip-address=", "start --address="), marks=pytest.mark.full),  # no symmetric-run
+        pytest.param(
+            "2.48", ("start --head --node-ip-address=", "start --address="), marks=pytest.mark.full
+        ),  # no symmetric-run
     ],
 )
-def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(slurm: Slurm, ray: str, started: tuple[str, str]):
+def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(
+    slurm: Slurm, ray: str, started: tuple[str, str]
+):
     status, said = slurm.run("r.py", STAND_IN_DRIVER="fail", STAND_IN_RAY=ray)
 
     assert status == 7, said
@@ -137,13 +163,18 @@ def test_a_failure_keeps_its_exit_status_and_is_not_queued_again(slurm: Slurm, r
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--workers", "3"), "--workers must be said by SPIKETRAIN_WORKERS; got it among the words of the launch"),
+        (
+            ("--workers", "3"),
+            "--workers must be said by SPIKETRAIN_WORKERS; got it among the words of the launch",
+        ),
         (("--runs=elsewhere",), "--runs must be said by SPIKETRAIN_RUNS; got it"),
         (("--name", "a"), "--name must be said by sbatch --job-name; got it"),
         (("--node-loss", "fast"), "--node-loss must be said by this script alone; got it"),
     ],
 )
-def test_an_option_that_the_script_says_itself_is_refused(slurm: Slurm, words: tuple[str, ...], said: str):
+def test_an_option_that_the_script_says_itself_is_refused(
+    slurm: Slurm, words: tuple[str, ...], said: str
+):
     status, all_said = slurm.run("r.py", "--set", "seed=3", *words)
 
     assert status == 2
@@ -170,10 +201,16 @@ def test_a_ray_that_did_not_start_is_a_failure_though_it_ends_with_0(slurm: Slur
     ("found", "of_another"),
     [
         ("symbolic link", False),
-        pytest.param("directory", True, marks=pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives files away")),
+        pytest.param(
+            "directory",
+            True,
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="root alone gives files away"),
+        ),
     ],
 )
-def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(slurm: Slurm, found: str, of_another: bool):
+def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(
+    slurm: Slurm, found: str, of_another: bool
+):
     theirs = slurm.of_ray if of_another else slurm.folder / "theirs"
     theirs.mkdir()
     if of_another:
@@ -188,12 +225,15 @@ def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(slurm: Slur
             slurm.of_ray.unlink()
 
     assert status == 1
-    refused = f"{slurm.of_ray} on {socket.gethostname()} must be a directory of user {os.geteuid()}; got {found} of user "
+    refused = (
+        f"{slurm.of_ray} on {socket.gethostname()} must be a directory of user {os.geteuid()}; got"
+        f" {found} of user "
+    )
     assert said.count(refused) == 2  # on each node
     assert not (slurm.folder / "driver.words").exists() and not (slurm.folder / "ray.0").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 @pytest.mark.parametrize("ray", ["2.60", pytest.param("2.48", marks=pytest.mark.full)])
@@ -269,22 +309,37 @@ def test_a_requeue_that_slurm_refuses_is_said(slurm: Slurm):
     assert status == 130 and "submit it again" in said
 
 
-# --------------------------------------------------------------------------------------------------------------------- token
+# -------------------------------------------------------------------------------------------- token
 
 
 @pytest.mark.parametrize("way", ["symmetric", pytest.param("manual", marks=pytest.mark.full)])
 def test_the_token_is_in_a_file_of_its_owner_and_in_no_command_line(slurm: Slurm, way: str):
-    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", SPIKETRAIN_RAY=way, RAY_AUTH_TOKEN="one-of-before")
+    batch = slurm.start(
+        SCRIPT, "r.py", STAND_IN_DRIVER="train", SPIKETRAIN_RAY=way, RAY_AUTH_TOKEN="one-of-before"
+    )
     slurm.until("driver.began")
 
     token = slurm.job / "token"
     secret = token.read_text().strip()
     assert re.fullmatch("[0-9a-f]{64}", secret)
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and stat.S_IMODE(slurm.job.stat().st_mode) == 0o700
-    lines = {pid: words for pid, words in _command_lines().items() if slurm.number in words or "r.py" in words}
-    assert len(lines) >= 4  # the script, srun, its tasks, Ray, the driver: those that could have had it
+    assert (
+        stat.S_IMODE(token.stat().st_mode) == 0o600
+        and stat.S_IMODE(slurm.job.stat().st_mode) == 0o700
+    )
+    lines = {
+        pid: words
+        for pid, words in _command_lines().items()
+        if slurm.number in words or "r.py" in words
+    }
+    assert (
+        len(lines) >= 4
+    )  # the script, srun, its tasks, Ray, the driver: those that could have had it
     assert not [words for words in _command_lines().values() if secret in words]
-    assert (slurm.folder / "ray.0").read_text().startswith({"symmetric": "symmetric-run", "manual": "start"}[way])
+    assert (
+        (slurm.folder / "ray.0")
+        .read_text()
+        .startswith({"symmetric": "symmetric-run", "manual": "start"}[way])
+    )
     batch.send_signal(signal.SIGTERM)
     slurm.end()
     assert not token.exists()
@@ -303,14 +358,23 @@ def test_another_start_has_another_token(slurm: Slurm):
     assert len(secrets) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------- render and submit
+# -------------------------------------------------------------------------------- render and submit
 
 
-def command(*words: str, time: str = "10", gpus: int = 8, nodes: int = 2, partition: str | None = None, **fields: object) -> str:
+def command(
+    *words: str,
+    time: str = "10",
+    gpus: int = 8,
+    nodes: int = 2,
+    partition: str | None = None,
+    **fields: object,
+) -> str:
     """The command line of an order of 16 workers, if nothing else is asked for."""
     made = {"name": "my-run", "workers": 16, "runs": "/shared/runs", **fields}
     order = Order(words=words or ("recipes/fashion/sltt.py",), **made)  # type: ignore[arg-type]
-    return render_sbatch(order, SCRIPT.parent, nodes=nodes, gpus_per_node=gpus, time=time, partition=partition)
+    return render_sbatch(
+        order, SCRIPT.parent, nodes=nodes, gpus_per_node=gpus, time=time, partition=partition
+    )
 
 
 @pytest.fixture
@@ -333,12 +397,23 @@ def submit(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str
 def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str], str]):
     words = ("recipes/it's mine.py", "--set", 'data.folder="$(touch owned)"; `touch owned` & #')
     runs = slurm.folder / "its runs"
-    assert submit(command(*words, time="1-00:00:00", partition="gpu,long", runs=str(runs), image="a b:1")) == "4711"
+    assert (
+        submit(
+            command(*words, time="1-00:00:00", partition="gpu,long", runs=str(runs), image="a b:1")
+        )
+        == "4711"
+    )
 
     status, said = slurm.end()
     assert status == 0, said
     options = (slurm.folder / "sbatch.options").read_text().splitlines()
-    asked = ["--job-name=my-run", "--nodes=2", "--time=1-00:00:00", "--gpus-per-node=8", "--partition=gpu,long"]
+    asked = [
+        "--job-name=my-run",
+        "--nodes=2",
+        "--time=1-00:00:00",
+        "--gpus-per-node=8",
+        "--partition=gpu,long",
+    ]
     assert options == ["--parsable", "--export=ALL", *asked]
     launched = (slurm.folder / "driver.words").read_text().splitlines()
     assert launched[1:4] == list(words)
@@ -351,7 +426,17 @@ def test_what_is_submitted_runs_as_ordered(slurm: Slurm, submit: Callable[[str],
 def test_the_script_asks_for_what_no_option_says():
     head = SCRIPT.read_text().partition("set -euo pipefail")[0]
     names = re.findall(r"^#SBATCH --([a-z-]+)", head, re.MULTILINE)
-    asked = {"requeue", "signal", "open-mode", "ntasks-per-node", "exclusive", "mem", "dependency", "output", "job-name"}
+    asked = {
+        "requeue",
+        "signal",
+        "open-mode",
+        "ntasks-per-node",
+        "exclusive",
+        "mem",
+        "dependency",
+        "output",
+        "job-name",
+    }
     assert sorted(names) == sorted(asked) and "#SBATCH" not in SCRIPT.read_text()[len(head) :]
 
 
@@ -377,14 +462,31 @@ def test_workers_that_nobody_counted_are_one_for_each_gpu(
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        *(({"name": name}, "name must match") for name in ("a\n#SBATCH --uid=0", "a b", "../a", "")),
+        *(
+            ({"name": name}, "name must match")
+            for name in ("a\n#SBATCH --uid=0", "a b", "../a", "")
+        ),
         ({"workers": 17}, "got 17 workers on 2 nodes x 8 GPUs"),
-        ({"workers": (2, 3, 4)}, "the number of nodes of a job is fixed, so workers must be one number; got 2:4"),
+        (
+            {"workers": (2, 3, 4)},
+            "the number of nodes of a job is fixed, so workers must be one number; got 2:4",
+        ),
         *(
             ({"time": time}, "time must match")
-            for time in ("", "soon", "1:2:3:4", "UNLIMITED", "10\n#SBATCH --uid=0", "10 --uid=0", "-5")
+            for time in (
+                "",
+                "soon",
+                "1:2:3:4",
+                "UNLIMITED",
+                "10\n#SBATCH --uid=0",
+                "10 --uid=0",
+                "-5",
+            )
         ),
-        *(({"partition": name}, "partition must match") for name in ("", "a b", "gpu\n", "--uid=0", "gpu,")),
+        *(
+            ({"partition": name}, "partition must match")
+            for name in ("", "a b", "gpu\n", "--uid=0", "gpu,")
+        ),
         ({"nodes": 0}, "nodes must be 1 or more"),
     ],
 )
@@ -394,14 +496,19 @@ def test_an_order_that_does_not_fit_is_refused(fields: dict[str, Any], said: str
     assert "\n" not in str(error.value)
 
 
-def test_what_sbatch_says_is_one_line(submit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch):
+def test_what_sbatch_says_is_one_line(
+    submit: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("STAND_IN_SBATCH", "invalid partition specified: gpu")
-    said = "submit: sbatch failed with exit code 1 and said: sbatch: error: invalid partition specified: gpu"
+    said = (
+        "submit: sbatch failed with exit code 1 and said: sbatch: error: invalid partition"
+        " specified: gpu"
+    )
     with pytest.raises(ValueError, match=f"^{said}$"):
         submit(command())
 
 
-# ------------------------------------------------------------------------------------------------------------------ the script
+# --------------------------------------------------------------------------------------- the script
 
 
 def test_shellcheck_finds_nothing():
@@ -410,7 +517,9 @@ def test_shellcheck_finds_nothing():
     scripts = [SCRIPT, ROOT / "infra" / "setup.sh", ROOT / ".ci" / "run"]
     stand_ins = [STAND_IN / name for name in ("scontrol", "sbatch", "spiketrain")]
 
-    found = subprocess.run([checker, "--format=json", *map(str, scripts + stand_ins)], capture_output=True, text=True)
+    found = subprocess.run(
+        [checker, "--format=json", *map(str, scripts + stand_ins)], capture_output=True, text=True
+    )
     assert json.loads(found.stdout) == []
 
 
@@ -419,5 +528,7 @@ def _command_lines() -> dict[int, str]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):  # it has ended
-                lines[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                lines[int(folder.name)] = (
+                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
     return lines

@@ -1,4 +1,6 @@
-"""The job script under Slurm's own daemons, one node on loopback, with stand-ins for Ray and the driver."""
+"""The job script under Slurm's own daemons, one node on loopback, with stand-ins for Ray and the
+driver.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ from pipeline.launch.clusters import Order, render_sbatch, submit_sbatch
 pytestmark = [
     pytest.mark.full,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(os.geteuid() != 0, reason="Slurm's daemons start jobs as their users, which root alone may"),
+    pytest.mark.skipif(
+        os.geteuid() != 0, reason="Slurm's daemons start jobs as their users, which root alone may"
+    ),
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = Path(__file__).parent / "stand_in"
 
-# cred_expire: how long a job that was queued again waits; 120 s by default. linuxproc: a container has no cgroups to write to.
+# cred_expire: how long a job that was queued again waits; 120 s by default. linuxproc: a container
+# has no cgroups to write to.
 CONFIGURATION = """
 ClusterName=spiketrain
 SlurmctldHost={host}(127.0.0.1)
@@ -65,18 +70,26 @@ def program(name: str) -> str:
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Path]:
     """The folder of daemons that run, with SLURM_CONF set."""
-    folder = Path(tempfile.mkdtemp(prefix="spiketrain-slurm-", dir="/run"))  # munge takes no folder that others may write into
+    folder = Path(
+        tempfile.mkdtemp(prefix="spiketrain-slurm-", dir="/run")
+    )  # munge takes no folder that others may write into
     folder.chmod(0o755)
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     for name in ("munge", "state", "spool"):
         (folder / name).mkdir(mode=0o755)
     (folder / "munge" / "key").touch(mode=0o600)
     (folder / "munge" / "key").write_bytes(os.urandom(128))
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
         ports = one.getsockname()[1], other.getsockname()[1]
     host = socket.gethostname().split(".")[0]
     (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, ports=ports, folder=folder))
-    munge = {name: f"--{name}={folder}/munge/{name.removesuffix('-file')}" for name in ("socket", "key-file", "pid-file")}
+    munge = {
+        name: f"--{name}={folder}/munge/{name.removesuffix('-file')}"
+        for name in ("socket", "key-file", "pid-file")
+    }
     logs = [f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed"]
     commands = [
         [program("munged"), "--foreground", *munge.values(), *logs],
@@ -89,12 +102,21 @@ def slurm() -> Iterator[Path]:
         try:
             for command in commands:
                 with (folder / f"{Path(command[0]).name}.said").open("w") as said:
-                    daemons.append(subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True))
+                    daemons.append(
+                        subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+                    )
                 time.sleep(1)
             deadline = time.monotonic() + 30
-            while "idle" not in subprocess.run(["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True).stdout:
+            while (
+                "idle"
+                not in subprocess.run(
+                    ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True
+                ).stdout
+            ):
                 assert time.monotonic() < deadline, "".join(
-                    file.read_text()[-2000:] for file in sorted(folder.glob("*.[ls]*")) if file.is_file()
+                    file.read_text()[-2000:]
+                    for file in sorted(folder.glob("*.[ls]*"))
+                    if file.is_file()
                 )
                 time.sleep(0.5)
             yield folder
@@ -106,7 +128,9 @@ def slurm() -> Iterator[Path]:
 
 
 @pytest.fixture
-def submitted(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Submitted]]:
+def submitted(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Submitted]]:
     jobs: list[Submitted] = []
 
     def made(driver: str) -> Submitted:
@@ -126,12 +150,17 @@ class Submitted:
         (folder / "bin").mkdir()
         for name in ("ray", "spiketrain"):
             (folder / "bin" / name).symlink_to(STAND_IN / name)
-        for name, value in {"STAND_IN": str(folder), "STAND_IN_DRIVER": driver, "SPIKETRAIN_PATIENCE": "30"}.items():
+        for name, value in {
+            "STAND_IN": str(folder),
+            "STAND_IN_DRIVER": driver,
+            "SPIKETRAIN_PATIENCE": "30",
+        }.items():
             patch.setenv(name, value)
         patch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
         patch.chdir(folder)
         order = Order(words=("r.py",), name="a-run", workers=1, runs=str(folder / "runs"))
-        # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30 s.
+        # A limit below the 120 s of --signal: Slurm announces the end as soon as it looks, every 30
+        # s.
         asked = {"nodes": 1, "gpus_per_node": 0, "time": "2", "partition": None}
         self.number = submit_sbatch(render_sbatch(order, ROOT / "infra" / "slurm", **asked))
 
@@ -140,7 +169,9 @@ class Submitted:
         shutil.rmtree(f"/tmp/spiketrain-{self.number}", ignore_errors=True)
 
     def told(self, field: str) -> str:
-        shown = subprocess.run(["scontrol", "show", "job", self.number], capture_output=True, text=True, check=True).stdout
+        shown = subprocess.run(
+            ["scontrol", "show", "job", self.number], capture_output=True, text=True, check=True
+        ).stdout
         found = re.search(rf"\b{field}=(\S*)", shown)
         assert found is not None, shown
         return found[1]
@@ -152,7 +183,9 @@ class Submitted:
     def until(self, what: str, holds: Callable[[], bool], *, within: float = 150.0) -> None:
         deadline = time.monotonic() + within
         while not holds():
-            assert time.monotonic() < deadline, f"{what} did not come about; {self.told('JobState')}:\n{self.said()}"
+            assert time.monotonic() < deadline, (
+                f"{what} did not come about; {self.told('JobState')}:\n{self.said()}"
+            )
             time.sleep(0.3)
 
 
@@ -165,7 +198,9 @@ def test_a_run_that_needs_two_limits_of_time(submitted: Callable[[str], Submitte
     assert "queued again" in job.said() and "start 2 of a-run" in job.said()
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_cancelled(submitted: Callable[[str], Submitted], tmp_path: Path):
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(
+    submitted: Callable[[str], Submitted], tmp_path: Path
+):
     job = submitted("train")
 
     job.until("its beginning", (tmp_path / "driver.began").exists)

@@ -1,4 +1,6 @@
-"""The job script on the real Ray and the real driver, one node: stopped ahead of its time, queued again, finished."""
+"""The job script on the real Ray and the real driver, one node: stopped ahead of its time, queued
+again, finished.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
         "ray": STAND_IN / "on_ray" / "ray",
     }.items():
         (tmp_path / "bin" / name).symlink_to(program)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_", "MLFLOW_"))} | {
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "SLURM_", "MLFLOW_"))
+    } | {
         "PATH": f"{tmp_path / 'bin'}:{PROGRAMS}:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
         "STAND_IN": str(tmp_path),
@@ -60,7 +66,14 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
     def start(**more: str) -> subprocess.Popen[bytes]:
         said = (tmp_path / "said").open("a")
         command = ["bash", str(SCRIPT), "sliced.py", "--device", "cpu"]
-        return subprocess.Popen(command, env=environment | more, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=environment | more,
+            cwd=tmp_path,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
 
     def told() -> str:
         return (tmp_path / "said").read_text()[-4000:]
@@ -84,12 +97,17 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
         assert (summary["steps"], summary["restarts"]) == (320, 1)
         assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
         assert not list(runs.glob(".slurm-*"))
-        assert re.search(r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}", (tmp_path / "said").read_text())
+        assert re.search(
+            r"start 2 of in-slices: workers: 1, nodes: 1, Ray at [\d.]+:2\d{4}",
+            (tmp_path / "said").read_text(),
+        )
     finally:
         for process in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         subprocess.run(
-            [tmp_path / "bin" / "ray", "stop"], env=environment | {"RAY_TMPDIR": f"/tmp/spiketrain-{number}"}, check=True
+            [tmp_path / "bin" / "ray", "stop"],
+            env=environment | {"RAY_TMPDIR": f"/tmp/spiketrain-{number}"},
+            check=True,
         )
         shutil.rmtree(f"/tmp/spiketrain-{number}", ignore_errors=True)

@@ -1,4 +1,5 @@
-"""`launch --or-resume`, with the words that a scheduler says each time: it goes on with what has begun, if it is the same recipe.
+"""`launch --or-resume`, with the words that a scheduler says each time: it goes on with what has
+begun, if it is the same recipe.
 
 What it, or `resume`, says of how it trains holds from then on.
 """
@@ -30,7 +31,9 @@ from tests.small import small_recipe
 def recipe():
     return small_recipe(name="one", epochs=1)
 """
-TWO = ONE.replace("return small_recipe(", "return small_recipe(name='other', epochs=1), small_recipe(")
+TWO = ONE.replace(
+    "return small_recipe(", "return small_recipe(name='other', epochs=1), small_recipe("
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,18 @@ spiketrain = pytest.fixture(command)
 
 
 def words(place: Path, runs: Path, file: str = "one.py", name: str = "it") -> list[str]:
-    return ["launch", str(place / file), "--inline", "--device", "cpu", "--runs", str(runs), "--name", name, "--or-resume"]
+    return [
+        "launch",
+        str(place / file),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(runs),
+        "--name",
+        name,
+        "--or-resume",
+    ]
 
 
 def stopped_at(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -61,15 +75,23 @@ def stopped_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(Attempt, "_micro_batches", micro_batches)
 
 
-def test_the_same_words_begin_go_on_and_end(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+def test_the_same_words_begin_go_on_and_end(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, 3)
         assert spiketrain(*words(place, tmp_path))[0] == 130
     assert state_of(tmp_path / "it") == "stopped"
     code, said, _ = spiketrain(*words(place, tmp_path), "--verify", "full")
     assert code == 0 and said.startswith("it: --verify was sampled, is full from here on\n")
-    assert [told(tmp_path / "it", file)["verify"] for file in ("cluster.json", "job.json")] == ["full"] * 2
-    assert [event["step"] for event in read(tmp_path / "it" / "journal.jsonl") if event["event"] == "start"] == [0, 4]
+    assert [told(tmp_path / "it", file)["verify"] for file in ("cluster.json", "job.json")] == [
+        "full"
+    ] * 2
+    assert [
+        event["step"]
+        for event in read(tmp_path / "it" / "journal.jsonl")
+        if event["event"] == "start"
+    ] == [0, 4]
     code, said, _ = spiketrain(*words(place, tmp_path))
     assert code == 0 and said.startswith("it has finished")
     assert spiketrain(*words(place, tmp_path, name="whole"))[0] == 0
@@ -84,16 +106,26 @@ def test_a_suite_goes_on_where_it_stopped(place: Path, tmp_path: Path, spiketrai
     assert code == 0, error
     assert "other" in said and "it has finished" in spiketrain(*words(place, tmp_path, "two.py"))[1]
     code, _, error = spiketrain(*words(place, tmp_path, "two.py"), "--set", "optimizer.lr=0.25")
-    assert code == 2 and "goes on with it as it was launched; its recipe differs now: other.optimizer.lr: " in error
+    assert (
+        code == 2
+        and "goes on with it as it was launched; its recipe differs now: other.optimizer.lr: "
+        in error
+    )
     code, _, error = spiketrain(*words(place, tmp_path))
     assert code == 2 and error.endswith("it is a suite, and now one recipe is asked for\n")
 
 
-def test_another_recipe_is_refused_with_the_fields_that_differ(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+def test_another_recipe_is_refused_with_the_fields_that_differ(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
     assert spiketrain(*words(place, tmp_path))[0] == 0
-    code, _, error = spiketrain(*words(place, tmp_path), "--set", "optimizer.lr=0.25", "--set", "seed=7")
+    code, _, error = spiketrain(
+        *words(place, tmp_path), "--set", "optimizer.lr=0.25", "--set", "seed=7"
+    )
     assert code == 2
-    assert error.startswith("launch: --or-resume goes on with it as it was launched; its recipe differs now: ")
+    assert error.startswith(
+        "launch: --or-resume goes on with it as it was launched; its recipe differs now: "
+    )
     assert error.endswith("optimizer.lr: 0.1 and 0.25; seed: 0 and 7\n")
     code, _, error = spiketrain(*words(place, tmp_path, "two.py"))
     assert code == 2 and error.endswith("it is one run, and now a suite is asked for\n")
@@ -106,17 +138,27 @@ def test_a_recipe_json_without_a_recipe_is_refused_in_one_line(
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / "recipe.json").write_text(written)
     code, _, error = spiketrain(*words(place, tmp_path))
-    assert code == 2 and error.startswith(f"{tmp_path}/it/recipe.json: must hold a recipe; got ") and error.count("\n") == 1
+    assert (
+        code == 2
+        and error.startswith(f"{tmp_path}/it/recipe.json: must hold a recipe; got ")
+        and error.count("\n") == 1
+    )
 
 
-def test_what_only_a_launch_can_say_is_refused_and_the_rest_is_not(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+def test_what_only_a_launch_can_say_is_refused_and_the_rest_is_not(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
     assert spiketrain(*words(place, tmp_path))[0] == 0
     elsewhere = str(tmp_path / "elsewhere")
-    code, _, error = spiketrain(*words(place, tmp_path), "--checkpoints", elsewhere, "--loader-threads", "2")
+    code, _, error = spiketrain(
+        *words(place, tmp_path), "--checkpoints", elsewhere, "--loader-threads", "2"
+    )
     assert code == 2 and len(error.splitlines()) == 1
     assert error.endswith(f"its options differ now: --checkpoints was None, is {elsewhere}\n")
     ours = [word for word in words(place, tmp_path) if word != "--inline"]
-    assert spiketrain(*ours, "--workers", "2", "--loader-threads", "2")[1].startswith("it has finished")
+    assert spiketrain(*ours, "--workers", "2", "--loader-threads", "2")[1].startswith(
+        "it has finished"
+    )
 
 
 def test_it_needs_a_name(place: Path, tmp_path: Path, spiketrain: Command) -> None:
@@ -126,7 +168,7 @@ def test_it_needs_a_name(place: Path, tmp_path: Path, spiketrain: Command) -> No
     assert (code, error) == (2, "launch: --or-resume goes on with what has this --name; got none\n")
 
 
-# ------------------------------------------------------------------------------------------- a machine of another shape
+# ----------------------------------------------------------------------- a machine of another shape
 
 
 def told(folder: Path, file: str) -> Any:
@@ -156,9 +198,13 @@ def test_a_run_goes_on_with_fewer_cores_and_keeps_what_nobody_changes(
         assert spiketrain(*launch)[0] == 130
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, 5)
-        code, said, error = spiketrain("resume", str(tmp_path / "it"), "--cpus-per-worker", "1", "--hang-minutes", "5")
+        code, said, error = spiketrain(
+            "resume", str(tmp_path / "it"), "--cpus-per-worker", "1", "--hang-minutes", "5"
+        )
     assert code == 130, error
-    assert said.startswith("it: --cpus-per-worker was 2, is 1, --hang-minutes was 30.0, is 5.0 from here on\n")
+    assert said.startswith(
+        "it: --cpus-per-worker was 2, is 1, --hang-minutes was 30.0, is 5.0 from here on\n"
+    )
     job = told(tmp_path / "it", "job.json")
     assert (job["threads"], job["hang_minutes"], job["verify"]) == (1, 5.0, "full")
     code, said, error = spiketrain("resume", str(tmp_path / "it"))
@@ -172,7 +218,16 @@ def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_n
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, 3)
-        launch = ("launch", str(place / "two.py"), "--cpus-per-worker", "2", "--runs", str(tmp_path), "--name", "it")
+        launch = (
+            "launch",
+            str(place / "two.py"),
+            "--cpus-per-worker",
+            "2",
+            "--runs",
+            str(tmp_path),
+            "--name",
+            "it",
+        )
         assert spiketrain(*launch, "--side-by-side", "1")[0] == 130
     code, said, error = spiketrain("resume", str(tmp_path / "it"), "--cpus-per-worker", "1")
     assert code == 0 and "it: --cpus-per-worker was 2, is 1 from here on\n" in said, error
@@ -184,7 +239,17 @@ def test_a_suite_goes_on_with_fewer_cores_in_the_run_that_has_begun_and_in_the_n
 def test_a_run_that_has_begun_has_cores_of_its_own_where_those_do_that_begin_now(
     place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = ("launch", str(place / "two.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "it")
+    launch = (
+        "launch",
+        str(place / "two.py"),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "it",
+    )
     with pytest.MonkeyPatch.context() as patch:
         stopped_at(patch, 3)
         assert spiketrain(*launch)[0] == 130
@@ -193,7 +258,10 @@ def test_a_run_that_has_begun_has_cores_of_its_own_where_those_do_that_begin_now
     monkeypatch.setattr(Inline, "room", lambda self: 1)
     code, _, error = spiketrain("resume", str(tmp_path / "it"), "--side-by-side", "auto")
     assert code == 0, error
-    assert [told(run, "job.json")["own_cores"] for run in runs_of(tmp_path / "it").values()] == [False, False]
+    assert [told(run, "job.json")["own_cores"] for run in runs_of(tmp_path / "it").values()] == [
+        False,
+        False,
+    ]
 
 
 def test_what_is_refused_changes_nothing(place: Path, tmp_path: Path, spiketrain: Command) -> None:
@@ -205,7 +273,10 @@ def test_what_is_refused_changes_nothing(place: Path, tmp_path: Path, spiketrain
         (("--cpus-per-worker", "2"), "without Ray; got --cpus-per-worker 2"),
         (("--side-by-side", "2"), "resume: --side-by-side is for a suite; got 2 with it alone"),
         (("--workers", "3"), "batch_size must divide by 3 workers; got 8"),
-        (("--loader-threads", "no"), "resume: --loader-threads must be a number of threads or auto; got no"),
+        (
+            ("--loader-threads", "no"),
+            "resume: --loader-threads must be a number of threads or auto; got no",
+        ),
     ):
         code, _, error = spiketrain("resume", str(tmp_path / "it"), "--verify", "full", *more)
         assert code == 2 and said in error and error.count("\n") == 1, error

@@ -15,9 +15,17 @@ from pipeline.refused import Refused
 
 @pytest.mark.parametrize(
     ("device", "workers", "gpus", "expected"),
-    [("auto", 2, 0, False), ("auto", 2, 2, True), ("auto", 2, 8, True), ("cpu", 2, 8, False), ("gpu", 1, 1, True)],
+    [
+        ("auto", 2, 0, False),
+        ("auto", 2, 2, True),
+        ("auto", 2, 8, True),
+        ("cpu", 2, 8, False),
+        ("gpu", 1, 1, True),
+    ],
 )
-def test_gpus_are_taken_where_there_is_one_for_each_worker(device, workers: int, gpus: int, expected: bool) -> None:
+def test_gpus_are_taken_where_there_is_one_for_each_worker(
+    device, workers: int, gpus: int, expected: bool
+) -> None:
     assert takes_gpus(device, workers, gpus) is expected
 
 
@@ -37,8 +45,14 @@ def test_fewer_gpus_than_workers_are_refused(device, gpus: int, told: str) -> No
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"workers": 1, "device": "gpu"}, "launch: 1 worker needs a GPU; there are 0; take --device cpu"),
-        ({"workers": 3, "device": "cpu"}, "launch: 3 workers x 1 cpu need 3 cores; the cluster has 2"),
+        (
+            {"workers": 1, "device": "gpu"},
+            "launch: 1 worker needs a GPU; there are 0; take --device cpu",
+        ),
+        (
+            {"workers": 3, "device": "cpu"},
+            "launch: 3 workers x 1 cpu need 3 cores; the cluster has 2",
+        ),
     ],
 )
 def test_what_a_cluster_lacks_is_refused_before_anything_is_launched(

@@ -1,4 +1,6 @@
-"""`launch --checkpoints`: beneath another folder, found again by every command, and gone on with where a run's folder is lost."""
+"""`launch --checkpoints`: beneath another folder, found again by every command, and gone on with
+where a run's folder is lost.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,22 @@ def recipe():
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
     """`spiketrain launch` of the recipe as "run", with its checkpoints beneath `elsewhere`."""
     (tmp_path / "recipe.py").write_text(RECIPE)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     words = ("launch", str(tmp_path / "recipe.py"), "--inline", "--name", "run")
     done = command(monkeypatch, capsys)
-    return lambda *more, elsewhere=str(tmp_path / "elsewhere"): done(*words, "--checkpoints", elsewhere, *more)
+    return lambda *more, elsewhere=str(tmp_path / "elsewhere"): done(
+        *words, "--checkpoints", elsewhere, *more
+    )
 
 
-def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_path: Path, run: Command) -> None:
+def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(
+    tmp_path: Path, run: Command
+) -> None:
     one, other, third = (("--runs", str(tmp_path / name)) for name in ("one", "other", "third"))
     code, _, said = run(*one)
     assert code == 0, said
@@ -58,26 +66,43 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(tmp_pat
     code, _, said = run(*other)
     assert code == 2 and not (tmp_path / "other" / "run").exists()
     address = tmp_path / "elsewhere" / "run"
-    assert said.strip() == (
-        f"launch: {address} must hold no checkpoints yet; got step_00000008: another --name, or --or-resume to go on with them"
+    assert (
+        said.strip()
+        == f"launch: {address} must hold no checkpoints yet; got step_00000008: another --name, or"
+        " --or-resume to go on with them"
     )
     code, _, said = run(*other, "--or-resume", "--set", "optimizer.lr=0.05")
-    assert code == 2 and said.startswith("launch: --or-resume goes on with checkpoints of the same study; got ")
+    assert code == 2 and said.startswith(
+        "launch: --or-resume goes on with checkpoints of the same study; got "
+    )
 
     (address / "step_00000009").mkdir()  # it is moved away as damaged, and stands in no way
     (address / "step_00000009" / "trainer.json").write_text("[]")
     code, _, said = run(*third, "--or-resume")
     assert code == 0, said
-    [start] = [event for event in read(tmp_path / "third" / "run" / "journal.jsonl") if event["event"] == "start"]
-    assert start["step"] == 8 and start["run_id"] == read_json(tmp_path / "one" / "run" / "job.json")["run_id"]
-    assert "place_token" not in read_json(tmp_path / "third" / "run" / "job.json")  # of one start of its driver
+    [start] = [
+        event
+        for event in read(tmp_path / "third" / "run" / "journal.jsonl")
+        if event["event"] == "start"
+    ]
+    assert (
+        start["step"] == 8
+        and start["run_id"] == read_json(tmp_path / "one" / "run" / "job.json")["run_id"]
+    )
+    assert "place_token" not in read_json(
+        tmp_path / "third" / "run" / "job.json"
+    )  # of one start of its driver
     owner = read_json(address / "owner.json")
     assert (owner["run_id"], owner["run"]) == (start["run_id"], str(tmp_path / "third" / "run"))
     assert same_weights(tmp_path / "one" / "run", tmp_path / "third" / "run")
 
 
-def test_what_a_run_has_decided_outlives_its_folder(tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory ran out, and batch 5 led back to step 3; the folder is lost after step 4, among the batches to be skipped."""
+def test_what_a_run_has_decided_outlives_its_folder(
+    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ran out, and batch 5 led back to step 3; the folder is lost after step 4, among the
+    batches to be skipped.
+    """
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
     changes = ("--set", "max_skips=0", "--set", "max_rollbacks=1")
     between = Attempt._between_batches
@@ -93,12 +118,16 @@ def test_what_a_run_has_decided_outlives_its_folder(tmp_path: Path, run: Command
         patch.setattr(Attempt, "_between_batches", stopped)
         code, _, said = run("--runs", str(one.parent), *changes)
     assert code == 130, said
-    assert [path.name for path in step_folders(tmp_path / "elsewhere" / "run")][-1] == "step_00000004"
+    assert [path.name for path in step_folders(tmp_path / "elsewhere" / "run")][
+        -1
+    ] == "step_00000004"
     shutil.rmtree(one)
     code, _, said = run("--runs", str(other.parent), *changes, "--or-resume")
     assert code == 0, said
     events = read(other / "journal.jsonl")
-    assert [(event["step"], event["micro_batch"]) for event in events if event["event"] == "start"] == [(4, 4)]
+    assert [
+        (event["step"], event["micro_batch"]) for event in events if event["event"] == "start"
+    ] == [(4, 4)]
     assert [event["step"] for event in events if event["event"] == "skipped"] == [4, 5]
     assert Skipped.read(other) == Skipped(1, ((3, 6),))
     train_inline(tmp_path / "told", small_recipe(epochs=1, micro_batch=4, skip=((3, 6),)))
@@ -108,14 +137,21 @@ def test_what_a_run_has_decided_outlives_its_folder(tmp_path: Path, run: Command
 def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
     tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by the same launch with --or-resume where the folder of runs is another, or by a copy of the run's folder."""
+    """As by the same launch with --or-resume where the folder of runs is another, or by a copy of
+    the run's folder.
+    """
     address, original = tmp_path / "elsewhere" / "run", Attempt._micro_batches
 
     def micro_batches(self: Attempt, source: Any) -> Any:
         if self.step == 4:
             self.saving.wait(4)
             job = self.job
-            claim(place_at(job.checkpoints, tmp_path / "other"), run="other", run_id=job.run_id, study=job.study)
+            claim(
+                place_at(job.checkpoints, tmp_path / "other"),
+                run="other",
+                run_id=job.run_id,
+                study=job.study,
+            )
             (address / ".writing-other").mkdir()
         return original(self, source)
 
@@ -123,18 +159,36 @@ def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
         patch.setattr(Attempt, "_micro_batches", micro_batches)
         code, _, said = run("--runs", str(tmp_path / "one"), "--set", "keep=1")
     assert (code, len(said.strip().splitlines())) == (2, 1)
-    assert said.startswith(f"checkpoint: cannot be written after step 6: checkpoints: the owner of {address} must be this driver")
-    assert said.strip().endswith(f"it writes nothing more there; the newest whole one is {address}/step_00000003")
-    assert {path.name for path in address.iterdir()} == {"owner.json", "step_00000003", ".writing-other"}
-    assert [event["step"] for event in read(tmp_path / "one" / "run" / "journal.jsonl") if event["event"] == "checkpoint"] == [3]
+    assert said.startswith(
+        f"checkpoint: cannot be written after step 6: checkpoints: the owner of {address} must be"
+        " this driver"
+    )
+    assert said.strip().endswith(
+        f"it writes nothing more there; the newest whole one is {address}/step_00000003"
+    )
+    assert {path.name for path in address.iterdir()} == {
+        "owner.json",
+        "step_00000003",
+        ".writing-other",
+    }
+    assert [
+        event["step"]
+        for event in read(tmp_path / "one" / "run" / "journal.jsonl")
+        if event["event"] == "checkpoint"
+    ] == [3]
 
-    code, _, said = run("--runs", str(tmp_path / "one"), "--set", "keep=1", "--or-resume")  # whoever begins last has it
+    code, _, said = run(
+        "--runs", str(tmp_path / "one"), "--set", "keep=1", "--or-resume"
+    )  # whoever begins last has it
     assert code == 0, said
     assert {path.name for path in address.iterdir()} == {"owner.json", "step_00000008"}
 
 
 def test_a_run_whose_folder_names_anothers_place_is_not_gone_on_with_and_nothing_is_touched(
-    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    run: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, _, said = run("--runs", str(tmp_path / "one"))
     assert code == 0, said
@@ -146,38 +200,66 @@ def test_a_run_whose_folder_names_anothers_place_is_not_gone_on_with_and_nothing
     for has_owner in (True, False):
         if not has_owner:  # its checkpoints tell
             (theirs / "owner.json").unlink()
-        write_json(foreign / "job.json", {**read_json(foreign / "job.json"), "run_id": "f" * 32, "suite": None})
+        write_json(
+            foreign / "job.json",
+            {**read_json(foreign / "job.json"), "run_id": "f" * 32, "suite": None},
+        )
         before = {file: file.stat().st_mtime_ns for file in (theirs, *theirs.rglob("*"))}
-        code, _, said = command(monkeypatch, capsys)("resume", "run", "--inline", "--runs", str(foreign.parent))
+        code, _, said = command(monkeypatch, capsys)(
+            "resume", "run", "--inline", "--runs", str(foreign.parent)
+        )
         assert (code, len(said.strip().splitlines())) == (2, 1)
-        assert said.startswith(f"checkpoints: {theirs} must be of run ffffffff ({foreign}); got those of run ")
+        assert said.startswith(
+            f"checkpoints: {theirs} must be of run ffffffff ({foreign}); got those of run "
+        )
         assert {file: file.stat().st_mtime_ns for file in (theirs, *theirs.rglob("*"))} == before
 
 
-def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(tmp_path: Path, run: Command) -> None:
+def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
+    tmp_path: Path, run: Command
+) -> None:
     address = tmp_path / "elsewhere" / "run"
-    token = claim(place_at(str(address), tmp_path / "theirs"), run="theirs", run_id="a" * 32, study="another")
+    token = claim(
+        place_at(str(address), tmp_path / "theirs"), run="theirs", run_id="a" * 32, study="another"
+    )
     code, _, said = run("--runs", str(tmp_path / "runs"))
-    assert code == 2 and said.startswith(f"launch: {address} must hold no checkpoints yet; got those to come of run aaaaaaaa")
+    assert code == 2 and said.startswith(
+        f"launch: {address} must hold no checkpoints yet; got those to come of run aaaaaaaa"
+    )
     code, _, said = run("--runs", str(tmp_path / "runs"), "--or-resume")
     assert (code, said.strip()) == (
         2,
         f"launch: --or-resume goes on with checkpoints of the same study; got another in {address}",
     )
-    assert read_json(address / "owner.json")["token"] == token and not (tmp_path / "runs" / "run").exists()
+    assert (
+        read_json(address / "owner.json")["token"] == token
+        and not (tmp_path / "runs" / "run").exists()
+    )
 
 
 @pytest.mark.parametrize(
     ("elsewhere", "said"),
     [
-        ("nowhere://x", "checkpoints: an address must be one that fsspec can open; got nowhere://x/run: Protocol not known"),
+        (
+            "nowhere://x",
+            (
+                "checkpoints: an address must be one that fsspec can open; got nowhere://x/run:"
+                " Protocol not known"
+            ),
+        ),
         (
             "s3://key:secret@bucket",
-            "checkpoints: an address holds no credentials, which are the environment's; got one with some",
+            (
+                "checkpoints: an address holds no credentials, which are the environment's; got one"
+                " with some"
+            ),
         ),
         (
             "simplecache::memory://user:secret@bucket",
-            "checkpoints: an address must be of one store, without fsspec's '::'; got a chain of several",
+            (
+                "checkpoints: an address must be of one store, without fsspec's '::'; got a chain"
+                " of several"
+            ),
         ),
     ],
 )
@@ -189,15 +271,29 @@ def test_what_cannot_be_opened_is_refused_before_anything_is_left_behind(
     assert not (tmp_path / "runs" / "run").exists()
 
 
-@pytest.mark.parametrize(("key", "got"), [(None, "Unable to locate credentials"), ("testing", "missing: AWS_SECRET_ACCESS_KEY")])
+@pytest.mark.parametrize(
+    ("key", "got"),
+    [(None, "Unable to locate credentials"), ("testing", "missing: AWS_SECRET_ACCESS_KEY")],
+)
 def test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once(
-    tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str | None, got: str
+    tmp_path: Path,
+    run: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str | None,
+    got: str,
 ) -> None:
     """Storage that does not answer would be waited for."""
-    resume, train, words = command(monkeypatch, capsys), Attempt._train, ("--runs", str(tmp_path / "runs"))
+    resume, train, words = (
+        command(monkeypatch, capsys),
+        Attempt._train,
+        ("--runs", str(tmp_path / "runs")),
+    )
     with s3_server() as bucket:
         with monkeypatch.context() as patch:
-            patch.setattr(Attempt, "_train", lambda attempt: (attempt.folder / STOP).touch() or train(attempt))
+            patch.setattr(
+                Attempt, "_train", lambda attempt: (attempt.folder / STOP).touch() or train(attempt)
+            )
             code, _, said = run(*words, elsewhere=f"{bucket}/{key}")
         assert code == 130, said
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -209,6 +305,8 @@ def test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once(
         S3FileSystem.clear_instance_cache()
         begun = time.monotonic()
         code, _, said = resume("resume", "run", "--inline", *words)
-        assert code == 2 and said.startswith("checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID, ...): ")
+        assert code == 2 and said.startswith(
+            "checkpoints: the environment must hold credentials (AWS_ACCESS_KEY_ID, ...): "
+        )
         assert said.endswith(f"{got}\n") and said.count("\n") == 1
         assert time.monotonic() - begun < 60

@@ -1,4 +1,6 @@
-"""Where and on how much a run trains: what is refused; and joining a Ray cluster that is there already, with its token."""
+"""Where and on how much a run trains: what is refused; and joining a Ray cluster that is there
+already, with its token.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +40,33 @@ from pipeline.refused import Refused
         ({"workers": "many"}, "cluster: workers must be int or tuple[int, ...]; got 'many'"),
         ({"workers": [2, 0]}, "cluster: workers must be whole numbers >= 1; got workers=(2, 0)"),
         ({"workers": [4, 2]}, "cluster: numbers of workers must ascend; got (4, 2)"),
-        ({"workers": [2, 4], "side_by_side": 2}, "cluster: runs side by side need one number of workers; got 2,4"),
-        ({"node_loss": "never"}, "cluster: node_loss must be one of 'fast', 'patient'; got 'never'"),
+        (
+            {"workers": [2, 4], "side_by_side": 2},
+            "cluster: runs side by side need one number of workers; got 2,4",
+        ),
+        (
+            {"node_loss": "never"},
+            "cluster: node_loss must be one of 'fast', 'patient'; got 'never'",
+        ),
         *(
             ({name: count}, f"cluster: {name} must be a whole number >= 1; got {name}={count}")
             for name in ("workers", "cpus_per_worker", "loader_threads")
             for count in (0, -1)
         ),
         *(
-            ({"hang_minutes": minutes}, f"cluster: hang_minutes must be in 0..10080, a week, where 0 is never; got {minutes:g}")
+            (
+                {"hang_minutes": minutes},
+                (
+                    "cluster: hang_minutes must be in 0..10080, a week, where 0 is never; got"
+                    f" {minutes:g}"
+                ),
+            )
             for minutes in (-1.0, 10081.0, 1e9, math.inf, math.nan)
         ),
-        ({"max_restarts": -1}, "cluster: max_restarts must be a whole number >= 0; got max_restarts=-1"),
+        (
+            {"max_restarts": -1},
+            "cluster: max_restarts must be a whole number >= 0; got max_restarts=-1",
+        ),
     ],
 )
 def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None:
@@ -59,24 +76,39 @@ def test_a_damaged_cluster_is_refused_in_one_line(value: Any, said: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("asked", "got"), [({"workers": 2}, "--workers 2"), ({"address": "auto"}, "--address auto")], ids=["workers", "address"]
+    ("asked", "got"),
+    [({"workers": 2}, "--workers 2"), ({"address": "auto"}, "--address auto")],
+    ids=["workers", "address"],
 )
-def test_a_resume_in_this_process_refuses_what_it_would_drop(asked: dict[str, Any], got: str) -> None:
-    now = Cluster(workers=4, cpus_per_worker=2).resumed(**{"workers": None, "address": None, **asked}, inline=True)
-    with pytest.raises(ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"):
+def test_a_resume_in_this_process_refuses_what_it_would_drop(
+    asked: dict[str, Any], got: str
+) -> None:
+    now = Cluster(workers=4, cpus_per_worker=2).resumed(
+        **{"workers": None, "address": None, **asked}, inline=True
+    )
+    with pytest.raises(
+        ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
+    ):
         now.launcher()
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_a_token_that_is_not_at_hand_is_said_in_one_line(joins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_is_not_at_hand_is_said_in_one_line(
+    joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What Ray 2.60 raises of it, before it asks anybody, is no OSError and no RuntimeError."""
 
     def init(**how: Any) -> None:
-        raise AuthenticationError("RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /nowhere")
+        raise AuthenticationError(
+            "RAY_AUTH_TOKEN_PATH is set but file cannot be opened or is empty: /nowhere"
+        )
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(os, "environ", {**os.environ})
-    said = "ray: a token must be at hand; got none: .* is empty: /nowhere; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file"
+    said = (
+        "ray: a token must be at hand; got none: .* is empty: /nowhere; set RAY_AUTH_TOKEN, or"
+        " RAY_AUTH_TOKEN_PATH to the file"
+    )
     with socket.create_server(("127.0.0.1", 0)) as door:
         address = f"127.0.0.1:{door.getsockname()[1]}" if joins else None
         with pytest.raises(Refused, match=f"^{said}"), Ray(workers=1, address=address):
@@ -93,10 +125,26 @@ def test_several_numbers_of_workers_come_back_from_json() -> None:
     ("text", "workers"),
     [
         *(("4", 4), ("2:4", (2, 3, 4)), ("2,4,8", (2, 4, 8)), ("2:3", (2, 3))),
-        *((text, None) for text in ("3,", "4:2", "2:2", "0:2", "1:2:3", "8,4", "-1", "", "many", "1:1000000000000")),
+        *(
+            (text, None)
+            for text in (
+                "3,",
+                "4:2",
+                "2:2",
+                "0:2",
+                "1:2:3",
+                "8,4",
+                "-1",
+                "",
+                "many",
+                "1:1000000000000",
+            )
+        ),
     ],
 )
-def test_workers_are_a_number_a_range_or_numbers(text: str, workers: int | tuple[int, ...] | None) -> None:
+def test_workers_are_a_number_a_range_or_numbers(
+    text: str, workers: int | tuple[int, ...] | None
+) -> None:
     if workers is not None:
         assert parse_workers(text) == workers
         return
@@ -107,23 +155,35 @@ def test_workers_are_a_number_a_range_or_numbers(text: str, workers: int | tuple
 def test_a_run_of_one_size_waits_for_its_places_and_one_of_several_takes_fewer() -> None:
     waits = {(loss, sizes): waits_for(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)}
     assert waits["fast", 1] == {}  # Ray's own minute
-    seconds = [float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))]
+    seconds = [
+        float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))
+    ]
     assert seconds[0] < 60 < seconds[1] == seconds[2]
     assert not NODES["fast"].keys() & NODES["patient"].keys()
 
 
 def test_a_resume_in_this_process_takes_one_worker_whatever_there_were() -> None:
     for workers in (None, 1):
-        now = Cluster(workers=4, address="auto", device="cpu").resumed(workers=workers, inline=True, address=None)
+        now = Cluster(workers=4, address="auto", device="cpu").resumed(
+            workers=workers, inline=True, address=None
+        )
         assert isinstance(now.launcher(), Inline) and now == Cluster(inline=True, device="cpu")
 
 
 def test_a_resume_can_be_told_all_that_a_launch_can_but_where_checkpoints_are() -> None:
-    assert {each.name for each in fields(Cluster)} == {*OPERATIONAL, "workers", "inline", "address", "checkpoints"}
+    assert {each.name for each in fields(Cluster)} == {
+        *OPERATIONAL,
+        "workers",
+        "inline",
+        "address",
+        "checkpoints",
+    }
     assert {*OPERATIONAL, "workers", "inline", "address"} < signature(resume).parameters.keys()
 
 
-def test_a_suite_whose_runs_were_as_many_as_there_is_room_for_goes_on_in_turn_where_it_must() -> None:
+def test_a_suite_whose_runs_were_as_many_as_there_is_room_for_goes_on_in_turn_where_it_must() -> (
+    None
+):
     launched = Cluster(workers=2, side_by_side="auto")
     assert launched.resumed().side_by_side == launched.resumed(workers=1).side_by_side == "auto"
     assert launched.resumed(workers=(1, 2)) == Cluster(workers=(1, 2))
@@ -136,21 +196,35 @@ def test_a_suite_whose_runs_were_as_many_as_there_is_room_for_goes_on_in_turn_wh
 
 
 def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
-    about: dict[str, Any] = {"verify": "full", "hang_minutes": 5.0, "loader_threads": 2, "device": "cpu", "checkpoints": "/c"}
+    about: dict[str, Any] = {
+        "verify": "full",
+        "hang_minutes": 5.0,
+        "loader_threads": 2,
+        "device": "cpu",
+        "checkpoints": "/c",
+    }
     launched = Cluster(workers=4, cpus_per_worker=8, max_restarts=1, node_loss="patient", **about)
     assert launched.resumed(options={"cpus_per_worker": 6}) == replace(launched, cpus_per_worker=6)
     here = launched.resumed(inline=True)  # without what is Ray's alone
     assert here == Cluster(inline=True, **about) and isinstance(here.launcher(), Inline)
     there = here.resumed(workers=2, options={"cpus_per_worker": 3})
     assert there == Cluster(workers=2, cpus_per_worker=3, **about)
-    assert replace(there, inline=True).resumed(options={"verify": "sampled"}) == replace(here, verify="sampled")
+    assert replace(there, inline=True).resumed(options={"verify": "sampled"}) == replace(
+        here, verify="sampled"
+    )
 
 
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
     for cluster in (Cluster(), Cluster(inline=True), Cluster(cpus_per_worker=4)):
         assert Cluster.from_json(json.loads(json.dumps(asdict(cluster)))) == cluster
-    assert (Cluster().of_workers["threads"], Cluster().of_workers["loader_threads"]) == (1, 1)  # on a CPU
-    for launcher in (Cluster(device="cpu").launcher(), Cluster(inline=True, device="cpu").launcher()):
+    assert (Cluster().of_workers["threads"], Cluster().of_workers["loader_threads"]) == (
+        1,
+        1,
+    )  # on a CPU
+    for launcher in (
+        Cluster(device="cpu").launcher(),
+        Cluster(inline=True, device="cpu").launcher(),
+    ):
         assert isinstance(launcher, (Ray, Inline)) and launcher.loader_threads == "auto"
     said = Cluster(cpus_per_worker=4, loader_threads=2, device="cpu").launcher()
     assert isinstance(said, Ray) and (said.cpus_per_worker, said.loader_threads) == (4, 2)
@@ -165,19 +239,32 @@ def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> N
     ],
     ids=["cpus", "restarts", "node loss"],
 )
-def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(options: dict[str, Any], got: str) -> None:
-    for now in (Cluster(inline=True, **options), Cluster(workers=4).resumed(inline=True, options=options)):
-        with pytest.raises(ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"):
+def test_what_is_rays_has_no_effect_in_this_process_and_is_refused(
+    options: dict[str, Any], got: str
+) -> None:
+    for now in (
+        Cluster(inline=True, **options),
+        Cluster(workers=4).resumed(inline=True, options=options),
+    ):
+        with pytest.raises(
+            ValueError, match=f"--inline is one worker in this process, without Ray; got {got}$"
+        ):
             now.launcher()
 
 
 def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
     launched = Cluster(workers=4, address="10.0.0.1:6379")
     with pytest.raises(
-        ValueError, match=r"must be told --address anew; got none, it was 10\.0\.0\.1:6379; --address local starts"
+        ValueError,
+        match=(
+            r"must be told --address anew; got none, it was 10\.0\.0\.1:6379; --address local"
+            r" starts"
+        ),
     ):
         launched.resumed(workers=2, inline=False, address=None)
-    assert launched.resumed(workers=None, inline=False, address="b:1") == Cluster(workers=4, address="b:1")
+    assert launched.resumed(workers=None, inline=False, address="b:1") == Cluster(
+        workers=4, address="b:1"
+    )
     assert launched.resumed(workers=None, inline=False, address="local") == Cluster(workers=4)
     here = Cluster(workers=4)
     assert here.resumed(workers=None, inline=False, address=None) == here
@@ -185,13 +272,27 @@ def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """A head on this machine; its address. Ended by its own process, never by `ray stop`, which ends every Ray there is."""
+    """A head on this machine; its address. Ended by its own process, never by `ray stop`, which
+    ends every Ray there is.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as place:  # short: Ray's sockets lie in it
-        words = ["start", "--head", "--num-cpus", "2", "--port", str(port), "--include-dashboard=false", "--block"]
+        words = [
+            "start",
+            "--head",
+            "--num-cpus",
+            "2",
+            "--port",
+            str(port),
+            "--include-dashboard=false",
+            "--block",
+        ]
         ray = Path(sys.executable).with_name("ray")
         head = subprocess.Popen(
-            [ray, *words], env={**os.environ, "RAY_TMPDIR": place}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [ray, *words],
+            env={**os.environ, "RAY_TMPDIR": place},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             deadline = time.monotonic() + 60
@@ -211,7 +312,8 @@ def cluster() -> Iterator[str]:
 @pytest.mark.timeout(240)
 def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(
-        "from tests.small import small_recipe\n\ndef recipe():\n    return small_recipe(backend='deepspeed')\n"
+        "from tests.small import small_recipe\n\ndef recipe():\n    return"
+        " small_recipe(backend='deepspeed')\n"
     )
     words = [
         "launch",
@@ -225,6 +327,8 @@ def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -
         "--device",
         "cpu",
     ]
-    done = subprocess.run([sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "finished: 16 steps" in done.stdout

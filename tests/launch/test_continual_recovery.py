@@ -1,4 +1,6 @@
-"""A run of several tasks, killed with -9 inside its second one, is resumed on the command line to the same bits."""
+"""A run of several tasks, killed with -9 inside its second one, is resumed on the command line to
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ def test_a_run_killed_in_its_second_task_goes_on_there(tmp_path: Path) -> None:
     file = tmp_path / "several.py"
     file.write_text(RECIPE)
     whole = subprocess.run(
-        command("launch", str(file), "--name", "whole", runs=tmp_path), capture_output=True, text=True, timeout=280
+        command("launch", str(file), "--name", "whole", runs=tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert whole.returncode == 0, whole.stderr
     assert "phase 2/3, task-1: from step 64, 64 steps" in whole.stdout
@@ -59,24 +64,32 @@ def test_a_run_killed_in_its_second_task_goes_on_there(tmp_path: Path) -> None:
 
     journal = tmp_path / "hunted" / "journal.jsonl"
     with (tmp_path / "hunted.log").open("w") as log:
-        driver = subprocess.Popen(command("launch", str(file), "--name", "hunted", runs=tmp_path), stdout=log, stderr=log)
+        driver = subprocess.Popen(
+            command("launch", str(file), "--name", "hunted", runs=tmp_path), stdout=log, stderr=log
+        )
         follower = Follower(journal)
         deadline, seen = time.monotonic() + 200, 0
         while seen < 70 and time.monotonic() < deadline and driver.poll() is None:
-            seen = max([seen, *(event["step"] for event in follower.poll() if event["event"] == "step")])
+            seen = max(
+                [seen, *(event["step"] for event in follower.poll() if event["event"] == "step")]
+            )
             time.sleep(0.005)
         driver.kill()
         driver.wait()
     assert seen in SECOND_TASK, (tmp_path / "hunted.log").read_text()
 
-    resumed = subprocess.run(command("resume", "hunted", runs=tmp_path), capture_output=True, text=True, timeout=280)
+    resumed = subprocess.run(
+        command("resume", "hunted", runs=tmp_path), capture_output=True, text=True, timeout=280
+    )
     assert resumed.returncode == 0, resumed.stderr
     starts = [event["step"] for event in read(journal) if event["event"] == "start"]
     assert starts[0] == 0
     assert starts[1] in SECOND_TASK
     assert [event["phase"] for event in read(journal) if event["event"] == "phase"] == [0, 1, 2]
     assert same_weights(tmp_path / "whole", tmp_path / "hunted")
-    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "hunted"))
+    one, other = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "hunted")
+    )
     assert {key: one[key] for key in ("accuracy_matrix", "acc", "bwt")} == {
         key: other[key] for key in ("accuracy_matrix", "acc", "bwt")
     }

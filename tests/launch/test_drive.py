@@ -96,7 +96,11 @@ class Lost(io.StringIO):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "gone")],
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        OSError(errno.EIO, "gone"),
+    ],
     ids=["a full disk", "a pipe that nobody reads", "a terminal that is gone"],
 )
 def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_shown(
@@ -124,8 +128,13 @@ sys.exit(130)
 def test_on_a_full_disk_the_exit_status_stays() -> None:
     """Python itself ends with 120 where it cannot write the rest of what was printed."""
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run([sys.executable, "-c", FULL], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr.count("\n")) == (130, 1) and "No space left on device" in ended.stderr
+        ended = subprocess.run(
+            [sys.executable, "-c", FULL], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (ended.returncode, ended.stderr.count("\n")) == (
+        130,
+        1,
+    ) and "No space left on device" in ended.stderr
 
 
 def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
@@ -146,17 +155,24 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
     assert [f"evaluation after step {step}" in file.getvalue() for step in (1, 2, 3)] == [True] * 3
 
 
-def test_a_mistake_in_what_is_shown_ends_the_showing_alone(driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
+    driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mistaken(self: Any, event: Event) -> None:
         raise KeyError("top1")
 
     monkeypatch.setattr("pipeline.launch.watch.Watch._on_evaluation", mistaken)
     file = io.StringIO()
     assert driven(file) == {"steps": 3} and Mirror.is_closed
-    assert file.getvalue().count("shown no more (KeyError: 'top1')") == 1 and "finished" not in file.getvalue()
+    assert (
+        file.getvalue().count("shown no more (KeyError: 'top1')") == 1
+        and "finished" not in file.getvalue()
+    )
 
 
-def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(driven: Callable[..., Any]) -> None:
+def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(
+    driven: Callable[..., Any],
+) -> None:
     def fail(step: int) -> None:
         raise ZeroDivisionError
 
@@ -175,13 +191,18 @@ def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lo
             note_death(tmp_path, worker=2, error="KeyError: 'cable'")
             (tmp_path / "stacks").mkdir(exist_ok=True)
             for rank in ranks:
-                (tmp_path / "stacks" / f"rank{rank}-20260105-120000.txt").write_text("Timeout (0:30:00)!")
+                (tmp_path / "stacks" / f"rank{rank}-20260105-120000.txt").write_text(
+                    "Timeout (0:30:00)!"
+                )
             raise WorkersEnded("worker 0: Connection closed by peer")
 
         return end
 
     stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
-    said = "or one that was waited for: no sign of life for too long (--hang-minutes); what its threads were at is in"
+    said = (
+        "or one that was waited for: no sign of life for too long (--hang-minutes); what its"
+        " threads were at is in"
+    )
     for ranks, line in (
         ((1,), f"worker 1, {said} {stacks[1]}"),
         ((), "worker 0: Connection closed by peer"),  # and what hung before is told
@@ -189,13 +210,20 @@ def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lo
     ):
         with pytest.raises(LaunchError, match=f"^{re.escape(line)}$"):
             driven(io.StringIO(), Launcher(hang(*ranks)))
-    told = [(event["event"], event["worker"]) for event in read(tmp_path / "journal.jsonl") if event["event"] in ("hung", "died")]
+    told = [
+        (event["event"], event["worker"])
+        for event in read(tmp_path / "journal.jsonl")
+        if event["event"] in ("hung", "died")
+    ]
     assert told == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
 
 
 @pytest.mark.parametrize(
     ("failure", "kind"),
-    [(WorkersEnded("worker 2: it is full", is_for_the_user=True), Refused), (LaunchError("no place"), LaunchError)],
+    [
+        (WorkersEnded("worker 2: it is full", is_for_the_user=True), Refused),
+        (LaunchError("no place"), LaunchError),
+    ],
 )
 def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_same(
     driven: Callable[..., Any], tmp_path: Path, failure: LaunchError, kind: type[Exception]
@@ -208,7 +236,11 @@ def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_s
 
     with pytest.raises(kind, match=f"^{failure}$"):
         driven(io.StringIO(), Launcher(end))
-    told = [(event["event"], event["worker"]) for event in read(tmp_path / "journal.jsonl") if event["event"] in ("hung", "died")]
+    told = [
+        (event["event"], event["worker"])
+        for event in read(tmp_path / "journal.jsonl")
+        if event["event"] in ("hung", "died")
+    ]
     assert told == [("hung", 1), ("died", 2)]
 
 
@@ -225,7 +257,9 @@ def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_wit
 
     with pytest.raises(LaunchError, match=r"^worker 2: 'cable'") as ended:
         driven(io.StringIO(), Launcher(end))
-    assert ended.value.__notes__ == ["the journal could not be told of it: [Errno 28] No space left on device"]
+    assert ended.value.__notes__ == [
+        "the journal could not be told of it: [Errno 28] No space left on device"
+    ]
 
 
 def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
@@ -255,7 +289,9 @@ def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
     assert file.getvalue().count("SIGTERM: saving after this step; once more to stop at once") == 1
 
 
-def test_at_once_is_at_once_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_once_is_at_once_where_nothing_can_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Python refuses a write in the middle of another one to the same stream."""
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
@@ -284,10 +320,22 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
 
     monkeypatch.setattr(Folder, "read", away)
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
-    job = Job(run=str(tmp_path / "run"), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
-    assert driving._owning(job, said.append) is job and failed == []  # its folder's locks are enough
+    job = Job(
+        run=str(tmp_path / "run"),
+        study="s",
+        data_fingerprint="d",
+        commit="c",
+        recipe={},
+        run_id="r",
+    )
+    assert (
+        driving._owning(job, said.append) is job and failed == []
+    )  # its folder's locks are enough
     place = tmp_path / "elsewhere"
-    tokens = [driving._owning(replace(job, checkpoints=str(place)), said.append).place_token for _ in range(2)]
+    tokens = [
+        driving._owning(replace(job, checkpoints=str(place)), said.append).place_token
+        for _ in range(2)
+    ]
     assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
     owner = owner_of(place_at(str(place), tmp_path))
     assert owner is not None and tokens[1] == owner.token != tokens[0]  # a token of each start

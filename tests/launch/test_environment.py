@@ -16,9 +16,17 @@ def told(**about: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"],
+    [
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_ALLOC_CONF",
+        "CUBLAS_WORKSPACE_CONFIG",
+        "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+    ],
 )
-def test_settings_of_compilers_and_allocators_are_passed_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_compilers_and_allocators_are_passed_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, "a value")
     assert passed_on()[name] == told()[name] == "a value"
 

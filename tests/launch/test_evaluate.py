@@ -1,4 +1,6 @@
-"""`spiketrain evaluate` with weights from a file: exact, for a recipe or a run, and refused in one line where they do not fit."""
+"""`spiketrain evaluate` with weights from a file: exact, for a recipe or a run, and refused in one
+line where they do not fit.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def recipe(tmp_path: Path) -> Path:
 def network(**sizes: Any) -> QKFormer:
     """One that tells images apart, though it never learnt to."""
     torch.manual_seed(3)
-    made = QKFormer(**{"channels": 32, "depth": 4, "heads": 1, "in_channels": 1, "classes": 10, **sizes})
+    made = QKFormer(
+        **{"channels": 32, "depth": 4, "heads": 1, "in_channels": 1, "classes": 10, **sizes}
+    )
     for module in made.modules():
         if isinstance(module, BatchNorm):
             torch.nn.init.uniform_(module.bias, 0, 2)
@@ -75,7 +79,14 @@ def network(**sizes: Any) -> QKFormer:
 def as_published(weights: dict[str, torch.Tensor], file: Path) -> Path:
     """As the published files are made: the weights beside what else the program knew."""
     counts = {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(5)}
-    torch.save({"model": weights | counts, "epoch": 199, "args": argparse.Namespace(model="QKFormer_10_384")}, file)
+    torch.save(
+        {
+            "model": weights | counts,
+            "epoch": 199,
+            "args": argparse.Namespace(model="QKFormer_10_384"),
+        },
+        file,
+    )
     return file
 
 
@@ -89,19 +100,27 @@ def by_hand(made: QKFormer, steps: int) -> tuple[float, float, float]:
                 logits_TBK = made(repeat(batch.x, steps))
             better = int((logits_TBK.mean(0)[0] > logits_TBK.mean(0)[0, batch.target]).sum())
             top1, top5 = top1 + (better < 1), top5 + (better < 5)
-            loss += sum(float(F.cross_entropy(logits_BK, batch.target)) for logits_BK in logits_TBK) / steps
+            loss += (
+                sum(float(F.cross_entropy(logits_BK, batch.target)) for logits_BK in logits_TBK)
+                / steps
+            )
     return top1 / 20, top5 / 20, loss / 20
 
 
 def figures(said: str) -> list[float]:
-    found = re.search(r"top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+) on 20 samples, firing rate .*; it took ", said)
+    found = re.search(
+        r"top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+) on 20 samples, firing rate .*; it took ",
+        said,
+    )
     assert found, said
     top1, top5, loss = (float(each) for each in found.groups())
     return [top1 / 100, top5 / 100, loss]
 
 
 @pytest.mark.parametrize("steps", [2, 3])
-def test_a_recipe_with_published_weights_or_with_ours(spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path, steps: int) -> None:
+def test_a_recipe_with_published_weights_or_with_ours(
+    spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path, steps: int
+) -> None:
     made = network()
     published = as_published(to_published(made), tmp_path / "published.pth")
     save_file(made.state_dict(), tmp_path / "ours.safetensors")
@@ -111,7 +130,10 @@ def test_a_recipe_with_published_weights_or_with_ours(spiketrain: SPIKETRAIN, re
         code, said, _ = spiketrain("evaluate", recipe, "--weights", file, "--time-steps", steps)
         assert code == 0
         assert said.startswith(f"small ({file.name}, T = {steps}): ")
-        assert re.search(r"\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU\n$", said), said
+        assert re.search(
+            r"\nan inference: [\d.]+ [nµ]J estimated \(45 nm, fp32\), not measured on a CPU\n$",
+            said,
+        ), said
         assert figures(said) == pytest.approx(expected, abs=6e-5)
 
 
@@ -135,38 +157,71 @@ def test_of_two_classes_no_top_5_is_told(spiketrain: SPIKETRAIN, tmp_path: Path)
     with Inline() as launcher:
         summary = launcher.run(job, "test")
     assert summary is not None and "top1" in summary and "top5" not in summary
-    [event] = [each for each in read(tmp_path / "run" / "journal.jsonl") if each["event"] == "evaluation"]
+    [event] = [
+        each for each in read(tmp_path / "run" / "journal.jsonl") if each["event"] == "evaluation"
+    ]
     assert list(event["metrics"]) == ["top1", "loss", "firing_rate"]
     code, said, _ = spiketrain("evaluate", tmp_path / "run")
     assert code == 0 and "top-1 " in said and "top-5" not in said
 
 
-def test_what_does_not_fit_is_refused_in_one_line(spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_in_one_line(
+    spiketrain: SPIKETRAIN, recipe: Path, tmp_path: Path
+) -> None:
     weights = to_published(network())
     whole = as_published(weights, tmp_path / "whole.pth")
     (tmp_path / "damaged.pth").write_bytes(whole.read_bytes()[:-1000])
-    lacking = {name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"}
+    lacking = {
+        name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"
+    }
     three = as_published(to_published(network(classes=3)), tmp_path / "three.pth")
     two = "[small_recipe(), small_recipe(name='other')]"
-    (tmp_path / "several.py").write_text(f"from tests.small import small_recipe\ndef recipe():\n    return {two}\n")
+    (tmp_path / "several.py").write_text(
+        f"from tests.small import small_recipe\ndef recipe():\n    return {two}\n"
+    )
     for words, expected in (
-        ((recipe, "--weights", tmp_path / "nowhere.pth"), "evaluate: .*nowhere.pth must be a file of weights"),
-        ((recipe, "--weights", tmp_path / "damaged.pth"), "evaluate: .*damaged.pth must hold weights; it could not be read"),
         (
-            (recipe, "--weights", as_published(lacking, tmp_path / "lacking.pth")),
-            r"lacking.pth must fit the network; got 1 missing: stages\.1\.2\.ffn\.branch\.2\.norm\.bias$",
+            (recipe, "--weights", tmp_path / "nowhere.pth"),
+            "evaluate: .*nowhere.pth must be a file of weights",
         ),
         (
-            (recipe, "--weights", as_published(weights | {"pos_embed": torch.zeros(1)}, tmp_path / "more.pth")),
+            (recipe, "--weights", tmp_path / "damaged.pth"),
+            "evaluate: .*damaged.pth must hold weights; it could not be read",
+        ),
+        (
+            (recipe, "--weights", as_published(lacking, tmp_path / "lacking.pth")),
+            (
+                r"lacking.pth must fit the network; got 1 missing:"
+                r" stages\.1\.2\.ffn\.branch\.2\.norm\.bias$"
+            ),
+        ),
+        (
+            (
+                recipe,
+                "--weights",
+                as_published(weights | {"pos_embed": torch.zeros(1)}, tmp_path / "more.pth"),
+            ),
             "more.pth must fit the network; got 1 unknown: pos_embed$",
         ),
         (
             (recipe, "--weights", three),
-            r"2 of another shape: classifier\.weight \(\[3, 32\] instead of \[10, 32\]\), classifier\.bias",
+            (
+                r"2 of another shape: classifier\.weight \(\[3, 32\] instead of \[10, 32\]\),"
+                r" classifier\.bias"
+            ),
         ),
-        ((recipe, "--weights", whole, "--set", "model.channels=64"), r"of another shape: stages\.0\.0\.stem"),
-        ((recipe, "--weights", whole, "--set", "model.shortcut=multiple"), "whole.pth: QKFormer: .*those of shortcut='sew'"),
-        ((recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"), "whole.pth: .*only tensors of a QKFormer"),
+        (
+            (recipe, "--weights", whole, "--set", "model.channels=64"),
+            r"of another shape: stages\.0\.0\.stem",
+        ),
+        (
+            (recipe, "--weights", whole, "--set", "model.shortcut=multiple"),
+            "whole.pth: QKFormer: .*those of shortcut='sew'",
+        ),
+        (
+            (recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"),
+            "whole.pth: .*only tensors of a QKFormer",
+        ),
         ((recipe, "--weights", whole, "--set", "data.classes=3"), "same classes; got 10 and 3"),
         ((recipe,), "needs --weights FILE; got no --weights"),
         ((recipe, "--weights", whole, "--which", "last"), "needs --weights FILE; got --which last"),
@@ -182,11 +237,15 @@ def test_a_recipe_starts_from_published_weights_with_a_head_of_its_own(
 ) -> None:
     made, three = network(), network(classes=3)
     file = as_published(to_published(made), tmp_path / "published.pth")
-    head = {name: three.state_dict()[name].clone() for name in ("classifier.weight", "classifier.bias")}
+    head = {
+        name: three.state_dict()[name].clone() for name in ("classifier.weight", "classifier.bias")
+    }
     assert load_start(three, file).fresh == tuple(head)
     for name, tensor in three.state_dict().items():
         assert torch.equal(tensor, head[name] if name in head else made.state_dict()[name]), name
     other = ("--set", "model.classes=3", "--set", "data.classes=3")
     assert spiketrain("show", recipe, "--set", f"init={file}", *other)[0] == 0
     code, _, said = spiketrain("show", recipe, "--set", f"init={file}", "--set", "model.depth=5")
-    assert code == 2 and re.search("init: .*must fit the network but for its head, classifier; got 33 missing: ", said), said
+    assert code == 2 and re.search(
+        "init: .*must fit the network but for its head, classifier; got 33 missing: ", said
+    ), said

@@ -47,11 +47,18 @@ def test_killed_while_the_folder_is_made_there_is_none(
 
 
 def test_from_its_first_moment_a_run_says_where_and_on_how_much_it_trains(tmp_path: Path) -> None:
-    job = prepare(small_recipe(), Cluster(workers=2, cpus_per_worker=3, loader_threads=2), tmp_path, name="run")
+    job = prepare(
+        small_recipe(),
+        Cluster(workers=2, cpus_per_worker=3, loader_threads=2),
+        tmp_path,
+        name="run",
+    )
     assert read_job(tmp_path / "run") == job and (job.threads, job.loader_threads) == (3, 2)
     assert json.loads((tmp_path / "run" / "cluster.json").read_text())["workers"] == 2
     assert state_of(tmp_path / "run") == "new"
-    with pytest.raises(ValueError, match=rf"got run, which `spiketrain resume run --runs {tmp_path}` goes on with$"):
+    with pytest.raises(
+        ValueError, match=rf"got run, which `spiketrain resume run --runs {tmp_path}` goes on with$"
+    ):
         prepare(small_recipe(), CLUSTER, tmp_path, name="run")
 
 
@@ -74,11 +81,16 @@ def test_a_name_that_another_launch_takes_meanwhile_is_refused(tmp_path: Path) -
         ({"hosts": 1}, "unknown field 'hosts'; it has study, "),
         ({"run": "/elsewhere"}, "unknown field 'run'; it has study, "),
         ({"threads": "many"}, "threads must be int; got 'many'"),
-        ({"hang_minutes": 1e9}, "hang_minutes must be in 0..10080, a week, where 0 is never; got 1e+09"),
+        (
+            {"hang_minutes": 1e9},
+            "hang_minutes must be in 0..10080, a week, where 0 is never; got 1e+09",
+        ),
         ({"loader_threads": 0}, "loader_threads must be a whole number >= 1; got loader_threads=0"),
     ],
 )
-def test_a_damaged_job_is_refused_in_one_line(change: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+def test_a_damaged_job_is_refused_in_one_line(
+    change: dict[str, Any] | None, said: str, tmp_path: Path
+) -> None:
     prepare(small_recipe(), CLUSTER, tmp_path, name="run")
     file = tmp_path / "run" / "job.json"
     file.write_text(json.dumps({} if change is None else json.loads(file.read_text()) | change))

@@ -1,4 +1,6 @@
-"""A second driver: on this machine it is refused at once, on another it waits for the lock of a machine that may be dead."""
+"""A second driver: on this machine it is refused at once, on another it waits for the lock of a
+machine that may be dead.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,16 @@ def other_boot() -> str:
     return f"{socket.gethostname()} 11111111-2222-3333-4444-555555555555"
 
 
-@pytest.mark.parametrize("holder", ["gpu-node-7 0123", other_boot()], ids=["another machine", "this one before it was restarted"])
+@pytest.mark.parametrize(
+    "holder",
+    ["gpu-node-7 0123", other_boot()],
+    ids=["another machine", "this one before it was restarted"],
+)
 def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
-    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], capsys: pytest.CaptureFixture[str], holder: str
+    tmp_path: Path,
+    held: Callable[[str], subprocess.Popen[str]],
+    capsys: pytest.CaptureFixture[str],
+    holder: str,
 ) -> None:
     process = held(holder)
     begun, dies = time.monotonic(), threading.Timer(2, process.kill)
@@ -62,7 +71,10 @@ def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
     finally:
         dies.cancel()
     host = holder.partition(" ")[0]
-    said = f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine loses it\n"
+    said = (
+        f"{tmp_path.name}: is held by {host}: waiting for up to 600 s, in which a dead machine"
+        " loses it\n"
+    )
     assert capsys.readouterr().out == said
 
 
@@ -73,17 +85,25 @@ def test_one_that_lives_elsewhere_is_named_in_the_end(
     held("gpu-node-7 0123")
     with pytest.raises(Refused) as refusal, driver_lock(tmp_path):
         pass
-    told = f"{tmp_path.name}: is being trained by another process on gpu-node-7, which still holds it after "
+    told = (
+        f"{tmp_path.name}: is being trained by another process on gpu-node-7, which still holds it"
+        " after "
+    )
     assert str(refusal.value).startswith(told)
 
 
 @pytest.mark.parametrize("holder", [this_machine(), ""], ids=["this machine", "nobody knows whose"])
-def test_on_this_machine_it_is_refused_at_once(tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], holder: str) -> None:
+def test_on_this_machine_it_is_refused_at_once(
+    tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], holder: str
+) -> None:
     held(holder)
     begun = time.monotonic()
     with pytest.raises(Refused) as refusal, driver_lock(tmp_path):
         pass
-    assert str(refusal.value) == f"{tmp_path.name}: is being trained by another process on this machine"
+    assert (
+        str(refusal.value)
+        == f"{tmp_path.name}: is being trained by another process on this machine"
+    )
     assert 0.9 < time.monotonic() - begun < 10  # `spiketrain runs` may have held it for an instant
 
 

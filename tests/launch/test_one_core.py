@@ -1,4 +1,6 @@
-"""On one core a launch under Ray ends, in every way that it can end, and leaves no process behind."""
+"""On one core a launch under Ray ends, in every way that it can end, and leaves no process
+behind.
+"""
 
 from __future__ import annotations
 
@@ -73,9 +75,15 @@ def launch(folder: Path) -> Iterator[Launch]:
     started: list[Driver] = []
 
     def started_now(verb: str, name: str, *words: str) -> Driver:
-        what = ["launch", str(folder / "recipe.py"), "--workers", "1", "--name", name] if verb == "launch" else [verb, name]
+        what = (
+            ["launch", str(folder / "recipe.py"), "--workers", "1", "--name", name]
+            if verb == "launch"
+            else [verb, name]
+        )
         run = folder / "runs" / name
-        started.append(Driver(*what, *words, run=run, folder=folder, environment={MARK: str(folder)}))
+        started.append(
+            Driver(*what, *words, run=run, folder=folder, environment={MARK: str(folder)})
+        )
         return started[-1]
 
     cores = os.sched_getaffinity(0)
@@ -109,7 +117,10 @@ def of_a_launch(folder: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get(MARK) == str(folder)
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(" ".join(process.cmdline()))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

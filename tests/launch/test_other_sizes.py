@@ -1,4 +1,6 @@
-"""A resume at other numbers of workers: what the recipe or its newest checkpoint refuses is refused before Ray starts."""
+"""A resume at other numbers of workers: what the recipe or its newest checkpoint refuses is refused
+before Ray starts.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_a_run_is_checked_at_its_new_size(tmp_path: Path, spiketrain: Command) -
 
 
 def test_so_is_a_suites_that_has_begun(tmp_path: Path, spiketrain: Command) -> None:
-    suite = SuiteFile(suite=Suite((MIXED,)).resolved(), runs=("one",), parent=PARENT, cluster=asdict(LAUNCHED))
+    suite = SuiteFile(
+        suite=Suite((MIXED,)).resolved(), runs=("one",), parent=PARENT, cluster=asdict(LAUNCHED)
+    )
     prepare(MIXED, LAUNCHED, tmp_path, name="one", parent=PARENT, suite="it")
     (tmp_path / "it").mkdir()
     suite.write(tmp_path / "it")
@@ -64,13 +68,21 @@ def test_so_is_a_suites_that_has_begun(tmp_path: Path, spiketrain: Command) -> N
         (({"world_size": 2},), True),
         (({"world_size": 4}, {"world_size": 2}), True),
         (({"world_size": 2}, {"world_size": 4}), False),
-        (({"world_size": 2}, None), True),  # a damaged one is moved away, and the one before is used
+        (
+            ({"world_size": 2}, None),
+            True,
+        ),  # a damaged one is moved away, and the one before is used
     ],
 )
 def test_zero_goes_on_with_as_many_workers_as_wrote_its_newest_checkpoint(
     trainers: tuple[dict[str, Any] | None, ...], refused: bool, tmp_path: Path, spiketrain: Command
 ) -> None:
-    prepare(small_recipe(zero=2, backend="deepspeed"), Cluster(workers=2, device="cpu"), tmp_path, name="it")
+    prepare(
+        small_recipe(zero=2, backend="deepspeed"),
+        Cluster(workers=2, device="cpu"),
+        tmp_path,
+        name="it",
+    )
     for step, trainer in enumerate(trainers, start=1):
         folder = tmp_path / "it" / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)

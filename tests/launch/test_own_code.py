@@ -1,4 +1,6 @@
-"""A stranger's package beside its recipe: every command that is printed works as it was printed, from another folder."""
+"""A stranger's package beside its recipe: every command that is printed works as it was printed,
+from another folder.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from tests.small import without_stages
 
 PACKAGE = {
     # No __init__.py: most packages that lie beside a script have none.
-    "network.py": '''
+    "network.py": (
+        '''
 from torch import nn
 
 from pipeline.spiking.neuron import LIF
@@ -44,8 +47,10 @@ class Striped(nn.Module):
 
     def forward(self, x_TBCHW):
         return self.classifier(self.hidden(x_TBCHW))
-''',
-    "rule.py": '''
+'''
+    ),
+    "rule.py": (
+        '''
 import time
 
 import torch
@@ -73,8 +78,10 @@ class LastStep(Rule):
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
                 yield Objective(backward=loss if learns else None, loss=loss.detach(), logits=share_BK)
-''',
-    "data.py": '''
+'''
+    ),
+    "data.py": (
+        '''
 from contextlib import contextmanager
 
 import numpy as np
@@ -129,7 +136,8 @@ class Batches:
         x = np.stack([(stripes.T if i % 2 else stripes) + n for i, n in zip(ids, noise)])
         x_B = torch.from_numpy(x[:, None].astype(np.float32))
         return Batch(x_B, torch.from_numpy(ids % 2), torch.from_numpy(ids % 1000))
-''',
+'''
+    ),
 }
 RECIPE = """
 from dataclasses import replace
@@ -175,7 +183,9 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in PACKAGE.items():
         (lab / "mysnn" / name).write_text(text)
     (lab / "one.py").write_text(RECIPE + "    return mine\n")
-    (lab / "two.py").write_text(RECIPE + '    return [replace(mine, name="bptt", rule=spec(BPTT)), mine]\n')
+    (lab / "two.py").write_text(
+        RECIPE + '    return [replace(mine, name="bptt", rule=spec(BPTT)), mine]\n'
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     yield lab
@@ -199,7 +209,10 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit) as end:
             main()
         said = capsys.readouterr()
-        assert (end.value.code or 0, without_stages(said.err).replace(NO_PARENT, "")) == (0, ""), said.err
+        assert (end.value.code or 0, without_stages(said.err).replace(NO_PARENT, "")) == (
+            0,
+            "",
+        ), said.err
         return said.out
 
     return run
@@ -216,10 +229,25 @@ def in_a_process(command: str) -> str:
 
 
 def killed_launch(recipe: Path, *words: str) -> str:
-    """What a launch has printed until it was killed (`kill -9`), some steps after a checkpoint of a run whose rule is ours."""
-    begun = [SPIKETRAIN, "launch", str(recipe), *words, "--device", "cpu", "--name", "it", "--trust", "mysnn"]
+    """What a launch has printed until it was killed (`kill -9`), some steps after a checkpoint of a
+    run whose rule is ours.
+    """
+    begun = [
+        SPIKETRAIN,
+        "launch",
+        str(recipe),
+        *words,
+        "--device",
+        "cpu",
+        "--name",
+        "it",
+        "--trust",
+        "mysnn",
+    ]
     with Path("log").open("w") as log:
-        driver = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *begun], stdout=log, stderr=log)
+        driver = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *begun], stdout=log, stderr=log
+        )
     saved = False
     followers: dict[Path, Follower] = {}
     while driver.poll() is None:
@@ -248,9 +276,12 @@ def use_everything_that_is_printed(said: str, typed: Typed) -> None:
     resumed = typed(printed("resume", said))
     whole = Path("runs/it")
     runs = list(runs_of(whole).values()) if is_suite(whole) else [whole]
-    # Each run began once or, where it was killed, twice, and learnt every batch of its three epochs.
+    # Each run began once or, where it was killed, twice, and learnt every batch of its three
+    # epochs.
     assert all(read(run / "journal.jsonl")[-1]["event"] == "finish" for run in runs)
-    assert any(sum(event["event"] == "start" for event in read(run / "journal.jsonl")) == 2 for run in runs)
+    assert any(
+        sum(event["event"] == "start" for event in read(run / "journal.jsonl")) == 2 for run in runs
+    )
     assert "LastStep" in typed(printed("compare", resumed))
     page = typed(printed("report", resumed)).splitlines()[-1]
     assert "LastStep" in Path(page).read_text()
@@ -271,7 +302,13 @@ def test_a_strangers_package_inline(lab: Path, typed: Typed) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("file", "words"), [("one", ("--workers", "2")), ("two", ())], ids=["two workers", "side by side"])
-def test_a_strangers_package_under_ray(lab: Path, file: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("one", ("--workers", "2")), ("two", ())],
+    ids=["two workers", "side by side"],
+)
+def test_a_strangers_package_under_ray(
+    lab: Path, file: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     use_everything_that_is_printed(killed_launch(lab / f"{file}.py", *words), in_a_process)

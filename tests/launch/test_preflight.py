@@ -146,7 +146,9 @@ def test_a_node_that_does_not_answer_hides_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_ffcv")
-def test_local_is_this_machine_and_starts_no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_is_this_machine_and_starts_no_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "Ray", lambda **given: pytest.fail(f"a Ray at {given['address']}"))
     for address in (None, "local"):
         checks = [each.check for each in run(tmp_path, address)]
@@ -155,7 +157,9 @@ def test_local_is_this_machine_and_starts_no_ray(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.usefixtures("sick")
 @pytest.mark.parametrize(("size", "state"), [(1.0, "ok"), (1e18, "bad")])
-def test_each_node_tries_where_checkpoints_are_kept(tmp_path: Path, size: float, state: str) -> None:
+def test_each_node_tries_where_checkpoints_are_kept(
+    tmp_path: Path, size: float, state: str
+) -> None:
     """Room is needed there, and not where the runs are."""
     runs, place = tmp_path / "runs", tmp_path / "kept"
     found = [each for each in run(runs, size=size, at=str(place)) if each.check == "storage"]
@@ -273,9 +277,13 @@ def bad_of(store: Store, resources: dict[str, float] | None = None) -> list[Find
     ],
 )
 def test_gpus_that_are_missing(
-    driver: Store, monkeypatch: pytest.MonkeyPatch, resources: Any, visible: str | None,
-    promised: int, trains: bool,
-) -> None:  # fmt: skip
+    driver: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    resources: Any,
+    visible: str | None,
+    promised: int,
+    trains: bool,
+) -> None:
     """Ray's count holds where there is a Ray, else the number of the driver's files of GPUs."""
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (Path(driver.address) / name).touch()
@@ -290,7 +298,9 @@ def test_gpus_that_are_missing(
     assert report.trains == trains
 
 
-def test_gpus_that_torch_cannot_use_are_reported_once(driver: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_torch_cannot_use_are_reported_once(
+    driver: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unusable = Unusable("torch is built for CUDA 13.0", "install driver 580 or newer")
     monkeypatch.setattr(module, "unusable_cards", lambda: unusable)
     (found,) = bad_of(driver, {"CPU": 64.0, "GPU": 8.0})
@@ -299,7 +309,9 @@ def test_gpus_that_torch_cannot_use_are_reported_once(driver: Store, monkeypatch
 
 
 @pytest.mark.parametrize("sick", ["fails", "sums wrongly"])
-def test_a_gpu_that_fails_beside_one_that_does_not(driver: Store, monkeypatch: pytest.MonkeyPatch, sick: str) -> None:
+def test_a_gpu_that_fails_beside_one_that_does_not(
+    driver: Store, monkeypatch: pytest.MonkeyPatch, sick: str
+) -> None:
     def ones(count: int, *, device: str) -> Any:
         if device == "cuda:1" and sick == "fails":
             raise RuntimeError("CUDA error:\nunspecified launch failure")
@@ -378,7 +390,9 @@ tmpfs /shared/tmp tmpfs rw 0 0
         ("LINK/run", "/shared"),
     ],
 )
-def test_an_nfs_that_may_hide_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, mount: str | None) -> None:
+def test_an_nfs_that_may_hide_a_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, mount: str | None
+) -> None:
     monkeypatch.setattr(module, "MOUNTS", tmp_path / "mounts")
     assert list(module._nfs("one", Path(folder))) == []  # nothing is known
     (tmp_path / "mounts").write_text(MOUNTED)
@@ -426,7 +440,9 @@ def late(meeting: Meeting, rank: int, lost: str) -> None:
 def test_two_processes_meet_or_say_why_not() -> None:
     with ProcessPoolExecutor(2, get_context("spawn")) as two:
         where = here(2)
-        assert [each.result(60) for each in [two.submit(meet, where, rank) for rank in (0, 1)]] == [None] * 2
+        assert [each.result(60) for each in [two.submit(meet, where, rank) for rank in (0, 1)]] == [
+            None
+        ] * 2
     for lost, said in (("start", "(?i)timed? ?out"), ("sum", "^over gloo: ")):
         with ProcessPoolExecutor(2, get_context("spawn")) as two:
             where = here(2)
@@ -451,7 +467,9 @@ def test_gpus_meet_over_nccl_and_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(distributed, name, lambda *given, **more: None)
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     asked: list[str] = []
-    monkeypatch.setattr(module.torch, "tensor", lambda value, device: asked.append(device) or tensor(value))
+    monkeypatch.setattr(
+        module.torch, "tensor", lambda value, device: asked.append(device) or tensor(value)
+    )
     where = Meeting("x", 1, 2, gpus=True)
     meet(where, 0)
     assert asked == ["cuda", "cpu"]

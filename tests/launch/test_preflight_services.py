@@ -98,7 +98,9 @@ def test_a_bucket_that_is_not_there_is_not_made(bucket: str) -> None:
         ("rm_file", "delete an object"),
     ],
 )
-def test_what_is_forbidden_is_named_and_no_secret_is(name: str, doing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_forbidden_is_named_and_no_secret_is(
+    name: str, doing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(self: MemoryFileSystem, *args: object, **kwargs: object) -> None:
         raise PermissionError("Access Denied\nto AKIAPLANTED with planted-secret")
 
@@ -135,7 +137,9 @@ def no_login(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def server(*, password: str | None, refuses: int = 401, sends_to: str = "") -> Iterator[tuple[str, list[str | None]]]:
+def server(
+    *, password: str | None, refuses: int = 401, sends_to: str = ""
+) -> Iterator[tuple[str, list[str | None]]]:
     """Its HOST:PORT, and the logins that were shown to it."""
     shown: list[str | None] = []
 
@@ -249,7 +253,9 @@ def test_a_login_is_shown_as_mlflow_shows_it(monkeypatch: pytest.MonkeyPatch) ->
         assert of_mlflow(f"http://me:p%40ss@{place}").state == "bad"
 
 
-def test_a_login_of_netrc_is_not_shown_where_none_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_login_of_netrc_is_not_shown_where_none_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """MLflow's client logs in by it, through requests."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pass\n")
     (tmp_path / "netrc").chmod(0o600)
@@ -260,7 +266,9 @@ def test_a_login_of_netrc_is_not_shown_where_none_is_asked_for(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("token", ["planted-token\n", "planted\ntoken", "planted-t€ken"])
-def test_a_token_that_no_header_may_hold_is_not_shown(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+def test_a_token_that_no_header_may_hold_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
     with server(password="Bearer x") as (place, _):
         found = of_mlflow(f"http://{place}")

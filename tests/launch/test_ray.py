@@ -35,11 +35,17 @@ from pipeline.refused import Refused
 def test_workers_wait_for_one_another_until_long_after_a_watchdog_has_ended_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
 ) -> None:
-    """Else the one that is well gives up first, and Ray ends the other before it has said what it hangs in."""
-    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= timedelta(minutes=hang_minutes, seconds=300)
+    """Else the one that is well gives up first, and Ray ends the other before it has said what it
+    hangs in.
+    """
+    assert patience_in_a_worker(tmp_path, monkeypatch, hang_minutes) >= timedelta(
+        minutes=hang_minutes, seconds=300
+    )
 
 
-def test_where_nobody_watches_they_wait_for_more_than_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nobody_watches_they_wait_for_more_than_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert patience_in_a_worker(tmp_path, monkeypatch, 0.0) > timedelta(days=1)
 
 
@@ -48,11 +54,14 @@ def test_workers_that_do_not_find_one_another_say_so_within_ten_minutes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang_minutes: float
 ) -> None:
     """No watchdog looks at them yet."""
-    assert run(tmp_path, monkeypatch, None, hang_minutes=hang_minutes)["torch_config"].timeout_s == 600
+    assert (
+        run(tmp_path, monkeypatch, None, hang_minutes=hang_minutes)["torch_config"].timeout_s == 600
+    )
 
 
 @pytest.mark.parametrize(
-    ("addresses", "alone"), [(["127.0.0.1"], True), (["10.0.0.1", "127.0.0.1"], False), (["10.0.0.1"], False)]
+    ("addresses", "alone"),
+    [(["127.0.0.1"], True), (["10.0.0.1", "127.0.0.1"], False), (["10.0.0.1"], False)],
 )
 def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], alone: bool
@@ -62,10 +71,14 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
     gone = {"NodeManagerAddress": "10.0.0.9", "Alive": False}
     asked = run(tmp_path, monkeypatch, None, nodes=[*nodes, gone])
     assert isinstance(asked["torch_config"], OnLoopback) is alone
-    assert (asked["run_config"].worker_runtime_env["env_vars"].get("GLOO_SOCKET_IFNAME") == "lo") is alone
+    assert (
+        asked["run_config"].worker_runtime_env["env_vars"].get("GLOO_SOCKET_IFNAME") == "lo"
+    ) is alone
 
 
-def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
         return [work(given({"CPU": 64.0})), Silent("10.0.0.2", "no answer")]
 
@@ -76,28 +89,46 @@ def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(monkeyp
     assert launcher.room() == min(64, here) and Ray(workers=1, device="cpu").room() == here
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0, "GPU": 8.0})
     monkeypatch.setattr(ray, "nodes", lambda: NODES)
-    assert Ray(workers=2, address="10.0.0.1:6379", device="gpu").room() == 4  # each worker has a card
+    assert (
+        Ray(workers=2, address="10.0.0.1:6379", device="gpu").room() == 4
+    )  # each worker has a card
 
 
-NODES = [{"NodeManagerAddress": f"10.0.0.{index}", "Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}} for index in range(2)]
+NODES = [
+    {"NodeManagerAddress": f"10.0.0.{index}", "Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    for index in range(2)
+]
 
 
 @pytest.mark.parametrize(
     ("said", "cores", "loaders"),
-    [({}, 8, 8), ({"cpus_per_worker": 4}, 4, 4), ({"cpus_per_worker": 4, "loader_threads": 3}, 4, 3)],
+    [
+        ({}, 8, 8),
+        ({"cpus_per_worker": 4}, 4, 4),
+        ({"cpus_per_worker": 4, "loader_threads": 3}, 4, 3),
+    ],
 )
 def test_a_worker_with_a_gpu_gets_its_share_of_the_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], cores: int, loaders: int
 ) -> None:
     launcher = Ray(workers=2, device="auto", address="10.0.0.1:6379", **said)
-    asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources={"CPU": 128.0, "GPU": 16.0}, launcher=launcher)
+    asked = run(
+        tmp_path,
+        monkeypatch,
+        None,
+        nodes=NODES,
+        resources={"CPU": 128.0, "GPU": 16.0},
+        launcher=launcher,
+    )
     assert asked["scaling_config"].resources_per_worker == {"CPU": cores, "GPU": 1}
     assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (cores, loaders)
     told = asked["run_config"].worker_runtime_env["env_vars"]
     assert (told["OMP_NUM_THREADS"], told["NUMBA_NUM_THREADS"]) == (str(cores), str(loaders))
 
 
-def test_a_worker_on_a_cpu_gets_one_core_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_on_a_cpu_gets_one_core_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = run(tmp_path, monkeypatch, None, nodes=NODES, resources={"CPU": 128.0, "GPU": 16.0})
     assert asked["scaling_config"].resources_per_worker == {"CPU": 1}
     assert (asked["job"]["threads"], asked["job"]["loader_threads"]) == (1, 1)
@@ -110,10 +141,17 @@ def in_a_cluster(patch: pytest.MonkeyPatch, **resources: float) -> None:
     patch.setattr(ray, "cluster_resources", lambda: resources)
 
 
-def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    unusable = Unusable("torch is built for CUDA 13.0 and cannot use the GPU here", "install driver 580 or newer")
+def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unusable = Unusable(
+        "torch is built for CUDA 13.0 and cannot use the GPU here", "install driver 580 or newer"
+    )
     monkeypatch.setattr("pipeline.launch.base.unusable_cards", lambda: unusable)
-    said = "^launch: torch is built for CUDA 13.0 and cannot use the GPU here; install driver 580 or newer$"
+    said = (
+        "^launch: torch is built for CUDA 13.0 and cannot use the GPU here; install driver 580 or"
+        " newer$"
+    )
     monkeypatch.setattr(ray, "init", lambda **about: pytest.fail("started"))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     for device in ("auto", "gpu"):
@@ -130,10 +168,19 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
         asked.extend(given(node) for node in ({"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}))
-        return [None, Silent("10.0.0.2", "no answer"), "two: torch is built without CUDA; install another"]
+        return [
+            None,
+            Silent("10.0.0.2", "no answer"),
+            "two: torch is built without CUDA; install another",
+        ]
 
     monkeypatch.setattr(launcher.nodes, "on_each", on_each)
-    with pytest.raises(Refused, match=r"^launch: two: torch is built without CUDA; install another$"), launcher:
+    with (
+        pytest.raises(
+            Refused, match=r"^launch: two: torch is built without CUDA; install another$"
+        ),
+        launcher,
+    ):
         pass
     assert asked == [0, 8]
     with Ray(workers=2, address="auto", device="cpu"):  # which asks for none
@@ -144,27 +191,41 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     ("about", "said"),
     [
         ({"workers": 17}, "launch: 17 workers need as many GPUs; there are 16"),
-        ({"workers": 9, "cpus_per_worker": 16}, "launch: 9 workers x 16 cpus need 144 cores; the cluster has 128"),
+        (
+            {"workers": 9, "cpus_per_worker": 16},
+            "launch: 9 workers x 16 cpus need 144 cores; the cluster has 128",
+        ),
     ],
 )
-def test_more_than_there_is_is_refused_at_once(about: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_there_is_is_refused_at_once(
+    about: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
     with pytest.raises(Refused, match=f"^{said}"), Ray(address="auto", device="gpu", **about):
         pass
 
 
-def test_a_wait_for_places_in_vain_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_for_places_in_vain_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray says so of a fixed number, `Resizing` of several."""
     for failure in (WorkerGroupStartupTimeoutError(2), NoPlace("in vain")):
-        with pytest.raises(LaunchError, match=r"^launch: 2 workers found no place in time: others have it, or a node"):
+        with pytest.raises(
+            LaunchError,
+            match=r"^launch: 2 workers found no place in time: others have it, or a node",
+        ):
             run(tmp_path, monkeypatch, ControllerError(failure))
 
 
-@pytest.mark.parametrize(("number", "is_for_the_user"), [(errno.ENOSPC, True), (errno.ESTALE, False)])
+@pytest.mark.parametrize(
+    ("number", "is_for_the_user"), [(errno.ENOSPC, True), (errno.ESTALE, False)]
+)
 def test_of_what_the_user_alone_can_change_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_for_the_user: bool
 ) -> None:
-    died = WorkerGroupError("died", {0: OSError(number, "journal: it fails", "/runs/journal.jsonl")})
+    died = WorkerGroupError(
+        "died", {0: OSError(number, "journal: it fails", "/runs/journal.jsonl")}
+    )
     line = rf"^worker 0: \[Errno {number}\] journal: it fails: '/runs/journal\.jsonl'$"
     with pytest.raises(WorkersEnded, match=line) as ended:
         run(tmp_path, monkeypatch, died)
@@ -173,7 +234,9 @@ def test_of_what_the_user_alone_can_change_it_says_so(
 
 def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: float) -> timedelta:
     """Of the process group of all workers, while one of them trains."""
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0)
+    context = SimpleNamespace(
+        get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 0
+    )
     patch.setattr(ray.train, "get_context", lambda: context)
     patch.setattr(ray.train.torch, "get_device", lambda: "cpu")
 
@@ -181,9 +244,20 @@ def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: 
         group: Any = distributed.group.WORLD
         return {"patience": group._get_backend(torch.device("cpu")).options._timeout}
 
-    job = Job(run=str(folder), study="s", data_fingerprint="f", commit="c", recipe={}, hang_minutes=hang_minutes)
+    job = Job(
+        run=str(folder),
+        study="s",
+        data_fingerprint="f",
+        commit="c",
+        recipe={},
+        hang_minutes=hang_minutes,
+    )
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1, timeout=timedelta(minutes=10)
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=0,
+        world_size=1,
+        timeout=timedelta(minutes=10),
     )
     try:
         told = _train(asdict(job), work=work, sizes=(1,))

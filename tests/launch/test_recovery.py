@@ -1,4 +1,6 @@
-"""Two DeepSpeed workers under Ray, killed in every way that a cluster knows, end with the bits of a run that nobody touched."""
+"""Two DeepSpeed workers under Ray, killed in every way that a cluster knows, end with the bits of a
+run that nobody touched.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for label in range(3):
             (folder / part / f"class{label}").mkdir(parents=True)
             for index in range(count):
-                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + np.uint8(60 * label)
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8) // 2 + np.uint8(
+                    60 * label
+                )
                 Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{index}.jpg")
     write_folder(folder, folder / "beton", workers=1)
     file = folder / "recovery.py"
@@ -83,7 +87,16 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launched(recipe_file: Path, run: Path) -> Driver:
-    words = ("launch", str(recipe_file), "--workers", "2", "--name", run.name, "--trust", "recovery_lab")
+    words = (
+        "launch",
+        str(recipe_file),
+        "--workers",
+        "2",
+        "--name",
+        run.name,
+        "--trust",
+        "recovery_lab",
+    )
     return Driver(*words, run=run, folder=recipe_file.parent)
 
 
@@ -104,7 +117,11 @@ def untouched(recipe_file: Path) -> Path:
 
 
 def test_killed_in_every_way_it_ends_with_the_same_bits(
-    recipe_file: Path, untouched: Path, tmp_path: Path, drivers: list[Driver], monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path,
+    untouched: Path,
+    tmp_path: Path,
+    drivers: list[Driver],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(recipe_file.parent)
     draw = random.Random(SEED)
@@ -131,14 +148,19 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     assert stopped["event"] == "stopped"
     assert step_folders(run / "checkpoints")[-1].name == f"step_{stopped['step']:08d}"
 
-    # What Ray remembers of checkpoints, cut short (ray 2.60 would never start under this name again): nobody asks it.
+    # What Ray remembers of checkpoints, cut short (ray 2.60 would never start under this name
+    # again): nobody asks it.
     attempts = list((run / "ray").iterdir())
     assert attempts
     for attempt in attempts:
-        (attempt / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text('{"ray_version": "2.60.0", "checkpoint_res')
+        (attempt / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).write_text(
+            '{"ray_version": "2.60.0", "checkpoint_res'
+        )
 
     # The driver, with kill -9: its workers are gone within seconds.
-    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent)
+    driver = Driver(
+        "resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent
+    )
     drivers.append(driver)
     assert driver.wait_for(lambda event: event["event"] == "start")["step"] == stopped["step"]
     driver.at_step(stopped["step"] + draw.randrange(3, 9))
@@ -154,7 +176,9 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
     content = bytearray(weights.read_bytes())
     content[-1] ^= 4
     weights.write_bytes(content)
-    driver = Driver("resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent)
+    driver = Driver(
+        "resume", run.name, "--trust", "recovery_lab", run=run, folder=recipe_file.parent
+    )
     drivers.append(driver)
     quarantined = driver.wait_for(lambda event: event["event"] == "quarantine")
     assert newest.name in quarantined["path"]
@@ -170,7 +194,9 @@ def test_killed_in_every_way_it_ends_with_the_same_bits(
 
 def kill_inside_a_checkpoint(driver: Driver) -> list[Path]:
     """Stop rank 0 while its temp folder is there, and kill it; the folder that it left."""
-    [writer] = [process for process in driver.workers() if holds(process, driver.run / "writer.lock")]
+    [writer] = [
+        process for process in driver.workers() if holds(process, driver.run / "writer.lock")
+    ]
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if not list((driver.run / "checkpoints").glob(".writing-*")):

@@ -34,8 +34,12 @@ NOTHING, GROW = NoopDecision(), ResizeDecision(num_workers=2, resources_per_work
 @pytest.fixture
 def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resizing:
     """Of a run that may grow whenever Ray looks, or has no place."""
-    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda *about: GROW)
-    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: NOTHING)
+    monkeypatch.setattr(
+        ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda *about: GROW
+    )
+    monkeypatch.setattr(
+        ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: NOTHING
+    )
     monkeypatch.setattr(resizing, "_leaving", lambda state: Notice((), None))
     made = Resizing(ScalingConfig(num_workers=(1, 2)), sizes=(1, 2), folder=tmp_path)
     made._ticked = math.inf  # there is no coordinator to ask
@@ -63,7 +67,9 @@ def test_it_grows_once_it_has_saved(policy: Resizing) -> None:
     assert looks(policy) == GROW
 
 
-def test_a_save_that_does_not_come_is_waited_for_so_long(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_does_not_come_is_waited_for_so_long(
+    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     assert looks(policy) == NOTHING
@@ -73,8 +79,12 @@ def test_a_save_that_does_not_come_is_waited_for_so_long(policy: Resizing, monke
     assert looks(policy) == GROW and not (policy.folder / "save").exists()
 
 
-def test_storage_that_is_away_as_a_run_grows_ends_nothing(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What could not be asked is asked again, and what is not known is waited for like a save that does not come."""
+def test_storage_that_is_away_as_a_run_grows_ends_nothing(
+    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be asked is asked again, and what is not known is waited for like a save that
+    does not come.
+    """
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with monkeypatch.context() as patch:
@@ -101,8 +111,12 @@ def test_whoever_asks_to_stop_waits_for_no_place_as_far_as_storage_tells(
         policy.make_decision_for_non_running_worker_group()
 
 
-def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one absence of all workers, in which there may be room for some now and then that do not begin."""
+def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
+    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one absence of all workers, in which there may be room for some now and then that do not
+    begin.
+    """
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
 
@@ -110,33 +124,50 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(policy: Resizin
         return [(event["what"], event["most_s"]) for event in read(policy.folder / "journal.jsonl")]
 
     for absence in (1, 2):
-        assert policy.make_decision_for_non_running_worker_group() == NOTHING and len(told()) == absence - 1
+        assert (
+            policy.make_decision_for_non_running_worker_group() == NOTHING
+            and len(told()) == absence - 1
+        )
         now += LOOK_S + 1
         with monkeypatch.context() as patch:
             patch.setattr(resizing, "tell_waiting", unable)
             assert policy.make_decision_for_non_running_worker_group() == NOTHING
-        assert [policy.make_decision_for_non_running_worker_group() for _ in range(3)] == [NOTHING] * 3
+        assert [policy.make_decision_for_non_running_worker_group() for _ in range(3)] == [
+            NOTHING
+        ] * 3
         assert told() == [("a place for 1 worker", PLACES_S)] * absence
         now += PLACES_S - LOOK_S - 2
         with monkeypatch.context() as patch:
-            patch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: GROW)
+            patch.setattr(
+                ElasticScalingPolicy,
+                "make_decision_for_non_running_worker_group",
+                lambda *about: GROW,
+            )
             assert policy.make_decision_for_non_running_worker_group() == GROW
         assert policy.make_decision_for_non_running_worker_group() == NOTHING
         if absence == 1:
             looks(policy)  # there they are
     now += 2
-    with pytest.raises(NoPlace, match=r"^launch: 1 worker found no place in time: others have it, or a node"):
+    with pytest.raises(
+        NoPlace, match=r"^launch: 1 worker found no place in time: others have it, or a node"
+    ):
         policy.make_decision_for_non_running_worker_group()
 
 
-def test_room_that_comes_after_an_hour_is_tried_once(policy: Resizing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_that_comes_after_an_hour_is_tried_once(
+    policy: Resizing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for _ in range(2):
         assert policy.make_decision_for_non_running_worker_group() == NOTHING
         now += PLACES_S + 1
         with monkeypatch.context() as patch:
-            patch.setattr(ElasticScalingPolicy, "make_decision_for_non_running_worker_group", lambda *about: GROW)
+            patch.setattr(
+                ElasticScalingPolicy,
+                "make_decision_for_non_running_worker_group",
+                lambda *about: GROW,
+            )
             assert policy.make_decision_for_non_running_worker_group() == GROW
             with pytest.raises(NoPlace):  # they did not begin
                 policy.make_decision_for_non_running_worker_group()
@@ -151,9 +182,18 @@ def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
         folder=tmp_path,
         awaits_nodes=True,
         scaling_config=ScalingConfig(num_workers=(2, 4)),
-        run_config=RunConfig(failure_config=FailureConfig(max_failures=3, controller_failure_limit=-1)),
+        run_config=RunConfig(
+            failure_config=FailureConfig(max_failures=3, controller_failure_limit=-1)
+        ),
     )
     restarts = trainer._policies["failure_policy"]
-    assert restarts.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2))) == FailureDecision.RETRY
-    assert restarts.make_decision(ControllerError(NoPlace("launch: in vain"))) == FailureDecision.RAISE
-    assert not restarts.awaits_nodes and isinstance(trainer._policies["scaling_policy"], Resizing)  # which does
+    assert (
+        restarts.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
+        == FailureDecision.RETRY
+    )
+    assert (
+        restarts.make_decision(ControllerError(NoPlace("launch: in vain"))) == FailureDecision.RAISE
+    )
+    assert not restarts.awaits_nodes and isinstance(
+        trainer._policies["scaling_policy"], Resizing
+    )  # which does

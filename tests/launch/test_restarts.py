@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from ray.train import FailureConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -25,7 +28,11 @@ RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
 @pytest.fixture
 def policy(tmp_path: Path) -> Restarts:
-    return Restarts(FailureConfig(max_failures=2, controller_failure_limit=1), folder=tmp_path, awaits_nodes=True)
+    return Restarts(
+        FailureConfig(max_failures=2, controller_failure_limit=1),
+        folder=tmp_path,
+        awaits_nodes=True,
+    )
 
 
 def dies(policy: Restarts, *, worker: int = 0) -> FailureDecision:
@@ -61,7 +68,9 @@ def test_each_new_checkpoint_begins_the_count_anew(policy: Restarts) -> None:
 
 
 def test_a_checkpoint_of_a_step_that_was_saved_before_is_nothing_new(policy: Restarts) -> None:
-    """As of a run that dies each time after the same one, or went back and saves again what it had."""
+    """As of a run that dies each time after the same one, or went back and saves again what it
+    had.
+    """
     saves(policy, 10)
     assert dies(policy) == RETRY
     saves(policy, 5)
@@ -94,15 +103,23 @@ def test_what_was_there_when_it_began_is_nothing_new(tmp_path: Path) -> None:
 
 
 LOST = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:38545.")
-DEATH = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError("The actor is dead."))
+DEATH = WorkerHealthCheckFailedError(
+    "A worker health check failed.", RuntimeError("The actor is dead.")
+)
 
 
 @pytest.mark.parametrize(
     ("failures", "told"),
     [
         ({0: LOST, 1: KeyError("cable")}, {"worker": 1, "error": "KeyError: 'cable'"}),
-        ({0: LOST, 1: DEATH}, {"worker": 1, "error": "WorkerHealthCheckFailedError: The actor is dead."}),
-        ({0: DEATH, 1: LOST}, {"worker": 0, "error": "WorkerHealthCheckFailedError: The actor is dead."}),
+        (
+            {0: LOST, 1: DEATH},
+            {"worker": 1, "error": "WorkerHealthCheckFailedError: The actor is dead."},
+        ),
+        (
+            {0: DEATH, 1: LOST},
+            {"worker": 0, "error": "WorkerHealthCheckFailedError: The actor is dead."},
+        ),
         ({0: KeyError("cable"), 1: LOST}, None),  # which holds the journal
         ({0: LOST}, None),
     ],
@@ -111,7 +128,11 @@ DEATH = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeErr
 def test_what_ended_the_workers_is_noted_for_the_journal(
     policy: Restarts, failures: dict[int, Exception], told: dict[str, object] | None
 ) -> None:
-    assert [policy.make_decision(WorkerGroupError("died", failures)) for _ in range(3)] == [RETRY, RETRY, RAISE]
+    assert [policy.make_decision(WorkerGroupError("died", failures)) for _ in range(3)] == [
+        RETRY,
+        RETRY,
+        RAISE,
+    ]
     assert noted(policy.folder) == told
 
 
@@ -120,12 +141,20 @@ def test_places_that_were_there_are_waited_for(policy: Restarts) -> None:
     starts(policy, 0)
     assert dies(policy) == RETRY
     assert {finds_no_place(policy) for _ in range(20)} == {RETRY}
-    [told] = [event for event in read(policy.folder / "journal.jsonl") if event["event"] == "waiting"]
-    assert (told["what"], told["most_s"], told["attempt"]) == ("a place for 2 workers", PLACES_S, -1)
+    [told] = [
+        event for event in read(policy.folder / "journal.jsonl") if event["event"] == "waiting"
+    ]
+    assert (told["what"], told["most_s"], told["attempt"]) == (
+        "a place for 2 workers",
+        PLACES_S,
+        -1,
+    )
     assert [dies(policy), dies(policy)] == [RETRY, RAISE]
 
 
-def test_places_are_waited_for_an_hour_from_the_last_start(policy: Restarts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_are_waited_for_an_hour_from_the_last_start(
+    policy: Restarts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     for attempt in (0, 1):
@@ -137,7 +166,10 @@ def test_places_are_waited_for_an_hour_from_the_last_start(policy: Restarts, mon
     starts(policy, 2)
     assert finds_no_place(policy) == RETRY
     now += PLACES_S
-    assert [finds_no_place(policy) for _ in range(2)] == [RETRY, RAISE]  # Ray's own limit, of 1 here, decides
+    assert [finds_no_place(policy) for _ in range(2)] == [
+        RETRY,
+        RAISE,
+    ]  # Ray's own limit, of 1 here, decides
 
 
 def test_places_that_never_were_there_are_not_waited_for(tmp_path: Path) -> None:
@@ -150,8 +182,14 @@ def test_places_that_never_were_there_are_not_waited_for(tmp_path: Path) -> None
         assert [finds_no_place(policy) for _ in range(2)] == [RETRY, RAISE]
 
 
-def test_no_place_now_and_then_is_counted_from_the_last_time_that_the_run_got_on(tmp_path: Path) -> None:
-    policy = Restarts(FailureConfig(max_failures=2, controller_failure_limit=1), folder=tmp_path, awaits_nodes=False)
+def test_no_place_now_and_then_is_counted_from_the_last_time_that_the_run_got_on(
+    tmp_path: Path,
+) -> None:
+    policy = Restarts(
+        FailureConfig(max_failures=2, controller_failure_limit=1),
+        folder=tmp_path,
+        awaits_nodes=False,
+    )
     for step in (5, 10, 15):
         assert finds_no_place(policy) == RETRY
         saves(policy, step)
@@ -167,7 +205,9 @@ def test_whoever_asks_to_stop_meanwhile_does_not_wait(policy: Restarts) -> None:
 
 
 def test_the_hour_is_that_of_one_absence(policy: Restarts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that came back and went again before the workers had told of their start is waited for anew."""
+    """A node that came back and went again before the workers had told of their start is waited for
+    anew.
+    """
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     starts(policy, 0)
@@ -180,7 +220,9 @@ def test_the_hour_is_that_of_one_absence(policy: Restarts, monkeypatch: pytest.M
     assert finds_no_place(policy) == RETRY
 
 
-def test_storage_that_is_away_as_a_worker_dies_ends_nothing(policy: Restarts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_is_away_as_a_worker_dies_ends_nothing(
+    policy: Restarts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was known counts on, and what is new is found once it is back."""
 
     def away(*asked: object, **about: object) -> None:
@@ -205,11 +247,16 @@ def test_storage_that_is_away_as_a_worker_dies_ends_nothing(policy: Restarts, mo
         (PermissionError("Access Denied"), RAISE),  # as s3fs says it, without a number
         (OSError(errno.ESTALE, "Stale file handle"), RETRY),
         (FileNotFoundError(errno.ENOENT, "No such file or directory"), RETRY),
-        (FileExistsError(errno.EEXIST, "File exists"), RETRY),  # a new process draws a name of its own
+        (
+            FileExistsError(errno.EEXIST, "File exists"),
+            RETRY,
+        ),  # a new process draws a name of its own
     ],
     ids=str,
 )
-def test_what_the_user_alone_can_change_is_not_met_again(policy: Restarts, failure: OSError, decision: FailureDecision) -> None:
+def test_what_the_user_alone_can_change_is_not_met_again(
+    policy: Restarts, failure: OSError, decision: FailureDecision
+) -> None:
     assert policy.make_decision(WorkerGroupError("died", {1: failure})) == decision
 
 
@@ -229,6 +276,8 @@ def test_it_is_of_the_worker_whose_line_the_run_ends_with(policy: Restarts) -> N
     ],
     ids=str,
 )
-def test_a_death_that_nobody_else_tells_is_noted(policy: Restarts, failure: Exception, worker: int, is_noted: bool) -> None:
+def test_a_death_that_nobody_else_tells_is_noted(
+    policy: Restarts, failure: Exception, worker: int, is_noted: bool
+) -> None:
     policy.make_decision(WorkerGroupError("died", {worker: failure}))
     assert (noted(policy.folder) is not None) == is_noted

@@ -1,4 +1,6 @@
-"""Cores and loader threads of a worker: its share of a node with GPUs, one on a CPU, and what somebody has said."""
+"""Cores and loader threads of a worker: its share of a node with GPUs, one on a CPU, and what
+somebody has said.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ HEAD = {"CPU": 4.0}
         ([], 1),
     ],
 )
-def test_a_worker_with_a_gpu_gets_its_share_of_the_node(nodes: list[dict[str, float]], cores: int) -> None:
+def test_a_worker_with_a_gpu_gets_its_share_of_the_node(
+    nodes: list[dict[str, float]], cores: int
+) -> None:
     assert share_of(nodes, gpus=True) == Share(cores, cores)
 
 
@@ -53,4 +57,6 @@ def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tbb, "demand_tbb", none)
     assert share_of([NODE], gpus=True) == Share(8, 1)
-    assert share_of([NODE], gpus=True, loader_threads=8) == Share(8, 8)  # refused by the reader, in its own words
+    assert share_of([NODE], gpus=True, loader_threads=8) == Share(
+        8, 8
+    )  # refused by the reader, in its own words

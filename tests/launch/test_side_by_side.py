@@ -1,4 +1,6 @@
-"""Runs of a suite at the same time: on cores of their own, in an order that their needs allow, saved when the suite dies."""
+"""Runs of a suite at the same time: on cores of their own, in an order that their needs allow,
+saved when the suite dies.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def recipe():
     return recipe.override({"optimizer.lr": 1e38})
 """
 
-cores = pytest.mark.skipif(len(physical_cores(os.sched_getaffinity(0))) < 2, reason="two runs side by side need two cores")
+cores = pytest.mark.skipif(
+    len(physical_cores(os.sched_getaffinity(0))) < 2, reason="two runs side by side need two cores"
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +108,18 @@ def overlap(one: Path, other: Path) -> bool:
 
 @cores
 @pytest.mark.full
-def test_what_needs_nothing_runs_at_once_and_what_does_waits(place: Path, tmp_path: Path, spiketrain: Command) -> None:
-    words = ("launch", str(place / "long.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path))
+def test_what_needs_nothing_runs_at_once_and_what_does_waits(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    words = (
+        "launch",
+        str(place / "long.py"),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+    )
     code, said, error = spiketrain(*words, "--name", "two", "--side-by-side", "2")
     assert code == 0, error
     runs = runs_of(tmp_path / "two")
@@ -123,16 +137,39 @@ def test_what_needs_nothing_runs_at_once_and_what_does_waits(place: Path, tmp_pa
 
 @cores
 @pytest.mark.full
-def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(place: Path, tmp_path: Path, spiketrain: Command) -> None:
-    words = ["launch", str(place / "long.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "killed"]
-    with subprocess.Popen([sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL) as suite:
-        wait_for(lambda: all(steps(run) > 2 for name, run in children(tmp_path / "killed").items() if name != "after"))
+def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    words = [
+        "launch",
+        str(place / "long.py"),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "killed",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL
+    ) as suite:
+        wait_for(
+            lambda: all(
+                steps(run) > 2
+                for name, run in children(tmp_path / "killed").items()
+                if name != "after"
+            )
+        )
         suite.send_signal(signal.SIGKILL)
     going = [run for name, run in children(tmp_path / "killed").items() if name != "after"]
     wait_for(lambda: not any(is_driven(run) for run in going))
     assert [state_of(run) for run in going] == ["stopped", "stopped"]
     [row] = list_suites(tmp_path)
-    assert row.state == "0 of 3 finished" and row.resume == f"spiketrain resume killed --runs {tmp_path}"
+    assert (
+        row.state == "0 of 3 finished"
+        and row.resume == f"spiketrain resume killed --runs {tmp_path}"
+    )
     code, _, error = spiketrain("resume", "killed", "--runs", str(tmp_path))
     assert code == 0, error
     for run in going:
@@ -141,8 +178,20 @@ def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(place: Path,
 
 
 @cores
-def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path: Path, spiketrain: Command) -> None:
-    words = ("launch", str(place / "short.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "bad")
+def test_a_run_that_fails_lets_the_others_end_and_says_why(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    words = (
+        "launch",
+        str(place / "short.py"),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "bad",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", REFUSE)))
         code, _, error = spiketrain(*words, "--side-by-side", "2")
@@ -156,12 +205,32 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(place: Path, tmp_path
 @pytest.mark.full
 def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "uneven"
-    words = ["launch", str(place / "uneven.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "uneven"]
-    with subprocess.Popen([sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL) as suite:
+    words = [
+        "launch",
+        str(place / "uneven.py"),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "uneven",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL
+    ) as suite:
         try:
-            wait_for(lambda: any(steps(run) > 2 for name, run in children(folder).items() if name == "one"))
+            wait_for(
+                lambda: any(
+                    steps(run) > 2 for name, run in children(folder).items() if name == "one"
+                )
+            )
             wait_for(lambda: marked(place, folder).get("one") == "RUNNING")
-            [one] = [each for each in psutil.Process(suite.pid).children() if any("/one-" in word for word in each.cmdline())]
+            [one] = [
+                each
+                for each in psutil.Process(suite.pid).children()
+                if any("/one-" in word for word in each.cmdline())
+            ]
             one.kill()
             assert suite.wait(timeout=90) == 1
         finally:
@@ -171,9 +240,13 @@ def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_
 
 def marked(place: Path, suite: Path) -> dict[str, str]:
     """What MLflow says of each of a suite's runs that has begun, and of the suite."""
-    client, parent = connect(f"sqlite:///{place}/mlflow.db"), json.loads((suite / "suite.json").read_text())["parent"]
+    client, parent = (
+        connect(f"sqlite:///{place}/mlflow.db"),
+        json.loads((suite / "suite.json").read_text())["parent"],
+    )
     found = client.search_runs(
-        [each.experiment_id for each in client.search_experiments()], f"tags.`spiketrain.study_parent` = '{parent}'"
+        [each.experiment_id for each in client.search_experiments()],
+        f"tags.`spiketrain.study_parent` = '{parent}'",
     )
     return {str(run.info.run_name).split("-")[0]: run.info.status for run in found}
 
@@ -184,48 +257,100 @@ def marked(place: Path, suite: Path) -> dict[str, str]:
 def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     place: Path, tmp_path: Path, spiketrain: Command
 ) -> None:
-    words = ("launch", str(place / "short.py"), "--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "alone")
+    words = (
+        "launch",
+        str(place / "short.py"),
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "alone",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", STOP)))
         code, said, _ = spiketrain(*words, "--side-by-side", "2")
     runs = runs_of(tmp_path / "alone")
-    assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume alone --runs {tmp_path}"
-    assert [state_of(runs[name]) for name in ("one", "other", "after")] == ["stopped", "finished", "new"]
+    assert (
+        code == 130
+        and said.splitlines()[-1]
+        == f"stopped; go on with: spiketrain resume alone --runs {tmp_path}"
+    )
+    assert [state_of(runs[name]) for name in ("one", "other", "after")] == [
+        "stopped",
+        "finished",
+        "new",
+    ]
 
 
 def test_where_there_is_no_room_for_two_they_take_turns_on_shared_cores(
     place: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Inline, "room", lambda self: 0)
-    words = ("--inline", "--device", "cpu", "--runs", str(tmp_path), "--name", "turns", "--side-by-side", "auto")
+    words = (
+        "--inline",
+        "--device",
+        "cpu",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "turns",
+        "--side-by-side",
+        "auto",
+    )
     code, _, error = spiketrain("launch", str(place / "short.py"), *words)
     assert code == 0, error
     runs = list(runs_of(tmp_path / "turns").values())
     assert not any(json.loads((run / "job.json").read_text())["own_cores"] for run in runs)
     assert not any(overlap(one, other) for one, other in itertools.combinations(runs, 2))
-    assert json.loads((tmp_path / "turns" / "suite.json").read_text())["cluster"]["side_by_side"] == "auto"
+    assert (
+        json.loads((tmp_path / "turns" / "suite.json").read_text())["cluster"]["side_by_side"]
+        == "auto"
+    )
 
 
-def test_a_search_takes_what_did_best_though_the_shared_value_diverges(place: Path, tmp_path: Path, spiketrain: Command) -> None:
+def test_a_search_takes_what_did_best_though_the_shared_value_diverges(
+    place: Path, tmp_path: Path, spiketrain: Command
+) -> None:
     rates = (0.001, 0.01, 0.1, 0.3, 1e38)
-    words = ("--tune", f"optimizer.lr={','.join(map(str, rates))}", "--name", "s", "--runs", str(tmp_path))
-    code, said, error = spiketrain("launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words)
+    words = (
+        "--tune",
+        f"optimizer.lr={','.join(map(str, rates))}",
+        "--name",
+        "s",
+        "--runs",
+        str(tmp_path),
+    )
+    code, said, error = spiketrain(
+        "launch", str(place / "searched.py"), "--inline", "--device", "cpu", *words
+    )
     assert code == 0, error
     page = tmp_path / "s" / "report.html"
     assert f"\npage    {page}\nnext    spiketrain compare s " in said and "tuned: each rule" in said
-    assert page.read_bytes() in [each.read_bytes() for each in place.glob("**/artifacts/report.html")]
+    assert page.read_bytes() in [
+        each.read_bytes() for each in place.glob("**/artifacts/report.html")
+    ]
     page.unlink()
     runs = runs_of(tmp_path / "s")
     *ended, diverged = rates
-    top1 = {rate: json.loads((runs[f"searched-lr-{rate}"] / "summary.json").read_text())["top1"] for rate in ended}
+    top1 = {
+        rate: json.loads((runs[f"searched-lr-{rate}"] / "summary.json").read_text())["top1"]
+        for rate in ended
+    }
     assert (
         state_of(runs[f"searched-lr-{diverged}"]) == "diverged"
         and not (runs[f"searched-lr-{diverged}"] / "summary.json").exists()
     )
     best = max(top1, key=lambda rate: top1[rate])
-    written = {name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()}
+    written = {
+        name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()
+    }
     assert written["searched-tuned"]["optimizer"]["kwargs"]["lr"] == best
-    assert written["searched"]["optimizer"]["kwargs"]["lr"] == diverged and state_of(runs["searched"]) == "diverged"
+    assert (
+        written["searched"]["optimizer"]["kwargs"]["lr"] == diverged
+        and state_of(runs["searched"]) == "diverged"
+    )
     assert said.count("taken") == 1 and "  diverged\n" in said
     assert f"shared: only the rule differs\n{runs['searched'].name} (BPTT) diverged\n" in said
     assert "tuned: each rule with its own best value of optimizer.lr" in said
@@ -234,16 +359,31 @@ def test_a_search_takes_what_did_best_though_the_shared_value_diverges(place: Pa
     assert [trial["value"] for trial in told["trials"] if trial["taken"]] == [best]
     assert [trial["value"] for trial in told["trials"] if trial["top1"] is None] == [diverged]
     code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
-    assert code == 0 and "s has finished" in said and f"\npage    {page}\nnext    spiketrain compare s " in said
+    assert (
+        code == 0
+        and "s has finished" in said
+        and f"\npage    {page}\nnext    spiketrain compare s " in said
+    )
     made = page.stat()
     code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
-    assert code == 0 and "page" not in said and page.stat() == made  # which may have a sweep on it since
-    assert [row.state for row in list_suites(tmp_path)] == ["7 of 7 finished"] and len(told["tuned"]) == 1
-    assert [(each["runs"], each["unfinished"][0]["state"]) for each in told["shared"]] == [([], "diverged")]
+    assert (
+        code == 0 and "page" not in said and page.stat() == made
+    )  # which may have a sweep on it since
+    assert [row.state for row in list_suites(tmp_path)] == ["7 of 7 finished"] and len(
+        told["tuned"]
+    ) == 1
+    assert [(each["runs"], each["unfinished"][0]["state"]) for each in told["shared"]] == [
+        ([], "diverged")
+    ]
     code, said, error = spiketrain("report", "s", "--runs", str(tmp_path))
     assert (code, said) == (0, f"{page}\n"), error
-    assert "5 trials on a held-out part" in page.read_text() and "<td>diverged</td>" in page.read_text()
-    artifacts = [each.read_bytes() for each in place.glob("**/artifacts/report.html")]  # on the suites' runs in MLflow
+    assert (
+        "5 trials on a held-out part" in page.read_text()
+        and "<td>diverged</td>" in page.read_text()
+    )
+    artifacts = [
+        each.read_bytes() for each in place.glob("**/artifacts/report.html")
+    ]  # on the suites' runs in MLflow
     assert page.read_bytes() in artifacts
     trials = [runs[f"searched-lr-{rate}"].name for rate in rates]
     code, _, error = spiketrain("compare", *trials, "--runs", str(tmp_path))
@@ -254,11 +394,19 @@ def stand_ins(folder: Path, *, job: Any = None) -> Any:
     """A suite of one run, whose folder is there."""
     recipe, run = small_recipe(), folder / "run"
     run.mkdir()
-    about = {"trust": (), "runs": folder, "where": {recipe.name: run}, "can_begin": lambda recipe: True}
+    about = {
+        "trust": (),
+        "runs": folder,
+        "where": {recipe.name: run},
+        "can_begin": lambda recipe: True,
+    }
     return SimpleNamespace(
         is_over=lambda name: state_of(run) == "finished",
         left=lambda: [] if state_of(run) == "finished" else [recipe],
-        job=job or (lambda recipe: Job(run=str(run), study="s", data_fingerprint="f", commit="c", recipe={})),
+        job=job
+        or (
+            lambda recipe: Job(run=str(run), study="s", data_fingerprint="f", commit="c", recipe={})
+        ),
         **about,
     )
 
@@ -281,7 +429,9 @@ def driven_by_another(run: Path) -> Iterator[None]:
         yield
 
 
-def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ended(tmp_path: Path) -> None:
+def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ended(
+    tmp_path: Path,
+) -> None:
     def away(recipe: Recipe) -> Job:
         raise OSError(errno.ESTALE, "Stale file handle")
 
@@ -293,31 +443,52 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its note of a stop stays until then, and is nobody's later."""
-    drives_as(monkeypatch, """test ! -e RUN/stop && echo '{"event": "finish", "step": 1}' > RUN/journal.jsonl""")
+    drives_as(
+        monkeypatch,
+        """test ! -e RUN/stop && echo '{"event": "finish", "step": 1}' > RUN/journal.jsonl""",
+    )
     children, said = stand_ins(tmp_path), io.StringIO()
     (tmp_path / "run" / "stop").write_text("SIGUSR1")
     with ThreadPoolExecutor(1) as beside:
         with driven_by_another(tmp_path / "run"):
-            monkeypatch.setattr(side_by_side, "_stop_requests", lambda: nullcontext(lambda: 0))  # of the main thread alone
+            monkeypatch.setattr(
+                side_by_side, "_stop_requests", lambda: nullcontext(lambda: 0)
+            )  # of the main thread alone
             finished = beside.submit(train_side_by_side, children, Inline(), 1, Console(file=said))
-            wait_for(lambda: "another process still trains it: waiting for up to 600 s" in said.getvalue())
+            wait_for(
+                lambda: (
+                    "another process still trains it: waiting for up to 600 s" in said.getvalue()
+                )
+            )
             time.sleep(0.1)
             assert (tmp_path / "run" / "stop").exists() and not finished.done()
         assert finished.result(20) is True
     assert said.getvalue().count("another process") == 1
 
 
-def test_one_that_another_process_goes_on_with_is_refused_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_another_process_goes_on_with_is_refused_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(side_by_side, "LEAVING_S", 0.05)
     drives_as(monkeypatch, "false")
-    children, refused = stand_ins(tmp_path), "^run: is being trained by another process, which still does after 0 s$"
+    children, refused = (
+        stand_ins(tmp_path),
+        "^run: is being trained by another process, which still does after 0 s$",
+    )
     with driven_by_another(tmp_path / "run"), pytest.raises(Refused, match=refused):
         train_side_by_side(children, Inline(), 1, Console(file=io.StringIO()))
 
 
-def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drives_as(monkeypatch, "touch RUN/stop; echo run: is being trained by another process on this machine; exit 2")
-    with pytest.raises(Refused, match=r"^run: run: is being trained by another process on this machine$"):
+def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drives_as(
+        monkeypatch,
+        "touch RUN/stop; echo run: is being trained by another process on this machine; exit 2",
+    )
+    with pytest.raises(
+        Refused, match=r"^run: run: is being trained by another process on this machine$"
+    ):
         train_side_by_side(stand_ins(tmp_path), Inline(), 1, Console(file=io.StringIO()))
 
 
@@ -328,7 +499,11 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
     assert slots_of(crowded, "auto") == 1
     with pytest.raises(
-        Refused, match=f"{room + 1} runs side by side need cores and cards of their own; there is room for {room}"
+        Refused,
+        match=(
+            f"{room + 1} runs side by side need cores and cards of their own; there is room for"
+            f" {room}"
+        ),
     ):
         slots_of(launcher, room + 1)
 
@@ -354,16 +529,14 @@ STOP = "pathlib.Path(next(word for word in sys.orig_argv if '/one-' in word), 's
 
 
 def saboteur(folder: Path, act: str) -> Path:
-    """A folder to put on the path: processes that drive the run of recipe `one` do this as they hand the network to its rule."""
+    """A folder to put on the path: processes that drive the run of recipe `one` do this as they
+    hand the network to its rule.
+    """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
-        "import pathlib, sys\n"
-        "if '-m' in sys.orig_argv and 'pipeline' in sys.orig_argv and any('/one-' in word for word in sys.orig_argv):\n"
-        "    from pipeline.rules.sltt import SLTT\n"
-        "    attach = SLTT.attach\n"
-        "    def sabotaged(self, *words, **more):\n"
-        f"        {act}\n"
-        "        return attach(self, *words, **more)\n"
-        "    SLTT.attach = sabotaged\n"
+        "import pathlib, sys\nif '-m' in sys.orig_argv and 'pipeline' in sys.orig_argv and"
+        " any('/one-' in word for word in sys.orig_argv):\n    from pipeline.rules.sltt import"
+        " SLTT\n    attach = SLTT.attach\n    def sabotaged(self, *words, **more):\n       "
+        f" {act}\n        return attach(self, *words, **more)\n    SLTT.attach = sabotaged\n"
     )
     return folder

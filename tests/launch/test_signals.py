@@ -39,7 +39,9 @@ def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_asks_to_save_and_the_second_ends_at_once(tmp_path: Path, send: Callable[[int], None], number: int) -> None:
+def test_the_first_asks_to_save_and_the_second_ends_at_once(
+    tmp_path: Path, send: Callable[[int], None], number: int
+) -> None:
     said: list[str] = []
     with stops_on_signal(tmp_path, said.append) as request:
         request.tell()
@@ -49,7 +51,9 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(tmp_path: Path, send
         assert said == []  # in the middle of whatever the main thread does
         for _ in range(2):
             request.tell()
-        assert said == [f"{signal.Signals(number).name}: saving after this step; once more to stop at once"]
+        assert said == [
+            f"{signal.Signals(number).name}: saving after this step; once more to stop at once"
+        ]
         with pytest.raises(AtOnce):
             send(number)
     assert said[1:] == ["stopped at once; the last checkpoint counts"]
@@ -75,7 +79,9 @@ def ignored() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
-def test_a_lost_terminal_that_was_ignored_before_stays_so(tmp_path: Path, send: Callable[[int], None], ignored: None) -> None:
+def test_a_lost_terminal_that_was_ignored_before_stays_so(
+    tmp_path: Path, send: Callable[[int], None], ignored: None
+) -> None:
     with stops_on_signal(tmp_path, print):
         send(signal.SIGHUP)
         assert not (tmp_path / "stop").exists()
@@ -114,7 +120,9 @@ def test_a_signal_that_is_withheld_reaches_us_and_our_children_never() -> None:
     try:
         with withheld(signal.SIGHUP):
             os.kill(os.getpid(), signal.SIGHUP)
-            child = subprocess.run([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, timeout=60)
+            child = subprocess.run(
+                [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, timeout=60
+            )
             assert (child.returncode, child.stdout) == (0, "alive\n")
         assert got == [signal.SIGHUP]
     finally:

@@ -1,4 +1,6 @@
-"""A suite from launch to report: stopped or killed anywhere and resumed, it ends with the bits of one that nobody touched."""
+"""A suite from launch to report: stopped or killed anywhere and resumed, it ends with the bits of
+one that nobody touched.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the recipe files, on the path, and one MLflow store for all tests: to make one takes seconds."""
+    """A folder with the recipe files, on the path, and one MLflow store for all tests: to make one
+    takes seconds.
+    """
     folder = tmp_path_factory.mktemp("suites")
     (folder / "lab_suite.py").write_text(WITH_REPORT)
     (folder / "lab_list.py").write_text(WITHOUT)
@@ -77,11 +81,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def spiketrain(places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def spiketrain(
+    places: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Command:
     return command(monkeypatch, capsys)
 
 
-def at_step(patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Attempt], None]) -> None:
+def at_step(
+    patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Attempt], None]
+) -> None:
     """Do something in the middle of one recipe's run, as it asks for that step's samples."""
     original = Attempt._micro_batches
 
@@ -98,7 +106,9 @@ def die(attempt: Attempt) -> None:
 
 
 def interrupt(attempt: Attempt) -> None:
-    """Ctrl-C, in the process that drives; the step goes on once the driver's thread has heard it."""
+    """Ctrl-C, in the process that drives; the step goes on once the driver's thread has heard
+    it.
+    """
     os.kill(os.getpid(), signal.SIGINT)
     deadline = time.monotonic() + 30
     while not (attempt.folder / "stop").exists():
@@ -111,7 +121,16 @@ def untouched(places: Path) -> Path:
     """The folder of a suite that ran in one go."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            sys, "argv", ["spiketrain", "launch", str(places / "lab_suite.py"), "--inline", "--runs", str(places / "whole")]
+            sys,
+            "argv",
+            [
+                "spiketrain",
+                "launch",
+                str(places / "lab_suite.py"),
+                "--inline",
+                "--runs",
+                str(places / "whole"),
+            ],
         )
         with pytest.raises(SystemExit) as end:
             main()
@@ -124,24 +143,36 @@ def test_mlflow_has_it_beneath_one_parent_and_its_checkpoints_by_address(
     untouched: Path, places: Path, spiketrain: Command
 ) -> None:
     client, runs = connect(f"sqlite:///{places}/mlflow.db"), runs_of(untouched)
-    experiment = client.get_experiment_by_name("first")  # no recipe names a family: the first one's name
+    experiment = client.get_experiment_by_name(
+        "first"
+    )  # no recipe names a family: the first one's name
     assert experiment is not None
     found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     names = [run.name for run in runs.values()]
     parent = found[untouched.name]
     assert {found[name].data.tags["mlflow.parentRunId"] for name in names} == {parent.info.run_id}
     assert {each.info.status for each in (parent, *(found[name] for name in names))} == {"FINISHED"}
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"report.html", "report.json"}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        "report.html",
+        "report.json",
+    }
     kept = {file.path for file in client.list_artifacts(found[names[0]].info.run_id)}
     assert kept == {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
 
     at = ("--runs", str(untouched.parent))
     code, said, _ = spiketrain("register", names[0], "--as", "small", "--which", "best", *at)
     checkpoint = max((runs["first"] / "checkpoints").glob("step_????????"))
-    assert (code, said) == (0, f"{names[0]} -> models:/small@best, version 1: {checkpoint.as_uri()}\n")
+    assert (code, said) == (
+        0,
+        f"{names[0]} -> models:/small@best, version 1: {checkpoint.as_uri()}\n",
+    )
     assert client.get_model_version_by_alias("small", "best").run_id == found[names[0]].info.run_id
     code, said, _ = spiketrain("sync", untouched.name, *at)
-    assert code == 0 and [line.split(" -> ")[0] for line in said.splitlines()] == names and said.count(": 0 points") == 3
+    assert (
+        code == 0
+        and [line.split(" -> ")[0] for line in said.splitlines()] == names
+        and said.count(": 0 points") == 3
+    )
 
 
 def same_bits(one: Path, other: Path) -> bool:
@@ -155,50 +186,89 @@ def starts(run: Path) -> list[int]:
 def test_a_suite_in_one_go(untouched: Path, spiketrain: Command) -> None:
     runs, suite_file = runs_of(untouched), SuiteFile.read(untouched, trust=["lab_suite"])
     stamp = f"{untouched.name.removeprefix('lab-suite-')}-{suite_file.parent[:4]}"
-    assert [run.name for run in runs.values()] == [f"{name}-{stamp}" for name in ("first", "second", "third")]
+    assert [run.name for run in runs.values()] == [
+        f"{name}-{stamp}" for name in ("first", "second", "third")
+    ]
     jobs = [json.loads((run / "job.json").read_text()) for run in runs.values()]
-    assert {job["parent"] for job in jobs} == {suite_file.parent} and suite_file.cluster["inline"] is True
-    # What the references named is written down in the runs, absolute; the suite keeps the references.
+    assert {job["parent"] for job in jobs} == {suite_file.parent} and suite_file.cluster[
+        "inline"
+    ] is True
+    # What the references named is written down in the runs, absolute; the suite keeps the
+    # references.
     weights = str(runs["first"] / "model.safetensors")
-    written = {name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()}
-    assert (written["third"]["init"], written["second"]["teacher"]["kwargs"]["weights"]) == (weights, weights)
+    written = {
+        name: json.loads((run / "recipe.json").read_text())["recipe"] for name, run in runs.items()
+    }
+    assert (written["third"]["init"], written["second"]["teacher"]["kwargs"]["weights"]) == (
+        weights,
+        weights,
+    )
     assert suite_file.suite.recipes[2].init == "@first"
     assert not same_weights(runs["first"], runs["third"])
-    code, said, _ = spiketrain("compare", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite")
+    code, said, _ = spiketrain(
+        "compare", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite"
+    )
     assert code == 0 and said.startswith("REPORT first:first-") and f"third:third-{stamp}" in said
-    words = ("compare", untouched.name, "--runs", str(untouched.parent), "--trust", "lab_suite", "--format", "json")
+    words = (
+        "compare",
+        untouched.name,
+        "--runs",
+        str(untouched.parent),
+        "--trust",
+        "lab_suite",
+        "--format",
+        "json",
+    )
     assert json.loads(spiketrain(*words)[1]) == {name: run.name for name, run in runs.items()}
-    code, said_of_runs, error = spiketrain(*words[:-4], "--format", "csv")  # of which nothing of the suite's is imported
+    code, said_of_runs, error = spiketrain(
+        *words[:-4], "--format", "csv"
+    )  # of which nothing of the suite's is imported
     told = {row["run"] for row in csv.DictReader(io.StringIO(said_of_runs))}
     assert code == 0 and told == {run.name for run in runs.values()}, error
     at = f"--runs {untouched.parent}"
-    assert spiketrain("resume", untouched.name, *at.split(), "--trust", "lab_suite")[1].splitlines() == [
+    assert spiketrain("resume", untouched.name, *at.split(), "--trust", "lab_suite")[
+        1
+    ].splitlines() == [
         f"{untouched.name} has finished",
         said.strip(),
         f"next    spiketrain compare {untouched.name} {at} --trust lab_suite",
         f"        spiketrain report {untouched.name} {at} --trust lab_suite",
-        f"        spiketrain evaluate {runs['first'].name} {at}",  # of which nothing is of the file's own
+        # of which nothing is of the file's own
+        f"        spiketrain evaluate {runs['first'].name} {at}",
         f"        spiketrain export {runs['first'].name} {at}",
     ]
 
 
-def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(untouched: Path, spiketrain: Command) -> None:
+def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(
+    untouched: Path, spiketrain: Command
+) -> None:
     page = untouched / "report.html"
     page.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
         words = ("--runs", str(untouched.parent), "--trust", "lab_suite")
         code, said, error = spiketrain("resume", untouched.name, *words)
-    assert code == 0 and said.splitlines()[1].startswith("REPORT ") and f"\npage    {page}\nnext    " in said and page.exists()
+    assert (
+        code == 0
+        and said.splitlines()[1].startswith("REPORT ")
+        and f"\npage    {page}\nnext    " in said
+        and page.exists()
+    )
     assert error.startswith("MLflow at http://127.0.0.1:") and error.count("\n") == 1
     code, said, error = spiketrain(
-        *shlex.split(error.partition("its page is made anew, and put into MLflow, by: spiketrain ")[2])
+        *shlex.split(
+            error.partition("its page is made anew, and put into MLflow, by: spiketrain ")[2]
+        )
     )
     assert (code, said) == (0, f"{page}\n"), error
 
 
-def test_a_folder_may_be_named_by_where_one_stands(untouched: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`.` has no parent of its own: the runs of a suite that is named so are beside its folder all the same."""
+def test_a_folder_may_be_named_by_where_one_stands(
+    untouched: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.` has no parent of its own: the runs of a suite that is named so are beside its folder all
+    the same.
+    """
     before = {folder: sorted(folder.iterdir()) for folder in (untouched.parent, untouched)}
     inside = untouched / "notes"
     for where, words, name in (
@@ -218,7 +288,9 @@ def test_a_folder_may_be_named_by_where_one_stands(untouched: Path, spiketrain: 
 
 
 @pytest.mark.parametrize(
-    "stops", [[("second", 5)], [("first", 4), ("second", 2), ("third", 6)]], ids=["in the second", "in each"]
+    "stops",
+    [[("second", 5)], [("first", 4), ("second", 2), ("third", 6)]],
+    ids=["in the second", "in each"],
 )
 @pytest.mark.parametrize("how", [die, interrupt])
 def test_stopped_and_resumed_it_ends_with_the_same_bits(
@@ -229,7 +301,15 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
     tmp_path: Path,
     spiketrain: Command,
 ) -> None:
-    words = ["launch", str(places / "lab_suite.py"), "--inline", "--runs", str(tmp_path), "--name", "broken"]
+    words = [
+        "launch",
+        str(places / "lab_suite.py"),
+        "--inline",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "broken",
+    ]
     command = f"spiketrain resume broken --runs {tmp_path} --trust lab_suite"
     for recipe, step in stops:
         with pytest.MonkeyPatch.context() as patch:
@@ -244,10 +324,14 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
     code, said, error = spiketrain(*words)
     assert code == 0, error
     runs = runs_of(tmp_path / "broken")
-    assert said.splitlines()[-6] == "REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items())
+    assert said.splitlines()[-6] == "REPORT " + " ".join(
+        f"{name}:{run.name}" for name, run in runs.items()
+    )
     assert same_bits(tmp_path / "broken", untouched)
     interrupted = {recipe for recipe, _ in stops}
-    assert {name for name, run in runs.items() if len(starts(run)) == 2} == interrupted  # what had finished was left alone
+    assert {
+        name for name, run in runs.items() if len(starts(run)) == 2
+    } == interrupted  # what had finished was left alone
     parents = {json.loads((run / "job.json").read_text())["parent"] for run in runs.values()}
     assert parents == {SuiteFile.read(tmp_path / "broken", trust=["lab_suite"]).parent}
 
@@ -257,21 +341,39 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "second", 7, interrupt)
-        code, said, _ = spiketrain("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--name", "s")
-    assert code == 130 and "stopped; go on with: spiketrain resume s --runs" in said.splitlines()[-1]
+        code, said, _ = spiketrain(
+            "launch",
+            str(places / "lab_list.py"),
+            "--inline",
+            "--runs",
+            str(tmp_path),
+            "--name",
+            "s",
+        )
+    assert (
+        code == 130 and "stopped; go on with: spiketrain resume s --runs" in said.splitlines()[-1]
+    )
     runs = runs_of(tmp_path / "s")
-    assert [state_of(runs[name]) for name in ("first", "second")] == ["finished", "stopped"]  # its evaluation is still to come
+    assert [state_of(runs[name]) for name in ("first", "second")] == [
+        "finished",
+        "stopped",
+    ]  # its evaluation is still to come
     assert not runs["third"].exists()
     [parent] = connect(f"sqlite:///{places}/mlflow.db").search_runs(
-        [str(each.experiment_id) for each in connect(f"sqlite:///{places}/mlflow.db").search_experiments()],
-        f"tags.`spiketrain.study_parent` = '{SuiteFile.read(tmp_path / 's').parent}' and tags.`spiketrain.kind` = 'suite'",
+        [
+            str(each.experiment_id)
+            for each in connect(f"sqlite:///{places}/mlflow.db").search_experiments()
+        ],
+        f"tags.`spiketrain.study_parent` = '{SuiteFile.read(tmp_path / 's').parent}' and"
+        " tags.`spiketrain.kind` = 'suite'",
     )
     assert parent.info.status == "KILLED"  # nobody drives it, though one of its runs has finished
     code, said, _ = spiketrain("compare", "s", "--runs", str(tmp_path))
     lines = said.splitlines()
     assert code == 0 and "SLTT-2" in said  # the table of the study so far
     assert [line for line in lines if line.startswith("not finished: ")] == [
-        f"not finished: {name} ({runs[name].name}) {how}" for name, how in (("second", "is stopped"), ("third", "has not begun"))
+        f"not finished: {name} ({runs[name].name}) {how}"
+        for name, how in (("second", "is stopped"), ("third", "has not begun"))
     ]
     assert lines[-1] == f"1 of 3 finished; spiketrain resume s --runs {tmp_path}"
     code, said, error = spiketrain("compare", "s", "--runs", str(tmp_path), "--format", "json")
@@ -285,14 +387,27 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.launch.children.prepare", interrupted)
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
-    assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
+    assert (
+        code == 130
+        and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
+    )
 
 
-def test_what_is_listed_and_reported_while_children_are_missing(places: Path, tmp_path: Path, spiketrain: Command) -> None:
+def test_what_is_listed_and_reported_while_children_are_missing(
+    places: Path, tmp_path: Path, spiketrain: Command
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "second", 3, die)
         with pytest.raises(Killed):
-            spiketrain("launch", str(places / "lab_suite.py"), "--inline", "--runs", str(tmp_path), "--name", "half")
+            spiketrain(
+                "launch",
+                str(places / "lab_suite.py"),
+                "--inline",
+                "--runs",
+                str(tmp_path),
+                "--name",
+                "half",
+            )
     folder, second = tmp_path / "half", runs_of(tmp_path / "half")["second"]
     [row] = list_suites(tmp_path)
     assert (row.name, row.state, row.resume) == (
@@ -303,13 +418,20 @@ def test_what_is_listed_and_reported_while_children_are_missing(places: Path, tm
     with driver_lock(folder):
         [row] = list_suites(tmp_path)
         assert (row.state, row.resume) == ("1 of 3 finished, running", None)
-        code, _, error = spiketrain("resume", "half", "--runs", str(tmp_path), "--trust", "lab_suite")
+        code, _, error = spiketrain(
+            "resume", "half", "--runs", str(tmp_path), "--trust", "lab_suite"
+        )
         assert code == 2 and error == "half: is being trained by another process on this machine\n"
     out = io.StringIO()
     print_suite(folder, trust=("lab_suite",), console=Console(file=out, width=NO_WIDTH))
     said = out.getvalue().splitlines()
-    assert said[0] == f"not finished: second ({second.name}) is interrupted" and "REPORT" not in out.getvalue()
-    assert said[2].startswith("1 of 3 finished, the report is printed when all have; spiketrain resume half --runs ")
+    assert (
+        said[0] == f"not finished: second ({second.name}) is interrupted"
+        and "REPORT" not in out.getvalue()
+    )
+    assert said[2].startswith(
+        "1 of 3 finished, the report is printed when all have; spiketrain resume half --runs "
+    )
     out = io.StringIO()
     print_runs(tmp_path, Console(file=out, width=80))
     assert "half   1 of 3 finished" in out.getvalue()
@@ -326,11 +448,20 @@ def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "second", 6, refuse)
-        code, _, error = spiketrain("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--name", "s")
+        code, _, error = spiketrain(
+            "launch",
+            str(places / "lab_list.py"),
+            "--inline",
+            "--runs",
+            str(tmp_path),
+            "--name",
+            "s",
+        )
     assert code == 2 and error == "IDE: the solve must converge\n"
     runs = runs_of(tmp_path / "s")
     assert [state_of(run) for run in runs.values()] == ["finished", "failed", "new"]
-    # The weights that the third starts from are damaged before its turn: refused then, and nothing of it is left behind.
+    # The weights that the third starts from are damaged before its turn: refused then, and nothing
+    # of it is left behind.
     newest, *older = sorted((runs["first"] / "checkpoints").glob("step_*"), reverse=True)
     weights = newest / "model.safetensors"
     whole = weights.read_bytes()
@@ -348,7 +479,9 @@ def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
     weights.write_bytes(whole)
     code, said, error = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert code == 0, error
-    assert said.count("top-1 ") >= 3 and "study " in said and "of 3 finished" not in said  # the tables of its studies
+    assert (
+        said.count("top-1 ") >= 3 and "study " in said and "of 3 finished" not in said
+    )  # the tables of its studies
     assert same_bits(tmp_path / "s", untouched)
 
 
@@ -372,21 +505,51 @@ def recipe():
 @pytest.mark.parametrize(
     ("recipes", "words", "said"),
     [
-        ("[b, a]", "", "suite: a reference must name an earlier recipe; got '@a' in b, before it stand none"),
-        ("b", "", "recipe: '@a' names an earlier recipe of the same suite; got b alone; give a run's folder or a file"),
+        (
+            "[b, a]",
+            "",
+            "suite: a reference must name an earlier recipe; got '@a' in b, before it stand none",
+        ),
+        (
+            "b",
+            "",
+            (
+                "recipe: '@a' names an earlier recipe of the same suite; got b alone; give a run's"
+                " folder or a file"
+            ),
+        ),
         ("[a, a]", "", "suite: recipes must have names of their own; got two of 'a'"),
-        ("Suite((a, b), local)", "", "suite: report must be a function at the top level of a module"),
+        (
+            "Suite((a, b), local)",
+            "",
+            "suite: report must be a function at the top level of a module",
+        ),
         ("[a, replace(b, model=other)]", "", "init: "),
         (
-            "[a, replace(taught, teacher=spec(network_teacher, model=other, weights='@a', time_steps=2))]",
+            (
+                "[a, replace(taught, teacher=spec(network_teacher, model=other, weights='@a',"
+                " time_steps=2))]"
+            ),
             "",
             "network_teacher: the weights in ",
         ),
         ("[a, replace(b, batch_size=1000)]", "", "batch_size must be at most the 64"),
-        ("[a, b]", "--set init=@c", "suite: a reference must name an earlier recipe; got '@c' in a, before it stand none"),
+        (
+            "[a, b]",
+            "--set init=@c",
+            "suite: a reference must name an earlier recipe; got '@c' in a, before it stand none",
+        ),
         ("[a, b]", "--set optimizer.lrr=1", "lrr"),
-        ("[a, b]", "--side-by-side 999", "launch: 999 runs side by side need cores and cards of their own; there is room for "),
-        ("[a, b]", "--checkpoints pyproject.toml", "must be open to this user; got NotADirectoryError"),
+        (
+            "[a, b]",
+            "--side-by-side 999",
+            "launch: 999 runs side by side need cores and cards of their own; there is room for ",
+        ),
+        (
+            "[a, b]",
+            "--checkpoints pyproject.toml",
+            "must be open to this user; got NotADirectoryError",
+        ),
         ("[a, b]", "--name x/y", "launch: --name must be a name in "),
         ("[a, b]", "--name ..", "launch: --name must be a name in "),
     ],
@@ -395,7 +558,14 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
     recipes: str, words: str, said: str, tmp_path: Path, spiketrain: Command
 ) -> None:
     (tmp_path / "mine.py").write_text(LAUNCH + recipes + "\n")
-    code, _, error = spiketrain("launch", str(tmp_path / "mine.py"), "--inline", "--runs", str(tmp_path / "runs"), *words.split())
+    code, _, error = spiketrain(
+        "launch",
+        str(tmp_path / "mine.py"),
+        "--inline",
+        "--runs",
+        str(tmp_path / "runs"),
+        *words.split(),
+    )
     assert code == 2 and said in error and error.count("\n") == 1, error
     assert not (tmp_path / "runs").exists()
 
@@ -403,10 +573,22 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("compare whole", "suite.json: lab_suite.table is not in a trusted package; trusted are recipes, pipeline.report"),
+        (
+            "compare whole",
+            (
+                "suite.json: lab_suite.table is not in a trusted package; trusted are recipes,"
+                " pipeline.report"
+            ),
+        ),
         ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
-        ("compare whole first --trust lab_suite", "compare: a suite is compared by itself; got whole among whole, first"),
-        ("compare whole --trust lab_suite --format json", "compare: whole must have finished; 0 of 1 runs have"),
+        (
+            "compare whole first --trust lab_suite",
+            "compare: a suite is compared by itself; got whole among whole, first",
+        ),
+        (
+            "compare whole --trust lab_suite --format json",
+            "compare: whole must have finished; 0 of 1 runs have",
+        ),
         (
             "compare whole --trust lab_suite --against SLTT",
             "compare: whole has a report of its own, so --against and --within have",
@@ -417,13 +599,20 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
         ("evaluate whole", "no run 'whole'"),
     ],
 )
-def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp_path: Path, spiketrain: Command) -> None:
+def test_what_is_wrong_about_a_suite_ends_in_one_line(
+    words: str, said: str, tmp_path: Path, spiketrain: Command
+) -> None:
     for name in ("whole", "first", "f2"):
         (tmp_path / name).mkdir()
     (tmp_path / "first" / "recipe.json").write_text("{}")
     (tmp_path / "f2" / "recipe.json").write_text("{}")
     recipe = {"version": 1, "recipe": {"name": "first"}}
-    head = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": "lab_suite.table"}
+    head = {
+        "version": 1,
+        "parent": "0" * 32,
+        "cluster": {"inline": True},
+        "report": "lab_suite.table",
+    }
     value = {**head, "children": [{"run": "first", "recipe": recipe}]}
     if "trust" in words:
         value["children"] = [{"run": "first", "recipe": small_recipe().to_json()}]
@@ -439,8 +628,14 @@ def test_what_is_wrong_about_a_suite_ends_in_one_line(words: str, said: str, tmp
         ("resume s", "'s' begins the names of 2 runs: s1, s2"),
         ("compare s1", "s1: a run must be a folder; "),
         ("resume s1", "s1: a run must be a folder; "),
-        ("compare s2", "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'"),
-        ("resume s2", "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'"),
+        (
+            "compare s2",
+            "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'",
+        ),
+        (
+            "resume s2",
+            "s2: suite.json: a run must be a name of its own in the folder of runs; got 's2'",
+        ),
     ],
 )
 def test_suites_of_one_beginning_or_with_runs_that_are_none_end_in_one_line(
@@ -448,7 +643,13 @@ def test_suites_of_one_beginning_or_with_runs_that_are_none_end_in_one_line(
 ) -> None:
     for name, run in (("s1", "file"), ("s2", "s2")):
         child = {"run": run, "recipe": small_recipe().to_json()}
-        value = {"version": 1, "parent": "0" * 32, "cluster": {"inline": True}, "report": None, "children": [child]}
+        value = {
+            "version": 1,
+            "parent": "0" * 32,
+            "cluster": {"inline": True},
+            "report": None,
+            "children": [child],
+        }
         (tmp_path / name).mkdir()
         (tmp_path / name / "suite.json").write_text(json.dumps(value))
     (tmp_path / "file").touch()
@@ -472,7 +673,15 @@ def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, "first", 1, die)
         with pytest.raises(Killed):
-            spiketrain("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--name", "s")
+            spiketrain(
+                "launch",
+                str(places / "lab_list.py"),
+                "--inline",
+                "--runs",
+                str(tmp_path),
+                "--name",
+                "s",
+            )
     file = tmp_path / "s" / "suite.json"
     value, run = json.loads(file.read_text()), runs_of(tmp_path / "s")["first"]
     if change == "cluster":
@@ -489,8 +698,12 @@ def test_a_suite_from_elsewhere_is_not_resumed_over_what_is_not_its_own(
     assert not runs_of(tmp_path / "s")["second"].exists()
 
 
-def test_tiny_follows_references_and_names_do_not_collide(places: Path, tmp_path: Path, spiketrain: Command) -> None:
-    """The file is called as its only recipe is, so that its suite and its run would have one name."""
+def test_tiny_follows_references_and_names_do_not_collide(
+    places: Path, tmp_path: Path, spiketrain: Command
+) -> None:
+    """The file is called as its only recipe is, so that its suite and its run would have one
+    name.
+    """
     (tmp_path / "twin.py").write_text(
         "from tests.small import small_recipe\n\ndef recipe():\n"
         "    return [small_recipe(name='twin'), small_recipe(name='after', init='@twin')]\n"
@@ -500,7 +713,9 @@ def test_tiny_follows_references_and_names_do_not_collide(places: Path, tmp_path
     assert code == 0, error
     [suite] = [row.folder for row in list_suites(tmp_path / "runs")]
     runs = runs_of(suite)
-    assert list(runs) == ["twin-tiny", "after-tiny"] and all(state_of(run) == "finished" for run in runs.values())
+    assert list(runs) == ["twin-tiny", "after-tiny"] and all(
+        state_of(run) == "finished" for run in runs.values()
+    )
     init = json.loads((runs["after-tiny"] / "recipe.json").read_text())["recipe"]["init"]
     assert init.startswith(str(runs["twin-tiny"]))
     code, _, error = spiketrain(*words, "--set", "epochs=1", "--name", suite.name)
@@ -515,9 +730,22 @@ def test_tiny_follows_references_and_names_do_not_collide(places: Path, tmp_path
 def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
     places: Path, tmp_path: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second is launched while the first trains, before the first has made the folders of its later runs."""
-    monkeypatch.setattr("pipeline.launch.suite.time.strftime", lambda form, when=None: "20260105-120000")
-    words = ("launch", str(places / "lab_list.py"), "--inline", "--runs", str(tmp_path), "--set", "epochs=1", "--name")
+    """The second is launched while the first trains, before the first has made the folders of its
+    later runs.
+    """
+    monkeypatch.setattr(
+        "pipeline.launch.suite.time.strftime", lambda form, when=None: "20260105-120000"
+    )
+    words = (
+        "launch",
+        str(places / "lab_list.py"),
+        "--inline",
+        "--runs",
+        str(tmp_path),
+        "--set",
+        "epochs=1",
+        "--name",
+    )
     for name in "ab":
         with pytest.MonkeyPatch.context() as patch:
             at_step(patch, "first", 1, die)
@@ -530,15 +758,27 @@ def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
     assert not {*runs_of(tmp_path / "a").values()} & {*runs_of(tmp_path / "b").values()}
 
 
-def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(places: Path, spiketrain: Command) -> None:
+def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(
+    places: Path, spiketrain: Command
+) -> None:
     code, said, error = spiketrain("show", str(places / "lab_suite.py"))
     assert code == 0, error
     assert "@first" in said and "/tmp" not in said.replace(str(places), "")
     assert said.count("study key     depends on what first will have learnt") == 2
-    assert "shared by 3 recipes" in said and "global batch  8 = 1 worker x 8 samples x 1 accumulated" in said
+    assert (
+        "shared by 3 recipes" in said
+        and "global batch  8 = 1 worker x 8 samples x 1 accumulated" in said
+    )
     told = [line.split(maxsplit=1) for line in said.splitlines()]
-    assert all(sum(line[:1] == [key] for line in told) == 1 for key in ("time_steps", "batch_size", "parameters"))
-    assert [line[1].strip() for line in told if line[:1] == ["name"]] == ["first", "second", "third"]
+    assert all(
+        sum(line[:1] == [key] for line in told) == 1
+        for key in ("time_steps", "batch_size", "parameters")
+    )
+    assert [line[1].strip() for line in told if line[:1] == ["name"]] == [
+        "first",
+        "second",
+        "third",
+    ]
     code, _, error = spiketrain("evaluate", str(places / "lab_suite.py"), "--weights", "x.pt")
     assert code == 2 and "the file must hold one recipe; got first, second, third" in error
 

@@ -17,13 +17,26 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 
-# Neuron 0 never fires, neuron 1 always, neuron 2 at the second step of the second sample alone; without a leak, so no memory.
+# Neuron 0 never fires, neuron 1 always, neuron 2 at the second step of the second sample alone;
+# without a leak, so no memory.
 SPIKES_TBN = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 1]]]).float()
-EXPECTED = LayerActivity(name="0", neurons=3, samples=2, rates=(2 / 6, 3 / 6), silent=1 / 3, saturated=1 / 3)
+EXPECTED = LayerActivity(
+    name="0", neurons=3, samples=2, rates=(2 / 6, 3 / 6), silent=1 / 3, saturated=1 / 3
+)
 
 
-def run(activity: Activity, network: nn.Module, x_TB: Tensor, *, slices: int, index_B: Tensor | None = None) -> None:
-    with activity.batch(torch.arange(x_TB.shape[1]) if index_B is None else index_B), fresh_state(network):
+def run(
+    activity: Activity,
+    network: nn.Module,
+    x_TB: Tensor,
+    *,
+    slices: int,
+    index_B: Tensor | None = None,
+) -> None:
+    with (
+        activity.batch(torch.arange(x_TB.shape[1]) if index_B is None else index_B),
+        fresh_state(network),
+    ):
         for x_cB in x_TB.split(slices):
             network(x_cB)
 
@@ -55,7 +68,9 @@ def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
         run(one, nn.Sequential(network[0]), SPIKES_TBN, slices=2)
 
     def like(values: list[Tensor]):
-        """`Reduce` for the second of two ranks: what the first gave to the same collective was noted before."""
+        """`Reduce` for the second of two ranks: what the first gave to the same collective was
+        noted before.
+        """
         return lambda value: value + values.pop(0)
 
     noted: list[Tensor] = []
@@ -66,7 +81,11 @@ def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
 
     sizes: list[Tensor] = []
     alone = one.layers(note, lambda value: sizes.append(value) or value)  # type: ignore[func-returns-value]
-    assert other.layers(like(noted), lambda value: torch.maximum(value, sizes.pop(0))) == alone == (EXPECTED,)
+    assert (
+        other.layers(like(noted), lambda value: torch.maximum(value, sizes.pop(0)))
+        == alone
+        == (EXPECTED,)
+    )
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -100,7 +119,9 @@ def test_no_class_is_left_out_where_classes_take_turns(classes: int) -> None:
 
 def test_of_no_sample_nothing_is_known() -> None:
     network = nn.Sequential(LIF())
-    undrawn = next(place for place in range(100) if below(bits(0, 0, [place, place + 1], COUNTED), 7).all())
+    undrawn = next(
+        place for place in range(100) if below(bits(0, 0, [place, place + 1], COUNTED), 7).all()
+    )
     with Activity(network, every=7) as activity:
         run(activity, network, SPIKES_TBN, slices=2, index_B=torch.tensor([undrawn, undrawn + 1]))
     assert activity.layers() == ()
@@ -119,7 +140,12 @@ def test_spikes_count_as_one_whatever_they_are_worth(kind: str, dtype: torch.dty
     neuron = RateIF(threshold=0.7) if kind == "heights" else LIF(leak=0.0)
     neuron.gradient = halves if kind == "gradient" else None
     x_TBN = SPIKES_TBN.repeat(1, 257, 1).to(dtype)
-    with Activity(neuron) as activity, torch.no_grad(), activity.batch(torch.arange(514)), fresh_state(neuron):
+    with (
+        Activity(neuron) as activity,
+        torch.no_grad(),
+        activity.batch(torch.arange(514)),
+        fresh_state(neuron),
+    ):
         fired_TBN = neuron(x_TBN) != 0
     (layer,) = activity.layers()
     assert layer.rates == tuple(fired_TBN.double().mean((1, 2)).tolist()) == (2 / 6, 3 / 6)
@@ -133,16 +159,31 @@ class Passes(TorchDispatchMode):
         super().__init__()
         self.numbers, self.names = numbers, list[str]()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and any(isinstance(each, Tensor) and each.numel() == self.numbers for each in (*args, result)):
+        if not func.is_view and any(
+            isinstance(each, Tensor) and each.numel() == self.numbers for each in (*args, result)
+        ):
             self.names.append(func.overloadpacket.__name__)
         return result
 
 
-@pytest.mark.parametrize(("neuron", "expected"), [(LIF(), ["_embedding_bag_forward_only"]), (RateIF(), ["index", "ne", "sum"])])
-def test_ones_are_passed_over_once_and_no_device_is_waited_for(neuron: LIF, expected: list[str]) -> None:
-    """Each evaluation pays for it (benchmarks/measuring.py). From a meta tensor no number can be had."""
+@pytest.mark.parametrize(
+    ("neuron", "expected"),
+    [(LIF(), ["_embedding_bag_forward_only"]), (RateIF(), ["index", "ne", "sum"])],
+)
+def test_ones_are_passed_over_once_and_no_device_is_waited_for(
+    neuron: LIF, expected: list[str]
+) -> None:
+    """Each evaluation pays for it (benchmarks/measuring.py). From a meta tensor no number can be
+    had.
+    """
     activity, s_TB = Activity(neuron), torch.empty(2, 100, 21, device="meta")
     (layer,) = activity._layers
     for _ in range(2):

@@ -1,4 +1,6 @@
-"""Room in control groups whose files were planted, as Linux shows those of containers, pods and jobs."""
+"""Room in control groups whose files were planted, as Linux shows those of containers, pods and
+jobs.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,17 @@ from pipeline.measure.memory import free_bytes
 
 
 def plant(folder: Path, *, limit: str, used: int, cache: int, version: int = 2) -> None:
-    names = {1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), 2: ("max", "current", "inactive_file")}
+    names = {
+        1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+        2: ("max", "current", "inactive_file"),
+    }
     limits, uses, caches = names[version]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in ((limits, limit), (uses, str(used)), ("stat", f"anon {used}\n{caches} {cache}\nactive_file 50")):
+    for name, text in (
+        (limits, limit),
+        (uses, str(used)),
+        ("stat", f"anon {used}\n{caches} {cache}\nactive_file 50"),
+    ):
         file = folder / f"memory.{name}"
         file.write_text(f"{text}\n")
         file.chmod(0o444)
@@ -30,7 +39,9 @@ def room(mount: Path, groups: str) -> int | None:
 @pytest.mark.parametrize("group", ["/", "/kubepods/of/the/host"])
 def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path, group: str) -> None:
     plant(tmp_path, limit="1000", used=700, cache=200)
-    assert room(tmp_path, f"0::{group}\n") == 1000 - 700 + 200  # the cache that is not in use can be given back
+    assert (
+        room(tmp_path, f"0::{group}\n") == 1000 - 700 + 200
+    )  # the cache that is not in use can be given back
 
 
 def test_the_least_of_a_group_and_those_above_it(tmp_path: Path) -> None:
@@ -46,7 +57,9 @@ def test_the_least_of_a_group_and_those_above_it(tmp_path: Path) -> None:
 
 
 def test_the_first_version_has_files_of_its_own(tmp_path: Path) -> None:
-    plant(tmp_path / "memory", limit=str(2**63 - 4096), used=10**9, cache=0, version=1)  # which stands for none
+    plant(
+        tmp_path / "memory", limit=str(2**63 - 4096), used=10**9, cache=0, version=1
+    )  # which stands for none
     plant(tmp_path / "memory" / "docker" / "one", limit="1000", used=900, cache=300, version=1)
     groups = "9:name=systemd:/\n4:memory:/docker/one\n1:cpu:/\n0::/\n"
     assert room(tmp_path, groups) == 400

@@ -1,4 +1,6 @@
-"""The clock by itself, and a sleep planted in each part of a real run, which must show in that part alone."""
+"""The clock by itself, and a sleep planted in each part of a real run, which must show in that part
+alone.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,12 @@ from tests.small import train_inline
 from tests.test_teaching import taught
 
 SLEEP = 0.05
-TOTAL = 1.2  # between batches, where load from elsewhere cannot be told by taking the least of several
+TOTAL = (
+    1.2  # between batches, where load from elsewhere cannot be told by taking the least of several
+)
 
 
-# ------------------------------------------------------------------------------------------------------------- by itself
+# ---------------------------------------------------------------------------------------- by itself
 
 
 def test_the_innermost_part_is_charged_and_the_parts_are_the_batch(host: Host) -> None:
@@ -56,7 +60,9 @@ def test_the_innermost_part_is_charged_and_the_parts_are_the_batch(host: Host) -
             host.sleep(2)
         host.sleep(1)
     host.sleep(8)
-    assert clock.take() == [dict.fromkeys((*PARTS, REST), 0.0) | {"backward": 4, "communication": 4, REST: 1}]
+    assert clock.take() == [
+        dict.fromkeys((*PARTS, REST), 0.0) | {"backward": 4, "communication": 4, REST: 1}
+    ]
     assert clock.take() == []
 
 
@@ -95,11 +101,14 @@ def test_outside_of_a_batch_nothing_is_charged_and_a_broken_batch_is_forgotten(h
 def test_collectives_are_given_back() -> None:
     own = [getattr(distributed, name) for name in COLLECTIVES]
     with collectives_on(Clock()):
-        assert all(getattr(distributed, name) is not function for name, function in zip(COLLECTIVES, own, strict=True))
+        assert all(
+            getattr(distributed, name) is not function
+            for name, function in zip(COLLECTIVES, own, strict=True)
+        )
     assert [getattr(distributed, name) for name in COLLECTIVES] == own
 
 
-# -------------------------------------------------------------------------------------------------------------- in a run
+# ----------------------------------------------------------------------------------------- in a run
 
 
 def sleeping(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,12 +145,18 @@ BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> None:
-    monkeypatch.setattr(where, name, sleeping(getattr(where, name, getattr(builtins, name, None))), raising=False)
+    monkeypatch.setattr(
+        where, name, sleeping(getattr(where, name, getattr(builtins, name, None))), raising=False
+    )
 
 
 def least_of_a_step(folder: Path) -> dict[str, float]:
     """Of each part the least over the steps, as load from elsewhere only ever adds to it."""
-    steps = [event["metrics"] for event in read(folder / "run" / "journal.jsonl") if event["event"] == "step"]
+    steps = [
+        event["metrics"]
+        for event in read(folder / "run" / "journal.jsonl")
+        if event["event"] == "step"
+    ]
     assert len(steps) == 4
     return {name: min(step[f"{name}_s"] for step in steps) for name in (*PARTS, REST)}
 
@@ -149,7 +164,10 @@ def least_of_a_step(folder: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Of the second run in this process: what is done once, such as imports, is not of a part."""
-    return [seconds_of(tmp_path_factory.mktemp("undisturbed"), recipe_of_a_few_steps()) for _ in range(2)][-1]
+    return [
+        seconds_of(tmp_path_factory.mktemp("undisturbed"), recipe_of_a_few_steps())
+        for _ in range(2)
+    ][-1]
 
 
 def seconds_of(folder: Path, recipe: Recipe) -> dict[str, float]:
@@ -164,7 +182,9 @@ def test_every_part_is_planted() -> None:
 
 
 @pytest.mark.parametrize("part", IN_A_BATCH)
-def test_a_sleep_in_a_part_of_the_batch_shows_there_alone(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sleep_in_a_part_of_the_batch_shows_there_alone(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     where, name = IN_A_BATCH[part]
     plant(monkeypatch, where, name)
     seconds_of(tmp_path, recipe_of_a_few_steps())
@@ -188,7 +208,9 @@ def test_a_sleep_between_batches_shows_in_its_part_alone(
 
 
 def test_without_a_rest_the_parts_cover_the_step(tmp_path: Path) -> None:
-    """At a size that is still small: 128 samples, 784-400-10, six steps of SLTT, each a forward and a backward of its own."""
+    """At a size that is still small: 128 samples, 784-400-10, six steps of SLTT, each a forward and
+    a backward of its own.
+    """
     recipe = taught(
         rule=spec(SLTT),
         objective=spec(CrossEntropy),
@@ -200,17 +222,25 @@ def test_without_a_rest_the_parts_cover_the_step(tmp_path: Path) -> None:
         time_steps=6,
     )
     seconds_of(tmp_path, recipe)
-    steps = [event["metrics"] for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "step"]
+    steps = [
+        event["metrics"]
+        for event in read(tmp_path / "run" / "journal.jsonl")
+        if event["event"] == "step"
+    ]
     shares = [sum(step[f"{name}_s"] for name in PARTS) / step["step_s"] for step in steps]
     assert len(shares) == 10
-    assert statistics.median(shares) > 0.97, shares  # of single steps load from elsewhere may fall on the rest
+    assert statistics.median(shares) > 0.97, (
+        shares
+    )  # of single steps load from elsewhere may fall on the rest
 
 
-# --------------------------------------------------------------------------------------------------------- between ranks
+# ------------------------------------------------------------------------------------ between ranks
 
 
 def slow_collectives(rank: int, ranks: int) -> dict[str, list[dict[str, float]]]:
-    """By backend: the seconds of four batches, every collective slowed down in all but the first."""
+    """By backend: the seconds of four batches, every collective slowed down in all but the
+    first.
+    """
     slow = {"on": False}
 
     def slowly(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,10 +254,14 @@ def slow_collectives(rank: int, ranks: int) -> dict[str, list[dict[str, float]]]
         setattr(distributed, name, slowly(getattr(distributed, name)))
     clock = Clock()
     with collectives_on(clock):
-        return {f"{zero}": _four_batches(rank, ranks, zero, slow, clock) for zero in (None, 0, 1, 2)}
+        return {
+            f"{zero}": _four_batches(rank, ranks, zero, slow, clock) for zero in (None, 0, 1, 2)
+        }
 
 
-def _four_batches(rank: int, ranks: int, zero: int | None, slow: dict[str, bool], clock: Clock) -> list[dict[str, float]]:
+def _four_batches(
+    rank: int, ranks: int, zero: int | None, slow: dict[str, bool], clock: Clock
+) -> list[dict[str, float]]:
     network, rule = mlp(in_features=8, hidden=(16,), classes=3), SLTT()
     rule.attach(network, world=World(rank=rank, size=ranks))
 
@@ -241,8 +275,12 @@ def _four_batches(rank: int, ranks: int, zero: int | None, slow: dict[str, bool]
             yield step, [MicroBatch(x_TB, target_B, range(4 * rank, 4 * rank + 4), 0.5)]
         slow["on"] = False
 
-    backend = Plain(network, sgd) if zero is None else DeepSpeed(network, sgd, micro_batch=4, zero=zero)
-    meters = Meters(network, batch_size=8, device=torch.device("cpu"), clock=clock, memory_every=10**9)
+    backend = (
+        Plain(network, sgd) if zero is None else DeepSpeed(network, sgd, micro_batch=4, zero=zero)
+    )
+    meters = Meters(
+        network, batch_size=8, device=torch.device("cpu"), clock=clock, memory_every=10**9
+    )
     train(rule, backend, lambda step: None, batches(), CrossEntropy(), meters, Unguarded())
     return clock.take()
 

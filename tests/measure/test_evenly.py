@@ -34,7 +34,9 @@ def test_each_class_is_among_them_and_each_about_as_often(classes: int, is_sorte
     for first in range(0, samples, 100):
         evenly.add(torch.arange(first, first + 100.0)[None, :, None])
     held = np.array(places(evenly))
-    counts = np.bincount(held * classes // samples if is_sorted else held % classes, minlength=classes)
+    counts = np.bincount(
+        held * classes // samples if is_sorted else held % classes, minlength=classes
+    )
     assert np.all(np.abs(counts - 640 / classes) < 4 * np.sqrt(640 / classes))
 
 

@@ -19,14 +19,24 @@ from tests.rules.small import gradients as reference
 def test_of_known_gradients() -> None:
     bptt = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
     sltt = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([1.0, 0.0]), "silent": torch.zeros(2)}
-    other = {"a": torch.tensor([-6.0, -8.0]), "b": torch.tensor([0.0, 2.0]), "silent": torch.ones(2)}
+    other = {
+        "a": torch.tensor([-6.0, -8.0]),
+        "b": torch.tensor([0.0, 2.0]),
+        "silent": torch.ones(2),
+    }
     nothing = {name: torch.zeros(2) for name in bptt}
     found = fidelity(bptt, sltt, {"SLTT": [sltt], "other": [other], "drawn": [sltt, nothing]})
     assert (found.temporal_share["a"], found.temporal_share["b"]) == (pytest.approx(0.8), 0.0)
     assert math.isnan(found.temporal_share["silent"])
-    assert (found.cosines["SLTT"]["a"], found.cosines["SLTT"]["b"]) == (pytest.approx(0.6), pytest.approx(1.0))
+    assert (found.cosines["SLTT"]["a"], found.cosines["SLTT"]["b"]) == (
+        pytest.approx(0.6),
+        pytest.approx(1.0),
+    )
     assert (found.cosines["other"]["a"], found.cosines["other"]["b"]) == (pytest.approx(-1.0), 0.0)
-    assert (found.cosines["drawn"]["a"], found.cosines["drawn"]["b"]) == (pytest.approx(0.3), pytest.approx(0.5))
+    assert (found.cosines["drawn"]["a"], found.cosines["drawn"]["b"]) == (
+        pytest.approx(0.3),
+        pytest.approx(0.5),
+    )
     assert found.lowest("SLTT") == ("a", pytest.approx(0.6))
     assert fidelity(bptt, None, {}).temporal_share == {}
 
@@ -42,7 +52,10 @@ def test_a_gradient_that_is_not_finite_is_as_far_as_can_be() -> None:
 def found_at(leak: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     x_TBC, target_B = batch(6, size=32)
     network = lif_network(leak=leak)
-    bptt, sltt = (gradients(network, rule, x_TBC, lambda: cross_entropy(target_B)) for rule in (BPTT(), SLTT()))
+    bptt, sltt = (
+        gradients(network, rule, x_TBC, lambda: cross_entropy(target_B))
+        for rule in (BPTT(), SLTT())
+    )
     assert all(parameter.grad is None for parameter in network.parameters())
     return bptt, sltt
 
@@ -57,7 +70,9 @@ def test_gradients_are_those_of_the_rule() -> None:
 
 
 def test_the_leak_decides_what_comes_through_time() -> None:
-    """Of the first layer; the readout has no membrane, so nothing of its gradient comes through time."""
+    """Of the first layer; the readout has no membrane, so nothing of its gradient comes through
+    time.
+    """
     shares = []
     for leak in (0.0, 1 / 11, 0.5, 0.9):
         bptt, sltt = found_at(leak)
@@ -70,7 +85,9 @@ def test_the_leak_decides_what_comes_through_time() -> None:
 
 
 def test_dropout_and_a_loss_that_remembers_are_no_part_of_it() -> None:
-    """At leak 0 nothing comes through time, whatever dropout draws; and each batch has a loss of its own."""
+    """At leak 0 nothing comes through time, whatever dropout draws; and each batch has a loss of
+    its own.
+    """
     network = lif_network(leak=0.0)
     network.insert(2, nn.Dropout(0.5))
     x_TBC, target_B = batch(6, size=32)

@@ -1,4 +1,6 @@
-"""Joules of a GPU: read from NVML by the card's own name, and nothing where there is no counter. No GPU is asked for here."""
+"""Joules of a GPU: read from NVML by the card's own name, and nothing where there is no counter. No
+GPU is asked for here.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def stand_in(counter: Callable[[Any], int]) -> types.ModuleType:
 
 @pytest.fixture
 def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc")
+    )
 
 
 @pytest.mark.usefixtures("a_card")
@@ -65,7 +69,10 @@ def test_a_card_without_a_counter_has_no_joules(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
     meters, asked = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu")), []
-    assert meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used).device_j is None
+    assert (
+        meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used).device_j
+        is None
+    )
     assert len(asked) == 1
 
 
@@ -73,18 +80,24 @@ def test_a_cpu_has_none() -> None:
     assert Joules(torch.device("cpu")).read() is None
 
 
-def test_a_run_sums_what_training_used_and_not_what_was_used_between(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_sums_what_training_used_and_not_what_was_used_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     meters = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu"))
     readings = iter([10.0, 13.0, 20.0, 24.0])
     monkeypatch.setattr(meters._joules, "read", lambda: next(readings))
     meters.forget_peaks()  # training begins
     meters.note_peaks()  # 3 J later an evaluation begins
     meters.forget_peaks()  # which ends at 20 J
-    assert meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5  # of two ranks, the other used none
+    assert (
+        meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
+    )  # of two ranks, the other used none
 
 
 @pytest.mark.usefixtures("a_card")
-def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     used_mj = [5_000_000]  # before it began
     monkeypatch.setattr("pipeline.measure.joules.pynvml", stand_in(lambda card: used_mj[0]))
     network = nn.Sequential(Linear(2, 3), LIF(), Linear(3, 2))
@@ -92,17 +105,30 @@ def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for first in (0, 4, 8):
             used_mj[0] += 300  # while it is waited for
-            yield torch.ones(2, 4, 2), torch.zeros(4, dtype=torch.int64), torch.arange(first, first + 4)
+            yield (
+                torch.ones(2, 4, 2),
+                torch.zeros(4, dtype=torch.int64),
+                torch.arange(first, first + 4),
+            )
 
     network.register_forward_hook(lambda *_: used_mj.__setitem__(0, used_mj[0] + 100))
-    found = evaluate(network, batches(), CrossEntropy(), counts_operations=True, joules=Joules(torch.device("cuda")))
-    assert found.inference is not None and used_mj == [5_000_000 + 3 * 400 + 3 * 100]  # the last 300 to count operations
+    found = evaluate(
+        network,
+        batches(),
+        CrossEntropy(),
+        counts_operations=True,
+        joules=Joules(torch.device("cuda")),
+    )
+    assert found.inference is not None and used_mj == [
+        5_000_000 + 3 * 400 + 3 * 100
+    ]  # the last 300 to count operations
     measured_j = inference_j([found.readings])
     assert measured_j == pytest.approx(1.2 / 12)
     told = found.inference.told(measured_j)
     assert told["measured_j"] == measured_j and told["energy_j"] < 1e-9
     assert in_words(told, on_gpu=True).endswith(
-        "pJ estimated (45 nm, fp32), 100 mJ measured on the whole card, idle power and waits for data included"
+        "pJ estimated (45 nm, fp32), 100 mJ measured on the whole card, idle power and waits for"
+        " data included"
     )
 
 
@@ -113,7 +139,9 @@ def rank(card: str, samples: int, began: float | None, ended: float | None) -> R
 def test_cards_add_and_one_that_ranks_share_counts_once() -> None:
     assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1040)]) == 100 / 50
     assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-a", 20, 110, 190)]) == 90 / 50
-    assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-b", 0, 7, 7)]) == 60 / 30  # evaluated nothing
+    assert (
+        inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-b", 0, 7, 7)]) == 60 / 30
+    )  # evaluated nothing
 
 
 @pytest.mark.parametrize(
@@ -121,7 +149,10 @@ def test_cards_add_and_one_that_ranks_share_counts_once() -> None:
     [
         [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, None, None)],
         [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, None)],
-        [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1000)],  # its counter has not moved yet
+        [
+            rank("GPU-a", 30, 100, 160),
+            rank("GPU-b", 20, 1000, 1000),
+        ],  # its counter has not moved yet
         [rank("", 30, None, None)],
         [],
     ],

@@ -1,4 +1,6 @@
-"""Hand-computed bytes: float32 is 4 bytes, and what each node saves is read from derivatives.yaml of torch 2.13."""
+"""Hand-computed bytes: float32 is 4 bytes, and what each node saves is read from derivatives.yaml
+of torch 2.13.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def test_a_chain_of_linear_layers():
     x = torch.randn(2, 5)
     with SavedBytes(model) as saved:
         y = model(x)
-        # x for the first weight; the ReLU's result, saved by itself and by the second layer; both weights are parameters
+        # x for the first weight; the ReLU's result, saved by itself and by the second layer; both
+        # weights are parameters
         assert saved.now == (2 * 5 + 2 * 7) * 4
         y.sum().backward()
         assert saved.now == 0
@@ -65,7 +68,11 @@ def test_one_storage_saved_by_many_nodes_and_views_counts_once_and_whole():
     with SavedBytes([weight]) as saved:
         first = (large[3] * weight).sum()  # a view of 6 elements holds the whole storage
         assert saved.now == 600 * 4
-        second = (large[4] * weight).sum() + (large[3:5] * weight).sum() + (large.T.reshape(100, 6)[0] * weight).sum()
+        second = (
+            (large[4] * weight).sum()
+            + (large[3:5] * weight).sum()
+            + (large.T.reshape(100, 6)[0] * weight).sum()
+        )
         assert saved.now == (600 + 600) * 4  # the last one is a copy
         first.backward()
         assert saved.now == (600 + 600) * 4
@@ -88,7 +95,9 @@ def test_parameters_and_their_views_do_not_count_but_their_copies_do():
 def test_parameters_that_an_engine_moved_before_the_batch():
     model = nn.Linear(4, 4)
     saved = SavedBytes(model)
-    flat = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])  # as ZeRO does
+    flat = torch.cat(
+        [parameter.detach().reshape(-1) for parameter in model.parameters()]
+    )  # as ZeRO does
     model.weight.data, model.bias.data = flat[:16].view(4, 4), flat[16:]
     with saved:
         y = model(torch.randn(2, 4, requires_grad=True))
@@ -162,7 +171,9 @@ def test_a_storage_at_an_address_that_was_freed_is_another_one():
     leaf = torch.randn(1000, requires_grad=True)
     with SavedBytes([leaf]) as saved:
         for count in range(50):
-            (leaf * torch.randn(1000)).sum().backward()  # the allocator gives the same address again
+            (
+                leaf * torch.randn(1000)
+            ).sum().backward()  # the allocator gives the same address again
             assert saved.now == 0, count
         kept = [leaf * torch.randn(1000) for _ in range(3)]
         assert saved.now == 3 * 4000
@@ -190,7 +201,10 @@ def test_changes_in_place_are_noticed_as_without_it():
             batch(change_leaf).backward()
         with (
             SavedBytes(),
-            pytest.raises(RuntimeError, match=r"modified by an inplace operation.*is at version 1; expected version 0"),
+            pytest.raises(
+                RuntimeError,
+                match=r"modified by an inplace operation.*is at version 1; expected version 0",
+            ),
         ):
             batch(change_leaf).backward()
 
@@ -205,12 +219,19 @@ def test_changes_in_place_are_noticed_as_without_it():
 
 def test_gradients_are_the_same_even_the_second_ones():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)).double()
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)
+    ).double()
     x = torch.randn(4, 2, 4, 4, dtype=torch.float64, requires_grad=True)
 
     def gradients() -> list[Tensor]:
         (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        return [first, *torch.autograd.grad(first.square().sum(), [x, *model.parameters()], materialize_grads=True)]
+        return [
+            first,
+            *torch.autograd.grad(
+                first.square().sum(), [x, *model.parameters()], materialize_grads=True
+            ),
+        ]
 
     plain = gradients()
     with SavedBytes(model) as saved:
@@ -245,7 +266,9 @@ def test_a_function_of_ones_own():
 
 @pytest.mark.parametrize("rule", ["BPTT", "SLTT"])
 def test_a_membrane_through_time(rule: str):
-    """u[t] = decay * v[t-1] + w x[t], v[t] = u[t] * (1 - s[t]): SLTT cuts v and goes backward at each step."""
+    """u[t] = decay * v[t-1] + w x[t], v[t] = u[t] * (1 - s[t]): SLTT cuts v and goes backward at
+    each step.
+    """
     hidden = 50
 
     def peak(time_steps: int) -> int:
@@ -266,18 +289,25 @@ def test_a_membrane_through_time(rule: str):
                     total = total + s.mean()
             if rule == "BPTT":
                 total.backward()
-                assert saved.now == 2 * 8 * hidden * 4  # the last v leads to no loss: its u and 1 - s stay while v does
+                assert (
+                    saved.now == 2 * 8 * hidden * 4
+                )  # the last v leads to no loss: its u and 1 - s stay while v does
                 v = None
             assert saved.now == 0
         return saved.peak
 
-    # At each step: x for the weight, the sigmoid's result s, u and 1 - s for their product; scalars are no tensors.
+    # At each step: x for the weight, the sigmoid's result s, u and 1 - s for their product; scalars
+    # are no tensors.
     step = (8 * 20 + 3 * 8 * hidden) * 4
-    assert [peak(time_steps) for time_steps in (1, 2, 4, 8)] == [step * (n if rule == "BPTT" else 1) for n in (1, 2, 4, 8)]
+    assert [peak(time_steps) for time_steps in (1, 2, 4, 8)] == [
+        step * (n if rule == "BPTT" else 1) for n in (1, 2, 4, 8)
+    ]
 
 
 def test_what_checkpoint_recomputes_is_seen_with_reentry_only():
-    """Pins what the docstring says of torch.utils.checkpoint; a rule that recomputes must do it where it is seen."""
+    """Pins what the docstring says of torch.utils.checkpoint; a rule that recomputes must do it
+    where it is seen.
+    """
     block = nn.Sequential(*[nn.Sequential(nn.Linear(10, 10), nn.ReLU()) for _ in range(3)])
     peaks = {}
     for reentrant in (True, False):
@@ -308,18 +338,19 @@ def test_exclusions_do_not_outlive_the_context():
     assert saved._excluded == {}
 
 
-# ------------------------------------------------------------------------------------------------------ process, device
+# ---------------------------------------------------------------------------------- process, device
 
 
 def test_peak_rss_is_this_processs_own_and_can_start_anew():
     code = (
-        "from pipeline.measure.memory import peak_rss_bytes, reset_peak_rss\n"
-        "before = peak_rss_bytes(); block = bytearray(b'x') * (200 << 20); peak = peak_rss_bytes(); del block\n"
-        "again = reset_peak_rss() and peak_rss_bytes()\n"
-        "print(before, peak, again)"
+        "from pipeline.measure.memory import peak_rss_bytes, reset_peak_rss\nbefore ="
+        " peak_rss_bytes(); block = bytearray(b'x') * (200 << 20); peak = peak_rss_bytes(); del"
+        " block\nagain = reset_peak_rss() and peak_rss_bytes()\nprint(before, peak, again)"
     )
     ballast = bytearray(b"x") * (400 << 20)  # getrusage would show it in the child
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     before, peak = int(output[0]), int(output[1])
     assert len(ballast) < peak_rss_bytes()
     assert before < len(ballast)
@@ -350,27 +381,47 @@ CARD_ASKED = {
 
 
 def test_the_device_of_the_run_is_asked_and_not_what_else_is_there(monkeypatch):
-    """A machine with two cards: a worker on the second is told of that one, and one on cores of none."""
+    """A machine with two cards: a worker on the second is told of that one, and one on cores of
+    none.
+    """
     asked = []
     for name, value in CARD_ASKED.items():
-        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: asked.append(device) or value)
+        monkeypatch.setattr(
+            torch.cuda, name, lambda device, value=value: asked.append(device) or value
+        )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     card, cores = torch.device("cuda", 1), torch.device("cpu")
-    of_device = (memory_now_bytes, peak_device_bytes, peak_reserved_bytes, reserved_bytes, free_bytes)
+    of_device = (
+        memory_now_bytes,
+        peak_device_bytes,
+        peak_reserved_bytes,
+        reserved_bytes,
+        free_bytes,
+    )
     assert [each(card) for each in of_device] == [1, 2, 3, 4, 5] and hardware(card)["gpu"] == "H100"
     assert asked == [card] * 6
     assert memory_now_bytes(cores) > 10**6 and free_bytes(cores) > 10**6
-    assert [peak_device_bytes(cores), peak_reserved_bytes(cores), reserved_bytes(cores)] == [0, 0, 0]
+    assert [peak_device_bytes(cores), peak_reserved_bytes(cores), reserved_bytes(cores)] == [
+        0,
+        0,
+        0,
+    ]
     assert hardware(cores)["gpu"] == "none" and len(asked) == 6
 
 
 def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
-    """By the card that a command here would compute on; a run on cores of that machine was on another device."""
+    """By the card that a command here would compute on; a run on cores of that machine was on
+    another device.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    of_worker = {**hardware(torch.device("cuda", 3)), "cores": 1, "threads": 9}  # on cores near to its card
+    of_worker = {
+        **hardware(torch.device("cuda", 3)),
+        "cores": 1,
+        "threads": 9,
+    }  # on cores near to its card
     assert other_than_here(of_worker, own_cores=False) == []
     on_cores = hardware(torch.device("cpu"))
     assert other_than_here(on_cores, own_cores=False) == [("gpu", "H100", "none")]

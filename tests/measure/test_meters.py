@@ -42,7 +42,9 @@ def meters(host: Host) -> Meters:
 
 
 def run_batch(meters: Meters, host: Host, step: int, *, right: int = 3) -> None:
-    """Two micro-batches of two samples, each in two shares and with a wait of 1 s, and a move of the weights that takes 3 s."""
+    """Two micro-batches of two samples, each in two shares and with a wait of 1 s, and a move of
+    the weights that takes 3 s.
+    """
     with meters.batch(step):
         for index in range(2):
             with meters.part("data_wait"):
@@ -50,10 +52,19 @@ def run_batch(meters: Meters, host: Host, step: int, *, right: int = 3) -> None:
             target_B = torch.tensor([0, 1])
             hits = [index * 2 + row < right for row in range(2)]
             logits_BK = torch.tensor(
-                [[1.0, 0.0] if (target == 0) == hit else [0.0, 1.0] for target, hit in zip([0, 1], hits, strict=True)]
+                [
+                    [1.0, 0.0] if (target == 0) == hit else [0.0, 1.0]
+                    for target, hit in zip([0, 1], hits, strict=True)
+                ]
             )
             for share in range(2):
-                meters.add(Objective(None if share else torch.tensor(1.0), torch.tensor(0.5 + index), logits_BK / 2))
+                meters.add(
+                    Objective(
+                        None if share else torch.tensor(1.0),
+                        torch.tensor(0.5 + index),
+                        logits_BK / 2,
+                    )
+                )
             meters.end_of_micro_batch(target_B, 0.5)
         with meters.part("optimizer"):
             host.sleep(3)
@@ -94,25 +105,36 @@ def test_a_teachers_seconds_are_its_own(meters: Meters, host: Host) -> None:
     assert meters.totals.seconds["teacher"] == 2
 
 
-def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(meters: Meters, host: Host) -> None:
+def test_the_first_batch_and_those_that_count_memory_are_no_measure_of_speed(
+    meters: Meters, host: Host
+) -> None:
     for step in range(6):
         run_batch(meters, host, step)
     meters.take(same)
     assert meters.totals.batches == 6
-    assert meters.totals.steady_samples == 4 * 2  # 0 compiles, 1 and 4 count memory, 2 counts operations
+    assert (
+        meters.totals.steady_samples == 4 * 2
+    )  # 0 compiles, 1 and 4 count memory, 2 counts operations
     assert (meters.totals.steady_s, meters.totals.train_s) == (2 * 5, 5 * 5)
     assert meters.totals.of_a_steady_batch("optimizer") == 3
 
 
 def test_what_the_first_batch_waits_for_is_no_parts(meters: Meters, host: Host) -> None:
-    """Of two equal runs the second finds everything compiled; nothing in their totals says which went first."""
+    """Of two equal runs the second finds everything compiled; nothing in their totals says which
+    went first.
+    """
     with meters.batch(0), meters.part("data_wait"):
         host.sleep(100)
     assert meters.take(same)["data_wait_s"] == 100  # shown as it trains
     run_batch(meters, host, 1)
     meters.take(same)
     totals = meters.totals
-    assert (totals.seconds["data_wait"], totals.train_s, totals.timed_batches, totals.batches) == (2, 5, 1, 2)
+    assert (totals.seconds["data_wait"], totals.train_s, totals.timed_batches, totals.batches) == (
+        2,
+        5,
+        1,
+        2,
+    )
 
 
 def test_a_first_batch_that_is_skipped_is_start_up_too(meters: Meters) -> None:
@@ -127,17 +149,29 @@ def test_saved_bytes_are_counted_on_the_second_batch() -> None:
     for step in range(2):
         with meters.batch(step):
             network(torch.zeros(4, 2, requires_grad=True)).sum().backward()
-        assert meters.totals.peak_saved_bytes == (None, 4 * 2 * 4)[step]  # the input; the weight is a parameter
+        assert (
+            meters.totals.peak_saved_bytes == (None, 4 * 2 * 4)[step]
+        )  # the input; the weight is a parameter
 
 
 def bytes_of_training(rule: Rule, *, weights: Weights = "plain") -> tuple[int, int]:
-    """Saved and beside them, of 5 samples at T = 6 on 6 inputs, 8 neurons and 3 outputs, in fp32."""
+    """Saved and beside them, of 5 samples at T = 6 on 6 inputs, 8 neurons and 3 outputs, in
+    fp32.
+    """
     network = nn.Sequential(Linear(6, 8, weights=weights), LIF(), Linear(8, 3, weights=weights))
     rule.attach(network)
     meters = Meters(network, batch_size=5, device=torch.device("cpu"))
     backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1))
     batch = MicroBatch(torch.rand(6, 5, 6), torch.zeros(5, dtype=torch.long), range(5), 1.0)
-    train(rule, backend, lambda step: None, [(step, [batch]) for step in range(2)], CrossEntropy(), meters, Unguarded())
+    train(
+        rule,
+        backend,
+        lambda step: None,
+        [(step, [batch]) for step in range(2)],
+        CrossEntropy(),
+        meters,
+        Unguarded(),
+    )
     assert meters.totals.peak_saved_bytes is not None and meters.totals.state_bytes is not None
     return meters.totals.peak_saved_bytes, meters.totals.state_bytes
 
@@ -157,11 +191,17 @@ STEP = INPUT + 2 * NEURONS + LOSS
         (OTTT, STEP, NEURONS),  # its trace is what the second synapse saves
         (lambda: OTTT(readout="plain"), STEP, NEURONS),
         (lambda: OTTT(update="objective"), STEP, NEURONS),
-        (lambda: OTTT(chunk=2), 2 * STEP - 40, 2 * NEURONS),  # one storage of targets; what the trace goes on from is a copy
+        (
+            lambda: OTTT(chunk=2),
+            2 * STEP - 40,
+            2 * NEURONS,
+        ),  # one storage of targets; what the trace goes on from is a copy
         (BPTT, 6 * STEP - 5 * 40, NEURONS),
     ],
 )
-def test_states_are_counted_beside_what_backward_keeps(rule: Callable[[], Rule], saved: int, beside: int) -> None:
+def test_states_are_counted_beside_what_backward_keeps(
+    rule: Callable[[], Rule], saved: int, beside: int
+) -> None:
     """The membrane is in neither's storage; SLTT and OTTT hold as much."""
     assert bytes_of_training(rule()) == (saved, beside)
 
@@ -173,12 +213,18 @@ def test_of_weights_that_slices_share_backward_keeps_those_of_the_second_synapse
     for rule in (SLTT(), OTTT()):
         saved, beside = bytes_of_training(rule, weights="standardized")
         assert (saved, beside) == (STEP + made_with + second, NEURONS + first + (first + second))
-    saved, beside = bytes_of_training(SLTT(k=1), weights="standardized")  # with no gradient to collect
+    saved, beside = bytes_of_training(
+        SLTT(k=1), weights="standardized"
+    )  # with no gradient to collect
     assert (saved, beside) == (STEP + made_with + second, NEURONS + first)
 
 
-def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_counted_in_its_place(host: Host) -> None:
-    """Batch 1, where bytes are due, and 3, where operations are due, are left in the middle: bytes are of 2, operations of 4."""
+def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_counted_in_its_place(
+    host: Host,
+) -> None:
+    """Batch 1, where bytes are due, and 3, where operations are due, are left in the middle: bytes
+    are of 2, operations of 4.
+    """
     network = nn.Sequential(Linear(2, 2, bias=False), LIF())
     meters = Meters(network, batch_size=4, device=torch.device("cpu"))
     seen = []
@@ -192,7 +238,9 @@ def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_c
             meters.end_of_micro_batch(torch.zeros(samples, dtype=torch.long), 1.0)
         totals = meters.totals
         assert (totals.peak_saved_bytes is None) == (totals.state_bytes is None)
-        seen.append((totals.state_bytes, totals.operation_samples, totals.backward_calls, totals.batches))
+        seen.append(
+            (totals.state_bytes, totals.operation_samples, totals.backward_calls, totals.batches)
+        )
     membranes = 4 * 2 * 4
     kept = [
         (None, 0, 1, 1),
@@ -223,11 +271,15 @@ def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> N
         "forward": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
         "weights": {"multiplications": 3.0, "additions": 3.0, "dense": 4.0},
     }
-    assert Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals  # as a checkpoint keeps it
+    assert (
+        Totals(**json.loads(json.dumps(asdict(meters.totals)))) == meters.totals
+    )  # as a checkpoint keeps it
 
 
 def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() -> None:
-    """Three attempts, of steps 0 and 1, of 2 to 4, and of 5 to 1004; a network that has learnt spikes otherwise."""
+    """Three attempts, of steps 0 and 1, of 2 to 4, and of 5 to 1004; a network that has learnt
+    spikes otherwise.
+    """
     at: list[int] = []
     for steps in (range(2), range(2, 5), range(5, 1005)):
         meters = Meters(nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))
@@ -239,7 +291,9 @@ def test_operations_are_counted_at_the_same_steps_whatever_attempt_makes_them() 
 
 
 def test_operations_are_the_rules_alone() -> None:
-    """Neither a teacher's products nor an optimizer's; and an instrument of somebody else looks away there, too."""
+    """Neither a teacher's products nor an optimizer's; and an instrument of somebody else looks
+    away there, too.
+    """
     network, x_BC = nn.Linear(2, 2, bias=False), torch.tensor([[2.0, 3.0], [0.0, 5.0]])
     meters, traffic = Meters(network, batch_size=2, device=torch.device("cpu")), Traffic()
     for step in range(4):
@@ -266,10 +320,19 @@ def test_what_is_free_is_given_back_where_it_would_be_told_as_trainings(
     bytes_now = {"rss": 5_000_000, "reserved": 20_000_000}
     given_back: list[str] = []
     for each in bytes_now:
-        monkeypatch.setattr(f"pipeline.measure.meters.peak_{each}_bytes", lambda *_, each=each: bytes_now[each])
-        monkeypatch.setattr(f"pipeline.measure.meters.{each}_bytes", lambda *_, each=each: bytes_now[each])
-    monkeypatch.setattr("pipeline.measure.meters.release_freed_memory", lambda: given_back.append("rss"))
-    monkeypatch.setattr("pipeline.measure.meters.release_reserved_bytes", lambda device: given_back.append("reserved"))
+        monkeypatch.setattr(
+            f"pipeline.measure.meters.peak_{each}_bytes", lambda *_, each=each: bytes_now[each]
+        )
+        monkeypatch.setattr(
+            f"pipeline.measure.meters.{each}_bytes", lambda *_, each=each: bytes_now[each]
+        )
+    monkeypatch.setattr(
+        "pipeline.measure.meters.release_freed_memory", lambda: given_back.append("rss")
+    )
+    monkeypatch.setattr(
+        "pipeline.measure.meters.release_reserved_bytes",
+        lambda device: given_back.append("reserved"),
+    )
     meters.note_peaks()
     bytes_now[of] += above
     meters.forget_peaks()
@@ -282,12 +345,20 @@ def test_an_evaluation_has_peaks_of_its_own(meters: Meters) -> None:
         block = bytearray(b"x") * (200 << 20)
         del block
         note()
-        counting = bytearray(b"x") * (400 << 20)  # as an instrument does, once every answer is there
+        counting = bytearray(b"x") * (
+            400 << 20
+        )  # as an instrument does, once every answer is there
         del counting
     meters.note_peaks()
     assert meters.totals.evaluation_peak_rss_bytes < meters.totals.peak_rss_bytes + (350 << 20)
     assert meters.totals.evaluation_peak_rss_bytes > meters.totals.peak_rss_bytes + (150 << 20)
-    assert (meters.totals.evaluation_peak_device_bytes, meters.totals.evaluation_peak_reserved_bytes) == (0, 0)  # no device
+    assert (
+        meters.totals.evaluation_peak_device_bytes,
+        meters.totals.evaluation_peak_reserved_bytes,
+    ) == (
+        0,
+        0,
+    )  # no device
     highest = meters.totals.evaluation_peak_rss_bytes
     with meters.evaluating() as note:
         note()
@@ -296,7 +367,9 @@ def test_an_evaluation_has_peaks_of_its_own(meters: Meters) -> None:
 
 def test_what_training_keeps_free_for_itself_is_no_peak_of_an_evaluation() -> None:
     """In a process that keeps what it freed, as those that train do."""
-    told = subprocess.run([sys.executable, "-c", KEPT_FREE], capture_output=True, text=True, check=True).stdout.split()
+    told = subprocess.run(
+        [sys.executable, "-c", KEPT_FREE], capture_output=True, text=True, check=True
+    ).stdout.split()
     training, evaluation = map(int, told)
     assert evaluation < training - (150 << 20)
 
@@ -316,7 +389,9 @@ print(meters.totals.peak_rss_bytes, meters.totals.evaluation_peak_rss_bytes)
 
 
 def test_totals_over_ranks_take_the_largest_peak(meters: Meters) -> None:
-    meters.totals = Totals(peak_saved_bytes=5, state_bytes=7, steady_batches=3, evaluation_peak_rss_bytes=9)
+    meters.totals = Totals(
+        peak_saved_bytes=5, state_bytes=7, steady_batches=3, evaluation_peak_rss_bytes=9
+    )
     found = meters.over_ranks(lambda peaks: peaks + 1, lambda mean: mean)
     assert (found.peak_saved_bytes, found.state_bytes, found.steady_batches) == (6, 8, 3)
     assert found.evaluation_peak_rss_bytes == 10

@@ -1,4 +1,6 @@
-"""Operations of training, against counts by hand: of each rule on Linear(6 -> 8), neurons, Linear(8 -> 3)."""
+"""Operations of training, against counts by hand: of each rule on Linear(6 -> 8), neurons, Linear(8
+-> 3).
+"""
 
 # T time, B batch; N hidden neurons, K classes
 
@@ -40,8 +42,15 @@ T, B, I, N, K = 4, 5, 6, 8, 3
 def seeded(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
-        for parameter in (p for module in model.modules() if isinstance(module, (Linear, Conv2d)) for p in module.parameters()):
-            parameter.copy_(0.9 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for parameter in (
+            p
+            for module in model.modules()
+            if isinstance(module, (Linear, Conv2d))
+            for p in module.parameters()
+        ):
+            parameter.copy_(
+                0.9 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
     return model.double()
 
 
@@ -50,15 +59,21 @@ def two_layers(neuron: nn.Module) -> nn.Sequential:
 
 
 class Seen:
-    """What passed the modules of a network while it learnt: spikes, and the errors that came back to synapses."""
+    """What passed the modules of a network while it learnt: spikes, and the errors that came back
+    to synapses.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.outputs: dict[str, list[Tensor]] = {}
         self.errors: dict[str, list[Tensor]] = {}
         for name, module in model.named_modules():
-            module.register_forward_hook(lambda _, __, out, name=name: self._note(self.outputs, name, out))
+            module.register_forward_hook(
+                lambda _, __, out, name=name: self._note(self.outputs, name, out)
+            )
             if isinstance(module, Linear):
-                module.register_full_backward_hook(lambda _, __, g, name=name: self._note(self.errors, name, g[0]))
+                module.register_full_backward_hook(
+                    lambda _, __, g, name=name: self._note(self.errors, name, g[0])
+                )
 
     def _note(self, where: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
         if served() is None:  # a solver runs the same modules for itself
@@ -66,9 +81,17 @@ class Seen:
 
 
 def learnt(
-    rule: Rule, model: nn.Module, *, steps: int = T, batches: int = 1, before: int = 0, rate: float = 0.0
+    rule: Rule,
+    model: nn.Module,
+    *,
+    steps: int = T,
+    batches: int = 1,
+    before: int = 0,
+    rate: float = 0.0,
 ) -> tuple[Operations, Seen, Tensor]:
-    """`batches` of training under `rule`, counted, after `before` that are not; at `rate`, if the rule moves at every step."""
+    """`batches` of training under `rule`, counted, after `before` that are not; at `rate`, if the
+    rule moves at every step.
+    """
     x_TBI, target_B = batch(steps, size=B)
     rule.attach(model, over_time=rule.over_time_choices[0])
     for step in range(before):
@@ -96,35 +119,49 @@ def work(multiplications: int, additions: int) -> tuple[int, int]:
 
 
 def found(operations: Operations) -> dict[str, tuple[int, int]]:
-    return {purpose: (work.multiplications, work.additions) for purpose, work in operations.work.items()}
+    return {
+        purpose: (work.multiplications, work.additions) for purpose, work in operations.work.items()
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------- in numbers
+# --------------------------------------------------------------------------------------- in numbers
 
 
 def test_one_neuron_in_numbers() -> None:
-    """Two inputs (3, 2), a third of 0, one neuron that fires at both of two steps, one output: every operation written out."""
+    """Two inputs (3, 2), a third of 0, one neuron that fires at both of two steps, one output:
+    every operation written out.
+    """
     first, second = Linear(3, 1, bias=False), Linear(1, 1, bias=False)
     model = nn.Sequential(first, LIF(leak=0.5), second).double()
     with torch.no_grad():
-        first.weight.copy_(torch.tensor([[0.5, -0.125, 7.0]]))  # u = 1.25, then 1.375: psi = .75, .625
+        first.weight.copy_(
+            torch.tensor([[0.5, -0.125, 7.0]])
+        )  # u = 1.25, then 1.375: psi = .75, .625
         second.weight.fill_(2.0)
     x_TB = torch.tensor([3.0, 2.0, 0.0]).expand(2, 1, 3).double().contiguous()
     with Operations(model) as operations, fresh_state(model):
         model(x_TB).sum().backward()
     assert operations.work == {
-        "forward": Work(4, 6, 8),  # .5 * 3 and -.125 * 2 at each step; the spike adds 2 at each step
+        "forward": Work(
+            4, 6, 8
+        ),  # .5 * 3 and -.125 * 2 at each step; the spike adds 2 at each step
         "error": Work(0, 2, 2),  # the error is 1 at each step, so the weight is added
-        "weights": Work(4, 6, 8),  # g * 3 and g * 2 at each step; the spike adds the error of 1 at each step
+        "weights": Work(
+            4, 6, 8
+        ),  # g * 3 and g * 2 at each step; the spike adds the error of 1 at each step
     }
 
 
-# --------------------------------------------------------------------------------------------------------------- each rule
+# ---------------------------------------------------------------------------------------- each rule
 
 
 def feed_forward(seen: Seen, x_TBI: Tensor) -> dict[str, tuple[int, int]]:
     """What rules cost that hand errors down through the synapses at every step."""
-    s_TBN, g_TBN, e_TBK = torch.cat(seen.outputs["1"]), torch.cat(seen.errors["0"]), torch.cat(seen.errors["2"])
+    s_TBN, g_TBN, e_TBK = (
+        torch.cat(seen.outputs["1"]),
+        torch.cat(seen.errors["0"]),
+        torch.cat(seen.errors["2"]),
+    )
     assert live(e_TBK) == T * B * K
     assert 0 < live(g_TBN) < g_TBN.numel() and 0 < live(s_TBN) < s_TBN.numel()
     return {
@@ -134,7 +171,9 @@ def feed_forward(seen: Seen, x_TBI: Tensor) -> dict[str, tuple[int, int]]:
     }
 
 
-@pytest.mark.parametrize("rule", [BPTT(), SLTT(), SLTT(chunk=2), BPTT(truncate=2)], ids=lambda rule: rule.label)
+@pytest.mark.parametrize(
+    "rule", [BPTT(), SLTT(), SLTT(chunk=2), BPTT(truncate=2)], ids=lambda rule: rule.label
+)
 def test_rules_that_hand_errors_down(rule: Rule) -> None:
     operations, seen, x_TBI = learnt(rule, two_layers(LIF()))
     assert found(operations) == feed_forward(seen, x_TBI)
@@ -154,7 +193,11 @@ def test_sltt_k_works_backward_k_times_whatever_t(k: int) -> None:
     for steps in (4, 8, 16):
         rule = SLTT(k)
         operations, seen, x_TBI = learnt(rule, two_layers(LIF()), steps=steps)
-        s_TBN, g_kBN, e_kBK = torch.cat(seen.outputs["1"]), torch.cat(seen.errors["0"]), torch.cat(seen.errors["2"])
+        s_TBN, g_kBN, e_kBK = (
+            torch.cat(seen.outputs["1"]),
+            torch.cat(seen.errors["0"]),
+            torch.cat(seen.errors["2"]),
+        )
         assert len(g_kBN) == len(e_kBK) == k and len(s_TBN) == steps and live(e_kBK) == k * B * K
         s_kBN = s_TBN[list(selected_steps(steps, k, seed=rule.world.seed, step=0))]
         assert found(operations) == {
@@ -172,7 +215,9 @@ def test_ottt_multiplies_traces(rule: Rule) -> None:
     expected = feed_forward(seen, x_TBI)
     traces_TBN = traces_of(torch.cat(seen.outputs["1"]), 0.5)
     g = live(*seen.errors["0"]) * I
-    weights = work(g + live(traces_TBN[1:]) * K, g + live(traces_TBN) * K)  # the trace of the first step is its spikes
+    weights = work(
+        g + live(traces_TBN[1:]) * K, g + live(traces_TBN) * K
+    )  # the trace of the first step is its spikes
     assert found(operations) == {**expected, "weights": weights}
 
 
@@ -180,7 +225,9 @@ def test_opzo_pays_for_its_feedback_and_hands_nothing_down() -> None:
     operations, seen, _ = learnt(OPZO(), two_layers(LIF()), before=1)
     g, product = live(*seen.errors["0"]) * I, T * B * N * K
     assert found(operations) == {
-        "forward": work(T * B * I * N + product, T * B * I * N + product),  # noise on the spikes makes them real
+        "forward": work(
+            T * B * I * N + product, T * B * I * N + product
+        ),  # noise on the spikes makes them real
         "weights": work(g + product, g + product),
         "feedback": work(2 * product, 2 * product),  # M e; z o^T
     }
@@ -192,7 +239,9 @@ def test_dfa_pays_for_a_matrix_that_it_does_not_learn() -> None:
     traces_TBN = traces_of(s_TBN, 0.5)
     assert found(operations) == {
         "forward": work(live(x_TBI) * N, live(x_TBI) * N + live(s_TBN) * K),
-        "weights": work(g + live(traces_TBN[1:]) * K, g + live(traces_TBN) * K),  # the trace of the first step is its spikes
+        "weights": work(
+            g + live(traces_TBN[1:]) * K, g + live(traces_TBN) * K
+        ),  # the trace of the first step is its spikes
         "feedback": work(product, product),
     }
 
@@ -201,21 +250,31 @@ def test_zo_works_element_by_element() -> None:
     operations, seen, _ = learnt(OPZO(feedback="single_point"), two_layers(LIF()))
     g, product = live(*seen.errors["0"]) * I, T * B * N * K
     forward = T * B * I * N + product  # noise on the spikes makes them real
-    assert found(operations) == {"forward": work(forward, forward), "weights": work(g + product, g + product)}
+    assert found(operations) == {
+        "forward": work(forward, forward),
+        "weights": work(g + product, g + product),
+    }
 
 
 def test_dsr_takes_means_over_time() -> None:
     operations, seen, x_TBI = learnt(DSR(), two_layers(RateIF(threshold=3.0)))
-    assert found(operations) == {**feed_forward(seen, x_TBI), "rates": work(0, T * B * N)}  # IF's weights are all 1 / T
+    assert found(operations) == {
+        **feed_forward(seen, x_TBI),
+        "rates": work(0, T * B * N),
+    }  # IF's weights are all 1 / T
 
 
 def feedback_network() -> nn.Sequential:
-    equilibrium = Equilibrium(inject=Linear(I, N), feedback=Linear(N, N, bias=False), neurons=[IF(threshold=4.0)])
+    equilibrium = Equilibrium(
+        inject=Linear(I, N), feedback=Linear(N, N, bias=False), neurons=[IF(threshold=4.0)]
+    )
     return seeded(nn.Sequential(equilibrium, Linear(N, K)))  # type: ignore[return-value]
 
 
 def at_rest(seen: Seen) -> tuple[dict[str, tuple[int, int]], int]:
-    """What IDE and SPIDE share: forward, error, weights; and the product of the feedback with a[T]."""
+    """What IDE and SPIDE share: forward, error, weights; and the product of the feedback with
+    a[T].
+    """
     s_TBN, e_BK = torch.cat(seen.outputs["0.neurons.0"]), torch.cat(seen.errors["1"])
     g_BN = torch.cat(seen.errors["0.inject"])
     a = live(s_TBN.mean(0))
@@ -262,7 +321,10 @@ def test_spides_second_phase_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     operations, seen, _ = learnt(SPIDE(steps=20, scale=4.0), feedback_network())
     expected, linearized = at_rest(seen)
     assert len(emitted) == 20 and sum(emitted) > 0
-    assert found(operations) == {**expected, "solver": work(linearized, linearized + sum(emitted) * N)}
+    assert found(operations) == {
+        **expected,
+        "solver": work(linearized, linearized + sum(emitted) * N),
+    }
 
 
 def test_hlop_pays_for_its_lateral_neurons_and_its_projection() -> None:
@@ -285,7 +347,7 @@ def test_hlop_pays_for_its_lateral_neurons_and_its_projection() -> None:
     assert lateral.dense == heard + T * B * N * N + projected
 
 
-# ------------------------------------------------------------------------------------------------------- what else is there
+# ------------------------------------------------------------------------------- what else is there
 
 
 def test_a_weight_of_one_bit_is_added() -> None:
@@ -303,14 +365,24 @@ def test_standardised_and_fixed_weights_hand_errors_down() -> None:
     operations, seen, x_TBI = learnt(SLTT(), model)
     assert found(operations) == feed_forward(seen, x_TBI)
     for error in ("sign_symmetric", "feedback"):
-        operations, seen, x_TBI = learnt(HLOP(SLTT(), rows=((2, 3),), error=error), two_layers(LIF()))
+        operations, seen, x_TBI = learnt(
+            HLOP(SLTT(), rows=((2, 3),), error=error), two_layers(LIF())
+        )
         even = error == "sign_symmetric"
-        assert operations.work["error"] == Work(0 if even else T * B * K * N, T * B * K * N, T * B * K * N)
+        assert operations.work["error"] == Work(
+            0 if even else T * B * K * N, T * B * K * N, T * B * K * N
+        )
 
 
 def test_convolutions_forward_and_back() -> None:
-    model = seeded(nn.Sequential(Conv2d(2, 3, 3, padding=1, bias=False), LIF(), Conv2d(3, 4, 3, stride=2, bias=False)))
-    x_TBCHW = torch.randn(2, 1, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = seeded(
+        nn.Sequential(
+            Conv2d(2, 3, 3, padding=1, bias=False), LIF(), Conv2d(3, 4, 3, stride=2, bias=False)
+        )
+    )
+    x_TBCHW = torch.randn(
+        2, 1, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     with Operations(model) as operations, fresh_state(model):
         model(x_TBCHW).square().sum().backward()
     inside = (5 * 3 - 2) ** 2  # taps of a 3x3 on 5x5 with padding 1 that lie in the image
@@ -360,7 +432,10 @@ def test_products_that_torch_makes_inside_one_operation_are_named() -> None:
         F.scaled_dot_product_attention(q, q, q).sum().backward()
         (q @ q.transpose(2, 3)).sum().backward()
     fused = "_scaled_dot_product_flash_attention_for_cpu"
-    assert operations.not_counted == {fused, f"{fused}_backward"} and operations.total.dense == 3 * 2 * 4 * 4 * 8
+    assert (
+        operations.not_counted == {fused, f"{fused}_backward"}
+        and operations.total.dense == 3 * 2 * 4 * 4 * 8
+    )
     with Operations(nn.LSTM(3, 3)) as operations:
         nn.LSTM(3, 3)(torch.rand(2, 1, 3))
     assert operations.not_counted == {"mkldnn_rnn_layer"}

@@ -8,15 +8,21 @@ import torch
 from pipeline.measure.memory import is_out_of_memory
 
 OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
+    torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+    ),
     RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     torch.AcceleratorError("CUDA error: out of memory"),
     RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
-    torch.distributed.DistBackendError("NCCL error, ncclUnhandledCudaError\nLast error:\nCuda failure 2 'out of memory'"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes."),
+    torch.distributed.DistBackendError(
+        "NCCL error, ncclUnhandledCudaError\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes."
+    ),
     RuntimeError("unable to mmap 800 bytes from file </f>: Cannot allocate memory (12)"),
     MemoryError("Unable to allocate 8.00 EiB for an array"),
 ]
@@ -56,7 +62,9 @@ def test_other_errors_are_not(error: Exception) -> None:
         "GET was unable to find an engine to execute this computation",
     ],
 )
-def test_what_has_other_causes_too_is_of_memory_on_a_full_card_alone(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_other_causes_too_is_of_memory_on_a_full_card_alone(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not is_out_of_memory(RuntimeError(said))  # no card
     for free, is_memory in ((2, True), (40, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free << 30, 80 << 30))

@@ -27,7 +27,10 @@ def test_matrices() -> None:
 
 def test_batches() -> None:
     a, b = sparse(2, 4, 5), sparse(2, 5, 3, seed=1)
-    every = [(a[m, n, i], b[m, i, o]) for m, n, i, o in itertools.product(range(2), range(4), range(5), range(3))]
+    every = [
+        (a[m, n, i], b[m, i, o])
+        for m, n, i, o in itertools.product(range(2), range(4), range(5), range(3))
+    ]
     assert batches(a, b) == met(every)
 
 
@@ -37,11 +40,16 @@ def test_more_rows_than_a_float_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stride", "padding", "dilation", "groups"), [(1, 1, 1, 1), (2, 1, 1, 2), (1, 0, 2, 1), (3, 2, 1, 4), (2, 0, 1, 1)]
+    ("stride", "padding", "dilation", "groups"),
+    [(1, 1, 1, 1), (2, 1, 1, 2), (1, 0, 2, 1), (3, 2, 1, 4), (2, 0, 1, 1)],
 )
-def test_the_three_products_of_a_convolution(stride: int, padding: int, dilation: int, groups: int) -> None:
+def test_the_three_products_of_a_convolution(
+    stride: int, padding: int, dilation: int, groups: int
+) -> None:
     x, weight = sparse(2, 4, 7, 6), sparse(8, 4 // groups, 3, 2, seed=1)
-    places = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups).shape[2:]
+    places = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups).shape[
+        2:
+    ]
     g = sparse(2, 8, *places, seed=2)
     reads = []  # (output, input, weight) of every pair inside the image
     for n, o, p, q, c, h, w in itertools.product(*map(range, (2, 8, *places, 4 // groups, 3, 2))):
@@ -59,7 +67,9 @@ def test_even_is_one_magnitude_in_each_row() -> None:
     assert is_even(torch.tensor([[0.0, 1.0, 1.0], [-0.3, 0.3, 0.0]]))
     assert not is_even(torch.tensor([[0.0, 1.0, 2.0], [0.3, 0.3, 0.0]]))
     assert is_even(torch.zeros(2, 0)) and is_even(torch.zeros(2, 3))
-    assert is_even(torch.tensor([[1.0], [-1.0], [0.0]])) and not is_even(torch.tensor([[2.0], [1.0]]))
+    assert is_even(torch.tensor([[1.0], [-1.0], [0.0]])) and not is_even(
+        torch.tensor([[2.0], [1.0]])
+    )
 
 
 @pytest.mark.parametrize("where", [0, 1500, 9999])

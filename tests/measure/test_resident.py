@@ -1,4 +1,6 @@
-"""Saved bytes against what the kernel counts: resident memory grows with T as they do, under BPTT and not under SLTT."""
+"""Saved bytes against what the kernel counts: resident memory grows with T as they do, under BPTT
+and not under SLTT.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,18 @@ print(json.dumps({rule: [many - few for few, many in zip(*each)] for rule, each 
 
 
 def test_resident_memory_grows_with_time_steps_as_saved_bytes_do() -> None:
-    at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # glibc gives back what was freed, rather than keep it for the next
+    at_once = {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20)
+    }  # glibc gives back what was freed, rather than keep it for the next
     words = [sys.executable, "-c", GROWTH]
-    ran = subprocess.run(words, capture_output=True, text=True, timeout=100, check=True, env={**os.environ, **at_once})
+    ran = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env={**os.environ, **at_once},
+    )
     grown = json.loads(ran.stdout)
     (of_sltt, resident_of_sltt), (of_bptt, resident_of_bptt) = grown["SLTT"], grown["BPTT-chunk-1"]
     assert of_sltt == 0 and of_bptt > 1e8

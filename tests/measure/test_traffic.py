@@ -40,7 +40,11 @@ def test_views_move_nothing_and_what_is_repeated_is_read_once() -> None:
 def test_a_backward_is_noted_too() -> None:
     weight = torch.ones(5, 4, requires_grad=True)
     x = torch.ones(3, 4)
-    flops = [each.flops for each in noted(lambda: torch.nn.functional.linear(x, weight).sum().backward()) if each.flops]
+    flops = [
+        each.flops
+        for each in noted(lambda: torch.nn.functional.linear(x, weight).sum().backward())
+        if each.flops
+    ]
     assert flops == [2 * 3 * 4 * 5] * 2  # forward, and the gradient of the weight
 
 

@@ -1,4 +1,6 @@
-"""Small networks of the residual families, with gains and statistics under which every neuron speaks."""
+"""Small networks of the residual families, with gains and statistics under which every neuron
+speaks.
+"""
 
 from functools import partial
 
@@ -30,10 +32,21 @@ RESNETS = {
     "ms, three, pooled": partial(MSResNet, stem="three", pooled=True, dropout=0.2, **SMALL),
     "ms, multiple": partial(MSResNet, shortcut="multiple", **SMALL),
     "ms, sws": partial(MSResNet, norm="sws", neuron=LIF(0.25, threshold=0.5), **SMALL),
-    "ms, multiple, sws": partial(MSResNet, shortcut="multiple", norm="sws", neuron=LIF(0.25, threshold=0.5), **SMALL),
-    "nf": partial(NFResNet, blocks=(1, 2), classes=5, in_channels=3, width=4, stem="small", neuron=LIF()),
+    "ms, multiple, sws": partial(
+        MSResNet, shortcut="multiple", norm="sws", neuron=LIF(0.25, threshold=0.5), **SMALL
+    ),
+    "nf": partial(
+        NFResNet, blocks=(1, 2), classes=5, in_channels=3, width=4, stem="small", neuron=LIF()
+    ),
     "nf, bottleneck": partial(
-        NFResNet, blocks=(1, 2), classes=5, in_channels=3, width=4, stem="small", bottleneck=True, neuron=LIF()
+        NFResNet,
+        blocks=(1, 2),
+        classes=5,
+        in_channels=3,
+        width=4,
+        stem="small",
+        bottleneck=True,
+        neuron=LIF(),
     ),
 }
 

@@ -24,7 +24,11 @@ def spike(x: Tensor, threshold: float = 1.0) -> Tensor:
 def lively(attention: Attention) -> Attention:
     for module in attention.modules():
         if isinstance(module, BatchNorm):
-            for tensor, low, high in ((module.weight, 1, 3), (module.bias, 0.5, 1.5), (module.running_mean, -0.5, 0.5)):
+            for tensor, low, high in (
+                (module.weight, 1, 3),
+                (module.bias, 0.5, 1.5),
+                (module.running_mean, -0.5, 0.5),
+            ):
                 nn.init.uniform_(tensor, low, high)
     return attention.double().eval()
 
@@ -41,7 +45,10 @@ def currents(layer: nn.Module, x_BCN: Tensor) -> Tensor:
 def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:
     h_BCN = x_BCN if shortcut == "sew" else spike(x_BCN)
     stream = x_BCN if shortcut == "multiple_all" else 0
-    found = {name: spike(currents(each.currents, h_BCN) + stream) for name, each in attention.projections.items()}  # type: ignore[arg-type]
+    found = {
+        name: spike(currents(each.currents, h_BCN) + stream)
+        for name, each in attention.projections.items()
+    }  # type: ignore[arg-type]
     heads = {name: s_BCN.unflatten(1, (HEADS, -1)) for name, s_BCN in found.items()}
     a = torch.zeros_like(heads["q"])
     for n in range(x_BCN.shape[-1]):
@@ -49,9 +56,14 @@ def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:
         if isinstance(attention, TokenQK):
             a[..., n] = spike(q.sum(-1, keepdim=True), 0.5) * k[..., n]
         else:
-            a[..., n] = sum(0.125 * (q * k[..., m]).sum(-1, keepdim=True) * heads["v"][..., m] for m in range(x_BCN.shape[-1]))
+            a[..., n] = sum(
+                0.125 * (q * k[..., m]).sum(-1, keepdim=True) * heads["v"][..., m]
+                for m in range(x_BCN.shape[-1])
+            )
     a_BCN = a.flatten(1, 2)
-    y_BCN = currents(attention.project, a_BCN if isinstance(attention, TokenQK) else spike(a_BCN, 0.5))
+    y_BCN = currents(
+        attention.project, a_BCN if isinstance(attention, TokenQK) else spike(a_BCN, 0.5)
+    )
     if shortcut == "sew":
         return spike(y_BCN)
     return y_BCN + a_BCN if shortcut == "multiple_all" else y_BCN
@@ -73,7 +85,9 @@ def test_its_form(kind, shortcut):
 
 
 def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries():
-    """As blocks start: nothing, but under "multiple_all" the spikes that TokenQK masks, and the sums of SelfAttention."""
+    """As blocks start: nothing, but under "multiple_all" the spikes that TokenQK masks, and the
+    sums of SelfAttention.
+    """
     torch.manual_seed(0)
     x_TBCHW = 2 * torch.randn(1, 3, CHANNELS, 4, 4)
     for kind, step in ((TokenQK, 1.0), (SelfAttention, 0.125)):
@@ -94,7 +108,9 @@ def run_slices(neuron: nn.Module, *slices: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_neuron_over_samples_is_the_lif_on_the_samples_one_after_another() -> None:
-    x_TBC = 2 * torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_TBC = 2 * torch.randn(
+        3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     v, expected = torch.zeros(5, dtype=torch.float64), []
     for t in range(3):
         for b in range(4):
@@ -112,5 +128,8 @@ def test_a_neuron_over_samples_is_the_lif_on_the_samples_one_after_another() -> 
 
 def test_over_samples_refuses_other_neurons() -> None:
     for neuron in (PLIF(), nn.ReLU()):
-        with pytest.raises(ValueError, match=re.escape(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}")):
+        with pytest.raises(
+            ValueError,
+            match=re.escape(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}"),
+        ):
             OverSamples.of(neuron)

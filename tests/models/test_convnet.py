@@ -17,14 +17,28 @@ from tests.rules.small import cross_entropy, learn, spikes_of
 
 
 def test_parameter_counts():
-    assert sum(p.numel() for p in convnet(in_channels=1, norm="none").parameters()) == 320 + 64 * 289 + 128 * 577 + 1290
-    assert sum(p.numel() for p in convnet(stages=((4, 4),), grid=3).parameters()) == 4 * 27 + 4 * 36 + 16 + 10 * (4 * 9 + 1)
+    assert (
+        sum(p.numel() for p in convnet(in_channels=1, norm="none").parameters())
+        == 320 + 64 * 289 + 128 * 577 + 1290
+    )
+    assert sum(
+        p.numel() for p in convnet(stages=((4, 4),), grid=3).parameters()
+    ) == 4 * 27 + 4 * 36 + 16 + 10 * (4 * 9 + 1)
 
 
 @pytest.mark.parametrize(("norm", "stride"), [("batch", 1), ("none", 1), ("none", 2)])
 def test_against_an_independent_forward(norm, stride):
     torch.manual_seed(0)
-    model = convnet(4, in_channels=2, stages=((3, 5), (6,)), kernel=5, stem_stride=stride, norm=norm, grid=2, neuron=LIF(0.25))
+    model = convnet(
+        4,
+        in_channels=2,
+        stages=((3, 5), (6,)),
+        kernel=5,
+        stem_stride=stride,
+        norm=norm,
+        grid=2,
+        neuron=LIF(0.25),
+    )
     model.double().eval()
     for module in model.modules():
         if isinstance(module, BatchNorm):
@@ -39,16 +53,25 @@ def test_against_an_independent_forward(norm, stride):
         for name in names:
             if name == "stages.1.0":
                 h = F.avg_pool2d(h, 2)
-            h = F.conv2d(h, w[f"{name}.conv.weight"], w.get(f"{name}.conv.bias"), stride if name == names[0] else 1, padding=2)
+            h = F.conv2d(
+                h,
+                w[f"{name}.conv.weight"],
+                w.get(f"{name}.conv.bias"),
+                stride if name == names[0] else 1,
+                padding=2,
+            )
             if norm == "batch":
                 mean, var, gain, bias = (
-                    w[f"{name}.norm.{key}"].view(-1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
+                    w[f"{name}.norm.{key}"].view(-1, 1, 1)
+                    for key in ("running_mean", "running_var", "weight", "bias")
                 )
                 h = gain * (h - mean) / (var + 1e-5).sqrt() + bias
             u = 0.25 * v[name] + h
             h = (u >= 1).double()
             v[name] = u - h
-        h = torch.stack([h[..., i : i + 2, j : j + 2].mean((-2, -1)) for i in (0, 2) for j in (0, 2)], -1)
+        h = torch.stack(
+            [h[..., i : i + 2, j : j + 2].mean((-2, -1)) for i in (0, 2) for j in (0, 2)], -1
+        )
         expected.append(h.flatten(1) @ w["classifier.weight"].T + w["classifier.bias"])
     with torch.no_grad(), fresh_state(model):
         got = model(x_TBCHW)
@@ -63,9 +86,13 @@ def test_dropout_stands_behind_each_neuron_with_one_mask_for_a_batch_or_each_ste
     dropped = []
     for module in model.modules():
         if isinstance(module, (Dropout, nn.Dropout)):
-            module.register_forward_hook(lambda _module, x, y: dropped.append((y == 0)[x[0] > 0].float()))
+            module.register_forward_hook(
+                lambda _module, x, y: dropped.append((y == 0)[x[0] > 0].float())
+            )
     with fresh_state(model):
-        model(torch.randn(4, 3, 16, 16).expand(4, -1, -1, -1, -1))  # the same at each step, dropout aside
+        model(
+            torch.randn(4, 3, 16, 16).expand(4, -1, -1, -1, -1)
+        )  # the same at each step, dropout aside
     assert len(dropped) == 3 and all(0.42 < each.mean() < 0.58 for each in dropped)
     first_T = dropped[0].view(4, -1)
     assert all(torch.equal(first_T[0], each) for each in first_T[1:]) == (mask == "batch")
@@ -76,17 +103,23 @@ def test_bptt_and_sltt_drop_the_same_units():
     x_TBCHW, target_B, found = 2 * torch.randn(4, 5, 1, 8, 8).double(), torch.arange(5) % 3, []
     for rule in (BPTT(), SLTT()):
         torch.manual_seed(0)
-        model = convnet(3, in_channels=1, stages=((4,), (4,)), dropout=0.3, neuron=LIF(threshold=0.5)).double()
+        model = convnet(
+            3, in_channels=1, stages=((4,), (4,)), dropout=0.3, neuron=LIF(threshold=0.5)
+        ).double()
         rule.attach(model)
         record = spikes_of(model)
         learn(rule.objectives(model, x_TBCHW, cross_entropy(target_B)))
         found.append([torch.cat(slices) for slices in record.values()])
     bptt, sltt = found
-    assert len(bptt) == 2 and all(torch.equal(one, other) and one.any() for one, other in zip(bptt, sltt, strict=True))
+    assert len(bptt) == 2 and all(
+        torch.equal(one, other) and one.any() for one, other in zip(bptt, sltt, strict=True)
+    )
 
 
 def test_the_rate_head_ends_in_rates():
-    """linear -> batch norm -> neuron behind a neuron; the mean over time of the logits is LIF's weighted rate."""
+    """linear -> batch norm -> neuron behind a neuron; the mean over time of the logits is LIF's
+    weighted rate.
+    """
     model = convnet(4, stages=((3,),), head="rate", neuron=RateLIF(threshold=0.05)).eval()
     outputs = {}
     for name in ("neuron_in", "neuron_out"):
@@ -99,28 +132,50 @@ def test_the_rate_head_ends_in_rates():
         assert out_TBC.unique().tolist() == pytest.approx([0.0, 1.0])
     b = math.exp(-0.05)
     w = torch.tensor([b ** (8 - t) for t in range(1, 9)]).view(-1, 1, 1)
-    assert torch.allclose(logits_TBK.mean(0), (w * outputs["neuron_out"]).sum(0) / w.sum(), atol=1e-6)
+    assert torch.allclose(
+        logits_TBK.mean(0), (w * outputs["neuron_out"]).sum(0) / w.sum(), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("head", ["linear", "rate"])
 def test_relu_is_the_ann(head):
-    spiking, ann = convnet(over="time", head=head), convnet(over="time", head=head, neuron=nn.ReLU())
-    assert {k: v.shape for k, v in spiking.state_dict().items()} == {k: v.shape for k, v in ann.state_dict().items()}
+    spiking, ann = (
+        convnet(over="time", head=head),
+        convnet(over="time", head=head, neuron=nn.ReLU()),
+    )
+    assert {k: v.shape for k, v in spiking.state_dict().items()} == {
+        k: v.shape for k, v in ann.state_dict().items()
+    }
     assert ann(torch.randn(1, 2, 3, 8, 8)).shape == (1, 2, 10)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stages": ((4,), ())}, r"ConvNet: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)"),
+        (
+            {"stages": ((4,), ())},
+            r"ConvNet: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)",
+        ),
         ({"grid": 0}, r"ConvNet: grid must be a whole number >= 1; got grid=0"),
-        ({"kernel": 4}, r"ConvNet: kernel must be odd, to keep the size of the image; got kernel=4"),
+        (
+            {"kernel": 4},
+            r"ConvNet: kernel must be odd, to keep the size of the image; got kernel=4",
+        ),
         ({"norm": "layer"}, r"ConvNet: norm must be 'batch' or 'none'; got norm='layer'"),
-        ({"norm": "none", "over": "time"}, r"ConvNet: over='time' is about batch norm and has no effect with norm='none'"),
+        (
+            {"norm": "none", "over": "time"},
+            r"ConvNet: over='time' is about batch norm and has no effect with norm='none'",
+        ),
         ({"head": "spike"}, r"ConvNet: head must be 'linear' or 'rate'; got head='spike'"),
-        ({"dropout": 1.0}, r"ConvNet: dropout is a probability in 0\.\.1, below 1; got dropout=1\.0"),
+        (
+            {"dropout": 1.0},
+            r"ConvNet: dropout is a probability in 0\.\.1, below 1; got dropout=1\.0",
+        ),
         ({"mask": "time"}, r"ConvNet: mask must be 'batch' or 'step'; got mask='time'"),
-        ({"mask": "step"}, r"ConvNet: mask='step' is about dropout and has no effect with dropout=0"),
+        (
+            {"mask": "step"},
+            r"ConvNet: mask='step' is about dropout and has no effect with dropout=0",
+        ),
     ],
 )
 def test_refuses(arguments, message):
@@ -131,5 +186,10 @@ def test_refuses(arguments, message):
 def test_an_image_too_small_for_the_pools_is_refused():
     assert convnet(grid=2, stem_stride=2).smallest == 15  # the stem makes 8 of it
     model = convnet(grid=2)
-    with fresh_state(model), pytest.raises(ValueError, match=r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)"):
+    with (
+        fresh_state(model),
+        pytest.raises(
+            ValueError, match=r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)"
+        ),
+    ):
         model(torch.zeros(1, 1, 3, 7, 9))

@@ -18,8 +18,13 @@ from pipeline.spiking.state import fresh_state
 from tests.models.families import RESNETS, STREAMS, awake, small_qkformer
 from tests.rules.small import cross_entropy, learn
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {name: lambda build=build: awake(build()) for name, build in RESNETS.items()}
-FAMILIES |= {f"qkformer, {shortcut}, {norm}": partial(small_qkformer, shortcut, norm) for shortcut, norm in STREAMS}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    name: lambda build=build: awake(build()) for name, build in RESNETS.items()
+}
+FAMILIES |= {
+    f"qkformer, {shortcut}, {norm}": partial(small_qkformer, shortcut, norm)
+    for shortcut, norm in STREAMS
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,7 +47,9 @@ def test_slices_equal_the_whole(family, mode, still):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("make_rule", [BPTT, partial(SLTT, k=1, rescale=True), OTTT], ids=["BPTT", "SLTT-1", "OTTT"])
+@pytest.mark.parametrize(
+    "make_rule", [BPTT, partial(SLTT, k=1, rescale=True), OTTT], ids=["BPTT", "SLTT-1", "OTTT"]
+)
 def test_every_weight_that_the_loss_reaches_learns(family, make_rule: Callable[[], Rule]):
     """OTTT takes the normaliser-free networks alone."""
     model, rule = FAMILIES[family](), make_rule()
@@ -53,5 +60,9 @@ def test_every_weight_that_the_loss_reaches_learns(family, make_rule: Callable[[
     rule.attach(model)
     x_TBCHW = repeat(3 * torch.randn(3, 3, 32, 32), 2)
     learn(rule.objectives(model, x_TBCHW, cross_entropy(torch.tensor([0, 1, 2])), step=0))
-    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or p.grad.abs().max() == 0]
+    silent = [
+        n
+        for n, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or p.grad.abs().max() == 0
+    ]
     assert silent == []

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.feedback import alexnet_f, cifarnet_f, conv_feedback, convnet_f, fc_feedback, lenet_f
+from pipeline.models.feedback import (
+    alexnet_f,
+    cifarnet_f,
+    conv_feedback,
+    convnet_f,
+    fc_feedback,
+    lenet_f,
+)
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
@@ -27,9 +34,20 @@ def test_parameter_counts():
         assert parameters(alexnet_f()) == 3_708_139
         assert parameters(cifarnet_f()) == 11_837_579
         assert parameters(fc_feedback()) == 478_011
-        assert parameters(convnet_f()) == 25 * 64 + 2 * 25 * 64 * 64 + 3 * 64 + 9 * 64 * 64 + (64 * 49 + 1) * 10 == 274_826
-        assert parameters(lenet_f()) == 15 * 26 + 40 * (15 * 25 + 1) + 300 * (40 * 49 + 1) + 3010 == 606_740
-        assert parameters(conv_feedback()) == 25 * 64 + 2 * 64 + 25 * 64 * 64 + 1 + (64 * 14 * 14 + 1) * 10
+        assert (
+            parameters(convnet_f())
+            == 25 * 64 + 2 * 25 * 64 * 64 + 3 * 64 + 9 * 64 * 64 + (64 * 49 + 1) * 10
+            == 274_826
+        )
+        assert (
+            parameters(lenet_f())
+            == 15 * 26 + 40 * (15 * 25 + 1) + 300 * (40 * 49 + 1) + 3010
+            == 606_740
+        )
+        assert (
+            parameters(conv_feedback())
+            == 25 * 64 + 2 * 64 + 25 * 64 * 64 + 1 + (64 * 14 * 14 + 1) * 10
+        )
 
 
 def test_fully_connected_against_an_independent_forward():
@@ -42,7 +60,12 @@ def test_fully_connected_against_an_independent_forward():
     v = s = torch.zeros(5, 9, dtype=torch.float64)
     total = torch.zeros(5, 9, dtype=torch.float64)
     for _ in range(6):
-        u = v + x_BCHW.flatten(1) @ p["equilibrium.inject.weight"].T + p["equilibrium.inject.bias"] + s @ W.T
+        u = (
+            v
+            + x_BCHW.flatten(1) @ p["equilibrium.inject.weight"].T
+            + p["equilibrium.inject.bias"]
+            + s @ W.T
+        )
         s = (u >= 2).double()
         v, total = u - 2 * s, total + s
     assert 0.05 < total.mean() / 6 < 0.8
@@ -58,7 +81,9 @@ def test_the_classic_networks_train_under_ide_and_bptt(build):
     for rule in (IDE(), BPTT()):
         model = build(size=16, width=0.1)
         rule.attach(model, over_time="mean")
-        (objective,) = rule.objectives(model, repeat(x_BCHW, 4), lambda o: F.cross_entropy(o, target))
+        (objective,) = rule.objectives(
+            model, repeat(x_BCHW, 4), lambda o: F.cross_entropy(o, target)
+        )
         assert objective.backward is not None and objective.logits.shape == (4, 10)
         objective.backward.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
@@ -77,7 +102,9 @@ def test_the_feedback_brings_the_last_layer_to_the_first():
 def test_the_networks_without_norm_fire_and_train_under_spide(build):
     torch.manual_seed(0)
     model = build()
-    rule = SPIDE(100, scale=64.0)  # two pools stand between the loss and the first layer: an eighth passes each
+    rule = SPIDE(
+        100, scale=64.0
+    )  # two pools stand between the loss and the first layer: an eighth passes each
     rule.attach(model, over_time="mean")
     x_BCHW, target = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
     (objective,) = rule.objectives(model, repeat(x_BCHW, 30), lambda o: F.cross_entropy(o, target))
@@ -85,13 +112,22 @@ def test_the_networks_without_norm_fire_and_train_under_spide(build):
     objective.backward.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     assert rule.figures()["forward_rate"] > 0.05 and rule.figures()["backward_rate"] > 0.001
-    assert all(p.grad is not None and p.grad.norm() > 0 for name, p in model.named_parameters() if name.endswith("weight"))
+    assert all(
+        p.grad is not None and p.grad.norm() > 0
+        for name, p in model.named_parameters()
+        if name.endswith("weight")
+    )
 
 
 def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
-    """As published for IDE: one mask behind each synapse, in all steps and in the equation for beta; none at the readout."""
+    """As published for IDE: one mask behind each synapse, in all steps and in the equation for
+    beta; none at the readout.
+    """
     torch.manual_seed(0)
-    T, model = 6, fc_feedback(4, in_features=6, hidden=9, dropout=0.4, dropout_on="currents").double()
+    T, model = (
+        6,
+        fc_feedback(4, in_features=6, hidden=9, dropout=0.4, dropout_on="currents").double(),
+    )
     masks: dict[str, torch.Tensor] = {}
 
     def keep(name: str, module: Dropout) -> None:
@@ -116,7 +152,9 @@ def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
     p = {name: each.detach() for name, each in model.named_parameters()}
     V = p["equilibrium.feedback.0.synapse.weight"]
     W = V / torch.linalg.matrix_norm(V, 2)
-    current_BC = into_BC * (x_BC @ p["equilibrium.inject.0.weight"].T + p["equilibrium.inject.0.bias"])
+    current_BC = into_BC * (
+        x_BC @ p["equilibrium.inject.0.weight"].T + p["equilibrium.inject.0.bias"]
+    )
     v = s = total = torch.zeros(5, 9, dtype=torch.float64)
     for _ in range(T):
         u = v + current_BC + back_BC * (s @ W.T)
@@ -129,27 +167,41 @@ def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
     rate = ((current_BC + back_BC * (a.detach() @ W.T)) / 2).clamp(0, 1)
     inside = ((rate > 0) & (rate < 1)).double()
     eye = torch.eye(9, dtype=torch.float64)
-    beta = torch.stack([torch.linalg.solve(eye - (W.T * (inside[b] * back_BC[b] / 2)), g[b]) for b in range(5)])
+    beta = torch.stack(
+        [torch.linalg.solve(eye - (W.T * (inside[b] * back_BC[b] / 2)), g[b]) for b in range(5)]
+    )
     found = model.get_parameter("equilibrium.inject.0.bias").grad
-    assert found is not None and torch.allclose(found, (beta * inside / 2 * into_BC).sum(0), atol=1e-9)
+    assert found is not None and torch.allclose(
+        found, (beta * inside / 2 * into_BC).sum(0), atol=1e-9
+    )
     assert found.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("build", "count"), [(alexnet_f, 6), (cifarnet_f, 6), (convnet_f, 4), (lenet_f, 1)])
+@pytest.mark.parametrize(
+    ("build", "count"), [(alexnet_f, 6), (cifarnet_f, 6), (convnet_f, 4), (lenet_f, 1)]
+)
 def test_dropout_stands_before_the_classifier_or_behind_the_synapses(build, count):
     with torch.device("meta"):
         for where, expected in (("readout", ["dropout"]), ("currents", ["equilibrium"] * count)):
             model = build(dropout=0.2, dropout_on=where)
-            names = [name for name, each in model.named_modules() if isinstance(each, Dropout) and each.share == 0.2]
+            names = [
+                name
+                for name, each in model.named_modules()
+                if isinstance(each, Dropout) and each.share == 0.2
+            ]
             assert [name.split(".")[0] for name in names] == expected
 
 
 def test_an_upsampling_feedback_starts_at_a_tenth_of_the_norm_of_its_outputs():
-    """Published: each of its 96 (or 128) outputs has a weight of norm 0.1, so |V| is 0.98 (or 1.13)."""
+    """Published: each of its 96 (or 128) outputs has a weight of norm 0.1, so |V| is 0.98 (or
+    1.13).
+    """
     torch.manual_seed(0)
     for first, last, published in ((96, 256, 0.98), (128, 512, 1.13)):
         model = convnet_f(size=8, layers=((first, 3, 2), (last, 3, 2)), gain=1.0)
-        assert model.get_parameter("equilibrium.feedback.synapse.weight").norm().item() == pytest.approx(published, rel=0.01)
+        assert model.get_parameter(
+            "equilibrium.feedback.synapse.weight"
+        ).norm().item() == pytest.approx(published, rel=0.01)
 
 
 def test_a_number_limits_the_frobenius_norm():
@@ -171,14 +223,35 @@ def test_neuron_arguments_reach_every_neuron():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: fc_feedback(hidden=0), "fc_feedback: hidden must be a whole number >= 1; got hidden=0"),
-        (lambda: fc_feedback(dropout_on="rates"), "feedback: dropout_on must be 'readout' or 'currents'; got dropout_on='rates'"),
-        (lambda: fc_feedback(norm="layer"), "feedback: norm must be 'batch' or 'none'; got norm='layer'"),
-        (lambda: fc_feedback(limit="l2"), "feedback: limit must be 'spectral', 'none' or a number; got limit='l2'"),
-        (lambda: conv_feedback(layers=()), "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()"),
-        (lambda: fc_feedback(limit=0), "FrobeniusLimit: the largest norm must be > 0; got largest=0"),
+        (
+            lambda: fc_feedback(hidden=0),
+            "fc_feedback: hidden must be a whole number >= 1; got hidden=0",
+        ),
+        (
+            lambda: fc_feedback(dropout_on="rates"),
+            "feedback: dropout_on must be 'readout' or 'currents'; got dropout_on='rates'",
+        ),
+        (
+            lambda: fc_feedback(norm="layer"),
+            "feedback: norm must be 'batch' or 'none'; got norm='layer'",
+        ),
+        (
+            lambda: fc_feedback(limit="l2"),
+            "feedback: limit must be 'spectral', 'none' or a number; got limit='l2'",
+        ),
+        (
+            lambda: conv_feedback(layers=()),
+            "conv_feedback: layers must be (width, kernel, stride), each >= 1; got ()",
+        ),
+        (
+            lambda: fc_feedback(limit=0),
+            "FrobeniusLimit: the largest norm must be > 0; got largest=0",
+        ),
         (lambda: lenet_f(size=30), "lenet_f: size must be a multiple of 4; got size=30"),
-        (lambda: conv_feedback(size=27), "conv_feedback: the strides must divide the image; got size=27, strides to 2"),
+        (
+            lambda: conv_feedback(size=27),
+            "conv_feedback: the strides must divide the image; got size=27, strides to 2",
+        ),
     ],
 )
 def test_refuses(build, message):

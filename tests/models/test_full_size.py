@@ -1,4 +1,6 @@
-"""The families of ImageNet and the networks of its SEI recipes at 224 pixels in bf16: one image, one time step."""
+"""The families of ImageNet and the networks of its SEI recipes at 224 pixels in bf16: one image,
+one time step.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,13 +31,20 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "Spiking ResNet-50": partial(sew_resnet, 50, shortcut="post_activation", over="step"),
     "MS-ResNet-34": partial(ms_resnet, 34, over="step"),
     "MS-ResNet-104": partial(ms_resnet, 104, over="step"),
-    "MS-ResNet-34, multiple, sws": partial(ms_resnet, 34, shortcut="multiple", norm="sws", neuron=LIF(0.25, threshold=0.5)),
+    "MS-ResNet-34, multiple, sws": partial(
+        ms_resnet, 34, shortcut="multiple", norm="sws", neuron=LIF(0.25, threshold=0.5)
+    ),
 }
-RECIPES = {file.stem: file for file in sorted((Path(__file__).parents[2] / "recipes" / "imagenet").glob("*_sei_bw*.py"))}
+RECIPES = {
+    file.stem: file
+    for file in sorted((Path(__file__).parents[2] / "recipes" / "imagenet").glob("*_sei_bw*.py"))
+}
 
 
 def network(name: str) -> nn.Module:
-    """Of a family, or of the last stage of a recipe, its silent branches awake: behind a gain of 0 every gradient is 0."""
+    """Of a family, or of the last stage of a recipe, its silent branches awake: behind a gain of 0
+    every gradient is 0.
+    """
     model = recipes_of(RECIPES[name])[-1].model.build() if name in RECIPES else FAMILIES[name]()
     for module in model.modules():
         if isinstance(module, BatchNorm) and not module.weight.any():
@@ -46,7 +55,10 @@ def network(name: str) -> nn.Module:
 
 
 def test_the_recipes_with_1_bit_weights():
-    of_qkformer = [f"qkformer_10_{which}" for which in ("384_sei_bw", "384_sei_bw_reading_b", "512_sei_bw", "768_sei_bw")]
+    of_qkformer = [
+        f"qkformer_10_{which}"
+        for which in ("384_sei_bw", "384_sei_bw_reading_b", "512_sei_bw", "768_sei_bw")
+    ]
     assert list(RECIPES) == ["ms_resnet34_sei_bw", *of_qkformer]
 
 
@@ -70,5 +82,8 @@ def test_gradients_are_finite_in_bf16(name, make_rule):
             assert objective.backward is not None and objective.backward.isfinite()
             objective.backward.backward()
     assert shapes == [(1, 1000)]
-    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-    assert next(model.parameters()).grad.any()  # type: ignore[union-attr]  # it has come down to the stem
+    assert [
+        key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ] == []
+    # it has come down to the stem
+    assert next(model.parameters()).grad.any()  # type: ignore[union-attr]

@@ -60,10 +60,17 @@ def test_other_heads_get_no_gradient() -> None:
     network = small()
     select_head(network, 1)
     answer(network, torch.randn(2, 6, 4)).square().sum().backward()
-    assert [head.weight.grad is not None for head in network.classifier.heads] == [False, True, False]
+    assert [head.weight.grad is not None for head in network.classifier.heads] == [
+        False,
+        True,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("network", [nf_resnet18_small(2, in_channels=1, width=4, blocks=(1,)), vgg_sws(2, stages=((4,), (4,)))])
+@pytest.mark.parametrize(
+    "network",
+    [nf_resnet18_small(2, in_channels=1, width=4, blocks=(1,)), vgg_sws(2, stages=((4,), (4,)))],
+)
 def test_every_network_with_a_classifier_may_have_heads(network: nn.Module) -> None:
     channels = next(network.parameters()).shape[1]
     several = multi_head(network, heads=2)
@@ -77,7 +84,10 @@ def test_refuses() -> None:
         ("got heads=0, MLP", lambda: multi_head(mlp(3, in_features=4, hidden=(5,)), heads=0)),
         ("at least one head; got none", lambda: MultiHead([])),
         (r"head must be in 0\.\.2; got 3", lambda: select_head(small(), 3)),
-        ("must have several heads, see multi_head; got MLP", lambda: select_head(mlp(3, in_features=4), 0)),
+        (
+            "must have several heads, see multi_head; got MLP",
+            lambda: select_head(mlp(3, in_features=4), 0),
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             refused()

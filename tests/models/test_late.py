@@ -1,4 +1,6 @@
-"""A readout that listens late: the equation, slices that continue one another, every rule's contract."""
+"""A readout that listens late: the equation, slices that continue one another, every rule's
+contract.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ T, B, K = 6, 5, 3
 
 def network(share: float = 0.5) -> nn.Module:
     torch.manual_seed(0)
-    return late(nn.Sequential(Linear(4, 8), LIF(0.9), Linear(8, K)), share=share, time_steps=T).double()
+    return late(
+        nn.Sequential(Linear(4, 8), LIF(0.9), Linear(8, K)), share=share, time_steps=T
+    ).double()
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -50,7 +54,11 @@ def test_slices_continue_one_another_and_each_batch_begins_anew(sizes: list[int]
             assert torch.equal(torch.cat([readout(x_cBK) for x_cBK in x_TBK.split(sizes)]), whole)
 
 
-@pytest.mark.parametrize("rule", [BPTT(), BPTT(recompute=True), SLTT(), OTTT()], ids=["BPTT", "recomputed", "SLTT", "OTTT"])
+@pytest.mark.parametrize(
+    "rule",
+    [BPTT(), BPTT(recompute=True), SLTT(), OTTT()],
+    ids=["BPTT", "recomputed", "SLTT", "OTTT"],
+)
 def test_the_loss_is_that_of_the_late_steps_and_a_constant(rule: BPTT | SLTT | OTTT) -> None:
     model, (x_TB, target_B) = network(), inputs()
     with fresh_state(model):
@@ -58,12 +66,18 @@ def test_the_loss_is_that_of_the_late_steps_and_a_constant(rule: BPTT | SLTT | O
     expected = sum(nn.functional.cross_entropy(logits_BK, target_B) for logits_BK in late_TBK) / T
     rule.attach(model)
     shares = list(rule.objectives(model, x_TB, CrossEntropy()(target_B)))
-    torch.testing.assert_close(torch.stack([each.loss for each in shares]).sum(), expected + math.log(K) / 2)
-    torch.testing.assert_close(torch.stack([each.logits for each in shares]).sum(0), late_TBK.detach().sum(0) / T)
+    torch.testing.assert_close(
+        torch.stack([each.loss for each in shares]).sum(), expected + math.log(K) / 2
+    )
+    torch.testing.assert_close(
+        torch.stack([each.logits for each in shares]).sum(0), late_TBK.detach().sum(0) / T
+    )
 
 
 def test_gradients_reach_the_past_through_time_alone() -> None:
-    """The only way back from the late steps to an early input is the membrane: BPTT sees it, SLTT does not."""
+    """The only way back from the late steps to an early input is the membrane: BPTT sees it, SLTT
+    does not.
+    """
     x_TB, target_B = inputs()
     for rule, sees in ((BPTT(), True), (SLTT(), False)):
         model = network()
@@ -77,8 +91,13 @@ def test_gradients_reach_the_past_through_time_alone() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     for share in (0.0, 1.1):
-        with pytest.raises(ValueError, match=rf"Late: share must be in 0\.\.1, 0 excluded; got share={share}"):
+        with pytest.raises(
+            ValueError, match=rf"Late: share must be in 0\.\.1, 0 excluded; got share={share}"
+        ):
             Late(share=share, time_steps=T)
     readout = Late(share=0.5, time_steps=2)
-    with pytest.raises(ValueError, match="Late: a recording must have its 2 time steps; got step 3"), fresh_state(readout):
+    with (
+        pytest.raises(ValueError, match="Late: a recording must have its 2 time steps; got step 3"),
+        fresh_state(readout),
+    ):
         readout(torch.zeros(3, B, K))

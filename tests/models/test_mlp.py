@@ -39,15 +39,22 @@ def test_relu_is_the_ann():
 
 def test_leaky_rates_end_in_their_weighted_mean():
     torch.manual_seed(0)
-    model, x = mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double(), 10 * torch.rand(4, 2, 8, dtype=torch.float64)
+    model, x = (
+        mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double(),
+        10 * torch.rand(4, 2, 8, dtype=torch.float64),
+    )
     with fresh_state(model):
         plain = model.classifier(model.layers(x))
     with fresh_state(model):
         weighted = model(x).mean(0)
-    assert torch.allclose(weighted, torch.einsum("t,tbk->bk", rate_weights(math.exp(-0.05), x), plain), atol=1e-12)
+    assert torch.allclose(
+        weighted, torch.einsum("t,tbk->bk", rate_weights(math.exp(-0.05), x), plain), atol=1e-12
+    )
     assert not torch.allclose(weighted, plain.mean(0), atol=1e-4)
 
 
 def test_refuses():
-    with pytest.raises(ValueError, match=r"MLP: hidden must be whole numbers >= 1; got hidden=\(0,\)"):
+    with pytest.raises(
+        ValueError, match=r"MLP: hidden must be whole numbers >= 1; got hidden=\(0,\)"
+    ):
         mlp(hidden=(0,))

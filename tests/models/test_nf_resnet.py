@@ -6,7 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.nf_resnet import NFResNet, nf_resnet18_small, nf_resnet34, nf_resnet50, nf_resnet101
+from pipeline.models.nf_resnet import (
+    NFResNet,
+    nf_resnet18_small,
+    nf_resnet34,
+    nf_resnet50,
+    nf_resnet101,
+)
 from pipeline.models.stream import ALPHA, Residual
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
@@ -33,7 +39,14 @@ def awake(model: NFResNet) -> NFResNet:
 
 
 def tiny(**choices) -> NFResNet:
-    arguments = {"blocks": (1, 2), "classes": 5, "in_channels": 2, "width": 4, "stem": "small", "neuron": LIF()}
+    arguments = {
+        "blocks": (1, 2),
+        "classes": 5,
+        "in_channels": 2,
+        "width": 4,
+        "stem": "small",
+        "neuron": LIF(),
+    }
     return NFResNet(**(arguments | choices))
 
 
@@ -47,7 +60,8 @@ def test_parameter_counts(build, count):
 
 
 def test_small_parameter_count():
-    # torchvision's ResNet-18 (11,689,512) with a 3x3 stem and 10 classes, and a skip gain per block.
+    # torchvision's ResNet-18 (11,689,512) with a 3x3 stem and 10 classes, and a skip gain per
+    # block.
     assert parameters(nf_resnet18_small()) == 11_689_512 - 64 * 3 * (49 - 9) - 513 * 990 + 8
     assert parameters(nf_resnet18_small(in_channels=1, width=8, blocks=(1, 1))) < 6000
 
@@ -67,7 +81,9 @@ def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
     model, rule = nf_resnet18_small(classes, width=4, blocks=(1, 1)), BPTT()
     rule.attach(model)
     target = torch.arange(3)
-    (objective,) = rule.objectives(model, torch.randn(2, 3, 3, 8, 8), lambda o: F.cross_entropy(o, target))
+    (objective,) = rule.objectives(
+        model, torch.randn(2, 3, 3, 8, 8), lambda o: F.cross_entropy(o, target)
+    )
     assert objective.logits.abs().max() == 0
     assert objective.loss.item() == pytest.approx(math.log(classes), rel=1e-6)
 
@@ -75,7 +91,11 @@ def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
 def standardized(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
     w, gain = conv.weight, conv.gain
     assert gain is not None
-    w = gain * (w - w.mean((1, 2, 3), keepdim=True)) / torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
+    w = (
+        gain
+        * (w - w.mean((1, 2, 3), keepdim=True))
+        / torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
+    )
     return F.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
 
 
@@ -100,7 +120,11 @@ def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
             h = F.avg_pool2d(h, 3, 2, 1)
         for block in residuals(model):
             out = neuron(block.first, h / block.first.beta)
-            identity = h if isinstance(block.shortcut, nn.Identity) else standardized(block.shortcut[0].synapse, out)
+            identity = (
+                h
+                if isinstance(block.shortcut, nn.Identity)
+                else standardized(block.shortcut[0].synapse, out)
+            )
             for position, layer in enumerate(block.branch):
                 out = neuron(layer, out) if position % 2 else standardized(layer.synapse, out)
             h = out * block.skip_gain * 0.2 + identity
@@ -122,7 +146,11 @@ def test_against_an_independent_forward(bottleneck, stem):
 
 def test_every_layer_has_a_neuron_of_its_own():
     with torch.device("meta"):
-        model = nf_resnet50(neuron=LIF(0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid(2.0)))
+        model = nf_resnet50(
+            neuron=LIF(
+                0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid(2.0)
+            )
+        )
     neurons = [m for m in model.modules() if isinstance(m, LIF)]
     assert len(neurons) == 3 * 16
     assert {(n.leak, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {

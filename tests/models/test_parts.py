@@ -25,13 +25,21 @@ def test_one_more_neuron_shares_nothing():
 
 
 @pytest.mark.parametrize(
-    "build", [lambda n: vgg_sws(stages=((4,), (4,)), neuron=n), lambda n: nf_resnet18_small(width=4, blocks=(1, 1), neuron=n)]
+    "build",
+    [
+        lambda n: vgg_sws(stages=((4,), (4,)), neuron=n),
+        lambda n: nf_resnet18_small(width=4, blocks=(1, 1), neuron=n),
+    ],
 )
 def test_the_ann_has_the_same_layers(build):
     spiking, ann = build(LIF()), build(nn.ReLU())
-    assert {k: v.shape for k, v in spiking.state_dict().items()} == {k: v.shape for k, v in ann.state_dict().items()}
+    assert {k: v.shape for k, v in spiking.state_dict().items()} == {
+        k: v.shape for k, v in ann.state_dict().items()
+    }
     x = torch.randn(2, 3, 3, 8, 8)
     with fresh_state(ann):
         together = ann(x)
         assert torch.allclose(together[1], ann(x[1:])[0], atol=1e-6)  # no memory anywhere
-    assert sum(isinstance(m, nn.ReLU) for m in ann.modules()) == sum(isinstance(m, LIF) for m in spiking.modules())
+    assert sum(isinstance(m, nn.ReLU) for m in ann.modules()) == sum(
+        isinstance(m, LIF) for m in spiking.modules()
+    )

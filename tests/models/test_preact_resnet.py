@@ -11,9 +11,15 @@ from pipeline.spiking.state import fresh_state
 
 
 def test_parameter_counts():
-    """Published: 11.69 M on ImageNet; the ANN of torchvision's ResNet-18 has 11,689,512, and here norms stand elsewhere."""
+    """Published: 11.69 M on ImageNet; the ANN of torchvision's ResNet-18 has 11,689,512, and here
+    norms stand elsewhere.
+    """
     with torch.device("meta"):
-        network, ann, small = preact_resnet18(), preact_resnet18(neuron=nn.ReLU()), preact_resnet18_small(100)
+        network, ann, small = (
+            preact_resnet18(),
+            preact_resnet18(neuron=nn.ReLU()),
+            preact_resnet18_small(100),
+        )
     count = sum(p.numel() for p in ann.parameters())
     assert count == 11_689_512 - 2 * (64 + 128 + 256) + 2 * 512 + 2 * 1000
     neurons = [m for m in network.modules() if isinstance(m, RateNeuron)]
@@ -24,7 +30,9 @@ def test_parameter_counts():
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_against_an_independent_forward(stem):
-    """Rates of the ANN: every layer written out once more, weights and statistics moved off their initial values."""
+    """Rates of the ANN: every layer written out once more, weights and statistics moved off their
+    initial values.
+    """
     torch.manual_seed(0)
     build = preact_resnet18 if stem == "imagenet" else preact_resnet18_small
     model = build(5, in_channels=2, neuron=nn.ReLU()).double().eval()
@@ -35,7 +43,9 @@ def test_against_an_independent_forward(stem):
     w = model.state_dict()
 
     def norm(h, name):
-        return F.batch_norm(h, *(w[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
+        return F.batch_norm(
+            h, *(w[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        )
 
     x_BCHW = torch.randn(2, 2, 33, 40, dtype=torch.float64)
     if stem == "imagenet":
@@ -47,14 +57,18 @@ def test_against_an_independent_forward(stem):
         for block in range(2):
             name, stride = f"stages.{stage}.{block}", 2 if stage and not block else 1
             a = norm(h, f"{name}.norm1").relu()
-            h = norm(F.conv2d(a, w[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.norm2").relu()
+            h = norm(
+                F.conv2d(a, w[f"{name}.conv1.weight"], stride=stride, padding=1), f"{name}.norm2"
+            ).relu()
             h = F.conv2d(h, w[f"{name}.conv2.weight"], padding=1)
             if stride == 2:
                 a = F.conv2d(a, w[f"{name}.shortcut.0.weight"], stride=2)
                 a = norm(a, f"{name}.shortcut.1") if stem == "imagenet" else a
             h = h + a
     h = norm(h, "norm").relu().mean((2, 3)).relu()
-    h = norm(h @ w["classifier.linear.weight"].T + w["classifier.linear.bias"], "classifier.norm").relu()
+    h = norm(
+        h @ w["classifier.linear.weight"].T + w["classifier.linear.bias"], "classifier.norm"
+    ).relu()
     with torch.no_grad():
         got = model(x_BCHW.expand(2, -1, -1, -1, -1))
     assert h.std() > 1e-2
@@ -62,7 +76,9 @@ def test_against_an_independent_forward(stem):
 
 
 def test_the_spiking_network_approaches_the_ann():
-    """Same weights, thresholds above every activation: the longer the sequence, the nearer the rates to the activations."""
+    """Same weights, thresholds above every activation: the longer the sequence, the nearer the
+    rates to the activations.
+    """
     torch.manual_seed(0)
     ann = preact_resnet18_small(4, width=4, blocks=(1, 1), neuron=nn.ReLU()).eval()
     nn.init.uniform_(ann.get_parameter("classifier.norm.bias"), 0.5, 1.5)
@@ -88,8 +104,14 @@ def test_lif_logits_are_weighted(head, where):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: preact_resnet18_small(0), r"PreActResNet: classes must be a whole number >= 1; got classes=0"),
-        (lambda: preact_resnet18_small(blocks=()), r"PreActResNet: blocks must be whole numbers >= 1; got blocks=\(\)"),
+        (
+            lambda: preact_resnet18_small(0),
+            r"PreActResNet: classes must be a whole number >= 1; got classes=0",
+        ),
+        (
+            lambda: preact_resnet18_small(blocks=()),
+            r"PreActResNet: blocks must be whole numbers >= 1; got blocks=\(\)",
+        ),
     ],
 )
 def test_refuses(build, message):
@@ -98,11 +120,15 @@ def test_refuses(build, message):
 
 
 def test_with_a_linear_head_it_is_slTTs_network():
-    """Published: 11.18 M with the biases of its convolutions; those that a batch norm takes away are left out here."""
+    """Published: 11.18 M with the biases of its convolutions; those that a batch norm takes away
+    are left out here.
+    """
     with torch.device("meta"):
         model = preact_resnet18_small(10, head="linear", over="step", neuron=LIF(1 / 11))
     biases = 64 + 2 * 2 * (64 + 128 + 256 + 512) + 128 + 256 + 512  # stem, blocks, shortcuts
     assert round((sum(p.numel() for p in model.parameters()) + biases) / 1e6, 2) == 11.18
     assert sum(isinstance(m, LIF) for m in model.modules()) == 17
-    with pytest.raises(ValueError, match=r"PreActResNet: head must be 'rate' or 'linear'; got head='none'"):
+    with pytest.raises(
+        ValueError, match=r"PreActResNet: head must be 'rate' or 'linear'; got head='none'"
+    ):
         preact_resnet18_small(head="none")

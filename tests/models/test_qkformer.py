@@ -20,7 +20,9 @@ from tests.models.families import small_qkformer
 
 @pytest.mark.parametrize("shortcut", ["membrane", "multiple"])
 def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
-    """In training mode, whatever the stream; and every one of them can leave it: its last gains have a gradient."""
+    """In training mode, whatever the stream; and every one of them can leave it: its last gains
+    have a gradient.
+    """
     torch.manual_seed(0)
     blocks = Blocks(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
     for attention in (TokenQK, SelfAttention):
@@ -30,7 +32,11 @@ def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
             y_TBCHW = block(x_TBCHW)
         assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)
         (y_TBCHW * torch.randn_like(y_TBCHW)).sum().backward()
-        last = [norm.weight for norm in block.modules() if isinstance(norm, BatchNorm) and not norm.weight.any()]
+        last = [
+            norm.weight
+            for norm in block.modules()
+            if isinstance(norm, BatchNorm) and not norm.weight.any()
+        ]
         assert len(last) == (2 if shortcut == "membrane" else 3)
         assert all(weight.grad is not None and weight.grad.any() for weight in last)
 
@@ -42,12 +48,16 @@ def test_ffn_is_half_of_it_and_can_be_binary(shortcut):
         chosen = binary_synapses(binarized(qkformer_10(768, shortcut=shortcut), part="ffn"))
     assert len(chosen) == 2 * 10 and all(".ffn." in name for name in chosen)
     assert (
-        sum(synapse.weight.numel() for synapse in chosen.values()) == 7 * 8 * 768**2 + 2 * 8 * 384**2 + 8 * 192**2 == 35_684_352
+        sum(synapse.weight.numel() for synapse in chosen.values())
+        == 7 * 8 * 768**2 + 2 * 8 * 384**2 + 8 * 192**2
+        == 35_684_352
     )
 
 
 class Reference:
-    """The published network written out on torch's functions and published names: spikes of shape [B, C, H, W], step by step."""
+    """The published network written out on torch's functions and published names: spikes of shape
+    [B, C, H, W], step by step.
+    """
 
     def __init__(self, weights: dict[str, torch.Tensor], heads: int) -> None:
         self.w = weights
@@ -65,7 +75,10 @@ class Reference:
         weight = self.w[f"{name}_conv.weight"]
         weight = weight if weight.dim() == 4 else weight[..., None]
         x = F.conv2d(x, weight, self.w.get(f"{name}_conv.bias"), stride, weight.shape[-1] // 2)
-        return F.batch_norm(x, *(self.w[f"{name}_bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
+        return F.batch_norm(
+            x,
+            *(self.w[f"{name}_bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")),
+        )
 
     def embed(self, name: str, first: str, second: str, x: torch.Tensor) -> torch.Tensor:
         h = self.lif(name + first, F.max_pool2d(self.conv_bn(name + first, x), 3, 2, 1))
@@ -82,7 +95,9 @@ class Reference:
             a = self.lif(at, q.sum(2, keepdim=True), 0.5) * k
         else:
             v = self.split(self.lif(at + "v", self.conv_bn(at + "v", x)))
-            scores = torch.einsum("bhdn,bhdm->bhnm", q, k)  # the quadratic form, where the network takes the linear one
+            scores = torch.einsum(
+                "bhdn,bhdm->bhnm", q, k
+            )  # the quadratic form, where the network takes the linear one
             a = self.lif(at, 0.125 * torch.einsum("bhnm,bhdm->bhdn", scores, v), 0.5)
         x = x + self.lif(at + "proj", self.conv_bn(at + "proj", a.reshape(x.shape)))
         h = self.lif(name + "1", self.conv_bn(name + ".mlp.fc1", x))
@@ -96,7 +111,9 @@ class Reference:
         for i in range(2):
             x = self.block(f"stage2.{i}", "tssa", x)
         x = self.embed("patch_embed3.", "proj3", "proj4", x)
-        for i in range(sum(name.startswith("stage3") and name.endswith("fc1_conv.weight") for name in self.w)):
+        for i in range(
+            sum(name.startswith("stage3") and name.endswith("fc1_conv.weight") for name in self.w)
+        ):
             x = self.block(f"stage3.{i}", "attn", x)
         return x.mean((2, 3)) @ self.w["head.weight"].T + self.w["head.bias"]
 
@@ -114,12 +131,16 @@ def test_against_an_independent_forward():
 
 
 class AsPublished(Reference):
-    """The published code: the neuron behind an attention of the last stage is handed T B samples in the place of T steps."""
+    """The published code: the neuron behind an attention of the last stage is handed T B samples in
+    the place of T steps.
+    """
 
     def lif(self, key: str, x: torch.Tensor, threshold: float = 1.0) -> torch.Tensor:
         if ".attn.proj" not in key:
             return super().lif(key, x, threshold)
-        return torch.cat([super(AsPublished, self).lif(key, sample[None], threshold) for sample in x])
+        return torch.cat(
+            [super(AsPublished, self).lif(key, sample[None], threshold) for sample in x]
+        )
 
 
 def test_the_published_projection_neuron_runs_from_sample_to_sample():
@@ -134,20 +155,36 @@ def test_the_published_projection_neuron_runs_from_sample_to_sample():
                 answers.append(model(repeat(x_BCHW[order], 3))[:, order])
         with fresh_state(model):
             sliced_TBK = torch.cat([model(x_BCHW[None]) for _ in range(3)])
-    assert (answers[0] - expected_TBK).abs().max() < 1e-12 and (sliced_TBK - expected_TBK).abs().max() < 1e-12
+    assert (answers[0] - expected_TBK).abs().max() < 1e-12 and (
+        sliced_TBK - expected_TBK
+    ).abs().max() < 1e-12
     assert (answers[0] - answers[1]).abs().max() > 1e-3  # the order within the batch counts
     activity = Activity(model)
-    with torch.no_grad(), activity, activity.batch(torch.arange(3)), fresh_state(model):  # spikes are counted by sample
+    with (
+        torch.no_grad(),
+        activity,
+        activity.batch(torch.arange(3)),
+        fresh_state(model),
+    ):  # spikes are counted by sample
         model(repeat(x_BCHW, 3))
-    assert len(activity.layers()) == len(named_neurons(model)) and all(each.samples == 3 for each in activity.layers())
+    assert len(activity.layers()) == len(named_neurons(model)) and all(
+        each.samples == 3 for each in activity.layers()
+    )
     alone = small_qkformer(depth=5).double().eval()
-    with torch.no_grad(), fresh_state(model), fresh_state(alone):  # a batch of one is the mended function
+    with (
+        torch.no_grad(),
+        fresh_state(model),
+        fresh_state(alone),
+    ):  # a batch of one is the mended function
         assert torch.equal(model(repeat(x_BCHW[:1], 3)), alone(repeat(x_BCHW[:1], 3)))
 
 
 @pytest.mark.parametrize(("shortcut", "norm"), [("sew", "batch"), ("multiple", "sws")])
 def test_a_shrunk_picture_is_the_mean_of_squares(shortcut, norm):
-    model, shrunk = small_qkformer(shortcut, norm).eval(), small_qkformer(shortcut, norm, shrink=2).eval()
+    model, shrunk = (
+        small_qkformer(shortcut, norm).eval(),
+        small_qkformer(shortcut, norm, shrink=2).eval(),
+    )
     assert list(model.state_dict()) == list(shrunk.state_dict())
     x_BCHW = torch.randn(2, 3, 64, 64)
     mean_BCHW = sum(x_BCHW[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
@@ -164,7 +201,9 @@ def test_any_size_that_leaves_a_pixel():
         for side in sides:
             with torch.no_grad(), fresh_state(model):
                 assert model(torch.rand(2, 2, 3, side, side)).shape == (2, 2, 5)
-    with pytest.raises(ValueError, match=r"QKFormer: pictures must have shrink=4 pixels a side or more; got 8 x 3$"):
+    with pytest.raises(
+        ValueError, match=r"QKFormer: pictures must have shrink=4 pixels a side or more; got 8 x 3$"
+    ):
         model(torch.rand(2, 2, 3, 8, 3))
 
 
@@ -202,13 +241,22 @@ def test_drop_path_grows_with_depth_and_works():
         ({"depth": 3}, "depth must be >= 4"),
         ({"classes": 0}, "classes must be a whole number >= 1; got classes=0"),
         ({"shrink": 0}, "shrink must be a whole number >= 1; got shrink=0"),
-        ({"projection_neuron": "steps"}, "projection_neuron must be 'over_time' or 'over_samples'; got .*'steps'"),
+        (
+            {"projection_neuron": "steps"},
+            "projection_neuron must be 'over_time' or 'over_samples'; got .*'steps'",
+        ),
         (
             {"projection_neuron": "over_samples", "shortcut": "membrane"},
-            "projection_neuron='over_samples' needs a neuron behind the attention, .* got shortcut='membrane'",
+            (
+                "projection_neuron='over_samples' needs a neuron behind the attention, .* got"
+                " shortcut='membrane'"
+            ),
         ),
         ({"shortcut": "post_activation"}, "shortcut must not be 'post_activation'"),
-        ({"shortcut": "some"}, "shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='some'"),
+        (
+            {"shortcut": "some"},
+            "shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='some'",
+        ),
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),
         ({"norm": "layer"}, "norm must be 'batch' or 'sws'; got norm='layer'"),
     ],

@@ -22,8 +22,12 @@ def published() -> dict[str, tuple[int, ...]]:
 
 def test_names_and_shapes_are_the_published_ones():
     with torch.device("meta"):
-        ours = {name: tuple(tensor.shape) for name, tensor in to_published(qkformer_10(384)).items()}
-    theirs = {name: shape for name, shape in published().items() if name.rsplit(".", 1)[-1] not in IGNORED}
+        ours = {
+            name: tuple(tensor.shape) for name, tensor in to_published(qkformer_10(384)).items()
+        }
+    theirs = {
+        name: shape for name, shape in published().items() if name.rsplit(".", 1)[-1] not in IGNORED
+    }
     assert len(theirs) == len(ours) == 367
     assert ours == theirs
 
@@ -56,13 +60,20 @@ def norms(network: QKFormer) -> list[BatchNorm]:
 
 
 def test_published_weights_answer_as_the_published_code_where_that_is_chosen():
-    """In a batch, the published function is another one; the weights and their names are the same."""
+    """In a batch, the published function is another one; the weights and their names are the
+    same.
+    """
     torch.manual_seed(0)
     weights = to_published(small())
-    networks = [from_published(weights, projection_neuron=each).eval() for each in ("over_time", "over_samples")]
+    networks = [
+        from_published(weights, projection_neuron=each).eval()
+        for each in ("over_time", "over_samples")
+    ]
     assert all(to_published(each).keys() == weights.keys() for each in networks)
     for network, expected in zip(networks, (LIF, OverSamples), strict=True):
-        assert [type(each.last) for each in network.modules() if isinstance(each, SelfAttention)] == [expected] * 2
+        assert [
+            type(each.last) for each in network.modules() if isinstance(each, SelfAttention)
+        ] == [expected] * 2
 
 
 def test_refuses_what_does_not_fit():
@@ -70,13 +81,24 @@ def test_refuses_what_does_not_fit():
     for said, refused in (
         (
             r"must be those of a published QKFormer; got none named 'head.weight'",
-            lambda: from_published({name: tensor for name, tensor in weights.items() if name != "head.weight"}),
+            lambda: from_published(
+                {name: tensor for name, tensor in weights.items() if name != "head.weight"}
+            ),
         ),
         (
             r"got 1 missing: stages\.1\.2\.ffn\.branch\.2\.norm\.bias",
-            lambda: from_published({name: tensor for name, tensor in weights.items() if name != "stage2.1.mlp.fc2_bn.bias"}),
+            lambda: from_published(
+                {
+                    name: tensor
+                    for name, tensor in weights.items()
+                    if name != "stage2.1.mlp.fc2_bn.bias"
+                }
+            ),
         ),
-        (r"got 1 unknown: pos_embed", lambda: from_published(weights | {"pos_embed": torch.zeros(1)})),
+        (
+            r"got 1 unknown: pos_embed",
+            lambda: from_published(weights | {"pos_embed": torch.zeros(1)}),
+        ),
         (
             r"got 1 of another shape: classifier.bias \(\[8\] instead of \[7\]\)",
             lambda: from_published(weights | {"head.bias": torch.zeros(8)}),

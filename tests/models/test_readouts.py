@@ -25,10 +25,16 @@ def test_the_network_is_as_it_was(cells):
     assert torch.equal(plain, read)
     readouts = [module for module in after.modules() if isinstance(module, Readout)]
     assert [readout.channels for readout in readouts] == [3, 5, 6]
-    assert [readout.cells for readout in readouts] == list(cells if isinstance(cells, tuple) else (cells,) * 3)
+    assert [readout.cells for readout in readouts] == list(
+        cells if isinstance(cells, tuple) else (cells,) * 3
+    )
     # The weights of the network are drawn first, so they do not know of the readouts.
     names = {name for name, _ in before.named_parameters()}
-    assert all(torch.equal(value, dict(before.named_parameters())[n]) for n, value in after.named_parameters() if n in names)
+    assert all(
+        torch.equal(value, dict(before.named_parameters())[n])
+        for n, value in after.named_parameters()
+        if n in names
+    )
     assert len(list(after.parameters())) == len(names) + 2 * 3
 
 
@@ -43,12 +49,21 @@ def test_layers_without_an_image_have_one_place():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: with_readouts(mlp(4), 5), "with_readouts: classes must be those of the network; got 5, and 4 outputs"),
+        (
+            lambda: with_readouts(mlp(4), 5),
+            "with_readouts: classes must be those of the network; got 5, and 4 outputs",
+        ),
         (
             lambda: with_readouts(mlp(4), 4, cells=(1, 1, 1)),
-            r"with_readouts: cells must be one number, or one for each of 2 neurons; got \[1, 1, 1\]",
+            (
+                r"with_readouts: cells must be one number, or one for each of 2 neurons; got \[1,"
+                r" 1, 1\]"
+            ),
         ),
-        (lambda: with_readouts(mlp(4, neuron=nn.ReLU()), 4), "with_readouts: the network must have LIF neurons; got MLP"),
+        (
+            lambda: with_readouts(mlp(4, neuron=nn.ReLU()), 4),
+            "with_readouts: the network must have LIF neurons; got MLP",
+        ),
         (
             lambda: with_readouts(nn.Sequential(LIF(), Linear(2, 4)), 4),
             "with_readouts: a synapse must stand in front of each neuron; got none before 0",

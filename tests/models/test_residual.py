@@ -44,20 +44,26 @@ def spike(x: torch.Tensor) -> torch.Tensor:
 
 
 def layers(model: nn.Module) -> list[tuple[Conv2d, BatchNorm]]:
-    """Synapses with their norms, in order of registration: those of a branch before those of its shortcut."""
+    """Synapses with their norms, in order of registration: those of a branch before those of its
+    shortcut.
+    """
     found = [module for module in model.modules() if isinstance(module, (Conv2d, BatchNorm))]
     return list(zip(found[::2], found[1::2], strict=True))  # type: ignore[arg-type]
 
 
 def by_hand(shortcut: str, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The table at the head of residual.py, written out for two layers that halve the image, at one time step."""
+    """The table at the head of residual.py, written out for two layers that halve the image, at one
+    time step.
+    """
     (c1, n1), (c2, n2), (cs, ns) = layers(model)[:3]
     if shortcut == "membrane":
         return norm(n2, conv(c2, spike(norm(n1, conv(c1, spike(x), 2))))) + norm(ns, conv(cs, x, 2))
     if shortcut == "post_activation":
         return spike(norm(n2, conv(c2, spike(norm(n1, conv(c1, x, 2))))) + norm(ns, conv(cs, x, 2)))
     if shortcut == "sew":
-        return spike(norm(n2, conv(c2, spike(norm(n1, conv(c1, x, 2)))))) + spike(norm(ns, conv(cs, x, 2)))
+        return spike(norm(n2, conv(c2, spike(norm(n1, conv(c1, x, 2)))))) + spike(
+            norm(ns, conv(cs, x, 2))
+        )
     (c1, n1), (cs, ns), (c2, n2) = layers(model)  # a shortcut for each layer
     pooled = norm(ns, conv(cs, F.avg_pool2d(x, 2)))
     if shortcut == "multiple":
@@ -67,7 +73,9 @@ def by_hand(shortcut: str, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return spike(norm(n2, conv(c2, h))) + h
 
 
-@pytest.mark.parametrize("shortcut", ["post_activation", "sew", "sew_multiple", "membrane", "multiple"])
+@pytest.mark.parametrize(
+    "shortcut", ["post_activation", "sew", "sew_multiple", "membrane", "multiple"]
+)
 def test_orders(shortcut):
     torch.manual_seed(0)
     model = lively(blocks(shortcut).residual(DOWN))
@@ -95,9 +103,13 @@ def test_pooled_projection(shortcut):
             assert (model(x_BCHW[None])[0] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("shortcut", "kind"), [("multiple", "batch"), ("multiple", "sws"), ("sew_multiple", "batch")])
+@pytest.mark.parametrize(
+    ("shortcut", "kind"), [("multiple", "batch"), ("multiple", "sws"), ("sew_multiple", "batch")]
+)
 def test_a_stream_passes_silent_layers_whole(shortcut, kind):
-    """With the branches of a widening and narrowing pair at zero the block is the identity, and so is its gradient."""
+    """With the branches of a widening and narrowing pair at zero the block is the identity, and so
+    is its gradient.
+    """
     model = blocks(shortcut, kind).residual(FFN).double()
     for module in model.modules():
         if isinstance(module, Conv2d):
@@ -113,15 +125,34 @@ def test_a_stream_passes_silent_layers_whole(shortcut, kind):
 
 
 def test_every_layer_has_its_shortcut():
-    assert len([m for m in blocks("multiple").residual(DOWN * 1).modules() if isinstance(m, Residual)]) == 2
-    assert len([m for m in blocks("membrane").residual(DOWN).modules() if isinstance(m, Residual)]) == 1
-    assert len(named_neurons(blocks("multiple").residual(FFN))) == len(named_neurons(blocks("membrane").residual(FFN))) == 2
+    assert (
+        len([m for m in blocks("multiple").residual(DOWN * 1).modules() if isinstance(m, Residual)])
+        == 2
+    )
+    assert (
+        len([m for m in blocks("membrane").residual(DOWN).modules() if isinstance(m, Residual)])
+        == 1
+    )
+    assert (
+        len(named_neurons(blocks("multiple").residual(FFN)))
+        == len(named_neurons(blocks("membrane").residual(FFN)))
+        == 2
+    )
 
 
 def test_sws_divides_by_the_stream_and_projects_spikes():
     factory = blocks("membrane", "sws")
-    first, second, third = factory.residual(FFN), factory.residual(DOWN), factory.residual([*FFN[:1], Layer(12, 8)])
-    betas = [m.beta for block in (first, second, third) for m in block.modules() if isinstance(m, Rescaled)]
+    first, second, third = (
+        factory.residual(FFN),
+        factory.residual(DOWN),
+        factory.residual([*FFN[:1], Layer(12, 8)]),
+    )
+    betas = [
+        m.beta
+        for block in (first, second, third)
+        for m in block.modules()
+        if isinstance(m, Rescaled)
+    ]
     assert [beta**2 for beta in betas[::2]] == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
     assert isinstance(first, Residual) and first.shortcut_of == "stream"
     assert isinstance(second, Residual) and second.shortcut_of == "first"
@@ -133,9 +164,15 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"shortcut": "none"}, r"shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='none'"),
+        (
+            {"shortcut": "none"},
+            r"shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='none'",
+        ),
         ({"shortcut": "sew", "norm": "group"}, r"norm must be 'batch' or 'sws'; got norm='group'"),
-        ({"shortcut": "sew", "norm": "sws"}, r"norm='sws' needs shortcut='membrane' or 'multiple', .*got shortcut='sew'"),
+        (
+            {"shortcut": "sew", "norm": "sws"},
+            r"norm='sws' needs shortcut='membrane' or 'multiple', .*got shortcut='sew'",
+        ),
     ],
 )
 def test_refuses(choices, message):
@@ -149,7 +186,9 @@ def test_refuses_sws_on_neurons_that_shrink_their_input():
 
 
 def test_what_the_stream_holds():
-    """Spikes, their whole sums, or, behind a mean over groups of copies, multiples of one over their number."""
+    """Spikes, their whole sums, or, behind a mean over groups of copies, multiples of one over
+    their number.
+    """
     torch.manual_seed(0)
     x_TBCHW = (torch.rand(2, 3, 4, 5, 5) < 0.5).double()
     for shortcut, unit in (("sew", 1), ("sew_multiple", 3)):  # 4 channels to 12 and back
@@ -165,6 +204,11 @@ def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none(
     factory = Blocks(shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8))
     neuron = factory.neuron(threshold=0.5)
     assert isinstance(neuron, LIF) and (neuron.threshold, neuron.subtract) == (0.5, 0.4)
-    assert isinstance(Blocks(shortcut="sew", norm="batch", neuron=nn.ReLU()).neuron(threshold=0.5), nn.ReLU)
-    with pytest.raises(ValueError, match=r"neuron must be a LIF where a threshold of 0\.5 is asked for; got RateNeuron"):
+    assert isinstance(
+        Blocks(shortcut="sew", norm="batch", neuron=nn.ReLU()).neuron(threshold=0.5), nn.ReLU
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"neuron must be a LIF where a threshold of 0\.5 is asked for; got RateNeuron",
+    ):
         Blocks(shortcut="sew", norm="batch", neuron=RateIF()).neuron(threshold=0.5)

@@ -12,14 +12,19 @@ from tests.models.families import RESNETS
 
 def test_ms_block_starts_as_its_shortcut():
     """Published: the last batch norm of a block at gain 0, the others at the threshold."""
-    gains = [float(m.weight.detach()[0]) for m in ms_resnet(18).modules() if isinstance(m, BatchNorm)]
+    gains = [
+        float(m.weight.detach()[0]) for m in ms_resnet(18).modules() if isinstance(m, BatchNorm)
+    ]
     # stem; a block of the first kind has two norms and that of its shortcut, one of the second two
     assert gains == [0.5, *[0.5, 0.0, 0.5, 0.5, 0.0] * 4]
 
 
 def test_sizes_of_the_image():
     with torch.device("meta"):
-        for model, expected in ((sew_resnet(18), [56, 28, 14, 7]), (ms_resnet(18), [56, 28, 14, 7])):
+        for model, expected in (
+            (sew_resnet(18), [56, 28, 14, 7]),
+            (ms_resnet(18), [56, 28, 14, 7]),
+        ):
             with fresh_state(model):
                 h = model.stem(torch.empty(1, 1, 3, 224, 224))
                 sizes = [h := stage(h) for stage in model.stages]
@@ -31,10 +36,22 @@ def test_sizes_of_the_image():
     [
         (lambda: sew_resnet(20), r"sew_resnet: depth must be 18, 34, 50, 101 or 152; got depth=20"),  # type: ignore[arg-type]
         (lambda: ms_resnet(50), r"ms_resnet: depth must be 18, 34 or 104; got depth=50"),  # type: ignore[arg-type]
-        (lambda: RESNETS["sew"](shortcut="membrane"), r"SEWResNet: shortcut must be 'sew' or 'post_activation'"),
-        (lambda: RESNETS["ms"](shortcut="sew"), r"MSResNet: shortcut must be 'membrane' or 'multiple'; got shortcut='sew'"),
-        (lambda: RESNETS["ms"](stem="two"), r"MSResNet: stem must be 'one' or 'three'; got stem='two'"),
-        (lambda: RESNETS["ms"](blocks=()), r"MSResNet: blocks must be whole numbers >= 1; got blocks=\(\)"),
+        (
+            lambda: RESNETS["sew"](shortcut="membrane"),
+            r"SEWResNet: shortcut must be 'sew' or 'post_activation'",
+        ),
+        (
+            lambda: RESNETS["ms"](shortcut="sew"),
+            r"MSResNet: shortcut must be 'membrane' or 'multiple'; got shortcut='sew'",
+        ),
+        (
+            lambda: RESNETS["ms"](stem="two"),
+            r"MSResNet: stem must be 'one' or 'three'; got stem='two'",
+        ),
+        (
+            lambda: RESNETS["ms"](blocks=()),
+            r"MSResNet: blocks must be whole numbers >= 1; got blocks=\(\)",
+        ),
     ],
 )
 def test_refuses(build, message):

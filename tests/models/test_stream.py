@@ -9,7 +9,10 @@ def test_group_mean_undoes_repeat():
     repeated = Repeat(3)(x)
     assert repeated.shape == (2, 3, 12, 5)
     assert torch.allclose(GroupMean(3)(repeated), x)
-    assert GroupMean(2)(torch.tensor([1.0, 2.0, 5.0, 8.0]).view(1, 1, 4)).flatten().tolist() == [3, 5]
+    assert GroupMean(2)(torch.tensor([1.0, 2.0, 5.0, 8.0]).view(1, 1, 4)).flatten().tolist() == [
+        3,
+        5,
+    ]
 
 
 def test_expected_variance_of_a_stream():

@@ -1,4 +1,6 @@
-"""Any network with batch norm by the samples of all workers; that two ranks equal one is in tests/spiking/test_norm.py."""
+"""Any network with batch norm by the samples of all workers; that two ranks equal one is in
+tests/spiking/test_norm.py.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,16 @@ def test_every_batch_norm_asks_all_workers_and_no_key_is_another(name: str) -> N
 
 def test_a_recipe_may_say_so_and_is_another_study() -> None:
     network = spec(convnet, classes=10, in_channels=1, stages=((4,),))
-    alone, together = small_recipe(model=network), small_recipe(model=spec(synchronized, network=network))
+    alone, together = (
+        small_recipe(model=network),
+        small_recipe(model=spec(synchronized, network=network)),
+    )
     assert Recipe.from_json(together.to_json()) == together
     assert alone.study_key({}) != together.study_key({})
 
 
 def test_refuses_a_network_without_batch_norm() -> None:
-    with pytest.raises(ValueError, match="synchronized: the network must have batch norm; got ConvNet without any"):
+    with pytest.raises(
+        ValueError, match="synchronized: the network must have batch norm; got ConvNet without any"
+    ):
         synchronized(convnet(norm="none"))

@@ -18,7 +18,11 @@ def test_parameter_count():
     with torch.device("meta"):
         assert sum(p.numel() for p in vgg_sws().parameters()) == 9_228_362
         # One 3x3 convolution with bias from 512 to 64 channels more.
-        assert sum(p.numel() for p in vgg_sws_f().parameters()) == 9_228_362 + 512 * 64 * 9 + 64 == 9_523_338
+        assert (
+            sum(p.numel() for p in vgg_sws_f().parameters())
+            == 9_228_362 + 512 * 64 * 9 + 64
+            == 9_523_338
+        )
 
 
 def test_against_an_independent_forward():
@@ -49,7 +53,9 @@ def test_against_an_independent_forward():
 
 
 def small_vgg_f() -> VGG:
-    """In float64, with a feedback that is there, on 9 pixels a side: the last features are 4 a side."""
+    """In float64, with a feedback that is there, on 9 pixels a side: the last features are 4 a
+    side.
+    """
     torch.manual_seed(0)
     model = vgg_sws_f(4, in_channels=2, stages=((3, 5), (6,))).double()
     assert model.feedback is not None
@@ -60,11 +66,15 @@ def small_vgg_f() -> VGG:
 
 
 def images(steps: int) -> Tensor:
-    return 3 * torch.randn(steps, 2, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return 3 * torch.randn(
+        steps, 2, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
-    """The network written out, with its own spikes; `detach` is applied to whatever crosses a time step."""
+    """The network written out, with its own spikes; `detach` is applied to whatever crosses a time
+    step.
+    """
     p = dict(model.named_parameters())
     names = ["stages.0.0.conv.0", "stages.0.1.conv", "stages.1.0.conv"]
     membranes: dict = dict.fromkeys(names, 0.0)
@@ -74,7 +84,10 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
         h = x
         # As published, the first time step has no feedback at all, not even the bias.
         back = t > 0 and F.conv2d(
-            last[:, :, nearest][:, :, :, nearest], p["feedback.conv.weight"], p["feedback.conv.bias"], padding=1
+            last[:, :, nearest][:, :, :, nearest],
+            p["feedback.conv.weight"],
+            p["feedback.conv.bias"],
+            padding=1,
         )
         for name in names:
             if name == names[2]:
@@ -82,7 +95,11 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
             w = p[f"{name}.weight"]
             scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
             w = p[f"{name}.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
-            u = 0.5 * membranes[name] + F.conv2d(h, w, p[f"{name}.bias"], padding=1) + (back if name == names[0] else 0)
+            u = (
+                0.5 * membranes[name]
+                + F.conv2d(h, w, p[f"{name}.bias"], padding=1)
+                + (back if name == names[0] else 0)
+            )
             s = spike(u - 1, surrogate=Triangle())
             membranes[name] = detach(u - s.detach())
             h = 2.74 * s
@@ -91,25 +108,43 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize(("rule", "detach"), [(BPTT(), lambda h: h), (BPTT(chunk=2), lambda h: h), (SLTT(chunk=2), torch.detach)])
+@pytest.mark.parametrize(
+    ("rule", "detach"),
+    [(BPTT(), lambda h: h), (BPTT(chunk=2), lambda h: h), (SLTT(chunk=2), torch.detach)],
+)
 def test_feedback_against_an_independent_network(rule, detach):
     model, x_TBCHW, target = small_vgg_f(), images(4), torch.tensor([0, 3])
     expected = vgg_f_by_hand(model, x_TBCHW, detach=detach)
     with torch.no_grad(), fresh_state(model):
         assert torch.allclose(model(x_TBCHW), expected, atol=1e-12)
     loss = torch.stack([F.cross_entropy(o, target) for o in expected]).mean()
-    wanted = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    wanted = dict(
+        zip(
+            dict(model.named_parameters()),
+            torch.autograd.grad(loss, list(model.parameters())),
+            strict=True,
+        )
+    )
     assert wanted["feedback.conv.weight"].abs().max() > 1e-3
     assert difference(gradients(rule, model, x_TBCHW, cross_entropy(target)), wanted) < 1e-12
 
 
 def test_feedback_starts_at_zero_and_slices_continue_one_another():
     torch.manual_seed(0)
-    plain, fed_back = vgg_sws(4, in_channels=2, stages=((3,), (6,))), vgg_sws_f(4, in_channels=2, stages=((3,), (6,)))
-    assert set(fed_back.state_dict()) - set(plain.state_dict()) == {"feedback.conv.weight", "feedback.conv.bias"}
+    plain, fed_back = (
+        vgg_sws(4, in_channels=2, stages=((3,), (6,))),
+        vgg_sws_f(4, in_channels=2, stages=((3,), (6,))),
+    )
+    assert set(fed_back.state_dict()) - set(plain.state_dict()) == {
+        "feedback.conv.weight",
+        "feedback.conv.bias",
+    }
     fed_back.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
-        for x_TBCHW in (images(4).float(), 3 * torch.rand(4, 2, 2, 6, 6)):  # at the end 16 and 9 places: a sum of 9 rounds
+        for x_TBCHW in (
+            images(4).float(),
+            3 * torch.rand(4, 2, 2, 6, 6),
+        ):  # at the end 16 and 9 places: a sum of 9 rounds
             with fresh_state(plain), fresh_state(fed_back):
                 assert torch.equal(plain(x_TBCHW), fed_back(x_TBCHW))
         model = small_vgg_f()
@@ -127,7 +162,11 @@ def test_start_of_the_classifier():
 
 def test_neuron_arguments_reach_every_neuron():
     with torch.device("meta"):
-        model = vgg_sws(neuron=LIF(0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid()))
+        model = vgg_sws(
+            neuron=LIF(
+                0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid()
+            )
+        )
     neurons = [m for m in model.modules() if isinstance(m, LIF)]
     assert len(neurons) == 8
     assert {(n.leak, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {
@@ -137,7 +176,10 @@ def test_neuron_arguments_reach_every_neuron():
 
 def test_refuses():
     for said, refused in (
-        (r"VGG: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)", lambda: vgg_sws(stages=((4,), ()))),
+        (
+            r"VGG: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)",
+            lambda: vgg_sws(stages=((4,), ())),
+        ),
         (r"VGG: classes must be a whole number >= 1; got classes=0", lambda: vgg_sws(0)),
         (
             r"VGG: feedback must be 'none' or 'last'; got feedback='all'",
@@ -147,7 +189,10 @@ def test_refuses():
         with pytest.raises(ValueError, match=said):
             refused()
     model = vgg_sws(stages=((2,), (2,), (2,)))
-    with fresh_state(model), pytest.raises(ValueError, match=r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)"):
+    with (
+        fresh_state(model),
+        pytest.raises(ValueError, match=r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)"),
+    ):
         model(torch.zeros(1, 1, 3, 3, 8))
 
 
@@ -158,13 +203,21 @@ def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
     assert shapes == [(1, 5, 5, 2, 2), (3, 3, 3, 1, 1), (5, 3, 3, 1, 1)]
     with fresh_state(model):
         assert model(torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)
-    with fresh_state(model), pytest.raises(ValueError, match=r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)"):
+    with (
+        fresh_state(model),
+        pytest.raises(ValueError, match=r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)"),
+    ):
         model(torch.zeros(1, 1, 1, 3, 8))
     for said, refused in (
-        (r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)", lambda: vgg_sws(stem=(4, 2))),
+        (
+            r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)",
+            lambda: vgg_sws(stem=(4, 2)),
+        ),
         (
             r"VGG: feedback joins the current .* got \(5, 2\)",
-            lambda: VGG(stages=((4,),), classes=2, in_channels=1, stem=(5, 2), feedback="last", neuron=LIF()),
+            lambda: VGG(
+                stages=((4,),), classes=2, in_channels=1, stem=(5, 2), feedback="last", neuron=LIF()
+            ),
         ),
     ):
         with pytest.raises(ValueError, match=said):
@@ -186,7 +239,8 @@ def test_dropout_drops_the_same_neurons_at_every_step():
     with torch.no_grad(), fresh_state(model):
         model(images(6).float())
     would_fire = (record[-1] > 0).any(0)
-    # Inputs are the same, so in the first layer a neuron that fires without dropout, and never with it, was dropped.
+    # Inputs are the same, so in the first layer a neuron that fires without dropout, and never with
+    # it, was dropped.
     assert (fired == ((record[-1] > 0) & ~dropped)).all()
     assert (dropped & would_fire).sum() / would_fire.sum() == pytest.approx(0.5, abs=0.06)
     assert torch.allclose(torch.cat(record[:2]).unique(), torch.tensor([0.0, 2]))
@@ -218,8 +272,12 @@ def test_feedback_refuses_several_steps_and_no_state():
     feedback = Feedback()
     with (
         fresh_state(feedback),
-        pytest.raises(ValueError, match=r"Feedback: keep must be handed one time step, .* shape \(2, 3\)"),
+        pytest.raises(
+            ValueError, match=r"Feedback: keep must be handed one time step, .* shape \(2, 3\)"
+        ),
     ):
         feedback.keep(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"Feedback: its membrane or trace exists only inside fresh_state"):
+    with pytest.raises(
+        ValueError, match=r"Feedback: its membrane or trace exists only inside fresh_state"
+    ):
         feedback.recall()

@@ -17,7 +17,9 @@ def recipe_of(name: str) -> Recipe:
 
 
 def published_rows(tasks: int) -> list[tuple[int, ...]]:
-    """What the published scripts for permuted MNIST add in each task, written out as they compute it."""
+    """What the published scripts for permuted MNIST add in each task, written out as they compute
+    it.
+    """
     first, more = [80, 200, 100], [70, 70, 70]
     rows = [tuple(first)]
     for task in range(1, tasks):

@@ -1,4 +1,6 @@
-"""The recipes of DSR with a published target have the published backward and the published calibration."""
+"""The recipes of DSR with a published target have the published backward and the published
+calibration.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,21 @@ def rule_of(name: str) -> DSR:
 
 
 @pytest.mark.parametrize(
-    "name", ["cifar.cifar10_dsr_lif", "cifar.cifar10_dsr_lif_t5", "cifar.cifar100_dsr_lif", "events.cifar10dvs_dsr"]
+    "name",
+    [
+        "cifar.cifar10_dsr_lif",
+        "cifar.cifar10_dsr_lif_t5",
+        "cifar.cifar100_dsr_lif",
+        "events.cifar10dvs_dsr",
+    ],
 )
 def test_leaky_neurons_have_the_published_backward(name: str) -> None:
     assert rule_of(name).backward == "published"
 
 
-@pytest.mark.parametrize("name", ["cifar.cifar10_dsr_if", "cifar.cifar100_dsr_if", "imagenet.preact18_dsr"])
+@pytest.mark.parametrize(
+    "name", ["cifar.cifar10_dsr_if", "cifar.cifar100_dsr_if", "imagenet.preact18_dsr"]
+)
 def test_if_neurons_have_the_one_backward_there_is(name: str) -> None:
     assert rule_of(name).backward == "rates"
 

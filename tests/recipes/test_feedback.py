@@ -27,7 +27,9 @@ def recipe_of(name: str) -> Recipe:
         ("events.cifar10dvs_spide", 0.0, 0),
     ],
 )
-def test_dropout_stands_on_the_currents_and_not_on_the_readout(name: str, share: float, synapses: int) -> None:
+def test_dropout_stands_on_the_currents_and_not_on_the_readout(
+    name: str, share: float, synapses: int
+) -> None:
     network = recipe_of(name).model.build()
     shares = [each.share for each in network.equilibrium.modules() if isinstance(each, Dropout)]
     assert shares == [share] * synapses

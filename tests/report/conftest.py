@@ -36,7 +36,9 @@ def runs_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_run(runs_dir: Path) -> Callable[..., Path]:
-    """A run that finished, or with `end` another one: its last event, None for none; `start` is told at its start, too."""
+    """A run that finished, or with `end` another one: its last event, None for none; `start` is
+    told at its start, too.
+    """
 
     def make(
         name: str,
@@ -51,15 +53,37 @@ def make_run(runs_dir: Path) -> Callable[..., Path]:
     ) -> Path:
         folder = runs_dir / name
         folder.mkdir()
-        content = {**RECIPE, "name": name, "seed": seed, "rule": {"target": rule, "kwargs": {}}, **(recipe or {})}
+        content = {
+            **RECIPE,
+            "name": name,
+            "seed": seed,
+            "rule": {"target": rule, "kwargs": {}},
+            **(recipe or {}),
+        }
         (folder / "recipe.json").write_text(json.dumps({"version": 1, "recipe": content}))
         whole = {
-            "run": name, "rule": rule, "seed": seed, "study": study, "recipe": name, "world_size": 2, "steps": 100,
-            "epochs": 2, "top1": 0.9, "top5": 0.99, "peak_saved_bytes": 8_000_000, "images_per_s": 100.0, "wall_s": 200.0,
-            "startup_s": 0.0, "commit": "abc",
-            "data_fingerprint": "d" * 8, "hardware": {"cpu": "a cpu", "cores": 2, "gpu": "none"}, **summary,
-        }  # fmt: skip
-        begun = {name: whole[name] for name in ("run", "rule", "study", "seed", "world_size", "hardware")}
+            "run": name,
+            "rule": rule,
+            "seed": seed,
+            "study": study,
+            "recipe": name,
+            "world_size": 2,
+            "steps": 100,
+            "epochs": 2,
+            "top1": 0.9,
+            "top5": 0.99,
+            "peak_saved_bytes": 8_000_000,
+            "images_per_s": 100.0,
+            "wall_s": 200.0,
+            "startup_s": 0.0,
+            "commit": "abc",
+            "data_fingerprint": "d" * 8,
+            "hardware": {"cpu": "a cpu", "cores": 2, "gpu": "none"},
+            **summary,
+        }
+        begun = {
+            name: whole[name] for name in ("run", "rule", "study", "seed", "world_size", "hardware")
+        }
         with Journal(folder / "journal.jsonl", attempt=0) as journal:
             journal.event("start", **begun, **(start or {}), step=0, total_steps=100)
             journal.event("step", step=30, metrics={"loss": 1.0, "top1": 0.1})

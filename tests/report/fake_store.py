@@ -13,8 +13,10 @@ from tests.report.hand_made import KEY, LAYERS, events, recipe, run
 
 @dataclass
 class FakeStore:
-    """See `Store`. `trouble` is raised at each question while it is there, `refused` at each for the artifacts of a run
-    by its id; `every` says how each journal was thinned; `asked` has each question; each takes `pause_s`."""
+    """See `Store`. `trouble` is raised at each question while it is there, `refused` at each for
+    the artifacts of a run by its id; `every` says how each journal was thinned; `asked` has each
+    question; each takes `pause_s`.
+    """
 
     members: list[StoredRun] = field(default_factory=list)
     texts: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -56,19 +58,36 @@ class FakeStore:
     def add(self, name: str, **about: Any) -> StoredRun:
         """A run of which nothing but its tags is known."""
         known: dict[str, Any] = {
-            "experiment": "fashion", "study": KEY, "rule": "BPTT", "seed": "0", "state": "FINISHED", "parent": None,
-            "started": 1000.0, "newest": 2000.0, "tags": {}, "metrics": {}, **about,
-        }  # fmt: skip
+            "experiment": "fashion",
+            "study": KEY,
+            "rule": "BPTT",
+            "seed": "0",
+            "state": "FINISHED",
+            "parent": None,
+            "started": 1000.0,
+            "newest": 2000.0,
+            "tags": {},
+            "metrics": {},
+            **about,
+        }
         made = StoredRun(id=(name * 32)[:32], name=name, **known)
         self.members = [made, *(each for each in self.members if each.id != made.id)]
         return made
 
-    def add_finished(self, name: str, rule: str, *, seed: int = 0, workers: int = 1, **about: Any) -> StoredRun:
+    def add_finished(
+        self, name: str, rule: str, *, seed: int = 0, workers: int = 1, **about: Any
+    ) -> StoredRun:
         """A run that has ended and left its artifacts, as hand_made.py has them."""
         made = self.add(name, rule=rule, seed=str(seed), **about)
-        lines = "".join(json.dumps({**event, "study": made.study}) + "\n" for event in events(rule, seed=seed))
+        lines = "".join(
+            json.dumps({**event, "study": made.study}) + "\n" for event in events(rule, seed=seed)
+        )
         summary = run(rule, seed=seed, study=made.study, world_size=workers).summary
-        files = {"summary.json": summary, "activity.json": LAYERS, "recipe.json": {"version": 1, "recipe": recipe(rule)}}
+        files = {
+            "summary.json": summary,
+            "activity.json": LAYERS,
+            "recipe.json": {"version": 1, "recipe": recipe(rule)},
+        }
         self.texts[made.id, "journal.jsonl"] = lines
         self.texts |= {(made.id, file): json.dumps(value) for file, value in files.items()}
         return made

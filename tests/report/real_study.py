@@ -1,4 +1,6 @@
-"""Runs that were really trained, in seconds: BPTT, SLTT and OTTT on a small network and noise, two seeds of BPTT and SLTT."""
+"""Runs that were really trained, in seconds: BPTT, SLTT and OTTT on a small network and noise, two
+seeds of BPTT and SLTT.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from tests.small import small_recipe, train_inline
 
-RUNS = {"bptt-0": spec(BPTT), "bptt-1": spec(BPTT), "sltt-0": spec(SLTT), "sltt-1": spec(SLTT), "ottt-0": spec(OTTT)}
+RUNS = {
+    "bptt-0": spec(BPTT),
+    "bptt-1": spec(BPTT),
+    "sltt-0": spec(SLTT),
+    "sltt-1": spec(SLTT),
+    "ottt-0": spec(OTTT),
+}
 
 
 def train_real_study(runs_dir: Path) -> None:
@@ -22,4 +30,11 @@ def train_real_study(runs_dir: Path) -> None:
 
 def _recipe(name: str, rule: Spec) -> Recipe:
     looks = 0 if name.startswith("bptt") else 1
-    return replace(small_recipe(), name=name, rule=rule, seed=int(name[-1]), fidelity_every=looks, checkpoint_every=0)
+    return replace(
+        small_recipe(),
+        name=name,
+        rule=rule,
+        seed=int(name[-1]),
+        fidelity_every=looks,
+        checkpoint_every=0,
+    )

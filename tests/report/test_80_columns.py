@@ -1,4 +1,6 @@
-"""What commands print in terminals of 60, 80 and 120 columns: no word is broken or cut, and a pipe has no width."""
+"""What commands print in terminals of 60, 80 and 120 columns: no word is broken or cut, and a pipe
+has no width.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,12 @@ def run_name(rule: str, seed: int = 0) -> str:
 @pytest.fixture
 def study(make_run: Callable[..., Path], runs_dir: Path) -> Path:
     """Five rules and two seeds, with a run that is to be gone on with."""
-    conditions = {"reset_gradient": "detached", "norm_over": "step", "precision": "bf16", "steps_per_forward": 1}
+    conditions = {
+        "reset_gradient": "detached",
+        "norm_over": "step",
+        "precision": "bf16",
+        "steps_per_forward": 1,
+    }
     on = [{"world_size": 2, "micro_batch": 16, "hardware": HARDWARE}]
     for index, rule in enumerate(RULES):
         for seed in (0, 1):
@@ -62,7 +69,12 @@ def study(make_run: Callable[..., Path], runs_dir: Path) -> Path:
                 conditions=conditions,
                 trained_on=on,
                 recipe={"time_steps": 6},
-                inference={"energy_j": 14.79e-6, "measured_j": 2.113e-3, "prices": "45 nm, fp32", "samples": 10_000},
+                inference={
+                    "energy_j": 14.79e-6,
+                    "measured_j": 2.113e-3,
+                    "prices": "45 nm, fp32",
+                    "samples": 10_000,
+                },
             )
     make_run(run_name("SLTT", 2), rule="SLTT", seed=2, end=None)
     make_run(run_name("OTTT-A", 2), rule="OTTT-A", seed=2, end="diverged")
@@ -87,7 +99,9 @@ def cost(rule: str, index: int) -> Cost:
 
 def a_probe(console: Console | None) -> None:
     costs = tuple(cost(rule, index) for index, rule in enumerate(RULES))
-    cosines = {rule: dict.fromkeys(LAYERS, 0.9734 - 0.2 * index) for index, rule in enumerate(RULES[1:])}
+    cosines = {
+        rule: dict.fromkeys(LAYERS, 0.9734 - 0.2 * index) for index, rule in enumerate(RULES[1:])
+    }
     found = Probe(
         recipe="imagenet-qkformer-10-384-sltt-k1",
         samples=32,
@@ -96,7 +110,12 @@ def a_probe(console: Console | None) -> None:
         rounds={each.rule: (each.compute_s,) * 3 for each in costs},
         teacher=Asked(teacher="caformer_b36.sail_in22k_ft_in1k", bytes=395_000_000, seconds=0.31),
         fidelity=Fidelity(dict.fromkeys(LAYERS, 0.15), cosines),
-        refused={"DSR": "DSR: every neuron must be a RateIF or RateLIF; got LIF at stages.0.blocks.1.attn.neuron"},
+        refused={
+            "DSR": (
+                "DSR: every neuron must be a RateIF or RateLIF; got LIF at"
+                " stages.0.blocks.1.attn.neuron"
+            )
+        },
         uncompared={},
         hardware=HARDWARE,
     )
@@ -119,7 +138,14 @@ def a_sweep(console: Console | None) -> None:
         recipe="imagenet-qkformer-10-384-sltt-k1",
         samples=32,
         points=points,
-        refused={"DSR": {1: "DSR: every neuron must be a RateIF or RateLIF; got LIF at stages.0.blocks.1.attn.neuron"}},
+        refused={
+            "DSR": {
+                1: (
+                    "DSR: every neuron must be a RateIF or RateLIF; got LIF at"
+                    " stages.0.blocks.1.attn.neuron"
+                )
+            }
+        },
         memory_bytes=80_000_000_000,
         at_largest=True,
         teacher=Asked(teacher="caformer_b36.sail_in22k_ft_in1k", bytes=395_000_000, seconds=0.31),
@@ -130,11 +156,30 @@ def a_sweep(console: Console | None) -> None:
 
 def a_plan(console: Console | None) -> None:
     def planned(rule: str) -> Planned:
-        seconds = {"compute_s": 0.1234, "teacher_s": 0.01234, "communication_s": 1.26e-6, "optimizer_s": 0.00141}
-        sizes = {"zero": 2, "micro_batch": 128, "accumulation": 16, "saved_bytes": 10**9, "memory_bytes": 66.54e9}
+        seconds = {
+            "compute_s": 0.1234,
+            "teacher_s": 0.01234,
+            "communication_s": 1.26e-6,
+            "optimizer_s": 0.00141,
+        }
+        sizes = {
+            "zero": 2,
+            "micro_batch": 128,
+            "accumulation": 16,
+            "saved_bytes": 10**9,
+            "memory_bytes": 66.54e9,
+        }
         work = {"flops": 123 * 10**12, "moved_bytes": 10**12, "kernels": 12_345, "counted_as": ""}
         return Planned(
-            rule=rule, written={}, **sizes, **work, **seconds, images_per_s=123_456.0, hours=1234.5, kwh=12_345.6, cost=98_765.4
+            rule=rule,
+            written={},
+            **sizes,
+            **work,
+            **seconds,
+            images_per_s=123_456.0,
+            hours=1234.5,
+            kwh=12_345.6,
+            cost=98_765.4,
         )
 
     found = Plan(
@@ -145,27 +190,40 @@ def a_plan(console: Console | None) -> None:
         teacher="caformer_b36.sail_in22k_ft_in1k",
         teacher_bytes=395_000_000,
         rules=tuple(map(planned, RULES)),
-        refused={"DSR": "DSR: every neuron must be a RateIF or RateLIF; got LIF at stages.0.blocks.1.attn.neuron"},
+        refused={
+            "DSR": (
+                "DSR: every neuron must be a RateIF or RateLIF; got LIF at"
+                " stages.0.blocks.1.attn.neuron"
+            )
+        },
     )
     print_plan(found, console=console)
 
 
 def a_doctors_findings(console: Console | None) -> None:
     found = [
-        Finding("versions", "ok", "python 3.11.7, torch 2.13.0+cpu, ray 2.60.0, deepspeed 0.19.8, ffcv 1.0.2"),
+        Finding(
+            "versions",
+            "ok",
+            "python 3.11.7, torch 2.13.0+cpu, ray 2.60.0, deepspeed 0.19.8, ffcv 1.0.2",
+        ),
         Finding(
             "storage",
             "bad",
-            "node-17.cluster.example.org could lock a file in "
-            "/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026 that the driver has locked",
-            "two drivers could train one run at once: `mount -o remount,flock /shared/somebody` on every node",
+            "node-17.cluster.example.org could lock a file in"
+            " /shared/somebody/with/a/long/name/spiking/networks/runs-of-2026 that the driver has"
+            " locked",
+            "two drivers could train one run at once: `mount -o remount,flock /shared/somebody` on"
+            " every node",
         ),
     ]
     print_findings(found, console)
 
 
 def a_recipe(console: Console | None) -> None:
-    show_recipe(small_recipe(name=run_name("SLTT"), rule=spec(SLTT, k=1), backend="deepspeed"), 2, console)
+    show_recipe(
+        small_recipe(name=run_name("SLTT"), rule=spec(SLTT, k=1), backend="deepspeed"), 2, console
+    )
 
 
 def some_claims(console: Console | None) -> None:
@@ -175,7 +233,9 @@ def some_claims(console: Console | None) -> None:
             claim="share of BPTT's gradient through time, stages.0.blocks.1.attn.qkv.conv",
             published="about 70 % less memory and 50 % less time than BPTT on ImageNet",
             bound="<= 0.523 (r = 1.38)",
-            ours="0.573 (0.512 to 0.634) of BPTT-chunk-1's, seeds 0, 1, 2; SLTT-1 diverged in seed 3",
+            ours=(
+                "0.573 (0.512 to 0.634) of BPTT-chunk-1's, seeds 0, 1, 2; SLTT-1 diverged in seed 3"
+            ),
             holds=False,
         )
         for about in ("SLTT", "SLTT", "SLTT-1, ImageNet")
@@ -194,24 +254,42 @@ PRINTS: dict[str, Print] = {
 WHOLE: dict[str, tuple[str, ...]] = {
     "probe": ("imagenet-qkformer-10-384-sltt-k1", "BPTT-recompute", *LAYERS, "mult/sample"),
     "sweep": ("imagenet-qkformer-10-384-sltt-k1", "BPTT-recompute", "12,345", "images/s"),
-    "plan": ("imagenet-qkformer-10-384-sltt-k1", "BPTT-recompute", "128 x 16", "66.5 GB", "123,456", "98,765"),
-    "doctor": ("/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026", "`mount -o remount,flock /shared/somebody`"),
+    "plan": (
+        "imagenet-qkformer-10-384-sltt-k1",
+        "BPTT-recompute",
+        "128 x 16",
+        "66.5 GB",
+        "123,456",
+        "98,765",
+    ),
+    "doctor": (
+        "/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026",
+        "`mount -o remount,flock /shared/somebody`",
+    ),
     "show": (run_name("SLTT"), "pipeline.rules.sltt.SLTT", '"gradient_accumulation_steps"'),
     "claims": ("stages.0.blocks.1.attn.qkv.conv", "SLTT-1, ImageNet"),
 }
 """what stays in one piece"""
 
 
-def check(act: Print, whole: tuple[str, ...], width: int | None, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def check(
+    act: Print, whole: tuple[str, ...], width: int | None, capsys: pytest.CaptureFixture[str]
+) -> list[str]:
     """`width`: None for a pipe."""
     act(None)
     piped = capsys.readouterr().out
     printed = piped
     if width is not None:
-        act(Console(file=(out := io.StringIO()), width=width, force_terminal=True, color_system=None))
+        act(
+            Console(
+                file=(out := io.StringIO()), width=width, force_terminal=True, color_system=None
+            )
+        )
         printed = out.getvalue()
     assert "…" not in printed
-    assert set(printed.split()) == set(piped.split()), "a word that a pipe does not show is a part of one"
+    assert set(printed.split()) == set(piped.split()), (
+        "a word that a pipe does not show is a part of one"
+    )
     assert not [each for each in whole if each not in printed]
     lines = printed.splitlines()
     too_long = [line for line in lines if width is not None and len(line) > width]
@@ -221,17 +299,28 @@ def check(act: Print, whole: tuple[str, ...], width: int | None, capsys: pytest.
 
 @pytest.mark.parametrize("width", [60, 80, 120, None])
 @pytest.mark.parametrize("name", PRINTS)
-def test_no_word_is_broken(name: str, width: int | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_word_is_broken(
+    name: str, width: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     check(PRINTS[name], WHOLE[name], width, capsys)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, None])
-def test_no_word_of_results_is_broken(width: int | None, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_word_of_results_is_broken(
+    width: int | None, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     resume = f"spiketrain resume {run_name('SLTT', 2)} --runs {study}"
     names = (*(run_name(rule, seed) for rule in RULES for seed in (0, 1)), resume)
     lines = check(lambda console: print_runs(study, console), names, width, capsys)
-    assert resume in lines and all(any(line.split()[:1] == [name] for line in lines) for name in names[:-1])
-    lines = check(lambda console: print_comparison(study, console=console), (*RULES, "inference", resume), width, capsys)
+    assert resume in lines and all(
+        any(line.split()[:1] == [name] for line in lines) for name in names[:-1]
+    )
+    lines = check(
+        lambda console: print_comparison(study, console=console),
+        (*RULES, "inference", resume),
+        width,
+        capsys,
+    )
     if width is None:
         [row] = [line for line in lines if line.startswith("BPTT-recompute (2 runs)  88.67%")]
         assert row.count("×") == 8 and "± 0.21%" in row

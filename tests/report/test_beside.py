@@ -22,7 +22,11 @@ class Asked:
     def __call__(self, machine: str = "a") -> tuple[int | None, str]:
         console = Console(file=io.StringIO(), width=200)
         found = beside(
-            self.file, rests_on={"machine": machine}, measure=self._measure, told=lambda value: value["made"], console=console
+            self.file,
+            rests_on={"machine": machine},
+            measure=self._measure,
+            told=lambda value: value["made"],
+            console=console,
         )
         return found, console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -44,29 +48,42 @@ def test_it_is_measured_once_and_anew_where_what_it_rests_on_is_no_more(asked: A
     assert asked("b") == (2, "")
 
 
-def test_where_it_cannot_be_measured_a_line_says_why_and_what_is_kept_is_shown_all_the_same(asked: Asked) -> None:
+def test_where_it_cannot_be_measured_a_line_says_why_and_what_is_kept_is_shown_all_the_same(
+    asked: Asked,
+) -> None:
     asked.refusal = "no data here"
-    assert asked() == (None, f"{asked.file}: not measured: no data here\n") and not asked.file.exists()
+    assert (
+        asked() == (None, f"{asked.file}: not measured: no data here\n") and not asked.file.exists()
+    )
     asked.refusal = ""
     assert asked() == (1, "")
     asked.refusal = "no data here"
     assert asked() == (1, "")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rests_on": []}', '{"rests_on": {"machine": "a"}, "found": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"rests_on": []}', '{"rests_on": {"machine": "a"}, "found": {}}']
+)
 def test_a_damaged_file_is_measured_anew(asked: Asked, text: str) -> None:
     asked.file.write_text(text)
     found, said = asked()
-    assert found == 1 and f"{asked.file}: of no use, for it is damaged, or of an earlier version: " in said
+    assert (
+        found == 1
+        and f"{asked.file}: of no use, for it is damaged, or of an earlier version: " in said
+    )
     assert json.loads(asked.file.read_text())["found"] == {"made": 1} and asked() == (1, "")
 
 
-def test_where_nothing_can_be_read_or_written_only_the_file_is_lost(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_read_or_written_only_the_file_is_lost(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked.file.mkdir()  # can be neither read nor written, not even by root
     found, said = asked()
     unreadable, unwritten = said.splitlines()
     assert found == 1 and unreadable.endswith("of no use, for it cannot be read: Is a directory")
-    assert unwritten.endswith("what was measured is not kept, and the next report does it anew: Is a directory")
+    assert unwritten.endswith(
+        "what was measured is not kept, and the next report does it anew: Is a directory"
+    )
     asked.file.rmdir()
 
     def refuse(file: Path, value: Any) -> None:

@@ -56,14 +56,23 @@ def saved(rule: str, count: float, *, seed: int = 0) -> StudyRun:
 
 @pytest.mark.parametrize(("count", "holds"), [(24.9, True), (25.1, False)])
 def test_saved_bytes_are_held_to_a_share_of_bptts(count: float, holds: bool) -> None:
-    claim = bytes_at_most("SLTT", group(saved("BPTT", 100), saved("SLTT", count)), "SLTT", bound=0.25, published="")
+    claim = bytes_at_most(
+        "SLTT", group(saved("BPTT", 100), saved("SLTT", count)), "SLTT", bound=0.25, published=""
+    )
     assert (claim.holds, claim.bound, claim.within_noise) == (holds, "<= 0.250", False)
     assert claim.ours == f"{count / 100:.3f} of BPTT's, seed 0"
 
 
 def test_bytes_that_no_paper_claims_are_told_without_a_verdict() -> None:
-    claim = bytes_at_most("SLTT", group(saved("BPTT", 100), saved("SLTT", 50)), "SLTT", bound=None, published="")
-    assert (claim.holds, claim.verdict, claim.bound, claim.ours) == (None, "", "", "0.500 of BPTT's, seed 0")
+    claim = bytes_at_most(
+        "SLTT", group(saved("BPTT", 100), saved("SLTT", 50)), "SLTT", bound=None, published=""
+    )
+    assert (claim.holds, claim.verdict, claim.bound, claim.ours) == (
+        None,
+        "",
+        "",
+        "0.500 of BPTT's, seed 0",
+    )
 
 
 @pytest.mark.parametrize(("largest", "holds"), [(102.9, True), (103.1, False)])
@@ -72,8 +81,12 @@ def test_flat_is_within_three_per_cent_of_the_least(largest: float, holds: bool)
     assert claim.holds is holds and claim.claim == "saved bytes from T = 2 to 16"
 
 
-@pytest.mark.parametrize(("measured", "absent"), [({2: 100.0, 4: 100.0}, "8, 16"), ({}, "2, 4, 8, 16")])
-def test_bytes_are_not_flat_where_a_t_was_too_large(measured: dict[int, float], absent: str) -> None:
+@pytest.mark.parametrize(
+    ("measured", "absent"), [({2: 100.0, 4: 100.0}, "8, 16"), ({}, "2, 4, 8, 16")]
+)
+def test_bytes_are_not_flat_where_a_t_was_too_large(
+    measured: dict[int, float], absent: str
+) -> None:
     claim = flat_in_t("SLTT", measured, over=(2, 4, 8, 16), published="constant")
     assert (claim.holds, claim.verdict, claim.ours) == (None, "", f"not measured at T = {absent}")
     assert claim.claim == "saved bytes from T = 2 to 16"
@@ -81,22 +94,35 @@ def test_bytes_are_not_flat_where_a_t_was_too_large(measured: dict[int, float], 
 
 def test_a_largest_batch_is_beside_that_of_the_faster_bptt_and_nothing_is_judged() -> None:
     def point(rule: str, T: int, batch: int, seconds: float | None) -> dict[str, Any]:
-        tried = {} if seconds is None else {"at_largest": {"forward_s": seconds / 4, "backward_s": 3 * seconds / 4}}
+        tried = (
+            {}
+            if seconds is None
+            else {"at_largest": {"forward_s": seconds / 4, "backward_s": 3 * seconds / 4}}
+        )
         return {"time_steps": T, "cost": {"rule": rule}, "largest_batch": batch, **tried}
 
-    folded, stepped = [point("BPTT", 2, 100, 2.0), point("BPTT", 16, 20, 4.0)], [point("BPTT-chunk-1", 2, 90, 1.0)]
+    folded, stepped = (
+        [point("BPTT", 2, 100, 2.0), point("BPTT", 16, 20, 4.0)],
+        [point("BPTT-chunk-1", 2, 90, 1.0)],
+    )
     ours = [point("SLTT", 2, 1200, 10.0), point("SLTT", 4, 500, 2.0), point("SLTT", 16, 150, None)]
     sweep = {"memory_bytes": 2 * 10**8, "points": [*folded, *stepped, *ours]}
     batches, speeds = at_their_largest("SLTT", sweep, "SLTT")
     assert batches.claim == "images of its largest batch in 200 MB, of the faster BPTT's at its own"
     assert batches.ours == "T = 2: 1,200 of 90" and speeds.ours == "T = 2: 1.33"
     assert (batches.holds, speeds.verdict) == (None, "")
-    assert [claim.ours for claim in at_their_largest("SLTT", {"points": []}, "SLTT")] == 2 * ["not measured"]
+    assert [claim.ours for claim in at_their_largest("SLTT", {"points": []}, "SLTT")] == 2 * [
+        "not measured"
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "holds"), [(1.46, True), (1.47, False)])
-def test_the_time_of_one_step_is_held_to_what_r_allows_of_the_faster_bptt(seconds: float, holds: bool) -> None:
-    """T = 6, r = 2: 1.1 x 8/18 = .4889, of 3 s 1.4667; the slower BPTT, of r = 3, would allow more."""
+def test_the_time_of_one_step_is_held_to_what_r_allows_of_the_faster_bptt(
+    seconds: float, holds: bool
+) -> None:
+    """T = 6, r = 2: 1.1 x 8/18 = .4889, of 3 s 1.4667; the slower BPTT, of r = 3, would allow
+    more.
+    """
     runs = twice(("BPTT", 2.0, 6.0), ("BPTT-chunk-1", 1.0, 2.0), ("SLTT-1", seconds, 0.0))
     claim = time_of_k("SLTT-1", runs, "SLTT-1", T=6, k=1, published="")
     assert claim.holds is holds and claim.bound == "<= 0.489 (r = 2.00)"
@@ -112,7 +138,9 @@ def test_recomputing_is_held_to_a_second_forward(seconds: float, holds: bool) ->
 
 
 def test_a_claim_on_time_is_the_ratio_that_the_rest_of_the_report_shows() -> None:
-    """Folded BPTT has seeds 0 to 2, and step by step, of seed 0 alone, is faster: seed 0 is what is divided."""
+    """Folded BPTT has seeds 0 to 2, and step by step, of seed 0 alone, is faster: seed 0 is what is
+    divided.
+    """
     folded = [timed("BPTT", 1.0, 2.0, seed=seed) for seed in range(3)]
     sltt = [timed("SLTT", 1.0, seconds, seed=seed) for seed, seconds in enumerate((1.5, 1.0, 1.0))]
     runs = group(*folded, timed("BPTT-chunk-1", 0.5, 1.5), *sltt)
@@ -123,7 +151,9 @@ def test_a_claim_on_time_is_the_ratio_that_the_rest_of_the_report_shows() -> Non
 
 
 def test_time_of_one_seed_gets_no_verdict_and_bytes_get_theirs() -> None:
-    """A machine moves from run to run by more than the bound is missed by, or kept; bytes repeat exactly."""
+    """A machine moves from run to run by more than the bound is missed by, or kept; bytes repeat
+    exactly.
+    """
     runs = group(timed("BPTT", 1.0, 2.0), timed("SLTT", 1.0, 2.1), timed("SLTT-1", 1.0, 0.1))
     claims = [
         time_at_most("SLTT", runs, "SLTT", bound=1.0, published=""),
@@ -142,7 +172,15 @@ BACKWARD_S = {
     **dict.fromkeys(("SLTT-1", "SLTT-2"), (0.0, 0.0, 0.0)),
 }
 TURNS = {
-    rule: Turns((1.0, 2.0, 4.0), seconds, processes=2, samples=128, threads=1, backend="deepspeed", commit="0123456789ab")
+    rule: Turns(
+        (1.0, 2.0, 4.0),
+        seconds,
+        processes=2,
+        samples=128,
+        threads=1,
+        backend="deepspeed",
+        commit="0123456789ab",
+    )
     for rule, seconds in BACKWARD_S.items()
 }
 """of a machine that gets slower fourfold"""
@@ -151,15 +189,26 @@ TURNS = {
 def test_turns_are_divided_start_by_start_by_the_faster_bptt() -> None:
     """.9667, .9767, .9833 of folded BPTT's: the mean .9756 with +- 4.303 x .0084 / sqrt(3)."""
     claim = time_in_turn("SLTT", TURNS, "SLTT", bound=1.0, published="")
-    ours = "0.976 (0.955 to 0.996) of BPTT's, 3 starts of 2 at once, 128 samples each, deepspeed, at 0123456789ab"
+    ours = (
+        "0.976 (0.955 to 0.996) of BPTT's, 3 starts of 2 at once, 128 samples each, deepspeed, at"
+        " 0123456789ab"
+    )
     assert (claim.ours, claim.bound) == (ours, "<= 1")
     assert claim.verdict == "holds"
-    assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.98, published="").verdict == "holds, within the noise"
-    assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.97, published="").verdict == "fails, within the noise"
+    assert (
+        time_in_turn("SLTT", TURNS, "SLTT", bound=0.98, published="").verdict
+        == "holds, within the noise"
+    )
+    assert (
+        time_in_turn("SLTT", TURNS, "SLTT", bound=0.97, published="").verdict
+        == "fails, within the noise"
+    )
     assert time_in_turn("SLTT", TURNS, "SLTT", bound=0.9, published="").verdict == "does not hold"
     absent = time_in_turn("SLTT", {}, "SLTT", bound=1.0, published="")
     assert (absent.holds, absent.ours) == (None, "not measured in turn")
-    least = time_in_turn("SLTT-1", TURNS, "SLTT-1", bound=share_of_k(6, 1), published="")  # r = 2: 1.1 x 8/18
+    least = time_in_turn(
+        "SLTT-1", TURNS, "SLTT-1", bound=share_of_k(6, 1), published=""
+    )  # r = 2: 1.1 x 8/18
     assert (least.bound, least.verdict) == ("<= 0.489 (r = 2.00)", "holds")
 
 
@@ -172,13 +221,17 @@ def test_turns_are_divided_start_by_start_by_the_faster_bptt() -> None:
         ((1.03, 1.035, 1.04), "does not hold"),
     ],
 )
-def test_an_interval_on_both_sides_of_the_bound_is_said_so(shares: tuple[float, ...], verdict: str) -> None:
+def test_an_interval_on_both_sides_of_the_bound_is_said_so(
+    shares: tuple[float, ...], verdict: str
+) -> None:
     bptt = [timed("BPTT", 1.0, 1.0, seed=seed) for seed in range(3)]
     sltt = [timed("SLTT", share, share, seed=seed) for seed, share in enumerate(shares)]
     claim = time_at_most("SLTT", group(*bptt, *sltt), "SLTT", bound=1.0, published="")
     assert claim.verdict == verdict and "seeds 0, 1, 2" in claim.ours
     if shares[0] == 0.97:
-        assert claim.ours.startswith("0.980 (0.955 to 1.005) of BPTT's")  # t(.975, 2) .01 / sqrt(3) = .0248
+        assert claim.ours.startswith(
+            "0.980 (0.955 to 1.005) of BPTT's"
+        )  # t(.975, 2) .01 / sqrt(3) = .0248
 
 
 @pytest.mark.parametrize(
@@ -190,10 +243,14 @@ def test_an_interval_on_both_sides_of_the_bound_is_said_so(shares: tuple[float, 
         ((0.1, 0.2, 0.3), None, ""),
     ],
 )
-def test_accuracy_is_judged_by_the_whole_interval(losses: tuple[float, ...], within: float | None, verdict: str) -> None:
+def test_accuracy_is_judged_by_the_whole_interval(
+    losses: tuple[float, ...], within: float | None, verdict: str
+) -> None:
     bptt = [run("BPTT", seed=seed, top1=0.9) for seed in range(3)]
     rule = [run("SLTT", seed=seed, top1=0.9 - loss / 100) for seed, loss in enumerate(losses)]
-    claim = accuracy("SLTT", group(*bptt, *rule), "SLTT", within=within, published="+0.28 (ImageNet)")
+    claim = accuracy(
+        "SLTT", group(*bptt, *rule), "SLTT", within=within, published="+0.28 (ImageNet)"
+    )
     assert (claim.verdict, claim.published) == (verdict, "+0.28 (ImageNet)")
     if losses[0] == 0.1:
         assert claim.ours == "+0.20 (-0.05 to +0.45), 3 seeds"  # t(.975, 2) .1 / sqrt(3) = .248
@@ -215,7 +272,10 @@ def test_what_has_nothing_to_be_divided_by_is_not_judged() -> None:
 
 @pytest.mark.parametrize("lost", [(0, 1, 2), (1, 2)])
 def test_runs_that_diverged_are_not_told_as_if_there_had_been_none(lost: tuple[int, ...]) -> None:
-    sltt = [run("SLTT", seed=seed, state="diverged" if seed in lost else "finished") for seed in range(3)]
+    sltt = [
+        run("SLTT", seed=seed, state="diverged" if seed in lost else "finished")
+        for seed in range(3)
+    ]
     runs = group(*(run("BPTT", seed=seed) for seed in range(3)), *sltt)
     claims = [
         bytes_at_most("SLTT", runs, "SLTT", bound=1.0, published=""),
@@ -224,38 +284,69 @@ def test_runs_that_diverged_are_not_told_as_if_there_had_been_none(lost: tuple[i
         accuracy("SLTT", runs, "SLTT", within=None, published=""),
         accuracy("SLTT", runs, "SLTT", within=0.7, published=""),
     ]
-    assert [f"diverged in {len(lost)} of BPTT's 3 seeds" in claim.ours for claim in claims] == 5 * [True]
-    assert [claim.holds for claim in claims] == [None if len(lost) == 3 else True, None, None, None, False]
+    assert [f"diverged in {len(lost)} of BPTT's 3 seeds" in claim.ours for claim in claims] == 5 * [
+        True
+    ]
+    assert [claim.holds for claim in claims] == [
+        None if len(lost) == 3 else True,
+        None,
+        None,
+        None,
+        False,
+    ]
     if len(lost) == 2:
         assert claims[0].ours == "0.250 of BPTT's, seed 0; diverged in 2 of BPTT's 3 seeds"
 
 
 @pytest.mark.parametrize("rule", ["SLTT", "BPTT"])
 def test_bytes_that_nobody_counted_hold_no_claim(rule: str) -> None:
-    uncounted = group(*(run(each, **({"peak_saved_bytes": None} if each == rule else {})) for each in ("BPTT", "SLTT")))
+    uncounted = group(
+        *(
+            run(each, **({"peak_saved_bytes": None} if each == rule else {}))
+            for each in ("BPTT", "SLTT")
+        )
+    )
     claim = bytes_at_most("SLTT", uncounted, "SLTT", bound=0.25, published="")
     assert (claim.holds, claim.ours) == (None, "not measured")
-    said = f"saved bytes were not measured in runs of {rule}, in which no batch was whole on which bytes are counted"
+    said = (
+        f"saved bytes were not measured in runs of {rule}, in which no batch was whole on which"
+        " bytes are counted"
+    )
     assert said in uncounted.notes
 
 
 def test_temporal_shares_are_means_over_the_runs_that_looked() -> None:
     [start, later] = fidelity()
     other = [{**later, "temporal_share": {"first": 0.35, "second": 0.375}}]
-    runs = [run("SLTT", more_events=[start, later]), run("SLTT", seed=1), run("SLTT", seed=2, more_events=other)]
+    runs = [
+        run("SLTT", more_events=[start, later]),
+        run("SLTT", seed=1),
+        run("SLTT", seed=2, more_events=other),
+    ]
     first, second = temporal_shares("SLTT", runs)
     assert first.claim == "share of BPTT's gradient through time, first" and first.verdict == ""
     assert first.ours == "start 0.50, epoch 1 0.30; seeds 0, 2"
     assert second.ours == "start not known, epoch 1 0.25; seeds 0, 2"
     unknown = [{**start, "temporal_share": {"first": None}}, later]
-    first, _ = temporal_shares("SLTT", [run("SLTT", more_events=[start, later]), run("SLTT", seed=1, more_events=unknown)])
-    assert first.ours.startswith("start 0.50 (1 of 2), epoch 1 ") and first.ours.endswith("; seeds 0, 1")
+    first, _ = temporal_shares(
+        "SLTT", [run("SLTT", more_events=[start, later]), run("SLTT", seed=1, more_events=unknown)]
+    )
+    assert first.ours.startswith("start 0.50 (1 of 2), epoch 1 ") and first.ours.endswith(
+        "; seeds 0, 1"
+    )
 
 
 def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> None:
     console = Console(file=io.StringIO(), width=200)
     broken = flat_in_t("SLTT", {2: 100.0, 16: 200.0}, over=(2, 16), published="constant")
-    absent = Claim(about="SLTT, ImageNet", claim="top-1", published="66.19 %", bound="", ours="not run here", holds=None)
+    absent = Claim(
+        about="SLTT, ImageNet",
+        claim="top-1",
+        published="66.19 %",
+        bound="",
+        ours="not run here",
+        holds=None,
+    )
     print_claims([broken, absent], console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert any("does not hold" in line and "+100.0%" in line for line in lines)
@@ -263,7 +354,11 @@ def test_what_does_not_hold_is_shown_so_and_what_was_not_run_says_nothing() -> N
 
 
 STATES = 50
-SWEPT = {"points": [{"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4, 8, 16)]}
+SWEPT = {
+    "points": [
+        {"time_steps": T, "cost": {"rule": "SLTT", "peak_saved_bytes": 10}} for T in (2, 4, 8, 16)
+    ]
+}
 
 
 _TRIED = {"forward_s": 1.0, "backward_s": 1.0}
@@ -271,7 +366,14 @@ LARGEST = {
     "memory_bytes": 10**8,
     "points": [
         {"time_steps": 6, "cost": {"rule": rule}, "largest_batch": batch, "at_largest": _TRIED}
-        for rule, batch in {"BPTT": 100, "SLTT": 300, "SLTT-1": 300, "SLTT-2": 300, "OTTT-A": 250, "BPTT-recompute": 110}.items()
+        for rule, batch in {
+            "BPTT": 100,
+            "SLTT": 300,
+            "SLTT-1": 300,
+            "SLTT-2": 300,
+            "OTTT-A": 250,
+            "BPTT-recompute": 110,
+        }.items()
     ],
 }
 
@@ -287,18 +389,28 @@ def test_fashions_claims_are_of_what_was_trained() -> None:
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
     assert (batches.ours, speeds.ours, batches.verdict) == ("not measured", "not measured", "")
-    bounds = {claim.about.split(",")[0]: claim.bound for claim in found if claim.claim == "forward and backward, of BPTT's"}
+    bounds = {
+        claim.about.split(",")[0]: claim.bound
+        for claim in found
+        if claim.claim == "forward and backward, of BPTT's"
+    }
     assert turned.claim == "forward and backward in turn, of BPTT's" and turned.holds
     unswept = list(claims_fashion._claims(trained, runs, None, None, {}, ()))[2]
     assert (unswept.holds, unswept.ours) == (None, "not measured at T = 2, 4, 8, 16")
-    assert time.holds and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)" and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
+    assert (
+        time.holds
+        and bounds["SLTT-1"] == "<= 0.550 (r = 2.00)"
+        and bounds["SLTT-2"] == "<= 0.733 (r = 2.00)"
+    )
     assert saved.published == "0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)"
     assert time.published.startswith("0.91 of training hours")
 
 
 @pytest.fixture
 def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast, and so was BPTT step by step."""
+    """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast,
+    and so was BPTT step by step.
+    """
     monkeypatch.setattr(claims_fashion, "_planned", lambda file, console: {})
     monkeypatch.setattr(claims_fashion, "_swept", lambda *_: SWEPT)
     monkeypatch.setattr(claims_fashion, "_at_largest", lambda *_: LARGEST)
@@ -332,29 +444,63 @@ def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Pa
     told = claims_fashion.report(on_two_machines, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert [len(told["studies"][study]) for study in claims_fashion.STUDIES] == [2, 1]
-    assert "leak-1-11: claims are judged on a cpu, 2 cores; 2 workers alone; elsewhere: claims-leak-1-11-bptt-2," in said
+    assert (
+        "leak-1-11: claims are judged on a cpu, 2 cores; 2 workers alone; elsewhere:"
+        " claims-leak-1-11-bptt-2," in said
+    )
     assert said.count("claims are judged on") == 1
     of_first = [claim for claim in told["claims"] if ", leak 1/11" in claim["about"]]
-    times = {claim["about"].split(",")[0]: claim for claim in of_first if claim["claim"] == "forward and backward, of BPTT's"}
+    times = {
+        claim["about"].split(",")[0]: claim
+        for claim in of_first
+        if claim["claim"] == "forward and backward, of BPTT's"
+    }
     # Folded BPTT beside it takes 3 s; the faster one elsewhere, 0.11 s, is nobody's divisor.
-    assert times["SLTT"]["ours"] == "1.000 of BPTT's, seeds 0, 1" and times["SLTT-1"]["ours"] == "0.367 of BPTT's, seeds 0, 1"
+    assert (
+        times["SLTT"]["ours"] == "1.000 of BPTT's, seeds 0, 1"
+        and times["SLTT-1"]["ours"] == "0.367 of BPTT's, seeds 0, 1"
+    )
     assert times["SLTT"]["holds"] and times["SLTT-1"]["holds"]
 
 
-def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(on_two_machines: dict[str, Path]) -> None:
+def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
+    on_two_machines: dict[str, Path],
+) -> None:
     told = claims_fashion.report(on_two_machines, Console(file=io.StringIO()))["claims"]
     for leak in ("1/11", "1/2"):
-        rows = {(claim["about"].split(",")[0], claim["claim"]): claim for claim in told if f"leak {leak}" in claim["about"]}
+        rows = {
+            (claim["about"].split(",")[0], claim["claim"]): claim
+            for claim in told
+            if f"leak {leak}" in claim["about"]
+        }
         rules = ("SLTT", "SLTT-1", "SLTT-2", "OTTT-A", "BPTT-recompute")
         accuracies = [rows[rule, "top-1 below BPTT's, points"] for rule in rules]
-        assert [claim["ours"].startswith("+0.00 (+0.00 to +0.00)") for claim in accuracies] == 5 * [True]
-        assert [claim["holds"] for claim in accuracies] == [True, True, None, True, None]  # no paper has figures of the others
-        saved = [rows[rule, "saved bytes, of BPTT's"] for rule in ("SLTT", "SLTT-2", "OTTT-A", "BPTT-recompute")]
+        assert [claim["ours"].startswith("+0.00 (+0.00 to +0.00)") for claim in accuracies] == 5 * [
+            True
+        ]
+        assert [claim["holds"] for claim in accuracies] == [
+            True,
+            True,
+            None,
+            True,
+            None,
+        ]  # no paper has figures of the others
+        saved = [
+            rows[rule, "saved bytes, of BPTT's"]
+            for rule in ("SLTT", "SLTT-2", "OTTT-A", "BPTT-recompute")
+        ]
         assert [claim["holds"] for claim in saved] == [True, True, True, None]
         kept = [rows[rule, "saved bytes and states, of BPTT's"] for rule in ("SLTT", "OTTT-A")]
-        assert [claim["ours"].split()[0] for claim in kept] == 2 * [f"{(100 + STATES) / (1000 + STATES):.3f}"]
-        largest = [rows[rule, "images of its largest batch in 100 MB, of the faster BPTT's at its own"] for rule in rules]
-        assert [claim["ours"] for claim in largest] == [f"T = 6: {batch} of 100" for batch in (300, 300, 300, 250, 110)]
+        assert [claim["ours"].split()[0] for claim in kept] == 2 * [
+            f"{(100 + STATES) / (1000 + STATES):.3f}"
+        ]
+        largest = [
+            rows[rule, "images of its largest batch in 100 MB, of the faster BPTT's at its own"]
+            for rule in rules
+        ]
+        assert [claim["ours"] for claim in largest] == [
+            f"T = 6: {batch} of 100" for batch in (300, 300, 300, 250, 110)
+        ]
         shares = rows["SLTT", "share of BPTT's gradient through time, first"]
         assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
 
@@ -370,7 +516,11 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
 
     def turned(*, own_cores: bool = False, **machine: Any) -> tuple[dict[str, Turns], str]:
         told = {**claims_fashion.hardware(claims_fashion.device_here()), "threads": 7, **machine}
-        of_run = run(trained_on=[{"world_size": 2, "micro_batch": 64, "own_cores": own_cores, "hardware": told}])
+        of_run = run(
+            trained_on=[
+                {"world_size": 2, "micro_batch": 64, "own_cores": own_cores, "hardware": told}
+            ]
+        )
         console = Console(file=io.StringIO(), width=200)
         return claims_fashion._turned(trained, of_run, file, console), console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -379,24 +529,44 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
     trained, file = next(iter(claims_fashion.recipe().recipes)), tmp_path / "turns.json"
     found, said = turned(cpu="another", torch="1.0")
     assert (found, taken) == ({}, []) and "; torch 1.0, here" in said
-    assert said.startswith(f"{file}: not measured: the runs were trained on another machine: cpu another, here ")
-    assert turned(cores=1)[0] == {} and turned(cores=1, own_cores=True) == (TURNS, "")  # which see those alone
-    assert turned() == (TURNS, f"{file}: of no use, for it is of another machine\n") and turned() == (TURNS, "")
+    assert said.startswith(
+        f"{file}: not measured: the runs were trained on another machine: cpu another, here "
+    )
+    assert turned(cores=1)[0] == {} and turned(cores=1, own_cores=True) == (
+        TURNS,
+        "",
+    )  # which see those alone
+    assert turned() == (
+        TURNS,
+        f"{file}: of no use, for it is of another machine\n",
+    ) and turned() == (TURNS, "")
     assert taken == 2 * [{"workers": 2, "samples": 64, "threads": 7}]
     trained = replace(trained, backend="plain")
-    assert turned() == (TURNS, f"{file}: of no use, for it is of another backend\n") and len(taken) == 3
+    assert (
+        turned() == (TURNS, f"{file}: of no use, for it is of another backend\n")
+        and len(taken) == 3
+    )
 
 
-def test_imagenets_plan_is_made_once_and_says_why_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenets_plan_is_made_once_and_says_why_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[object] = []
-    model = SimpleNamespace(rule="SLTT", memory_bytes=9.5e9, micro_batch=64, accumulation=4, hours=60.0)
+    model = SimpleNamespace(
+        rule="SLTT", memory_bytes=9.5e9, micro_batch=64, accumulation=4, hours=60.0
+    )
 
     def plan(*given: object, **about: object) -> SimpleNamespace:
         made.append(given)
-        return SimpleNamespace(rules=[model], refused={"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"})
+        return SimpleNamespace(
+            rules=[model],
+            refused={"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"},
+        )
 
     def asked(*, threads: int = 2) -> tuple[dict[str, str], str]:
-        monkeypatch.setattr(claims_fashion, "hardware", lambda device: {"cpu": "a cpu", "threads": threads})
+        monkeypatch.setattr(
+            claims_fashion, "hardware", lambda device: {"cpu": "a cpu", "threads": threads}
+        )
         console = Console(file=io.StringIO(), width=200)
         return claims_fashion._planned(tmp_path / "plan.json", console), console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -405,10 +575,16 @@ def test_imagenets_plan_is_made_once_and_says_why_there_is_none(tmp_path: Path, 
     assert (found, said) == (asked(threads=1)[0], "") and len(made) == 1
     monkeypatch.setattr(claims_fashion, "code_digest", lambda: "other code")
     assert "plan.json: of no use, for it is of another code" in asked()[1] and len(made) == 2
-    rows = {(claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(found)}
+    rows = {
+        (claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(found)
+    }
     memory = rows["SLTT", "memory"]
-    ours = "not run here; plan in fp32, a model, not measured: 9.5 GB, 64 samples at a time x 4, 60 h"
+    ours = (
+        "not run here; plan in fp32, a model, not measured: 9.5 GB, 64 samples at a time x 4, 60 h"
+    )
     assert (memory.published, memory.ours) == ("8.47 GB, AMP", ours)
-    ours = "not run here; not planned: BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"
+    ours = (
+        "not run here; not planned: BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"
+    )
     assert (rows["BPTT", "time"].published, rows["BPTT", "time"].ours) == ("73.8 h, AMP", ours)
     assert rows["SLTT-1", "time"].ours == "not run here; not planned"

@@ -15,7 +15,14 @@ from rich.console import Console
 
 from pipeline.printing import NO_WIDTH
 from pipeline.report import choose, runs
-from pipeline.report.compare import Comparison, ComparisonError, compare, comparisons, print_comparison, print_studies
+from pipeline.report.compare import (
+    Comparison,
+    ComparisonError,
+    compare,
+    comparisons,
+    print_comparison,
+    print_studies,
+)
 from pipeline.report.comparison import csv_of
 from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
@@ -30,15 +37,26 @@ def text_of(comparison: Comparison, *, width: int = 120) -> str:
     return out.getvalue()
 
 
-UNKNOWN = {"kept_bytes": None, "compute_s": None, "inference.energy_j": None, "inference.measured_j": None}
+UNKNOWN = {
+    "kept_bytes": None,
+    "compute_s": None,
+    "inference.energy_j": None,
+    "inference.measured_j": None,
+}
 
 
 def trained(*, workers: int = 2, micro_batch: int = 32, cpu: str = "a cpu") -> dict[str, Any]:
-    return {"world_size": workers, "micro_batch": micro_batch, "hardware": {"cpu": cpu, "cores": 2, "gpu": "none"}}
+    return {
+        "world_size": workers,
+        "micro_batch": micro_batch,
+        "hardware": {"cpu": cpu, "cores": 2, "gpu": "none"},
+    }
 
 
 def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
-    make_run("sltt", rule="SLTT", top1=0.81, peak_saved_bytes=2_000_000, images_per_s=150.0, wall_s=100.0)
+    make_run(
+        "sltt", rule="SLTT", top1=0.81, peak_saved_bytes=2_000_000, images_per_s=150.0, wall_s=100.0
+    )
     make_run("bptt")
     comparison = compare(runs_dir)
     assert comparison.study == STUDY
@@ -47,7 +65,12 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     assert (value["study"], value["baseline"]) == (STUDY, "bptt")
     ratios = {**UNKNOWN, "top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 1.0, "wall_s": 1.0}
     assert value["runs"][0]["ratios"] == ratios
-    ratios |= {"top1": pytest.approx(0.9), "peak_saved_bytes": 0.25, "images_per_s": 1.5, "wall_s": 0.5}
+    ratios |= {
+        "top1": pytest.approx(0.9),
+        "peak_saved_bytes": 0.25,
+        "images_per_s": 1.5,
+        "wall_s": 0.5,
+    }
     assert value["runs"][1]["ratios"] == ratios
     assert value["runs"][1]["hardware"] == {"cpu": "a cpu", "cores": 2, "gpu": "none"}
     lines = text_of(comparison).splitlines()
@@ -60,7 +83,9 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     )
 
 
-def test_the_baseline_comes_first_whatever_the_others_are_called(make_run: Callable, runs_dir: Path):
+def test_the_baseline_comes_first_whatever_the_others_are_called(
+    make_run: Callable, runs_dir: Path
+):
     make_run("a", rule="ADJOINT")
     make_run("z")
     assert [run.name for run in compare(runs_dir).runs] == ["z", "a"]
@@ -92,8 +117,13 @@ def test_two_runs_of_a_seed_count_as_their_mean(make_run: Callable, runs_dir: Pa
     (difference,) = comparison.to_json()["differences"]
     assert (difference["seeds"], difference["mean"]) == (2, pytest.approx(2.5))
     ratios = {run["run"]: run["ratios"]["top1"] for run in comparison.to_json()["runs"]}
-    assert ratios["sltt-0"] == pytest.approx(0.8 / 0.85) and ratios["bptt-0-again"] == pytest.approx(0.9 / 0.85)
-    assert "BPTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences\n" in text_of(comparison)
+    assert ratios["sltt-0"] == pytest.approx(0.8 / 0.85) and ratios[
+        "bptt-0-again"
+    ] == pytest.approx(0.9 / 0.85)
+    assert (
+        "BPTT has 2 runs of seed 0, which count as one, their mean, in ratios and differences\n"
+        in text_of(comparison)
+    )
 
 
 def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
@@ -116,7 +146,14 @@ def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
 
 def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08)
-    make_run("stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, wall_s=100.0, images_per_s=200.0)
+    make_run(
+        "stepped",
+        rule="BPTT-chunk-1",
+        steady_forward_s=0.04,
+        steady_backward_s=0.02,
+        wall_s=100.0,
+        images_per_s=200.0,
+    )
     make_run("sltt", rule="SLTT", wall_s=50.0, peak_saved_bytes=2_000_000)
     comparison = compare(runs_dir, ["sltt"])
     assert [run.name for run in comparison.runs] == ["bptt", "stepped", "sltt"]
@@ -127,24 +164,48 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     ratios = {**UNKNOWN, "top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 0.5, "wall_s": 2.0}
     assert value["runs"][0]["ratios"] == {**ratios, "compute_s": pytest.approx(2.0)}
     assert value["runs"][2]["ratios"] == {**ratios, "peak_saved_bytes": 0.25, "wall_s": 0.5}
-    assert re.search(r"SLTT +90.00% +×1.00 +2 MB +×0.25 +100 +×0.50 +50.0 s +×0.50", text_of(comparison))
+    assert re.search(
+        r"SLTT +90.00% +×1.00 +2 MB +×0.25 +100 +×0.50 +50.0 s +×0.50", text_of(comparison)
+    )
     rows = list(csv.DictReader(io.StringIO(csv_of([comparison]))))
     assert [row["ratios.wall_s"] for row in rows] == ["2.0", "1.0", "0.5"]
     assert {row["time_baseline"] for row in rows} == {"BPTT-chunk-1"}
-    for names in (["sltt", "bptt"], ["bptt", "sltt", "stepped"]):  # naming the slower one does not hide the faster
+    for names in (
+        ["sltt", "bptt"],
+        ["bptt", "sltt", "stepped"],
+    ):  # naming the slower one does not hide the faster
         assert compare(runs_dir, names).to_json() == value
-        assert {run.name for run in read_study(runs_dir, names).study.runs} == {"bptt", "stepped", "sltt"}
+        assert {run.name for run in read_study(runs_dir, names).study.runs} == {
+            "bptt",
+            "stepped",
+            "sltt",
+        }
 
 
-def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Callable, runs_dir: Path):
+def test_the_choices_that_decide_a_comparison_stand_in_every_row(
+    make_run: Callable, runs_dir: Path
+):
     def told(steps: int) -> dict[str, Any]:
-        conditions = {"reset_gradient": "detached", "norm_over": "step", "precision": "bf16", "steps_per_forward": steps}
-        return {"recipe": {"time_steps": 6}, "conditions": conditions, "trained_on": [trained(micro_batch=16)]}
+        conditions = {
+            "reset_gradient": "detached",
+            "norm_over": "step",
+            "precision": "bf16",
+            "steps_per_forward": steps,
+        }
+        return {
+            "recipe": {"time_steps": 6},
+            "conditions": conditions,
+            "trained_on": [trained(micro_batch=16)],
+        }
 
     make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, **told(6))
-    make_run("stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, **told(1))
+    make_run(
+        "stepped", rule="BPTT-chunk-1", steady_forward_s=0.04, steady_backward_s=0.02, **told(1)
+    )
     make_run("sltt", rule="SLTT", **told(1))
-    recomputed = {"recipe": {"time_steps": 6, "rule": {"target": "x", "kwargs": {"recompute": True}}}}
+    recomputed = {
+        "recipe": {"time_steps": 6, "rule": {"target": "x", "kwargs": {"recompute": True}}}
+    }
     make_run("recompute", rule="BPTT-recompute", **{**told(1), **recomputed})
     make_run("old", rule="OTTT-A", trained_on=[trained(micro_batch=16)])
     comparison = compare(runs_dir)
@@ -154,11 +215,22 @@ def test_the_choices_that_decide_a_comparison_stand_in_every_row(make_run: Calla
     assert ["BPTT-recompute", *same, "step by step, recomputed", "16 × 2", "not known"] in rows
     assert ["BPTT", *same, "folded", "16 × 2", "not known"] in rows
     assert ["OTTT-A", *same[:2], *4 * ["not known"], "16 × 2", "not known"] in rows
-    expected = dict(zip(("ratios_to", "time_to", "reset_gradient", "norm_statistics", "precision"), same, strict=True))
+    expected = dict(
+        zip(
+            ("ratios_to", "time_to", "reset_gradient", "norm_statistics", "precision"),
+            same,
+            strict=True,
+        )
+    )
     expected |= {"micro_batch": "16 × 2", "evaluated": "not known"}
     runs = {run["run"]: run["behind"] for run in comparison.to_json()["runs"]}
-    assert runs["bptt"] == {**expected, "over_time": "folded"} and runs["sltt"] == {**expected, "over_time": "step by step"}
-    assert {row["behind.reset_gradient"] for row in csv.DictReader(io.StringIO(csv_of([comparison])))} == {
+    assert runs["bptt"] == {**expected, "over_time": "folded"} and runs["sltt"] == {
+        **expected,
+        "over_time": "step by step",
+    }
+    assert {
+        row["behind.reset_gradient"] for row in csv.DictReader(io.StringIO(csv_of([comparison])))
+    } == {
         "detached",
         "not known",
     }
@@ -170,7 +242,10 @@ def test_a_rule_may_share_a_seed_with_one_bptt_alone(make_run: Callable, runs_di
     make_run("sltt", rule="SLTT")
     notes = compare(runs_dir).notes
     assert "SLTT has no seed in common with BPTT-chunk-1, so its times are not divided" in notes
-    assert "BPTT-chunk-1 has no seed in common with BPTT, so its top-1 and bytes are not divided" in notes
+    assert (
+        "BPTT-chunk-1 has no seed in common with BPTT, so its top-1 and bytes are not divided"
+        in notes
+    )
     assert not any("SLTT has no seed in common with BPTT," in note for note in notes)
 
 
@@ -178,7 +253,9 @@ ELSEWHERE = {"hardware": {"cpu": "another cpu", "cores": 2, "gpu": "none"}}
 
 
 def two_machines(make_run: Callable) -> list[Path]:
-    """Seed 1 was finished on another machine, and there with another number of workers by one rule; a run failed."""
+    """Seed 1 was finished on another machine, and there with another number of workers by one rule;
+    a run failed.
+    """
     return [
         make_run("bptt-0", wall_s=100.0),
         make_run("sltt-0", rule="SLTT", wall_s=50.0),
@@ -189,24 +266,39 @@ def two_machines(make_run: Callable) -> list[Path]:
     ]
 
 
-def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_another(make_run: Callable, runs_dir: Path):
+def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_another(
+    make_run: Callable, runs_dir: Path
+):
     folders = two_machines(make_run)
     found = comparisons(runs_dir, folders)
-    assert [[run.name for run in each.runs] for each in found] == [["bptt-0", "sltt-0"], ["bptt-1", "sltt-1"], ["ottt-1"]]
+    assert [[run.name for run in each.runs] for each in found] == [
+        ["bptt-0", "sltt-0"],
+        ["bptt-1", "sltt-1"],
+        ["ottt-1"],
+    ]
     assert [each.where for each in found] == [
         "a cpu, 2 cores; 2 workers",
         *(f"another cpu, 2 cores; {n}" for n in ("2 workers", "1 worker")),
     ]
     assert [run.folder.name for run in found[0].unfinished] == ["dsr-0"] and not found[1].unfinished
-    assert [[run["ratios"]["wall_s"] for run in each.to_json()["runs"]] for each in found] == [[1.0, 0.5], [1.0, 0.75], [None]]
-    assert found[2].to_json()["where"] == "another cpu, 2 cores; 1 worker" and found[2].to_json()["baseline"] is None
+    assert [[run["ratios"]["wall_s"] for run in each.to_json()["runs"]] for each in found] == [
+        [1.0, 0.5],
+        [1.0, 0.75],
+        [None],
+    ]
+    assert (
+        found[2].to_json()["where"] == "another cpu, 2 cores; 1 worker"
+        and found[2].to_json()["baseline"] is None
+    )
 
     out = io.StringIO()
     print_studies(runs_dir, folders, console=Console(file=out, width=120))
     shown = out.getvalue()
     assert "study 01234567 on a cpu, 2 cores; 2 workers" in shown and "×0.75" in shown
     assert "no baseline, no ratios: bptt-0 does not stand comparison: " in shown
-    apart = "of different machines, workers or micro-batches: nothing is divided from one to another"
+    apart = (
+        "of different machines, workers or micro-batches: nothing is divided from one to another"
+    )
     assert f"study 01234567 has 3 tables, {apart}" in shown
     for names in ([], [STUDY[:6]]):
         again = io.StringIO()
@@ -214,8 +306,12 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
         assert sorted(again.getvalue().splitlines()) == sorted(shown.splitlines())
 
 
-def test_json_and_csv_have_what_the_tables_have(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
-    """A list of comparisons, and lines that say where: of one machine or three, and likewise of runs that are named."""
+def test_json_and_csv_have_what_the_tables_have(
+    make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A list of comparisons, and lines that say where: of one machine or three, and likewise of
+    runs that are named.
+    """
     folders = two_machines(make_run)
     expected = [each.to_json() for each in comparisons(runs_dir, sorted(folders))]
     assert [len(each["runs"]) for each in expected] == [2, 2, 1]
@@ -224,16 +320,29 @@ def test_json_and_csv_have_what_the_tables_have(make_run: Callable, runs_dir: Pa
         assert json.loads(capsys.readouterr().out) == expected
         print_comparison(runs_dir, names, format="csv")
         rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-        told = [(run["run"], STUDY, each["where"], each["time_baseline"] or "") for each in expected for run in each["runs"]]
-        assert [(row["run"], row["study"], row["where"], row["time_baseline"]) for row in rows] == told
+        told = [
+            (run["run"], STUDY, each["where"], each["time_baseline"] or "")
+            for each in expected
+            for run in each["runs"]
+        ]
+        assert [
+            (row["run"], row["study"], row["where"], row["time_baseline"]) for row in rows
+        ] == told
         assert {row["run"]: row["ratios.wall_s"] for row in rows} == {
-            "bptt-0": "1.0", "sltt-0": "0.5", "bptt-1": "1.0", "sltt-1": "0.75", "ottt-1": "",
-        }  # fmt: skip
+            "bptt-0": "1.0",
+            "sltt-0": "0.5",
+            "bptt-1": "1.0",
+            "sltt-1": "0.75",
+            "ottt-1": "",
+        }
     print_comparison(runs_dir, ["bptt-1", "sltt-1"], format="json")
     [alone] = json.loads(capsys.readouterr().out)
     assert alone == {**expected[1], "where": None}
     print_comparison(runs_dir, ["bptt-1", "sltt-1"], format="csv")
-    assert [row["where"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))] == ["", ""]
+    assert [row["where"] for row in csv.DictReader(io.StringIO(capsys.readouterr().out))] == [
+        "",
+        "",
+    ]
 
 
 def test_what_may_not_be_compared_is_raised_after_what_may(
@@ -254,18 +363,27 @@ def test_a_halved_micro_batch_is_not_compared_with_a_whole_one(make_run: Callabl
         make_run("bptt", peak_saved_bytes=4_000_000, trained_on=[trained(micro_batch=16)]),
         make_run("sltt", rule="SLTT", peak_saved_bytes=2_000_000, trained_on=[trained()]),
     ]
-    with pytest.raises(ComparisonError, match="differ in more than the rule and the seed: micro_batch: 16 and 32"):
+    with pytest.raises(
+        ComparisonError, match="differ in more than the rule and the seed: micro_batch: 16 and 32"
+    ):
         compare(runs_dir)
     first, second = comparisons(runs_dir, folders)
-    assert [first.where, second.where] == [f"a cpu, 2 cores; 2 workers{how}" for how in (", in micro-batches of 16", "")]
+    assert [first.where, second.where] == [
+        f"a cpu, 2 cores; 2 workers{how}" for how in (", in micro-batches of 16", "")
+    ]
     assert second.to_json()["runs"][0]["ratios"]["peak_saved_bytes"] is None
-    assert second.notes == ("no baseline, no ratios: bptt does not stand comparison: micro_batch: 16 and 32",)
+    assert second.notes == (
+        "no baseline, no ratios: bptt does not stand comparison: micro_batch: 16 and 32",
+    )
 
 
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        (trained(workers=4, micro_batch=16), r"world_size: 2 and \[4, 2\]; micro_batch: 32 and \[16, 32\]"),
+        (
+            trained(workers=4, micro_batch=16),
+            r"world_size: 2 and \[4, 2\]; micro_batch: 32 and \[16, 32\]",
+        ),
         (trained(cpu="another"), r'hardware.cpu: "a cpu" and \["another", "a cpu"\]'),
         ({**trained(), "loader_threads": 4}, r"loader_threads: 1 and \[4, 1\]"),
         ({**trained(), "own_cores": True}, r"own_cores: false and \[true, false\]"),
@@ -276,23 +394,47 @@ def test_a_run_that_changed_on_the_way_is_not_compared_by_its_end(
 ):
     make_run("bptt", trained_on=[trained()], loader_threads=1)
     make_run("sltt", rule="SLTT", trained_on=[before, trained()], loader_threads=1)
-    with pytest.raises(ComparisonError, match=f"differ in more than the rule and the seed: {said};"):
+    with pytest.raises(
+        ComparisonError, match=f"differ in more than the rule and the seed: {said};"
+    ):
         compare(runs_dir)
 
 
 def test_time_and_energy_stand_beside_what_was_always_compared(make_run: Callable, runs_dir: Path):
     make_run("bptt", steady_forward_s=0.04, steady_backward_s=0.08, inference={"energy_j": 4e-6})
-    make_run("sltt", rule="SLTT", steady_forward_s=0.03, steady_backward_s=0.03, inference={"energy_j": 1e-6})
+    make_run(
+        "sltt",
+        rule="SLTT",
+        steady_forward_s=0.03,
+        steady_backward_s=0.03,
+        inference={"energy_j": 1e-6},
+    )
     comparison = compare(runs_dir)
     told = comparison.to_json()["runs"][1]
-    assert (told["compute_s"], told["ratios"]["compute_s"]) == (0.06, 0.5) and told["ratios"]["inference.energy_j"] == 0.25
+    assert (told["compute_s"], told["ratios"]["compute_s"]) == (0.06, 0.5) and told["ratios"][
+        "inference.energy_j"
+    ] == 0.25
     assert re.search(r"SLTT .* 60 ms +×0.50 +1 µJ +×0.25", text_of(comparison))
-    (row,) = [row for row in csv.DictReader(io.StringIO(csv_of([comparison]))) if row["rule"] == "SLTT"]
-    assert (row["compute_s"], row["ratios.compute_s"], row["inference.energy_j"]) == ("0.06", "0.5", "1e-06")
-    narrow = text_of(comparison, width=80).removesuffix(f"{FOLDED_ALONE}\n{RECOMPUTES_NOTHING}\n").splitlines()
+    (row,) = [
+        row for row in csv.DictReader(io.StringIO(csv_of([comparison]))) if row["rule"] == "SLTT"
+    ]
+    assert (row["compute_s"], row["ratios.compute_s"], row["inference.energy_j"]) == (
+        "0.06",
+        "0.5",
+        "1e-06",
+    )
+    narrow = (
+        text_of(comparison, width=80)
+        .removesuffix(f"{FOLDED_ALONE}\n{RECOMPUTES_NOTHING}\n")
+        .splitlines()
+    )
     assert max(map(len, narrow)) <= 80
     values, ratios = narrow[4:6]  # below the ratios of BPTT
-    assert values.split()[:2] == ["SLTT", "90.00%"] and "60 ms" in values and ratios.split()[-2:] == ["×0.50", "×0.25"]
+    assert (
+        values.split()[:2] == ["SLTT", "90.00%"]
+        and "60 ms" in values
+        and ratios.split()[-2:] == ["×0.50", "×0.25"]
+    )
 
 
 def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs_dir: Path):
@@ -300,10 +442,16 @@ def test_what_cards_measured_stands_beside_the_estimate(make_run: Callable, runs
     make_run("sltt", rule="SLTT", inference={"energy_j": 1e-6, "measured_j": 0.015})
     comparison = compare(runs_dir)
     told = comparison.to_json()["runs"][1]
-    assert told["inference"]["measured_j"] == 0.015 and told["ratios"]["inference.measured_j"] == 0.75
+    assert (
+        told["inference"]["measured_j"] == 0.015 and told["ratios"]["inference.measured_j"] == 0.75
+    )
     text = text_of(comparison)
-    assert re.search(r"inference energy +inference measured", text) and re.search(r"SLTT .* 1 µJ +×0.25 +15 mJ +×0.75", text)
-    (row,) = [row for row in csv.DictReader(io.StringIO(csv_of([comparison]))) if row["rule"] == "SLTT"]
+    assert re.search(r"inference energy +inference measured", text) and re.search(
+        r"SLTT .* 1 µJ +×0.25 +15 mJ +×0.75", text
+    )
+    (row,) = [
+        row for row in csv.DictReader(io.StringIO(csv_of([comparison]))) if row["rule"] == "SLTT"
+    ]
     assert (row["inference.measured_j"], row["ratios.inference.measured_j"]) == ("0.015", "0.75")
     make_run("on-a-cpu", study="f" * 16, inference={"energy_j": 4e-6})
     alone = compare(runs_dir, ["on-a-cpu"])
@@ -320,8 +468,10 @@ def test_a_rule_is_not_charged_for_being_looked_at(make_run: Callable, runs_dir:
     assert text_of(comparison).count("1.7 min  ×0.50") == 2
     assert comparison.notes == (
         "wall clocks leave out what comparing gradients with BPTT's took, in runs of SLTT",
-        "runs of SLTT compared gradients, and those of BPTT, OTTT-A did not: one that has may compute some 2 % slower from then "
-        "on, so a difference as small is none",
+        (
+            "runs of SLTT compared gradients, and those of BPTT, OTTT-A did not: one that has may"
+            " compute some 2 % slower from then on, so a difference as small is none"
+        ),
         FOLDED_ALONE,
         RECOMPUTES_NOTHING,
     )
@@ -334,7 +484,10 @@ def test_bytes_stand_without_and_with_states(make_run: Callable, runs_dir: Path)
     assert re.search("peak saved +and states", text_of(comparison, width=160))
     assert re.search(r"SLTT .* 2 MB +×0.25 +5 MB +×0.50 ", text_of(comparison, width=160))
     told = comparison.to_json()["runs"]
-    assert [(run["kept_bytes"], run["ratios"]["kept_bytes"]) for run in told] == [(10_000_000, 1.0), (5_000_000, 0.5)]
+    assert [(run["kept_bytes"], run["ratios"]["kept_bytes"]) for run in told] == [
+        (10_000_000, 1.0),
+        (5_000_000, 0.5),
+    ]
 
 
 def test_one_machine_needs_no_telling(make_run: Callable, runs_dir: Path):
@@ -350,7 +503,11 @@ def test_csv_has_a_line_for_each_run(make_run: Callable, runs_dir: Path):
     rows = list(csv.DictReader(io.StringIO(csv_of([compare(runs_dir)]))))
     assert [row["run"] for row in rows] == ["bptt", "sltt"]
     assert list(rows[0])[:4] == ["run", "rule", "seed", "study"]
-    assert (rows[1]["ratios.peak_saved_bytes"], rows[1]["hardware.cpu"], rows[1]["top5"]) == ("0.25", "a cpu", "0.99")
+    assert (rows[1]["ratios.peak_saved_bytes"], rows[1]["hardware.cpu"], rows[1]["top5"]) == (
+        "0.25",
+        "a cpu",
+        "0.99",
+    )
 
 
 def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: Path):
@@ -361,9 +518,14 @@ def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: 
     comparison = compare(runs_dir)
     assert comparison.study == "f" * 16
     assert [run.name for run in comparison.runs] == ["new-bptt"]
-    said = f"not in the table: new-sltt (SLTT) is interrupted; spiketrain resume new-sltt --runs {runs_dir}\n"
+    said = (
+        "not in the table: new-sltt (SLTT) is interrupted; spiketrain resume new-sltt --runs"
+        f" {runs_dir}\n"
+    )
     assert said in text_of(comparison, width=NO_WIDTH)
-    assert comparison.to_json()["unfinished"] == [{"run": "new-sltt", "rule": "SLTT", "state": "interrupted"}]
+    assert comparison.to_json()["unfinished"] == [
+        {"run": "new-sltt", "rule": "SLTT", "state": "interrupted"}
+    ]
 
 
 def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_dir: Path):
@@ -375,14 +537,22 @@ def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_
     text = text_of(comparison)
     assert re.search(r"SLTT \(1 of 2 runs, the other diverged\) +80.00% +×0.89 ", text)
     assert re.search(r"SLTT-1 +diverged +- +- +-\n", text)
-    assert "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it; lower " in text and "resume" not in text
+    assert (
+        "sltt-k1 (SLTT-1) diverged: it is in no mean, and nothing is divided by it; lower " in text
+        and "resume" not in text
+    )
     assert "for every rule, and train again\n" in text
     told = comparison.to_json()
     assert [run["run"] for run in told["runs"]] == ["bptt", "sltt-0"] and told["differences"] == []
-    assert {run["run"]: run["state"] for run in told["unfinished"]} == {"sltt-1": "diverged", "sltt-k1": "diverged"}
+    assert {run["run"]: run["state"] for run in told["unfinished"]} == {
+        "sltt-1": "diverged",
+        "sltt-k1": "diverged",
+    }
 
 
-def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(make_run: Callable, runs_dir: Path):
+def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(
+    make_run: Callable, runs_dir: Path
+):
     for seed in range(3):
         make_run(f"bptt-{seed}", seed=seed)
         make_run(f"sltt-{seed}", seed=seed, rule="SLTT", end="diverged" if seed == 2 else "finish")
@@ -392,19 +562,38 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(make_run: Call
     for seed in (0, 2):
         make_run(f"ottt-{seed}", rule="OTTT", seed=seed)
     comparison = compare(runs_dir)
-    [told_of_ottt] = [each for each in comparison.to_json()["differences"] if each["rule"] == "OTTT"]
-    assert (told_of_ottt["diverged"], told_of_ottt["verdict"]) == (0, "holds")  # what a machine of its own diverged on
+    [told_of_ottt] = [
+        each for each in comparison.to_json()["differences"] if each["rule"] == "OTTT"
+    ]
+    assert (told_of_ottt["diverged"], told_of_ottt["verdict"]) == (
+        0,
+        "holds",
+    )  # what a machine of its own diverged on
     said = text_of(comparison, width=300)
-    assert "OTTT (2 runs)" in said and "ottt-far (OTTT) diverged, trained otherwise than these: it is in no mean" in said
+    assert (
+        "OTTT (2 runs)" in said
+        and "ottt-far (OTTT) diverged, trained otherwise than these: it is in no mean" in said
+    )
     [found] = [each for each in comparison.to_json()["differences"] if each["rule"] == "SLTT"]
     assert (found["seeds"], found["diverged"], found["verdict"]) == (2, 1, "fails")
-    said = "BPTT - SLTT: +0.00 points over 2 paired seeds of those that did not diverge, as 1 did, 95 % interval"
+    said = (
+        "BPTT - SLTT: +0.00 points over 2 paired seeds of those that did not diverge, as 1 did, 95"
+        " % interval"
+    )
     assert said in " ".join(text_of(comparison, width=300).split())
 
 
 def test_comparing_does_not_wait_for_torch():
-    code = "import sys, pipeline.report.suite; print(sorted({'torch', 'mlflow', 'ray'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, pipeline.report.suite; print(sorted({'torch', 'mlflow', 'ray'} &"
+        " set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):
@@ -412,15 +601,28 @@ def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir
     make_run("sltt", rule="SLTT")
     make_run("ottt", rule="OTTT")
     assert [run.name for run in compare(runs_dir, ["sltt"]).runs] == ["bptt", "sltt"]
-    assert [run.name for run in compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"]).runs] == ["bptt", "ottt"]
+    assert [run.name for run in compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"]).runs] == [
+        "bptt",
+        "ottt",
+    ]
 
 
 @pytest.mark.parametrize("word", ["compare", "report"])
 def test_many_names_are_looked_up_in_one_list(
-    word: str, make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    word: str,
+    make_run: Callable,
+    runs_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    """Of 500 runs, 50 that were named took seconds: each name had every folder listed and every journal opened."""
-    names = [make_run(f"{rule}-{seed}", rule=rule, seed=seed).name for rule in ("BPTT", "SLTT") for seed in range(10)]
+    """Of 500 runs, 50 that were named took seconds: each name had every folder listed and every
+    journal opened.
+    """
+    names = [
+        make_run(f"{rule}-{seed}", rule=rule, seed=seed).name
+        for rule in ("BPTT", "SLTT")
+        for seed in range(10)
+    ]
     looks: Counter[str] = Counter()
 
     def counted(function: Callable) -> Callable:
@@ -450,7 +652,9 @@ def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Pa
     make_run("sltt", rule="SLTT")
     make_run("other", study="f" * 16)
     comparison = compare(runs_dir, ["sltt"])
-    assert comparison.to_json()["baseline"] is None and comparison.to_json()["time_baseline"] is None
+    assert (
+        comparison.to_json()["baseline"] is None and comparison.to_json()["time_baseline"] is None
+    )
     assert set(comparison.to_json()["runs"][0]["ratios"].values()) == {None}
     text = text_of(comparison)
     assert "no baseline, no ratios: study 01234567 has no finished run of BPTT" in text
@@ -460,21 +664,40 @@ def test_without_a_baseline_there_are_no_ratios(make_run: Callable, runs_dir: Pa
 def test_a_baseline_from_another_machine_is_none(make_run: Callable, runs_dir: Path):
     make_run("sltt", rule="SLTT")
     make_run("bptt", world_size=8)
-    assert "no ratios: bptt does not stand comparison: world_size: 8 and 2" in text_of(compare(runs_dir, ["sltt"]))
+    assert "no ratios: bptt does not stand comparison: world_size: 8 and 2" in text_of(
+        compare(runs_dir, ["sltt"])
+    )
 
 
 @pytest.mark.parametrize(
     ("recipe", "summary", "said"),
     [
-        ({"batch_size": 128}, {}, 'batch_size: 64 and 128;'),
-        ({"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd", "lr": 0.2}}}, {}, "optimizer.lr: 0.1 and 0.2;"),
-        ({"optimizer": {"target": "x.y", "kwargs": {"rate": 3}}}, {}, 'optimizer: "timm.optim.create" and "x.y";'),
+        ({"batch_size": 128}, {}, "batch_size: 64 and 128;"),
         (
-            {"model": {**RECIPE["model"], "kwargs": {"widths": [64, 256], "surrogate": {"value": "x.ATan", "kwargs": {}}}}},
+            {"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd", "lr": 0.2}}},
+            {},
+            "optimizer.lr: 0.1 and 0.2;",
+        ),
+        (
+            {"optimizer": {"target": "x.y", "kwargs": {"rate": 3}}},
+            {},
+            'optimizer: "timm.optim.create" and "x.y";',
+        ),
+        (
+            {
+                "model": {
+                    **RECIPE["model"],
+                    "kwargs": {"widths": [64, 256], "surrogate": {"value": "x.ATan", "kwargs": {}}},
+                }
+            },
             {},
             'model.widths[1]: 128 and 256; model.surrogate: "x.Sigmoid" and "x.ATan";',
         ),
-        ({"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd"}}}, {}, 'optimizer.lr: 0.1 and "(absent)";'),
+        (
+            {"optimizer": {**RECIPE["optimizer"], "kwargs": {"opt": "sgd"}}},
+            {},
+            'optimizer.lr: 0.1 and "(absent)";',
+        ),
         (
             {"data": {"target": "pipeline.data.Fashion", "kwargs": {"path": "/elsewhere"}}},
             {"data_fingerprint": "e" * 8},
@@ -483,7 +706,7 @@ def test_a_baseline_from_another_machine_is_none(make_run: Callable, runs_dir: P
         ({"init": "/a/run"}, {}, 'init: null and "/a/run";'),
         ({}, {}, 'study: "0123456789abcdef" and "ffffffffffffffff";'),
     ],
-)  # fmt: skip
+)
 def test_other_studies_are_refused_and_what_differs_is_named(
     make_run: Callable, runs_dir: Path, recipe: dict[str, Any], summary: dict[str, Any], said: str
 ):
@@ -501,10 +724,15 @@ def test_other_studies_are_refused_and_what_differs_is_named(
     ("summary", "said"),
     [
         ({"world_size": 4}, "world_size: 2 and 4"),
-        ({"hardware": {"cpu": "another", "cores": 2, "gpu": "none"}}, 'hardware.cpu: "a cpu" and "another"'),
+        (
+            {"hardware": {"cpu": "another", "cores": 2, "gpu": "none"}},
+            'hardware.cpu: "a cpu" and "another"',
+        ),
     ],
 )
-def test_other_machines_are_refused(make_run: Callable, runs_dir: Path, summary: dict[str, Any], said: str):
+def test_other_machines_are_refused(
+    make_run: Callable, runs_dir: Path, summary: dict[str, Any], said: str
+):
     make_run("bptt")
     make_run("sltt", rule="SLTT", **summary)
     with pytest.raises(ComparisonError, match=said):
@@ -534,10 +762,16 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
     """A launch with --tune that was stopped during its trials: they finished last."""
     make_run("bptt")
     for rate in (0.1, 0.3):
-        make_run(f"bptt-lr-{rate}", study="f" * 16, recipe={"protocol": "trial", "tuned": ["optimizer.lr"]})
+        make_run(
+            f"bptt-lr-{rate}",
+            study="f" * 16,
+            recipe={"protocol": "trial", "tuned": ["optimizer.lr"]},
+        )
     assert [run.name for run in compare(runs_dir).runs] == ["bptt"]
     (runs_dir / "bptt" / "summary.json").unlink()
-    with pytest.raises(ComparisonError, match=r"no finished run in .* but 2 trials on a held-out part"):
+    with pytest.raises(
+        ComparisonError, match=r"no finished run in .* but 2 trials on a held-out part"
+    ):
         compare(runs_dir)
 
 
@@ -577,7 +811,10 @@ def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, run
     make_run("bptt-a", recipe=tuned(0.1))
     make_run("bptt-b", seed=1, recipe=tuned(0.3))
     make_run("sltt", rule="SLTT", recipe=tuned(0.6))
-    said = r"bptt-a and bptt-b differ in more than the rule and the seed: optimizer\.lr: 0\.1 and 0\.3; name runs that agree"
+    said = (
+        r"bptt-a and bptt-b differ in more than the rule and the seed: optimizer\.lr: 0\.1 and"
+        r" 0\.3; name runs that agree"
+    )
     for names in (["sltt"], []):
         with pytest.raises(ComparisonError, match=said):
             compare(runs_dir, names)
@@ -599,9 +836,16 @@ def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
     assert "nan%" in text_of(comparison)
 
 
-def test_what_json_and_spreadsheets_have_no_place_for(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_json_and_spreadsheets_have_no_place_for(
+    make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+):
     make_run("bptt", loss=0.5)
-    lost = {"loss": math.nan, "top1": math.inf, "inference": {"energy_j": -math.inf}, "trained": [1.0, math.nan]}
+    lost = {
+        "loss": math.nan,
+        "top1": math.inf,
+        "inference": {"energy_j": -math.inf},
+        "trained": [1.0, math.nan],
+    }
     make_run("sltt", rule="SLTT", **{**lost, "versions": {"x": "+x"}})
     print_comparison(runs_dir, format="json")
 
@@ -611,7 +855,12 @@ def test_what_json_and_spreadsheets_have_no_place_for(make_run: Callable, runs_d
     [told] = json.loads(capsys.readouterr().out, parse_constant=refuse)
     bptt, sltt = told["runs"]
     assert (bptt["loss"], bptt["not_finite"]) == (0.5, {})
-    assert (sltt["loss"], sltt["top1"], sltt["inference"], sltt["trained"]) == (None, None, {"energy_j": None}, [1.0, None])
+    assert (sltt["loss"], sltt["top1"], sltt["inference"], sltt["trained"]) == (
+        None,
+        None,
+        {"energy_j": None},
+        [1.0, None],
+    )
     said = {"loss": "nan", "top1": "inf", "inference.energy_j": "-inf", "trained[1]": "nan"}
     assert sltt["not_finite"] == said and set(sltt["ratios"].values()) >= {None, 1.0}
     [_, row] = csv.DictReader(io.StringIO(csv_of([compare(runs_dir)])))
@@ -627,8 +876,13 @@ def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callabl
     (folder / "summary.json").write_text(json.dumps({**told, "recipe": "=1+1"}))
     comparison = compare(runs_dir, ["bptt", "old"])
     _, old = comparison.to_json()["runs"]
-    assert (old["rule"], old["behind"]["ratios_to"]) == ("unknown rule", "BPTT") and "unknown rule" in text_of(comparison)
-    assert [(row["rule"], row["recipe"]) for row in csv.DictReader(io.StringIO(csv_of([comparison])))] == [
+    assert (old["rule"], old["behind"]["ratios_to"]) == (
+        "unknown rule",
+        "BPTT",
+    ) and "unknown rule" in text_of(comparison)
+    assert [
+        (row["rule"], row["recipe"]) for row in csv.DictReader(io.StringIO(csv_of([comparison])))
+    ] == [
         ("BPTT", "bptt"),
         ("unknown rule", "'=1+1"),
     ]
@@ -642,14 +896,18 @@ def test_units(make_run: Callable, runs_dir: Path):
     assert re.search(r"12.3[45] kB +×1e-06 .* 12.3 s +×0.00167", text)
 
 
-def test_no_number_is_written_with_a_power_of_ten_where_it_needs_none(make_run: Callable, runs_dir: Path):
+def test_no_number_is_written_with_a_power_of_ten_where_it_needs_none(
+    make_run: Callable, runs_dir: Path
+):
     for seed, speed in enumerate((31_111.0, 31_357.0)):
         make_run(f"bptt-{seed}", seed=seed, images_per_s=speed)
     text = text_of(compare(runs_dir))
     assert "31234" in text and "± 174" in text and "e+" not in text
 
 
-def test_printing_in_each_format(make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]):
+def test_printing_in_each_format(
+    make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+):
     make_run("bptt")
     print_comparison(runs_dir)
     assert "peak saved" in capsys.readouterr().out
@@ -664,7 +922,11 @@ def test_printing_in_each_format(make_run: Callable, runs_dir: Path, capsys: pyt
 def test_one_label_for_two_rules_is_refused(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     make_run("plain", rule="SLTT-1", recipe={"rule": {"target": "SLTT", "kwargs": {"k": 1}}})
-    make_run("rescaled", rule="SLTT-1", recipe={"rule": {"target": "SLTT", "kwargs": {"k": 1, "rescale": True}}})
+    make_run(
+        "rescaled",
+        rule="SLTT-1",
+        recipe={"rule": {"target": "SLTT", "kwargs": {"k": 1, "rescale": True}}},
+    )
     with pytest.raises(ComparisonError, match=r'rule\.rescale: "\(absent\)" and true'):
         compare(runs_dir, ["bptt", "plain", "rescaled"])
     assert len(compare(runs_dir, ["bptt", "rescaled"]).runs) == 2

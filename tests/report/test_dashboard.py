@@ -1,4 +1,6 @@
-"""The dashboard asked as its page asks it: whom it refuses, what an address shows, and what it says of a store in trouble."""
+"""The dashboard asked as its page asks it: whom it refuses, what an address shows, and what it says
+of a store in trouble.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ GROUP = study().groups[0].key
 TOKEN = "a token of more than a word"
 ANSWERED = {"looked": {"data": 7.5}}
 """nothing new; the page may ask again"""
-CLAIM = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+CLAIM = Claim(
+    about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False
+)
 
 
 @pytest.fixture
@@ -40,24 +44,32 @@ def store() -> FakeStore:
     for seed in (0, 1):
         store.add_finished(f"bptt-{seed}", "BPTT", seed=seed, newest=2000.0 + seed)
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, newest=2010.0 + seed)
-    store.add("other", study=OTHER, rule="OTTT-A", state="FAILED", experiment="cifar", newest=1500.0)
+    store.add(
+        "other", study=OTHER, rule="OTTT-A", state="FAILED", experiment="cifar", newest=1500.0
+    )
     return store
 
 
 class Asking:
     """A page's questions to the server, as Dash sends them."""
 
-    def __init__(self, store: Store, *, host: str = "127.0.0.1", token: str | None = None, every: float = 1) -> None:
+    def __init__(
+        self, store: Store, *, host: str = "127.0.0.1", token: str | None = None, every: float = 1
+    ) -> None:
         app = make_app(store, name="store", every=every)
         guard(app.server, host=host, token=token, scripts=app.csp_hashes())
         self.client: FlaskClient = app.server.test_client()
 
     def list(self, search: str = "", *, changed: str = "glance.data") -> str:
-        return self._asks("list.children", {"url.search": search, "glance.data": 0}, changed=changed)
+        return self._asks(
+            "list.children", {"url.search": search, "glance.data": 0}, changed=changed
+        )
 
     def show(self, search: str = "", *, drawn: Any = None, scheme: str = "light") -> str:
         return self._asks(
-            "figures.children", {"url.search": search, "look.data": 7.5, "scheme.data": scheme}, {"drawn.data": drawn}
+            "figures.children",
+            {"url.search": search, "look.data": 7.5, "scheme.data": scheme},
+            {"drawn.data": drawn},
         )
 
     def check(self, search: str, ids: list[str]) -> list[str]:
@@ -75,7 +87,13 @@ class Asking:
         found = json.loads(told)["response"]
         return [found[json.dumps(box, separators=(",", ":"))]["aria-checked"] for box in boxes]
 
-    def press(self, search: str, *presses: str, applied: float | None = None, changed: str = "pressed.data") -> str | None:
+    def press(
+        self,
+        search: str,
+        *presses: str,
+        applied: float | None = None,
+        changed: str = "pressed.data",
+    ) -> str | None:
         """The address after buttons were pressed (`view learning`), at 1, 2, ... milliseconds."""
         pressed = [
             dict(zip(("change", "to", "at"), (*press.split(), float(at)), strict=True))
@@ -85,10 +103,18 @@ class Asking:
         told = self._asks("url.search", inputs, {"applied.data": applied}, changed=changed)
         return json.loads(told)["response"].get("url", {}).get("search") if told else None
 
-    def _asks(self, output: str, inputs: dict[str, Any], state: dict[str, Any] | None = None, *, changed: str = "") -> str:
+    def _asks(
+        self,
+        output: str,
+        inputs: dict[str, Any],
+        state: dict[str, Any] | None = None,
+        *,
+        changed: str = "",
+    ) -> str:
         about = self._about(output)
         outputs = [
-            dict(zip(("id", "property"), name.rsplit(".", 1), strict=True)) for name in about["output"].strip(".").split("...")
+            dict(zip(("id", "property"), name.rsplit(".", 1), strict=True))
+            for name in about["output"].strip(".").split("...")
         ]
         return self._post(
             {
@@ -103,7 +129,9 @@ class Asking:
     def _about(self, output: str) -> dict[str, Any]:
         """The callback that has this output."""
         known = self.client.get("/_dash-dependencies").get_json()
-        [about] = [each for each in known if output in each["output"] and not each["clientside_function"]]
+        [about] = [
+            each for each in known if output in each["output"] and not each["clientside_function"]
+        ]
         return about
 
     def _post(self, body: dict[str, Any]) -> str:
@@ -117,19 +145,27 @@ def _named(name: str, value: Any) -> dict[str, Any]:
     return {"id": who, "property": what, "value": value}
 
 
-# -------------------------------------------------------------------------------------------------------- whom it answers
+# ---------------------------------------------------------------------------------- whom it answers
 
 
 @pytest.mark.parametrize("path", ["/", "/_dash-layout", "/_dash-dependencies", "/csv", "/nothing"])
 def test_a_token_is_asked_of_every_request(store: FakeStore, path: str):
     client = Asking(store, host="0.0.0.0", token=TOKEN).client
     refused = client.get(path)
-    assert refused.status_code == 401 and refused.get_data(as_text=True).startswith("dashboard: open it once with its token")
+    assert refused.status_code == 401 and refused.get_data(as_text=True).startswith(
+        "dashboard: open it once with its token"
+    )
     assert store.asked == []
     wrong = client.get(path, query_string={"token": TOKEN[:-1]})
-    assert wrong.status_code == 401 and "is not the one" in wrong.get_data(as_text=True) and "Set-Cookie" not in wrong.headers
+    assert (
+        wrong.status_code == 401
+        and "is not the one" in wrong.get_data(as_text=True)
+        and "Set-Cookie" not in wrong.headers
+    )
     client.set_cookie(COOKIE, TOKEN)
-    assert client.get(path).status_code == 401  # the cookie is made of the token, it is not the token
+    assert (
+        client.get(path).status_code == 401
+    )  # the cookie is made of the token, it is not the token
 
 
 def test_the_token_once_then_a_cookie(store: FakeStore):
@@ -137,18 +173,26 @@ def test_the_token_once_then_a_cookie(store: FakeStore):
     answer = client.get("/", query_string={"study": KEY, "token": TOKEN})
     assert (answer.status_code, answer.headers["Location"]) == (303, f"/?study={KEY}")
     cookie = answer.headers["Set-Cookie"]
-    assert "HttpOnly" in cookie and "SameSite=Lax" in cookie and "Secure" not in cookie and TOKEN not in cookie
+    assert (
+        "HttpOnly" in cookie
+        and "SameSite=Lax" in cookie
+        and "Secure" not in cookie
+        and TOKEN not in cookie
+    )
     assert client.get("/").status_code == client.get("/_dash-layout").status_code == 200
     bare = Asking(store, host="0.0.0.0", token=TOKEN).client
     assert bare.get("/", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8050", "127.0.0.1.evil.example", "0.0.0.0", "[::2]:80"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8050", "127.0.0.1.evil.example", "0.0.0.0", "[::2]:80"]
+)
 def test_a_name_that_somebody_points_here_is_refused(store: FakeStore, host: str):
     refused = Asking(store).client.get("/", headers={"Host": host})
     assert (
         refused.status_code == 403
-        and "without a --token it answers to localhost and 127.0.0.1 alone; got" in refused.get_data(as_text=True)
+        and "without a --token it answers to localhost and 127.0.0.1 alone; got"
+        in refused.get_data(as_text=True)
     )
 
 
@@ -158,10 +202,17 @@ def test_names_of_loopback_are_answered(store: FakeStore, host: str):
     assert answer.status_code == 200
     policy = answer.headers["Content-Security-Policy"]
     assert (
-        "default-src 'none'" in policy and "script-src 'self' 'sha256-" in policy and "unsafe-inline" not in policy.split(";")[1]
+        "default-src 'none'" in policy
+        and "script-src 'self' 'sha256-" in policy
+        and "unsafe-inline" not in policy.split(";")[1]
     )
-    assert answer.headers["X-Content-Type-Options"] == "nosniff" and answer.headers["Cache-Control"] == "no-store"
-    assert "http://" not in answer.get_data(as_text=True) and "https://" not in answer.get_data(as_text=True)
+    assert (
+        answer.headers["X-Content-Type-Options"] == "nosniff"
+        and answer.headers["Cache-Control"] == "no-store"
+    )
+    assert "http://" not in answer.get_data(as_text=True) and "https://" not in answer.get_data(
+        as_text=True
+    )
 
 
 def test_with_a_token_it_answers_to_the_name_that_a_proxy_keeps(store: FakeStore):
@@ -172,32 +223,59 @@ def test_with_a_token_it_answers_to_the_name_that_a_proxy_keeps(store: FakeStore
 
 
 def test_another_host_takes_a_token(spiketrain: Callable, tmp_path: Path):
-    for words in (("--host", "0.0.0.0"), ("--host", "::"), ("--host", "a-name.example"), ("--token", " ")):
+    for words in (
+        ("--host", "0.0.0.0"),
+        ("--host", "::"),
+        ("--host", "a-name.example"),
+        ("--token", " "),
+    ):
         code, _, err = spiketrain("dashboard", "--store", str(tmp_path / "mlflow.db"), *words)
         assert code == 2 and len(err.splitlines()) == 1 and "token" in err
     code, _, err = spiketrain("dashboard", "--store", "mysql://host/x")
     assert code == 2 and "must be sqlite:///FILE or the address of a server" in err
 
 
-# --------------------------------------------------------------------------------------------------------- what is shown
+# ------------------------------------------------------------------------------------ what is shown
 
 
 def test_an_address_is_what_it_shows():
     place = Place(
-        study=KEY, family="a b&c", runs=("01", "23"), view="learning", text="x=y", only="running", sort="runs", descending=False
+        study=KEY,
+        family="a b&c",
+        runs=("01", "23"),
+        view="learning",
+        text="x=y",
+        only="running",
+        sort="runs",
+        descending=False,
     )
     assert Place.at(place.search) == place and Place.at("") == Place() and Place().search == ""
     assert Place.at(Place(runs=()).search).runs == ()
-    assert Place.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == Place(runs=(), descending=False)
+    assert Place.at("?view=nothing&only=x&sort=__class__&order=x&runs=none") == Place(
+        runs=(), descending=False
+    )
 
 
 def test_the_list_filters_and_sorts(store: FakeStore):
     asking = Asking(store)
     whole = asking.list()
-    assert whole.index(KEY[:8]) < whole.index(OTHER[:8]) and "2 of 2 studies" in whole and "4 finished" in whole
-    for search, kept in (("?text=sltt+fashion", KEY), ("?text=OTTT", OTHER), ("?only=failed", OTHER), ("?only=finished", KEY)):
+    assert (
+        whole.index(KEY[:8]) < whole.index(OTHER[:8])
+        and "2 of 2 studies" in whole
+        and "4 finished" in whole
+    )
+    for search, kept in (
+        ("?text=sltt+fashion", KEY),
+        ("?text=OTTT", OTHER),
+        ("?only=failed", OTHER),
+        ("?only=finished", KEY),
+    ):
         found = asking.list(search)
-        assert "1 of 2 studies" in found and kept[:8] in found and ({KEY, OTHER} - {kept}).pop()[:8] not in found
+        assert (
+            "1 of 2 studies" in found
+            and kept[:8] in found
+            and ({KEY, OTHER} - {kept}).pop()[:8] not in found
+        )
     up = asking.list("?sort=study&order=up")
     assert up.index(KEY[:8]) < up.index(OTHER[:8]) and '"aria-sort":"ascending"' in up
     down = asking.list("?sort=study")
@@ -210,8 +288,14 @@ def test_the_list_tells_the_protocols_apart_and_finds_them(store: FakeStore):
         tags = {"spiketrain.protocol": protocol, "spiketrain.tuned": '["optimizer.lr"]'}
         store.add(f"one-{protocol}", rule="SLTT", study=letter * 16, tags=tags)
     whole = Asking(store).list()
-    assert "SLTT (tuned, optimizer.lr)" in whole and "SLTT (trials of optimizer.lr)" in whole and whole.count("(t") == 2
-    assert "1 of 4 studies" in Asking(store).list("?text=trials") and "1 of 4 studies" in Asking(store).list("?text=tuned")
+    assert (
+        "SLTT (tuned, optimizer.lr)" in whole
+        and "SLTT (trials of optimizer.lr)" in whole
+        and whole.count("(t") == 2
+    )
+    assert "1 of 4 studies" in Asking(store).list("?text=trials") and "1 of 4 studies" in Asking(
+        store
+    ).list("?text=tuned")
 
 
 def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
@@ -221,7 +305,9 @@ def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
         assert "of 2 studies" in asking.list(search, changed="url.search")
     assert store.asked == [("listed",)]
     store.add("new", study="e" * 16)
-    assert "3 of 3 studies" in asking.list() and "3 of 3 studies" in asking.list("?sort=study", changed="url.search")
+    assert "3 of 3 studies" in asking.list() and "3 of 3 studies" in asking.list(
+        "?sort=study", changed="url.search"
+    )
     assert store.asked == [("listed",), ("listed",)]
     asking = Asking(store, every=0)  # the newest look is too long ago
     asking.list()
@@ -252,10 +338,18 @@ def test_the_figures_of_the_runs_that_are_picked(store: FakeStore):
         and whole.count('"type":"Graph"') == 4
     )
     some = asking.show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
-    assert some.count('"aria-checked":"true"') == 1 and some.count('"aria-checked":"false"') == 3 and "no baseline" in some
+    assert (
+        some.count('"aria-checked":"true"') == 1
+        and some.count('"aria-checked":"false"') == 3
+        and "no baseline" in some
+    )
     assert "Pick one of its runs" in asking.show(f"?study={KEY}&runs=none")
-    assert asking.show(f"?study={KEY}").count("#191a1d") == 0 and "#191a1d" in asking.show(f"?study={KEY}", scheme="dark")
-    assert "no run of this study" in asking.show("?study=none") and "Pick one from the list" in asking.show("")
+    assert asking.show(f"?study={KEY}").count("#191a1d") == 0 and "#191a1d" in asking.show(
+        f"?study={KEY}", scheme="dark"
+    )
+    assert "no run of this study" in asking.show(
+        "?study=none"
+    ) and "Pick one from the list" in asking.show("")
     for view, title in (
         ("learning", "Learning curves"),
         ("time", "Where the time goes"),
@@ -277,7 +371,9 @@ def members(runs: dict[str, range]) -> list[StoredRun]:
 def test_of_many_runs_whole_seeds_are_picked():
     rules = ("BPTT", *(f"rule-{count}" for count in range(8)))
     picked = Place().picked(members(dict.fromkeys(rules, range(3))))
-    assert {(run.rule, run.seed) for run in picked} == {(rule, seed) for rule in rules for seed in "12"}
+    assert {(run.rule, run.seed) for run in picked} == {
+        (rule, seed) for rule in rules for seed in "12"
+    }
     assert len(Place().picked(members(dict.fromkeys(rules[1:], range(3))))) == 24  # all of them
 
 
@@ -285,7 +381,9 @@ def test_the_baseline_is_picked_with_its_seed_even_where_it_started_first():
     many = {f"rule-{count}": range(1) for count in range(30)}
     picked = Place().picked(members({"BPTT": range(1), **many}))
     assert len(picked) == 24 and picked[-1].rule == "BPTT" and picked[0].rule == "rule-29"
-    newer = {f"rule-{count}": range(1, 2) for count in range(23)}  # a seed in which no BPTT has begun
+    newer = {
+        f"rule-{count}": range(1, 2) for count in range(23)
+    }  # a seed in which no BPTT has begun
     picked = Place().picked(members({"BPTT": range(1), "SLTT": range(1), **newer}))
     assert {run.rule for run in picked} == {"BPTT", *newer}
 
@@ -299,7 +397,9 @@ def test_which_boxes_are_checked_follows_what_is_picked(store: FakeStore):
     ids = [run.id[:8] for run in store.members if run.study == KEY]
     checked = asking.check(f"?study={KEY}", ids)
     assert checked.count("true") == 24
-    assert [name for name, each in zip(ids, checked, strict=True) if each == "true"][-1] == "bptt-0bp"
+    assert [name for name, each in zip(ids, checked, strict=True) if each == "true"][
+        -1
+    ] == "bptt-0bp"
     assert asking.check(f"?study={KEY}&runs={ids[3]}", ids).count("true") == 1
     store.trouble = "store x does not exist"
     assert asking.check(f"?study={KEY}&runs={ids[3]}", ids)[3] == "true"
@@ -314,12 +414,17 @@ def test_an_address_that_names_no_runs_says_that_it_shows_the_newest(store: Fake
     for view in VIEWS:
         assert said in asking.show(f"?study={KEY}&view={view}")
     named = ".".join(run.id[:8] for run in store.members[:24])
-    assert "The newest" not in asking.show(f"?study={KEY}&runs={named}") and "The newest" not in asking.show("?study=" + OTHER)
+    assert "The newest" not in asking.show(
+        f"?study={KEY}&runs={named}"
+    ) and "The newest" not in asking.show("?study=" + OTHER)
 
 
 def test_a_baseline_that_nobody_picked_is_not_called_unfinished(store: FakeStore):
     shown = Asking(store).show(f"?study={KEY}&runs={store.members[1].id[:8]}")  # of SLTT
-    assert "No baseline: no finished run of BPTT in this group is among those picked. Nothing is divided." in shown
+    assert (
+        "No baseline: no finished run of BPTT in this group is among those picked. Nothing is"
+        " divided." in shown
+    )
     assert "has finished" not in shown
 
 
@@ -331,7 +436,9 @@ def test_nothing_is_drawn_again_without_news(store: FakeStore):
     assert "#191a1d" in asking.show(f"?study={KEY}", drawn=before, scheme="dark")
     store.add("going", rule="SLTT", state="RUNNING")
     asking = Asking(store)  # a look lasts half a second
-    grown = asking.show(f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", drawn=before)
+    grown = asking.show(
+        f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", drawn=before
+    )
     assert grown.count('"aria-checked":"true"') == 4 and grown.count('"aria-checked":"false"') == 1
 
 
@@ -341,7 +448,9 @@ def test_a_press_whose_answer_was_thrown_away_comes_along_with_the_next(store: F
     assert asking.press("", *presses) == "?view=time&only=running"
     assert asking.press("?only=finished", *presses, applied=1.0) == "?view=time&only=running"
     assert asking.press("", *presses, applied=3.0) is None
-    linked = asking.press(f"?study={KEY}", "view time", changed="url.search")  # a link was followed meanwhile
+    linked = asking.press(
+        f"?study={KEY}", "view time", changed="url.search"
+    )  # a link was followed meanwhile
     assert linked == f"?study={KEY}&view=time"
 
 
@@ -356,36 +465,75 @@ def test_boxes_stay_while_their_runs_do(store: FakeStore):
 def test_the_data_of_a_figure_is_a_file(store: FakeStore):
     client = Asking(store).client
     file = client.get(f"/csv?study={KEY}&name={GROUP}-ratios")
-    assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith("rule,quantity,divided by,ratio")
-    beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
-    assert beside.get_data(as_text=True) == (
-        "rule,states beside saved bytes,start-up\nBPTT,1 ± 0 kB,0 ± 0 ms\nSLTT,1 ± 0 kB,0 ± 0 ms\n"
+    assert file.mimetype == "text/csv" and file.get_data(as_text=True).startswith(
+        "rule,quantity,divided by,ratio"
     )
-    assert client.get(f"/csv?study={KEY}&name={GROUP}-held").status_code == 404  # no run says what training holds
-    for nothing in (f"study={KEY}&name=../../x", f"study={KEY}&name=g1-ratios", f"name={GROUP}-ratios"):
+    beside = client.get(f"/csv?study={KEY}&name={GROUP}-beside")
+    assert (
+        beside.get_data(as_text=True)
+        == "rule,states beside saved bytes,start-up\nBPTT,1 ± 0 kB,0 ± 0 ms\nSLTT,1 ± 0 kB,0 ± 0"
+        " ms\n"
+    )
+    assert (
+        client.get(f"/csv?study={KEY}&name={GROUP}-held").status_code == 404
+    )  # no run says what training holds
+    for nothing in (
+        f"study={KEY}&name=../../x",
+        f"study={KEY}&name=g1-ratios",
+        f"name={GROUP}-ratios",
+    ):
         assert client.get(f"/csv?{nothing}").status_code == 404
 
 
 def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore):
     search = f"?study={KEY}&view=claims"
-    assert "The store has no claims, sweep or report of these runs; `spiketrain report SUITE`" in Asking(store).show(search)
+    assert (
+        "The store has no claims, sweep or report of these runs; `spiketrain report SUITE`"
+        in Asking(store).show(search)
+    )
     for parent, seed in (("first", 2), ("second", 3)):
-        tags = {"spiketrain.suite": f"launch-{seed}", "spiketrain.commit": "abc", "hardware.cpu": "a cpu"}
+        tags = {
+            "spiketrain.suite": f"launch-{seed}",
+            "spiketrain.commit": "abc",
+            "hardware.cpu": "a cpu",
+        }
         store.add_finished(f"sltt-{seed}", "SLTT", seed=seed, parent=parent, tags=tags)
         told = Returned(claims=(replace(CLAIM, ours=f"ours of launch {seed}"),), sweeps=(LARGEST,))
-        store.texts[parent, "report.json"] = json.dumps({**told.to_json(), "printed": f"trials of launch {seed}\n"})
+        store.texts[parent, "report.json"] = json.dumps(
+            {**told.to_json(), "printed": f"trials of launch {seed}\n"}
+        )
     asking = Asking(store)
     shown = asking.show(search)
-    assert '"children":"trials of launch 3\\n"},"type":"Pre"' in shown and "trials of launch 2" in shown
-    assert "does not hold" in shown and "Memory against time steps: small" in shown and shown.count('"type":"Graph"') == 4
+    assert (
+        '"children":"trials of launch 3\\n"},"type":"Pre"' in shown
+        and "trials of launch 2" in shown
+    )
+    assert (
+        "does not hold" in shown
+        and "Memory against time steps: small" in shown
+        and shown.count('"type":"Graph"') == 4
+    )
     file = "sweep-1-launch-2-first-commit-abc-on-a-cpu-first-sweep1-memory-against-time-steps"
     assert "Each rule's own largest batch" in shown and f'"data-png":"{file}"' in shown
-    heads = [f"launch-{seed} ({parent}), commit abc, on a cpu" for parent, seed in (("second", 3), ("first", 2))]
-    places = [shown.index(text) for text in (f'"{heads[0]}"', "ours of launch 3", f'"{heads[1]}"', "ours of launch 2")]
+    heads = [
+        f"launch-{seed} ({parent}), commit abc, on a cpu"
+        for parent, seed in (("second", 3), ("first", 2))
+    ]
+    places = [
+        shown.index(text)
+        for text in (f'"{heads[0]}"', "ours of launch 3", f'"{heads[1]}"', "ours of launch 2")
+    ]
     assert places == sorted(places)  # whose a row is
-    for name, head in (("first-claims", "rule,claim,"), ("second-sweep1-largest", "rule,time steps,largest batch in 1 GB,")):
-        assert asking.client.get(f"/csv{search}&name={name}").get_data(as_text=True).startswith(head)
-    assert "ours of launch 3" in asking.client.get(f"/csv{search}&name=second-claims").get_data(as_text=True)
+    for name, head in (
+        ("first-claims", "rule,claim,"),
+        ("second-sweep1-largest", "rule,time steps,largest batch in 1 GB,"),
+    ):
+        assert (
+            asking.client.get(f"/csv{search}&name={name}").get_data(as_text=True).startswith(head)
+        )
+    assert "ours of launch 3" in asking.client.get(f"/csv{search}&name=second-claims").get_data(
+        as_text=True
+    )
     before = json.loads(shown)["response"]["drawn"]["data"]
     assert json.loads(Asking(store).show(search, drawn=before))["response"] == ANSWERED
     for parent in ("first", "second"):
@@ -402,8 +550,12 @@ def test_all_claims_are_shown(store: FakeStore):
 
 
 def several_groups(store: FakeStore) -> None:
-    """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and one sweep, twice."""
-    told = json.dumps({**Returned(claims=(CLAIM,), sweeps=(LARGEST, LARGEST)).to_json(), "printed": "trials\n"})
+    """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and
+    one sweep, twice.
+    """
+    told = json.dumps(
+        {**Returned(claims=(CLAIM,), sweeps=(LARGEST, LARGEST)).to_json(), "printed": "trials\n"}
+    )
     for rule in ("BPTT", "SLTT"):
         store.add_finished(f"two-{rule}", rule, parent=f"of-{rule}", workers=2)
         store.texts[f"of-{rule}", "report.json"] = told
@@ -421,7 +573,9 @@ def test_no_two_tables_of_a_view_have_one_name(store: FakeStore):
 def _regions(value: Any) -> Iterator[str]:
     if isinstance(value, dict) and value.get("role") == "region":
         yield value["aria-label"]
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for each in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from _regions(each)
 
 
@@ -446,7 +600,10 @@ def test_a_link_to_a_file_stays_the_groups_whatever_runs_come(store: FakeStore):
     before = asking.client.get(file).get_data(as_text=True)
     store.add_finished("ottt", "OTTT-A")
     asking = Asking(store)  # a look lasts half a second
-    assert list(_groups(asking)) == [one, two] and asking.client.get(file).get_data(as_text=True) == before
+    assert (
+        list(_groups(asking)) == [one, two]
+        and asking.client.get(file).get_data(as_text=True) == before
+    )
 
 
 def _groups(asking: Asking) -> Iterator[tuple[str, str]]:
@@ -464,7 +621,10 @@ def test_how_the_groups_differ_is_a_file(store: FakeStore):
     asking = Asking(store)
     assert ("href", file) in _texts(json.loads(asking.show(f"?study={KEY}&view=runs")))
     told = asking.client.get(file).get_data(as_text=True)
-    assert told.startswith("field,first group,other group,first,other\n") and "\nmicro_batch,4,8," in told
+    assert (
+        told.startswith("field,first group,other group,first,other\n")
+        and "\nmicro_batch,4,8," in told
+    )
 
 
 def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
@@ -477,7 +637,9 @@ def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore)
 def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(store: FakeStore):
     for run in store.members[1:]:
         summary = json.loads(store.texts[run.id, "summary.json"])
-        store.texts[run.id, "summary.json"] = json.dumps({**summary, "held": {"parameters": 4e6, "gradients": 4e6}})
+        store.texts[run.id, "summary.json"] = json.dumps(
+            {**summary, "held": {"parameters": 4e6, "gradients": 4e6}}
+        )
     made = {"version": 1, "recipe": recipe("SLTT", published=[[1, 0.5], [2, 0.95]])}
     [one] = [run for run in store.members if run.name == "sltt-0"]
     store.texts[one.id, "recipe.json"] = json.dumps(made)
@@ -487,22 +649,34 @@ def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(stor
     held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
     assert held.splitlines()[1] == "BPTT,4 ± 0 MB,,4 ± 0 MB,,,,1 ± 0 kB"
     learning = asking.show(f"?study={KEY}&view=learning")
-    assert "Beside the published run" in learning and "sltt-0: 5.0 points below the published run at epoch 2" in learning
+    assert (
+        "Beside the published run" in learning
+        and "sltt-0: 5.0 points below the published run at epoch 2" in learning
+    )
     assert "Beside the published run" not in shown
 
 
 def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
     for name, rate in (("bptt-0", 0.1), ("bptt-1", 0.3)):
-        made = recipe("BPTT", tuned=["optimizer.lr"], optimizer={"target": "timm.optim.create", "kwargs": {"lr": rate}})
+        made = recipe(
+            "BPTT",
+            tuned=["optimizer.lr"],
+            optimizer={"target": "timm.optim.create", "kwargs": {"lr": rate}},
+        )
         store.texts[(name * 32)[:32], "recipe.json"] = json.dumps({"version": 1, "recipe": made})
     shown = Asking(store).show(f"?study={KEY}")
-    assert "No baseline: several BPTTs with different optimizer.lr; name one. Nothing is divided." in shown
+    assert (
+        "No baseline: several BPTTs with different optimizer.lr; name one. Nothing is divided."
+        in shown
+    )
     assert "among those picked" not in shown
 
 
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
     store.add_finished("going", "SLTT", state="RUNNING", newest=time.time() - 30)
-    assert "seed 0, running" in Asking(store).show(f"?study={KEY}") and "no word" not in Asking(store).show(f"?study={KEY}")
+    assert "seed 0, running" in Asking(store).show(f"?study={KEY}") and "no word" not in Asking(
+        store
+    ).show(f"?study={KEY}")
     before = json.loads(Asking(store).show(f"?study={KEY}"))["response"]["drawn"]["data"]
     store.add_finished("going", "SLTT", state="RUNNING", newest=time.time() - 30.5 * 60)
     shown = Asking(store).show(f"?study={KEY}", drawn=before)
@@ -516,7 +690,9 @@ def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(s
     store.add_finished("broken", "SLTT", **about, tags={"spiketrain.diverged": "false"})
     store.add_finished("ended", "SLTT", **{**about, "state": "KILLED"})
     asking = Asking(store)
-    assert "1 diverged, 2 failed, 1 stopped" in asking.list("?text=diverged") and "0 of 2 studies" in asking.list("?text=killed")
+    assert "1 diverged, 2 failed, 1 stopped" in asking.list(
+        "?text=diverged"
+    ) and "0 of 2 studies" in asking.list("?text=killed")
     assert "1 of 2 studies" in asking.list("?only=failed")
     shown, runs = (asking.show(f"?study={OTHER}&view={view}") for view in ("costs", "runs"))
     for name, state in (("lost", "diverged"), ("broken", "failed"), ("ended", "stopped")):
@@ -524,39 +700,57 @@ def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(s
         assert [name, "SLTT", "0", OTHER[:8], state] in list(_rows(json.loads(runs)))
     assert "0, 1 failed, 1 stopped, 1 diverged" in shown
     store.members = [run for run in store.members if run.name in ("lost", "bptt-0")]
-    assert "1 of 2 studies" in asking.list("?only=failed") and "1 of 2 studies" in asking.list("?only=finished")
+    assert "1 of 2 studies" in asking.list("?only=failed") and "1 of 2 studies" in asking.list(
+        "?only=finished"
+    )
 
 
 def _rows(value: Any) -> Iterator[list[str]]:
     """The first cells of each row of the tables of an answer."""
     if isinstance(value, dict) and value.get("type") == "Tr":
         yield [text for where, text in _texts(value) if where == "children"][:5]
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for each in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from _rows(each)
 
 
 def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore):
     store.add("dead", study=OTHER, state="RUNNING", experiment="cifar", newest=0.0)
     asking = Asking(store)
-    assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list("?only=running")
+    assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list(
+        "?only=running"
+    )
     store.add("alive", study=OTHER, state="RUNNING", experiment="cifar", newest=time.time() - 30)
     found = asking.list("?only=running")
-    assert "1 of 2 studies" in found and OTHER[:8] in found and "1 failed, 1 running, 1 silent" in found
+    assert (
+        "1 of 2 studies" in found
+        and OTHER[:8] in found
+        and "1 failed, 1 running, 1 silent" in found
+    )
 
 
 def test_names_from_outside_stay_text(store: FakeStore):
-    """Dash sends a page as components: a text among children is a text, "to" is of a button's id, Markdown would be neither."""
+    """Dash sends a page as components: a text among children is a text, "to" is of a button's id,
+    Markdown would be neither.
+    """
     script = "<script>alert(1)</script>"
     store.add(script, rule="<b>bold</b>")
     answers = [Asking(store).list(), Asking(store).show(f"?study={KEY}&view=runs")]
     for name in (script, "<b>bold</b>"):
-        assert all(any(name in text for _, text in _texts(json.loads(answer))) for answer in answers[-1:]), "it is shown"
+        assert all(
+            any(name in text for _, text in _texts(json.loads(answer))) for answer in answers[-1:]
+        ), "it is shown"
     for where, text in (found for answer in answers for found in _texts(json.loads(answer))):
         if "<script>" in text or "<b>" in text:
             assert where in ("children", "data", "to"), f"{where}: {text[:200]}"
-    kinds = {text for answer in answers for where, text in _texts(json.loads(answer)) if where == "type"}
+    kinds = {
+        text for answer in answers for where, text in _texts(json.loads(answer)) if where == "type"
+    }
     assert kinds and not kinds & {"Markdown", "DangerouslySetInnerHTML", "Iframe", "Script"}
-    assert script not in Asking(store).client.get(f"/?study={KEY}&text={script}").get_data(as_text=True)
+    assert script not in Asking(store).client.get(f"/?study={KEY}&text={script}").get_data(
+        as_text=True
+    )
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -571,7 +765,7 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(each, name)
 
 
-# -------------------------------------------------------------------------------------------------------- store in trouble
+# --------------------------------------------------------------------------------- store in trouble
 
 
 def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(store: FakeStore):
@@ -580,11 +774,16 @@ def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(st
     store.trouble = "store x does not exist"
     store.add_finished("new", "SLTT", seed=7)
     asking = Asking(store)
-    assert "Store x does not exist." in asking.list() and "Store x does not exist." in asking.show(f"?study={KEY}", drawn=drawn)
+    assert "Store x does not exist." in asking.list() and "Store x does not exist." in asking.show(
+        f"?study={KEY}", drawn=drawn
+    )
     assert asking.client.get(f"/csv?study={KEY}&name={GROUP}-ratios").status_code == 503
     assert asking.press(f"?study={KEY}", "runs all") == f"?study={KEY}"
     store.trouble = ""
-    assert KEY[:8] in asking.list() and asking.show(f"?study={KEY}").count('"aria-checked":"true"') == 5
+    assert (
+        KEY[:8] in asking.list()
+        and asking.show(f"?study={KEY}").count('"aria-checked":"true"') == 5
+    )
 
 
 def test_files_that_are_no_store_yet(tmp_path: Path):
@@ -592,7 +791,9 @@ def test_files_that_are_no_store_yet(tmp_path: Path):
     asking = Asking(open_store(str(file)))
     assert "does not exist; launch a run" in asking.list()
     file.touch()
-    assert "is empty, nothing was delivered yet" in asking.list() and "is empty" in asking.show("?study=x")
+    assert "is empty, nothing was delivered yet" in asking.list() and "is empty" in asking.show(
+        "?study=x"
+    )
     file.write_text("half of something\n" * 100)
     assert "is damaged (file is not a database)" in asking.list()
     file.unlink()

@@ -1,4 +1,6 @@
-"""The dashboard of runs that were really trained, as the command line serves it, opened in the system's Chromium."""
+"""The dashboard of runs that were really trained, as the command line serves it, opened in the
+system's Chromium.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five runs of the study "s", and one that failed of another."""
     runs_dir = tmp_path_factory.mktemp("real") / "runs"
     train_real_study(runs_dir)
-    for journal in runs_dir.glob("*/journal.jsonl"):  # as a launch tells runs apart, and what they have in common
-        told = [{**event, "run_id": journal.parent.name, "family": "small"} for event in read(journal)]
+    for journal in runs_dir.glob(
+        "*/journal.jsonl"
+    ):  # as a launch tells runs apart, and what they have in common
+        told = [
+            {**event, "run_id": journal.parent.name, "family": "small"} for event in read(journal)
+        ]
         journal.write_text("".join(json.dumps(event) + "\n" for event in told))
     (runs_dir / "failed-0").mkdir()
     with Journal(runs_dir / "failed-0" / "journal.jsonl", attempt=0) as journal:
@@ -77,10 +83,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def served(runs: Path, *, token: str | None = None) -> Iterator[str]:
     """Its address, from the command that a user types."""
-    command = [sys.executable, "-m", "pipeline", "dashboard", "--runs", str(runs), "--port", "0", "--every", str(EVERY)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "dashboard",
+        "--runs",
+        str(runs),
+        "--port",
+        "0",
+        "--every",
+        str(EVERY),
+    ]
     if token is not None:
         command += ["--token", token]
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"
+    }
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
         try:
@@ -101,7 +120,10 @@ def address(runs: Path) -> Iterator[str]:
 
 def opened(browser: Browser, url: str) -> tuple[Page, Watch]:
     size = {"width": WIDE[0], "height": WIDE[1]}
-    page, watch = browser.new_page(viewport=size, reduced_motion="reduce", color_scheme="light"), Watch()
+    page, watch = (
+        browser.new_page(viewport=size, reduced_motion="reduce", color_scheme="light"),
+        Watch(),
+    )
     watch.over(page)
     page.goto(url)
     page.locator("#list tbody tr, #list .note").first.wait_for()
@@ -115,7 +137,9 @@ def opened_once(browser: Browser, address: str) -> tuple[Page, Watch]:
 
 @pytest.fixture
 def page(opened_once: tuple[Page, Watch], address: str) -> Iterator[Page]:
-    """Wide and light, of the real study; whatever a test did in it, it said nothing and asked nobody else."""
+    """Wide and light, of the real study; whatever a test did in it, it said nothing and asked
+    nobody else.
+    """
     page, watch = opened_once
     page.set_viewport_size({"width": WIDE[0], "height": WIDE[1]})
     page.emulate_media(color_scheme="light")
@@ -127,8 +151,9 @@ def page(opened_once: tuple[Page, Watch], address: str) -> Iterator[Page]:
 def drawn(page: Page, count: int, paper: str = LIGHT) -> None:
     """That many figures, on the paper of a scheme."""
     page.wait_for_function(
-        "([count, paper]) => { const all = [...document.querySelectorAll('.drawing .main-svg:first-child')];"
-        " return all.length === count && all.every(each => each.style.background === paper) }",
+        "([count, paper]) => { const all = [...document.querySelectorAll('.drawing"
+        " .main-svg:first-child')]; return all.length === count && all.every(each =>"
+        " each.style.background === paper) }",
         arg=[count, paper],
     )
 
@@ -145,17 +170,30 @@ def accessible(page: Page) -> None:
     """With its tables open, and no wider than its window."""
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
     assert violations(page) == []
-    page.wait_for_function("() => document.documentElement.scrollWidth <= window.innerWidth", timeout=5000)
-    levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3, h4").all()]
-    assert levels[0] == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    page.wait_for_function(
+        "() => document.documentElement.scrollWidth <= window.innerWidth", timeout=5000
+    )
+    levels = [
+        int(each.evaluate("node => node.tagName[1]"))
+        for each in page.locator("h1, h2, h3, h4").all()
+    ]
+    assert levels[0] == 1 and all(
+        after <= before + 1 for before, after in itertools.pairwise(levels)
+    )
 
 
 def studies(page: Page) -> list[str]:
     return page.locator("#list tbody th").all_text_contents()
 
 
-@pytest.mark.parametrize(("size", "scheme", "paper"), [(WIDE, "light", LIGHT), (PHONE, "dark", DARK)], ids=["wide", "phone"])
-def test_each_view_is_accessible(page: Page, size: tuple[int, int], scheme: Literal["light", "dark"], paper: str):
+@pytest.mark.parametrize(
+    ("size", "scheme", "paper"),
+    [(WIDE, "light", LIGHT), (PHONE, "dark", DARK)],
+    ids=["wide", "phone"],
+)
+def test_each_view_is_accessible(
+    page: Page, size: tuple[int, int], scheme: Literal["light", "dark"], paper: str
+):
     page.set_viewport_size({"width": size[0], "height": size[1]})
     page.emulate_media(color_scheme=scheme)
     for view in VIEWS:
@@ -215,9 +253,13 @@ def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address
     page, _ = opened(browser, address)
     page.get_by_role("link", name="s", exact=True).click()
     drawn(page, 4)
-    page.get_by_role("checkbox", name="bptt-1").press("Space")  # at once: the page redraws twice a second
+    page.get_by_role("checkbox", name="bptt-1").press(
+        "Space"
+    )  # at once: the page redraws twice a second
     expect(page.get_by_role("checkbox", name="bptt-1")).to_have_attribute("aria-checked", "false")
-    expect(page.get_by_role("checkbox", name="bptt-1")).to_be_focused()  # whoever uses a keyboard stays there
+    expect(
+        page.get_by_role("checkbox", name="bptt-1")
+    ).to_be_focused()  # whoever uses a keyboard stays there
     page.get_by_role("button", name="Learning curves", exact=True).click()
     page.get_by_label("Filter by study").fill("sltt")
     drawn(page, 1)
@@ -246,21 +288,29 @@ def test_an_address_shows_the_same_to_whoever_opens_it(browser: Browser, address
 
 
 def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
-    """Faster than the server answers: each answer on its way is thrown away for the next question."""
+    """Faster than the server answers: each answer on its way is thrown away for the next
+    question.
+    """
     page, watch = opened(browser, f"{address}/?study=s")
     checked = page.locator('[role=checkbox][aria-checked="true"]')
     expect(checked).to_have_count(5)
     names = [button.inner_text().split()[0] for button in page.get_by_role("checkbox").all()]
     for wanted in (0, 5):
-        page.evaluate("() => document.querySelectorAll('[role=checkbox]').forEach(each => each.click())")
+        page.evaluate(
+            "() => document.querySelectorAll('[role=checkbox]').forEach(each => each.click())"
+        )
         expect(checked).to_have_count(wanted)
         expect(page.locator("#picked")).to_have_text(f"Runs: {wanted} of {len(names)} picked")
     for view in ("Where the time goes", "Learning curves", "Savings and costs"):
         page.get_by_role("button", name=view, exact=True).click()
-        expect(page.get_by_role("button", name=view, exact=True)).to_have_attribute("aria-pressed", "true")
+        expect(page.get_by_role("button", name=view, exact=True)).to_have_attribute(
+            "aria-pressed", "true"
+        )
     for name in ("finished", "all", "going on", "all") * 2:
         page.get_by_role("button", name=name, exact=True).click()
-    expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute(
+        "aria-pressed", "true"
+    )
     expect(page.locator("#list tbody th")).to_have_count(2)
     drawn(page, 4)
     assert watch.said == []
@@ -287,10 +337,19 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
     store = FakeStore(pause_s=0.5)
     store.add_finished("bptt-0", "BPTT", parent="first")
     store.add_finished("sltt-0", "SLTT", parent="second")
-    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    claim = Claim(
+        about="SLTT",
+        claim="saved bytes",
+        published="0.30",
+        bound="<= 0.2",
+        ours="0.25",
+        holds=False,
+    )
     for parent in ("first", "second"):
         told = Returned(claims=(claim,), sweeps=(LARGEST,)).to_json()
-        store.texts[parent, "report.json"] = json.dumps({**told, "printed": "rule  top-1\nSLTT  91.28%\n"})
+        store.texts[parent, "report.json"] = json.dumps(
+            {**told, "printed": "rule  top-1\nSLTT  91.28%\n"}
+        )
     with served_here(store) as address:
         page, watch = opened(browser, address)
         drawn(page, 4)
@@ -352,7 +411,9 @@ def test_whoever_reads_pauses_the_looks(browser: Browser):
         page.close()
 
 
-def test_a_study_that_is_picked_is_gone_on_from_and_names_the_window(browser: Browser, address: str):
+def test_a_study_that_is_picked_is_gone_on_from_and_names_the_window(
+    browser: Browser, address: str
+):
     page, watch = opened(browser, address)
     expect(page).to_have_title("spiketrain dashboard")
     page.get_by_role("link", name="s", exact=True).press("Enter")
@@ -372,10 +433,14 @@ def test_what_is_pressed_is_seen_without_colours_of_ours(page: Page):
     page.locator("tr.here").wait_for()
     viewed(page, "time")
     page.emulate_media(forced_colors="active")
-    ticked = "each => [getComputedStyle(each, '::before').content.includes('\\u2713'), each.ariaPressed]"
+    ticked = (
+        "each => [getComputedStyle(each, '::before').content.includes('\\u2713'), each.ariaPressed]"
+    )
     found = [button.evaluate(ticked) for button in page.locator(".choices button").all()]
     assert found.count([True, "true"]) == 2 and found.count([False, "false"]) == len(found) - 2
-    assert page.locator("tr.here").evaluate("each => getComputedStyle(each).outlineStyle") == "solid"
+    assert (
+        page.locator("tr.here").evaluate("each => getComputedStyle(each).outlineStyle") == "solid"
+    )
     page.emulate_media(forced_colors="none")
 
 
@@ -385,12 +450,20 @@ def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
     page.get_by_role("button", name="Learning curves", exact=True).click()
     drawn(page, 1)
     with Journal(folder / "journal.jsonl", attempt=0) as journal:
-        about = {"study": "s", "run_id": "going", "family": "small", "steps_per_epoch": 8, "total_steps": 16}
+        about = {
+            "study": "s",
+            "run_id": "going",
+            "family": "small",
+            "steps_per_epoch": 8,
+            "total_steps": 16,
+        }
         journal.event("start", run="going-0", rule="OPZO", seed=0, step=0, **about)
         mirror = Mirror(folder, uri=f"sqlite:///{runs / 'mlflow.db'}", interval=0.2)
         for step in (1, 2):
             journal.event("step", step=step, metrics={"loss": 1.0, "top1": step / 20})
-        expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("running", timeout=30_000)
+        expect(page.get_by_role("checkbox", name="going-0")).to_contain_text(
+            "running", timeout=30_000
+        )
         expect(page.locator("#list")).to_contain_text("1 running")
         page.wait_for_function(_POINTS, arg=2, timeout=30_000)
         asked = page.url
@@ -423,12 +496,20 @@ def test_a_store_that_comes_later_is_waited_for(browser: Browser, runs: Path, tm
 
 
 def test_links_on_a_page_of_another_site_open_it(browser: Browser):
-    """The one with the token, and from then on every permalink; what such a page posts comes without the cookie."""
+    """The one with the token, and from then on every permalink; what such a page posts comes
+    without the cookie.
+    """
     store = FakeStore()
     store.add_finished("bptt-0", "BPTT")
     with served_here(store, token=TOKEN) as address:
-        links = f'<a href="{address}&token={TOKEN}">first</a> <a href="{address}&view=learning">permalink</a>'
-        form = f'<form method="post" action="{address.partition("?")[0]}_dash-update-component"><button>post</button></form>'
+        links = (
+            f'<a href="{address}&token={TOKEN}">first</a> <a'
+            f' href="{address}&view=learning">permalink</a>'
+        )
+        form = (
+            '<form method="post"'
+            f' action="{address.partition("?")[0]}_dash-update-component"><button>post</button></form>'
+        )
         page = browser.new_page()
         page.route(WIKI, lambda route: route.fulfill(body=links + form, content_type="text/html"))
         for link in ("first", "permalink"):
@@ -453,7 +534,11 @@ def test_behind_a_proxy_with_tls_the_cookie_is_for_tls_alone(tmp_path: Path):
             ("wss", False),
         ):  # a list is of two
             connection = HTTPConnection(address.removeprefix("http://"))
-            connection.request("GET", f"/?token={TOKEN}", headers={"Host": "runs.example", "X-Forwarded-Proto": scheme})
+            connection.request(
+                "GET",
+                f"/?token={TOKEN}",
+                headers={"Host": "runs.example", "X-Forwarded-Proto": scheme},
+            )
             answer = connection.getresponse()
             assert (answer.status, answer.headers["Location"]) == (303, "/")
             assert ("; Secure;" in answer.headers["Set-Cookie"]) == is_secure
@@ -463,9 +548,14 @@ def test_behind_a_proxy_with_tls_the_cookie_is_for_tls_alone(tmp_path: Path):
 def test_what_the_tests_above_rest_on(browser: Browser, address: str):
     """A request to another host, and a label that is missing, are seen."""
     page, watch = opened(browser, address)
-    page.evaluate("() => { document.body.append(document.createElement('select')); fetch('http://127.0.0.2:1/').catch(() => 0) }")
+    page.evaluate(
+        "() => { document.body.append(document.createElement('select'));"
+        " fetch('http://127.0.0.2:1/').catch(() => 0) }"
+    )
     page.wait_for_timeout(100)
     found: list[Any] = violations(page)
     assert any(line.startswith("select-name") for line in found)
-    assert any("violates the following Content Security Policy directive" in line for line in watch.said)
+    assert any(
+        "violates the following Content Security Policy directive" in line for line in watch.said
+    )
     page.close()

@@ -23,7 +23,10 @@ SWEEP = {
     "hardware": {"cpu": "a cpu", "cores": 2, "threads": 1, "gpu": "none", "torch": "2.13"},
     "samples": 8,
     "points": [
-        {"time_steps": T, "cost": {"rule": rule, "peak_saved_bytes": saved, "forward_s": 0.25, "backward_s": 0.5}}
+        {
+            "time_steps": T,
+            "cost": {"rule": rule, "peak_saved_bytes": saved, "forward_s": 0.25, "backward_s": 0.5},
+        }
         for rule, at_T in {"BPTT": {1: 1000, 4: 4000}, "SLTT": {1: 1000, 4: 1000}}.items()
         for T, saved in at_T.items()
     ],
@@ -51,7 +54,13 @@ def test_ratios_to_the_baseline():
         "wall clock": ("SLTT", "BPTT", 0.8, 2),
         "inference energy": ("SLTT", "BPTT", pytest.approx(0.75), 2),
     }
-    assert traces(figure)["SLTT"]["x"] == [0.25, pytest.approx(2_001_000 / 8_001_000), 0.75, 0.8, pytest.approx(0.75)]
+    assert traces(figure)["SLTT"]["x"] == [
+        0.25,
+        pytest.approx(2_001_000 / 8_001_000),
+        0.75,
+        0.8,
+        pytest.approx(0.75),
+    ]
     assert "SLTT keeps 0.25 of its saved bytes" in figure.alt
 
 
@@ -72,50 +81,92 @@ def test_nothing_is_divided_without_a_baseline_or_across_machines():
     assert isinstance(missing, Missing) and "no baseline: no run of BPTT" in missing.why
     groups = study(run("SLTT", hardware={**MACHINE, "gpu": "H100"}, name="gpu")).groups
     assert isinstance(ratios(groups[1]), Missing)
-    assert all(row[0] == "SLTT" for row in made(ratios(groups[0])).table.rows) and len(groups[0].runs) == 4
+    assert (
+        all(row[0] == "SLTT" for row in made(ratios(groups[0])).table.rows)
+        and len(groups[0].runs) == 4
+    )
 
 
 def test_pareto():
     assert pareto({"a": (1, 1), "b": (2, 2), "c": (2, 1), "d": (3, 2)}) == ["a", "b"]
     assert pareto({"a": (1, 1), "same": (1, 1)}) == ["a", "same"]
-    assert pareto({"less": (1, 1), "more": (1, 2)}) == ["more"] == list(pareto({"dear": (2, 2), "more": (1, 2)}))
+    assert (
+        pareto({"less": (1, 1), "more": (1, 2)})
+        == ["more"]
+        == list(pareto({"dear": (2, 2), "more": (1, 2)}))
+    )
 
 
 def test_trade_off_marks_the_front():
-    figure = made(trade_off(study(run("DFA", top1=0.5, peak_saved_bytes=9_000_000)).groups[0], "peak_saved_bytes"))
+    figure = made(
+        trade_off(
+            study(run("DFA", top1=0.5, peak_saved_bytes=9_000_000)).groups[0], "peak_saved_bytes"
+        )
+    )
     on_front = {row[0]: row[6] for row in figure.table.rows}
     assert on_front == {"BPTT": "yes", "SLTT": "yes", "DFA": "no"}
     drawn = traces(figure)
     assert drawn["Pareto front"]["x"] == [2, 8] and drawn["Pareto front"]["y"] == [89.5, 91]
-    assert not drawn["SLTT"]["marker"]["symbol"].endswith("-open") and drawn["DFA"]["marker"]["symbol"].endswith("-open")
+    assert not drawn["SLTT"]["marker"]["symbol"].endswith("-open") and drawn["DFA"]["marker"][
+        "symbol"
+    ].endswith("-open")
     made(trade_off(study().groups[0], "wall_s"))
 
 
 def test_what_diverged_is_named_below_the_front():
-    lost = [*(run("SLTT-1", seed=seed, state="diverged") for seed in (2, 1)), run("DFA", state="diverged")]
+    lost = [
+        *(run("SLTT-1", seed=seed, state="diverged") for seed in (2, 1)),
+        run("DFA", state="diverged"),
+    ]
     figure = made(trade_off(study(run("SLTT-1", top1=0.95), *lost).groups[0], "peak_saved_bytes"))
-    assert {row[0]: row[6] for row in figure.table.rows} == {"BPTT": "no", "SLTT": "no", "SLTT-1": "yes"}
+    assert {row[0]: row[6] for row in figure.table.rows} == {
+        "BPTT": "no",
+        "SLTT": "no",
+        "SLTT-1": "yes",
+    }
     assert figure.caption.endswith(" Diverged, and in no mean: DFA (seed 0), SLTT-1 (seed 1, 2).")
-    again = run("SLTT", name="again", state="diverged")  # in a seed in which another run of it finished
+    again = run(
+        "SLTT", name="again", state="diverged"
+    )  # in a seed in which another run of it finished
     assert "iverged" not in made(trade_off(study(again).groups[0], "peak_saved_bytes")).caption
 
 
 def test_energy_has_its_operations_and_says_which_samples_they_are_of():
-    counted = {"macs": 3e6, "acs": 5e7, "energy_j": 5.88e-5, "samples": 60, "counted_on": "evenly spread over it"}
+    counted = {
+        "macs": 3e6,
+        "acs": 5e7,
+        "energy_j": 5.88e-5,
+        "samples": 60,
+        "counted_on": "evenly spread over it",
+    }
     runs = (run("BPTT", inference=counted), run("SLTT"))
     figure = made(trade_off(Study(title="t", runs=runs).groups[0], "inference.energy_j"))
     assert figure.table.columns[-3:] == ("measured on cards, joules", "MACs", "ACs")
-    assert {row[0]: row[-3:] for row in figure.table.rows} == {"BPTT": (None, 3e6, 5e7), "SLTT": (None, 1.0, 2.0)}
+    assert {row[0]: row[-3:] for row in figure.table.rows} == {
+        "BPTT": (None, 3e6, 5e7),
+        "SLTT": (None, 1.0, 2.0),
+    }
     assert "Joules are not measured on a CPU." in figure.caption
-    assert "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first worker's share" in figure.caption
+    assert (
+        "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first"
+        " worker's share" in figure.caption
+    )
     assert "once for a still image" in figure.caption
     assert "MACs" not in made(trade_off(study().groups[0], "wall_s")).table.columns
     counted["measured_j"] = 0.25
     on_cards = {**MACHINE, "gpu": "H100"}
-    for rules, said in ((("BPTT", "SLTT"), f"are {MEASURED_SAID}"), (("SLTT",), "are not measured: no card told them")):
-        runs = tuple(run(rule, hardware=on_cards, **({"inference": counted} if rule == "BPTT" else {})) for rule in rules)
+    for rules, said in (
+        (("BPTT", "SLTT"), f"are {MEASURED_SAID}"),
+        (("SLTT",), "are not measured: no card told them"),
+    ):
+        runs = tuple(
+            run(rule, hardware=on_cards, **({"inference": counted} if rule == "BPTT" else {}))
+            for rule in rules
+        )
         figure = made(trade_off(Study(title="t", runs=runs).groups[0], "inference.energy_j"))
-        assert {row[0]: row[-3] for row in figure.table.rows} == {rule: 0.25 if rule == "BPTT" else None for rule in rules}
+        assert {row[0]: row[-3] for row in figure.table.rows} == {
+            rule: 0.25 if rule == "BPTT" else None for rule in rules
+        }
         assert f"{said}. Filled markers" in figure.caption
 
 
@@ -124,14 +175,29 @@ def test_the_prices_behind_joules_are_named():
         return made(trade_off(study(*more).groups[0], "inference.energy_j")).caption
 
     assert "never a measurement. Prices of an operation: 45 nm, fp32. Counted on" in told()
-    others = [run(rule, inference={"energy_j": 1e-6, "samples": 10, **by}) for rule, by in (("A", {"prices": "x"}), ("B", {}))]
+    others = [
+        run(rule, inference={"energy_j": 1e-6, "samples": 10, **by})
+        for rule, by in (("A", {"prices": "x"}), ("B", {}))
+    ]
     assert "Prices of an operation: 45 nm, fp32; x; not known. Counted on" in told(*others)
 
 
 def test_what_was_not_measured_is_missing():
-    bare = run(activity=None, inference=None, forward_s=None, backward_s=None, rest_s=None, evaluation_s=None)
+    bare = run(
+        activity=None,
+        inference=None,
+        forward_s=None,
+        backward_s=None,
+        rest_s=None,
+        evaluation_s=None,
+    )
     (group,) = Study(title="t", runs=(bare,)).groups
-    for one in (trade_off(group, "inference.energy_j"), firing_rates(group), gradient_fidelity(group), temporal_share(group)):
+    for one in (
+        trade_off(group, "inference.energy_j"),
+        firing_rates(group),
+        gradient_fidelity(group),
+        temporal_share(group),
+    ):
         assert isinstance(one, Missing)
     assert isinstance(time_parts(group), Missing)
 
@@ -139,19 +205,35 @@ def test_what_was_not_measured_is_missing():
 def test_time_by_part():
     figure = made(time_parts(study().groups[0]))
     found = {(row[0], row[1]): row[2] for row in figure.table.rows}
-    assert found["BPTT", "backward"] == pytest.approx(0.12) and found["SLTT", "backward"] == pytest.approx(0.08)
-    assert found["SLTT", "rest"] == pytest.approx(0.005) and found["BPTT", "evaluation"] == pytest.approx(0.02)
-    assert sum(float(row[3] or 0) for row in figure.table.rows if row[0] == "BPTT") == pytest.approx(1)
+    assert found["BPTT", "backward"] == pytest.approx(0.12) and found[
+        "SLTT", "backward"
+    ] == pytest.approx(0.08)
+    assert found["SLTT", "rest"] == pytest.approx(0.005) and found[
+        "BPTT", "evaluation"
+    ] == pytest.approx(0.02)
+    assert sum(
+        float(row[3] or 0) for row in figure.table.rows if row[0] == "BPTT"
+    ) == pytest.approx(1)
     assert traces(figure)["backward"]["x"] == pytest.approx([120, 80])
 
 
 def test_batches_alone_are_in_no_mean_with_whole_runs():
-    """A run that goes on knows nothing of its evaluations: it stands for a rule of which no other has finished."""
-    slow = {"event": "step", "time": 1100.0, "attempt": 0, "step": 200, "metrics": {"forward_s": 1.0}}
+    """A run that goes on knows nothing of its evaluations: it stands for a rule of which no other
+    has finished.
+    """
+    slow = {
+        "event": "step",
+        "time": 1100.0,
+        "attempt": 0,
+        "step": 200,
+        "metrics": {"forward_s": 1.0},
+    }
     going = (run("SLTT", seed=2, state="running", more_events=[slow]), run("OTTT", state="running"))
     figure = made(time_parts(study(*going).groups[0]))
     found = {(row[0], row[1]): row[2] for row in figure.table.rows}
-    assert found["SLTT", "forward"] == pytest.approx(0.04) and found["SLTT", "evaluation"] == pytest.approx(0.02)
+    assert found["SLTT", "forward"] == pytest.approx(0.04) and found[
+        "SLTT", "evaluation"
+    ] == pytest.approx(0.02)
     assert found["OTTT, batches alone", "forward"] == pytest.approx(0.04)
     assert "of a rule without one, of its batches alone" in figure.caption
     assert "alone" not in made(time_parts(study().groups[0])).caption
@@ -164,13 +246,25 @@ def test_memory_and_time_against_time_steps():
     assert time.table.rows[1] == ("BPTT", 4, 0.75) and traces(time)["BPTT"]["y"] == [750, 750]
     assert time.alt == "At T = 4 BPTT takes 750 ms, the longest, and SLTT 750 ms."
     points = [
-        {**point, "cost": {**point["cost"], "state_bytes": 500, "forward_s": point["time_steps"]}} for point in SWEEP["points"]
+        {**point, "cost": {**point["cost"], "state_bytes": 500, "forward_s": point["time_steps"]}}
+        for point in SWEEP["points"]
     ]
     kept, time = of_a_sweep({**SWEEP, "points": points[:3]})
-    assert traces(kept)["BPTT, with states"]["y"] == [1.5, 4.5] and traces(kept)["SLTT, with states"]["y"] == [1.5]
-    assert "Dotted: with membranes" in kept.caption and kept.table.rows[1] == ("BPTT", 4, 4000, 4500)
+    assert traces(kept)["BPTT, with states"]["y"] == [1.5, 4.5] and traces(kept)[
+        "SLTT, with states"
+    ]["y"] == [1.5]
+    assert "Dotted: with membranes" in kept.caption and kept.table.rows[1] == (
+        "BPTT",
+        4,
+        4000,
+        4500,
+    )
     assert time.alt == "At T = 4 BPTT takes 4500 ms."
-    assert figure.alt == "BPTT keeps 4 times the bytes at T = 4 as at T = 1; SLTT keeps 1 times the bytes at T = 4 as at T = 1."
+    assert (
+        figure.alt
+        == "BPTT keeps 4 times the bytes at T = 4 as at T = 1; SLTT keeps 1 times the bytes at T ="
+        " 4 as at T = 1."
+    )
     assert "commit abc, a cpu" in figure.caption
 
 
@@ -190,8 +284,20 @@ def test_no_two_of_many_parts_or_rules_are_drawn_alike():
 
 
 def test_firing_rates_are_means_over_runs():
-    more = [{"name": "first", "neurons": 100, "samples": 20, "rates": [0.1, 0.05], "silent": 0.0, "saturated": 0.0}]
-    (group,) = Study(title="t", runs=(run(activity=more), run(seed=1, activity=[{**more[0], "rates": [0.3, 0.15]}]))).groups
+    more = [
+        {
+            "name": "first",
+            "neurons": 100,
+            "samples": 20,
+            "rates": [0.1, 0.05],
+            "silent": 0.0,
+            "saturated": 0.0,
+        }
+    ]
+    (group,) = Study(
+        title="t",
+        runs=(run(activity=more), run(seed=1, activity=[{**more[0], "rates": [0.3, 0.15]}])),
+    ).groups
     assert made(firing_rates(group)).table.rows == (
         ("BPTT", "first", 1, pytest.approx(0.2), 0.0, 0.0),
         ("BPTT", "first", 2, pytest.approx(0.1), 0.0, 0.0),
@@ -200,12 +306,18 @@ def test_firing_rates_are_means_over_runs():
 
 def test_gradients():
     group = study(run("SLTT", seed=2, more_events=fidelity())).groups[0]
-    assert made(gradient_fidelity(group)).table.rows == (("first", "SLTT", 0.75), ("second", "SLTT", 1.0))
+    assert made(gradient_fidelity(group)).table.rows == (
+        ("first", "SLTT", 0.75),
+        ("second", "SLTT", 1.0),
+    )
     shares = made(temporal_share(group))
     assert shares.table.rows[:2] == (("first", "start", 0.5), ("first", "epoch 1", 0.25))
     assert shares.table.rows[2] == ("second", "start", None)
     looked_too = run("BPTT", name="bptt", more_events=fidelity())
-    for group, of in ((study(looked_too, run("SLTT", seed=2, more_events=fidelity())), "sltt-2"), (study(looked_too), "bptt")):
+    for group, of in (
+        (study(looked_too, run("SLTT", seed=2, more_events=fidelity())), "sltt-2"),
+        (study(looked_too), "bptt"),
+    ):
         assert f"in the run {of}." in made(temporal_share(group.groups[0])).caption
 
 
@@ -214,12 +326,21 @@ def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
     def why(*more: StudyRun) -> list[str]:
         return [one.why for one in _maps(study(*more)) if isinstance(one, Missing)]
 
-    looking = {rule: run(rule, name=f"new-{rule}", recipe=recipe(rule, fidelity_every=every)) for rule in ("BPTT", "SLTT")}
+    looking = {
+        rule: run(rule, name=f"new-{rule}", recipe=recipe(rule, fidelity_every=every))
+        for rule in ("BPTT", "SLTT")
+    }
     unasked = run("SLTT", name="none", recipe=recipe("SLTT", fidelity_every=type(every)(0)))
     hint = "--set fidelity_every=1 does after each epoch"
-    assert why(unasked) == [f"no run compared its gradient with BPTT's; {hint}", f"no run compared gradients; {hint}"]
+    assert why(unasked) == [
+        f"no run compared its gradient with BPTT's; {hint}",
+        f"no run compared gradients; {hint}",
+    ]
     assert why(looking["SLTT"]) == 2 * ["not told yet by new-SLTT"]
-    assert why(looking["BPTT"]) == [why()[0], "not told yet by new-BPTT"]  # which has no cosine with itself
+    assert why(looking["BPTT"]) == [
+        why()[0],
+        "not told yet by new-BPTT",
+    ]  # which has no cosine with itself
 
 
 def _maps(of: Study) -> tuple[Figure | Missing, Figure | Missing]:
@@ -233,7 +354,10 @@ def test_a_gradient_that_leads_away_is_not_drawn_as_one_at_a_right_angle():
         figure = made(gradient_fidelity(study(run("SLTT", seed=2, more_events=told)).groups[0]))
         return json.loads(str(figure.draw(LIGHT).to_json()))["data"][0]["zmin"], figure.caption
 
-    assert drawn(-0.5)[0] == -0.5 and "0: at a right angle, below 0: away from it; on one batch" in drawn(-0.5)[1]
+    assert (
+        drawn(-0.5)[0] == -0.5
+        and "0: at a right angle, below 0: away from it; on one batch" in drawn(-0.5)[1]
+    )
     assert drawn(0.5)[0] == 0 and "below 0" not in drawn(0.5)[1]
 
 
@@ -255,11 +379,24 @@ def test_a_rule_is_in_the_legend_though_its_first_run_has_no_point_yet():
 
 
 def test_what_is_done_again_is_told_below_the_curves():
-    going = study_run("going", events("SLTT", restart=True)[:6], state="running", recipe=recipe("SLTT"), redone="kept")
+    going = study_run(
+        "going",
+        events("SLTT", restart=True)[:6],
+        state="running",
+        recipe=recipe("SLTT"),
+        redone="kept",
+    )
     figure = made(learning_curves(study(going).groups[0]))
     assert "shows what it had done before, until it has done that again" in figure.caption
-    assert [row[4] for row in figure.table.rows if row[0] == "going" and row[3] == "training"] == [25, 50, 60]
-    assert "done before" not in made(learning_curves(study(run("SLTT", seed=5, restart=True)).groups[0])).caption
+    assert [row[4] for row in figure.table.rows if row[0] == "going" and row[3] == "training"] == [
+        25,
+        50,
+        60,
+    ]
+    assert (
+        "done before"
+        not in made(learning_curves(study(run("SLTT", seed=5, restart=True)).groups[0])).caption
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,18 +412,29 @@ def test_beside_the_published_run(points: list, told: str):
     one = run(recipe=recipe(published=points))
     assert standing(one) == told
     figure = made(learning_curves(Study(title="t", runs=(one,)).groups[0]))
-    assert f"bptt-0: {told}" in figure.alt and traces(figure)["published, BPTT"]["x"] == [epoch for epoch, _ in points]
-    assert [row[5:8] for row in figure.table.rows if row[3] == "published"] == [(epoch, None, top1) for epoch, top1 in points]
+    assert f"bptt-0: {told}" in figure.alt and traces(figure)["published, BPTT"]["x"] == [
+        epoch for epoch, _ in points
+    ]
+    assert [row[5:8] for row in figure.table.rows if row[3] == "published"] == [
+        (epoch, None, top1) for epoch, top1 in points
+    ]
 
 
 def test_a_run_of_another_setting_than_the_published_log_is_shown_beside_it_and_not_judged():
-    beside = {"published": [[1, 0.5], [2, 0.905]], "published_setting": [["time_steps", 4], ["model.over", "time"]]}
+    beside = {
+        "published": [[1, 0.5], [2, 0.905]],
+        "published_setting": [["time_steps", 4], ["model.over", "time"]],
+    }
     other = run(recipe=recipe(**beside))
     difference = "time_steps 4 there, 2 here, model.over time there, not written here"
     told = f"not judged by the published log, which is of another setting: {difference}"
     assert standing(other) == told
     figure = made(learning_curves(Study(title="t", runs=(other,)).groups[0]))
-    assert told in figure.alt and "on track" not in figure.alt and traces(figure)["published, BPTT"]["x"] == [1, 2]
+    assert (
+        told in figure.alt
+        and "on track" not in figure.alt
+        and traces(figure)["published, BPTT"]["x"] == [1, 2]
+    )
     assert f"Of another setting than the run's: {difference}." in figure.caption
     model = {"target": "pipeline.models.x.net", "kwargs": {"over": "time"}}
     alike = run(recipe=recipe(**beside, time_steps=4, model=model))
@@ -297,7 +445,11 @@ def test_each_published_log_is_drawn_once_and_named_after_the_rules_that_carry_i
     """It stands beside the study key: runs that are compared may carry another, or none."""
     mine, theirs = [[1, 0.5], [2, 0.9]], [[2, 0.7]]
     logs = (("BPTT", mine), ("SLTT", theirs), ("SLTT-1", mine), ("OTTT", ()))
-    runs = [run(rule, seed=seed, recipe=recipe(rule, published=log)) for rule, log in logs for seed in (0, 1)]
+    runs = [
+        run(rule, seed=seed, recipe=recipe(rule, published=log))
+        for rule, log in logs
+        for seed in (0, 1)
+    ]
     figure = made(learning_curves(Study(title="t", runs=tuple(runs)).groups[0]))
     drawn = [trace for trace in traces(figure).values() if trace["name"].startswith("published")]
     assert [(each["name"], each["x"], each["y"]) for each in drawn] == [
@@ -310,40 +462,65 @@ def test_each_published_log_is_drawn_once_and_named_after_the_rules_that_carry_i
         ("BPTT, SLTT-1", 2, 0.9),
         ("SLTT", 2, 0.7),
     ]
-    assert "Stars" in figure.caption and "Stars" not in made(learning_curves(study().groups[0])).caption
+    assert (
+        "Stars" in figure.caption
+        and "Stars" not in made(learning_curves(study().groups[0])).caption
+    )
 
 
 def test_a_long_curve_is_told_in_means_not_in_some_of_its_points():
-    """One step in two told 1, the others 0: to leave out points in between would show a network that has learnt, or has not."""
+    """One step in two told 1, the others 0: to leave out points in between would show a network
+    that has learnt, or has not.
+    """
     begun = events()[0]
     told = [
-        {"event": "step", "time": 1000.0 + at, "attempt": 0, "step": 10 * at, "metrics": {"loss": at % 3, "top1": at % 2}}
+        {
+            "event": "step",
+            "time": 1000.0 + at,
+            "attempt": 0,
+            "step": 10 * at,
+            "metrics": {"loss": at % 3, "top1": at % 2},
+        }
         for at in range(1, 1201)
     ]
     told[-1]["step"] += 30  # a point of four times the batches
     of_none = {**told[5], "metrics": {"loss": "nan", "top1": 0}}
-    long = study_run("long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe())
+    long = study_run(
+        "long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe()
+    )
     figure = made(learning_curves(Study(title="t", runs=(long,)).groups[0]))
     rows = [row for row in figure.table.rows if row[3] == "training"]
     assert len(rows) == 300 and [row[4] for row in rows[:2]] == [40, 80] and rows[-1][4] == 12_030
     assert {row[7] for row in rows[:-1]} == {0.5} and rows[-1][7] == pytest.approx(2 / 7)
-    assert rows[0][8] == pytest.approx((1 + 2 + 0 + 1) / 4) and rows[1][8] == pytest.approx((2 + 1 + 2) / 3)
+    assert rows[0][8] == pytest.approx((1 + 2 + 0 + 1) / 4) and rows[1][8] == pytest.approx(
+        (2 + 1 + 2) / 3
+    )
     assert traces(figure)["BPTT"]["y"] == pytest.approx([*299 * [50], 200 / 7])
     said = "A curve of more than 300 points is told in 300 means at most, here and in the CSV."
     assert said in figure.caption and said not in made(learning_curves(study().groups[0])).caption
     whole = study_run("whole", [begun, *told[:300]], state="running", recipe=recipe(), every=2)
     figure = made(learning_curves(Study(title="t", runs=(whole,)).groups[0]))
-    assert [row[7] for row in figure.table.rows] == [at % 2 for at in range(1, 301)] and said not in figure.caption
-    assert "Of a long journal not every point is read: what is left out is in no mean." in figure.caption
+    assert [row[7] for row in figure.table.rows] == [
+        at % 2 for at in range(1, 301)
+    ] and said not in figure.caption
+    assert (
+        "Of a long journal not every point is read: what is left out is in no mean."
+        in figure.caption
+    )
 
 
 def test_names_are_text_in_drawings_and_in_spreadsheets():
     group = study(run("<b>x</b>")).groups[0]
-    assert "&lt;b&gt;x&lt;/b&gt;" in traces(made(ratios(group))) and "<b>x</b>" not in traces(made(ratios(group)))
+    assert "&lt;b&gt;x&lt;/b&gt;" in traces(made(ratios(group))) and "<b>x</b>" not in traces(
+        made(ratios(group))
+    )
     assert plain("a<b&c") == "a&lt;b&amp;c"
     assert harmless("=1+1") == "'=1+1" and harmless(-1.5) == -1.5
     assert [harmless(text) for text in ("-inf", "-x", "+1", "@x")] == ["-inf", "'-x", "+1", "'@x"]
-    assert Table(columns=("a", "b"), rows=(("x,y", None), ('q"', 0.1))).to_csv() == 'a,b\n"x,y",\n"q""",0.1\n'
+    assert (
+        Table(columns=("a", "b"), rows=(("x,y", None), ('q"', 0.1))).to_csv()
+        == 'a,b\n"x,y",\n"q""",0.1\n'
+    )
 
 
 def test_units():
@@ -352,7 +529,11 @@ def test_units():
         and unit_of("s", [7300]) == (3600, "h")
         and unit_of("J", [3e-9]) == (1e-9, "nJ")
     )
-    assert shown(3e-6, kind="J") == "3 µJ" and shown(0.25, kind="ratio") == "×0.25" and shown(90.0, kind="s") == "90 s"
+    assert (
+        shown(3e-6, kind="J") == "3 µJ"
+        and shown(0.25, kind="ratio") == "×0.25"
+        and shown(90.0, kind="s") == "90 s"
+    )
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
@@ -368,5 +549,7 @@ def _contrast(one: str, other: str) -> float:
 
 def _luminance(color: str) -> float:
     parts = [int(part, 16) / 255 for part in re.findall("..", color[1:])]
-    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -1,4 +1,6 @@
-"""A study made of what a store holds: runs that have ended by their artifacts, those that go on by their newest points too."""
+"""A study made of what a store holds: runs that have ended by their artifacts, those that go on by
+their newest points too.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +43,19 @@ def test_an_artifact_that_arrives_late_is_seen(store: FakeStore):
 
 
 def going_on(store: FakeStore, steps: int, *, newest: dict[str, float] | None = None) -> None:
-    """A run whose journal was sent at batch 50, and whose metrics tell up to `steps`, `newest` of the last batches alone."""
+    """A run whose journal was sent at batch 50, and whose metrics tell up to `steps`, `newest` of
+    the last batches alone.
+    """
     tags = {"spiketrain.artifact.journal.jsonl": "evaluation 1007"}
     told = [Point(step, 1000.0 + step / 10, step / 125) for step in range(10, steps + 1, 10)]
     metrics = {"train/top1": 0.0, **(newest or {})}
-    made = store.add("going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics=metrics)
+    made = store.add(
+        "going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics=metrics
+    )
     store.histories[made.id, "train/top1"] = told
-    store.texts[made.id, "journal.jsonl"] = "".join(json.dumps(event) + "\n" for event in events("SLTT")[:4])
+    store.texts[made.id, "journal.jsonl"] = "".join(
+        json.dumps(event) + "\n" for event in events("SLTT")[:4]
+    )
 
 
 def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
@@ -61,38 +69,68 @@ def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
     going_on(store, 90)
     del store.asked[:]
     assert [point.step for point in live.run(store.members[0]).curve] == [25, 50, 60, 70, 80, 90]
-    assert [what for what in store.asked if what[0] == "history"] == [("history", store.members[0].id, "train/top1", 70)]
+    assert [what for what in store.asked if what[0] == "history"] == [
+        ("history", store.members[0].id, "train/top1", 70)
+    ]
     del store.asked[:]
     live.run(store.members[0])
-    assert [what for what in store.asked if what[0] == "history" or what[2:] == ("journal.jsonl",)] == []
+    assert [
+        what for what in store.asked if what[0] == "history" or what[2:] == ("journal.jsonl",)
+    ] == []
 
 
 def test_a_resumed_run_stands_where_it_stood_until_it_has_passed_that(store: FakeStore):
-    """Its journal was sent at its second start, from batch 50; of batches 51 to 60 MLflow takes no second value."""
+    """Its journal was sent at its second start, from batch 50; of batches 51 to 60 MLflow takes no
+    second value.
+    """
     tags = {"spiketrain.artifact.journal.jsonl": "start 2008"}
-    made = store.add("resumed", rule="SLTT", state="RUNNING", tags=tags, newest=2009.0, metrics={"train/top1": 0.0})
-    store.texts[made.id, "journal.jsonl"] = "".join(json.dumps(event) + "\n" for event in events("SLTT", restart=True)[:6])
+    made = store.add(
+        "resumed",
+        rule="SLTT",
+        state="RUNNING",
+        tags=tags,
+        newest=2009.0,
+        metrics={"train/top1": 0.0},
+    )
+    store.texts[made.id, "journal.jsonl"] = "".join(
+        json.dumps(event) + "\n" for event in events("SLTT", restart=True)[:6]
+    )
     told = [Point(step, 1000.0 + step / 10, step / 125) for step in (25, 50, 60)]
     store.histories[made.id, "train/top1"] = told
     live = Live(store)
     found = live.run(store.members[0])
-    assert [point.step for point in found.curve] == [25, 50, 60] and (found.step, found.again_from) == (60, 50)
+    assert [point.step for point in found.curve] == [25, 50, 60] and (
+        found.step,
+        found.again_from,
+    ) == (60, 50)
     store.histories[made.id, "train/top1"] = [*told, Point(70, 2011.0, 0.5)]
-    store.add("resumed", rule="SLTT", state="RUNNING", tags=tags, newest=2011.0, metrics={"train/top1": 0.5})
+    store.add(
+        "resumed",
+        rule="SLTT",
+        state="RUNNING",
+        tags=tags,
+        newest=2011.0,
+        metrics={"train/top1": 0.5},
+    )
     found = live.run(store.members[0])
-    assert [point.step for point in found.curve] == [25, 50, 60, 70] and (found.step, found.again_from) == (70, None)
+    assert [point.step for point in found.curve] == [25, 50, 60, 70] and (
+        found.step,
+        found.again_from,
+    ) == (70, None)
     assert found.heard == 2011.0
 
 
 def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(store: FakeStore):
-    """The journal tells of 50, each of 40 + 80 ms, of which the point of the first 25 is left out; of those after it metrics tell
-    the parts of the newest ten alone."""
+    """The journal tells of 50, each of 40 + 80 ms, of which the point of the first 25 is left out;
+    of those after it metrics tell the parts of the newest ten alone."""
     live = Live(store)
     going_on(store, 90)
     assert live.run(store.members[0]).step == 90
     assert live.run(store.members[0]).parts == pytest.approx({"forward": 0.04, "backward": 0.08})
     going_on(store, 90, newest={"train/forward_s": 0.1, "train/backward_s": 0.08})
-    assert live.run(store.members[0]).parts == pytest.approx({"forward": (25 * 0.04 + 10 * 0.1) / 35, "backward": 0.08})
+    assert live.run(store.members[0]).parts == pytest.approx(
+        {"forward": (25 * 0.04 + 10 * 0.1) / 35, "backward": 0.08}
+    )
 
 
 def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
@@ -105,7 +143,13 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     }
     store.add("new", state="RUNNING", tags=tags)
     found = Live(store).run(store.members[0])
-    assert (found.rule, found.seed, found.workers, found.hardware, found.curve) == ("OPZO", 3, 2, {"cpu": "x"}, ())
+    assert (found.rule, found.seed, found.workers, found.hardware, found.curve) == (
+        "OPZO",
+        3,
+        2,
+        {"cpu": "x"},
+        (),
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,14 +157,29 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
     [
         ("summary.json", '{"top1": 0.', "its summary.json in MLflow is not JSON"),
         ("summary.json", "[1]", "its summary.json in MLflow must hold a dict; got a list"),
-        ("summary.json", '{"trained_on": 3}', "its summary.json in MLflow: trained_on must be a list of objects; got 3"),
-        ("summary.json", '{"hardware": 3}', "its summary.json in MLflow: hardware must be an object; got 3"),
-        ("summary.json", '{"conditions": "x"}', "its summary.json in MLflow: conditions must be an object; got 'x'"),
+        (
+            "summary.json",
+            '{"trained_on": 3}',
+            "its summary.json in MLflow: trained_on must be a list of objects; got 3",
+        ),
+        (
+            "summary.json",
+            '{"hardware": 3}',
+            "its summary.json in MLflow: hardware must be an object; got 3",
+        ),
+        (
+            "summary.json",
+            '{"conditions": "x"}',
+            "its summary.json in MLflow: conditions must be an object; got 'x'",
+        ),
         ("activity.json", "{}", "its activity.json in MLflow must hold a list; got a dict"),
         (
             "activity.json",
             '[{"name": "a"}]',
-            "activity.json: a layer must have name, neurons, samples, rates, silent, saturated; got",
+            (
+                "activity.json: a layer must have name, neurons, samples, rates, silent,"
+                " saturated; got"
+            ),
         ),
     ],
 )
@@ -131,7 +190,10 @@ def test_what_cannot_be_shown_is_named(store: FakeStore, file: str, text: str, s
     store.texts[trial.id, "recipe.json"] = '{"version": 1, "recipe": {"protocol": "trial"}}'
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
-    assert study.notes[0].startswith("tried is a trial") and f"half is left out: {said}" in study.notes[1]
+    assert (
+        study.notes[0].startswith("tried is a trial")
+        and f"half is left out: {said}" in study.notes[1]
+    )
 
 
 def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
@@ -145,30 +207,66 @@ def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
 
 
 @pytest.mark.parametrize("state", ["FINISHED", "RUNNING"])
-def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_shown(store: FakeStore, state: str):
-    locked = store.add_finished("locked", "SLTT", state=state, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"})
-    store.refused[locked.id] = "store x: journal.jsonl cannot be read (Permission denied); look at it by hand"
+def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_shown(
+    store: FakeStore, state: str
+):
+    locked = store.add_finished(
+        "locked", "SLTT", state=state, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"}
+    )
+    store.refused[locked.id] = (
+        "store x: journal.jsonl cannot be read (Permission denied); look at it by hand"
+    )
     study = Live(store).study(store.members)
     assert [run.name for run in study.runs] == ["bptt"]
     assert study.notes == (f"locked is left out: {store.refused[locked.id]}",)
 
 
 def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
-    about = {"spiketrain.suite": "claims-1", "spiketrain.commit": "abc", "hardware.cpu": "a cpu", "hardware.cores": "2"}
+    about = {
+        "spiketrain.suite": "claims-1",
+        "spiketrain.commit": "abc",
+        "hardware.cpu": "a cpu",
+        "hardware.cores": "2",
+    }
     store.add_finished("sltt", "SLTT", parent="first-launch", tags=about)
-    store.add_finished("bptt-again", "BPTT", parent="second-launch", tags={**about, "spiketrain.commit": "def"})
-    store.add_finished("sltt-again", "SLTT", parent="second-launch", tags={**about, "spiketrain.commit": "def"})
+    store.add_finished(
+        "bptt-again", "BPTT", parent="second-launch", tags={**about, "spiketrain.commit": "def"}
+    )
+    store.add_finished(
+        "sltt-again", "SLTT", parent="second-launch", tags={**about, "spiketrain.commit": "def"}
+    )
     live = Live(store)
     assert [report.told for report in live.reports(store.members)] == [Returned(), Returned()]
-    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
-    store.texts["first-launch", "report.json"] = json.dumps(Returned(claims=(claim,), sweeps=(SWEEP,)).to_json())
+    claim = Claim(
+        about="SLTT",
+        claim="saved bytes",
+        published="0.30",
+        bound="<= 0.2",
+        ours="0.25",
+        holds=False,
+    )
+    store.texts["first-launch", "report.json"] = json.dumps(
+        Returned(claims=(claim,), sweeps=(SWEEP,)).to_json()
+    )
     later = Live(store)  # a look lasts half a second
     second, first = later.reports(store.members)  # the newest first
-    assert (first.told, first.note, second.told) == (Returned(claims=(claim,), sweeps=(SWEEP,)), "", Returned())
+    assert (first.told, first.note, second.told) == (
+        Returned(claims=(claim,), sweeps=(SWEEP,)),
+        "",
+        Returned(),
+    )
     assert first.title == "claims-1 (first-la), commit abc, on a cpu, 2 cores"
     assert second.title == "claims-1 (second-l), commit def, on a cpu, 2 cores"
-    assert later.versions(store.members) != live.versions(store.members) and len(live.versions(store.members)) == 2
-    assert live.versions(store.members[-1:]) == live.reports(store.members[-1:]) == []  # launched alone
+    assert (
+        later.versions(store.members) != live.versions(store.members)
+        and len(live.versions(store.members)) == 2
+    )
+    assert (
+        live.versions(store.members[-1:]) == live.reports(store.members[-1:]) == []
+    )  # launched alone
     store.refused["first-launch"] = "report.json cannot be read"
-    assert Live(store).reports(store.members)[1].note == "What its report tells is left out: report.json cannot be read"
+    assert (
+        Live(store).reports(store.members)[1].note
+        == "What its report tells is left out: report.json cannot be read"
+    )
     assert len(Live(store).study(store.members).runs) == 4

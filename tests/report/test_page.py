@@ -23,7 +23,9 @@ def body(html: str) -> str:
 
 def test_written_whole(tmp_path: Path):
     out = page.write(study(), tmp_path / "a" / "report.html")
-    assert out.read_text().startswith("<!doctype html>") and [each.name for each in out.parent.iterdir()] == ["report.html"]
+    assert out.read_text().startswith("<!doctype html>") and [
+        each.name for each in out.parent.iterdir()
+    ] == ["report.html"]
 
 
 def test_names_from_outside_are_text():
@@ -31,11 +33,16 @@ def test_names_from_outside_are_text():
     assert BAD not in html and "&lt;script&gt;alert(1)" in html
     assert html.count("<script") == 2  # the drawings and the page's own
     drawings = json.loads(re.search(r'id="drawings">(.*?)</script>', html, re.DOTALL).group(1))  # type: ignore[union-attr]
-    assert any("alert(1)" in trace.get("name", "") for trace in drawings["g1-ratios"]["light"]["data"])
+    assert any(
+        "alert(1)" in trace.get("name", "") for trace in drawings["g1-ratios"]["light"]["data"]
+    )
 
 
 def test_json_in_a_script_cannot_leave_it():
-    assert page.script_json({"a": "</script><!-- & \u2028"}) == '{"a":"\\u003c/script\\u003e\\u003c!-- \\u0026 \\u2028"}'
+    assert (
+        page.script_json({"a": "</script><!-- & \u2028"})
+        == '{"a":"\\u003c/script\\u003e\\u003c!-- \\u0026 \\u2028"}'
+    )
     assert json.loads(page.script_json({"a": "</script>"})) == {"a": "</script>"}
     with pytest.raises(ValueError, match="not JSON compliant"):
         page.script_json(float("nan"))
@@ -44,11 +51,18 @@ def test_json_in_a_script_cannot_leave_it():
 def test_nothing_is_asked_of_the_network():
     html = body(page.render(study()))
     assert "default-src 'none'" in html
-    assert not re.findall(r"""(?:src|href|action)=["'](?!#|data:)""", html) and "url(" not in html and "@import" not in html
+    assert (
+        not re.findall(r"""(?:src|href|action)=["'](?!#|data:)""", html)
+        and "url(" not in html
+        and "@import" not in html
+    )
 
 
 def test_machines_are_apart_and_a_missing_baseline_is_named():
-    elsewhere = [run(rule, hardware={**MACHINE, "gpu": "H100"}, name=f"gpu-{rule}") for rule in ("SLTT", "OTTT-A")]
+    elsewhere = [
+        run(rule, hardware={**MACHINE, "gpu": "H100"}, name=f"gpu-{rule}")
+        for rule in ("SLTT", "OTTT-A")
+    ]
     html = body(page.render(study(*elsewhere)))
     assert html.count("No baseline in this group: no run of BPTT among these has finished.") == 1
     assert "on H100" in html
@@ -56,9 +70,18 @@ def test_machines_are_apart_and_a_missing_baseline_is_named():
 
 
 def test_several_tunings_of_the_baseline_are_not_called_unfinished():
-    html = body(page.render(Study(title="t", runs=(tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3)))))
+    html = body(
+        page.render(
+            Study(
+                title="t", runs=(tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3))
+            )
+        )
+    )
     said = "several BPTTs with different optimizer.lr; name one"
-    assert f"No baseline in this group: {said}. Nothing here is divided." in html and f"no baseline: {said}" in html
+    assert (
+        f"No baseline in this group: {said}. Nothing here is divided." in html
+        and f"no baseline: {said}" in html
+    )
     assert f"The baseline is missing: {said}. Nothing on this page is divided." in html
     assert "no run of BPTT among these has finished" not in html
 
@@ -66,35 +89,68 @@ def test_several_tunings_of_the_baseline_are_not_called_unfinished():
 def test_what_the_reader_of_its_means_must_know_stands_in_a_section():
     html = body(page.render(study(run("SLTT", name="again", restart=True))))
     section = html[html.index('<h2 id="g1">') : html.index("What stands behind the rows")]
-    assert "<li>the runs are of different commits: abc, def</li><li>SLTT has 2 runs of seed 0, which count as one" in section
+    assert (
+        "<li>the runs are of different commits: abc, def</li><li>SLTT has 2 runs of seed 0, which"
+        " count as one" in section
+    )
     assert "different commits" not in body(page.render(study()))
 
 
 def test_a_run_alone_is_listed_and_drawn_and_not_divided():
     moved = run("SLTT", name="moved", restart=True, trained_on=[on(workers=2), on()])
-    lonely = run("SLTT", study="f" * 16, name="lonely", recipe=recipe("SLTT", published=[[2, 0.94]]))
+    lonely = run(
+        "SLTT", study="f" * 16, name="lonely", recipe=recipe("SLTT", published=[[2, 0.94]])
+    )
     html = body(page.render(study(moved, lonely)))
     assert "The baseline is missing" not in html and 'id="g2"' not in html
     alone = html[html.index('id="alone"') : html.index('id="differences"')]
     names = ("time-parts", "learning-curves", "firing-rates")
-    assert re.findall(r'<figure id="(.*?)">', alone) == [f"alone{index}-{name}" for index in (1, 2) for name in names]
-    assert re.findall("<summary>Figures of (.*?), Study .*</summary>", alone) == ["moved: SLTT", "lonely: SLTT"]
-    assert "with 1 restart" in alone and "lonely: 4.0 points below the published run at epoch 2" in alone
-    assert alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared gradients") == 2
+    assert re.findall(r'<figure id="(.*?)">', alone) == [
+        f"alone{index}-{name}" for index in (1, 2) for name in names
+    ]
+    assert re.findall("<summary>Figures of (.*?), Study .*</summary>", alone) == [
+        "moved: SLTT",
+        "lonely: SLTT",
+    ]
+    assert (
+        "with 1 restart" in alone
+        and "lonely: 4.0 points below the published run at epoch 2" in alone
+    )
+    assert (
+        alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared gradients") == 2
+    )
     assert '"alone2-time-parts":{"light"' in html
 
 
 def test_claims_and_sweeps_where_there_are_any():
-    claim = Claim(about="SLTT", claim="saved bytes", published="0.30", bound="<= 0.2", ours="0.25", holds=False)
+    claim = Claim(
+        about="SLTT",
+        claim="saved bytes",
+        published="0.30",
+        bound="<= 0.2",
+        ours="0.25",
+        holds=False,
+    )
     html = body(page.render(study(claims=(claim,), sweeps=(SWEEP,))))
-    assert "does not hold" in html and "sweep1-memory-against-time-steps" in html and "sweep1-time-against-time-steps" in html
+    assert (
+        "does not hold" in html
+        and "sweep1-memory-against-time-steps" in html
+        and "sweep1-time-against-time-steps" in html
+    )
     bare = body(page.render(study()))
-    assert 'id="claims"' not in bare and "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json" in bare
+    assert (
+        'id="claims"' not in bare
+        and "spiketrain sweep RECIPE --steps 1,2,4,8,16 --format json" in bare
+    )
 
 
 def test_what_was_measured_beside_has_its_table_and_file():
     html = body(page.render(study(run("SLTT", seed=2, device_j=3e6))))
-    assert "<h3>Measured beside</h3>" in html and "joules of training, measured" in html and ">3 MJ<" in html
+    assert (
+        "<h3>Measured beside</h3>" in html
+        and "joules of training, measured" in html
+        and ">3 MJ<" in html
+    )
     assert 'download="by-hand-g1-beside.csv"' in html
     bare = body(page.render(Study(title="t", runs=(run(state_bytes=None, startup_s=None),))))
     assert "Measured beside" not in bare
@@ -108,7 +164,11 @@ def test_what_training_holds_has_its_table():
 
 
 def test_a_tuned_study_names_its_protocol_and_each_rules_rate():
-    html = body(page.render(Study(title="t", runs=(run(), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)))))
+    html = body(
+        page.render(
+            Study(title="t", runs=(run(), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)))
+        )
+    )
     titles = re.findall(r"<h2 id=.g\d+.>(.*?) on a cpu", html)
     assert titles == ["Study 01234567, shared settings,", "Study ffffffff, tuned optimizer.lr,"]
     assert "<td>optimizer.lr=0.3</td>" in html and "<td>optimizer.lr=0.6</td>" in html
@@ -116,7 +176,8 @@ def test_a_tuned_study_names_its_protocol_and_each_rules_rate():
 
 def test_all_claims_are_shown():
     claims = tuple(
-        Claim(about=f"rule {index}", claim="bytes", published="", bound="", ours="", holds=None) for index in range(60)
+        Claim(about=f"rule {index}", claim="bytes", published="", bound="", ours="", holds=None)
+        for index in range(60)
     )
     assert ">rule 59<" in body(page.render(study(claims=claims)))
 
@@ -128,5 +189,7 @@ def test_what_is_missing_says_so():
 
 
 def test_a_run_that_goes_on_has_a_page():
-    html = body(page.render(Study(title="t", runs=(run(state="running"), run("SLTT", state="failed")))))
+    html = body(
+        page.render(Study(title="t", runs=(run(state="running"), run("SLTT", state="failed"))))
+    )
     assert "Learning curves" in html and "No baseline" in html and "The baseline is missing" in html

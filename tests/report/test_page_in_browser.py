@@ -38,7 +38,9 @@ def browser() -> Iterator[Browser]:
 def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs_dir = tmp_path_factory.mktemp("real") / "runs"
     train_real_study(runs_dir)
-    with Journal(runs_dir / "ottt-0" / "journal.jsonl", attempt=1) as journal:  # killed after its end, and started again
+    with Journal(
+        runs_dir / "ottt-0" / "journal.jsonl", attempt=1
+    ) as journal:  # killed after its end, and started again
         journal.event("start", rule="OTTT-A", study="s", step=16, steps_per_epoch=8, total_steps=16)
         journal.event("finish", step=16)
     return runs_dir
@@ -57,7 +59,9 @@ def opened_once(browser: Browser, real: tuple[Study, Path]) -> tuple[Page, Watch
 
 @pytest.fixture
 def page(opened_once: tuple[Page, Watch]) -> Page:
-    """The real study's, wide, light, at its top and with its tables closed, whatever was done to it before."""
+    """The real study's, wide, light, at its top and with its tables closed, whatever was done to it
+    before.
+    """
     page, _ = opened_once
     page.set_viewport_size({"width": WIDE[0], "height": WIDE[1]})
     page.emulate_media(color_scheme="light", media="screen")
@@ -74,12 +78,18 @@ def watch(opened_once: tuple[Page, Watch]) -> Watch:
 def opened(browser: Browser, path: Path) -> tuple[Page, Watch]:
     """With every figure drawn, those that are folded away, too."""
     size = {"width": WIDE[0], "height": WIDE[1]}
-    page, watch = browser.new_page(viewport=size, accept_downloads=True, reduced_motion="reduce", color_scheme="light"), Watch()
+    page, watch = (
+        browser.new_page(
+            viewport=size, accept_downloads=True, reduced_motion="reduce", color_scheme="light"
+        ),
+        Watch(),
+    )
     watch.over(page)
     page.goto(path.as_uri())
     fold(page, "open")
     for place in page.locator("[data-figure]").all():
-        # Not Playwright's own, which first waits for the place to lie still, while figures that are drawn above it move it.
+        # Not Playwright's own, which first waits for the place to lie still, while figures that are
+        # drawn above it move it.
         place.evaluate("place => place.scrollIntoView()")
         place.locator(".main-svg").first.wait_for(state="attached")
     return page, watch
@@ -87,11 +97,17 @@ def opened(browser: Browser, path: Path) -> tuple[Page, Watch]:
 
 def fold(page: Page, how: Literal["open", "closed"]) -> None:
     """What figures are folded away in."""
-    page.evaluate("open => document.querySelectorAll('details:has(figure)').forEach(each => each.open = open)", how == "open")
+    page.evaluate(
+        "open => document.querySelectorAll('details:has(figure)').forEach(each => each.open ="
+        " open)",
+        how == "open",
+    )
 
 
 def drawn(page: Page, scheme: Scheme) -> None:
-    page.wait_for_function(f"() => document.querySelectorAll('[data-theme={scheme}]').length === {FIGURES}")
+    page.wait_for_function(
+        f"() => document.querySelectorAll('[data-theme={scheme}]').length === {FIGURES}"
+    )
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
@@ -110,11 +126,17 @@ def test_it_is_quiet_alone_and_accessible(
 
 
 def test_headings_are_in_order_and_every_figure_is_told_in_words(page: Page):
-    levels = [int(each.evaluate("node => node.tagName[1]")) for each in page.locator("h1, h2, h3, h4").all()]
+    levels = [
+        int(each.evaluate("node => node.tagName[1]"))
+        for each in page.locator("h1, h2, h3, h4").all()
+    ]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     for place in page.locator("[data-figure]").all():
-        assert len(place.get_attribute("aria-label") or "") > 40 and place.get_attribute("role") == "img"
+        assert (
+            len(place.get_attribute("aria-label") or "") > 40
+            and place.get_attribute("role") == "img"
+        )
     assert page.locator("figure table").count() == FIGURES
 
 
@@ -125,7 +147,10 @@ def test_data_and_pictures_are_downloaded(page: Page):
         rows = list(csv.reader(io.StringIO(csv_file.value.path().read_text())))
         table = figure.locator("table")
         assert rows[0] == table.locator("thead th").all_text_contents()
-        shown = table.evaluate("node => [...node.tBodies[0].rows].map(row => [...row.cells].map(cell => cell.textContent))")
+        shown = table.evaluate(
+            "node => [...node.tBodies[0].rows].map(row => [...row.cells].map(cell =>"
+            " cell.textContent))"
+        )
         assert shown and [list(map(_as_told, row)) for row in rows[1 : len(shown) + 1]] == shown
     buttons = [figure.get_by_role("button", name="PNG") for figure in page.locator("figure").all()]
     assert len({button.get_attribute("data-file") for button in buttons}) == FIGURES
@@ -149,11 +174,18 @@ def test_the_keyboard_reaches_everything(page: Page):
     for _ in range(90):
         page.keyboard.press("Tab")
         reached.add(
-            page.evaluate("document.activeElement.tagName + ' ' + document.activeElement.textContent.trim().slice(0, 60)")
+            page.evaluate(
+                "document.activeElement.tagName + ' ' +"
+                " document.activeElement.textContent.trim().slice(0, 60)"
+            )
         )
     assert "A To the report" in reached
     for title in ("Learning curves", "Where the time goes"):
-        assert {f"BUTTON PNG of {title}", f"A CSV of {title}", f"SUMMARY Table of {title}"} <= reached
+        assert {
+            f"BUTTON PNG of {title}",
+            f"A CSV of {title}",
+            f"SUMMARY Table of {title}",
+        } <= reached
 
 
 def test_a_change_of_scheme_and_paper_redraw_the_figures(page: Page, watch: Watch):
@@ -168,8 +200,14 @@ def test_a_change_of_scheme_and_paper_redraw_the_figures(page: Page, watch: Watc
 
 def test_names_from_outside_stay_text(browser: Browser, tmp_path: Path):
     bad = "<script>alert(1)</script>"
-    runs = (run(name=f"{bad}<img src=x onerror=alert(1)>"), run(f"</script>{bad}", seed=0), run("<b>bold</b>", seed=0))
-    page, watch = opened(browser, pages.write(Study(title=f"{bad}", runs=runs), tmp_path / "report.html"))
+    runs = (
+        run(name=f"{bad}<img src=x onerror=alert(1)>"),
+        run(f"</script>{bad}", seed=0),
+        run("<b>bold</b>", seed=0),
+    )
+    page, watch = opened(
+        browser, pages.write(Study(title=f"{bad}", runs=runs), tmp_path / "report.html")
+    )
     assert page.locator("h1").text_content() == bad
     assert page.locator("b b, h1 script, td script, img").count() == 0
     assert watch.said == [] and watch.asked == [(tmp_path / "report.html").as_uri()]
@@ -177,7 +215,9 @@ def test_names_from_outside_stay_text(browser: Browser, tmp_path: Path):
 
 
 def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path):
-    two = (run(rule, world_size=2, images_per_s=150.0, name=f"two-{rule}") for rule in ("BPTT", "SLTT"))
+    two = (
+        run(rule, world_size=2, images_per_s=150.0, name=f"two-{rule}") for rule in ("BPTT", "SLTT")
+    )
     page, watch = opened(browser, pages.write(study(*two), tmp_path / "report.html"))
     assert page.locator("h2#g2, h2#scaling").count() == 2
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
@@ -185,14 +225,25 @@ def test_a_page_of_several_groups_is_accessible(browser: Browser, tmp_path: Path
     page.close()
 
 
-def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(browser: Browser, tmp_path: Path):
-    lone = (run("SLTT", study=16 * letter, name=f"alone-{letter}", more_events=fidelity()) for letter in "ef")
+def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(
+    browser: Browser, tmp_path: Path
+):
+    lone = (
+        run("SLTT", study=16 * letter, name=f"alone-{letter}", more_events=fidelity())
+        for letter in "ef"
+    )
     path = pages.write(study(*lone), tmp_path / "report.html")
     page = browser.new_page(color_scheme="light")
     page.goto(path.as_uri())
     page.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
-    page.wait_for_function("() => [...document.querySelectorAll('[data-figure^=g1]')].every(each => each.dataset.theme)")
-    assert page.locator("details [data-figure]").count() == 2 * 5 and page.locator("details [data-theme]").count() == 0
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('[data-figure^=g1]')].every(each =>"
+        " each.dataset.theme)"
+    )
+    assert (
+        page.locator("details [data-figure]").count() == 2 * 5
+        and page.locator("details [data-theme]").count() == 0
+    )
     page.close()
     page, watch = opened(browser, path)
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
@@ -200,7 +251,9 @@ def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(browser: Br
     fold(page, "closed")
     page.emulate_media(color_scheme="dark")
     page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
-    page.wait_for_function("() => document.querySelectorAll('[data-figure^=g1][data-theme=light]').length === 0")
+    page.wait_for_function(
+        "() => document.querySelectorAll('[data-figure^=g1][data-theme=light]').length === 0"
+    )
     assert page.locator("details [data-theme=light]").count() == 2 * 5
     fold(page, "open")
     page.wait_for_function("() => document.querySelectorAll('[data-theme=light]').length === 0")
@@ -212,15 +265,27 @@ def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
     """With all that runs on cards tell, by rules that work for every purpose."""
     peaks = {f"peak_{what}_bytes": 12_345_678_901 for what in ("device", "reserved", "rss", "pss")}
     purposes = ("forward", "error", "weights", *get_args(Served))
-    work = {each: {"multiplications": 1_234_567_890, "additions": 2_345_678_901} for each in purposes}
-    inference = {"macs": 1e6, "acs": 2e7, "energy_j": 4e-6, "prices": "45 nm, fp32", "samples": 10, "measured_j": 0.0123}
+    work = {
+        each: {"multiplications": 1_234_567_890, "additions": 2_345_678_901} for each in purposes
+    }
+    inference = {
+        "macs": 1e6,
+        "acs": 2e7,
+        "energy_j": 4e-6,
+        "prices": "45 nm, fp32",
+        "samples": 10,
+        "measured_j": 0.0123,
+    }
     about = {**peaks, "operations": work, "net_s": 12.5, "device_j": 2512.5, "inference": inference}
     runs = [run(rule, seed=seed, **about) for rule in ("BPTT", "BPTT-chunk-1") for seed in (0, 1)]
     page, _ = opened(browser, pages.write(study(*runs), tmp_path / "report.html"))
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
     page.set_viewport_size({"width": PAPER, "height": 900})
     page.emulate_media(media="print")
-    found = page.evaluate("() => [...document.querySelectorAll('table')].map(each => each.getBoundingClientRect().right)")
+    found = page.evaluate(
+        "() => [...document.querySelectorAll('table')].map(each =>"
+        " each.getBoundingClientRect().right)"
+    )
     assert len(found) > 10 and max(found) <= PAPER
     page.close()
 
@@ -228,7 +293,9 @@ def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
 def test_a_page_that_asks_the_network_is_seen(browser: Browser, tmp_path: Path):
     """Breaks what the tests above rest on: a request, an error, a picture without a text."""
     path = pages.write(study(), tmp_path / "report.html")
-    broken = path.read_text().replace("<main", "<img src='file:///nothing.png'><script>throw Error('broken')</script><main", 1)
+    broken = path.read_text().replace(
+        "<main", "<img src='file:///nothing.png'><script>throw Error('broken')</script><main", 1
+    )
     path.write_text(broken.replace("<meta http-equiv", "<meta name", 1))
     page, watch = opened(browser, path)
     assert any("broken" in line for line in watch.said) and "file:///nothing.png" in watch.asked

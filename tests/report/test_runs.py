@@ -12,7 +12,9 @@ from pipeline.track.mlflow import SyncReport
 from tests.small import command
 
 
-def test_a_run_is_found_by_name_beginning_and_path(make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_is_found_by_name_beginning_and_path(
+    make_run: Callable, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
     first, second = make_run("fashion-sltt"), make_run("fashion-bptt")
     assert find_run(runs_dir, "fashion-sltt") == first
     assert find_run(runs_dir, "fashion-b") == second
@@ -37,7 +39,11 @@ def test_a_run_is_of_the_folder_that_its_path_or_its_link_lies_in(
 
 
 def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
-    make_run: Callable, runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_run: Callable,
+    runs_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     make_run("bptt", wall_s=200.0)
     sltt = make_run("sltt", rule="SLTT", wall_s=100.0)
@@ -60,7 +66,11 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
     monkeypatch.setattr("pipeline.track.publish.register", register)
     monkeypatch.setattr("pipeline.checkpoint.verified", lambda place, which: place)
     monkeypatch.setattr("pipeline.checkpoint.pin", lambda checkpoint: None)
-    assert spiketrain("sync", str(sltt))[0] == spiketrain("register", str(sltt), "--as", "model")[0] == 0
+    assert (
+        spiketrain("sync", str(sltt))[0]
+        == spiketrain("register", str(sltt), "--as", "model")[0]
+        == 0
+    )
     assert stores == [f"sqlite:///{runs_dir}/mlflow.db"] * 2
 
     for words in ("resume", "compare"):
@@ -88,9 +98,13 @@ def test_a_name_that_is_wrong_or_not_enough(make_run: Callable, runs_dir: Path):
         find_run(runs_dir, "x")
     make_run("fashion-sltt")
     make_run("fashion-bptt")
-    with pytest.raises(ReportError, match=r"no run 'x' in .*; there are fashion-bptt, fashion-sltt"):
+    with pytest.raises(
+        ReportError, match=r"no run 'x' in .*; there are fashion-bptt, fashion-sltt"
+    ):
         find_run(runs_dir, "x")
-    with pytest.raises(ReportError, match="'fashion' begins the names of 2 runs: fashion-bptt, fashion-sltt"):
+    with pytest.raises(
+        ReportError, match="'fashion' begins the names of 2 runs: fashion-bptt, fashion-sltt"
+    ):
         find_run(runs_dir, "fashion")
     with pytest.raises(ReportError, match="no run ''"):
         find_run(runs_dir, "")
@@ -122,7 +136,11 @@ def test_every_state_is_told_with_the_command_that_resumes(make_run: Callable, r
     assert (rows["done"].step, rows["done"].total_steps, rows["done"].top1) == (100, 100, 0.9)
     assert (rows["killed"].step, rows["killed"].total_steps, rows["killed"].top1) == (40, 100, 0.5)
     assert (rows["broken"].rule, rows["broken"].study) == ("SLTT", "01234567")
-    assert (rows["prepared"].step, rows["prepared"].top1, rows["prepared"].rule) == (None, None, "-")
+    assert (rows["prepared"].step, rows["prepared"].top1, rows["prepared"].rule) == (
+        None,
+        None,
+        "-",
+    )
 
 
 def test_the_run_started_last_comes_first(make_run: Callable, runs_dir: Path):
@@ -146,4 +164,6 @@ def test_the_list_in_print(make_run: Callable, runs_dir: Path):
     print_runs(runs_dir, Console(file=out, width=80))
     assert "done" in out.getvalue()
     assert "90.00%" in out.getvalue()
-    assert f"spiketrain resume '[red]odd name' --runs {runs_dir}\n" in out.getvalue()  # whole, on one line
+    assert (
+        f"spiketrain resume '[red]odd name' --runs {runs_dir}\n" in out.getvalue()
+    )  # whole, on one line

@@ -1,4 +1,6 @@
-"""The stamps study before it is run: what its controls are, and its report on runs whose answers are made up."""
+"""The stamps study before it is run: what its controls are, and its report on runs whose answers
+are made up.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,40 @@ def recipes() -> dict[str, Recipe]:
 def test_the_runs_of_a_split_share_all_but_what_is_compared(recipes: dict[str, Recipe]) -> None:
     assert len(recipes) == 36
     for split in SPLITS:
-        of_split = {name: recipe for name, recipe in recipes.items() if name.startswith(f"sei-stamps-{split}-")}
+        of_split = {
+            name: recipe
+            for name, recipe in recipes.items()
+            if name.startswith(f"sei-stamps-{split}-")
+        }
         assert len(of_split) == 12
-        assert {recipe.data.kwargs["folder"] for recipe in of_split.values()} == {f"data/stamps-{split}"}
+        assert {recipe.data.kwargs["folder"] for recipe in of_split.values()} == {
+            f"data/stamps-{split}"
+        }
         fields = ("epochs", "batch_size", "time_steps", "rule", "schedule", "optimizer", "data")
-        assert len({json.dumps([recipe.to_json()["recipe"][name] for name in fields]) for recipe in of_split.values()}) == 1
-        seeds = {name.removeprefix(f"sei-stamps-{split}-"): recipe.seed for name, recipe in of_split.items()}
+        assert (
+            len(
+                {
+                    json.dumps([recipe.to_json()["recipe"][name] for name in fields])
+                    for recipe in of_split.values()
+                }
+            )
+            == 1
+        )
+        seeds = {
+            name.removeprefix(f"sei-stamps-{split}-"): recipe.seed
+            for name, recipe in of_split.items()
+        }
         assert seeds.pop("peer-alone") == 100 + int(split) and set(seeds.values()) == {int(split)}
-        assert references(of_split[f"sei-stamps-{split}-peer"]) == (f"sei-stamps-{split}-peer-alone",)
+        assert references(of_split[f"sei-stamps-{split}-peer"]) == (
+            f"sei-stamps-{split}-peer-alone",
+        )
         for name, recipe in of_split.items():
             taught = name.endswith(("-teacher", "-peer", "-narrow"))
-            assert (recipe.teacher is not None) is isinstance(recipe.objective.build(), Distillation) is taught
+            assert (
+                (recipe.teacher is not None)
+                is isinstance(recipe.objective.build(), Distillation)
+                is taught
+            )
 
 
 def test_narrow_has_as_many_stored_bits(recipes: dict[str, Recipe]) -> None:
@@ -61,18 +86,37 @@ def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) 
     scenes, draw = 130, np.random.default_rng(0)
     for split in SPLITS:
         folder = tmp_path / f"stamps-{split}"
-        write_stamps(folder, source=share, size=40, split=int(split), samples=13, val_samples=scenes, mode="raw")
+        write_stamps(
+            folder,
+            source=share,
+            size=40,
+            split=int(split),
+            samples=13,
+            val_samples=scenes,
+            mode="raw",
+        )
     runs, right = {}, {}
     for name, recipe in recipes.items():
         runs[name] = run = tmp_path / name
         run.mkdir()
-        data = recipe.data.with_(folder=str(tmp_path / Path(str(recipe.data.kwargs["folder"])).name))
-        write_json(run / "recipe.json", recipe.override({"data.folder": data.kwargs["folder"]}).to_json())
+        data = recipe.data.with_(
+            folder=str(tmp_path / Path(str(recipe.data.kwargs["folder"])).name)
+        )
+        write_json(
+            run / "recipe.json", recipe.override({"data.folder": data.kwargs["folder"]}).to_json()
+        )
         target = np.arange(scenes) % 13
         right[name] = draw.random(scenes) < (0.5 if "1-bit-multiple-teacher" in name else 0.2)
-        answers = Answers(index=np.arange(scenes), target=target, answer=np.where(right[name], target, target + 1))
+        answers = Answers(
+            index=np.arange(scenes), target=target, answer=np.where(right[name], target, target + 1)
+        )
         write_answers(run / "answers.npz", [[answers]], tasks=False)
-        made = {"data_fingerprint": data.build().fingerprint(), "world_size": 2, "commits": ["c0ffee"], "teacher_top1": 0.65}
+        made = {
+            "data_fingerprint": data.build().fingerprint(),
+            "world_size": 2,
+            "commits": ["c0ffee"],
+            "teacher_top1": 0.65,
+        }
         write_json(run / "summary.json", made)
     out = io.StringIO()
     found = json.loads(json.dumps(sei_stamps.report(runs, Console(file=out, width=200))))
@@ -80,8 +124,14 @@ def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) 
     assert {name: len(found[name]["cells"]) for name in found} == {"object": 11, "ground": 11}
     headline = found["object"]["contrasts"][0]
     assert headline["contrast"] == "1-bit: both - neither" and headline["low"] > 0
-    both, neither = ({split: right[f"sei-stamps-{split}-1-bit-{rest}"].mean() for split in SPLITS} for rest in REST)
+    both, neither = (
+        {split: right[f"sei-stamps-{split}-1-bit-{rest}"].mean() for split in SPLITS}
+        for rest in REST
+    )
     of_splits = {split: 100 * (both[split] - neither[split]) for split in SPLITS}
     assert {split: headline[split] for split in SPLITS} == pytest.approx(of_splits)
     said = out.getvalue()
-    assert "1-bit, multiple, teacher" in said and "peer alone: 65.00%, 65.00%, 65.00% in splits 0, 1, 2" in said
+    assert (
+        "1-bit, multiple, teacher" in said
+        and "peer alone: 65.00%, 65.00%, 65.00% in splits 0, 1, 2" in said
+    )

@@ -14,7 +14,12 @@ from tests.report.hand_made import run
 
 @pytest.mark.parametrize(
     ("minutes", "said"),
-    [(1, "running"), (14, "running"), (25.5, "running, no word for 25 min"), (300, "running, no word for 5 h")],
+    [
+        (1, "running"),
+        (14, "running"),
+        (25.5, "running, no word for 25 min"),
+        (300, "running, no word for 5 h"),
+    ],
 )
 def test_a_run_that_nobody_hears_of_says_so(minutes: float, said: str):
     heard = time.time() - 60 * minutes

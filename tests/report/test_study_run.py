@@ -20,22 +20,46 @@ from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, recip
 
 def test_what_a_finished_run_has_written():
     one = run("SLTT", seed=3, top1=0.75)
-    assert (one.name, one.rule, one.seed, one.study, one.state) == ("sltt-3", "SLTT", 3, KEY, "finished")
+    assert (one.name, one.rule, one.seed, one.study, one.state) == (
+        "sltt-3",
+        "SLTT",
+        3,
+        KEY,
+        "finished",
+    )
     assert (one.step, one.total_steps, one.steps_per_epoch, one.workers) == (100, 100, 50, 1)
     assert one.hardware == MACHINE and one.commits == ("abc",) and one.recipe["time_steps"] == 2
     assert one.value("top1") == 0.75 and one.value("inference.energy_j") == 3e-6
     assert one.value("inference.joules") is None and one.value("top1.x") is None
     assert [layer.rates for layer in one.activity] == [(0.5, 0.25), (0.25, 0.0)]
-    assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08, "rest": 0.005, "evaluation": 0.02})
+    assert one.parts == pytest.approx(
+        {"forward": 0.04, "backward": 0.08, "rest": 0.005, "evaluation": 0.02}
+    )
 
 
 def test_seconds_are_those_of_its_attempts_alone():
     plain, restarted = run(), run(restart=True)
-    assert [(point.step, point.seconds) for point in plain.curve] == [(25, 5), (50, 8), (75, 13), (100, 16)]
-    # The first attempt took 10 s, the second began a second before its first event; the 999 s between them are nobody's.
-    assert [(point.step, point.seconds) for point in restarted.curve] == [(25, 5), (50, 8), (75, 14), (100, 17)]
-    assert [(each.number, each.step, each.seconds, each.commit) for each in restarted.restarts] == [(1, 50, 11, "def")]
-    assert [(each.epoch, each.top1, each.seconds) for each in restarted.evaluations] == [(0, 0.8, 9), (1, 0.9, 18)]
+    assert [(point.step, point.seconds) for point in plain.curve] == [
+        (25, 5),
+        (50, 8),
+        (75, 13),
+        (100, 16),
+    ]
+    # The first attempt took 10 s, the second began a second before its first event; the 999 s
+    # between them are nobody's.
+    assert [(point.step, point.seconds) for point in restarted.curve] == [
+        (25, 5),
+        (50, 8),
+        (75, 14),
+        (100, 17),
+    ]
+    assert [(each.number, each.step, each.seconds, each.commit) for each in restarted.restarts] == [
+        (1, 50, 11, "def")
+    ]
+    assert [(each.epoch, each.top1, each.seconds) for each in restarted.evaluations] == [
+        (0, 0.8, 9),
+        (1, 0.9, 18),
+    ]
     assert restarted.commits == ("abc", "def") and plain.restarts == ()
 
 
@@ -43,8 +67,14 @@ def test_waiting_for_places_between_attempts_costs_nothing():
     told = events(restart=True)
     again = next(at for at, event in enumerate(told) if event["event"] == "start" and at)
     before = float(told[again - 1]["time"])
-    waiting = [{"event": "waiting", "time": before + later, "attempt": OF_NONE, "most_s": 3600.0} for later in (1.0, 86_401.0)]
-    late = [{**event, **{name: event[name] + 90_000 for name in ("time", "began") if name in event}} for event in told[again:]]
+    waiting = [
+        {"event": "waiting", "time": before + later, "attempt": OF_NONE, "most_s": 3600.0}
+        for later in (1.0, 86_401.0)
+    ]
+    late = [
+        {**event, **{name: event[name] + 90_000 for name in ("time", "began") if name in event}}
+        for event in told[again:]
+    ]
 
     def seconds(*events: Event) -> list[float]:
         one = study_run("r", events, state="running")
@@ -55,7 +85,13 @@ def test_waiting_for_places_between_attempts_costs_nothing():
 
 
 def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():
-    one = study_run("r", events()[:4], state="running", summary={"top1": 0.5}, recipe={"version": 1, "recipe": recipe()})
+    one = study_run(
+        "r",
+        events()[:4],
+        state="running",
+        summary={"top1": 0.5},
+        recipe={"version": 1, "recipe": recipe()},
+    )
     assert one.summary is None and not one.is_finished and one.value("top1") is None
     assert (one.step, one.rule, one.hardware) == (50, "BPTT", MACHINE)
     assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
@@ -71,7 +107,9 @@ def test_parts_so_far_leave_out_the_point_in_which_compilation_is():
 
 
 def test_batches_that_a_restart_did_again_are_divided_by_as_well():
-    """60 were done, then the last 50; of 40 + 80 ms each, the first point of either start left out."""
+    """60 were done, then the last 50; of 40 + 80 ms each, the first point of either start left
+    out.
+    """
     one = study_run("r", events(restart=True)[:-1], state="stopped")
     assert one.step == 100 and one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
 
@@ -84,18 +122,32 @@ def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
         return study_run("r", [*told[:6], *more], state="running", redone="kept")
 
     assert [(point.step, point.seconds) for point in at().curve] == [(25, 5), (50, 8), (60, 10)]
-    assert (at().step, at().again_from) == (60, 50) and [each.step for each in at().restarts] == [50]
+    assert (at().step, at().again_from) == (60, 50) and [each.step for each in at().restarts] == [
+        50
+    ]
     anew = {**told[4], "time": told[5]["time"] + 2, "attempt": 1, "metrics": {"top1": 0.75}}
     assert [(point.step, point.top1) for point in at(anew).curve][1:] == [(50, 0.4), (60, 0.75)]
     half = {**anew, "step": 55}
-    assert [point.step for point in at(half).curve] == [25, 50, 55, 60] and (at(half).step, at(half).again_from) == (60, 55)
+    assert [point.step for point in at(half).curve] == [25, 50, 55, 60] and (
+        at(half).step,
+        at(half).again_from,
+    ) == (60, 55)
     passed = at(told[6])
-    assert [point.step for point in passed.curve] == [25, 50, 60, 75] and (passed.step, passed.again_from) == (75, None)
+    assert [point.step for point in passed.curve] == [25, 50, 60, 75] and (
+        passed.step,
+        passed.again_from,
+    ) == (75, None)
     twice = at({**told[5], "attempt": 2})
-    assert [point.step for point in twice.curve] == [25, 50, 60] and (twice.step, twice.again_from) == (60, 50)
+    assert [point.step for point in twice.curve] == [25, 50, 60] and (
+        twice.step,
+        twice.again_from,
+    ) == (60, 50)
     assert provenance(Study(title="t", runs=(twice,))).rows[0][5] == "60/100, done again from 50 on"
     dropped = study_run("r", told[:6], state="running")
-    assert [point.step for point in dropped.curve] == [25, 50] and (dropped.step, dropped.again_from) == (50, None)
+    assert [point.step for point in dropped.curve] == [25, 50] and (
+        dropped.step,
+        dropped.again_from,
+    ) == (50, None)
 
 
 def test_a_checkpoint_that_is_told_of_late_is_no_step_back():
@@ -114,7 +166,10 @@ def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
     again = {**told[3], "time": back["time"] + 5, "attempt": 1, "metrics": {"top1": 0.25}}
 
     def top1(*more: dict, **how: Any) -> list[float | None]:
-        return [each.top1 for each in study_run("r", [*told[:4], back, *more], state="running", **how).evaluations]
+        return [
+            each.top1
+            for each in study_run("r", [*told[:4], back, *more], state="running", **how).evaluations
+        ]
 
     assert top1() == [] and top1(redone="kept") == [0.8]
     assert top1(again) == top1(again, redone="kept") == [0.25]
@@ -122,7 +177,14 @@ def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
 
 def test_nothing_yet():
     one = study_run("new", [], state="new")
-    assert (one.rule, one.curve, one.evaluations, one.parts, one.hardware, one.step) == ("unknown rule", (), (), {}, {}, 0)
+    assert (one.rule, one.curve, one.evaluations, one.parts, one.hardware, one.step) == (
+        "unknown rule",
+        (),
+        (),
+        {},
+        {},
+        0,
+    )
 
 
 def test_gradients_beside_bptts():
@@ -136,7 +198,12 @@ def test_from_its_folder(make_run: Callable, runs_dir: Path):
     folder = make_run("bptt", top1=0.9)
     (folder / "activity.json").write_text(json.dumps(LAYERS))
     one = from_folder(folder)
-    assert (one.name, one.state, one.value("top1"), one.recipe["batch_size"]) == ("bptt", "finished", 0.9, 64)
+    assert (one.name, one.state, one.value("top1"), one.recipe["batch_size"]) == (
+        "bptt",
+        "finished",
+        0.9,
+        64,
+    )
     assert [layer.name for layer in one.activity] == ["first", "second"]
 
 
@@ -161,7 +228,9 @@ def test_damaged_files_end_in_a_sentence(make_run: Callable, damage: str):
         ("images_per_s", "80", "images_per_s must be a number; got '80'"),
     ],
 )
-def test_a_summary_of_the_wrong_kind_is_named_with_its_field(make_run: Callable, field: str, value: Any, said: str):
+def test_a_summary_of_the_wrong_kind_is_named_with_its_field(
+    make_run: Callable, field: str, value: Any, said: str
+):
     folder, other = make_run("bptt", **{field: value}), make_run("sltt", rule="SLTT")
     for read in (from_folder, finished_run, partial(differences, other)):
         with pytest.raises(ReportError) as refusal:

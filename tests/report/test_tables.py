@@ -39,11 +39,16 @@ def test_a_column_of_joules_names_the_prices_behind_them():
     def energies(*runs: StudyRun) -> list[str]:
         groups = Study(title="t", runs=runs).groups
         return [
-            name for table in (tables.costs(groups[0]), tables.lone_runs(groups)) for name in table.columns if "energy" in name
+            name
+            for table in (tables.costs(groups[0]), tables.lone_runs(groups))
+            for name in table.columns
+            if "energy" in name
         ]
 
     assert energies(run()) == 2 * ["inference energy (45 nm, fp32)"]
-    assert energies(run(inference=None)) == energies(run(state="failed")) == 2 * ["inference energy"]
+    assert (
+        energies(run(inference=None)) == energies(run(state="failed")) == 2 * ["inference energy"]
+    )
 
 
 def test_what_diverged_has_its_row_and_divides_nothing():
@@ -58,26 +63,47 @@ def test_what_diverged_has_its_row_and_divides_nothing():
 
 def test_what_has_not_finished_says_so_and_is_of_no_seed_of_the_means():
     others = [run("SLTT", seed=2, state="running"), run("SLTT", seed=3, state="stopped")]
-    waiting = [run("OTTT", state="running"), run("OTTT", seed=1, state="failed"), run("OTTT", seed=2, state="running")]
+    waiting = [
+        run("OTTT", state="running"),
+        run("OTTT", seed=1, state="failed"),
+        run("OTTT", seed=2, state="running"),
+    ]
     untold = replace(run("DSR"), summary=None)  # its summary has not come yet
     (group,) = study(*others, *waiting, untold).groups
     rows = {row[0]: row[1:] for row in tables.costs(group).rows}
     assert rows["SLTT"][0] == "89.50 ± 0.71 %" and rows["SLTT"][-1] == "2, 1 running, 1 stopped"
     assert rows["OTTT"] == ("running, failed", *6 * (None,), "0, 2 running, 1 failed")
-    assert (rows["DSR"][0], rows["DSR"][-1], rows["BPTT"][-1]) == ("without a summary", "0, 1 without a summary", 2)
+    assert (rows["DSR"][0], rows["DSR"][-1], rows["BPTT"][-1]) == (
+        "without a summary",
+        "0, 1 without a summary",
+        2,
+    )
     table = tables.behind_the_rows(group)
     seeds = {row[0]: row[table.columns.index("seeds")] for row in table.rows}
     assert seeds == {"BPTT": "0, 1", "DSR": "none", "OTTT": "none", "SLTT": "0, 1"}
-    assert [row[3] for row in tables.lone_runs([group]).rows][2:6] == ["without a summary", "running", "failed", "running"]
+    assert [row[3] for row in tables.lone_runs([group]).rows][2:6] == [
+        "without a summary",
+        "running",
+        "failed",
+        "running",
+    ]
 
 
 def test_a_sentence_for_each_rule():
     ((rule, said),) = tables.headlines(study().groups[0])
-    assert rule == "SLTT" and said.startswith("0.25 of BPTT's saved bytes, 0.25 with states, 0.75 of BPTT's compute time")
+    assert rule == "SLTT" and said.startswith(
+        "0.25 of BPTT's saved bytes, 0.25 with states, 0.75 of BPTT's compute time"
+    )
     assert "BPTT - SLTT: +1.50 points over 2 paired seeds, 95 % interval" in said
-    ((_, said),) = tables.headlines(Study(title="t", runs=(run(top1=0.9), run("SLTT", top1=0.89))).groups[0])
+    ((_, said),) = tables.headlines(
+        Study(title="t", runs=(run(top1=0.9), run("SLTT", top1=0.89))).groups[0]
+    )
     assert said.endswith("BPTT - SLTT: +1.00 points of one seed, so without an interval.")
-    again = (run(top1=0.9), run(top1=0.94, name="again"), run("SLTT", top1=0.89))  # seed 0 twice: 0.92
+    again = (
+        run(top1=0.9),
+        run(top1=0.94, name="again"),
+        run("SLTT", top1=0.89),
+    )  # seed 0 twice: 0.92
     ((_, said),) = tables.headlines(Study(title="t", runs=again).groups[0])
     assert "BPTT - SLTT: +3.00 points of one seed" in said
     assert tables.headlines(Study(title="t", runs=(run("SLTT"),)).groups[0]) == []
@@ -89,9 +115,13 @@ def test_a_rule_that_mostly_diverged_fails_in_its_sentence():
     (group,) = Study(title="t", runs=(*bptt, run("SLTT-1", top1=0.895), *lost[1:])).groups
     ((_, said),) = tables.headlines(group)
     points = "BPTT - SLTT-1: +0.50 points of one seed, so without an interval"
-    assert said.endswith(f"{points}, and diverged in 2 of BPTT's 3 seeds; at most 0.7 points below fails.")
+    assert said.endswith(
+        f"{points}, and diverged in 2 of BPTT's 3 seeds; at most 0.7 points below fails."
+    )
     (group,) = Study(title="t", runs=(*bptt, *lost)).groups
-    assert tables.headlines(group) == [("SLTT-1", "diverged in 3 of BPTT's 3 seeds; at most 0.7 points below fails.")]
+    assert tables.headlines(group) == [
+        ("SLTT-1", "diverged in 3 of BPTT's 3 seeds; at most 0.7 points below fails.")
+    ]
     (group,) = Study(title="t", runs=(*bptt[:1], run("SLTT-1", seed=1), lost[0])).groups
     ((_, said),) = tables.headlines(group)
     assert said == "diverged in 1 of BPTT's 1 seed; at most 0.7 points below fails."
@@ -101,22 +131,47 @@ def test_a_rule_that_mostly_diverged_fails_in_its_sentence():
 
 def test_the_baseline_stands_in_every_row():
     def told(steps: int) -> dict[str, object]:
-        return {"reset_gradient": "kept", "norm_over": "step", "precision": "bf16", "steps_per_forward": steps}
+        return {
+            "reset_gradient": "kept",
+            "norm_over": "step",
+            "precision": "bf16",
+            "steps_per_forward": steps,
+        }
 
     T = recipe("BPTT")["time_steps"]
     wanted = ["folded", "step by step", "step by step, recomputed", "not known", "in slices of 3"]
     runs = (
         run("BPTT", conditions=told(T)),
         run("BPTT-chunk-1", conditions=told(1), backward_s=1.0),
-        run("BPTT-recompute", recipe=recipe("BPTT", rule={"target": "x", "kwargs": {"recompute": True}}), conditions=told(1)),
+        run(
+            "BPTT-recompute",
+            recipe=recipe("BPTT", rule={"target": "x", "kwargs": {"recompute": True}}),
+            conditions=told(1),
+        ),
         run("SLTT", conditions=told(3)),
         run("OTTT-A"),
     )
-    rows = {row[0]: row[1:] for row in tables.behind_the_rows(Study(title="t", runs=runs).groups[0]).rows}
-    assert rows["BPTT-chunk-1"] == ("BPTT", "BPTT-chunk-1", "kept", "step", "bf16", "step by step", "8", "not known", "0")
+    rows = {
+        row[0]: row[1:]
+        for row in tables.behind_the_rows(Study(title="t", runs=runs).groups[0]).rows
+    }
+    assert rows["BPTT-chunk-1"] == (
+        "BPTT",
+        "BPTT-chunk-1",
+        "kept",
+        "step",
+        "bf16",
+        "step by step",
+        "8",
+        "not known",
+        "0",
+    )
     assert [row[5] for row in rows.values()] == wanted
     assert rows["OTTT-A"] == ("BPTT", "BPTT-chunk-1", *4 * ("not known",), "8", "not known", "0")
-    assert tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1] == "no baseline"
+    assert (
+        tables.behind_the_rows(Study(title="t", runs=(run("SLTT"),)).groups[0]).rows[0][1]
+        == "no baseline"
+    )
 
 
 def test_of_a_run_without_recipe_json_its_flat_parameters_tell():
@@ -131,7 +186,9 @@ def test_of_a_run_without_recipe_json_its_flat_parameters_tell():
         one = replace(run(conditions={**told, "steps_per_forward": steps}), recipe=parameters)
         table = tables.behind_the_rows(Study(title="t", runs=(one,)).groups[0])
         assert table.rows[0][table.columns.index("over time")] == said
-    assert "<td>not known</td>" in render(Study(title="t", runs=(one, run("SLTT"), run(study="f" * 16, name="x"))))
+    assert "<td>not known</td>" in render(
+        Study(title="t", runs=(one, run("SLTT"), run(study="f" * 16, name="x")))
+    )
 
 
 def test_every_row_says_how_often_the_set_was_read_that_its_top_1_is_of():
@@ -141,7 +198,9 @@ def test_every_row_says_how_often_the_set_was_read_that_its_top_1_is_of():
         ({"evaluate_every": "5"}, "every 5 epochs"),  # of MLflow, where all is text
         ({}, "not known"),
     ):
-        table = tables.behind_the_rows(Study(title="t", runs=(replace(run(), recipe=parameters),)).groups[0])
+        table = tables.behind_the_rows(
+            Study(title="t", runs=(replace(run(), recipe=parameters),)).groups[0]
+        )
         assert table.rows[0][table.columns.index("evaluated")] == said
 
 
@@ -153,15 +212,20 @@ def test_how_a_batch_fell_on_workers_stands_in_every_row_and_in_the_title():
 
     machine = "a cpu, 2 cores, 1 thread"
     assert told(on()) == ("8", f"Study 01234567 on {machine}, 1 worker")
-    assert told(on(micro_batch=2)) == ("2 × 4", f"Study 01234567 on {machine}, 1 worker, in micro-batches of 2")
+    assert told(on(micro_batch=2)) == (
+        "2 × 4",
+        f"Study 01234567 on {machine}, 1 worker, in micro-batches of 2",
+    )
     assert told(on(workers=2), on(micro_batch=4)) == (
         "4, then 4 × 2",
         f"Study 01234567 on {machine}, 2 workers, then {machine}, 1 worker, in micro-batches of 4",
     )
     alone = f"{machine}, 1 worker, each on cores of its own"
     assert told({**on(), "own_cores": True})[1] == f"Study 01234567 on {alone}"
-    assert told({**on(), "own_cores": True, "loader_threads": 2}, on())[1] == (
-        f"Study 01234567 on {alone}, with 2 loader threads, then {machine}, 1 worker, with 1 loader thread"
+    assert (
+        told({**on(), "own_cores": True, "loader_threads": 2}, on())[1]
+        == f"Study 01234567 on {alone}, with 2 loader threads, then {machine}, 1 worker, with 1"
+        " loader thread"
     )
 
 
@@ -175,23 +239,56 @@ def test_protocols_are_told_apart_and_each_rules_own_value_stands_in_its_row():
     both = Study(title="t", runs=(run("BPTT"), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)))
     first, second = both.groups
     assert tables.named(first) == "Study 01234567 on a cpu, 2 cores, 1 thread, 1 worker"
-    assert tables.named(first, among=both.groups) == "Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 1 worker"
-    assert tables.named(second) == "Study ffffffff, tuned optimizer.lr, on a cpu, 2 cores, 1 thread, 1 worker"
+    assert (
+        tables.named(first, among=both.groups)
+        == "Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 1 worker"
+    )
+    assert (
+        tables.named(second)
+        == "Study ffffffff, tuned optimizer.lr, on a cpu, 2 cores, 1 thread, 1 worker"
+    )
     assert "tuned" not in tables.behind_the_rows(first).columns
     table = tables.behind_the_rows(second)
     place = table.columns.index("tuned")
-    assert [(row[0], row[place]) for row in table.rows] == [("BPTT", "optimizer.lr=0.3"), ("SLTT", "optimizer.lr=0.6")]
+    assert [(row[0], row[place]) for row in table.rows] == [
+        ("BPTT", "optimizer.lr=0.3"),
+        ("SLTT", "optimizer.lr=0.6"),
+    ]
     rows = {row[0]: row[1:3] for row in tables.recipe_differences(both).rows}
-    assert rows["protocol"] == ('"(absent)"', '"tuned"') and rows["optimizer.lr"] == ("0.1", '"each rule\'s own"')
+    assert rows["protocol"] == ('"(absent)"', '"tuned"') and rows["optimizer.lr"] == (
+        "0.1",
+        '"each rule\'s own"',
+    )
 
 
 def test_what_training_holds_by_kind():
-    kinds = {"parameters": 4e6, "buffers": 0, "gradients": 4e6, "optimizer": 8e6, "teacher": 2e9, "rule": 5e3}
-    found = tables.held(Study(title="t", runs=(run(held=kinds, state_bytes=3e3), run("SLTT", state_bytes=None))).groups[0])
+    kinds = {
+        "parameters": 4e6,
+        "buffers": 0,
+        "gradients": 4e6,
+        "optimizer": 8e6,
+        "teacher": 2e9,
+        "rule": 5e3,
+    }
+    found = tables.held(
+        Study(
+            title="t", runs=(run(held=kinds, state_bytes=3e3), run("SLTT", state_bytes=None))
+        ).groups[0]
+    )
     assert found is not None and found.columns == (
-        "rule", "parameters", "buffers", "gradients", "optimizer", "teacher", "the rule's own", "states beside saved bytes",
-    )  # fmt: skip
-    assert found.rows == (("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "5 kB", "3 kB"), ("SLTT", *7 * (None,)))
+        "rule",
+        "parameters",
+        "buffers",
+        "gradients",
+        "optimizer",
+        "teacher",
+        "the rule's own",
+        "states beside saved bytes",
+    )
+    assert found.rows == (
+        ("BPTT", "4 MB", "0 B", "4 MB", "8 MB", "2 GB", "5 kB", "3 kB"),
+        ("SLTT", *7 * (None,)),
+    )
     assert tables.held(study().groups[0]) is None
 
 
@@ -199,40 +296,104 @@ def test_what_else_was_measured_of_a_rule():
     def work(multiplications: float) -> dict[str, float]:
         return {"multiplications": multiplications, "additions": 3e6, "dense": 9e9}
 
-    about = {"state_bytes": 1e6, "peak_device_bytes": 0, "peak_rss_bytes": 2e9, "evaluation_peak_device_bytes": 0}
+    about = {
+        "state_bytes": 1e6,
+        "peak_device_bytes": 0,
+        "peak_rss_bytes": 2e9,
+        "evaluation_peak_device_bytes": 0,
+    }
     by_table = {"45 nm, fp32": 3e-5, "45 nm, int8": 2e-6}
-    used = {"device_j": 2500.0, "inference": {"measured_j": 0.02, "prices": "45 nm, fp32", "energy_j_by_table": by_table}}
+    used = {
+        "device_j": 2500.0,
+        "inference": {"measured_j": 0.02, "prices": "45 nm, fp32", "energy_j_by_table": by_table},
+    }
     runs = (
         run(**about, net_s=10.0, startup_s=9.0, operations={"forward": work(1e9)}),
         run(**about, net_s=12.0, startup_s=3.0, operations={"forward": work(3e9)}, seed=1),
-        run("SLTT", state_bytes=0, startup_s=2.5, peak_device_bytes=0, operations={"feedback": work(0)}, **used),
+        run(
+            "SLTT",
+            state_bytes=0,
+            startup_s=2.5,
+            peak_device_bytes=0,
+            operations={"feedback": work(0)},
+            **used,
+        ),
     )
     found = tables.beside(Study(title="t", runs=runs).groups[0])
     assert found is not None and found.columns == (
-        "rule", "states beside saved bytes", "peak RSS", "start-up", "wall clock net of restarts", "joules of training, measured",
-        "joules of an inference, measured", "joules of an inference, estimated (45 nm, int8)",
-        "forward: multiplications", "forward: additions", "feedback: multiplications", "feedback: additions",
-    )  # fmt: skip
+        "rule",
+        "states beside saved bytes",
+        "peak RSS",
+        "start-up",
+        "wall clock net of restarts",
+        "joules of training, measured",
+        "joules of an inference, measured",
+        "joules of an inference, estimated (45 nm, int8)",
+        "forward: multiplications",
+        "forward: additions",
+        "feedback: multiplications",
+        "feedback: additions",
+    )
     assert found.rows == (
-        ("BPTT", "1 ± 0 MB", "2 ± 0 GB", "6 ± 4.2 s", "11 ± 1.4 s", None, None, None, "2 ± 1.4 G", "3 ± 0 M", None, None),
+        (
+            "BPTT",
+            "1 ± 0 MB",
+            "2 ± 0 GB",
+            "6 ± 4.2 s",
+            "11 ± 1.4 s",
+            None,
+            None,
+            None,
+            "2 ± 1.4 G",
+            "3 ± 0 M",
+            None,
+            None,
+        ),
         ("SLTT", "0 B", None, "2.5 s", None, "2.5 kJ", "20 mJ", "2 µJ", None, None, "0", "3 M"),
     )
-    assert tables.beside(Study(title="t", runs=(run(state_bytes=None, startup_s=None),)).groups[0]) is None
+    assert (
+        tables.beside(Study(title="t", runs=(run(state_bytes=None, startup_s=None),)).groups[0])
+        is None
+    )
 
 
 def test_claims_that_do_not_hold_are_shown_so():
-    about = {"about": "SLTT", "claim": "bytes", "published": "0.3", "bound": "<= 0.2", "ours": "0.25"}
-    found = [(False, False), (True, False), (None, False), (False, True), (True, True), (None, True)]
-    rows = tables.claims([Claim(**about, holds=holds, within_noise=noise) for holds, noise in found]).rows
+    about = {
+        "about": "SLTT",
+        "claim": "bytes",
+        "published": "0.3",
+        "bound": "<= 0.2",
+        "ours": "0.25",
+    }
+    found = [
+        (False, False),
+        (True, False),
+        (None, False),
+        (False, True),
+        (True, True),
+        (None, True),
+    ]
+    rows = tables.claims(
+        [Claim(**about, holds=holds, within_noise=noise) for holds, noise in found]
+    ).rows
     assert [row[5] for row in rows[:3]] == ["does not hold", "holds", "not judged"]
-    assert [row[5] for row in rows[3:]] == ["fails, within the noise", "holds, within the noise", "undecided"]
+    assert [row[5] for row in rows[3:]] == [
+        "fails, within the noise",
+        "holds, within the noise",
+        "undecided",
+    ]
 
 
 def test_how_groups_differ():
     trained = [on(micro_batch=16, gpu="H100")]
-    other = run("SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), trained_on=trained, name="x")
+    other = run(
+        "SLTT", study="f" * 16, recipe=recipe("SLTT", batch_size=16), trained_on=trained, name="x"
+    )
     found = {row[0]: row[1:] for row in tables.recipe_differences(study(other)).rows}
-    assert found["batch_size"][:2] == ("8", "16") and found["hardware.gpu"][:2] == ('"none"', '"H100"')
+    assert found["batch_size"][:2] == ("8", "16") and found["hardware.gpu"][:2] == (
+        '"none"',
+        '"H100"',
+    )
     assert found["batch_size"][3] == "Study ffffffff on H100, 1 worker"
 
 
@@ -254,7 +415,11 @@ def test_where_each_run_ran():
     before = {**on(workers=2, cpu="another"), "own_cores": True}
     moved = run("SLTT", seed=3, trained_on=[before, on()])
     row = tables.provenance(Study(title="t", runs=(moved,))).rows[0]
-    assert row[7:10] == ("another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread", "2, then 1", "its own, then shared")
+    assert row[7:10] == (
+        "another, 2 cores, 1 thread; then a cpu, 2 cores, 1 thread",
+        "2, then 1",
+        "its own, then shared",
+    )
 
 
 def test_what_is_sampled_says_so():
@@ -268,10 +433,16 @@ def test_what_is_sampled_says_so():
     assert counted["bytes"][:3] == [1, 201, 401] and counted["operations"] == [2, 1002, 2002]
     found = figures.trade_off(study().groups[0], "peak_saved_bytes")
     assert isinstance(found, Figure)
-    said = "counted on the second batch of each start of a run and every 200th after it, or the next where that one is skipped"
+    said = (
+        "counted on the second batch of each start of a run and every 200th after it, or the next"
+        " where that one is skipped"
+    )
     assert said in found.caption
-    said = "counted on the third batch of a run, which has hardly learnt yet, and every 1000th after it"
+    said = (
+        "counted on the third batch of a run, which has hardly learnt yet, and every 1000th"
+        " after it"
+    )
     assert (
-        f"{said}; states are looked at on the second of each start and every 200th; where one of these is skipped, the"
-        in tables.BESIDE_SAID
+        f"{said}; states are looked at on the second of each start and every 200th; where one of"
+        " these is skipped, the" in tables.BESIDE_SAID
     )

@@ -1,10 +1,11 @@
 """Every rule that is found in `pipeline/rules`, with the small network that its own tests export.
 
 `tests/rules/test_x.py` exports for `pipeline/rules/x.py`:
-    smallest_model()     a fresh network from [T, B, 6] to [T, B, 3]; the same weights at each call; run in float64 and float32
-    contract_rules()     optional: fresh rules to test; without it, the rule's class called without arguments
-    quiet_rules()        optional: the same rules in the same order with their noise off; without it, contract_rules()
-    contract_exceptions  optional: {name of a contract test: why the rule cannot promise it}
+    smallest_model()     a fresh network from [T, B, 6] to [T, B, 3]; the same weights at each call;
+    run in float64 and float32 contract_rules()     optional: fresh rules to test; without it, the
+    rule's class called without arguments quiet_rules()        optional: the same rules in the same
+    order with their noise off; without it, contract_rules() contract_exceptions  optional: {name of
+    a contract test: why the rule cannot promise it}
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class Case:
 
 def rule_classes(stem: str) -> list[type[Rule]]:
     module = importlib.import_module(f"pipeline.rules.{stem}")
-    mine = [c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, Rule) and c.__module__ == module.__name__]
+    mine = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if issubclass(c, Rule) and c.__module__ == module.__name__
+    ]
     return [c for c in mine if not c.__name__.startswith("_")]
 
 
@@ -45,7 +50,9 @@ def cases() -> list[Case]:
         if not Path(__file__).with_name(f"test_{stem}.py").exists():
             continue  # test_discovery says so
         beside = importlib.import_module(f"tests.rules.test_{stem}")
-        build = getattr(beside, "contract_rules", lambda stem=stem: [c() for c in rule_classes(stem)])
+        build = getattr(
+            beside, "contract_rules", lambda stem=stem: [c() for c in rule_classes(stem)]
+        )
         quiet = getattr(beside, "quiet_rules", build)
         for index, example in enumerate(build()):
             found.append(

@@ -17,14 +17,20 @@ FEATURES, CLASSES, SEED = 6, 3, 8
 def lif_network(**neuron) -> nn.Sequential:
     """Two hidden layers that spike at about a third of the steps on `batch`, in float64."""
     generator = torch.Generator().manual_seed(SEED)
-    model = nn.Sequential(Linear(FEATURES, 8), LIF(**neuron), Linear(8, 7), LIF(**neuron), Linear(7, CLASSES)).double()
+    model = nn.Sequential(
+        Linear(FEATURES, 8), LIF(**neuron), Linear(8, 7), LIF(**neuron), Linear(7, CLASSES)
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.9 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                0.9 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
     return model
 
 
-def batch(steps: int, *, size: int = 5, features: int = FEATURES, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+def batch(
+    steps: int, *, size: int = 5, features: int = FEATURES, classes: int = CLASSES
+) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(steps)
     x_TBC = 1.5 * torch.randn(steps, size, features, generator=generator, dtype=torch.float64)
     return x_TBC, torch.randint(classes, (size,), generator=generator)
@@ -44,15 +50,22 @@ def learn(objectives: Iterable[Objective]) -> list[Objective]:
     return seen
 
 
-def gradients(rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, step: int = 0, **attach) -> dict[str, Tensor]:
-    """The gradient of every parameter that one batch gives under `rule`; the model is as before afterwards."""
+def gradients(
+    rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, step: int = 0, **attach
+) -> dict[str, Tensor]:
+    """The gradient of every parameter that one batch gives under `rule`; the model is as before
+    afterwards.
+    """
     model.zero_grad()
     rule.attach(model, **attach)
     try:
         learn(rule.objectives(model, x_TB, loss_of, step=step))
     finally:
         rule.release()
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    found = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in model.named_parameters()
+    }
     model.zero_grad()
     return found
 

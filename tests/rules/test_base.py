@@ -14,7 +14,8 @@ from tests.rules.small import FEATURES, batch, cross_entropy, difference, gradie
 
 
 def test_counter_hash_starts_as_splitmix64():
-    # First outputs of the reference C code (prng.di.unimi.it/splitmix64.c) for the states 0 and 1234567.
+    # First outputs of the reference C code (prng.di.unimi.it/splitmix64.c) for the states 0 and
+    # 1234567.
     assert counter_hash(0) == 0xE220A8397B1DCDAF
     assert counter_hash(1234567) == 6457827717110365317
 
@@ -44,10 +45,14 @@ def test_refusals_come_at_once():
     x_TBC, target = batch(2)
     with pytest.raises(ValueError, match=r"BPTT: attach\(model\) comes before objectives"):
         rule.objectives(model, x_TBC, cross_entropy(target))
-    with pytest.raises(ValueError, match=r"BPTT: over_time must be 'steps' or 'mean'; got over_time='sum'"):
+    with pytest.raises(
+        ValueError, match=r"BPTT: over_time must be 'steps' or 'mean'; got over_time='sum'"
+    ):
         rule.attach(model, over_time="sum")  # type: ignore[arg-type]
     rule.attach(model)
-    with pytest.raises(ValueError, match=r"BPTT: the input must be time first, .* got shape \(5, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"BPTT: the input must be time first, .* got shape \(5, 6\)"
+    ):
         rule.objectives(model, x_TBC[0], cross_entropy(target))
     with pytest.raises(ValueError, match=r"BPTT: objectives needs the attached model"):
         rule.objectives(lif_network(), x_TBC, cross_entropy(target))
@@ -56,7 +61,10 @@ def test_refusals_come_at_once():
 def test_a_wrapper_of_the_attached_model_will_do():
     rule, model = BPTT(), lif_network()
     rule.attach(model)
-    assert len(list(rule.objectives(nn.Sequential(model), batch(2)[0], cross_entropy(batch(2)[1])))) == 1
+    assert (
+        len(list(rule.objectives(nn.Sequential(model), batch(2)[0], cross_entropy(batch(2)[1]))))
+        == 1
+    )
 
 
 @pytest.mark.parametrize("taken", ["whole", "part", "wrapper"])
@@ -73,17 +81,26 @@ class Steps(Rule):
     memory = "constant"
 
     def _objectives(self, model, x_TB, loss_of, step, rows):
-        yield Objective(backward=None, loss=torch.tensor(float(step)), logits=torch.tensor(list(rows)))
+        yield Objective(
+            backward=None, loss=torch.tensor(float(step)), logits=torch.tensor(list(rows))
+        )
 
 
 def test_step_counts_on_and_rows_count_from_zero():
     rule, model = Steps(), nn.Identity()
     rule.attach(model)
     x_TB = torch.zeros(1, 3, FEATURES)
-    steps = [next(rule.objectives(model, x_TB, torch.sum, step=given)).loss.item() for given in (None, None, 7, None, 0, None)]
+    steps = [
+        next(rule.objectives(model, x_TB, torch.sum, step=given)).loss.item()
+        for given in (None, None, 7, None, 0, None)
+    ]
     assert steps == [0, 1, 7, 8, 0, 1]
     assert next(rule.objectives(model, x_TB, torch.sum)).logits.tolist() == [0, 1, 2]
-    assert next(rule.objectives(model, x_TB, torch.sum, rows=[4, 9, 2])).logits.tolist() == [4, 9, 2]
+    assert next(rule.objectives(model, x_TB, torch.sum, rows=[4, 9, 2])).logits.tolist() == [
+        4,
+        9,
+        2,
+    ]
 
 
 def test_slices_own_their_storage_and_a_still_image_stays_still():
@@ -100,15 +117,25 @@ def test_slices_own_their_storage_and_a_still_image_stays_still():
 @pytest.mark.parametrize(
     ("whole", "sliced", "over_time"),
     [
-        *[(BPTT(), BPTT(chunk=chunk), over_time) for chunk in (1, 2, 5) for over_time in ("steps", "mean")],
+        *[
+            (BPTT(), BPTT(chunk=chunk), over_time)
+            for chunk in (1, 2, 5)
+            for over_time in ("steps", "mean")
+        ],
         *[(OTTT(), OTTT(chunk=chunk), "steps") for chunk in (3, 4, 6)],
         *[(SLTT(), SLTT(chunk=chunk), "steps") for chunk in (2, 4, 6)],
-        *[(SLTT(), sliced, "steps") for sliced in (SLTT(6), SLTT(6, rescale=True), SLTT(6, chunk=3))],
+        *[
+            (SLTT(), sliced, "steps")
+            for sliced in (SLTT(6), SLTT(6, rescale=True), SLTT(6, chunk=3))
+        ],
     ],
 )
 def test_chunks_and_a_choice_of_all_steps_change_nothing(whole, sliced, over_time):
     model, (x_TBC, target_B) = lif_network(leak=0.5), batch(6)
-    one, other = (gradients(rule, model, x_TBC, cross_entropy(target_B), over_time=over_time) for rule in (whole, sliced))
+    one, other = (
+        gradients(rule, model, x_TBC, cross_entropy(target_B), over_time=over_time)
+        for rule in (whole, sliced)
+    )
     assert difference(one, other) < (1e-14 if isinstance(whole, BPTT) else 1e-15)
 
 

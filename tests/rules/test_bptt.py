@@ -14,7 +14,15 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network, saved_peak
+from tests.rules.small import (
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+    saved_peak,
+)
 
 
 def smallest_model() -> nn.Sequential:
@@ -52,7 +60,9 @@ def by_autograd(model: nn.Sequential, x_TBC, *, keep_reset: bool, over_time: str
 def test_gradient_is_autograds_through_an_independent_loop(over_time, reset_gradient):
     model = lif_network(leak=0.5, reset_gradient=reset_gradient)
     x_TBC, target = batch(5)
-    expected = by_autograd(model, x_TBC, keep_reset=reset_gradient == "kept", over_time=over_time, target_B=target)
+    expected = by_autograd(
+        model, x_TBC, keep_reset=reset_gradient == "kept", over_time=over_time, target_B=target
+    )
     got = gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time)
     assert difference(got, expected) < 1e-13
 
@@ -70,7 +80,9 @@ def test_both_losses_are_reported_as_they_are_differentiated(over_time):
 
     (objective,) = learn(rule.objectives(model, x_TBC, loss_of))
     assert len(seen_logits) == (4 if over_time == "steps" else 1)
-    assert objective.loss.item() == pytest.approx(sum(F.cross_entropy(o, target).item() for o in seen_logits) / len(seen_logits))
+    assert objective.loss.item() == pytest.approx(
+        sum(F.cross_entropy(o, target).item() for o in seen_logits) / len(seen_logits)
+    )
     assert not objective.loss.requires_grad and not objective.logits.requires_grad
     assert torch.allclose(objective.logits, sum(seen_logits) / len(seen_logits))
 
@@ -78,12 +90,17 @@ def test_both_losses_are_reported_as_they_are_differentiated(over_time):
 def test_the_two_losses_have_different_gradients():
     model = lif_network()
     x_TBC, target = batch(5)
-    steps, mean = (gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=o) for o in ("steps", "mean"))
+    steps, mean = (
+        gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=o)
+        for o in ("steps", "mean")
+    )
     assert difference(steps, mean) > 1e-2
 
 
 def test_refuses_a_chunk_out_of_range():
-    with pytest.raises(ValueError, match=r"BPTT: chunk must be a whole number in 1\.\.T; got chunk=0"):
+    with pytest.raises(
+        ValueError, match=r"BPTT: chunk must be a whole number in 1\.\.T; got chunk=0"
+    ):
         BPTT(chunk=0)
     rule, model = BPTT(chunk=4), lif_network()
     rule.attach(model)
@@ -99,7 +116,7 @@ def test_a_model_without_neurons_is_plain_backpropagation():
     assert torch.allclose(got["0.weight"], torch.autograd.grad(loss, list(model.parameters()))[0])
 
 
-# ------------------------------------------------------------------------------------------------- recompute and truncate
+# --------------------------------------------------------------------------- recompute and truncate
 
 
 @pytest.mark.parametrize("over_time", ["steps", "mean"])
@@ -117,7 +134,12 @@ def test_recomputing_gives_the_same_gradient(over_time, reset_gradient, chunk):
 
 def wide_network() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [Linear(6, 64), *(layer for _ in range(4) for layer in (LIF(0.5), Linear(64, 64))), LIF(0.5), Linear(64, 3)]
+    layers = [
+        Linear(6, 64),
+        *(layer for _ in range(4) for layer in (LIF(0.5), Linear(64, 64))),
+        LIF(0.5),
+        Linear(64, 3),
+    ]
     return nn.Sequential(*layers).double()
 
 
@@ -134,7 +156,9 @@ def test_recomputing_keeps_membranes_and_no_more():
 def test_recomputing_moves_statistics_once_and_draws_the_same_masks():
     def network() -> nn.Sequential:
         torch.manual_seed(1)
-        return nn.Sequential(Linear(6, 8), BatchNorm(8), LIF(0.5, threshold=0.3), nn.Dropout(0.5), Linear(8, 3)).double()
+        return nn.Sequential(
+            Linear(6, 8), BatchNorm(8), LIF(0.5, threshold=0.3), nn.Dropout(0.5), Linear(8, 3)
+        ).double()
 
     x_TBC, target = batch(4)
     found, statistics, generators = [], [], []
@@ -149,7 +173,9 @@ def test_recomputing_moves_statistics_once_and_draws_the_same_masks():
 
 
 def by_pieces(model: nn.Sequential, x_TBC, target_B, *, length: int) -> dict:
-    """BPTT of a soft-reset network whose membranes are cut every `length` steps, written without the pipeline's layers."""
+    """BPTT of a soft-reset network whose membranes are cut every `length` steps, written without
+    the pipeline's layers.
+    """
     w1, b1, w2, b2, w3, b3 = model.parameters()
     v1, v2, losses = torch.zeros(()), torch.zeros(()), []
     for t, x in enumerate(x_TBC):
@@ -162,7 +188,13 @@ def by_pieces(model: nn.Sequential, x_TBC, target_B, *, length: int) -> dict:
         v1, v2 = u1 - s1.detach(), u2 - s2.detach()
         losses.append(F.cross_entropy(s2 @ w3.T + b3, target_B))
     names = [name for name, _ in model.named_parameters()]
-    return dict(zip(names, torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters())), strict=True))
+    return dict(
+        zip(
+            names,
+            torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters())),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5])
@@ -178,7 +210,13 @@ def test_truncation_lies_between_sltt_and_bptt():
     x_TBC, target = batch(6)
     found = {
         name: gradients(rule, model, x_TBC, cross_entropy(target))
-        for name, rule in {"1": BPTT(truncate=1), "2": BPTT(truncate=2), "6": BPTT(truncate=6), "B": BPTT(), "S": SLTT()}.items()
+        for name, rule in {
+            "1": BPTT(truncate=1),
+            "2": BPTT(truncate=2),
+            "6": BPTT(truncate=6),
+            "B": BPTT(),
+            "S": SLTT(),
+        }.items()
     }
     assert difference(found["1"], found["S"]) < 1e-14 and difference(found["6"], found["B"]) < 1e-14
     for one, other in itertools.combinations(("S", "2", "B"), 2):
@@ -190,8 +228,14 @@ def test_the_options_exclude_one_another():
         with pytest.raises(ValueError, match=r"BPTT: truncate excludes recompute and chunk"):
             BPTT(truncate=2, **wrong)
     for said, refused in (
-        (r"BPTT: truncate must be a whole number in 1\.\.T; got truncate=0", lambda: BPTT(truncate=0)),
-        (r"BPTT-truncate-2: .* got over_time='mean'", lambda: BPTT(truncate=2).attach(lif_network(), over_time="mean")),
+        (
+            r"BPTT: truncate must be a whole number in 1\.\.T; got truncate=0",
+            lambda: BPTT(truncate=0),
+        ),
+        (
+            r"BPTT-truncate-2: .* got over_time='mean'",
+            lambda: BPTT(truncate=2).attach(lif_network(), over_time="mean"),
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             refused()
@@ -202,10 +246,14 @@ def test_the_options_exclude_one_another():
 
 
 @pytest.mark.parametrize(
-    "rule", [BPTT(1), BPTT(recompute=True), BPTT(truncate=2), SLTT(), OTTT(), OPZO()], ids=lambda rule: rule.label
+    "rule",
+    [BPTT(1), BPTT(recompute=True), BPTT(truncate=2), SLTT(), OTTT(), OPZO()],
+    ids=lambda rule: rule.label,
 )
 def test_slices_refuse_what_needs_all_of_time(rule):
     weighted = nn.Sequential(Linear(5, 8), LIF(), Linear(8, 3), WeightedRates(0.5))
-    with pytest.raises(ValueError, match=r": a rule that runs in slices of time cannot weigh steps .* at 3$"):
+    with pytest.raises(
+        ValueError, match=r": a rule that runs in slices of time cannot weigh steps .* at 3$"
+    ):
         rule.attach(weighted)
     BPTT().attach(weighted, over_time="mean")

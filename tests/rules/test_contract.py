@@ -1,4 +1,5 @@
-"""What every rule promises, whoever wrote it. A new rule is under this contract as soon as its file exists.
+"""What every rule promises, whoever wrote it. A new rule is under this contract as soon as its file
+exists.
 
 What a rule's own tests export for it is written at the head of `tests/rules/cases.py`.
 """
@@ -57,7 +58,12 @@ def mean_loss(rule: Rule, logits_TBK: torch.Tensor, target: torch.Tensor) -> tor
 
 def global_generators() -> tuple:
     numpy_state = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state().tolist(), numpy_state[1].tolist(), numpy_state[2], random.getstate()
+    return (
+        torch.get_rng_state().tolist(),
+        numpy_state[1].tolist(),
+        numpy_state[2],
+        random.getstate(),
+    )
 
 
 def with_plain_weights(model: nn.Module) -> nn.Module:
@@ -79,7 +85,9 @@ def test_discovery():
     assert {"bptt", "dsr", "hlop", "ide", "opzo", "ottt", "sltt", "spide"} <= set(FILES)
     for stem in FILES:
         assert len(rule_classes(stem)) == 1, f"rules/{stem}.py must define one public Rule"
-        assert Path(__file__).with_name(f"test_{stem}.py").exists(), f"rules/{stem}.py needs tests/rules/test_{stem}.py"
+        assert Path(__file__).with_name(f"test_{stem}.py").exists(), (
+            f"rules/{stem}.py needs tests/rules/test_{stem}.py"
+        )
     assert {case.name.split("-")[0] for case in CASES} == set(FILES)
 
 
@@ -91,12 +99,16 @@ def test_losses_and_logits_sum_to_the_batch(case):
     seen = run(rule, model, 4)
     expected = mean_loss(rule, logits_TBK, target).item()
     assert sum(o.loss.item() for o in seen) == pytest.approx(expected, abs=1e-12)
-    assert torch.allclose(torch.stack([o.logits for o in seen]).sum(0), logits_TBK.mean(0), atol=1e-12)
+    assert torch.allclose(
+        torch.stack([o.logits for o in seen]).sum(0), logits_TBK.mean(0), atol=1e-12
+    )
     assert not any(o.loss.requires_grad or o.logits.requires_grad for o in seen)
 
 
 def test_backwards_sum_to_the_gradient_of_the_mean_loss(case):
-    """Seen where every path is instantaneous: the bias of the readout. Rules that skip steps promise it in expectation only."""
+    """Seen where every path is instantaneous: the bias of the readout. Rules that skip steps
+    promise it in expectation only.
+    """
     rule, model = case.quiet(), case.model()
     x_TBC, target = batch(4)
     logits_TBK = plain_logits(model, x_TBC).requires_grad_()
@@ -135,7 +147,10 @@ def test_one_step_equals_bptt(case):
         if getattr(rule, name, None):
             setattr(rule, name, 1)
     over_time = rule.over_time_choices[0]
-    got, expected = (gradients(r, model, x_TBC, cross_entropy(target), over_time=over_time) for r in (rule, BPTT()))
+    got, expected = (
+        gradients(r, model, x_TBC, cross_entropy(target), over_time=over_time)
+        for r in (rule, BPTT())
+    )
     assert max(g.abs().max() for g in expected.values()) > 1e-3
     assert difference(got, expected) < 1e-14
 
@@ -152,13 +167,20 @@ def test_attach_leaves_the_checkpoint_alone(case):
 
 def test_release_restores(case):
     rule, model = case.rule(), case.model()
-    seams = [(m, seam, getattr(m, seam)) for m in model.modules() for seam in SEAMS if hasattr(m, seam)]
+    seams = [
+        (m, seam, getattr(m, seam)) for m in model.modules() for seam in SEAMS if hasattr(m, seam)
+    ]
     x_TBC, target = batch(4)
     over_time = rule.over_time_choices[0]
     before = gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time)
     gradients(rule, model, x_TBC, cross_entropy(target), over_time=over_time)
     assert all(getattr(m, seam) is value for m, seam, value in seams)
-    assert difference(gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time), before) == 0
+    assert (
+        difference(
+            gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time), before
+        )
+        == 0
+    )
     attach(rule, case.model())  # a released rule may be attached again
 
 
@@ -194,11 +216,25 @@ def test_draws_do_not_touch_the_global_generators(case):
     found = []
     for seed in (0, 1):
         model, rule = case.model(), case.rule()
-        for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # the legacy generator is the global one
+        for seed_all in (
+            torch.manual_seed,
+            np.random.seed,
+            random.seed,
+        ):  # the legacy generator is the global one
             seed_all(seed)
         states = global_generators()
         over_time = rule.over_time_choices[0]
-        found.append(gradients(rule, model, x_TBC, cross_entropy(target), step=5, world=World(seed=7), over_time=over_time))
+        found.append(
+            gradients(
+                rule,
+                model,
+                x_TBC,
+                cross_entropy(target),
+                step=5,
+                world=World(seed=7),
+                over_time=over_time,
+            )
+        )
         assert global_generators() == states
     assert difference(*found) == 0
 
@@ -227,7 +263,11 @@ def test_a_batch_that_fails_leaves_the_model_usable(case):
 
 def test_names_are_known(case):
     rule = case.rule()
-    assert rule.label and rule.memory in ("constant", "linear") and rule.update in ("batch", "objective")
+    assert (
+        rule.label
+        and rule.memory in ("constant", "linear")
+        and rule.update in ("batch", "objective")
+    )
     assert rule.label.startswith(type(rule).__name__)
 
 
@@ -243,7 +283,9 @@ def test_pickles(case):
 
 
 def test_resumes_exactly(case):
-    """Three batches at a stretch, against two, a checkpoint of weights and rule, and a third in fresh objects."""
+    """Three batches at a stretch, against two, a checkpoint of weights and rule, and a third in
+    fresh objects.
+    """
 
     def train(rule: Rule, model: nn.Module, steps: range) -> None:
         for step in steps:
@@ -254,7 +296,10 @@ def test_resumes_exactly(case):
                     p.sub_(torch.zeros_like(p) if p.grad is None else p.grad, alpha=0.1)
 
     whole_model, first_model, second_model = case.model(), case.model(), case.model()
-    whole, first, second = (attach(case.rule(), model, world=World(seed=3)) for model in (whole_model, first_model, second_model))
+    whole, first, second = (
+        attach(case.rule(), model, world=World(seed=3))
+        for model in (whole_model, first_model, second_model)
+    )
     train(whole, whole_model, range(3))
     train(first, first_model, range(2))
     second_model.load_state_dict(first_model.state_dict())
@@ -267,7 +312,9 @@ def test_resumes_exactly(case):
 
 
 def test_hlop_around_it_is_orthogonal(case):
-    """In the second task no weight learns in the subspace of the first, vectors of parameters rest, and learning goes on."""
+    """In the second task no weight learns in the subspace of the first, vectors of parameters rest,
+    and learning goes on.
+    """
     rule, model = case.rule(), with_plain_weights(case.model())
     synapses = [module for module in model.modules() if isinstance(module, (Linear, Conv2d))]
     if not isinstance(rule, HLOP):

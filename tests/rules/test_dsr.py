@@ -22,13 +22,21 @@ from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn
 
 MEAN = {"over_time": "mean"}
-contract_exceptions = {"test_one_step_equals_bptt": "the derivative is that of the rate, at one step too, and not a surrogate's"}
+contract_exceptions = {
+    "test_one_step_equals_bptt": (
+        "the derivative is that of the rate, at one step too, and not a surrogate's"
+    )
+}
 
 
 def smallest_model(*neurons: RateNeuron) -> nn.Sequential:
-    """Two hidden layers, IF and LIF unless told otherwise, and the readout that the last one's rates need."""
+    """Two hidden layers, IF and LIF unless told otherwise, and the readout that the last one's
+    rates need.
+    """
     first, second = neurons or (RateIF(threshold=1.0), RateLIF(threshold=0.1, dt=0.1))
-    model = nn.Sequential(Linear(6, 8), first, Linear(8, 7), second, Linear(7, 3), rate_readout(second))
+    model = nn.Sequential(
+        Linear(6, 8), first, Linear(8, 7), second, Linear(7, 3), rate_readout(second)
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for index in (0, 2, 4):
@@ -37,7 +45,7 @@ def smallest_model(*neurons: RateNeuron) -> nn.Sequential:
     return model
 
 
-# ------------------------------------------------------------------------------------------------- one neuron, closed forms
+# ------------------------------------------------------------------------- one neuron, closed forms
 
 
 def map_of(
@@ -62,10 +70,16 @@ def map_of(
     scale=st.sampled_from([0.001, 1.0]),
 )
 def test_gradient_is_autograd_through_the_clamp_of_the_mean(seed, steps, leaky, scale):
-    """Whatever the input does in time, and for any upstream gradient that a function of the rate can give."""
+    """Whatever the input does in time, and for any upstream gradient that a function of the rate
+    can give.
+    """
     generator = torch.Generator().manual_seed(seed)
     dt, tau = 0.2, 1.3
-    neuron = RateLIF(threshold=0.4, dt=dt, tau=tau, threshold_gradient=scale) if leaky else RateIF(threshold_gradient=scale)
+    neuron = (
+        RateLIF(threshold=0.4, dt=dt, tau=tau, threshold_gradient=scale)
+        if leaky
+        else RateIF(threshold_gradient=scale)
+    )
     neuron.double()
     x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
     g_B = torch.randn(3, 4, generator=generator, dtype=torch.float64)
@@ -83,7 +97,9 @@ def test_gradient_is_autograd_through_the_clamp_of_the_mean(seed, steps, leaky, 
 
 @pytest.mark.parametrize("neuron", [RateIF(threshold=2.0), RateLIF(threshold=0.2, dt=0.1)])
 def test_any_upstream_gradient_is_summed_and_handed_back(neuron):
-    """Sum over t of the returned gradient = gain G inside the ramp, 0 outside; the threshold learns above it alone."""
+    """Sum over t of the returned gradient = gain G inside the ramp, 0 outside; the threshold learns
+    above it alone.
+    """
     neuron.double()
     generator = torch.Generator().manual_seed(0)
     share_B = torch.tensor([[-0.5, 0.3, 0.9, 1.4]], dtype=torch.float64)
@@ -94,7 +110,9 @@ def test_any_upstream_gradient_is_summed_and_handed_back(neuron):
     G_B = g_TB.sum(0)
     inside_B = torch.tensor([[0.0, 1, 1, 0]], dtype=torch.float64)
     assert torch.allclose(g_x.sum(0), neuron.gain * G_B * inside_B, atol=1e-14)
-    assert g_threshold.item() == pytest.approx(neuron.threshold_gradient * G_B[0, 3].item() / neuron.dt)
+    assert g_threshold.item() == pytest.approx(
+        neuron.threshold_gradient * G_B[0, 3].item() / neuron.dt
+    )
     weights_T = rate_weights(neuron.leak, x_TB)
     assert torch.allclose(g_x, weights_T.view(-1, 1, 1) * g_x.sum(0), atol=1e-14)
     quiet_x, quiet_threshold = map_of(neuron, 0.4 * (x_TB.abs() / 1.4), g_TB)
@@ -104,17 +122,23 @@ def test_any_upstream_gradient_is_summed_and_handed_back(neuron):
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**31), steps=st.integers(1, 9))
 def test_the_published_backward_of_lif(seed, steps):
-    """What the published code computes, written out: for any upstream gradient, and a threshold gradient times dt."""
+    """What the published code computes, written out: for any upstream gradient, and a threshold
+    gradient times dt.
+    """
     dt, tau, threshold = 0.2, 1.3, 0.4
     generator = torch.Generator().manual_seed(seed)
     neuron = exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold)
     x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
     g_TB = torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64)
-    w_T = torch.tensor([math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64)
+    w_T = torch.tensor(
+        [math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64
+    )
     w_T = (w_T / w_T.sum()).view(-1, 1, 1)
     mean_B, G_B = (w_T * x_TB).sum(0), steps * (w_T * g_TB).sum(0)
     top = threshold / dt * tau
-    expected_x = torch.where((mean_B > 0) & (mean_B < top), G_B / tau / steps, 0.0).expand(steps, -1, -1)
+    expected_x = torch.where((mean_B > 0) & (mean_B < top), G_B / tau / steps, 0.0).expand(
+        steps, -1, -1
+    )
     expected_threshold = torch.where(mean_B > top, G_B, 0.0).sum() * dt
     got_x, got_threshold = map_of(neuron, x_TB, g_TB, DSR(backward="published"))
     assert torch.allclose(got_x, expected_x, atol=1e-13)
@@ -129,7 +153,9 @@ def exact_lif(neuron: RateNeuron, threshold: float) -> RateNeuron:
 
 
 def test_the_published_backward_of_a_network_of_lif():
-    """The published chain written out: gain 1 / tau in each layer, handed back evenly, plain means as the factors of weights."""
+    """The published chain written out: gain 1 / tau in each layer, handed back evenly, plain means
+    as the factors of weights.
+    """
     steps, dt, tau, threshold = 6, 0.1, 1.3, 0.1
     neurons = [exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold) for _ in range(2)]
     model = smallest_model(*neurons).double()
@@ -140,7 +166,9 @@ def test_the_published_backward_of_a_network_of_lif():
     x_TBC, target = batch(steps)
     got = gradients(DSR(backward="published"), model, x_TBC, cross_entropy(target), **MEAN)
 
-    w_T = torch.tensor([math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64)
+    w_T = torch.tensor(
+        [math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64
+    )
     w_T = (w_T / w_T.sum()).view(-1, 1, 1)
     p = {name: each.detach() for name, each in model.named_parameters()}
     spikes, currents = [x_TBC], []
@@ -163,7 +191,7 @@ def test_the_published_backward_of_a_network_of_lif():
     assert all(g.abs().max() > 0 for g in got.values())
 
 
-# ------------------------------------------------------------------------------------------------------------- a network
+# ---------------------------------------------------------------------------------------- a network
 
 
 class Ramp(nn.Module):
@@ -171,24 +199,33 @@ class Ramp(nn.Module):
 
     def __init__(self, neuron: RateNeuron) -> None:
         super().__init__()
-        self.threshold, self.dt, self.gain = nn.Parameter(neuron.threshold.detach().clone()), neuron.dt, neuron.gain
+        self.threshold, self.dt, self.gain = (
+            nn.Parameter(neuron.threshold.detach().clone()),
+            neuron.dt,
+            neuron.gain,
+        )
 
     def forward(self, rate_B: torch.Tensor) -> torch.Tensor:
         return torch.minimum((self.gain * rate_B).clamp_min(0), self.threshold / self.dt)
 
 
-@pytest.mark.parametrize("make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1, threshold_gradient=1.0)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1, threshold_gradient=1.0)],
+)
 def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rates(make):
-    """The reference knows rates only, with torch's own autograd; it is fed the rates that the spikes had, as otherwise the two
-    would see other values. Then nothing is left to differ: LIF's weights in time are carried through every layer.
-    """
+    """The reference knows rates only, with torch's own autograd; it is fed the rates that the
+    spikes had, as otherwise the two would see other values. Then nothing is left to differ: LIF's
+    weights in time are carried through every layer."""
     spiking = smallest_model(make(), make()).double()
     x_TBC, target = batch(6)
     with torch.no_grad(), fresh_state(spiking):
         out_TBC, before = x_TBC, []
         for module in spiking:
             if isinstance(module, Linear):
-                before.append((rate_weights(spiking[1].leak, out_TBC).view(-1, 1, 1) * out_TBC).sum(0))
+                before.append(
+                    (rate_weights(spiking[1].leak, out_TBC).view(-1, 1, 1) * out_TBC).sum(0)
+                )
             out_TBC = module(out_TBC)
     ramps = [Ramp(spiking[1]).double(), Ramp(spiking[3]).double()]
     layers = [nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)]
@@ -202,7 +239,9 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
     F.cross_entropy(h, target).backward()
     got = gradients(DSR(), spiking, x_TBC, cross_entropy(target), **MEAN)
     parts = (layers[0], ramps[0], layers[1], ramps[1], layers[2])
-    expected = {f"{i}.{name}": p.grad for i, part in enumerate(parts) for name, p in part.named_parameters()}
+    expected = {
+        f"{i}.{name}": p.grad for i, part in enumerate(parts) for name, p in part.named_parameters()
+    }
     assert difference(got, expected) < 1e-13
     assert all(g.abs().max() > 1e-3 for g in got.values())
 
@@ -210,7 +249,9 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
 def test_bptt_trains_the_same_network_by_another_gradient():
     model = smallest_model().double()
     x_TBC, target = batch(6)
-    dsr, bptt = (gradients(rule, model, x_TBC, cross_entropy(target), **MEAN) for rule in (DSR(), BPTT()))
+    dsr, bptt = (
+        gradients(rule, model, x_TBC, cross_entropy(target), **MEAN) for rule in (DSR(), BPTT())
+    )
     assert dsr.keys() == bptt.keys() and difference(dsr, bptt) > 1e-2
     assert all(g.abs().max() > 0 for name, g in bptt.items())
 
@@ -218,7 +259,9 @@ def test_bptt_trains_the_same_network_by_another_gradient():
 def test_sltt_trains_if_neurons_step_by_step():
     model = smallest_model(RateIF(threshold=2.0), RateIF(threshold=2.0)).double()
     x_TBC, target = batch(6)
-    assert all(g.abs().max() > 0 for g in gradients(SLTT(), model, x_TBC, cross_entropy(target)).values())
+    assert all(
+        g.abs().max() > 0 for g in gradients(SLTT(), model, x_TBC, cross_entropy(target)).values()
+    )
 
 
 def test_the_two_losses_over_time():
@@ -239,7 +282,11 @@ def test_the_two_losses_over_time():
 
 def test_weighted_logits_have_one_loss():
     with pytest.raises(
-        ValueError, match=r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got over_time='steps'"
+        ValueError,
+        match=(
+            r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got"
+            r" over_time='steps'"
+        ),
     ):
         DSR().attach(smallest_model(), over_time="steps")
 
@@ -253,7 +300,7 @@ def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
     assert not g_x.any() and g_threshold.item() == x_TBC.numel()
 
 
-# ------------------------------------------------------------------------------------------------------------ calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
 def calibrated(model: nn.Module, batches: list[torch.Tensor], **how: Any) -> Any:
@@ -264,7 +311,9 @@ def calibrated(model: nn.Module, batches: list[torch.Tensor], **how: Any) -> Any
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1)]
+)
 def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make):
     torch.manual_seed(0)
     batches = [torch.randn(4, size, 6) for size in (40, 30, 80)]
@@ -275,7 +324,9 @@ def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make)
         weighted = (rate_weights(neuron.leak, h).view(-1, 1, 1) * h).sum(0)
         sorted_rates = (neuron.gain * weighted).relu().flatten().sort().values
         nearest_rank = math.ceil(0.999 * len(sorted_rates) - 1e-9)
-        assert neuron.threshold.item() / neuron.dt == pytest.approx(sorted_rates[nearest_rank - 1].item(), rel=1e-5)
+        assert neuron.threshold.item() / neuron.dt == pytest.approx(
+            sorted_rates[nearest_rank - 1].item(), rel=1e-5
+        )
         assert sorted_rates[-1] > 1.01 * sorted_rates[nearest_rank - 1]
         with torch.no_grad(), fresh_state(neuron):
             h = neuron(h)
@@ -291,7 +342,9 @@ def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
         norm.running_var.uniform_(0.5, 2)
         nn.init.uniform_(norm.weight, 0.5, 2)
         nn.init.normal_(norm.bias)
-    frames = [torch.randn(1 if still else 3, size, 1, 6, 6, dtype=torch.float64) for size in (20, 45)]
+    frames = [
+        torch.randn(1 if still else 3, size, 1, 6, 6, dtype=torch.float64) for size in (20, 45)
+    ]
     batches = [repeat(each[0], 3) for each in frames] if still else frames
     calibrated(model, batches, calibrate_on="activations")
     ann = copy.deepcopy(model).eval()
@@ -305,7 +358,9 @@ def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
     for name, input_TB in seen.items():
         largest = input_TB.relu().flatten().sort().values
         found = model.get_parameter(f"{name}.threshold").item()
-        assert found == pytest.approx(largest[math.ceil(0.999 * len(largest) - 1e-9) - 1].item(), rel=1e-12)
+        assert found == pytest.approx(
+            largest[math.ceil(0.999 * len(largest) - 1e-9) - 1].item(), rel=1e-12
+        )
         assert largest[-1] > 1.001 * found
 
 
@@ -319,10 +374,15 @@ def test_calibration_leaves_everything_else_as_it_was():
     x_TBCHW = 5 * torch.randn(2, 40, 1, 6, 6)
     state = torch.get_rng_state()
     calibrated(model, [x_TBCHW])
-    assert {name: module.training for name, module in model.named_modules()} == modes and norm.between == "world"
-    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {
+        name: module.training for name, module in model.named_modules()
+    } == modes and norm.between == "world"
+    moved = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert moved == {name for name in before if name.endswith("threshold")}
-    # Batch norm by the batch's own statistics: the 99.9th percentile of about a normal distribution, three deviations.
+    # Batch norm by the batch's own statistics: the 99.9th percentile of about a normal
+    # distribution, three deviations.
     assert len(moved) == 2 and all(2 < model.state_dict()[name].item() < 4 for name in moved)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -334,24 +394,36 @@ def test_a_silent_layer_is_left_at_the_bound():
     assert calibrated(model, [torch.randn(4, 8, 6)])[1].threshold.item() == pytest.approx(0.01)
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DSR(calibrate=-1), r"DSR: calibrate must be a whole number >= 0; got calibrate=-1"),
-        (lambda: DSR(calibrate=1, calibrate_on="rates"), r"DSR: calibrate_on must be 'spikes' or 'activations'; got .*'rates'"),
+        (
+            lambda: DSR(calibrate=-1),
+            r"DSR: calibrate must be a whole number >= 0; got calibrate=-1",
+        ),
+        (
+            lambda: DSR(calibrate=1, calibrate_on="rates"),
+            r"DSR: calibrate_on must be 'spikes' or 'activations'; got .*'rates'",
+        ),
         (
             lambda: DSR(calibrate_on="activations"),
             r"DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0",
         ),
-        (lambda: DSR(backward="exact"), r"DSR: backward must be 'rates' or 'published'; got backward='exact'"),
+        (
+            lambda: DSR(backward="exact"),
+            r"DSR: backward must be 'rates' or 'published'; got backward='exact'",
+        ),
         (
             lambda: DSR(backward="published").attach(RateIF()),
             r"DSR: backward='published' changes RateLIF alone; got .* RateIF alone",
         ),
-        (lambda: DSR().attach(nn.Linear(2, 2)), r"DSR: the model must have rate-coded neurons, .* got Linear"),
+        (
+            lambda: DSR().attach(nn.Linear(2, 2)),
+            r"DSR: the model must have rate-coded neurons, .* got Linear",
+        ),
         (
             lambda: DSR().attach(nn.Sequential(RateIF(), nn.Sequential(LIF()))),
             r"DSR: every neuron must be a RateIF or RateLIF; got LIF at 1\.0",

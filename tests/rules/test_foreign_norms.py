@@ -1,4 +1,6 @@
-"""Norms of torch and timm, which fold time into the batch: rules that differentiate step by step refuse them by name."""
+"""Norms of torch and timm, which fold time into the batch: rules that differentiate step by step
+refuse them by name.
+"""
 
 from collections.abc import Callable
 
@@ -73,9 +75,11 @@ def test_the_forward_of_slices_would_differ() -> None:
 
 
 def test_bptt_of_all_steps_and_norms_that_rest_are_accepted() -> None:
-    (x_TBC, target) = batch(3)
+    x_TBC, target = batch(3)
     for rule, norm in ((BPTT(), nn.BatchNorm1d(8)), (SLTT(), StaysInEvaluation(8))):
         model = network(norm)
         rule.attach(model)
         assert model.training
-        assert len(learn(rule.objectives(model, x_TBC, cross_entropy(target)))) == (3 if isinstance(rule, SLTT) else 1)
+        assert len(learn(rule.objectives(model, x_TBC, cross_entropy(target)))) == (
+            3 if isinstance(rule, SLTT) else 1
+        )

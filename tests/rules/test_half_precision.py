@@ -1,6 +1,8 @@
-"""Gradients in bf16 beside those in fp32, of rules with seams, on a network whose every current and membrane bf16 holds exactly.
+"""Gradients in bf16 beside those in fp32, of rules with seams, on a network whose every current and
+membrane bf16 holds exactly.
 
-So no spike flips, whatever is rounded, and what is left to differ is the arithmetic of the backward.
+So no spike flips, whatever is rounded, and what is left to differ is the arithmetic of the
+backward.
 """
 
 from __future__ import annotations
@@ -35,14 +37,21 @@ RULES: dict[str, Callable[[], Rule]] = {
 
 
 def gradients(rule: Rule, precision: str) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Of every parameter, as a backend gets them, and the spikes. Weights are quarters, inputs halves: currents are eighths."""
+    """Of every parameter, as a backend gets them, and the spikes. Weights are quarters, inputs
+    halves: currents are eighths.
+    """
     draw = torch.Generator().manual_seed(0)
     network = nn.Sequential(Linear(6, 8), LIF(), Linear(8, 7), LIF(), Linear(7, 3))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randint(-4, 5, parameter.shape, generator=draw) / 4)
-    x_TBC, target_B = torch.randint(-2, 3, (4, 32, 6), generator=draw) / 2, torch.randint(3, (32,), generator=draw)
-    backend = Plain(network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1), precision=precision)
+    x_TBC, target_B = (
+        torch.randint(-2, 3, (4, 32, 6), generator=draw) / 2,
+        torch.randint(3, (32,), generator=draw),
+    )
+    backend = Plain(
+        network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1), precision=precision
+    )
     rule.attach(network)
     record = spikes_of(network)
     for objective in rule.objectives(backend.model, x_TBC, CrossEntropy()(target_B)):
@@ -56,7 +65,10 @@ def gradients(rule: Rule, precision: str) -> tuple[dict[str, Tensor], list[Tenso
 def test_a_gradient_in_bf16_is_within_two_per_cent(name: str) -> None:
     full, spikes = gradients(RULES[name](), "fp32")
     half, same = gradients(RULES[name](), "bf16")
-    assert all(torch.equal(one, other) and 0.1 < one.mean() < 0.6 for one, other in zip(spikes, same, strict=True))
+    assert all(
+        torch.equal(one, other) and 0.1 < one.mean() < 0.6
+        for one, other in zip(spikes, same, strict=True)
+    )
     assert len(full) == 6 and full.keys() == half.keys()
     apart = {key: float((half[key] - g).norm() / g.norm()) for key, g in full.items()}
     assert max(apart.values()) < 0.02 and min(apart[f"{layer}.weight"] for layer in (0, 2, 4)) > 0

@@ -1,7 +1,7 @@
 """HLOP the rule: what it holds still, and how tasks follow one another.
 
-Its lateral neurons are in tests/spiking/test_subspace.py, what they hear in test_hlop_hears.py, what it refuses in
-test_hlop_refuses.py.
+Its lateral neurons are in tests/spiking/test_subspace.py, what they hear in test_hlop_hears.py,
+what it refuses in test_hlop_refuses.py.
 """
 
 import copy
@@ -47,7 +47,15 @@ def contract_rules() -> list[HLOP]:
     ]
 
 
-def train(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor, *, step: int, optimizer: Any = None) -> None:
+def train(
+    rule: Rule,
+    model: nn.Module,
+    x_TB: Tensor,
+    target_B: Tensor,
+    *,
+    step: int,
+    optimizer: Any = None,
+) -> None:
     model.zero_grad()
     learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=step))
     rule.end_of_batch()
@@ -105,20 +113,32 @@ def wide_network(neuron: nn.Module = LIF()) -> nn.Sequential:
     model = nn.Sequential(*layers).double()
     with torch.no_grad():
         for p in (p for layer in layers[::2] for p in layer.parameters()):
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 2))
+            p.copy_(
+                torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                / (p.shape[-1] ** 0.5 if p.dim() > 1 else 2)
+            )
     return model
 
 
 def old_task() -> tuple[Tensor, Tensor]:
     """4 samples of 4 steps; inputs in 5 of 12 directions, spikes of a layer in at most 16 of 60."""
     x_TB, target_B = batch(4, size=4, features=12)
-    basis = orthonormal(x_TB[0, :, :].repeat(2, 1)[:5] + 0.1 * x_TB[1].repeat(2, 1)[:5].flip(0), x_TB.new_zeros(0, 12))
+    basis = orthonormal(
+        x_TB[0, :, :].repeat(2, 1)[:5] + 0.1 * x_TB[1].repeat(2, 1)[:5].flip(0),
+        x_TB.new_zeros(0, 12),
+    )
     return 2 * x_TB @ basis.T @ basis, target_B
 
 
-def with_the_old_task_learnt(inner: Rule, model: nn.Module, *, learning_rate: Sequence[float] = (0.1, 0.3, 1.5)) -> HLOP:
-    """A rule whose rows know the inputs of the old task to the last bits; the weights stay where they are."""
-    rule = HLOP(inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=learning_rate, inner_iterations=25)
+def with_the_old_task_learnt(
+    inner: Rule, model: nn.Module, *, learning_rate: Sequence[float] = (0.1, 0.3, 1.5)
+) -> HLOP:
+    """A rule whose rows know the inputs of the old task to the last bits; the weights stay where
+    they are.
+    """
+    rule = HLOP(
+        inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=learning_rate, inner_iterations=25
+    )
     rule.attach(model, over_time=rule.over_time_choices[0])
     for step in range(LEARNING):
         train(rule, model, *old_task(), step=step)
@@ -150,8 +170,13 @@ def test_what_is_refused_or_must_be_fresh_moves_old_outputs(leaves):
     """Why: the same run as above with Adam, with weight decay, or with the old task's momentum."""
     model = wide_network()
     rule = with_the_old_task_learnt(BPTT(), model)
-    make = {"adam": torch.optim.Adam, "weight_decay": torch.optim.SGD, "momentum": torch.optim.SGD}[leaves]
-    more = {"adam": {"lr": 1e-3}, "weight_decay": {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}}
+    make = {"adam": torch.optim.Adam, "weight_decay": torch.optim.SGD, "momentum": torch.optim.SGD}[
+        leaves
+    ]
+    more = {
+        "adam": {"lr": 1e-3},
+        "weight_decay": {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4},
+    }
     optimizer = make(model.parameters(), **more.get(leaves, {"lr": 0.2, "momentum": 0.9}))
     if leaves == "momentum":
         at = copy.deepcopy(model.state_dict())
@@ -182,9 +207,13 @@ def test_what_truncated_rows_miss_bounds_the_change():
         old, weight = logits(linear, x_TB), linear.weight.detach().clone()
         optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
         for step in range(30):
-            train(each, linear, *batch(5, size=8, features=12), step=100 + step, optimizer=optimizer)
+            train(
+                each, linear, *batch(5, size=8, features=12), step=100 + step, optimizer=optimizer
+            )
         change = (logits(linear, x_TB) - old).norm(dim=-1)
-        found.append((change, residual * torch.linalg.matrix_norm(linear.weight.detach() - weight, 2)))
+        found.append(
+            (change, residual * torch.linalg.matrix_norm(linear.weight.detach() - weight, 2))
+        )
     change, bound = found[0]
     assert (change <= bound + 1e-12).all() and change.max() > 0.3 * bound.max() > 1e-3
     change, bound = found[1]
@@ -205,21 +234,37 @@ class ConvNet(nn.Module):
 
 def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(3, size, 2, 7, 6, generator=generator, dtype=torch.float64), torch.arange(size) % 3
+    return (
+        torch.randn(3, size, 2, 7, 6, generator=generator, dtype=torch.float64),
+        torch.arange(size) % 3,
+    )
 
 
-@pytest.mark.parametrize("geometry", [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (3, 1), "dilation": (2, 1)}])
+@pytest.mark.parametrize(
+    "geometry",
+    [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (3, 1), "dilation": (2, 1)}],
+)
 def test_a_projected_convolution_is_one_on_projected_patches(geometry):
     model, (x_TB, target_B) = ConvNet(**geometry).double(), images()
     conv = model.conv
     rule = HLOP(BPTT(), rows=((4, 2), (1, 1)))
     rule.attach(model)
     train(rule, model, x_TB, target_B, step=0)
-    patches_NC = torch.cat([p.T for x in x_TB for p in F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)])
-    assert torch.allclose(moments_of(rule, 0), patches_NC.T @ patches_NC / len(patches_NC), atol=1e-12)
+    patches_NC = torch.cat(
+        [
+            p.T
+            for x in x_TB
+            for p in F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+        ]
+    )
+    assert torch.allclose(
+        moments_of(rule, 0), patches_NC.T @ patches_NC / len(patches_NC), atol=1e-12
+    )
     rule.start_task(model, 1)
     errors: list[Tensor] = []
-    conv.register_forward_hook(lambda _module, _inputs, y_TB: y_TB.register_hook(errors.append) and None)
+    conv.register_forward_hook(
+        lambda _module, _inputs, y_TB: y_TB.register_hook(errors.append) and None
+    )
     train(rule, model, x_TB, target_B, step=1)
     g_NK = errors[0].flatten(0, 1).flatten(2).transpose(1, 2).flatten(0, 1)
     old = rows_of(rule, 0)
@@ -229,7 +274,9 @@ def test_a_projected_convolution_is_one_on_projected_patches(geometry):
 
 
 def test_after_the_first_task_vectors_and_statistics_rest():
-    """Biases, the gain and bias of batch norm, thresholds; its running statistics; and rows of old tasks, to the bit."""
+    """Biases, the gain and bias of batch norm, thresholds; its running statistics; and rows of old
+    tasks, to the bit.
+    """
     norm = BatchNorm(7)
     model = nn.Sequential(Linear(6, 7), norm, RateLIF(), Linear(7, 5), LIF(), Linear(5, 3)).double()
     rule = HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1)))
@@ -239,15 +286,26 @@ def test_after_the_first_task_vectors_and_statistics_rest():
     for step in range(3):
         train(rule, model, *batch(4), step=step, optimizer=optimizer)
     # The bias in front of batch norm has no gradient but rounding.
-    vectors = [name for name, value in model.state_dict().items() if value.dim() == 1 and name != "0.bias"]
-    assert len(vectors) == 7 and all(not torch.equal(model.state_dict()[name], start[name]) for name in vectors)
+    vectors = [
+        name for name, value in model.state_dict().items() if value.dim() == 1 and name != "0.bias"
+    ]
+    assert len(vectors) == 7 and all(
+        not torch.equal(model.state_dict()[name], start[name]) for name in vectors
+    )
     for task in (1, 2):
         rule.start_task(model, task)
-        before, rows = copy.deepcopy(model.state_dict()), [rows_of(rule, index).clone() for index in range(3)]
+        before, rows = (
+            copy.deepcopy(model.state_dict()),
+            [rows_of(rule, index).clone() for index in range(3)],
+        )
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for step in range(3):
             train(rule, model, *batch(4 + step), step=3 * task + step, optimizer=optimizer)
-        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        moved = {
+            name
+            for name, value in model.state_dict().items()
+            if not torch.equal(value, before[name])
+        }
         assert moved == {"0.weight", "3.weight", "5.weight"}
         assert all(torch.equal(rows_of(rule, index), rows[index]) for index in range(3))
         assert all(p.requires_grad for p in model.parameters())
@@ -267,7 +325,9 @@ def test_modules_in_skip_are_left_alone():
     train(rule, model, *batch(4), step=1)
     assert not norm.frozen
     found = {name: gradient(model, name) for name in plain}
-    assert torch.equal(found["4.weight"], plain["4.weight"]) and torch.equal(found["4.bias"], plain["4.bias"])
+    assert torch.equal(found["4.weight"], plain["4.weight"]) and torch.equal(
+        found["4.bias"], plain["4.bias"]
+    )
     assert not torch.allclose(found["2.weight"], plain["2.weight"], atol=1e-4)
     assert not found["2.bias"].any() and not found["0.bias"].any()
 
@@ -279,13 +339,21 @@ def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
     def fresh() -> tuple[HLOP, nn.Sequential]:
         rule = HLOP(BPTT(), rows=ROWS, lateral_steps=lateral_steps)
         torch.manual_seed(0)
-        model = nn.Sequential(Linear(6, 8), BatchNorm(8), LIF(), Linear(8, 7), LIF(), Linear(7, 3)).double()
+        model = nn.Sequential(
+            Linear(6, 8), BatchNorm(8), LIF(), Linear(8, 7), LIF(), Linear(7, 3)
+        ).double()
         rule.attach(model, world=World(seed=3))
         return rule, model
 
     def go_on(rule: HLOP, model: nn.Module, steps: range) -> None:
         for step in steps:
-            train(rule, model, *batch(2 + step), step=step, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+            train(
+                rule,
+                model,
+                *batch(2 + step),
+                step=step,
+                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            )
 
     (whole, whole_model), (second, second_model) = fresh(), fresh()
     whole.start_task(whole_model, 0)
@@ -300,7 +368,10 @@ def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
         go_on(rule, model, range(4, 6))
         rule.start_task(model, 2)
         go_on(rule, model, range(6, 7))
-    expected, got = whole.state_dict() | whole_model.state_dict(), second.state_dict() | second_model.state_dict()
+    expected, got = (
+        whole.state_dict() | whole_model.state_dict(),
+        second.state_dict() | second_model.state_dict(),
+    )
     assert got.keys() == expected.keys() and int(whole.task) == 2
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
 
@@ -315,4 +386,6 @@ def test_each_task_begins_rows_of_its_own():
         assert [len(rows_of(rule, index)) for index in range(3)] == sizes
         for index in range(3):
             rows = torch.cat([rows_of(rule, index), rows_of(rule, index, name="new")])
-            assert torch.allclose(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-14)
+            assert torch.allclose(
+                rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-14
+            )

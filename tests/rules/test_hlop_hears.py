@@ -1,4 +1,6 @@
-"""What HLOP learns from, what it reports of it, and the other weights that may carry errors down."""
+"""What HLOP learns from, what it reports of it, and the other weights that may carry errors
+down.
+"""
 
 import math
 
@@ -23,12 +25,16 @@ from tests.rules.test_opzo import smallest_model as with_readouts
 
 
 def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
-    """Against a plain forward; accumulated micro-batches are one batch, whether steps are differentiated or not."""
+    """Against a plain forward; accumulated micro-batches are one batch, whether steps are
+    differentiated or not.
+    """
     x_TB, target_B = batch(4, size=6)
     model = lif_network()
     seen = inputs_of(model, ("0", "2", "4"))
     logits(model, x_TB)
-    rules = [HLOP(inner, rows=ROWS) for inner in (BPTT(), BPTT(recompute=True), SLTT(), SLTT(1), OTTT())]
+    rules = [
+        HLOP(inner, rows=ROWS) for inner in (BPTT(), BPTT(recompute=True), SLTT(), SLTT(1), OTTT())
+    ]
     for rule in rules:
         model = lif_network()
         rule.attach(model)
@@ -38,7 +44,9 @@ def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
         for index, (x,) in enumerate(seen):
             x_NC = x.flatten(0, 1)
             assert torch.allclose(moments_of(rule, index), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
-            assert torch.allclose(rows_of(rule, index, name="new"), rows_of(rules[0], index, name="new"), atol=1e-12)
+            assert torch.allclose(
+                rows_of(rule, index, name="new"), rows_of(rules[0], index, name="new"), atol=1e-12
+            )
 
 
 def test_traces_and_rates():
@@ -53,15 +61,21 @@ def test_traces_and_rates():
         f_NC = factor_TB.flatten(0, 1)
         assert torch.allclose(moments_of(rule, index), f_NC.T @ f_NC / len(f_NC), atol=1e-13)
 
-    model = nn.Sequential(Linear(6, 8), RateLIF(), Linear(8, 3), WeightedRates(RateLIF().leak)).double()
+    model = nn.Sequential(
+        Linear(6, 8), RateLIF(), Linear(8, 3), WeightedRates(RateLIF().leak)
+    ).double()
     rule = HLOP(DSR(), rows=((3, 4), (1, 1)), learn_from="rates")
     rule.attach(model, over_time="mean")
     (spikes,) = inputs_of(model, ("2",))
     train(rule, model, x_TB, target_B, step=0)
     w_T = [math.exp(-0.05 * (3 - t)) for t in range(4)]
     for index, z_TB in ((0, x_TB), (1, spikes[0])):
-        rate_BC = torch.stack([w * z_BC for w, z_BC in zip(w_T, z_TB, strict=True)]).sum(0) / sum(w_T)
-        assert torch.allclose(moments_of(rule, index), rate_BC.T @ rate_BC / len(rate_BC), atol=1e-12)
+        rate_BC = torch.stack([w * z_BC for w, z_BC in zip(w_T, z_TB, strict=True)]).sum(0) / sum(
+            w_T
+        )
+        assert torch.allclose(
+            moments_of(rule, index), rate_BC.T @ rate_BC / len(rate_BC), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("learn_from", ["spikes", "rates"])
@@ -105,12 +119,19 @@ def test_evaluation_and_broken_batches_are_not_heard():
     assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
 
 
-READOUTS = [{}, {"local_readouts": True}, {"intermediate": (1,)}, {"feedback": "random", "local_readouts": True}]
+READOUTS = [
+    {},
+    {"local_readouts": True},
+    {"intermediate": (1,)},
+    {"feedback": "random", "local_readouts": True},
+]
 
 
 @pytest.mark.parametrize("options", READOUTS)
 def test_every_synapse_with_rows_is_heard(options):
-    """A readout, which stands beside the network, hears the spikes that the synapse behind it in the network hears."""
+    """A readout, which stands beside the network, hears the spikes that the synapse behind it in
+    the network hears.
+    """
     rule, model = HLOP(OPZO(**options), rows=((2,) * 5, (1,) * 5)), with_readouts()
     rule.attach(model)
     train(rule, model, *batch(4), step=0)
@@ -124,18 +145,24 @@ def test_every_synapse_with_rows_is_heard(options):
 def test_figures_say_what_is_kept_and_what_is_free():
     rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
     rule.attach(model)
-    assert {name for name in rule.figures() if name.startswith("free")} == {"free_0", "free_2", "free_4"}
+    assert {name for name in rule.figures() if name.startswith("free")} == {
+        "free_0",
+        "free_2",
+        "free_4",
+    }
     for step in range(50):
         train(rule, model, *batch(4), step=step)
     figures, x_NC = rule.figures(), batch(4)[0].flatten(0, 1)
     rows = rows_of(rule, 0, name="new")
-    assert figures["energy_0"] == pytest.approx(float((x_NC @ rows.T).square().sum() / x_NC.square().sum()), abs=1e-12)
+    assert figures["energy_0"] == pytest.approx(
+        float((x_NC @ rows.T).square().sum() / x_NC.square().sum()), abs=1e-12
+    )
     assert 0.5 < figures["energy_0"] < 1 and figures["free_0"] == 3
     rule.start_task(model, 1)
     assert rule.figures()["free_0"] == 2
 
 
-# -------------------------------------------------------------------------------------------------------------- error paths
+# -------------------------------------------------------------------------------------- error paths
 
 
 def carriers_of(model: nn.Sequential) -> list[Tensor]:
@@ -147,7 +174,9 @@ def carriers_of(model: nn.Sequential) -> list[Tensor]:
 
 @pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])
 def test_another_weight_carries_the_error_down(error):
-    """Every factor written out: the synapse that carries the error differs, the weights' own gradients follow from it."""
+    """Every factor written out: the synapse that carries the error differs, the weights' own
+    gradients follow from it.
+    """
     model, (x_TB, target_B) = lif_network(), batch(4)
     rule = HLOP(SLTT(), rows=ROWS, error=error)
     got = gradients(rule, model, x_TB, cross_entropy(target_B), world=World(seed=5))
@@ -175,15 +204,23 @@ def test_another_weight_carries_the_error_down(error):
 
 
 def test_the_carriers_have_the_published_scales():
-    """Signs: 1 / sqrt(in) of a matrix, sqrt(2 / (k^2 out)) of a convolution. At random: kaiming_uniform(sqrt 5)."""
-    weight, kernels = torch.randn(300, 100, dtype=torch.float64), torch.randn(8, 11, 5, 5, dtype=torch.float64)
+    """Signs: 1 / sqrt(in) of a matrix, sqrt(2 / (k^2 out)) of a convolution. At random:
+    kaiming_uniform(sqrt 5).
+    """
+    weight, kernels = (
+        torch.randn(300, 100, dtype=torch.float64),
+        torch.randn(8, 11, 5, 5, dtype=torch.float64),
+    )
     assert torch.equal(sign_symmetric(weight), 0.1 * weight.sign())
     assert torch.equal(sign_symmetric(kernels), 0.1 * kernels.sign())
     for shape in (weight, kernels):
         published = torch.nn.init.kaiming_uniform_(torch.empty(shape.shape), a=math.sqrt(5))
         matrix = FixedFeedback(shape, key=2**64 - 1)(shape)
         assert matrix.shape == shape.shape and matrix.dtype == shape.dtype
-        assert matrix.std().item() == pytest.approx(published.std().item(), rel=0.05) and abs(matrix.mean().item()) < 0.002
+        assert (
+            matrix.std().item() == pytest.approx(published.std().item(), rel=0.05)
+            and abs(matrix.mean().item()) < 0.002
+        )
         bound = 1 / math.sqrt(shape[0].numel())
         assert 0.99 * bound < matrix.abs().max().item() <= bound
 
@@ -195,11 +232,14 @@ def test_feedback_depends_on_the_seed_and_the_layer_alone():
         return carriers_of(model)
 
     one, again, other = matrices(1), matrices(1), matrices(2)
-    assert all(torch.equal(a, b) and not torch.allclose(a, c, atol=0.1) for a, b, c in zip(one, again, other, strict=True))
+    assert all(
+        torch.equal(a, b) and not torch.allclose(a, c, atol=0.1)
+        for a, b, c in zip(one, again, other, strict=True)
+    )
     assert not torch.allclose(one[0][:7, :3], one[1][:7, :3], atol=0.1)
 
 
-# ----------------------------------------------------------------------------------------------------------------- bytes
+# -------------------------------------------------------------------------------------------- bytes
 
 SYNAPSES = ((6, 3), (8, 4), (7, 3))
 """inputs, and rows of the first task, of each"""
@@ -207,17 +247,30 @@ SYNAPSES = ((6, 3), (8, 4), (7, 3))
 
 @pytest.mark.parametrize("lateral_steps", [None, 40])
 def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps: int | None):
-    """By hand, in fp64; while a batch runs, what it adds up lies beside what the last one came to."""
-    rule, model, (x_TB, target_B) = HLOP(SLTT(), rows=ROWS, lateral_steps=lateral_steps), lif_network(), batch(4)
+    """By hand, in fp64; while a batch runs, what it adds up lies beside what the last one came
+    to.
+    """
+    rule, model, (x_TB, target_B) = (
+        HLOP(SLTT(), rows=ROWS, lateral_steps=lateral_steps),
+        lif_network(),
+        batch(4),
+    )
     rule.attach(model)
     train(rule, model, x_TB, target_B, step=0)
     learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=1))
-    numbers_of = (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
+    numbers_of = (
+        (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
+    )
     moments = sum(8 * numbers_of(C, K) for C, K in SYNAPSES)
     for name in ("heard", "last"):
         there = [vars(getattr(ear, name)).values() for ear in rule._ears]
-        assert sum(each.nbytes for values in there for each in values if isinstance(each, Tensor)) == moments
-    own = 8 + sum(8 * (2 * K * C + 1) for C, K in SYNAPSES) + 2 * moments  # the task; rows, their velocity, the energy
+        assert (
+            sum(each.nbytes for values in there for each in values if isinstance(each, Tensor))
+            == moments
+        )
+    own = (
+        8 + sum(8 * (2 * K * C + 1) for C, K in SYNAPSES) + 2 * moments
+    )  # the task; rows, their velocity, the energy
     assert rule.bytes() == own
     rule.end_of_batch()
     assert rule.bytes() == own

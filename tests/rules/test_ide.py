@@ -1,4 +1,6 @@
-"""IDE against what it stands for: autograd through the iteration that it never runs, and differences of its own fixed point."""
+"""IDE against what it stands for: autograd through the iteration that it never runs, and
+differences of its own fixed point.
+"""
 
 # T time, B batch
 
@@ -28,7 +30,17 @@ from pipeline.spiking.solvers import Solution, broyden
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.track.jsonl import read
-from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network, saved_peak
+from tests.rules.small import (
+    CLASSES,
+    FEATURES,
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+    saved_peak,
+)
 from tests.small import same_weights, small_recipe, train_inline
 
 ITERATIONS = 400
@@ -38,7 +50,9 @@ def seeded(model: nn.Sequential, *, seed: int, scale: float = 0.9) -> nn.Sequent
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
         for module in model.modules():
             if isinstance(module, SpectralLimit):
                 module.gain.fill_(0.9)  # inside the clamp, where it learns
@@ -61,7 +75,10 @@ def contract_rules() -> list[IDE]:
 
 
 contract_exceptions = {
-    "test_one_step_equals_bptt": "IDE differentiates the clamp of a rate at rest, BPTT the surrogate of a spike; at T = 1 too"
+    "test_one_step_equals_bptt": (
+        "IDE differentiates the clamp of a rate at rest, BPTT the surrogate of a spike; at T ="
+        " 1 too"
+    )
 }
 
 
@@ -100,13 +117,17 @@ def convolutional(*, leak: float = 1.0) -> nn.Sequential:
         neurons=[LIF(leak), LIF(leak)],
         synapses=[Conv2d(4, 3, 3, 1, 1)],
     )
-    return seeded(nn.Sequential(equilibrium, Flat(), Linear(3 * 3 * 3, CLASSES)).double(), seed=5, scale=0.25)
+    return seeded(
+        nn.Sequential(equilibrium, Flat(), Linear(3 * 3 * 3, CLASSES)).double(), seed=5, scale=0.25
+    )
 
 
 Reference = Callable[[dict[str, Tensor], Tensor, Tensor], tuple[Tensor, list[Tensor]]]
 
 
-def fully_connected_map(p: dict[str, Tensor], x_B: Tensor, a_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+def fully_connected_map(
+    p: dict[str, Tensor], x_B: Tensor, a_B: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     c = (x_B @ p["0.inject.weight"].T + p["0.inject.bias"] + a_B @ p["0.feedback.weight"].T) / 2
     return c.clamp(0, 1), [c]
 
@@ -119,14 +140,18 @@ def two_layers_map(p: dict[str, Tensor], x_B: Tensor, a_B: Tensor) -> tuple[Tens
     return c2.clamp(0, 1), [c1, c2]
 
 
-def convolutional_map(p: dict[str, Tensor], x_B: Tensor, a_B: Tensor) -> tuple[Tensor, list[Tensor]]:
+def convolutional_map(
+    p: dict[str, Tensor], x_B: Tensor, a_B: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     c1 = F.conv2d(x_B, p["0.inject.weight"], p["0.inject.bias"], stride=2, padding=1)
     c1 = c1 + F.conv2d(a_B, p["0.feedback.weight"], padding=1)
     c2 = F.conv2d(c1.clamp(0, 1), p["0.synapses.0.weight"], p["0.synapses.0.bias"], padding=1)
     return c2.clamp(0, 1), [c1, c2]
 
 
-NETWORKS: dict[str, tuple[Callable[..., nn.Sequential], Reference, tuple[int, ...], tuple[int, ...]]] = {
+NETWORKS: dict[
+    str, tuple[Callable[..., nn.Sequential], Reference, tuple[int, ...], tuple[int, ...]]
+] = {
     "fully connected": (fully_connected, fully_connected_map, (FEATURES,), (9,)),
     "two layers": (two_layers, two_layers_map, (FEATURES,), (7,)),
     "convolutional": (convolutional, convolutional_map, (2, 6, 6), (3, 3, 3)),
@@ -157,7 +182,9 @@ def loss_at_rest(network: str, p: dict[str, Tensor], x_B: Tensor, target_B: Tens
     return F.cross_entropy(logits_BK, target_B)
 
 
-def by_unrolling(network: str, model: nn.Module, x_B: Tensor, target_B: Tensor) -> dict[str, Tensor]:
+def by_unrolling(
+    network: str, model: nn.Module, x_B: Tensor, target_B: Tensor
+) -> dict[str, Tensor]:
     p = named(model)
     found = torch.autograd.grad(loss_at_rest(network, p, x_B, target_B), list(p.values()))
     return dict(zip(p, found, strict=True))
@@ -173,7 +200,9 @@ def solved(solver: str = "broyden") -> IDE:
     return IDE(solver=solver, iterations=200, tolerance=1e-13)
 
 
-def ide(rule: IDE, model: nn.Module, x_B: Tensor, target_B: Tensor, *, steps: int = 1) -> dict[str, Tensor]:
+def ide(
+    rule: IDE, model: nn.Module, x_B: Tensor, target_B: Tensor, *, steps: int = 1
+) -> dict[str, Tensor]:
     return gradients(rule, model, repeat(x_B, steps), cross_entropy(target_B), over_time="mean")
 
 
@@ -196,7 +225,9 @@ def test_the_examples_are_away_from_the_kinks_and_contract(network):
 
 @pytest.mark.parametrize("solver", ["broyden", "fixed_point"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_at_the_fixed_point_the_gradient_is_autograds_through_400_iterations(network, solver, monkeypatch):
+def test_at_the_fixed_point_the_gradient_is_autograds_through_400_iterations(
+    network, solver, monkeypatch
+):
     build, _, shape, _ = NETWORKS[network]
     model, (x_B, target) = build(), image(shape)
     expected = by_unrolling(network, model, x_B, target)
@@ -219,9 +250,14 @@ def test_at_the_fixed_point_the_gradient_is_the_central_difference(network, monk
                 p = {key: value.detach().clone() for key, value in model.named_parameters()}
                 direction = torch.randn(p[name].shape, generator=generator, dtype=torch.float64)
                 ends = [
-                    loss_at_rest(network, p | {name: p[name] + sign * eps * direction}, x_B, target).item() for sign in (1, -1)
+                    loss_at_rest(
+                        network, p | {name: p[name] + sign * eps * direction}, x_B, target
+                    ).item()
+                    for sign in (1, -1)
                 ]
-                assert (got[name] * direction).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * eps), abs=1e-8, rel=1e-6)
+                assert (got[name] * direction).sum().item() == pytest.approx(
+                    (ends[0] - ends[1]) / (2 * eps), abs=1e-8, rel=1e-6
+                )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -229,7 +265,9 @@ def test_the_input_gets_its_gradient(network, monkeypatch):
     build, _, shape, _ = NETWORKS[network]
     model, (x_B, target) = build(), image(shape)
     ours, reference = x_B.clone().requires_grad_(), x_B.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss_at_rest(network, named(model), reference, target), reference)
+    (expected,) = torch.autograd.grad(
+        loss_at_rest(network, named(model), reference, target), reference
+    )
     at_rest(monkeypatch, network, model, x_B)
     rule = solved()
     rule.attach(model, over_time="mean")
@@ -237,8 +275,12 @@ def test_the_input_gets_its_gradient(network, monkeypatch):
     assert ours.grad is not None and torch.allclose(ours.grad, expected, atol=1e-12)
 
 
-def error_at(steps: int, *, network: str = "fully connected", leak: float = 1.0) -> tuple[float, float]:
-    """Relative error of the gradient at a[T], and the largest distance of the rate from the fixed point."""
+def error_at(
+    steps: int, *, network: str = "fully connected", leak: float = 1.0
+) -> tuple[float, float]:
+    """Relative error of the gradient at a[T], and the largest distance of the rate from the fixed
+    point.
+    """
     build, _, shape, _ = NETWORKS[network]
     model, (x_B, target) = build(leak=leak), image(shape)
     expected = by_unrolling(network, model, x_B, target)
@@ -270,14 +312,25 @@ def test_units_of_a_sample_know_nothing_of_the_other_samples():
     x_B, target = image((FEATURES,), size=8)
     whole = ide(IDE(), model, x_B, target, steps=6)
     parts = [ide(IDE(), model, x_B[i : i + 2], target[i : i + 2], steps=6) for i in range(0, 8, 2)]
-    assert difference(whole, {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}) < 1e-15
+    assert (
+        difference(
+            whole, {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}
+        )
+        < 1e-15
+    )
 
 
 def test_the_scale_of_the_loss_changes_nothing():
     model = two_layers()
     x_B, target = image((FEATURES,))
     one, other = (
-        gradients(IDE(), model, repeat(x_B, 6), lambda o, s=s: s * F.cross_entropy(o, target), over_time="mean")
+        gradients(
+            IDE(),
+            model,
+            repeat(x_B, 6),
+            lambda o, s=s: s * F.cross_entropy(o, target),
+            over_time="mean",
+        )
         for s in (1.0, 2.0**-20)
     )
     assert difference(one, {name: 2.0**20 * g for name, g in other.items()}) < 1e-15
@@ -299,9 +352,13 @@ def test_frames_are_averaged_by_the_weights_of_the_rate():
     beta_B = g_B.detach()
     for _ in range(200):
         beta_B = g_B.detach() + torch.autograd.grad(f_B, a, beta_B, retain_graph=True)[0]
-    expected = torch.autograd.grad(f_B, [p["0.inject.weight"], p["0.inject.bias"], p["0.feedback.weight"]], beta_B)
+    expected = torch.autograd.grad(
+        f_B, [p["0.inject.weight"], p["0.inject.bias"], p["0.feedback.weight"]], beta_B
+    )
     got = gradients(solved(), model, x_TB, cross_entropy(target), over_time="mean")
-    for name, value in zip(("0.inject.weight", "0.inject.bias", "0.feedback.weight"), expected, strict=True):
+    for name, value in zip(
+        ("0.inject.weight", "0.inject.bias", "0.feedback.weight"), expected, strict=True
+    ):
         assert torch.allclose(got[name], value, atol=1e-12)
 
 
@@ -328,7 +385,9 @@ def test_convergence_is_reported():
 def test_a_coarse_solve_warns_once():
     model, rule = fully_connected(), IDE(iterations=1)
     x_B, target = image((FEATURES,))
-    with pytest.warns(RuntimeWarning, match=r"IDE: broyden left a residual of .* \|g\| after 1 iterations"):
+    with pytest.warns(
+        RuntimeWarning, match=r"IDE: broyden left a residual of .* \|g\| after 1 iterations"
+    ):
         ide(rule, model, x_B, target, steps=20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -344,7 +403,8 @@ def gradient(model: nn.Module, name: str) -> Tensor:
 def too_strong() -> nn.Module:
     """One unit inside the clamp that answers itself threefold."""
     model = nn.Sequential(
-        Equilibrium(inject=Linear(1, 1), feedback=Linear(1, 1, bias=False), neurons=[IF()]), Linear(1, 2)
+        Equilibrium(inject=Linear(1, 1), feedback=Linear(1, 1, bias=False), neurons=[IF()]),
+        Linear(1, 2),
     ).double()
     for parameter, value in zip(model.parameters(), (1.0, 0.0, 3.0), strict=False):
         nn.init.constant_(parameter, value)
@@ -354,16 +414,24 @@ def too_strong() -> nn.Module:
 def test_a_loss_that_is_not_finite_is_not_blamed_on_the_solve():
     rule, model = IDE(), smallest_model()
     rule.attach(model, over_time="mean")
-    (objective,) = rule.objectives(model, torch.rand(3, 4, FEATURES), lambda logits_BK: logits_BK.sum() * math.nan)
+    (objective,) = rule.objectives(
+        model, torch.rand(3, 4, FEATURES), lambda logits_BK: logits_BK.sum() * math.nan
+    )
     assert objective.backward is not None
-    with pytest.warns(RuntimeWarning, match=r"IDE: the gradient of the loss must be finite; got nan"):
+    with pytest.warns(
+        RuntimeWarning, match=r"IDE: the gradient of the loss must be finite; got nan"
+    ):
         objective.backward.backward()
     assert not rule.is_unsolved() and gradient(model, "0.inject.weight").isnan().any()
 
 
 def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch):
-    """For the whole of the batch, whatever of it can be solved, as a micro-batch that saturates the unit."""
-    monkeypatch.setattr(Equilibrium, "_simulate", lambda self, x_TB, current_1B: torch.full((1, 4, 1), 0.3).double())
+    """For the whole of the batch, whatever of it can be solved, as a micro-batch that saturates the
+    unit.
+    """
+    monkeypatch.setattr(
+        Equilibrium, "_simulate", lambda self, x_TB, current_1B: torch.full((1, 4, 1), 0.3).double()
+    )
     rule, model = IDE(solver="fixed_point"), too_strong()
     rule.attach(model, over_time="mean")
 
@@ -372,8 +440,10 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
         learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=step))
 
     message = (
-        r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4 samples after 30 iterations of "
-        r"fixed_point; there J\^T stretches by 3 in layers 1 to 1: limit the synapses \(SpectralLimit\)"
+        r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4"
+        r" samples after 30 iterations of "
+        r"fixed_point; there J\^T stretches by 3 in layers 1 to 1: limit the synapses"
+        r" \(SpectralLimit\)"
     )
     with pytest.warns(RuntimeWarning, match=message):
         micro_batch(-0.5, step=0)
@@ -386,20 +456,31 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
 
 
 def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
-    recipe = small_recipe(model=spec(fc_feedback, in_features=64, hidden=12), rule=spec(IDE), over_time="mean")
+    recipe = small_recipe(
+        model=spec(fc_feedback, in_features=64, hidden=12), rule=spec(IDE), over_time="mean"
+    )
     solves = itertools.count()
 
     def solve(g_B: Tensor, vjp: Callable[[Tensor], Tensor], **how: Any) -> Solution:
         found = broyden(g_B, vjp, **how)
-        return replace(found, residual_B=torch.ones_like(found.residual_B)) if next(solves) == 4 else found
+        return (
+            replace(found, residual_B=torch.ones_like(found.residual_B))
+            if next(solves) == 4
+            else found
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.rules.ide.broyden", solve)
         with pytest.warns(RuntimeWarning, match="IDE: the solve of beta = .* must converge"):
             train_inline(tmp_path / "hit", recipe)
-    [skipped] = [event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "skipped"]
+    [skipped] = [
+        event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "skipped"
+    ]
     assert skipped["step"] == 4
-    assert skipped["reason"] == "its gradient is not finite on 1 of 1 worker: IDE could not solve for it on 1"
+    assert (
+        skipped["reason"]
+        == "its gradient is not finite on 1 of 1 worker: IDE could not solve for it on 1"
+    )
     train_inline(tmp_path / "told", replace(recipe, skip=((4, 5),)))
     assert same_weights(tmp_path / "hit", tmp_path / "told")
 
@@ -413,22 +494,40 @@ class Outside(nn.Module):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: IDE(solver="newton"), "IDE: solver must be 'broyden' or 'fixed_point'; got solver='newton'"),
-        (lambda: IDE(iterations=0), "IDE: iterations must be a whole number >= 1; got iterations=0"),
-        (lambda: IDE(tolerance=1.0), "IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance=1.0"),
+        (
+            lambda: IDE(solver="newton"),
+            "IDE: solver must be 'broyden' or 'fixed_point'; got solver='newton'",
+        ),
+        (
+            lambda: IDE(iterations=0),
+            "IDE: iterations must be a whole number >= 1; got iterations=0",
+        ),
+        (
+            lambda: IDE(tolerance=1.0),
+            "IDE: tolerance is relative to the gradient and must be in 0..1; got tolerance=1.0",
+        ),
         (
             lambda: IDE().attach(lif_network(), over_time="mean"),
-            "IDE: the model must have one equilibrium, whose rates are differentiated; got none in Sequential",
+            (
+                "IDE: the model must have one equilibrium, whose rates are differentiated; got none"
+                " in Sequential"
+            ),
         ),
         (
             lambda: IDE().attach(Outside(smallest_model(), smallest_model()), over_time="mean"),
-            "IDE: the model must have one equilibrium, whose rates are differentiated; got parts.0.0 and parts.1.0",
+            (
+                "IDE: the model must have one equilibrium, whose rates are differentiated; got"
+                " parts.0.0 and parts.1.0"
+            ),
         ),
         (
             lambda: IDE().attach(nn.Sequential(*smallest_model(), LIF()), over_time="mean"),
             "IDE: every neuron must be part of the equilibrium; got 2 outside it",
         ),
-        (lambda: IDE().attach(smallest_model()), "IDE: it has one loss, of rates, so over_time must be 'mean'; got"),
+        (
+            lambda: IDE().attach(smallest_model()),
+            "IDE: it has one loss, of rates, so over_time must be 'mean'; got",
+        ),
     ],
 )
 def test_refuses(build, message):

@@ -1,4 +1,6 @@
-"""OPZO: three local factors, matrices that find the Jacobian, noise that knows neither ranks nor micro-batches."""
+"""OPZO: three local factors, matrices that find the Jacobian, noise that knows neither ranks nor
+micro-batches.
+"""
 
 import copy
 import itertools
@@ -29,23 +31,38 @@ from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Linear
 from pipeline.spiking.topdown import Readout
-from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, learn, lif_network, spikes_of
+from tests.rules.small import (
+    CLASSES,
+    FEATURES,
+    batch,
+    cross_entropy,
+    difference,
+    learn,
+    lif_network,
+    spikes_of,
+)
 
 # So small that no membrane of a test can tell, in float32 or float64.
 IMPERCEPTIBLE = {"noise": 1e-30, "inject": "membrane"}
 
 contract_exceptions = {
-    "test_one_step_equals_bptt": "errors do not pass backwards through the layers, which is what BPTT does within one step",
+    "test_one_step_equals_bptt": (
+        "errors do not pass backwards through the layers, which is what BPTT does within one step"
+    ),
 }
 
 
 def smallest_model() -> nn.Sequential:
-    """Readouts beside the network: some rules use them, and to the others they must make no difference."""
+    """Readouts beside the network: some rules use them, and to the others they must make no
+    difference.
+    """
     generator = torch.Generator().manual_seed(3)
     one, other = lif_network(), nn.ModuleList([Readout(8, CLASSES), Readout(7, CLASSES)]).double()
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
     return nn.Sequential(one[0], one[1], other[0], one[2], one[3], other[1], one[4])
 
 
@@ -75,12 +92,17 @@ def test_discovered_network_is_the_plain_one():
             assert torch.equal(one(x_TBC), other(x_TBC))
 
 
-def with_matrices(rule: OPZO, model: nn.Module, *, columns: tuple[int, ...] = (CLASSES, CLASSES), **attach) -> list[Tensor]:
+def with_matrices(
+    rule: OPZO, model: nn.Module, *, columns: tuple[int, ...] = (CLASSES, CLASSES), **attach
+) -> list[Tensor]:
     """Attach, and give the layers matrices that have learnt something: as those of a checkpoint."""
     rule.attach(model, **attach)
     generator = torch.Generator().manual_seed(5)
     sizes = zip((8, 7), columns, strict=True)
-    matrices = [torch.randn(units, outputs, generator=generator, dtype=torch.float64) for units, outputs in sizes]
+    matrices = [
+        torch.randn(units, outputs, generator=generator, dtype=torch.float64)
+        for units, outputs in sizes
+    ]
     state = {f"signals.matrix_{layer}": matrix for layer, matrix in enumerate(matrices)}
     if rule.feedback == "momentum":
         state["signals.updates"] = torch.tensor([10])
@@ -95,11 +117,20 @@ def gradient_of(rule: OPZO, model: nn.Module, steps: int, *, rows=None) -> dict[
         x_TBC, target_B = x_TBC[:, rows], target_B[rows]
     model.zero_grad()
     learn(rule.objectives(model, x_TBC, cross_entropy(target_B), step=0, rows=rows))
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in model.named_parameters()
+    }
 
 
 def by_hand(
-    model: nn.Module, matrices: list[Tensor], x_TBC: Tensor, target_B: Tensor, *, inject: str, seed: int
+    model: nn.Module,
+    matrices: list[Tensor],
+    x_TBC: Tensor,
+    target_B: Tensor,
+    *,
+    inject: str,
+    seed: int,
 ) -> dict[str, Tensor]:
     """Psi times signal times trace, in loops over time and layers, without autograd."""
     weights = [module for module in model.modules() if isinstance(module, Linear)]
@@ -113,7 +144,9 @@ def by_hand(
         for layer in range(2):
             keys = [counter_hash(seed, 0, row, layer, t // 2 * 2) for row in range(size)]
             n = alpha * (-1) ** t * noise(keys, v[layer].shape[1], distribution="gaussian").double()
-            trace[layer] = x_BC if layer == 0 else leak * trace[layer] + x_BC  # the first synapse has none
+            trace[layer] = (
+                x_BC if layer == 0 else leak * trace[layer] + x_BC
+            )  # the first synapse has none
             factors.append(trace[layer])
             u = leak * v[layer] + x_BC @ weights[layer].weight.T + weights[layer].bias
             decided = u + n if inject == "membrane" else u
@@ -125,7 +158,9 @@ def by_hand(
         factors.append(trace[2])
         o_BK = x_BC @ weights[2].weight.T + weights[2].bias
         e_BK = (torch.softmax(o_BK, 1) - F.one_hot(target_B, CLASSES)) / size / len(x_TBC)
-        signals = [slope * (e_BK @ matrix.T) for slope, matrix in zip(slopes, matrices, strict=True)] + [e_BK]
+        signals = [
+            slope * (e_BK @ matrix.T) for slope, matrix in zip(slopes, matrices, strict=True)
+        ] + [e_BK]
         for name, factor, g in zip(names, factors, signals, strict=True):
             found[f"{name}.weight"] += g.T @ factor
             found[f"{name}.bias"] += g.sum(0)
@@ -165,25 +200,36 @@ def test_the_first_batch_teaches_the_matrices_and_the_readout_alone():
 
 
 def test_a_single_point_is_the_estimate_of_the_sample():
-    """The gradient of the last hidden bias at T = 1, where the spikes are those of `record` without their noise."""
+    """The gradient of the last hidden bias at T = 1, where the spikes are those of `record` without
+    their noise.
+    """
     model, rule = lif_network(), OPZO("single_point", noise=0.2)
     rule.attach(model, world=World(seed=2))
     record = spikes_of(model)
     got = gradient_of(rule, model, 1)
     _, target_B = batch(1)
     h_BN = record["3"][0][0]
-    z_BN = noise([counter_hash(2, 0, row, 1, 0) for row in range(5)], 7, distribution="gaussian").double()
+    z_BN = noise(
+        [counter_hash(2, 0, row, 1, 0) for row in range(5)], 7, distribution="gaussian"
+    ).double()
     inputs_BN = record["1"][0][0]
-    u_BN, o_BK = (F.linear(h, *(p.detach() for p in model[place].parameters())) for h, place in ((inputs_BN, 2), (h_BN, 4)))
+    u_BN, o_BK = (
+        F.linear(h, *(p.detach() for p in model[place].parameters()))
+        for h, place in ((inputs_BN, 2), (h_BN, 4))
+    )
     assert torch.equal((u_BN >= 1).double() + 0.2 * z_BN, h_BN)
     e_BK = (torch.softmax(o_BK, 1) - F.one_hot(target_B, CLASSES)) / 5
-    g_BN = torch.stack([torch.outer(z, o) @ e / 0.2 for z, o, e in zip(z_BN, o_BK, e_BK, strict=True)])
+    g_BN = torch.stack(
+        [torch.outer(z, o) @ e / 0.2 for z, o, e in zip(z_BN, o_BK, e_BK, strict=True)]
+    )
     expected = (Triangle().derivative(u_BN - 1) * g_BN).sum(0)
     assert torch.allclose(got["2.bias"], expected, atol=1e-14) and expected.abs().max() > 1e-3
 
 
 def test_local_readouts_add_the_gradient_of_their_own_loss():
-    """T = 1, no signal from above: each layer and its readout by autograd through that layer alone."""
+    """T = 1, no signal from above: each layer and its readout by autograd through that layer
+    alone.
+    """
     model, rule = smallest_model(), OPZO("random", local_readouts=True)
     with_matrices(rule, model)
     for layer in range(2):
@@ -194,7 +240,10 @@ def test_local_readouts_add_the_gradient_of_their_own_loss():
     h_TBN, record = x_TBC, []
     rule.release()
     with fresh_state(model):
-        for synapse, neuron, readout in ((model[0], model[1], model[2]), (model[3], model[4], model[5])):
+        for synapse, neuron, readout in (
+            (model[0], model[1], model[2]),
+            (model[3], model[4], model[5]),
+        ):
             s_TBN = neuron(synapse(h_TBN.detach()))
             record.append(F.cross_entropy(F.linear(s_TBN[0], *readout.parameters()), target_B))
             h_TBN = s_TBN
@@ -206,7 +255,9 @@ def test_local_readouts_add_the_gradient_of_their_own_loss():
 
 
 def test_intermediate_readouts_send_their_errors_to_the_layers_below():
-    """The signal of layer 0 is M of twice the columns times both errors; the columns of the readout add to the gradient."""
+    """The signal of layer 0 is M of twice the columns times both errors; the columns of the readout
+    add to the gradient.
+    """
     model = smallest_model()
     found = []
     for columns in (slice(0, 3), slice(3, 6), slice(0, 6)):
@@ -227,7 +278,9 @@ def test_intermediate_readouts_send_their_errors_to_the_layers_below():
 
 
 def test_noise_and_gradients_know_neither_ranks_nor_micro_batches():
-    def run(rule: OPZO, model: nn.Module, rows: list[int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def run(
+        rule: OPZO, model: nn.Module, rows: list[int]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         record = spikes_of(model)
         got = gradient_of(rule, model, 3, rows=rows)
         return got, {name: torch.stack([s[0] for s in spikes]) for name, spikes in record.items()}
@@ -252,22 +305,33 @@ def test_noise_and_gradients_know_neither_ranks_nor_micro_batches():
     sent: list[Tensor] = []
     second.end_of_batch(lambda statistic: (sent.append(statistic), statistic)[1])
     first.end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
-    assert all(torch.allclose(value, rule.signals.state_dict()[name], atol=1e-14) for name, value in first.state_dict().items())
+    assert all(
+        torch.allclose(value, rule.signals.state_dict()[name], atol=1e-14)
+        for name, value in first.state_dict().items()
+    )
 
 
 def test_matrices_stay_in_fp32_under_bf16():
     """An average that moves by a thousandth stands still in bf16."""
     model, rule = smallest_model().float(), OPZO(local_readouts=True)
-    backend = Plain(model, lambda network: torch.optim.SGD(network.parameters(), lr=0.1), precision="bf16")
+    backend = Plain(
+        model, lambda network: torch.optim.SGD(network.parameters(), lr=0.1), precision="bf16"
+    )
     rule.attach(model)
     x_TBC, target_B = batch(3)
     for step in range(2):
-        for objective in rule.objectives(backend.model, x_TBC.float(), CrossEntropy()(target_B), step=step):
+        for objective in rule.objectives(
+            backend.model, x_TBC.float(), CrossEntropy()(target_B), step=step
+        ):
             backend.backward(objective.backward, 1.0)  # type: ignore[arg-type]
         rule.end_of_batch()
         backend.step()
     matrix = rule.signals.get_buffer("matrix_0")
-    assert matrix.dtype == torch.float32 and matrix.any() and not torch.equal(matrix, matrix.bfloat16().float())
+    assert (
+        matrix.dtype == torch.float32
+        and matrix.any()
+        and not torch.equal(matrix, matrix.bfloat16().float())
+    )
 
 
 @pytest.mark.parametrize("antithetic", [True, False])
@@ -276,9 +340,16 @@ def test_every_second_step_turns_the_sign(antithetic):
     rule.attach(model)
     record = spikes_of(model)
     gradient_of(rule, model, 5)
-    noises = [s_TBN - (s_TBN > 0.5).double() for s_TBN in record["1"]]  # noise of 0.2 rarely hides a spike: compare most
-    turned = [float(torch.isclose(one, -other).double().mean()) for one, other in itertools.pairwise(noises)]
-    assert [share > 0.9 for share in turned] == ([True, False, True, False] if antithetic else [False] * 4)
+    noises = [
+        s_TBN - (s_TBN > 0.5).double() for s_TBN in record["1"]
+    ]  # noise of 0.2 rarely hides a spike: compare most
+    turned = [
+        float(torch.isclose(one, -other).double().mean())
+        for one, other in itertools.pairwise(noises)
+    ]
+    assert [share > 0.9 for share in turned] == (
+        [True, False, True, False] if antithetic else [False] * 4
+    )
 
 
 def test_an_evaluation_sees_no_noise():
@@ -301,7 +372,10 @@ def test_an_evaluation_sees_no_noise():
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
 @pytest.mark.parametrize("decay_input", [True, False])
 def test_noise_in_the_membrane_decides_and_is_not_carried(reset, decay_input):
-    model, rule = lif_network(reset=reset, decay_input=decay_input), OPZO(inject="membrane", antithetic=False)
+    model, rule = (
+        lif_network(reset=reset, decay_input=decay_input),
+        OPZO(inject="membrane", antithetic=False),
+    )
     rule.attach(model, world=World(seed=9))
     record = spikes_of(model)
     gradient_of(rule, model, 4)
@@ -309,9 +383,13 @@ def test_noise_in_the_membrane_decides_and_is_not_carried(reset, decay_input):
     v_BN = torch.zeros(5, 8, dtype=torch.float64)
     changed = 0
     for t, x_BC in enumerate(x_TBC):
-        current_BN = F.linear(x_BC, *(p.detach() for p in model[0].parameters())) * (1 - leak if decay_input else 1)
+        current_BN = F.linear(x_BC, *(p.detach() for p in model[0].parameters())) * (
+            1 - leak if decay_input else 1
+        )
         u_BN = leak * v_BN + current_BN
-        z_BN = noise([counter_hash(9, 0, row, 0, t) for row in range(5)], 8, distribution="gaussian").double()
+        z_BN = noise(
+            [counter_hash(9, 0, row, 0, t) for row in range(5)], 8, distribution="gaussian"
+        ).double()
         s_BN = (u_BN + 0.2 * z_BN >= 1).double()
         assert torch.equal(record["1"][t][0], s_BN)
         changed += int((s_BN != (u_BN >= 1)).sum())
@@ -330,13 +408,21 @@ def test_noise_in_the_membrane_decides_and_is_not_carried(reset, decay_input):
     ],
     ids=["momentum", "antithetic", "none", "random"],
 )
-def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout(rule: OPZO, batches: int, least: float, most: float):
-    """100 hidden units, noise 0.2, batches of 32: the true Jacobian of the last layer is W_out^T."""
+def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout(
+    rule: OPZO, batches: int, least: float, most: float
+):
+    """100 hidden units, noise 0.2, batches of 32: the true Jacobian of the last layer is
+    W_out^T.
+    """
     generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(Linear(20, 100), LIF(), Linear(100, 100), LIF(), readout := Linear(100, 5))
+    model = nn.Sequential(
+        Linear(20, 100), LIF(), Linear(100, 100), LIF(), readout := Linear(100, 5)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 / parameter.shape[-1] ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * 1.5 / parameter.shape[-1] ** 0.5
+            )
     rule.attach(model)
     for step in range(batches):
         x_TBC = torch.randn(2 if rule.antithetic else 1, 32, 20, generator=generator)
@@ -352,7 +438,9 @@ def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout(rule: OP
 
 @pytest.mark.parametrize("protected", [False, True])
 def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
-    """The second head is the first with its sign turned: what was known is then known to be wrong."""
+    """The second head is the first with its sign turned: what was known is then known to be
+    wrong.
+    """
     torch.manual_seed(0)
     model: Any = multi_head(mlp(CLASSES, in_features=FEATURES, hidden=(8, 7)), heads=2)
     first, second = model.classifier.heads
@@ -370,13 +458,21 @@ def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
             learn(rule.objectives(model, x_TBC.float(), cross_entropy(target_B)))
             rule.end_of_batch()
         head = model.classifier.heads[task].weight
-        found.append(float(F.cosine_similarity(opzo.signals.get_buffer("matrix_1").flatten(), head.detach().T.flatten(), dim=0)))
+        found.append(
+            float(
+                F.cosine_similarity(
+                    opzo.signals.get_buffer("matrix_1").flatten(), head.detach().T.flatten(), dim=0
+                )
+            )
+        )
     assert int(opzo.signals.get_buffer("updates")) == 10
     assert min(found) > 0.7
 
 
 def test_its_own_bytes_are_the_matrices_and_what_is_noted_of_a_batch():
-    """Of 8 and 7 neurons with 3 outputs, in fp64: as many sums, as are there when a batch ends, and the count of its moves."""
+    """Of 8 and 7 neurons with 3 outputs, in fp64: as many sums, as are there when a batch ends, and
+    the count of its moves.
+    """
     rule, model, (x_TB, target_B) = OPZO(), lif_network(), batch(4)
     rule.attach(model)
     learn(rule.objectives(model, x_TB, cross_entropy(target_B)))
@@ -387,7 +483,9 @@ def test_its_own_bytes_are_the_matrices_and_what_is_noted_of_a_batch():
     assert rule.bytes() == 2 * (8 + 7) * 3 * 8 + 8
 
 
-@pytest.mark.parametrize(("feedback", "matrices"), [("random", (8 + 7) * 3 * 8), ("single_point", 0)])
+@pytest.mark.parametrize(
+    ("feedback", "matrices"), [("random", (8 + 7) * 3 * 8), ("single_point", 0)]
+)
 def test_what_learns_no_matrix_notes_nothing(feedback, matrices):
     rule, model, (x_TB, target_B) = OPZO(feedback), lif_network(), batch(4)
     rule.attach(model)
@@ -410,7 +508,9 @@ def other_leak() -> nn.Module:
 def run(model: nn.Module, x_TB: Tensor) -> None:
     rule = OPZO()
     rule.attach(model)
-    learn(rule.objectives(model, x_TB, cross_entropy(torch.zeros(x_TB.shape[1], dtype=torch.int64))))
+    learn(
+        rule.objectives(model, x_TB, cross_entropy(torch.zeros(x_TB.shape[1], dtype=torch.int64)))
+    )
 
 
 class Swapped(nn.Module):
@@ -437,34 +537,88 @@ def a_neuron_twice() -> nn.Module:
             lambda: run(a_neuron_twice(), torch.ones(2, 4, FEATURES)),
             r"OPZO: a layer must run once in a time step, .* got 1 twice",
         ),
-        (lambda: OPZO("learnt"), r"OPZO: feedback must be 'momentum', 'random' or 'single_point'; got feedback='learnt'"),  # type: ignore[arg-type]
-        (lambda: OPZO(noise=0), r"OPZO: noise must be > 0, for the feedback is learnt from it; got noise=0, feedback='momentum'"),
-        (lambda: OPZO("random", noise=-1), r"OPZO: noise must be .* got noise=-1, feedback='random'"),
+        (
+            lambda: OPZO("learnt"),
+            r"OPZO: feedback must be 'momentum', 'random' or 'single_point'; got feedback='learnt'",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: OPZO(noise=0),
+            (
+                r"OPZO: noise must be > 0, for the feedback is learnt from it; got noise=0,"
+                r" feedback='momentum'"
+            ),
+        ),
+        (
+            lambda: OPZO("random", noise=-1),
+            r"OPZO: noise must be .* got noise=-1, feedback='random'",
+        ),
         (
             lambda: OPZO("random", momentum=0.3),
             r"OPZO: momentum has no effect with feedback='random' and noise=0.0; got momentum=0.3",
         ),
-        (lambda: OPZO("single_point", momentum=0.9), r"OPZO: momentum has no effect with feedback='single_point'"),
-        (lambda: OPZO("random", inject="membrane"), r"OPZO: inject has no effect with .* got inject='membrane'"),
-        (lambda: OPZO("random", antithetic=False), r"OPZO: antithetic has no effect with .* got antithetic=False"),
-        (lambda: OPZO(momentum=1), r"OPZO: momentum must be at least 0 and below 1; got momentum=1"),
-        (lambda: OPZO(intermediate=(0, 1)), r"OPZO: intermediate must be places .*, 1 or more, .* got intermediate=\(0, 1\)"),
-        (lambda: OPZO(intermediate="12"), r"OPZO: intermediate must be places of hidden layers .* got intermediate='12'"),  # type: ignore[arg-type]
-        (lambda: OPZO(intermediate=1), r"OPZO: intermediate must be places of hidden layers .* got intermediate=1"),  # type: ignore[arg-type]
-        (lambda: OPZO(intermediate=(True, 2)), r"OPZO: intermediate must be places .* got intermediate=\(True, 2\)"),
+        (
+            lambda: OPZO("single_point", momentum=0.9),
+            r"OPZO: momentum has no effect with feedback='single_point'",
+        ),
+        (
+            lambda: OPZO("random", inject="membrane"),
+            r"OPZO: inject has no effect with .* got inject='membrane'",
+        ),
+        (
+            lambda: OPZO("random", antithetic=False),
+            r"OPZO: antithetic has no effect with .* got antithetic=False",
+        ),
+        (
+            lambda: OPZO(momentum=1),
+            r"OPZO: momentum must be at least 0 and below 1; got momentum=1",
+        ),
+        (
+            lambda: OPZO(intermediate=(0, 1)),
+            r"OPZO: intermediate must be places .*, 1 or more, .* got intermediate=\(0, 1\)",
+        ),
+        (
+            lambda: OPZO(intermediate="12"),
+            r"OPZO: intermediate must be places of hidden layers .* got intermediate='12'",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: OPZO(intermediate=1),
+            r"OPZO: intermediate must be places of hidden layers .* got intermediate=1",
+        ),  # type: ignore[arg-type]
+        (
+            lambda: OPZO(intermediate=(True, 2)),
+            r"OPZO: intermediate must be places .* got intermediate=\(True, 2\)",
+        ),
         (
             lambda: OPZO(antithetic=True).check_steps(1),
-            r"OPZO: antithetic pairs need two time steps, so T must be >= 2; got antithetic=True, T=1",
+            (
+                r"OPZO: antithetic pairs need two time steps, so T must be >= 2; got"
+                r" antithetic=True, T=1"
+            ),
         ),
         (lambda: OPZO(noise=math.nan), r"OPZO: noise must be > 0, .* got noise=nan"),
         (
             lambda: OPZO(intermediate=(1, 0)),
-            r"OPZO: intermediate must be places of hidden layers in order, .* got intermediate=\(1, 0\)",
+            (
+                r"OPZO: intermediate must be places of hidden layers in order, .* got"
+                r" intermediate=\(1, 0\)"
+            ),
         ),
-        (lambda: OPZO().attach(lif_network(), over_time="mean"), r"OPZO: the loss of the mean logits needs all T steps"),
-        (lambda: OPZO().attach(nn.Sequential(Linear(2, 2))), r"OPZO: the model must have LIF neurons, .* got Sequential"),
-        (lambda: OPZO(leak=0.9).attach(lif_network()), r"OPZO: leak must be that of the neurons, .* got 0.9 and 0.5 at 1"),
-        (lambda: OPZO().attach(other_leak()), r"OPZO: the neurons must share one leak; got 0.5 at 1, 0.25 at 3"),
+        (
+            lambda: OPZO().attach(lif_network(), over_time="mean"),
+            r"OPZO: the loss of the mean logits needs all T steps",
+        ),
+        (
+            lambda: OPZO().attach(nn.Sequential(Linear(2, 2))),
+            r"OPZO: the model must have LIF neurons, .* got Sequential",
+        ),
+        (
+            lambda: OPZO(leak=0.9).attach(lif_network()),
+            r"OPZO: leak must be that of the neurons, .* got 0.9 and 0.5 at 1",
+        ),
+        (
+            lambda: OPZO().attach(other_leak()),
+            r"OPZO: the neurons must share one leak; got 0.5 at 1, 0.25 at 3",
+        ),
         (
             lambda: OPZO().attach(nn.Sequential(*lif_network(), BatchNorm(3))),
             r"OPZO: a trace cannot pass batch norm; .* got batch norm at 5",
@@ -473,13 +627,28 @@ def a_neuron_twice() -> nn.Module:
             lambda: OPZO().attach(nn.Sequential(nn.Linear(6, 8), LIF())),
             r"OPZO: the layers with weights must be .* torch's Linear at 0",
         ),
-        (lambda: OPZO(local_readouts=True).attach(lif_network()), r"OPZO-LL: .* got none at layer 0, 1 of 0\.\.1"),
-        (lambda: OPZO(intermediate=(1, 4)).attach(smallest_model()), r"OPZO-IGL: .* got none at layer 4 of 0\.\.1"),
         (
-            lambda: run(nf_resnet18_small(3, in_channels=1, width=4, blocks=(1, 1)), torch.randn(2, 2, 1, 8, 8)),
-            r"OPZO: a stream that passes by the neurons .* got stem\..* with a path to stages\.0\.0\.first\.neuron and to ",
+            lambda: OPZO(local_readouts=True).attach(lif_network()),
+            r"OPZO-LL: .* got none at layer 0, 1 of 0\.\.1",
         ),
-        (lambda: run(Swapped(), torch.randn(2, 2, FEATURES)), r"OPZO: the first synapse .* got first before second"),
+        (
+            lambda: OPZO(intermediate=(1, 4)).attach(smallest_model()),
+            r"OPZO-IGL: .* got none at layer 4 of 0\.\.1",
+        ),
+        (
+            lambda: run(
+                nf_resnet18_small(3, in_channels=1, width=4, blocks=(1, 1)),
+                torch.randn(2, 2, 1, 8, 8),
+            ),
+            (
+                r"OPZO: a stream that passes by the neurons .* got stem\..* with a path to"
+                r" stages\.0\.0\.first\.neuron and to "
+            ),
+        ),
+        (
+            lambda: run(Swapped(), torch.randn(2, 2, FEATURES)),
+            r"OPZO: the first synapse .* got first before second",
+        ),
     ],
 )
 def test_refuses(build, message):
@@ -488,7 +657,9 @@ def test_refuses(build, message):
 
 
 def test_a_convolutional_network_learns():
-    """Noisy prototypes, 70 batches: learnt through the matrices found on the way, where fixed ones still grope."""
+    """Noisy prototypes, 70 batches: learnt through the matrices found on the way, where fixed ones
+    still grope.
+    """
     loss = {}
     for name, rule in {"OPZO": OPZO(momentum=0.99), "DFA": OPZO("random")}.items():
         torch.manual_seed(0)
@@ -501,7 +672,9 @@ def test_a_convolutional_network_learns():
             target_B = torch.randint(3, (32,), generator=generator)
             x_B = prototypes[target_B] + 0.5 * torch.randn(32, 1, 12, 12, generator=generator)
             optimizer.zero_grad()
-            seen = learn(rule.objectives(model, torch.stack([x_B, x_B]), cross_entropy(target_B), step=step))
+            seen = learn(
+                rule.objectives(model, torch.stack([x_B, x_B]), cross_entropy(target_B), step=step)
+            )
             rule.end_of_batch()
             optimizer.step()
             loss[name] = sum(objective.loss.item() for objective in seen)

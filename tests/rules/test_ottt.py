@@ -31,7 +31,7 @@ def contract_rules() -> list[OTTT]:
     return [OTTT(), OTTT(chunk=2), OTTT(update="objective"), OTTT(first="traced", readout="plain")]
 
 
-# ------------------------------------------------------------------------------------------------------- closed forms
+# ------------------------------------------------------------------------------------- closed forms
 
 
 @pytest.mark.parametrize("leak", [0.5, 0.9])
@@ -39,19 +39,27 @@ def contract_rules() -> list[OTTT]:
 def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(leak, more):
     model = lif_network(leak=leak, **more)
     x_TBC, target = batch(6)
-    got, full = (gradients(rule, model, x_TBC, cross_entropy(target)) for rule in (OTTT(first="traced"), BPTT()))
+    got, full = (
+        gradients(rule, model, x_TBC, cross_entropy(target))
+        for rule in (OTTT(first="traced"), BPTT())
+    )
     largest = {name: g.abs().max() for name, g in full.items()}
     apart = {name: (g - full[name]).abs().max() for name, g in got.items()}
     assert largest["2.weight"] > 1e-3 and apart["2.weight"] < 1e-12
-    assert apart["0.weight"] > 0.05 * largest["0.weight"]  # what a layer does to later steps of the next is not seen
+    assert (
+        apart["0.weight"] > 0.05 * largest["0.weight"]
+    )  # what a layer does to later steps of the next is not seen
     assert apart["2.bias"] > 0.05 * largest["2.bias"]  # a bias has no trace
 
 
-@pytest.mark.parametrize(("neuron"), [{"reset": "zero"}, {"reset_gradient": "kept"}])
+@pytest.mark.parametrize("neuron", [{"reset": "zero"}, {"reset_gradient": "kept"}])
 def test_no_weight_does_where_the_reset_depends_on_the_potential(neuron):
     model = lif_network(leak=0.5, **neuron)
     x_TBC, target = batch(6)
-    got, full = (gradients(rule, model, x_TBC, cross_entropy(target)) for rule in (OTTT(first="traced"), BPTT()))
+    got, full = (
+        gradients(rule, model, x_TBC, cross_entropy(target))
+        for rule in (OTTT(first="traced"), BPTT())
+    )
     assert all((got[name] - full[name]).abs().max() > 1e-3 for name in ("0.weight", "2.weight"))
 
 
@@ -74,9 +82,16 @@ def test_readout(leak):
         s_TBC = model[:4](x_TBC)
         e_TBK = (torch.softmax(model[4](s_TBC), -1) - F.one_hot(target, 3)) / target.numel() / 6
     traces = traces_of(s_TBC, leak)
-    got = {choice: gradients(OTTT(readout=choice), model, x_TBC, cross_entropy(target)) for choice in ("traced", "plain")}
-    assert (got["traced"]["4.weight"] - torch.einsum("tbk,tbc->kc", e_TBK, traces)).abs().max() < 1e-12
-    assert (got["plain"]["4.weight"] - torch.einsum("tbk,tbc->kc", e_TBK, s_TBC)).abs().max() < 1e-12
+    got = {
+        choice: gradients(OTTT(readout=choice), model, x_TBC, cross_entropy(target))
+        for choice in ("traced", "plain")
+    }
+    assert (
+        got["traced"]["4.weight"] - torch.einsum("tbk,tbc->kc", e_TBK, traces)
+    ).abs().max() < 1e-12
+    assert (
+        got["plain"]["4.weight"] - torch.einsum("tbk,tbc->kc", e_TBK, s_TBC)
+    ).abs().max() < 1e-12
     full = gradients(BPTT(), model, x_TBC, cross_entropy(target))
     assert (got["plain"]["4.weight"] - full["4.weight"]).abs().max() < 1e-12
     assert (got["traced"]["4.weight"] - full["4.weight"]).abs().max() > 1e-2
@@ -96,11 +111,17 @@ def sigmoid_window(x: Tensor) -> Tensor:
     return 4 * torch.sigmoid(4 * x) * (1 - torch.sigmoid(4 * x))
 
 
-def three_factors(model: nn.Sequential, x_TBC: Tensor, target_B: Tensor, *, leak: float) -> dict[str, tuple[Tensor, ...]]:
-    """Per weight: what came in, its surrogate, and the error from above at every step, each logged by itself; no autograd."""
+def three_factors(
+    model: nn.Sequential, x_TBC: Tensor, target_B: Tensor, *, leak: float
+) -> dict[str, tuple[Tensor, ...]]:
+    """Per weight: what came in, its surrogate, and the error from above at every step, each logged
+    by itself; no autograd.
+    """
     w1, b1, w2, b2, w3, b3 = (p.detach() for p in model.parameters())
     v1, v2 = (torch.zeros(x_TBC.shape[1], w.shape[0], dtype=torch.float64) for w in (w1, w2))
-    log: dict[str, list[list[Tensor]]] = {name: [[], [], []] for name in ("0.weight", "2.weight", "4.weight")}
+    log: dict[str, list[list[Tensor]]] = {
+        name: [[], [], []] for name in ("0.weight", "2.weight", "4.weight")
+    }
     onehot = F.one_hot(target_B, 3).double()
     for x in x_TBC:
         u1 = leak * v1 + x @ w1.T + b1
@@ -112,7 +133,9 @@ def three_factors(model: nn.Sequential, x_TBC: Tensor, target_B: Tensor, *, leak
         e2 = e3 @ w3
         e1 = (e2 * sigmoid_window(u2 - 1)) @ w2
         windows = (sigmoid_window(u1 - 1), sigmoid_window(u2 - 1), torch.ones_like(e3))
-        for name, values in zip(log, zip((x, s1, s2), windows, (e1, e2, e3), strict=True), strict=True):
+        for name, values in zip(
+            log, zip((x, s1, s2), windows, (e1, e2, e3), strict=True), strict=True
+        ):
             for place, value in zip(log[name], values, strict=True):
                 place.append(value)
     return {name: tuple(torch.stack(place) for place in places) for name, places in log.items()}
@@ -124,7 +147,9 @@ def test_an_update_is_trace_times_surrogate_times_error(leak):
     x_TBC, target = batch(6)
     got = gradients(OTTT(first="traced"), model, x_TBC, cross_entropy(target))
     for name, (x, psi, e) in three_factors(model, x_TBC, target, leak=leak).items():
-        assert (got[name] - torch.einsum("tbo,tbo,tbi->oi", e, psi, traces_of(x, leak))).abs().max() < 1e-12
+        assert (
+            got[name] - torch.einsum("tbo,tbo,tbi->oi", e, psi, traces_of(x, leak))
+        ).abs().max() < 1e-12
     plain = gradients(OTTT(), model, x_TBC, cross_entropy(target))
     x, psi, e = three_factors(model, x_TBC, target, leak=leak)["0.weight"]
     assert (plain["0.weight"] - torch.einsum("tbo,tbo,tbi->oi", e, psi, x)).abs().max() < 1e-12
@@ -136,17 +161,23 @@ def test_under_autocast_the_traces_stay_in_fp32():
     rule.attach(model)
     with torch.autocast("cpu", torch.bfloat16):
         for objective in rule.objectives(model, x_TBC.float(), cross_entropy(target)):
-            kept = {name: value.dtype for state in states_of(model) for name, value in state.values.items()}
+            kept = {
+                name: value.dtype
+                for state in states_of(model)
+                for name, value in state.values.items()
+            }
             assert kept == {"v": torch.float32, "a": torch.float32}
             assert objective.backward is not None
             objective.backward.backward()
 
 
-# ----------------------------------------------------------------------------------------------- against two forwards
+# ----------------------------------------------------------------------------- against two forwards
 
 
 class TwoForwards(nn.Module):
-    """The trace as published code takes it: the operation runs on the spikes for its value and on the trace for its graph."""
+    """The trace as published code takes it: the operation runs on the spikes for its value and on
+    the trace for its graph.
+    """
 
     def __init__(self, op: nn.Module, leak: float) -> None:
         super().__init__()
@@ -173,7 +204,11 @@ GEOMETRIES = [
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_convolutions_against_two_forwards(geometry, weights):
     torch.manual_seed(0)
-    convs = [Conv2d(2, 4, 3, padding=1), Conv2d(4, 6, **geometry, weights=weights), Conv2d(6, 3, 1, weights=weights)]
+    convs = [
+        Conv2d(2, 4, 3, padding=1),
+        Conv2d(4, 6, **geometry, weights=weights),
+        Conv2d(6, 3, 1, weights=weights),
+    ]
     readout = Linear(3, 3).double()
     for synapse in (*convs, readout):
         nn.init.normal_(synapse.weight)  # large enough to spike
@@ -185,13 +220,17 @@ def test_convolutions_against_two_forwards(geometry, weights):
         return LIF(surrogate=Sigmoid())
 
     def network(wrap) -> nn.Sequential:
-        return nn.Sequential(first, neuron(), wrap(second), neuron(), wrap(third), neuron(), Pool(), wrap(readout))
+        return nn.Sequential(
+            first, neuron(), wrap(second), neuron(), wrap(third), neuron(), Pool(), wrap(readout)
+        )
 
     x_TBCHW = 3 * torch.randn(5, 2, 2, 7, 6, dtype=torch.float64)
     loss_of = cross_entropy(torch.tensor([0, 2]))
     got = gradients(OTTT(), network(lambda op: op), x_TBCHW, loss_of)
     expected = gradients(SLTT(), network(lambda op: TwoForwards(op, 0.5)), x_TBCHW, loss_of)
-    assert all(g.abs().max() > 1e-5 for name, g in got.items() if "weight" in name or "gain" in name)
+    assert all(
+        g.abs().max() > 1e-5 for name, g in got.items() if "weight" in name or "gain" in name
+    )
     assert difference(got, {name.replace(".op.", "."): g for name, g in expected.items()}) < 1e-12
 
 
@@ -202,7 +241,9 @@ class Pool(nn.Module):
 
 @pytest.mark.parametrize("build", [vgg_sws, vgg_sws_f])
 def test_vgg_against_two_forwards(build):
-    """Every synapse traced but the first; in VGG-F the one of the feedback, too, whose trace is of upsampled features."""
+    """Every synapse traced but the first; in VGG-F the one of the feedback, too, whose trace is of
+    upsampled features.
+    """
     torch.manual_seed(0)
     model = build(4, in_channels=2, stages=((3, 5), (6,))).double()
     nn.init.normal_(model.classifier.weight)
@@ -223,7 +264,7 @@ def test_vgg_against_two_forwards(build):
     assert difference(got, {name.replace(".op.", "."): g for name, g in expected.items()}) < 1e-12
 
 
-# --------------------------------------------------------------------------------------------------- time and memory
+# ---------------------------------------------------------------------------------- time and memory
 
 
 def test_state_is_one_step_of_membranes_and_traces():
@@ -233,7 +274,9 @@ def test_state_is_one_step_of_membranes_and_traces():
         rule.attach(model)
         for objective in rule.objectives(model, x_TBC, cross_entropy(target)):
             assert objective.backward is not None
-            assert state_bytes(model) == 5 * 8 * ((8 + 7) + (8 + 7))  # membranes; traces of the second and the last synapse
+            assert state_bytes(model) == 5 * 8 * (
+                (8 + 7) + (8 + 7)
+            )  # membranes; traces of the second and the last synapse
         assert state_bytes(model) == 0
 
 
@@ -256,17 +299,25 @@ def total_update(rule: OTTT, lr: float) -> dict[str, Tensor]:
 
 
 def test_moving_at_every_step_differs_in_second_order_of_the_learning_rate():
-    gaps = [difference(total_update(OTTT(update="objective"), lr), total_update(OTTT(), lr)) for lr in (1e-4, 5e-5, 2.5e-5)]
+    gaps = [
+        difference(total_update(OTTT(update="objective"), lr), total_update(OTTT(), lr))
+        for lr in (1e-4, 5e-5, 2.5e-5)
+    ]
     assert gaps[0] > 1e-9
-    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.02) and gaps[1] / gaps[2] == pytest.approx(4, rel=0.02)
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.02) and gaps[1] / gaps[2] == pytest.approx(
+        4, rel=0.02
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_batch_norm_is_refused_by_every_name():
     model = nn.Sequential(lif_network(), nn.ModuleDict({"a": BatchNorm(3), "b": nn.BatchNorm2d(3)}))
-    with pytest.raises(ValueError, match=r"OTTT-A: a trace cannot pass batch norm; .* got batch norm at 1\.a, 1\.b$"):
+    with pytest.raises(
+        ValueError,
+        match=r"OTTT-A: a trace cannot pass batch norm; .* got batch norm at 1\.a, 1\.b$",
+    ):
         OTTT().attach(model)
 
 
@@ -277,20 +328,44 @@ def two_leaks() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: OTTT(update="step"), r"OTTT: update must be 'batch' or 'objective'; got update='step'"),
+        (
+            lambda: OTTT(update="step"),
+            r"OTTT: update must be 'batch' or 'objective'; got update='step'",
+        ),
         (lambda: OTTT(first="none"), r"OTTT: first must be 'plain' or 'traced'; got first='none'"),
-        (lambda: OTTT(readout="none"), r"OTTT: readout must be 'plain' or 'traced'; got readout='none'"),
+        (
+            lambda: OTTT(readout="none"),
+            r"OTTT: readout must be 'plain' or 'traced'; got readout='none'",
+        ),
         (lambda: OTTT(chunk=0), r"OTTT: chunk must be a whole number in 1\.\.T; got chunk=0"),
-        (lambda: OTTT(update="objective", chunk=2), r"OTTT: update='objective' moves .* so chunk must be 1; got chunk=2"),
+        (
+            lambda: OTTT(update="objective", chunk=2),
+            r"OTTT: update='objective' moves .* so chunk must be 1; got chunk=2",
+        ),
         (lambda: OTTT(chunk=5).check_steps(4), r"OTTT: chunk must be in 1\.\.T; got chunk=5, T=4"),
-        (lambda: OTTT().attach(lif_network(), over_time="mean"), r"OTTT-A: the loss of the mean logits needs all T steps"),
-        (lambda: OTTT().attach(nn.Sequential(Linear(2, 2))), r"OTTT-A: the model must have LIF neurons, .* got Sequential"),
+        (
+            lambda: OTTT().attach(lif_network(), over_time="mean"),
+            r"OTTT-A: the loss of the mean logits needs all T steps",
+        ),
+        (
+            lambda: OTTT().attach(nn.Sequential(Linear(2, 2))),
+            r"OTTT-A: the model must have LIF neurons, .* got Sequential",
+        ),
         (lambda: OTTT().attach(LIF()), r"OTTT-A: the model must have synapses, .* got LIF"),
-        (lambda: OTTT().attach(two_leaks()), r"OTTT-A: the neurons must share one leak; got 0\.5 at 1, 0\.9 at 3$"),
-        (lambda: OTTT(0.5).attach(two_leaks()), r"OTTT-A: leak must be that of the neurons, .* got 0\.5 and 0\.9 at 3$"),
+        (
+            lambda: OTTT().attach(two_leaks()),
+            r"OTTT-A: the neurons must share one leak; got 0\.5 at 1, 0\.9 at 3$",
+        ),
+        (
+            lambda: OTTT(0.5).attach(two_leaks()),
+            r"OTTT-A: leak must be that of the neurons, .* got 0\.5 and 0\.9 at 3$",
+        ),
         (
             lambda: OTTT(update="objective").attach(nn.Sequential(LIF(), nn.Linear(2, 2))),
-            r"OTTT-O: the layers with weights must be of pipeline\.spiking\.synapse, .* got torch's Linear at 1",
+            (
+                r"OTTT-O: the layers with weights must be of pipeline\.spiking\.synapse, .* got"
+                r" torch's Linear at 1"
+            ),
         ),
     ],
 )
@@ -315,8 +390,17 @@ class BackToFront(nn.Module):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (OTTT(), r"OTTT-A: first='plain' means readout, by order of registration, but hidden ran in its place; .*first='traced'"),
-        (OTTT(first="traced", readout="plain"), r"readout='plain' means hidden, .* but readout ran in its place"),
+        (
+            OTTT(),
+            (
+                r"OTTT-A: first='plain' means readout, by order of registration, but hidden ran in"
+                r" its place; .*first='traced'"
+            ),
+        ),
+        (
+            OTTT(first="traced", readout="plain"),
+            r"readout='plain' means hidden, .* but readout ran in its place",
+        ),
     ],
 )
 def test_a_first_or_last_synapse_that_runs_elsewhere_is_refused(rule, message):
@@ -334,7 +418,9 @@ def test_a_first_or_last_synapse_that_runs_elsewhere_is_refused(rule, message):
 
 @pytest.mark.parametrize("build", [vgg_sws, vgg_sws_f, nf_resnet18_small])
 def test_the_networks_run_their_first_and_last_synapse_where_they_are_registered(build):
-    small = {"width": 4, "blocks": (1, 1)} if build is nf_resnet18_small else {"stages": ((4,), (4,))}
+    small = (
+        {"width": 4, "blocks": (1, 1)} if build is nf_resnet18_small else {"stages": ((4,), (4,))}
+    )
     model, rule = build(3, in_channels=1, **small), OTTT(readout="plain")
     rule.attach(model)
     learn(rule.objectives(model, torch.randn(2, 2, 1, 8, 8), cross_entropy(torch.tensor([0, 2]))))
@@ -344,7 +430,12 @@ def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.again, self.lif, self.last = Linear(6, 6), Linear(6, 6), LIF(), Linear(6, 3)
+            self.first, self.again, self.lif, self.last = (
+                Linear(6, 6),
+                Linear(6, 6),
+                LIF(),
+                Linear(6, 3),
+            )
 
         def forward(self, x_TB: torch.Tensor) -> torch.Tensor:
             return self.last(self.lif(self.again(self.again(self.first(x_TB)))))
@@ -353,26 +444,43 @@ def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():
         rule, model = OTTT(chunk=chunk), Twice().double()
         rule.attach(model)
         x_TBC, target = batch(4)
-        message = rf"OTTT-A: a synapse must run once in a time step, .* got again, which ran {2 * chunk} times in {chunk}$"
+        message = (
+            rf"OTTT-A: a synapse must run once in a time step, .* got again, which ran {2 * chunk}"
+            rf" times in {chunk}$"
+        )
         with pytest.raises(ValueError, match=message):
             list(rule.objectives(model, x_TBC, cross_entropy(target)))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4])
 def test_a_feedback_that_starts_a_step_late_is_not_taken_for_a_second_run(chunk):
-    equilibrium = Equilibrium(inject=Linear(6, 5), feedback=Linear(5, 5, bias=False), neurons=[IF()])
+    equilibrium = Equilibrium(
+        inject=Linear(6, 5), feedback=Linear(5, 5, bias=False), neurons=[IF()]
+    )
     model, (x_TBC, target) = nn.Sequential(equilibrium, Linear(5, 3)).double(), batch(4)
     one = gradients(OTTT(), model, x_TBC, cross_entropy(target))
-    assert difference(gradients(OTTT(chunk=chunk), model, x_TBC, cross_entropy(target)), one) < 1e-14
+    assert (
+        difference(gradients(OTTT(chunk=chunk), model, x_TBC, cross_entropy(target)), one) < 1e-14
+    )
 
 
 def test_a_limited_synapse_is_seen_running():
-    model, (x_TBC, target) = nn.Sequential(SpectralLimit(Linear(6, 5, bias=False)), LIF(), Linear(5, 3)).double(), batch(4)
+    model, (x_TBC, target) = (
+        nn.Sequential(SpectralLimit(Linear(6, 5, bias=False)), LIF(), Linear(5, 3)).double(),
+        batch(4),
+    )
     assert gradients(OTTT(), model, x_TBC, cross_entropy(target))
     limited = SpectralLimit(Linear(6, 6, bias=False))
-    rule, twice = OTTT(), nn.Sequential(Linear(6, 6), limited, LIF(), limited, LIF(), Linear(6, 3)).double()
+    rule, twice = (
+        OTTT(),
+        nn.Sequential(Linear(6, 6), limited, LIF(), limited, LIF(), Linear(6, 3)).double(),
+    )
     rule.attach(twice)
     with pytest.raises(
-        ValueError, match=r"OTTT-A: a synapse must run once in a time step, .* got 1.synapse, which ran 2 times in 1"
+        ValueError,
+        match=(
+            r"OTTT-A: a synapse must run once in a time step, .* got 1.synapse, which ran 2 times"
+            r" in 1"
+        ),
     ):
         list(rule.objectives(twice, x_TBC, cross_entropy(target)))

@@ -1,9 +1,11 @@
-"""OTTT's descent against that of rates: its inner product with the gradient of DSR, feed-forward, and of IDE, with feedback.
+"""OTTT's descent against that of rates: its inner product with the gradient of DSR, feed-forward,
+and of IDE, with feedback.
 
-Both gradients are written out here: rates r = clamp(current, 0, 1) on constant input, with the weighted rates that the
-simulation ended in taken for r. Xiao et al. 2022 (arXiv 2210.04195), theorems 1 and 2, say that the inner product is positive
-where the errors of this approximation are small. Inputs lie in 0..1 here: twice as large they drive currents far outside the
-clamp, and at leak 0.5 one first layer in 60 had a cosine of -0.03.
+Both gradients are written out here: rates r = clamp(current, 0, 1) on constant input, with the
+weighted rates that the simulation ended in taken for r. Xiao et al. 2022 (arXiv 2210.04195),
+theorems 1 and 2, say that the inner product is positive where the errors of this approximation are
+small. Inputs lie in 0..1 here: twice as large they drive currents far outside the clamp, and at
+leak 0.5 one first layer in 60 had a cosine of -0.03.
 """
 
 # T time, B batch, C channels, K classes
@@ -34,13 +36,19 @@ class Recurrent(nn.Module):
     def __init__(self, leak: float) -> None:
         super().__init__()
         self.inputs, self.lateral = Linear(INPUTS, HIDDEN), Linear(HIDDEN, HIDDEN, bias=False)
-        self.neuron, self.spikes, self.readout = LIF(leak, surrogate=Sigmoid()), Feedback(), Linear(HIDDEN, CLASSES)
+        self.neuron, self.spikes, self.readout = (
+            LIF(leak, surrogate=Sigmoid()),
+            Feedback(),
+            Linear(HIDDEN, CLASSES),
+        )
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         logits = []
         for x_1BC in x_TBC.split(1):
             current, before = self.inputs(x_1BC), self.spikes.recall()
-            s_1BC = self.neuron(current + self.lateral(torch.zeros_like(current) if before is None else before))
+            s_1BC = self.neuron(
+                current + self.lateral(torch.zeros_like(current) if before is None else before)
+            )
             self.spikes.keep(s_1BC)
             logits.append(self.readout(s_1BC))
         return torch.cat(logits)
@@ -48,7 +56,13 @@ class Recurrent(nn.Module):
 
 def feed_forward(leak: float) -> nn.Sequential:
     neurons = [LIF(leak, surrogate=Sigmoid()) for _ in range(2)]
-    return nn.Sequential(Linear(INPUTS, HIDDEN), neurons[0], Linear(HIDDEN, HIDDEN), neurons[1], Linear(HIDDEN, CLASSES))
+    return nn.Sequential(
+        Linear(INPUTS, HIDDEN),
+        neurons[0],
+        Linear(HIDDEN, HIDDEN),
+        neurons[1],
+        Linear(HIDDEN, CLASSES),
+    )
 
 
 def drawn(model: nn.Module, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -57,7 +71,9 @@ def drawn(model: nn.Module, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     with torch.no_grad():
         for parameter in model.double().parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(noise * parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.3 + 0.2 * noise)
+            parameter.copy_(
+                noise * parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.3 + 0.2 * noise
+            )
         if isinstance(model, Recurrent):
             # A contraction, so that the rates have one fixed point.
             model.lateral.weight.mul_(0.8 / torch.linalg.matrix_norm(model.lateral.weight, 2))
@@ -71,11 +87,16 @@ def weighted_rates(model: nn.Module, x_TBC: Tensor, leak: float) -> list[Tensor]
     with torch.no_grad(), fresh_state(model):
         model(x_TBC)
     weights_T = leak ** torch.arange(len(x_TBC) - 1, -1, -1, dtype=torch.float64)
-    return [torch.einsum("t,tbc->bc", weights_T / weights_T.sum(), torch.cat(spikes)) for spikes in record.values()]
+    return [
+        torch.einsum("t,tbc->bc", weights_T / weights_T.sum(), torch.cat(spikes))
+        for spikes in record.values()
+    ]
 
 
 def error_of_rates(readout: Linear, r_BC: Tensor, target_B: Tensor) -> Tensor:
-    return (torch.softmax(r_BC @ readout.weight.T + readout.bias, 1) - F.one_hot(target_B, CLASSES)) / BATCH
+    return (
+        torch.softmax(r_BC @ readout.weight.T + readout.bias, 1) - F.one_hot(target_B, CLASSES)
+    ) / BATCH
 
 
 def is_between_its_bounds(current_BC: Tensor) -> Tensor:
@@ -84,7 +105,9 @@ def is_between_its_bounds(current_BC: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def dsr_by_hand(model: nn.Sequential, x_BC: Tensor, target_B: Tensor, rates: list[Tensor]) -> dict[str, Tensor]:
+def dsr_by_hand(
+    model: nn.Sequential, x_BC: Tensor, target_B: Tensor, rates: list[Tensor]
+) -> dict[str, Tensor]:
     w1, b1, w2, b2, w3, _ = model.parameters()
     r1, r2 = rates
     e3 = error_of_rates(model[4], r2, target_B)
@@ -94,7 +117,9 @@ def dsr_by_hand(model: nn.Sequential, x_BC: Tensor, target_B: Tensor, rates: lis
 
 
 @torch.no_grad()
-def ide_by_hand(model: Recurrent, x_BC: Tensor, target_B: Tensor, rates: list[Tensor]) -> dict[str, Tensor]:
+def ide_by_hand(
+    model: Recurrent, x_BC: Tensor, target_B: Tensor, rates: list[Tensor]
+) -> dict[str, Tensor]:
     """beta = (I - J^T)^-1 dL/dr, per sample, J = diag(slope) W; grad W = (slope beta) r^T."""
     (r,) = rates
     e = error_of_rates(model.readout, r, target_B)
@@ -107,7 +132,9 @@ def ide_by_hand(model: Recurrent, x_BC: Tensor, target_B: Tensor, rates: list[Te
 
 
 def test_the_gradients_of_rates_are_those_of_dsr_and_ide():
-    """Where the rates have arrived: IF for so long that a rate is its clamped current to within 1e-3."""
+    """Where the rates have arrived: IF for so long that a rate is its clamped current to within
+    1e-3.
+    """
     model = feed_forward(1.0)
     _, x_BC, target = drawn(model, seed=0)
     rates = weighted_rates(model, x_BC.expand(4000, -1, -1), 1.0)
@@ -120,9 +147,15 @@ def test_the_gradients_of_rates_are_those_of_dsr_and_ide():
     model = Recurrent(1.0)
     _, x_BC, target = drawn(model, seed=0)
     rates = weighted_rates(model, x_BC.expand(4000, -1, -1), 1.0)
-    twin = nn.Sequential(Equilibrium(inject=model.inputs, feedback=model.lateral, neurons=[IF()]), model.readout)
+    twin = nn.Sequential(
+        Equilibrium(inject=model.inputs, feedback=model.lateral, neurons=[IF()]), model.readout
+    )
     got = gradients(IDE(), twin, x_BC.expand(4000, -1, -1), cross_entropy(target), over_time="mean")
-    names = {"0.inject.weight": "inputs.weight", "0.feedback.weight": "lateral.weight", "1.weight": "readout.weight"}
+    names = {
+        "0.inject.weight": "inputs.weight",
+        "0.feedback.weight": "lateral.weight",
+        "1.weight": "readout.weight",
+    }
     by_hand = ide_by_hand(model, x_BC, target, rates)
     for ours, theirs in names.items():
         assert torch.allclose(got[ours], by_hand[theirs], atol=1e-3 * by_hand[theirs].abs().max())
@@ -130,7 +163,9 @@ def test_the_gradients_of_rates_are_those_of_dsr_and_ide():
 
 @pytest.mark.parametrize("steps", [6, 20])
 @pytest.mark.parametrize("leak", [0.5, 0.9])
-@pytest.mark.parametrize(("build", "of_rates"), [(feed_forward, dsr_by_hand), (Recurrent, ide_by_hand)])
+@pytest.mark.parametrize(
+    ("build", "of_rates"), [(feed_forward, dsr_by_hand), (Recurrent, ide_by_hand)]
+)
 def test_it_descends_where_the_rates_do(build, of_rates, leak, steps):
     cosines: dict[str, list[float]] = {}
     for seed in range(NETWORKS):
@@ -144,4 +179,6 @@ def test_it_descends_where_the_rates_do(build, of_rates, leak, steps):
             for name, g in wanted.items():
                 cosine = F.cosine_similarity(g.flatten(), got[name].flatten(), dim=0)
                 cosines.setdefault(name, []).append(float(cosine))
-    assert len(cosines) == 3 and all(len(values) == 2 * NETWORKS and min(values) > 0 for values in cosines.values()), cosines
+    assert len(cosines) == 3 and all(
+        len(values) == 2 * NETWORKS and min(values) > 0 for values in cosines.values()
+    ), cosines

@@ -26,13 +26,18 @@ def triangle(x: torch.Tensor) -> torch.Tensor:
     return torch.clamp(1 - x.abs(), min=0)
 
 
-def by_hand(model: nn.Sequential, x_TBC: torch.Tensor, target_B: torch.Tensor) -> dict[str, torch.Tensor]:
+def by_hand(
+    model: nn.Sequential, x_TBC: torch.Tensor, target_B: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """sum_t g[t] s[t]^T with every factor written out; no autograd anywhere."""
     with torch.no_grad():
         w1, b1, w2, b2, w3, b3 = model.parameters()
         leak, (steps, size) = 0.5, x_TBC.shape[:2]
         found = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        v1, v2 = torch.zeros(size, 8, dtype=torch.float64), torch.zeros(size, 7, dtype=torch.float64)
+        v1, v2 = (
+            torch.zeros(size, 8, dtype=torch.float64),
+            torch.zeros(size, 7, dtype=torch.float64),
+        )
         onehot = F.one_hot(target_B, 3).double()
         for x in x_TBC:
             u1 = leak * v1 + x @ w1.T + b1
@@ -62,7 +67,9 @@ class Cut(torch.autograd.Function):
         return grad_outputs[0] * triangle(ctx.saved_tensors[0])
 
 
-def bptt_with_carried_potential_detached(model: nn.Sequential, x_TBC: torch.Tensor, target_B: torch.Tensor) -> dict:
+def bptt_with_carried_potential_detached(
+    model: nn.Sequential, x_TBC: torch.Tensor, target_B: torch.Tensor
+) -> dict:
     w1, b1, w2, b2, w3, b3 = model.parameters()
     leak, v1, v2, losses = 0.5, torch.zeros(()), torch.zeros(()), []
     for x in x_TBC:
@@ -73,7 +80,13 @@ def bptt_with_carried_potential_detached(model: nn.Sequential, x_TBC: torch.Tens
         v1, v2 = u1 - s1, u2 - s2
         losses.append(F.cross_entropy(s2 @ w3.T + b3, target_B))
     names = [name for name, _ in model.named_parameters()]
-    return dict(zip(names, torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters())), strict=True))
+    return dict(
+        zip(
+            names,
+            torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters())),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("reset_gradient", ["kept", "detached"])
@@ -88,9 +101,14 @@ def test_gradient_equals_both_references_and_is_not_bptts(reset_gradient):
 
 
 def test_the_temporal_part_is_alive():
-    """BPTT with the reset kept, BPTT with the reset detached, and SLTT: three different gradients."""
+    """BPTT with the reset kept, BPTT with the reset detached, and SLTT: three different
+    gradients.
+    """
     x_TBC, target = batch(6)
-    kept, detached = lif_network(leak=0.5, reset_gradient="kept"), lif_network(leak=0.5, reset_gradient="detached")
+    kept, detached = (
+        lif_network(leak=0.5, reset_gradient="kept"),
+        lif_network(leak=0.5, reset_gradient="detached"),
+    )
     three = [
         gradients(BPTT(), kept, x_TBC, cross_entropy(target)),
         gradients(BPTT(), detached, x_TBC, cross_entropy(target)),
@@ -152,7 +170,9 @@ def test_unselected_steps_report_without_a_graph():
         if objective.backward is not None:
             assert objective.backward.item() == objective.loss.item()
             objective.backward.backward()
-    assert [t for t, learned in enumerate(seen) if learned] == list(selected_steps(6, 2, seed=3, step=11))
+    assert [t for t, learned in enumerate(seen) if learned] == list(
+        selected_steps(6, 2, seed=3, step=11)
+    )
     assert all(grad_mode)
 
 
@@ -166,7 +186,11 @@ def test_rescale_moves_the_gradient_and_not_the_report():
         rule.release()
     plain, rescaled = reports
     assert [o.loss.item() for o in plain] == [o.loss.item() for o in rescaled]
-    ratios = [(b.backward / a.backward).item() for a, b in zip(plain, rescaled, strict=True) if a.backward is not None]
+    ratios = [
+        (b.backward / a.backward).item()
+        for a, b in zip(plain, rescaled, strict=True)
+        if a.backward is not None
+    ]
     assert ratios == pytest.approx([3.0, 3.0])
 
 
@@ -179,7 +203,9 @@ def test_every_subset_is_equally_likely_and_sorted():
     chi_squared = sum((n - expected) ** 2 / expected for n in counts.values())
     assert (
         chi_squared < 27.9
-    )  # 0.1 % of a chi-squared with 9 degrees of freedom; the draw is fixed, so it passes or fails for good
+        # 0.1 % of a chi-squared with 9 degrees of freedom; the draw is fixed, so it passes or fails for
+        # good
+    )
 
 
 def test_the_subset_depends_on_seed_and_step_alone():
@@ -199,7 +225,10 @@ def test_batch_norm_over_time_is_refused_by_name(over):
     if over == "step":
         SLTT().attach(model)
         return
-    with pytest.raises(ValueError, match=r"SLTT-2: a rule that runs in slices of time needs .* got over='time' at 1\.norm"):
+    with pytest.raises(
+        ValueError,
+        match=r"SLTT-2: a rule that runs in slices of time needs .* got over='time' at 1\.norm",
+    ):
         SLTT(2).attach(model)
 
 
@@ -213,7 +242,9 @@ def test_running_statistics_move_alike_under_every_rule():
         learn(rule.objectives(model, x_TBC, cross_entropy(target)))
         statistics.append(torch.cat([norm.running_mean, norm.running_var]))
     assert all(torch.allclose(statistics[0], other, atol=1e-14) for other in statistics[1:])
-    assert not torch.allclose(statistics[0], torch.cat([torch.zeros(8), torch.ones(8)]).double(), atol=0.01)
+    assert not torch.allclose(
+        statistics[0], torch.cat([torch.zeros(8), torch.ones(8)]).double(), atol=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,12 +252,24 @@ def test_running_statistics_move_alike_under_every_rule():
     [
         (lambda: SLTT(0), r"SLTT: k must be a whole number in 1\.\.T; got k=0"),
         (lambda: SLTT(chunk=0), r"SLTT: chunk must be a whole number in 1\.\.T; got chunk=0"),
-        (lambda: SLTT(rescale=True), r"SLTT: rescale multiplies by T/k, so it needs a k; got k=None"),
+        (
+            lambda: SLTT(rescale=True),
+            r"SLTT: rescale multiplies by T/k, so it needs a k; got k=None",
+        ),
         (lambda: run(SLTT(9), 4), r"SLTT: k must be in 1\.\.T; got k=9, T=4"),
         (lambda: run(SLTT(chunk=5), 4), r"SLTT: chunk must be in 1\.\.T; got chunk=5, T=4"),
-        (lambda: run(SLTT(2, chunk=2), 4), r"SLTT: k < T selects single steps, so chunk must be 1; got k=2, T=4, chunk=2"),
-        (lambda: SLTT().attach(lif_network(), over_time="mean"), r"SLTT: the loss of the mean logits needs all T steps"),
-        (lambda: SLTT().attach(nn.Linear(2, 2)), r"SLTT: the model must have LIF neurons, .* got Linear"),
+        (
+            lambda: run(SLTT(2, chunk=2), 4),
+            r"SLTT: k < T selects single steps, so chunk must be 1; got k=2, T=4, chunk=2",
+        ),
+        (
+            lambda: SLTT().attach(lif_network(), over_time="mean"),
+            r"SLTT: the loss of the mean logits needs all T steps",
+        ),
+        (
+            lambda: SLTT().attach(nn.Linear(2, 2)),
+            r"SLTT: the model must have LIF neurons, .* got Linear",
+        ),
     ],
 )
 def test_refuses(build, message):
@@ -241,9 +284,14 @@ def run(rule: SLTT, steps: int) -> None:
 
 
 def test_small_leak_brings_sltt_near_bptt():
-    """The paper's own leak, 1/11: the first layer's gradient points the same way (methods.md: cosine .99 against .74 at 0.5)."""
+    """The paper's own leak, 1/11: the first layer's gradient points the same way (methods.md:
+    cosine .99 against .74 at 0.5).
+    """
     model = lif_network(leak=1 / 11)
     x_TBC, target = batch(6)
-    one, other = (gradients(r, model, x_TBC, cross_entropy(target))["0.weight"].flatten() for r in (SLTT(), BPTT()))
+    one, other = (
+        gradients(r, model, x_TBC, cross_entropy(target))["0.weight"].flatten()
+        for r in (SLTT(), BPTT())
+    )
     assert F.cosine_similarity(one, other, dim=0) > 0.95
     assert math.isfinite(one.norm())

@@ -1,4 +1,6 @@
-"""SPIDE's backward phase against the linear system that it solves, and its gradient against IDE's, in float64."""
+"""SPIDE's backward phase against the linear system that it solves, and its gradient against IDE's,
+in float64.
+"""
 
 # B batch, N neurons, T_B steps of the backward phase
 
@@ -22,7 +24,17 @@ from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibriu
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import CLASSES, FEATURES, batch, cross_entropy, difference, gradients, learn, lif_network, spikes_of
+from tests.rules.small import (
+    CLASSES,
+    FEATURES,
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+    spikes_of,
+)
 
 STEPS = (50, 500, 5000)
 SYMMETRIC = {"threshold": 0.5, "quantum": 1.0}
@@ -44,7 +56,9 @@ def feedback_network(*widths: int, seed: int = 8, weight: float = 0.5, **neuron)
     ).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(weight * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                weight * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
         feedback.weight.div_(torch.linalg.matrix_norm(feedback.weight, 2))
     return model
 
@@ -57,20 +71,33 @@ def contract_rules() -> list[SPIDE]:
     return [SPIDE(scale=0.25)]
 
 
-contract_exceptions = {"test_one_step_equals_bptt": "SPIDE differentiates the clamp of a rate, BPTT a spike by its surrogate"}
+contract_exceptions = {
+    "test_one_step_equals_bptt": (
+        "SPIDE differentiates the clamp of a rate, BPTT a spike by its surrogate"
+    )
+}
 
 
 class Chain:
-    """Random layers in a ring with masks for each sample, and the beta of each of them by a direct solve."""
+    """Random layers in a ring with masks for each sample, and the beta of each of them by a direct
+    solve.
+    """
 
-    def __init__(self, seed: int, sizes: tuple[int, ...], *, largest: float = 0.8, batch: int = 3) -> None:
+    def __init__(
+        self, seed: int, sizes: tuple[int, ...], *, largest: float = 0.8, batch: int = 3
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         before = (sizes[-1], *sizes[:-1])
-        weights = [torch.randn(n, m, generator=generator, dtype=torch.float64) for n, m in zip(sizes, before, strict=True)]
+        weights = [
+            torch.randn(n, m, generator=generator, dtype=torch.float64)
+            for n, m in zip(sizes, before, strict=True)
+        ]
         self.weights = [0.6 * w / torch.linalg.matrix_norm(w, 2) for w in weights]
         self.masks_BN = [(torch.rand(batch, n, generator=generator) < 0.7).double() for n in sizes]
         g_BN = torch.randn(batch, sizes[-1], generator=generator, dtype=torch.float64)
-        inverses = torch.stack([self._inverse([mask_BN[b] for mask_BN in self.masks_BN]) for b in range(batch)])
+        inverses = torch.stack(
+            [self._inverse([mask_BN[b] for mask_BN in self.masks_BN]) for b in range(batch)]
+        )
         self.norm = inverses.abs().sum(-1).max().item()  # ||(I - J^T)^-1||_inf
         beta_BN = (inverses[..., -sizes[-1] :] @ g_BN[..., None]).squeeze(-1)
         factor = largest / beta_BN.abs().max()
@@ -78,19 +105,28 @@ class Chain:
 
     def _inverse(self, masks_N: list[Tensor]) -> Tensor:
         """(I - J^T)^-1 of all layers together: block (l - 1, l) of J^T is W_l^T D_l."""
-        blocks = [[torch.zeros(len(row), len(column)).double() for column in masks_N] for row in masks_N]
+        blocks = [
+            [torch.zeros(len(row), len(column)).double() for column in masks_N] for row in masks_N
+        ]
         for layer, (weight, mask_N) in enumerate(zip(self.weights, masks_N, strict=True)):
             blocks[layer - 1][layer] = weight.T * mask_N
         joint = torch.cat([torch.cat(row, 1) for row in blocks])
         return torch.linalg.inv(torch.eye(len(joint)).double() - joint)
 
-    def solve(self, steps: int, *, g_BN: Tensor | None = None, rows: slice = slice(None), **neuron: float) -> Ternary:
+    def solve(
+        self, steps: int, *, g_BN: Tensor | None = None, rows: slice = slice(None), **neuron: float
+    ) -> Ternary:
         def back(layer: int, u_BN: Tensor, s_BN: Tensor) -> None:
             u_BN.addmm_(s_BN * self.masks_BN[layer][rows], self.weights[layer])
 
         g_BN = self.g_BN[rows] if g_BN is None else g_BN
-        maps = [lambda u_BN, s_BN, layer=layer: back(layer, u_BN, s_BN) for layer in range(len(self.weights))]
-        return ternary_phase(g_BN, maps, [mask_BN[rows].shape for mask_BN in self.masks_BN], steps=steps, **neuron)
+        maps = [
+            lambda u_BN, s_BN, layer=layer: back(layer, u_BN, s_BN)
+            for layer in range(len(self.weights))
+        ]
+        return ternary_phase(
+            g_BN, maps, [mask_BN[rows].shape for mask_BN in self.masks_BN], steps=steps, **neuron
+        )
 
     def error(self, found: Ternary) -> float:
         return max((a - b).abs().max().item() for a, b in zip(found.beta, self.beta, strict=True))
@@ -121,7 +157,9 @@ def test_without_the_symmetric_reset_the_range_halves(seed):
 def test_without_the_symmetric_reset_the_error_is_larger_at_equal_range(seed):
     ring = Chain(seed, (24,))
     for steps in STEPS:
-        symmetric, plain = (ring.error(ring.solve(steps, threshold=v, quantum=1.0)) for v in (0.5, 1.0))
+        symmetric, plain = (
+            ring.error(ring.solve(steps, threshold=v, quantum=1.0)) for v in (0.5, 1.0)
+        )
         assert plain > 1.5 * symmetric
 
 
@@ -157,7 +195,9 @@ def one_neuron(g: float, steps: int) -> Ternary:
 def test_a_threshold_reached_is_a_spike(sign):
     """u = 0.5 and an emission, 0 and none, 0.5 and an emission."""
     found = one_neuron(0.5 * sign, 3)
-    assert found.beta[0].item() == pytest.approx(sign * 2 / 3) and found.rate == pytest.approx(2 / 3)
+    assert found.beta[0].item() == pytest.approx(sign * 2 / 3) and found.rate == pytest.approx(
+        2 / 3
+    )
 
 
 def test_saturated_is_who_holds_back_more_than_one_emission():
@@ -165,7 +205,9 @@ def test_saturated_is_who_holds_back_more_than_one_emission():
 
 
 def test_leaky_neurons_level_off():
-    """The leaky mean hears the last 1 / (1 - leak) steps, so more of them than that change nothing."""
+    """The leaky mean hears the last 1 / (1 - leak) steps, so more of them than that change
+    nothing.
+    """
     ring = Chain(3, (24,))
     errors = [ring.error(ring.solve(steps, leak=0.99, **SYMMETRIC)) for steps in STEPS]
     assert errors[0] < ring.norm / 50
@@ -174,7 +216,9 @@ def test_leaky_neurons_level_off():
 
 
 class Recorded:
-    """An adjoint that keeps what it returned, as emissions: beta without the scale, the batch and the backend's factor."""
+    """An adjoint that keeps what it returned, as emissions: beta without the scale, the batch and
+    the backend's factor.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         equilibrium = the_equilibrium("SPIDE", model)
@@ -185,32 +229,47 @@ class Recorded:
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
         betas = self.adjoint(g_B, vjp)
         unit = 2 * self.adjoint.threshold / self.adjoint.steps
-        counts = [beta_B * (self.adjoint.scale * self.adjoint.samples / self.adjoint.factor / unit) for beta_B in betas]
+        counts = [
+            beta_B * (self.adjoint.scale * self.adjoint.samples / self.adjoint.factor / unit)
+            for beta_B in betas
+        ]
         assert all((count_B - count_B.round()).abs().max() < 1e-9 for count_B in counts)
         self.seen.append(torch.cat([count_B.round() for count_B in counts], 1))
         return betas
 
 
-def emissions(x_TB: Tensor, target_B: Tensor, *, factor: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of every backward neuron, [B, N], and the gradient divided by what the backend multiplies by."""
+def emissions(
+    x_TB: Tensor, target_B: Tensor, *, factor: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of every backward neuron, [B, N], and the gradient divided by what the backend multiplies
+    by.
+    """
     model, rule = smallest_model(), SPIDE(100, scale=0.25)
     rule.attach(model, over_time="mean")
     recorded = Recorded(model)
     for objective in rule.objectives(model, x_TB, cross_entropy(target_B)):
         assert objective.backward is not None
         (factor * objective.backward).backward()
-    return recorded.seen[0], {name: p.grad / factor for name, p in model.named_parameters() if p.grad is not None}
+    return recorded.seen[0], {
+        name: p.grad / factor for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("widths", [(12,), (8, 9, 7)])
 def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
     model = feedback_network(*widths)
     x_TBC, target = batch(20)
-    exact = gradients(IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean")
+    exact = gradients(
+        IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean"
+    )
     errors = []
     for steps in STEPS:
         rule = SPIDE(steps, scale=0.25)
-        errors.append(difference(gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean"), exact))
+        errors.append(
+            difference(
+                gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean"), exact
+            )
+        )
         assert rule.figures()["saturated"] == 0 < rule.figures()["backward_rate"] < 0.5
     assert max(g.abs().max() for g in exact.values()) > 0.1
     assert errors[0] < 0.02
@@ -233,24 +292,43 @@ def test_another_weight_carries_its_errors_down_as_it_does_under_ide(error):
 
 def test_so_it_does_on_a_convolutional_network():
     torch.manual_seed(0)
-    model = convnet_f(CLASSES, in_channels=2, size=8, layers=((3, 3, 2), (4, 3, 2)), dropout=0.0).double()
+    model = convnet_f(
+        CLASSES, in_channels=2, size=8, layers=((3, 3, 2), (4, 3, 2)), dropout=0.0
+    ).double()
     x_TBCHW = 3 * torch.randn(1, 5, 2, 8, 8).double().expand(30, -1, -1, -1, -1)
     target = batch(1)[1]
-    exact = gradients(IDE(tolerance=0, iterations=60), model, x_TBCHW, cross_entropy(target), over_time="mean")
+    exact = gradients(
+        IDE(tolerance=0, iterations=60), model, x_TBCHW, cross_entropy(target), over_time="mean"
+    )
     errors = [
-        difference(gradients(SPIDE(steps), model, x_TBCHW, cross_entropy(target), over_time="mean"), exact)
+        difference(
+            gradients(SPIDE(steps), model, x_TBCHW, cross_entropy(target), over_time="mean"), exact
+        )
         for steps in (100, 1000)
     ]
     assert max(g.abs().max() for g in exact.values()) > 0.1 and errors[1] < 0.2 * errors[0] < 0.02
 
 
 def test_leaky_neurons_in_either_phase():
-    """A leak of the forward phase leaves the equation as it is; one of the backward phase leaves a remainder."""
+    """A leak of the forward phase leaves the equation as it is; one of the backward phase leaves a
+    remainder.
+    """
     model = feedback_network(12, leak=0.9)
     x_TBC, target = batch(20)
-    exact = gradients(IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean")
+    exact = gradients(
+        IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean"
+    )
     even, leaky = (
-        difference(gradients(SPIDE(5000, scale=0.25, leak=leak), model, x_TBC, cross_entropy(target), over_time="mean"), exact)
+        difference(
+            gradients(
+                SPIDE(5000, scale=0.25, leak=leak),
+                model,
+                x_TBC,
+                cross_entropy(target),
+                over_time="mean",
+            ),
+            exact,
+        )
         for leak in (1.0, 0.99)
     )
     assert max(g.abs().max() for g in exact.values()) > 0.1
@@ -259,7 +337,9 @@ def test_leaky_neurons_in_either_phase():
 
 @pytest.mark.parametrize("limit", ["spectral", "none"])
 def test_events_are_handed_down_as_a_product_is(limit):
-    """Sparse sums of rows against the transposed synapse; samples without an event, the last among them, and none at all."""
+    """Sparse sums of rows against the transposed synapse; samples without an event, the last among
+    them, and none at all.
+    """
     torch.manual_seed(0)
     rest = fc_feedback(in_features=6, hidden=9, limit=limit).double().equilibrium
     vjp = Linearized(rest, torch.rand(1, 5, 9).double(), 2 * torch.randn(1, 5, 9).double())
@@ -274,14 +354,18 @@ def test_events_are_handed_down_as_a_product_is(limit):
 
 
 def test_beta_stays_within_the_bound_of_ide_s():
-    """The error that the equation's inverse allows, on the Jacobian that the equilibrium itself hands out."""
+    """The error that the equation's inverse allows, on the Jacobian that the equilibrium itself
+    hands out.
+    """
     model = feedback_network(12)
     x_TBC, target = batch(20)
     checked = []
 
     def adjoint(g_B: Tensor, vjp: Linearized) -> Tensor:
         exact_B = IDE(tolerance=0, iterations=60).adjoint(g_B, vjp)
-        columns = torch.stack([vjp(torch.eye(12).double()[n].expand(len(g_B), -1)) for n in range(12)], -1)
+        columns = torch.stack(
+            [vjp(torch.eye(12).double()[n].expand(len(g_B), -1)) for n in range(12)], -1
+        )
         norm = torch.linalg.inv(torch.eye(12).double() - columns).abs().sum(-1).max().item()
         for steps in STEPS:
             phase = SPIDE(steps, scale=0.25).adjoint
@@ -308,10 +392,16 @@ def test_spikes_know_neither_batch_nor_backend():
     order = torch.tensor([4, 0, 5, 2, 1, 3])
     permuted, same = emissions(x_TBC[:, order], target[order])
     assert torch.equal(permuted, counts[order]) and difference(same, gradient) < 1e-14
-    parts = [emissions(x_TBC[:, rows], target[rows], factor=len(rows) / 6) for rows in (range(1), range(1, 3), range(3, 6))]
+    parts = [
+        emissions(x_TBC[:, rows], target[rows], factor=len(rows) / 6)
+        for rows in (range(1), range(1, 3), range(3, 6))
+    ]
     assert torch.equal(torch.cat([part for part, _ in parts]), counts)
     shares = [{name: g * (len(part) / 6) for name, g in found.items()} for part, found in parts]
-    assert difference({name: sum(share[name] for share in shares) for name in gradient}, gradient) < 1e-14
+    assert (
+        difference({name: sum(share[name] for share in shares) for name in gradient}, gradient)
+        < 1e-14
+    )
 
 
 def test_the_scale_resolves_and_does_not_multiply():
@@ -319,7 +409,12 @@ def test_the_scale_resolves_and_does_not_multiply():
     x_TBC, target = batch(20)
     exact = gradients(IDE(), model, x_TBC, cross_entropy(target), over_time="mean")
     errors = {
-        scale: difference(gradients(SPIDE(100, scale=scale), model, x_TBC, cross_entropy(target), over_time="mean"), exact)
+        scale: difference(
+            gradients(
+                SPIDE(100, scale=scale), model, x_TBC, cross_entropy(target), over_time="mean"
+            ),
+            exact,
+        )
         for scale in (0.01, 0.25, 100.0)
     }
     assert errors[0.25] < 0.01 < 0.05 < min(errors[0.01], errors[100.0])
@@ -355,7 +450,9 @@ def test_figures_are_of_both_phases():
     assert rule.figures()["saturated"] == 0
 
 
-@pytest.mark.parametrize(("scale", "message"), [(1e-3, "no backward neuron fired"), (1e4, r"\d+% .* saturated")])
+@pytest.mark.parametrize(
+    ("scale", "message"), [(1e-3, "no backward neuron fired"), (1e4, r"\d+% .* saturated")]
+)
 def test_warns_once_where_the_scale_is_out_of_range(scale, message):
     rule = SPIDE(50, scale=scale)
     with pytest.warns(RuntimeWarning, match=rf"^SPIDE: {message}"):
@@ -378,8 +475,14 @@ def batch_of_12():
         (lambda: SPIDE(scale=math.inf), r"SPIDE: scale must be > 0 and finite; got scale=inf"),
         (lambda: SPIDE(threshold=-1), r"SPIDE: threshold must be > 0; got threshold=-1"),
         (lambda: SPIDE(leak=0), r"SPIDE: leak must be > 0 and at most 1; got leak=0"),
-        (lambda: SPIDE().attach(lif_network(), over_time="mean"), r"SPIDE: the model must have one equilibrium, .* got none in"),
-        (lambda: SPIDE().attach(smallest_model()), r"SPIDE: it has one loss, of rates, so over_time must be 'mean'"),
+        (
+            lambda: SPIDE().attach(lif_network(), over_time="mean"),
+            r"SPIDE: the model must have one equilibrium, .* got none in",
+        ),
+        (
+            lambda: SPIDE().attach(smallest_model()),
+            r"SPIDE: it has one loss, of rates, so over_time must be 'mean'",
+        ),
     ],
 )
 def test_refuses(build, message):
@@ -388,8 +491,16 @@ def test_refuses(build, message):
 
 
 def test_a_gradient_that_is_not_finite_is_handed_on_as_that():
-    with pytest.warns(RuntimeWarning, match="SPIDE: the gradient of the loss must be finite; got nan"):
-        found = gradients(SPIDE(), smallest_model(), batch_of_12()[0], lambda o: o.sum() * math.nan, over_time="mean")
+    with pytest.warns(
+        RuntimeWarning, match="SPIDE: the gradient of the loss must be finite; got nan"
+    ):
+        found = gradients(
+            SPIDE(),
+            smallest_model(),
+            batch_of_12()[0],
+            lambda o: o.sum() * math.nan,
+            over_time="mean",
+        )
     assert all(g.isnan().any() for g in found.values())
 
 

@@ -28,6 +28,8 @@ def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
     monkeypatch.setattr(SyntheticLoader, "_batch", slow)
     monkeypatch.setattr(attempt, "STEADY_ENOUGH", batches)
     train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoint_every=0))
-    told = [event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "data_wait"]
+    told = [
+        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "data_wait"
+    ]
     assert len(told) == times
     assert all(0.2 < each["share"] <= 1 and each["loader_threads"] == 1 for each in told)

@@ -23,7 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("rule", "steps"), [(BPTT(), 3), (BPTT(chunk=2), 2), (BPTT(chunk=9), 3), (SLTT(), 1), (SLTT(chunk=3), 3)]
+    ("rule", "steps"),
+    [(BPTT(), 3), (BPTT(chunk=2), 2), (BPTT(chunk=9), 3), (SLTT(), 1), (SLTT(chunk=3), 3)],
 )
 def test_how_many_steps_a_forward_takes(rule: Rule, steps: int) -> None:
     assert conditions(nn.Linear(1, 1), rule, small_recipe(), CPU)["steps_per_forward"] == steps
@@ -39,12 +40,18 @@ def test_they_are_read_off_the_network() -> None:
         return [found[name] for name in ("reset_gradient", "norm_over", "precision")]
 
     assert told(nn.Linear(1, 1)) == ["none", "none", "fp32"]
-    assert told(nn.Sequential(LIF(), BatchNorm(2)), precision="bf16") == ["detached", "step", "bf16"]
+    assert told(nn.Sequential(LIF(), BatchNorm(2)), precision="bf16") == [
+        "detached",
+        "step",
+        "bf16",
+    ]
     both = nn.Sequential(LIF(), LIF(reset_gradient="kept"), BatchNorm(2, over="time"))
     assert told(both) == ["detached, kept", "time", "fp32"]
     assert told(nn.Sequential(nn.BatchNorm2d(2), BatchNorm(2)))[1] == "step, time (BatchNorm2d)"
     assert told(nn.Sequential(BatchNormAct2d(2)))[1] == "time (BatchNormAct2d)"
-    assert told(spec(mlp, in_features=4, hidden=(2,), neuron=spec(LIF, reset_gradient="kept")).build()) == [
+    assert told(
+        spec(mlp, in_features=4, hidden=(2,), neuron=spec(LIF, reset_gradient="kept")).build()
+    ) == [
         "kept",
         "none",
         "fp32",

@@ -1,4 +1,6 @@
-"""What a run says of the machines it was trained on: of all workers', since times of unlike machines are divided by nobody."""
+"""What a run says of the machines it was trained on: of all workers', since times of unlike
+machines are divided by nobody.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ def test_a_run_tells_of_both_its_workers_machines(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert start is not None
     for told in (start["hardware"], summary["hardware"], summary["trained_on"][0]["hardware"]):
-        assert told["cpu"] == "cpu 0 (1 of 2 workers) + cpu 1 (1 of 2 workers)" and told["gpu"] == "none"
+        assert (
+            told["cpu"] == "cpu 0 (1 of 2 workers) + cpu 1 (1 of 2 workers)"
+            and told["gpu"] == "none"
+        )
 
 
 def _on_its_own(rank: int, ranks: int, job: Job) -> None:

@@ -17,15 +17,21 @@ from tests.small import small_recipe, train_inline
 
 
 def stalls(run: Path, **changes: Any) -> tuple[list[float], float]:
-    """Of each checkpoint of a small run, and all seconds that the run has counted for checkpoints."""
+    """Of each checkpoint of a small run, and all seconds that the run has counted for
+    checkpoints.
+    """
     summary = train_inline(run, small_recipe(evaluate_every=2, **changes))
     assert summary is not None
-    told = [event["stall_s"] for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"]
+    told = [
+        event["stall_s"] for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"
+    ]
     return told, summary["checkpoint_s"]
 
 
 @pytest.mark.timeout(60)
-def test_what_is_looked_at_before_a_copy_is_made_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_looked_at_before_a_copy_is_made_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def slowly(self: Saving, step: int) -> None:
         time.sleep(0.1)
 
@@ -36,7 +42,9 @@ def test_what_is_looked_at_before_a_copy_is_made_counts(tmp_path: Path, monkeypa
 
 
 @pytest.mark.timeout(60)
-def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = background._write
 
     def slowly(file: Path, value: Any) -> None:
@@ -46,7 +54,9 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(tmp_pat
 
     monkeypatch.setattr(background, "_write", slowly)
     told, all_s = stalls(tmp_path / "run", stop_after=2, checkpoint_every=1)
-    assert len(told) == 2 and told[1] > 1.0  # for its own; for the first as well, but for the time that the run has evaluated
+    assert (
+        len(told) == 2 and told[1] > 1.0
+    )  # for its own; for the first as well, but for the time that the run has evaluated
     assert sum(told) == pytest.approx(all_s, rel=0.1)
 
 
@@ -55,10 +65,14 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(tmp_pat
 def test_between_batches_rank_0_alone_looks_for_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, asked: str
 ) -> None:
-    """Each look of each rank is a question to the file server; what rank 0 has seen is told to all."""
+    """Each look of each rank is a question to the file server; what rank 0 has seen is told to
+    all.
+    """
     looked: list[str] = []
     exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda self, **about: (looked.append(self.name), exists(self, **about))[1])
+    monkeypatch.setattr(
+        Path, "exists", lambda self, **about: (looked.append(self.name), exists(self, **about))[1]
+    )
     monkeypatch.setattr(Saving, "save", lambda self, step, **about: None)
     monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
     if asked != "nothing":
@@ -73,7 +87,13 @@ def test_between_batches_rank_0_alone_looks_for_files(
     checkpoints = SimpleNamespace(failed=lambda: False, done=lambda: None)
     ranks, job = SimpleNamespace(rank=rank, decide=decide), SimpleNamespace(run=str(tmp_path))
     parts: Any = SimpleNamespace(
-        recipe=recipe, ranks=ranks, job=job, checkpoints=checkpoints, meters=None, notice=lambda: None, tracker=None
+        recipe=recipe,
+        ranks=ranks,
+        job=job,
+        checkpoints=checkpoints,
+        meters=None,
+        notice=lambda: None,
+        tracker=None,
     )
     made = Saving(parts, step=0, learnt=Any, guard=Any, figures=Any)  # type: ignore[arg-type]
     assert made.between_batches(1, last=False) is (asked == STOP)

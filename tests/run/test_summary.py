@@ -15,9 +15,12 @@ def told(attempt: int, kind: str, time: float, **fields: Any) -> dict[str, Any]:
     return {"event": kind, "attempt": attempt, "time": time, **fields}
 
 
-def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first attempt's first batch ends after 12 s, 2 of which an evaluation took, and it is lost after 25. The second is
-    lost before its first batch, 4 s after it began and 3 after its start. The third's first batch ends after 9 s."""
+def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first attempt's first batch ends after 12 s, 2 of which an evaluation took, and it is
+    lost after 25. The second is lost before its first batch, 4 s after it began and 3 after its
+    start. The third's first batch ends after 9 s."""
     events = [
         told(0, "start", 105.0, began=100.0, commit="a"),
         told(0, "first_batch", 112.0, step=1, startup_s=10.0),
@@ -38,7 +41,9 @@ def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(monkeypat
 
 
 def test_net_time_has_nothing_of_starts() -> None:
-    """The first attempt sets up for 5 s and is lost after 25, the second sets up for 7; checkpoints remember 80 s of both."""
+    """The first attempt sets up for 5 s and is lost after 25, the second sets up for 7; checkpoints
+    remember 80 s of both.
+    """
     events = [
         told(0, "start", 105.0, began=100.0, commit="a"),
         told(0, "step", 125.0, step=3),

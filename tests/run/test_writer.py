@@ -34,7 +34,11 @@ time.sleep(60)
 @pytest.fixture
 def holder(tmp_path: Path):
     """Another process that writes the run."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "writer.lock")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "writer.lock")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process
@@ -42,20 +46,29 @@ def holder(tmp_path: Path):
     process.wait()
 
 
-def test_the_next_writer_waits_until_the_last_is_gone(tmp_path: Path, holder: subprocess.Popen) -> None:
+def test_the_next_writer_waits_until_the_last_is_gone(
+    tmp_path: Path, holder: subprocess.Popen
+) -> None:
     begun = time.monotonic()
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {holder.pid}"])
     with only_writer(tmp_path, Ranks()):
         assert time.monotonic() - begun > 0.8
 
 
-def test_it_gives_up_in_one_line(tmp_path: Path, holder: subprocess.Popen, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_gives_up_in_one_line(
+    tmp_path: Path, holder: subprocess.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writer, "PATIENCE_S", 0.3)
-    with pytest.raises(Refused, match="another worker still writes this run"), only_writer(tmp_path, Ranks()):
+    with (
+        pytest.raises(Refused, match="another worker still writes this run"),
+        only_writer(tmp_path, Ranks()),
+    ):
         pass
 
 
-def test_storage_that_is_away_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_storage_that_is_away_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flock, failed = fcntl.flock, []
 
     def stale(handle: IO[str], how: int) -> None:
@@ -107,7 +120,9 @@ def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same
         with pytest.raises(ZeroDivisionError) as raised:
             fail(tmp_path)
     [note] = raised.value.__notes__
-    assert note.startswith("the journal could not be told of it: [Errno 28] journal: No space left on device: ")
+    assert note.startswith(
+        "the journal could not be told of it: [Errno 28] journal: No space left on device: "
+    )
     assert read(tmp_path / "journal.jsonl") == []
 
 
@@ -120,7 +135,11 @@ def test_what_ended_other_workers_is_told_once_by_the_next_attempt(tmp_path: Pat
         for _ in range(2):
             with pytest.raises(ZeroDivisionError), journal(tmp_path, Ranks()):
                 print(1 // 0)
-    told = [{**event, "time": 0} for event in read(tmp_path / "journal.jsonl") if event["event"] != "failed"]
+    told = [
+        {**event, "time": 0}
+        for event in read(tmp_path / "journal.jsonl")
+        if event["event"] != "failed"
+    ]
     assert told == [
         {"event": kind, "time": 0, "attempt": 2 * second, **about}
         for second in range(2)

@@ -1,4 +1,6 @@
-"""An independent count of the bytes that autograd keeps: distinct storages alive at one moment, each whole and once."""
+"""An independent count of the bytes that autograd keeps: distinct storages alive at one moment,
+each whole and once.
+"""
 
 import weakref
 from collections import Counter
@@ -13,11 +15,15 @@ class _Kept:
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """`peak` after the block: the most bytes held at one moment, the parameters of `model` apart."""
+    """`peak` after the block: the most bytes held at one moment, the parameters of `model`
+    apart.
+    """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.peak = 0
-        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()} if model else set()
+        self._parameters = (
+            {p.untyped_storage().data_ptr() for p in model.parameters()} if model else set()
+        )
         self._holders: Counter[tuple[int, int]] = Counter()
         super().__init__(self._pack, lambda kept: kept.tensor)
 
@@ -31,7 +37,9 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         if key[0] not in self._parameters:
             self._holders[key] += 1
             weakref.finalize(kept, self._drop, key)
-            self.peak = max(self.peak, sum(size for (_, size), holders in self._holders.items() if holders))
+            self.peak = max(
+                self.peak, sum(size for (_, size), holders in self._holders.items() if holders)
+            )
         return kept
 
     def _drop(self, key: tuple[int, int]) -> None:

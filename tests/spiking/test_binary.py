@@ -1,4 +1,6 @@
-"""1-bit weights: two values for each filter, the straight-through gradients written out, seams and state as of any synapse."""
+"""1-bit weights: two values for each filter, the straight-through gradients written out, seams and
+state as of any synapse.
+"""
 
 import copy
 import pickle
@@ -29,7 +31,11 @@ SHAPES = {"linear": (2, 3, 20), "conv": (2, 3, 4, 6, 6), "groups": (2, 3, 4, 6, 
 def binary(weights: str, kind: str = "linear") -> Any:
     """In float64, with latent weights on both sides of the clip and a scale that has moved."""
     torch.manual_seed(0)
-    synapse: Any = Linear(20, 5) if kind == "linear" else Conv2d(4, 6, 3, padding=1, groups=2 if kind == "groups" else 1)
+    synapse: Any = (
+        Linear(20, 5)
+        if kind == "linear"
+        else Conv2d(4, 6, 3, padding=1, groups=2 if kind == "groups" else 1)
+    )
     synapse = synapse.double()
     nn.init.normal_(synapse.weight, mean=0.1, std=0.8)
     binarize(synapse, weights)
@@ -39,9 +45,15 @@ def binary(weights: str, kind: str = "linear") -> Any:
     return synapse
 
 
-def by_hand(weights: str, W: Tensor, scale: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def by_hand(
+    weights: str, W: Tensor, scale: Tensor | None, g: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(W_b, dL/dW, dL/dscale) weight by weight, from g = dL/dW_b."""
-    W_b, g_W, g_scale = torch.zeros_like(W), torch.zeros_like(W), None if scale is None else torch.zeros_like(scale)
+    W_b, g_W, g_scale = (
+        torch.zeros_like(W),
+        torch.zeros_like(W),
+        None if scale is None else torch.zeros_like(scale),
+    )
     for o, (w, g_o) in enumerate(zip(W.flatten(1), g.flatten(1), strict=True)):
         n = len(w)
         mean = sum(w) / n
@@ -50,7 +62,10 @@ def by_hand(weights: str, W: Tensor, scale: Tensor | None, g: Tensor) -> tuple[T
         a = 1.0 if weights == "ir" else sum(abs(v)) / n if scale is None else scale[o]
         window = {"ir": float("inf"), "learnable": a}.get(weights, 1.0)
         sign = torch.tensor([1.0 if value >= 0 else -1.0 for value in v], dtype=W.dtype)
-        passed = torch.tensor([x if abs(value) <= window else 0.0 for x, value in zip(g_o, v, strict=True)], dtype=W.dtype)
+        passed = torch.tensor(
+            [x if abs(value) <= window else 0.0 for x, value in zip(g_o, v, strict=True)],
+            dtype=W.dtype,
+        )
         if weights == "centred":
             passed = passed - sum(passed) / n
         elif weights == "ir":  # of (w - mean) / sd
@@ -69,7 +84,9 @@ def test_weights_and_gradients_are_those_written_out(weights, kind):
     g = torch.randn_like(synapse.weight)
     W_b = effective_weight(synapse)
     found = torch.autograd.grad((W_b * g).sum(), list(latent_parameters(synapse)))
-    expected, *of = by_hand(weights, synapse.weight.detach(), getattr(synapse.binarizer, "scale", None), g)
+    expected, *of = by_hand(
+        weights, synapse.weight.detach(), getattr(synapse.binarizer, "scale", None), g
+    )
     assert torch.allclose(W_b, expected, atol=1e-14)
     for ours, theirs in zip(found, [each for each in of if each is not None], strict=True):
         assert theirs.abs().max() > 0.1 and torch.allclose(ours, theirs, atol=1e-12)
@@ -115,7 +132,9 @@ def test_a_learnable_scale_begins_at_twice_the_mean_size_and_leaves_its_floor():
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_seams_see_the_binary_weight(weights, kind):
-    """The factor reaches the latent weight through the same straight-through gradient, and the error goes down through W_b."""
+    """The factor reaches the latent weight through the same straight-through gradient, and the
+    error goes down through W_b.
+    """
     synapse = binary(weights, kind)
     x_TB = torch.randn(*SHAPES[kind], dtype=torch.float64).requires_grad_()
     factor_TB = torch.randn_like(x_TB)
@@ -128,20 +147,27 @@ def test_seams_see_the_binary_weight(weights, kind):
     y_TB = synapse(x_TB)
     found_x, *found = torch.autograd.grad((y_TB * upstream).sum(), [x_TB, *learnt])
     assert torch.equal(y_TB, plain) and torch.allclose(found_x, g_x, atol=1e-12)
-    assert all(torch.allclose(ours, theirs, atol=1e-11) for ours, theirs in zip(found, expected, strict=True))
+    assert all(
+        torch.allclose(ours, theirs, atol=1e-11)
+        for ours, theirs in zip(found, expected, strict=True)
+    )
 
 
 def network(weights: str, *, normed: bool = True) -> Any:
     torch.manual_seed(1)
     norms = [BatchNorm(width) if normed else nn.Identity() for width in (8, 7)]
-    model = nn.Sequential(Linear(6, 8), norms[0], LIF(), Linear(8, 7), norms[1], LIF(), Linear(7, 3)).double()
+    model = nn.Sequential(
+        Linear(6, 8), norms[0], LIF(), Linear(8, 7), norms[1], LIF(), Linear(7, 3)
+    ).double()
     binarize(model[3], weights)  # type: ignore[arg-type]
     return model
 
 
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_one_time_step_is_a_binary_network(weights):
-    """At T = 1 a membrane from rest is the current, and a spike is (sign + 1) / 2: what a BNN of 0 and 1 computes."""
+    """At T = 1 a membrane from rest is the current, and a spike is (sign + 1) / 2: what a BNN of 0
+    and 1 computes.
+    """
     model = network(weights)
     x_BC = 3 * torch.randn(20, 6, dtype=torch.float64)
 
@@ -150,7 +176,12 @@ def test_one_time_step_is_a_binary_network(weights):
         return ((z_BC >= 1).double() * 2 - 1 + 1) / 2
 
     first, second, last = model[0], model[3], model[6]
-    W_b, *_ = by_hand(weights, second.weight.detach(), getattr(second.binarizer, "scale", None), torch.zeros_like(second.weight))
+    W_b, *_ = by_hand(
+        weights,
+        second.weight.detach(),
+        getattr(second.binarizer, "scale", None),
+        torch.zeros_like(second.weight),
+    )
     h_BC = activation(model[1], x_BC @ first.weight.T + first.bias)
     h_BC = activation(model[4], h_BC @ W_b.T + second.bias)
     assert 0.05 < h_BC.mean() < 0.95
@@ -173,13 +204,16 @@ def test_slices_equal_the_whole_in_value_and_gradient():
     model = network("scaled", normed=False)
     x_TBC, target_B = 2 * torch.randn(4, 9, 6, dtype=torch.float64), torch.arange(9) % 3
     whole, slices = (
-        gradients(rule, model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B)) for rule in (BPTT(), BPTT(chunk=1))
+        gradients(rule, model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B))
+        for rule in (BPTT(), BPTT(chunk=1))
     )
     assert all(torch.allclose(whole[name], slices[name], atol=1e-12) for name in whole)
 
 
 def test_the_polynomial_sign_of_binary_networks_is_twice_the_triangle():
-    """sign = 2 H - 1, so the surrogate of SLTT (a = 1) is the estimator of Bi-Real Net (Liu et al. 2018)."""
+    """sign = 2 H - 1, so the surrogate of SLTT (a = 1) is the estimator of Bi-Real Net (Liu et al.
+    2018).
+    """
     x = torch.linspace(-1.5, 1.5, 601, dtype=torch.float64).requires_grad_()
     pieces = torch.where(x < 0, 2 * x + x.square(), 2 * x - x.square())
     polynomial = torch.where(x.abs() < 1, pieces, x.detach().sign())
@@ -194,12 +228,16 @@ def test_the_state_dict_is_that_of_full_precision(weights):
     plain = Linear(4, 3).state_dict().keys()
     synapse = Linear(4, 3)
     binarize(synapse, weights)
-    assert synapse.state_dict().keys() - plain == ({"binarizer.scale"} if weights == "learnable" else set())
+    assert synapse.state_dict().keys() - plain == (
+        {"binarizer.scale"} if weights == "learnable" else set()
+    )
     assert plain <= synapse.state_dict().keys()
     assert all(parameter.dim() > 0 for parameter in synapse.parameters())
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda synapse: pickle.loads(pickle.dumps(synapse))])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda synapse: pickle.loads(pickle.dumps(synapse))]
+)
 @pytest.mark.parametrize("weights", VARIANTS)
 def test_copies_are_whole_and_apart(weights, copied):
     synapse = binary(weights)
@@ -222,8 +260,13 @@ def test_under_autocast_the_latent_weight_stays_in_full_precision(weights):
         assert torch.equal(effective_weight(synapse), W_b)
         half_TB = synapse(x_TB)
     assert half_TB.dtype == torch.bfloat16
-    full, half = (torch.autograd.grad((y_TB * upstream).float().sum(), parameters) for y_TB in (full_TB, half_TB))
-    assert all((one - other).norm() < 0.02 * other.norm() for one, other in zip(half, full, strict=True))
+    full, half = (
+        torch.autograd.grad((y_TB * upstream).float().sum(), parameters)
+        for y_TB in (full_TB, half_TB)
+    )
+    assert all(
+        (one - other).norm() < 0.02 * other.norm() for one, other in zip(half, full, strict=True)
+    )
 
 
 @pytest.mark.parametrize("weights", ["scaled", "learnable"])
@@ -251,12 +294,27 @@ def twice(synapse: Linear) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: binarize(Linear(4, 3), "xnor"), r"binarize: weights must be 'scaled', .* or 'learnable'; got weights='xnor'"),
-        (lambda: binarize(nn.Linear(4, 3)), r"must be a Linear or Conv2d of pipeline\.spiking\.synapse; got Linear"),
-        (lambda: binarize(Linear(4, 3, weights="standardized")), r"plain before they are 1-bit; got standardized weights"),
+        (
+            lambda: binarize(Linear(4, 3), "xnor"),
+            r"binarize: weights must be 'scaled', .* or 'learnable'; got weights='xnor'",
+        ),
+        (
+            lambda: binarize(nn.Linear(4, 3)),
+            r"must be a Linear or Conv2d of pipeline\.spiking\.synapse; got Linear",
+        ),
+        (
+            lambda: binarize(Linear(4, 3, weights="standardized")),
+            r"plain before they are 1-bit; got standardized weights",
+        ),
         (lambda: twice(Linear(4, 3)), r"plain before they are 1-bit; got 1-bit weights"),
-        (lambda: binarize(Conv2d(1, 3, 1), "centred"), r"weights='centred' need a fan-in of at least 2; got 1"),
-        (lambda: SpectralLimit(binary("scaled")), r"SpectralLimit: the synapse must be one of .*, plain and without bias"),
+        (
+            lambda: binarize(Conv2d(1, 3, 1), "centred"),
+            r"weights='centred' need a fan-in of at least 2; got 1",
+        ),
+        (
+            lambda: SpectralLimit(binary("scaled")),
+            r"SpectralLimit: the synapse must be one of .*, plain and without bias",
+        ),
     ],
 )
 def test_refuses(call, message):

@@ -28,7 +28,9 @@ def test_a_path_is_dropped_for_whole_samples_at_all_times_and_in_every_pass():
     with fresh_state(drop):
         other = drop(x_TBCHW)
     of_samples_B = first[0, :, 0, 0, 0]
-    assert torch.equal(first, of_samples_B[:, None, None, None].expand_as(first))  # one number for all of a sample, over T too
+    assert torch.equal(
+        first, of_samples_B[:, None, None, None].expand_as(first)
+    )  # one number for all of a sample, over T too
     assert torch.equal(again[0], first[0])
     assert of_samples_B.unique().tolist() == pytest.approx([0, 4 / 3])
     assert of_samples_B.mean().item() == pytest.approx(1, abs=0.1)  # 3.5 standard errors
@@ -53,7 +55,11 @@ def test_the_identity(dropout):
 
 
 def test_needs_a_fresh_state_and_a_share():
-    with pytest.raises(ValueError, match="Dropout: its membrane or trace exists only inside fresh_state"):
+    with pytest.raises(
+        ValueError, match="Dropout: its membrane or trace exists only inside fresh_state"
+    ):
         Dropout(0.5)(torch.ones(1, 2, 3))
-    with pytest.raises(ValueError, match=r"Dropout: the share must be in 0\.\.1, 1 excluded; got share=1"):
+    with pytest.raises(
+        ValueError, match=r"Dropout: the share must be in 0\.\.1, 1 excluded; got share=1"
+    ):
         Dropout(1.0)

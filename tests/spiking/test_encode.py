@@ -14,8 +14,14 @@ def test_repeat_is_a_view_of_one_frame():
 
 def test_still_is_what_repeat_made():
     x_TBCHW = repeat(torch.randn(2, 3, 4, 4), 6)
-    assert is_still(x_TBCHW) and all(is_still(x_cBCHW) for x_cBCHW in (x_TBCHW[:1], x_TBCHW[2:5], x_TBCHW[:, :1]))
-    assert not is_still(x_TBCHW.contiguous()) and not is_still(x_TBCHW.contiguous()[:1]) and not is_still(x_TBCHW * 1)
+    assert is_still(x_TBCHW) and all(
+        is_still(x_cBCHW) for x_cBCHW in (x_TBCHW[:1], x_TBCHW[2:5], x_TBCHW[:, :1])
+    )
+    assert (
+        not is_still(x_TBCHW.contiguous())
+        and not is_still(x_TBCHW.contiguous()[:1])
+        and not is_still(x_TBCHW * 1)
+    )
 
 
 def test_repeat_refuses_no_steps():
@@ -28,5 +34,7 @@ def test_recordings_come_time_first_and_as_long_as_asked():
     x_TBCHW = over_steps(x_BTCHW, 3)
     assert all(torch.equal(x_TBCHW[t, b], x_BTCHW[b, t]) for t in range(3) for b in range(2))
     assert torch.equal(over_steps(x_BTCHW[:, 0], 5), repeat(x_BTCHW[:, 0], 5))
-    with pytest.raises(ValueError, match=r"an image \[C, H, W\] or 4 frames \[T, C, H, W\]; got \(3, 2, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"an image \[C, H, W\] or 4 frames \[T, C, H, W\]; got \(3, 2, 4, 4\)"
+    ):
         over_steps(x_BTCHW, 4)

@@ -16,7 +16,9 @@ from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
-def network(*, leak: float = 1.0, seed: int = 0, norm: bool = False, dropout: float = 0.0) -> Equilibrium:
+def network(
+    *, leak: float = 1.0, seed: int = 0, norm: bool = False, dropout: float = 0.0
+) -> Equilibrium:
     torch.manual_seed(seed)
     equilibrium = Equilibrium(
         inject=nn.Sequential(Linear(4, 6), BatchNorm(6)) if norm else Linear(4, 6),
@@ -128,7 +130,9 @@ def test_linearized_is_the_transposed_jacobian_of_the_map_and_touches_no_paramet
     d1_B = vjp.masks[0] * (d2_B @ s) / 1.0
     assert torch.equal(vjp.transposed(0, d1_B), d1_B @ w)
     assert [v.shape for v in vjp.backwards(v_B)] == [(3, 6), (3, 5)]
-    assert all(0.1 < mask.mean() < 1 and set(mask.flatten().tolist()) == {0.0, 1.0} for mask in vjp.masks)
+    assert all(
+        0.1 < mask.mean() < 1 and set(mask.flatten().tolist()) == {0.0, 1.0} for mask in vjp.masks
+    )
 
 
 def gradients_by(e: Equilibrium, adjoint, x_TB: Tensor) -> dict[str, Tensor]:
@@ -141,7 +145,9 @@ def gradients_by(e: Equilibrium, adjoint, x_TB: Tensor) -> dict[str, Tensor]:
 
 
 def test_each_layer_may_take_its_own_solution():
-    """The chain's own gradients handed back layer by layer change nothing; others stay where they are put."""
+    """The chain's own gradients handed back layer by layer change nothing; others stay where they
+    are put.
+    """
     e, x_TB = network(), frames(6)
     chained = gradients_by(e, lambda g, vjp: g, x_TB)
     own = gradients_by(e, lambda g, vjp: [vjp.backwards(g)[0], g], x_TB)
@@ -163,7 +169,9 @@ def test_batch_norm_moves_once_a_batch(still):
     moved = {name: [] for name in norms}
     for name, norm in norms.items():
         norm.register_forward_hook(
-            lambda m, i, o, name=name: moved[name].append(i[0].detach().mean((0, 1))) if m.training else None
+            lambda m, i, o, name=name: (
+                moved[name].append(i[0].detach().mean((0, 1))) if m.training else None
+            )
         )
     before = copy.deepcopy(e.state_dict())
     gradients_by(e, lambda g, vjp: g + vjp(g), x_TB)
@@ -200,7 +208,9 @@ def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
     gradients_by(e, adjoint, x_TB)
     (dropped_B,) = masks
     assert 0.2 < dropped_B.double().mean() < 0.8
-    assert len(inputs) == 6 and all((each[0][dropped_B] == 0).all() for each in inputs)  # 4 steps, the map, the Jacobian
+    assert len(inputs) == 6 and all(
+        (each[0][dropped_B] == 0).all() for each in inputs
+    )  # 4 steps, the map, the Jacobian
     e.eval()
     with torch.no_grad(), fresh_state(e):
         one = e(x_TB)
@@ -208,14 +218,20 @@ def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
 
 
 def test_conv_and_a_slice_too_many():
-    e = Equilibrium(inject=Conv2d(1, 2, 3, padding=1), feedback=Conv2d(2, 2, 3, padding=1, bias=False), neurons=[IF()])
+    e = Equilibrium(
+        inject=Conv2d(1, 2, 3, padding=1),
+        feedback=Conv2d(2, 2, 3, padding=1, bias=False),
+        neurons=[IF()],
+    )
     e.adjoint = lambda g, vjp: g + vjp(g)
     x_TB = torch.randn(4, 2, 1, 5, 5)
     with fresh_state(e):
         a_1B = e(x_TB)
         assert a_1B.shape == (1, 2, 2, 5, 5) and state_bytes(e) > 0
         a_1B.sum().backward()
-        with pytest.raises(ValueError, match="Equilibrium: with an adjoint a batch is one call on all T steps"):
+        with pytest.raises(
+            ValueError, match="Equilibrium: with an adjoint a batch is one call on all T steps"
+        ):
             e(x_TB)
     assert state_bytes(e) == 0
 
@@ -235,15 +251,33 @@ def ring(**changes) -> Equilibrium:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"neurons": []}, "Equilibrium: N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses"),
-        ({"synapses": [Linear(3, 3)]}, "Equilibrium: N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses"),
-        ({"neurons": [nn.ReLU()]}, "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU"),
-        ({"neurons": [RateIF()]}, "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron"),
-        ({"neurons": [LIF(reset="zero")]}, "Equilibrium: neurons must reset by subtraction and not decay their input; got"),
+        (
+            {"neurons": []},
+            "Equilibrium: N neurons need N - 1 synapses between them; got 0 neurons, 0 synapses",
+        ),
+        (
+            {"synapses": [Linear(3, 3)]},
+            "Equilibrium: N neurons need N - 1 synapses between them; got 1 neurons, 1 synapses",
+        ),
+        (
+            {"neurons": [nn.ReLU()]},
+            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got ReLU",
+        ),
+        (
+            {"neurons": [RateIF()]},
+            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got RateNeuron",
+        ),
+        (
+            {"neurons": [LIF(reset="zero")]},
+            "Equilibrium: neurons must reset by subtraction and not decay their input; got",
+        ),
         ({"neurons": [LIF(decay_input=True)]}, "got reset='subtract', decay_input=True"),
         (
             {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
-            "Equilibrium: one weighted mean is the rate of all layers, so they have one leak; got [0.9, 1.0]",
+            (
+                "Equilibrium: one weighted mean is the rate of all layers, so they have one leak;"
+                " got [0.9, 1.0]"
+            ),
         ),
         (
             {"feedback": nn.Sequential(Linear(3, 3))},

@@ -1,4 +1,6 @@
-"""Spike and reset as one operation, against the expressions that autograd differentiates by itself: bit by bit."""
+"""Spike and reset as one operation, against the expressions that autograd differentiates by itself:
+bit by bit.
+"""
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Tria
 THRESHOLD = 0.7
 
 
-def expressions(u_B: Tensor, *, subtract: float | None, keeps_gradient: bool, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
+def expressions(
+    u_B: Tensor, *, subtract: float | None, keeps_gradient: bool, surrogate: Surrogate
+) -> tuple[Tensor, Tensor]:
     s_B = spike(u_B - THRESHOLD, surrogate=surrogate)
     s_reset_B = s_B if keeps_gradient else s_B.detach()
-    return s_B, u_B * (1 - s_reset_B) if subtract is None else torch.sub(u_B, s_reset_B, alpha=subtract)
+    return s_B, (
+        u_B * (1 - s_reset_B) if subtract is None else torch.sub(u_B, s_reset_B, alpha=subtract)
+    )
 
 
 @pytest.mark.parametrize("surrogate", [Triangle(), Triangle(2.0), Sigmoid(), Rectangle(), ATan()])
@@ -41,12 +47,16 @@ def test_the_membrane_takes_the_place_of_what_was_given_away():
     u_B = torch.randn(8)
     for subtract in (1.0, None):
         given = u_B.clone()
-        _, v_B = fire(given, threshold=1.0, subtract=subtract, keeps_gradient=False, surrogate=Triangle())
+        _, v_B = fire(
+            given, threshold=1.0, subtract=subtract, keeps_gradient=False, surrogate=Triangle()
+        )
         assert v_B.data_ptr() == given.data_ptr()
 
 
 def test_a_second_derivative_is_refused():
     x_B = torch.randn(8, requires_grad=True)
     s_B, _ = fire(x_B * 1, threshold=0.1, subtract=1.0, keeps_gradient=False, surrogate=Sigmoid())
-    with pytest.raises(RuntimeError, match=r"^fire: a spike has no second derivative; create_graph must be False$"):
+    with pytest.raises(
+        RuntimeError, match=r"^fire: a spike has no second derivative; create_graph must be False$"
+    ):
         torch.autograd.grad(s_B.sum(), x_B, create_graph=True)

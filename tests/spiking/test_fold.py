@@ -1,4 +1,6 @@
-"""The norm behind a synapse is found by who hears it, not by its place, and takes a scale over without a change of the output."""
+"""The norm behind a synapse is found by who hears it, not by its place, and takes a scale over
+without a change of the output.
+"""
 
 import copy
 
@@ -51,12 +53,21 @@ def by_a_neuron_too(m: Two, x_TBC: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward_of", "expected"),
     [
-        (lambda m, x: m.norm2(m.other(m.neuron(m.norm(m.one(x))))), {"one": "norm", "other": "norm2"}),
-        (lambda m, x: m.norm(m.other(m.norm2(m.one(x)))), {"one": "norm2", "other": "norm"}),  # not by registration
+        (
+            lambda m, x: m.norm2(m.other(m.neuron(m.norm(m.one(x))))),
+            {"one": "norm", "other": "norm2"},
+        ),
+        (
+            lambda m, x: m.norm(m.other(m.norm2(m.one(x)))),
+            {"one": "norm2", "other": "norm"},
+        ),  # not by registration
         (lambda m, x: m.norm(nn.Identity()(m.one(x))), {"one": "norm"}),
         (lambda m, x: torch.cat([m.norm(m.one(x_1BC)) for x_1BC in x.split(1)]), {"one": "norm"}),
         (lambda m, x: m.norm(m.one(x)) + m.norm(m.other(x)), {}),  # one norm of two synapses
-        (lambda m, x: m.norm(m.one(x)) + m.norm2(m.one(x)), {}),  # each hears this synapse alone, but not all of it
+        (
+            lambda m, x: m.norm(m.one(x)) + m.norm2(m.one(x)),
+            {},
+        ),  # each hears this synapse alone, but not all of it
         (lambda m, x: m.norm(m.one(x)) + m.norm(x), {}),
         (lambda m, x: m.norm(2 * m.one(x)), {}),
         (lambda m, x: m.norm(m.one(x) + m.other(x)), {}),
@@ -73,7 +84,9 @@ def test_the_network_is_as_before():
     model = Two(lambda m, x: m.norm(m.one(x)))
     before = copy.deepcopy(model.state_dict())
     following_norms(model, {"one": model.one}, X_TBC)
-    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training and all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items()
+    )
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

@@ -21,7 +21,9 @@ def exact(V: Tensor) -> float:
 
 def limited(kind: str) -> SpectralLimit:
     torch.manual_seed(0)
-    return SpectralLimit(Linear(60, 70, bias=False) if kind == "linear" else Conv2d(6, 8, 3, 1, 1, bias=False))
+    return SpectralLimit(
+        Linear(60, 70, bias=False) if kind == "linear" else Conv2d(6, 8, 3, 1, 1, bias=False)
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -75,7 +77,9 @@ def operator_norm(synapse: nn.Module, shape: tuple[int, ...]) -> float:
 
 
 def test_a_convolution_on_images_may_be_longer_and_is_bounded():
-    """Why contraction is likely and not certain with convolutions: 1 is the norm of the matrix, sqrt(taps) bounds the map's."""
+    """Why contraction is likely and not certain with convolutions: 1 is the norm of the matrix,
+    sqrt(taps) bounds the map's.
+    """
     worst = SpectralLimit(Conv2d(1, 1, 3, 1, 1, bias=False)).double()
     nn.init.ones_(worst.synapse.weight)  # type: ignore[arg-type]
     assert 2.9 < operator_norm(worst, (1, 40, 40)) < 3
@@ -84,10 +88,18 @@ def test_a_convolution_on_images_may_be_longer_and_is_bounded():
 
 
 @pytest.mark.parametrize(
-    "synapse", [Linear(3, 3), nn.ReLU(), nn.Linear(3, 3, bias=False), Linear(3, 3, bias=False, weights="standardized")]
+    "synapse",
+    [
+        Linear(3, 3),
+        nn.ReLU(),
+        nn.Linear(3, 3, bias=False),
+        Linear(3, 3, bias=False, weights="standardized"),
+    ],
 )
 def test_refuses(synapse):
-    with pytest.raises(ValueError, match=r"SpectralLimit: the synapse must be one of .* without bias; got"):
+    with pytest.raises(
+        ValueError, match=r"SpectralLimit: the synapse must be one of .* without bias; got"
+    ):
         SpectralLimit(synapse)
 
 
@@ -102,7 +114,9 @@ def test_a_weight_of_zeros_can_leave_zero():
 
 @pytest.mark.parametrize("limit", [SpectralLimit, lambda synapse: FrobeniusLimit(synapse, 0.5)])
 def test_a_trace_reaches_whatever_the_weight_is_made_of(limit):
-    """The last weight that feeds a LIF with soft reset learns under OTTT exactly as under BPTT, limited or not."""
+    """The last weight that feeds a LIF with soft reset learns under OTTT exactly as under BPTT,
+    limited or not.
+    """
     torch.manual_seed(0)
     limited = limit(Linear(5, 4, bias=False))
     if isinstance(limited, SpectralLimit):
@@ -114,7 +128,9 @@ def test_a_trace_reaches_whatever_the_weight_is_made_of(limit):
     for rule in (OTTT(first="traced"), BPTT()):
         rule.attach(model)
         model.zero_grad(set_to_none=True)
-        for objective in rule.objectives(model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B)):
+        for objective in rule.objectives(
+            model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B)
+        ):
             assert objective.backward is not None
             objective.backward.backward()
         found.append([parameter.grad for parameter in limited.parameters()])
@@ -160,11 +176,13 @@ def test_a_batch_seeks_its_singular_vectors_once(monkeypatch):
     assert len(sought) == 3
 
 
-# ------------------------------------------------------------------------------------------------------- largest singular value
+# --------------------------------------------------------------------------- largest singular value
 
 
 def orthogonal(size: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)))[0]
+    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)))[
+        0
+    ]
 
 
 def _random(*shape: int) -> Tensor:
@@ -175,7 +193,9 @@ HARD = {
     "square": lambda: _random(400, 400),
     "wide": lambda: _random(96, 2304),
     "tall": lambda: _random(1152, 128),
-    "uniform spectrum": lambda: orthogonal(200) @ torch.diag(torch.linspace(0, 1, 200)) @ orthogonal(200).T,
+    "uniform spectrum": lambda: (
+        orthogonal(200) @ torch.diag(torch.linspace(0, 1, 200)) @ orthogonal(200).T
+    ),
     "diagonal": lambda: torch.diag(torch.arange(400.0)),
     "orthogonal": lambda: orthogonal(200),
     "identity": lambda: torch.eye(200),
@@ -196,7 +216,9 @@ def test_the_largest_singular_value(name, scale):
 
 
 def test_exact_for_small_matrices_and_so_is_its_gradient():
-    V = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    V = torch.randn(
+        9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     assert spectral_norm(V).item() == pytest.approx(exact(V), rel=1e-14)
     assert torch.autograd.gradcheck(spectral_norm, (V,))
 
@@ -207,4 +229,7 @@ def test_a_pure_function_of_the_weight():
     assert torch.equal(spectral_norm(V), spectral_norm(V.clone()))
     assert torch.equal(torch.get_rng_state(), state)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(spectral_norm(V), spectral_norm(V.clone())) and spectral_norm(V).dtype == torch.float32
+        assert (
+            torch.equal(spectral_norm(V), spectral_norm(V.clone()))
+            and spectral_norm(V).dtype == torch.float32
+        )

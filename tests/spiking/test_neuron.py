@@ -62,7 +62,9 @@ def test_gradient_through_one_carried_membrane(reset, reset_gradient, x1, x2):
     x_TB = torch.tensor([x1, x2], dtype=torch.float64).reshape(2, 1, 1).requires_grad_()
     s_TB = run(LIF(leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient), x_TB)
     (g,) = torch.autograd.grad(s_TB[1].sum(), x_TB)
-    assert g.flatten().tolist() == pytest.approx([psi(leak * v1 + x2) * leak * slope, psi(leak * v1 + x2)], abs=1e-15)
+    assert g.flatten().tolist() == pytest.approx(
+        [psi(leak * v1 + x2) * leak * slope, psi(leak * v1 + x2)], abs=1e-15
+    )
 
 
 @pytest.mark.parametrize(("reset", "reset_gradient"), VARIANTS)
@@ -107,12 +109,16 @@ def test_gradient_seam_replaces_the_loop():
     assert torch.equal(run(lif, torch.zeros(2, 1, 1)), torch.ones(2, 1, 1))
 
 
-@pytest.mark.parametrize("given_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "given_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+)
 def test_membrane_is_never_below_fp32(given_dtype):
     lif = LIF(0.5)
     with fresh_state(lif):
         s_TB = lif(torch.randn(3, 2, 4, dtype=given_dtype))
-        assert lif.state.values["v"].dtype == (torch.float64 if given_dtype == torch.float64 else torch.float32)
+        assert lif.state.values["v"].dtype == (
+            torch.float64 if given_dtype == torch.float64 else torch.float32
+        )
     assert s_TB.dtype == given_dtype
 
 
@@ -154,7 +160,9 @@ def test_refuses_a_batch_that_changes_half_way():
     lif = LIF()
     with fresh_state(lif):
         lif(torch.zeros(1, 2, 4))
-        with pytest.raises(ValueError, match=r"must agree in all but time; got \(3, 4\) after \(2, 4\)"):
+        with pytest.raises(
+            ValueError, match=r"must agree in all but time; got \(3, 4\) after \(2, 4\)"
+        ):
             lif(torch.zeros(1, 3, 4))
 
 
@@ -165,7 +173,10 @@ def test_refuses_a_batch_that_changes_half_way():
         ({"leak": -0.1}, r"LIF: leak must be in 0\.\.1; got leak=-0\.1"),
         ({"threshold": 0}, r"LIF: threshold must be > 0; got threshold=0"),
         ({"reset": "hard"}, r"LIF: reset must be 'subtract' or 'zero'; got reset='hard'"),
-        ({"reset_gradient": "yes"}, r"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient='yes'"),
+        (
+            {"reset_gradient": "yes"},
+            r"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient='yes'",
+        ),
         ({"leak": 1.0, "decay_input": True}, r"LIF: decay_input .* leak must be < 1; got leak=1"),
     ],
 )
@@ -179,13 +190,20 @@ def test_repr_says_which_neuron_it_is():
 
 
 def test_subtract_is_what_a_spike_takes():
-    """The symmetric reset: 2 thresholds, so that the membrane stays centred; a constant current fires at half the rate."""
+    """The symmetric reset: 2 thresholds, so that the membrane stays centred; a constant current
+    fires at half the rate.
+    """
     neuron = IF(threshold=1.0, subtract=2.0)
     x = torch.full((1000, 1, 1), 0.5, dtype=torch.float64)
     with fresh_state(neuron):
         spikes = neuron(x)
     assert abs(spikes.mean().item() - 0.25) <= 1 / 1000
-    with pytest.raises(ValueError, match=r"LIF: subtract must be > 0 and needs reset='subtract'; got subtract=2.0, reset='zero'"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"LIF: subtract must be > 0 and needs reset='subtract'; got subtract=2.0, reset='zero'"
+        ),
+    ):
         IF(subtract=2.0, reset="zero")
 
 
@@ -194,8 +212,12 @@ def test_named_neurons():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [(torch.nn.Sigmoid(), r"Sigmoid\(\)"), (torch.sigmoid, "<built-in method sigmoid .*")]
+    ("given", "told"),
+    [(torch.nn.Sigmoid(), r"Sigmoid\(\)"), (torch.sigmoid, "<built-in method sigmoid .*")],
 )
 def test_a_surrogate_that_learns_or_has_no_derivative_is_refused(given, told):
-    with pytest.raises(ValueError, match=rf"^LIF: surrogate must be a value with a derivative, .* learnt; got {told}$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^LIF: surrogate must be a value with a derivative, .* learnt; got {told}$",
+    ):
         LIF(surrogate=given)

@@ -1,4 +1,6 @@
-"""Noise of a key: splitmix64 to the bit, the distributions, and rows that know nothing of one another."""
+"""Noise of a key: splitmix64 to the bit, the distributions, and rows that know nothing of one
+another.
+"""
 
 import math
 
@@ -17,7 +19,9 @@ def test_bits_are_those_of_the_rules_hash():
     keys = [0, 5, MASK, 1 << 63]
     signed = torch.tensor([key - (1 << 64) if key >> 63 else key for key in keys])
     for row, key in zip(_bits(signed, 5).tolist(), keys, strict=True):
-        assert [bits & MASK for bits in row] == [counter_hash((key + j * STEP) & MASK) for j in range(5)]
+        assert [bits & MASK for bits in row] == [
+            counter_hash((key + j * STEP) & MASK) for j in range(5)
+        ]
 
 
 @pytest.mark.parametrize(("distribution", "fourth"), [("gaussian", 3.0), ("rademacher", 1.0)])
@@ -46,7 +50,9 @@ def test_a_row_depends_on_its_key_alone(distribution, units):
     whole = noise(KEYS, units, distribution=distribution)
     assert whole.shape == (64, units) and whole.dtype == torch.float32
     for rows in ([3], [9, 3], list(range(64))[::-1]):
-        assert torch.equal(noise([KEYS[row] for row in rows], units, distribution=distribution), whole[rows])
+        assert torch.equal(
+            noise([KEYS[row] for row in rows], units, distribution=distribution), whole[rows]
+        )
     assert units < 63 or len({tuple(row) for row in whole.tolist()}) == 64
 
 
@@ -58,5 +64,8 @@ def test_the_global_generator_is_left_alone():
 
 
 def test_unknown_distributions_are_refused():
-    with pytest.raises(ValueError, match="noise: distribution must be one of gaussian, rademacher; got distribution='uniform'"):
+    with pytest.raises(
+        ValueError,
+        match="noise: distribution must be one of gaussian, rademacher; got distribution='uniform'",
+    ):
         noise(KEYS, 3, distribution="uniform")  # type: ignore[arg-type]

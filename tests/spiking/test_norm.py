@@ -30,7 +30,9 @@ def test_folded_equals_slices(shape):
     one, many = fresh(), fresh()
     folded, sliced = one(x), torch.cat([many(x[:1]), many(x[1:3]), many(x[3:])])
     assert torch.equal(folded, sliced)
-    assert torch.equal(one.running_mean, many.running_mean) and torch.equal(one.running_var, many.running_var)
+    assert torch.equal(one.running_mean, many.running_mean) and torch.equal(
+        one.running_var, many.running_var
+    )
     gradients = [torch.autograd.grad((y * upstream).sum(), x)[0] for y in (folded, sliced)]
     assert torch.equal(*gradients)
     one.eval()
@@ -94,7 +96,9 @@ def test_a_still_image_moves_the_statistics_as_its_steps_do(shape, over, mode):
         y = norm(frames(leaf_B))
         gradients = torch.autograd.grad((y * upstream).sum(), [leaf_B, norm.weight, norm.bias])
         found.append([y, *gradients, norm.running_mean, norm.running_var])
-    assert all(torch.allclose(one, other, rtol=0, atol=1e-12) for one, other in zip(*found, strict=True))
+    assert all(
+        torch.allclose(one, other, rtol=0, atol=1e-12) for one, other in zip(*found, strict=True)
+    )
     assert (found[0][-2].abs().max() > 0.1) == (mode == "train")
 
 
@@ -106,9 +110,18 @@ def test_between_world_is_per_rank_where_there_is_one_rank():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: BatchNorm(3, over="batch"), r"BatchNorm: over must be 'step' or 'time'; got over='batch'"),
-        (lambda: BatchNorm(3, between="all"), r"BatchNorm: between must be 'rank' or 'world'; got between='all'"),
-        (lambda: BatchNorm(3)(torch.zeros(2, 2, 4)), r"BatchNorm: the input must be \[T, B, 3, \.\.\.\]; got shape \(2, 2, 4\)"),
+        (
+            lambda: BatchNorm(3, over="batch"),
+            r"BatchNorm: over must be 'step' or 'time'; got over='batch'",
+        ),
+        (
+            lambda: BatchNorm(3, between="all"),
+            r"BatchNorm: between must be 'rank' or 'world'; got between='all'",
+        ),
+        (
+            lambda: BatchNorm(3)(torch.zeros(2, 2, 4)),
+            r"BatchNorm: the input must be \[T, B, 3, \.\.\.\]; got shape \(2, 2, 4\)",
+        ),
     ],
 )
 def test_refuses(call, message):
@@ -116,18 +129,26 @@ def test_refuses(call, message):
         call()
 
 
-def rank_of_two(rank: int, ranks: int, x: torch.Tensor, upstream: torch.Tensor, expected: dict) -> None:
+def rank_of_two(
+    rank: int, ranks: int, x: torch.Tensor, upstream: torch.Tensor, expected: dict
+) -> None:
     mine = slice(0, 4) if rank == 0 else slice(4, 7)  # unequal on purpose
     for over, one_rank in expected.items():
         got = norm_and_gradients(over, x[:, mine], upstream[:, mine])
         for name in ("weight", "bias"):
-            distributed.all_reduce(got[name])  # gradients of parameters are sums over samples, and so over ranks
+            distributed.all_reduce(
+                got[name]
+            )  # gradients of parameters are sums over samples, and so over ranks
         for name, value in one_rank.items():
             value = value[:, mine] if name in ("y", "x") else value
-            torch.testing.assert_close(got[name], value, atol=1e-12, rtol=0, msg=lambda m, n=name, o=over: f"{o} {n}: {m}")
+            torch.testing.assert_close(
+                got[name], value, atol=1e-12, rtol=0, msg=lambda m, n=name, o=over: f"{o} {n}: {m}"
+            )
 
 
-def norm_and_gradients(over: str, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+def norm_and_gradients(
+    over: str, x: torch.Tensor, upstream: torch.Tensor
+) -> dict[str, torch.Tensor]:
     norm = fresh(over=over, between="world")
     x = x.clone().requires_grad_()
     y = norm(x)
@@ -183,4 +204,6 @@ def test_a_norm_that_train_leaves_in_evaluation_mixes_nothing():
             return self
 
     assert foreign_norms(Frozen(nn.BatchNorm2d(3))) == {}
-    assert list(foreign_norms(Frozen(nn.BatchNorm2d(3, track_running_stats=False)))) == ["0"]  # it has no statistics but these
+    assert list(foreign_norms(Frozen(nn.BatchNorm2d(3, track_running_stats=False)))) == [
+        "0"
+    ]  # it has no statistics but these

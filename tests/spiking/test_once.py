@@ -1,4 +1,5 @@
-"""Weights that are made of the parameters, made once for all slices of a batch, against each slice making its own.
+"""Weights that are made of the parameters, made once for all slices of a batch, against each slice
+making its own.
 
 What comes of a still image is in test_still.py.
 """
@@ -50,7 +51,8 @@ def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.
 
 
 class Sum(nn.Module):
-    """Stems see the image, and a neuron the sum of their currents and a shift, whose gradient autograd gives all as one tensor.
+    """Stems see the image, and a neuron the sum of their currents and a shift, whose gradient
+    autograd gives all as one tensor.
 
     `early`: at the first time step alone.
     """
@@ -84,7 +86,9 @@ def each_slice_its_own() -> Iterator[None]:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Counter[str]]:
-    """How often the weights of the second synapse are made, and how often a gradient comes back to its parameter."""
+    """How often the weights of the second synapse are made, and how often a gradient comes back to
+    its parameter.
+    """
     counts: Counter[str] = Counter()
 
     def noted(each: Linear | Conv2d) -> Tensor:
@@ -99,19 +103,26 @@ def counted(model: nn.Module) -> Iterator[Counter[str]]:
 
 
 def trained(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor) -> dict[str, Tensor]:
-    """Gradients, loss and logits of one batch in two unequal micro-batches, every gradient times 1/512 as of a scaled loss."""
+    """Gradients, loss and logits of one batch in two unequal micro-batches, every gradient times
+    1/512 as of a scaled loss.
+    """
     rule.attach(model)
     found = {}
     for first, end in ((0, 2), (2, len(target_B))):
         loss_of = cross_entropy(target_B[first:end])
         share = (end - first) / len(target_B) / 512
-        seen = learn(rule, model, x_TB[:, first:end], loss_of, share=share, step=3, rows=(first, end))
+        seen = learn(
+            rule, model, x_TB[:, first:end], loss_of, share=share, step=3, rows=(first, end)
+        )
         found[f"loss {first}"] = torch.stack([o.loss for o in seen]).sum()
         found[f"logits {first}"] = torch.stack([o.logits for o in seen]).sum(0)
-    return found | {name: 512 * p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found | {
+        name: 512 * p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
-# Of two micro-batches: how often weights are made and met by a gradient; BPTT in one slice and what is computed again differ.
+# Of two micro-batches: how often weights are made and met by a gradient; BPTT in one slice and what
+# is computed again differ.
 RULES: dict[str, tuple[Callable[[], Rule], tuple[int, int]]] = {
     "BPTT": (BPTT, (2, 2)),
     "BPTT in slices": (lambda: BPTT(chunk=1), (2, 2)),
@@ -127,14 +138,26 @@ RULES: dict[str, tuple[Callable[[], Rule], tuple[int, int]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "early"), [("SLTT", False), ("SLTT", True), ("SLTT-2", False), ("BPTT truncated", True)])
+@pytest.mark.parametrize(
+    ("name", "early"),
+    [("SLTT", False), ("SLTT", True), ("SLTT-2", False), ("BPTT truncated", True)],
+)
 @pytest.mark.parametrize("stems", [1, 2])
-def test_gradients_that_autograd_leaves_as_one_add_up_apart(name: str, early: bool, stems: int) -> None:
-    """Of stems and of a parameter with the shape of their currents, where a micro-batch has two samples."""
+def test_gradients_that_autograd_leaves_as_one_add_up_apart(
+    name: str, early: bool, stems: int
+) -> None:
+    """Of stems and of a parameter with the shape of their currents, where a micro-batch has two
+    samples.
+    """
     torch.manual_seed(0)
     model = lively(
         nn.Sequential(
-            Sum(stems=stems, early=early), LIF(**NEURON), Conv2d(4, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)
+            Sum(stems=stems, early=early),
+            LIF(**NEURON),
+            Conv2d(4, 4, 3, padding=1),
+            LIF(**NEURON),
+            Head(),
+            Linear(4, 3),
         )
     )
     twin = copy.deepcopy(model)
@@ -168,7 +191,9 @@ def test_made_once_is_made_by_each(name: str, weights: Binarization, image: str)
     assert counts == {"made": made, "backwards": backwards}
     assert all(float(got[name].abs().max()) > 1e-4 for name, _ in model.named_parameters())
     assert distance(got, expected) < 1e-12
-    assert state_bytes(model) == 0 and all(module.sharing is None for module in model.modules() if hasattr(module, "sharing"))
+    assert state_bytes(model) == 0 and all(
+        module.sharing is None for module in model.modules() if hasattr(module, "sharing")
+    )
 
 
 def test_weights_that_move_within_a_batch_are_made_at_each_step() -> None:
@@ -199,12 +224,18 @@ class Early(nn.Module):
         return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("rule", [SLTT, lambda: SLTT(chunk=3), lambda: BPTT(truncate=1)], ids=["SLTT", "in slices", "truncated"])
+@pytest.mark.parametrize(
+    "rule",
+    [SLTT, lambda: SLTT(chunk=3), lambda: BPTT(truncate=1)],
+    ids=["SLTT", "in slices", "truncated"],
+)
 def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[], Rule]) -> None:
     def model() -> nn.Module:
         torch.manual_seed(0)
         early = Early(Linear(4, 4, weights="standardized"))
-        return lively(nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), early, Linear(4, 3)))
+        return lively(
+            nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), early, Linear(4, 3))
+        )
 
     x_BCHW, target_B = images()
     one, other = model(), model()
@@ -223,7 +254,9 @@ def test_a_synapse_that_was_fixed_is_plain_again() -> None:
         binarize(each)  # type: ignore[arg-type]
         fix(each)  # type: ignore[arg-type]
     x_BCHW, target_B = images()
-    got, expected = (trained(SLTT(), each, repeat(x_BCHW, STEPS), target_B) for each in (model, twin))
+    got, expected = (
+        trained(SLTT(), each, repeat(x_BCHW, STEPS), target_B) for each in (model, twin)
+    )
     assert distance(got, expected) == 0
 
 
@@ -239,9 +272,13 @@ def test_plain_weights_are_nobodys_state() -> None:
         objective.backward.backward()
 
 
-@pytest.mark.parametrize(("rule", "held"), [(SLTT, 2), (lambda: SLTT(k=1), 1), (lambda: BPTT(chunk=1), 1)])
+@pytest.mark.parametrize(
+    ("rule", "held"), [(SLTT, 2), (lambda: SLTT(k=1), 1), (lambda: BPTT(chunk=1), 1)]
+)
 def test_memory(rule: Callable[[], Rule], held: int) -> None:
-    """What the slices share counts as state, the weights and the gradient that they collect; no more is kept for a backward."""
+    """What the slices share counts as state, the weights and the gradient that they collect; no
+    more is kept for a backward.
+    """
     x_BCHW, target_B = images()
     x_TB = repeat(x_BCHW, STEPS).contiguous()
     saved, states = peaks(rule(), small(), x_TB, target_B)

@@ -1,4 +1,6 @@
-"""A learnt leak: its gradient written out, under rules that let the membrane's graph through time and that cut it."""
+"""A learnt leak: its gradient written out, under rules that let the membrane's graph through time
+and that cut it.
+"""
 
 # T time, B batch
 
@@ -26,8 +28,17 @@ def learnt(**neuron) -> nn.Sequential:
     return model
 
 
-def by_hand(currents: list[float], weights: list[float], leak: float, *, decay_input: bool, through_time: bool) -> float:
-    """dL/dw of one neuron and L = sum_t weights[t] s[t], with a detached reset by subtraction and the triangle."""
+def by_hand(
+    currents: list[float],
+    weights: list[float],
+    leak: float,
+    *,
+    decay_input: bool,
+    through_time: bool,
+) -> float:
+    """dL/dw of one neuron and L = sum_t weights[t] s[t], with a detached reset by subtraction and
+    the triangle.
+    """
     v, dv, found = 0.0, 0.0, 0.0
     for x, weight in zip(currents, weights, strict=True):
         u = leak * v + ((1 - leak) * x if decay_input else x)
@@ -39,7 +50,9 @@ def by_hand(currents: list[float], weights: list[float], leak: float, *, decay_i
 
 @pytest.mark.parametrize("decay_input", [False, True])
 @pytest.mark.parametrize("leak", [0.2, 0.5, 0.9])
-def test_the_gradient_of_the_leak_with_and_without_what_comes_through_time(leak: float, decay_input: bool) -> None:
+def test_the_gradient_of_the_leak_with_and_without_what_comes_through_time(
+    leak: float, decay_input: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x_TB = 1.5 * torch.randn(7, 4, generator=generator).double() + (1 if decay_input else 0.3)
     weights_TB = torch.randn(7, 4, generator=generator).double()
@@ -74,13 +87,22 @@ class Charged(nn.Module):
 @pytest.mark.parametrize("decay_input", [False, True])
 def test_the_potential_is_differentiated_as_finite_differences_say(decay_input: bool) -> None:
     charged = Charged(PLIF(0.7, decay_input=decay_input).double())
-    operands = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (3, 4), (1,))]
+    operands = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((3, 4), (3, 4), (1,))
+    ]
     assert torch.autograd.gradcheck(
-        lambda x_B, v_B, w: torch.func.functional_call(charged, {"neuron.leak_logit": w}, (x_B, v_B)), tuple(operands)
+        lambda x_B, v_B, w: torch.func.functional_call(
+            charged, {"neuron.leak_logit": w}, (x_B, v_B)
+        ),
+        tuple(operands),
     )
 
 
-@pytest.mark.parametrize("neuron", [{}, {"decay_input": True}, {"reset": "zero"}, {"subtract": 1.3}, {"reset_gradient": "kept"}])
+@pytest.mark.parametrize(
+    "neuron",
+    [{}, {"decay_input": True}, {"reset": "zero"}, {"subtract": 1.3}, {"reset_gradient": "kept"}],
+)
 def test_it_fires_and_hands_down_as_the_lif_of_its_leak(neuron: dict) -> None:
     x_TB = 2 * torch.randn(6, 5, 4, dtype=torch.float64)
     found = []
@@ -110,7 +132,11 @@ def test_rules_agree_on_it_as_on_any_weight() -> None:
     assert max(difference(bptt, chunked), difference(bptt, recomputed)) < 1e-13
     assert max(difference(sltt, truncated), difference(sltt, protected)) < 1e-13
     for name in ("1.leak_logit", "3.leak_logit"):
-        assert bptt[name].abs() > 1e-4 and sltt[name].abs() > 1e-4 and (bptt[name] - sltt[name]).abs() > 1e-4
+        assert (
+            bptt[name].abs() > 1e-4
+            and sltt[name].abs() > 1e-4
+            and (bptt[name] - sltt[name]).abs() > 1e-4
+        )
 
 
 def test_under_sltt_it_costs_one_membrane_whatever_t() -> None:
@@ -118,25 +144,39 @@ def test_under_sltt_it_costs_one_membrane_whatever_t() -> None:
     assert few == many <= saved_peak(SLTT(), lif_network(), *batch(3)) + 5 * (8 + 7) * 8 + 64
 
 
-@pytest.mark.parametrize("rule", [OTTT(), OPZO(), HLOP(BPTT(), rows=((3, 4, 3), (1, 1, 1)), learn_from="rates")])
+@pytest.mark.parametrize(
+    "rule", [OTTT(), OPZO(), HLOP(BPTT(), rows=((3, 4, 3), (1, 1, 1)), learn_from="rates")]
+)
 def test_rules_that_take_the_leak_for_a_constant_refuse_it_by_name(rule: Rule) -> None:
-    with pytest.raises(ValueError, match=r": traces and rates take the leak for a constant, .* not be learnt; got PLIF at 1, 3"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r": traces and rates take the leak for a constant, .* not be learnt; got PLIF at 1, 3"
+        ),
+    ):
         rule.attach(learnt())
     BPTT().attach(learnt())
 
 
 def test_so_do_rates_and_equilibria_and_leaks_that_no_weight_gives() -> None:
     for said, refused in (
-        ("DSR: every neuron must be a RateIF or RateLIF; got PLIF at 1", lambda: DSR().attach(learnt(), over_time="mean")),
+        (
+            "DSR: every neuron must be a RateIF or RateLIF; got PLIF at 1",
+            lambda: DSR().attach(learnt(), over_time="mean"),
+        ),
         (
             "Equilibrium: the neurons must be LIF or IF, whose rate is known; got PLIF",
-            lambda: Equilibrium(inject=Linear(6, 4), feedback=Linear(4, 4, bias=False), neurons=[PLIF()]),
+            lambda: Equilibrium(
+                inject=Linear(6, 4), feedback=Linear(4, 4, bias=False), neurons=[PLIF()]
+            ),
         ),
     ):
         with pytest.raises(ValueError, match=said):
             refused()
     for leak in (0.0, 1.0):
-        with pytest.raises(ValueError, match=rf"PLIF: leak must be in 0\.\.1, both excluded, .*; got leak={leak}"):
+        with pytest.raises(
+            ValueError, match=rf"PLIF: leak must be in 0\.\.1, both excluded, .*; got leak={leak}"
+        ):
             PLIF(leak)
 
 

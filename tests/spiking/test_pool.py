@@ -17,7 +17,9 @@ def test_means_and_their_gradient_are_torchs(size, pixels):
     ours, torchs = MeanPool(size)(x), nn.AvgPool2d(size)(x)
     torch.testing.assert_close(ours, torchs, rtol=1e-14, atol=1e-15)
     g = torch.randn_like(ours)
-    torch.testing.assert_close(*(torch.autograd.grad(y, x, g)[0] for y in (ours, torchs)), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, x, g)[0] for y in (ours, torchs)), rtol=1e-15, atol=0
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -55,7 +57,11 @@ def test_the_input_is_left_as_it_was():
 
 
 def test_what_no_square_fits_into_is_refused():
-    with pytest.raises(ValueError, match=r"^MeanPool: size must be a whole number >= 1; got size=0$"):
+    with pytest.raises(
+        ValueError, match=r"^MeanPool: size must be a whole number >= 1; got size=0$"
+    ):
         MeanPool(0)
-    with pytest.raises(ValueError, match=r"^MeanPool: an image must have 3 pixels a side; got \(8, 2\)$"):
+    with pytest.raises(
+        ValueError, match=r"^MeanPool: an image must have 3 pixels a side; got \(8, 2\)$"
+    ):
         MeanPool(3)(torch.zeros(1, 1, 8, 2))

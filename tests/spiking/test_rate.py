@@ -18,7 +18,9 @@ def run(neuron: nn.Module, x_TB: torch.Tensor) -> torch.Tensor:
 
 
 def by_hand(x, *, threshold, alpha, b=None, dt=1.0):
-    """The equations at the head of spiking/rate.py over numbers; the outputs, and how near a potential came to firing."""
+    """The equations at the head of spiking/rate.py over numbers; the outputs, and how near a
+    potential came to firing.
+    """
     v, out, closest = 0.0, [], math.inf
     for current in x:
         u = v + current if b is None else b * v + (1 - b) * current
@@ -38,13 +40,19 @@ def by_hand(x, *, threshold, alpha, b=None, dt=1.0):
 )
 def test_equations_against_a_loop_over_numbers(x, threshold, alpha, leaky):
     dt, tau = 0.25, 1.5
-    neuron = RateLIF(threshold=threshold, alpha=alpha, dt=dt, tau=tau) if leaky else RateIF(threshold=threshold, alpha=alpha)
+    neuron = (
+        RateLIF(threshold=threshold, alpha=alpha, dt=dt, tau=tau)
+        if leaky
+        else RateIF(threshold=threshold, alpha=alpha)
+    )
     more = {"b": math.exp(-dt / tau), "dt": dt} if leaky else {}
     expected, closest = by_hand(x, threshold=threshold, alpha=alpha, **more)
     if 0 < closest < 1e-9:
         return  # one rounding decides whether it fires
     got = run(neuron.double(), torch.tensor(x, dtype=torch.float64).view(-1, 1, 1))
-    assert got.flatten().tolist() == pytest.approx(expected, abs=1e-6)  # the threshold itself was rounded to fp32
+    assert got.flatten().tolist() == pytest.approx(
+        expected, abs=1e-6
+    )  # the threshold itself was rounded to fp32
 
 
 def exact(neuron: RateNeuron, threshold: float) -> RateNeuron:
@@ -84,8 +92,13 @@ def test_lif_rate_of_a_constant_input(share, alpha, dt, tau, steps):
     neuron = exact(RateLIF(threshold=threshold, alpha=alpha, dt=dt, tau=tau), threshold)
     x_TBC = torch.full((steps, 1, 1), share * height / gain, dtype=torch.float64)
     w = [b ** (steps - t) for t in range(1, steps + 1)]
-    rate = sum(w_t * out for w_t, out in zip(w, run(neuron, x_TBC).flatten().tolist(), strict=True)) / sum(w)
-    assert abs(rate - share * height) <= max(alpha, 1 - alpha) * height * (1 - b) / (1 - b**steps) + 1e-9
+    rate = sum(
+        w_t * out for w_t, out in zip(w, run(neuron, x_TBC).flatten().tolist(), strict=True)
+    ) / sum(w)
+    assert (
+        abs(rate - share * height)
+        <= max(alpha, 1 - alpha) * height * (1 - b) / (1 - b**steps) + 1e-9
+    )
 
 
 def mean_error(neuron: RateNeuron, steps: int) -> float:
@@ -126,8 +139,12 @@ def test_weighted_rates_are_the_weighted_mean():
         readout(x_TBK[:2])
         with pytest.raises(ValueError, match="all T steps must come at once; got a second slice"):
             readout(x_TBK[2:])
-    assert torch.equal(run(readout, x_TBK), run(readout, x_TBK))  # the next batch is a first slice again
-    assert all(isinstance(rate_readout(neuron), nn.Identity) for neuron in (RateIF(), LIF(), nn.ReLU()))
+    assert torch.equal(
+        run(readout, x_TBK), run(readout, x_TBK)
+    )  # the next batch is a first slice again
+    assert all(
+        isinstance(rate_readout(neuron), nn.Identity) for neuron in (RateIF(), LIF(), nn.ReLU())
+    )
 
 
 @pytest.mark.parametrize("make", [RateIF, RateLIF])
@@ -140,10 +157,14 @@ def test_slices_continue_one_another(make):
 
 
 def test_surrogate_gradients_of_one_step():
-    """out = height H(u / threshold - alpha): by x the surrogate alone, by the threshold the height of a spike beside it."""
+    """out = height H(u / threshold - alpha): by x the surrogate alone, by the threshold the height
+    of a spike beside it.
+    """
     x, threshold, alpha, dt = 3.0, 1.2, 0.5, 0.5
     b = math.exp(-dt)
-    neuron = exact(RateLIF(threshold=threshold, alpha=alpha, dt=dt, threshold_gradient=0.1), threshold)
+    neuron = exact(
+        RateLIF(threshold=threshold, alpha=alpha, dt=dt, threshold_gradient=0.1), threshold
+    )
     x_TBC = torch.full((1, 1, 1), x, dtype=torch.float64, requires_grad=True)
     with fresh_state(neuron):
         out = neuron(x_TBC)
@@ -153,7 +174,9 @@ def test_surrogate_gradients_of_one_step():
     assert psi > 0 and out.item() == pytest.approx(threshold / dt)
     assert x_TBC.grad is not None and neuron.threshold.grad is not None
     assert x_TBC.grad.item() == pytest.approx(threshold / dt * psi * (1 - b) / threshold)
-    assert neuron.threshold.grad.item() == pytest.approx(0.1 * (1 / dt + threshold / dt * psi * -u / threshold**2))
+    assert neuron.threshold.grad.item() == pytest.approx(
+        0.1 * (1 / dt + threshold / dt * psi * -u / threshold**2)
+    )
 
 
 def test_the_threshold_is_held_by_a_view():
@@ -169,7 +192,10 @@ def test_the_threshold_is_held_by_a_view():
 def test_it_is_a_neuron_as_others_are():
     model = nn.Sequential(RateIF(), copy.deepcopy(RateLIF()))
     assert [name for name, _ in named_neurons(model)] == ["0", "1"]
-    assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == [("0.threshold", (1,)), ("1.threshold", (1,))]
+    assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == [
+        ("0.threshold", (1,)),
+        ("1.threshold", (1,)),
+    ]
     assert model[1].threshold_gradient == pytest.approx(0.0025)
     assert "alpha=0.3" in repr(model[1])
 
@@ -178,9 +204,18 @@ def test_it_is_a_neuron_as_others_are():
     ("build", "message"),
     [
         (lambda: RateIF(alpha=0), r"RateIF: alpha must be above 0 and at most 1; got alpha=0"),
-        (lambda: RateLIF(alpha=1.5), r"RateLIF: alpha must be above 0 and at most 1; got alpha=1\.5"),
-        (lambda: RateIF(threshold=0.001), r"RateIF: bound must be above 0 and at most the threshold; got bound=0\.01, thresh"),
-        (lambda: RateIF(threshold_gradient=-1), r"RateIF: threshold_gradient must be >= 0; got threshold_gradient=-1"),
+        (
+            lambda: RateLIF(alpha=1.5),
+            r"RateLIF: alpha must be above 0 and at most 1; got alpha=1\.5",
+        ),
+        (
+            lambda: RateIF(threshold=0.001),
+            r"RateIF: bound must be above 0 and at most the threshold; got bound=0\.01, thresh",
+        ),
+        (
+            lambda: RateIF(threshold_gradient=-1),
+            r"RateIF: threshold_gradient must be >= 0; got threshold_gradient=-1",
+        ),
         (lambda: RateLIF(dt=0), r"RateLIF: tau and dt must be > 0; got tau=1\.0, dt=0"),
     ],
 )

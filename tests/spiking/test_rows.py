@@ -30,7 +30,9 @@ def test_there_must_be_room(tasks, message):
 
 
 def test_each_synapse_has_its_number():
-    with pytest.raises(ValueError, match=r"who: rows must name one for each of first; got \(3, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"who: rows must name one for each of first; got \(3, 2\)"
+    ):
         Rows("HLOP", ((3, 2),)).check("who", {"first": Linear(5, 4)}, tasks=1)
 
 
@@ -41,5 +43,8 @@ def test_rows_grow_task_by_task_from_keys_of_their_own():
     assert not torch.equal(subspaces[0].new, subspaces[1].new)
     rows.grow("who", subspaces, task=1, key_of=lambda index: index)
     assert [(len(each.old), len(each.new), each.free) for each in subspaces] == [(2, 1, 0)] * 2
-    with pytest.raises(ValueError, match=r"who: rows must fit .* got 1 more for task 2, where synapse 0 has 0 directions left"):
+    with pytest.raises(
+        ValueError,
+        match=r"who: rows must fit .* got 1 more for task 2, where synapse 0 has 0 directions left",
+    ):
         rows.grow("who", subspaces, task=2, key_of=lambda index: index)

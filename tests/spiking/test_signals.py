@@ -57,7 +57,9 @@ def test_the_mean_jacobian_of_a_tanh_network_is_found():
     expected = network.expected_jacobian()
     found = learnt(network, 0.999)
     assert cosine(found.jacobian(0), expected) >= 0.95
-    assert 0.9 < float(found.jacobian(0).norm() / expected.norm()) < 1.1  # less by the smoothing, more by what noise is left
+    assert (
+        0.9 < float(found.jacobian(0).norm() / expected.norm()) < 1.1
+    )  # less by the smoothing, more by what noise is left
     assert abs(cosine(learnt(network, 0.0, updates=1000).jacobian(0), expected)) <= 0.3
     fixed = Fixed()
     fixed.signal(0, HIDDEN, e_BK=torch.zeros(1, OUTPUTS), o_BK=torch.zeros(1, OUTPUTS), z_BN=None)
@@ -71,7 +73,9 @@ def test_what_does_not_depend_on_the_noise_averages_out():
     for _ in range(batches):
         found.note(0, network.outputs(network.hidden()), network.draw(BATCH, HIDDEN))
     found.end_of_batch(lambda statistic: statistic)
-    spread = float(network.outputs(network.hidden()).square().mean().sqrt()) / math.sqrt(batches * BATCH)
+    spread = float(network.outputs(network.hidden()).square().mean().sqrt()) / math.sqrt(
+        batches * BATCH
+    )
     assert float(found.jacobian(0).square().mean().sqrt()) == pytest.approx(spread, rel=0.15)
 
 
@@ -86,7 +90,10 @@ def test_a_linear_network_gives_one_estimate_at_every_scale():
             found.note(0, (h_BN + scale * sign * z_BN) @ network.w2.T, sign * z_BN)
         found.end_of_batch(lambda statistic: statistic)
         estimates.append(found.jacobian(0))
-    assert all(torch.allclose(estimate, z_BN.T @ z_BN @ network.w2.T / BATCH, atol=1e-11) for estimate in estimates)
+    assert all(
+        torch.allclose(estimate, z_BN.T @ z_BN @ network.w2.T / BATCH, atol=1e-11)
+        for estimate in estimates
+    )
 
 
 def test_pairs_vary_less_than_two_single_points():
@@ -110,7 +117,10 @@ def test_pairs_vary_less_than_two_single_points():
 
 def test_the_correction_undoes_the_start_at_zero():
     found = MeanJacobian(momentum=0.9999, scale=SCALE)
-    z_BN, o_BK = torch.ones(1, 4, dtype=torch.float64), torch.arange(3.0, dtype=torch.float64)[None] + 1
+    z_BN, o_BK = (
+        torch.ones(1, 4, dtype=torch.float64),
+        torch.arange(3.0, dtype=torch.float64)[None] + 1,
+    )
     for moves in range(1, 6001):
         found.note(0, o_BK, z_BN)
         if moves == 1:
@@ -118,7 +128,9 @@ def test_the_correction_undoes_the_start_at_zero():
         found.end_of_batch(lambda statistic: statistic)
     estimate = z_BN.T @ o_BK / SCALE
     assert torch.allclose(found.jacobian(0), estimate, rtol=1e-10)
-    assert float(found.get_buffer("matrix_0").norm() / estimate.norm()) == pytest.approx(1 - 0.9999**6000, rel=1e-10)
+    assert float(found.get_buffer("matrix_0").norm() / estimate.norm()) == pytest.approx(
+        1 - 0.9999**6000, rel=1e-10
+    )
 
 
 def test_matrices_are_moved_by_the_mean_over_micro_batches_and_ranks():
@@ -164,12 +176,17 @@ def test_a_checkpoint_brings_the_sizes(build):
     second: Signals = build()
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.get_buffer("matrix_0"), first.get_buffer("matrix_0"))
-    with pytest.raises(ValueError, match=r"a layer must keep its size; got 7 units and 5 outputs at layer 0, .* \(6, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"a layer must keep its size; got 7 units and 5 outputs at layer 0, .* \(6, 5\)",
+    ):
         second.signal(0, 7, e_BK=e_BK, o_BK=e_BK, z_BN=noise([1, 2], 7, distribution="gaussian"))
     second.begin(torch.device("cpu"))
     assert "matrix_0" not in second.state_dict()
 
 
 def test_momentum_below_one():
-    with pytest.raises(ValueError, match="MeanJacobian: momentum must be at least 0 and below 1; got momentum=1"):
+    with pytest.raises(
+        ValueError, match="MeanJacobian: momentum must be at least 0 and below 1; got momentum=1"
+    ):
         MeanJacobian(momentum=1, scale=SCALE)

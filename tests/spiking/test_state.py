@@ -54,7 +54,10 @@ def test_nested_use_is_refused_and_leaves_the_first_intact():
     model = network()
     with fresh_state(model):
         model(torch.randn(2, 7, 3))
-        with pytest.raises(ValueError, match="leave the first fresh_state"), fresh_state(nn.Sequential(model)):
+        with (
+            pytest.raises(ValueError, match="leave the first fresh_state"),
+            fresh_state(nn.Sequential(model)),
+        ):
             pass
         assert state_bytes(model) > 0
 

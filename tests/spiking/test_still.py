@@ -1,4 +1,6 @@
-"""A still image against the same frames as a recording, which nothing takes for one: gradients, statistics, memory, counts."""
+"""A still image against the same frames as a recording, which nothing takes for one: gradients,
+statistics, memory, counts.
+"""
 
 import copy
 import itertools
@@ -65,7 +67,11 @@ def small(*, norm: bool = True) -> nn.Module:
     conv = Conv2d(2, 4, 3, padding=1)
     first = OncePerImage(conv, BatchNorm(4)) if norm else OncePerImage(conv)
     lif = {"leak": 0.7, "threshold": 0.4, "surrogate": Sigmoid()}
-    return lively(nn.Sequential(first, LIF(**lif), Conv2d(4, 4, 3, padding=1), LIF(**lif), Head(), Linear(4, 3)))
+    return lively(
+        nn.Sequential(
+            first, LIF(**lif), Conv2d(4, 4, 3, padding=1), LIF(**lif), Head(), Linear(4, 3)
+        )
+    )
 
 
 def first_of(model: nn.Module) -> OncePerImage:
@@ -102,9 +108,16 @@ def counted(model: nn.Module) -> Iterator[Counter[str]]:
 
 
 def trained(
-    rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor, *, cuts: tuple[int, ...] = (), step: int = 3
+    rule: Rule,
+    model: nn.Module,
+    x_TB: Tensor,
+    target_B: Tensor,
+    *,
+    cuts: tuple[int, ...] = (),
+    step: int = 3,
 ) -> dict[str, Tensor]:
-    """Gradients, buffers, loss and logits after one batch, whole or cut into micro-batches behind the rows of `cuts`.
+    """Gradients, buffers, loss and logits after one batch, whole or cut into micro-batches behind
+    the rows of `cuts`.
 
     Of HLOP, after a batch of each of two tasks.
     """
@@ -132,7 +145,9 @@ def trained(
     return found | {f"rule's {name}": buffer for name, buffer in rule.named_buffers()}
 
 
-def learn(rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, share=1.0, step=0, rows=(0, 6)) -> list[Objective]:
+def learn(
+    rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, share=1.0, step=0, rows=(0, 6)
+) -> list[Objective]:
     seen = []
     for objective in rule.objectives(model, x_TB, loss_of, step=step, rows=range(*rows)):
         if objective.backward is not None:
@@ -164,9 +179,12 @@ RULES: dict[str, Callable[[], Rule]] = {
     "HLOP, spiking": lambda: HLOP(SLTT(k=2), rows=((3, 3, 2),), lateral_steps=20),
     "HLOP of rates": lambda: HLOP(BPTT(), rows=((3, 3, 2),), learn_from="rates"),
 }
-# Of one image at T = 4: how often the first synapse is computed, and how often its weight meets a gradient (one that is computed
-# again, first by itself, then in what comes of it).
-COSTS = dict.fromkeys(RULES, (1, 1)) | {"BPTT recomputed": (2, 2), "OTTT-A, first traced": (STEPS, STEPS)}
+# Of one image at T = 4: how often the first synapse is computed, and how often its weight meets a
+# gradient (one that is computed again, first by itself, then in what comes of it).
+COSTS = dict.fromkeys(RULES, (1, 1)) | {
+    "BPTT recomputed": (2, 2),
+    "OTTT-A, first traced": (STEPS, STEPS),
+}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -183,7 +201,10 @@ def test_a_still_image_is_its_recording(name, cuts):
     assert distance(got, expected) < 1e-12
     calls, backwards = COSTS[name]
     tasks = 1 + name.startswith("HLOP")
-    assert counts == {"images": calls * tasks * len(target_B), "backwards": backwards * tasks * (len(cuts) + 1)}
+    assert counts == {
+        "images": calls * tasks * len(target_B),
+        "backwards": backwards * tasks * (len(cuts) + 1),
+    }
     assert state_bytes(model) == 0 and first_of(model).sharing is None
 
 
@@ -191,7 +212,9 @@ def test_two_weights_a_batch_compute_each_step():
     """OTTT-O: what is before the first neuron is another at each step."""
     x_BCHW, target_B = images()
     models = [small(norm=False) for _ in range(2)]
-    for model, x_TB in zip(models, (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous()), strict=True):
+    for model, x_TB in zip(
+        models, (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous()), strict=True
+    ):
         rule = OTTT(update="objective")
         rule.attach(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -208,14 +231,22 @@ def test_two_weights_a_batch_compute_each_step():
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_whichever_steps_learn(k):
-    """Steps without a graph come before, between and behind those that learn, as the draw has it."""
+    """Steps without a graph come before, between and behind those that learn, as the draw has
+    it.
+    """
     x_BCHW, target_B = images()
     drawn = set()
     for step in range(6):
         drawn.add(selected_steps(STEPS, k, seed=0, step=step))
         one, other = small(), small()
         got = trained(SLTT(k=k), one, repeat(x_BCHW, STEPS), target_B, step=step)
-        assert distance(got, trained(SLTT(k=k), other, repeat(x_BCHW, STEPS).contiguous(), target_B, step=step)) < 1e-12
+        assert (
+            distance(
+                got,
+                trained(SLTT(k=k), other, repeat(x_BCHW, STEPS).contiguous(), target_B, step=step),
+            )
+            < 1e-12
+        )
     assert len(drawn) > 2
 
 
@@ -231,9 +262,17 @@ def test_another_image_is_another_image():
     first, (x_BCHW, _) = first_of(small(norm=False)), images(2)
     one, other = repeat(x_BCHW, 3), repeat(-x_BCHW, 3)
     expected = first(one)[:1], first(other)[:1]
-    with fresh_state(first), computed_once(first, steps=3, backwards="one"), counted(first) as counts:
-        assert torch.equal(first(one[:1]), expected[0]) and torch.equal(first(one[1:2]), expected[0])
-        assert torch.equal(first(other[:1]), expected[1]) and torch.equal(first(one[2:]), expected[0])
+    with (
+        fresh_state(first),
+        computed_once(first, steps=3, backwards="one"),
+        counted(first) as counts,
+    ):
+        assert torch.equal(first(one[:1]), expected[0]) and torch.equal(
+            first(one[1:2]), expected[0]
+        )
+        assert torch.equal(first(other[:1]), expected[1]) and torch.equal(
+            first(one[2:]), expected[0]
+        )
     assert counts["images"] == 2 * len(x_BCHW)
 
 
@@ -255,12 +294,18 @@ def peaks(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("rule", "held"), [(SLTT, 2), (lambda: BPTT(truncate=1), 2), (lambda: BPTT(chunk=1), 1), (lambda: SLTT(k=1), 1)]
+    ("rule", "held"),
+    [(SLTT, 2), (lambda: BPTT(truncate=1), 2), (lambda: BPTT(chunk=1), 1), (lambda: SLTT(k=1), 1)],
 )
 def test_memory(rule, held):
-    """No more is kept for the backward than of a recording; what the slices share counts as state: y, and its gradient."""
+    """No more is kept for the backward than of a recording; what the slices share counts as state:
+    y, and its gradient.
+    """
     x_BCHW, target_B = images()
-    still, recording = (peaks(rule(), small(), x, target_B) for x in (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous()))
+    still, recording = (
+        peaks(rule(), small(), x, target_B)
+        for x in (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous())
+    )
     assert still[0] <= recording[0]
     y = 6 * 4 * 6 * 6 * 8
     assert still[1] - recording[1] == held * y
@@ -309,35 +354,64 @@ def test_a_batch_that_fails_leaves_nothing():
     assert first_of(model).sharing is None and state_bytes(model) == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- families
+# ----------------------------------------------------------------------------------------- families
 
 TINY = {"classes": 3, "in_channels": 2}
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[Callable[[], Rule], ...]]] = {
-    "QKFormer": (lambda: QKFormer(channels=8, depth=4, heads=1, **TINY), (BPTT, SLTT, lambda: SLTT(k=2))),
-    "QKFormer, over time": (lambda: QKFormer(channels=8, depth=4, heads=1, over="time", **TINY), (BPTT,)),
+    "QKFormer": (
+        lambda: QKFormer(channels=8, depth=4, heads=1, **TINY),
+        (BPTT, SLTT, lambda: SLTT(k=2)),
+    ),
+    "QKFormer, over time": (
+        lambda: QKFormer(channels=8, depth=4, heads=1, over="time", **TINY),
+        (BPTT,),
+    ),
     "QKFormer, sws": (
-        lambda: QKFormer(channels=16, depth=4, heads=1, shortcut="multiple", norm="sws", **TINY), (BPTT, SLTT, OTTT),
+        lambda: QKFormer(channels=16, depth=4, heads=1, shortcut="multiple", norm="sws", **TINY),
+        (BPTT, SLTT, OTTT),
     ),
-    "SEW": (lambda: SEWResNet(blocks=(1, 1), bottleneck=False, width=4, over="step", **TINY), (BPTT, SLTT)),
-    "Spiking": (
-        lambda: SEWResNet(blocks=(1, 1), bottleneck=False, width=4, shortcut="post_activation", **TINY), (BPTT,),
-    ),
-    "MS": (lambda: MSResNet(blocks=(1, 1), width=4, over="step", **TINY), (BPTT, SLTT)),
-    "MS, three": (lambda: MSResNet(blocks=(1, 1), width=4, stem="three", over="step", **TINY), (BPTT, SLTT)),
-    "VGG": (lambda: vgg_sws(3, in_channels=2, stages=((4,), (5,)), neuron=LIF(threshold=0.4)), (BPTT, SLTT, OTTT)),
-    "VGG, fed back": (lambda: vgg_sws_f(3, in_channels=2, stages=((4,), (5,)), neuron=LIF(threshold=0.4)), (BPTT, SLTT, OTTT)),
-    "NF": (lambda: nf_resnet18_small(3, in_channels=2, width=4, blocks=(1, 1)), (BPTT, SLTT, OTTT)),
-    "PreAct, imagenet": (
-        lambda: PreActResNet(blocks=(1,), width=4, stem="imagenet", head="rate", over="time", neuron=RateIF(), **TINY), (DSR,),
-    ),
-    "PreAct, small": (
-        lambda: PreActResNet(blocks=(1,), width=4, stem="small", head="linear", over="step", neuron=LIF(0.5), **TINY),
+    "SEW": (
+        lambda: SEWResNet(blocks=(1, 1), bottleneck=False, width=4, over="step", **TINY),
         (BPTT, SLTT),
     ),
-}  # fmt: skip
+    "Spiking": (
+        lambda: SEWResNet(
+            blocks=(1, 1), bottleneck=False, width=4, shortcut="post_activation", **TINY
+        ),
+        (BPTT,),
+    ),
+    "MS": (lambda: MSResNet(blocks=(1, 1), width=4, over="step", **TINY), (BPTT, SLTT)),
+    "MS, three": (
+        lambda: MSResNet(blocks=(1, 1), width=4, stem="three", over="step", **TINY),
+        (BPTT, SLTT),
+    ),
+    "VGG": (
+        lambda: vgg_sws(3, in_channels=2, stages=((4,), (5,)), neuron=LIF(threshold=0.4)),
+        (BPTT, SLTT, OTTT),
+    ),
+    "VGG, fed back": (
+        lambda: vgg_sws_f(3, in_channels=2, stages=((4,), (5,)), neuron=LIF(threshold=0.4)),
+        (BPTT, SLTT, OTTT),
+    ),
+    "NF": (lambda: nf_resnet18_small(3, in_channels=2, width=4, blocks=(1, 1)), (BPTT, SLTT, OTTT)),
+    "PreAct, imagenet": (
+        lambda: PreActResNet(
+            blocks=(1,), width=4, stem="imagenet", head="rate", over="time", neuron=RateIF(), **TINY
+        ),
+        (DSR,),
+    ),
+    "PreAct, small": (
+        lambda: PreActResNet(
+            blocks=(1,), width=4, stem="small", head="linear", over="step", neuron=LIF(0.5), **TINY
+        ),
+        (BPTT, SLTT),
+    ),
+}
 
 
-@pytest.mark.parametrize(("family", "rule"), [(name, rule) for name, (_, rules) in FAMILIES.items() for rule in rules])
+@pytest.mark.parametrize(
+    ("family", "rule"), [(name, rule) for name, (_, rules) in FAMILIES.items() for rule in rules]
+)
 def test_families(family, rule):
     def model() -> nn.Module:
         torch.manual_seed(3)
@@ -349,6 +423,10 @@ def test_families(family, rule):
         got = trained(rule(), one, repeat(x_BCHW, 3), target_B)
     assert counts == {"images": 4, "backwards": 1}
     expected = trained(rule(), other, repeat(x_BCHW, 3).contiguous(), target_B)
-    moved = [name for name, p in one.named_parameters() if any(p is q for q in first_of(one).parameters())]
+    moved = [
+        name
+        for name, p in one.named_parameters()
+        if any(p is q for q in first_of(one).parameters())
+    ]
     assert max(float(got[name].abs().max()) for name in moved) > 1e-4
     assert distance(got, expected) < 1e-12

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from pipeline.spiking import subspace as module
-from pipeline.spiking.subspace import SecondMoments, SpikingMoments, Subspace, in_spikes, orthonormal
+from pipeline.spiking.subspace import (
+    SecondMoments,
+    SpikingMoments,
+    Subspace,
+    in_spikes,
+    orthonormal,
+)
 
 CPU = torch.device("cpu")
 LEARNING = {"rate": 0.01, "momentum": 0.9, "iterations": 5}
@@ -69,7 +75,8 @@ def test_learning_is_the_published_rule_sample_by_sample(counts, scale):
 
 
 def test_the_rule_alone_makes_rows_orthonormal_where_they_have_inputs(monkeypatch):
-    """300 batches, never two the same, from as many directions as there are rows; a second task's from new ones beside the old.
+    """300 batches, never two the same, from as many directions as there are rows; a second task's
+    from new ones beside the old.
 
     Nothing is made orthonormal here but by the Hebbian rule, and the rows begin far from it.
     """
@@ -131,7 +138,9 @@ def test_single_precision_holds_what_it_can():
     assert (subspace.project(g) @ subspace.old.T).abs().max() < 2e-6 * g.norm(dim=1).max()
 
 
-@pytest.mark.parametrize("make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)])
+@pytest.mark.parametrize(
+    "make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)]
+)
 def test_moments_do_not_depend_on_how_a_batch_is_cut(make):
     subspace, x_NC = grown(9, 3, 4), double(24, 9)
     found = []
@@ -149,7 +158,9 @@ def test_moments_do_not_depend_on_how_a_batch_is_cut(make):
     two_ranks[1].mean(lambda statistic: (sums.pop(0) + statistic) / 2)
     found.append((two_ranks[1].drive(subspace), two_ranks[1].energy(subspace)))
     for drive, energy in found[1:]:
-        assert torch.allclose(drive, found[0][0], atol=1e-14) and torch.allclose(energy, found[0][1], atol=1e-14)
+        assert torch.allclose(drive, found[0][0], atol=1e-14) and torch.allclose(
+            energy, found[0][1], atol=1e-14
+        )
 
 
 def test_energy_is_what_the_rows_keep():
@@ -170,7 +181,9 @@ def test_spikes_of_lateral_neurons():
     moments.add(x_NC)
     moments.mean(lambda statistic: statistic)
     y_NK = (x_NC @ subspace.rows.T / 0.5).round() * 0.5
-    assert torch.allclose(moments.drive(subspace), (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:], atol=1e-14)
+    assert torch.allclose(
+        moments.drive(subspace), (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:], atol=1e-14
+    )
     exact = SecondMoments(subspace)
     exact.add(x_NC)
     exact.mean(lambda statistic: statistic)
@@ -184,7 +197,10 @@ def test_spikes_of_lateral_neurons():
 def test_rows_are_drawn_from_the_key_alone():
     states = torch.get_rng_state()
     assert torch.equal(grown(9, 3, 4).new, grown(9, 3, 4).new)
-    one, other = Subspace(9, dtype=torch.float64, device=CPU), Subspace(9, dtype=torch.float64, device=CPU)
+    one, other = (
+        Subspace(9, dtype=torch.float64, device=CPU),
+        Subspace(9, dtype=torch.float64, device=CPU),
+    )
     one.grow(3, key=1)
     other.grow(3, key=2**63 + 2)
     assert not torch.allclose(one.new, other.new, atol=0.1)
@@ -195,13 +211,17 @@ def test_a_checkpoint_brings_its_rows():
     before, fresh = grown(9, 3, 4), grown(9, 3)
     learn(before, double(20, 9))
     fresh.load_state_dict(before.state_dict())
-    assert all(torch.equal(value, before.state_dict()[name]) for name, value in fresh.state_dict().items())
+    assert all(
+        torch.equal(value, before.state_dict()[name]) for name, value in fresh.state_dict().items()
+    )
     learn(before, double(20, 9, seed=1))
     learn(fresh, double(20, 9, seed=1))
     assert torch.equal(fresh.new, before.new)
 
 
-@pytest.mark.parametrize("make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)])
+@pytest.mark.parametrize(
+    "make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)]
+)
 def test_of_silent_inputs_all_is_kept(make):
     subspace = grown(6, 2)
     moments = make(subspace)

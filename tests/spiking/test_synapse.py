@@ -53,11 +53,15 @@ def test_standardized_weights_and_their_gradients():
     conv = Conv2d(3, 5, 3, weights="standardized").double()
     nn.init.normal_(conv.gain)
     x = double(2, 2, 3, 6, 6)
-    reference = folded(lambda x_N: F.conv2d(x_N, standardized(conv.weight, conv.gain), conv.bias), x)
+    reference = folded(
+        lambda x_N: F.conv2d(x_N, standardized(conv.weight, conv.gain), conv.bias), x
+    )
     assert torch.allclose(conv(x), reference, atol=1e-13)
     upstream = torch.randn_like(reference)
     parameters = [conv.weight, conv.gain, conv.bias]
-    ours, expected = (torch.autograd.grad((y * upstream).sum(), parameters) for y in (conv(x), reference))
+    ours, expected = (
+        torch.autograd.grad((y * upstream).sum(), parameters) for y in (conv(x), reference)
+    )
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(ours, expected, strict=True))
 
 
@@ -65,7 +69,8 @@ def test_standardized_weights_keep_only_the_parameters():
     linear = Linear(50, 40, weights="standardized").double()
     with SavedBytes(linear) as saved:
         linear(double(1, 2, 50)).sum().backward()
-    # Beside the input, the effective weight that dL/dx would need is not kept for an input without gradient.
+    # Beside the input, the effective weight that dL/dx would need is not kept for an input without
+    # gradient.
     assert saved.peak < 40 * 50 * 8
 
 
@@ -106,7 +111,9 @@ def test_presynaptic_linear(shape, weights):
 @pytest.mark.parametrize("presynaptic", [None, torch.cos])
 @pytest.mark.parametrize("geometry", [None, *GEOMETRIES])
 def test_another_weight_carries_the_error_down(geometry, presynaptic):
-    synapse, carrier = (Linear(4, 6) if geometry is None else Conv2d(4, 6, **geometry) for _ in range(2))
+    synapse, carrier = (
+        Linear(4, 6) if geometry is None else Conv2d(4, 6, **geometry) for _ in range(2)
+    )
     synapse, carrier = synapse.double(), carrier.double()
     x = (double(3, 2, 4) if geometry is None else double(3, 2, 4, 9, 8)).requires_grad_()
     synapse.presynaptic = presynaptic
@@ -164,10 +171,17 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("weights", ["plain", "standardized"])
 @pytest.mark.parametrize("geometry", [None, *GEOMETRIES])
 def test_under_autocast_the_seams_are_the_plain_op_on_what_they_put_in_its_place(geometry, weights):
-    """Weights learn from the factor, the error goes down by the carrier, both in fp32: bf16 is within 1 % of that, and seen."""
+    """Weights learn from the factor, the error goes down by the carrier, both in fp32: bf16 is
+    within 1 % of that, and seen.
+    """
     torch.manual_seed(0)
     synapse, carrier = (
-        Linear(40, 6, weights=weights) if geometry is None else Conv2d(4, 6, **geometry, weights=weights) for _ in range(2)
+        (
+            Linear(40, 6, weights=weights)
+            if geometry is None
+            else Conv2d(4, 6, **geometry, weights=weights)
+        )
+        for _ in range(2)
     )
     x = (torch.randn(3, 8, 40) if geometry is None else torch.randn(3, 2, 4, 9, 8)).requires_grad_()
     plain, through_factor, through_carrier = synapse(x), synapse(x.detach().cos()), carrier(x)
@@ -208,10 +222,22 @@ def test_a_hook_on_the_weight_sees_the_factors_gradient():
             lambda: Linear(4, 3)(torch.zeros(2, 4)),
             r"Linear: the input must be time first, \[T, B, \.\.\., C\]; got shape \(2, 4\)",
         ),
-        (lambda: Conv2d(4, 3, 3)(torch.zeros(2, 4, 5, 5)), r"Conv2d: the input must be time first, .*\(2, 4, 5, 5\)"),
-        (lambda: Conv2d(4, 3, 3, padding="same"), r"Conv2d: padding must be a number of pixels; got padding='same'"),
-        (lambda: Linear(4, 3, weights="ws"), r"Linear: weights must be 'plain' or 'standardized'; got weights='ws'"),
-        (lambda: Conv2d(1, 3, 1, weights="standardized"), r"Conv2d: standardized weights need a fan-in of at least 2; got 1"),
+        (
+            lambda: Conv2d(4, 3, 3)(torch.zeros(2, 4, 5, 5)),
+            r"Conv2d: the input must be time first, .*\(2, 4, 5, 5\)",
+        ),
+        (
+            lambda: Conv2d(4, 3, 3, padding="same"),
+            r"Conv2d: padding must be a number of pixels; got padding='same'",
+        ),
+        (
+            lambda: Linear(4, 3, weights="ws"),
+            r"Linear: weights must be 'plain' or 'standardized'; got weights='ws'",
+        ),
+        (
+            lambda: Conv2d(1, 3, 1, weights="standardized"),
+            r"Conv2d: standardized weights need a fan-in of at least 2; got 1",
+        ),
     ],
 )
 def test_refuses(call, message):

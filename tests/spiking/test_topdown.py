@@ -20,9 +20,13 @@ def test_a_readout_is_the_identity_in_a_network_and_reads_averaged_places():
 
 
 def test_a_readout_refuses_what_it_cannot_read():
-    with pytest.raises(ValueError, match="Readout: classes must be a whole number >= 1; got classes=0"):
+    with pytest.raises(
+        ValueError, match="Readout: classes must be a whole number >= 1; got classes=0"
+    ):
         Readout(3, 0)
-    with pytest.raises(ValueError, match=r"Readout: needs 3 channels on 2 x 2 places; got shape \(1, 1, 2, 6, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"Readout: needs 3 channels on 2 x 2 places; got shape \(1, 1, 2, 6, 6\)"
+    ):
         Readout(3, 4, cells=2).logits(torch.zeros(1, 1, 2, 6, 6))
 
 
@@ -53,7 +57,10 @@ def test_a_neuron_that_was_not_run_is_missed():
     seam = TopDown(scale=0.2, inject="spikes", distribution="gaussian")
     neuron = LIF()
     neuron.gradient = seam
-    with fresh_state(neuron), pytest.raises(ValueError, match=r"run every neuron at every time step; .* has no spikes"):
+    with (
+        fresh_state(neuron),
+        pytest.raises(ValueError, match=r"run every neuron at every time step; .* has no spikes"),
+    ):
         seam.kept("spikes")
 
 
@@ -62,7 +69,9 @@ def test_streams_are_refused_by_name():
     x_TBC = torch.ones(1, 1, 2)
     a, b = model["a"](x_TBC), model["b"](x_TBC)
     refuse_streams("X", model, {"one": a * 2, "two": b, "none": x_TBC})
-    with pytest.raises(ValueError, match=r"^X: a stream .* got a\.(weight|bias) with a path to one and to two$"):
+    with pytest.raises(
+        ValueError, match=r"^X: a stream .* got a\.(weight|bias) with a path to one and to two$"
+    ):
         refuse_streams("X", model, {"one": a * 2, "two": a + b})
 
 

@@ -1,4 +1,6 @@
-"""Answers on disk: exact, written by several at a time, whole after a death, refused where damaged or too many."""
+"""Answers on disk: exact, written by several at a time, whole after a death, refused where damaged
+or too many.
+"""
 
 # B batch, K classes
 
@@ -77,7 +79,9 @@ def test_a_damaged_answer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("storage", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_rounded_answers_are_the_same_the_first_time(tmp_path: Path, storage: str, dtype: torch.dtype) -> None:
+def test_rounded_answers_are_the_same_the_first_time(
+    tmp_path: Path, storage: str, dtype: torch.dtype
+) -> None:
     index_B, logits_BK = answers(0, 4)
     first = kept(tmp_path, storage=storage).add(0, index_B, logits_BK)
     again = kept(tmp_path, storage=storage).find(0, index_B)
@@ -91,16 +95,26 @@ def test_a_run_that_would_not_fit_is_refused_before_it_begins(tmp_path: Path) ->
     size = record(K, "fp32").itemsize
     kept(mine).add(0, *answers(0, 4))
     kept(others).add(0, *answers(0, 6))
-    for answers_planned, limit, fits in ((4, 10.5, True), (4, 9.5, False), (8, 14.5, True), (8, 13.5, False)):
+    for answers_planned, limit, fits in (
+        (4, 10.5, True),
+        (4, 9.5, False),
+        (8, 14.5, True),
+        (8, 13.5, False),
+    ):
         cache = Cache(folder=tmp_path, limit_gb=limit * size / 1e9)
         if fits:
             cache.check(mine, answers=answers_planned, classes=K)
         else:
-            with pytest.raises(ValueError, match=r"Cache: .* must hold .* GB, .* there already, .*; got limit_gb="):
+            with pytest.raises(
+                ValueError, match=r"Cache: .* must hold .* GB, .* there already, .*; got limit_gb="
+            ):
                 cache.check(mine, answers=answers_planned, classes=K)
 
 
-@pytest.mark.parametrize(("kwargs", "said"), [({"limit_gb": 0.0}, "limit_gb"), ({"limit_gb": 1.0, "storage": "int8"}, "storage")])
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [({"limit_gb": 0.0}, "limit_gb"), ({"limit_gb": 1.0, "storage": "int8"}, "storage")],
+)
 def test_refuses(kwargs: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Cache(folder=Path("x"), **kwargs)

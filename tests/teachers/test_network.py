@@ -19,7 +19,9 @@ from pipeline.teachers.network import NetworkTeacher, network_teacher
 
 def teacher(file: Path, *, hidden: Any = (8,), classes: int = 10, **more: Any) -> NetworkTeacher:
     model = spec(mlp, in_features=64, hidden=hidden, classes=classes)
-    return spec(network_teacher, model=model, weights=str(file), time_steps=3, **more).build(Synthetic(shape=(1, 8, 8)))
+    return spec(network_teacher, model=model, weights=str(file), time_steps=3, **more).build(
+        Synthetic(shape=(1, 8, 8))
+    )
 
 
 def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path: Path) -> None:
@@ -54,14 +56,26 @@ def test_in_bf16_it_answers_in_fp32_and_nearly_the_same(tmp_path: Path) -> None:
 def test_refuses(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(mlp(in_features=64, hidden=(8,)).state_dict(), file)
-    with pytest.raises(ValueError, match=r"network_teacher: the weights in .* must fit the model to the last key; got .* shape"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"network_teacher: the weights in .* must fit the model to the last key; got .* shape"
+        ),
+    ):
         teacher(file, hidden=(9,))
     save_file(mlp(in_features=64, hidden=(8,), classes=3).state_dict(), file)
-    with pytest.raises(ValueError, match="network_teacher: model and data must have the same classes; got 3 and 10"):
+    with pytest.raises(
+        ValueError, match="network_teacher: model and data must have the same classes; got 3 and 10"
+    ):
         teacher(file, classes=3)
     other = tmp_path / "other.safetensors"
     save_file(mlp(in_features=63, hidden=(8,)).state_dict(), other)
-    part = spec(network_teacher, model=spec(mlp, in_features=63, hidden=(8,)), weights=str(other), time_steps=3)
+    part = spec(
+        network_teacher,
+        model=spec(mlp, in_features=63, hidden=(8,)),
+        weights=str(other),
+        time_steps=3,
+    )
     for said, refused in (
         (
             r"network_teacher: the model must take the data's samples, 1 x 8 x 8; it does not",
@@ -69,7 +83,9 @@ def test_refuses(tmp_path: Path) -> None:
         ),
         (
             "network_teacher: time_steps must be a whole number >= 1; got time_steps=0",
-            lambda: spec(network_teacher, model=spec(mlp), weights="any", time_steps=0).build(Synthetic(shape=(1, 8, 8))),
+            lambda: spec(network_teacher, model=spec(mlp), weights="any", time_steps=0).build(
+                Synthetic(shape=(1, 8, 8))
+            ),
         ),
         (
             "shows no features, so no probe can be fitted",

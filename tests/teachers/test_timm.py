@@ -16,8 +16,12 @@ from pipeline.teachers.timm import TimmTeacher, timm_teacher
 from pipeline.teachers.weights import Untrained
 
 
-def teacher(*, classes: int = 1000, name: str = "test_efficientnet", shape: Any = (3, 16, 16), **more: Any) -> TimmTeacher:
-    return spec(timm_teacher, name=name, weights=spec(Untrained), **more).build(Synthetic(classes=classes, shape=shape))
+def teacher(
+    *, classes: int = 1000, name: str = "test_efficientnet", shape: Any = (3, 16, 16), **more: Any
+) -> TimmTeacher:
+    return spec(timm_teacher, name=name, weights=spec(Untrained), **more).build(
+        Synthetic(classes=classes, shape=shape)
+    )
 
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -38,7 +42,9 @@ def test_it_is_frozen_and_stays_in_eval_whatever_is_asked() -> None:
 def test_it_sees_what_timm_would_show_it() -> None:
     found = teacher(size=32)
     pixels = (X * 0.2 + 0.5).clamp(0, 1)
-    resized = nn.functional.interpolate(pixels, (32, 32), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    resized = nn.functional.interpolate(
+        pixels, (32, 32), mode="bicubic", align_corners=False, antialias=True
+    ).clamp(0, 1)
     own: Any = found.body.pretrained_cfg
     mean, std = (torch.tensor(own[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
@@ -79,7 +85,13 @@ def test_with_a_probe_it_answers_by_the_fitted_head() -> None:
 
 
 def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
-    changes: list[dict[str, Any]] = [{}, {"size": 64}, {"crop": 0.5}, {"precision": "bf16"}, {"name": "test_resnet"}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"size": 64},
+        {"crop": 0.5},
+        {"precision": "bf16"},
+        {"name": "test_resnet"},
+    ]
     found = [repr(teacher(**change).identity()) for change in changes]
     assert len(set(found)) == len(found)
     assert repr(teacher().identity()) == found[0]
@@ -88,13 +100,34 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"classes": 13}, "test_efficientnet answers for 1000 classes, the data has 13: it needs a probe, .*; got None"),
-        ({"name": "test_efficientnett"}, "name must be a model of timm .*; got 'test_efficientnett'; near it: test_efficientnet"),
-        ({"name": "test_efficientnet.r160_in1l"}, "test_efficientnet must have the tag 'r160_in1l'; timm .* knows r160_in1k"),
-        ({"name": "test_vit", "size": 96}, "size must be 1 or more, and 160 where test_vit knows no other; got 96"),
+        (
+            {"classes": 13},
+            (
+                "test_efficientnet answers for 1000 classes, the data has 13: it needs a probe, .*;"
+                " got None"
+            ),
+        ),
+        (
+            {"name": "test_efficientnett"},
+            "name must be a model of timm .*; got 'test_efficientnett'; near it: test_efficientnet",
+        ),
+        (
+            {"name": "test_efficientnet.r160_in1l"},
+            "test_efficientnet must have the tag 'r160_in1l'; timm .* knows r160_in1k",
+        ),
+        (
+            {"name": "test_vit", "size": 96},
+            "size must be 1 or more, and 160 where test_vit knows no other; got 96",
+        ),
         ({"size": 0}, "size must be 1 or more"),
         ({"crop": 1.5}, "crop must be a share"),
-        ({"shape": (4, 2, 16, 16)}, r"must be shown still pictures, RGB or grey, .*; got Synthetic of shape \(4, 2, 16, 16\)"),
+        (
+            {"shape": (4, 2, 16, 16)},
+            (
+                r"must be shown still pictures, RGB or grey, .*; got Synthetic of shape \(4, 2, 16,"
+                r" 16\)"
+            ),
+        ),
     ],
 )
 def test_refuses(changes: dict[str, Any], said: str) -> None:

@@ -1,4 +1,6 @@
-"""A run that never trained: its folder and journal, and one MLflow store for all tests (its schema takes seconds)."""
+"""A run that never trained: its folder and journal, and one MLflow store for all tests (its schema
+takes seconds).
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,21 @@ class FakeRun:
 def write_suite(folder: Path, *runs: Path) -> None:
     """A suite's folder, as far as its runs are known from it."""
     folder.mkdir(exist_ok=True)
-    children: list[dict[str, Any]] = [{"run": run.name, "recipe": {"version": 1, "recipe": {"name": run.name}}} for run in runs]
+    children: list[dict[str, Any]] = [
+        {"run": run.name, "recipe": {"version": 1, "recipe": {"name": run.name}}} for run in runs
+    ]
     (folder / "suite.json").write_text(json.dumps({"version": 1, "children": children}))
 
 
 def steps(journal: Journal, first: int, after: int, *, scale: float = 1.0) -> None:
     for step in range(first, after):
-        journal.event("step", step=step, epoch=0, metrics={"loss": scale / (step + 1), "top1": 0.5}, memory_bytes=1000)
+        journal.event(
+            "step",
+            step=step,
+            epoch=0,
+            metrics={"loss": scale / (step + 1), "top1": 0.5},
+            memory_bytes=1000,
+        )
 
 
 @pytest.fixture

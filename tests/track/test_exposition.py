@@ -18,19 +18,43 @@ Event = dict[str, Any]
 
 
 def start(*, attempt: int = 0, step: int = 0, time: float = 100.0, **fields: Any) -> Event:
-    told = {"run": "a-run", "recipe": "sltt", "rule": "SLTT", "world_size": 2, "total_steps": 40, "step": step}
+    told = {
+        "run": "a-run",
+        "recipe": "sltt",
+        "rule": "SLTT",
+        "world_size": 2,
+        "total_steps": 40,
+        "step": step,
+    }
     return {"event": "start", "time": time, "attempt": attempt, **told, **fields}
 
 
 def step(number: int, *, time: float = 110.0, **metrics: Any) -> Event:
-    figures = {"loss": 1.5, "top1": 0.25, "images_per_s": 800.0, "lr": 0.1, "step_s": 0.5, "data_wait_s": 0.125, **metrics}
-    return {"event": "step", "time": time, "attempt": 0, "step": number, "metrics": figures, "memory_bytes": 2**30}
+    figures = {
+        "loss": 1.5,
+        "top1": 0.25,
+        "images_per_s": 800.0,
+        "lr": 0.1,
+        "step_s": 0.5,
+        "data_wait_s": 0.125,
+        **metrics,
+    }
+    return {
+        "event": "step",
+        "time": time,
+        "attempt": 0,
+        "step": number,
+        "metrics": figures,
+        "memory_bytes": 2**30,
+    }
 
 
 def values(text: str) -> dict[str, float]:
     """Name and state to value, as Prometheus' own parser reads the text."""
     return {
-        f"{sample.name}.{sample.labels['state']}" if "state" in sample.labels else sample.name: sample.value
+        (
+            f"{sample.name}.{sample.labels['state']}" if "state" in sample.labels else sample.name
+        ): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -56,18 +80,36 @@ def test_nothing_before_its_first_attempt_has_begun():
 
 
 def test_what_has_not_been_told_is_left_out():
-    assert not [name for name in values(exposition([start()])) if "loss" in name or "checkpoint" in name]
+    assert not [
+        name for name in values(exposition([start()])) if "loss" in name or "checkpoint" in name
+    ]
 
 
 def test_evaluations_and_checkpoints():
-    evaluation = {"event": "evaluation", "time": 130.0, "step": 20, "metrics": {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125}}
-    checkpoint = {"event": "checkpoint", "time": 131.0, "step": 20, "path": "p", "stall_s": 0.25, "write_s": 0.5, "bytes": 10}
+    evaluation = {
+        "event": "evaluation",
+        "time": 130.0,
+        "step": 20,
+        "metrics": {"top1": 0.75, "loss": 0.5, "firing_rate": 0.125},
+    }
+    checkpoint = {
+        "event": "checkpoint",
+        "time": 131.0,
+        "step": 20,
+        "path": "p",
+        "stall_s": 0.25,
+        "write_s": 0.5,
+        "bytes": 10,
+    }
 
     told = values(exposition([start(), step(20), evaluation, checkpoint]))
     assert told["spiketrain_evaluation_top1_ratio"] == 0.75
     assert told["spiketrain_evaluation_loss"] == 0.5 and told["spiketrain_loss"] == 1.5
     assert told["spiketrain_firing_rate"] == 0.125
-    assert told["spiketrain_checkpoint_step"] == 20 and told["spiketrain_checkpoint_timestamp_seconds"] == 131.0
+    assert (
+        told["spiketrain_checkpoint_step"] == 20
+        and told["spiketrain_checkpoint_timestamp_seconds"] == 131.0
+    )
     assert told["spiketrain_checkpoint_seconds"] == 0.5
 
 
@@ -87,12 +129,22 @@ def test_a_restart_counts_and_goes_back_to_its_checkpoint():
 
 
 @pytest.mark.parametrize(
-    ("kind", "state"), [("finish", "finished"), ("stopped", "stopped"), ("failed", "failed"), ("diverged", "diverged")]
+    ("kind", "state"),
+    [
+        ("finish", "finished"),
+        ("stopped", "stopped"),
+        ("failed", "failed"),
+        ("diverged", "diverged"),
+    ],
 )
 def test_one_state_at_a_time(kind: str, state: str):
     last = {"event": kind, "time": 150.0, "attempt": 0, "step": 20}
 
-    told = {name: value for name, value in values(exposition([start(), step(20), last])).items() if "state." in name}
+    told = {
+        name: value
+        for name, value in values(exposition([start(), step(20), last])).items()
+        if "state." in name
+    }
     assert [name for name, value in told.items() if value] == [f"spiketrain_state.{state}"]
     assert len(told) == 5
     resumed = values(exposition([start(), last, start(attempt=1, time=160.0)]))
@@ -120,7 +172,12 @@ def test_labels_are_escaped():
 
 
 def test_the_newest_events_are_enough():
-    events = [start(), *(step(n) for n in range(1, 30)), {"event": "stopped", "time": 1.0, "step": 29}, start(attempt=1, step=29)]
+    events = [
+        start(),
+        *(step(n) for n in range(1, 30)),
+        {"event": "stopped", "time": 1.0, "step": 29},
+        start(attempt=1, step=29),
+    ]
 
     assert len(newest(events)) == 3
     assert exposition(newest(events)) == exposition(events)
@@ -136,13 +193,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def test_a_file_is_replaced_at_once_and_readable_for_the_collector(tmp_path: Path, folder: Path) -> None:
+def test_a_file_is_replaced_at_once_and_readable_for_the_collector(
+    tmp_path: Path, folder: Path
+) -> None:
     exposed, seen, done = Exposed(tmp_path / "a-run", pytest.fail), set[str](), threading.Event()
     events = [[start(), *[step(n, loss=loss)]] for n, loss in ((1, 1.0), (2, 2.0))]
 
     def scrape() -> None:
         while not done.is_set():
-            seen.update(path.read_text() for path in folder.iterdir() if path.name.endswith(".prom"))
+            seen.update(
+                path.read_text() for path in folder.iterdir() if path.name.endswith(".prom")
+            )
 
     reader = threading.Thread(target=scrape)
     umask = os.umask(0o077)
@@ -167,10 +228,16 @@ def test_a_run_that_goes_on_tells_what_its_journal_had_said(tmp_path: Path, fold
     journal.event("step", step=3, metrics={"loss": 0.5})
     exposed.show(read(run / "journal.jsonl")[1:])
     found = values((folder / "a-run.prom").read_text())
-    assert (found["spiketrain_total_steps"], found["spiketrain_loss"], found["spiketrain_step"]) == (40, 0.5, 3)
+    assert (
+        found["spiketrain_total_steps"],
+        found["spiketrain_loss"],
+        found["spiketrain_step"],
+    ) == (40, 0.5, 3)
 
 
-def test_nothing_is_written_where_nobody_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_where_nobody_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SPIKETRAIN_METRICS", raising=False)
     Exposed(tmp_path, pytest.fail).show([start()])
     assert not list(tmp_path.iterdir())

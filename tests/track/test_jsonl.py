@@ -88,7 +88,9 @@ def test_a_torn_last_line_is_skipped_and_the_next_attempt_begins_on_a_fresh_one(
         assert b"\n\n" not in path.read_bytes()
 
 
-def test_a_short_write_is_an_error_and_spoils_one_line_only(path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_short_write_is_an_error_and_spoils_one_line_only(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
     journal = Journal(path, attempt=0)
     write = os.write
     with monkeypatch.context() as patch:
@@ -216,7 +218,13 @@ def test_an_event_costs_less_than_a_millisecond(path: Path):
     times = []
     for step in range(200):
         before = time.perf_counter()
-        journal.event("step", step=step, epoch=0, metrics={f"metric{i}": 0.1 * i for i in range(12)}, memory_bytes=10**9)
+        journal.event(
+            "step",
+            step=step,
+            epoch=0,
+            metrics={f"metric{i}": 0.1 * i for i in range(12)},
+            memory_bytes=10**9,
+        )
         times.append(time.perf_counter() - before)
     assert sorted(times)[100] < 1e-3
 
@@ -244,7 +252,14 @@ def test_a_long_journal_is_thinned_and_what_came_before_another_event_stays(path
     path.write_bytes(path.read_bytes() + b'{"event": "step", "ti')
     found = read_thinned(path, "step", every=4)
     assert [(event["event"], event["step"]) for event in found] == [
-        ("start", 0), ("step", 4), ("step", 8), ("step", 10),
-        ("start", 8), ("step", 10), ("step", 12), ("evaluation", 12), ("step", 13),
-    ]  # fmt: skip
+        ("start", 0),
+        ("step", 4),
+        ("step", 8),
+        ("step", 10),
+        ("start", 8),
+        ("step", 10),
+        ("step", 12),
+        ("evaluation", 12),
+        ("step", 13),
+    ]
     assert read_thinned(path, "step", every=1) == read(path)

@@ -36,7 +36,9 @@ def find(uri: str, run: FakeRun) -> Any:
     client = connect(uri)
     experiment = client.get_experiment_by_name(run.family)
     assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id], f"tags.`spiketrain.run_id` = '{run.run_id}'")
+    (found,) = client.search_runs(
+        [experiment.experiment_id], f"tags.`spiketrain.run_id` = '{run.run_id}'"
+    )
     return client.get_run(found.info.run_id)
 
 
@@ -46,7 +48,10 @@ def artifacts(run: Any) -> Path:
 
 
 def history(uri: str, run: FakeRun, key: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in connect(uri).get_metric_history(find(uri, run).info.run_id, key)]
+    return [
+        (point.step, point.value)
+        for point in connect(uri).get_metric_history(find(uri, run).info.run_id, key)
+    ]
 
 
 def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
@@ -55,7 +60,14 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         steps(journal, 0, 3)
         journal.event("evaluation", step=2, epoch=0, metrics={"top1": 0.7, "loss": math.nan})
         journal.event("epoch", step=2, epoch=0, metrics={"images_per_s": 100.0})
-        journal.event("checkpoint", step=2, path="checkpoints/step_00000002", stall_s=0.1, write_s=0.5, bytes=12)
+        journal.event(
+            "checkpoint",
+            step=2,
+            path="checkpoints/step_00000002",
+            stall_s=0.1,
+            write_s=0.5,
+            bytes=12,
+        )
         journal.event("skipped", reason="not finite", samples=8)
         journal.event("skipped", reason="not finite", samples=8)
         journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
@@ -69,10 +81,21 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert found.info.start_time <= found.info.end_time
     assert found.data.params == {"optimizer.lr": "0.05", "epochs": "2"}
     tags = found.data.tags
-    expected = {"rule": "SLTT", "seed": "3", "world_size": "2", "commit": "0123abcd", "study": run.study, "skipped_samples": "16"}
+    expected = {
+        "rule": "SLTT",
+        "seed": "3",
+        "world_size": "2",
+        "commit": "0123abcd",
+        "study": run.study,
+        "skipped_samples": "16",
+    }
     assert {name: tags[f"spiketrain.{name}"] for name in expected} == expected
     assert tags["hardware.cpu"] == "a cpu"
-    assert history(sqlite_store, run, "train/loss") == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+    assert history(sqlite_store, run, "train/loss") == [
+        (0, 1.0),
+        (1, 0.5),
+        (2, pytest.approx(1 / 3)),
+    ]
     assert history(sqlite_store, run, "train/memory_bytes") == [(0, 1000), (1, 1000), (2, 1000)]
     assert history(sqlite_store, run, "val/top1") == [(2, 0.7)]
     assert math.isnan(history(sqlite_store, run, "val/loss")[0][1])
@@ -80,22 +103,34 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert history(sqlite_store, run, "checkpoint/bytes") == [(2, 12)]
     assert history(sqlite_store, run, "checkpoint/stall_s") == [(2, 0.1)]
     assert history(sqlite_store, run, "summary/peak_saved_bytes") == [(3, 4096)]
-    times = [point.timestamp for point in connect(sqlite_store).get_metric_history(found.info.run_id, "train/loss")]
+    times = [
+        point.timestamp
+        for point in connect(sqlite_store).get_metric_history(found.info.run_id, "train/loss")
+    ]
     assert times[0] == pytest.approx(found.info.start_time, abs=1000)
 
     client = connect(sqlite_store)
     sent = {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
     assert {file.path for file in client.list_artifacts(found.info.run_id)} == sent
-    place = Path(sqlite_store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.family  # and not the working directory
-    assert (place / found.info.run_id / "artifacts" / "journal.jsonl").read_bytes() == journal.path.read_bytes()
+    place = (
+        Path(sqlite_store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.family
+    )  # and not the working directory
+    assert (
+        place / found.info.run_id / "artifacts" / "journal.jsonl"
+    ).read_bytes() == journal.path.read_bytes()
     parent = client.get_run(tags["mlflow.parentRunId"])
-    assert (parent.info.status, parent.data.tags["spiketrain.study_parent"]) == ("FINISHED", "f" * 32)
+    assert (parent.info.status, parent.data.tags["spiketrain.study_parent"]) == (
+        "FINISHED",
+        "f" * 32,
+    )
 
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=18)
     assert find(sqlite_store, run).info.end_time == found.info.end_time
 
 
-def test_the_protocol_of_a_search_is_a_tag_by_which_a_store_can_be_asked(fake_run: Callable, sqlite_store: str):
+def test_the_protocol_of_a_search_is_a_tag_by_which_a_store_can_be_asked(
+    fake_run: Callable, sqlite_store: str
+):
     run, shared = fake_run(), fake_run("shared")
     run.start(params={"protocol": "tuned", "tuned": '["optimizer.lr"]', "epochs": "2"}).close()
     shared.start().close()
@@ -135,10 +170,16 @@ def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_sto
         steps(journal, 2, 8, scale=100.0)
     # 2, 3, 4 again: neither delivered nor counted
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=9, already_there=15)
-    expected = [(step, pytest.approx((1.0 if step < 5 else 100.0) / (step + 1))) for step in range(8)]
+    expected = [
+        (step, pytest.approx((1.0 if step < 5 else 100.0) / (step + 1))) for step in range(8)
+    ]
     assert history(sqlite_store, run, "train/loss") == expected
     found = find(sqlite_store, run)
-    assert found.data.params == {"optimizer.lr": "0.05", "epochs": "2", "new": "1"}  # written once, MLflow says
+    assert found.data.params == {
+        "optimizer.lr": "0.05",
+        "epochs": "2",
+        "new": "1",
+    }  # written once, MLflow says
     assert found.data.tags["spiketrain.world_size"] == "4"
 
     other = fake_run("other")  # all of it at once gives the same
@@ -173,7 +214,9 @@ def test_status_follows_stop_and_resume(fake_run: Callable, sqlite_store: str):
     assert mirror.warning is None
 
 
-def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on(fake_run: Callable, sqlite_store: str):
+def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on(
+    fake_run: Callable, sqlite_store: str
+):
     run = fake_run()
 
     def told() -> list[str | None]:
@@ -193,8 +236,12 @@ def test_how_an_attempt_ended_is_not_said_of_a_run_that_went_on(fake_run: Callab
 
 
 @pytest.mark.parametrize("effect", ["before", "after"])
-def test_a_driver_may_die_at_any_call(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch, effect: str):
-    """Killed at the first call to MLflow, at the second, ... whether or not the call took effect; then another driver comes."""
+def test_a_driver_may_die_at_any_call(
+    fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch, effect: str
+):
+    """Killed at the first call to MLflow, at the second, ... whether or not the call took effect;
+    then another driver comes.
+    """
     fatal = 0
     while True:
         fatal += 1
@@ -213,14 +260,18 @@ def test_a_driver_may_die_at_any_call(fake_run: Callable, sqlite_store: str, mon
         sync(run.folder, uri=sqlite_store)
         assert [step for step, _ in history(sqlite_store, run, "train/loss")] == list(range(400))
         found = find(sqlite_store, run)
-        assert len(connect(sqlite_store).search_runs([found.info.experiment_id])) == 2  # the run and its parent
+        assert (
+            len(connect(sqlite_store).search_runs([found.info.experiment_id])) == 2
+        )  # the run and its parent
         assert found.info.status == "FINISHED"
         assert found.data.params["epochs"] == "2"
         assert found.data.tags["spiketrain.artifact.recipe.json"]
     assert fatal - 1 == len(count) == 11
 
 
-def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(fake_run: Callable, sqlite_store: str):
+def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(
+    fake_run: Callable, sqlite_store: str
+):
     run = fake_run()
     with run.start() as journal:
         steps(journal, 0, 2)
@@ -241,7 +292,9 @@ def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(fake_run:
 def an_hour_ago(path: Path) -> None:
     """Moves the times of a journal into the past."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines))
+    path.write_text(
+        "".join(json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines)
+    )
 
 
 def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_and_at_the_end(
@@ -269,29 +322,44 @@ def test_the_journal_is_sent_at_a_start_and_whenever_the_weights_are_looked_at_a
     assert kept()
     artifact = artifacts(delivery.run) / "journal.jsonl"
     artifact.write_text("as it is")
-    assert sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"  # not sent without need
+    assert (
+        sync(run.folder, uri=sqlite_store) and artifact.read_text() == "as it is"
+    )  # not sent without need
 
 
-def test_whoever_delivers_for_ever_is_not_waited_for(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
-    """As a `sync` that was stopped with Ctrl-Z in the middle: a suite that ends would keep its machines."""
+def test_whoever_delivers_for_ever_is_not_waited_for(
+    fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As a `sync` that was stopped with Ctrl-Z in the middle: a suite that ends would keep its
+    machines.
+    """
     monkeypatch.setattr(hierarchy, "PATIENCE_S", 0.5)
     run = fake_run()
     run.start().close()
     with (run.folder.parent / ".mlflow.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(
-            TrackingError, match=r"\.mlflow\.lock: another process still delivers to MLflow after 0 s; see who it is$"
+            TrackingError,
+            match=(
+                r"\.mlflow\.lock: another process still delivers to MLflow after 0 s; see who"
+                r" it is$"
+            ),
         ):
             sync(run.folder, uri=sqlite_store)
         threading.Timer(0.2, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
         assert sync(run.folder, uri=sqlite_store).delivered == 0
 
 
-def test_a_run_that_is_resumed_while_a_delivery_waits_its_turn_is_not_marked_killed(fake_run: Callable, sqlite_store: str):
+def test_a_run_that_is_resumed_while_a_delivery_waits_its_turn_is_not_marked_killed(
+    fake_run: Callable, sqlite_store: str
+):
     """As that of a driver that was killed, which begins at that moment."""
     run = fake_run()
     run.start().close()
-    with (run.folder.parent / ".mlflow.lock").open("ab") as turn, (run.folder / "driver.lock").open("wb") as driver:
+    with (
+        (run.folder.parent / ".mlflow.lock").open("ab") as turn,
+        (run.folder / "driver.lock").open("wb") as driver,
+    ):
         fcntl.flock(turn, fcntl.LOCK_EX)
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(sync, run.folder, uri=sqlite_store)
@@ -306,9 +374,18 @@ def test_a_run_that_is_resumed_while_a_delivery_waits_its_turn_is_not_marked_kil
 
 
 @pytest.mark.parametrize(
-    ("field", "name"), [("family", ".."), ("family", " . "), ("suite", ".."), ("suite", "../a-suite"), ("suite", "/a-suite")]
+    ("field", "name"),
+    [
+        ("family", ".."),
+        ("family", " . "),
+        ("suite", ".."),
+        ("suite", "../a-suite"),
+        ("suite", "/a-suite"),
+    ],
 )
-def test_a_journal_from_elsewhere_names_no_folder_elsewhere(fake_run: Callable, sqlite_store: str, field: str, name: str):
+def test_a_journal_from_elsewhere_names_no_folder_elsewhere(
+    fake_run: Callable, sqlite_store: str, field: str, name: str
+):
     run = fake_run()
     run.start(study_parent=uuid.uuid4().hex, **{field: name}).close()
     with pytest.raises(TrackingError, match=rf"{field} .*must be .* {re.escape(repr(name))}$"):
@@ -316,14 +393,18 @@ def test_a_journal_from_elsewhere_names_no_folder_elsewhere(fake_run: Callable, 
 
 
 def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, tmp_path: Path):
-    """`RUNNING` between two of them, too, while the suite is driven; and not finished before all of them are."""
+    """`RUNNING` between two of them, too, while the suite is driven; and not finished before all of
+    them are.
+    """
     suite, family = tmp_path / "runs" / "a-suite", uuid.uuid4().hex
     first, second = (fake_run(name, family=family) for name in ("one", "two"))
     write_suite(suite, first.folder, second.folder)
     about = {"study_parent": uuid.uuid4().hex, "suite": "a-suite"}
 
     def parent() -> tuple[str | None, str]:
-        found = connect(sqlite_store).get_run(find(sqlite_store, first).data.tags["mlflow.parentRunId"])
+        found = connect(sqlite_store).get_run(
+            find(sqlite_store, first).data.tags["mlflow.parentRunId"]
+        )
         return found.info.run_name, found.info.status
 
     with first.start(**about) as journal:
@@ -355,7 +436,9 @@ def test_a_parent_says_what_its_runs_say(fake_run: Callable, sqlite_store: str, 
 
 
 def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]:
-    """Interrupts the call with this number to MLflow that changes something; returns the (growing) list of calls."""
+    """Interrupts the call with this number to MLflow that changes something; returns the (growing)
+    list of calls.
+    """
     from mlflow import MlflowClient
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
@@ -374,7 +457,10 @@ def die_at_call(patch: pytest.MonkeyPatch, fatal: int, effect: str) -> list[str]
         return call
 
     changing = ("create_experiment", "create_run", "set_terminated", "log_artifact", "set_tag")
-    for owner, names in ((MlflowClient, changing), (SqlAlchemyStore, ("log_batch",))):  # the client cuts a batch in several
+    for owner, names in (
+        (MlflowClient, changing),
+        (SqlAlchemyStore, ("log_batch",)),
+    ):  # the client cuts a batch in several
         for name in names:
             patch.setattr(owner, name, dying(name, getattr(owner, name)))
     return calls
@@ -410,7 +496,9 @@ def test_many_deliverers_at_once(fake_run: Callable, sqlite_store: str):
 
 
 def test_interleaved_deliverers_agree(fake_run: Callable, sqlite_store: str):
-    """The slower one sends what the faster one has sent: the same points, which the store keeps once."""
+    """The slower one sends what the faster one has sent: the same points, which the store keeps
+    once.
+    """
     run = fake_run()
     with run.start() as journal:
         steps(journal, 0, 5)
@@ -442,15 +530,23 @@ def test_a_run_that_was_created_twice_is_one_run_again(fake_run: Callable, sqlit
         steps(journal, 0, 3)
     sync(run.folder, uri=sqlite_store)
     client = connect(sqlite_store)
-    client.create_run(find(sqlite_store, run).info.experiment_id, tags={"spiketrain.run_id": run.run_id})
+    client.create_run(
+        find(sqlite_store, run).info.experiment_id, tags={"spiketrain.run_id": run.run_id}
+    )
     sync(run.folder, uri=sqlite_store)
     assert len(history(sqlite_store, run, "train/loss")) == 3
 
 
 def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: str):
     run = fake_run()
-    with run.start(params={"augment[0].p": "x" * 9000}, rule="HLOP(OTTT)", hardware={"gpu#0": "y" * 9000}) as journal:
-        journal.event("evaluation", step=0, metrics={"top1@5%": 1, "flag": True, "text": "slow", "none": None, "inf": math.inf})
+    with run.start(
+        params={"augment[0].p": "x" * 9000}, rule="HLOP(OTTT)", hardware={"gpu#0": "y" * 9000}
+    ) as journal:
+        journal.event(
+            "evaluation",
+            step=0,
+            metrics={"top1@5%": 1, "flag": True, "text": "slow", "none": None, "inf": math.inf},
+        )
         journal.event("checkpoint", step=0)
         journal.event("invented", step=1, metrics={"x": 1})
     assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=2, already_there=0)
@@ -477,7 +573,7 @@ def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert tracking_uri("runs") == f"sqlite:///{tmp_path}/other.db"
 
 
-# --------------------------------------------------------------------------------------------------------- dead servers
+# ------------------------------------------------------------------------------------- dead servers
 
 
 def test_a_server_that_refuses_costs_the_run_nothing(fake_run: Callable):
@@ -514,9 +610,15 @@ def test_a_server_that_hangs_does_not_hold_the_driver(fake_run: Callable):
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # their number is that of seconds
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")  # a new server needs seconds for its first answer
+def test_a_server_that_hangs_dies_and_comes_back(
+    fake_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false"
+    )  # their number is that of seconds
+    monkeypatch.setenv(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "6"
+    )  # a new server needs seconds for its first answer
     run = fake_run()
     store, port = tmp_path / "server", free_port()
     store.mkdir()
@@ -527,7 +629,8 @@ def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: P
         server = start_server(store, port)
         try:
             assert wait_for(lambda: len(history(uri, run, "train/loss")) == 5)
-            # Requests are taken and time out; the server carries them out later, when they have been sent again.
+            # Requests are taken and time out; the server carries them out later, when they have
+            # been sent again.
             os.killpg(server.pid, signal.SIGSTOP)
             steps(journal, 5, 10)
             assert wait_for(lambda: mirror.warning is not None)
@@ -547,14 +650,30 @@ def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: P
             assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
             assert find(uri, run).info.status == "FINISHED"
             found = find(uri, run).info
-            assert {file.path for file in connect(uri).list_artifacts(found.run_id)} == {"recipe.json", "journal.jsonl"}
+            assert {file.path for file in connect(uri).list_artifacts(found.run_id)} == {
+                "recipe.json",
+                "journal.jsonl",
+            }
             best = run.checkpoint(20, score=0.25)
             assert register(run.folder, best, name="small", alias="best", uri=uri) == "1"
-            assert connect(uri).get_model_version_by_alias("small", "best").tags["uri"] == best.as_uri()
+            assert (
+                connect(uri).get_model_version_by_alias("small", "best").tags["uri"]
+                == best.as_uri()
+            )
             [seen] = open_store(uri).listed()
-            assert (seen.id, seen.experiment, seen.rule, seen.state) == (found.run_id, run.family, "SLTT", "FINISHED")
-            assert seen.newest * 1000 == found.end_time and open_store(uri).runs(run.study)[0].metrics["summary/top1"] == 0.25
-            assert [point.step for point in open_store(uri).history(seen.id, "train/loss", since=17)] == [18, 19]
+            assert (seen.id, seen.experiment, seen.rule, seen.state) == (
+                found.run_id,
+                run.family,
+                "SLTT",
+                "FINISHED",
+            )
+            assert (
+                seen.newest * 1000 == found.end_time
+                and open_store(uri).runs(run.study)[0].metrics["summary/top1"] == 0.25
+            )
+            assert [
+                point.step for point in open_store(uri).history(seen.id, "train/loss", since=17)
+            ] == [18, 19]
             assert open_store(uri).text(seen.id, "journal.jsonl") == journal.path.read_text()
             assert open_store(uri).text(seen.id, "summary.json") is None
         finally:
@@ -564,9 +683,16 @@ def test_a_server_that_hangs_dies_and_comes_back(fake_run: Callable, tmp_path: P
 
 def start_server(store: Path, port: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "artifacts")]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{store}/mlflow.db",
+        "--artifacts-destination",
+        str(store / "artifacts"),
+    ]
     with (store / "log").open("ab") as log:
-        server = subprocess.Popen(command, cwd=store, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            command, cwd=store, stdout=log, stderr=log, start_new_session=True
+        )
 
     def answers() -> bool:
         assert server.poll() is None, (store / "log").read_text()
@@ -595,8 +721,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 40.0) -> bool:
 
 
 @pytest.mark.parametrize("token", ["planted-token\n", "planted\ntoken"])
-def test_a_token_that_is_refused_is_not_said(fake_run: Callable, monkeypatch: pytest.MonkeyPatch, token: str):
-    """As of a file that ends in a newline: http.client's error, and requests', hold what they refuse."""
+def test_a_token_that_is_refused_is_not_said(
+    fake_run: Callable, monkeypatch: pytest.MonkeyPatch, token: str
+):
+    """As of a file that ends in a newline: http.client's error, and requests', hold what they
+    refuse.
+    """
     run = fake_run()
     run.start().close()
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)

@@ -1,4 +1,6 @@
-"""The note for people on where MLflow has a run: one that a power cut has torn ends nothing, and is written anew."""
+"""The note for people on where MLflow has a run: one that a power cut has torn ends nothing, and is
+written anew.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def test_storage_that_is_away_gives_none(tmp_path: Path) -> None:
     assert read_note(tmp_path) is None
 
 
-def test_a_torn_one_is_written_anew_and_a_whole_one_is_left_alone(fake_run: Callable, sqlite_store: str) -> None:
+def test_a_torn_one_is_written_anew_and_a_whole_one_is_left_alone(
+    fake_run: Callable, sqlite_store: str
+) -> None:
     run = fake_run()
     run.start().close()
     (run.folder / "mlflow.json").write_text("")

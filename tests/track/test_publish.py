@@ -56,28 +56,48 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
         register(run.folder, checkpoint, name="a/b", alias="best", uri=sqlite_store)
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(TrackingError, match="cannot be filled"):
-        register(run.folder, checkpoint, name="x", alias="best", uri=f"http://127.0.0.1:{free_port()}")
+        register(
+            run.folder, checkpoint, name="x", alias="best", uri=f"http://127.0.0.1:{free_port()}"
+        )
 
 
-def test_a_report_is_an_artifact_of_the_parent(fake_run: Callable, sqlite_store: str, tmp_path: Path):
+def test_a_report_is_an_artifact_of_the_parent(
+    fake_run: Callable, sqlite_store: str, tmp_path: Path
+):
     family, about = uuid.uuid4().hex, {"study_parent": uuid.uuid4().hex, "suite": "a-suite"}
     runs = [fake_run(name, family=family) for name in ("one", "two")]
     page, folders = tmp_path / "anything.html", [run.folder for run in runs]
     page.write_text("<html>é</html>")
-    assert log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store) == []  # none of them began
+    assert (
+        log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store) == []
+    )  # none of them began
     finished(runs[1], **about)
-    [parent] = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)  # before anything else was delivered
+    [parent] = log_report(
+        page, folders, name="report.html", told=TOLD, uri=sqlite_store
+    )  # before anything else was delivered
     sync(runs[1].folder, uri=sqlite_store)
     assert find(sqlite_store, runs[1]).data.tags["mlflow.parentRunId"] == parent
     page.write_text("<html>newer</html>")
-    assert log_report(page, folders[1:], name="report.html", told=TOLD, uri=sqlite_store) == [parent]
-    assert log_report(page, folders, name="report-study-x.html", told="another", uri=sqlite_store) == [parent]
+    assert log_report(page, folders[1:], name="report.html", told=TOLD, uri=sqlite_store) == [
+        parent
+    ]
+    assert log_report(
+        page, folders, name="report-study-x.html", told="another", uri=sqlite_store
+    ) == [parent]
     client = connect(sqlite_store)
-    assert {file.path for file in client.list_artifacts(parent)} == {"report.html", "report.json", "report-study-x.html"}
+    assert {file.path for file in client.list_artifacts(parent)} == {
+        "report.html",
+        "report.json",
+        "report-study-x.html",
+    }
     kept = artifacts(client.get_run(parent)) / "report.html"
-    assert kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == TOLD
+    assert (
+        kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == TOLD
+    )
     with pytest.raises(TrackingError, match="cannot be filled"):
-        log_report(page, folders, name="report.html", told=TOLD, uri=f"http://127.0.0.1:{free_port()}")
+        log_report(
+            page, folders, name="report.html", told=TOLD, uri=f"http://127.0.0.1:{free_port()}"
+        )
 
 
 @pytest.mark.parametrize("how", ["sync", "report", "died"])
@@ -101,24 +121,34 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
     store = open_store(sqlite_store)
     assert store.text(first, "report.json") == TOLD
     client.delete_run(first)
-    assert store.text(first, "report.json") is ServerStore(sqlite_store).text(first, "report.json") is None
+    assert (
+        store.text(first, "report.json")
+        is ServerStore(sqlite_store).text(first, "report.json")
+        is None
+    )
     if how == "sync":
         sync(folders[0], uri=sqlite_store)
     elif how == "died":
         with monkeypatch.context() as patch:
-            patch.setattr(type(client), "set_tag", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                type(client), "set_tag", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             with pytest.raises(KeyboardInterrupt):
                 sync(folders[0], uri=sqlite_store)
         for folder in folders:
             sync(folder, uri=sqlite_store)
     again = report()
-    assert again != first and {find(sqlite_store, run).data.tags["mlflow.parentRunId"] for run in runs} == {again}
+    assert again != first and {
+        find(sqlite_store, run).data.tags["mlflow.parentRunId"] for run in runs
+    } == {again}
     assert client.get_run(again).info.status == "FINISHED"
     told = Live(store).reports(store.runs(runs[0].study))
     assert [read.key for read in told] == [again[:8]] and store.text(again, "report.json") == TOLD
 
 
-def test_a_report_is_an_artifact_of_each_suite_that_its_runs_are_of(fake_run: Callable, sqlite_store: str, tmp_path: Path):
+def test_a_report_is_an_artifact_of_each_suite_that_its_runs_are_of(
+    fake_run: Callable, sqlite_store: str, tmp_path: Path
+):
     page, runs = tmp_path / "anything.html", [fake_run(name) for name in ("one", "two", "alone")]
     page.write_text("<html></html>")
     for run in runs[:2]:
@@ -128,7 +158,10 @@ def test_a_report_is_an_artifact_of_each_suite_that_its_runs_are_of(fake_run: Ca
     parents = log_report(page, [run.folder for run in runs], **about)
     assert len(set(parents)) == 2
     client = connect(sqlite_store)
-    assert all([file.path for file in client.list_artifacts(parent)] == ["report-study-x.html"] for parent in parents)
+    assert all(
+        [file.path for file in client.list_artifacts(parent)] == ["report-study-x.html"]
+        for parent in parents
+    )
     for run, parent in zip(runs, parents, strict=False):
         sync(run.folder, uri=sqlite_store)
         assert find(sqlite_store, run).data.tags["mlflow.parentRunId"] == parent

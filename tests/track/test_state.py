@@ -40,7 +40,10 @@ def test_a_driver_that_lives_and_one_that_was_killed(fake_run: Callable):
     run.start().close()
     lock = run.folder / "driver.lock"
     assert not is_driven(run.folder)
-    code = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+        " print(flush=True); time.sleep(60)"
+    )
     driver = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
     assert driver.stdout is not None
     driver.stdout.readline()

@@ -20,7 +20,9 @@ def sampled(folder: Path, count: int) -> None:
     sampler.close()
 
 
-def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(fake_run: Callable, sqlite_store: str):
+def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(
+    fake_run: Callable, sqlite_store: str
+):
     run = fake_run()
     with run.start() as journal:
         sampled(run.folder, 3)
@@ -33,13 +35,17 @@ def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(fake_r
     assert [sample["step"] for sample in samples] == list(range(len(samples)))
     assert [step for step, _ in history(sqlite_store, run, CPU)] == list(range(len(samples)))
     points = connect(sqlite_store).get_metric_history(find(sqlite_store, run).info.run_id, CPU)
-    assert [point.timestamp for point in points] == [int(sample["time"] * 1000) for sample in samples]
+    assert [point.timestamp for point in points] == [
+        int(sample["time"] * 1000) for sample in samples
+    ]
     names = {name for name in find(sqlite_store, run).data.metrics if name.startswith("system/")}
     assert names >= {CPU, "system/system_memory_usage_megabytes", "system/disk_usage_percentage"}
     assert all(0 <= point.value <= 100 for point in points)
 
 
-def test_it_can_be_switched_off_and_costs_a_short_run_nothing(fake_run: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_it_can_be_switched_off_and_costs_a_short_run_nothing(
+    fake_run: Callable, monkeypatch: pytest.MonkeyPatch
+):
     run = fake_run()
     Sampler(run.folder).close()
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")

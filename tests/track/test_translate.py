@@ -10,13 +10,22 @@ def step(number: int, **metrics: Any) -> dict[str, Any]:
 
 
 def sent(translation: Translation, *events: dict[str, Any]) -> list[tuple[str, int, float]]:
-    return [(point.key, point.step, point.value) for event in events for point in translation.points(event)]
+    return [
+        (point.key, point.step, point.value)
+        for event in events
+        for point in translation.points(event)
+    ]
 
 
 def test_the_first_value_of_a_step_counts_and_what_is_held_is_left_out():
     translation = Translation()
     translation.held = {"train/loss": 0}
-    events = [step(0, loss=3.0), step(1, loss=2.0), step(1, loss=9.0), step(2, loss="nan", ok=True, name="x")]
+    events = [
+        step(0, loss=3.0),
+        step(1, loss=2.0),
+        step(1, loss=9.0),
+        step(2, loss="nan", ok=True, name="x"),
+    ]
     points = sent(translation, *events)
     assert [point[:2] for point in points] == [("train/loss", 1), ("train/loss", 2)]
     assert points[0][2] == 2.0 and points[1][2] != points[1][2]
@@ -34,7 +43,9 @@ def checkpoint(number: int) -> dict[str, Any]:
 def test_an_evaluation_of_weights_that_were_given_up_is_sent_as_it_was_measured_anew():
     """Saving finds that the workers' weights differ, and goes back."""
     translation = Translation()
-    assert sent(translation, evaluation(8, 0.3), checkpoint(5)) == []  # of an earlier step, whose writing took until now
+    assert (
+        sent(translation, evaluation(8, 0.3), checkpoint(5)) == []
+    )  # of an earlier step, whose writing took until now
     assert sent(translation, checkpoint(8)) == [("val/top1", 8, 0.3)]
     back = {"event": "rollback", "step": 15, "to": 8}
     assert sent(translation, evaluation(16, 0.9), back, {"event": "start", "step": 8}) == []
@@ -56,18 +67,30 @@ def test_what_is_measured_again_of_the_same_weights_is_sent_once_with_its_own_ti
 
 @pytest.mark.parametrize("end", ["finish", "diverged"])
 def test_the_end_of_a_run_sends_what_waits(end: str):
-    assert sent(Translation(), step(16), evaluation(16, 0.4), {"event": end}) == [("val/top1", 16, 0.4)]
+    assert sent(Translation(), step(16), evaluation(16, 0.4), {"event": end}) == [
+        ("val/top1", 16, 0.4)
+    ]
 
 
 def test_a_finish_is_a_summary_at_the_newest_step():
     translation = Translation()
     nested = {"forward": {"additions": 2.0, "who": "x"}}
-    finish = {"event": "finish", "steps": 7, "epochs": 2, "time": 2.0, "top 1!": 0.5, "rule": "SLTT", "operations": nested}
+    finish = {
+        "event": "finish",
+        "steps": 7,
+        "epochs": 2,
+        "time": 2.0,
+        "top 1!": 0.5,
+        "rule": "SLTT",
+        "operations": nested,
+    }
     expected = [("summary/top 1_", 7, 0.5), ("summary/operations/forward/additions", 7, 2.0)]
     assert sent(translation, step(6, loss=1.0), finish)[1:] == expected
 
 
-@pytest.mark.parametrize("address", ["/runs/a/checkpoints/step_00000008", "s3://bucket/a/step_00000008-x"])
+@pytest.mark.parametrize(
+    "address", ["/runs/a/checkpoints/step_00000008", "s3://bucket/a/step_00000008-x"]
+)
 def test_the_newest_checkpoint_is_a_tag_with_its_uri(address: str):
     uri = address if "://" in address else f"file://{address}"
     assert Translation().tags({**checkpoint(8), "path": address}) == {"spiketrain.checkpoint": uri}
@@ -76,15 +99,29 @@ def test_the_newest_checkpoint_is_a_tag_with_its_uri(address: str):
 def test_tags_count_what_was_lost():
     translation = Translation()
     lost = {"event": "skipped", "samples": 8}
-    assert [translation.tags(lost) for _ in range(2)] == [{"spiketrain.skipped_samples": count} for count in ("8", "16")]
+    assert [translation.tags(lost) for _ in range(2)] == [
+        {"spiketrain.skipped_samples": count} for count in ("8", "16")
+    ]
     assert translation.tags({"event": "quarantine"}) == {"spiketrain.quarantined_checkpoints": "1"}
-    start = translation.tags({"event": "start", "rule": "SLTT", "commit": "ab", "hardware": {"a cpu!": 1}, "attempt": 2})
-    assert start.items() >= {"spiketrain.rule": "SLTT", "hardware.a cpu_": "1", "spiketrain.attempt": "2"}.items()
+    start = translation.tags(
+        {"event": "start", "rule": "SLTT", "commit": "ab", "hardware": {"a cpu!": 1}, "attempt": 2}
+    )
+    assert (
+        start.items()
+        >= {
+            "spiketrain.rule": "SLTT",
+            "hardware.a cpu_": "1",
+            "spiketrain.attempt": "2",
+        }.items()
+    )
 
 
 @pytest.mark.parametrize(
     ("event", "expected"),
-    [({"event": "start", "params": {"a?": 7000 * "x"}}, {"a_": 6000 * "x"}), ({"event": "step", "params": {"a": 1}}, {})],
+    [
+        ({"event": "start", "params": {"a?": 7000 * "x"}}, {"a_": 6000 * "x"}),
+        ({"event": "step", "params": {"a": 1}}, {}),
+    ],
 )
 def test_parameters_come_with_a_start(event, expected):
     assert parameters(event) == expected

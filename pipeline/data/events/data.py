@@ -11,13 +11,15 @@ from pipeline.data.format import Arrays, layout
 
 
 class Events(FileData):
-    """Recordings as `steps` frames of `channels` x `size` x `size` counts: a sample's `shape` is (steps, channels, size, size).
+    """Recordings as `steps` frames of `channels` x `size` x `size` counts: a sample's `shape` is
+    (steps, channels, size, size).
 
     `steps`: T; it divides the slices of the file, and as many slices as make one step are summed.
     `channels`: 2 (off, on) or 1 (their sum).
-    `crop` of training recordings: "shift" moves the window by up to `reach` pixels (4), the same for all of a recording, and
-    nothing comes in; "none" leaves it. `flip`: "random" mirrors every second training recording, all of it; "never" none (a flip
-    makes another class of a direction or a digit).
+    `crop` of training recordings: "shift" moves the window by up to `reach` pixels (4), the same
+    for all of a recording, and nothing comes in; "none" leaves it. `flip`: "random" mirrors every
+    second training recording, all of it; "never" none (a flip makes another class of a direction or
+    a digit).
     `mean`, `std`: a value a channel, of the counts of one step; without them counts stay counts.
     `held_out`: as of Beton.
 
@@ -39,7 +41,9 @@ class Events(FileData):
         std: tuple[float, ...] | None = None,
         held_out: float = 0.0,
     ) -> None:
-        super().__init__(folder, classes=classes, shape=(steps, channels, size, size), held_out=held_out)
+        super().__init__(
+            folder, classes=classes, shape=(steps, channels, size, size), held_out=held_out
+        )
         self.crop, self.flip = crop, flip
         self.mean = (0.0,) * channels if mean is None else tuple(mean)
         self.std = (1.0,) * channels if std is None else tuple(std)
@@ -69,16 +73,24 @@ class Events(FileData):
 def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:
     """What the file holds of a recording, if `shape` can be made of it.
 
-    Raises: DataError for images, for frames of another size, and for a number of steps that does not divide their slices.
-    """
+    Raises: DataError for images, for frames of another size, and for a number of steps that does
+    not divide their slices."""
     stored = layout(path).kind
     steps, _, size, _ = shape
     if not isinstance(stored, Arrays) or len(stored.shape) != 4 or stored.shape[1] != 2:
-        raise DataError(f"Events: {path} must hold frames [slices, 2, H, W]; got {stored}; images are read by Beton")
+        raise DataError(
+            f"Events: {path} must hold frames [slices, 2, H, W]; got {stored}; images are read by"
+            " Beton"
+        )
     slices, _, *sides = stored.shape
     if sides != [size, size]:
-        raise DataError(f"Events: size must be the file's, {sides[0]}x{sides[1]} in {path}; got {size}")
+        raise DataError(
+            f"Events: size must be the file's, {sides[0]}x{sides[1]} in {path}; got {size}"
+        )
     if slices % steps:
         near = [str(each) for each in range(1, slices + 1) if slices % each == 0]
-        raise DataError(f"Events: steps must divide the {slices} slices of {path}: {', '.join(near)}; got {steps}")
+        raise DataError(
+            f"Events: steps must divide the {slices} slices of {path}: {', '.join(near)}; got"
+            f" {steps}"
+        )
     return stored

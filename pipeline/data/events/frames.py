@@ -2,14 +2,16 @@
 
     F[j, p, y, x] = number of events of polarity p at (y, x) in slice j        j = 0..slices-1
 
-By "time" the slices are equally long: j = floor((t - begin) slices / (end - begin)). By "number" they hold equally many events:
-the i-th of N events is in slice floor(i slices / N). Both nest: two neighbours of 2n slices make one of n, so a file that was
-written with many is read with any number that divides them.
+By "time" the slices are equally long: j = floor((t - begin) slices / (end - begin)). By "number"
+they hold equally many events: the i-th of N events is in slice floor(i slices / N). Both nest: two
+neighbours of 2n slices make one of n, so a file that was written with many is read with any number
+that divides them.
 
-A recording of another size than asked for is resized in one of two ways. "sum": an event at x falls on pixel
-floor(x size / width); counts stay whole and none is lost. "area": the mean count of the sensor's pixels beneath each pixel, in
-parts where they are beneath two of them; stored as float16. Its values do not grow with the sensor; nor do those of interpolated
-frames, which published recipes normalise.
+A recording of another size than asked for is resized in one of two ways. "sum": an event at x falls
+on pixel floor(x size / width); counts stay whole and none is lost. "area": the mean count of the
+sensor's pixels beneath each pixel, in parts where they are beneath two of them; stored as float16.
+Its values do not grow with the sensor; nor do those of interpolated frames, which published recipes
+normalise.
 """
 
 # N events of a recording, J slices, P polarities (0 off, 1 on), h w of the sensor, H W of a frame
@@ -76,13 +78,20 @@ class Framing:
             ("overflow", ("refuse", "saturate")),
         ):
             if getattr(self, name) not in choices:
-                raise DataError(f"write events: {name} must be {' or '.join(map(repr, choices))}; got {getattr(self, name)!r}")
+                raise DataError(
+                    f"write events: {name} must be {' or '.join(map(repr, choices))}; got"
+                    f" {getattr(self, name)!r}"
+                )
         if not 1 <= self.slices <= MOST_SLICES or self.size < 1:
             raise DataError(
-                f"write events: slices must be in 1..{MOST_SLICES}, size 1 or more; got slices={self.slices}, size={self.size}"
+                f"write events: slices must be in 1..{MOST_SLICES}, size 1 or more; got"
+                f" slices={self.slices}, size={self.size}"
             )
         if self.resize == "area" and (self.counts, self.overflow) != ("uint8", "refuse"):
-            raise DataError("write events: counts and overflow have no effect with resize='area', which stores float16")
+            raise DataError(
+                "write events: counts and overflow have no effect with resize='area', which stores"
+                " float16"
+            )
 
     @property
     def kind(self) -> Arrays:
@@ -92,7 +101,9 @@ class Framing:
     def __call__(self, recording: Recording) -> Encoded | Bad:
         try:
             stream = recording.events()
-            frames_JPHW = frames(stream, self.slices, self.size, by=self.frames_by, resize=self.resize)
+            frames_JPHW = frames(
+                stream, self.slices, self.size, by=self.frames_by, resize=self.resize
+            )
         except (OSError, ValueError) as error:
             return Bad(str(error))
         stored_JPHW, beyond = _stored(frames_JPHW, self.kind.dtype)
@@ -104,7 +115,9 @@ class Framing:
         return Encoded(stored_JPHW.tobytes(), {}, {"events": len(stream.t_N), "saturated": beyond})
 
 
-def frames(stream: Stream, slices: int, size: int, *, by: By = "time", resize: Resize = "sum") -> NDArray[np.float64]:
+def frames(
+    stream: Stream, slices: int, size: int, *, by: By = "time", resize: Resize = "sum"
+) -> NDArray[np.float64]:
     """The counts of a recording: [J,P,H,W], H = W = size.
 
     Raises: DataError for a recording without events, and for events outside the sensor or the span.
@@ -124,7 +137,13 @@ def frames(stream: Stream, slices: int, size: int, *, by: By = "time", resize: R
     counts_JPhw = counts.reshape(slices, 2, height, width)
     if resize == "sum":
         return counts_JPhw
-    return np.einsum("Yh,jphw,Xw->jpYX", _covered(height, size), counts_JPhw, _covered(width, size), optimize=True)
+    return np.einsum(
+        "Yh,jphw,Xw->jpYX",
+        _covered(height, size),
+        counts_JPhw,
+        _covered(width, size),
+        optimize=True,
+    )
 
 
 def in_order(
@@ -138,7 +157,9 @@ def in_order(
 ) -> Stream:
     """The events sorted by time; those of one moment in the order in which they were given."""
     order_N = np.argsort(t_N, kind="stable")
-    return Stream(t_N[order_N], y_N[order_N], x_N[order_N], p_N[order_N], (sensor[0], sensor[1]), span)
+    return Stream(
+        t_N[order_N], y_N[order_N], x_N[order_N], p_N[order_N], (sensor[0], sensor[1]), span
+    )
 
 
 def _check(stream: Stream) -> None:
@@ -152,20 +173,30 @@ def _check(stream: Stream) -> None:
         ("t", stream.t_N, begin, end - 1),
     ):
         if values_N.min() < low or values_N.max() > high:
-            raise DataError(f"{name} of its events must be in {low}..{high}; got {values_N.min()} to {values_N.max()}")
+            raise DataError(
+                f"{name} of its events must be in {low}..{high}; got {values_N.min()} to"
+                f" {values_N.max()}"
+            )
     if np.any(np.diff(stream.t_N) < 0):
         raise DataError("its events must be in order of time")
 
 
 def _covered(sensor: int, size: int) -> NDArray[np.float64]:
-    """The share of each of `size` equal parts of a line that each of `sensor` pixels makes up: [size, sensor], rows sum to 1."""
+    """The share of each of `size` equal parts of a line that each of `sensor` pixels makes up:
+    [size, sensor], rows sum to 1.
+    """
     edges = np.arange(size + 1) * sensor / size
-    low, high = np.maximum(edges[:-1, None], np.arange(sensor)), np.minimum(edges[1:, None], np.arange(1, sensor + 1))
+    low, high = (
+        np.maximum(edges[:-1, None], np.arange(sensor)),
+        np.minimum(edges[1:, None], np.arange(1, sensor + 1)),
+    )
     return np.maximum(0.0, high - low) * size / sensor
 
 
 def _stored(frames_JPHW: NDArray[np.float64], dtype: str) -> tuple[NDArray[np.generic], int]:
-    """The counts in the type of the file, and how many did not fit it and were cut to its largest."""
+    """The counts in the type of the file, and how many did not fit it and were cut to its
+    largest.
+    """
     kind = np.dtype(dtype)
     most = float(np.finfo(kind).max) if kind.kind == "f" else np.iinfo(kind).max
     beyond = int(np.count_nonzero(frames_JPHW > most))

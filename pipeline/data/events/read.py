@@ -1,7 +1,8 @@
-"""From the counts of a file to float32 [B,T,C,S,S], in one compiled loop: sum slices, shift, mirror, normalise.
+"""From the counts of a file to float32 [B,T,C,S,S], in one compiled loop: sum slices, shift,
+mirror, normalise.
 
-A recording moves and mirrors as one: its random numbers are drawn once, from (seed, epoch, sample), as those of images.
-"""
+A recording moves and mirrors as one: its random numbers are drawn once, from (seed, epoch, sample),
+as those of images."""
 
 # B batch, T time, C polarities of the output, S pixels a side
 
@@ -31,13 +32,24 @@ class DecodeEvents(Decoder):
         parallel: bool,
     ) -> None:
         word = np.dtype(stored.dtype).itemsize
-        options = np.array([stored.shape[0] // shape[0], stored.bytes, word, reach, int(flip)], np.int64)
+        options = np.array(
+            [stored.shape[0] // shape[0], stored.bytes, word, reach, int(flip)], np.int64
+        )
         how = (options, counts_of_words(stored.dtype), np.array([mean, std], np.float32))
-        super().__init__(name=Arrays.name, what="the frames", shape=shape, sample=sample, how=how, parallel=parallel)
+        super().__init__(
+            name=Arrays.name,
+            what="the frames",
+            shape=shape,
+            sample=sample,
+            how=how,
+            parallel=parallel,
+        )
 
 
 def counts_of_words(dtype: str) -> NDArray[np.float32]:
-    """The count that each stored word means: [256] or [65536]. (numba 0.68.1 does not compute with float16 on a CPU.)"""
+    """The count that each stored word means: [256] or [65536]. (numba 0.68.1 does not compute with
+    float16 on a CPU.)
+    """
     kind = np.dtype(dtype)
     words = np.arange(1 << 8 * kind.itemsize, dtype=f"<u{kind.itemsize}")
     return words.view(kind.newbyteorder("<")).astype(np.float32)

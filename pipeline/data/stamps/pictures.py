@@ -2,16 +2,19 @@
 
 Three packages of Debian 13 install the pictures; none comes with this program.
 
-    tuxpaint-stamps-default 2025.03.31-1        300 objects: photographs, cut out, with transparency around
-    mate-backgrounds 1.26.0-1                   12 grounds: photographs
-    plasma-workspace-wallpapers 4:6.3.4-1       13 grounds: its photographs (most of it is computer art)
+    tuxpaint-stamps-default 2025.03.31-1        300 objects: photographs, cut out, with transparency
+    around mate-backgrounds 1.26.0-1                   12 grounds: photographs
+    plasma-workspace-wallpapers 4:6.3.4-1       13 grounds: its photographs (most of it is computer
+    art)
 
-Licences: the stamps under GPL-2 and, by upstream's own notes, the public domain, GFDL and several of Creative Commons; the
-wallpapers under GPL-2 or later.
+Licences: the stamps under GPL-2 and, by upstream's own notes, the public domain, GFDL and several
+of Creative Commons; the wallpapers under GPL-2 or later.
 
-The evaluation sets of the splits share no object and no ground. The n objects of a class are ordered
+The evaluation sets of the splits share no object and no ground. The n objects of a class are
+ordered
 by a hash of their names. Split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1, with
-q = round(n / 4), and trains on all others; likewise the grounds. So every class stands in both parts
+q = round(n / 4), and trains on all others; likewise the grounds. So every class stands in both
+parts
 of each split, and the three evaluation sets together hold about three quarters of all objects, each
 once. Neither seed nor number of scenes changes it.
 
@@ -37,45 +40,97 @@ CHOICE = 3
 """the split to choose settings on"""
 IN_SO_MANY = 4  # one picture in so many evaluates
 
-# The folders of each class below tuxpaint/stamps, without the folders in them. With LEFT_OUT, in 2025.03.31-1:
+# The folders of each class below tuxpaint/stamps, without the folders in them. With LEFT_OUT, in
+# 2025.03.31-1:
 CLASSES: dict[str, tuple[str, ...]] = {
     "bird": ("animals/birds",),  # 35
-    "coin": tuple(f"symbols/money/{each}" for each in ("canadian/coins", "euro/coins", "japanese", "us/coins")),  # 26
+    "coin": tuple(
+        f"symbols/money/{each}" for each in ("canadian/coins", "euro/coins", "japanese", "us/coins")
+    ),  # 26
     "fish": ("animals/fish", "animals/shellfish"),  # 13, shellfish among them
     "flower": ("plants/flowers",),  # 24
     "fruit": ("food/fruit", "food/nuts"),  # 29
     "household": ("household", "household/dishes", "household/dishes/utensils", "hobbies"),  # 16
     "insect": ("animals/insects",),  # 8, a slug and a woodlouse among them
-    "instrument": tuple(f"hobbies/music/{each}" for each in ("brass", "percussion", "string", "wind")),  # 11
+    "instrument": tuple(
+        f"hobbies/music/{each}" for each in ("brass", "percussion", "string", "wind")
+    ),  # 11
     "mammal": (
         *("animals/mammals", "animals/marsupials"),
-        *(f"animals/mammals/{each}" for each in ("apes", "aquatic", "bears", "bovines", "camel", "cats", "deer", "dogs")),
+        *(
+            f"animals/mammals/{each}"
+            for each in ("apes", "aquatic", "bears", "bovines", "camel", "cats", "deer", "dogs")
+        ),
         *(f"animals/mammals/{each}" for each in ("equines", "lagomorphs", "rodents")),
     ),  # 65
-    "planet": ("space/solarsystem", "space/solarsystem/moon"),  # 13, the sun and three phases of the moon among them
+    "planet": (
+        "space/solarsystem",
+        "space/solarsystem/moon",
+    ),  # 13, the sun and three phases of the moon among them
     "tool": ("household/tools", "household/arttools", "medical"),  # 18
     "vegetable": ("food/vegetables", "food/spices", "plants/mushrooms"),  # 22
     "vehicle": (
         *("vehicles", "military/vehicles", "space"),
-        *(f"vehicles/{each}" for each in ("auto", "construction", "cycle", "emergency", "flight", "flight/planes")),
+        *(
+            f"vehicles/{each}"
+            for each in ("auto", "construction", "cycle", "emergency", "flight", "flight/planes")
+        ),
         *(f"vehicles/{each}" for each in ("locomotive", "masstransit", "race", "ship")),
     ),  # 20
 }
-# Beside what is left out by rule: pictures with an .svg of their name, which are drawings, and mirror images of another.
+# Beside what is left out by rule: pictures with an .svg of their name, which are drawings, and
+# mirror images of another.
 LEFT_OUT = frozenset(
     {
-        *("animals/mammals/echidna", "animals/mammals/hedgehog", "household/arttools/highlighter", "household/dishes/glass"),
+        *(
+            "animals/mammals/echidna",
+            "animals/mammals/hedgehog",
+            "household/arttools/highlighter",
+            "household/dishes/glass",
+        ),
         *("medical/tooth", "vehicles/7spoke256"),  # drawings
-        *("medical/bandage_adhesive", "space/spacewalk", "vehicles/wheel_tractor"),  # not of the class
-        *("food/nuts/walnut_shelled", "vehicles/emergency/sedan_police"),  # of 25 pixels; only a car's lights
+        *(
+            "medical/bandage_adhesive",
+            "space/spacewalk",
+            "vehicles/wheel_tractor",
+        ),  # not of the class
+        *(
+            "food/nuts/walnut_shelled",
+            "vehicles/emergency/sedan_police",
+        ),  # of 25 pixels; only a car's lights
     }
 )
 
-_NATURE = ("Aqua", "Blinds", "Dune", "FreshFlower", "Garden", "GreenMeadow", "LadyBird", "RainDrops", "Storm", "TwoWings", "Wood")
-_PHOTOS = ("BytheWater", "ColdRipple", "ColorfulCups", "DarkestHour", "EveningGlow", "FallenLeaf", "Grey", "Kite", "OneStandsOut")
+_NATURE = (
+    "Aqua",
+    "Blinds",
+    "Dune",
+    "FreshFlower",
+    "Garden",
+    "GreenMeadow",
+    "LadyBird",
+    "RainDrops",
+    "Storm",
+    "TwoWings",
+    "Wood",
+)
+_PHOTOS = (
+    "BytheWater",
+    "ColdRipple",
+    "ColorfulCups",
+    "DarkestHour",
+    "EveningGlow",
+    "FallenLeaf",
+    "Grey",
+    "Kite",
+    "OneStandsOut",
+)
 GROUNDS = {  # below /usr/share, and the package that brings it
     **{f"backgrounds/mate/nature/{name}.jpg": MATE for name in (*_NATURE, "YellowFlower")},
-    **{f"wallpapers/{name}/contents/images/2560x1600.jpg": PLASMA for name in (*_PHOTOS, "Path", "summer_1am")},
+    **{
+        f"wallpapers/{name}/contents/images/2560x1600.jpg": PLASMA
+        for name in (*_PHOTOS, "Path", "summer_1am")
+    },
     "wallpapers/Mountain/contents/images/5120x2880.png": PLASMA,
     "wallpapers/Volna/contents/images/5120x2880.jpg": PLASMA,
 }
@@ -83,7 +138,8 @@ GROUNDS = {  # below /usr/share, and the package that brings it
 
 @dataclass(frozen=True)
 class Picture:
-    name: str  # its path below the package's folder, without suffix: unique among objects, and among grounds
+    # its path below the package's folder, without suffix: unique among objects, and among grounds
+    name: str
     path: Path
     package: str
 
@@ -103,9 +159,13 @@ def installed(share: Path = SHARE) -> Pictures:
     if not stamps.is_dir():
         raise _missing(stamps, STAMPS)
     objects = {
-        name: [picture for folder in folders for picture in _photographs(stamps, folder)] for name, folders in CLASSES.items()
+        name: [picture for folder in folders for picture in _photographs(stamps, folder)]
+        for name, folders in CLASSES.items()
     }
-    grounds = [Picture(str(Path(name).with_suffix("")), share / name, package) for name, package in GROUNDS.items()]
+    grounds = [
+        Picture(str(Path(name).with_suffix("")), share / name, package)
+        for name, package in GROUNDS.items()
+    ]
     for ground in grounds:
         if not ground.path.is_file():
             raise _missing(ground.path, ground.package)
@@ -129,7 +189,9 @@ def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
 
 @cache
 def cut_out(picture: Picture, longest: int) -> Image.Image:
-    """An object without its empty border, its longer side shrunk to `longest` pixels if it has more: alpha-multiplied."""
+    """An object without its empty border, its longer side shrunk to `longest` pixels if it has
+    more: alpha-multiplied.
+    """
     opened = _read(picture, "RGBA")
     box = opened.getchannel("A").getbbox()
     if box is None:
@@ -143,41 +205,63 @@ def ground(picture: Picture, shortest: int) -> Image.Image:
     return _shrunk(_read(picture, "RGB", least=shortest), shortest, of=min)
 
 
-def _divided(what: str, pictures: Sequence[Picture], split: int) -> tuple[list[Picture], list[Picture]]:
+def _divided(
+    what: str, pictures: Sequence[Picture], split: int
+) -> tuple[list[Picture], list[Picture]]:
     if len(pictures) < IN_SO_MANY:
-        raise DataError(f"write stamps: {what} must have {IN_SO_MANY} pictures or more to be divided; got {len(pictures)}")
+        raise DataError(
+            f"write stamps: {what} must have {IN_SO_MANY} pictures or more to be divided; got"
+            f" {len(pictures)}"
+        )
     ordered = sorted(pictures, key=lambda picture: xxhash.xxh3_64_intdigest(picture.name.encode()))
     held = round(len(ordered) / IN_SO_MANY)
     val = ordered[split * held : None if split == CHOICE else (split + 1) * held]
     if not val:
-        raise DataError(f"write stamps: {what} must have pictures that no other split evaluates on; got {len(pictures)}")
+        raise DataError(
+            f"write stamps: {what} must have pictures that no other split evaluates on; got"
+            f" {len(pictures)}"
+        )
     return [each for each in ordered if each not in val], val
 
 
 def _photographs(stamps: Path, folder: str) -> list[Picture]:
     if not (stamps / folder).is_dir():
         raise _missing(stamps / folder, STAMPS)
-    found = [Picture(f"{folder}/{path.stem}", path, STAMPS) for path in sorted((stamps / folder).glob("*.png"))]
+    found = [
+        Picture(f"{folder}/{path.stem}", path, STAMPS)
+        for path in sorted((stamps / folder).glob("*.png"))
+    ]
     return [
         each
         for each in found
-        if each.name not in LEFT_OUT and not each.name.endswith("_mirror") and not each.path.with_suffix(".svg").exists()
+        if each.name not in LEFT_OUT
+        and not each.name.endswith("_mirror")
+        and not each.path.with_suffix(".svg").exists()
     ]
 
 
 def _read(picture: Picture, mode: str, *, least: int | None = None) -> Image.Image:
-    """`least`: pixels of the shorter side that suffice; a JPEG is then decoded at an eighth, a quarter or half of its size."""
+    """`least`: pixels of the shorter side that suffice; a JPEG is then decoded at an eighth, a
+    quarter or half of its size.
+    """
     try:
         with Image.open(picture.path) as opened:
             if least is not None:
                 width, height = (-(-each * least // min(opened.size)) for each in opened.size)
                 opened.draft(mode, (width, height))
             return opened.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow 13.0 raises for damaged files
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow 13.0 raises for damaged files
         raise _unreadable(picture, f"{type(error).__name__}: {error}") from error
 
 
-def _shrunk(picture: Image.Image, side: int, *, of: Callable[[tuple[int, int]], int]) -> Image.Image:
+def _shrunk(
+    picture: Image.Image, side: int, *, of: Callable[[tuple[int, int]], int]
+) -> Image.Image:
     scale = side / of(picture.size)
     if scale >= 1:
         return picture
@@ -187,9 +271,13 @@ def _shrunk(picture: Image.Image, side: int, *, of: Callable[[tuple[int, int]], 
 
 def _missing(path: Path, package: str) -> DataError:
     return DataError(
-        f"write stamps: {path} does not exist: apt install {package}; or name the folder it was unpacked to by --source"
+        f"write stamps: {path} does not exist: apt install {package}; or name the folder it was"
+        " unpacked to by --source"
     )
 
 
 def _unreadable(picture: Picture, why: str) -> DataError:
-    return DataError(f"write stamps: {picture.path} cannot be read ({why}): apt install --reinstall {picture.package}")
+    return DataError(
+        f"write stamps: {picture.path} cannot be read ({why}): apt install --reinstall"
+        f" {picture.package}"
+    )

@@ -1,9 +1,11 @@
-"""From a number to a scene: one object, as large as chance has it, turned a little, somewhere on a piece of a ground.
+"""From a number to a scene: one object, as large as chance has it, turned a little, somewhere on a
+piece of a ground.
 
-    scene = object (brightness) over ground,        each number a pure function of (content seed, split, part, scene)
+    scene = object (brightness) over ground,        each number a pure function of (content seed,
+    split, part, scene)
 
-Scene i is of class i mod 13, and the objects of a class take turns, so that each is shown as often as any other of its class.
-"""
+Scene i is of class i mod 13, and the objects of a class take turns, so that each is shown as often
+as any other of its class."""
 
 # S side of a scene, h w of a turned object
 
@@ -28,12 +30,16 @@ BRIGHTNESS = 0.3  # factor 0.7 to 1.3
 SMALLEST_PIECE = 0.25  # of a ground's shorter side
 
 _FIRST_DRAW = 2048  # draws, see random.py
-_GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X = range(_FIRST_DRAW, _FIRST_DRAW + 10)
+_GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X = range(
+    _FIRST_DRAW, _FIRST_DRAW + 10
+)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is shown, and the counters that decide how: scene `number` of a `part` (0 train, 1 val) of a split."""
+    """What is shown, and the counters that decide how: scene `number` of a `part` (0 train, 1 val)
+    of a split.
+    """
 
     number: int
     part: int
@@ -61,17 +67,28 @@ class Scene:
         return f"scene {self.number} ({self.object.name})"
 
 
-def scenes(pictures: Pictures, count: int, *, part: int, split: int, content_seed: int) -> Iterator[Scene]:
+def scenes(
+    pictures: Pictures, count: int, *, part: int, split: int, content_seed: int
+) -> Iterator[Scene]:
     """The first `count` scenes of a part, which `pictures` holds."""
     classes, grounds = list(pictures.objects.values()), tuple(pictures.grounds)
     for number in range(count):
         turn, label = divmod(number, len(classes))
-        yield Scene(number, part, split, content_seed, label, classes[label][turn % len(classes[label])], grounds)
+        yield Scene(
+            number,
+            part,
+            split,
+            content_seed,
+            label,
+            classes[label][turn % len(classes[label])],
+            grounds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """How scenes are made and stored. `smallest`: the least share of a scene's side that its object's longer side takes.
+    """How scenes are made and stored. `smallest`: the least share of a scene's side that its
+    object's longer side takes.
 
     `split` and `content_seed` have chosen the scenes already; they are kept here for the manifest.
     `mode`, `quality`: as of Encoding.
@@ -91,7 +108,9 @@ class Rendering:
         if not low <= self.size <= high:
             raise DataError(f"write stamps: size must be in {low}..{high} pixels; got {self.size}")
         if not 0.1 <= self.smallest <= LARGEST:
-            raise DataError(f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}")
+            raise DataError(
+                f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}"
+            )
 
     @property
     def kind(self) -> Images:
@@ -99,7 +118,10 @@ class Rendering:
 
     def __call__(self, scene: Scene) -> Encoded:
         pixels_SS3 = render(scene, self.size, self.smallest)
-        encoded = encode(Item(scene.number, pixels_SS3, scene.label), Encoding(mode=self.mode, quality=self.quality))
+        encoded = encode(
+            Item(scene.number, pixels_SS3, scene.label),
+            Encoding(mode=self.mode, quality=self.quality),
+        )
         assert isinstance(encoded, Encoded), encoded  # pixels from memory can always be stored
         return replace(encoded, groups={"object": scene.object.name, "ground": scene.ground.name})
 
@@ -110,7 +132,10 @@ def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
     object_hw4 = np.asarray(_turned(scene, size, smallest), np.float32)
     height, width, _ = object_hw4.shape
     top, left = scene.below(_Y, size - height + 1), scene.below(_X, size - width + 1)
-    colours_hw3, alpha_hw1 = object_hw4[..., :3], object_hw4[..., 3:]  # colours are multiplied by alpha already
+    colours_hw3, alpha_hw1 = (
+        object_hw4[..., :3],
+        object_hw4[..., 3:],
+    )  # colours are multiplied by alpha already
     brightness = np.float32(1 + BRIGHTNESS * (2 * scene.unit(_BRIGHTNESS) - 1))
     window_hw3 = shown_SS3[top : top + height, left : left + width]
     window_hw3 *= 1 - alpha_hw1 / 255
@@ -131,12 +156,19 @@ def ground_of(picture: Picture, size: int) -> Image.Image:
 def _piece(scene: Scene, size: int) -> Image.Image:
     whole = ground_of(scene.ground, size)
     side = round(min(whole.size) * (SMALLEST_PIECE + (1 - SMALLEST_PIECE) * scene.unit(_PIECE)))
-    top, left = scene.below(_PIECE_Y, whole.height - side + 1), scene.below(_PIECE_X, whole.width - side + 1)
-    return whole.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    top, left = (
+        scene.below(_PIECE_Y, whole.height - side + 1),
+        scene.below(_PIECE_X, whole.width - side + 1),
+    )
+    return whole.resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
 
 
 def _turned(scene: Scene, size: int, smallest: float) -> Image.Image:
-    """The object mirrored or not, scaled and turned, in a rectangle that fits the scene; alpha-multiplied."""
+    """The object mirrored or not, scaled and turned, in a rectangle that fits the scene;
+    alpha-multiplied.
+    """
     plain = object_of(scene.object, size)
     degrees = TURN * (2 * scene.unit(_TURN) - 1)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(abs(degrees)))
@@ -146,6 +178,8 @@ def _turned(scene: Scene, size: int, smallest: float) -> Image.Image:
     width, height = (max(1, round(side * scale)) for side in plain.size)
     if scene.below(_FLIP, 2):
         plain = plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    turned = plain.resize((width, height), Image.Resampling.BICUBIC).rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+    turned = plain.resize((width, height), Image.Resampling.BICUBIC).rotate(
+        degrees, Image.Resampling.BICUBIC, expand=True
+    )
     assert max(turned.size) <= size, (scene, turned.size)
     return turned

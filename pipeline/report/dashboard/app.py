@@ -1,7 +1,7 @@
 """The dashboard's page and what answers it.
 
-The address is the one state: links and controls change it, and the list and the figures are made from it (place.py). The list
-is read at each look, and no journal before a study is picked.
+The address is the one state: links and controls change it, and the list and the figures are made
+from it (place.py). The list is read at each look, and no journal before a study is picked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _WEB = Path(__file__).parent.parent / "web"
 _LOOKS = {"look": "looked", "glance": "glanced"}
 """at the study and at the list: where it stands which was asked for, and which was answered"""
 WOKEN_S = 30.0
-"""after which looks go on whose answer has not come: it is lost with a request that is lost on its way"""
+"""after which looks go on whose answer has not come: it is lost with a request that is lost on its
+way
+"""
 
 
 def make_app(store: Store, *, name: str, every: float) -> Dash:
@@ -64,10 +66,17 @@ def _layout(name: str, every: float) -> html.Div:
                 [
                     html.P("spiketrain dashboard", className="kind"),
                     html.H1("Studies"),
-                    html.P(["Of ", html.Code(name), f", looked at every {every:g} s."], className="lede"),
+                    html.P(
+                        ["Of ", html.Code(name), f", looked at every {every:g} s."],
+                        className="lede",
+                    ),
                     html.Div(
                         html.Button(
-                            "Pause", id="pause", type="button", className="button", **blocks.aria(pressed=blocks.yes(False))
+                            "Pause",
+                            id="pause",
+                            type="button",
+                            className="button",
+                            **blocks.aria(pressed=blocks.yes(False)),
                         ),
                         className="actions",
                     ),
@@ -80,8 +89,13 @@ def _layout(name: str, every: float) -> html.Div:
                             html.H2("All studies", id="all"),
                             html.Div(
                                 [
-                                    html.Label("Filter by study, family, rule, protocol, seed or state", htmlFor="text"),
-                                    dcc.Input(id="text", type="search", debounce=0.3, autoComplete="off"),
+                                    html.Label(
+                                        "Filter by study, family, rule, protocol, seed or state",
+                                        htmlFor="text",
+                                    ),
+                                    dcc.Input(
+                                        id="text", type="search", debounce=0.3, autoComplete="off"
+                                    ),
                                     parts.only_buttons(),
                                 ],
                                 className="controls",
@@ -93,7 +107,12 @@ def _layout(name: str, every: float) -> html.Div:
                     html.Section(
                         [
                             html.H2("No study is picked", id="study", tabIndex=-1),
-                            html.Div([parts.run_boxes(), parts.view_buttons()], id="choose", className="controls", hidden=True),
+                            html.Div(
+                                [parts.run_boxes(), parts.view_buttons()],
+                                id="choose",
+                                className="controls",
+                                hidden=True,
+                            ),
                             html.Div(id="figures"),
                         ],
                         **blocks.aria(labelledby="study"),
@@ -101,7 +120,12 @@ def _layout(name: str, every: float) -> html.Div:
                 ],
                 id="main",
             ),
-            html.Footer(html.P("Made by spiketrain. The address shows the same to whoever opens it, of the runs there are.")),
+            html.Footer(
+                html.P(
+                    "Made by spiketrain. The address shows the same to whoever opens it, of the"
+                    " runs there are."
+                )
+            ),
         ],
         className="page",
     )
@@ -133,7 +157,9 @@ class _Answers:
             prevent_initial_call=True,
         )
         app.clientside_callback(
-            scripts.TITLED.replace("VIEWS", json.dumps(VIEWS)), Input("study", "children"), Input("url", "search")
+            scripts.TITLED.replace("VIEWS", json.dumps(VIEWS)),
+            Input("study", "children"),
+            Input("url", "search"),
         )
         app.clientside_callback(scripts.FOCUS, Input("runs", "children"))
         app.clientside_callback(
@@ -145,7 +171,9 @@ class _Answers:
             prevent_initial_call=True,
         )
         app.clientside_callback(
-            scripts.COUNTED, Output("picked", "children"), Input({"change": "runs", "to": ALL}, "aria-checked")
+            scripts.COUNTED,
+            Output("picked", "children"),
+            Input({"change": "runs", "to": ALL}, "aria-checked"),
         )
         app.callback(
             Output("url", "search"),
@@ -187,7 +215,11 @@ class _Answers:
         app.server.add_url_rule("/csv", "csv", self.csv)
 
     def steer(
-        self, search: str | None, text: str | None, pressed: list[dict[str, Any]] | None, applied: float | None
+        self,
+        search: str | None,
+        text: str | None,
+        pressed: list[dict[str, Any]] | None,
+        applied: float | None,
     ) -> tuple[Any, Any, Any]:
         """The address follows what is pressed and typed, and what is typed follows the address."""
         place, changed = Place.at(search), ctx.triggered_prop_ids
@@ -219,19 +251,28 @@ class _Answers:
     def mark(self, search: str | None) -> tuple[str, ...]:
         """Which buttons are pressed."""
         place = Place.at(search)
-        return (*(blocks.yes(name == place.only) for name in ONLY), *(blocks.yes(name == place.view) for name in VIEWS))
+        return (
+            *(blocks.yes(name == place.only) for name in ONLY),
+            *(blocks.yes(name == place.view) for name in VIEWS),
+        )
 
     def check(self, search: str | None, boxes: list[dict[str, str]]) -> list[Any]:
         """Which boxes of runs are checked; new ones come as they are."""
         place = Place.at(search)
         try:
-            picked = {short(run) for run in place.picked(self._live.members(place.study))} if place.runs is None else place.runs
+            picked = (
+                {short(run) for run in place.picked(self._live.members(place.study))}
+                if place.runs is None
+                else place.runs
+            )
         except ReportError:
             return [no_update] * len(boxes)  # the list says what is wrong
         return [blocks.yes(box["to"] in picked) for box in boxes]
 
     def list_studies(self, search: str | None, glance: float) -> tuple[list[Any], float]:
-        """A look asks the store; a change of the address, as of filter or view, is answered by what the newest look was told."""
+        """A look asks the store; a change of the address, as of filter or view, is answered by what
+        the newest look was told.
+        """
         place = Place.at(search)
         fresh_s = 0.0 if "glance.data" in ctx.triggered_prop_ids else self._every
         try:
@@ -239,7 +280,9 @@ class _Answers:
         except ReportError as error:
             return _trouble(error), glance
 
-    def show(self, search: str | None, look: float, scheme: str | None, before: Any) -> tuple[Any, ...]:
+    def show(
+        self, search: str | None, look: float, scheme: str | None, before: Any
+    ) -> tuple[Any, ...]:
         return (*self._shown(search, scheme, before), look)
 
     def _shown(self, search: str | None, scheme: str | None, before: Any) -> tuple[Any, ...]:
@@ -247,7 +290,13 @@ class _Answers:
         if scheme is None:
             return (no_update,) * 5
         if not place.study:
-            return "No study is picked", True, [], [html.P("Pick one from the list above.", className="lede")], None
+            return (
+                "No study is picked",
+                True,
+                [],
+                [html.P("Pick one from the list above.", className="lede")],
+                None,
+            )
         title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
         try:
             members = place.members(self._live.members(place.study))
@@ -257,7 +306,13 @@ class _Answers:
             if now == before:
                 return (no_update,) * 5
             if not members:
-                return title, True, [], [html.P("The store has no run of this study.", className="note")], now
+                return (
+                    title,
+                    True,
+                    [],
+                    [html.P("The store has no run of this study.", className="note")],
+                    now,
+                )
             boxes = no_update if before and before[2] == now[2] else parts.boxes(place, members)
             found = parts.figures(place, self._live.study(runs), self._live.reports(runs), scheme)
             return title, False, boxes, [*parts.newest_alone(place, runs, members), *found], now
@@ -266,10 +321,17 @@ class _Answers:
 
     def csv(self) -> Response:
         """The data of a figure as a file."""
-        place, name = Place.at(request.query_string.decode("ascii", "replace")), request.args.get("name", "")
+        place, name = (
+            Place.at(request.query_string.decode("ascii", "replace")),
+            request.args.get("name", ""),
+        )
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
-            found = parts.csv_of(place, self._live.study(runs), self._live.reports(runs), name) if runs else None
+            found = (
+                parts.csv_of(place, self._live.study(runs), self._live.reports(runs), name)
+                if runs
+                else None
+            )
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         if found is None:

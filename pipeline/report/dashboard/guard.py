@@ -1,9 +1,9 @@
 """Whom the dashboard answers: this machine alone, or whoever carries the token.
 
-Without a token it answers to names of loopback alone, so that no page of another site can reach it by a name of its own that
-it points here (DNS rebinding). With a token, `/?token=...` is opened once; from then on a cookie carries what is made of it. It
-then answers to any name, as a proxy may keep its own: to a name that somebody points here no browser sends the cookie.
-"""
+Without a token it answers to names of loopback alone, so that no page of another site can reach it
+by a name of its own that it points here (DNS rebinding). With a token, `/?token=...` is opened
+once; from then on a cookie carries what is made of it. It then answers to any name, as a proxy may
+keep its own: to a name that somebody points here no browser sends the cookie."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ HEADERS = {
 
 
 def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]) -> None:
-    """Have a server refuse whom it should; `scripts` are the hashes of those that its page may run inline.
+    """Have a server refuse whom it should; `scripts` are the hashes of those that its page may run
+    inline.
 
     Raises:
         ValueError: it would be open to other machines without a token.
@@ -37,7 +38,11 @@ def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]
     refuse_open_to_others(host, token)
     policy = "; ".join(
         [
-            *("default-src 'none'", f"script-src 'self' {' '.join(scripts)}", "style-src 'self' 'unsafe-inline'"),
+            *(
+                "default-src 'none'",
+                f"script-src 'self' {' '.join(scripts)}",
+                "style-src 'self' 'unsafe-inline'",
+            ),
             *("img-src 'self' data: blob:", "connect-src 'self'"),
             *(f"{what} 'none'" for what in ("base-uri", "form-action", "frame-ancestors")),
         ]
@@ -48,7 +53,10 @@ def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]
         if token is not None:
             return _unless_known(token)
         if not is_loopback(_name_of(request.host)):
-            said = "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the name"
+            said = (
+                "dashboard: without a --token it answers to localhost and 127.0.0.1 alone; got the"
+                " name"
+            )
             return _sentence(403, f"{said} {request.host[:100]!r}")
         return None
 
@@ -64,10 +72,14 @@ def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]
 def refuse_open_to_others(host: str, token: str | None) -> None:
     if token is not None and not token.strip():
         raise ValueError(
-            "dashboard: --token must not be empty; python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
+            "dashboard: --token must not be empty; python -c 'import secrets;"
+            " print(secrets.token_urlsafe())' makes one"
         )
     if not is_loopback(host) and token is None:
-        raise ValueError(f"dashboard: --host {host} opens it to other machines, which takes a --token; without both it is local")
+        raise ValueError(
+            f"dashboard: --host {host} opens it to other machines, which takes a --token; without"
+            " both it is local"
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -86,25 +98,43 @@ def _name_of(host: str) -> str:
 
 
 def _unless_known(token: str) -> AnyResponse | None:
-    """None to whoever carries the cookie, or the token as a bearer; the cookie to who names the token in the address."""
+    """None to whoever carries the cookie, or the token as a bearer; the cookie to who names the
+    token in the address.
+    """
     said = request.args.get("token")
     if said is not None:
         if not _same(said, token):
-            return _refused("dashboard: the token in the address is not the one it was started with")
-        others = urlencode([(name, value) for name, value in request.args.items(multi=True) if name != "token"])
+            return _refused(
+                "dashboard: the token in the address is not the one it was started with"
+            )
+        others = urlencode(
+            [(name, value) for name, value in request.args.items(multi=True) if name != "token"]
+        )
         answer = redirect(request.path + (f"?{others}" if others else ""), 303)
-        # Lax: a link on another site's page comes with it, what that page posts, loads or frames without. A GET changes nothing.
-        about = {"max_age": _DAYS * 86400, "httponly": True, "samesite": "Lax", "secure": _came_over_tls()}
+        # Lax: a link on another site's page comes with it, what that page posts, loads or frames
+        # without. A GET changes nothing.
+        about = {
+            "max_age": _DAYS * 86400,
+            "httponly": True,
+            "samesite": "Lax",
+            "secure": _came_over_tls(),
+        }
         answer.set_cookie(COOKIE, _kept(token), **about)
         return answer
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    if _same(request.cookies.get(COOKIE, ""), _kept(token)) or (scheme.lower() == "bearer" and _same(bearer, token)):
+    if _same(request.cookies.get(COOKIE, ""), _kept(token)) or (
+        scheme.lower() == "bearer" and _same(bearer, token)
+    ):
         return None
-    return _refused("dashboard: open it once with its token, /?token=TOKEN; a cookie keeps it from then on")
+    return _refused(
+        "dashboard: open it once with its token, /?token=TOKEN; a cookie keeps it from then on"
+    )
 
 
 def _came_over_tls() -> bool:
-    """To this server or, as they say, to one of the proxies before it; who makes that up gets a cookie of fewer uses."""
+    """To this server or, as they say, to one of the proxies before it; who makes that up gets a
+    cookie of fewer uses.
+    """
     said = request.headers.get("X-Forwarded-Proto", "")
     return request.is_secure or "https" in (each.strip().lower() for each in said.split(","))
 

@@ -35,16 +35,26 @@ _COLUMNS = {
     "newest": "newest sign of life",
 }
 _NOT_PICKED = "no finished run of {} in this group is among those picked"
-_NOT_TOLD = "The store has no claims, sweep or report of these runs; `spiketrain report SUITE` puts there what a suite has."
+_NOT_TOLD = (
+    "The store has no claims, sweep or report of these runs; `spiketrain report SUITE` puts there"
+    " what a suite has."
+)
 
 
 def study_list(place: Place, studies: Sequence[StoredStudy]) -> list[Any]:
     """A table with a link to each study; its heads sort it."""
     found = place.listed(studies)
     if not studies:
-        return [html.P("The store has no run of spiketrain yet; `spiketrain launch RECIPE` makes one.", className="note")]
+        return [
+            html.P(
+                "The store has no run of spiketrain yet; `spiketrain launch RECIPE` makes one.",
+                className="note",
+            )
+        ]
     count = f"{len(found)} of {counted(len(studies), 'study', 'studies')}"
-    more = "" if len(found) <= SHOWN else f"; the first {SHOWN} are shown, the filter finds the others"
+    more = (
+        "" if len(found) <= SHOWN else f"; the first {SHOWN} are shown, the filter finds the others"
+    )
     rows = [_row(place, study) for study in found[:SHOWN]]
     return [
         html.P(count + more, className="aside", role="status"),
@@ -65,13 +75,18 @@ def _head(place: Place, column: str) -> html.Th:
     arrow = ("\u2193" if place.descending else "\u2191") if here else ""
     told = blocks.aria(sort="descending" if place.descending else "ascending") if here else {}
     mark = html.Span(arrow, className="arrow", **blocks.aria(hidden="true"))
-    link = dcc.Link([_COLUMNS[column], mark], href="/" + (place.change(sort=column, descending=down).search or "?"))
+    link = dcc.Link(
+        [_COLUMNS[column], mark],
+        href="/" + (place.change(sort=column, descending=down).search or "?"),
+    )
     return html.Th(link, scope="col", **told)
 
 
 def _row(place: Place, study: StoredStudy) -> html.Tr:
     here = (place.study, place.family) == (study.study, study.experiment)
-    there = place.change(study=study.study, family=study.experiment, runs=None if not here else place.runs)
+    there = place.change(
+        study=study.study, family=study.experiment, runs=None if not here else place.runs
+    )
     link = dcc.Link(study.study[:8] or "unknown", href="/" + there.search)
     rules = ", ".join(study.rules) + (f" ({study.protocol})" if study.protocol else "")
     cells = [study.experiment, rules, _seeds(study.seeds), states_words(study), _when(study.newest)]
@@ -88,13 +103,18 @@ def view_buttons() -> html.Fieldset:
 
 
 def _choice(legend: str, what: str, names: Mapping[Any, str]) -> html.Fieldset:
-    """One of a few: Dash 4.4's RadioItems and Checklist put roles on their labels that a screen reader cannot use.
+    """One of a few: Dash 4.4's RadioItems and Checklist put roles on their labels that a screen
+    reader cannot use.
 
-    They are made once, and which one is pressed follows: a button that is exchanged for another loses the press it is under.
-    """
+    They are made once, and which one is pressed follows: a button that is exchanged for another
+    loses the press it is under."""
     buttons = [
         html.Button(
-            words, id={"change": what, "to": name}, type="button", className="button", **blocks.aria(pressed=blocks.yes(False))
+            words,
+            id={"change": what, "to": name},
+            type="button",
+            className="button",
+            **blocks.aria(pressed=blocks.yes(False)),
         )
         for name, words in names.items()
     ]
@@ -105,7 +125,10 @@ def run_boxes() -> html.Fieldset:
     """Which runs of a study are shown; its boxes come with a study."""
     all_or_none = [
         html.Button(
-            [words, html.Span(" runs", className="unseen")], id={"change": "every", "to": name}, type="button", className="button"
+            [words, html.Span(" runs", className="unseen")],
+            id={"change": "every", "to": name},
+            type="button",
+            className="button",
         )
         for name, words in (("all", "All"), ("none", "None"))
     ]
@@ -138,10 +161,16 @@ def state_words(run: StoredRun) -> str:
 
 
 def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: str) -> list[Any]:
-    """What the view of a study shows, group by group, or suite by suite; what was not measured, and why, at its end."""
+    """What the view of a study shows, group by group, or suite by suite; what was not measured, and
+    why, at its end.
+    """
     notes = [html.P(note, className="note") for note in study.notes]
     if not study.runs:
-        why = "None of the runs that were picked can be shown." if notes else "Pick one of its runs above."
+        why = (
+            "None of the runs that were picked can be shown."
+            if notes
+            else "Pick one of its runs above."
+        )
         return [*notes, html.P(why, className="note")]
     if place.view == "runs":
         return [*notes, *_places(place, study)]
@@ -170,11 +199,18 @@ def figures(place: Place, study: Study, reports: Sequence[SuiteReport], theme: s
     return [*parts, html.H3("Not measured"), html.Ul(missing)] if missing else parts
 
 
-def newest_alone(place: Place, picked: Sequence[StoredRun], members: Sequence[StoredRun]) -> list[Any]:
-    """A note where the address names no runs and not all are shown: the same address shows others when a seed begins."""
+def newest_alone(
+    place: Place, picked: Sequence[StoredRun], members: Sequence[StoredRun]
+) -> list[Any]:
+    """A note where the address names no runs and not all are shown: the same address shows others
+    when a seed begins.
+    """
     if place.runs is not None or len(picked) == len(members):
         return []
-    told = f"The newest {len(picked)} of {len(members)} runs; means are of these, and another seed that begins changes them."
+    told = (
+        f"The newest {len(picked)} of {len(members)} runs; means are of these, and another seed"
+        " that begins changes them."
+    )
     return [html.P(f"{told} Whoever picks runs has them in the address.", className="note")]
 
 
@@ -235,28 +271,38 @@ def _costs(place: Place, group: Group) -> Iterator[Any]:
     if lines:
         yield html.Ul(lines, className="headlines")
     yield blocks.table(
-        tables.costs(group), "Mean ± standard deviation over seeds, × the baseline over paired seeds", where=tables.named(group)
+        tables.costs(group),
+        "Mean ± standard deviation over seeds, × the baseline over paired seeds",
+        where=tables.named(group),
     )
     yield blocks.csv_link(place, f"{group.key}-costs", "costs", where=tables.named(group))
     if group.notes:
         yield html.Ul([html.Li(note) for note in group.notes], className="aside")
     yield html.H4("What stands behind the rows")
     yield blocks.table(
-        tables.behind_the_rows(group), "The baseline of each row, as far as recipes tell", where=tables.named(group)
+        tables.behind_the_rows(group),
+        "The baseline of each row, as far as recipes tell",
+        where=tables.named(group),
     )
     if (beside := tables.beside(group)) is not None:
         yield html.H4("Measured beside")
         yield html.P(tables.BESIDE_SAID, className="aside")
         yield blocks.table(
-            beside, "What else was measured of each rule: mean ± standard deviation over seeds", where=tables.named(group)
+            beside,
+            "What else was measured of each rule: mean ± standard deviation over seeds",
+            where=tables.named(group),
         )
-        yield blocks.csv_link(place, f"{group.key}-beside", "measured beside", where=tables.named(group))
+        yield blocks.csv_link(
+            place, f"{group.key}-beside", "measured beside", where=tables.named(group)
+        )
     if (held := tables.held(group)) is not None:
         yield html.H4("What training holds")
         yield html.P(tables.HELD_SAID, className="aside")
         caption = "What each rule holds, by kind: mean ± standard deviation over seeds"
         yield blocks.table(held, caption, where=tables.named(group))
-        yield blocks.csv_link(place, f"{group.key}-held", "what training holds", where=tables.named(group))
+        yield blocks.csv_link(
+            place, f"{group.key}-held", "what training holds", where=tables.named(group)
+        )
 
 
 def _places(place: Place, study: Study) -> Iterator[Any]:
@@ -270,9 +316,13 @@ def _places(place: Place, study: Study) -> Iterator[Any]:
 
 
 def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -> Iterator[Any]:
-    """Claims, sweeps and what a suite's own report prints, which `spiketrain report` puts into the store, of each suite by
-    itself: they are of its runs alone."""
-    found = [report for report in reports if report.told.claims or report.told.sweeps or report.printed or report.note]
+    """Claims, sweeps and what a suite's own report prints, which `spiketrain report` puts into the
+    store, of each suite by itself: they are of its runs alone."""
+    found = [
+        report
+        for report in reports
+        if report.told.claims or report.told.sweeps or report.printed or report.note
+    ]
     for report in found:
         yield html.H3(report.title)
         if report.note:
@@ -291,7 +341,9 @@ def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -
                 yield html.H4("Each rule's own largest batch")
                 yield html.P(LARGEST_SAID, className="aside")
                 yield blocks.table(each.largest, "Largest batch and its speed", where=where)
-                yield blocks.csv_link(place, f"{key}-largest", f"largest batches, {each.recipe}", where=where)
+                yield blocks.csv_link(
+                    place, f"{key}-largest", f"largest batches, {each.recipe}", where=where
+                )
         if report.printed:
             yield html.H4("The suite's own report")
             yield blocks.printed(report.printed, f"The suite's own report, {report.title}")
@@ -300,7 +352,11 @@ def _told_by_reports(place: Place, reports: Sequence[SuiteReport], theme: str) -
 
 
 def _seeds(seeds: Sequence[str]) -> str:
-    return ", ".join(seeds) if len(seeds) <= 6 else f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
+    return (
+        ", ".join(seeds)
+        if len(seeds) <= 6
+        else f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
+    )
 
 
 def _when(seconds: float) -> str:

@@ -29,7 +29,9 @@ ONLY: dict[Only, tuple[str, frozenset[str]]] = {
     "finished": ("finished", frozenset({"finished"})),
     "failed": ("diverged, failed or stopped", frozenset({"diverged", "failed", "stopped"})),
 }
-"""the states of which a study has to have one; a run that is silent neither goes on nor is known to have ended"""
+"""the states of which a study has to have one; a run that is silent neither goes on nor is known to
+have ended
+"""
 SORTS = ("study", "family", "rules", "seeds", "runs", "newest")
 _ID = 8  # letters of a run's id
 MOST = 24
@@ -43,7 +45,9 @@ class Place:
     family: str = ""
     """its experiment: one key may be in several"""
     runs: tuple[str, ...] | None = None
-    """the beginnings of the ids of those picked; None: all, or the newest seeds of more than MOST"""
+    """the beginnings of the ids of those picked; None: all, or the newest seeds of more than
+    MOST
+    """
     view: View = "costs"
     text: str = ""
     """that a study listed has in one of its columns"""
@@ -55,7 +59,10 @@ class Place:
     def at(cls, search: str | None) -> Place:
         """Of the query of an address, of which nothing is trusted."""
         try:
-            asked = {name: values[-1] for name, values in parse_qs((search or "").lstrip("?"), max_num_fields=20).items()}
+            asked = {
+                name: values[-1]
+                for name, values in parse_qs((search or "").lstrip("?"), max_num_fields=20).items()
+            }
         except ValueError:  # more fields than any of ours has
             return cls()
         view: View = next((name for name in get_args(View) if name == asked.get("view")), "costs")
@@ -64,7 +71,11 @@ class Place:
         return cls(
             study=asked.get("study", "")[:64],
             family=asked.get("family", "")[:250],
-            runs=tuple(name for name in asked["runs"].split(".") if name and name != "none") if "runs" in asked else None,
+            runs=(
+                tuple(name for name in asked["runs"].split(".") if name and name != "none")
+                if "runs" in asked
+                else None
+            ),
             view=view,
             text=asked.get("text", "")[:200],
             only=only,
@@ -96,7 +107,8 @@ class Place:
         kept = [
             study
             for study in studies
-            if (not states or states & study.states.keys()) and all(word in _words(study) for word in words)
+            if (not states or states & study.states.keys())
+            and all(word in _words(study) for word in words)
         ]
         return sorted(kept, key=lambda study: _sorted_by(study, self.sort), reverse=self.descending)
 
@@ -116,7 +128,8 @@ def short(run: StoredRun) -> str:
 
 
 def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
-    """All, or of more than MOST the newest seeds, each whole; in any case the baseline of the newest seed that has one.
+    """All, or of more than MOST the newest seeds, each whole; in any case the baseline of the
+    newest seed that has one.
 
     Of a newest seed that is larger than that, its newest runs.
     """
@@ -143,7 +156,16 @@ def states_words(study: StoredStudy) -> str:
 
 
 def _words(study: StoredStudy) -> str:
-    return " ".join([study.study, study.experiment, *study.rules, study.protocol, *study.seeds, states_words(study)]).lower()
+    return " ".join(
+        [
+            study.study,
+            study.experiment,
+            *study.rules,
+            study.protocol,
+            *study.seeds,
+            states_words(study),
+        ]
+    ).lower()
 
 
 def _sorted_by(study: StoredStudy, column: str) -> Any:

@@ -1,4 +1,6 @@
-"""What the page does by itself, without the server: functions of JavaScript that Dash calls when what they listen to changes."""
+"""What the page does by itself, without the server: functions of JavaScript that Dash calls when
+what they listen to changes.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ function (clicks, applied, before) {
     return [...(before || []).filter(each => each.at > (applied || 0)), ...presses];
 }
 """
-"""the presses that the address does not show yet: Dash forgets a question on its way when it asks the next. Buttons that are put
-on the page come along, without a value, and are none."""
+"""the presses that the address does not show yet: Dash forgets a question on its way when it asks
+the next. Buttons that are put on the page come along, without a value, and are none."""
 COUNTED = """
 function (checked) {
     return checked.length ? `Runs: ${checked.filter(each => each === "true").length} of ${checked.length} picked` : "Runs";
@@ -50,8 +52,9 @@ function (ticks, asked, answered) {
     return asked === answered || now - asked > PATIENCE ? now : window.dash_clientside.no_update;
 }
 """
-"""The next look waits for the answer to the last, by the name that this has, its time: of a question whose answer has not come as
-it is asked again Dash throws the answer away, so that of a store slower than its looks nothing would ever be shown."""
+"""The next look waits for the answer to the last, by the name that this has, its time: of a
+question whose answer has not come as it is asked again Dash throws the answer away, so that of a
+store slower than its looks nothing would ever be shown."""
 PAUSED = """
 function (clicks, paused) {
     return [!paused, String(!paused)];
@@ -71,7 +74,9 @@ function (study, search) {
     }
 }
 """
-"""the title of the window, and once it is there the heading that whoever picked a study in the list goes on from"""
+"""the title of the window, and once it is there the heading that whoever picked a study in the list
+goes on from
+"""
 FOCUS = """
 function (boxes) {
     const id = window.lastFocused;
@@ -80,4 +85,6 @@ function (boxes) {
     }, 50);
 }
 """
-"""the boxes are made anew when a run comes or ends: whoever presses them by keyboard stays where they are"""
+"""the boxes are made anew when a run comes or ends: whoever presses them by keyboard stays where
+they are
+"""

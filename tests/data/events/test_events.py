@@ -1,4 +1,6 @@
-"""Event files, written and read: counts to the last one, exact order and resumption, recordings that move as one, damage."""
+"""Event files, written and read: counts to the last one, exact order and resumption, recordings
+that move as one, damage.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ SIZES: dict[str, Any] = {"seed": 5, "batch_size": 12, "micro_batch": 12}
 
 
 def write(out: Path, **changes: Any) -> list[Manifest]:
-    return write_events("moving", out, **{"size": SIZE, "slices": SLICES, "samples": TRAIN, "val_samples": VAL} | changes)
+    return write_events(
+        "moving",
+        out,
+        **{"size": SIZE, "slices": SLICES, "samples": TRAIN, "val_samples": VAL} | changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,11 @@ def read(loader: Any, epoch: int = 0, start: int = 0) -> list[Batch]:
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
     pairs = zip(one, other, strict=True)
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in ("x", "target", "index"))
+    return all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for a, b in pairs
+        for name in ("x", "target", "index")
+    )
 
 
 def expected(number: int, steps: int, part: int = 1) -> np.ndarray:
@@ -58,7 +68,9 @@ def expected(number: int, steps: int, part: int = 1) -> np.ndarray:
 def test_fulfils_the_contract(folder: Path) -> None:
     data = Events(folder, **GOOD)
     loader = data.train(**SIZES)
-    assert isinstance(data, Data) and isinstance(loader, Loader) and data.shape == (4, 2, SIZE, SIZE)
+    assert (
+        isinstance(data, Data) and isinstance(loader, Loader) and data.shape == (4, 2, SIZE, SIZE)
+    )
     batch = read(loader)[0]
     assert batch.x.shape == (12, *data.shape) and batch.x.dtype == torch.float32
     assert over_steps(batch.x, 4).shape == (4, 12, 2, SIZE, SIZE)
@@ -81,7 +93,9 @@ def test_one_channel_is_the_sum_of_both_polarities(folder: Path) -> None:
 
 def test_mean_and_std_are_those_of_the_counts_of_one_step(folder: Path) -> None:
     plain = read(Events(folder, **GOOD).val(micro_batch=VAL))[0].x
-    normal = read(Events(folder, **GOOD, mean=(0.5, 0.25), std=(2.0, 4.0)).val(micro_batch=VAL))[0].x
+    normal = read(Events(folder, **GOOD, mean=(0.5, 0.25), std=(2.0, 4.0)).val(micro_batch=VAL))[
+        0
+    ].x
     assert torch.allclose(normal[:, :, 0], (plain[:, :, 0] - 0.5) / 2.0) and torch.allclose(
         normal[:, :, 1], (plain[:, :, 1] - 0.25) / 4
     )
@@ -93,7 +107,9 @@ def test_a_recording_is_shifted_and_mirrored_as_one(folder: Path) -> None:
     for epoch in (0, 1):
         for batch in read(moved.train(**SIZES), epoch):
             for x, number in zip(batch.x, batch.index.tolist(), strict=True):
-                down, right = (int(below(bits(5, epoch, number, draw), 7)) for draw in (SHIFT_Y, SHIFT_X))
+                down, right = (
+                    int(below(bits(5, epoch, number, draw), 7)) for draw in (SHIFT_Y, SHIFT_X)
+                )
                 padded = np.pad(expected(number, 4, part=0), ((0, 0), (0, 0), (3, 3), (3, 3)))
                 window = padded[:, :, down : down + SIZE, right : right + SIZE]
                 turned = window[..., ::-1] if below(bits(5, epoch, number, FLIP), 2) else window
@@ -113,30 +129,56 @@ def test_batches_are_bit_identical_for_any_number_of_threads_and_resumed(folder:
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_the_global_batches_of_one(folder: Path, world: int) -> None:
     data = Events(folder, **GOOD, crop="shift", flip="random")
-    alone = {int(i): x for batch in read(data.train(**SIZES), 2) for i, x in zip(batch.index, batch.x, strict=True)}
+    alone = {
+        int(i): x
+        for batch in read(data.train(**SIZES), 2)
+        for i, x in zip(batch.index, batch.x, strict=True)
+    }
     together = {}
     for rank in range(world):
         loader = data.train(seed=5, rank=rank, world=world, batch_size=12, micro_batch=2)
-        together |= {int(i): x for batch in read(loader, 2) for i, x in zip(batch.index, batch.x, strict=True)}
-    assert together.keys() == alone.keys() and all(torch.equal(together[i], alone[i]) for i in alone)
-    ids = [int(i) for rank in range(3) for batch in read(data.val(rank=rank, world=3, micro_batch=3)) for i in batch.index]
+        together |= {
+            int(i): x
+            for batch in read(loader, 2)
+            for i, x in zip(batch.index, batch.x, strict=True)
+        }
+    assert together.keys() == alone.keys() and all(
+        torch.equal(together[i], alone[i]) for i in alone
+    )
+    ids = [
+        int(i)
+        for rank in range(3)
+        for batch in read(data.val(rank=rank, world=3, micro_batch=3))
+        for i in batch.index
+    ]
     assert sorted(ids) == list(range(VAL))
 
 
 def test_a_share_may_be_held_out(folder: Path) -> None:
     data = Events(folder, **GOOD, held_out=0.2)
-    train = {int(i) for batch in read(data.train(seed=0, batch_size=7, micro_batch=7)) for i in batch.index}
+    train = {
+        int(i)
+        for batch in read(data.train(seed=0, batch_size=7, micro_batch=7))
+        for i in batch.index
+    }
     held = {int(i) for batch in read(data.val(micro_batch=4)) for i in batch.index}
     assert len(held) == 12 and not train & held and len(train) == 49
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype"), [({"counts": "int16"}, "int16"), ({"frames_by": "number"}, "uint8"), ({"slices": 3}, "uint8")]
+    ("options", "dtype"),
+    [({"counts": "int16"}, "int16"), ({"frames_by": "number"}, "uint8"), ({"slices": 3}, "uint8")],
 )
-def test_counts_of_other_types_and_cuts(tmp_path: Path, options: dict[str, Any], dtype: str) -> None:
+def test_counts_of_other_types_and_cuts(
+    tmp_path: Path, options: dict[str, Any], dtype: str
+) -> None:
     train, _ = write(tmp_path, **options, samples=16, val_samples=16)
     kind = beton_format.layout(tmp_path / "train.beton").kind
-    assert isinstance(kind, beton_format.Arrays) and kind.dtype == dtype and train.stored["saturated"] == 0
+    assert (
+        isinstance(kind, beton_format.Arrays)
+        and kind.dtype == dtype
+        and train.stored["saturated"] == 0
+    )
     x = read(Events(tmp_path, **GOOD | {"steps": 3}).val(micro_batch=16))[0].x[9]
     by: Any = options.get("frames_by", "time")
     np.testing.assert_array_equal(x.numpy(), frames(Moving(9, 1, SIZE).events(), 3, SIZE, by=by))
@@ -148,7 +190,10 @@ def test_halves_are_read_as_they_were_stored(tmp_path: Path) -> None:
     from pipeline.data.sources import Source
     from pipeline.data.write import write_sets
 
-    sets = [Source(name, ["a"], [Moving(i * 16, 0, 32) for i in range(4)], "here") for name in ("train", "val")]
+    sets = [
+        Source(name, ["a"], [Moving(i * 16, 0, 32) for i in range(4)], "here")
+        for name in ("train", "val")
+    ]
     write_sets(sets, tmp_path, Framing(slices=2, size=16, resize="area"))
     x = read(Events(tmp_path, classes=1, steps=2, size=16).val(micro_batch=4))[0].x[1]
     whole = frames(Moving(16, 0, 32).events(), 2, 32).reshape(2, 2, 16, 2, 16, 2).mean((3, 5))
@@ -179,15 +224,22 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("name", ["header", "field descriptors", "metadata", "page 0", "allocation table"])
+@pytest.mark.parametrize(
+    "name", ["header", "field descriptors", "metadata", "page 0", "allocation table"]
+)
 def test_a_flipped_byte_is_located(copy: Path, name: str) -> None:
     path = copy / "train.beton"
     layout = beton_format.layout(path)
-    region = next(each for each in (*layout.front, *layout.pages, layout.table) if each.name == name)
+    region = next(
+        each for each in (*layout.front, *layout.pages, layout.table) if each.name == name
+    )
     content = bytearray(path.read_bytes())
     content[region.offset + region.size // 3] ^= 4
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest"):
+    with pytest.raises(
+        DataError,
+        match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest",
+    ):
         Events(copy, **GOOD).check()
 
 
@@ -198,7 +250,11 @@ def test_an_event_file_that_is_cut_short_is_refused_in_one_line(copy: Path) -> N
         file.truncate(whole - 1)
     for look in (Events(copy, **GOOD).check, lambda: Events(copy, **GOOD).train(**SIZES)):
         with pytest.raises(
-            DataError, match=rf"^data: \S*train\.beton must have {whole} bytes by its manifest; got {whole - 1}: truncated[^\n]*$"
+            DataError,
+            match=(
+                rf"^data: \S*train\.beton must have {whole} bytes by its manifest; got {whole - 1}:"
+                r" truncated[^\n]*$"
+            ),
         ):
             look()
 
@@ -217,21 +273,35 @@ def test_field_descriptors_that_say_nothing_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"steps": 5}, r"steps must divide the 12 slices of .*train\.beton: 1, 2, 3, 4, 6, 12; got 5"),
+        (
+            {"steps": 5},
+            r"steps must divide the 12 slices of .*train\.beton: 1, 2, 3, 4, 6, 12; got 5",
+        ),
         ({"size": 34}, r"size must be the file's, 16x16 in .*; got 34"),
         ({"classes": 10}, r"classes must be those of .*, 16; got 10"),
     ],
 )
-def test_what_the_file_does_not_hold_is_refused(folder: Path, change: dict[str, int], said: str) -> None:
+def test_what_the_file_does_not_hold_is_refused(
+    folder: Path, change: dict[str, int], said: str
+) -> None:
     with pytest.raises(DataError, match=f"^Events: {said}"):
         Events(folder, **GOOD | change).train(**SIZES)
 
 
 def test_images_are_no_events_and_events_no_images(folder: Path, fashion: Path) -> None:
-    with pytest.raises(DataError, match=r"^Events: .*train\.beton must hold frames .*; got Images\(\); images are read by Beton"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"^Events: .*train\.beton must hold frames .*; got Images\(\); images are read by Beton"
+        ),
+    ):
         Events(fashion, classes=10, steps=1, size=28).train(**SIZES)
     with pytest.raises(
-        DataError, match=r"^data: .*train\.beton must hold a field 'image'; got array, label; .* arrays by Events"
+        DataError,
+        match=(
+            r"^data: .*train\.beton must hold a field 'image'; got array, label; .* arrays by"
+            r" Events"
+        ),
     ):
         Beton(folder, classes=16, size=16).train(**SIZES)
 
@@ -259,7 +329,9 @@ def test_files_that_were_kept_must_be_those_that_were_asked_for(copy: Path) -> N
     assert write(copy, existing="keep") == verify(copy)
     with pytest.raises(DataError, match=r"train\.beton was written from 61 samples .*; got 60 of"):
         write(copy, existing="keep", samples=60)
-    with pytest.raises(DataError, match=r"train\.beton was written with .*ask with --existing replace"):
+    with pytest.raises(
+        DataError, match=r"train\.beton was written with .*ask with --existing replace"
+    ):
         write(copy, existing="keep", slices=6)
     with pytest.raises(DataError, match=r"content seed 0; got 61 of moving shapes, content seed 1"):
         write(copy, existing="keep", content_seed=1)
@@ -275,13 +347,31 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ({"name": "dvs"}, "the set must be one of moving, saccades, nmnist, cifar10dvs, gesture, ncaltech101; got 'dvs'"),
-        ({"name": "moving", "source": "x"}, "source has no effect: moving is generated; got source=x"),
-        ({"name": "moving", "resize": "area"}, "resize has no effect: moving is generated in the size asked for"),
-        ({"name": "nmnist", "samples": 5, "source": "x"}, "samples has no effect: nmnist has its own recordings"),
+        (
+            {"name": "dvs"},
+            (
+                "the set must be one of moving, saccades, nmnist, cifar10dvs, gesture, ncaltech101;"
+                " got 'dvs'"
+            ),
+        ),
+        (
+            {"name": "moving", "source": "x"},
+            "source has no effect: moving is generated; got source=x",
+        ),
+        (
+            {"name": "moving", "resize": "area"},
+            "resize has no effect: moving is generated in the size asked for",
+        ),
+        (
+            {"name": "nmnist", "samples": 5, "source": "x"},
+            "samples has no effect: nmnist has its own recordings",
+        ),
         (
             {"name": "gesture", "source": "x"},
-            "gesture needs a source, the folder that tonic fills, and slices; got source=x, slices=None",
+            (
+                "gesture needs a source, the folder that tonic fills, and slices; got source=x,"
+                " slices=None"
+            ),
         ),
         ({"name": "moving", "samples": 0}, "samples and val_samples must be 1 or more; got 0"),
     ],

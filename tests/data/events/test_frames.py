@@ -1,4 +1,6 @@
-"""Counts against a loop over the events; slices that nest; sizes that are resized; what is refused."""
+"""Counts against a loop over the events; slices that nest; sizes that are resized; what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from pipeline.data.errors import DataError
 from pipeline.data.events.frames import Framing, Stream, frames, in_order
 
 
-def stream(seed: int = 0, *, count: int = 500, sensor: tuple[int, int] = (12, 9), last_us: int = 1000) -> Stream:
+def stream(
+    seed: int = 0, *, count: int = 500, sensor: tuple[int, int] = (12, 9), last_us: int = 1000
+) -> Stream:
     rng = np.random.default_rng(seed)
     t_N = np.concatenate([rng.integers(0, last_us, count - 2), [0, last_us - 1]])
     places = (rng.integers(0, many, count) for many in (*sensor, 2))
@@ -24,8 +28,14 @@ def counted(events: Stream, slices: int, size: int, by: str) -> np.ndarray:
     """The definition, event by event."""
     out = np.zeros((slices, 2, size, size))
     (height, width), (begin, end) = events.sensor, events.span
-    for i, (t, y, x, p) in enumerate(zip(events.t_N, events.y_N, events.x_N, events.p_N, strict=True)):
-        j = math.floor((t - begin) * slices / (end - begin)) if by == "time" else math.floor(i * slices / len(events.t_N))
+    for i, (t, y, x, p) in enumerate(
+        zip(events.t_N, events.y_N, events.x_N, events.p_N, strict=True)
+    ):
+        j = (
+            math.floor((t - begin) * slices / (end - begin))
+            if by == "time"
+            else math.floor(i * slices / len(events.t_N))
+        )
         out[j, p, math.floor(y * size / height), math.floor(x * size / width)] += 1
     return out
 
@@ -43,7 +53,12 @@ def test_counts_are_those_of_a_loop_over_the_events(by: Any, slices: int, size: 
 def test_slices_by_time_begin_where_the_span_is_cut() -> None:
     t_N, zeros = np.arange(10, 18), np.zeros(8, np.int64)
     events = Stream(t_N, zeros, np.arange(8), zeros, (1, 8), (10, 18))
-    assert frames(events, 4, 8)[:, 0, 0].argmax(1).tolist() == [0, 2, 4, 6]  # each the first of its two
+    assert frames(events, 4, 8)[:, 0, 0].argmax(1).tolist() == [
+        0,
+        2,
+        4,
+        6,
+    ]  # each the first of its two
 
 
 @pytest.mark.parametrize("by", ["time", "number"])
@@ -59,7 +74,9 @@ def test_slices_by_number_hold_equally_many_events() -> None:
 
 
 def test_area_is_the_mean_over_the_pixels_beneath() -> None:
-    """128 to 48 as 8 to 3: each pixel cut in three by three, then blocks of eight by eight averaged."""
+    """128 to 48 as 8 to 3: each pixel cut in three by three, then blocks of eight by eight
+    averaged.
+    """
     events = stream(sensor=(8, 16))
     raw = np.zeros((2, 2, 8, 16))
     for t, y, x, p in zip(events.t_N, events.y_N, events.x_N, events.p_N, strict=True):
@@ -77,14 +94,22 @@ def test_stored_as_counts_or_as_halves() -> None:
             return stream()
 
     whole = Framing(slices=4, size=5, counts="int16")(Recording())
-    assert isinstance(whole, Encoded) and whole.counted == {"events": 500, "saturated": 0} and whole.about == {}
-    np.testing.assert_array_equal(np.frombuffer(whole.payload, "<i2").reshape(4, 2, 5, 5), counted(stream(), 4, 5, "time"))
+    assert (
+        isinstance(whole, Encoded)
+        and whole.counted == {"events": 500, "saturated": 0}
+        and whole.about == {}
+    )
+    np.testing.assert_array_equal(
+        np.frombuffer(whole.payload, "<i2").reshape(4, 2, 5, 5), counted(stream(), 4, 5, "time")
+    )
     mean = Framing(slices=4, size=5, resize="area")
     assert (mean.kind.dtype, mean.kind.shape) == ("float16", (4, 2, 5, 5))
     halves = mean(Recording())
     assert isinstance(halves, Encoded)
     np.testing.assert_allclose(
-        np.frombuffer(halves.payload, "<f2").reshape(4, 2, 5, 5), frames(stream(), 4, 5, resize="area"), rtol=1e-3
+        np.frombuffer(halves.payload, "<f2").reshape(4, 2, 5, 5),
+        frames(stream(), 4, 5, resize="area"),
+        rtol=1e-3,
     )
 
 
@@ -98,7 +123,9 @@ def test_a_count_that_does_not_fit_is_refused_or_saturates_and_is_counted() -> N
             return Stream(t_N, zeros, x_N, zeros, (4, 4), (0, 600))
 
     refused = Framing(slices=1, size=4)(Hot())
-    assert isinstance(refused, Bad) and refused.reason.startswith("2 counts beyond uint8, the largest 300; store int16")
+    assert isinstance(refused, Bad) and refused.reason.startswith(
+        "2 counts beyond uint8, the largest 300; store int16"
+    )
     cut = Framing(slices=1, size=4, overflow="saturate")(Hot())
     assert isinstance(cut, Encoded) and cut.counted == {"events": 600, "saturated": 2}
     assert np.frombuffer(cut.payload, np.uint8)[:4].tolist() == [255, 255, 44, 0]
@@ -139,7 +166,10 @@ def test_no_events_and_disorder_are_refused() -> None:
         ({"frames_by": "count"}, "frames_by must be 'time' or 'number'; got 'count'"),
         ({"resize": "bilinear"}, "resize must be 'sum' or 'area'"),
         ({"counts": "uint16"}, "counts must be 'uint8' or 'int16'"),
-        ({"resize": "area", "counts": "int16"}, "counts and overflow have no effect with resize='area'"),
+        (
+            {"resize": "area", "counts": "int16"},
+            "counts and overflow have no effect with resize='area'",
+        ),
     ],
 )
 def test_options_that_contradict_are_refused(wrong: dict[str, Any], said: str) -> None:

@@ -28,7 +28,9 @@ def test_three_saccades_of_100_ms_each_and_back() -> None:
 
 def test_edges_are_seen_and_flat_ground_is_not() -> None:
     counts = frames(Saccades(picture(), 3, 0, 0).events(), 1, 34).sum((0, 1))
-    assert counts[9:13, 13:21].mean() > 10 * counts[:4].mean()  # around the upper edge, and the ground above
+    assert (
+        counts[9:13, 13:21].mean() > 10 * counts[:4].mean()
+    )  # around the upper edge, and the ground above
 
 
 def test_a_black_picture_shows_noise_alone() -> None:

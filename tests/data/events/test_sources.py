@@ -23,7 +23,10 @@ def nmnist(folder: Path) -> Path:
     for part, each in (("Train", 3), ("Test", 2)):
         for digit in range(10):
             for number in range(each):
-                write_bin(folder / "NMNIST" / part / str(digit) / f"{number:05d}.bin", some_events(digit * 10 + number, 34, 34))
+                write_bin(
+                    folder / "NMNIST" / part / str(digit) / f"{number:05d}.bin",
+                    some_events(digit * 10 + number, 34, 34),
+                )
     return folder
 
 
@@ -35,8 +38,14 @@ def same(recording: Recorded, events: TYXP) -> bool:
 
 def test_nmnist(tmp_path: Path) -> None:
     train, val = recorded("nmnist", nmnist(tmp_path))
-    assert (train.name, val.name, train.classes) == ("train", "val", [str(digit) for digit in range(10)])
-    assert [item.label for item in train.items] == sorted(list(range(10)) * 3) and len(val.items) == 20
+    assert (train.name, val.name, train.classes) == (
+        "train",
+        "val",
+        [str(digit) for digit in range(10)],
+    )
+    assert [item.label for item in train.items] == sorted(list(range(10)) * 3) and len(
+        val.items
+    ) == 20
     assert same(train.items[7], some_events(21, 34, 34))
     stream = train.items[7].events()
     assert stream.sensor == (34, 34) and stream.span == (stream.t_N[0], stream.t_N[-1] + 1)
@@ -47,10 +56,16 @@ def test_dvs_gesture_has_milliseconds_and_labels_for_names(tmp_path: Path) -> No
     write_npy(root / "ibmGestureTrain" / "user01_fluorescent" / "10.npy", events)
     write_npy(root / "ibmGestureTest" / "user24_led" / "2.npy", events)
     train, val = recorded("gesture", tmp_path)
-    assert (train.classes, [i.label for i in train.items], [i.label for i in val.items]) == (list(GESTURES), [10], [2])
+    assert (train.classes, [i.label for i in train.items], [i.label for i in val.items]) == (
+        list(GESTURES),
+        [10],
+        [2],
+    )
     assert same(train.items[0], (events[0] // 1000 * 1000, *events[1:]))
     write_npy(root / "ibmGestureTest" / "user24_led" / "11.npy", events)
-    with pytest.raises(DataError, match=r"11\.npy must name its class, a number below 11; got '11'"):
+    with pytest.raises(
+        DataError, match=r"11\.npy must name its class, a number below 11; got '11'"
+    ):
         recorded("gesture", tmp_path)
 
 
@@ -76,7 +91,10 @@ def test_ncaltech101_begins_where_its_window_did(tmp_path: Path) -> None:
             path = tmp_path / "NCALTECH101" / "Caltech101" / name / f"image_{number:04d}.bin"
             write_bin(path, (t_N, y_N + 30, x_N + 70, p_N))
     train, val = recorded("ncaltech101", tmp_path)
-    assert (len(train.items), len(val.items)) == (18, 2) and train.items[0].events().sensor == (180, 240)
+    assert (len(train.items), len(val.items)) == (18, 2) and train.items[0].events().sensor == (
+        180,
+        240,
+    )
     assert same(train.items[0], (t_N, y_N - y_N.min(), x_N - x_N.min(), p_N))
 
 
@@ -97,7 +115,9 @@ def test_an_event_file_that_is_cut_short_is_named(tmp_path: Path, suffix: str, c
     assert isinstance(result, Bad) and result.reason.startswith("it is cut short"), result
 
 
-def test_recordings_that_are_not_there_are_named_with_where_to_get_them(tmp_path: Path, monkeypatch: Any) -> None:
+def test_recordings_that_are_not_there_are_named_with_where_to_get_them(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     import tonic.datasets
 
     def offline(self: Any) -> None:
@@ -105,17 +125,24 @@ def test_recordings_that_are_not_there_are_named_with_where_to_get_them(tmp_path
 
     monkeypatch.setattr(tonic.datasets.NMNIST, "download", offline)
     said = (
-        r"^write events: nmnist is neither in .*NMNIST nor could tonic download it \(URLError: .*no route to host.*\); "
+        r"^write events: nmnist is neither in .*NMNIST nor could tonic download it \(URLError: .*no"
+        r" route to host.*\); "
         r"download https://.* and unpack it there, or pass another --source$"
     )
     with pytest.raises(DataError, match=said):
         recorded("nmnist", tmp_path)
 
 
-def test_without_tonic_the_reader_is_named_with_its_licence(tmp_path: Path, monkeypatch: Any) -> None:
+def test_without_tonic_the_reader_is_named_with_its_licence(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     nmnist(tmp_path)
     monkeypatch.setitem(sys.modules, "tonic.io", None)
     with pytest.raises(
-        DataError, match=r"^write events: recordings are read by tonic \(GPL-3\.0\), pip install 'spiketrain\[events\]'"
+        DataError,
+        match=(
+            r"^write events: recordings are read by tonic \(GPL-3\.0\), pip install"
+            r" 'spiketrain\[events\]'"
+        ),
     ):
         recorded("nmnist", tmp_path)[0].items[0].events()

@@ -1,4 +1,6 @@
-"""Small pictures in the places of the three packages: ellipses cut from scikit-learn's two photographs, on pieces of these."""
+"""Small pictures in the places of the three packages: ellipses cut from scikit-learn's two
+photographs, on pieces of these.
+"""
 
 from pathlib import Path
 
@@ -19,14 +21,27 @@ real = pytest.mark.skipif(
 
 
 def make(share: Path) -> Path:
-    """A tree that stands for /usr/share; objects of 40 to 70 pixels, one of each class a palette image, one grey."""
-    photos, rng = [Image.fromarray(photo) for photo in load_sample_images().images], np.random.default_rng(0)
+    """A tree that stands for /usr/share; objects of 40 to 70 pixels, one of each class a palette
+    image, one grey.
+    """
+    photos, rng = (
+        [Image.fromarray(photo) for photo in load_sample_images().images],
+        np.random.default_rng(0),
+    )
     for folders in CLASSES.values():
         for folder in folders:
             (share / "tuxpaint" / "stamps" / folder).mkdir(parents=True, exist_ok=True)
         for number in range(EACH):
-            picture = cut(photos[number % 2], rng).convert(("RGBA", "P", "LA")[min(number, 2)] if number < 3 else "RGBA")
-            picture.save(share / "tuxpaint" / "stamps" / folders[number % len(folders)] / f"object_{number}.png")
+            picture = cut(photos[number % 2], rng).convert(
+                ("RGBA", "P", "LA")[min(number, 2)] if number < 3 else "RGBA"
+            )
+            picture.save(
+                share
+                / "tuxpaint"
+                / "stamps"
+                / folders[number % len(folders)]
+                / f"object_{number}.png"
+            )
     for number, name in enumerate(GROUNDS):
         (share / name).parent.mkdir(parents=True, exist_ok=True)
         piece(photos[number % 2], rng, 200, 140).save(share / name)
@@ -43,5 +58,8 @@ def cut(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def piece(photo: Image.Image, rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    left, top = int(rng.integers(0, photo.width - width)), int(rng.integers(0, photo.height - height))
+    left, top = (
+        int(rng.integers(0, photo.width - width)),
+        int(rng.integers(0, photo.height - height)),
+    )
     return photo.crop((left, top, left + width, top + height))
