@@ -4,7 +4,7 @@ ensemble.
 Command:  python -m benchmarks.carryover RUN [--steps 1,2,4,8] [--by object]
 Result:   docs/LOG.md, 2026-11-26: another sample's carry-over costs 6 points of top-1 at T = 2
 
-A LIF computes s[t] = 1 if x[t] + n[t] >= threshold else 0, with n[t] = leak v[t-1]. With n[t] held
+A LIF computes s[t] = 1 if x[t] + n[t] >= threshold else 0, with n[t] = decay v[t-1]. With n[t] held
 constant, each step is a network of threshold units without memory, and the T steps are an ensemble
 of
 networks with the same weights. SLTT differentiates this graph. The network is evaluated with four
@@ -41,20 +41,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.counts import listed_time_steps
+from pipeline.core.checks import listed_time_steps
+from pipeline.core.random import DONOR, bits, counter_hash
+from pipeline.core.torch_settings import computing
 from pipeline.data.base import Data, Grouped
 from pipeline.measure.memory import device_here
 from pipeline.models.attention import OverSamples
-from pipeline.precision import computing
-from pipeline.random import DONOR, bits, counter_hash
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import noise
 from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.state import fresh_state
-from pipeline.tasks import build_data
-from pipeline.weights import load_run
+from pipeline.train.tasks import build_data
+from pipeline.train.weights import load_run
 
 Membranes = dict[str, list[Tensor]]
 """v[t-1] `[B, C, ...]` of each neuron by its module name, for t = 1..T"""

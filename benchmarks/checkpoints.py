@@ -40,22 +40,22 @@ from typing import Any
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.code import commit
-from pipeline.data.synthetic import Synthetic
-from pipeline.job import Place
+from pipeline.core.code_version import commit
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare
-from pipeline.loop import train
 from pipeline.measure.memory import device_here, hardware
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.sltt import SLTT
-from pipeline.run.attempt import Attempt
-from pipeline.run.parts import Parts
-from pipeline.schedule import cosine
 from pipeline.track.base import Tracker
-from pipeline.worker import run
+from pipeline.train.context import TrainContext
+from pipeline.train.job import RankInfo
+from pipeline.train.loop import train
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
+from pipeline.train.trainer import Trainer
+from pipeline.train.worker import run
 
 T, BATCH, PIXELS, CLASSES = 2, 8, 16, 10
 HALF = ((32, 64), (128, 128), (256, 256), (256, 256))
@@ -123,10 +123,10 @@ class Told:
         self.tracker.close()
 
 
-class InTurn(Attempt):
+class InTurn(Trainer):
     """The product's attempt at a run, which saves in the one way and the other in turn."""
 
-    def __init__(self, parts: Parts, *, saves: int, found: dict[str, Found]) -> None:
+    def __init__(self, parts: TrainContext, *, saves: int, found: dict[str, Found]) -> None:
         self.told = Told(parts.tracker)
         super().__init__(replace(parts, tracker=self.told))
         self.saves, self.found = saves, found
@@ -187,7 +187,7 @@ def measure(model: Spec, folder: Path, saves: int) -> dict[str, Found]:
     found = {name: Found() for name in ("waited for", "beside")}
     run(
         prepare(recipe(model), Cluster(), folder),
-        Place(),
+        RankInfo(),
         attempt_of=partial(InTurn, saves=saves, found=found),
     )
     return found

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pipeline.printing import new_console, number, print_table, say
+from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_weights
 from pipeline.spiking.state import fresh_state
 
@@ -78,7 +78,7 @@ def constant_lif() -> list[Curve]:
     curves = []
     for dt in STEPS_OF_LIF:
         neuron = RateLIF(dt=dt)
-        part, b = max(neuron.alpha, 1 - neuron.alpha), neuron.leak
+        part, b = max(neuron.alpha, 1 - neuron.alpha), neuron.decay
         bounds = [part * (1 - b) / (1 - b**steps) for steps in TIMES]
         found = [errors(neuron, steps).max().item() for steps in TIMES]
         curves.append(Curve("LIF, constant input: largest error", f"dt {dt:g}", found, bounds))
@@ -108,7 +108,7 @@ def errors(neuron: RateNeuron, steps: int, *, noise: float = 0.0) -> Tensor:
     )
     with torch.no_grad(), fresh_state(neuron):
         out_TB = neuron(share_TB * height / neuron.gain)
-    weights_T = rate_weights(neuron.leak, out_TB)
+    weights_T = rate_weights(neuron.decay, out_TB)
     rate_B, ramp_B = (
         torch.tensordot(weights_T, x_TB, dims=1) for x_TB in (out_TB, share_TB * height)
     )

@@ -53,18 +53,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.overhead import RULES, timed, tuned_batch
-from pipeline.backend.plain import Plain
-from pipeline.code import commit
-from pipeline.evaluate import evaluate
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import Meters as LoopMeters
-from pipeline.loop import MicroBatch, train
+from pipeline.core.code_version import commit
+from pipeline.core.torch_settings import settle
 from pipeline.measure.memory import device_here, hardware
 from pipeline.measure.meters import Meters
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
-from pipeline.objective import CrossEntropy
-from pipeline.run.settle import settle
 from pipeline.spiking.encode import repeat
+from pipeline.train.backend.plain import Plain
+from pipeline.train.evaluation import evaluate
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import Meters as LoopMeters
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
 from recipes.fashion.base import fashion
 from tests.silent import NoActivity, NoMeters
 
@@ -115,7 +115,7 @@ class Measured:
             self.step()
 
     def evaluate(self, *, is_last: bool = False) -> None:
-        """As pipeline/run/assess.py does, and train on the next batch."""
+        """As pipeline/train/evaluate_tasks.py does, and train on the next batch."""
         x_TB, target_B, *_ = self.trained.micro_batches[0]
         ids = torch.arange(EVALUATED_ON).split(len(target_B))
         batches = ((x_TB[:, : len(index_B)], target_B[: len(index_B)], index_B) for index_B in ids)
@@ -126,7 +126,7 @@ class Measured:
             self.meters.totals.peak_rss_bytes = (
                 peak_bytes  # whoever evaluates without meters leaves its peak to the next
             )
-        with nullcontext() if measures else patch("pipeline.evaluate.Activity", NoActivity):
+        with nullcontext() if measures else patch("pipeline.train.evaluation.Activity", NoActivity):
             evaluate(self.trained.network, batches, CrossEntropy(), counts_operations=is_last)
         if isinstance(self.meters, Meters):
             self.meters.forget_peaks()

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.data.base import Loader
-from pipeline.data.events import Events
+from pipeline.data.datasets.events import Events
 from pipeline.measure.memory import device_here, hardware
 
 BOUND, SEEN = 0.53, 0.90  # top-1

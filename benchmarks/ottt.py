@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from benchmarks.trainee import Trainee
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.measure.memory import device_here, hardware
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small

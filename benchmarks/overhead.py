@@ -33,25 +33,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.code import commit
-from pipeline.command_line import command
-from pipeline.job import Job, Place
+from pipeline.core.code_version import commit
+from pipeline.core.printing import new_console
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import drive
+from pipeline.launch.driver import drive
 from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
-from pipeline.loop import MicroBatch
 from pipeline.measure.memory import device_here, hardware
-from pipeline.printing import new_console
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.command_line import command
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.run.attempt import Attempt
-from pipeline.run.parts import Parts
 from pipeline.spiking.encode import repeat
 from pipeline.track.mlflow import tracking_uri
-from pipeline.worker import run
+from pipeline.train.context import TrainContext
+from pipeline.train.job import Job, RankInfo
+from pipeline.train.loop import MicroBatch
+from pipeline.train.trainer import Trainer
+from pipeline.train.worker import run
 from recipes.fashion.base import fashion
 
 STEP_S = 0.1
@@ -84,7 +84,7 @@ class Bare:
             repeat(x_BCHW, self.steps),
             {"step": next(self.count), "rows": range(len(target_B))},
         )
-        for objective in self.rule.objectives(
+        for objective in self.rule.loss_terms(
             self.network, x_TB, partial(F.cross_entropy, target=target_B), **about
         ):
             if objective.backward is not None:
@@ -100,10 +100,10 @@ class Bare:
         self.network.load_state_dict(network.state_dict())
 
 
-class Interleaved(Attempt):
+class Interleaved(Trainer):
     """The product's attempt at a run, with one bare step between every two of its own."""
 
-    def __init__(self, parts: Parts, *, rule_name: str, out: str) -> None:
+    def __init__(self, parts: TrainContext, *, rule_name: str, out: str) -> None:
         super().__init__(parts)
         network = copy.deepcopy(self.recipe.model.build())
         with closing(parts.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
@@ -131,7 +131,7 @@ class Interleaved(Attempt):
         self.out.write_text(json.dumps({"ours_s": self.ours_s, "bare_s": self.bare_s}))
 
 
-def work(job: Job, place: Place, *, rule_name: str, out: str) -> dict[str, Any] | None:
+def work(job: Job, place: RankInfo, *, rule_name: str, out: str) -> dict[str, Any] | None:
     return run(job, place, attempt_of=partial(Interleaved, rule_name=rule_name, out=out))
 
 

@@ -16,8 +16,8 @@ import statistics
 from pathlib import Path
 
 from benchmarks.overhead import timed
-from pipeline.code import commit
-from pipeline.data.page_checks import check
+from pipeline.core.code_version import commit
+from pipeline.data.ffcv.page_checks import check
 from pipeline.measure.memory import device_here, hardware
 
 

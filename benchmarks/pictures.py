@@ -33,8 +33,8 @@ from statistics import fmean
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.code import commit
-from pipeline.data.sources import fashion
+from pipeline.core.code_version import commit
+from pipeline.data.write.sources import fashion
 from pipeline.measure.memory import device_here, hardware
 
 README = Path(__file__).parents[1] / "README.md"

@@ -37,12 +37,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.forecast.plan import Cluster, plan
 from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.start import launch_run
 from pipeline.measure.memory import device_here, hardware
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.report.planned import errors
 from recipes.events.moving_sltt import recipe as moving_sltt
 from recipes.fashion.dsr_if import recipe as fashion_dsr_if

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from pipeline.data.synthetic import Synthetic
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
-from pipeline.rules.base import LossOf, Objective
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.rules.base import LossOf, LossTerm
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 SAMPLES, BATCH = 4096, 64
 
@@ -33,7 +33,7 @@ class Recorded(SLTT):
         super().__init__()
         self.into, self.pause_s = into, pause_s
 
-    def objectives(
+    def loss_terms(
         self,
         model: nn.Module,
         x_TB: Tensor,
@@ -41,7 +41,7 @@ class Recorded(SLTT):
         *,
         step: int | None = None,
         rows: Sequence[int] | None = None,
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         names = [
             hashlib.blake2b(x_B.numpy().tobytes(), digest_size=6).hexdigest() for x_B in x_TB[0]
         ]
@@ -56,7 +56,7 @@ class Recorded(SLTT):
         os.write(file, json.dumps(told).encode() + b"\n")  # at once: two ranks write here
         os.close(file)
         time.sleep(self.pause_s)  # as of a larger network
-        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
 
 
 def recorded(into: str) -> Recipe:

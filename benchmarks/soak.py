@@ -53,11 +53,11 @@ import psutil
 
 from benchmarks.recorded import BATCH, SAMPLES
 from benchmarks.survived import wrong
-from pipeline.code import commit
-from pipeline.launch.node_loss import NODES
+from pipeline.core.code_version import commit
+from pipeline.core.printing import new_console, number, print_table
+from pipeline.launch.nodes import NODES
 from pipeline.measure.memory import device_here, hardware
-from pipeline.printing import new_console, number, print_table
-from pipeline.track.jsonl import Event, Follower, last, read
+from pipeline.track.journal import Event, Follower, last, read
 
 PATIENCE_S = 180.0
 WORLD = 2

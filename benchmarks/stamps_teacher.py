@@ -27,10 +27,10 @@ from scipy.optimize import root_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.measure.memory import device_here, hardware
-from pipeline.teachers.probe import Probe
-from pipeline.teachers.timm import TimmTeacher
+from pipeline.models.teachers.probe import Probe
+from pipeline.models.teachers.timm import TimmTeacher
 from recipes.stamps.base import CLASSES, SIZE, pictures, teacher
 
 TOGETHER = 52  # divides both parts, so that no tail is left out of training's epoch

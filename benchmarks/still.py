@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from benchmarks.trainee import Trainee
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.measure.memory import device_here, hardware
 from pipeline.models.qkformer import QKFormer
 from pipeline.rules.base import Rule

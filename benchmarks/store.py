@@ -34,10 +34,10 @@ from pathlib import Path
 
 from playwright.sync_api import Browser
 
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.measure.memory import device_here, hardware
 from pipeline.report.store import open_store, studies
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
 from tests.browser import chromium
 

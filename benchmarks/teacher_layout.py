@@ -19,7 +19,7 @@ import time
 import timm
 import torch
 
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.measure.memory import device_here, hardware
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}

@@ -10,8 +10,8 @@ import time
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule
+from pipeline.train.objective import CrossEntropy
 
 
 class Trainee:
@@ -30,7 +30,7 @@ class Trainee:
 
     def learn(self, x_TB: Tensor, target_B: Tensor) -> None:
         began = time.perf_counter()
-        for objective in self.rule.objectives(self.network, x_TB, CrossEntropy()(target_B)):
+        for objective in self.rule.loss_terms(self.network, x_TB, CrossEntropy()(target_B)):
             if objective.backward is not None:
                 objective.backward.backward()
         self.seconds.append(time.perf_counter() - began)

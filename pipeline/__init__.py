@@ -44,7 +44,7 @@ def load(
     from pathlib import Path
 
     if Path(run).is_file():
-        from pipeline.export import load_export
+        from pipeline.train.export import load_export
 
         if which != "last":
             raise ValueError(
@@ -52,7 +52,7 @@ def load(
                 f" which={which!r}"
             )
         return load_export(Path(run), trust=trust)
-    from pipeline.weights import (
+    from pipeline.train.weights import (
         load_run,
     )  # keeps `import pipeline`, and so `spiketrain --help`, free of torch
 

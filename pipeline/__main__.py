@@ -13,17 +13,17 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.commands.doctor import add_doctor_command
-from pipeline.commands.forecast import add_forecast_commands
-from pipeline.commands.launch import add_launch_commands
-from pipeline.commands.network import add_network_commands
-from pipeline.commands.options import RUNS, Commands, Runs
-from pipeline.commands.report import add_report_commands
-from pipeline.commands.track import add_track_commands
-from pipeline.commands.write import write_app
-from pipeline.disk import is_for_the_user
-from pipeline.units import counted
-from pipeline.waiting import announce_imports, say_stage
+from pipeline.cli.doctor import add_doctor_command
+from pipeline.cli.forecast import add_forecast_commands
+from pipeline.cli.launch import add_launch_commands
+from pipeline.cli.network import add_network_commands
+from pipeline.cli.options import RUNS, Commands, Runs
+from pipeline.cli.report import add_report_commands
+from pipeline.cli.track import add_track_commands
+from pipeline.cli.write import write_app
+from pipeline.core.files import is_for_the_user
+from pipeline.core.stages import announce_imports, say_stage
+from pipeline.core.units import counted
 
 app = Commands(
     name="spiketrain",
@@ -119,7 +119,7 @@ def verify(
     ],
 ) -> None:
     """Check every byte of FFCV files against their manifests."""
-    from pipeline.data.page_checks import verify as verify_files
+    from pipeline.data.ffcv.page_checks import verify as verify_files
 
     say_stage(f"reading every byte of {path}")
     for manifest in verify_files(path):

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.models.binarized import binarized
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.suite import Suite
 from pipeline.rules.bptt import BPTT
-from pipeline.suite import Suite
 
 
 def two_stages(first: Recipe, *, part: str, **changes: Any) -> Suite:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.track.jsonl import Follower
+from pipeline.track.journal import Follower
 
 
 class Driver:

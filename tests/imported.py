@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import pipeline.worker  # noqa: F401
-from pipeline.backend.deepspeed import import_deepspeed
+import pipeline.train.worker  # noqa: F401
+from pipeline.train.backend.deepspeed import import_deepspeed
 
 import_deepspeed()

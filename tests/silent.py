@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.rules.base import Objective
+from pipeline.rules.base import LossTerm
 
 
 class NoMeters:
@@ -22,7 +22,7 @@ class NoMeters:
     def each(self, name: str, source: Any) -> Any:
         return source
 
-    def add(self, objective: Objective) -> None:
+    def add(self, objective: LossTerm) -> None:
         pass
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
@@ -30,7 +30,7 @@ class NoMeters:
 
 
 class NoActivity:
-    """Fits what `pipeline.evaluate` asks of `Activity`."""
+    """Fits what `pipeline.train.evaluation` asks of `Activity`."""
 
     def __init__(self, network: nn.Module, *, every: int) -> None:
         pass

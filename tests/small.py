@@ -13,16 +13,16 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from pipeline.__main__ import main
-from pipeline.data.synthetic import Synthetic
-from pipeline.job import Job
-from pipeline.launch.inline import Inline
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.launch.in_process import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec, write_json
-from pipeline.recipe_file import load_recipe
+from pipeline.recipe.files import load_recipe
+from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
-from pipeline.weights import load_run
+from pipeline.train.job import Job
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
+from pipeline.train.weights import load_run
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -44,7 +44,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def without_stages(error: str) -> str:
     """What a command wrote to stderr but the stages that it was waited for
-    (pipeline/waiting.py).
+    (pipeline/core/stages.py).
     """
     return "".join(
         line for line in error.splitlines(keepends=True) if not line.startswith("spiketrain: ")

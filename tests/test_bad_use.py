@@ -16,16 +16,16 @@ IMPORTS = """
 from dataclasses import replace
 from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
-from pipeline.distill import Distillation
-from pipeline.recipe import spec
+from pipeline.train.distillation import Distillation
+from pipeline.recipe.recipe import spec
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.spide import SPIDE
 from pipeline.rules.sltt import SLTT
-from pipeline.teachers.timm import timm_teacher
-from pipeline.teachers.weights import File, Package, Untrained
+from pipeline.models.teachers.timm import timm_teacher
+from pipeline.models.teachers.weights import File, Package, Untrained
 from recipes.fashion.base import fashion
 
 def recipe():
@@ -182,7 +182,7 @@ def test_hlop_refuses_what_moves_weights_off_the_gradient(
 def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.data.events.write import write_events
+    from pipeline.data.write.events import write_events
 
     write_events("moving", tmp_path / "data", samples=32, val_samples=16)
     file = tmp_path / "data" / "train.beton"

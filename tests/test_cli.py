@@ -16,12 +16,12 @@ import pytest
 import typer
 
 from pipeline.__main__ import app
-from pipeline.data.write import write_fashion
+from pipeline.data.write.images import write_fashion
 from tests.small import command, same_weights, without_stages
 
 RECIPE = """
 from dataclasses import replace
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from tests.small import small_recipe
 
@@ -99,11 +99,11 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Refused = Callable[..., str]
+UserError = Callable[..., str]
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> UserError:
     """The one line that a command is refused with; in this process, which has imported
     everything.
     """
@@ -234,7 +234,7 @@ def _one_line(code: int, error: str) -> str:
     ],
 )
 def test_a_mistake_ends_in_one_line(
-    words: str, said: str, tmp_path: Path, refused: Refused
+    words: str, said: str, tmp_path: Path, refused: UserError
 ) -> None:
     runs = tmp_path / "runs"
     told = said.replace("RUNS", str(runs)).replace("HERE", str(Path.cwd()))
@@ -251,7 +251,7 @@ def _commands(within: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]
 
 
 def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
-    refused: Refused,
+    refused: UserError,
 ) -> None:
     tried = 0
     for words, each in _commands(typer.main.get_command(app)):
@@ -297,7 +297,7 @@ def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
     ],
 )
 def test_an_option_without_effect_is_refused(
-    words: str, said: str, tmp_path: Path, refused: Refused
+    words: str, said: str, tmp_path: Path, refused: UserError
 ) -> None:
     assert said in refused(*words.split(), "--runs", str(tmp_path / "runs"))
     assert list(tmp_path.iterdir()) == []
@@ -320,7 +320,7 @@ def test_nothing_that_is_imported_adds_a_line_to_it(words: str, said: str, tmp_p
 
 
 def test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch(
-    damaged: Path, tmp_path: Path, refused: Refused
+    damaged: Path, tmp_path: Path, refused: UserError
 ) -> None:
     assert "train.beton" in refused("verify", str(damaged))
     said = refused(
@@ -340,7 +340,7 @@ def test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch(
 OWN = """
 from dataclasses import replace
 from torch import nn
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.rules.bptt import BPTT
@@ -386,7 +386,7 @@ def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_in
     ],
 )
 def test_what_does_not_fit_leaves_no_run_behind(
-    tmp_path: Path, change: str, said: str, refused: Refused
+    tmp_path: Path, change: str, said: str, refused: UserError
 ) -> None:
     (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
     runs = tmp_path / "runs"
@@ -397,7 +397,7 @@ def test_what_does_not_fit_leaves_no_run_behind(
 
 
 def test_a_cluster_that_is_not_there_is_refused_within_seconds(
-    tmp_path: Path, refused: Refused
+    tmp_path: Path, refused: UserError
 ) -> None:
     (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
     begun = time.monotonic()
@@ -425,16 +425,16 @@ def test_a_cluster_that_is_not_there_is_refused_within_seconds(
     ],
 )
 def test_a_recipe_file_that_goes_wrong_names_its_line(
-    tmp_path: Path, body: str, said: str, refused: Refused
+    tmp_path: Path, body: str, said: str, refused: UserError
 ) -> None:
     (tmp_path / "mine.py").write_text(f"def recipe():\n    {body}\n")
     assert said in refused("show", str(tmp_path / "mine.py"))
 
 
-def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused) -> None:
+def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: UserError) -> None:
     from pipeline.launch.prepare import write_job
     from tests.small import make_run, small_recipe, train_inline
-    from tests.test_worker import Killed, die_at
+    from tests.train.test_worker import Killed, die_at
 
     with pytest.MonkeyPatch.context() as patch:
         die_at(patch, 9)

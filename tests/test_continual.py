@@ -20,33 +20,33 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import pipeline
-from pipeline.checkpoint import WEIGHTS, read_trainer, step_folders
-from pipeline.data.synthetic import Synthetic
-from pipeline.data.tasks import Permuted, SplitClasses
-from pipeline.guards import batches as guard
-from pipeline.launch.inline import Inline
+from pipeline.core.errors import UserError
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.data.datasets.tasks import Permuted, SplitClasses
+from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.launch.start import evaluate_run
 from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
-from pipeline.objective import CrossEntropy
-from pipeline.phases import Phase
-from pipeline.recipe import Recipe, spec, write_json
-from pipeline.refused import Refused
+from pipeline.recipe.phases import Phase
+from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.report.runs import list_runs
 from pipeline.report.show import show_recipe
-from pipeline.rules.base import LossOf, Objective
+from pipeline.rules.base import LossOf, LossTerm
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
-from pipeline.run.attempt import Attempt
-from pipeline.run.saving import Saving
-from pipeline.schedule import cosine
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
-from pipeline.tasks import Learnt, Loaders, Task, mean_of, tasks_of
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders
+from pipeline.train.checkpointing import Saving
+from pipeline.train.guards import anomaly as guard
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
+from pipeline.train.tasks import Learnt, Loaders, Task, mean_of, tasks_of
+from pipeline.train.trainer import Trainer
 from tests.small import job_of, same_weights, small_recipe
-from tests.test_worker import Killed, die_at
+from tests.train.test_worker import Killed, die_at
 
 # Steps 0-7, 8-23 (in two epochs) and 24-31.
 TASKS = tuple(
@@ -73,10 +73,10 @@ class Counting(SLTT):
     def figures(self) -> dict[str, float]:
         return {"begun": float(self.begun.sum())}
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
-        for objective in super()._objectives(model, x_TB, loss_of, step, rows):
+    ) -> Iterator[LossTerm]:
+        for objective in super()._loss_terms(model, x_TB, loss_of, step, rows):
             assert objective.backward is not None
             yield replace(objective, backward=objective.backward / float(self.begun.sum()))
 
@@ -171,14 +171,14 @@ def before_task(task: int) -> Callable[[pytest.MonkeyPatch], None]:
     """The checkpoint at the boundary is there; the rule has not heard of the next task."""
 
     def patched(patch: pytest.MonkeyPatch) -> None:
-        begin = Attempt._begin_task
+        begin = Trainer._begin_task
 
-        def die(self: Attempt) -> None:
+        def die(self: Trainer) -> None:
             if self.stretch.index == task:
                 raise Killed
             begin(self)
 
-        patch.setattr(Attempt, "_begin_task", die)
+        patch.setattr(Trainer, "_begin_task", die)
 
     return patched
 
@@ -186,10 +186,10 @@ def before_task(task: int) -> Callable[[pytest.MonkeyPatch], None]:
 def at_the_end(patch: pytest.MonkeyPatch) -> None:
     """Everything is saved; the summary is not written."""
 
-    def die(self: Attempt) -> None:
+    def die(self: Trainer) -> None:
         raise Killed
 
-    patch.setattr(Attempt, "_finish", die)
+    patch.setattr(Trainer, "_finish", die)
 
 
 @pytest.mark.parametrize(
@@ -255,15 +255,15 @@ def test_a_killed_hlop_run_goes_on_in_the_right_task(
 def test_a_run_that_is_stopped_at_a_boundary_begins_the_next_task_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
-    between = Attempt._between_batches
+    between = Trainer._between_batches
 
-    def stop(self: Attempt, epoch: int, *, last: bool) -> None:
+    def stop(self: Trainer, epoch: int, *, last: bool) -> None:
         if self.step == 8:
             (self.folder / "stop").touch()
         between(self, epoch, last=last)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Attempt, "_between_batches", stop)
+        patch.setattr(Trainer, "_between_batches", stop)
         assert train(tmp_path / "run", several()) == {}
     assert len(events(tmp_path / "run", "phase")) == 1
     (tmp_path / "run" / "stop").unlink()
@@ -310,7 +310,7 @@ def test_each_task_has_a_new_optimizer_and_schedule(tmp_path: Path) -> None:
             with loader.epoch(epoch) as batches:
                 for batch in batches:
                     schedule(step)
-                    for objective in rule.objectives(
+                    for objective in rule.loss_terms(
                         network, repeat(batch.x, 3), CrossEntropy()(batch.target)
                     ):
                         assert objective.backward is not None
@@ -397,9 +397,9 @@ def test_only_the_sets_that_are_needed_are_open(
 
 def raised(patch: pytest.MonkeyPatch, by: Callable[[int], float]) -> None:
     """The loss of batch `step` is `by(step)` more than it would be; its gradient is what it was."""
-    batches, loss_for, now = Attempt._micro_batches, CrossEntropy.__call__, [0]
+    batches, loss_for, now = Trainer._micro_batches, CrossEntropy.__call__, [0]
 
-    def micro_batches(self: Attempt, source: Any) -> Any:
+    def micro_batches(self: Trainer, source: Any) -> Any:
         now[0] = self.step
         return batches(self, source)
 
@@ -407,7 +407,7 @@ def raised(patch: pytest.MonkeyPatch, by: Callable[[int], float]) -> None:
         loss_of = loss_for(self, target_B, teacher_BK)
         return lambda logits_BK: loss_of(logits_BK) + by(now[0])
 
-    patch.setattr(Attempt, "_micro_batches", micro_batches)
+    patch.setattr(Trainer, "_micro_batches", micro_batches)
     patch.setattr(CrossEntropy, "__call__", call)
 
 
@@ -582,12 +582,12 @@ def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_in_one_line(
     tmp_path: Path, recipe: Recipe, said: str
 ) -> None:
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(UserError, match=said):
         train(tmp_path / "run", recipe)
 
 
 def test_the_mean_over_tasks_counts_each_once() -> None:
-    from pipeline.evaluate import Evaluation
+    from pipeline.train.evaluation import Evaluation
 
     mean = mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)])
     assert mean == Evaluation(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))

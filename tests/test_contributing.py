@@ -39,7 +39,7 @@ def modules(monkeypatch) -> list[types.ModuleType]:
 def test_the_examples_run(modules):
     rule, model, (x_TBC, target) = modules[0].LastStep(), lif_network(), batch(3)
     rule.attach(model)
-    assert len(learn(rule.objectives(model, x_TBC, cross_entropy(target)))) == 3
+    assert len(learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))) == 3
     assert all(
         parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()
     )

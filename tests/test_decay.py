@@ -14,10 +14,10 @@ from torch import nn
 from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
 from pipeline.models.late import late
-from pipeline.optimizer import build_optimizer
-from pipeline.recipe import Spec, spec
+from pipeline.recipe.recipe import Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.binary import latent_parameters
+from pipeline.train.optimizer import build_optimizer
 from tests.small import small_recipe
 
 DECAY = 0.1

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from pipeline.optimizer import build_optimizer, build_schedule
-from pipeline.phases import timetable
-from pipeline.recipe import Recipe
+from pipeline.recipe.phases import timetable
+from pipeline.recipe.recipe import Recipe
+from pipeline.train.optimizer import build_optimizer, build_schedule
 
 # SLTT, IDE and SPIDE: torch.optim.SGD(net.parameters(), weight_decay=...). DSR's optimizers decay
 # everything, too.

@@ -15,14 +15,14 @@ from PIL import Image
 
 from benchmarks.pictures import template, write_shapes
 from pipeline.data.mixing import Mixing
-from pipeline.data.write import write_fashion
-from pipeline.distill import Distillation
+from pipeline.data.write.images import write_fashion
 from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import qkformer_10
-from pipeline.recipe import read_json, spec
+from pipeline.models.teachers.timm import timm_teacher
+from pipeline.recipe.recipe import read_json, spec
 from pipeline.rules.sltt import SLTT
-from pipeline.teachers.timm import timm_teacher
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train.distillation import Distillation
 from recipes.fashion.base import fashion
 from tests.data.conftest import small_fashion
 from tests.small import command, small_recipe, train_inline

@@ -14,18 +14,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pipeline
-from pipeline.checkpoint import Checkpoints, place_at
-from pipeline.job import Place
 from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
-from pipeline.recipe import Recipe, Spec, spec, write_json
+from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.rate import RateIF
-from pipeline.track.jsonl import read
-from pipeline.weights import lasting_weights, load_start, weights_file
-from pipeline.worker import run
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import Checkpoints, place_at
+from pipeline.train.job import RankInfo
+from pipeline.train.weights import lasting_weights, load_start, weights_file
+from pipeline.train.worker import run
 from tests.checkpoint.few import TRAINER, Counting, backend, save
 from tests.processes import run_ranks
 from tests.small import make_run, small_recipe, train_inline
@@ -156,7 +156,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     found = [job]
     torch.distributed.broadcast_object_list(found, src=0)
     assert found[0] is not None
-    run(found[0], Place(rank, ranks, "cpu", rank))
+    run(found[0], RankInfo(rank, ranks, "cpu", rank))
 
 
 @pytest.mark.distributed
@@ -176,7 +176,7 @@ def test_neurons_that_learn_their_leak_start_from_plain_ones(tmp_path: Path) -> 
     )
     save_file(first.state_dict(), tmp_path / "first.safetensors")
     assert load_start(second, tmp_path / "first.safetensors").fresh == tuple(
-        f"stages.{n}.0.neuron.leak_logit" for n in (0, 1)
+        f"stages.{n}.0.neuron.decay_logit" for n in (0, 1)
     )
     found = second.state_dict()
     assert all(torch.equal(found[key], value) for key, value in first.state_dict().items())

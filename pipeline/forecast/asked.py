@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.measure.held import bytes_of
+from pipeline.measure.memory_breakdown import bytes_of
 from pipeline.measure.stopwatch import seconds_of
-from pipeline.recipe import Recipe
-from pipeline.tasks import tasks_of
-from pipeline.teachers.base import Teacher
-from pipeline.teaching import build_teacher
+from pipeline.models.teachers.base import Teacher
+from pipeline.recipe.recipe import Recipe
+from pipeline.train.tasks import tasks_of
+from pipeline.train.teaching import build_teacher
 
 TIMED = 5
 

@@ -22,17 +22,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.backend.base import Backend
-from pipeline.backend.plain import Plain
-from pipeline.baseline import is_baseline
-from pipeline.build import build_network, check_recipe
+from pipeline.core.allocator import release_freed_memory
+from pipeline.core.torch_settings import compute_in, settle
+from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
-from pipeline.elastic import seed_everything
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
-from pipeline.malloc import release_freed_memory
 from pipeline.measure.fidelity import gradients
-from pipeline.measure.held import Held, bytes_of, held
 from pipeline.measure.memory import (
     device_here,
     is_out_of_memory,
@@ -42,14 +36,12 @@ from pipeline.measure.memory import (
     reset_peak_device_bytes,
     reset_peak_rss,
 )
+from pipeline.measure.memory_breakdown import Held, bytes_of, held
 from pipeline.measure.meters import Meters
 from pipeline.measure.time_parts import REST
 from pipeline.measure.totals import Totals
-from pipeline.objective import Loss
-from pipeline.optimizer import build_optimizer
-from pipeline.part_checks import check_batch, checked_loader
-from pipeline.precision import compute_in
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe import is_baseline
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
@@ -59,12 +51,19 @@ from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
-from pipeline.run.compose import build_backend
-from pipeline.run.settle import settle
 from pipeline.spiking.encode import over_steps
-from pipeline.tasks import tasks_of
-from pipeline.units import counted
-from pipeline.weights import load_start
+from pipeline.train.assemble import build_backend
+from pipeline.train.backend.base import Backend
+from pipeline.train.backend.plain import Plain
+from pipeline.train.build import build_network, check_recipe
+from pipeline.train.elastic import seed_everything
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import Loss
+from pipeline.train.optimizer import build_optimizer
+from pipeline.train.part_checks import check_batch, checked_loader
+from pipeline.train.tasks import tasks_of
+from pipeline.train.weights import load_start
 
 RULES = (
     spec(BPTT),

@@ -31,18 +31,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from pipeline.core.stages import say_stage
+from pipeline.core.torch_settings import Precision
+from pipeline.core.units import counted as count_of
 from pipeline.forecast.asked import teacher_bytes, untrained_teacher
 from pipeline.forecast.bench import Bench, bytes_of_batch, without_rule
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import train
-from pipeline.measure.held import Held, held
+from pipeline.measure.memory_breakdown import Held, held
 from pipeline.measure.traffic import Traffic
-from pipeline.precision import Precision
-from pipeline.recipe import Recipe, Spec
+from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.rules.base import Rule
-from pipeline.tasks import tasks_of
-from pipeline.units import counted as count_of
-from pipeline.waiting import say_stage
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import train
+from pipeline.train.tasks import tasks_of
 
 
 @dataclass(frozen=True, kw_only=True)

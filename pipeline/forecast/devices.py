@@ -11,11 +11,10 @@ from collections.abc import Callable, Collection
 import torch
 from torch.nn import functional as F
 
+from pipeline.core.torch_settings import Precision, computing, settle
 from pipeline.measure.memory import device_here, free_bytes, hardware, told_hardware
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.traffic import Device
-from pipeline.precision import Precision, computing
-from pipeline.run.settle import settle
 
 DEVICES = {
     "h100": Device(

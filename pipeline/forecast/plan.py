@@ -6,7 +6,7 @@ It is a model, not a measurement. Work and memory are counted at full size on te
 values (`counts.py`); no data set is read. A device takes the longer of its roofline
 (`measure/traffic.py`) over its efficiency, and of the launches of all kernels. For machines like
 this one the rates are measured (`devices.py`), and so is what workers do to one another
-(`measure/neighbours.py`). Loaders are taken to keep up.
+(`measure/contention.py`). Loaders are taken to keep up.
 
 What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N
 workers, a ring, with n backward calls in a batch:
@@ -31,7 +31,9 @@ from typing import Any
 
 import torch
 
-from pipeline.build import check_recipe
+from pipeline.core.stages import say_stage
+from pipeline.core.torch_settings import Precision, check_precision
+from pipeline.core.units import counted as count_of
 from pipeline.data.base import DataError
 from pipeline.forecast.bench import RESERVE, RULES, by_label, samples_of, without_rule
 from pipeline.forecast.counts import (
@@ -43,14 +45,12 @@ from pipeline.forecast.counts import (
     counted_teacher,
 )
 from pipeline.forecast.devices import measured_here
+from pipeline.measure.contention import neighbours
 from pipeline.measure.memory import device_here
-from pipeline.measure.neighbours import neighbours
 from pipeline.measure.traffic import Device, Traffic
-from pipeline.precision import Precision, check_precision
-from pipeline.recipe import Recipe, Spec
-from pipeline.recipe_json import encode
-from pipeline.units import counted as count_of
-from pipeline.waiting import say_stage
+from pipeline.recipe.json import encode
+from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.build import check_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ class _Planner:
         Raises: ValueError where the rule cannot train the network, or no micro-batch fits.
         """
         recipe, cluster = self.recipe, self.cluster
-        moves_at_each_step = rule.build().update == "objective"
+        moves_at_each_step = rule.build().update == "step"
         counts, micro, zero = self._fitting(rule, moves_at_each_step)
         accumulation = self.whole // micro
         moves = counts.backward_calls if moves_at_each_step else 1

@@ -8,8 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.baseline import BASELINE, is_baseline
-from pipeline.build import check_recipe
+from pipeline.core.stages import say_stage
 from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import (
     RULES,
@@ -22,8 +21,9 @@ from pipeline.forecast.bench import (
 )
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
-from pipeline.recipe import Recipe, Spec
-from pipeline.waiting import say_stage
+from pipeline.recipe import BASELINE, is_baseline
+from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.build import check_recipe
 
 SAFE = 0.9
 

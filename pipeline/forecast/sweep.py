@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.build import check_recipe
-from pipeline.counts import are_counts
+from pipeline.core.checks import are_counts
+from pipeline.core.stages import say_stage
 from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import (
     RESERVE,
@@ -30,11 +30,11 @@ from pipeline.forecast.bench import (
     in_the_median,
     samples_of,
 )
-from pipeline.measure.held import Held
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.recipe import Recipe, Spec
-from pipeline.tasks import build_data
-from pipeline.waiting import say_stage
+from pipeline.measure.memory_breakdown import Held
+from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.build import check_recipe
+from pipeline.train.tasks import build_data
 
 STEPS = (1, 2, 4, 8, 16)
 # bytes: so far a process's resident memory tells of pages and caches, not of a batch; a GPU's

@@ -18,10 +18,10 @@ from typing import Literal
 
 import torch
 
-from pipeline.code import commit
+from pipeline.core.code_version import commit
 from pipeline.forecast.bench import Bench, by_label, in_rounds
-from pipeline.measure.at_once import at_once, meet
-from pipeline.recipe import Recipe, Spec
+from pipeline.measure.spawn import at_once, meet
+from pipeline.recipe.recipe import Recipe, Spec
 
 STARTS = 5
 

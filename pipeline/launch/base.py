@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
-from pipeline.job import Job
+from pipeline.core.errors import UserError
 from pipeline.measure.driver import unusable_cards
-from pipeline.refused import Refused
+from pipeline.train.job import Job
 
 Device = Literal["auto", "cpu", "gpu"]
 
@@ -17,25 +17,26 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
     for each.
 
     Raises:
-        Refused: fewer GPUs than workers; nobody would notice that the rest train on CPUs.
+        UserError: fewer GPUs than workers; nobody would notice that the rest train on CPUs.
     """
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
     if gpus < workers:
         need = "1 worker needs a GPU" if workers == 1 else f"{workers} workers need as many GPUs"
         fewer = "fewer workers or " if gpus else ""
-        raise Refused(
+        raise UserError(
             f"launch: {need}; there {'is' if gpus == 1 else 'are'} {gpus}; take {fewer}--device cpu"
         )
     return True
 
 
 def refuse_unusable_cards(device: Device) -> None:
-    """Raises: Refused where this machine has GPUs that torch cannot use; with `cpu` nobody asks for
+    """Raises: UserError where this machine has GPUs that torch cannot use; with `cpu` nobody asks
+    for
     them.
     """
     if device != "cpu" and (found := unusable_cards()) is not None:
-        raise Refused(f"launch: {found}")
+        raise UserError(f"launch: {found}")
 
 
 class Launcher(Protocol):
@@ -61,7 +62,7 @@ class Launcher(Protocol):
         """Train to the end: the summary, or None when the run was asked to stop.
 
         Raises:
-            Refused: something that the user has to change.
+            UserError: something that the user has to change.
             LaunchError: the workers failed more often than allowed.
         """
         ...

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.job import Job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.launch.start import check
-from pipeline.recipe import Recipe
-from pipeline.suite import SuiteFile, filled, needed, sources
-from pipeline.trials import best, is_over, top1_of
-from pipeline.weights import lasting_weights
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import SuiteFile, filled, needed, sources
+from pipeline.track.trials import best, is_over, top1_of
+from pipeline.train.job import Job
+from pipeline.train.weights import lasting_weights
 
 
 @dataclass(frozen=True)

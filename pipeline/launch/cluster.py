@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pipeline.checkpoint import refuse_credentials
-from pipeline.counts import is_count, refuse_unless_counts
-from pipeline.elastic import told
+from pipeline.core.checks import is_count, refuse_unless_counts
 from pipeline.launch.base import Device, Launcher
-from pipeline.launch.inline import Inline
-from pipeline.launch.node_loss import NodeLoss
+from pipeline.launch.in_process import Inline
+from pipeline.launch.nodes import NodeLoss
 from pipeline.launch.ray import Ray
-from pipeline.spec import arguments_of
+from pipeline.recipe.spec import arguments_of
+from pipeline.train.checkpoint import refuse_credentials
+from pipeline.train.elastic import told
 
 OPERATIONAL = (
     "device",
@@ -102,7 +102,7 @@ class Cluster:
 
     @property
     def of_workers(self) -> dict[str, Any]:
-        """What each worker is told of it: fields of pipeline.job.Job.
+        """What each worker is told of it: fields of pipeline.train.job.Job.
 
         The launcher puts what it finds in the place of `auto`, once it knows the nodes.
         """

@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.malloc import environment
-from pipeline.run.settle import EXACT
-from pipeline.secrecy import is_secret
+from pipeline.core.allocator import environment
+from pipeline.core.secrets import is_secret
+from pipeline.core.torch_settings import EXACT
 
 PASSED_ON = (
     *("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_"),

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.command_line import how_to_resume
-from pipeline.disk import is_name
+from pipeline.core.files import is_name
+from pipeline.recipe.command_line import how_to_resume
 
 
 @contextmanager

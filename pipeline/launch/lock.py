@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from pipeline.refused import Refused
-from pipeline.run.writer import PATIENCE_S
+from pipeline.core.errors import UserError
+from pipeline.train.writer_lock import PATIENCE_S
 
 INSTANT_S = 1.0
 """`spiketrain runs` holds it for an instant, to see whether anybody does"""
@@ -29,7 +29,7 @@ def driver_lock(folder: Path) -> Iterator[None]:
     elsewhere has ten minutes to go.
 
     Raises:
-        Refused: somebody else holds it.
+        UserError: somebody else holds it.
     """
     with (folder / "driver.lock").open("a+") as handle:
         _take(handle, folder)
@@ -57,13 +57,15 @@ def _take(handle: IO[str], folder: Path) -> None:
         if waited_s > INSTANT_S:
             host = _other_machine(handle)
             if host is None:
-                raise Refused(f"{folder.name}: is being trained by another process on this machine")
+                raise UserError(
+                    f"{folder.name}: is being trained by another process on this machine"
+                )
             if waited_s > PATIENCE_S:
                 told = (
                     f"is being trained by another process on {host}, which still holds it after"
                     f" {waited_s:.0f} s"
                 )
-                raise Refused(f"{folder.name}: {told}")
+                raise UserError(f"{folder.name}: {told}")
             if not is_told:
                 told = (
                     f"is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in which a dead"

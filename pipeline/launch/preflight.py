@@ -21,9 +21,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from pipeline.checkpoint import absolute
-from pipeline.checkpoint.address import folder_of
-from pipeline.code import code_digest
+from pipeline.core.code_version import code_digest
 from pipeline.launch.base import LaunchError, Silent
 from pipeline.launch.preflight_services import (
     Finding,
@@ -37,6 +35,8 @@ from pipeline.launch.preflight_services import (
 from pipeline.launch.ray import Ray
 from pipeline.measure.driver import unusable_cards
 from pipeline.track.mlflow import tracking_uri
+from pipeline.train.checkpoint import absolute
+from pipeline.train.checkpoint.address import folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
@@ -72,7 +72,7 @@ def preflight(
         checkpoints: the address of checkpoints, if they are not kept in the folder of runs.
 
     Raises:
-        Refused: no cluster let us in, or the address of checkpoints holds credentials.
+        UserError: no cluster let us in, or the address of checkpoints holds credentials.
         OSError: the folder of runs cannot be made.
     """
     place = None if checkpoints is None else absolute(checkpoints)
@@ -290,9 +290,9 @@ def _reading() -> Iterator[Finding]:
         import numpy as np
         from PIL import Image
 
-        from pipeline.data.beton import Beton
-        from pipeline.data.tbb import demand_tbb
-        from pipeline.data.write import write_folder
+        from pipeline.data.datasets.beton import Beton
+        from pipeline.data.ffcv.tbb import demand_tbb
+        from pipeline.data.write.images import write_folder
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -8,21 +8,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import own_code
-from pipeline.checkpoint import absolute, owner_of, place_at
-from pipeline.checkpoint.owner import Owner
-from pipeline.code import commit
-from pipeline.counts import refuse_unless_counts
-from pipeline.disk import is_name
-from pipeline.job import Job
+from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.code_version import commit
+from pipeline.core.files import is_name
 from pipeline.launch.cluster import Cluster, refuse_unless_watchable
 from pipeline.launch.folder import named, numbered, whole_folder
-from pipeline.part_checks import fingerprint_of
-from pipeline.recipe import Recipe, read_json, write_json
-from pipeline.spec import arguments_of
-from pipeline.suite import targets_of
-from pipeline.tasks import build_data
-from pipeline.weights import study_inputs
+from pipeline.recipe import own_code
+from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.spec import arguments_of
+from pipeline.recipe.suite import targets_of
+from pipeline.train.checkpoint import absolute, owner_of, place_at
+from pipeline.train.checkpoint.owner import Owner
+from pipeline.train.job import Job
+from pipeline.train.part_checks import fingerprint_of
+from pipeline.train.tasks import build_data
+from pipeline.train.weights import study_inputs
 
 UNWRITTEN = ("run", "trust", "place_token")
 """fields of a job that its file does not hold"""

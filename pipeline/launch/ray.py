@@ -19,9 +19,10 @@ from typing import Any, Literal, Self
 
 from torch import distributed
 
-from pipeline.cores import cores_here, cores_of_a_node, cores_of_machines
-from pipeline.door import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
-from pipeline.job import STOP, Job, Notice, Place, asked_by
+from pipeline.core.cores import cores_here, cores_of_a_node, cores_of_machines
+from pipeline.core.errors import UserError
+from pipeline.core.stages import say_stage
+from pipeline.core.units import counted
 from pipeline.launch.base import (
     Device,
     LaunchError,
@@ -31,20 +32,18 @@ from pipeline.launch.base import (
     takes_gpus,
 )
 from pipeline.launch.environment import of_worker
-from pipeline.launch.innermost import innermost
-from pipeline.launch.node_loss import NodeLoss, waits_for
-from pipeline.launch.nodes import Nodes
-from pipeline.launch.places import no_place
+from pipeline.launch.nodes import NodeLoss, Nodes, waits_for
+from pipeline.launch.ray_auth import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
+from pipeline.launch.ray_errors import innermost
+from pipeline.launch.resizing import no_place
 from pipeline.launch.shares import Share, share_of
 from pipeline.launch.signals import withheld
 from pipeline.measure.driver import unusable_cards
-from pipeline.ranks import PATIENCE, Ranks
-from pipeline.refused import Refused
-from pipeline.run.writer import journal
-from pipeline.track.jsonl import last
-from pipeline.units import counted
-from pipeline.waiting import say_stage
-from pipeline.worker import run
+from pipeline.track.journal import last
+from pipeline.train.backend.collectives import PATIENCE, Ranks
+from pipeline.train.job import STOP, Job, Notice, RankInfo, asked_by
+from pipeline.train.worker import run
+from pipeline.train.writer_lock import journal
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -98,7 +97,7 @@ class Ray:
         device: Device = "auto",
         max_restarts: int = 3,
         node_loss: NodeLoss = "fast",
-        work: Callable[[Job, Place], dict[str, Any] | None] = run,
+        work: Callable[[Job, RankInfo], dict[str, Any] | None] = run,
     ) -> None:
         self.work = work
         self.sizes = workers if isinstance(workers, tuple) else (workers,)
@@ -157,11 +156,11 @@ class Ray:
             except (
                 AuthenticationError
             ) as error:  # of this process's own, before it has asked anybody
-                raise Refused(
+                raise UserError(
                     f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}"
                 ) from error
             except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
-                raise Refused(
+                raise UserError(
                     f"ray: no cluster let us in at {self.address!r}: {reason(error, said)}"
                 ) from error
         try:
@@ -179,14 +178,16 @@ class Ray:
             self._owned = False
 
     def _refuse_too_few(self) -> None:
-        """Raises: Refused where there are too few cores or GPUs, or GPUs that torch cannot use."""
+        """Raises: UserError where there are too few cores or GPUs, or GPUs that torch cannot
+        use.
+        """
         import ray
 
         gpus, there = self._takes_gpus(), ray.cluster_resources().get("CPU", 0)
         share = self._share(gpus=gpus)
         if there < (wanted := self.workers * share.cores):
             each = f"{counted(self.workers, 'worker')} x {counted(share.cores, 'cpu')}"
-            raise Refused(
+            raise UserError(
                 f"launch: {each} need {counted(wanted, 'core')}; the cluster has {there:.0f}"
             )
         if gpus and self.address is not None:  # of this machine it is known
@@ -195,7 +196,7 @@ class Ray:
             )
             for found in told:  # who is silent is found by whoever sends it a worker
                 if isinstance(found, str):
-                    raise Refused(f"launch: {found}")
+                    raise UserError(f"launch: {found}")
 
     def _takes_gpus(self) -> bool:
         import ray
@@ -251,9 +252,9 @@ class Ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
+        from pipeline.launch.ray_trainer import HOST, OnLoopback, Trainer
         from pipeline.launch.resizing import LOOK_S
         from pipeline.launch.restarts import has_no_place, needs_the_user
-        from pipeline.launch.trainer import HOST, OnLoopback, Trainer
 
         gpus = self._takes_gpus()
         share = self._share(gpus=gpus)
@@ -305,7 +306,7 @@ class Ray:
                 raise LaunchError(no_place(self.workers)) from error
             raise WorkersEnded(innermost(error), is_for_the_user=needs_the_user(error)) from error
         if outcome is not None and "refused" in outcome:
-            raise Refused(outcome["refused"])
+            raise UserError(outcome["refused"])
         return outcome
 
 
@@ -343,7 +344,7 @@ def _stopped_without_workers(job: Job) -> None:
 def _train(
     config: dict[str, Any],
     *,
-    work: Callable[[Job, Place], dict[str, Any] | None],
+    work: Callable[[Job, RankInfo], dict[str, Any] | None],
     sizes: tuple[int, ...],
 ) -> dict[str, Any] | None:
     """Runs in every worker process."""
@@ -352,7 +353,7 @@ def _train(
 
     context = train.get_context()
     job = Job(**{**config, "trust": tuple(config["trust"])})
-    place = Place(
+    place = RankInfo(
         context.get_world_rank(),
         context.get_world_size(),
         str(get_device()),
@@ -363,7 +364,7 @@ def _train(
     _wait_for_others(job.hang_minutes)
     try:
         return work(job, place)
-    except Refused as error:  # returned, not raised: starting again would not help
+    except UserError as error:  # returned, not raised: starting again would not help
         return {"refused": str(error)}
 
 

@@ -5,6 +5,9 @@ Ray's own policy (2.60) takes any number between two, counts nodes that are gone
 coordinator looks again (20 s), and ends the workers of a run that is to grow wherever they are.
 This one takes numbers that the run may have, on nodes that are there and stay, and asks the run to
 save first.
+
+Places for the workers of a run whose node is gone: how long they are waited for, and that
+somebody is told of it.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from pipeline.job import SAVE, STOP, Notice
-from pipeline.launch.places import PLACES_S, NoPlace, no_place, tell_waiting
-from pipeline.recipe import write_json
+from pipeline.core.units import counted
+from pipeline.recipe.recipe import write_json
+from pipeline.track.journal import OF_NONE, Journal
+from pipeline.train.job import SAVE, STOP, Notice
 
 LOOK_S = 10.0
 """between two looks at whether there is room for another number of workers; a new node has to be
@@ -137,3 +141,28 @@ class Resizing(ElasticScalingPolicy):
             return (self.folder / name).exists()
         except OSError:
             return if_away
+
+
+PLACES_S = 3600.0
+"""that places for all workers are waited for, where a node may come back or be replaced"""
+
+
+class NoPlace(Exception):
+    """They have been waited for in vain."""
+
+
+def no_place(workers: int) -> str:
+    found = f"launch: {counted(workers, 'worker')} found no place in time"
+    return f"{found}: others have it, or a node is gone and none came in its stead"
+
+
+def tell_waiting(folder: Path, workers: int) -> None:
+    """Write down that no worker of the run in `folder` is left, and what is waited for; the driver
+    shows it.
+
+    Raises: OSError.
+    """
+    with Journal(folder / "journal.jsonl", attempt=OF_NONE) as journal:
+        journal.event(
+            "waiting", sync=True, what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S
+        )

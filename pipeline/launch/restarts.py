@@ -23,14 +23,14 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.disk import lasts
-from pipeline.guards.deaths import note_death
-from pipeline.guards.fitting import FILE as MICRO_BATCH
-from pipeline.job import was_stopped
-from pipeline.launch.innermost import cause, innermost
-from pipeline.launch.places import PLACES_S, NoPlace, tell_waiting
+from pipeline.core.files import lasts
+from pipeline.launch.ray_errors import cause, innermost
+from pipeline.launch.resizing import PLACES_S, NoPlace, tell_waiting
 from pipeline.measure.memory import is_out_of_memory
-from pipeline.track.jsonl import last
+from pipeline.track.journal import last
+from pipeline.train.guards.deaths import note_death
+from pipeline.train.guards.oom import FILE as MICRO_BATCH
+from pipeline.train.job import was_stopped
 
 
 class Restarts(DefaultFailurePolicy):

@@ -1,7 +1,8 @@
 """Several runs of a suite at the same time, each driven by a process of its own that resumes it as
 a user would.
 
-Each worker keeps to cores of its own (pipeline.cores), or has a card of its own from Ray: what one
+Each worker keeps to cores of its own (pipeline.core.cores), or has a card of its own from Ray: what
+one
 run costs is measured while others run, on the same memory bus, and never on the same cores.
 """
 
@@ -20,18 +21,18 @@ from typing import Literal
 
 from rich.console import Console
 
-from pipeline.command_line import trust_words
-from pipeline.job import STOP, Job, was_stopped
+from pipeline.core.errors import UserError
+from pipeline.core.printing import say
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
+from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, wishes
-from pipeline.launch.watch import Shown
-from pipeline.printing import say
-from pipeline.recipe import Recipe
-from pipeline.refused import Refused
-from pipeline.run.writer import PATIENCE_S
+from pipeline.recipe.command_line import trust_words
+from pipeline.recipe.recipe import Recipe
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import is_driven
+from pipeline.train.job import STOP, Job, was_stopped
+from pipeline.train.writer_lock import PATIENCE_S
 
 LOG = "launch.log"
 """in a run's folder: what its process printed"""
@@ -47,7 +48,7 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
     """How many runs train at once; with "auto" one, where there is no room for two.
 
     Raises:
-        Refused: more than there is room for.
+        UserError: more than there is room for.
     """
     if wanted == 1:
         return 1
@@ -55,7 +56,7 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
     if wanted == "auto":
         return max(1, room)
     if wanted > room:
-        raise Refused(
+        raise UserError(
             f"launch: {wanted} runs side by side need cores and cards of their own; there is room"
             f" for {room}"
         )
@@ -70,7 +71,7 @@ def train_side_by_side(
 
     Raises:
         LaunchError: a run failed; the line is its process's last.
-        Refused: a run was refused.
+        UserError: a run was refused.
     """
     going: dict[str, _Driven] = {}
     leaving = _Leaving(console)
@@ -142,7 +143,7 @@ class _Leaving:
         """Whether it still does, and is waited for.
 
         Raises:
-            Refused: it has been for too long.
+            UserError: it has been for too long.
         """
         if not is_driven(run):
             self._since.pop(name, None)
@@ -154,7 +155,7 @@ class _Leaving:
                 f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s",
             )
         if time.monotonic() - self._since[name] > LEAVING_S:
-            raise Refused(
+            raise UserError(
                 f"{run.name}: is being trained by another process, which still does after"
                 f" {LEAVING_S:.0f} s"
             )
@@ -216,7 +217,7 @@ class _Driven:
             f"exit status {code}"
         ]
         said = f"{self.folder.name}: {lines[-1]}"
-        return Refused(said) if code == 2 else LaunchError(said)
+        return UserError(said) if code == 2 else LaunchError(said)
 
 
 @contextmanager

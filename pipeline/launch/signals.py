@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from pipeline.job import STOP, was_stopped
+from pipeline.train.job import STOP, was_stopped
 
 PATIENT = (signal.SIGUSR1, signal.SIGHUP)
 ECHO_S = 0.3

@@ -14,36 +14,36 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from pipeline.build import build_network, check_recipe
-from pipeline.checkpoint import Place, trainer_of
-from pipeline.command_line import command
-from pipeline.elastic import told
-from pipeline.evaluate import Evaluated, Evaluation, evaluate, inputs
-from pipeline.export import is_export, load_export
-from pipeline.guards.storage import may_pass
-from pipeline.job import Job
+from pipeline.core.printing import new_console, say
+from pipeline.core.stages import say_stage
+from pipeline.core.torch_settings import computing
+from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
-from pipeline.launch.changed import change_run
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.drive import drive
+from pipeline.launch.driver import drive
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import prepare, read_job
+from pipeline.launch.resume_options import change_run
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
 from pipeline.measure.memory import device_here
 from pipeline.measure.sampled import ACTIVITY_EVERY
-from pipeline.part_checks import check_network, fingerprint_of
-from pipeline.precision import computing
-from pipeline.printing import new_console, say
-from pipeline.recipe import Recipe, read_json
-from pipeline.recipe_json import recipe_fields
-from pipeline.suite import Suite, refuse_references
-from pipeline.tasks import Loaders, build_data, check_data, mean_of, tasks_of
+from pipeline.recipe.command_line import command
+from pipeline.recipe.json import recipe_fields
+from pipeline.recipe.recipe import Recipe, read_json
+from pipeline.recipe.suite import Suite, refuse_references
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import state_of
-from pipeline.units import counted
-from pipeline.waiting import say_stage
-from pipeline.weights import load_run, load_weights, place_of
+from pipeline.train.build import build_network, check_recipe
+from pipeline.train.checkpoint import Place, trainer_of
+from pipeline.train.elastic import told
+from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, inputs
+from pipeline.train.export import is_export, load_export
+from pipeline.train.guards.storage import may_pass
+from pipeline.train.job import Job
+from pipeline.train.part_checks import check_network, fingerprint_of
+from pipeline.train.tasks import Loaders, build_data, check_data, mean_of, tasks_of
+from pipeline.train.weights import load_run, load_weights, place_of
 
 
 def launch_run(

@@ -13,29 +13,29 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline import own_code
-from pipeline.command_line import command
-from pipeline.job import was_stopped
+from pipeline.core.errors import UserError
+from pipeline.core.printing import new_console, say
+from pipeline.core.stages import say_stage
+from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
-from pipeline.launch.changed import change_run, change_suite
 from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import open_place
+from pipeline.launch.resume_options import change_run, change_suite
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, check_resumed, train
 from pipeline.launch.terminal import outlive
-from pipeline.printing import new_console, say
-from pipeline.recipe import Recipe
-from pipeline.refused import Refused
-from pipeline.stand_in import with_stand_ins
-from pipeline.suite import Suite, SuiteFile, runs_of
+from pipeline.recipe import own_code
+from pipeline.recipe.command_line import command
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import is_driven, state_of
-from pipeline.trials import over_in
-from pipeline.units import counted
-from pipeline.waiting import say_stage
+from pipeline.track.trials import over_in
+from pipeline.train.job import was_stopped
+from pipeline.train.placeholder_weights import with_stand_ins
 
 
 def launch_suite(
@@ -199,7 +199,7 @@ def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: 
         return train(
             job, launcher, children.runs, console, address=children.cluster.address_to_say(launched)
         )
-    except Refused:
+    except UserError:
         if not children.is_over(recipe.name):
             raise
         return True

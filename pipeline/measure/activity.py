@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.random import COUNTED, below, bits
+from pipeline.core.random import COUNTED, below, bits
 from pipeline.spiking.neuron import LIF, named_neurons
 
 Reduce = Callable[[Tensor], Tensor]

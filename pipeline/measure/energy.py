@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.units import shown
 from pipeline.measure.operations import Work
-from pipeline.units import shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def gradients(
             network.zero_grad()
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(world.seed)
-                for objective in rule.objectives(network, x_TB, loss_for(), step=index):
+                for objective in rule.loss_terms(network, x_TB, loss_for(), step=index):
                     if objective.backward is not None:
                         objective.backward.backward()
             rule.end_of_batch()

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.malloc import release_freed_memory
+from pipeline.core.allocator import release_freed_memory
 from pipeline.measure.clock import PARTS, REST, Between, Clock, Part
 from pipeline.measure.joules import Joules
 from pipeline.measure.memory import (
@@ -33,7 +33,7 @@ from pipeline.measure.memory import (
 from pipeline.measure.operations import Operations
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.measure.totals import Totals
-from pipeline.rules.base import Objective
+from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes
 
 Reduce = Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ class _Learnt:
     hit_B: list[Tensor] = field(default_factory=list)
     """whether each sample's answer was right, of each micro-batch"""
     losses: list[Tensor] = field(default_factory=list)
-    """of the objectives of each micro-batch"""
+    """of the loss_terms of each micro-batch"""
     shares: list[float] = field(default_factory=list)
     """of each objective: its micro-batch's in the global batch"""
     samples: int = 0
@@ -152,7 +152,7 @@ class Meters:
         self._asked: Instrument | None = None
         self._inside_s = 0.0
         """of what was entered inside the part between batches that is open"""
-        self._objectives: list[tuple[Tensor, Tensor]] = []
+        self._loss_terms: list[tuple[Tensor, Tensor]] = []
         """loss and logits of each since the last micro-batch ended"""
         self._window, self._batch = _Window(), _Batch()
 
@@ -171,7 +171,7 @@ class Meters:
         self._watching = watching = operations or self._asked
         self._begun, self._asked = self._begun + 1, None
         self._batch = batch = _Batch()
-        self._objectives = []
+        self._loss_terms = []
         if watching is not None:
             self.note_peaks()
         try:
@@ -239,12 +239,12 @@ class Meters:
             self.totals.seconds[name] += took - self._inside_s
             self._inside_s = outer + took
 
-    def add(self, objective: Objective) -> None:
+    def add(self, objective: LossTerm) -> None:
         """At the end of its forward: what backward keeps is there, and with states the most that
         there is.
         """
         self._batch.backward_calls += objective.backward is not None
-        self._objectives.append(
+        self._loss_terms.append(
             (objective.loss, objective.logits)
         )  # summed once: each sum is a kernel
         if (saved := self._counting) is not None:
@@ -254,9 +254,9 @@ class Meters:
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         """`share`: of the micro-batch in the global batch, which its losses are weighed with."""
-        assert self._objectives, "a rule yields at least one objective"
+        assert self._loss_terms, "a rule yields at least one objective"
         with self.part("metrics"):
-            losses, logits = zip(*self._objectives, strict=True)
+            losses, logits = zip(*self._loss_terms, strict=True)
             wanted_B = (
                 target_B if target_B.dim() == 1 else target_B.argmax(-1)
             )  # of a mixed sample, what there is most of
@@ -265,7 +265,7 @@ class Meters:
             learnt.losses.append(torch.stack(losses))
             learnt.shares += [share] * len(losses)
             learnt.samples += len(target_B)
-            self._objectives = []
+            self._loss_terms = []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
         """Means since the last `take`, the same on every rank; collective through `reduce`, which

@@ -16,7 +16,7 @@ to the fan-in. Products that torch makes inside one operation, of attention or o
 cannot be looked into; `not_counted` names those.
 
 Purposes: "forward"; "error", what the backward hands down; "weights", the gradients of weights; and
-what `spiking/serving.py` names. A product in a backward is "error" where one side is a weight (or
+what `spiking/op_scope.py` names. A product in a backward is "error" where one side is a weight (or
 what a rule puts in its place), or where it is one of a batch of products, as attention's are; else
 "weights".
 """
@@ -36,8 +36,8 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
 from pipeline.measure.pausable import Pausable
-from pipeline.spiking.errorpath import FixedFeedback
-from pipeline.spiking.serving import served
+from pipeline.spiking.feedback_alignment import FixedFeedback
+from pipeline.spiking.op_scope import served
 
 aten = torch.ops.aten
 

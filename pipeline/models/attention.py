@@ -25,7 +25,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of
 from pipeline.models.residual import Blocks, Layer
 from pipeline.spiking.neuron import LIF
 
@@ -40,7 +40,7 @@ class OverSamples(LIF):
     """The LIF on `[T, B, ...]`, one membrane for all samples: it runs over the B samples of a step,
     then over the next step's.
 
-        u[t, b] = leak v[t, b-1] + x[t, b],      v[t, 0] = v[t-1, B],      v[0, B] = 0
+        u[t, b] = decay v[t, b-1] + x[t, b],      v[t, 0] = v[t-1, B],      v[0, B] = 0
 
     What a sample gives depends on the samples before it in its batch, and so on the order and size
     of the batch, on micro-batches and on workers. In a batch of one it is the LIF.
@@ -52,9 +52,9 @@ class OverSamples(LIF):
         if type(neuron) is not LIF:
             raise ValueError(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}")
         made = cls(
-            neuron.leak,
+            neuron.decay,
             threshold=neuron.threshold,
-            decay_input=neuron.decay_input,
+            scale_input=neuron.scale_input,
             surrogate=neuron.surrogate,
         )
         made.reset, made.subtract, made.reset_gradient = (

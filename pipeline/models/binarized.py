@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from pipeline.spiking.binary import Binarization, binarize
 from pipeline.spiking.limit import Limited
-from pipeline.spiking.plain import is_inside
+from pipeline.spiking.linear_layers import is_inside
 
 ALL_BUT_ENDS = "all_but_ends"
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import are_counts, is_count, refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import are_counts, is_count, refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Over, RateHead, one_more
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF

@@ -25,7 +25,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.counts import are_counts, refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, one_more
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium

@@ -13,7 +13,7 @@ the one of the late steps.
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts
 from pipeline.spiking.state import State
 
 

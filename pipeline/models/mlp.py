@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts
 from pipeline.models.parts import one_more
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import rate_readout

@@ -22,12 +22,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Over
 from pipeline.models.residual import Blocks, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Rectangle
 from pipeline.spiking.synapse import Linear
 
@@ -84,13 +84,13 @@ class MSResNet(nn.Module):
             shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD
         )
         if stem == "one":
-            self.stem = OncePerImage.of(factory.currents(Layer(in_channels, width, 7, stem_stride)))
+            self.stem = StaticInput.of(factory.currents(Layer(in_channels, width, 7, stem_stride)))
         else:
             first, second, third = (
                 Layer(in_channels, width, 3, stem_stride, True),
                 *[Layer(width, width, 3, 1, True)] * 2,
             )
-            self.stem = OncePerImage(
+            self.stem = StaticInput(
                 factory.synapse(first), factory.synapse(second), factory.currents(third)
             )
         self.stages, channels = resnet_stages(

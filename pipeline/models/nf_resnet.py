@@ -19,11 +19,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, standardized_conv
 from pipeline.models.residual import Blocks, resnet_stages
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Linear
 
 
@@ -62,7 +62,7 @@ class NFResNet(nn.Module):
         refuse_unless_counts("NFResNet", {**numbers, "blocks": blocks})
         refuse_unless_one_of("NFResNet", ("imagenet", "small"), stem=stem)
         factory = Blocks(shortcut="membrane", neuron=neuron, norm="sws")
-        self.stem = OncePerImage()
+        self.stem = StaticInput()
         if stem == "imagenet":
             self.stem.extend(
                 [
@@ -87,7 +87,7 @@ def nf_resnet34(
     in_channels: int = 3,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-34, 21,797,688 parameters at 1000 classes. SLTT's published leak is 1/11, OTTT's
+    """NF-ResNet-34, 21,797,688 parameters at 1000 classes. SLTT's published decay is 1/11, OTTT's
     0.5.
     """
     return NFResNet(

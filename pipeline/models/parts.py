@@ -1,8 +1,8 @@
 """What several families are made of: copies of one neuron, pools, the convolution of networks
 without batch norm, and the classifier of rate-coded networks.
 
-A builder takes its neuron as a module, `neuron=LIF(leak=0.5)`, in a recipe `neuron=spec(LIF,
-leak=0.5)`, and gives each layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same
+A builder takes its neuron as a module, `neuron=LIF(decay=0.5)`, in a recipe `neuron=spec(LIF,
+decay=0.5)`, and gives each layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same
 layers.
 """
 

@@ -18,11 +18,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Over, Pool, RateHead, one_more
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
-from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Stem = Literal["imagenet", "small"]
@@ -82,7 +82,7 @@ class PreActResNet(nn.Module):
         refuse_unless_counts("PreActResNet", numbers)
         refuse_unless_one_of("PreActResNet", ("imagenet", "small"), stem=stem)
         refuse_unless_one_of("PreActResNet", ("rate", "linear"), head=head)
-        self.stem, self.stem_spikes = OncePerImage(), nn.Sequential()
+        self.stem, self.stem_spikes = StaticInput(), nn.Sequential()
         if stem == "imagenet":
             self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over)])
             self.stem_spikes.extend([one_more(neuron), Pool(nn.AvgPool2d(3, stride=2, padding=1))])

@@ -26,18 +26,18 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.attention import Attention, ProjectionNeuron, SelfAttention, TokenQK
 from pipeline.models.parts import Over, Pool
 from pipeline.models.residual import Blocks, Layer, Norm, Shortcut, named
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Linear
 
 # SpikingJelly's LIF at tau 2, as the published code uses it; and without its decay of the input,
 # which normaliser-free currents do not stand.
-NEURON = LIF(0.5, reset="zero", decay_input=True, surrogate=Sigmoid(4.0))
+NEURON = LIF(0.5, reset="zero", scale_input=True, surrogate=Sigmoid(4.0))
 SWS_NEURON = LIF(0.5, surrogate=Sigmoid(4.0))
 
 
@@ -57,7 +57,7 @@ class QKFormer(nn.Module):
         projection_neuron: of the last stage's attentions (`models/attention.py`). "over_samples" is
             the published code's, which published accuracies need: an answer then depends on the
             batch that the picture is in.
-        neuron: None for the published LIF (leak 0.5, decay of the input, reset to zero), under
+        neuron: None for the published LIF (decay 0.5, decay of the input, reset to zero), under
             "sws" for one with reset by subtraction and without that decay.
 
     Raises: ValueError for numbers that make no network, or choices that do not fit together
@@ -169,7 +169,7 @@ def _stem(blocks: Blocks, in_channels: int, channels: int, *, shrink: int) -> nn
     layers = dict(blocks.currents(Layer(in_channels, channels, 3, pools=True)).named_children())
     if shrink > 1:
         layers = {"shrink": Pool(nn.AvgPool2d(shrink)), **layers}
-    first = OncePerImage.of(named(**layers))
+    first = StaticInput.of(named(**layers))
     return nn.Sequential(first, blocks.neuron()) if blocks.carries_spikes else nn.Sequential(first)
 
 

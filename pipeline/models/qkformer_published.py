@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.tensor_file import misfits
 from pipeline.models.attention import ProjectionNeuron
 from pipeline.models.parts import Over
 from pipeline.models.qkformer import QKFormer
-from pipeline.state_file import misfits
 
 # What a published file holds that this network has no place for, and why.
 IGNORED = {

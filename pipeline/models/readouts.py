@@ -1,14 +1,14 @@
 """A linear readout behind each neuron of any network, for rules that learn from them
-(`spiking/topdown.py`).
+(`spiking/local_learning.py`).
 """
 
 from collections.abc import Sequence
 
 from torch import nn
 
+from pipeline.spiking.local_learning import Readout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.spiking.topdown import Readout
 
 
 def with_readouts(

@@ -44,7 +44,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
-from pipeline.counts import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of
 from pipeline.models.parts import Over, Pool, one_more, standardized_conv, variance_gain
 from pipeline.models.stream import (
     ALPHA,
@@ -106,10 +106,10 @@ class Blocks:
                 "norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got"
                 f" {shortcut=}"
             )
-        if norm == "sws" and getattr(neuron, "decay_input", False):
+        if norm == "sws" and getattr(neuron, "scale_input", False):
             raise ValueError(
-                "norm='sws' counts on currents of unit variance, which decay_input shrinks; got a"
-                " neuron with decay_input"
+                "norm='sws' counts on currents of unit variance, which scale_input shrinks; got a"
+                " neuron with scale_input"
             )
         self.shortcut: Shortcut = shortcut
         self.prototype = neuron

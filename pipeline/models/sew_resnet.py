@@ -18,11 +18,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Over, Pool, initialized_as_relu
 from pipeline.models.residual import Blocks, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
-from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import ATan
 from pipeline.spiking.synapse import Linear
 
@@ -71,7 +71,7 @@ class SEWResNet(nn.Module):
         refuse_unless_one_of("SEWResNet", ("sew", "post_activation"), shortcut=shortcut)
         factory = Blocks(shortcut=shortcut, neuron=neuron, over=over)
         self.stem = nn.Sequential(
-            OncePerImage.of(factory.currents(Layer(in_channels, width, 7, stride=2))),
+            StaticInput.of(factory.currents(Layer(in_channels, width, 7, stride=2))),
             factory.neuron(),
             Pool(nn.MaxPool2d(3, stride=2, padding=1)),
         )

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.counts import are_counts, refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import one_more, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF, identity
 from pipeline.spiking.pool import MeanPool
 from pipeline.spiking.state import State
-from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
@@ -53,7 +53,7 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         conv = standardized_conv(in_channels, width, kernel, stride=stride)
-        self.conv = OncePerImage(conv) if is_first else conv
+        self.conv = StaticInput(conv) if is_first else conv
         self.neuron = one_more(neuron)
         self.dropout = Dropout(dropout)
         self.gain = None if is_first else variance_gain(neuron)

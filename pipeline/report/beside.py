@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from pipeline.printing import say
-from pipeline.recipe import write_json
+from pipeline.core.printing import say
+from pipeline.recipe.recipe import write_json
 
 T_ = TypeVar("T_")
 

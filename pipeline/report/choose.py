@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.baseline import is_baseline
-from pipeline.recipe_json import listed
+from pipeline.core.units import counted
+from pipeline.recipe import is_baseline
+from pipeline.recipe.json import listed
 from pipeline.report.differences import differences
 from pipeline.report.runs import ReportError, find_run, recipe_of, run_folders, summary_of
 from pipeline.report.study_run import UNKNOWN_RULE
-from pipeline.track.jsonl import first, last
+from pipeline.track.journal import first, last
 from pipeline.track.state import State, state_of
-from pipeline.units import counted
 
 
 class ComparisonError(ReportError):

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE, is_baseline
-from pipeline.printing import print_table, prose
+from pipeline.core.printing import print_table, prose
+from pipeline.core.units import counted
+from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.largest import largest
 from pipeline.report.spread import spread_of
 from pipeline.report.study import COMPUTE, KEPT, Group
 from pipeline.report.study_run import StudyRun
-from pipeline.units import counted
 
 if TYPE_CHECKING:  # which imports torch, and whoever reads results waits for that
     from pipeline.forecast.turns import Turns

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
-from pipeline.printing import new_console, say
+from pipeline.core.printing import new_console, say
+from pipeline.recipe import BASELINE
 from pipeline.report.choose import (
     ComparisonError,
     Finished,
@@ -40,7 +40,7 @@ from pipeline.report.places import loaders, places
 from pipeline.report.runs import ReportError, load
 from pipeline.report.study import Group, StudyRun, kind
 from pipeline.report.study_run import study_run
-from pipeline.track.jsonl import last
+from pipeline.track.journal import last
 
 __all__ = [
     "Comparison",

@@ -17,8 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.command_line import how_to_resume
-from pipeline.printing import Column, has_width, number, print_table, prose, say
+from pipeline.core.printing import Column, has_width, number, print_table, prose, say
+from pipeline.core.units import counted, rounded, unit_of
+from pipeline.recipe.command_line import how_to_resume
 from pipeline.report.choose import Finished, Unfinished, rule_of, seed_of
 from pipeline.report.figure import harmless
 from pipeline.report.finite import finite, not_finite
@@ -34,7 +35,6 @@ from pipeline.report.study import (
     what_to_change,
 )
 from pipeline.report.tables import behind_the_rows
-from pipeline.units import counted, rounded, unit_of
 
 _COMPARED = {
     "top1": "top-1",

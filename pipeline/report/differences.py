@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe import BESIDE_THE_STUDY
-from pipeline.recipe_json import differing
+from pipeline.recipe.json import differing
+from pipeline.recipe.recipe import BESIDE_THE_STUDY
 from pipeline.report.runs import recipe_of, summary_of
-from pipeline.trained_on import told_in
+from pipeline.track.provenance import told_in
 
 __all__ = ["VARIED", "differences", "trained_apart", "tuned_in", "written"]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pipeline.core.units import unit_of
 from pipeline.measure.sampled import MEMORY_EVERY
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
 from pipeline.report.places import NOT_SAID
 from pipeline.report.spread import Spread
 from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun
-from pipeline.units import unit_of
 
 MEASURED_SAID = (
     "what the cards used for a sample while the set was evaluated, by their own counters (NVML):"

@@ -11,7 +11,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pipeline.recipe_json import flat
+from pipeline.core.units import counted
+from pipeline.recipe.json import flat
 from pipeline.report.figure import (
     Cell,
     Figure,
@@ -25,7 +26,6 @@ from pipeline.report.figure import (
 )
 from pipeline.report.history import TrainPoint
 from pipeline.report.study import Group, StudyRun
-from pipeline.units import counted
 
 ON_TRACK = 1.0
 """points of accuracy below the published run that still count as on track"""

@@ -9,9 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from pipeline.core.units import counted
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
 from pipeline.report.study import Group, StudyRun
-from pipeline.units import counted
 
 _ROW = 24  # pixels of a layer
 _FIGURES_FIT = 8  # columns on a phone with a number in each cell

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
+from pipeline.core.units import counted, unit_of
 from pipeline.measure.memory import told_hardware
 from pipeline.report.figure import Figure, Table, Theme, base_layout, color, plain, symbol
-from pipeline.units import counted, unit_of
 
 _HEIGHT = 380
 _DOTTED = ", with states"

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import plotly.graph_objects as go
 
+from pipeline.core.units import shown
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain
 from pipeline.report.study import Group
-from pipeline.units import shown
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
 _SO_FAR = ", batches alone"

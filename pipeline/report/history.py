@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.measure.time_parts import PARTS, REST
-from pipeline.track.jsonl import OF_NONE, Event
+from pipeline.track.journal import OF_NONE, Event
 
 Timed = tuple[float, Event]
 """an event, and the seconds of wall clock that its run had taken by then"""

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.baseline import is_baseline
+from pipeline.recipe import is_baseline
 
 
 class Largest(NamedTuple):

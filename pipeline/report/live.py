@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.baseline import BASELINE
 from pipeline.measure.time_parts import PARTS, REST
+from pipeline.recipe import BASELINE
 from pipeline.report.history import number
 from pipeline.report.places import machine
 from pipeline.report.returned import Returned, returned
@@ -30,7 +30,7 @@ from pipeline.report.store import ArtifactError, Point, Store, StoredRun, StoreE
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, study_run
 from pipeline.track.files import JOURNAL
-from pipeline.track.jsonl import Event
+from pipeline.track.journal import Event
 from pipeline.track.publish import REPORT_DATA
 
 _ASKED = {

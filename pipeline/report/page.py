@@ -19,6 +19,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.core.units import rounded
 from pipeline.report import scaling, tables
 from pipeline.report.figure import DARK, LIGHT, NOT_MEASURED, Cell, Figure, Missing, Table
 from pipeline.report.figures import ratios, trade_off
@@ -27,7 +28,6 @@ from pipeline.report.figures_maps import firing_rates, gradient_fidelity, tempor
 from pipeline.report.figures_time import time_parts
 from pipeline.report.study import ENERGY, Group, Study
 from pipeline.report.swept import LARGEST_SAID, swept
-from pipeline.units import rounded
 
 _WEB = Path(__file__).parent / "web"
 _ROWS = 40

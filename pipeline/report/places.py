@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.core.units import counted
 from pipeline.report.study_run import StudyRun, TrainedOn
-from pipeline.units import counted
 
 NOT_SAID = "not known"
 

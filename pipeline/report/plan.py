@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.core.units import counted
 from pipeline.forecast.bench import RESERVE
 from pipeline.forecast.plan import Plan, Planned
-from pipeline.printing import new_console, number, print_table, say
 from pipeline.report.planned import Errors
-from pipeline.units import counted
 
 KIND = "a model, not measured"
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import other_than_here
-from pipeline.recipe import BESIDE_THE_STUDY, Recipe
-from pipeline.recipe_json import differing, listed
+from pipeline.recipe.json import differing, listed
+from pipeline.recipe.recipe import BESIDE_THE_STUDY, Recipe
 from pipeline.report.choose import finished_run
 from pipeline.report.differences import trained_apart
 from pipeline.report.runs import ReportError, recipe_of
-from pipeline.track.jsonl import read
-from pipeline.trained_on import told_in
+from pipeline.track.journal import read
+from pipeline.track.provenance import told_in
 
 # What a batch costs does not depend on how many there are, nor on when a run looks up from them.
 _BESIDE = (

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
+from pipeline.core.printing import Column, new_console, number, print_table, say
+from pipeline.core.units import counted
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.probe import Probe, advice
 from pipeline.measure.memory import told_hardware
-from pipeline.printing import Column, new_console, number, print_table, say
-from pipeline.units import counted
+from pipeline.recipe import BASELINE
 
 
 def print_probe(found: Probe, *, as_json: bool = False, console: Console | None = None) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.printing import number, print_table, say
-from pipeline.recipe_json import flat
+from pipeline.core.printing import number, print_table, say
+from pipeline.recipe.json import flat
 from pipeline.report.choose import study_of, unfinished_run
 from pipeline.report.compare import comparisons
 from pipeline.report.differences import written
 from pipeline.report.runs import recipe_of
-from pipeline.track.jsonl import last
+from pipeline.track.journal import last
 from pipeline.track.state import state_of
-from pipeline.trials import best, top1_of
+from pipeline.track.trials import best, top1_of
 
 TITLES = {
     "shared": "shared: only the rule differs",
@@ -113,7 +113,7 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
 def _search(folder: Path) -> str:
     """Trials of one search differ in their name and in the value that they try alone: what differs
     in anything else, such as one keyword of its rule or its family, has a search of its own
-    (`pipeline.protocol.tuned`)."""
+    (`pipeline.recipe.search.tuned`)."""
     recipe = recipe_of(folder)
     tried = ("name", *recipe["tuned"])
     return json.dumps(

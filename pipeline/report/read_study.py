@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
-from pipeline.recipe import read_json
+from pipeline.core.units import counted
+from pipeline.recipe import BASELINE
+from pipeline.recipe.recipe import read_json
+from pipeline.recipe.suite import SuiteFile, has_report, runs_of
 from pipeline.report.choose import Finished, is_trial, named, newest_study, study_of, with_baseline
 from pipeline.report.compare import comparable
 from pipeline.report.paired import WITHIN
@@ -23,10 +25,8 @@ from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.study_run import from_folder
 from pipeline.report.suite import Reported, own_report, suite_named
-from pipeline.suite import SuiteFile, has_report, runs_of
 from pipeline.track.publish import REPORT
-from pipeline.trials import over_in
-from pipeline.units import counted
+from pipeline.track.trials import over_in
 
 _WIDTH = 120  # characters of what a suite's own report prints
 

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from pipeline.command_line import how_to_resume
-from pipeline.printing import new_console, number, print_table, say
-from pipeline.suite import FILE, is_suite, runs_of
-from pipeline.track.jsonl import first, last
+from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.recipe.command_line import how_to_resume
+from pipeline.recipe.suite import FILE, is_suite, runs_of
+from pipeline.track.journal import first, last
 from pipeline.track.state import State, is_driven, state_of
-from pipeline.trials import over_in
+from pipeline.track.trials import over_in
 
 __all__ = [
     "AmbiguousName",

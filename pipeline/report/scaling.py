@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from pipeline.recipe import Split
+from pipeline.core.units import counted
+from pipeline.recipe.recipe import Split
 from pipeline.report.figure import Cell, Table
 from pipeline.report.places import machine
 from pipeline.report.spread import spread_of
 from pipeline.report.study import Study, StudyRun
-from pipeline.units import counted
 
 SAID = (
     "Measured, not a model: steady images/s of finished runs, the mean over those of one rule and"

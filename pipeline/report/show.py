@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from pipeline.backend.deepspeed import config
-from pipeline.build import check_recipe
+from pipeline.core.printing import new_console, print_fields, say
+from pipeline.core.units import counted
 from pipeline.data.base import DataError
-from pipeline.part_checks import fingerprint_of
-from pipeline.printing import new_console, print_fields, say
-from pipeline.recipe import Recipe
-from pipeline.stand_in import with_stand_ins
-from pipeline.suite import Suite, references, refuse_references
-from pipeline.tasks import build_data
-from pipeline.units import counted
-from pipeline.weights import study_inputs
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Suite, references, refuse_references
+from pipeline.train.backend.deepspeed import config
+from pipeline.train.build import check_recipe
+from pipeline.train.part_checks import fingerprint_of
+from pipeline.train.placeholder_weights import with_stand_ins
+from pipeline.train.tasks import build_data
+from pipeline.train.weights import study_inputs
 
 
 def show_recipe(

@@ -22,7 +22,7 @@ from pipeline.report.runs import ReportError
 from pipeline.report.silence import is_silent
 from pipeline.track.connect import SQLITE, without_password
 from pipeline.track.files import KNOWN
-from pipeline.track.jsonl import Event, read, read_thinned
+from pipeline.track.journal import Event, read, read_thinned
 from pipeline.track.publish import REPORT, REPORT_DATA
 from pipeline.track.state import State
 

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pipeline.baseline import BASELINE, is_baseline
-from pipeline.refused import remedy
+from pipeline.core.errors import remedy
+from pipeline.core.units import counted, shown
+from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.differences import tuned_in, written
 from pipeline.report.paired import WITHIN, Difference, paired_difference
 from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study_run import StudyRun, from_folder, study_run
-from pipeline.track.jsonl import number
-from pipeline.units import counted, shown
+from pipeline.track.journal import number
 
 if TYPE_CHECKING:
     from pipeline.report.claims import Claim

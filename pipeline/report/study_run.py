@@ -15,9 +15,9 @@ from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import Attempt, Evaluated, Fidelity, TrainPoint, count, number
 from pipeline.report.runs import ReportError, load, load_list, summary_of
-from pipeline.track.jsonl import Event, read
+from pipeline.track.journal import Event, read
+from pipeline.track.provenance import told_in, trained_on
 from pipeline.track.state import State, state_of
-from pipeline.trained_on import told_in, trained_on
 
 __all__ = ["UNKNOWN_RULE", "LayerRates", "StudyRun", "TrainedOn", "from_folder", "study_run"]
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
-from pipeline.command_line import how_to_resume
-from pipeline.printing import new_console, say
+from pipeline.core.printing import new_console, say
+from pipeline.recipe import BASELINE
+from pipeline.recipe.command_line import how_to_resume
+from pipeline.recipe.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.report.choose import is_study, is_trial, study_of
 from pipeline.report.compare import print_studies
 from pipeline.report.finite import finite
@@ -26,9 +27,8 @@ from pipeline.report.runs import (
     find_run_or_suite,
     run_and_suite_folders,
 )
-from pipeline.suite import Report, SuiteFile, is_suite, runs_of
 from pipeline.track.state import is_driven, state_of
-from pipeline.trials import over_in
+from pipeline.track.trials import over_in
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.baseline import BASELINE
-from pipeline.code import commit
+from pipeline.core.code_version import commit
+from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.core.units import counted
 from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.measure.memory import told_hardware
-from pipeline.printing import new_console, number, print_table, say
-from pipeline.units import counted
+from pipeline.recipe import BASELINE
 
 
 def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None = None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pipeline.baseline import BASELINE
+from pipeline.recipe import BASELINE
 from pipeline.report.figure import Figure, Table
 from pipeline.report.figures_sweep import of_a_sweep
 from pipeline.report.largest import largest

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pipeline.core.units import shown, unit_of
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
-from pipeline.recipe_json import differing
+from pipeline.recipe.json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
 from pipeline.report.figure import Cell, Table
@@ -21,7 +22,6 @@ from pipeline.report.places import NOT_SAID, machine, micro_batches, places
 from pipeline.report.silence import state_told
 from pipeline.report.spread import Spread
 from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, Study, StudyRun
-from pipeline.units import shown, unit_of
 
 STATES = "states beside saved bytes"
 _BESIDE = {

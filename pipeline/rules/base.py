@@ -2,7 +2,7 @@
 when.
 
     rule.attach(model)                                                   # once
-    for objective in rule.objectives(model, x_TB, loss_of, step=step):   # once per batch that a
+    for objective in rule.loss_terms(model, x_TB, loss_of, step=step):   # once per batch that a
         worker holds (a micro-batch) if objective.backward is not None:
             objective.backward.backward()
     rule.end_of_batch()                                                  # once per global batch,
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of
 from pipeline.spiking.encode import is_still, repeat
 from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
@@ -43,10 +43,10 @@ class World:
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossTerm:
     """One share of a batch.
 
-    Over one call of `objectives` the `loss`es sum to the loss, the mean over samples and time, and
+    Over one call of `loss_terms` the `loss`es sum to the loss, the mean over samples and time, and
     the `logits` `[B, K]` to the mean over T, both detached. `backward` is the scalar to
     differentiate: over the call their gradients sum to the gradient of that loss, or to the rule's
     estimate of it. It is None where a rule reports a step and learns nothing from it."""
@@ -62,12 +62,12 @@ class Rule(nn.Module):
     A rule says in `memory` how the bytes kept for its backward grow with T, in `update` when the
     loop may move the weights (after the batch, or after each objective), and in `over_time_choices`
     which losses it can differentiate.
-    It overrides `_objectives`, and `attach` where it sets seams. A rule that learns by itself,
+    It overrides `_loss_terms`, and `attach` where it sets seams. A rule that learns by itself,
     beside the gradients, keeps what it learnt in buffers of fp32 (they are checkpointed) and moves
     it in `end_of_batch`, alike on every rank to the bit."""
 
     memory: Literal["constant", "linear"]
-    update: Literal["batch", "objective"] = "batch"
+    update: Literal["batch", "step"] = "batch"
     over_time_choices: tuple[OverTime, ...] = ("steps",)
     calibration_batches: int = 0
     """global batches of the training set that `calibrate` wants to see before the first step"""
@@ -234,7 +234,7 @@ class Rule(nn.Module):
         self._seams.append((module, seam, getattr(module, seam, None)))
         setattr(module, seam, value)
 
-    def objectives(
+    def loss_terms(
         self,
         model: nn.Module,
         x_TB: Tensor,
@@ -242,7 +242,7 @@ class Rule(nn.Module):
         *,
         step: int | None = None,
         rows: Sequence[int] | None = None,
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         """The shares of one batch, in time order. Differentiate each before asking for the next.
 
         `model` is the attached model or a wrapper around it. `loss_of(logits_BK)` is a scalar, the
@@ -253,10 +253,10 @@ class Rule(nn.Module):
         Raises: ValueError, at once, when the model is not the attached one, the input has no time
         axis, or T does not fit."""
         if not self._attached:
-            raise ValueError(f"{self.label}: attach(model) comes before objectives")
+            raise ValueError(f"{self.label}: attach(model) comes before loss_terms")
         if not any(module is self._attached[0] for module in model.modules()):
             raise ValueError(
-                f"{self.label}: objectives needs the attached model or a wrapper around it; got"
+                f"{self.label}: loss_terms needs the attached model or a wrapper around it; got"
                 " another model"
             )
         if x_TB.dim() < 3 or x_TB.shape[0] < 1:
@@ -267,7 +267,7 @@ class Rule(nn.Module):
         self.check_steps(x_TB.shape[0])
         step = self._last_step + 1 if step is None else step
         self._last_step = step
-        return self._objectives(
+        return self._loss_terms(
             model, x_TB, loss_of, step, rows if rows is not None else range(x_TB.shape[1])
         )
 
@@ -279,10 +279,10 @@ class Rule(nn.Module):
             return steps_share(logits_TBK, loss_of, steps=len(logits_TBK))
         return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
-        raise NotImplementedError(f"{type(self).__name__} must override _objectives")
+    ) -> Iterator[LossTerm]:
+        raise NotImplementedError(f"{type(self).__name__} must override _loss_terms")
 
 
 def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:

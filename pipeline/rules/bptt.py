@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, carriers, slices, steps_share
-from pipeline.spiking.once import Sharing, computed_once
+from pipeline.core.checks import refuse_unless_counts
+from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, carriers, slices, steps_share
 from pipeline.spiking.recompute import Recomputed
+from pipeline.spiking.slice_cache import Sharing, slice_cache
 from pipeline.spiking.state import State, fresh_state
 
 
@@ -85,12 +85,12 @@ class BPTT(Rule):
             )
         super().check_steps(steps)
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         backwards = "one" if self.truncate is None else "several"
-        with fresh_state(model), computed_once(model, steps=steps, backwards=backwards) as sharing:
+        with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as sharing:
             if self.truncate is not None:
                 yield from self._in_pieces(model, x_TB, loss_of, sharing)
             elif self.recompute:
@@ -98,28 +98,28 @@ class BPTT(Rule):
             else:
                 logits_TBK = torch.cat([model(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
                 loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
-                yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
+                yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
     def _in_pieces(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, sharing: Sharing
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         for first, x_cB in zip(
             range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True
         ):
             sharing.is_last = first + len(x_cB) == steps
             loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
-            yield Objective(backward=sharing.carrying(loss), loss=loss.detach(), logits=share_BK)
+            yield LossTerm(backward=sharing.carrying(loss), loss=loss.detach(), logits=share_BK)
             for module in carriers(model):
                 state: State = module.state  # type: ignore[assignment]
                 state.values.update({name: value.detach() for name, value in state.values.items()})
 
-    def _computed_twice(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> Objective:
+    def _computed_twice(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> LossTerm:
         run = Recomputed(model, x_TB.split(self.chunk or 1))
         with torch.enable_grad():
             logits_TBK = run.forward().requires_grad_()
             loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
             (error_TBK,) = torch.autograd.grad(loss, logits_TBK)
-        return Objective(
+        return LossTerm(
             backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK
         )

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.encode import is_still
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.norm import batch_norms, by_own_samples
+from pipeline.spiking.op_scope import serving
 from pipeline.spiking.rate import RateNeuron, rate_weights
-from pipeline.spiking.serving import serving
 from pipeline.spiking.state import attribute_set, fresh_state, hooked
 
 # Calibration holds so many samples at a time, at every T and width; and each layer keeps 1 / 1000
@@ -102,7 +102,7 @@ class DSR(Rule):
                     f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at"
                     f" {where}"
                 )
-        if self.backward == "published" and all(neuron.leak == 1 for _, neuron in neurons):
+        if self.backward == "published" and all(neuron.decay == 1 for _, neuron in neurons):
             raise ValueError(
                 "DSR: backward='published' changes RateLIF alone; got a model with RateIF alone"
             )
@@ -114,13 +114,13 @@ class DSR(Rule):
                 rate_gradient if self.backward == "rates" else published_gradient,
             )
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         with fresh_state(model):
             logits_TBK = model(x_TB)
             loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
-            yield Objective(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
+            yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
     @torch.no_grad()
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -151,7 +151,7 @@ def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
 
 def published_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """The same spikes, with the published code's derivative."""
-    return _RateMap.apply(x_TB, lif.held_threshold(), lif, lif.leak < 1)  # type: ignore[return-value]
+    return _RateMap.apply(x_TB, lif.held_threshold(), lif, lif.decay < 1)  # type: ignore[return-value]
 
 
 class _RateMap(torch.autograd.Function):
@@ -162,14 +162,14 @@ class _RateMap(torch.autograd.Function):
         for t, x_B in enumerate(x_TB.unbind(0)):
             out_TB[t], v_B = lif.step(x_B.to(v_B.dtype), v_B)
         lif.state.write("v", v_B)
-        gain = -math.log(lif.leak) / lif.dt if evenly else lif.gain  # 1 / tau
+        gain = -math.log(lif.decay) / lif.dt if evenly else lif.gain  # 1 / tau
         rate_B = _rate(lif, x_TB, gain)
         height = (threshold / lif.dt).to(rate_B.dtype)
         inside_B = (
             (rate_B > 0) & (rate_B < height) if evenly else (rate_B >= 0) & (rate_B <= height)
         )
         ctx.save_for_backward(inside_B, rate_B > height)
-        ctx.leak, ctx.gain, ctx.dt, ctx.evenly = lif.leak, gain, lif.dt, evenly
+        ctx.decay, ctx.gain, ctx.dt, ctx.evenly = lif.decay, gain, lif.dt, evenly
         return out_TB
 
     @staticmethod
@@ -179,7 +179,7 @@ class _RateMap(torch.autograd.Function):
         (g_TB,) = grad_outputs
         inside_B, above_B = ctx.saved_tensors
         want_x, want_threshold, *_ = ctx.needs_input_grad
-        weights_T = rate_weights(ctx.leak, g_TB)
+        weights_T = rate_weights(ctx.decay, g_TB)
         if ctx.evenly:
             g_B = len(g_TB) * torch.tensordot(weights_T, g_TB.to(weights_T.dtype), dims=1)
             weights_T = torch.full_like(weights_T, 1 / len(g_TB))
@@ -196,7 +196,7 @@ class _RateMap(torch.autograd.Function):
 
 def _rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
     """gain I of the input, never below fp32."""
-    weights_T = rate_weights(lif.leak, x_TB)
+    weights_T = rate_weights(lif.decay, x_TB)
     with torch.autocast(x_TB.device.type, enabled=False), serving("rates"):
         return gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 

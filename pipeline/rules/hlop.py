@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
-from pipeline.random import counter_hash
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World
-from pipeline.spec import admits
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.random import counter_hash
+from pipeline.recipe.spec import admits
+from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
-from pipeline.spiking.listen import Ear, Overheard, fan_in, listening
+from pipeline.spiking.feedback_alignment import FixedFeedback, sign_symmetric
+from pipeline.spiking.linear_layers import is_inside, named_parameters, plain_synapses
+from pipeline.spiking.local_learning import answering
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.plain import is_inside, named_parameters, plain_synapses
-from pipeline.spiking.rows import Rows
+from pipeline.spiking.presynaptic_inputs import Ear, Overheard, fan_in, listening
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
+from pipeline.spiking.subspace_budget import Rows
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.spiking.topdown import answering
-from pipeline.spiking.trace import the_leak
+from pipeline.spiking.trace import the_decay
 
 LearnFrom = Literal["spikes", "traces", "rates"]
 Error = Literal["backprop", "sign_symmetric", "feedback"]
@@ -72,7 +72,8 @@ class HLOP(Rule):
             some of the gradient in the old subspace (.0015 and .037 of it on random inputs of 50
             numbers), where the projection here is exact.
         error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error
-            down (`spiking/errorpath.py`). OPZO hands no error from layer to layer and refuses them.
+            down (`spiking/feedback_alignment.py`). OPZO hands no error from layer to layer and
+            refuses them.
         skip: modules with all in them that are neither projected nor frozen, such as the heads that
         tasks do not share.
 
@@ -172,7 +173,7 @@ class HLOP(Rule):
                 f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be"
                 " 'rates'"
             )
-        leak = the_leak(self.label, model) if self.learn_from == "rates" else None
+        decay = the_decay(self.label, model) if self.learn_from == "rates" else None
         # Not super().attach: it is the inner rule that finds out whether the model is free.
         self.inner.attach(model, world=world, over_time=over_time)
         if self.learn_from == "traces" and all(
@@ -198,7 +199,7 @@ class HLOP(Rule):
         )
         self._begin_rows()
         for index, (name, synapse) in enumerate(synapses.items()):
-            self._tie(name, synapse, self.subspaces[index], leak)  # type: ignore[arg-type]
+            self._tie(name, synapse, self.subspaces[index], decay)  # type: ignore[arg-type]
         self._set_error_path(model)
         projected = {id(synapse.weight) for synapse in synapses.values()}
         for _, parameter in named_parameters(model, skip=self.skip):
@@ -214,10 +215,10 @@ class HLOP(Rule):
         self.inner.release()
 
     def _tie(
-        self, name: str, synapse: Linear | Conv2d, subspace: Subspace, leak: float | None
+        self, name: str, synapse: Linear | Conv2d, subspace: Subspace, decay: float | None
     ) -> None:
         """One synapse to its subspace: what it hears, and the gradient of its weight."""
-        ear = Ear(name, synapse, subspace, self._moments, leak)
+        ear = Ear(name, synapse, subspace, self._moments, decay)
         self._ears.append(ear)
         if self.learn_from == "traces" and synapse.presynaptic is not None:
             self.set_seam(synapse, "presynaptic", Overheard(synapse.presynaptic, ear.hear))
@@ -326,9 +327,9 @@ class HLOP(Rule):
 
     # -------------------------------------------------------------------------------------- batches
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         if step != self._batch:
             self._batch = step
             for ear in self._ears:
@@ -343,7 +344,7 @@ class HLOP(Rule):
                 listening(self._ears, x_TB.shape[0]),
             ):
                 model(x_TB)
-        shares = self.inner.objectives(model, x_TB, loss_of, step=step, rows=rows)
+        shares = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
         while True:
             # Closed again before the yield: what a backward computes once more (recomputation) is
             # not heard twice.

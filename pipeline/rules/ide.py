@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, refuse_foreign_norms
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, the_equilibrium
 from pipeline.spiking.solvers import Solution, broyden, fixed_point
 from pipeline.spiking.state import fresh_state
@@ -87,14 +87,14 @@ class IDE(Rule):
     def is_unsolved(self) -> bool:
         return self.adjoint.is_unsolved
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         self.adjoint.begin(step)
         with fresh_state(model):
             (logits_BK,) = model(x_TB)  # of a[T]: one step
             loss = loss_of(logits_BK)
-            yield Objective(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
+            yield LossTerm(backward=loss, loss=loss.detach(), logits=logits_BK.detach())
 
 
 class _Adjoint:

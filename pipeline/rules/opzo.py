@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import are_counts, refuse_unless_one_of
-from pipeline.random import counter_hash
+from pipeline.core.checks import are_counts, refuse_unless_one_of
+from pipeline.core.random import counter_hash
 from pipeline.rules.base import (
     LossOf,
-    Objective,
+    LossTerm,
     OverTime,
     Rule,
     World,
@@ -25,17 +25,17 @@ from pipeline.rules.base import (
     slices,
     steps_share,
 )
+from pipeline.spiking.error_feedback import Fixed, MeanJacobian, Signals, SinglePoint
+from pipeline.spiking.local_learning import Inject, Readout, TopDown, refuse_streams, with_signals
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
-from pipeline.spiking.signals import Fixed, MeanJacobian, Signals, SinglePoint
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.spiking.topdown import Inject, Readout, TopDown, refuse_streams, with_signals
 from pipeline.spiking.trace import (
     Trace,
     refuse_batch_norm,
     running_order,
-    the_leak,
+    the_decay,
     traceable_synapses,
 )
 
@@ -51,7 +51,7 @@ class OPZO(Rule):
         out[t] = s[t] + alpha z[t]        in every hidden layer, z ~ N(0, 1);  o[t] the logits of
         this one noisy forward e[t]   = dL[t]/do[t]              the output error of each sample
         g[t]   = M e[t] / (1 - lam^k)     the signal to a hidden layer, M of N x K, after k batches
-        grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T,       a[t] = leak a[t-1] + x[t]     three local
+        grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T,       a[t] = decay a[t-1] + x[t]     three local
         factors
         M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha    after each global batch, over its
         samples and time steps
@@ -77,7 +77,7 @@ class OPZO(Rule):
         intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all
             layers below, too: M then has K columns for each of them above a layer, and K for the
             output. The layer itself learns from its readout's loss.
-        leak: that of all neurons, which the traces share; None takes it from the model.
+        decay: that of all neurons, which the traces share; None takes it from the model.
 
     Each z is a pure function of (seed, step, row, layer, time). `loss_of` is called on each
     readout's logits after the output's; a loss with memory between calls is not for readouts.
@@ -89,9 +89,9 @@ class OPZO(Rule):
     each) and that readouts average over places; DFA's variance.
 
     Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no
-    neurons, several leaks or learnt ones, batch norm, layers of torch where a synapse is due,
+    neurons, several decays or learnt ones, batch norm, layers of torch where a synapse is due,
     readouts that the model lacks (`attach`); for a stream that passes by the neurons, through which
-    gradients would pass too, layers that run twice in a step or change their size (`objectives`);
+    gradients would pass too, layers that run twice in a step or change their size (`loss_terms`);
     for antithetic=True at T = 1 (`check_steps`).
     Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
     """
@@ -111,7 +111,7 @@ class OPZO(Rule):
         antithetic: bool | None = None,
         local_readouts: bool = False,
         intermediate: Sequence[int] = (),
-        leak: float | None = None,
+        decay: float | None = None,
     ) -> None:
         super().__init__()
         refuse_unless_one_of("OPZO", tuple(NAMES), feedback=feedback)
@@ -155,7 +155,7 @@ class OPZO(Rule):
         self.local_readouts = local_readouts
         self.intermediate = tuple(intermediate)
         self.one_loss_a_step = not (local_readouts or intermediate)
-        self.leak = leak
+        self.decay = decay
         self.signals: Signals = {
             "momentum": lambda: MeanJacobian(momentum=momentum, scale=noise),
             "random": Fixed,
@@ -173,8 +173,8 @@ class OPZO(Rule):
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
         refuse_batch_norm(self.label, model)
-        leak, synapses, readouts = (
-            the_leak(self.label, model, self.leak),
+        decay, synapses, readouts = (
+            the_decay(self.label, model, self.decay),
             list(self._synapses_of(model).values()),
             self._readouts_of(model),
         )
@@ -187,7 +187,7 @@ class OPZO(Rule):
         cut_in_time(self, model)
         # The first synapse sees the data, and has no trace, as published for OTTT.
         for synapse in synapses[1:]:
-            self.set_seam(synapse, "presynaptic", Trace(leak))
+            self.set_seam(synapse, "presynaptic", Trace(decay))
         for index, (_, neuron) in enumerate(named_neurons(model)):
             layer = TopDown(
                 scale=self.noise,
@@ -220,9 +220,9 @@ class OPZO(Rule):
     def bytes_beside_buffers(self) -> int:
         return self.signals.noted_bytes()
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         if step != self._noted:
             self.signals.drop()  # of a batch that failed half-way
@@ -234,7 +234,7 @@ class OPZO(Rule):
                         model(x_1B) if self._paths_are_known else self._checked(model, x_1B)
                     )
                 loss, share_BK, ends, signals = self._ends(logits_1BK, loss_of, steps)
-                yield Objective(
+                yield LossTerm(
                     backward=with_signals(loss, ends, signals), loss=loss, logits=share_BK
                 )
 

@@ -10,10 +10,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import (
     LossOf,
-    Objective,
+    LossTerm,
     OverTime,
     Rule,
     World,
@@ -21,13 +21,13 @@ from pipeline.rules.base import (
     slices,
     steps_share,
 )
-from pipeline.spiking.once import computed_once
+from pipeline.spiking.slice_cache import slice_cache
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.trace import (
     Trace,
     refuse_batch_norm,
     running_order,
-    the_leak,
+    the_decay,
     traceable_synapses,
 )
 
@@ -36,7 +36,7 @@ class OTTT(Rule):
     """OTTT: the membrane that crosses a time step is a constant, and a weight's gradient takes the
     trace of its input.
 
-        a[t] = leak a[t-1] + x[t],   a[0] = 0        grad W = 1/T sum_t g[t] a[t]^T,   g[t] =
+        a[t] = decay a[t-1] + x[t],   a[0] = 0        grad W = 1/T sum_t g[t] a[t]^T,   g[t] =
         dL[t]/du[t] within step t
 
     with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`). As
@@ -44,8 +44,9 @@ class OTTT(Rule):
     LIF learns exactly as under BPTT, any other by the product of three local factors: trace,
     surrogate, error from above. Biases see the constant 1 without a trace.
 
-    The trace forgets as the neuron that it feeds does: `leak=None` takes the leak that all neurons
-    of the model share; a number must be that leak. `update="batch"` is OTTT-A, `"objective"`
+    The trace forgets as the neuron that it feeds does: `decay=None` takes the decay that all
+    neurons
+    of the model share; a number must be that decay. `update="batch"` is OTTT-A, `"objective"`
     OTTT-O: the weights move at every time step. `first="plain"` gives the first synapse, which sees
     the data, no trace, as published; `readout="plain"` the last, behind which no membrane
     integrates, so that its plain gradient is BPTT's (published: traced in VGG, plain in NF-ResNet).
@@ -53,10 +54,11 @@ class OTTT(Rule):
     these places. `chunk` steps share one forward and one backward: more memory, fuller devices, the
     same gradient.
 
-    Raises: ValueError for chunk below 1, and chunk > 1 with update="objective" (when made); for a
-    loss over mean logits, batch norm, no neurons, several leaks or learnt ones, a leak that is not
+    Raises: ValueError for chunk below 1, and chunk > 1 with update="step" (when made); for a
+    loss over mean logits, batch norm, no neurons, several decays or learnt ones, a decay that is
+    not
     theirs, layers of torch where a synapse is due (`attach`); for chunk above T (`check_steps`);
-    for a first or last synapse that is run in another place (`objectives`).
+    for a first or last synapse that is run in another place (`loss_terms`).
     Source: Xiao et al. 2022 (arXiv 2210.04195), eq. 6-8 and section 4.3.
     """
 
@@ -64,23 +66,23 @@ class OTTT(Rule):
 
     def __init__(
         self,
-        leak: float | None = None,
+        decay: float | None = None,
         *,
-        update: Literal["batch", "objective"] = "batch",
+        update: Literal["batch", "step"] = "batch",
         first: Literal["plain", "traced"] = "plain",
         readout: Literal["plain", "traced"] = "traced",
         chunk: int = 1,
     ) -> None:
         super().__init__()
-        refuse_unless_one_of("OTTT", ("batch", "objective"), update=update)
+        refuse_unless_one_of("OTTT", ("batch", "step"), update=update)
         refuse_unless_one_of("OTTT", ("plain", "traced"), first=first, readout=readout)
         refuse_unless_counts("OTTT", {"chunk": chunk}, up_to="T")
-        if update == "objective" and chunk > 1:
+        if update == "step" and chunk > 1:
             raise ValueError(
-                "OTTT: update='objective' moves the weights at every step, so chunk must be 1; got"
+                "OTTT: update='step' moves the weights at every step, so chunk must be 1; got"
                 f" chunk={chunk}"
             )
-        self.leak = leak
+        self.decay = decay
         self.update = update
         self.first = first
         self.readout = readout
@@ -95,7 +97,7 @@ class OTTT(Rule):
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
         refuse_batch_norm(self.label, model)
-        leak = the_leak(self.label, model, self.leak)
+        decay = the_decay(self.label, model, self.decay)
         synapses = traceable_synapses(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         cut_in_time(self, model)
@@ -103,16 +105,16 @@ class OTTT(Rule):
         plain = self._plain(list(synapses))
         for name, synapse in synapses.items():
             if name not in plain:
-                self.set_seam(synapse, "presynaptic", Trace(leak))
+                self.set_seam(synapse, "presynaptic", Trace(decay))
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         last = (steps - 1) // (self.chunk or steps)
         # What OTTT-O computes before the first neuron changes with the weights, at every step.
         once = (
-            computed_once(model, steps=steps, backwards="several")
+            slice_cache(model, steps=steps, backwards="several")
             if self.update == "batch"
             else nullcontext()
         )
@@ -123,7 +125,7 @@ class OTTT(Rule):
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
                 loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
                 backward = loss if sharing is None else sharing.carrying(loss)
-                yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
+                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
 
     def _plain(self, names: Sequence[str]) -> set[str]:
         """The synapses without a trace."""

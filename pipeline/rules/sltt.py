@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.random import counter_hash
+from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.random import counter_hash
 from pipeline.rules.base import (
     LossOf,
-    Objective,
+    LossTerm,
     OverTime,
     Rule,
     World,
@@ -22,7 +22,7 @@ from pipeline.rules.base import (
     steps_share,
 )
 from pipeline.spiking.neuron import named_neurons
-from pipeline.spiking.once import computed_once
+from pipeline.spiking.slice_cache import slice_cache
 from pipeline.spiking.state import fresh_state
 
 
@@ -87,14 +87,14 @@ class SLTT(Rule):
                 f" chunk={self.chunk}"
             )
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
         last = selected[-1] // (self.chunk or steps)
-        with fresh_state(model), computed_once(model, steps=steps, backwards="several") as sharing:
+        with fresh_state(model), slice_cache(model, steps=steps, backwards="several") as sharing:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
                 sharing.is_last = index == last
@@ -108,7 +108,7 @@ class SLTT(Rule):
                         if learns
                         else None
                     )
-                yield Objective(backward=backward, loss=loss.detach(), logits=share_BK)
+                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
 
 
 def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:

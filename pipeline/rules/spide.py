@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.counts import refuse_unless_counts
-from pipeline.rules.base import LossOf, Objective, OverTime, Rule, World, refuse_foreign_norms
+from pipeline.core.checks import refuse_unless_counts
+from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
 from pipeline.spiking.limit import Limited
 from pipeline.spiking.state import fresh_state, hooked
@@ -46,8 +46,9 @@ class SPIDE(Rule):
     `scale` = S / 128 here.
 
     The symmetric reset of the forward neurons, rest at -threshold, is `subtract` = 2 threshold of
-    the network's own. `leak` below 1 makes the backward neurons leaky: they average over their last
-    1 / (1 - leak) steps.
+    the network's own. `decay` below 1 makes the backward neurons leaky: they average over their
+    last
+    1 / (1 - decay) steps.
     Masks and z_l are those of f at a[T], as in IDE, which so differs from SPIDE in the solution of
     the equation alone; the published code takes them from each layer's simulated rate.
 
@@ -67,7 +68,7 @@ class SPIDE(Rule):
     counted_as = "with dense products, also where a CPU skips neurons that did not fire"
 
     def __init__(
-        self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, leak: float = 1.0
+        self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, decay: float = 1.0
     ) -> None:
         super().__init__()
         refuse_unless_counts("SPIDE", {"steps": steps})
@@ -75,9 +76,9 @@ class SPIDE(Rule):
             raise ValueError(f"SPIDE: scale must be > 0 and finite; got scale={scale}")
         if not threshold > 0:
             raise ValueError(f"SPIDE: threshold must be > 0; got threshold={threshold}")
-        if not 0 < leak <= 1:
-            raise ValueError(f"SPIDE: leak must be > 0 and at most 1; got leak={leak}")
-        self.adjoint = _Adjoint(steps, scale, threshold, leak)
+        if not 0 < decay <= 1:
+            raise ValueError(f"SPIDE: decay must be > 0 and at most 1; got decay={decay}")
+        self.adjoint = _Adjoint(steps, scale, threshold, decay)
         self.forward_rate = math.nan
 
     def attach(
@@ -91,9 +92,9 @@ class SPIDE(Rule):
     def figures(self) -> dict[str, float]:
         return {"forward_rate": self.forward_rate, **self.adjoint.figures()}
 
-    def _objectives(
+    def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         with fresh_state(model):
             with spikes_counted(the_equilibrium(self.label, model)) as counted:
                 (logits_BK,) = model(x_TB)  # of a[T]: one step
@@ -101,7 +102,7 @@ class SPIDE(Rule):
             self.adjoint.samples = len(logits_BK)
             loss = loss_of(logits_BK)
             backward: Tensor = _Heard.apply(loss, self.adjoint)  # type: ignore[assignment]
-            yield Objective(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
+            yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
 
 
 class _Adjoint:
@@ -109,8 +110,8 @@ class _Adjoint:
     rule or model.
     """
 
-    def __init__(self, steps: int, scale: float, threshold: float, leak: float) -> None:
-        self.steps, self.scale, self.threshold, self.leak = steps, scale, threshold, leak
+    def __init__(self, steps: int, scale: float, threshold: float, decay: float) -> None:
+        self.steps, self.scale, self.threshold, self.decay = steps, scale, threshold, decay
         self.samples, self.factor = 1, 1.0
         self.backward_rate, self.saturated = math.nan, math.nan
         self.warned: set[str] = set()
@@ -136,7 +137,7 @@ class _Adjoint:
             steps=self.steps,
             threshold=self.threshold,
             quantum=2 * self.threshold,
-            leak=self.leak,
+            decay=self.decay,
         )
         self.backward_rate, self.saturated = found.rate, found.saturated
         self._warn(gain * g_B.abs().max().item())
@@ -206,19 +207,20 @@ def ternary_phase(
     steps: int,
     threshold: float,
     quantum: float,
-    leak: float = 1.0,
+    decay: float = 1.0,
 ) -> Ternary:
     """Solve beta = g + J^T beta by neurons that emit +quantum, 0 or -quantum.
 
-        u[t] = leak u[t-1] + J^T s[t-1] + g
+        u[t] = decay u[t-1] + J^T s[t-1] + g
         s[t] = quantum sign(u[t]) if |u[t]| >= threshold else 0,      then u[t] -= s[t]
-        beta = sum_t leak^(T_B-t) s[t] / sum_t leak^(T_B-t)
+        beta = sum_t decay^(T_B-t) s[t] / sum_t decay^(T_B-t)
 
     J^T is taken layer by layer, the last layer first, each with potentials of its own: within a
     step a layer hears what the layer behind it has just emitted, and the last layer what the first
     emitted in the step before. g enters the last layer.
 
-    With leak 1, while |beta| < quantum the error is at most quantum ||(I - J^T)^-1||_inf / T_B. The
+    With decay 1, while |beta| < quantum the error is at most quantum ||(I - J^T)^-1||_inf / T_B.
+    The
     symmetric reset, quantum = 2 threshold (rest at -threshold), keeps potentials within +-threshold
     and so has the smallest error there is.
 
@@ -234,9 +236,9 @@ def ternary_phase(
     for _ in range(steps):
         for layer in range(last, -1, -1):
             u_B, s_B, sum_B = potentials[layer], emissions[layer], sums[layer]
-            if leak != 1:
-                u_B.mul_(leak)
-                sum_B.mul_(leak)
+            if decay != 1:
+                u_B.mul_(decay)
+                sum_B.mul_(decay)
             behind = 0 if layer == last else layer + 1
             transposed[behind](u_B, emissions[behind])
             if layer == last:
@@ -247,7 +249,7 @@ def ternary_phase(
             s_B.mul_(quantum)
             u_B.sub_(s_B)
             sum_B.add_(s_B)
-    weight = float(steps) if leak == 1 else (1 - leak**steps) / (1 - leak)
+    weight = float(steps) if decay == 1 else (1 - decay**steps) / (1 - decay)
     neurons = sum(u_B.numel() for u_B in potentials)
     return Ternary(
         beta=[sum_B / weight for sum_B in sums],

@@ -4,7 +4,7 @@
 
 from torch import Tensor
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts
 
 
 def over_steps(x_B: Tensor, steps: int) -> Tensor:

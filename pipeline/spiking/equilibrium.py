@@ -5,13 +5,13 @@ rest.
     (s_N[0] = 0) layer l        c_l[t] = synapse_l(s_{l-1}[t]),                 s_l[t] =
     neuron_l(c_l[t])          l = 2..N
 
-The (weighted) firing rate of the last layer, a[T] = sum_t leak^(T-t) s_N[t] / sum_t leak^(T-t),
+The (weighted) firing rate of the last layer, a[T] = sum_t decay^(T-t) s_N[t] / sum_t decay^(T-t),
 approaches a fixed point
 
     a* = f(a*),    f = f_N o ... o f_1,    f_1(a) = rate(inject(x*) + feedback(a)),    f_l(z) =
     rate(synapse_l(z)), rate(c) = clamp(c / subtract, 0, 1)
 
-with x* the same weighted mean of the input, as 1/T for IF (leak 1) and up to a remainder that time
+with x* the same weighted mean of the input, as 1/T for IF (decay 1) and up to a remainder that time
 does not remove for LIF.
 
 Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Bai et al. 2019 (arXiv 1909.01377) for the
@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from pipeline.spiking.encode import is_still
 from pipeline.spiking.neuron import LIF, PLIF, identity, named_neurons
 from pipeline.spiking.norm import batch_norms
+from pipeline.spiking.op_scope import serving
 from pipeline.spiking.rate import RateNeuron
-from pipeline.spiking.serving import serving
 from pipeline.spiking.state import State, attribute_set
 
 Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
@@ -43,7 +43,7 @@ class Equilibrium(nn.Module):
 
     `inject` and `synapses` (N - 1 of them, layer l to l + 1) are affine in evaluation, such as a
     synapse with batch norm; `feedback`, from the last layer to the first, is linear. `neurons` are
-    N LIFs of one leak that reset by subtraction.
+    N LIFs of one decay that reset by subtraction.
 
     What comes out at step t is t a[t] - (t-1) a[t-1] (the spikes, for IF): its mean over time is
     the rate a[T], whatever T and however it is sliced, so that the mean over T of an affine readout
@@ -86,7 +86,7 @@ class Equilibrium(nn.Module):
                 f"Equilibrium: N neurons need N - 1 synapses between them; got {len(neurons)}"
                 f" neurons, {len(synapses)} synapses"
             )
-        self.leak, self.divisors = _check_neurons(neurons)
+        self.decay, self.divisors = _check_neurons(neurons)
         _check_linear(feedback)
         self.inject = inject
         self.feedback = feedback
@@ -117,18 +117,18 @@ class Equilibrium(nn.Module):
         return self._count(s_1B)
 
     def _count(self, s_1B: Tensor) -> Tensor:
-        """Add the spikes to the running sum_t leak^(T-t) s[t]."""
+        """Add the spikes to the running sum_t decay^(T-t) s[t]."""
         sum_1B, steps = self.state.read("sum"), self.state.read("steps")
         t = 1 if steps is None else int(steps) + 1
         wide_1B = s_1B.to(torch.promote_types(s_1B.dtype, torch.float32))
-        now_1B = wide_1B if sum_1B is None else torch.add(wide_1B, sum_1B, alpha=self.leak)
+        now_1B = wide_1B if sum_1B is None else torch.add(wide_1B, sum_1B, alpha=self.decay)
         self.state.write("sum", self.carry(now_1B))
         self.state.write("steps", torch.tensor(t))
-        if self.leak == 1:
+        if self.decay == 1:
             return s_1B
-        out_1B = now_1B * (t / _total(self.leak, t))
+        out_1B = now_1B * (t / _total(self.decay, t))
         if sum_1B is not None:
-            out_1B = torch.sub(out_1B, sum_1B, alpha=(t - 1) / _total(self.leak, t - 1))
+            out_1B = torch.sub(out_1B, sum_1B, alpha=(t - 1) / _total(self.decay, t - 1))
         return out_1B.to(s_1B.dtype)
 
     def _implicit(self, x_TB: Tensor, adjoint: Adjoint) -> Tensor:
@@ -138,7 +138,7 @@ class Equilibrium(nn.Module):
                 " slice of it"
             )
         same = x_TB.shape[0] == 1 or is_still(x_TB)
-        current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.leak))
+        current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.decay))
         with torch.no_grad(), evaluated_norms(self):
             a_1B = self._simulate(x_TB, current_1B if same else None)
         return self._at_rest(a_1B, current_1B, adjoint)
@@ -151,7 +151,7 @@ class Equilibrium(nn.Module):
             self._step(self.inject(x_1B) if current_1B is None else current_1B)
         sum_1B = self.state.read("sum")
         assert sum_1B is not None
-        return sum_1B / _total(self.leak, x_TB.shape[0])
+        return sum_1B / _total(self.decay, x_TB.shape[0])
 
     def _at_rest(self, a_1B: Tensor, current_1B: Tensor, adjoint: Adjoint) -> Tensor:
         """`a_1B` as the value, and as the gradient the adjoint's, through f at `a_1B`."""
@@ -238,10 +238,10 @@ class Linearized:
         return v_1B.squeeze(0)
 
 
-def weighted_mean(x_TB: Tensor, leak: float) -> Tensor:
-    """sum_t leak^(T-t) x[t] / sum_t leak^(T-t) as one step, `[1, B, ...]`."""
+def weighted_mean(x_TB: Tensor, decay: float) -> Tensor:
+    """sum_t decay^(T-t) x[t] / sum_t decay^(T-t) as one step, `[1, B, ...]`."""
     steps = x_TB.shape[0]
-    weights = [leak ** (steps - 1 - t) / _total(leak, steps) for t in range(steps)]
+    weights = [decay ** (steps - 1 - t) / _total(decay, steps) for t in range(steps)]
     mean_B = weights[0] * x_TB[0]
     for t in range(1, steps):
         mean_B = torch.add(mean_B, x_TB[t], alpha=weights[t])
@@ -302,33 +302,33 @@ class _AtRest(torch.autograd.Function):
         return solved[-1].unsqueeze(0), None, None, None, None, None
 
 
-def _total(leak: float, steps: int) -> float:
-    """sum_{t=1..steps} leak^(steps-t)."""
-    return float(steps) if leak == 1 else (1 - leak**steps) / (1 - leak)
+def _total(decay: float, steps: int) -> float:
+    """sum_{t=1..steps} decay^(steps-t)."""
+    return float(steps) if decay == 1 else (1 - decay**steps) / (1 - decay)
 
 
 def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
-    """The leak of all of them, and what a spike takes from each."""
-    leaks, divisors = set(), []
+    """The decay of all of them, and what a spike takes from each."""
+    decays, divisors = set(), []
     for neuron in neurons:
         if not isinstance(neuron, LIF) or isinstance(neuron, (RateNeuron, PLIF)):
             raise ValueError(
                 "Equilibrium: the neurons must be LIF or IF, whose rate is known; got"
                 f" {type(neuron).__name__}"
             )
-        if neuron.reset != "subtract" or neuron.decay_input:
+        if neuron.reset != "subtract" or neuron.scale_input:
             raise ValueError(
                 "Equilibrium: neurons must reset by subtraction and not decay their input; "
-                f"got reset={neuron.reset!r}, decay_input={neuron.decay_input}"
+                f"got reset={neuron.reset!r}, scale_input={neuron.scale_input}"
             )
-        leaks.add(neuron.leak)
+        decays.add(neuron.decay)
         divisors.append(neuron.subtract)
-    if len(leaks) > 1:
+    if len(decays) > 1:
         raise ValueError(
-            "Equilibrium: one weighted mean is the rate of all layers, so they have one leak; got"
-            f" {sorted(leaks)}"
+            "Equilibrium: one weighted mean is the rate of all layers, so they have one decay; got"
+            f" {sorted(decays)}"
         )
-    return leaks.pop(), divisors
+    return decays.pop(), divisors
 
 
 def _check_linear(feedback: nn.Module) -> None:

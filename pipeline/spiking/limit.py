@@ -29,7 +29,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.serving import serving
+from pipeline.spiking.op_scope import serving
 from pipeline.spiking.state import State
 
 STEPS = 32

@@ -1,4 +1,4 @@
-"""The leaky integrate-and-fire neuron, with a leak that is given (LIF), of 1 (IF), or learnt
+"""The leaky integrate-and-fire neuron, with a decay that is given (LIF), of 1 (IF), or learnt
 (PLIF).
 """
 
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.counts import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of
 from pipeline.spiking.fire import fire
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle
@@ -27,13 +27,14 @@ def identity(v_B: Tensor) -> Tensor:
 class LIF(nn.Module):
     """Leaky integrate-and-fire: currents `[T, B, ...]` to spikes `[T, B, ...]`.
 
-        u[t] = leak v[t-1] + x[t]              (decay_input: leak v[t-1] + (1 - leak) x[t]),  v[0] =
+        u[t] = decay v[t-1] + x[t]              (scale_input: decay v[t-1] + (1 - decay) x[t]),
+        v[0] =
         0
         s[t] = 1 if u[t] >= threshold else 0
         v[t] = u[t] - subtract s[t]            (reset "subtract")      or      u[t] (1 - s[t])
         (reset "zero")
 
-    Arguments: `leak` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps
+    Arguments: `decay` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps
     (`PLIF` learns it); `threshold` is in units of the current, and so is `subtract`, None for the
     threshold (more of it makes rest negative); `reset_gradient="detached"` treats the s of the last
     line as a constant; `surrogate` replaces the derivative of the second line. The membrane is
@@ -48,18 +49,18 @@ class LIF(nn.Module):
 
     def __init__(
         self,
-        leak: float = 0.5,
+        decay: float = 0.5,
         *,
         threshold: float = 1.0,
         reset: Literal["subtract", "zero"] = "subtract",
         subtract: float | None = None,
         reset_gradient: Literal["detached", "kept"] = "detached",
-        decay_input: bool = False,
+        scale_input: bool = False,
         surrogate: Surrogate = Triangle(),
     ) -> None:
         super().__init__()
-        if not 0 <= leak <= 1:
-            raise ValueError(f"LIF: leak must be in 0..1; got leak={leak}")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"LIF: decay must be in 0..1; got decay={decay}")
         if not threshold > 0:
             raise ValueError(f"LIF: threshold must be > 0; got threshold={threshold}")
         refuse_unless_one_of("LIF", ("subtract", "zero"), reset=reset)
@@ -69,21 +70,22 @@ class LIF(nn.Module):
                 f" reset={reset!r}"
             )
         refuse_unless_one_of("LIF", ("detached", "kept"), reset_gradient=reset_gradient)
-        if decay_input and leak == 1:
+        if scale_input and decay == 1:
             raise ValueError(
-                "LIF: decay_input scales the current by 1 - leak, so leak must be < 1; got leak=1"
+                "LIF: scale_input scales the current by 1 - decay, so decay must be < 1; got"
+                " decay=1"
             )
         if isinstance(surrogate, nn.Module) or not callable(getattr(surrogate, "derivative", None)):
             raise ValueError(
                 "LIF: surrogate must be a value with a derivative, of which nothing is learnt; got"
                 f" {surrogate}"
             )
-        self.leak = leak
+        self.decay = decay
         self.threshold = threshold
         self.reset = reset
         self.subtract = threshold if subtract is None else subtract
         self.reset_gradient = reset_gradient
-        self.decay_input = decay_input
+        self.scale_input = scale_input
         self.surrogate = surrogate
         self.carry: Callable[[Tensor], Tensor] = identity
         self.gradient: Callable[[LIF, Tensor], Tensor] | None = None
@@ -139,74 +141,74 @@ class LIF(nn.Module):
 
         In memory of its own, which `fire` writes to: neither a view nor what the backward of its
         own last operation keeps."""
-        current_B = (1 - self.leak) * x_B if self.decay_input else x_B
-        return torch.add(current_B, v_B, alpha=self.leak)
+        current_B = (1 - self.decay) * x_B if self.scale_input else x_B
+        return torch.add(current_B, v_B, alpha=self.decay)
 
     def extra_repr(self) -> str:
         return (
-            f"leak={self.leak}, threshold={self.threshold}, reset={self.reset!r},"
+            f"decay={self.decay}, threshold={self.threshold}, reset={self.reset!r},"
             f" subtract={self.subtract}, reset_gradient={self.reset_gradient!r},"
-            f" decay_input={self.decay_input}, surrogate={self.surrogate}"
+            f" scale_input={self.scale_input}, surrogate={self.surrogate}"
         )
 
 
 class PLIF(LIF):
-    """Parametric LIF: `leak` is where it begins, and a layer's neurons share one that is learnt.
+    """Parametric LIF: `decay` is where it begins, and a layer's neurons share one that is learnt.
 
-        leak = sigmoid(w),      dL/dw = leak (1 - leak) sum_t g[t] v[t-1]          (decay_input:
+        decay = sigmoid(w),      dL/dw = decay (1 - decay) sum_t g[t] v[t-1]          (scale_input:
         v[t-1] - x[t])
 
     with g[t] = dL/du[t] whole under BPTT, and of the time step alone under a rule that cuts the
     membrane's graph (SLTT). All else is `LIF`'s, the seams too. Rules whose traces or rates take
-    the leak for a constant refuse it.
+    the decay for a constant refuse it.
 
-    Raises: ValueError for a leak that no w gives, and what LIF refuses.
-    Source: Fang et al. 2021 (arXiv 2007.05785), whose 1 / tau is 1 - leak, with decay_input.
+    Raises: ValueError for a decay that no w gives, and what LIF refuses.
+    Source: Fang et al. 2021 (arXiv 2007.05785), whose 1 / tau is 1 - decay, with scale_input.
     """
 
     def __init__(
         self,
-        leak: float = 0.5,
+        decay: float = 0.5,
         *,
         threshold: float = 1.0,
         reset: Literal["subtract", "zero"] = "subtract",
         subtract: float | None = None,
         reset_gradient: Literal["detached", "kept"] = "detached",
-        decay_input: bool = False,
+        scale_input: bool = False,
         surrogate: Surrogate = Triangle(),
     ) -> None:
-        if not 0 < leak < 1:
+        if not 0 < decay < 1:
             raise ValueError(
-                "PLIF: leak must be in 0..1, both excluded, for a sigmoid reaches neither; got"
-                f" leak={leak}"
+                "PLIF: decay must be in 0..1, both excluded, for a sigmoid reaches neither; got"
+                f" decay={decay}"
             )
         super().__init__(
-            leak,
+            decay,
             threshold=threshold,
             reset=reset,
             subtract=subtract,
             reset_gradient=reset_gradient,
-            decay_input=decay_input,
+            scale_input=scale_input,
             surrogate=surrogate,
         )
-        del self.leak  # a number, which it is no more
-        self.leak_logit = nn.Parameter(torch.tensor([math.log(leak / (1 - leak))]))
+        del self.decay  # a number, which it is no more
+        self.decay_logit = nn.Parameter(torch.tensor([math.log(decay / (1 - decay))]))
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        leak = self.leak_logit.sigmoid().to(v_B.dtype)
-        return torch.lerp(x_B, v_B, leak) if self.decay_input else torch.addcmul(x_B, v_B, leak)
+        decay = self.decay_logit.sigmoid().to(v_B.dtype)
+        return torch.lerp(x_B, v_B, decay) if self.scale_input else torch.addcmul(x_B, v_B, decay)
 
     def extra_repr(self) -> str:
         return (
-            f"leak={self.leak_logit.sigmoid().item():.4g}, threshold={self.threshold},"
+            f"decay={self.decay_logit.sigmoid().item():.4g}, threshold={self.threshold},"
             f" reset={self.reset!r}, subtract={self.subtract},"
-            f" reset_gradient={self.reset_gradient!r}, decay_input={self.decay_input},"
+            f" reset_gradient={self.reset_gradient!r}, scale_input={self.scale_input},"
             f" surrogate={self.surrogate}"
         )
 
 
-def learnt_leaks(model: nn.Module) -> list[str]:
-    """The neurons of `model` whose leak is learnt, by module name."""
+def learnt_decays(model: nn.Module) -> list[str]:
+    """The neurons of `model` whose decay is learnt, by module name."""
     return [
         name or "the model itself"
         for name, module in model.named_modules()
@@ -222,7 +224,7 @@ def IF(
     reset_gradient: Literal["detached", "kept"] = "detached",
     surrogate: Surrogate = Triangle(),
 ) -> LIF:
-    """Integrate-and-fire: the LIF that forgets nothing, leak 1."""
+    """Integrate-and-fire: the LIF that forgets nothing, decay 1."""
     return LIF(
         1.0,
         threshold=threshold,

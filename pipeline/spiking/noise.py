@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.random import STEP, mix, signed
+from pipeline.core.random import STEP, mix, signed
 
 Distribution = Literal["gaussian", "rademacher"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")

@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.counts import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of
 from pipeline.spiking.encode import is_still, repeat
 from pipeline.spiking.state import attribute_set
 

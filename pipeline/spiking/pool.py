@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.counts import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts
 
 
 class MeanPool(nn.Module):

@@ -58,14 +58,14 @@ class RateNeuron(LIF):
         self,
         *,
         threshold: float,
-        leak: float,
+        decay: float,
         dt: float,
         alpha: float,
         bound: float,
         threshold_gradient: float,
         surrogate: Surrogate,
     ) -> None:
-        who = "RateIF" if leak == 1 else "RateLIF"
+        who = "RateIF" if decay == 1 else "RateLIF"
         if not 0 < alpha <= 1:
             raise ValueError(f"{who}: alpha must be above 0 and at most 1; got alpha={alpha}")
         if not 0 < bound <= threshold:
@@ -78,14 +78,14 @@ class RateNeuron(LIF):
                 f"{who}: threshold_gradient must be >= 0; got"
                 f" threshold_gradient={threshold_gradient}"
             )
-        super().__init__(leak, decay_input=leak < 1, surrogate=surrogate)
+        super().__init__(decay, scale_input=decay < 1, surrogate=surrogate)
         del self.threshold, self.subtract  # numbers; here one parameter stands for both
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
         self.dt = dt
         self.alpha = alpha
         self.bound = bound
         self.threshold_gradient = threshold_gradient
-        self.gain = 1.0 if leak == 1 else (1 - leak) / dt
+        self.gain = 1.0 if decay == 1 else (1 - decay) / dt
 
     def held_threshold(self) -> Tensor:
         """The threshold in force: not below `bound`, with the scaled gradient."""
@@ -100,7 +100,7 @@ class RateNeuron(LIF):
 
     def extra_repr(self) -> str:
         return (
-            f"leak={self.leak}, dt={self.dt}, alpha={self.alpha}, bound={self.bound}, "
+            f"decay={self.decay}, dt={self.dt}, alpha={self.alpha}, bound={self.bound}, "
             f"threshold_gradient={self.threshold_gradient}, surrogate={self.surrogate}"
         )
 
@@ -119,7 +119,7 @@ def RateIF(
     """
     return RateNeuron(
         threshold=threshold,
-        leak=1.0,
+        decay=1.0,
         dt=1.0,
         alpha=alpha,
         bound=bound,
@@ -152,7 +152,7 @@ def RateLIF(
         raise ValueError(f"RateLIF: tau and dt must be > 0; got tau={tau}, dt={dt}")
     return RateNeuron(
         threshold=threshold,
-        leak=math.exp(-dt / tau),
+        decay=math.exp(-dt / tau),
         dt=dt,
         alpha=alpha,
         bound=bound,
@@ -172,9 +172,9 @@ class WeightedRates(nn.Module):
     Raises: ValueError for a second slice within one fresh_state.
     """
 
-    def __init__(self, leak: float) -> None:
+    def __init__(self, decay: float) -> None:
         super().__init__()
-        self.leak = leak
+        self.decay = decay
         self.state = State("WeightedRates")
 
     def forward(self, x_TBK: Tensor) -> Tensor:
@@ -184,25 +184,25 @@ class WeightedRates(nn.Module):
                 " slice"
             )
         self.state.write("seen", x_TBK.new_empty(0))
-        weights_T = rate_weights(self.leak, x_TBK).view(-1, *[1] * (x_TBK.dim() - 1))
+        weights_T = rate_weights(self.decay, x_TBK).view(-1, *[1] * (x_TBK.dim() - 1))
         return x_TBK * (len(x_TBK) * weights_T).to(x_TBK.dtype)
 
     def extra_repr(self) -> str:
-        return f"leak={self.leak}"
+        return f"decay={self.decay}"
 
 
 def rate_readout(neuron: nn.Module) -> nn.Module:
     """What stands between a network's last layer and its logits: weights where its neurons' rates
     are weighted.
     """
-    if isinstance(neuron, RateNeuron) and neuron.leak < 1:
-        return WeightedRates(neuron.leak)
+    if isinstance(neuron, RateNeuron) and neuron.decay < 1:
+        return WeightedRates(neuron.decay)
     return nn.Identity()
 
 
-def rate_weights(leak: float, x_TB: Tensor) -> Tensor:
-    """leak^(T-t) / sum over the T steps of `x_TB`: `[T]`; 1 / T each where nothing leaks."""
-    powers = [leak**age for age in reversed(range(len(x_TB)))]
+def rate_weights(decay: float, x_TB: Tensor) -> Tensor:
+    """decay^(T-t) / sum over the T steps of `x_TB`: `[T]`; 1 / T each where nothing decays."""
+    powers = [decay**age for age in reversed(range(len(x_TB)))]
     total = sum(powers)
     dtype = torch.promote_types(x_TB.dtype, torch.float32)
     return torch.tensor([power / total for power in powers], dtype=dtype, device=x_TB.device)

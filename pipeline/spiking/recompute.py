@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.serving import serving
+from pipeline.spiking.op_scope import serving
 from pipeline.spiking.state import State, states_of
 
 

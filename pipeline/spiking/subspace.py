@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.serving import serving
+from pipeline.spiking.op_scope import serving
 
 LARGEST_CHANGE = 10.0
 LARGEST_RESPONSE = 20.0

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.spiking.encode import is_still, repeat
-from pipeline.spiking.once import Sharing
+from pipeline.spiking.slice_cache import Sharing
 from pipeline.spiking.state import State
 
 STANDARDIZATION_EPS = 1e-4

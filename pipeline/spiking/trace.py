@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pipeline.spiking.neuron import learnt_leaks, named_neurons
+from pipeline.spiking.neuron import learnt_decays, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.state import State, hooked
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
 class Trace:
-    """The seam `presynaptic` of a synapse: x[t] -> a[t] = leak a[t-1] + x[t], without a graph and
+    """The seam `presynaptic` of a synapse: x[t] -> a[t] = decay a[t-1] + x[t], without a graph and
     never below fp32.
     """
 
-    def __init__(self, leak: float) -> None:
-        self.leak = leak
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
         self.state = State("Trace")
 
     @torch.no_grad()
@@ -36,40 +36,41 @@ class Trace:
             a_B = (
                 a_TB[t].copy_(x_B)
                 if a_B is None
-                else torch.add(x_B, a_B, alpha=self.leak, out=a_TB[t])
+                else torch.add(x_B, a_B, alpha=self.decay, out=a_TB[t])
             )
         # What is remembered beyond the slice holds one step, not the slice.
         self.state.write("a", a_TB[-1] if len(a_TB) == 1 else a_TB[-1].clone())
         return a_TB
 
 
-def the_leak(who: str, model: nn.Module, leak: float | None = None) -> float:
-    """The one leak of all neurons of `model`, at which traces of their inputs forget; a `leak` that
+def the_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
+    """The one decay of all neurons of `model`, at which traces of their inputs forget; a `decay`
+    that
     is given must be it.
 
     Raises: ValueError, in the name of `who`, that names the neurons which differ, or which learn
     theirs.
     """
-    if learnt := learnt_leaks(model):
+    if learnt := learnt_decays(model):
         raise ValueError(
-            f"{who}: traces and rates take the leak for a constant, so it must not be learnt; got"
+            f"{who}: traces and rates take the decay for a constant, so it must not be learnt; got"
             f" PLIF at {', '.join(learnt)}"
         )
-    leaks = {name or "the model itself": neuron.leak for name, neuron in named_neurons(model)}
-    if not leaks:
+    decays = {name or "the model itself": neuron.decay for name, neuron in named_neurons(model)}
+    if not decays:
         raise ValueError(
-            f"{who}: the model must have LIF neurons, whose leak traces and rates share; got"
+            f"{who}: the model must have LIF neurons, whose decay traces and rates share; got"
             f" {type(model).__name__}"
         )
-    others = {name: each for name, each in leaks.items() if each != leak}
-    if leak is not None and others:
+    others = {name: each for name, each in decays.items() if each != decay}
+    if decay is not None and others:
         raise ValueError(
-            f"{who}: leak must be that of the neurons, which the traces feed; got {leak} and"
+            f"{who}: decay must be that of the neurons, which the traces feed; got {decay} and"
             f" {_listed(others)}"
         )
-    if len(set(leaks.values())) > 1:
-        raise ValueError(f"{who}: the neurons must share one leak; got {_listed(leaks)}")
-    return next(iter(leaks.values()))
+    if len(set(decays.values())) > 1:
+        raise ValueError(f"{who}: the neurons must share one decay; got {_listed(decays)}")
+    return next(iter(decays.values()))
 
 
 def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]:
@@ -127,5 +128,5 @@ def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
         yield ran
 
 
-def _listed(leaks: dict[str, float]) -> str:
-    return ", ".join(f"{leak:g} at {name}" for name, leak in leaks.items())
+def _listed(decays: dict[str, float]) -> str:
+    return ", ".join(f"{decay:g} at {name}" for name, decay in decays.items())

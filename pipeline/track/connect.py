@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.secrecy import without_secrets
+from pipeline.core.secrets import without_secrets
 from pipeline.track.base import TrackingError
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from pipeline.track.hierarchy import (
     set_parent_status,
     suite_of,
 )
-from pipeline.track.jsonl import Event, Follower, first
+from pipeline.track.journal import Event, Follower, first
 from pipeline.track.note import write_note
 from pipeline.track.state import is_driven
 from pipeline.track.system import FILE as SYSTEM

@@ -11,7 +11,7 @@ from prometheus_client import generate_latest, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pipeline.track.jsonl import Event, number, read
+from pipeline.track.journal import Event, number, read
 from pipeline.track.state import ENDS
 
 _STATE_OF: Mapping[str, str] = {**ENDS, "start": "running"}

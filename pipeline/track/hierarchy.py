@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.disk import is_name
-from pipeline.suite import is_suite, runs_of, sources_in
+from pipeline.core.files import is_name
+from pipeline.recipe.suite import is_suite, runs_of, sources_in
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import is_server, sqlite_file
-from pipeline.track.jsonl import Event
+from pipeline.track.journal import Event
 from pipeline.track.state import is_driven
 from pipeline.track.translate import milliseconds
 

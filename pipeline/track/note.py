@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.recipe_json import write_json
+from pipeline.recipe.json import write_json
 
 NOTE = "mlflow.json"
 """in a run's folder"""

@@ -17,7 +17,7 @@ from pipeline.track.hierarchy import (
     set_parent_status,
     suite_of,
 )
-from pipeline.track.jsonl import first
+from pipeline.track.journal import first
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

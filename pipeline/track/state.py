@@ -6,7 +6,7 @@ import fcntl
 from pathlib import Path
 from typing import Literal
 
-from pipeline.track.jsonl import last
+from pipeline.track.journal import last
 
 __all__ = ["ENDS", "State", "is_driven", "state_of"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.track.jsonl import Event, number
+from pipeline.track.journal import Event, number
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.beton import Beton
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.ottt import OTTT
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 # Mean and deviation of CIFAR-10's channels. The published codes of OTTT, IDE and SPIDE take them
 # for CIFAR-100, too.
@@ -48,7 +48,7 @@ def cifar(classes: int = 10) -> Recipe:
         name=f"cifar{classes}",
         family="cifar",
         model=spec(
-            vgg_sws, classes=classes, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+            vgg_sws, classes=classes, neuron=spec(LIF, decay=0.5, surrogate=Sigmoid(alpha=4.0))
         ),
         rule=spec(OTTT),
         data=images(classes),

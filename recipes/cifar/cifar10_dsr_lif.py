@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.preact_resnet import preact_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
-from pipeline.schedule import cosine
 from pipeline.spiking.rate import RateLIF
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 from recipes.cifar.base import cifar
 
 EPOCHS, BATCH, SAMPLES, WARMUP_STEPS = 200, 128, 50_000, 400

@@ -3,7 +3,7 @@
 Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_ottt_a.py --workers 1
 Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 128, 300 epochs, SGD 0.1 with
-          cosine, no weight decay, leak 0.5, 5 % squared error to the one-hot target. They are the
+          cosine, no weight decay, decay 0.5, 5 % squared error to the one-hot target. They are the
           defaults of the published code, whose README says that they are the paper's; it adds
           Cutout, which is not part of this recipe.
 Result:   not run (target, published: 93.52 +- 0.06 % top-1; BPTT on the same network 92.78 +- 0.34
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from recipes.cifar.base import cifar
 
 

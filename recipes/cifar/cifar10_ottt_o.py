@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from recipes.cifar.cifar10_ottt_a import recipe as at_the_end_of_a_batch
 
 
 def recipe() -> Recipe:
     shared = at_the_end_of_a_batch()
-    return replace(shared, name="cifar10-ottt-o", rule=shared.rule.with_(update="objective"))
+    return replace(shared, name="cifar10-ottt-o", rule=shared.rule.with_(update="step"))

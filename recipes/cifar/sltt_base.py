@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.preact_resnet import preact_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
+from pipeline.train.objective import CrossEntropy
 from recipes.cifar.base import CIFAR10, CIFAR100, cifar, images
 
 
@@ -24,7 +24,7 @@ def sltt(classes: int, *, weight_decay: float) -> Recipe:
             classes=classes,
             head="linear",
             over="step",
-            neuron=spec(LIF, leak=1 / 11),
+            neuron=spec(LIF, decay=1 / 11),
         ),
         rule=spec(SLTT),
         objective=spec(CrossEntropy, mse=0.05),

@@ -8,42 +8,42 @@ Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; Xiao et al. 2022 (OTTT), ar
 Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (where that was still
           asked for by --side-by-side auto), 2 cores of an AMD EPYC, torch 2.13, T = 6, one worker,
           which holds 256 images
-            saved bytes of SLTT, of BPTT's           0.179 at both leaks (at most 0.217); +0.0 %
+            saved bytes of SLTT, of BPTT's           0.179 at both decays (at most 0.217); +0.0 %
               from T = 2 to 16        hold and states, which no paper counts      0.422 at both
-              leaks, and so OTTT-A's
+              decays, and so OTTT-A's
             compute time, of the faster BPTT's, with 95 % intervals: of three seeds, then of five
-              starts in turn of SLTT (at most 1)                    leak 1/11: 0.959 (0.928 to
+              starts in turn of SLTT (at most 1)                    decay 1/11: 0.959 (0.928 to
               0.989)                                 holds
-                                                     leak 1/2:  1.011 (0.993 to 1.028)
+                                                     decay 1/2:  1.011 (0.993 to 1.028)
                                                      fails, within the noise
-                in turn                              leak 1/11: 0.964 (0.959 to 0.970)
-                                                     holds leak 1/2:  0.967 (0.960 to 0.974)
+                in turn                              decay 1/11: 0.964 (0.959 to 0.970)
+                                                     holds decay 1/2:  0.967 (0.960 to 0.974)
                                                      holds
               of SLTT-1 (at most 0.526, 0.532)       0.490 (0.447 to 0.532); 0.513 (0.469 to 0.557)
                 hold, within the noise in turn (at most 0.535, 0.536)       0.471 (0.465 to 0.476);
                 0.477 (0.473 to 0.482)                     hold
-              of SLTT-2 (at most 0.641)              leak 1/11: 0.602 (0.581 to 0.624)
-                        holds (at most 0.646)              leak 1/2:  0.599 (0.527 to 0.671)
+              of SLTT-2 (at most 0.641)              decay 1/11: 0.602 (0.581 to 0.624)
+                        holds (at most 0.646)              decay 1/2:  0.599 (0.527 to 0.671)
                         holds, within the noise
                 in turn (at most 0.648, 0.649)       0.571 (0.566 to 0.575); 0.572 (0.564 to 0.580)
                 hold
-            BPTT's top-1 less the rule's, points     leak 1/11: SLTT +.12 (-.41 to +.66), SLTT-1
+            BPTT's top-1 less the rule's, points     decay 1/11: SLTT +.12 (-.41 to +.66), SLTT-1
             +.12 (-.77 to +1.01), and 95 % intervals of three seeds        SLTT-2 +.11 (+.03 to
-            +.20), OTTT-A +.07 (-.40 to +.54); leak 1/2: SLTT
+            +.20), OTTT-A +.07 (-.40 to +.54); decay 1/2: SLTT
                                                      -.06 (-1.05 to +.93), SLTT-1 +.53 (-.14 to
                                                      +1.20), SLTT-2 +.19 (-.90 to +1.28), OTTT-A
                                                      -.33 (-.98 to +.31); BPTT .8888 and .8932
-            share of BPTT's gradient that comes      leak 1/11: .22, .15, .07 in the three
+            share of BPTT's gradient that comes      decay 1/11: .22, .15, .07 in the three
             convolutions at the start, .21, .15, through time                             .08 after
-            each epoch; leak 1/2: .79, .66, .40, then .77, .63, .41 own largest batch in 100 MB,
-            images, and images/s of its forward and backward, at leak 1/11; 1/2 (commit
+            each epoch; decay 1/2: .79, .66, .40, then .77, .63, .41 own largest batch in 100 MB,
+            images, and images/s of its forward and backward, at decay 1/11; 1/2 (commit
             e52de55d1b9d, one process alone on that machine; a batch that fits or not is told by
             resident memory, to some tenth)
               BPTT folded 91, 1114; 96, 1157         step by step 125, 1169; 136, 1114    recomputed
               145, 811; 146, 790 SLTT 287, 1169; 317, 1208              SLTT-1 350, 2393; 338, 2362
               SLTT-2 262, 2006; 291, 1917 OTTT-A 265, 1164; 267, 1120
           An interval of three seeds on both sides of a bound is told in the table as within the
-          noise, or as undecided (accuracies: 0.7 points hold at leak 1/11 for SLTT and OTTT-A, at
+          noise, or as undecided (accuracies: 0.7 points hold at decay 1/11 for SLTT and OTTT-A, at
           1/2 for OTTT-A). Two runs share the memory bus, whatever the rule of the other; in turn,
           one process has the machine to itself. Text was edited beside it. Of two workers with 128
           images each, one run at a time (commit 5708807b7084, that machine, 98 min), SLTT takes
@@ -54,10 +54,10 @@ Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (whe
           workers, 103 min (commit 0938e54ac260): 0.937 (0.842 to 1.033) and 0.946 (0.788 to 1.105)
           of BPTT's step by step.
 
-Two studies, at the leaks of the two papers (1/11 and 0.5), T = 6; in each seven rules with three
+Two studies, at the decays of the two papers (1/11 and 0.5), T = 6; in each seven rules with three
 seeds. BPTT is trained folded over time and step by step: the faster of the two is what the others'
 time is divided by. Only the rule differs, learning rate included: 0.3, which SLTT-1's rescaled
-gradient bears; it was chosen for all rules at leak 1/2, and is half of what was chosen at 1/11
+gradient bears; it was chosen for all rules at decay 1/2, and is half of what was chosen at 1/11
 (recipes/fashion/base.py). Rules with rates of their own, BPTT, SLTT and SLTT-1 at 1/11, are
 compared in tuned_fashion.py. SLTT-K is rescaled by T/K, which the published rule is not, so that
 its expected gradient is SLTT's. After each epoch all runs compare gradients, for a run that has
@@ -89,14 +89,15 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.code import code_digest
+from pipeline.core.code_version import code_digest
+from pipeline.core.printing import say
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
 from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import device_here, hardware, other_than_here
-from pipeline.printing import say
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.suite import Suite
 from pipeline.report.beside import beside
 from pipeline.report.claims import (
     Claim,
@@ -124,7 +125,6 @@ from pipeline.report.sweep import told_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.suite import Suite
 from pipeline.track.state import state_of
 from recipes.fashion.base import fashion
 from recipes.imagenet.nf_resnet34_sltt import recipe as nf_resnet34_sltt
@@ -136,8 +136,8 @@ DRAWN = ("bptt", "bptt-recompute", "sltt", "ottt-a")
 LARGEST_IN = 100_000_000
 """bytes that each rule's own largest batch is looked for in, with what lies beside it"""
 BATCH = 256  # on one worker; the papers have 128 a device
-STUDIES = {"leak-1-11": (1 / 11, 0.3), "leak-1-2": (0.5, 0.3)}
-"""leak, and a learning rate that SLTT-1's rescaled gradient bears"""
+STUDIES = {"decay-1-11": (1 / 11, 0.3), "decay-1-2": (0.5, 0.3)}
+"""decay, and a learning rate that SLTT-1's rescaled gradient bears"""
 RULES = {
     "bptt": spec(BPTT),
     "bptt-stepped": spec(BPTT, chunk=1),
@@ -159,9 +159,9 @@ def recipe() -> Suite:
 
 
 def _of_study(study: str) -> Iterator[Recipe]:
-    leak, rate = STUDIES[study]
+    decay, rate = STUDIES[study]
     base = fashion()
-    neuron = base.model.kwargs["neuron"].with_(leak=leak)
+    neuron = base.model.kwargs["neuron"].with_(decay=decay)
     shared = replace(
         base,
         model=base.model.with_(neuron=neuron),
@@ -324,13 +324,13 @@ def _claims(
     """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a
     verdict. `looked` told shares.
     """
-    T, leak = (
+    T, decay = (
         trained.time_steps,
-        Fraction(trained.value_of("model.neuron.leak")).limit_denominator(100),
+        Fraction(trained.value_of("model.neuron.decay")).limit_denominator(100),
     )
 
     def about(rule: str) -> str:
-        return f"{rule}, leak {leak}, T = {T}"
+        return f"{rule}, decay {decay}, T = {T}"
 
     constant = 1 / T + 0.05
     of = (about("SLTT"), group, "SLTT")

@@ -38,9 +38,9 @@ import pandas as pd
 from rich.console import Console
 from scipy import stats
 
-from pipeline.answers import read_answers
-from pipeline.printing import number, print_table, prose, say
-from pipeline.recipe import Recipe, read_json
+from pipeline.core.printing import number, print_table, prose, say
+from pipeline.recipe.recipe import Recipe, read_json
+from pipeline.train.predictions import read_answers
 
 Levels = tuple[str, str]
 Weights = dict[tuple[str, ...], float]

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.ide import IDE
@@ -41,7 +41,7 @@ FEED_FORWARD = {
     "sltt": spec(SLTT),
     "sltt-1": spec(SLTT, k=1, rescale=True),
     "ottt-a": spec(OTTT),
-    "ottt-o": spec(OTTT, update="objective"),
+    "ottt-o": spec(OTTT, update="step"),
     "opzo": spec(OPZO),
     "dfa": spec(OPZO, feedback="random"),
 }

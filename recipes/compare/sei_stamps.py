@@ -78,13 +78,13 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.core.printing import say
 from pipeline.models.binarized import binarized
-from pipeline.objective import CrossEntropy
-from pipeline.printing import say
-from pipeline.recipe import Recipe, read_json, spec
-from pipeline.suite import Suite
-from pipeline.teachers.network import network_teacher
+from pipeline.models.teachers.network import network_teacher
+from pipeline.recipe.recipe import Recipe, read_json, spec
+from pipeline.recipe.suite import Suite
 from pipeline.track.state import state_of
+from pipeline.train.objective import CrossEntropy
 from recipes.compare.factorial_base import Levels, all_effects, effect, factorial, read_right
 from recipes.stamps.base import pictures, sei_first_stage
 

@@ -26,9 +26,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.printing import number, print_table, prose
-from pipeline.suite import Suite
-from pipeline.trials import top1_of
+from pipeline.core.printing import number, print_table, prose
+from pipeline.recipe.suite import Suite
+from pipeline.track.trials import top1_of
 from recipes.compare.sei_stamps import FACTORS, trained
 from recipes.stamps.base import pictures
 

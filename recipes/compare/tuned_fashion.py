@@ -23,7 +23,7 @@ Result:   33 runs in 71 min, two at a time; commit 8600a6e99241, 2 cores of an A
           0.8, another seed of BPTT and of SLTT does not bear (.874, .855); SLTT at 1.6 answers by
           chance. The protocol has one trial a value, of one seed.
 
-The setting is that of claims_fashion.py at leak 1/11, where all rules share a rate of 0.3, which
+The setting is that of claims_fashion.py at decay 1/11, where all rules share a rate of 0.3, which
 the rescaled gradient of SLTT-1 bears. That may do BPTT an injustice; here each rule chooses for
 itself, on a grid of factors of two, which has no 0.3. Trials train on nine tenths of the training
 set and are judged by the last; the test set is read once, after the last epoch of the runs that
@@ -34,11 +34,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.protocol import over_seeds, tuned
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
+from pipeline.recipe.search import over_seeds, tuned
+from pipeline.recipe.suite import Suite
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.suite import Suite
 from recipes.fashion.base import fashion
 
 RULES = {"bptt": spec(BPTT), "sltt": spec(SLTT), "sltt-1": spec(SLTT, k=1, rescale=True)}

@@ -9,23 +9,23 @@ from typing import Any
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.beton import Beton
-from pipeline.data.tasks import Permuted, SplitClasses
+from pipeline.data.datasets.beton import Beton
+from pipeline.data.datasets.tasks import Permuted, SplitClasses
 from pipeline.models.heads import multi_head
 from pipeline.models.mlp import mlp
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Phase, Recipe, Spec, spec
+from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 # Rows that each task adds to each of the three layers, as published: 20 fewer from every third task
 # on, so that ten tasks leave room in 800 inputs. (The published scripts take 20 from one list that
 # they keep, and never start it anew.)
 ROWS = ((80, 200, 100), *((rows, rows, rows) for rows in (70, 70, 50, 50, 50, 30, 30, 30, 10)))
-NEURON = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))  # published for OTTT and BPTT
+NEURON = spec(LIF, decay=0.5, surrogate=Sigmoid(4.0))  # published for OTTT and BPTT
 
 
 def permuted() -> Recipe:

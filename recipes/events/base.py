@@ -11,16 +11,16 @@ from typing import Literal
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.events import Events
+from pipeline.data.datasets.events import Events
 from pipeline.models.convnet import convnet
 from pipeline.models.late import late
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 STEPS = 10
 
@@ -37,7 +37,7 @@ def moving(*, lr: float) -> Recipe:
         in_channels=2,
         stages=((16,), (32,), (64,)),
         stem=(5, 2),
-        neuron=spec(LIF, leak=0.9),
+        neuron=spec(LIF, decay=0.9),
     )
     return Recipe(
         name="moving",
@@ -80,7 +80,7 @@ def sltt_k(
         stages=((64,), (128,), (256, 256), (512, 512), (512, 512)),
         grid=grid,
         dropout=dropout,
-        neuron=spec(LIF, leak=1 / 11),
+        neuron=spec(LIF, decay=1 / 11),
     )
     return Recipe(
         name=name,

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.data.events import Events
+from pipeline.data.datasets.events import Events
 from pipeline.models.convnet import convnet
-from pipeline.recipe import Recipe, spec
-from pipeline.schedule import cosine
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.spiking.rate import RateLIF
+from pipeline.train.schedule import cosine
 from recipes.cifar.cifar10_dsr_lif import WARMUP_STEPS
 from recipes.cifar.cifar10_dsr_lif import recipe as cifar10
 

@@ -5,7 +5,7 @@ Command:  spiketrain write events cifar10dvs --source tonic --out data/cifar10dv
           spiketrain launch recipes/events/cifar10dvs_ottt.py --workers 1
 Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 10 frames of equally many events, 48
           pixels, padded by 4 and cropped at all steps alike, batch 128, 300 epochs, SGD 0.1 with
-          cosine, no weight decay, leak 0.5, dropout 0.1 with one mask for all steps, 0.1 % squared
+          cosine, no weight decay, decay 0.5, dropout 0.1 with one mask for all steps, 0.1 % squared
           error to the one-hot target: the defaults of the published code, whose README says that
           they are the paper's. Mean and standard deviation are the published ones, of frames that
           were resized in another way.
@@ -16,19 +16,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.data.events import Events
+from pipeline.data.datasets.events import Events
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
+from pipeline.train.objective import CrossEntropy
 from recipes.cifar.base import cifar
 
 MEAN, STD = (0.2728, 0.1295), (0.2225, 0.1290)
 
 
 def recipe() -> Recipe:
-    neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+    neuron = spec(LIF, decay=0.5, surrogate=Sigmoid(alpha=4.0))
     return replace(
         cifar(10),
         name="cifar10dvs-ottt",

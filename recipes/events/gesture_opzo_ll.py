@@ -14,20 +14,23 @@ from __future__ import annotations
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.events import Events
+from pipeline.data.datasets.events import Events
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.opzo import OPZO
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 
 def recipe() -> Recipe:
     network = spec(
-        vgg_sws, classes=11, in_channels=2, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+        vgg_sws,
+        classes=11,
+        in_channels=2,
+        neuron=spec(LIF, decay=0.5, surrogate=Sigmoid(alpha=4.0)),
     )
     return Recipe(
         name="gesture-opzo-ll",

@@ -4,7 +4,7 @@ Command:  spiketrain write events nmnist --source tonic --out data/nmnist --slic
           spiketrain launch recipes/events/nmnist_ide.py --workers 1
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: batch 128, 100 epochs, SGD 0.05 with momentum
           0.9, times 0.1 after 30, 60 and 90 epochs, weight decay 5e-4, dropout 0.2 on the currents,
-          threshold 2, leak 0.95, 30 iterations of the solver. The published code solves (2I - J^T)
+          threshold 2, decay 0.95, 30 iterations of the solver. The published code solves (2I - J^T)
           beta = g here, by its solver "iter". Its beta is half of the paper's (I - J^T) beta = g,
           which is solved here, where J is small. The published figure was reached with that.
 Result:   not run (target, published: 99.42 % top-1, mean of several runs; IF 99.30 %)
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.events import Events
+from pipeline.data.datasets.events import Events
 from pipeline.models.feedback import conv_feedback
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.ide import IDE
-from pipeline.schedule import milestones
 from pipeline.spiking.neuron import LIF
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import milestones
 
 
 def recipe() -> Recipe:
@@ -36,7 +36,7 @@ def recipe() -> Recipe:
             kernel=5,
             dropout=0.2,
             dropout_on="currents",
-            neuron=spec(LIF, leak=0.95, threshold=2.0),
+            neuron=spec(LIF, decay=0.95, threshold=2.0),
         ),
         rule=spec(IDE, solver="fixed_point", iterations=30),
         data=spec(Events, folder="data/nmnist", classes=10, steps=30, size=34),

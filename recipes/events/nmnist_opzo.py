@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.events import Events
+from pipeline.data.datasets.events import Events
 from pipeline.models.mlp import mlp
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.opzo import OPZO
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 
 def recipe() -> Recipe:
-    neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+    neuron = spec(LIF, decay=0.5, surrogate=Sigmoid(alpha=4.0))
     return Recipe(
         name="nmnist-opzo",
         family="events",

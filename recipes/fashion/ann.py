@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import nn
 
 from pipeline.models.convnet import convnet
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.fashion.base import fashion
 

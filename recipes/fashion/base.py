@@ -5,20 +5,20 @@ These recipes read the test set once, after the last epoch. Learning rates were 
 tenth of the training set (`--set data.held_out=0.1`), the rules of a study on the same grid, and
 they share the one that was best on their mean; docs/LOG.md has the figures, and says where a
 reading of the test set led to another search on the held-out tenth: once for this network (the
-shifts), once for OPZO's study. At leak 0.5 that is 0.3: `--set model.neuron.leak=0.5 --set
+shifts), once for OPZO's study. At decay 0.5 that is 0.3: `--set model.neuron.decay=0.5 --set
 optimizer.lr=0.3`."""
 
 from __future__ import annotations
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.beton import Beton
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 LEAK = 1 / 11  # SLTT's published tau of 1.1
 
@@ -34,7 +34,7 @@ def fashion() -> Recipe:
             in_channels=1,
             stages=((32,), (64,), (128,)),
             stem=(5, 2),
-            neuron=spec(LIF, leak=LEAK),
+            neuron=spec(LIF, decay=LEAK),
         ),
         rule=spec(BPTT),
         data=spec(

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.feedback import fc_feedback
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.ide import IDE
 from pipeline.spiking.neuron import IF
 from recipes.fashion.base import fashion

@@ -19,7 +19,7 @@ from dataclasses import replace
 from timm.optim import create_optimizer_v2
 
 from pipeline.models.readouts import with_readouts
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from recipes.fashion.base import fashion
@@ -27,7 +27,7 @@ from recipes.fashion.base import fashion
 
 def recipe() -> Recipe:
     shared = fashion()
-    network = shared.model.with_(neuron=spec(LIF, leak=0.5))
+    network = shared.model.with_(neuron=spec(LIF, decay=0.5))
     return replace(
         shared,
         name="fashion-opzo",

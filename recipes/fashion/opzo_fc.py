@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.spiking.neuron import LIF
 from recipes.fashion.opzo import recipe as opzo
 
@@ -23,6 +23,6 @@ def recipe() -> Recipe:
         opzo(),
         name="fashion-opzo-fc",
         model=spec(
-            mlp, classes=10, hidden=(400, 400), weights="standardized", neuron=spec(LIF, leak=0.5)
+            mlp, classes=10, hidden=(400, 400), weights="standardized", neuron=spec(LIF, decay=0.5)
         ),
     )

@@ -13,12 +13,12 @@ from dataclasses import replace
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from pipeline.data.beton import Beton
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.data.datasets.beton import Beton
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 LEAK = 1 / 11  # SLTT's published tau of 1.1
 
@@ -28,7 +28,7 @@ def first_stage(network: Callable[..., nn.Module], name: str) -> Recipe:
     return Recipe(
         name=f"imagenet-{name}-t1",
         family="imagenet",
-        model=spec(network, classes=1000, neuron=spec(LIF, leak=LEAK)),
+        model=spec(network, classes=1000, neuron=spec(LIF, decay=LEAK)),
         rule=spec(SLTT),
         data=spec(Beton, folder="data/imagenet", classes=1000, size=224, crop="resized"),
         objective=spec(CrossEntropy),

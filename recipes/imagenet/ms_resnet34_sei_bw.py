@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.beton import Beton
-from pipeline.distill import Distillation
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.ms_resnet import ms_resnet
-from pipeline.recipe import Recipe, spec
+from pipeline.models.teachers.timm import timm_teacher
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.suite import Suite
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
-from pipeline.suite import Suite
-from pipeline.teachers.timm import timm_teacher
+from pipeline.train.distillation import Distillation
+from pipeline.train.schedule import cosine
 from recipes.sei_base import two_stages
 
 

@@ -3,7 +3,7 @@
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
           500 spiketrain launch recipes/imagenet/nf_resnet34_ottt.py --workers 8
 Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epochs, SGD 0.1, weight
-          decay 2e-5 on biases and gains, too, leak 0.5, no trace at the first convolution and the
+          decay 2e-5 on biases and gains, too, decay 0.5, no trace at the first convolution and the
           classifier, cross-entropy alone, fp32. These are the defaults of the published code, the
           cosine among them: the paper's text says a tenth of the learning rate every 30 epochs.
 Result:   not run (target, published: 65.15 % top-1)
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.nf_resnet import nf_resnet34
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
@@ -27,7 +27,7 @@ def recipe() -> Recipe:
         shared,
         name="imagenet-nf-resnet34-ottt",
         model=spec(
-            nf_resnet34, classes=1000, neuron=spec(LIF, leak=0.5, surrogate=Sigmoid(alpha=4.0))
+            nf_resnet34, classes=1000, neuron=spec(LIF, decay=0.5, surrogate=Sigmoid(alpha=4.0))
         ),
         rule=spec(OTTT, readout="plain"),
         optimizer=shared.optimizer.with_(

@@ -12,12 +12,12 @@ from __future__ import annotations
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from pipeline.data.beton import Beton
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.preact_resnet import preact_resnet18
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
-from pipeline.schedule import cosine
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 
 def recipe() -> Recipe:

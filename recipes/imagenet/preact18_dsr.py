@@ -18,10 +18,10 @@ from dataclasses import replace
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
-from pipeline.schedule import cosine
 from pipeline.spiking.rate import RateIF
+from pipeline.train.schedule import cosine
 from recipes.imagenet.preact18_ann import recipe as first_stage
 
 EPOCHS, BATCH, SAMPLES, WARMUP_STEPS = 90, 144, 1_281_167, 5000

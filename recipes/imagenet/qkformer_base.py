@@ -15,16 +15,16 @@ from dataclasses import replace
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.beton import Beton
-from pipeline.distill import Distillation
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.qkformer import qkformer_10
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.models.teachers.timm import timm_teacher
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.suite import Suite
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
-from pipeline.suite import Suite
-from pipeline.teachers.timm import timm_teacher
+from pipeline.train.distillation import Distillation
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 from recipes.sei_base import two_stages
 
 RATE_FOR_256 = 6e-4

@@ -15,20 +15,20 @@ from dataclasses import replace
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.data.beton import Beton
-from pipeline.distill import Distillation
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.qkformer import QKFormer
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.models.teachers.cache import Cache
+from pipeline.models.teachers.probe import Probe
+from pipeline.models.teachers.timm import timm_teacher
+from pipeline.models.teachers.weights import Package
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
-from pipeline.teachers.cache import Cache
-from pipeline.teachers.probe import Probe
-from pipeline.teachers.timm import timm_teacher
-from pipeline.teachers.weights import Package
+from pipeline.train.distillation import Distillation
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
 
 CLASSES, SIZE = 13, 160
 RATE = 12e-3
@@ -64,7 +64,7 @@ def qkformer() -> Recipe:
     """The small twin of recipes/imagenet/qkformer_base.py: by BPTT, with labels alone; the neuron
     resets by subtraction.
     """
-    neuron = spec(LIF, leak=0.5, surrogate=Sigmoid(4.0))
+    neuron = spec(LIF, decay=0.5, surrogate=Sigmoid(4.0))
     return Recipe(
         name="stamps-qkformer-bptt",
         family="stamps",

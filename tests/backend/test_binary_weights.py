@@ -14,16 +14,16 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from pipeline.backend.base import Backend, OptimizerOf
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.backend.plain import Plain
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
 from pipeline.models.binarized import binarized
-from pipeline.objective import CrossEntropy
-from pipeline.optimizer import build_optimizer
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.sltt import SLTT
+from pipeline.train.backend.base import Backend, OptimizerOf
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.backend.plain import Plain
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.optimizer import build_optimizer
 from tests.processes import run_ranks
 from tests.rules.small import batch, lif_network
 from tests.silent import NoMeters

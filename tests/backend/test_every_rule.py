@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.guards.batches import Unguarded
-from pipeline.guards.replicas import drifted
-from pipeline.loop import MicroBatch, train
-from pipeline.objective import CrossEntropy
-from pipeline.ranks import Ranks
 from pipeline.rules.base import Rule, World
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.guards.replica_check import drifted
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
 from tests.processes import run_ranks
 from tests.rules.cases import CASES, Case
 from tests.rules.small import batch
@@ -46,10 +46,10 @@ def reference(case: Case) -> tuple[nn.Module, Rule]:
     optimizer = sgd(model)
     for step in range(STEPS):
         x_TB, target_B = global_batch(step)
-        for objective in rule.objectives(model, x_TB, CrossEntropy()(target_B), step=step):
+        for objective in rule.loss_terms(model, x_TB, CrossEntropy()(target_B), step=step):
             if objective.backward is not None:
                 objective.backward.backward()
-            if rule.update == "objective":
+            if rule.update == "step":
                 optimizer.step()
                 optimizer.zero_grad()
         rule.end_of_batch()

@@ -17,16 +17,16 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from pipeline.backend.base import Backend
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.backend.plain import Plain
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
 from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
+from pipeline.train.backend.base import Backend
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.backend.plain import Plain
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
 from tests.processes import run_ranks
 from tests.silent import NoMeters
 
@@ -72,7 +72,7 @@ def reference(name: str, *, renewed: bool = True) -> nn.Module:
             optimizer = optimizer_of(name)(model)
         for step in range(task * STEPS, (task + 1) * STEPS):
             x_TB, target_B = batch(step)
-            for objective in rule.objectives(model, x_TB, CrossEntropy()(target_B), step=step):
+            for objective in rule.loss_terms(model, x_TB, CrossEntropy()(target_B), step=step):
                 assert objective.backward is not None
                 objective.backward.backward()
             optimizer.step()
@@ -143,7 +143,7 @@ def test_a_head_that_was_not_selected_keeps_its_bits() -> None:
     x_TB, target_B = batch(0)
     rule = SLTT()
     rule.attach(model)
-    for objective in rule.objectives(model, x_TB, CrossEntropy()(target_B)):
+    for objective in rule.loss_terms(model, x_TB, CrossEntropy()(target_B)):
         assert objective.backward is not None
         backend.backward(objective.backward, 1.0)
     backend.step()

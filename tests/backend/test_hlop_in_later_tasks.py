@@ -17,16 +17,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
-from pipeline.objective import CrossEntropy
-from pipeline.ranks import Ranks
 from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
 from tests.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, distance, global_batch
 from tests.processes import run_ranks
 from tests.rules.small import learn, lif_network
@@ -56,7 +56,7 @@ def reference(inner: type) -> tuple[nn.Module, HLOP]:
         if step == SECOND_TASK:
             optimizer = sgd(model)
         x_TB, target_B = global_batch(step)
-        learn(rule.objectives(model, x_TB, CrossEntropy()(target_B), step=step))
+        learn(rule.loss_terms(model, x_TB, CrossEntropy()(target_B), step=step))
         rule.end_of_batch()
         optimizer.step()
         optimizer.zero_grad()

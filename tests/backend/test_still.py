@@ -15,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.still import OncePerImage
+from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Conv2d
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
 from tests.processes import run_ranks
 from tests.silent import NoMeters
 
@@ -42,7 +42,7 @@ RULES: dict[str, Callable[[], Rule]] = {
 
 def network(between: Literal["rank", "world"]) -> nn.Module:
     torch.manual_seed(3)
-    first = OncePerImage(Conv2d(2, 6, 3, padding=1), BatchNorm(6, between=between))
+    first = StaticInput(Conv2d(2, 6, 3, padding=1), BatchNorm(6, between=between))
     return nn.Sequential(
         first,
         LIF(),
@@ -68,7 +68,7 @@ def reference(rule: Rule) -> nn.Module:
     optimizer = sgd(model)
     for step in range(STEPS):
         x_BCHW, target_B = images(step)
-        for objective in rule.objectives(
+        for objective in rule.loss_terms(
             model, repeat(x_BCHW, TIME).contiguous(), CrossEntropy()(target_B), step=step
         ):
             if objective.backward is not None:

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks import carryover
 from benchmarks.carryover import Moments, carried_over, means, record, replaying, shuffled
-from pipeline.data.synthetic import Synthetic
-from pipeline.evaluate import evaluate, inputs
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.prepare import write_job
 from pipeline.models.feedback import fc_feedback
-from pipeline.objective import CrossEntropy
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.sltt import SLTT
@@ -25,6 +23,8 @@ from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.rate import RateIF, WeightedRates
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
+from pipeline.train.evaluation import evaluate, inputs
+from pipeline.train.objective import CrossEntropy
 from tests.rules.small import batch, cross_entropy, difference, gradients, lif_network, spikes_of
 from tests.small import make_run, small_recipe, train_inline
 
@@ -36,8 +36,8 @@ DATA = Synthetic(samples=8, val_samples=41, shape=(1, 2, 2), noise=1.0)
     "neuron",
     [
         {},
-        {"leak": 0.3, "reset": "zero", "decay_input": True},
-        {"leak": 0.7, "reset_gradient": "kept", "threshold": 0.6, "subtract": 0.8},
+        {"decay": 0.3, "reset": "zero", "scale_input": True},
+        {"decay": 0.7, "reset_gradient": "kept", "threshold": 0.6, "subtract": 0.8},
     ],
     ids=str,
 )
@@ -63,7 +63,7 @@ def test_a_replay_fires_the_same_spikes_and_its_gradient_is_that_of_sltt(neuron:
 
 
 def test_what_one_neuron_carries_over() -> None:
-    """Current 0.6 at leak 0.5: u = 0.6, 0.9, 1.05, which fires, 0.625."""
+    """Current 0.6 at decay 0.5: u = 0.6, 0.9, 1.05, which fires, 0.625."""
     s_TBC, membranes = record(LIF(0.5), torch.full((4, 1, 1), 0.6, dtype=torch.float64))
     assert s_TBC.flatten().tolist() == [0, 0, 1, 0]
     assert torch.stack(membranes[""]).flatten().tolist() == pytest.approx([0, 0.6, 0.9, 0.05])

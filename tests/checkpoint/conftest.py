@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import Folder, place_at
-from pipeline.checkpoint.store import Store
+from pipeline.train.checkpoint import Folder, place_at
+from pipeline.train.checkpoint.store import Store
 from tests.checkpoint.s3 import s3_server
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.backend.plain import Plain
-from pipeline.checkpoint import Checkpoints, Folder, Saved
-from pipeline.checkpoint.store import Store
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
+from pipeline.train.backend.plain import Plain
+from pipeline.train.checkpoint import Checkpoints, Folder, Saved
+from pipeline.train.checkpoint.store import Store
 
 TRAINER: dict[str, Any] = {"world_size": 1, "zero": 0, "score": None}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import Checkpoints, damage, place_at
-from pipeline.checkpoint.store import sweep_fetched
+from pipeline.train.checkpoint import Checkpoints, damage, place_at
+from pipeline.train.checkpoint.store import sweep_fetched
 from tests.checkpoint.few import TRAINER, Counting, backend, save
 
 pytestmark = pytest.mark.timeout(60)
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(60)
 OTHER = """
 import sys
 from pathlib import Path
-from pipeline.checkpoint.store import own_folder
+from pipeline.train.checkpoint.store import own_folder
 
 folder = own_folder(Path(sys.argv[1]))
 (folder / "file").touch()

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import worker
-from pipeline.checkpoint import Folder
-from pipeline.checkpoint import folder as shared
-from pipeline.job import Place
-from pipeline.marker import Marker
-from pipeline.ranks import Ranks
-from pipeline.refused import Refused
-from pipeline.run import compose
+from pipeline.core.errors import UserError
+from pipeline.core.shared_marker import Marker
+from pipeline.train import assemble, worker
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.checkpoint import Folder
+from pipeline.train.checkpoint import folder as shared
+from pipeline.train.job import RankInfo
 from tests.processes import run_ranks
 from tests.small import job_of, make_run, small_recipe
 
@@ -30,12 +29,12 @@ def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
     run = Path(folder) / "run"
     if rank == 0:
         make_run(run, small_recipe(backend="deepspeed"))
-    Ranks(rank, ranks).each(None)
+    Ranks(rank, ranks).all_gather_object(None)
     job = job_of(run, small_recipe())
-    compose.place_at = lambda address, run: Folder(Path(folder) / f"disk{rank}")
+    assemble.place_at = lambda address, run: Folder(Path(folder) / f"disk{rank}")
     try:
-        worker.run(job, Place(rank, ranks))
-    except Refused as error:
+        worker.run(job, RankInfo(rank, ranks))
+    except UserError as error:
         return str(error)
     return "trained"
 
@@ -62,14 +61,14 @@ def _slow(rank: int, ranks: int, place: str) -> dict[str, Any]:
     Marker.is_in = late
     about: dict[str, Any] = {
         "rank": rank,
-        "each": Ranks(rank, ranks).each,
+        "each": Ranks(rank, ranks).all_gather_object,
         "beat": lambda: beats.append(rank),
     }
     shared.check_shared(Path(place), **about)
     (Path(place) / "file").touch()
     try:
         shared.check_shared(Path(place) / "file", **about)
-    except Refused as error:
+    except UserError as error:
         return {"beats": len(beats), "said": str(error)}
     return {"beats": len(beats)}
 
@@ -90,7 +89,7 @@ def _shaky(rank: int, ranks: int, place: str) -> str:
 
     Path.write_text = write_text  # type: ignore[method-assign,assignment]
     try:
-        shared.check_shared(Path(place), rank=rank, each=Ranks(rank, ranks).each)
+        shared.check_shared(Path(place), rank=rank, each=Ranks(rank, ranks).all_gather_object)
     except OSError as error:
         return f"{error.errno == errno.ESTALE} {error.strerror}"
     return "nothing"

@@ -38,7 +38,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def photos(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as .beton: half of the images as JPEG, half raw."""
-    from pipeline.data.write import write_folder
+    from pipeline.data.write.images import write_folder
 
     out = tmp_path_factory.mktemp("beton")
     write_folder(photo_folder, out, mode="mixed")
@@ -52,7 +52,7 @@ def raw(
     """The photographs stored raw, and their pixels in order: a folder and a list of uint8
     [h,w,3].
     """
-    from pipeline.data.write import write_folder
+    from pipeline.data.write.images import write_folder
 
     out = tmp_path_factory.mktemp("raw")
     write_folder(photo_folder, out, mode="raw")
@@ -80,7 +80,7 @@ def small_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fashion(small_fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small_fashion` as .beton."""
-    from pipeline.data.write import write_fashion
+    from pipeline.data.write.images import write_fashion
 
     out = tmp_path_factory.mktemp("fashion")
     write_fashion(out, source=small_fashion)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import disk
+from pipeline.core import files as disk
 
 
 def flip(path: Path, at: int) -> None:

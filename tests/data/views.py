@@ -5,8 +5,8 @@ import math
 import numpy as np
 from ffcv.libffcv import resize_crop
 
-from pipeline.data.augment import lookup
-from pipeline.random import CROP, bits
+from pipeline.core.random import CROP, bits
+from pipeline.data.ffcv.augment import lookup
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

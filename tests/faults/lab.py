@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.survived import survived
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from tests.driver import Driver
 from tests.nodes import TOKEN
 
@@ -21,19 +21,19 @@ from pipeline.rules.sltt import SLTT
 class Told(SLTT):
     """SLTT that writes down, beside its file, which sample each row of a batch held; slowly, where somebody is to meet it."""
 
-    def objectives(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
         pace = Path(__file__).parent / "pace"
         time.sleep(float(pace.read_text()) if pace.exists() else 0.0)
         with (Path(__file__).parent / "rows" / f"{os.getpid()}.txt").open("a") as file:
             for row, x_T in zip(rows, x_TB.unbind(1)):
                 sample = hashlib.sha256(x_T.numpy().tobytes()).hexdigest()[:16]
                 print(step, row, sample, time.time_ns(), file=file)
-        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
 '''
 RECIPE = """
 from dataclasses import replace
-from pipeline.data.synthetic import Synthetic
-from pipeline.recipe import spec
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.recipe.recipe import spec
 from tests.small import small_recipe
 from told_lab import Told
 

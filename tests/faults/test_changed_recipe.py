@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.checkpoint import WEIGHTS, step_folders
-from pipeline.data.synthetic import Synthetic
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.inline import Inline
+from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare
-from pipeline.recipe import read_json, spec, write_json
-from pipeline.track.jsonl import read
+from pipeline.recipe.recipe import read_json, spec, write_json
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import WEIGHTS, step_folders
 from tests.small import Command, command, same_weights, small_recipe, train_inline
-from tests.test_worker import Killed, die_at
+from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -21,18 +21,18 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from pipeline.checkpoint import background, step_folders, step_name
-from pipeline.guards import storage
-from pipeline.guards.batches import Skipped
-from pipeline.launch.inline import Inline
-from pipeline.refused import Refused
-from pipeline.run.attempt import Attempt
-from pipeline.track.jsonl import read
+from pipeline.core.errors import UserError
+from pipeline.launch.in_process import Inline
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import background, step_folders, step_name
+from pipeline.train.guards import storage
+from pipeline.train.guards.anomaly import Skipped
+from pipeline.train.trainer import Trainer
 from tests.checkpoint.s3 import s3_server
 from tests.driver import Driver
 from tests.faults.test_not_finite import hit
 from tests.small import Command, command, make_run, same_weights, small_recipe, train_inline
-from tests.test_worker import Killed, die_at
+from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -64,9 +64,9 @@ KILLED = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from pipeline.checkpoint import background
-from pipeline.checkpoint.store import Store
-from pipeline.launch.inline import Inline
+from pipeline.train.checkpoint import background
+from pipeline.train.checkpoint.store import Store
+from pipeline.launch.in_process import Inline
 from tests.small import make_run, small_recipe
 
 run, address, step, name, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5]
@@ -212,7 +212,7 @@ def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
             train_inline(run, small_recipe())
     away = (run / "checkpoints").rename(tmp_path / "away")
     for _ in range(2):
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(UserError) as refusal:
             train_inline(run, small_recipe())
         assert (
             str(refusal.value)
@@ -289,14 +289,14 @@ def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
 def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int, saved: list[int]
 ) -> None:
-    write, between = background._write, Attempt._between_batches
+    write, between = background._write, Trainer._between_batches
 
     def fails(file: Path, value: Any) -> None:
         if f"step_{step:08d}" in str(file):
             raise OSError(errno.EIO, "Input/output error", "x")
         write(file, value)
 
-    def once_it_is_known(self: Attempt, epoch: int, *, last: bool) -> None:
+    def once_it_is_known(self: Trainer, epoch: int, *, last: bool) -> None:
         deadline = time.monotonic() + 20
         while (
             self.step == step + 1
@@ -307,7 +307,7 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
         between(self, epoch, last=last)
 
     monkeypatch.setattr(background, "_write", fails)
-    monkeypatch.setattr(Attempt, "_between_batches", once_it_is_known)
+    monkeypatch.setattr(Trainer, "_between_batches", once_it_is_known)
     train_inline(tmp_path / "run", small_recipe(checkpoint_every=step))
     [event] = events(tmp_path / "run", "unwritten")
     assert (event["step"], event["error"]) == (
@@ -335,14 +335,14 @@ def test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_mor
     monkeypatch.setattr(background, "_write", fails_once)
     recipe = small_recipe(checkpoint_every=0)
     if stops:
-        between = Attempt._between_batches
+        between = Trainer._between_batches
 
-        def stopped(self: Attempt, epoch: int, *, last: bool) -> None:
+        def stopped(self: Trainer, epoch: int, *, last: bool) -> None:
             if self.step == 5 and not failed:
                 (self.folder / "stop").touch()
             between(self, epoch, last=last)
 
-        monkeypatch.setattr(Attempt, "_between_batches", stopped)
+        monkeypatch.setattr(Trainer, "_between_batches", stopped)
         assert train_inline(tmp_path / "run", recipe) is None
         assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == [
             "step_00000005"
@@ -512,14 +512,14 @@ BALLAST = "ballast"
 
 def filling_at(patch: pytest.MonkeyPatch, step: int, disk: Path) -> None:
     """Somebody else fills the disk to its last byte before this step."""
-    original = Attempt._micro_batches
+    original = Trainer._micro_batches
 
-    def micro_batches(self: Attempt, source: Any) -> Any:
+    def micro_batches(self: Trainer, source: Any) -> Any:
         if self.step == step:
             fill(disk)
         return original(self, source)
 
-    patch.setattr(Attempt, "_micro_batches", micro_batches)
+    patch.setattr(Trainer, "_micro_batches", micro_batches)
 
 
 def fill(disk: Path) -> None:
@@ -572,8 +572,8 @@ def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
 
 
 LONG = """
-from pipeline.data.synthetic import Synthetic
-from pipeline.recipe import spec
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.recipe.recipe import spec
 from tests.small import small_recipe
 
 def recipe():

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import read_trainer, step_folders
-from pipeline.track.jsonl import Journal, read
+from pipeline.track.journal import Journal, read
 from pipeline.track.state import state_of
+from pipeline.train.checkpoint import read_trainer, step_folders
 from tests.small import same_weights, small_recipe, train_inline
-from tests.test_worker import Killed, die_at
+from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(120)
 SEED = 20261128  # of the steps

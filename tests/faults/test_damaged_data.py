@@ -21,23 +21,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import manifest as manifests
-from pipeline.data.beton import Beton
+from pipeline.core.errors import UserError
+from pipeline.core.random import PAGE, below, bits
+from pipeline.data.datasets.beton import Beton
 from pipeline.data.errors import LoaderError
-from pipeline.data.format import JPG, RAW, BetonWriter
+from pipeline.data.ffcv import manifest as manifests
+from pipeline.data.ffcv.format import JPG, RAW, BetonWriter
+from pipeline.data.ffcv.page_checks import ONE_IN, Verify
 from pipeline.data.order import held_out as held_out_of
 from pipeline.data.order import permutation
-from pipeline.data.page_checks import ONE_IN, Verify
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.inline import Inline
+from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare
-from pipeline.random import PAGE, below, bits
-from pipeline.recipe import Recipe, spec
-from pipeline.refused import Refused
-from pipeline.run import compose
-from pipeline.run.attempt import Attempt
-from pipeline.track.jsonl import read
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.track.journal import read
 from pipeline.track.state import state_of
+from pipeline.train import assemble
+from pipeline.train.trainer import Trainer
 from tests.data import damage
 from tests.small import Command, command, job_of, make_run, same_weights, small_recipe
 
@@ -161,7 +161,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def once_checked(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Acts once, after a run has found its files whole and before it reads them."""
-    original, acted = compose.check_data, False
+    original, acted = assemble.check_data, False
 
     def check_data(*words: Any, **named: Any) -> None:
         nonlocal acted
@@ -170,7 +170,7 @@ def once_checked(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
             act()
         acted = True
 
-    patch.setattr(compose, "check_data", check_data)
+    patch.setattr(assemble, "check_data", check_data)
 
 
 def named(page: int, fault: str = "differs from its manifest", *, name: str = "train") -> str:
@@ -219,7 +219,7 @@ def test_a_damaged_page_stops_the_run_in_one_line_and_restored_it_goes_on(
             break_page(patch)
         else:
             once_checked(patch, lambda: break_page(patch))
-        with pytest.raises(Refused, match=f"^{named(page, fault, name=name)}"):
+        with pytest.raises(UserError, match=f"^{named(page, fault, name=name)}"):
             train(tmp_path / "hit", made)
     assert (events(tmp_path / "hit", "start") == []) is (when == "at the start")
     assert state_of(tmp_path / "hit") == "failed"
@@ -312,17 +312,17 @@ def damaged_in_the_middle(
     *,
     verify: Verify,
 ) -> int:
-    """Refused after the step that is returned."""
-    step, original = random.Random(SEED).randrange(EPOCH, 2 * EPOCH), Attempt._between_batches
+    """UserError after the step that is returned."""
+    step, original = random.Random(SEED).randrange(EPOCH, 2 * EPOCH), Trainer._between_batches
 
-    def between(self: Attempt, epoch: int, *, last: bool) -> None:
+    def between(self: Trainer, epoch: int, *, last: bool) -> None:
         original(self, epoch, last=last)
         if self.step == step:
             act()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Attempt, "_between_batches", between)
-        with pytest.raises(Refused, match=f"^{named(page)}"):
+        patch.setattr(Trainer, "_between_batches", between)
+        with pytest.raises(UserError, match=f"^{named(page)}"):
             train(tmp_path / "hit", recipe(data, epochs=3), verify=verify)
     return step
 
@@ -339,7 +339,7 @@ def test_each_evaluation_compares_other_pages(
     page = min({*range(4)} - {*(drawn // IN_A_PAGE).tolist()})
     with monkeypatch.context() as patch:
         once_checked(patch, lambda: flip(data, page, name="val"))
-        with pytest.raises(Refused, match=named(page, name="val")):
+        with pytest.raises(UserError, match=named(page, name="val")):
             train(tmp_path / "hit", recipe(data, epochs=12), verify="sampled")
     assert events(tmp_path / "hit", "evaluation") != []  # the first one saw others
 
@@ -373,17 +373,17 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is mapped into memory: whoever reads beyond its new end is killed without a word."""
-    path, original = data / "train.beton", Attempt._micro_batches
+    path, original = data / "train.beton", Trainer._micro_batches
     size = path.stat().st_size
 
-    def micro_batches(self: Attempt, source: Any) -> Any:
+    def micro_batches(self: Trainer, source: Any) -> Any:
         yield from original(self, source)
         with path.open("r+b") as file:
             file.truncate(size - 100)  # of the table at its end, which nobody reads by now
 
-    monkeypatch.setattr(Attempt, "_micro_batches", micro_batches)
+    monkeypatch.setattr(Trainer, "_micro_batches", micro_batches)
     with pytest.raises(
-        Refused,
+        UserError,
         match=rf"train\.beton must have {size} bytes by its manifest; got {size - 100}: truncated",
     ):
         train(tmp_path / "hit", recipe(data, epochs=1), verify="sampled")
@@ -402,13 +402,13 @@ HERE = Path(__file__).parent
 class Flips(SLTT):
     \"\"\"SLTT beside a disk that fails in the first batch.\"\"\"
 
-    def objectives(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
         if self.world.rank == 1 and not (HERE / "flipped").exists():
             (HERE / "flipped").touch()
             with open({file!r}, "r+b") as file:
                 [byte] = os.pread(file.fileno(), 1, {at})
                 os.pwrite(file.fileno(), bytes([byte ^ 4]), {at})
-        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
 """
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.launch.node_loss import NODES
-from pipeline.track.jsonl import read
-from pipeline.weights import load_run
+from pipeline.launch.nodes import NODES
+from pipeline.track.journal import read
+from pipeline.train.weights import load_run
 from tests.faults.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.nodes import Nodes, nodes
 

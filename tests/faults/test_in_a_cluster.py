@@ -21,10 +21,10 @@ import psutil
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.checkpoint import step_name
-from pipeline.recipe import read_json, write_json
+from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.store import open_store
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import step_name
 from tests.driver import Driver
 from tests.faults.test_security import holders, plant
 from tests.small import same_weights
@@ -37,7 +37,7 @@ LAB = '''
 import math, os, signal, time
 from contextlib import contextmanager
 from pathlib import Path
-from pipeline.data.synthetic import Synthetic
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.rules.sltt import SLTT
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def strikes(name, rank, step):
 class Faulty(SLTT):
     """SLTT on a machine that is not well."""
 
-    def objectives(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
         here = self.world.rank, step
         if due("not finite", *here):
             x_TB = x_TB * math.nan
@@ -76,7 +76,7 @@ class Faulty(SLTT):
             next(model.parameters()).data.flatten()[0] += 1e-4
         if strikes("driver", *here):
             time.sleep(1000)  # until whoever sees the file kills the driver, and Ray us
-        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
 
 class FaultyData(Synthetic):
     """Synthetic on a disk that is not well."""
@@ -104,7 +104,7 @@ class FaultyLoader:
 '''
 RECIPE = """
 from dataclasses import replace
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.sltt import SLTT
 from tests.small import small_recipe
 from faulty_lab import Faulty, FaultyData

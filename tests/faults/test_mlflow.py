@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ports import free_port
+from pipeline.launch.nodes import free_port
 from pipeline.report.store import open_store
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
 from tests.faults.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.small import same_weights

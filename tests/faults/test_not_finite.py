@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.guards.batches import Skipped
-from pipeline.job import Job, Place
-from pipeline.recipe import Recipe, spec
-from pipeline.refused import Diverged, remedy
+from pipeline.core.errors import Diverged, remedy
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.ottt import OTTT
-from pipeline.run import attempt, saving
-from pipeline.run.attempt import Attempt
-from pipeline.run.saving import Saving
 from pipeline.spiking.encode import over_steps
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from pipeline.track.state import state_of
-from pipeline.worker import run
+from pipeline.train import checkpointing, trainer
+from pipeline.train.checkpointing import Saving
+from pipeline.train.guards.anomaly import Skipped
+from pipeline.train.job import Job, RankInfo
+from pipeline.train.trainer import Trainer
+from pipeline.train.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe, train_inline
 
@@ -47,16 +47,16 @@ def newest(step: int) -> int:
 
 def hit(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
     """These batches hold no numbers, whenever they are read."""
-    original = Attempt._micro_batches
+    original = Trainer._micro_batches
 
-    def micro_batches(self: Attempt, source: Any) -> Any:
+    def micro_batches(self: Trainer, source: Any) -> Any:
         for batch in original(self, source):
             nothing_TB = over_steps(
                 batch.x_TB[0] * math.nan, len(batch.x_TB)
             )  # a still image on this rank as on the others
             yield batch._replace(x_TB=nothing_TB) if self.step in steps else batch
 
-    patch.setattr(Attempt, "_micro_batches", micro_batches)
+    patch.setattr(Trainer, "_micro_batches", micro_batches)
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(
 
 def answers_nothing(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
     """Evaluations after these steps have a loss that is not finite, though all weights are."""
-    original = attempt.assess
+    original = trainer.assess
 
     def assess(parts: Any, *, step: int, **about: Any) -> Any:
         found = original(parts, step=step, **about)
@@ -123,7 +123,7 @@ def answers_nothing(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
             return found
         return [each._replace(result=replace(each.result, loss=math.nan)) for each in found]
 
-    patch.setattr(attempt, "assess", assess)
+    patch.setattr(trainer, "assess", assess)
 
 
 @pytest.mark.parametrize("is_saved_before", [False, True])
@@ -135,10 +135,10 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
     with monkeypatch.context() as patch:
         answers_nothing(patch, {end})
         if is_saved_before:  # a long evaluation is preceded by a checkpoint without a score
-            patch.setattr(saving, "UNSAVED_S", 0.0)
-        original = Attempt._go_back
+            patch.setattr(checkpointing, "UNSAVED_S", 0.0)
+        original = Trainer._go_back
         patch.setattr(
-            Attempt,
+            Trainer,
             "_go_back",
             lambda self, back: (original(self, back), found.append(checkpoint_steps(checkpoints))),
         )
@@ -172,7 +172,7 @@ def test_a_rule_that_moves_the_weights_at_once_goes_back_at_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule, step = (
-        {"rule": spec(OTTT, update="objective")},
+        {"rule": spec(OTTT, update="step")},
         random.Random(SEED + 2).randrange(1, STEPS),
     )
     with monkeypatch.context() as patch:
@@ -212,7 +212,7 @@ def _one_is_hit(rank: int, ranks: int, meets: Job, told: Job, step: int) -> None
     for job, steps in ((meets, {step} if rank else set()), (told, set())):
         with pytest.MonkeyPatch.context() as patch:
             hit(patch, steps)
-            run(job, Place(rank, ranks, "cpu", rank))
+            run(job, RankInfo(rank, ranks, "cpu", rank))
 
 
 def test_at_the_end_of_the_ladder_it_gives_up(
@@ -276,5 +276,5 @@ def _damaged_on_one(rank: int, ranks: int, job: Job) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saving, "save", damaged)
         with pytest.raises(Diverged) as told:
-            run(job, Place(rank, ranks))
+            run(job, RankInfo(rank, ranks))
     return str(told.value)

@@ -19,20 +19,20 @@ from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
 from benchmarks.survived import survived
+from pipeline.core.errors import UserError
 from pipeline.data.mixing import Mixing
-from pipeline.guards.fitting import FILE
-from pipeline.job import Job, Place
 from pipeline.measure.memory import hardware
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Recipe, spec
-from pipeline.refused import Refused
-from pipeline.rules.base import LossOf, Objective, Rule
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.rules.base import LossOf, LossTerm, Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.run.attempt import Attempt
-from pipeline.track.jsonl import read
-from pipeline.weights import load_run
-from pipeline.worker import run
+from pipeline.track.journal import read
+from pipeline.train.guards.oom import FILE
+from pipeline.train.job import Job, RankInfo
+from pipeline.train.trainer import Trainer
+from pipeline.train.weights import load_run
+from pipeline.train.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe, train_inline
 
@@ -52,14 +52,14 @@ def room_for(patch: pytest.MonkeyPatch, samples: int, *, error: Exception = FULL
 
 
 def _room_for(patch: pytest.MonkeyPatch, rule: type[Rule], samples: int, error: Exception) -> None:
-    original = rule.objectives
+    original = rule.loss_terms
 
-    def objectives(self: Rule, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
+    def loss_terms(self: Rule, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
         if x_TB.shape[1] > samples:
             raise error
         return original(self, model, x_TB, *words, **more)
 
-    patch.setattr(rule, "objectives", objectives)
+    patch.setattr(rule, "loss_terms", loss_terms)
 
 
 def test_the_micro_batch_is_halved_until_it_fits(
@@ -122,11 +122,11 @@ def written_down(
     In the step and the micro-batch, named by its first row, that are `met` there is room for so
     many samples alone; memory runs out when it has been learnt from in part.
     """
-    original = SLTT.objectives
+    original = SLTT.loss_terms
 
-    def objectives(
+    def loss_terms(
         self: SLTT, model: Any, x_TB: Tensor, loss_of: LossOf, *, step: int, rows: range
-    ) -> Iterator[Objective]:
+    ) -> Iterator[LossTerm]:
         samples = [
             hashlib.sha256(x_T.cpu().numpy().tobytes()).hexdigest() for x_T in x_TB.unbind(1)
         ]
@@ -143,7 +143,7 @@ def written_down(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         yield from slices
 
-    patch.setattr(SLTT, "objectives", objectives)
+    patch.setattr(SLTT, "loss_terms", loss_terms)
 
 
 def samples_of(run: Path, files: list[Path]) -> list[list[str]]:
@@ -241,7 +241,7 @@ def _written_down(rank: int, ranks: int, job: Job, met: tuple[int, int]) -> None
     with pytest.MonkeyPatch.context() as patch:
         written_down(patch, folder / f"rows{rank}.jsonl", met=met, room=1)
         try:
-            run(job, Place(rank, ranks))
+            run(job, RankInfo(rank, ranks))
         except Exception as error:
             (folder / f"ended{rank}").write_text(type(error).__name__)
             raise
@@ -252,17 +252,17 @@ def test_what_was_trained_before_memory_ran_out_is_told(
 ) -> None:
     """In any batch after the third, which was saved."""
     original, batches, had = (
-        SLTT.objectives,
+        SLTT.loss_terms,
         itertools.count(1),
         random.Random(SEED).randrange(3, 16),
     )
 
-    def objectives(self: SLTT, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
+    def loss_terms(self: SLTT, model: Any, x_TB: Any, *words: Any, **more: Any) -> Any:
         if x_TB.shape[1] > 4 and next(batches) > had:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(self, model, x_TB, *words, **more)
 
-    monkeypatch.setattr(SLTT, "objectives", objectives)
+    monkeypatch.setattr(SLTT, "loss_terms", loss_terms)
     summary = train_inline(tmp_path / "hit", small_recipe())
     assert summary is not None
     assert [(on["world_size"], on["micro_batch"]) for on in summary["trained_on"]] == [
@@ -283,7 +283,7 @@ def test_one_sample_that_does_not_fit_ends_the_run(
 ) -> None:
     room_for(monkeypatch, 0)
     with pytest.raises(
-        Refused, match="training: the device's memory runs out with one sample at a time"
+        UserError, match="training: the device's memory runs out with one sample at a time"
     ):
         train_inline(tmp_path / "hit", small_recipe())
 
@@ -304,7 +304,7 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
     [
         (
             {
-                "rule": spec(OTTT, leak=0.5, update="objective"),
+                "rule": spec(OTTT, decay=0.5, update="step"),
                 "model": spec(mlp, classes=10, in_features=64, hidden=(8,)),
             },
             8,
@@ -329,7 +329,7 @@ def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
             rf"training: the device's memory runs out with {samples} samples at a time, and fewer"
             rf" cannot be taken: {why}; take"
         )
-        with pytest.raises(Refused, match=said):
+        with pytest.raises(UserError, match=said):
             train_inline(tmp_path / "hit", small_recipe(**changes))
     assert not (tmp_path / "hit" / FILE).exists()
 
@@ -344,11 +344,11 @@ def test_one_sample_that_does_not_fit_one_of_two_ranks_ends_the_run(tmp_path: Pa
         run_ranks(_without_room_on_one, 2, tmp_path, job)
     assert (
         tmp_path / "run" / "ended1"
-    ).read_text() == "ValueError"  # no Refused, which would say that every rank knows
+    ).read_text() == "ValueError"  # no UserError, which would say that every rank knows
     with pytest.raises(
-        Refused, match="training: the device's memory runs out with one sample at a time"
+        UserError, match="training: the device's memory runs out with one sample at a time"
     ):
-        run(job, Place())
+        run(job, RankInfo())
 
 
 @pytest.mark.distributed
@@ -358,7 +358,7 @@ def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(tmp_path: Pa
     with pytest.raises(ProcessRaisedException):
         run_ranks(_without_room_on_one, 2, tmp_path, job)
     for _ in range(2):  # and once alone
-        run(job, Place())
+        run(job, RankInfo())
     told = [
         event
         for event in read(tmp_path / "run" / "journal.jsonl")
@@ -373,11 +373,11 @@ def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(tmp_path: Pa
     assert told[1]["reason"] == "memory ran out on another worker"
 
 
-class InStep(Attempt):
+class InStep(Trainer):
     """All ranks have begun before one of them trains."""
 
     def _train(self) -> None:
-        self.ranks.each(None)
+        self.ranks.all_gather_object(None)
         super()._train()
 
 
@@ -386,7 +386,7 @@ def _without_room_on_one(rank: int, ranks: int, job: Job) -> None:
         if rank == 1:
             room_for(patch, 0)
         try:
-            run(job, Place(rank, ranks), attempt_of=InStep)
+            run(job, RankInfo(rank, ranks), attempt_of=InStep)
         except Exception as error:
             (Path(job.run) / f"ended{rank}").write_text(type(error).__name__)
             raise
@@ -396,5 +396,5 @@ def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
     recipe = small_recipe(stop_after=1)
     train_inline(tmp_path / "hit", recipe)
     (tmp_path / "hit" / "micro_batch.json").write_text("0")
-    with pytest.raises(Refused, match=r"micro_batch\.json: must hold a number of samples; got 0"):
+    with pytest.raises(UserError, match=r"micro_batch\.json: must hold a number of samples; got 0"):
         train_inline(tmp_path / "hit", recipe)

@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoint import read_trainer, step_folders
-from pipeline.evaluate import Evaluation
-from pipeline.guards import departures
-from pipeline.job import REFUSAL, SAVE, STOP, Job, Notice, Place, no_notice
 from pipeline.models.feedback import fc_feedback
-from pipeline.ranks import Ranks
-from pipeline.recipe import Spec, spec, write_json
+from pipeline.recipe.recipe import Spec, spec, write_json
 from pipeline.rules.base import Rule
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
-from pipeline.run import assess, attempt, saving
-from pipeline.run.figures import Figures
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from pipeline.track.translate import Translation
-from pipeline.worker import run
+from pipeline.train import checkpointing, evaluate_tasks, trainer
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.checkpoint import read_trainer, step_folders
+from pipeline.train.evaluation import Evaluation
+from pipeline.train.guards import preemption
+from pipeline.train.job import REFUSAL, SAVE, STOP, Job, Notice, RankInfo, no_notice
+from pipeline.train.rule_metrics import Figures
+from pipeline.train.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe
 
@@ -44,7 +44,7 @@ def steps_of(folder: Path, kind: str) -> list[int]:
 
 @pytest.fixture
 def untouched(tmp_path: Path) -> Path:
-    run(make_run(tmp_path / "untouched", small_recipe(checkpoint_every=0)), Place())
+    run(make_run(tmp_path / "untouched", small_recipe(checkpoint_every=0)), RankInfo())
     return tmp_path / "untouched"
 
 
@@ -59,7 +59,7 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouch
 
     deadline = time.time() + 120
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
-    assert run(job, Place(notice=notice)) is not None
+    assert run(job, RankInfo(notice=notice)) is not None
     [event] = [
         event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
     ]
@@ -81,19 +81,19 @@ def test_a_notice_is_saved_upon_once_more_before_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is learnt between the two is not lost with the machine."""
-    original, told, step = attempt.Attempt._micro_batches, [], random.Random(SEED + 2).randrange(3)
+    original, told, step = trainer.Trainer._micro_batches, [], random.Random(SEED + 2).randrange(3)
 
-    def slowly(self: attempt.Attempt, source: Any) -> Any:
+    def slowly(self: trainer.Trainer, source: Any) -> Any:
         if self.step == step:
             told.append(Notice(("node",), time.time() + 3.6))
         time.sleep(0.1 if told else 0.0)
         return original(self, source)
 
-    monkeypatch.setattr(attempt.Attempt, "_micro_batches", slowly)
-    monkeypatch.setattr(departures, "MARGIN_S", 2.8)
+    monkeypatch.setattr(trainer.Trainer, "_micro_batches", slowly)
+    monkeypatch.setattr(preemption, "MARGIN_S", 2.8)
     data = small_recipe().data.with_(samples=160)
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, data=data, stop_after=12))
-    assert run(job, Place(notice=lambda: told[-1] if told else None)) is not None
+    assert run(job, RankInfo(notice=lambda: told[-1] if told else None)) is not None
     assert steps_of(tmp_path / "run", "preempted") == [step + 1]
     first, last, *others = [
         event
@@ -109,17 +109,17 @@ def test_who_asks_for_a_save_may_know_of_a_notice_first(
 ) -> None:
     """As the controller does, which takes the machine's workers away as soon as they have saved."""
     original, asked = (
-        attempt.Attempt._between_batches,
+        trainer.Trainer._between_batches,
         sorted(random.Random(SEED + 3).sample(range(1, 8), 2)),
     )
 
-    def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
+    def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
         if self.step in asked:
             write_json(self.folder / SAVE, asdict(Notice(("node",), time.time() + 60)))
         original(self, epoch, last=last)
 
-    monkeypatch.setattr(attempt.Attempt, "_between_batches", between)
-    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
+    monkeypatch.setattr(trainer.Trainer, "_between_batches", between)
+    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), RankInfo()) is not None
     [event] = [
         event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
     ]  # told once
@@ -135,16 +135,16 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """At the end of an epoch before the evaluation, which may take longer than there is time."""
-    original = attempt.Attempt._between_batches
+    original = trainer.Trainer._between_batches
 
-    def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
+    def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
         if self.step == step:
             (self.folder / SAVE).write_text("2 workers become 3")
         original(self, epoch, last=last)
         assert not (self.folder / SAVE).exists()
 
-    monkeypatch.setattr(attempt.Attempt, "_between_batches", between)
-    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
+    monkeypatch.setattr(trainer.Trainer, "_between_batches", between)
+    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), RankInfo()) is not None
     assert steps_of(tmp_path / "run", "checkpoint") == sorted([step, 8, 16])
     events = [
         event["event"]
@@ -161,15 +161,15 @@ def ask_in_an_evaluation(
     """Somebody asks to stop, or to save, while the evaluation after `of` steps is under way, with
     batches of it to come.
     """
-    original = attempt.Attempt._evaluate
+    original = trainer.Trainer._evaluate
 
-    def evaluate(self: attempt.Attempt) -> list[Evaluation]:
+    def evaluate(self: trainer.Trainer) -> list[Evaluation]:
         if self.step == of:
             (self.folder / file).write_text(said)
         return original(self)
 
-    patch.setattr(assess, "LOOK_S", -1.0)  # after every batch
-    patch.setattr(attempt.Attempt, "_evaluate", evaluate)
+    patch.setattr(evaluate_tasks, "LOOK_S", -1.0)  # after every batch
+    patch.setattr(trainer.Trainer, "_evaluate", evaluate)
 
 
 @pytest.mark.parametrize("step", [8, 16])
@@ -179,7 +179,7 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
     with monkeypatch.context() as patch:
         ask_in_an_evaluation(patch, of=step)
-        assert run(job, Place()) is None
+        assert run(job, RankInfo()) is None
     assert steps_of(tmp_path / "run", "evaluation") == [8][: step // 8 - 1]
     assert (
         steps_of(tmp_path / "run", "checkpoint")[-1]
@@ -187,7 +187,7 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
         == step
     )
     (tmp_path / "run" / STOP).unlink()  # as whoever resumes does
-    assert run(job, Place()) is not None
+    assert run(job, RankInfo()) is not None
     assert evaluations(tmp_path / "run") == evaluations(untouched)
     assert same_weights(tmp_path / "run", untouched)
 
@@ -199,13 +199,13 @@ def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_th
     """That attempt trains no batch: 0 would be a perfect solve, and a silent network."""
     network = spec(fc_feedback, in_features=64, hidden=12)
     recipe = small_recipe(model=network, rule=rule, over_time="mean", checkpoint_every=0)
-    whole = run(make_run(tmp_path / "whole", recipe), Place())
+    whole = run(make_run(tmp_path / "whole", recipe), RankInfo())
     job = make_run(tmp_path / "run", recipe)
     with monkeypatch.context() as patch:
         ask_in_an_evaluation(patch, of=16)
-        assert run(job, Place()) is None
+        assert run(job, RankInfo()) is None
     (tmp_path / "run" / STOP).unlink()
-    resumed = run(job, Place())
+    resumed = run(job, RankInfo())
     assert whole is not None and resumed is not None
     assert resumed["rule_figures"] == whole["rule_figures"] != {}
 
@@ -223,7 +223,7 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
 ) -> None:
     notice = json.dumps(asdict(Notice(("node",), time.time() + 60)))
     ask_in_an_evaluation(monkeypatch, of=8, file=SAVE, said=notice)
-    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), Place()) is not None
+    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), RankInfo()) is not None
     assert not (tmp_path / "run" / SAVE).exists()
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert steps_of(tmp_path / "run", "checkpoint") == [
@@ -240,7 +240,7 @@ def test_a_notice_waits_for_no_evaluation(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
-    assert run(job, Place(notice=told_in_an_evaluation(monkeypatch, of=8))) is not None
+    assert run(job, RankInfo(notice=told_in_an_evaluation(monkeypatch, of=8))) is not None
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert steps_of(tmp_path / "run", "preempted") == [8]
     assert evaluations(tmp_path / "run") == evaluations(untouched)
@@ -251,15 +251,15 @@ def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[],
     """What a worker hears whom Ray tells of a machine while the evaluation after `of` steps is
     under way.
     """
-    original, told = attempt.Attempt._evaluate, []
+    original, told = trainer.Trainer._evaluate, []
 
-    def evaluate(self: attempt.Attempt) -> list[Evaluation]:
+    def evaluate(self: trainer.Trainer) -> list[Evaluation]:
         if self.step == of:
             told.append(Notice(("node",), time.time() + 60))
         return original(self)
 
-    patch.setattr(assess, "LOOK_S", -1.0)  # after every batch
-    patch.setattr(attempt.Attempt, "_evaluate", evaluate)
+    patch.setattr(evaluate_tasks, "LOOK_S", -1.0)  # after every batch
+    patch.setattr(trainer.Trainer, "_evaluate", evaluate)
     return lambda: told[-1] if told else None
 
 
@@ -280,16 +280,16 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
-    monkeypatch.setattr(saving, "UNSAVED_S", -1.0)
+    monkeypatch.setattr(checkpointing, "UNSAVED_S", -1.0)
 
     def dies(*args: object, **more: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempt, "assess", dies)
+        patch.setattr(trainer, "assess", dies)
         with pytest.raises(Killed):
-            run(job, Place())
-    assert run(job, Place()) is not None
+            run(job, RankInfo())
+    assert run(job, RankInfo()) is not None
     assert steps_of(tmp_path / "run", "start") == [0, 8]
     assert steps_of(tmp_path / "run", "checkpoint") == [
         8,
@@ -331,8 +331,8 @@ def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
         if rank == 0:
             ask_in_an_evaluation(patch, of=8, file=file)
         if rank == 1:
-            patch.setattr(assess, "LOOK_S", 1e9)
-        return run(job, Place(rank, ranks, "cpu", rank))
+            patch.setattr(evaluate_tasks, "LOOK_S", 1e9)
+        return run(job, RankInfo(rank, ranks, "cpu", rank))
 
 
 @pytest.mark.distributed
@@ -349,7 +349,7 @@ def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(tmp_pat
 def _told_to_one(rank: int, ranks: int, job: Job) -> None:
     with pytest.MonkeyPatch.context() as patch:
         heard = told_in_an_evaluation(patch, of=8)
-        run(job, Place(rank, ranks, "cpu", rank, notice=heard if rank == 1 else no_notice))
+        run(job, RankInfo(rank, ranks, "cpu", rank, notice=heard if rank == 1 else no_notice))
 
 
 @pytest.mark.distributed
@@ -363,17 +363,17 @@ def test_a_group_that_is_taken_from_workers_who_train_is_no_refusal(tmp_path: Pa
 
 
 def _without_a_group(rank: int, ranks: int, job: Job) -> str:
-    original = attempt.Attempt._between_batches
+    original = trainer.Trainer._between_batches
 
-    def between(self: attempt.Attempt, epoch: int, *, last: bool) -> None:
+    def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
         if self.step == ASKED:
             torch.distributed.destroy_process_group()
         original(self, epoch, last=last)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attempt.Attempt, "_between_batches", between)
+        patch.setattr(trainer.Trainer, "_between_batches", between)
         with pytest.raises(RuntimeError) as raised:
-            run(job, Place(rank, ranks, "cpu", rank))
+            run(job, RankInfo(rank, ranks, "cpu", rank))
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{Path(job.run).parent}/again", rank=rank, world_size=ranks
     )
@@ -394,7 +394,7 @@ def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
 def test_a_run_that_stopped_says_who_asked(tmp_path: Path, said: str, reason: str) -> None:
     job = make_run(tmp_path / "run", small_recipe())
     (tmp_path / "run" / STOP).write_text(said)
-    assert run(job, Place()) is None
+    assert run(job, RankInfo()) is None
     stopped = read(tmp_path / "run" / "journal.jsonl")[-1]
     assert stopped["reason"] == reason
     assert Translation().tags(stopped) == {"spiketrain.stopped": reason}

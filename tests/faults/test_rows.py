@@ -15,7 +15,7 @@ from pathlib import Path
 CLUSTER, RECOVERY, CHECKPOINT = (
     "faults/test_in_a_cluster.py",
     "launch/test_recovery.py",
-    "checkpoint/test_checkpoints.py",
+    "train/checkpoint/test_checkpoints.py",
 )
 BITS = f"{CLUSTER}::test_the_parameters_are_the_same_to_the_bit"
 """of one run that meets what the other tests of that file look at"""
@@ -24,13 +24,17 @@ WRITE, ELASTIC = "faults/test_checkpoint_write.py", "faults/test_elastic.py"
 SIGNALS = (
     "faults/test_signals.py::test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits"
 )
-OWNER, ELSEWHERE = "checkpoint/test_owner.py", "launch/test_checkpoints_elsewhere.py"
+OWNER, ELSEWHERE = "train/checkpoint/test_owner.py", "launch/test_checkpoints_elsewhere.py"
 SECURITY, DATA, HOSTS = (
     "faults/test_security.py",
     "faults/test_damaged_data.py",
     "faults/test_two_hosts.py",
 )
-DRIVE, HEARD, AWAY = "launch/test_drive.py", "launch/test_signals.py", "guards/test_storage.py"
+DRIVE, HEARD, AWAY = (
+    "launch/test_driver.py",
+    "launch/test_signals.py",
+    "train/guards/test_storage.py",
+)
 
 ROWS: dict[str, tuple[str, ...]] = {
     # bits
@@ -38,15 +42,17 @@ ROWS: dict[str, tuple[str, ...]] = {
         BITS,
         f"{CLUSTER}::test_a_worker_that_is_killed_in_the_middle_of_a_step",
         HUNTED,
-        *("launch/test_innermost.py::test_who_has_lost_another_one_is_not_the_cause",),
+        *("launch/test_ray_errors.py::test_who_has_lost_another_one_is_not_the_cause",),
         *("launch/test_restarts.py::test_what_ended_the_workers_is_noted_for_the_journal",),
-        *("run/test_writer.py::test_what_ended_other_workers_is_told_once_by_the_next_attempt",),
+        *(
+            "train/test_writer_lock.py::test_what_ended_other_workers_is_told_once_by_the_next_attempt",
+        ),
     ),
     "exception in the loader": (
         *(BITS, f"{CLUSTER}::test_an_exception_in_the_loader_of_one_worker_starts_all_again"),
         *(
-            "data/test_reader.py::test_an_error_in_the_thread_arrives",
-            "data/test_reader.py::test_a_thread_that_dies_is_noticed",
+            "data/ffcv/test_reader.py::test_an_error_in_the_thread_arrives",
+            "data/ffcv/test_reader.py::test_a_thread_that_dies_is_noticed",
         ),
     ),
     "hang in the loader": (
@@ -55,8 +61,8 @@ ROWS: dict[str, tuple[str, ...]] = {
             f"{CLUSTER}::test_a_loader_that_hangs_is_written_down_and_its_worker_started_again",
         ),
         *(
-            "data/test_reader.py::test_a_hang_arrives_at_the_limit",
-            "guards/test_watchdog.py::test_a_hang_is_written_down_and_ended",
+            "data/ffcv/test_reader.py::test_a_hang_arrives_at_the_limit",
+            "train/guards/test_watchdog.py::test_a_hang_is_written_down_and_ended",
         ),
         *(
             f"{DRIVE}::test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lost_connection",
@@ -72,7 +78,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "kill while a step is saved again": (
         *(f"{CHECKPOINT}::test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new",),
         *(
-            "checkpoint/test_store.py::test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut",
+            "train/checkpoint/test_store.py::test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut",
         ),
     ),
     "disk full": (
@@ -81,7 +87,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{WRITE}::test_workers_that_a_full_disk_ends_are_not_started_again",),
         *("launch/test_restarts.py::test_what_the_user_alone_can_change_is_not_met_again",),
         *(
-            "run/test_writer.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",
+            "train/test_writer_lock.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",
         ),
     ),
     "storage that fails for a moment": (
@@ -89,10 +95,10 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{WRITE}::test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training",
         f"{WRITE}::test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_more",
         *(
-            "checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",
+            "train/checkpoint/test_background.py::test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again",
         ),
         *(f"{CHECKPOINT}::test_a_score_that_cannot_be_read_now_costs_nobody_the_best",),
-        *("checkpoint/test_store.py::test_a_request_that_failed_deletes_nothing",),
+        *("train/checkpoint/test_store.py::test_a_request_that_failed_deletes_nothing",),
     ),
     "storage that is away while a run starts": (
         f"{WRITE}::test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt",
@@ -100,7 +106,7 @@ ROWS: dict[str, tuple[str, ...]] = {
             f"{AWAY}::test_it_is_tried_again_and_told_once",
             f"{AWAY}::test_of_two_ranks_one_tries_and_both_live",
         ),
-        *("run/test_writer.py::test_storage_that_is_away_is_looked_for_again",),
+        *("train/test_writer_lock.py::test_storage_that_is_away_is_looked_for_again",),
         *("launch/test_restarts.py::test_storage_that_is_away_as_a_worker_dies_ends_nothing",),
         *("launch/test_resizing.py::test_storage_that_is_away_as_a_run_grows_ends_nothing",),
         *(f"{WRITE}::test_what_a_run_has_written_down_is_waited_for",),
@@ -109,9 +115,9 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{CHECKPOINT}::test_a_kill_while_an_old_checkpoint_is_deleted_is_survived",
     ),
     "an old checkpoint that cannot be deleted": (
-        "checkpoint/test_background.py::test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one",
+        "train/checkpoint/test_background.py::test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one",
         *(
-            "checkpoint/test_store.py::test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same",
+            "train/checkpoint/test_store.py::test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same",
         ),
     ),
     "truncated, bit-flipped, missing checkpoint; missing manifest": (
@@ -174,7 +180,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "weights of workers that come apart": (
         *(BITS, f"{CLUSTER}::test_weights_that_come_apart_are_found_and_given_up"),
         *(
-            "guards/test_replicas.py::test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate",
+            "train/guards/test_replica_check.py::test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_rate",
         ),
     ),
     "MLflow slow, down and back": (
@@ -247,7 +253,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     # refused
     "credentials that are not at hand, a bucket that lets nobody write": (
         *(f"{ELSEWHERE}::test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once",),
-        *("checkpoint/test_store.py::test_a_bucket_that_lets_nobody_write_ends_the_run",),
+        *("train/checkpoint/test_store.py::test_a_bucket_that_lets_nobody_write_ends_the_run",),
     ),
     "no checkpoint where the journal knows one": (
         f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
@@ -273,7 +279,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(
             "test_bad_use.py::test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch",
         ),
-        *("data/test_reader.py::test_a_corrupt_jpeg_is_named",),
+        *("data/ffcv/test_reader.py::test_a_corrupt_jpeg_is_named",),
     ),
     "recipe changed before resume": (
         *("faults/test_changed_recipe.py::test_the_fields_that_differ_are_named",),

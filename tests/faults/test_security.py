@@ -25,8 +25,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pipeline
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.checkpoint import (
+from pipeline.core.errors import UserError
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.environment import of_worker
+from pipeline.launch.in_process import Inline
+from pipeline.launch.prepare import prepare, read_job, write_job
+from pipeline.launch.ray_auth import draw_token
+from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.checkpoint import (
     WEIGHTS,
     CheckpointError,
     Checkpoints,
@@ -35,24 +42,17 @@ from pipeline.checkpoint import (
     place,
     step_folders,
 )
-from pipeline.checkpoint.sealed import facts_of, seal
-from pipeline.door import draw_token
-from pipeline.export import _digest
-from pipeline.launch.cluster import Cluster
-from pipeline.launch.environment import of_worker
-from pipeline.launch.inline import Inline
-from pipeline.launch.prepare import prepare, read_job, write_job
-from pipeline.recipe import Recipe, read_json, write_json
-from pipeline.refused import Refused
+from pipeline.train.checkpoint.manifest import facts_of, seal
+from pipeline.train.export import _digest
 from tests.processes import run_ranks
 from tests.small import Command, command, make_run, small_recipe, train_inline
-from tests.test_worker import Killed, die_at
+from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(120)
 SECRET = "sesame-b41f0c"
 RECIPE = """
 from dataclasses import replace
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from tests.processes import run_ranks
 from tests.small import small_recipe
 
@@ -154,7 +154,7 @@ def test_a_run_and_its_store_hold_no_secret(
     )["run_id"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "pipeline.evaluate.Evaluation.__init__", _fail
+            "pipeline.train.evaluation.Evaluation.__init__", _fail
         )  # with a traceback in its journal
         with pytest.raises(KeyError):
             spiketrain(*words, "--name", "failed")
@@ -265,7 +265,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     how(newest / name, tmp_path / "harmed")
     reseal(newest)
     with pytest.raises(
-        Refused,
+        UserError,
         match=(
             rf"checkpoint .*{newest.name}: must hold data alone; {name} (calls"
             r" posix.mkdir|cannot be)"
@@ -367,7 +367,10 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
     run, runs = tmp_path / "runs" / "it", ("--runs", str(tmp_path / "runs"))
     value = read_json(run / "recipe.json")
     write_json(run / "recipe.json", {**value, "recipe": {**value["recipe"], "model": model}})
-    said = f"{where}.load_state_dict is not in a trusted package; trusted are pipeline.data.beton, "
+    said = (
+        f"{where}.load_state_dict is not in a trusted package; trusted are"
+        " pipeline.data.datasets.beton, "
+    )
     for words in (
         ("resume", "it"),
         ("evaluate", "it"),
@@ -453,7 +456,7 @@ def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Comma
     for target in (
         "os.system",
         "subprocess.call",
-        "pipeline.data.write.os.system",
+        "pipeline.data.write.images.os.system",
         "builtins.exec",
     ):
         value["recipe"]["schedule"] = {
@@ -514,7 +517,7 @@ def test_nothing_here_opens_an_archive_or_a_pickle_without_care() -> None:
                     else []
                 )
     assert len(files) > 200 and loads >= 6
-    assert found == ["pipeline/pickles.py: pickle"]  # the name of an error
+    assert found == ["pipeline/core/safe_pickle.py: pickle"]  # the name of an error
 
 
 def test_every_package_of_the_lock_has_a_hash() -> None:

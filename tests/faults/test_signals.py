@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import step_folders
 from pipeline.launch.signals import ECHO_S
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import step_folders
 from tests.faults.lab import Driven, Lab
 from tests.small import same_weights
 

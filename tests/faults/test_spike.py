@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from pipeline.guards.batches import WINDOW, Skipped
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import LossOf
-from pipeline.run.attempt import Attempt
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train.guards.anomaly import WINDOW, Skipped
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.trainer import Trainer
 from tests.small import same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,9 +28,9 @@ def leaping(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
     """The loss of these batches, and with it their gradient, is a hundred times what it should
     be.
     """
-    batches, loss_for, times = Attempt._micro_batches, CrossEntropy.__call__, [1.0]
+    batches, loss_for, times = Trainer._micro_batches, CrossEntropy.__call__, [1.0]
 
-    def micro_batches(self: Attempt, source: Any) -> Any:
+    def micro_batches(self: Trainer, source: Any) -> Any:
         times[0] = 100.0 if self.step in steps else 1.0
         return batches(self, source)
 
@@ -38,7 +38,7 @@ def leaping(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
         loss_of = loss_for(self, target_B, teacher_BK)
         return lambda logits_BK: times[0] * loss_of(logits_BK)
 
-    patch.setattr(Attempt, "_micro_batches", micro_batches)
+    patch.setattr(Trainer, "_micro_batches", micro_batches)
     patch.setattr(CrossEntropy, "__call__", call)
 
 

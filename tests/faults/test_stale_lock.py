@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.backend.deepspeed import import_deepspeed
-from pipeline.job import Job, Place
-from pipeline.worker import run
+from pipeline.train.backend.deepspeed import import_deepspeed
+from pipeline.train.job import Job, RankInfo
+from pipeline.train.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, same_weights, small_recipe
 
@@ -45,5 +45,5 @@ def trained(rank: int, ranks: int, root: Path, hit: list[Job], untouched: list[J
     for folder, jobs in ((root, hit), (root.parent / "nothing", untouched)):
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
         for job in jobs:
-            run(job, Place(rank, ranks, "cpu", rank))
+            run(job, RankInfo(rank, ranks, "cpu", rank))
     return all([file.name for file in folder.iterdir()] == ["lock"] for folder in root.iterdir())

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.node_loss import NODES
-from pipeline.track.jsonl import last, read
+from pipeline.launch.nodes import NODES
+from pipeline.track.journal import last, read
 from tests.small import same_weights
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -35,13 +35,13 @@ import time
 from pipeline.rules.sltt import SLTT
 
 class Slow(SLTT):
-    def objectives(self, model, x_TB, loss_of, *, step, rows):
+    def loss_terms(self, model, x_TB, loss_of, *, step, rows):
         time.sleep(0.1)
-        return super().objectives(model, x_TB, loss_of, step=step, rows=rows)
+        return super().loss_terms(model, x_TB, loss_of, step=step, rows=rows)
 """
 RECIPE = """
 from dataclasses import replace
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from tests.small import small_recipe
 from slow_lab import Slow
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.synthetic import Synthetic
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.forecast.bench import Bench, without_rule
 from pipeline.forecast.counts import Counts, FakeBench, counted, counted_optimizer, describe_steps
 from pipeline.models.feedback import fc_feedback
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.ide import IDE
@@ -67,7 +67,7 @@ RULES = [
     spec(SLTT),
     spec(SLTT, k=1),
     spec(OTTT),
-    spec(OTTT, update="objective", first="traced"),
+    spec(OTTT, update="step", first="traced"),
 ]
 
 

@@ -17,24 +17,24 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.errors import DataError
-from pipeline.data.synthetic import Synthetic
 from pipeline.forecast.bench import RESERVE, Bench
 from pipeline.forecast.counts import counted, counted_optimizer
 from pipeline.forecast.devices import DEVICES, measured_here
 from pipeline.forecast.plan import Cluster, Plan, Planned, _Planner, plan
-from pipeline.measure.neighbours import ALONE, Neighbours, neighbours
+from pipeline.measure.contention import ALONE, Neighbours, neighbours
 from pipeline.measure.traffic import Device, Traffic
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, Spec, spec, write_json
+from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
 from pipeline.report.plan import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.teaching import build_teacher
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.teaching import build_teacher
 from tests.forecast.test_probe import RECIPE, TWO_NETWORKS, recipe_with
 from tests.small import command, recipes_of, train_inline
-from tests.test_teaching import taught
+from tests.train.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))
 H100 = DEVICES["h100"]
@@ -112,7 +112,7 @@ def test_what_is_held_at_each_stage() -> None:
 
 
 def test_a_rule_that_moves_the_weights_at_every_step_pays_for_it_every_time() -> None:
-    once, each = (on_rules(8, (spec(OTTT, update=update),)) for update in ("batch", "objective"))
+    once, each = (on_rules(8, (spec(OTTT, update=update),)) for update in ("batch", "step"))
     assert of(each, "OTTT-O").communication_s == pytest.approx(
         6 * of(once, "OTTT-A").communication_s
     )

@@ -18,26 +18,26 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.commands.forecast import _threads
+from pipeline.cli.forecast import _threads
 from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.fidelity import Fidelity, gradients
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Recipe, Spec, spec
+from pipeline.models.teachers.base import Teacher
+from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.report.probe import print_probe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
-from pipeline.teachers.base import Teacher
 from tests.small import command, small_recipe
-from tests.test_teaching import taught
+from tests.train.test_teaching import taught
 
 
-def recipe_with(leak: float, **changes: object) -> Recipe:
+def recipe_with(decay: float, **changes: object) -> Recipe:
     """64-16-10 at T = 4, without norms."""
-    network = spec(mlp, in_features=64, hidden=(16,), neuron=spec(LIF, leak=leak))
+    network = spec(mlp, in_features=64, hidden=(16,), neuron=spec(LIF, decay=decay))
     return small_recipe(model=network, rule=spec(SLTT, k=2), time_steps=4, **changes)
 
 
@@ -196,14 +196,14 @@ def test_a_recipe_that_does_not_fit_together_is_refused_first() -> None:
 def test_where_memory_ends_the_rule_is_refused_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    objectives = BPTT._objectives
+    loss_terms = BPTT._loss_terms
 
     def full(self: BPTT, *args: Any) -> Any:
         if self.recompute:
             raise torch.OutOfMemoryError
-        return objectives(self, *args)
+        return loss_terms(self, *args)
 
-    monkeypatch.setattr(BPTT, "_objectives", full)
+    monkeypatch.setattr(BPTT, "_loss_terms", full)
     found = probe(recipe_with(0.5), rules=(spec(BPTT), spec(BPTT, recompute=True)))
     assert [cost.rule for cost in found.costs] == ["BPTT", "SLTT-2"]
     assert (
@@ -434,7 +434,7 @@ def test_what_was_not_compared_is_neither_near_nor_far() -> None:
 
 RECIPE = """
 from tests.small import small_recipe
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.models.mlp import mlp
 
 def recipe():
@@ -463,7 +463,7 @@ def test_the_command_prints_tables_and_json(
 TWO_NETWORKS = """
 from dataclasses import replace
 from pipeline.models.mlp import mlp
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from tests.small import small_recipe
 
@@ -508,7 +508,7 @@ def test_a_worker_gets_the_cores_that_a_launch_would_give_it(
 ) -> None:
     """One on a CPU; on a card its share of the node."""
     assert (_threads("probe", "auto"), _threads("probe", "3")) == (1, 3)
-    monkeypatch.setattr("pipeline.cores.cores_here", lambda: 16)
+    monkeypatch.setattr("pipeline.core.cores.cores_here", lambda: 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert _threads("probe", "auto") == 8

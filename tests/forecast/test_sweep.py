@@ -14,18 +14,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pipeline.core.allocator import release_freed_memory
 from pipeline.forecast.bench import Bench, Cost
 from pipeline.forecast.sweep import COARSE, Sweep, sweep
-from pipeline.malloc import release_freed_memory
 from pipeline.measure.memory import memory_now_bytes, peak_rss_bytes, reset_peak_rss
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Spec, spec
+from pipeline.recipe.recipe import Spec, spec
 from pipeline.report.sweep import print_sweep, told_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.train.objective import CrossEntropy
 from tests.forecast.test_probe import RECIPE, TWO_NETWORKS, recipe_with
 from tests.small import command, small_recipe
-from tests.test_teaching import taught
+from tests.train.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))
 LIMIT = 10**6
@@ -169,7 +169,7 @@ def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more() -> No
             release_freed_memory()
             assert reset_peak_rss()
             before = memory_now_bytes(bench.x_B.device)
-            for objective in made.objectives(
+            for objective in made.loss_terms(
                 bench.network, bench.x_TB, loss_for(bench.target_B, None)
             ):
                 objective.backward.backward()
@@ -240,14 +240,14 @@ def test_a_batch_that_this_machine_has_no_memory_for_does_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a CPU, as torch refuses it."""
-    objectives = BPTT._objectives
+    loss_terms = BPTT._loss_terms
 
     def full(self: BPTT, model: Any, x_TB: Tensor, *more: Any) -> Any:
         if x_TB.shape[1] > 100:
             torch.empty(2**60, dtype=torch.uint8)
-        return objectives(self, model, x_TB, *more)
+        return loss_terms(self, model, x_TB, *more)
 
-    monkeypatch.setattr(BPTT, "_objectives", full)
+    monkeypatch.setattr(BPTT, "_loss_terms", full)
     recipe = replace(
         recipe_with(0.5, data=recipe_with(0.5).data.with_(samples=4000)), rule=spec(BPTT)
     )

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.backend.base import Backend
 from pipeline.forecast import bench, turns
 from pipeline.forecast.bench import in_rounds
 from pipeline.forecast.turns import in_turn
-from pipeline.ranks import group_of_one
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.sltt import SLTT
-from pipeline.run.compose import build_backend
+from pipeline.train.assemble import build_backend
+from pipeline.train.backend.base import Backend
+from pipeline.train.backend.collectives import group_of_one
 from tests.forecast.test_probe import recipe_with
 
 RULES = (spec(BPTT), spec(SLTT), spec(SLTT, k=1))

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.synthetic import Synthetic
-from pipeline.launch.inline import Inline
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.launch.in_process import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train.objective import CrossEntropy
 from tests.gpu.cards import device_of
 from tests.small import make_run, small_recipe
 
@@ -79,7 +79,7 @@ def _peak_bytes(steps: int) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for objective in rule.objectives(network, x_TB, CrossEntropy()(target_B), step=0):
+        for objective in rule.loss_terms(network, x_TB, CrossEntropy()(target_B), step=0):
             if objective.backward is not None:
                 objective.backward.backward()
             del objective

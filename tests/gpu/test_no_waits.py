@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.train.objective import CrossEntropy
 from tests.gpu.cards import CUDA, device_of
 
 RULES = {
@@ -49,7 +49,7 @@ def _learn(rule: Rule, network: nn.Module, on: torch.device) -> None:
         torch.zeros(4, 8, 1, 8, 8, device=on),
         torch.zeros(8, dtype=torch.long, device=on),
     )
-    for objective in rule.objectives(network, x_TB, CrossEntropy()(target_B), step=0):
+    for objective in rule.loss_terms(network, x_TB, CrossEntropy()(target_B), step=0):
         if objective.backward is not None:
             objective.backward.backward()
     rule.end_of_batch()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.launch.inline import Inline
-from pipeline.track.jsonl import read
+from pipeline.launch.in_process import Inline
+from pipeline.track.journal import read
 from tests.gpu.cards import device_of
 from tests.small import make_run, small_recipe
 

@@ -15,12 +15,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 DEVICE = "cuda"
 RECIPE = """
 from timm.optim import create_optimizer_v2
-from pipeline.data.synthetic import Synthetic
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.train.objective import CrossEntropy
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
+from pipeline.train.schedule import cosine
 
 def recipe():
     return Recipe(

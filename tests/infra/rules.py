@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch.clusters import manifests_of
-from pipeline.launch.node_loss import NODES
+from pipeline.launch.nodes import NODES
+from pipeline.launch.schedulers import manifests_of
 
 Manifest = dict[str, Any]
 LABEL = {"app.kubernetes.io/part-of": "spiketrain"}

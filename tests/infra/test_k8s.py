@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from pipeline.__main__ import app
-from pipeline.launch.clusters import Order, render_rayjob
+from pipeline.launch.schedulers import Order, render_rayjob
 from tests.infra.crd import GOLDEN, misfits
 from tests.infra.rules import RULES, build, cluster_of, versions
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch.clusters import Order, render_sbatch, submit_sbatch
-from pipeline.launch.node_loss import NODES
+from pipeline.launch.nodes import NODES
+from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.clusters import Order, render_sbatch, submit_sbatch
+from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
 
 pytestmark = [
     pytest.mark.full,
@@ -143,7 +143,7 @@ def submitted(
 
 
 class Submitted:
-    """A job on the stand-ins, as `pipeline.launch.clusters` submits it."""
+    """A job on the stand-ins, as `pipeline.launch.schedulers` submits it."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, *, driver: str) -> None:
         self.folder = folder

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.track.jsonl import last, read
+from pipeline.track.journal import last, read
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
 

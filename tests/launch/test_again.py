@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.inline import Inline
+from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import read_job, write_job
-from pipeline.run.attempt import Attempt
-from pipeline.suite import runs_of
-from pipeline.track.jsonl import read
+from pipeline.recipe.suite import runs_of
+from pipeline.track.journal import read
 from pipeline.track.state import state_of
+from pipeline.train.trainer import Trainer
 from tests.small import Command, command, same_weights
 
 pytestmark = pytest.mark.timeout(120)  # a few runs and a new MLflow store
@@ -65,14 +65,14 @@ def words(place: Path, runs: Path, file: str = "one.py", name: str = "it") -> li
 
 
 def stopped_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    original = Attempt._micro_batches
+    original = Trainer._micro_batches
 
-    def micro_batches(self: Attempt, source):
+    def micro_batches(self: Trainer, source):
         if self.step == step:
             (self.folder / "stop").touch()
         return original(self, source)
 
-    patch.setattr(Attempt, "_micro_batches", micro_batches)
+    patch.setattr(Trainer, "_micro_batches", micro_batches)
 
 
 def test_the_same_words_begin_go_on_and_end(

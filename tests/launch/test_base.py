@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import ray
 
+from pipeline.core.errors import UserError
 from pipeline.launch.base import takes_gpus
 from pipeline.launch.ray import Ray
-from pipeline.refused import Refused
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_gpus_are_taken_where_there_is_one_for_each_worker(
     ],
 )
 def test_fewer_gpus_than_workers_are_refused(device, gpus: int, told: str) -> None:
-    with pytest.raises(Refused, match=f"^launch: 2 workers need as many GPUs; {told}$"):
+    with pytest.raises(UserError, match=f"^launch: 2 workers need as many GPUs; {told}$"):
         takes_gpus(device, 2, gpus)
 
 
@@ -61,6 +61,6 @@ def test_what_a_cluster_lacks_is_refused_before_anything_is_launched(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name, value in (("is_initialized", True), ("cluster_resources", {"CPU": 2.0})):
         monkeypatch.setattr(ray, name, lambda value=value: value)
-    with pytest.raises(Refused) as refused, Ray(**asked):
+    with pytest.raises(UserError) as refused, Ray(**asked):
         pass
     assert str(refused.value) == said

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from s3fs import S3FileSystem
 
-from pipeline.checkpoint import claim, place_at, step_folders
-from pipeline.guards.batches import Skipped
-from pipeline.job import STOP
-from pipeline.recipe import read_json, write_json
-from pipeline.run.attempt import Attempt
+from pipeline.recipe.recipe import read_json, write_json
 from pipeline.track.connect import connect
-from pipeline.track.jsonl import read
-from pipeline.weights import load_run
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import claim, place_at, step_folders
+from pipeline.train.guards.anomaly import Skipped
+from pipeline.train.job import STOP
+from pipeline.train.trainer import Trainer
+from pipeline.train.weights import load_run
 from tests.checkpoint.s3 import s3_server
 from tests.faults.test_not_finite import hit
 from tests.faults.test_out_of_memory import room_for
@@ -105,9 +105,9 @@ def test_what_a_run_has_decided_outlives_its_folder(
     """
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
     changes = ("--set", "max_skips=0", "--set", "max_rollbacks=1")
-    between = Attempt._between_batches
+    between = Trainer._between_batches
 
-    def stopped(self: Attempt, epoch: int, *, last: bool) -> None:
+    def stopped(self: Trainer, epoch: int, *, last: bool) -> None:
         if self.step == 4 and self.parts.skipped.rollbacks:
             (self.folder / STOP).touch()
         between(self, epoch, last=last)
@@ -115,7 +115,7 @@ def test_what_a_run_has_decided_outlives_its_folder(
     hit(monkeypatch, {5})
     with monkeypatch.context() as patch:
         room_for(patch, 4)
-        patch.setattr(Attempt, "_between_batches", stopped)
+        patch.setattr(Trainer, "_between_batches", stopped)
         code, _, said = run("--runs", str(one.parent), *changes)
     assert code == 130, said
     assert [path.name for path in step_folders(tmp_path / "elsewhere" / "run")][
@@ -140,9 +140,9 @@ def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
     """As by the same launch with --or-resume where the folder of runs is another, or by a copy of
     the run's folder.
     """
-    address, original = tmp_path / "elsewhere" / "run", Attempt._micro_batches
+    address, original = tmp_path / "elsewhere" / "run", Trainer._micro_batches
 
-    def micro_batches(self: Attempt, source: Any) -> Any:
+    def micro_batches(self: Trainer, source: Any) -> Any:
         if self.step == 4:
             self.saving.wait(4)
             job = self.job
@@ -156,7 +156,7 @@ def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
         return original(self, source)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Attempt, "_micro_batches", micro_batches)
+        patch.setattr(Trainer, "_micro_batches", micro_batches)
         code, _, said = run("--runs", str(tmp_path / "one"), "--set", "keep=1")
     assert (code, len(said.strip().splitlines())) == (2, 1)
     assert said.startswith(
@@ -286,13 +286,13 @@ def test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once(
     """Storage that does not answer would be waited for."""
     resume, train, words = (
         command(monkeypatch, capsys),
-        Attempt._train,
+        Trainer._train,
         ("--runs", str(tmp_path / "runs")),
     )
     with s3_server() as bucket:
         with monkeypatch.context() as patch:
             patch.setattr(
-                Attempt, "_train", lambda attempt: (attempt.folder / STOP).touch() or train(attempt)
+                Trainer, "_train", lambda attempt: (attempt.folder / STOP).touch() or train(attempt)
             )
             code, _, said = run(*words, elsewhere=f"{bucket}/{key}")
         assert code == 130, said

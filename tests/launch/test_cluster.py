@@ -23,13 +23,12 @@ import pytest
 import ray
 from ray.exceptions import AuthenticationError
 
-from pipeline.commands.launch import resume
+from pipeline.cli.launch import resume
+from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
-from pipeline.launch.inline import Inline
-from pipeline.launch.node_loss import NODES, waits_for
+from pipeline.launch.in_process import Inline
+from pipeline.launch.nodes import NODES, free_port, waits_for
 from pipeline.launch.ray import Ray
-from pipeline.ports import free_port
-from pipeline.refused import Refused
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def test_a_token_that_is_not_at_hand_is_said_in_one_line(
     )
     with socket.create_server(("127.0.0.1", 0)) as door:
         address = f"127.0.0.1:{door.getsockname()[1]}" if joins else None
-        with pytest.raises(Refused, match=f"^{said}"), Ray(workers=1, address=address):
+        with pytest.raises(UserError, match=f"^{said}"), Ray(workers=1, address=address):
             pass
 
 

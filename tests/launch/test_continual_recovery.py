@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.track.jsonl import Follower, read
+from pipeline.track.journal import Follower, read
 from tests.small import same_weights
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 RECIPE = """
 from timm.optim import create_optimizer_v2
-from pipeline.data.synthetic import Synthetic
-from pipeline.data.tasks import Permuted
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.data.datasets.tasks import Permuted
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Phase, spec
+from pipeline.recipe.recipe import Phase, spec
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from tests.small import small_recipe

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.core.torch_settings import EXACT
 from pipeline.launch.environment import of_worker, passed_on
-from pipeline.run.settle import EXACT
 
 
 def told(**about: Any) -> dict[str, str]:

@@ -17,21 +17,21 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.__main__ import main
-from pipeline.data.synthetic import Synthetic
-from pipeline.launch.inline import Inline
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.qkformer_published import to_published
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
-from pipeline.track.jsonl import read
-from pipeline.weights import load_start
+from pipeline.track.journal import read
+from pipeline.train.weights import load_start
 from tests.small import make_run, small_recipe, without_stages
 
 RECIPE = """
 from pipeline.models.qkformer import QKFormer
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from tests.small import small_recipe
 
 MODEL = spec(QKFormer, channels=32, depth=4, heads=1, in_channels=1, classes=10)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.errors import UserError
 from pipeline.launch import lock
 from pipeline.launch.lock import driver_lock, this_machine
-from pipeline.refused import Refused
 
 HOLD = """
 import fcntl, sys, time
@@ -83,7 +83,7 @@ def test_one_that_lives_elsewhere_is_named_in_the_end(
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE_S", 1.2)
     held("gpu-node-7 0123")
-    with pytest.raises(Refused) as refusal, driver_lock(tmp_path):
+    with pytest.raises(UserError) as refusal, driver_lock(tmp_path):
         pass
     told = (
         f"{tmp_path.name}: is being trained by another process on gpu-node-7, which still holds it"
@@ -98,7 +98,7 @@ def test_on_this_machine_it_is_refused_at_once(
 ) -> None:
     held(holder)
     begun = time.monotonic()
-    with pytest.raises(Refused) as refusal, driver_lock(tmp_path):
+    with pytest.raises(UserError) as refusal, driver_lock(tmp_path):
         pass
     assert (
         str(refusal.value)

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline.data.write import write_folder
-from pipeline.track.jsonl import read
+from pipeline.data.write.images import write_folder
+from pipeline.track.journal import read
 from tests.driver import Driver
 
 pytestmark = [pytest.mark.distributed, pytest.mark.full, pytest.mark.timeout(900)]
@@ -28,12 +28,12 @@ MARK = "SPIKETRAIN_TEST_OF"
 """in the environment of each process of a launch, whoever its parent is by then"""
 RECIPE = """
 from timm.optim import create_optimizer_v2
-from pipeline.data.beton import Beton
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.train.objective import CrossEntropy
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
-from pipeline.schedule import cosine
+from pipeline.train.schedule import cosine
 
 def recipe():
     return Recipe(

@@ -15,8 +15,8 @@ from pipeline.data.mixing import Mixing
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
-from pipeline.recipe import spec
-from pipeline.suite import Suite, SuiteFile
+from pipeline.recipe.recipe import spec
+from pipeline.recipe.suite import Suite, SuiteFile
 from tests.small import Command, command, small_recipe
 
 MIXED = small_recipe(mixing=spec(Mixing, mixup=0.2))

@@ -17,9 +17,9 @@ import torch
 
 import pipeline
 from pipeline.__main__ import main
+from pipeline.recipe.suite import is_suite, runs_of
 from pipeline.spiking.state import fresh_state
-from pipeline.suite import is_suite, runs_of
-from pipeline.track.jsonl import Follower, read
+from pipeline.track.journal import Follower, read
 from tests.small import without_stages
 
 PACKAGE = {
@@ -55,7 +55,7 @@ import time
 
 import torch
 
-from pipeline.rules.base import Objective, Rule, slices, steps_share
+from pipeline.rules.base import LossTerm, Rule, slices, steps_share
 from pipeline.spiking.state import fresh_state
 
 
@@ -69,7 +69,7 @@ class LastStep(Rule):
         super().__init__()
         self.pause = pause
 
-    def _objectives(self, model, x_TB, loss_of, step, rows):
+    def _loss_terms(self, model, x_TB, loss_of, step, rows):
         time.sleep(self.pause)  # so that somebody can end it in the middle
         steps = x_TB.shape[0]
         with fresh_state(model):
@@ -77,7 +77,7 @@ class LastStep(Rule):
                 learns = index == steps - 1
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
-                yield Objective(backward=loss if learns else None, loss=loss.detach(), logits=share_BK)
+                yield LossTerm(backward=loss if learns else None, loss=loss.detach(), logits=share_BK)
 '''
     ),
     "data.py": (
@@ -147,10 +147,10 @@ from timm.optim import create_optimizer_v2
 from mysnn.data import Stripes
 from mysnn.network import Striped
 from mysnn.rule import LastStep
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.train.objective import CrossEntropy
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
-from pipeline.schedule import cosine
+from pipeline.train.schedule import cosine
 
 
 def recipe():

@@ -19,9 +19,11 @@ import pytest
 import torch
 from torch import distributed
 
-from pipeline.commands.doctor import doctor
+from pipeline.cli.doctor import doctor
+from pipeline.core.shared_marker import Marker
 from pipeline.launch import preflight as module
 from pipeline.launch.base import LaunchError, Silent
+from pipeline.launch.nodes import free_port
 from pipeline.launch.preflight import (
     MEETING_S,
     PACKAGES,
@@ -34,9 +36,7 @@ from pipeline.launch.preflight import (
     preflight,
 )
 from pipeline.launch.preflight_services import Finding, Store
-from pipeline.marker import Marker
 from pipeline.measure.driver import Unusable
-from pipeline.ports import free_port
 from tests.nodes import TOKEN, nodes
 
 ONE = NodeReport("one", {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")})
@@ -413,7 +413,7 @@ def test_a_node_without_ffcv_or_tbb(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(sys, "prefix", "/nowhere")
         _, found = module._reading()
     assert found.state == "warn" and "DataError: data: more than 1 loader thread" in found.text
-    monkeypatch.setitem(sys.modules, "pipeline.data.beton", None)
+    monkeypatch.setitem(sys.modules, "pipeline.data.datasets.beton", None)
     (found,) = module._reading()
     assert found.state == "bad" and "images cannot be written and read: " in found.text
 

@@ -19,6 +19,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipeline.core.shared_marker import Marker
 from pipeline.launch.preflight_services import (
     Finding,
     Store,
@@ -28,7 +29,6 @@ from pipeline.launch.preflight_services import (
     of_token,
     try_store,
 )
-from pipeline.marker import Marker
 from tests.checkpoint.s3 import s3_server
 from tests.nodes import TOKEN, nodes
 

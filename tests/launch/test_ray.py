@@ -19,16 +19,16 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 
-from pipeline.cores import physical_cores
-from pipeline.job import Job, Place
-from pipeline.launch import trainer
+from pipeline.core.cores import physical_cores
+from pipeline.core.errors import UserError
+from pipeline.launch import ray_trainer
 from pipeline.launch.base import LaunchError, Silent, WorkersEnded
-from pipeline.launch.inline import Inline
-from pipeline.launch.places import NoPlace
+from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
-from pipeline.launch.trainer import OnLoopback
+from pipeline.launch.ray_trainer import OnLoopback
+from pipeline.launch.resizing import NoPlace
 from pipeline.measure.driver import Unusable
-from pipeline.refused import Refused
+from pipeline.train.job import Job, RankInfo
 
 
 @pytest.mark.parametrize("hang_minutes", [0.3, 30.0, 600.0])
@@ -155,9 +155,9 @@ def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
     monkeypatch.setattr(ray, "init", lambda **about: pytest.fail("started"))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     for device in ("auto", "gpu"):
-        with pytest.raises(Refused, match=said), Ray(workers=1, device=device):
+        with pytest.raises(UserError, match=said), Ray(workers=1, device=device):
             pass
-        with pytest.raises(Refused, match=said):
+        with pytest.raises(UserError, match=said):
             Inline(device=device)
     assert Inline(device="cpu").device == "cpu"
 
@@ -177,7 +177,7 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(launcher.nodes, "on_each", on_each)
     with (
         pytest.raises(
-            Refused, match=r"^launch: two: torch is built without CUDA; install another$"
+            UserError, match=r"^launch: two: torch is built without CUDA; install another$"
         ),
         launcher,
     ):
@@ -201,7 +201,7 @@ def test_more_than_there_is_is_refused_at_once(
     about: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
-    with pytest.raises(Refused, match=f"^{said}"), Ray(address="auto", device="gpu", **about):
+    with pytest.raises(UserError, match=f"^{said}"), Ray(address="auto", device="gpu", **about):
         pass
 
 
@@ -240,7 +240,7 @@ def patience_in_a_worker(folder: Path, patch: pytest.MonkeyPatch, hang_minutes: 
     patch.setattr(ray.train, "get_context", lambda: context)
     patch.setattr(ray.train.torch, "get_device", lambda: "cpu")
 
-    def work(job: Job, place: Place) -> dict[str, Any]:
+    def work(job: Job, place: RankInfo) -> dict[str, Any]:
         group: Any = distributed.group.WORLD
         return {"patience": group._get_backend(torch.device("cpu")).options._timeout}
 
@@ -289,7 +289,7 @@ def run(
         asked.update(words)
         return SimpleNamespace(fit=fit)
 
-    patch.setattr(trainer, "Trainer", asks)
+    patch.setattr(ray_trainer, "Trainer", asks)
     patch.setattr(ray, "cluster_resources", lambda: dict(resources))
     patch.setattr(ray, "nodes", lambda: list(nodes))
     job = Job(run=str(folder), study="s", data_fingerprint="f", commit="c", recipe={}, **about)

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
-from pipeline.checkpoint import step_folders
-from pipeline.data.write import write_folder
-from pipeline.track.jsonl import read
+from pipeline.data.write.images import write_folder
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import step_folders
 from tests.driver import Driver
 from tests.small import same_weights
 
@@ -30,10 +30,10 @@ STEPS_PER_EPOCH, EPOCHS = 24, 3
 
 RECIPE = """
 from timm.optim import create_optimizer_v2
-from pipeline.data.beton import Beton
+from pipeline.data.datasets.beton import Beton
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.objective import CrossEntropy
-from pipeline.recipe import Recipe, spec
+from pipeline.train.objective import CrossEntropy
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from recovery_lab import triangle
 

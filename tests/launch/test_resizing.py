@@ -20,13 +20,12 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.job import Notice
 from pipeline.launch import resizing
-from pipeline.launch.places import PLACES_S, NoPlace
-from pipeline.launch.resizing import LOOK_S, PATIENCE_S, Resizing
-from pipeline.launch.trainer import Trainer
-from pipeline.recipe import read_json
-from pipeline.track.jsonl import read
+from pipeline.launch.ray_trainer import Trainer
+from pipeline.launch.resizing import LOOK_S, PATIENCE_S, PLACES_S, NoPlace, Resizing
+from pipeline.recipe.recipe import read_json
+from pipeline.track.journal import read
+from pipeline.train.job import Notice
 
 NOTHING, GROW = NoopDecision(), ResizeDecision(num_workers=2, resources_per_worker={"CPU": 1})
 

@@ -17,11 +17,11 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from pipeline.guards.deaths import noted
 from pipeline.launch import restarts
-from pipeline.launch.places import PLACES_S
+from pipeline.launch.resizing import PLACES_S
 from pipeline.launch.restarts import Restarts
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train.guards.deaths import noted
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 

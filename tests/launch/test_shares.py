@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import tbb
 from pipeline.data.errors import DataError
+from pipeline.data.ffcv import tbb
 from pipeline.launch.shares import Share, share_of
 
 NODE = {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}

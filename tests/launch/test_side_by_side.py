@@ -25,25 +25,25 @@ import psutil
 import pytest
 from rich.console import Console
 
-from pipeline.cores import physical_cores
-from pipeline.data.write import write_fashion
-from pipeline.job import Job
+from pipeline.core.cores import physical_cores
+from pipeline.core.errors import UserError
+from pipeline.data.write.images import write_fashion
 from pipeline.launch import side_by_side
 from pipeline.launch.base import Launcher
-from pipeline.launch.inline import Inline
+from pipeline.launch.in_process import Inline
 from pipeline.launch.side_by_side import LOG, slots_of, train_side_by_side
-from pipeline.recipe import Recipe
-from pipeline.refused import Refused
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import runs_of
 from pipeline.report.runs import list_suites
-from pipeline.suite import runs_of
 from pipeline.track.connect import connect
-from pipeline.track.jsonl import first, last, read
+from pipeline.track.journal import first, last, read
 from pipeline.track.state import is_driven, state_of
+from pipeline.train.job import Job
 from tests.small import Command, command, same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from tests.small import small_recipe
 
@@ -61,8 +61,8 @@ def recipe():
 """
 
 SEARCHED = """
-from pipeline.data.beton import Beton
-from pipeline.recipe import spec
+from pipeline.data.datasets.beton import Beton
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from tests.small import small_recipe
 
@@ -475,7 +475,7 @@ def test_one_that_another_process_goes_on_with_is_refused_after_a_while(
         stand_ins(tmp_path),
         "^run: is being trained by another process, which still does after 0 s$",
     )
-    with driven_by_another(tmp_path / "run"), pytest.raises(Refused, match=refused):
+    with driven_by_another(tmp_path / "run"), pytest.raises(UserError, match=refused):
         train_side_by_side(children, Inline(), 1, Console(file=io.StringIO()))
 
 
@@ -487,7 +487,7 @@ def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
         "touch RUN/stop; echo run: is being trained by another process on this machine; exit 2",
     )
     with pytest.raises(
-        Refused, match=r"^run: run: is being trained by another process on this machine$"
+        UserError, match=r"^run: run: is being trained by another process on this machine$"
     ):
         train_side_by_side(stand_ins(tmp_path), Inline(), 1, Console(file=io.StringIO()))
 
@@ -499,7 +499,7 @@ def test_more_than_there_is_room_for_is_refused() -> None:
     crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
     assert slots_of(crowded, "auto") == 1
     with pytest.raises(
-        Refused,
+        UserError,
         match=(
             f"{room + 1} runs side by side need cores and cards of their own; there is room for"
             f" {room}"

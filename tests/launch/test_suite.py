@@ -22,27 +22,27 @@ import pytest
 from rich.console import Console
 
 from pipeline.__main__ import main
+from pipeline.core.printing import NO_WIDTH
 from pipeline.launch.lock import driver_lock
+from pipeline.launch.nodes import free_port
 from pipeline.launch.suite import _tell_mlflow
-from pipeline.ports import free_port
-from pipeline.printing import NO_WIDTH
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import SuiteFile, runs_of
 from pipeline.report.runs import list_suites, print_runs
 from pipeline.report.suite import print_suite
-from pipeline.run.attempt import Attempt
-from pipeline.suite import SuiteFile, runs_of
 from pipeline.track.connect import connect
-from pipeline.track.jsonl import Journal, read
+from pipeline.track.journal import Journal, read
 from pipeline.track.state import state_of
+from pipeline.train.trainer import Trainer
 from tests.small import Command, command, same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
-from pipeline.distill import Distillation
-from pipeline.recipe import spec
+from pipeline.train.distillation import Distillation
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
-from pipeline.suite import Suite
-from pipeline.teachers.network import network_teacher
+from pipeline.recipe.suite import Suite
+from pipeline.models.teachers.network import network_teacher
 from tests.small import small_recipe
 
 def table(runs, console):
@@ -88,24 +88,24 @@ def spiketrain(
 
 
 def at_step(
-    patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Attempt], None]
+    patch: pytest.MonkeyPatch, recipe: str, step: int, act: Callable[[Trainer], None]
 ) -> None:
     """Do something in the middle of one recipe's run, as it asks for that step's samples."""
-    original = Attempt._micro_batches
+    original = Trainer._micro_batches
 
-    def micro_batches(self: Attempt, source: Any) -> Any:
+    def micro_batches(self: Trainer, source: Any) -> Any:
         if (self.recipe.name, self.step) == (recipe, step):
             act(self)
         return original(self, source)
 
-    patch.setattr(Attempt, "_micro_batches", micro_batches)
+    patch.setattr(Trainer, "_micro_batches", micro_batches)
 
 
-def die(attempt: Attempt) -> None:
+def die(attempt: Trainer) -> None:
     raise Killed
 
 
-def interrupt(attempt: Attempt) -> None:
+def interrupt(attempt: Trainer) -> None:
     """Ctrl-C, in the process that drives; the step goes on once the driver's thread has heard
     it.
     """
@@ -294,7 +294,7 @@ def test_a_folder_may_be_named_by_where_one_stands(
 )
 @pytest.mark.parametrize("how", [die, interrupt])
 def test_stopped_and_resumed_it_ends_with_the_same_bits(
-    how: Callable[[Attempt], None],
+    how: Callable[[Trainer], None],
     stops: list[tuple[str, int]],
     untouched: Path,
     places: Path,
@@ -443,7 +443,7 @@ def test_what_is_listed_and_reported_while_children_are_missing(
 def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
     untouched: Path, places: Path, tmp_path: Path, spiketrain: Command
 ) -> None:
-    def refuse(attempt: Attempt) -> None:
+    def refuse(attempt: Trainer) -> None:
         raise ValueError("IDE: the solve must converge")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -466,7 +466,7 @@ def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
     weights = newest / "model.safetensors"
     whole = weights.read_bytes()
 
-    def damage(attempt: Attempt) -> None:
+    def damage(attempt: Trainer) -> None:
         weights.write_bytes(whole[:-1])
         for checkpoint in older:
             (checkpoint / "manifest.json").unlink()
@@ -488,10 +488,10 @@ def test_a_child_that_is_refused_stops_the_suite_and_after_mending_it_goes_on(
 LAUNCH = """
 from dataclasses import replace
 from pipeline.models.mlp import mlp
-from pipeline.recipe import spec
-from pipeline.distill import Distillation
-from pipeline.suite import Suite
-from pipeline.teachers.network import network_teacher
+from pipeline.recipe.recipe import spec
+from pipeline.train.distillation import Distillation
+from pipeline.recipe.suite import Suite
+from pipeline.models.teachers.network import network_teacher
 from tests.small import small_recipe
 
 def recipe():

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.core.random import COUNTED, below, bits
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
-from pipeline.random import COUNTED, below, bits
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 
 # Neuron 0 never fires, neuron 1 always, neuron 2 at the second step of the second sample alone;
-# without a leak, so no memory.
+# without a decay, so no memory.
 SPIKES_TBN = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[0, 1, 0], [0, 1, 1]]]).float()
 EXPECTED = LayerActivity(
     name="0", neurons=3, samples=2, rates=(2 / 6, 3 / 6), silent=1 / 3, saturated=1 / 3
@@ -44,7 +44,7 @@ def run(
 @pytest.mark.parametrize("slices", [1, 2])
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_rates_silence_and_saturation(slices: int, micro_batch: int) -> None:
-    network = nn.Sequential(LIF(leak=0.0))
+    network = nn.Sequential(LIF(decay=0.0))
     with Activity(network) as activity:
         for x_TB in SPIKES_TBN.split(micro_batch, dim=1):
             run(activity, network, x_TB, slices=slices)
@@ -53,7 +53,7 @@ def test_rates_silence_and_saturation(slices: int, micro_batch: int) -> None:
 
 
 def test_images_are_flattened_and_hooks_are_removed() -> None:
-    network = nn.Sequential(LIF(leak=0.0))
+    network = nn.Sequential(LIF(decay=0.0))
     with Activity(network) as activity:
         run(activity, network, SPIKES_TBN.unflatten(2, (3, 1, 1)), slices=2)
     run(activity, network, torch.ones(2, 2, 3), slices=2)  # nobody listens
@@ -62,7 +62,7 @@ def test_images_are_flattened_and_hooks_are_removed() -> None:
 
 
 def test_a_rank_without_samples_and_a_layer_that_nobody_ran() -> None:
-    network = nn.Sequential(LIF(leak=0.0), LIF(leak=0.0))
+    network = nn.Sequential(LIF(decay=0.0), LIF(decay=0.0))
     one, other = Activity(network), Activity(network)
     with one:
         run(one, nn.Sequential(network[0]), SPIKES_TBN, slices=2)
@@ -137,7 +137,7 @@ def halves(neuron: LIF, x_TB: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_spikes_count_as_one_whatever_they_are_worth(kind: str, dtype: torch.dtype) -> None:
     """Of 514 samples, or half as many: two numbers that bfloat16 has not."""
-    neuron = RateIF(threshold=0.7) if kind == "heights" else LIF(leak=0.0)
+    neuron = RateIF(threshold=0.7) if kind == "heights" else LIF(decay=0.0)
     neuron.gradient = halves if kind == "gradient" else None
     x_TBN = SPIKES_TBN.repeat(1, 257, 1).to(dtype)
     with (

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.measure.cgroup import room_bytes
-from pipeline.measure.memory import free_bytes
+from pipeline.measure.memory import free_bytes, room_bytes
 
 
 def plant(folder: Path, *, limit: str, used: int, cache: int, version: int = 2) -> None:

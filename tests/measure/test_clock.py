@@ -16,30 +16,30 @@ import pytest
 import torch
 from torch import distributed
 
-from pipeline.backend.deepspeed import DeepSpeed
-from pipeline.backend.plain import Plain
-from pipeline.data.synthetic import Synthetic
-from pipeline.distill import Distillation
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
+from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.measure.clock import BETWEEN, PARTS, REST, Clock
 from pipeline.measure.collectives import COLLECTIVES, collectives_on
 from pipeline.measure.meters import Meters
 from pipeline.models.mlp import mlp
-from pipeline.nearness import Nearness
-from pipeline.objective import CrossEntropy
-from pipeline.ranks import Ranks
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules import sltt
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
-from pipeline.run import assess, attempt, feed, saving
-from pipeline.teaching import Teaching
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
+from pipeline.train import checkpointing, evaluate_tasks, microbatch, trainer
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.deepspeed import DeepSpeed
+from pipeline.train.backend.plain import Plain
+from pipeline.train.distillation import Distillation
+from pipeline.train.gradient_fidelity import Nearness
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.teaching import Teaching
 from tests.measure.conftest import Host
 from tests.processes import run_ranks
 from tests.small import train_inline
-from tests.test_teaching import taught
+from tests.train.test_teaching import taught
 
 SLEEP = 0.05
 TOTAL = (
@@ -127,8 +127,8 @@ def recipe_of_a_few_steps() -> Recipe:
 
 
 IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in each batch
-    "data_wait": (feed, "next"),
-    "transfer": (feed, "over_steps"),
+    "data_wait": (microbatch, "next"),
+    "transfer": (microbatch, "over_steps"),
     "teacher": (Teaching, "__call__"),
     "forward": (sltt, "steps_share"),
     "backward": (Plain, "backward"),
@@ -136,9 +136,9 @@ IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in ea
     "metrics": (torch.Tensor, "argmax"),
 }
 BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run calls it
-    "evaluation": (assess, "evaluate", 1),
-    "checkpoint": (saving, "weights_of", 1),
-    "tracking": (attempt, "memory_now_bytes", 4),
+    "evaluation": (evaluate_tasks, "evaluate", 1),
+    "checkpoint": (checkpointing, "weights_of", 1),
+    "tracking": (trainer, "memory_now_bytes", 4),
     "coordination": (Ranks, "decide", 4),
     "fidelity": (Nearness, "__call__", 1),
 }

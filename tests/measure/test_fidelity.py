@@ -1,4 +1,4 @@
-"""Cosines and temporal shares: known gradients, and how the leak decides them."""
+"""Cosines and temporal shares: known gradients, and how the decay decides them."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_a_gradient_that_is_not_finite_is_as_far_as_can_be() -> None:
     assert found.lowest("broken") == ("a", -1.0) and math.isnan(found.cosines["broken"]["b"])
 
 
-def found_at(leak: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def found_at(decay: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     x_TBC, target_B = batch(6, size=32)
-    network = lif_network(leak=leak)
+    network = lif_network(decay=decay)
     bptt, sltt = (
         gradients(network, rule, x_TBC, lambda: cross_entropy(target_B))
         for rule in (BPTT(), SLTT())
@@ -74,8 +74,8 @@ def test_the_leak_decides_what_comes_through_time() -> None:
     time.
     """
     shares = []
-    for leak in (0.0, 1 / 11, 0.5, 0.9):
-        bptt, sltt = found_at(leak)
+    for decay in (0.0, 1 / 11, 0.5, 0.9):
+        bptt, sltt = found_at(decay)
         found = fidelity(bptt, sltt, {"SLTT": [sltt]})
         assert found.temporal_share["4"] == pytest.approx(0, abs=1e-12)
         shares.append(found.temporal_share["0"])
@@ -85,10 +85,10 @@ def test_the_leak_decides_what_comes_through_time() -> None:
 
 
 def test_dropout_and_a_loss_that_remembers_are_no_part_of_it() -> None:
-    """At leak 0 nothing comes through time, whatever dropout draws; and each batch has a loss of
+    """At decay 0 nothing comes through time, whatever dropout draws; and each batch has a loss of
     its own.
     """
-    network = lif_network(leak=0.0)
+    network = lif_network(decay=0.0)
     network.insert(2, nn.Dropout(0.5))
     x_TBC, target_B = batch(6, size=32)
     made: list[int] = []

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.evaluate import evaluate
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, Readings, inference_j
 from pipeline.measure.meters import Meters
-from pipeline.objective import CrossEntropy
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
+from pipeline.train.evaluation import evaluate
+from pipeline.train.objective import CrossEntropy
 
 
 class NVMLError(Exception):

@@ -14,21 +14,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.backend.plain import Plain
-from pipeline.guards.batches import Unguarded
-from pipeline.loop import MicroBatch, train
 from pipeline.measure.clock import PARTS, REST
 from pipeline.measure.meters import Meters
 from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic
-from pipeline.objective import CrossEntropy
-from pipeline.rules.base import Objective, Rule
+from pipeline.rules.base import LossTerm, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear, Weights
+from pipeline.train.backend.plain import Plain
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
 from tests.measure.conftest import Host
 
 
@@ -59,7 +59,7 @@ def run_batch(meters: Meters, host: Host, step: int, *, right: int = 3) -> None:
             )
             for share in range(2):
                 meters.add(
-                    Objective(
+                    LossTerm(
                         None if share else torch.tensor(1.0),
                         torch.tensor(0.5 + index),
                         logits_BK / 2,
@@ -88,7 +88,7 @@ def test_each_loss_is_weighed_with_the_share_of_its_micro_batch(meters: Meters) 
     with meters.batch(0):
         for losses, share in (([1.0], 0.25), ([0.5, 2.0, 0.25], 0.75)):
             for loss in losses:
-                meters.add(Objective(None, torch.tensor(loss), torch.zeros(2, 2)))
+                meters.add(LossTerm(None, torch.tensor(loss), torch.zeros(2, 2)))
             meters.end_of_micro_batch(torch.tensor([0, 1]), share)
     assert meters.take(same)["loss"] == 0.25 * 1.0 + 0.75 * 2.75
 
@@ -190,7 +190,7 @@ STEP = INPUT + 2 * NEURONS + LOSS
         (lambda: SLTT(k=1), STEP, NEURONS),
         (OTTT, STEP, NEURONS),  # its trace is what the second synapse saves
         (lambda: OTTT(readout="plain"), STEP, NEURONS),
-        (lambda: OTTT(update="objective"), STEP, NEURONS),
+        (lambda: OTTT(update="step"), STEP, NEURONS),
         (
             lambda: OTTT(chunk=2),
             2 * STEP - 40,
@@ -231,7 +231,7 @@ def test_of_a_batch_that_is_skipped_its_seconds_alone_are_kept_and_the_next_is_c
     for step, samples in enumerate((2, 9, 4, 9, 6, 2)):
         with suppress(ArithmeticError), meters.batch(step), fresh_state(network):
             logits_BK = network(torch.zeros(1, samples, 2)).mean(0)
-            meters.add(Objective(logits_BK.sum(), torch.tensor(0.0), logits_BK.detach()))
+            meters.add(LossTerm(logits_BK.sum(), torch.tensor(0.0), logits_BK.detach()))
             if step in (1, 3):
                 time.sleep(0.05)
                 raise ArithmeticError
@@ -264,7 +264,7 @@ def test_operations_are_counted_on_the_third_batch_and_told_by_the_sample() -> N
             x_BC = torch.tensor([[2.0, 3.0], [0.0, 5.0]])
             logits_BK = network(x_BC)
             logits_BK.square().sum().backward()
-            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()))
+            meters.add(LossTerm(None, torch.tensor(0.0), logits_BK.detach()))
             meters.end_of_micro_batch(torch.tensor([0, 1]), 1.0)
     assert meters.totals.operation_samples == 2
     assert meters.totals.operations_per_sample() == {
@@ -303,7 +303,7 @@ def test_operations_are_the_rules_alone() -> None:
             with meters.part("teacher"):
                 network(x_BC)
             logits_BK = network(x_BC)
-            meters.add(Objective(None, torch.tensor(0.0), logits_BK.detach()))
+            meters.add(LossTerm(None, torch.tensor(0.0), logits_BK.detach()))
             meters.end_of_micro_batch(torch.tensor([0, 1]), 1.0)
             with meters.part("optimizer"):
                 torch.mm(x_BC, x_BC)
@@ -376,7 +376,7 @@ def test_what_training_keeps_free_for_itself_is_no_peak_of_an_evaluation() -> No
 
 KEPT_FREE = """
 import torch
-from pipeline.malloc import keep_freed_memory
+from pipeline.core.allocator import keep_freed_memory
 assert keep_freed_memory()
 from pipeline.measure.meters import Meters
 meters = Meters(torch.nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))

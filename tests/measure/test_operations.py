@@ -29,8 +29,8 @@ from pipeline.rules.spide import SPIDE
 from pipeline.spiking.binary import binarize
 from pipeline.spiking.equilibrium import Equilibrium, Linearized
 from pipeline.spiking.neuron import IF, LIF
+from pipeline.spiking.op_scope import served
 from pipeline.spiking.rate import RateIF
-from pipeline.spiking.serving import served
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.rules.small import batch, cross_entropy, learn
@@ -95,16 +95,16 @@ def learnt(
     x_TBI, target_B = batch(steps, size=B)
     rule.attach(model, over_time=rule.over_time_choices[0])
     for step in range(before):
-        learn(rule.objectives(model, x_TBI, cross_entropy(target_B), step=step))
+        learn(rule.loss_terms(model, x_TBI, cross_entropy(target_B), step=step))
         rule.end_of_batch()
     seen, operations = Seen(model), Operations(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     with operations:
         for step in range(before, before + batches):
-            for objective in rule.objectives(model, x_TBI, cross_entropy(target_B), step=step):
+            for objective in rule.loss_terms(model, x_TBI, cross_entropy(target_B), step=step):
                 if objective.backward is not None:
                     objective.backward.backward()
-                if rule.update == "objective" and rate:
+                if rule.update == "step" and rate:
                     optimizer.step()
             rule.end_of_batch()
     return operations, seen, x_TBI
@@ -132,7 +132,7 @@ def test_one_neuron_in_numbers() -> None:
     every operation written out.
     """
     first, second = Linear(3, 1, bias=False), Linear(1, 1, bias=False)
-    model = nn.Sequential(first, LIF(leak=0.5), second).double()
+    model = nn.Sequential(first, LIF(decay=0.5), second).double()
     with torch.no_grad():
         first.weight.copy_(
             torch.tensor([[0.5, -0.125, 7.0]])
@@ -209,7 +209,7 @@ def test_sltt_k_works_backward_k_times_whatever_t(k: int) -> None:
     assert len(set(backward)) == 1
 
 
-@pytest.mark.parametrize("rule", [OTTT(), OTTT(update="objective")], ids=lambda rule: rule.label)
+@pytest.mark.parametrize("rule", [OTTT(), OTTT(update="step")], ids=lambda rule: rule.label)
 def test_ottt_multiplies_traces(rule: Rule) -> None:
     operations, seen, x_TBI = learnt(rule, two_layers(LIF()), rate=1e-3)
     expected = feed_forward(seen, x_TBI)
@@ -341,7 +341,7 @@ def test_hlop_pays_for_its_lateral_neurons_and_its_projection() -> None:
     rule.start_task(model, 1)
     x_TBI, target_B = batch(T, size=B)
     with Operations(model) as operations:
-        learn(rule.objectives(model, x_TBI, cross_entropy(target_B), step=1))
+        learn(rule.loss_terms(model, x_TBI, cross_entropy(target_B), step=1))
     projected = T * (2 * N * I * 2 + 2 * K * N * 3)  # g H^T and H, at each step, for both weights
     lateral = operations.work["lateral"]
     assert lateral.dense == heard + T * B * N * N + projected

@@ -26,7 +26,7 @@ model, target_B = mlp(in_features=16, hidden=(4096,)), torch.arange(512) % 10
 def peaks(rule, steps):
     rule.attach(model)
     with SavedBytes(model) as saved:
-        learn(rule.objectives(model, torch.rand(steps, 512, 16), cross_entropy(target_B), step=0))
+        learn(rule.loss_terms(model, torch.rand(steps, 512, 16), cross_entropy(target_B), step=0))
     rule.release()
     return saved.peak, peak_rss_bytes()
 

@@ -99,7 +99,7 @@ def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries():
             assert torch.equal(y_TBCHW % step, torch.zeros_like(y_TBCHW)) and y_TBCHW.min() >= 0
 
 
-NEURON = LIF(0.5, threshold=0.8, reset="zero", decay_input=True, surrogate=Sigmoid(3.0))
+NEURON = LIF(0.5, threshold=0.8, reset="zero", scale_input=True, surrogate=Sigmoid(3.0))
 
 
 def run_slices(neuron: nn.Module, *slices: torch.Tensor) -> torch.Tensor:

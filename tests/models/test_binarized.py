@@ -18,7 +18,7 @@ from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.preact_resnet import preact_resnet18_small
 from pipeline.models.qkformer import qkformer_10
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
@@ -198,7 +198,7 @@ def test_a_part_learns(weights, rule):
     losses = []
     for step in range(8):
         total = 0.0
-        for objective in rule.objectives(
+        for objective in rule.loss_terms(
             network, x_TBC, lambda z: torch.nn.functional.cross_entropy(z, target_B), step=step
         ):
             if objective.backward is not None:

@@ -108,7 +108,7 @@ def test_bptt_and_sltt_drop_the_same_units():
         ).double()
         rule.attach(model)
         record = spikes_of(model)
-        learn(rule.objectives(model, x_TBCHW, cross_entropy(target_B)))
+        learn(rule.loss_terms(model, x_TBCHW, cross_entropy(target_B)))
         found.append([torch.cat(slices) for slices in record.values()])
     bptt, sltt = found
     assert len(bptt) == 2 and all(

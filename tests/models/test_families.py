@@ -59,7 +59,7 @@ def test_every_weight_that_the_loss_reaches_learns(family, make_rule: Callable[[
         return
     rule.attach(model)
     x_TBCHW = repeat(3 * torch.randn(3, 3, 32, 32), 2)
-    learn(rule.objectives(model, x_TBCHW, cross_entropy(torch.tensor([0, 1, 2])), step=0))
+    learn(rule.loss_terms(model, x_TBCHW, cross_entropy(torch.tensor([0, 1, 2])), step=0))
     silent = [
         n
         for n, p in model.named_parameters()

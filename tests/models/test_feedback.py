@@ -81,7 +81,7 @@ def test_the_classic_networks_train_under_ide_and_bptt(build):
     for rule in (IDE(), BPTT()):
         model = build(size=16, width=0.1)
         rule.attach(model, over_time="mean")
-        (objective,) = rule.objectives(
+        (objective,) = rule.loss_terms(
             model, repeat(x_BCHW, 4), lambda o: F.cross_entropy(o, target)
         )
         assert objective.backward is not None and objective.logits.shape == (4, 10)
@@ -107,7 +107,7 @@ def test_the_networks_without_norm_fire_and_train_under_spide(build):
     )  # two pools stand between the loss and the first layer: an eighth passes each
     rule.attach(model, over_time="mean")
     x_BCHW, target = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
-    (objective,) = rule.objectives(model, repeat(x_BCHW, 30), lambda o: F.cross_entropy(o, target))
+    (objective,) = rule.loss_terms(model, repeat(x_BCHW, 30), lambda o: F.cross_entropy(o, target))
     assert objective.backward is not None
     objective.backward.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
@@ -140,11 +140,11 @@ def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
     x_BC, target = 3 * torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
     rule = IDE(iterations=60, tolerance=0.0)
     rule.attach(model, over_time="mean")
-    objectives = rule.objectives(model, repeat(x_BC, T), lambda o: F.cross_entropy(o, target))
-    objective = next(objectives)
+    loss_terms = rule.loss_terms(model, repeat(x_BC, T), lambda o: F.cross_entropy(o, target))
+    objective = next(loss_terms)
     assert objective.backward is not None
     objective.backward.backward()  # inside the batch: its masks end with it
-    assert list(objectives) == []
+    assert list(loss_terms) == []
     assert list(masks) == ["equilibrium.inject.1", "equilibrium.feedback.1"]
     into_BC, back_BC = masks.values()
     assert 0 < (into_BC == 0).double().mean() < 1 and not torch.equal(into_BC, back_BC)
@@ -217,7 +217,7 @@ def test_neuron_arguments_reach_every_neuron():
     with torch.device("meta"):
         model = alexnet_f(neuron=LIF(0.9, threshold=1.5))
     neurons = [m for m in model.modules() if isinstance(m, LIF)]
-    assert len(neurons) == 5 and {(n.leak, n.threshold) for n in neurons} == {(0.9, 1.5)}
+    assert len(neurons) == 5 and {(n.decay, n.threshold) for n in neurons} == {(0.9, 1.5)}
 
 
 @pytest.mark.parametrize(

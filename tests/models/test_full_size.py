@@ -78,7 +78,7 @@ def test_gradients_are_finite_in_bf16(name, make_rule):
 
     x_TBCHW = torch.randn(1, 1, 3, 224, 224)
     with torch.autocast("cpu", torch.bfloat16):
-        for objective in rule.objectives(model, x_TBCHW, loss_of, step=0):
+        for objective in rule.loss_terms(model, x_TBCHW, loss_of, step=0):
             assert objective.backward is not None and objective.backward.isfinite()
             objective.backward.backward()
     assert shapes == [(1, 1000)]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.late import Late, late
-from pipeline.objective import CrossEntropy
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
+from pipeline.train.objective import CrossEntropy
 
 T, B, K = 6, 5, 3
 
@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_the_late_steps_and_a_constant(rule: BPTT | SLTT | O
         late_TBK = model(x_TB)[T // 2 :]
     expected = sum(nn.functional.cross_entropy(logits_BK, target_B) for logits_BK in late_TBK) / T
     rule.attach(model)
-    shares = list(rule.objectives(model, x_TB, CrossEntropy()(target_B)))
+    shares = list(rule.loss_terms(model, x_TB, CrossEntropy()(target_B)))
     torch.testing.assert_close(
         torch.stack([each.loss for each in shares]).sum(), expected + math.log(K) / 2
     )
@@ -83,7 +83,7 @@ def test_gradients_reach_the_past_through_time_alone() -> None:
         model = network()
         rule.attach(model)
         x = x_TB.clone().requires_grad_()
-        for each in rule.objectives(model, x, CrossEntropy()(target_B)):
+        for each in rule.loss_terms(model, x, CrossEntropy()(target_B)):
             assert each.backward is not None
             each.backward.backward()
         assert x.grad is not None and bool(x.grad[0].any()) == sees and bool(x.grad[-1].any())

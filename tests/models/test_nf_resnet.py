@@ -81,7 +81,7 @@ def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
     model, rule = nf_resnet18_small(classes, width=4, blocks=(1, 1)), BPTT()
     rule.attach(model)
     target = torch.arange(3)
-    (objective,) = rule.objectives(
+    (objective,) = rule.loss_terms(
         model, torch.randn(2, 3, 3, 8, 8), lambda o: F.cross_entropy(o, target)
     )
     assert objective.logits.abs().max() == 0
@@ -104,7 +104,7 @@ def residuals(model: nn.Module) -> list[Any]:
 
 
 def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
-    """The published network, one frame at a time, with a soft reset at leak 0.5."""
+    """The published network, one frame at a time, with a soft reset at decay 0.5."""
     membranes: dict[nn.Module, torch.Tensor] = {}
 
     def neuron(key: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_every_layer_has_a_neuron_of_its_own():
         )
     neurons = [m for m in model.modules() if isinstance(m, LIF)]
     assert len(neurons) == 3 * 16
-    assert {(n.leak, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {
+    assert {(n.decay, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {
         (0.25, 0.5, "zero", "kept", Sigmoid(2.0))
     }
 

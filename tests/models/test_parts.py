@@ -21,7 +21,7 @@ def test_gains_restore_unit_variance():
 def test_one_more_neuron_shares_nothing():
     prototype = LIF(0.25)
     copy = one_more(prototype)
-    assert copy.state is not prototype.state and copy.leak == 0.25
+    assert copy.state is not prototype.state and copy.decay == 0.25
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from torch import nn
 from pipeline.models.mlp import mlp
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
+from pipeline.spiking.local_learning import Readout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from pipeline.spiking.topdown import Readout
 
 
 @pytest.mark.parametrize("cells", [1, 2, (4, 2, 1)])

@@ -182,7 +182,7 @@ def test_refuses(choices, message):
 
 def test_refuses_sws_on_neurons_that_shrink_their_input():
     with pytest.raises(ValueError, match=r"norm='sws' counts on currents of unit variance"):
-        Blocks(shortcut="membrane", norm="sws", neuron=LIF(decay_input=True))
+        Blocks(shortcut="membrane", norm="sws", neuron=LIF(scale_input=True))
 
 
 def test_what_the_stream_holds():

@@ -13,7 +13,7 @@ from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.preact_resnet import preact_resnet18_small
 from pipeline.models.synchronized import synchronized
-from pipeline.recipe import Recipe, spec
+from pipeline.recipe.recipe import Recipe, spec
 from pipeline.spiking.norm import BatchNorm
 from tests.small import small_recipe
 

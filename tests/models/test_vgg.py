@@ -169,7 +169,7 @@ def test_neuron_arguments_reach_every_neuron():
         )
     neurons = [m for m in model.modules() if isinstance(m, LIF)]
     assert len(neurons) == 8
-    assert {(n.leak, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {
+    assert {(n.decay, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {
         (0.25, 0.5, "zero", "kept", Sigmoid())
     }
 

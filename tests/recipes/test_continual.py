@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.rules.hlop import HLOP
 
 PERMUTED = [f"permuted_fashion_hlop_{rule}" for rule in ("bptt", "dsr", "ottt", "sltt")]

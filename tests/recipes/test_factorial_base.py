@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from scipy import stats
 
-from pipeline.answers import Answers, write_answers
-from pipeline.recipe import spec, write_json
+from pipeline.recipe.recipe import spec, write_json
+from pipeline.train.predictions import Answers, write_answers
 from recipes.compare.factorial_base import all_effects, effect, factorial, read_right
 from tests.small import small_recipe
 

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from pipeline.recipe import Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.spiking.dropout import Dropout
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.jsonl import Journal
+from pipeline.track.journal import Journal
 
 RECIPE = {
     "name": "a",

@@ -180,7 +180,7 @@ def recipe(rule: str = "BPTT", /, **changes: Any) -> dict[str, Any]:
         "name": rule.lower(),
         "model": {
             "target": "pipeline.models.x.net",
-            "kwargs": {"neuron": {"target": "x.LIF", "kwargs": {"leak": 0.5}}},
+            "kwargs": {"neuron": {"target": "x.LIF", "kwargs": {"decay": 0.5}}},
         },
         "rule": {"target": f"pipeline.rules.x.{rule}", "kwargs": {}},
         "data": {"target": "pipeline.data.X", "kwargs": {"path": "/data"}},

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.commands.doctor import print_findings
+from pipeline.cli.doctor import print_findings
+from pipeline.core.printing import new_console
 from pipeline.forecast.asked import Asked
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.devices import DEVICES
@@ -20,8 +21,7 @@ from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
 from pipeline.launch.preflight_services import Finding
 from pipeline.measure.fidelity import Fidelity
-from pipeline.printing import new_console
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.report.claims import Claim, print_claims
 from pipeline.report.compare import print_comparison
 from pipeline.report.plan import print_plan

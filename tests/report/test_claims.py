@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.forecast.turns import Turns
-from pipeline.recipe import write_json
+from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import (
     Claim,
     accuracy,
@@ -30,7 +30,7 @@ from pipeline.report.claims import (
 )
 from pipeline.report.study import COMPUTE, Group, Study
 from pipeline.report.study_run import StudyRun
-from pipeline.track.jsonl import Journal
+from pipeline.track.journal import Journal
 from recipes.compare import claims_fashion
 from tests.report.hand_made import fidelity, run
 
@@ -380,12 +380,12 @@ LARGEST = {
 
 def test_fashions_claims_are_of_what_was_trained() -> None:
     """Not of the sizes that its file was written with: `--set time_steps=4` is judged at T = 4."""
-    changed = claims_fashion.recipe().override({"time_steps": 4, "model.neuron.leak": 0.25})
+    changed = claims_fashion.recipe().override({"time_steps": 4, "model.neuron.decay": 0.25})
     trained = next(iter(changed.recipes))
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
     found = list(claims_fashion._claims(trained, runs, SWEPT, None, TURNS, ()))
     saved, kept, flat, batches, speeds, time, turned = found[:7]
-    assert (saved.about, saved.bound, saved.holds) == ("SLTT, leak 1/4, T = 4", "<= 0.300", True)
+    assert (saved.about, saved.bound, saved.holds) == ("SLTT, decay 1/4, T = 4", "<= 0.300", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
     assert (batches.ours, speeds.ours, batches.verdict) == ("not measured", "not measured", "")
@@ -445,11 +445,11 @@ def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Pa
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert [len(told["studies"][study]) for study in claims_fashion.STUDIES] == [2, 1]
     assert (
-        "leak-1-11: claims are judged on a cpu, 2 cores; 2 workers alone; elsewhere:"
-        " claims-leak-1-11-bptt-2," in said
+        "decay-1-11: claims are judged on a cpu, 2 cores; 2 workers alone; elsewhere:"
+        " claims-decay-1-11-bptt-2," in said
     )
     assert said.count("claims are judged on") == 1
-    of_first = [claim for claim in told["claims"] if ", leak 1/11" in claim["about"]]
+    of_first = [claim for claim in told["claims"] if ", decay 1/11" in claim["about"]]
     times = {
         claim["about"].split(",")[0]: claim
         for claim in of_first
@@ -467,11 +467,11 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
     on_two_machines: dict[str, Path],
 ) -> None:
     told = claims_fashion.report(on_two_machines, Console(file=io.StringIO()))["claims"]
-    for leak in ("1/11", "1/2"):
+    for decay in ("1/11", "1/2"):
         rows = {
             (claim["about"].split(",")[0], claim["claim"]): claim
             for claim in told
-            if f"leak {leak}" in claim["about"]
+            if f"decay {decay}" in claim["about"]
         }
         rules = ("SLTT", "SLTT-1", "SLTT-2", "OTTT-A", "BPTT-recompute")
         accuracies = [rows[rule, "top-1 below BPTT's, points"] for rule in rules]

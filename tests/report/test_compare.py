@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.printing import NO_WIDTH
+from pipeline.core.printing import NO_WIDTH
 from pipeline.report import choose, runs
 from pipeline.report.compare import (
     Comparison,
@@ -776,7 +776,7 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
 
 
 def test_a_prolonged_run_is_not_finished(make_run: Callable, runs_dir: Path):
-    from pipeline.track.jsonl import Journal
+    from pipeline.track.journal import Journal
 
     make_run("bptt")
     with Journal(make_run("sltt", rule="SLTT") / "journal.jsonl", attempt=1) as journal:

@@ -27,7 +27,7 @@ from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.place import VIEWS, View
 from pipeline.report.returned import Returned
-from pipeline.track.jsonl import Journal, read
+from pipeline.track.journal import Journal, read
 from pipeline.track.mlflow import Mirror, sync
 from tests.browser import Watch, chromium, violations
 from tests.report.fake_store import FakeStore

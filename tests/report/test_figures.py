@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from pipeline.core.units import shown, unit_of
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
 from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain
 from pipeline.report.figures import MEASURED_SAID, pareto, ratios, trade_off
@@ -14,7 +15,6 @@ from pipeline.report.figures_sweep import of_a_sweep
 from pipeline.report.figures_time import time_parts
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, study_run
-from pipeline.units import shown, unit_of
 from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
 
 SWEEP = {

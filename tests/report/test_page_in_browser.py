@@ -16,8 +16,8 @@ from pipeline.report import page as pages
 from pipeline.report.page import told
 from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
-from pipeline.spiking.serving import Served
-from pipeline.track.jsonl import Journal
+from pipeline.spiking.op_scope import Served
+from pipeline.track.journal import Journal
 from tests.browser import Watch, chromium, violations
 from tests.report.hand_made import fidelity, run, study
 from tests.report.real_study import train_real_study

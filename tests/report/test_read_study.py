@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeline.recipe.suite import Suite, SuiteFile
 from pipeline.report.claims import Claim
 from pipeline.report.publish import publish
 from pipeline.report.read_study import read_study
 from pipeline.report.returned import returned
 from pipeline.report.runs import ReportError
 from pipeline.report.suite import own_report, print_suite
-from pipeline.suite import Suite, SuiteFile
 from tests.report.conftest import STUDY
 from tests.report.test_figures import SWEEP
 from tests.small import command, small_recipe
@@ -228,7 +228,7 @@ def test_what_a_suites_report_prints_and_returns(
         )
 
     monkeypatch.setattr(SuiteFile, "read", read)
-    monkeypatch.setattr("pipeline.suite._check_report", lambda _: None)
+    monkeypatch.setattr("pipeline.recipe.suite._check_report", lambda _: None)
     study = read_study(runs_dir, ["suite"]).study
     assert (study.printed, study.claims[0].holds, study.sweeps, study.notes) == (
         "of recipe-bptt\n",

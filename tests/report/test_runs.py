@@ -64,8 +64,8 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
 
     monkeypatch.setattr("pipeline.track.mlflow.sync", sync)
     monkeypatch.setattr("pipeline.track.publish.register", register)
-    monkeypatch.setattr("pipeline.checkpoint.verified", lambda place, which: place)
-    monkeypatch.setattr("pipeline.checkpoint.pin", lambda checkpoint: None)
+    monkeypatch.setattr("pipeline.train.checkpoint.verified", lambda place, which: place)
+    monkeypatch.setattr("pipeline.train.checkpoint.pin", lambda checkpoint: None)
     assert (
         spiketrain("sync", str(sltt))[0]
         == spiketrain("register", str(sltt), "--as", "model")[0]

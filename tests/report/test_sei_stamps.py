@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.answers import Answers, write_answers
-from pipeline.distill import Distillation
-from pipeline.export import pack
-from pipeline.recipe import Recipe, write_json
-from pipeline.suite import Suite, references
+from pipeline.recipe.recipe import Recipe, write_json
+from pipeline.recipe.suite import Suite, references
+from pipeline.train.distillation import Distillation
+from pipeline.train.export import pack
+from pipeline.train.predictions import Answers, write_answers
 from recipes.compare import sei_stamps
 
 SPLITS, REST = sei_stamps.SPLITS, ("multiple-teacher", "block-labels")
@@ -79,7 +79,7 @@ def test_narrow_has_as_many_stored_bits(recipes: dict[str, Recipe]) -> None:
 
 def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) -> None:
     pytest.importorskip("ffcv")
-    from pipeline.data.stamps.write import write_stamps
+    from pipeline.data.write.stamps.write import write_stamps
     from tests.data.stamps.made import make
 
     share = make(tmp_path / "share")

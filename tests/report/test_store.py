@@ -30,7 +30,7 @@ from pipeline.report.store import (
 from pipeline.report.store_server import ServerStore
 from pipeline.report.store_sqlite import MAKING_S
 from pipeline.track.connect import connect
-from pipeline.track.jsonl import Journal
+from pipeline.track.journal import Journal
 from pipeline.track.mlflow import sync
 
 

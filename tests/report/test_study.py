@@ -5,7 +5,7 @@ import pytest
 from pipeline.report.claims import accuracy
 from pipeline.report.spread import Spread, spread_of
 from pipeline.report.study import COMPUTE, FOLDED_ALONE, RECOMPUTES_NOTHING, Study
-from pipeline.trained_on import trained_on
+from pipeline.track.provenance import trained_on
 from tests.report.hand_made import MACHINE, events, on, recipe, run, study
 from tests.report.test_tables import tuned
 

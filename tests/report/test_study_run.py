@@ -14,7 +14,7 @@ from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.study_run import StudyRun, from_folder, study_run
 from pipeline.report.tables import provenance
-from pipeline.track.jsonl import OF_NONE, Event
+from pipeline.track.journal import OF_NONE, Event
 from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, recipe, run
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.forecast.sweep import sweep
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.report import page
 from pipeline.report.returned import Returned, returned, sweep_of
 from pipeline.report.runs import ReportError

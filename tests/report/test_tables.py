@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.measure.meters import Meters
-from pipeline.recipe_json import flat
+from pipeline.recipe.json import flat
 from pipeline.report import figures, tables
 from pipeline.report.claims import Claim
 from pipeline.report.figure import Figure

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.rules.base import Objective, Rule
+from pipeline.rules.base import LossTerm, Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from tests.spiking.saved import SavedBytes
@@ -40,10 +40,10 @@ def cross_entropy(target_B: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda logits_BK: F.cross_entropy(logits_BK, target_B)
 
 
-def learn(objectives: Iterable[Objective]) -> list[Objective]:
+def learn(loss_terms: Iterable[LossTerm]) -> list[LossTerm]:
     """Differentiate each objective as it comes, as the training loop does."""
     seen = []
-    for objective in objectives:
+    for objective in loss_terms:
         if objective.backward is not None:
             objective.backward.backward()
         seen.append(objective)
@@ -59,7 +59,7 @@ def gradients(
     model.zero_grad()
     rule.attach(model, **attach)
     try:
-        learn(rule.objectives(model, x_TB, loss_of, step=step))
+        learn(rule.loss_terms(model, x_TB, loss_of, step=step))
     finally:
         rule.release()
     found = {
@@ -74,7 +74,7 @@ def saved_peak(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor, **a
     """The most bytes that one batch keeps for its backward."""
     rule.attach(model, **attach)
     with SavedBytes(model) as saved:
-        learn(rule.objectives(model, x_TB, cross_entropy(target_B)))
+        learn(rule.loss_terms(model, x_TB, cross_entropy(target_B)))
     return saved.peak
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.random import counter_hash
-from pipeline.rules.base import Objective, Rule, World, slices
+from pipeline.core.random import counter_hash
+from pipeline.rules.base import LossTerm, Rule, World, slices
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
@@ -43,8 +43,8 @@ def test_a_rule_does_not_own_the_network():
 def test_refusals_come_at_once():
     rule, model = BPTT(), lif_network()
     x_TBC, target = batch(2)
-    with pytest.raises(ValueError, match=r"BPTT: attach\(model\) comes before objectives"):
-        rule.objectives(model, x_TBC, cross_entropy(target))
+    with pytest.raises(ValueError, match=r"BPTT: attach\(model\) comes before loss_terms"):
+        rule.loss_terms(model, x_TBC, cross_entropy(target))
     with pytest.raises(
         ValueError, match=r"BPTT: over_time must be 'steps' or 'mean'; got over_time='sum'"
     ):
@@ -53,16 +53,16 @@ def test_refusals_come_at_once():
     with pytest.raises(
         ValueError, match=r"BPTT: the input must be time first, .* got shape \(5, 6\)"
     ):
-        rule.objectives(model, x_TBC[0], cross_entropy(target))
-    with pytest.raises(ValueError, match=r"BPTT: objectives needs the attached model"):
-        rule.objectives(lif_network(), x_TBC, cross_entropy(target))
+        rule.loss_terms(model, x_TBC[0], cross_entropy(target))
+    with pytest.raises(ValueError, match=r"BPTT: loss_terms needs the attached model"):
+        rule.loss_terms(lif_network(), x_TBC, cross_entropy(target))
 
 
 def test_a_wrapper_of_the_attached_model_will_do():
     rule, model = BPTT(), lif_network()
     rule.attach(model)
     assert (
-        len(list(rule.objectives(nn.Sequential(model), batch(2)[0], cross_entropy(batch(2)[1]))))
+        len(list(rule.loss_terms(nn.Sequential(model), batch(2)[0], cross_entropy(batch(2)[1]))))
         == 1
     )
 
@@ -80,8 +80,8 @@ class Steps(Rule):
 
     memory = "constant"
 
-    def _objectives(self, model, x_TB, loss_of, step, rows):
-        yield Objective(
+    def _loss_terms(self, model, x_TB, loss_of, step, rows):
+        yield LossTerm(
             backward=None, loss=torch.tensor(float(step)), logits=torch.tensor(list(rows))
         )
 
@@ -91,12 +91,12 @@ def test_step_counts_on_and_rows_count_from_zero():
     rule.attach(model)
     x_TB = torch.zeros(1, 3, FEATURES)
     steps = [
-        next(rule.objectives(model, x_TB, torch.sum, step=given)).loss.item()
+        next(rule.loss_terms(model, x_TB, torch.sum, step=given)).loss.item()
         for given in (None, None, 7, None, 0, None)
     ]
     assert steps == [0, 1, 7, 8, 0, 1]
-    assert next(rule.objectives(model, x_TB, torch.sum)).logits.tolist() == [0, 1, 2]
-    assert next(rule.objectives(model, x_TB, torch.sum, rows=[4, 9, 2])).logits.tolist() == [
+    assert next(rule.loss_terms(model, x_TB, torch.sum)).logits.tolist() == [0, 1, 2]
+    assert next(rule.loss_terms(model, x_TB, torch.sum, rows=[4, 9, 2])).logits.tolist() == [
         4,
         9,
         2,
@@ -131,7 +131,7 @@ def test_slices_own_their_storage_and_a_still_image_stays_still():
     ],
 )
 def test_chunks_and_a_choice_of_all_steps_change_nothing(whole, sliced, over_time):
-    model, (x_TBC, target_B) = lif_network(leak=0.5), batch(6)
+    model, (x_TBC, target_B) = lif_network(decay=0.5), batch(6)
     one, other = (
         gradients(rule, model, x_TBC, cross_entropy(target_B), over_time=over_time)
         for rule in (whole, sliced)
@@ -146,7 +146,7 @@ def test_labels():
         "BPTT-recompute": BPTT(recompute=True),
         "BPTT-truncate-3": BPTT(truncate=3),
         "OTTT-A": OTTT(chunk=2),
-        "OTTT-O": OTTT(update="objective"),
+        "OTTT-O": OTTT(update="step"),
         "SLTT": SLTT(chunk=2),
         "SLTT-4": SLTT(4),
     }

@@ -36,14 +36,14 @@ def contract_rules() -> list[BPTT]:
 def by_autograd(model: nn.Sequential, x_TBC, *, keep_reset: bool, over_time: str, target_B) -> dict:
     """BPTT of a soft-reset network, step after step, written without the pipeline's layers."""
     w1, b1, w2, b2, w3, b3 = model.parameters()
-    leak = 0.5
+    decay = 0.5
     v1 = v2 = torch.zeros((), dtype=torch.float64)
     logits = []
     for x in x_TBC:
-        u1 = leak * v1 + x @ w1.T + b1
+        u1 = decay * v1 + x @ w1.T + b1
         s1 = spike(u1 - 1, surrogate=Triangle())
         v1 = u1 - (s1 if keep_reset else s1.detach())
-        u2 = leak * v2 + s1 @ w2.T + b2
+        u2 = decay * v2 + s1 @ w2.T + b2
         s2 = spike(u2 - 1, surrogate=Triangle())
         v2 = u2 - (s2 if keep_reset else s2.detach())
         logits.append(s2 @ w3.T + b3)
@@ -58,7 +58,7 @@ def by_autograd(model: nn.Sequential, x_TBC, *, keep_reset: bool, over_time: str
 @pytest.mark.parametrize("over_time", ["steps", "mean"])
 @pytest.mark.parametrize("reset_gradient", ["kept", "detached"])
 def test_gradient_is_autograds_through_an_independent_loop(over_time, reset_gradient):
-    model = lif_network(leak=0.5, reset_gradient=reset_gradient)
+    model = lif_network(decay=0.5, reset_gradient=reset_gradient)
     x_TBC, target = batch(5)
     expected = by_autograd(
         model, x_TBC, keep_reset=reset_gradient == "kept", over_time=over_time, target_B=target
@@ -78,7 +78,7 @@ def test_both_losses_are_reported_as_they_are_differentiated(over_time):
         seen_logits.append(logits_BK.detach())
         return F.cross_entropy(logits_BK, target)
 
-    (objective,) = learn(rule.objectives(model, x_TBC, loss_of))
+    (objective,) = learn(rule.loss_terms(model, x_TBC, loss_of))
     assert len(seen_logits) == (4 if over_time == "steps" else 1)
     assert objective.loss.item() == pytest.approx(
         sum(F.cross_entropy(o, target).item() for o in seen_logits) / len(seen_logits)
@@ -105,7 +105,7 @@ def test_refuses_a_chunk_out_of_range():
     rule, model = BPTT(chunk=4), lif_network()
     rule.attach(model)
     with pytest.raises(ValueError, match=r"BPTT: chunk must be in 1\.\.T; got chunk=4, T=3"):
-        next(rule.objectives(model, batch(3)[0], torch.sum))
+        next(rule.loss_terms(model, batch(3)[0], torch.sum))
 
 
 def test_a_model_without_neurons_is_plain_backpropagation():
@@ -123,7 +123,7 @@ def test_a_model_without_neurons_is_plain_backpropagation():
 @pytest.mark.parametrize("reset_gradient", ["kept", "detached"])
 @pytest.mark.parametrize("chunk", [None, 2, 6])
 def test_recomputing_gives_the_same_gradient(over_time, reset_gradient, chunk):
-    model = lif_network(leak=0.5, reset_gradient=reset_gradient)
+    model = lif_network(decay=0.5, reset_gradient=reset_gradient)
     x_TBC, target = batch(6)
     whole, twice = (
         gradients(rule, model, x_TBC, cross_entropy(target), over_time=over_time)
@@ -199,14 +199,14 @@ def by_pieces(model: nn.Sequential, x_TBC, target_B, *, length: int) -> dict:
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5])
 def test_truncated_is_an_independent_loop_cut_every_so_many_steps(length):
-    model = lif_network(leak=0.5)
+    model = lif_network(decay=0.5)
     x_TBC, target = batch(5)
     got = gradients(BPTT(truncate=length), model, x_TBC, cross_entropy(target))
     assert difference(got, by_pieces(model, x_TBC, target, length=length)) < 1e-13
 
 
 def test_truncation_lies_between_sltt_and_bptt():
-    model = lif_network(leak=0.5)
+    model = lif_network(decay=0.5)
     x_TBC, target = batch(6)
     found = {
         name: gradients(rule, model, x_TBC, cross_entropy(target))
@@ -242,7 +242,7 @@ def test_the_options_exclude_one_another():
     rule, model = BPTT(truncate=4), lif_network()
     rule.attach(model)
     with pytest.raises(ValueError, match=r"BPTT: truncate must be in 1\.\.T; got truncate=4, T=3"):
-        rule.objectives(model, batch(3)[0], torch.sum)
+        rule.loss_terms(model, batch(3)[0], torch.sum)
 
 
 @pytest.mark.parametrize(

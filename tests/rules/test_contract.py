@@ -45,7 +45,7 @@ def attach(rule: Rule, model: nn.Module, **more) -> Rule:
 
 def run(rule: Rule, model: nn.Module, steps: int, *, step: int | None = 0) -> list:
     x_TBC, target = batch(steps)
-    seen = learn(rule.objectives(model, x_TBC, cross_entropy(target), step=step))
+    seen = learn(rule.loss_terms(model, x_TBC, cross_entropy(target), step=step))
     rule.end_of_batch()
     return seen
 
@@ -256,18 +256,14 @@ def test_a_batch_that_fails_leaves_the_model_usable(case):
         raise RuntimeError("no loss today")
 
     with pytest.raises(RuntimeError, match="no loss today"):
-        list(rule.objectives(model, batch(4)[0], broken))
+        list(rule.loss_terms(model, batch(4)[0], broken))
     assert state_bytes(model) == 0
     run(rule, model, 4)
 
 
 def test_names_are_known(case):
     rule = case.rule()
-    assert (
-        rule.label
-        and rule.memory in ("constant", "linear")
-        and rule.update in ("batch", "objective")
-    )
+    assert rule.label and rule.memory in ("constant", "linear") and rule.update in ("batch", "step")
     assert rule.label.startswith(type(rule).__name__)
 
 

@@ -113,7 +113,7 @@ def test_any_upstream_gradient_is_summed_and_handed_back(neuron):
     assert g_threshold.item() == pytest.approx(
         neuron.threshold_gradient * G_B[0, 3].item() / neuron.dt
     )
-    weights_T = rate_weights(neuron.leak, x_TB)
+    weights_T = rate_weights(neuron.decay, x_TB)
     assert torch.allclose(g_x, weights_T.view(-1, 1, 1) * g_x.sum(0), atol=1e-14)
     quiet_x, quiet_threshold = map_of(neuron, 0.4 * (x_TB.abs() / 1.4), g_TB)
     assert quiet_threshold.item() == 0 and (quiet_x.sum(0) != 0).all()
@@ -224,7 +224,7 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
         for module in spiking:
             if isinstance(module, Linear):
                 before.append(
-                    (rate_weights(spiking[1].leak, out_TBC).view(-1, 1, 1) * out_TBC).sum(0)
+                    (rate_weights(spiking[1].decay, out_TBC).view(-1, 1, 1) * out_TBC).sum(0)
                 )
             out_TBC = module(out_TBC)
     ramps = [Ramp(spiking[1]).double(), Ramp(spiking[3]).double()]
@@ -275,7 +275,7 @@ def test_the_two_losses_over_time():
             "steps": torch.stack([F.cross_entropy(o, target) for o in logits_TBK]).mean(),
         }
         rule.attach(model, over_time=over_time)
-        (objective,) = learn(rule.objectives(model, x_TBC, cross_entropy(target)))
+        (objective,) = learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
         assert objective.loss.item() == pytest.approx(expected[over_time].item(), abs=1e-12)
         assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
 
@@ -321,7 +321,7 @@ def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make)
     h = torch.cat(batches, 1)
     for linear, neuron in ((model[0], model[1]), (model[2], model[3])):
         h = linear(h)
-        weighted = (rate_weights(neuron.leak, h).view(-1, 1, 1) * h).sum(0)
+        weighted = (rate_weights(neuron.decay, h).view(-1, 1, 1) * h).sum(0)
         sorted_rates = (neuron.gain * weighted).relu().flatten().sort().values
         nearest_rank = math.ceil(0.999 * len(sorted_rates) - 1e-9)
         assert neuron.threshold.item() / neuron.dt == pytest.approx(

@@ -80,6 +80,6 @@ def test_bptt_of_all_steps_and_norms_that_rest_are_accepted() -> None:
         model = network(norm)
         rule.attach(model)
         assert model.training
-        assert len(learn(rule.objectives(model, x_TBC, cross_entropy(target)))) == (
+        assert len(learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))) == (
             3 if isinstance(rule, SLTT) else 1
         )

@@ -13,8 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.backend.plain import Plain
-from pipeline.objective import CrossEntropy
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
@@ -23,6 +21,8 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
+from pipeline.train.backend.plain import Plain
+from pipeline.train.objective import CrossEntropy
 from tests.rules.small import spikes_of
 
 ROWS = ((3, 4, 3), (1, 2, 2))
@@ -54,7 +54,7 @@ def gradients(rule: Rule, precision: str) -> tuple[dict[str, Tensor], list[Tenso
     )
     rule.attach(network)
     record = spikes_of(network)
-    for objective in rule.objectives(backend.model, x_TBC, CrossEntropy()(target_B)):
+    for objective in rule.loss_terms(backend.model, x_TBC, CrossEntropy()(target_B)):
         assert objective.backward is not None
         backend.backward(objective.backward, 1.0)
     spikes = [torch.cat(slices).float() for slices in record.values()]

@@ -57,7 +57,7 @@ def train(
     optimizer: Any = None,
 ) -> None:
     model.zero_grad()
-    learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=step))
+    learn(rule.loss_terms(model, x_TB, cross_entropy(target_B), step=step))
     rule.end_of_batch()
     if optimizer is not None:
         optimizer.step()

@@ -16,7 +16,7 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.errorpath import FixedFeedback, sign_symmetric
+from pipeline.spiking.feedback_alignment import FixedFeedback, sign_symmetric
 from pipeline.spiking.rate import RateLIF, WeightedRates
 from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
@@ -39,7 +39,7 @@ def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
         model = lif_network()
         rule.attach(model)
         for part in (slice(0, 2), slice(2, 6)):
-            learn(rule.objectives(model, x_TB[:, part], cross_entropy(target_B[part]), step=0))
+            learn(rule.loss_terms(model, x_TB[:, part], cross_entropy(target_B[part]), step=0))
         rule.end_of_batch()
         for index, (x,) in enumerate(seen):
             x_NC = x.flatten(0, 1)
@@ -62,7 +62,7 @@ def test_traces_and_rates():
         assert torch.allclose(moments_of(rule, index), f_NC.T @ f_NC / len(f_NC), atol=1e-13)
 
     model = nn.Sequential(
-        Linear(6, 8), RateLIF(), Linear(8, 3), WeightedRates(RateLIF().leak)
+        Linear(6, 8), RateLIF(), Linear(8, 3), WeightedRates(RateLIF().decay)
     ).double()
     rule = HLOP(DSR(), rows=((3, 4), (1, 1)), learn_from="rates")
     rule.attach(model, over_time="mean")
@@ -93,7 +93,7 @@ def test_rows_stay_in_single_precision_under_autocast():
     for step in range(2):
         x_TB, target_B = batch(4)
         with torch.autocast("cpu", torch.bfloat16):
-            learn(rule.objectives(model, x_TB.float(), cross_entropy(target_B), step=step))
+            learn(rule.loss_terms(model, x_TB.float(), cross_entropy(target_B), step=step))
         rule.end_of_batch()
         x_NC = x_TB.float().flatten(0, 1)
         assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), rtol=1e-6, atol=1e-6)
@@ -112,7 +112,7 @@ def test_evaluation_and_broken_batches_are_not_heard():
         raise RuntimeError("no loss today")
 
     with pytest.raises(RuntimeError, match="no loss today"):
-        list(rule.objectives(model, 100 * batch(4)[0], broken, step=0))
+        list(rule.loss_terms(model, 100 * batch(4)[0], broken, step=0))
     train(rule, model, *batch(4), step=1)
     logits(model, 100 * batch(5)[0])
     x_NC = batch(4)[0].flatten(0, 1)
@@ -257,7 +257,7 @@ def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps
     )
     rule.attach(model)
     train(rule, model, x_TB, target_B, step=0)
-    learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=1))
+    learn(rule.loss_terms(model, x_TB, cross_entropy(target_B), step=1))
     numbers_of = (
         (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
     )

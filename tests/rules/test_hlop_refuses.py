@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.build import check_recipe
-from pipeline.data.tasks import Permuted
+from pipeline.data.datasets.tasks import Permuted
 from pipeline.models.mlp import mlp
-from pipeline.recipe import Phase, Recipe, spec
+from pipeline.recipe.recipe import Phase, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
@@ -20,6 +19,7 @@ from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.train.build import check_recipe
 from tests.rules.small import batch, lif_network
 from tests.rules.test_hlop import ROWS, train
 from tests.small import small_recipe
@@ -111,7 +111,8 @@ def network_with(*modules: nn.Module) -> nn.Module:
                 nn.Sequential(Linear(6, 5), Linear(5, 3)),
             ),
             (
-                r"HLOP\(BPTT\): the model must have LIF neurons, whose leak traces and rates share;"
+                r"HLOP\(BPTT\): the model must have LIF neurons, whose decay traces and rates"
+                r" share;"
                 r" got Sequential"
             ),
         ),
@@ -226,8 +227,8 @@ def test_labels_are_distinct():
         "HLOP(OTTT-A, sign-symmetric)",
     ]
     assert [rule.memory for rule in made] == ["constant"] * 3 and HLOP(
-        OTTT(update="objective"), rows=ROWS
-    ).update == "objective"
+        OTTT(update="step"), rows=ROWS
+    ).update == "step"
 
 
 @pytest.mark.parametrize(

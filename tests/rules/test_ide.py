@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.models.feedback import fc_feedback
-from pipeline.recipe import spec
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
@@ -29,7 +29,7 @@ from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.solvers import Solution, broyden
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from tests.rules.small import (
     CLASSES,
     FEATURES,
@@ -82,11 +82,11 @@ contract_exceptions = {
 }
 
 
-def fully_connected(*, leak: float = 1.0) -> nn.Sequential:
+def fully_connected(*, decay: float = 1.0) -> nn.Sequential:
     equilibrium = Equilibrium(
         inject=Linear(FEATURES, 9),
         feedback=Linear(9, 9, bias=False),
-        neurons=[LIF(leak, threshold=2.0)],
+        neurons=[LIF(decay, threshold=2.0)],
     )
     model = seeded(nn.Sequential(equilibrium, Linear(9, CLASSES)).double(), seed=6)
     with torch.no_grad():
@@ -95,11 +95,11 @@ def fully_connected(*, leak: float = 1.0) -> nn.Sequential:
     return model
 
 
-def two_layers(*, leak: float = 1.0) -> nn.Sequential:
+def two_layers(*, decay: float = 1.0) -> nn.Sequential:
     equilibrium = Equilibrium(
         inject=Linear(FEATURES, 9),
         feedback=SpectralLimit(Linear(7, 9, bias=False)),
-        neurons=[LIF(leak, threshold=1.0), LIF(leak, threshold=1.0, subtract=1.5)],
+        neurons=[LIF(decay, threshold=1.0), LIF(decay, threshold=1.0, subtract=1.5)],
         synapses=[Linear(9, 7)],
     )
     return seeded(nn.Sequential(equilibrium, Linear(7, CLASSES)).double(), seed=4)
@@ -110,11 +110,11 @@ class Flat(nn.Module):
         return x_TB.flatten(2)
 
 
-def convolutional(*, leak: float = 1.0) -> nn.Sequential:
+def convolutional(*, decay: float = 1.0) -> nn.Sequential:
     equilibrium = Equilibrium(
         inject=Conv2d(2, 4, 3, 2, 1),
         feedback=Conv2d(3, 4, 3, 1, 1, bias=False),
-        neurons=[LIF(leak), LIF(leak)],
+        neurons=[LIF(decay), LIF(decay)],
         synapses=[Conv2d(4, 3, 3, 1, 1)],
     )
     return seeded(
@@ -271,18 +271,18 @@ def test_the_input_gets_its_gradient(network, monkeypatch):
     at_rest(monkeypatch, network, model, x_B)
     rule = solved()
     rule.attach(model, over_time="mean")
-    learn(rule.objectives(model, ours.unsqueeze(0), cross_entropy(target)))
+    learn(rule.loss_terms(model, ours.unsqueeze(0), cross_entropy(target)))
     assert ours.grad is not None and torch.allclose(ours.grad, expected, atol=1e-12)
 
 
 def error_at(
-    steps: int, *, network: str = "fully connected", leak: float = 1.0
+    steps: int, *, network: str = "fully connected", decay: float = 1.0
 ) -> tuple[float, float]:
     """Relative error of the gradient at a[T], and the largest distance of the rate from the fixed
     point.
     """
     build, _, shape, _ = NETWORKS[network]
-    model, (x_B, target) = build(leak=leak), image(shape)
+    model, (x_B, target) = build(decay=decay), image(shape)
     expected = by_unrolling(network, model, x_B, target)
     got = ide(solved(), model, x_B, target, steps=steps)
     a_B = rest(network, named(model), x_B)
@@ -301,7 +301,7 @@ def test_if_approaches_the_fixed_point_as_one_over_t(network):
 
 
 def test_lif_levels_off():
-    gaps = {steps: error_at(steps, leak=0.95)[1] for steps in (10, 100, 400, 800)}
+    gaps = {steps: error_at(steps, decay=0.95)[1] for steps in (10, 100, 400, 800)}
     assert gaps[100] < gaps[10]
     assert 0.5 < gaps[800] / gaps[400] < 2
     assert gaps[800] > 20 * error_at(800)[1]
@@ -338,7 +338,7 @@ def test_the_scale_of_the_loss_changes_nothing():
 
 def test_frames_are_averaged_by_the_weights_of_the_rate():
     """An input that changes has the gradient of its weighted mean, at the rate that it led to."""
-    model = fully_connected(leak=0.8)
+    model = fully_connected(decay=0.8)
     x_TB, target = batch(6)
     weights_T = 0.8 ** torch.arange(5, -1, -1, dtype=torch.float64)
     mean_B = (weights_T[:, None, None] * x_TB).sum(0) / weights_T.sum()
@@ -414,7 +414,7 @@ def too_strong() -> nn.Module:
 def test_a_loss_that_is_not_finite_is_not_blamed_on_the_solve():
     rule, model = IDE(), smallest_model()
     rule.attach(model, over_time="mean")
-    (objective,) = rule.objectives(
+    (objective,) = rule.loss_terms(
         model, torch.rand(3, 4, FEATURES), lambda logits_BK: logits_BK.sum() * math.nan
     )
     assert objective.backward is not None
@@ -437,7 +437,7 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
 
     def micro_batch(x: float, *, step: int) -> None:
         x_TB, target_B = torch.full((1, 4, 1), x).double(), torch.zeros(4, dtype=torch.int64)
-        learn(rule.objectives(model, x_TB, cross_entropy(target_B), step=step))
+        learn(rule.loss_terms(model, x_TB, cross_entropy(target_B), step=step))
 
     message = (
         r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4"

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.backend.plain import Plain
+from pipeline.core.random import counter_hash
 from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
-from pipeline.objective import CrossEntropy
-from pipeline.random import counter_hash
 from pipeline.rules.base import World
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.opzo import OPZO
+from pipeline.spiking.error_feedback import MeanJacobian
+from pipeline.spiking.local_learning import Readout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import noise
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.signals import MeanJacobian
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Linear
-from pipeline.spiking.topdown import Readout
+from pipeline.train.backend.plain import Plain
+from pipeline.train.objective import CrossEntropy
 from tests.rules.small import (
     CLASSES,
     FEATURES,
@@ -116,7 +116,7 @@ def gradient_of(rule: OPZO, model: nn.Module, steps: int, *, rows=None) -> dict[
     if rows is not None:
         x_TBC, target_B = x_TBC[:, rows], target_B[rows]
     model.zero_grad()
-    learn(rule.objectives(model, x_TBC, cross_entropy(target_B), step=0, rows=rows))
+    learn(rule.loss_terms(model, x_TBC, cross_entropy(target_B), step=0, rows=rows))
     return {
         n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for n, p in model.named_parameters()
@@ -134,7 +134,7 @@ def by_hand(
 ) -> dict[str, Tensor]:
     """Psi times signal times trace, in loops over time and layers, without autograd."""
     weights = [module for module in model.modules() if isinstance(module, Linear)]
-    leak, alpha, size = 0.5, 0.2, x_TBC.shape[1]
+    decay, alpha, size = 0.5, 0.2, x_TBC.shape[1]
     v = [torch.zeros(size, units, dtype=torch.float64) for units in (8, 7)]
     trace: list[Tensor | float] = [0.0, 0.0, 0.0]
     found = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -145,16 +145,16 @@ def by_hand(
             keys = [counter_hash(seed, 0, row, layer, t // 2 * 2) for row in range(size)]
             n = alpha * (-1) ** t * noise(keys, v[layer].shape[1], distribution="gaussian").double()
             trace[layer] = (
-                x_BC if layer == 0 else leak * trace[layer] + x_BC
+                x_BC if layer == 0 else decay * trace[layer] + x_BC
             )  # the first synapse has none
             factors.append(trace[layer])
-            u = leak * v[layer] + x_BC @ weights[layer].weight.T + weights[layer].bias
+            u = decay * v[layer] + x_BC @ weights[layer].weight.T + weights[layer].bias
             decided = u + n if inject == "membrane" else u
             s = (decided >= 1).double()
             slopes.append((1 - (decided - 1).abs()).clamp_min(0))
             v[layer] = u - s
             x_BC = s + n if inject == "spikes" else s
-        trace[2] = leak * trace[2] + x_BC
+        trace[2] = decay * trace[2] + x_BC
         factors.append(trace[2])
         o_BK = x_BC @ weights[2].weight.T + weights[2].bias
         e_BK = (torch.softmax(o_BK, 1) - F.one_hot(target_B, CLASSES)) / size / len(x_TBC)
@@ -320,7 +320,7 @@ def test_matrices_stay_in_fp32_under_bf16():
     rule.attach(model)
     x_TBC, target_B = batch(3)
     for step in range(2):
-        for objective in rule.objectives(
+        for objective in rule.loss_terms(
             backend.model, x_TBC.float(), CrossEntropy()(target_B), step=step
         ):
             backend.backward(objective.backward, 1.0)  # type: ignore[arg-type]
@@ -370,23 +370,23 @@ def test_an_evaluation_sees_no_noise():
 
 
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
-@pytest.mark.parametrize("decay_input", [True, False])
-def test_noise_in_the_membrane_decides_and_is_not_carried(reset, decay_input):
+@pytest.mark.parametrize("scale_input", [True, False])
+def test_noise_in_the_membrane_decides_and_is_not_carried(reset, scale_input):
     model, rule = (
-        lif_network(reset=reset, decay_input=decay_input),
+        lif_network(reset=reset, scale_input=scale_input),
         OPZO(inject="membrane", antithetic=False),
     )
     rule.attach(model, world=World(seed=9))
     record = spikes_of(model)
     gradient_of(rule, model, 4)
-    x_TBC, leak = batch(4)[0], 0.5
+    x_TBC, decay = batch(4)[0], 0.5
     v_BN = torch.zeros(5, 8, dtype=torch.float64)
     changed = 0
     for t, x_BC in enumerate(x_TBC):
         current_BN = F.linear(x_BC, *(p.detach() for p in model[0].parameters())) * (
-            1 - leak if decay_input else 1
+            1 - decay if scale_input else 1
         )
-        u_BN = leak * v_BN + current_BN
+        u_BN = decay * v_BN + current_BN
         z_BN = noise(
             [counter_hash(9, 0, row, 0, t) for row in range(5)], 8, distribution="gaussian"
         ).double()
@@ -427,7 +427,7 @@ def test_the_matrix_behind_the_last_hidden_layer_is_that_of_the_readout(
     for step in range(batches):
         x_TBC = torch.randn(2 if rule.antithetic else 1, 32, 20, generator=generator)
         target_B = torch.randint(5, (32,), generator=generator)
-        for _ in rule.objectives(model, x_TBC, cross_entropy(target_B), step=step):
+        for _ in rule.loss_terms(model, x_TBC, cross_entropy(target_B), step=step):
             pass
         rule.end_of_batch()
     matrix = rule.signals.get_buffer("matrix_1")
@@ -455,7 +455,7 @@ def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
         rule.start_task(model, task)
         for _ in range(batches):
             x_TBC, target_B = batch(2, size=32)
-            learn(rule.objectives(model, x_TBC.float(), cross_entropy(target_B)))
+            learn(rule.loss_terms(model, x_TBC.float(), cross_entropy(target_B)))
             rule.end_of_batch()
         head = model.classifier.heads[task].weight
         found.append(
@@ -475,7 +475,7 @@ def test_its_own_bytes_are_the_matrices_and_what_is_noted_of_a_batch():
     """
     rule, model, (x_TB, target_B) = OPZO(), lif_network(), batch(4)
     rule.attach(model)
-    learn(rule.objectives(model, x_TB, cross_entropy(target_B)))
+    learn(rule.loss_terms(model, x_TB, cross_entropy(target_B)))
     assert isinstance(rule.signals, MeanJacobian)
     assert sum(each.nbytes for each in rule.signals._sums.values()) == (8 + 7) * 3 * 8
     assert rule.bytes() == 2 * (8 + 7) * 3 * 8 + 8
@@ -489,7 +489,7 @@ def test_its_own_bytes_are_the_matrices_and_what_is_noted_of_a_batch():
 def test_what_learns_no_matrix_notes_nothing(feedback, matrices):
     rule, model, (x_TB, target_B) = OPZO(feedback), lif_network(), batch(4)
     rule.attach(model)
-    learn(rule.objectives(model, x_TB, cross_entropy(target_B)))
+    learn(rule.loss_terms(model, x_TB, cross_entropy(target_B)))
     assert rule.bytes() == matrices
 
 
@@ -499,7 +499,7 @@ def test_labels():
     assert [rule.label for rule in rules] == expected
 
 
-def other_leak() -> nn.Module:
+def other_decay() -> nn.Module:
     model = lif_network()
     model[3] = LIF(0.25)
     return model
@@ -509,7 +509,7 @@ def run(model: nn.Module, x_TB: Tensor) -> None:
     rule = OPZO()
     rule.attach(model)
     learn(
-        rule.objectives(model, x_TB, cross_entropy(torch.zeros(x_TB.shape[1], dtype=torch.int64)))
+        rule.loss_terms(model, x_TB, cross_entropy(torch.zeros(x_TB.shape[1], dtype=torch.int64)))
     )
 
 
@@ -612,12 +612,12 @@ def a_neuron_twice() -> nn.Module:
             r"OPZO: the model must have LIF neurons, .* got Sequential",
         ),
         (
-            lambda: OPZO(leak=0.9).attach(lif_network()),
-            r"OPZO: leak must be that of the neurons, .* got 0.9 and 0.5 at 1",
+            lambda: OPZO(decay=0.9).attach(lif_network()),
+            r"OPZO: decay must be that of the neurons, .* got 0.9 and 0.5 at 1",
         ),
         (
-            lambda: OPZO().attach(other_leak()),
-            r"OPZO: the neurons must share one leak; got 0.5 at 1, 0.25 at 3",
+            lambda: OPZO().attach(other_decay()),
+            r"OPZO: the neurons must share one decay; got 0.5 at 1, 0.25 at 3",
         ),
         (
             lambda: OPZO().attach(nn.Sequential(*lif_network(), BatchNorm(3))),
@@ -673,7 +673,7 @@ def test_a_convolutional_network_learns():
             x_B = prototypes[target_B] + 0.5 * torch.randn(32, 1, 12, 12, generator=generator)
             optimizer.zero_grad()
             seen = learn(
-                rule.objectives(model, torch.stack([x_B, x_B]), cross_entropy(target_B), step=step)
+                rule.loss_terms(model, torch.stack([x_B, x_B]), cross_entropy(target_B), step=step)
             )
             rule.end_of_batch()
             optimizer.step()

@@ -28,16 +28,16 @@ def smallest_model() -> nn.Sequential:
 
 
 def contract_rules() -> list[OTTT]:
-    return [OTTT(), OTTT(chunk=2), OTTT(update="objective"), OTTT(first="traced", readout="plain")]
+    return [OTTT(), OTTT(chunk=2), OTTT(update="step"), OTTT(first="traced", readout="plain")]
 
 
 # ------------------------------------------------------------------------------------- closed forms
 
 
-@pytest.mark.parametrize("leak", [0.5, 0.9])
-@pytest.mark.parametrize("more", [{}, {"decay_input": True}, {"subtract": 1.3}])
-def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(leak, more):
-    model = lif_network(leak=leak, **more)
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+@pytest.mark.parametrize("more", [{}, {"scale_input": True}, {"subtract": 1.3}])
+def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(decay, more):
+    model = lif_network(decay=decay, **more)
     x_TBC, target = batch(6)
     got, full = (
         gradients(rule, model, x_TBC, cross_entropy(target))
@@ -54,7 +54,7 @@ def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(leak, more):
 
 @pytest.mark.parametrize("neuron", [{"reset": "zero"}, {"reset_gradient": "kept"}])
 def test_no_weight_does_where_the_reset_depends_on_the_potential(neuron):
-    model = lif_network(leak=0.5, **neuron)
+    model = lif_network(decay=0.5, **neuron)
     x_TBC, target = batch(6)
     got, full = (
         gradients(rule, model, x_TBC, cross_entropy(target))
@@ -73,15 +73,15 @@ def test_one_hidden_layer_with_a_plain_readout_is_bptt_in_every_weight():
     assert difference(got, full) < 1e-12
 
 
-@pytest.mark.parametrize("leak", [0.5, 0.9])
-def test_readout(leak):
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_readout(decay):
     """Traced: sum_t e[t] a[t]^T; plain: BPTT's, sum_t e[t] s[t]^T."""
-    model = lif_network(leak=leak)
+    model = lif_network(decay=decay)
     x_TBC, target = batch(6)
     with torch.no_grad(), fresh_state(model):
         s_TBC = model[:4](x_TBC)
         e_TBK = (torch.softmax(model[4](s_TBC), -1) - F.one_hot(target, 3)) / target.numel() / 6
-    traces = traces_of(s_TBC, leak)
+    traces = traces_of(s_TBC, decay)
     got = {
         choice: gradients(OTTT(readout=choice), model, x_TBC, cross_entropy(target))
         for choice in ("traced", "plain")
@@ -97,10 +97,10 @@ def test_readout(leak):
     assert (got["traced"]["4.weight"] - full["4.weight"]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("leak", "steps"), [(0.0, 6), (0.5, 1), (0.9, 1)])
+@pytest.mark.parametrize(("decay", "steps"), [(0.0, 6), (0.5, 1), (0.9, 1)])
 @pytest.mark.parametrize("rule", [OTTT(), OTTT(first="traced"), OTTT(readout="plain")])
-def test_without_leak_or_at_one_step_it_is_sltt(leak, steps, rule):
-    model = lif_network(leak=leak)
+def test_without_leak_or_at_one_step_it_is_sltt(decay, steps, rule):
+    model = lif_network(decay=decay)
     x_TBC, target = batch(steps)
     got, expected = (gradients(r, model, x_TBC, cross_entropy(target)) for r in (rule, SLTT()))
     assert expected["0.weight"].abs().max() > 1e-3
@@ -112,7 +112,7 @@ def sigmoid_window(x: Tensor) -> Tensor:
 
 
 def three_factors(
-    model: nn.Sequential, x_TBC: Tensor, target_B: Tensor, *, leak: float
+    model: nn.Sequential, x_TBC: Tensor, target_B: Tensor, *, decay: float
 ) -> dict[str, tuple[Tensor, ...]]:
     """Per weight: what came in, its surrogate, and the error from above at every step, each logged
     by itself; no autograd.
@@ -124,9 +124,9 @@ def three_factors(
     }
     onehot = F.one_hot(target_B, 3).double()
     for x in x_TBC:
-        u1 = leak * v1 + x @ w1.T + b1
+        u1 = decay * v1 + x @ w1.T + b1
         s1 = (u1 >= 1).double()
-        u2 = leak * v2 + s1 @ w2.T + b2
+        u2 = decay * v2 + s1 @ w2.T + b2
         s2 = (u2 >= 1).double()
         v1, v2 = u1 - s1, u2 - s2
         e3 = (torch.softmax(s2 @ w3.T + b3, 1) - onehot) / len(x) / len(x_TBC)
@@ -141,17 +141,17 @@ def three_factors(
     return {name: tuple(torch.stack(place) for place in places) for name, places in log.items()}
 
 
-@pytest.mark.parametrize("leak", [0.5, 0.9])
-def test_an_update_is_trace_times_surrogate_times_error(leak):
-    model = lif_network(leak=leak, surrogate=Sigmoid())
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_an_update_is_trace_times_surrogate_times_error(decay):
+    model = lif_network(decay=decay, surrogate=Sigmoid())
     x_TBC, target = batch(6)
     got = gradients(OTTT(first="traced"), model, x_TBC, cross_entropy(target))
-    for name, (x, psi, e) in three_factors(model, x_TBC, target, leak=leak).items():
+    for name, (x, psi, e) in three_factors(model, x_TBC, target, decay=decay).items():
         assert (
-            got[name] - torch.einsum("tbo,tbo,tbi->oi", e, psi, traces_of(x, leak))
+            got[name] - torch.einsum("tbo,tbo,tbi->oi", e, psi, traces_of(x, decay))
         ).abs().max() < 1e-12
     plain = gradients(OTTT(), model, x_TBC, cross_entropy(target))
-    x, psi, e = three_factors(model, x_TBC, target, leak=leak)["0.weight"]
+    x, psi, e = three_factors(model, x_TBC, target, decay=decay)["0.weight"]
     assert (plain["0.weight"] - torch.einsum("tbo,tbo,tbi->oi", e, psi, x)).abs().max() < 1e-12
 
 
@@ -160,7 +160,7 @@ def test_under_autocast_the_traces_stay_in_fp32():
     x_TBC, target = batch(4)
     rule.attach(model)
     with torch.autocast("cpu", torch.bfloat16):
-        for objective in rule.objectives(model, x_TBC.float(), cross_entropy(target)):
+        for objective in rule.loss_terms(model, x_TBC.float(), cross_entropy(target)):
             kept = {
                 name: value.dtype
                 for state in states_of(model)
@@ -179,14 +179,14 @@ class TwoForwards(nn.Module):
     the trace for its graph.
     """
 
-    def __init__(self, op: nn.Module, leak: float) -> None:
+    def __init__(self, op: nn.Module, decay: float) -> None:
         super().__init__()
-        self.op, self.leak = op, leak
+        self.op, self.decay = op, decay
         self.state = State("TwoForwards")
 
     def forward(self, x_TB: Tensor) -> Tensor:
         before = self.state.read("a")
-        a_TB = x_TB.detach() if before is None else self.leak * before + x_TB.detach()
+        a_TB = x_TB.detach() if before is None else self.decay * before + x_TB.detach()
         self.state.write("a", a_TB)
         through_trace = self.op(a_TB + (x_TB - x_TB.detach()))
         return through_trace + (self.op(x_TB) - through_trace).detach()
@@ -272,7 +272,7 @@ def test_state_is_one_step_of_membranes_and_traces():
         rule, model = OTTT(chunk=chunk), lif_network()
         x_TBC, target = batch(6)
         rule.attach(model)
-        for objective in rule.objectives(model, x_TBC, cross_entropy(target)):
+        for objective in rule.loss_terms(model, x_TBC, cross_entropy(target)):
             assert objective.backward is not None
             assert state_bytes(model) == 5 * 8 * (
                 (8 + 7) + (8 + 7)
@@ -282,15 +282,15 @@ def test_state_is_one_step_of_membranes_and_traces():
 
 def total_update(rule: OTTT, lr: float) -> dict[str, Tensor]:
     """How far one batch of plain gradient descent moves each parameter, divided by lr."""
-    model = lif_network(leak=0.5)
+    model = lif_network(decay=0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr)
     x_TBC, target = batch(6)
     rule.attach(model)
-    for objective in rule.objectives(model, x_TBC, cross_entropy(target)):
+    for objective in rule.loss_terms(model, x_TBC, cross_entropy(target)):
         assert objective.backward is not None
         objective.backward.backward()
-        if rule.update == "objective":
+        if rule.update == "step":
             optimizer.step()
             optimizer.zero_grad()
     if rule.update == "batch":
@@ -300,7 +300,7 @@ def total_update(rule: OTTT, lr: float) -> dict[str, Tensor]:
 
 def test_moving_at_every_step_differs_in_second_order_of_the_learning_rate():
     gaps = [
-        difference(total_update(OTTT(update="objective"), lr), total_update(OTTT(), lr))
+        difference(total_update(OTTT(update="step"), lr), total_update(OTTT(), lr))
         for lr in (1e-4, 5e-5, 2.5e-5)
     ]
     assert gaps[0] > 1e-9
@@ -321,7 +321,7 @@ def test_batch_norm_is_refused_by_every_name():
         OTTT().attach(model)
 
 
-def two_leaks() -> nn.Sequential:
+def two_decays() -> nn.Sequential:
     return nn.Sequential(Linear(6, 4), LIF(0.5), Linear(4, 4), LIF(0.9), Linear(4, 3))
 
 
@@ -339,8 +339,8 @@ def two_leaks() -> nn.Sequential:
         ),
         (lambda: OTTT(chunk=0), r"OTTT: chunk must be a whole number in 1\.\.T; got chunk=0"),
         (
-            lambda: OTTT(update="objective", chunk=2),
-            r"OTTT: update='objective' moves .* so chunk must be 1; got chunk=2",
+            lambda: OTTT(update="step", chunk=2),
+            r"OTTT: update='step' moves .* so chunk must be 1; got chunk=2",
         ),
         (lambda: OTTT(chunk=5).check_steps(4), r"OTTT: chunk must be in 1\.\.T; got chunk=5, T=4"),
         (
@@ -353,15 +353,15 @@ def two_leaks() -> nn.Sequential:
         ),
         (lambda: OTTT().attach(LIF()), r"OTTT-A: the model must have synapses, .* got LIF"),
         (
-            lambda: OTTT().attach(two_leaks()),
-            r"OTTT-A: the neurons must share one leak; got 0\.5 at 1, 0\.9 at 3$",
+            lambda: OTTT().attach(two_decays()),
+            r"OTTT-A: the neurons must share one decay; got 0\.5 at 1, 0\.9 at 3$",
         ),
         (
-            lambda: OTTT(0.5).attach(two_leaks()),
-            r"OTTT-A: leak must be that of the neurons, .* got 0\.5 and 0\.9 at 3$",
+            lambda: OTTT(0.5).attach(two_decays()),
+            r"OTTT-A: decay must be that of the neurons, .* got 0\.5 and 0\.9 at 3$",
         ),
         (
-            lambda: OTTT(update="objective").attach(nn.Sequential(LIF(), nn.Linear(2, 2))),
+            lambda: OTTT(update="step").attach(nn.Sequential(LIF(), nn.Linear(2, 2))),
             (
                 r"OTTT-O: the layers with weights must be of pipeline\.spiking\.synapse, .* got"
                 r" torch's Linear at 1"
@@ -375,7 +375,7 @@ def test_refuses(build, message):
 
 
 def test_the_leak_may_be_said():
-    OTTT(0.5).attach(lif_network(leak=0.5))
+    OTTT(0.5).attach(lif_network(decay=0.5))
 
 
 class BackToFront(nn.Module):
@@ -408,12 +408,12 @@ def test_a_first_or_last_synapse_that_runs_elsewhere_is_refused(rule, message):
     rule.attach(model)
     x_TBC, target = batch(4)
     with pytest.raises(ValueError, match=message):
-        learn(rule.objectives(model, x_TBC.float(), cross_entropy(target)))
+        learn(rule.loss_terms(model, x_TBC.float(), cross_entropy(target)))
     assert not any(module._forward_pre_hooks for module in model.modules())
     rule.release()
     traced = OTTT(first="traced")
     traced.attach(model)
-    learn(traced.objectives(model, x_TBC.float(), cross_entropy(target)))
+    learn(traced.loss_terms(model, x_TBC.float(), cross_entropy(target)))
 
 
 @pytest.mark.parametrize("build", [vgg_sws, vgg_sws_f, nf_resnet18_small])
@@ -423,7 +423,7 @@ def test_the_networks_run_their_first_and_last_synapse_where_they_are_registered
     )
     model, rule = build(3, in_channels=1, **small), OTTT(readout="plain")
     rule.attach(model)
-    learn(rule.objectives(model, torch.randn(2, 2, 1, 8, 8), cross_entropy(torch.tensor([0, 2]))))
+    learn(rule.loss_terms(model, torch.randn(2, 2, 1, 8, 8), cross_entropy(torch.tensor([0, 2]))))
 
 
 def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():
@@ -449,7 +449,7 @@ def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():
             rf" times in {chunk}$"
         )
         with pytest.raises(ValueError, match=message):
-            list(rule.objectives(model, x_TBC, cross_entropy(target)))
+            list(rule.loss_terms(model, x_TBC, cross_entropy(target)))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4])
@@ -483,4 +483,4 @@ def test_a_limited_synapse_is_seen_running():
             r" in 1"
         ),
     ):
-        list(rule.objectives(twice, x_TBC, cross_entropy(target)))
+        list(rule.loss_terms(twice, x_TBC, cross_entropy(target)))

@@ -5,7 +5,7 @@ Both gradients are written out here: rates r = clamp(current, 0, 1) on constant 
 weighted rates that the simulation ended in taken for r. Xiao et al. 2022 (arXiv 2210.04195),
 theorems 1 and 2, say that the inner product is positive where the errors of this approximation are
 small. Inputs lie in 0..1 here: twice as large they drive currents far outside the clamp, and at
-leak 0.5 one first layer in 60 had a cosine of -0.03.
+decay 0.5 one first layer in 60 had a cosine of -0.03.
 """
 
 # T time, B batch, C channels, K classes
@@ -31,13 +31,13 @@ NETWORKS, BATCH, INPUTS, HIDDEN, CLASSES = 30, 16, 12, 20, 5
 
 
 class Recurrent(nn.Module):
-    """u[t] = leak v[t-1] + F x[t] + W s[t-1]; o[t] = R s[t]."""
+    """u[t] = decay v[t-1] + F x[t] + W s[t-1]; o[t] = R s[t]."""
 
-    def __init__(self, leak: float) -> None:
+    def __init__(self, decay: float) -> None:
         super().__init__()
         self.inputs, self.lateral = Linear(INPUTS, HIDDEN), Linear(HIDDEN, HIDDEN, bias=False)
         self.neuron, self.spikes, self.readout = (
-            LIF(leak, surrogate=Sigmoid()),
+            LIF(decay, surrogate=Sigmoid()),
             Feedback(),
             Linear(HIDDEN, CLASSES),
         )
@@ -54,8 +54,8 @@ class Recurrent(nn.Module):
         return torch.cat(logits)
 
 
-def feed_forward(leak: float) -> nn.Sequential:
-    neurons = [LIF(leak, surrogate=Sigmoid()) for _ in range(2)]
+def feed_forward(decay: float) -> nn.Sequential:
+    neurons = [LIF(decay, surrogate=Sigmoid()) for _ in range(2)]
     return nn.Sequential(
         Linear(INPUTS, HIDDEN),
         neurons[0],
@@ -81,12 +81,12 @@ def drawn(model: nn.Module, seed: int) -> tuple[nn.Module, Tensor, Tensor]:
     return model, x_BC, torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
-def weighted_rates(model: nn.Module, x_TBC: Tensor, leak: float) -> list[Tensor]:
-    """sum_t leak^(T-t) s[t] / sum_t leak^(T-t) of every neuron, simulated."""
+def weighted_rates(model: nn.Module, x_TBC: Tensor, decay: float) -> list[Tensor]:
+    """sum_t decay^(T-t) s[t] / sum_t decay^(T-t) of every neuron, simulated."""
     record = spikes_of(model)
     with torch.no_grad(), fresh_state(model):
         model(x_TBC)
-    weights_T = leak ** torch.arange(len(x_TBC) - 1, -1, -1, dtype=torch.float64)
+    weights_T = decay ** torch.arange(len(x_TBC) - 1, -1, -1, dtype=torch.float64)
     return [
         torch.einsum("t,tbc->bc", weights_T / weights_T.sum(), torch.cat(spikes))
         for spikes in record.values()
@@ -162,16 +162,16 @@ def test_the_gradients_of_rates_are_those_of_dsr_and_ide():
 
 
 @pytest.mark.parametrize("steps", [6, 20])
-@pytest.mark.parametrize("leak", [0.5, 0.9])
+@pytest.mark.parametrize("decay", [0.5, 0.9])
 @pytest.mark.parametrize(
     ("build", "of_rates"), [(feed_forward, dsr_by_hand), (Recurrent, ide_by_hand)]
 )
-def test_it_descends_where_the_rates_do(build, of_rates, leak, steps):
+def test_it_descends_where_the_rates_do(build, of_rates, decay, steps):
     cosines: dict[str, list[float]] = {}
     for seed in range(NETWORKS):
-        model, x_BC, target = drawn(build(leak), seed)
+        model, x_BC, target = drawn(build(decay), seed)
         x_TBC = x_BC.expand(steps, -1, -1)
-        rates = weighted_rates(model, x_TBC, leak)
+        rates = weighted_rates(model, x_TBC, decay)
         assert all(0.05 < r.mean() < 0.95 for r in rates)
         wanted = of_rates(model, x_BC, target, rates)
         for first in ("plain", "traced"):

@@ -32,7 +32,7 @@ def by_hand(
     """sum_t g[t] s[t]^T with every factor written out; no autograd anywhere."""
     with torch.no_grad():
         w1, b1, w2, b2, w3, b3 = model.parameters()
-        leak, (steps, size) = 0.5, x_TBC.shape[:2]
+        decay, (steps, size) = 0.5, x_TBC.shape[:2]
         found = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         v1, v2 = (
             torch.zeros(size, 8, dtype=torch.float64),
@@ -40,9 +40,9 @@ def by_hand(
         )
         onehot = F.one_hot(target_B, 3).double()
         for x in x_TBC:
-            u1 = leak * v1 + x @ w1.T + b1
+            u1 = decay * v1 + x @ w1.T + b1
             s1 = (u1 >= 1).double()
-            u2 = leak * v2 + s1 @ w2.T + b2
+            u2 = decay * v2 + s1 @ w2.T + b2
             s2 = (u2 >= 1).double()
             v1, v2 = u1 - s1, u2 - s2
             g3 = (torch.softmax(s2 @ w3.T + b3, 1) - onehot) / size / steps
@@ -71,11 +71,11 @@ def bptt_with_carried_potential_detached(
     model: nn.Sequential, x_TBC: torch.Tensor, target_B: torch.Tensor
 ) -> dict:
     w1, b1, w2, b2, w3, b3 = model.parameters()
-    leak, v1, v2, losses = 0.5, torch.zeros(()), torch.zeros(()), []
+    decay, v1, v2, losses = 0.5, torch.zeros(()), torch.zeros(()), []
     for x in x_TBC:
-        u1 = leak * v1.detach() + x @ w1.T + b1
+        u1 = decay * v1.detach() + x @ w1.T + b1
         s1 = Cut.apply(u1 - 1)
-        u2 = leak * v2.detach() + s1 @ w2.T + b2
+        u2 = decay * v2.detach() + s1 @ w2.T + b2
         s2 = Cut.apply(u2 - 1)
         v1, v2 = u1 - s1, u2 - s2
         losses.append(F.cross_entropy(s2 @ w3.T + b3, target_B))
@@ -91,7 +91,7 @@ def bptt_with_carried_potential_detached(
 
 @pytest.mark.parametrize("reset_gradient", ["kept", "detached"])
 def test_gradient_equals_both_references_and_is_not_bptts(reset_gradient):
-    model = lif_network(leak=0.5, reset_gradient=reset_gradient)
+    model = lif_network(decay=0.5, reset_gradient=reset_gradient)
     x_TBC, target = batch(6)
     got = gradients(SLTT(), model, x_TBC, cross_entropy(target))
     assert difference(got, by_hand(model, x_TBC, target)) < 1e-12
@@ -106,8 +106,8 @@ def test_the_temporal_part_is_alive():
     """
     x_TBC, target = batch(6)
     kept, detached = (
-        lif_network(leak=0.5, reset_gradient="kept"),
-        lif_network(leak=0.5, reset_gradient="detached"),
+        lif_network(decay=0.5, reset_gradient="kept"),
+        lif_network(decay=0.5, reset_gradient="detached"),
     )
     three = [
         gradients(BPTT(), kept, x_TBC, cross_entropy(target)),
@@ -121,7 +121,7 @@ def test_the_temporal_part_is_alive():
 @pytest.mark.parametrize(("steps", "k"), [(4, 1), (4, 2), (5, 3), (4, 4)])
 @pytest.mark.parametrize("rescale", [False, True])
 def test_mean_over_all_subsets(monkeypatch, steps, k, rescale):
-    model = lif_network(leak=0.5)
+    model = lif_network(decay=0.5)
     x_TBC, target = batch(steps)
     found = []
     subsets = list(itertools.combinations(range(steps), k))
@@ -138,11 +138,11 @@ def test_chunks_sum_their_steps():
     rule, model = SLTT(chunk=4), lif_network()
     x_TBC, target = batch(6)
     rule.attach(model)
-    chunked = learn(rule.objectives(model, x_TBC, cross_entropy(target)))
+    chunked = learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
     rule.release()
     rule = SLTT()
     rule.attach(model)
-    single = learn(rule.objectives(model, x_TBC, cross_entropy(target)))
+    single = learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
     assert [o.loss.item() for o in chunked] == pytest.approx(
         [sum(o.loss.item() for o in single[:4]), sum(o.loss.item() for o in single[4:])]
     )
@@ -163,7 +163,7 @@ def test_unselected_steps_report_without_a_graph():
     x_TBC, target = batch(6)
     rule.attach(model, world=World(seed=3))
     seen, grad_mode = [], []
-    for objective in rule.objectives(model, x_TBC, cross_entropy(target), step=11):
+    for objective in rule.loss_terms(model, x_TBC, cross_entropy(target), step=11):
         seen.append(objective.backward is not None)
         grad_mode.append(torch.is_grad_enabled())
         assert not objective.loss.requires_grad and not objective.logits.requires_grad
@@ -182,7 +182,7 @@ def test_rescale_moves_the_gradient_and_not_the_report():
     reports = []
     for rule in (SLTT(2), SLTT(2, rescale=True)):
         rule.attach(model)
-        reports.append(learn(rule.objectives(model, x_TBC, cross_entropy(target), step=0)))
+        reports.append(learn(rule.loss_terms(model, x_TBC, cross_entropy(target), step=0)))
         rule.release()
     plain, rescaled = reports
     assert [o.loss.item() for o in plain] == [o.loss.item() for o in rescaled]
@@ -203,7 +203,8 @@ def test_every_subset_is_equally_likely_and_sorted():
     chi_squared = sum((n - expected) ** 2 / expected for n in counts.values())
     assert (
         chi_squared < 27.9
-        # 0.1 % of a chi-squared with 9 degrees of freedom; the draw is fixed, so it passes or fails for
+        # 0.1 % of a chi-squared with 9 degrees of freedom; the draw is fixed, so it passes or fails
+        # for
         # good
     )
 
@@ -239,7 +240,7 @@ def test_running_statistics_move_alike_under_every_rule():
         plain = lif_network()
         model = nn.Sequential(plain[0], norm := BatchNorm(8).double(), *list(plain)[1:])
         rule.attach(model)
-        learn(rule.objectives(model, x_TBC, cross_entropy(target)))
+        learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
         statistics.append(torch.cat([norm.running_mean, norm.running_var]))
     assert all(torch.allclose(statistics[0], other, atol=1e-14) for other in statistics[1:])
     assert not torch.allclose(
@@ -280,14 +281,14 @@ def test_refuses(build, message):
 def run(rule: SLTT, steps: int) -> None:
     model = lif_network()
     rule.attach(model)
-    learn(rule.objectives(model, batch(steps)[0], cross_entropy(batch(steps)[1])))
+    learn(rule.loss_terms(model, batch(steps)[0], cross_entropy(batch(steps)[1])))
 
 
 def test_small_leak_brings_sltt_near_bptt():
-    """The paper's own leak, 1/11: the first layer's gradient points the same way (methods.md:
+    """The paper's own decay, 1/11: the first layer's gradient points the same way (methods.md:
     cosine .99 against .74 at 0.5).
     """
-    model = lif_network(leak=1 / 11)
+    model = lif_network(decay=1 / 11)
     x_TBC, target = batch(6)
     one, other = (
         gradients(r, model, x_TBC, cross_entropy(target))["0.weight"].flatten()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.feedback import convnet_f, fc_feedback
-from pipeline.recipe import Recipe
-from pipeline.recipe_file import load_recipe
+from pipeline.recipe.files import load_recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE, Ternary, _hand_down, ternary_phase
@@ -42,7 +42,7 @@ SYMMETRIC = {"threshold": 0.5, "quantum": 1.0}
 
 def feedback_network(*widths: int, seed: int = 8, weight: float = 0.5, **neuron) -> nn.Sequential:
     """Layers of `widths`, a feedback of spectral norm 1, and a readout, in float64."""
-    neuron = {"leak": 1.0, "threshold": 1.0, "subtract": 2.0} | neuron
+    neuron = {"decay": 1.0, "threshold": 1.0, "subtract": 2.0} | neuron
     generator = torch.Generator().manual_seed(seed)
     feedback = Linear(widths[-1], widths[0], bias=False)
     model = nn.Sequential(
@@ -205,11 +205,11 @@ def test_saturated_is_who_holds_back_more_than_one_emission():
 
 
 def test_leaky_neurons_level_off():
-    """The leaky mean hears the last 1 / (1 - leak) steps, so more of them than that change
+    """The leaky mean hears the last 1 / (1 - decay) steps, so more of them than that change
     nothing.
     """
     ring = Chain(3, (24,))
-    errors = [ring.error(ring.solve(steps, leak=0.99, **SYMMETRIC)) for steps in STEPS]
+    errors = [ring.error(ring.solve(steps, decay=0.99, **SYMMETRIC)) for steps in STEPS]
     assert errors[0] < ring.norm / 50
     assert 0.001 < errors[2] < ring.norm * 0.01
     assert errors[2] == pytest.approx(errors[1], rel=0.5)
@@ -247,7 +247,7 @@ def emissions(
     model, rule = smallest_model(), SPIDE(100, scale=0.25)
     rule.attach(model, over_time="mean")
     recorded = Recorded(model)
-    for objective in rule.objectives(model, x_TB, cross_entropy(target_B)):
+    for objective in rule.loss_terms(model, x_TB, cross_entropy(target_B)):
         assert objective.backward is not None
         (factor * objective.backward).backward()
     return recorded.seen[0], {
@@ -310,10 +310,10 @@ def test_so_it_does_on_a_convolutional_network():
 
 
 def test_leaky_neurons_in_either_phase():
-    """A leak of the forward phase leaves the equation as it is; one of the backward phase leaves a
+    """A decay of the forward phase leaves the equation as it is; one of the backward phase leaves a
     remainder.
     """
-    model = feedback_network(12, leak=0.9)
+    model = feedback_network(12, decay=0.9)
     x_TBC, target = batch(20)
     exact = gradients(
         IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean"
@@ -321,7 +321,7 @@ def test_leaky_neurons_in_either_phase():
     even, leaky = (
         difference(
             gradients(
-                SPIDE(5000, scale=0.25, leak=leak),
+                SPIDE(5000, scale=0.25, decay=decay),
                 model,
                 x_TBC,
                 cross_entropy(target),
@@ -329,7 +329,7 @@ def test_leaky_neurons_in_either_phase():
             ),
             exact,
         )
-        for leak in (1.0, 0.99)
+        for decay in (1.0, 0.99)
     )
     assert max(g.abs().max() for g in exact.values()) > 0.1
     assert even < 0.001 < leaky < 0.05
@@ -443,7 +443,7 @@ def test_figures_are_of_both_phases():
     rule.attach(model, over_time="mean")
     record = spikes_of(model)
     x_TBC, target = batch(12)
-    learn(rule.objectives(model, x_TBC, cross_entropy(target)))
+    learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
     spikes = torch.cat([torch.cat(layer).flatten() for layer in record.values()])
     assert rule.figures()["forward_rate"] == pytest.approx(spikes.mean().item(), abs=1e-12)
     assert 0.01 < rule.figures()["backward_rate"] < 0.5
@@ -474,7 +474,7 @@ def batch_of_12():
         (lambda: SPIDE(scale=0), r"SPIDE: scale must be > 0 and finite; got scale=0"),
         (lambda: SPIDE(scale=math.inf), r"SPIDE: scale must be > 0 and finite; got scale=inf"),
         (lambda: SPIDE(threshold=-1), r"SPIDE: threshold must be > 0; got threshold=-1"),
-        (lambda: SPIDE(leak=0), r"SPIDE: leak must be > 0 and at most 1; got leak=0"),
+        (lambda: SPIDE(decay=0), r"SPIDE: decay must be > 0 and at most 1; got decay=0"),
         (
             lambda: SPIDE().attach(lif_network(), over_time="mean"),
             r"SPIDE: the model must have one equilibrium, .* got none in",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.job import Job, Place
 from pipeline.measure.memory import hardware, hardware_over
-from pipeline.track.jsonl import first
-from pipeline.worker import run
+from pipeline.track.journal import first
+from pipeline.train.job import Job, RankInfo
+from pipeline.train.worker import run
 from tests.processes import run_ranks
 from tests.small import make_run, small_recipe
 
@@ -47,4 +47,4 @@ def test_a_run_tells_of_both_its_workers_machines(tmp_path: Path) -> None:
 def _on_its_own(rank: int, ranks: int, job: Job) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.measure.memory._cpu_model", lambda: f"cpu {rank}")
-        run(job, Place(rank, ranks))
+        run(job, RankInfo(rank, ranks))

@@ -17,13 +17,13 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 def network(
-    *, leak: float = 1.0, seed: int = 0, norm: bool = False, dropout: float = 0.0
+    *, decay: float = 1.0, seed: int = 0, norm: bool = False, dropout: float = 0.0
 ) -> Equilibrium:
     torch.manual_seed(seed)
     equilibrium = Equilibrium(
         inject=nn.Sequential(Linear(4, 6), BatchNorm(6)) if norm else Linear(4, 6),
         feedback=nn.Sequential(Dropout(dropout), Linear(5, 6, bias=False)),
-        neurons=[LIF(leak), LIF(leak, threshold=0.5, subtract=0.8)],
+        neurons=[LIF(decay), LIF(decay, threshold=0.5, subtract=0.8)],
         synapses=[nn.Sequential(Linear(6, 5), BatchNorm(5)) if norm else Linear(6, 5)],
     ).double()
     with torch.no_grad():
@@ -42,40 +42,40 @@ def by_hand(e: Equilibrium, x_TB: Tensor) -> Tensor:
     """The spikes of the last layer, without the pipeline's layers, with graph."""
     (f, b), w = e.inject.parameters(), e.feedback[1].weight  # type: ignore[index]
     s1, c1 = e.synapses[0].parameters()
-    leak = e.leak
+    decay = e.decay
     v1 = v2 = torch.zeros((), dtype=torch.float64)
     s, found = torch.zeros(x_TB.shape[1], 5, dtype=torch.float64), []
     for x in x_TB:
-        u1 = leak * v1 + x @ f.T + b + s @ w.T
+        u1 = decay * v1 + x @ f.T + b + s @ w.T
         z = spike(u1 - 1, surrogate=Triangle())
         v1 = u1 - z.detach()
-        u2 = leak * v2 + z @ s1.T + c1
+        u2 = decay * v2 + z @ s1.T + c1
         s = spike(u2 - 0.5, surrogate=Triangle())
         v2 = u2 - 0.8 * s.detach()
         found.append(s)
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("leak", [1.0, 0.9, 0.5])
-def test_without_an_adjoint_it_is_a_recurrent_network(leak):
-    e, x_TB = network(leak=leak), frames(7)
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5])
+def test_without_an_adjoint_it_is_a_recurrent_network(decay):
+    e, x_TB = network(decay=decay), frames(7)
     s_TB = by_hand(e, x_TB)
     assert 0.1 < s_TB.mean() < 0.7
-    weights_T = leak ** torch.arange(6, -1, -1, dtype=torch.float64)
+    weights_T = decay ** torch.arange(6, -1, -1, dtype=torch.float64)
     rate_B = (weights_T[:, None, None] * s_TB).sum(0) / weights_T.sum()
     with fresh_state(e):
         out_TB = e(x_TB)
         assert torch.allclose(out_TB.mean(0), rate_B, atol=1e-14)
-        if leak == 1:
+        if decay == 1:
             assert torch.equal(out_TB, s_TB)
         got = torch.autograd.grad(out_TB.mean(0).square().sum(), list(e.parameters()))
     expected = torch.autograd.grad(rate_B.square().sum(), list(e.parameters()))
     assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("leak", [1.0, 0.8])
-def test_the_mean_of_the_first_steps_is_their_rate_however_they_are_sliced(leak):
-    e, x_TB = network(leak=leak), frames(9)
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+def test_the_mean_of_the_first_steps_is_their_rate_however_they_are_sliced(decay):
+    e, x_TB = network(decay=decay), frames(9)
     with torch.no_grad():
         with fresh_state(e):
             whole_TB = e(x_TB)
@@ -88,9 +88,9 @@ def test_the_mean_of_the_first_steps_is_their_rate_however_they_are_sliced(leak)
 
 
 @pytest.mark.parametrize("still", [True, False])
-@pytest.mark.parametrize("leak", [1.0, 0.8])
-def test_the_adjoint_leaves_the_simulation_as_it_is(leak, still):
-    e = network(leak=leak)
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+def test_the_adjoint_leaves_the_simulation_as_it_is(decay, still):
+    e = network(decay=decay)
     x_TB = repeat(frames(1)[0], 7) if still else frames(7)
     with torch.no_grad(), fresh_state(e):
         rate_B = e(x_TB).mean(0)
@@ -271,11 +271,11 @@ def ring(**changes) -> Equilibrium:
             {"neurons": [LIF(reset="zero")]},
             "Equilibrium: neurons must reset by subtraction and not decay their input; got",
         ),
-        ({"neurons": [LIF(decay_input=True)]}, "got reset='subtract', decay_input=True"),
+        ({"neurons": [LIF(scale_input=True)]}, "got reset='subtract', scale_input=True"),
         (
             {"neurons": [IF(), LIF(0.9)], "synapses": [Linear(3, 3)]},
             (
-                "Equilibrium: one weighted mean is the rate of all layers, so they have one leak;"
+                "Equilibrium: one weighted mean is the rate of all layers, so they have one decay;"
                 " got [0.9, 1.0]"
             ),
         ),

@@ -121,14 +121,14 @@ def test_a_trace_reaches_whatever_the_weight_is_made_of(limit):
     limited = limit(Linear(5, 4, bias=False))
     if isinstance(limited, SpectralLimit):
         nn.init.constant_(limited.gain, 0.9)
-    model = nn.Sequential(limited, LIF(leak=0.7, threshold=0.1), Linear(4, 3)).double()
+    model = nn.Sequential(limited, LIF(decay=0.7, threshold=0.1), Linear(4, 3)).double()
     x_TBC = torch.rand(6, 8, 5, dtype=torch.float64)
     target_B = torch.arange(8) % 3
     found = []
     for rule in (OTTT(first="traced"), BPTT()):
         rule.attach(model)
         model.zero_grad(set_to_none=True)
-        for objective in rule.objectives(
+        for objective in rule.loss_terms(
             model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B)
         ):
             assert objective.backward is not None

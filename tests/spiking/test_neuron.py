@@ -22,24 +22,24 @@ def run(lif: LIF, x_TB: torch.Tensor) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(
     currents=st.lists(st.floats(-2, 3, width=32), min_size=1, max_size=12),
-    leak=st.sampled_from([0.0, 1 / 11, 0.5, 0.9, 1.0]),
+    decay=st.sampled_from([0.0, 1 / 11, 0.5, 0.9, 1.0]),
     threshold=st.sampled_from([0.3, 1.0, 2.0]),
     reset=st.sampled_from(["subtract", "zero"]),
-    decay_input=st.booleans(),
+    scale_input=st.booleans(),
 )
-def test_equations_against_a_loop_over_numbers(currents, leak, threshold, reset, decay_input):
-    if decay_input and leak == 1:
-        decay_input = False
+def test_equations_against_a_loop_over_numbers(currents, decay, threshold, reset, scale_input):
+    if scale_input and decay == 1:
+        scale_input = False
     v, expected, closest = 0.0, [], 1.0
     for x in currents:
-        u = leak * v + ((1 - leak) * x if decay_input else x)
+        u = decay * v + ((1 - decay) * x if scale_input else x)
         s = 1.0 if u >= threshold else 0.0
         v = u - threshold * s if reset == "subtract" else u * (1 - s)
         expected.append(s)
         closest = min(closest, abs(u - threshold))
     if 0 < closest < 1e-12:
         return  # one rounding decides whether it spikes
-    lif = LIF(leak, threshold=threshold, reset=reset, decay_input=decay_input)
+    lif = LIF(decay, threshold=threshold, reset=reset, scale_input=scale_input)
     x_TB = torch.tensor(currents, dtype=torch.float64).reshape(-1, 1, 1)
     with fresh_state(lif):
         assert lif(x_TB).flatten().tolist() == expected
@@ -49,8 +49,8 @@ def test_equations_against_a_loop_over_numbers(currents, leak, threshold, reset,
 @pytest.mark.parametrize(("reset", "reset_gradient"), VARIANTS)
 @pytest.mark.parametrize(("x1", "x2"), [(0.7, 0.6), (1.3, 0.9), (1.6, 0.4)])
 def test_gradient_through_one_carried_membrane(reset, reset_gradient, x1, x2):
-    """dL/dx[1] of L = s[2], by hand: psi(u2 - th) leak dv1/du1, the last factor from the reset."""
-    leak, threshold = 0.5, 1.0
+    """dL/dx[1] of L = s[2], by hand: psi(u2 - th) decay dv1/du1, the last factor from the reset."""
+    decay, threshold = 0.5, 1.0
     psi = lambda u: max(0.0, 1 - abs(u - threshold))
     s1 = float(x1 >= threshold)
     v1, slope = {
@@ -60,17 +60,17 @@ def test_gradient_through_one_carried_membrane(reset, reset_gradient, x1, x2):
         ("zero", "kept"): (x1 * (1 - s1), 1 - s1 - x1 * psi(x1)),
     }[reset, reset_gradient]
     x_TB = torch.tensor([x1, x2], dtype=torch.float64).reshape(2, 1, 1).requires_grad_()
-    s_TB = run(LIF(leak, threshold=threshold, reset=reset, reset_gradient=reset_gradient), x_TB)
+    s_TB = run(LIF(decay, threshold=threshold, reset=reset, reset_gradient=reset_gradient), x_TB)
     (g,) = torch.autograd.grad(s_TB[1].sum(), x_TB)
     assert g.flatten().tolist() == pytest.approx(
-        [psi(leak * v1 + x2) * leak * slope, psi(leak * v1 + x2)], abs=1e-15
+        [psi(decay * v1 + x2) * decay * slope, psi(decay * v1 + x2)], abs=1e-15
     )
 
 
 @pytest.mark.parametrize(("reset", "reset_gradient"), VARIANTS)
-@pytest.mark.parametrize("decay_input", [False, True])
-def test_slices_continue_one_another(reset, reset_gradient, decay_input):
-    lif = LIF(0.7, reset=reset, reset_gradient=reset_gradient, decay_input=decay_input)
+@pytest.mark.parametrize("scale_input", [False, True])
+def test_slices_continue_one_another(reset, reset_gradient, scale_input):
+    lif = LIF(0.7, reset=reset, reset_gradient=reset_gradient, scale_input=scale_input)
     x_TB = (3 * torch.randn(6, 2, 4, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(6, 2, 4, dtype=torch.float64)
     whole = run(lif, x_TB)
@@ -169,15 +169,18 @@ def test_refuses_a_batch_that_changes_half_way():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"leak": 1.5}, r"LIF: leak must be in 0\.\.1; got leak=1\.5"),
-        ({"leak": -0.1}, r"LIF: leak must be in 0\.\.1; got leak=-0\.1"),
+        ({"decay": 1.5}, r"LIF: decay must be in 0\.\.1; got decay=1\.5"),
+        ({"decay": -0.1}, r"LIF: decay must be in 0\.\.1; got decay=-0\.1"),
         ({"threshold": 0}, r"LIF: threshold must be > 0; got threshold=0"),
         ({"reset": "hard"}, r"LIF: reset must be 'subtract' or 'zero'; got reset='hard'"),
         (
             {"reset_gradient": "yes"},
             r"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient='yes'",
         ),
-        ({"leak": 1.0, "decay_input": True}, r"LIF: decay_input .* leak must be < 1; got leak=1"),
+        (
+            {"decay": 1.0, "scale_input": True},
+            r"LIF: scale_input .* decay must be < 1; got decay=1",
+        ),
     ],
 )
 def test_refuses(arguments, message):
@@ -186,7 +189,7 @@ def test_refuses(arguments, message):
 
 
 def test_repr_says_which_neuron_it_is():
-    assert "leak=0.25" in repr(LIF(0.25)) and repr(Triangle()) in repr(LIF())
+    assert "decay=0.25" in repr(LIF(0.25)) and repr(Triangle()) in repr(LIF())
 
 
 def test_subtract_is_what_a_spike_takes():

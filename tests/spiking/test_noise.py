@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.random import STEP, counter_hash
+from pipeline.core.random import STEP, counter_hash
 from pipeline.spiking.noise import _bits, noise
 
 MASK = (1 << 64) - 1

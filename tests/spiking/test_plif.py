@@ -1,4 +1,4 @@
-"""A learnt leak: its gradient written out, under rules that let the membrane's graph through time
+"""A learnt decay: its gradient written out, under rules that let the membrane's graph through time
 and that cut it.
 """
 
@@ -31,9 +31,9 @@ def learnt(**neuron) -> nn.Sequential:
 def by_hand(
     currents: list[float],
     weights: list[float],
-    leak: float,
+    decay: float,
     *,
-    decay_input: bool,
+    scale_input: bool,
     through_time: bool,
 ) -> float:
     """dL/dw of one neuron and L = sum_t weights[t] s[t], with a detached reset by subtraction and
@@ -41,34 +41,34 @@ def by_hand(
     """
     v, dv, found = 0.0, 0.0, 0.0
     for x, weight in zip(currents, weights, strict=True):
-        u = leak * v + ((1 - leak) * x if decay_input else x)
-        du = (v - x if decay_input else v) + (leak * dv if through_time else 0.0)
+        u = decay * v + ((1 - decay) * x if scale_input else x)
+        du = (v - x if scale_input else v) + (decay * dv if through_time else 0.0)
         found += weight * max(0.0, 1 - abs(u - 1)) * du
         v, dv = u - (u >= 1), du
-    return found * leak * (1 - leak)
+    return found * decay * (1 - decay)
 
 
-@pytest.mark.parametrize("decay_input", [False, True])
-@pytest.mark.parametrize("leak", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("scale_input", [False, True])
+@pytest.mark.parametrize("decay", [0.2, 0.5, 0.9])
 def test_the_gradient_of_the_leak_with_and_without_what_comes_through_time(
-    leak: float, decay_input: bool
+    decay: float, scale_input: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    x_TB = 1.5 * torch.randn(7, 4, generator=generator).double() + (1 if decay_input else 0.3)
+    x_TB = 1.5 * torch.randn(7, 4, generator=generator).double() + (1 if scale_input else 0.3)
     weights_TB = torch.randn(7, 4, generator=generator).double()
     found = {}
     for through_time in (True, False):
-        neuron = PLIF(leak, decay_input=decay_input).double()
+        neuron = PLIF(decay, scale_input=scale_input).double()
         if not through_time:
             neuron.carry = torch.detach
         with fresh_state(neuron):
             (neuron(x_TB) * weights_TB).sum().backward()
-        about = {"decay_input": decay_input, "through_time": through_time}
-        exact = neuron.leak_logit.sigmoid().item()
+        about = {"scale_input": scale_input, "through_time": through_time}
+        exact = neuron.decay_logit.sigmoid().item()
         alone = zip(x_TB.T.tolist(), weights_TB.T.tolist(), strict=True)
         expected = sum(by_hand(currents, weights, exact, **about) for currents, weights in alone)
-        assert neuron.leak_logit.grad is not None
-        found[through_time] = neuron.leak_logit.grad.item()
+        assert neuron.decay_logit.grad is not None
+        found[through_time] = neuron.decay_logit.grad.item()
         assert found[through_time] == pytest.approx(expected, abs=1e-14)
     assert abs(found[True] - found[False]) > 1e-3
 
@@ -84,16 +84,16 @@ class Charged(nn.Module):
         return self.neuron.charged(x_B, v_B)
 
 
-@pytest.mark.parametrize("decay_input", [False, True])
-def test_the_potential_is_differentiated_as_finite_differences_say(decay_input: bool) -> None:
-    charged = Charged(PLIF(0.7, decay_input=decay_input).double())
+@pytest.mark.parametrize("scale_input", [False, True])
+def test_the_potential_is_differentiated_as_finite_differences_say(scale_input: bool) -> None:
+    charged = Charged(PLIF(0.7, scale_input=scale_input).double())
     operands = [
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((3, 4), (3, 4), (1,))
     ]
     assert torch.autograd.gradcheck(
         lambda x_B, v_B, w: torch.func.functional_call(
-            charged, {"neuron.leak_logit": w}, (x_B, v_B)
+            charged, {"neuron.decay_logit": w}, (x_B, v_B)
         ),
         tuple(operands),
     )
@@ -101,7 +101,7 @@ def test_the_potential_is_differentiated_as_finite_differences_say(decay_input: 
 
 @pytest.mark.parametrize(
     "neuron",
-    [{}, {"decay_input": True}, {"reset": "zero"}, {"subtract": 1.3}, {"reset_gradient": "kept"}],
+    [{}, {"scale_input": True}, {"reset": "zero"}, {"subtract": 1.3}, {"reset_gradient": "kept"}],
 )
 def test_it_fires_and_hands_down_as_the_lif_of_its_leak(neuron: dict) -> None:
     x_TB = 2 * torch.randn(6, 5, 4, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_rules_agree_on_it_as_on_any_weight() -> None:
     )
     assert max(difference(bptt, chunked), difference(bptt, recomputed)) < 1e-13
     assert max(difference(sltt, truncated), difference(sltt, protected)) < 1e-13
-    for name in ("1.leak_logit", "3.leak_logit"):
+    for name in ("1.decay_logit", "3.decay_logit"):
         assert (
             bptt[name].abs() > 1e-4
             and sltt[name].abs() > 1e-4
@@ -151,7 +151,7 @@ def test_rules_that_take_the_leak_for_a_constant_refuse_it_by_name(rule: Rule) -
     with pytest.raises(
         ValueError,
         match=(
-            r": traces and rates take the leak for a constant, .* not be learnt; got PLIF at 1, 3"
+            r": traces and rates take the decay for a constant, .* not be learnt; got PLIF at 1, 3"
         ),
     ):
         rule.attach(learnt())
@@ -173,14 +173,15 @@ def test_so_do_rates_and_equilibria_and_leaks_that_no_weight_gives() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             refused()
-    for leak in (0.0, 1.0):
+    for decay in (0.0, 1.0):
         with pytest.raises(
-            ValueError, match=rf"PLIF: leak must be in 0\.\.1, both excluded, .*; got leak={leak}"
+            ValueError,
+            match=rf"PLIF: decay must be in 0\.\.1, both excluded, .*; got decay={decay}",
         ):
-            PLIF(leak)
+            PLIF(decay)
 
 
 def test_it_says_what_it_has_learnt() -> None:
     neuron = PLIF(0.9, threshold=0.5)
-    assert repr(neuron).startswith("PLIF(leak=0.9, threshold=0.5, ")
-    assert list(neuron.state_dict()) == ["leak_logit"] and neuron.leak_logit.shape == (1,)
+    assert repr(neuron).startswith("PLIF(decay=0.9, threshold=0.5, ")
+    assert list(neuron.state_dict()) == ["decay_logit"] and neuron.decay_logit.shape == (1,)

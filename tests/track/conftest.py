@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.jsonl import Journal
+from pipeline.track.journal import Journal
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.track.exposition import _GAUGES, Exposed, exposition, newest
-from pipeline.track.jsonl import Journal, read
+from pipeline.track.journal import Journal, read
 from tests.small import small_recipe, train_inline
 
 Event = dict[str, Any]

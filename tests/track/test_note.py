@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import read_trainer, step_folders
 from pipeline.track.mlflow import sync
 from pipeline.track.note import read_note
+from pipeline.train.checkpoint import read_trainer, step_folders
 from tests.small import make_run, small_recipe, train_inline
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.track.connect import connect
-from pipeline.track.jsonl import read
+from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
 from pipeline.track.system import Sampler
 from tests.track.test_mlflow import find, history, wait_for

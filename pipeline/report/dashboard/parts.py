@@ -8,6 +8,7 @@ from typing import Any
 
 from dash import dcc, html
 
+from pipeline.core.units import counted
 from pipeline.report import scaling, tables
 from pipeline.report.dashboard import blocks
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, View, short, states_words
@@ -22,7 +23,6 @@ from pipeline.report.silence import state_told
 from pipeline.report.store import StoredRun, StoredStudy, state_of
 from pipeline.report.study import Group, Study
 from pipeline.report.swept import LARGEST_SAID, swept
-from pipeline.units import counted
 
 SHOWN = 200
 """studies of a list"""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 from urllib.parse import parse_qs, urlencode
 
-from pipeline.baseline import is_baseline
+from pipeline.recipe import is_baseline
 from pipeline.report.store import StoredRun, StoredStudy
 
 View = Literal["costs", "learning", "time", "gradients", "claims", "runs"]

@@ -14,17 +14,17 @@ import torch
 
 pytest.importorskip("ffcv")
 
-from pipeline.data import ffcv_api
-from pipeline.data import format as beton_format
+from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.base import Batch, Data, DataError, Loader
-from pipeline.data.beton import Beton
-from pipeline.data.events import Events
-from pipeline.data.events.frames import frames
-from pipeline.data.events.moving import Moving
-from pipeline.data.events.write import write_events
-from pipeline.data.manifest import Manifest
-from pipeline.data.page_checks import verify
-from pipeline.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
+from pipeline.data.datasets.beton import Beton
+from pipeline.data.datasets.events import Events
+from pipeline.data.ffcv import api
+from pipeline.data.ffcv import format as beton_format
+from pipeline.data.ffcv.manifest import Manifest
+from pipeline.data.ffcv.page_checks import verify
+from pipeline.data.write.events import write_events
+from pipeline.data.write.moving_shapes import Moving
+from pipeline.data.write.recordings import frames
 from pipeline.spiking.encode import over_steps
 
 SIZE, SLICES, TRAIN, VAL = 16, 12, 61, 13  # recordings: no multiple of any batch size used here
@@ -186,9 +186,9 @@ def test_counts_of_other_types_and_cuts(
 
 def test_halves_are_read_as_they_were_stored(tmp_path: Path) -> None:
     """Mean counts of two pixels by two, float16, through the same files."""
-    from pipeline.data.events.frames import Framing
-    from pipeline.data.sources import Source
-    from pipeline.data.write import write_sets
+    from pipeline.data.write.images import write_sets
+    from pipeline.data.write.recordings import Framing
+    from pipeline.data.write.sources import Source
 
     sets = [
         Source(name, ["a"], [Moving(i * 16, 0, 32) for i in range(4)], "here")
@@ -208,7 +208,7 @@ def test_files_are_the_same_from_two_workers_and_whole(folder: Path, tmp_path: P
 
 
 def test_ffcv_itself_reads_the_file(folder: Path) -> None:
-    reader = ffcv_api.Reader(str(folder / "val.beton"))
+    reader = api.Reader(str(folder / "val.beton"))
     field: Any = reader.handlers["array"]
     assert (field.dtype, field.shape) == (np.dtype("uint8"), (SLICES, 2, SIZE, SIZE))
     assert reader.metadata["f1"].tolist() == [number % 16 for number in range(VAL)]

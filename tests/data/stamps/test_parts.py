@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.errors import DataError
-from pipeline.data.stamps.pictures import (
+from pipeline.data.write.stamps.pictures import (
     CHOICE,
     CLASSES,
     SPLITS,

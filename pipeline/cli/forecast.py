@@ -1,0 +1,316 @@
+"""`spiketrain show`, `probe`, `sweep` and `plan`: what is known of a recipe before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.cli.options import (
+    RUNS,
+    Cores,
+    RecipeFile,
+    Runs,
+    Sets,
+    Tiny,
+    Workers,
+    count_or_auto,
+    is_typed,
+    made_of,
+    number_option,
+)
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.recipe.suite import Suite
+
+Format = Annotated[Literal["table", "json"], typer.Option("--format")]
+
+_PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
+
+
+def add_forecast_commands(app: typer.Typer) -> None:
+    app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")(show)
+    app.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")(probe)
+    app.command(
+        epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
+    )(sweep)
+    app.command(epilog=_PLAN)(plan)
+
+
+def show(
+    recipe: RecipeFile,
+    workers: Workers = 1,
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Print the resolved recipe, its size, its study, what a step costs, and DeepSpeed's settings.
+
+    Needs no data: a step is counted without running it.
+    """
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.counts import describe_steps
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.recipe.suite import refuse_references
+    from pipeline.report.show import show_recipe
+    from pipeline.train.placeholder_weights import with_stand_ins
+
+    if isinstance(made, Recipe):
+        refuse_references(made)
+        show_recipe(made, workers, steps=describe_steps([made], workers))
+        return
+    with with_stand_ins(made) as recipes:
+        steps = describe_steps(recipes, workers)
+    show_recipe(made, workers, steps=steps)
+
+
+def probe(
+    recipe: RecipeFile,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="samples; without it as one worker has in training"),
+    ] = None,
+    cpus_per_worker: Cores = "auto",
+    format_: Format = "table",
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Before any training: what each rule costs here, and how near its gradient is to BPTT's.
+
+    Of a file of several recipes, each network has its tables; recipes that differ in their rules
+    alone share them.
+    """
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.bench import without_rule
+    from pipeline.forecast.probe import probe as probe_recipe
+    from pipeline.report.probe import print_probe, probe_as_json
+
+    about = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
+    _print(
+        made,
+        partial(probe_recipe, **about),
+        without_rule,
+        print_probe if format_ == "table" else probe_as_json,
+        as_json=format_ == "json",
+    )
+
+
+def sweep(
+    recipe: RecipeFile,
+    steps: Annotated[
+        str, typer.Option("--steps", metavar="T,...", help="numbers of time steps")
+    ] = "1,2,4,8,16",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch",
+            metavar="N|auto",
+            help="samples; auto: as in training, and about the largest that fits",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            metavar="GB",
+            help="that the largest batch must fit into; without it what is free",
+        ),
+    ] = None,
+    at_largest: Annotated[
+        bool,
+        typer.Option(
+            "--at-largest",
+            help="with --batch auto: find each rule's own largest batch by training it and others",
+        ),
+    ] = False,
+    cpus_per_worker: Cores = "auto",
+    format_: Format = "table",
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Before any training: memory and time of each rule against the number of time steps."""
+    size = None if batch is None else count_or_auto(batch, option="sweep: --batch", of="samples")
+    if memory is not None and (size != "auto" or not 1e-6 <= memory <= 1e6):
+        raise ValueError(
+            f"sweep: --memory is a limit in GB, from 1e-6 to 1e6, for --batch auto; got {memory:g}"
+            f" with --batch {batch}"
+        )
+    if at_largest and size != "auto":
+        raise ValueError(f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}")
+    from pipeline.core.checks import listed_time_steps
+
+    times = listed_time_steps("sweep", steps)
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.bench import without_rule
+    from pipeline.forecast.sweep import sweep as sweep_recipe
+    from pipeline.report.sweep import print_sweep, told_sweep
+
+    limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
+    about: dict[str, Any] = {
+        "steps": times,
+        "batch_size": None if size == "auto" else size,
+        "memory_bytes": limit,
+        "at_largest": at_largest,
+        "threads": _threads("sweep", cpus_per_worker),
+    }
+    _print(
+        made,
+        partial(sweep_recipe, **about),
+        without_rule,
+        print_sweep if format_ == "table" else told_sweep,
+        as_json=format_ == "json",
+    )
+
+
+def plan(
+    context: typer.Context,
+    recipe: RecipeFile,
+    workers: Workers = 1,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="here|CARD", help="a card of the table, or machines like this"
+        ),
+    ] = "here",
+    per_node: Annotated[
+        int | None, typer.Option("--per-node", min=1, help="cards in a node; without it 8")
+    ] = None,
+    node_gbps: Annotated[
+        float | None,
+        number_option(
+            "--node-gbps", min=0.001, max=1e6, help="from node to node, in Gb/s; without it 400"
+        ),
+    ] = None,
+    cpus_per_worker: Cores = "auto",
+    price: Annotated[
+        float | None,
+        number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", min=1, help="of an epoch; without it the data's, if they are here"
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="RUN",
+            help="that was trained on such a machine, or card: how far off the plan is",
+        ),
+    ] = None,
+    runs: Runs = RUNS,
+    format_: Format = "table",
+    set_: Sets = [],  # noqa: B006
+    tiny: Tiny = False,
+) -> None:
+    """Before anything is launched: memory, speed, hours and energy of each rule. A model.
+
+    A step is counted at full size without running it, for machines that are not here and without
+    data. Of a file of several recipes, each network has its table.
+    """
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.devices import DEVICES
+    from pipeline.forecast.plan import Cluster, all_but_rule
+    from pipeline.forecast.plan import plan as plan_recipe
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.report.plan import plan_as_json, print_plan
+
+    if device != "here" and device not in DEVICES:
+        raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
+    if against is None and is_typed(context, "runs"):
+        raise ValueError(
+            f"plan: --runs says where the run of --against is; got --runs {runs} without --against"
+        )
+    if device == "here" and (per_node, node_gbps) != (None, None):
+        raise ValueError(
+            "plan: --per-node and --node-gbps are of cards in nodes; what links machines like this"
+            " one is measured"
+        )
+    cluster = Cluster(
+        workers=workers,
+        device=DEVICES.get(device),
+        per_node=per_node or 8,
+        node_link=(node_gbps or 400.0) * 1e9 / 8,
+        price=price,
+        threads=_threads("plan", cpus_per_worker),
+    )
+    if against is None:
+        _print(
+            made,
+            partial(plan_recipe, cluster=cluster, samples=samples),
+            all_but_rule,
+            print_plan if format_ == "table" else plan_as_json,
+            as_json=format_ == "json",
+        )
+        return
+    from pipeline.report.planned import errors, refuse_unless_comparable
+    from pipeline.report.runs import find_run
+
+    if not isinstance(made, Recipe):
+        raise ValueError(
+            "plan: --against is one run, so the file must hold one recipe; got a suite"
+        )
+    folder = find_run(runs, against)
+    refuse_unless_comparable(made, cluster, folder)
+    found = plan_recipe(made, cluster, samples=samples)
+    print_plan(found, against=errors(found, folder), as_json=format_ == "json")
+
+
+def _print(
+    made: Recipe | Suite,
+    forecast: Callable[..., Any],
+    alike: Callable[[Recipe], object],
+    show: Callable[[Any], Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print the forecast of a recipe, or of each network of several as it comes; as JSON a list.
+
+    `forecast` takes a recipe, and rules beside its own. Recipes that are `alike` share a network.
+    `show` prints a forecast as a table, or gives its JSON.
+    """
+    import json
+
+    from pipeline.core.printing import new_console
+    from pipeline.forecast.bench import RULES, by_network
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.train.placeholder_weights import with_stand_ins
+
+    console = new_console()
+
+    def print_json(value: object) -> None:
+        console.out(json.dumps(value, indent=2, allow_nan=False), highlight=False)
+
+    if isinstance(made, Recipe):
+        shown = show(forecast(made))
+        if as_json:
+            print_json(shown)
+        return
+    with with_stand_ins(made) as recipes:
+        networks = by_network(recipes, alike)
+        forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
+        if as_json:
+            print_json([show(each) for each in forecasts])
+            return
+        for index, each in enumerate(forecasts):
+            if index:
+                console.print()
+            show(each)
+
+
+def _threads(who: str, cores: str) -> int:
+    """torch's threads of one worker; `auto` takes what a launch would."""
+    number = count_or_auto(cores, option=f"{who}: --cpus-per-worker", of="cores")
+    if number != "auto":
+        return number
+    import torch
+
+    from pipeline.core.cores import cores_here
+    from pipeline.launch.shares import share_of
+
+    here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
+    return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1).cores

@@ -1,0 +1,110 @@
+"""`spiketrain evaluate` and `export`, the commands for a trained network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli.options import RUNS, RunName, Runs, Sets, Trust, is_typed, made_of
+
+
+def add_network_commands(app: typer.Typer) -> None:
+    app.command(
+        epilog=(
+            "Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best; "
+            "spiketrain evaluate recipes/imagenet/qkformer_10_384_bptt.py --weights published.pth"
+        )
+    )(evaluate)
+    app.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")(export)
+
+
+def evaluate(
+    context: typer.Context,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|RECIPE",
+            help="a run's folder, or its name under --runs; with --weights also a recipe file",
+        ),
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="what export wrote, .safetensors, .pt or .pth; QKFormer's also as published",
+        ),
+    ] = None,
+    which: Annotated[
+        Literal["last", "best"] | None,
+        typer.Option("--which", help="checkpoint; without it the last"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--time-steps", min=1, help="evaluate at another number of time steps"),
+    ] = None,
+    runs: Runs = RUNS,
+    set_: Sets = [],  # noqa: B006
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Evaluate a network, a run's or a recipe's, on its whole evaluation set, in this process."""
+    if run.endswith(".py"):
+        if is_typed(context, "runs"):
+            raise ValueError(
+                f"evaluate: --runs is where a run is found, and a recipe is a file; got {run} with"
+                f" --runs {runs}"
+            )
+        made = made_of(Path(run), set_, tiny=False)
+        from pipeline.launch.start import evaluate_recipe
+        from pipeline.recipe.files import trust_of
+
+        own = trust_of(made, [Path(run)])
+        evaluate_recipe(
+            made, which=which, weights=weights, time_steps=steps, own=own, trust=tuple(trust)
+        )
+        return
+    from pipeline.launch.start import evaluate_run
+    from pipeline.report.runs import find_run
+
+    if set_:
+        raise ValueError(
+            f"evaluate: --set changes a recipe, and a run keeps its own; got {run} with --set"
+            f" {set_[0]}"
+        )
+    evaluate_run(
+        find_run(runs, run), which=which, weights=weights, time_steps=steps, trust=tuple(trust)
+    )
+
+
+def export(
+    run: RunName,
+    packed: Annotated[
+        bool,
+        typer.Option(
+            "--packed",
+            help="1-bit weights as bits, 8 to a byte; the network must have such weights",
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="a new .safetensors file; without it one in the run's folder",
+        ),
+    ] = None,
+    which: Annotated[Literal["last", "best"], typer.Option("--which", help="checkpoint")] = "last",
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Write a trained network as one file, from which pipeline.load makes it again; print its
+    size.
+    """
+    from pipeline.report.runs import find_run
+    from pipeline.train.export import export_run
+
+    layout = "packed" if packed else "plain"
+    exported = export_run(find_run(runs, run), out, layout=layout, which=which, trust=tuple(trust))
+    print(f"{exported}\nload    {exported.loading}")

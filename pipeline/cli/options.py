@@ -1,0 +1,207 @@
+"""Options that several commands share, and what a recipe file makes with them. Nothing heavy is
+imported before it is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.recipe.suite import Suite
+
+
+class Command(TyperCommand):
+    """A command that refuses an option of one value which is given twice: the first value would
+    have no effect.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in given:
+            times = sum(each is parameter for each in given)
+            if times > 1 and not (
+                getattr(parameter, "multiple", False) or getattr(parameter, "is_flag", False)
+            ):
+                raise ValueError(
+                    f"{self.name}: {parameter.opts[0]} takes one value; it was given {times} times"
+                )
+        return super().parse_args(ctx, args)
+
+
+class Commands(typer.Typer):
+    """An app whose commands are of the class `Command`."""
+
+    def command(self, *args: Any, **about: Any) -> Any:
+        return super().command(*args, cls=Command, **about)
+
+
+def number_option(name: str, **about: Any) -> Any:
+    """An option whose value is a finite number: `nan` is in every range, and so is `inf` in one
+    without an end.
+    """
+
+    def finite(value: float | None) -> float | None:
+        if value is not None and not math.isfinite(value):
+            raise typer.BadParameter(f"it must be a finite number; got {value}")
+        return value
+
+    return typer.Option(name, callback=finite, **about)
+
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")
+]
+RecipeFiles = Annotated[
+    list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
+]
+RunOrSuite = Annotated[
+    str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")
+]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
+Sets = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="change the recipe, for example optimizer.lr=0.05; repeatable",
+    ),
+]
+Trust = Annotated[
+    list[str],
+    typer.Option(
+        "--trust",
+        metavar="PACKAGE",
+        help=(
+            "a package of your own that parts of a recipe, or a suite's report, are from;"
+            " repeatable"
+        ),
+        callback=lambda packages: list(
+            dict.fromkeys(packages)
+        ),  # a launch that is handed to a cluster says each once, too
+    ),
+]
+Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds on a CPU")]
+Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that train together")]
+
+RUNS = Path("runs")
+
+# ----------------------- where and on how much a run trains: said at its launch, or when it goes on
+
+_SIZES = "N|MIN:MAX|N,N,..."
+_DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
+_CORES = typer.Option(
+    "--cpus-per-worker",
+    metavar="N|auto",
+    help="cores of a worker, and its torch threads; auto: its node's over the GPUs there",
+)
+_LOADERS = typer.Option(
+    "--loader-threads",
+    metavar="N|auto",
+    help="that read data in each worker; auto: its cores on a GPU",
+)
+_RESTARTS = typer.Option(
+    "--max-restarts",
+    min=0,
+    help="how often dead workers are started again without a new checkpoint",
+)
+_HANG = number_option(
+    "--hang-minutes",
+    min=0,
+    help="without a sign of life, until a worker is started again; 0: never",
+)
+_VERIFY = typer.Option(
+    "--verify", help="compare pages of the data while reading: for one sample in 256, or for each"
+)
+_NODE_LOSS = typer.Option(
+    "--node-loss", help="go on without a node that says nothing, or ride out a cut link"
+)
+_AT_A_TIME = "runs of a suite at a time, each on cores and cards of its own"
+_SIDE_BY_SIDE = typer.Option("--side-by-side", metavar="N|auto", help=_AT_A_TIME)
+
+Sizes = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        metavar=_SIZES,
+        help="processes that train together; of several, what there is room for",
+    ),
+]
+Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="of a Ray cluster: auto, host:6379; without it, or with local, one starts here",
+    ),
+]
+Device = Annotated[Literal["auto", "cpu", "gpu"], _DEVICE]
+Cores = Annotated[str, _CORES]
+Loaders = Annotated[str, _LOADERS]
+Restarts = Annotated[int, _RESTARTS]
+Hang = Annotated[float, _HANG]
+Verify = Annotated[Literal["sampled", "full"], _VERIFY]
+NodeLoss = Annotated[Literal["fast", "patient"], _NODE_LOSS]
+SideBySide = Annotated[
+    str | None,
+    typer.Option(
+        "--side-by-side",
+        metavar="N|auto",
+        help=(
+            f"{_AT_A_TIME}; without it what there is room for, but one with --inline, --address or"
+            " several numbers of workers"
+        ),
+    ),
+]
+
+SizesOrAsBefore = Annotated[
+    str | None,
+    typer.Option(
+        "--workers", metavar=_SIZES, help="processes; without it as many as it was launched with"
+    ),
+]
+DeviceOrAsBefore = Annotated[Literal["auto", "cpu", "gpu"] | None, _DEVICE]
+CoresOrAsBefore = Annotated[str | None, _CORES]
+LoadersOrAsBefore = Annotated[str | None, _LOADERS]
+RestartsOrAsBefore = Annotated[int | None, _RESTARTS]
+HangOrAsBefore = Annotated[float | None, _HANG]
+VerifyOrAsBefore = Annotated[Literal["sampled", "full"] | None, _VERIFY]
+NodeLossOrAsBefore = Annotated[Literal["fast", "patient"] | None, _NODE_LOSS]
+SideBySideOrAsBefore = Annotated[str | None, _SIDE_BY_SIDE]
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was said by the user, or by the environment that stands for it: one without
+    effect is refused.
+    """
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
+def count_or_auto(text: str, *, option: str, of: str) -> int | Literal["auto"]:
+    """A number of something, or `auto`; `option` as the refusal names it, such as `launch:
+    --side-by-side`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{option} must be a number of {of} or auto; got {text}")
+    return int(text)
+
+
+def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
+    from pipeline.recipe.files import load_recipe, parse_changes
+
+    made = load_recipe(path).override(parse_changes(changes))
+    return made.tiny() if tiny else made

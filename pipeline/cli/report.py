@@ -1,0 +1,137 @@
+"""`spiketrain compare`, `report` and `dashboard`: what reads results. Nothing heavy is imported
+before one of them runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.cli.options import RUNS, Runs, Trust, is_typed, number_option
+from pipeline.core.stages import say_stage
+
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="none: the newest study"),
+]
+Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline")]
+Within = Annotated[
+    float, number_option("--within", help="points below it that a rule may be (paired seeds)")
+]
+
+
+def add_report_commands(app: typer.Typer) -> None:
+    app.command(epilog="Example: spiketrain compare --format json")(compare)
+    app.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")(report)
+    app.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")(dashboard)
+
+
+def compare(
+    names: Names = None,
+    against: Against = "BPTT",
+    within: Within = 0.7,
+    format_: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006  (typer reads the default, nobody changes it)
+) -> None:
+    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study;
+    or a suite's report.
+    """
+    from pipeline.report.compare import print_comparison
+    from pipeline.report.runs import runs_dir_of
+    from pipeline.report.suite import print_suite, suite_named
+
+    runs = runs_dir_of(runs, names or [])
+    suite = suite_named(runs, names or [])
+    if suite is None:
+        print_comparison(runs, names or [], format=format_, against=against, within=within)
+        return
+    print_suite(suite, against=against, within=within, format=format_, trust=tuple(trust))
+
+
+def report(
+    names: Names = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="without it report.html of a suite, or a file in --runs"
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--sweep",
+            metavar="FILE",
+            help="what sweep --format json printed: memory against T; repeatable",
+        ),
+    ] = None,
+    against: Against = "BPTT",
+    within: Within = 0.7,
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in
+    figures and tables.
+
+    It is an artifact in MLflow, too, of each parent that some of the runs were launched with.
+    """
+    from pipeline.report.page import write
+    from pipeline.report.publish import publish
+    from pipeline.report.read_study import read_study
+    from pipeline.report.runs import runs_dir_of
+
+    runs = runs_dir_of(runs, names or [])
+    about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
+    say_stage("reading the runs")
+    found = read_study(runs, names or [], **about)
+    say_stage("drawing the page")
+    page = write(found.study, out or found.place)
+    print(page)
+    if not publish(found, page):
+        print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
+
+
+def dashboard(
+    context: typer.Context,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store", metavar="URI", help="MLflow's tracking URI; without it that of --runs"
+        ),
+    ] = None,
+    runs: Runs = RUNS,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0: one that is free")
+    ] = 8050,
+    host: Annotated[
+        str, typer.Option("--host", help="another than loopback takes a --token")
+    ] = "127.0.0.1",
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--token",
+            envvar="SPIKETRAIN_TOKEN",
+            help="that whoever looks on has to open it with once",
+        ),
+    ] = None,
+    every: Annotated[
+        float,
+        number_option(
+            "--every", metavar="SECONDS", min=0.5, max=86_400, help="between looks at the store"
+        ),
+    ] = 5.0,
+) -> None:
+    """Serve the figures of a report in the browser, live, over an MLflow store: studies, their
+    runs, and runs that go on.
+    """
+    if store is not None and is_typed(context, "runs"):
+        raise ValueError(
+            f"dashboard: --store names the store, so --runs has no effect; got --runs {runs}"
+            " beside it"
+        )
+    from pipeline.report.dashboard.serve import serve
+
+    serve(store=store, runs=runs, host=host, port=port, token=token, every=every)

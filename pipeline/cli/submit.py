@@ -1,0 +1,181 @@
+"""`spiketrain launch --cluster`: the launch as it was typed is handed to a scheduler.
+
+It needs no data here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli.options import is_typed
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.recipe.suite import Suite
+
+_PANEL = "Handed to a cluster"
+_SLURM = Path(__file__).parents[2] / "infra" / "slurm"
+
+
+def _option(*words: str, **about: Any) -> Any:
+    return typer.Option(*words, rich_help_panel=_PANEL, **about)
+
+
+Where = Annotated[
+    str | None,
+    _option(
+        "--cluster",
+        metavar="k8s|slurm|ray://HOST:PORT",
+        help=(
+            "hand the launch to Kubernetes, to Slurm, or to a Ray whose dashboard is there; its"
+            " --name is the job's, too"
+        ),
+    ),
+]
+DryRun = Annotated[bool, _option("--dry-run", help="print what would be submitted")]
+Image = Annotated[
+    str, _option("--image", help="k8s, required; slurm: of the container that trains")
+]
+Infra = Annotated[
+    Path | None,
+    _option(
+        "--infra",
+        metavar="DIR",
+        help=(
+            "k8s, required: a folder for kustomize, such as infra/k8s/overlays/SIZE/job; slurm: a "
+            "folder with a train.sbatch, infra/slurm unless said"
+        ),
+    ),
+]
+Nodes = Annotated[int | None, _option("--nodes", min=1, help="slurm, required: of the job")]
+Gpus = Annotated[int | None, _option("--gpus-per-node", min=0, help="slurm")]
+Time = Annotated[
+    str | None,
+    _option("--time", help="slurm, required: such as 12:00:00, after which it goes on"),
+]
+Partition = Annotated[str | None, _option("--partition", help="slurm")]
+
+_OF_SLURM = ("nodes", "gpus_per_node", "time", "partition")
+_OPTIONS = ("cluster", "dry_run", "image", "infra", *_OF_SLURM)
+_REQUIRED = {"k8s": ("image", "infra"), "slurm": ("nodes", "time")}
+_IN_THE_ORDER = ("name", "runs", "workers")
+
+
+def hand_over(
+    context: typer.Context,
+    made: Recipe | Suite,
+    *,
+    workers: int | tuple[int, ...],
+    trust: tuple[str, ...],
+) -> bool:
+    """Submit a launch to a cluster, or print what would be submitted.
+
+    Returns: False if the launch is not for a cluster.
+
+    Raises:
+        ValueError: options that do not go together; what the scheduler would not take; or a recipe
+            that the launch there would refuse, as far as this is known without data.
+        UserError: the scheduler did not take the job.
+    """
+    given = {name: value for name, value in context.params.items() if is_typed(context, name)}
+    where = given.get("cluster")
+    if where is None:
+        _refuse("without --cluster there is nothing that takes", _OPTIONS, given)
+        return False
+    if where not in ("k8s", "slurm") and not where.startswith("ray://"):
+        raise ValueError(f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}")
+    # infra/ starts Kubernetes' and Slurm's Ray with a node loss of its own.
+    foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}
+    _refuse(f"--cluster {where} does not take", foreign.get(where, (*_OF_SLURM, "infra")), given)
+    if "name" not in given:
+        raise ValueError("launch: --cluster needs a --name, by which the job goes on; got none")
+    required = _REQUIRED.get(where, ())
+    if missing := [name for name in required if name not in given]:
+        needs = " and ".join(map(_dashed, required))
+        got = ", ".join(map(_dashed, missing))
+        raise ValueError(f"launch: --cluster {where} needs {needs}; got no {got}")
+    rendered, submit, sizes = _rendered(where, context, given, workers)
+    _check(made, sizes, trust=trust)
+    typer.echo(rendered if given.get("dry_run") else submit(rendered))
+    return True
+
+
+def _rendered(
+    where: str, context: typer.Context, given: dict[str, Any], workers: int | tuple[int, ...]
+) -> tuple[str, Callable[[str], str], tuple[int, ...]]:
+    """What is submitted, by what, and the numbers of workers."""
+    from pipeline.launch import schedulers
+
+    order = schedulers.Order(
+        words=tuple(_words(context)),
+        name=given["name"],
+        # Slurm's script counts the workers if none were asked for.
+        workers=None if where == "slurm" and "workers" not in given else workers,
+        image=given.get("image", ""),
+        runs=str(given.get("runs", "/shared/runs" if where == "k8s" else "runs")),
+    )
+    if where == "k8s":
+        return (
+            schedulers.render_rayjob(order, given["infra"]),
+            schedulers.submit_rayjob,
+            order.sizes,
+        )
+    if where == "slurm":
+        nodes, gpus = given["nodes"], given.get("gpus_per_node", 0)
+        folder, partition = given.get("infra", _SLURM), given.get("partition")
+        asked = {"nodes": nodes, "gpus_per_node": gpus, "time": given["time"]}
+        command = schedulers.render_sbatch(order, folder, **asked, partition=partition)
+        return command, schedulers.submit_sbatch, order.sizes or (nodes * max(gpus, 1),)
+    return schedulers.render_ray_job(order, where), schedulers.submit_ray_job, order.sizes
+
+
+def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ...]) -> None:
+    """Refuse here what would be refused after hours in a queue.
+
+    A file that a recipe begins from may lie on the cluster alone.
+    """
+    from dataclasses import replace
+
+    from pipeline.recipe.suite import Suite, refuse_references, refuse_untrusted
+    from pipeline.train.build import check_recipe
+    from pipeline.train.placeholder_weights import with_stand_ins
+
+    if not isinstance(made, Suite):
+        refuse_references(made)
+    suite = made if isinstance(made, Suite) else Suite((made,))
+    refuse_untrusted(suite, trust)
+    with with_stand_ins(suite) as recipes:
+        for recipe in recipes:
+            is_there = recipe.init is not None and Path(recipe.init).exists()
+            init = recipe.init if is_there else None
+            check_recipe(replace(recipe.with_untrained_teacher(), init=init), *sizes)
+
+
+def _words(context: typer.Context) -> Iterator[str]:
+    """What was typed, recipes first, without what the order holds."""
+    parameters = [each for each in context.command.params if each.name is not None]
+    for parameter in sorted(parameters, key=lambda each: each.param_type_name == "option"):
+        name = parameter.name or ""
+        if name in (*_OPTIONS, *_IN_THE_ORDER) or not is_typed(context, name):
+            continue
+        value = context.params[name]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if parameter.param_type_name == "argument":
+            yield from map(str, values)
+        elif isinstance(value, bool):
+            yield parameter.opts[0]
+        else:
+            yield from (word for each in values for word in (parameter.opts[0], str(each)))
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse(sentence: str, names: tuple[str, ...], given: dict[str, Any]) -> None:
+    if found := [name for name in names if name in given]:
+        raise ValueError(f"launch: {sentence} {', '.join(map(_dashed, found))}")

@@ -1,0 +1,293 @@
+"""`spiketrain write`: what makes data sets. As in `__main__`, nothing heavy is imported before a
+command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.cli.options import Commands, number_option
+from pipeline.core.units import counted
+
+if TYPE_CHECKING:
+    from pipeline.data.ffcv.manifest import Manifest
+    from pipeline.data.write.images import Progress as OnProgress
+
+write_app = Commands(
+    no_args_is_help=True,
+    help="Write a data set as FFCV files.",
+    epilog="Example: spiketrain write fashion --out data/fashion",
+)
+
+Out = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")
+]
+OnExisting = Annotated[
+    Literal["refuse", "replace", "keep"],
+    typer.Option("--existing", help="what to do about files that are there; keep verifies them"),
+]
+Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
+
+
+@write_app.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
+def write_fashion(
+    out: Out,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--source", help="folder of the four idx files; found or downloaded without it"
+        ),
+    ] = None,
+    workers: Writers = 1,
+    existing: OnExisting = "refuse",
+) -> None:
+    """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
+    from pipeline.data.write.images import write_fashion as write
+
+    with _progress("fashion") as told:
+        _report(write(out, workers=workers, source=source, progress=told, existing=existing))
+
+
+@write_app.command(
+    "folder",
+    epilog=(
+        "Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg"
+        " --max-resolution 500"
+    ),
+)
+def write_folder(
+    source: Annotated[
+        Path, typer.Option("--source", help="holds train/CLASS/*.jpg and val/CLASS/*.jpg")
+    ],
+    out: Out,
+    mode: Annotated[
+        Literal["jpg", "raw", "mixed"], typer.Option("--mode", help="how pixels are stored")
+    ] = "jpg",
+    max_resolution: Annotated[
+        int | None, typer.Option("--max-resolution", min=1, help="longest side in pixels")
+    ] = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(
+            "--quality", min=1, max=100, help="of JPEGs that are written anew; without it 90"
+        ),
+    ] = None,
+    workers: Writers = 1,
+    existing: OnExisting = "refuse",
+    max_bad: Annotated[
+        int,
+        typer.Option(
+            "--max-bad", min=0, help="unreadable images that are skipped and named before giving up"
+        ),
+    ] = 0,
+) -> None:
+    """A folder of pictures in the layout of ImageNet."""
+    from pipeline.data.write.images import write_folder as write
+
+    with _progress(source.name) as told:
+        manifests = write(
+            source,
+            out,
+            mode=mode,
+            max_resolution=max_resolution,
+            quality=quality,
+            workers=workers,
+            max_bad=max_bad,
+            progress=told,
+            existing=existing,
+        )
+    _report(manifests)
+
+
+@write_app.command("events", epilog="Example: spiketrain write events moving --out data/moving")
+def write_events(
+    name: Annotated[
+        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
+        typer.Argument(metavar="SET"),
+    ],
+    out: Out,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            help="published sets: the folder that tonic fills; saccades: fashion, or its files",
+        ),
+    ] = None,
+    slices: Annotated[
+        int | None,
+        typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
+    ] = None,
+    frames_by: Annotated[
+        Literal["time", "number"],
+        typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
+    ] = "time",
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
+    ] = None,
+    resize: Annotated[
+        Literal["sum", "area"] | None,
+        typer.Option("--resize", help="counts of all pixels beneath one, or their mean"),
+    ] = None,
+    counts: Annotated[
+        Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
+    ] = "uint8",
+    overflow: Annotated[
+        Literal["refuse", "saturate"], typer.Option("--overflow", help="what a larger count does")
+    ] = "refuse",
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
+    ] = None,
+    val_samples: Annotated[
+        int | None, typer.Option("--val-samples", min=1, help="evaluation recordings, likewise")
+    ] = None,
+    workers: Writers = 1,
+    existing: OnExisting = "refuse",
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
+    ] = 0,
+) -> None:
+    """Recordings of event cameras.
+
+    Generated: moving (shapes whose direction only memory tells), saccades (over Fashion-MNIST).
+    Published, read by tonic: nmnist, cifar10dvs, gesture, ncaltech101.
+    """
+    from pipeline.data.write.events import write_events as write
+
+    given = {
+        "source": source,
+        "slices": slices,
+        "size": size,
+        "resize": resize,
+        "samples": samples,
+        "val_samples": val_samples,
+    }
+    options = {key: value for key, value in given.items() if value is not None}
+    how = {
+        "frames_by": frames_by,
+        "counts": counts,
+        "overflow": overflow,
+        "workers": workers,
+        "existing": existing,
+    }
+    with _progress(name) as told:
+        _report(write(name, out, progress=told, max_bad=max_bad, **how, **options))
+
+
+@write_app.command(
+    "stamps",
+    epilog="Example: spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2",
+)
+def write_stamps(
+    out: Out,
+    size: Annotated[int, typer.Option("--size", help="pixels a side")] = 160,
+    split: Annotated[
+        int,
+        typer.Option(
+            "--split",
+            help="which quarter of the objects evaluates: 0, 1 or 2; 3 to choose settings on",
+        ),
+    ] = 0,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="training scenes")] = 5200,
+    val_samples: Annotated[
+        int, typer.Option("--val-samples", min=1, help="evaluation scenes")
+    ] = 1040,
+    smallest: Annotated[
+        float,
+        number_option("--smallest", help="least share of a scene's side that its object takes"),
+    ] = 0.5,
+    content_seed: Annotated[
+        int, typer.Option("--content-seed", min=0, help="selects the scenes, not the split")
+    ] = 0,
+    source: Annotated[
+        Path | None,
+        typer.Option("--source", help="where the packages' pictures are; without it /usr/share"),
+    ] = None,
+    mode: Annotated[
+        Literal["jpg", "raw"], typer.Option("--mode", help="how pixels are stored")
+    ] = "jpg",
+    quality: Annotated[
+        int | None, typer.Option("--quality", min=1, max=100, help="of JPEGs; without it 90")
+    ] = None,
+    workers: Writers = 1,
+    existing: OnExisting = "refuse",
+) -> None:
+    """Scenes of 300 cut-out photographs in 13 classes, on photographs; what is tested was never
+    seen in training.
+
+    Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds
+    plasma-workspace-wallpapers."""
+    from pipeline.data.write.stamps.write import write_stamps as write
+
+    options = {
+        "size": size,
+        "split": split,
+        "samples": samples,
+        "val_samples": val_samples,
+        "smallest": smallest,
+    }
+    how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
+    with _progress("stamps") as told:
+        _report(write(out, workers=workers, progress=told, existing=existing, **options, **how))
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[OnProgress]:
+    """A bar on the terminal with the time left; where too much is unreadable, all of it is
+    listed.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from pipeline.data.write.images import TooManyUnreadable
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    except TooManyUnreadable as error:
+        _list_unreadable("unreadable", error.unreadable)
+        raise
+
+
+def _report(manifests: list[Manifest]) -> None:
+    from pipeline.data.write.sources import LeftOut
+
+    for manifest in manifests:
+        samples, classes = (
+            counted(manifest.samples, "sample"),
+            counted(len(manifest.classes), "class"),
+        )
+        print(f"{manifest.file}: {samples}, {classes}, {len(manifest.skipped)} skipped", flush=True)
+        _list_unreadable("skipped", manifest.skipped)
+        for left_out in manifest.left_out:
+            print(f"  left out {LeftOut(**left_out)}", file=sys.stderr)
+        if not_rotated := manifest.stored.get("not rotated"):
+            pictures = counted(not_rotated, "picture")
+            print(
+                f"  not rotated {pictures} of {manifest.file}: EXIF orientation is not applied",
+                file=sys.stderr,
+            )
+
+
+def _list_unreadable(what: str, found: list[dict[str, str]]) -> None:
+    for each in found:
+        print(f"  {what} {each['image']}: {each['reason']}", file=sys.stderr)

@@ -1,0 +1,121 @@
+"""Random numbers as a pure function of counters: the same on any rank, in any thread, after any
+restart.
+
+    z = mix(seed + g);  z = mix((z ^ epoch) + g);  z = mix((z ^ index) + g);  bits = mix((z ^ draw)
+    + g)
+
+with the increment g and the finaliser `mix` of splitmix64, all modulo 2^64. The global generators
+of Python, numpy and torch are neither read nor moved.
+
+Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014,
+doi:10.1145/2660193.2660195 (the finaliser is Stafford's variant 13).
+
+An epoch that holds several views of a sample (`repeats` in data/order.py) gives each view the
+counter epoch + copy 2^32 in the place of its epoch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Which draw means what. A new use takes new numbers: an old one never moves.
+ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
+HELD_OUT = 8
+COUNTED = 11  # which samples of an evaluation are counted on, see measure/activity.py and evenly.py
+PAGE = 10  # which samples have their pages compared, see data/ffcv/page_checks.py
+# the order of an evaluation set in which each sample is the donor of the one before, see
+# benchmarks/carryover.py
+DONOR = 9
+MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = (
+    96,
+    97,
+    98,
+    99,
+    100,
+)  # with the step for the epoch, see mixing.py
+COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which, 2 magnitude, 3 sign)
+ERASE = 136  # whether; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
+ERASE_PIXELS = 1 << 20  # and upwards: 4 pixels a draw
+CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
+
+_LOW64 = (1 << 64) - 1
+
+
+def signed(number: int) -> int:
+    """64 bits as a signed number, which torch computes with."""
+    return number - (1 << 64) if number >> 63 else number
+
+
+def mixer(number: Callable[[int], Any]) -> Callable[[Any], Any]:
+    """The finaliser of splitmix64 with its constants as `number` makes them.
+
+    np.uint64 suits numpy and numba (which must not overflow a signed number), `signed` suits torch.
+    With `signed`, Python's int gets the low 64 bits right as well. The masks make the shifts of
+    signed numbers logical.
+    """
+    factor_a, factor_b = number(0xBF58476D1CE4E5B9), number(0x94D049BB133111EB)
+    (a, low_a), (b, low_b), (c, low_c) = ((number(by), number(_LOW64 >> by)) for by in (30, 27, 31))
+
+    def mix(z: Any) -> Any:
+        z = (z ^ ((z >> a) & low_a)) * factor_a
+        z = (z ^ ((z >> b) & low_b)) * factor_b
+        return z ^ ((z >> c) & low_c)
+
+    return mix
+
+
+STEP = signed(0x9E3779B97F4A7C15)
+mix = mixer(signed)
+_UNSIGNED_STEP = np.uint64(STEP & _LOW64)
+_unsigned_mix = mixer(np.uint64)
+_S32 = np.uint64(32)
+
+
+def counter_hash(*counters: int) -> int:
+    """64 bits of any number of counters; for four of them the same as `bits`."""
+    z = 0
+    for counter in counters:
+        z = mix((z ^ counter) + STEP) & _LOW64
+    return z
+
+
+def bits(
+    seed: ArrayLike, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike
+) -> NDArray[np.uint64]:
+    """64 random bits for each (seed, epoch, index, draw), broadcast as numpy does."""
+    z: Any = np.uint64(0)
+    with np.errstate(over="ignore"):  # 2^64 wraps by design; numpy warns of it for scalars alone
+        for counter in (seed, epoch, index, draw):
+            z = _unsigned_mix((z ^ np.asarray(counter).astype(np.uint64)) + _UNSIGNED_STEP)
+    return z
+
+
+def compiled_bits(compiled: Callable[[Callable[..., Any]], Any]) -> Any:
+    """`bits` for scalars, compiled by `compiled`, such as `numba.njit`: four uint64 to one."""
+    mix, step = compiled(_unsigned_mix), _UNSIGNED_STEP
+
+    @compiled
+    def bits(seed, epoch, index, draw):
+        z = mix(seed + step)
+        z = mix((z ^ epoch) + step)
+        z = mix((z ^ index) + step)
+        return mix((z ^ draw) + step)
+
+    return bits
+
+
+def below(random_bits: ArrayLike, n: int) -> NDArray[np.int64]:
+    """Whole numbers 0..n-1 from the upper 32 bits; n < 2^31, bias below n / 2^32."""
+    return ((np.asarray(random_bits, np.uint64) >> _S32) * np.uint64(n) >> _S32).astype(np.int64)
+
+
+def normal_table() -> NDArray[np.float32]:
+    """65536 values at evenly spaced quantiles of the normal distribution.
+
+    They are rounded so that no library's last digit matters.
+    """
+    from scipy.special import ndtri  # processes that write data draw nothing from it
+
+    return np.round(ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)), 5).astype(np.float32)

@@ -1,0 +1,157 @@
+"""The images of a folder's train.beton and val.beton as a `Data`: what a recipe names.
+
+Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported
+when a loader is made."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from pipeline.data.errors import DataError
+from pipeline.data.ffcv.files import FileData, Name, check_views
+
+if TYPE_CHECKING:
+    from pipeline.data.ffcv.reader import BetonLoader
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VAL_RATIO = 224 / 256  # of the shorter side: resize to 256, cut out 224
+
+
+class Beton(FileData):
+    """Square images of `size` pixels a side with `channels` 3 (RGB) or 1 (luma).
+
+    `crop` of training images; of evaluation images:
+      "resized"  random resized crop (`area` 0.08-1, `ratio` 3/4-4/3); central 224/256, resized
+      as is usual for ImageNet "shift"    window moved by up to `reach` pixels (4), black comes in;
+      central window           for CIFAR and Fashion "centre"   central 224/256, resized; the same
+    A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at
+    most (28 in 32, zeros around). `flip`: "random" mirrors every second training image, "never"
+    none.
+    `colour`: the magnitude, up to 10, of RandAugment's operations on the colour of training images,
+    see colour.py; 0: none. `erase`: how probable it is that a rectangle of a training image becomes
+    noise, see erase.py.
+    `mean`, `std`: a value a channel, of pixels scaled to 0..1.
+    `held_out`: the share of the training set to evaluate on in the place of the val set, and not to
+    train on: a learning rate is chosen on it, for example with `--set data.held_out=0.1`.
+    `repeats`: how many views of each of its samples a training batch holds, and so how many epochs
+    it takes to see all of them.
+
+    Raises: DataError for options that contradict each other or have no effect.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        classes: int,
+        size: int,
+        channels: int = 3,
+        crop: Literal["resized", "shift", "centre"] = "resized",
+        flip: Literal["random", "never"] = "random",
+        area: tuple[float, float] | None = None,
+        ratio: tuple[float, float] | None = None,
+        reach: int | None = None,
+        colour: float = 0.0,
+        erase: float = 0.0,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        held_out: float = 0.0,
+        repeats: int = 1,
+    ) -> None:
+        super().__init__(
+            folder,
+            classes=classes,
+            shape=(channels, size, size),
+            held_out=held_out,
+            repeats=repeats,
+        )
+        self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
+        self.colour, self.erase = float(colour), float(erase)
+        _check_options(self, area, ratio, reach)
+        self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
+        self.reach = 4 if reach is None else reach
+
+    def _loader(self, *words: Any, **how: Any) -> "BetonLoader":
+        loader = super()._loader(*words, **how)
+        if self.crop == "shift":
+            _check_sides(loader.path, loader.records, self.shape[1])
+        return loader
+
+    def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
+        from pipeline.data.ffcv.augment import CENTRE, RESIZED, WINDOW, Decode
+
+        channels, size, _ = self.shape
+        train = use == "train"
+        kind = (
+            WINDOW
+            if self.crop == "shift"
+            else RESIZED
+            if self.crop == "resized" and train
+            else CENTRE
+        )
+        return Decode(
+            kind=kind,
+            size=size,
+            channels=channels,
+            reach=self.reach if train else 0,
+            flip=train and self.flip == "random",
+            area=self.area if kind == RESIZED else (VAL_RATIO, VAL_RATIO),
+            ratio=self.ratio,
+            colour=self.colour if train else 0.0,
+            erase=self.erase if train else 0.0,
+            strong=self.colour > 0 or self.erase > 0,
+            mean=self.mean,
+            std=self.std,
+            parallel=parallel,
+        )
+
+
+def _check_options(
+    data: Beton,
+    area: tuple[float, float] | None,
+    ratio: tuple[float, float] | None,
+    reach: int | None,
+) -> None:
+    channels, size, _ = data.shape
+    if data.classes < 1 or size < 1 or channels not in (1, 3):
+        raise DataError(
+            "Beton: classes and size must be 1 or more, channels 1 or 3; "
+            f"got classes={data.classes}, size={size}, channels={channels}"
+        )
+    if not 0 <= data.colour <= 10 or not 0 <= data.erase <= 1:
+        raise DataError(
+            f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour},"
+            f" erase={data.erase}"
+        )
+    if data.colour and channels == 1:
+        raise DataError(
+            f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}"
+        )
+    if data.repeats < 1:
+        raise DataError(f"Beton: repeats must be 1 or more; got {data.repeats}")
+    check_views(data, channels, size, crops=("resized", "shift", "centre"), reach=reach)
+    for name, value in (("area", area), ("ratio", ratio)):
+        if value is not None and data.crop != "resized":
+            raise DataError(
+                f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set"
+                " crop='resized'"
+            )
+        if value is not None and not (
+            0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)
+        ):
+            raise DataError(
+                f"Beton: {name} must be (low, high) with 0 < low <="
+                f" high{' <= 1' * (name == 'area')}; got {value}"
+            )
+
+
+def _check_sides(path: Path, records: Any, size: int) -> None:
+    sides = np.concatenate([records["width"], records["height"]])
+    shortest, longest = int(sides.min()), int(sides.max())
+    if max(size - shortest, longest - size) > size // 4:
+        raise DataError(
+            f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of"
+            f" size={size}; got {shortest} to {longest}; choose crop='resized' or write the data"
+            " with max_resolution"
+        )

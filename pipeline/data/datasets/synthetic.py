@@ -1,0 +1,234 @@
+"""A learnable data set made of counter-based random numbers: no file, no FFCV. For tests and
+benchmarks.
+
+A class is a smooth random pattern; a sample is its class's pattern at half to full contrast under
+noise. Order, resumption and augmentation behave exactly as those of files do. A set of recordings
+stands for event data: T patterns a class, as counts."""
+
+# N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W
+# pixels
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
+from pipeline.data.base import Batch, DataError
+from pipeline.data.order import TrainOrder, ValOrder
+
+_PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
+_FIELDS = 61  # noise fields; a sample adds two of them, so 61 x 61 kinds of noise
+_TRAIN, _VAL = 0, 1
+
+
+class Synthetic:
+    """`samples` training and `val_samples` evaluation samples of `shape` (C, H, W), images, or (T,
+    C, H, W), recordings.
+
+    Sample i is of class `i % classes`. The values of a recording are whole numbers, 0 or more, as
+    counts of events are. `noise`: its standard deviation, in those of a pattern at full contrast.
+    `augment`: "shift-flip" moves a training sample by up to max(1, H // 8) pixels (zeros come in)
+    and mirrors every second one. `repeats`: views of each of its samples in a training batch, see
+    order.py.
+    `content_seed`: selects patterns and noise; it belongs to the data, unlike the `seed` of
+    `train`.
+
+    Raises: DataError for sizes that make no set.
+    """
+
+    def __init__(
+        self,
+        samples: int = 512,
+        *,
+        classes: int = 10,
+        shape: tuple[int, ...] = (1, 16, 16),
+        val_samples: int = 128,
+        noise: float = 0.5,
+        augment: Literal["shift-flip", "none"] = "shift-flip",
+        repeats: int = 1,
+        content_seed: int = 0,
+    ) -> None:
+        if min(samples, val_samples, classes, *shape) < 1 or len(shape) not in (3, 4):
+            raise DataError(
+                "Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1"
+                f" or more; got samples={samples}, val_samples={val_samples}, classes={classes},"
+                f" shape={shape}"
+            )
+        if augment not in ("shift-flip", "none"):
+            raise DataError(f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}")
+        if repeats < 1:
+            raise DataError(f"Synthetic: repeats must be 1 or more; got {repeats}")
+        if noise < 0 or content_seed < 0:
+            raise DataError(
+                f"Synthetic: noise and content_seed must be 0 or more; got {noise} and"
+                f" {content_seed}"
+            )
+        self.samples, self.val_samples, self.classes = samples, val_samples, classes
+        self.shape = tuple(int(size) for size in shape)
+        # To whoever must see pictures, a teacher, the values are pixels normalised so.
+        self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
+        self.noise, self.augment, self.content_seed, self.repeats = (
+            float(noise),
+            augment,
+            content_seed,
+            repeats,
+        )
+        self._only: tuple[int, ...] | None = None
+
+    def fingerprint(self) -> str:
+        """A hash of everything that the samples are computed from."""
+        parts = (
+            "synthetic-1",
+            self.samples,
+            self.val_samples,
+            self.classes,
+            self.shape,
+            self.noise,
+            self.content_seed,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Nothing on disk, nothing to check."""
+
+    def of_classes(self, classes: tuple[int, ...]) -> "Synthetic":
+        """The same sets without the samples of other classes; labels stay as they are."""
+        narrowed = copy.copy(self)
+        narrowed._only = classes
+        return narrowed
+
+    def train(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int,
+        micro_batch: int,
+        threads: int = 1,
+    ) -> "SyntheticLoader":
+        ids = self._ids(self.samples)
+        sizes: dict[str, Any] = {
+            "rank": rank,
+            "world": world,
+            "batch_size": batch_size,
+            "micro_batch": micro_batch,
+        }
+        order = TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
+        return SyntheticLoader(self, order, seed=seed if self.augment == "shift-flip" else None)
+
+    def val(
+        self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1
+    ) -> "SyntheticLoader":
+        ids = self._ids(self.val_samples)
+        return SyntheticLoader(
+            self,
+            ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch),
+        )
+
+    def _ids(self, samples: int) -> NDArray[np.int64]:
+        ids = np.arange(samples)
+        return ids if self._only is None else ids[np.isin(ids % self.classes, self._only)]
+
+
+class SyntheticLoader:
+    """Batches of a `Synthetic`, made when asked for. `seed`: of the augmentation; None leaves the
+    samples as they are.
+    """
+
+    def __init__(
+        self, data: Synthetic, order: TrainOrder | ValOrder, *, seed: int | None = None
+    ) -> None:
+        self.samples, self.steps_per_epoch = order.samples, order.steps
+        self._data, self._order, self._seed = data, order, seed
+        self._part = _TRAIN if isinstance(order, TrainOrder) else _VAL
+        self._patterns_KCHW = _patterns(data)
+        self._fields_FCHW = _fields(data)
+
+    @contextmanager
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
+        ids, epochs = (
+            self._order.epoch(epoch, start=start),
+            epoch + (self._order.copies(start=start) << 32),
+        )
+        size = self._order.micro_batch
+        yield (
+            self._batch(ids[i : i + size], epochs[i : i + size]) for i in range(0, len(ids), size)
+        )
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _batch(self, ids_B: NDArray[np.int64], epoch_B: NDArray[np.int64]) -> Batch:
+        target_B = ids_B % self._data.classes
+        draw = lambda number: bits(self._data.content_seed, self._part, ids_B, number)
+        contrast_B = (0.5 + (draw(_CONTRAST) >> np.uint64(40)) * 2.0**-25).astype(np.float32)
+        x_BCHW = self._patterns_KCHW[target_B] * contrast_B[:, None, None, None]
+        x_BCHW += self._fields_FCHW[below(draw(_FIELD_A), _FIELDS)]
+        x_BCHW += self._fields_FCHW[below(draw(_FIELD_B), _FIELDS), :, ::-1, ::-1]
+        if self._seed is not None:
+            x_BCHW = _shift_flip(x_BCHW, ids_B, seed=self._seed, epoch_B=epoch_B)
+        if len(self._data.shape) == 4:
+            x_BCHW = np.maximum(np.rint(x_BCHW), 0.0)
+        x_B = torch.from_numpy(x_BCHW.reshape(len(ids_B), *self._data.shape))
+        return Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(ids_B.copy()))
+
+
+def _patterns(data: Synthetic) -> NDArray[np.float32]:
+    """One smooth pattern a class, mean 0 and standard deviation 1: 4 x 4 random values a channel,
+    blown up linearly. [K,C,H,W]
+    """
+    channels, height, width = _channels(data), *data.shape[-2:]
+    corners = _uniform(data.content_seed, _PATTERN, (data.classes, channels, 4, 4))
+    rows, columns = _interpolation(height), _interpolation(width)
+    x = np.einsum("hi,kcij,wj->kchw", rows, corners, columns)
+    x -= x.mean((1, 2, 3), keepdims=True)
+    return (x / np.maximum(x.std((1, 2, 3), keepdims=True), 1e-6)).astype(np.float32)
+
+
+def _fields(data: Synthetic) -> NDArray[np.float32]:
+    """Noise fields; the sum of two has the standard deviation `data.noise`. [F,C,H,W]"""
+    x = _uniform(data.content_seed, _NOISE, (_FIELDS, _channels(data), *data.shape[-2:]))
+    return (x * (data.noise * np.sqrt(6.0))).astype(
+        np.float32
+    )  # a uniform of width 1 has variance 1/12
+
+
+def _channels(data: Synthetic) -> int:
+    return int(np.prod(data.shape[:-2]))
+
+
+def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Uniform in -0.5..0.5."""
+    index = np.arange(int(np.prod(shape)))
+    return np.asarray(
+        (bits(seed, 0, index, draw) >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64
+    ).reshape(shape)
+
+
+def _interpolation(size: int) -> NDArray[np.float64]:
+    """The matrix that interpolates 4 values linearly to `size`: [size, 4]."""
+    place = np.linspace(0, 3, size)
+    return np.asarray(np.maximum(0.0, 1.0 - np.abs(place[:, None] - np.arange(4))), np.float64)
+
+
+def _shift_flip(
+    x_BCHW: NDArray[np.float32], ids_B: NDArray[np.int64], *, seed: int, epoch_B: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    reach = max(1, x_BCHW.shape[2] // 8)
+    down_B = below(bits(seed, epoch_B, ids_B, SHIFT_Y), 2 * reach + 1)
+    right_B = below(bits(seed, epoch_B, ids_B, SHIFT_X), 2 * reach + 1)
+    mirrored_B = below(bits(seed, epoch_B, ids_B, FLIP), 2)
+    height, width = x_BCHW.shape[2:]
+    padded = np.pad(x_BCHW, ((0, 0), (0, 0), (reach, reach), (reach, reach)))
+    out = np.empty_like(x_BCHW)
+    for b in range(len(ids_B)):
+        window = padded[b, :, down_B[b] : down_B[b] + height, right_B[b] : right_B[b] + width]
+        out[b] = window[:, :, ::-1] if mirrored_B[b] else window
+    return out

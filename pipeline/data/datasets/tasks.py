@@ -1,0 +1,191 @@
+"""Tasks made of one data set, to be learnt one after another: its pixels in another order, or its
+classes a few at a time.
+
+A recipe writes them without the data set, `Phase(name="task-1", data=spec(Permuted, task=1))`, and
+is asked for the rest."""
+
+# B batch, C channels, H W pixels, K classes
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+
+from pipeline.core.random import bits
+from pipeline.core.units import counted
+from pipeline.data.base import Batch, Data, DataError, Loader, with_page_checks
+
+_PIXELS = 80  # a draw, see random.py
+
+
+@runtime_checkable
+class ByClass(Data, Protocol):
+    """A data set that can leave classes out."""
+
+    def of_classes(self, classes: tuple[int, ...]) -> Data:
+        """The same sets without the samples of other classes; labels stay as they are."""
+        ...
+
+
+class _Task:
+    """A data set made of another: a subclass says what becomes of a batch."""
+
+    data: Data
+
+    def check(self) -> None:
+        self.data.check()
+
+    def with_page_checks(self, one_in: int) -> Self:
+        """See base.OnPages."""
+        return self._over(with_page_checks(self.data, one_in))
+
+    def train(self, **sizes: Any) -> Loader:
+        return Changed(self._source().train(**sizes), self._changed)
+
+    def val(self, **sizes: Any) -> Loader:
+        return Changed(self._source().val(**sizes), self._changed)
+
+    def _over(self, data: Data) -> Self:
+        """The same task of other data."""
+        same = copy.copy(self)
+        same.data = data
+        return same
+
+    def _source(self) -> Data:
+        return self.data
+
+    def _changed(self, batch: Batch) -> Batch:
+        raise NotImplementedError
+
+
+class Permuted(_Task):
+    """`data` with its pixels in an order that belongs to the task, the same for every sample and
+    channel.
+
+        x'[..., p] = x[..., order(seed, task)[p]],      p = 0..H W - 1
+
+    Augmentation comes first: a moved image is moved before its pixels change places.
+    `first`: task 0 is "permuted" like the others (as in HLOP's and GPM's code), or has the images
+    as they are ("plain"). `seed`: of the orders; it belongs to the data, unlike a run's seed.
+
+    Raises: DataError for a task or a seed below 0.
+    Source: Goodfellow et al. 2014 (arXiv 1312.6211) for permuted MNIST.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        task: int,
+        seed: int = 0,
+        first: Literal["permuted", "plain"] = "permuted",
+    ) -> None:
+        if min(task, seed) < 0 or first not in ("permuted", "plain"):
+            raise DataError(
+                "Permuted: task and seed must be 0 or more, first 'permuted' or 'plain'; "
+                f"got task={task}, seed={seed}, first={first!r}"
+            )
+        self.data, self.classes, self.shape = data, data.classes, data.shape
+        pixels = np.arange(data.shape[-2] * data.shape[-1])
+        is_plain = task == 0 and first == "plain"
+        self.order = (
+            pixels if is_plain else np.argsort(bits(seed, task, pixels, _PIXELS), kind="stable")
+        )
+
+    def fingerprint(self) -> str:
+        return _digest("permuted-1", self.data.fingerprint(), self.order.tolist())
+
+    def of_classes(self, classes: tuple[int, ...]) -> Self:
+        """See ByClass."""
+        return self._over(_by_class("Permuted", self.data).of_classes(classes))
+
+    def _changed(self, batch: Batch) -> Batch:
+        x_BP = batch.x.flatten(-2)[..., torch.from_numpy(self.order)]
+        return replace(batch, x=x_BP.view_as(batch.x))
+
+
+class SplitClasses(_Task):
+    """The samples of `classes_per_task` classes of `data`: task k has the k-th so many of `order`
+    (None: 0, 1, 2, ...).
+
+    The others are left out of the order that samples are read in, so a batch is full, and rank,
+    epoch and resumption mean what they mean for a whole set.
+    `labels`: "task" counts the task's classes from 0, for a head of its own; "data" keeps the
+    data's labels, for a shared head.
+
+    Raises: DataError for a task beyond the classes, an order that is none, or data that cannot
+    leave classes out."""
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        task: int,
+        classes_per_task: int = 2,
+        labels: Literal["task", "data"] = "task",
+        order: tuple[int, ...] | None = None,
+    ) -> None:
+        ordered = tuple(range(data.classes)) if order is None else tuple(order)
+        if sorted(ordered) != list(range(data.classes)):
+            raise DataError(
+                f"SplitClasses: order must hold each of 0..{data.classes - 1} once; got {ordered}"
+            )
+        if labels not in ("task", "data"):
+            raise DataError(f"SplitClasses: labels must be 'task' or 'data'; got {labels!r}")
+        tasks = data.classes // classes_per_task if classes_per_task >= 1 else 0
+        if not 0 <= task < tasks:
+            raise DataError(
+                f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make"
+                f" {counted(tasks, 'task')}, from 0; got task={task}"
+            )
+        self.data, self.labels = _by_class("SplitClasses", data), labels
+        self.chosen = ordered[task * classes_per_task : (task + 1) * classes_per_task]
+        self.classes = classes_per_task if labels == "task" else data.classes
+        self.shape = data.shape
+
+    def fingerprint(self) -> str:
+        return _digest("split-1", self.data.fingerprint(), self.chosen, self.labels)
+
+    def _source(self) -> Data:
+        return _by_class("SplitClasses", self.data).of_classes(self.chosen)
+
+    def _changed(self, batch: Batch) -> Batch:
+        if self.labels == "data":
+            return batch
+        table_K = torch.full((self.data.classes,), -1)
+        table_K[list(self.chosen)] = torch.arange(len(self.chosen))
+        return replace(batch, target=table_K[batch.target])
+
+
+class Changed:
+    """A loader whose batches are changed on their way."""
+
+    def __init__(self, loader: Loader, change: Callable[[Batch], Batch]) -> None:
+        self.samples, self.steps_per_epoch = loader.samples, loader.steps_per_epoch
+        self._loader, self._change = loader, change
+
+    @contextmanager
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
+        with self._loader.epoch(epoch, start=start) as batches:
+            yield map(self._change, batches)
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def _by_class(who: str, data: Data) -> ByClass:
+    if not isinstance(data, ByClass):
+        raise DataError(
+            f"{who}: needs data that can leave classes out, such as Beton or Synthetic; got"
+            f" {type(data).__name__}"
+        )
+    return data
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""The parts of FFCV that this package builds on, imported in one place and without their side
+effects.
+
+FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a loader is made. Where
+torch finds a GPU, the thread of its loader makes CUDA streams. A new thread starts on device 0, so
+every rank would open a context on that card. Our pipeline has no stage on a GPU and needs no
+stream.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from pipeline.data.ffcv.tbb import load_tbb
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Undo what FFCV does to torch's number of threads within."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+with suppress(ImportError, OSError):  # one loader thread needs none
+    load_tbb()  # before FFCV, which starts numba's threads when it is imported
+with torch_threads_kept():
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.libffcv import imdecode, resize_crop
+    from ffcv.loader import epoch_iterator
+    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.loader.loader import Loader
+    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.graph import Graph
+    from ffcv.pipeline.operation import Operation
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
+    from ffcv.pipeline.state import State
+    from ffcv.reader import Reader
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        FieldDescType,
+        HeaderType,
+        get_metadata_type,
+    )
+
+epoch_iterator.IS_CUDA = False
+
+__all__ = [
+    "ALLOC_TABLE_TYPE",
+    "CURRENT_VERSION",
+    "AllocationQuery",
+    "Compiler",
+    "EpochIterator",
+    "FieldDescType",
+    "Graph",
+    "HeaderType",
+    "IntField",
+    "Loader",
+    "NDArrayField",
+    "OSCacheContext",
+    "OSCacheManager",
+    "Operation",
+    "PipelineSpec",
+    "RGBImageField",
+    "Reader",
+    "State",
+    "get_metadata_type",
+    "imdecode",
+    "resize_crop",
+]

@@ -1,0 +1,231 @@
+"""From a stored image to a normalised float32 one, [H,W,C] to [C,H,W], in one compiled loop:
+
+    decode, crop, recolour (colour.py), mirror, normalise, erase (erase.py)
+
+Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view comes out the
+same, bit for bit, in any thread, batch, rank and process. Compiled without fastmath; ratios come
+from a table, because `exp` depends on the machine's libm.
+
+FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no seed reaches, and
+ignore what `imdecode` returns."""
+
+# B batch, S side of the output, C channels of the output, h w of a stored image
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from pipeline.core.random import CROP, normal_table
+from pipeline.data.ffcv import rand_augment as colours
+from pipeline.data.ffcv import random_erasing as erasing
+from pipeline.data.ffcv.api import imdecode, resize_crop
+from pipeline.data.ffcv.format import JPG, Images
+from pipeline.data.ffcv.loops import Decoder, below, bits, compiled, mirrored, shifted, unit
+
+RESIZED, CENTRE, WINDOW = 0, 1, 2
+"""a random resized crop; the central square, resized; a window of the output's size, never
+resized
+"""
+_ATTEMPTS = 10
+# The draws of a crop; arithmetic on a loop's counter would turn uint64 into float64.
+_DRAWS = np.arange(CROP, CROP + 4 * _ATTEMPTS, dtype=np.uint64).reshape(_ATTEMPTS, 4)
+_S32, _S52 = np.uint64(32), np.uint64(52)
+
+
+class Decode(Decoder):
+    """From the images of a file to float32 [B,C,S,S]. Its status is what the JPEG decoder returned.
+
+    `strong`: compiled with what `colour` and `erase` need. Evaluation shares the loop of its
+    training, and both are 0 there.
+    """
+
+    def __init__(
+        self,
+        *,
+        kind: int,
+        size: int,
+        channels: int,
+        reach: int = 0,
+        flip: bool = False,
+        area: tuple[float, float] = (1.0, 1.0),
+        ratio: tuple[float, float] = (1.0, 1.0),
+        colour: float = 0.0,
+        erase: float = 0.0,
+        strong: bool = False,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        parallel: bool,
+    ) -> None:
+        assert strong or colour == erase == 0
+        # In arrays: numba would compile the loop anew for each kind of number.
+        options, limits = np.array([kind, reach, int(flip)], np.int64), np.array(area, np.float64)
+        strength, ratios = np.array([colour, erase], np.float64), ratio_table(erasing.RATIO)
+        how = (
+            options,
+            limits,
+            ratio_table(ratio),
+            lookup(mean, std),
+            strength,
+            ratios,
+            normal_table(),
+        )
+        shape, sample = (channels, size, size), sampler(strong)
+        super().__init__(
+            name=Images.name,
+            what="the JPEG",
+            shape=shape,
+            sample=sample,
+            how=how,
+            parallel=parallel,
+        )
+
+
+def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
+    """4096 aspect ratios (width / height), evenly spaced in their logarithm.
+
+    They are rounded so that libm does not matter.
+    """
+    low, high = (math.log(each) for each in ratio)
+    return np.array(
+        [round(math.exp(low + (high - low) * (i + 0.5) / 4096), 6) for i in range(4096)]
+    )
+
+
+def lookup(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """The normalised value of each channel's 256 levels: [C,256]."""
+    levels = np.arange(256) / 255.0
+    return ((levels - np.array(mean)[:, None]) / np.array(std)[:, None]).astype(np.float32)
+
+
+@compiled
+def crop_box(h, w, seed, epoch, index, area, ratios):
+    """A random resized crop of an image: (top, left, height, width)."""
+    for attempt in range(_ATTEMPTS):
+        pixels = np.float64(h * w) * (
+            area[0] + (area[1] - area[0]) * unit(bits(seed, epoch, index, _DRAWS[attempt, 0]))
+        )
+        ratio = ratios[bits(seed, epoch, index, _DRAWS[attempt, 1]) >> _S52]
+        width = np.int64(math.floor(math.sqrt(pixels * ratio) + 0.5))
+        height = np.int64(math.floor(math.sqrt(pixels / ratio) + 0.5))
+        if 0 < width <= w and 0 < height <= h:
+            top = below(bits(seed, epoch, index, _DRAWS[attempt, 2]), h - height + 1)
+            left = below(bits(seed, epoch, index, _DRAWS[attempt, 3]), w - width + 1)
+            return top, left, height, width
+    # Rarely: the largest central crop whose ratio is within bounds, as torchvision's
+    # RandomResizedCrop has it.
+    width, height = w, h
+    if w < ratios[0] * h:
+        height = max(1, np.int64(math.floor(w / ratios[0] + 0.5)))
+    elif w > ratios[-1] * h:
+        width = max(1, np.int64(math.floor(h * ratios[-1] + 0.5)))
+    return (h - height) // 2, (w - width) // 2, height, width
+
+
+@compiled
+def put(out_CSS, pixels_hw3, top, left, is_mirrored, table):
+    """Normalise the window at (top, left), which may reach beyond the image: what lies outside is
+    black.
+    """
+    channels, side = out_CSS.shape[0], out_CSS.shape[1]
+    h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
+    for y in range(side):
+        row = top + y
+        for x in range(side):
+            column = left + (side - 1 - x if is_mirrored else x)
+            inside = 0 <= row < h and 0 <= column < w
+            if channels == 3:
+                for c in range(3):
+                    out_CSS[c, y, x] = table[c, pixels_hw3[row, column, c] if inside else 0]
+            else:
+                out_CSS[0, y, x] = table[0, colours.luma(pixels_hw3[row, column]) if inside else 0]
+
+
+@compiled
+def window(pixels_hw3, top, left, side):
+    """A copy of the window at (top, left), what lies outside of the image black."""
+    out_SS3 = np.zeros((side, side, 3), np.uint8)
+    for y in range(max(0, -top), min(side, pixels_hw3.shape[0] - top)):
+        for x in range(max(0, -left), min(side, pixels_hw3.shape[1] - left)):
+            for c in range(3):
+                out_SS3[y, x, c] = pixels_hw3[top + y, left + x, c]
+    return out_SS3
+
+
+@compiled
+def nothing(_, seed, epoch, index, strength, ratios, normals):
+    """In the place of a strong augmentation."""
+
+
+@cache
+def viewer(strong: bool) -> Any:
+    """Everything that is done to one decoded image.
+
+    Without strong augmentation there is half as much to compile: 3 s instead of 7.
+    """
+    resize: Any = njit(nogil=True)(resize_crop)
+    recolour, erase = (colours.recolour, erasing.erase) if strong else (nothing, nothing)
+
+    @compiled
+    def view(out_CSS, pixels_hw3, seed, epoch, index, how):
+        options, area, ratios, table, strength, erase_ratios, normals = how
+        side, kind, reach, flip = out_CSS.shape[1], options[0], options[1], options[2]
+        h, w = np.int64(pixels_hw3.shape[0]), np.int64(pixels_hw3.shape[1])
+        is_mirrored = mirrored(flip, seed, epoch, index)
+        if kind == WINDOW:
+            down, right = shifted(reach, seed, epoch, index)
+            top, left = (h - side) // 2 + down, (w - side) // 2 + right
+            if not strong:
+                put(out_CSS, pixels_hw3, top, left, is_mirrored, table)
+                return
+            shown_SS3 = window(pixels_hw3, top, left, side)
+        else:
+            if kind == RESIZED:
+                top, left, height, width = crop_box(h, w, seed, epoch, index, area, ratios)
+            else:
+                height = max(1, np.int64(area[0] * min(h, w)))
+                width = height
+                top, left = (h - height) // 2, (w - width) // 2
+            shown_SS3 = np.empty((side, side, 3), np.uint8)
+            resize(pixels_hw3, top, top + height, left, left + width, shown_SS3)
+        recolour(shown_SS3, seed, epoch, index, strength, erase_ratios, normals)
+        put(out_CSS, shown_SS3, 0, 0, is_mirrored, table)
+        erase(out_CSS, seed, epoch, index, strength, erase_ratios, normals)
+
+    return view
+
+
+@cache
+def sampler(strong: bool) -> Any:
+    """From one sample's place in the file to its view."""
+    view = viewer(strong)
+    decode_jpg: Any = njit(nogil=True)(imdecode)
+
+    @compiled
+    def sample(b, indices_B, out_BCSS, keys, status, records, storage, how):
+        file, addresses, sizes = storage
+        samples = np.uint64(len(records))
+        copy, index = (
+            np.uint64(indices_B[b]) // samples,
+            np.uint64(indices_B[b]) % samples,
+        )  # see reader.py
+        record = records[index]
+        address = record["data_ptr"]
+        stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
+        h, w = np.int64(record["height"]), np.int64(record["width"])
+        seed, epoch = keys[b, 0], keys[b, 1] + (copy << _S32)
+        status[b, 0] = 0
+        if record["mode"] == JPG:
+            # Scratch memory here, not in FFCV's: that would be one image of the largest size for
+            # each sample in flight.
+            pixels_hw3 = np.empty((h, w, 3), np.uint8)
+            status[b, 0] = decode_jpg(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)
+            if status[b, 0] == 0:
+                view(out_BCSS[b], pixels_hw3, seed, epoch, index, how)
+        else:
+            view(out_BCSS[b], stored.reshape((h, w, 3)), seed, epoch, index, how)
+
+    return sample

@@ -1,0 +1,102 @@
+"""From the counts of a file to float32 [B,T,C,S,S], in one compiled loop: sum slices, shift,
+mirror, normalise.
+
+A recording moves and mirrors as one: its random numbers are drawn once, from (seed, epoch, sample),
+as those of images."""
+
+# B batch, T time, C polarities of the output, S pixels a side
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.ffcv.format import Arrays
+from pipeline.data.ffcv.loops import Decoder, compiled, mirrored, shifted
+
+
+class DecodeEvents(Decoder):
+    """`stored`: the file's arrays, [slices, 2, S, S].
+
+    `shape`: (T, C, S, S), T a divisor of the slices, C 2 or 1 (their sum).
+    Its status is not 0 where a sample's bytes are not those of `stored`.
+    """
+
+    def __init__(
+        self,
+        stored: Arrays,
+        *,
+        shape: tuple[int, ...],
+        reach: int = 0,
+        flip: bool = False,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        parallel: bool,
+    ) -> None:
+        word = np.dtype(stored.dtype).itemsize
+        options = np.array(
+            [stored.shape[0] // shape[0], stored.bytes, word, reach, int(flip)], np.int64
+        )
+        how = (options, counts_of_words(stored.dtype), np.array([mean, std], np.float32))
+        super().__init__(
+            name=Arrays.name,
+            what="the frames",
+            shape=shape,
+            sample=sample,
+            how=how,
+            parallel=parallel,
+        )
+
+
+def counts_of_words(dtype: str) -> NDArray[np.float32]:
+    """The count that each stored word means: [256] or [65536]. (numba 0.68.1 does not compute with
+    float16 on a CPU.)
+    """
+    kind = np.dtype(dtype)
+    words = np.arange(1 << 8 * kind.itemsize, dtype=f"<u{kind.itemsize}")
+    return words.view(kind.newbyteorder("<")).astype(np.float32)
+
+
+@compiled
+def add_slice(out_SS, stored, first, word, top, left, is_mirrored, table):
+    """Add the counts of one slice and polarity, which begin at word `first`, moved and mirrored."""
+    side = out_SS.shape[0]
+    for y in range(side):
+        row = top + y
+        if row < 0 or row >= side:
+            continue
+        for x in range(side):
+            column = left + (side - 1 - x if is_mirrored else x)
+            if column < 0 or column >= side:
+                continue
+            place = first + row * side + column
+            if word == 1:
+                value = np.int64(stored[place])
+            else:
+                value = np.int64(stored[2 * place]) | np.int64(stored[2 * place + 1]) << 8
+            out_SS[y, x] += table[value]
+
+
+@compiled
+def sample(b, indices_B, out_BTCSS, keys, status, addresses, storage, how):
+    """From one recording's place in the file to its frames."""
+    options, table, normal = how
+    file, starts, sizes = storage
+    merged, length, word, reach, flip = options[0], options[1], options[2], options[3], options[4]
+    index = np.uint64(indices_B[b])
+    address = addresses[index]
+    stored = file[address : address + sizes[np.searchsorted(starts, address)]]
+    status[b, 0] = 0 if len(stored) == length else 1
+    if status[b, 0] != 0:
+        return
+    top, left = shifted(reach, keys[b, 0], keys[b, 1], index)
+    is_mirrored = mirrored(flip, keys[b, 0], keys[b, 1], index)
+    out_TCSS = out_BTCSS[b]
+    steps, channels, side = out_TCSS.shape[0], out_TCSS.shape[1], out_TCSS.shape[2]
+    out_TCSS[...] = 0
+    for at in range(steps * merged * 2):  # slices, and the two polarities of each
+        channel = at % 2 if channels == 2 else 0
+        out_SS = out_TCSS[at // (2 * merged), channel]
+        add_slice(out_SS, stored, at * side * side, word, top, left, is_mirrored, table)
+    for channel in range(channels):
+        mean, std = normal[0, channel], normal[1, channel]
+        if mean != 0 or std != 1:
+            out_TCSS[:, channel] = (out_TCSS[:, channel] - mean) / std

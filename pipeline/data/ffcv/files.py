@@ -1,0 +1,218 @@
+"""The two files of a folder, `train.beton` and `val.beton`, as a `Data`: what Beton and Events
+share.
+
+Nothing is opened before it is asked for, so a recipe can be shown where its data is not. FFCV is
+imported when a loader is made.
+"""
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.errors import DataError
+from pipeline.data.ffcv import format as beton
+from pipeline.data.ffcv import manifest as manifests
+from pipeline.data.ffcv.manifest import Manifest
+from pipeline.data.ffcv.page_checks import check
+from pipeline.data.order import TrainOrder, ValOrder, held_out
+
+if TYPE_CHECKING:
+    from pipeline.data.ffcv.reader import BetonLoader
+
+Name = Literal["train", "val"]
+
+
+class FileData:
+    """Base of data sets in files; a subclass says how samples are decoded.
+
+    `classes`: those of the files. `shape`: of a decoded sample. `held_out`: the share of the
+    training file to evaluate on, see order.py. `repeats`: views of each sample in a training batch.
+
+    Raises: DataError for a share outside 0..1.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        classes: int,
+        shape: tuple[int, ...],
+        held_out: float,
+        repeats: int = 1,
+    ) -> None:
+        self.folder, self.classes, self.shape = Path(folder), classes, shape
+        self.held_out, self.repeats = held_out, repeats
+        self._only: tuple[int, ...] | None = None  # labels whose samples are used
+        self._one_in = 0  # see page_checks.py
+        if not 0 <= held_out < 1:
+            raise DataError(
+                f"{self._who}: held_out must be a share in 0..1, 1 excluded; got {held_out}"
+            )
+
+    def fingerprint(self) -> str:
+        """See base.Data."""
+        parts = [self._manifest(name).content for name in ("train", "val")]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    def check(self) -> None:
+        """See base.Data. Where a share of the training file is held out, the other file is not
+        read.
+        """
+        read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
+        for name in read:
+            check(self._path(name))
+        if self._manifest("train").classes != self._manifest("val").classes:
+            raise DataError(
+                f"{self._who}: train and val in {self.folder} must have the same classes, in the"
+                " same order"
+            )
+
+    def groups(self, use: Name, *, by: str) -> list[str]:
+        """The group of each sample, at its place in the file (`Batch.index`).
+
+        Of a set of stamps `groups("val", by="object")[i]` is the object that evaluation image i
+        shows.
+
+        Raises: DataError if the file's manifest does not group its samples so.
+        """
+        name = self._file_of(use)
+        groups = self._manifest(name).groups
+        if by not in groups:
+            known = f"by {', '.join(sorted(groups))}" if groups else "not at all"
+            raise DataError(
+                f"{self._who}: {self._path(name)} must group its samples by {by!r}; it groups them"
+                f" {known}"
+            )
+        return groups[by]
+
+    def of_classes(self, classes: tuple[int, ...]) -> Self:
+        """The same sets without the samples of other classes; labels stay as they are."""
+        same = copy.copy(self)
+        same._only = classes
+        return same
+
+    def with_page_checks(self, one_in: int) -> Self:
+        """See base.OnPages."""
+        same = copy.copy(self)
+        same._one_in = one_in
+        return same
+
+    def train(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
+    ) -> "BetonLoader":
+        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: see
+        reader.py.
+        """
+        ids = self._ids("train")
+        sizes: dict[str, Any] = {
+            "rank": rank,
+            "world": world,
+            "batch_size": batch_size,
+            "micro_batch": micro_batch,
+        }
+        order = TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
+        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
+
+    def val(
+        self,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
+    ) -> "BetonLoader":
+        """See base.Data: with a share held out, that share of the training file."""
+        ids = self._ids("val")
+        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
+        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
+
+    def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
+        """What decodes the samples of the file at `path`: a `pipeline.data.ffcv.loops.Decoder`."""
+        raise NotImplementedError
+
+    def _loader(
+        self, use: Name, order: TrainOrder | ValOrder, *, threads: int, **how: Any
+    ) -> "BetonLoader":
+        from pipeline.data.ffcv.reader import BetonLoader, usable_threads
+
+        threads, path = usable_threads(threads), self._path(self._file_of(use))
+        decode = self._decoder(use, path, parallel=threads > 1)
+        return BetonLoader(path, decode, order, threads=threads, one_in=self._one_in, **how)
+
+    @property
+    def _who(self) -> str:
+        """Refusals begin with it."""
+        return type(self).__name__
+
+    def _file_of(self, use: Name) -> Name:
+        return "train" if self.held_out else use
+
+    def _path(self, name: Name) -> Path:
+        return self.folder.expanduser() / f"{name}.beton"
+
+    def _manifest(self, name: Name) -> Manifest:
+        """Raises: DataError if the file is missing or has another number of classes."""
+        manifest = manifests.read(self._path(name))
+        if len(manifest.classes) != self.classes:
+            raise DataError(
+                f"{self._who}: classes must be those of {self._path(name)},"
+                f" {len(manifest.classes)}; got {self.classes}"
+            )
+        return manifest
+
+    def _ids(self, use: Name) -> NDArray[np.int64]:
+        name = self._file_of(use)
+        samples = self._manifest(name).samples
+        ids = (
+            held_out(samples, self.held_out)[use == "val"] if self.held_out else np.arange(samples)
+        )
+        if self._only is None:
+            return ids
+        ids = ids[np.isin(beton.samples(self._path(name)).labels[ids], self._only)]
+        if not len(ids):
+            raise DataError(
+                f"{self._who}: {self._path(name)} must hold samples of the classes {self._only} to"
+                f" {use} on; got none"
+            )
+        return ids
+
+
+def check_views(
+    data: Any, channels: int, size: int, *, crops: tuple[str, ...], reach: int | None
+) -> None:
+    """The options that Beton and Events have in common.
+
+    Raises: DataError for one that is unknown, contradicts another or has no effect.
+    """
+    who = type(data).__name__
+    for name, value, choices in (
+        ("crop", data.crop, crops),
+        ("flip", data.flip, ("random", "never")),
+    ):
+        if value not in choices:
+            *others, last = map(repr, choices)
+            raise DataError(f"{who}: {name} must be {', '.join(others)} or {last}; got {value!r}")
+    if len(data.mean) != channels or len(data.std) != channels or min(data.std) <= 0:
+        raise DataError(
+            f"{who}: mean and std must have {channels} values (channels), std above 0; got"
+            f" mean={data.mean}, std={data.std}"
+        )
+    if reach is not None and data.crop != "shift":
+        raise DataError(
+            f"{who}: reach has no effect with crop={data.crop!r}; leave it out or set crop='shift'"
+        )
+    if reach is not None and not 0 <= reach <= size:
+        raise DataError(f"{who}: reach must be 0..size={size} pixels; got {reach}")

@@ -1,0 +1,99 @@
+"""What the compiled loops share: FFCV's slot, random numbers, and the way over a batch.
+
+The functions are compiled by numba when they are first called, without fastmath, once a process.
+"""
+
+# B batch
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, compiled_bits
+from pipeline.data.ffcv.api import AllocationQuery, Operation, State
+
+compiled: Any = njit(nogil=True, fastmath=False, error_model="numpy")
+bits = compiled_bits(compiled)
+# Constants are uint64: numba 0.68.1 types uint64 with int64 as float64.
+_S11, _S32 = np.uint64(11), np.uint64(32)
+_FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT_X)
+
+
+class Decoder(Operation):
+    """FFCV's slot for a compiled loop: from sample ids to float32 [B, ...].
+
+    Its memory holds, for each batch in flight, the output, (seed, epoch) - which numba would freeze
+    in a closure - and one status a sample: 0, or not, where `what` of it could not be read.
+    `name`: the field of the file that is decoded. `shape`: of one sample of the output.
+    `sample`: compiled; it fills one sample, and is given `how` last.
+    """
+
+    KEYS, STATUS = 1, 2  # places in the memory
+
+    def __init__(
+        self, *, name: str, what: str, shape: tuple[int, ...], sample: Any, how: Any, parallel: bool
+    ) -> None:
+        super().__init__()
+        self.name, self.what, self.shape = name, what, shape
+        self._batch, self._how = over_batch(sample, parallel), how
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
+        pixels = np.dtype(np.float32)
+        state = State(jit_mode=True, device=previous_state.device, shape=self.shape, dtype=pixels)
+        memory = (
+            AllocationQuery(self.shape, pixels),
+            AllocationQuery((2,), np.dtype(np.uint64)),
+            AllocationQuery((1,), np.dtype(np.int32)),
+        )
+        return state, memory
+
+    def generate_code(self) -> Any:
+        batch, how = self._batch, self._how
+
+        def decode(indices_B, memory, records, storage):
+            out_B, keys_B2, status_B1 = memory
+            batch(indices_B, out_B, keys_B2, status_B1, records, storage, how)
+            return out_B
+
+        return decode
+
+
+@cache
+def over_batch(sample: Any, parallel: bool) -> Any:
+    """The loop over a batch, over numba's threads or in one.
+
+    A `raise` inside it would cost the parallelism without a word.
+    """
+
+    def batch(indices_B, out_B, keys, status, records, storage, how):
+        for b in prange(len(indices_B)):
+            sample(b, indices_B, out_B, keys, status, records, storage, how)
+
+    return njit(nogil=True, parallel=parallel, error_model="numpy")(batch)
+
+
+@compiled
+def below(random_bits, n):
+    """As `pipeline.core.random.below`."""
+    return np.int64(((random_bits >> _S32) * np.uint64(n)) >> _S32)
+
+
+@compiled
+def unit(random_bits):
+    """In 0..1, 1 excluded."""
+    return np.float64(random_bits >> _S11) * 2.0**-53
+
+
+@compiled
+def shifted(reach, seed, epoch, index):
+    """How far a sample moves down and to the right, up to `reach` pixels."""
+    down = below(bits(seed, epoch, index, _SHIFT_Y), 2 * reach + 1) - reach
+    return down, below(bits(seed, epoch, index, _SHIFT_X), 2 * reach + 1) - reach
+
+
+@compiled
+def mirrored(flip, seed, epoch, index):
+    """Whether a sample is mirrored: every second one where `flip` is 1."""
+    return flip == 1 and below(bits(seed, epoch, index, _FLIP), 2) == 1

@@ -1,0 +1,182 @@
+"""RandAugment's operations on colour, compiled: two of ten are drawn for a view, and each is
+applied half of the time.
+
+    magnitude ~ N(m, 1/2), clipped to 0..10
+
+    autocontrast, equalize, invert                      have no strength
+    posterize            4 - floor(4 magnitude / 10) bits stay; at 10 one, where timm asks Pillow
+    for none, which it refuses solarize             levels from 256 - floor(25.6 magnitude) on are
+    inverted
+    solarize-add         floor(11 magnitude) is added to levels below 128
+    colour, contrast, brightness, sharpness             other + f (view - other), the other grey,
+                                                        its mean grey, black, smoothed; f = max(0.1,
+                                                        1 +- 0.09 magnitude)
+
+timm's "rand-m9-mstd0.5-inc1" without its rotations, shears and shifts, whose place a crop takes.
+
+Source: Cubuk et al. 2020, arXiv:1909.13719; to the bit what timm 1.0.31 does with Pillow 13.0, for
+the same draws."""
+
+# S side of a view
+
+import numpy as np
+
+from pipeline.core.random import COLOUR
+from pipeline.data.ffcv.loops import below, bits, compiled
+
+OPERATIONS = (
+    *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add"),
+    *("colour", "contrast", "brightness", "sharpness"),
+)
+BY_TABLE = 6  # the first so many change each level of a channel by a table
+LAYERS, MOST, SPREAD = 2, 10.0, 0.5
+
+
+_DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
+_S48, _S63 = np.uint64(48), np.uint64(63)
+_MANY = len(OPERATIONS)
+# Operations by their place in OPERATIONS.
+_AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE = range(5)
+_COLOUR, _CONTRAST, _SHARPNESS = 6, 7, 9
+
+
+@compiled
+def luma(pixel_3):
+    """By ITU-R 601 in 16 bits; exact for grey."""
+    return (
+        np.int64(pixel_3[0]) * 19595
+        + np.int64(pixel_3[1]) * 38470
+        + np.int64(pixel_3[2]) * 7471
+        + 32768
+    ) >> 16
+
+
+@compiled
+def autocontrast(table, lowest, highest):
+    scale = 255.0 / (highest - lowest)
+    offset = -lowest * scale
+    for i in range(256):
+        table[i] = min(max(int(i * scale + offset), 0), 255)
+
+
+@compiled
+def equalize(table, counts, highest):
+    step = (counts.sum() - counts[highest]) // 255
+    passed = step // 2
+    for i in range(256):
+        if step > 0:
+            table[i] = min(passed // step, 255)
+            passed += counts[i]
+
+
+@compiled
+def spread_levels(table, channel_SS, operation):
+    """Autocontrast and equalize, which depend on the levels that a channel has."""
+    counts = np.zeros(256, np.int64)
+    for y in range(channel_SS.shape[0]):
+        for x in range(channel_SS.shape[1]):
+            counts[channel_SS[y, x]] += 1
+    lowest, highest = 0, 255
+    while counts[lowest] == 0:
+        lowest += 1
+    while counts[highest] == 0:
+        highest -= 1
+    if lowest < highest:
+        if operation == _AUTOCONTRAST:
+            autocontrast(table, lowest, highest)
+        else:
+            equalize(table, counts, highest)
+
+
+@compiled
+def fill_table(table, channel_SS, operation, level):
+    """The new level for each level of a channel."""
+    for i in range(256):
+        table[i] = i
+    if operation <= _EQUALIZE:
+        spread_levels(table, channel_SS, operation)
+    elif operation == _INVERT:
+        for i in range(256):
+            table[i] = 255 - i
+    elif operation == _POSTERIZE:
+        step = 1 << (8 - max(1, 4 - int(level / 10.0 * 4)))
+        for i in range(256):
+            table[i] = i // step * step
+    elif operation == _SOLARIZE:
+        for i in range(256 - min(256, int(level / 10.0 * 256)), 256):
+            table[i] = 255 - i
+    else:  # solarize-add
+        for i in range(128):
+            table[i] = min(255, i + min(128, int(level / 10.0 * 110)))
+
+
+@compiled
+def mean_luma(pixels_SS3):
+    height, width = pixels_SS3.shape[0], pixels_SS3.shape[1]
+    total = np.int64(0)
+    for y in range(height):
+        for x in range(width):
+            total += luma(pixels_SS3[y, x])
+    return int(total / (height * width) + 0.5)
+
+
+@compiled
+def smoothed(pixels_SS3, y, x, c):
+    """Pillow's filter with a kernel of 1 and 5 over 13, rounded; it leaves the border as it is."""
+    here = np.int64(pixels_SS3[y, x, c])
+    if y == 0 or x == 0 or y == pixels_SS3.shape[0] - 1 or x == pixels_SS3.shape[1] - 1:
+        return here
+    around = 4 * here
+    for row in range(y - 1, y + 2):
+        for column in range(x - 1, x + 2):
+            around += np.int64(pixels_SS3[row, column, c])
+    return (2 * around + 13) // 26
+
+
+@compiled
+def blend(pixels_SS3, operation, factor):
+    """Away from another picture by `factor`: 0 gives that one, 1 this one; in Pillow's float32, cut
+    off and not rounded.
+    """
+    before_SS3 = pixels_SS3.copy()
+    grey = mean_luma(before_SS3) if operation == _CONTRAST else np.int64(0)
+    for y in range(pixels_SS3.shape[0]):
+        for x in range(pixels_SS3.shape[1]):
+            if operation == _COLOUR:
+                grey = luma(before_SS3[y, x])
+            for c in range(3):
+                here = np.int64(before_SS3[y, x, c])
+                other = smoothed(before_SS3, y, x, c) if operation == _SHARPNESS else grey
+                value = np.float32(other) + factor * np.float32(here - other)
+                pixels_SS3[y, x, c] = np.uint8(min(max(value, np.float32(0)), np.float32(255)))
+
+
+@compiled
+def apply(pixels_SS3, operation, level, sign):
+    """One operation, in place; `sign` of those that have a strength to either side."""
+    if operation >= BY_TABLE:
+        blend(pixels_SS3, operation, np.float32(max(0.1, 1.0 + sign * (level / 10.0 * 0.9))))
+        return
+    tables = np.empty((3, 256), np.int64)
+    for c in range(3):
+        fill_table(tables[c], pixels_SS3[:, :, c], operation, level)
+    for y in range(pixels_SS3.shape[0]):
+        for x in range(pixels_SS3.shape[1]):
+            for c in range(3):
+                pixels_SS3[y, x, c] = tables[c, pixels_SS3[y, x, c]]
+
+
+@compiled
+def recolour(pixels_SS3, seed, epoch, index, strength, ratios, normals):
+    """In place, on uint8. `strength`: (colour, erase); `normals`: quantiles of the normal
+    distribution.
+    """
+    if strength[0] == 0:
+        return
+    for layer in range(LAYERS):
+        if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 0:
+            continue
+        operation = below(bits(seed, epoch, index, _DRAWS[layer, 1]), _MANY)
+        level = strength[0] + SPREAD * normals[bits(seed, epoch, index, _DRAWS[layer, 2]) >> _S48]
+        sign = 1.0 if bits(seed, epoch, index, _DRAWS[layer, 3]) >> _S63 == 0 else -1.0
+        apply(pixels_SS3, operation, min(max(level, 0.0), MOST), sign)

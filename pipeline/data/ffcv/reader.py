@@ -1,0 +1,304 @@
+"""FFCV's loader, made exact: an order from outside, errors and hangs as exceptions, batches that
+may be kept, threads that end.
+
+Stock FFCV 1.0.2 blocks for ever if its thread fails, decays that thread at an early `break`, hands
+out buffers that it reuses, and sets torch's number of threads. Subclassed here, so that its
+reading, scheduling and compilation stay FFCV's."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from queue import Empty
+from threading import Lock
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.base import Batch, DataError, LoaderError
+from pipeline.data.ffcv import api
+from pipeline.data.ffcv.api import (
+    Compiler,
+    EpochIterator,
+    Graph,
+    OSCacheContext,
+    OSCacheManager,
+    PipelineSpec,
+    Reader,
+    torch_threads_kept,
+)
+from pipeline.data.ffcv.loops import Decoder
+from pipeline.data.ffcv.page_checks import SpotCheck
+from pipeline.data.ffcv.tbb import demand_tbb
+from pipeline.data.order import TrainOrder, ValOrder
+
+FIRST_BATCH_S = (
+    300.0  # longer than the compilation before it, which took 5 to 20 s on two busy cores
+)
+HANG_S = 30.0  # for every batch after it
+PATIENCE_S = 5.0  # for a thread to end once asked; one batch at most lies between
+
+
+def usable_threads(threads: int) -> int:
+    """`threads`, if this process may use as many.
+
+    Raises: DataError below 1, above numba's number (CPU affinity, or NUMBA_NUM_THREADS), or above 1
+    without TBB."""
+    if threads < 1:
+        raise DataError(f"data: threads must be 1 or more; got {threads}")
+    # The CPU affinity, unless the environment says otherwise (0.68.1).
+    most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    if threads > most:
+        raise DataError(
+            f"data: threads must be at most {most} here (its cores, or NUMBA_NUM_THREADS); got"
+            f" {threads}"
+        )
+    if threads > 1:
+        demand_tbb()
+    return threads
+
+
+class BetonLoader:
+    """The batches of one rank from one file (see base.Loader).
+
+    `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for
+    one batch, in seconds (None: 300 for the first, before which a loop is compiled, 30 for each
+    after it). `one_in`: samples for each one whose page is compared, 0: none (page_checks.py).
+
+    Raises: DataError, LoaderError (while iterating).
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        decode: Decoder,
+        order: TrainOrder | ValOrder,
+        *,
+        seed: int,
+        threads: int,
+        hang_s: float | None = None,
+        one_in: int = 0,
+    ) -> None:
+        self.samples, self.steps_per_epoch = order.samples, order.steps
+        self.path, self._order, self._seed, self._hang_s = path, order, seed, hang_s
+        self._one_in = one_in
+        self._open: list[_Reading] = []
+        with torch_threads_kept():
+            self._ffcv = _Loader(path, decode, batch_size=order.micro_batch, threads=threads)
+        metadata = self._ffcv.reader.metadata
+        self.records, self._labels = metadata["f0"], metadata["f1"]
+
+    @contextmanager
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
+        ids = self._order.epoch(epoch, start=start)
+        views = ids + len(self._labels) * self._order.copies(
+            start=start
+        )  # the loop takes it apart again
+        with self._spot_check(epoch) as check:
+            # Sets torch's threads too, but in its own thread, which this one does not notice (torch
+            # 2.13).
+            reading = _Reading(
+                self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=check
+            )
+            self._open.append(reading)
+            try:
+                yield self._batches(reading, ids)
+            finally:
+                reading.close()
+                self._open.remove(reading)
+
+    def close(self) -> None:
+        for reading in list(self._open):
+            reading.close()
+
+    def _spot_check(self, epoch: int) -> AbstractContextManager[SpotCheck | None]:
+        if not self._one_in:
+            return nullcontext()
+        return SpotCheck(
+            self.path,
+            self._ffcv.reader.alloc_table,
+            one_in=self._one_in,
+            seed=self._seed,
+            epoch=epoch,
+        )
+
+    def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
+        size = self._order.micro_batch
+        for first in range(0, len(ids), size):
+            index_B = ids[first : first + size]
+            x_B = reading.next_batch(index_B)
+            target_B = np.ascontiguousarray(self._labels[index_B], np.int64)
+            yield Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
+
+
+class _Pages(OSCacheManager):
+    """The file mapped into memory: one page cache for all ranks of a machine.
+
+    Leaves out FFCV's dictionaries of samples and pages (1.0.2), which only its own page cache
+    needs: one set for each sample."""
+
+    def __init__(self, reader: Reader) -> None:
+        order = np.argsort(reader.alloc_table["ptr"])
+        self.reader = reader
+        self.ptrs = np.ascontiguousarray(reader.alloc_table["ptr"][order])
+        self.sizes = np.ascontiguousarray(reader.alloc_table["size"][order])
+        self.context = OSCacheContext(self)
+
+
+class _Loader(api.Loader):
+    """FFCV's loader with one pipeline, for all but the label. It has no order of its own:
+    `_Reading` is given one.
+    """
+
+    def __init__(self, path: Path, decode: Decoder, *, batch_size: int, threads: int) -> None:
+        self.fname, self.batch_size, self.batches_ahead, self.num_workers = (
+            str(path),
+            batch_size,
+            3,
+            threads,
+        )
+        self.reader = Reader(self.fname)
+        if decode.name not in self.reader.handlers:
+            fields = ", ".join(self.reader.field_names)
+            raise DataError(
+                f"data: {path} must hold a field {decode.name!r}; got {fields}; images are read by"
+                " Beton, arrays by Events"
+            )
+        self.memory_manager = _Pages(self.reader)
+        Compiler.set_num_threads(threads)
+        pipelines = {decode.name: PipelineSpec(decode.name, decoder=decode)}
+        self.graph = Graph(
+            pipelines, self.reader.handlers, {decode.name: 0}, self.reader.metadata, None
+        )
+        self.what = decode.what
+        self.decode_node = self.graph.operation_to_node[decode][0].id
+        # The loop is compiled once a process (augment.py); FFCV would compile, for each loader,
+        # what hands it its arguments.
+        Compiler.set_enabled(False)
+        try:
+            self.generate_code()
+        finally:
+            Compiler.set_enabled(True)
+
+
+class _Failure:
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _Reading(EpochIterator):
+    """One run through an order, in a thread that reads ahead."""
+
+    def __init__(
+        self,
+        loader: _Loader,
+        ids: NDArray[np.int64],
+        *,
+        seed: int,
+        epoch: int,
+        hang_s: float | None,
+        check: SpotCheck | None,
+    ) -> None:
+        self._keys, self._hang_s, self._closing, self._check = (seed, epoch), hang_s, Lock(), check
+        self._is_first = True
+        self._node, self._what = loader.decode_node, loader.what
+        super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
+
+    def start(self) -> None:
+        # The base class has allocated its memory and is about to run.
+        memory = self.memory_allocations["operation"][self._node]
+        memory[Decoder.KEYS][...] = np.array(self._keys, np.uint64)
+        self._status = memory[Decoder.STATUS]
+        super().start()
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:  # whatever it was, the consumer must hear of it
+            self.output_queue.put(_Failure(error))
+
+    def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
+        if self._check is None:
+            return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+        self._check.before()
+        result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+        failed_B = self._status[batch_slot][: len(batch_indices), 0] != 0
+        self._check.after(
+            batch_indices.astype(np.int64) % len(self.metadata), failed_B
+        )  # without the number of the view
+        return result
+
+    def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:
+        """The samples of the batch that comes next, which are those of `index_B`: float32 [B, ...],
+        copied.
+        """
+        slot, (view_B,) = self._wait()
+        failed = np.flatnonzero(self._status[slot][: len(index_B), 0])
+        if len(failed):
+            names = ", ".join(str(i) for i in index_B[failed][:10])
+            raise DataError(
+                f"data: {self.loader.fname}: cannot decode {self._what} of samples [{names}];"
+                " `spiketrain verify` it"
+            )
+        # The slot is written again two batches later. Pinned where this process computes on a GPU,
+        # so that the copy there can overlap. On a CPU pinned memory would open a context on a card
+        # that nobody uses.
+        x_B = torch.empty(view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized())
+        return x_B.copy_(torch.from_numpy(view_B))
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the thread. A thread that hangs is left behind (it is a
+        daemon).
+        """
+        if not hasattr(self, "terminate_event"):
+            return  # the base class did not get far enough to start anything
+        with self._closing:
+            if self.closed:
+                return
+            self.closed = True
+            self.iter_ixes = iter(())  # the thread looks at the event only while the queue is full
+            self.terminate_event.set()
+            patience = time.monotonic() + PATIENCE_S
+            while self.is_alive() and time.monotonic() < patience:
+                _drain(self.output_queue)
+                self.join(0.02)
+            self.memory_context.__exit__(None, None, None)
+
+    def _wait(self) -> tuple[int, Any]:
+        patience = self._hang_s or (FIRST_BATCH_S if self._is_first else HANG_S)
+        self._is_first = False
+        give_up = time.monotonic() + patience
+        while True:
+            if self.closed:
+                raise LoaderError(f"data: the loader of {self.loader.fname} was closed")
+            try:
+                item = self.output_queue.get(timeout=0.2)
+            except Empty:
+                if not self.is_alive() and self.output_queue.empty():
+                    item = _Failure(RuntimeError("its thread ended without a word"))
+                elif time.monotonic() > give_up:
+                    item = _Failure(TimeoutError(f"no batch for {patience:g} s"))
+                else:
+                    continue
+            if item is None:
+                item = _Failure(RuntimeError("it ended early"))
+            if isinstance(item, _Failure):
+                error = item.error
+                if isinstance(error, DataError):
+                    raise error
+                raise LoaderError(
+                    f"data: the loader of {self.loader.fname} failed: {type(error).__name__}:"
+                    f" {error}"
+                ) from error
+            return item
+
+
+def _drain(queue: Any) -> None:
+    try:
+        while True:
+            queue.get_nowait()
+    except Empty:
+        pass

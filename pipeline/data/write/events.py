@@ -1,0 +1,144 @@
+"""Event files: recordings, generated ones or those of a published set, to train.beton and val.beton
+with their manifests.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from pipeline.data.errors import DataError
+from pipeline.data.ffcv.manifest import Manifest
+from pipeline.data.write import sources as images
+from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
+from pipeline.data.write.moving_shapes import CLASSES, Moving
+from pipeline.data.write.published_events import PUBLISHED, recorded
+from pipeline.data.write.recordings import Framing
+from pipeline.data.write.saccades import Saccades
+from pipeline.data.write.sources import Source
+
+Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
+SLICES = {"moving": 10, "saccades": 6}
+"""of generated sets, where none are asked for"""
+
+
+def write_events(
+    name: Name,
+    out: Path,
+    *,
+    source: str | Path | None = None,
+    slices: int | None = None,
+    size: int | None = None,
+    samples: int | None = None,
+    val_samples: int | None = None,
+    content_seed: int | None = None,
+    workers: int = 1,
+    max_bad: int = 0,
+    progress: Progress | None = None,
+    existing: Existing = "refuse",
+    **framing: Any,
+) -> list[Manifest]:
+    """Write a set as event files.
+
+    `source`: of a published set the folder that tonic fills (sources.py); of saccades "fashion" or
+    the folder of its files. `slices`: 10 (moving), 6 (saccades); a published set has no default.
+    `size`: 34 (generated), or the sensor's. `samples`, `val_samples`: how many are generated, 6000
+    and 1600 (moving), or one for each image (saccades). `content_seed`: selects what is generated
+    (0).
+    `framing`: `frames_by`, `resize`, `counts`, `overflow` of frames.Framing.
+    `max_bad`, `existing`: as for `write_folder`.
+
+    Raises: DataError for options that are missing or have no effect, and for recordings that are
+    not to be had; what `write_sets` raises.
+    """
+    generated = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
+    if name in PUBLISHED:
+        _refuse(name, "has its own recordings", **generated)
+        if source is None or slices is None:
+            raise DataError(
+                f"write events: {name} needs a source, the folder that tonic fills, and slices; "
+                f"got source={source}, slices={slices}"
+            )
+        sets = recorded(name, Path(source))
+        size = max(PUBLISHED[name].sensor) if size is None else size
+    elif name in SLICES:
+        _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
+        counts = {key: value for key, value in generated.items() if value is not None}
+        if min(counts.get("samples", 1), counts.get("val_samples", 1)) < 1:
+            raise DataError(
+                f"write events: samples and val_samples must be 1 or more; got {samples} and"
+                f" {val_samples}"
+            )
+        slices = SLICES[name] if slices is None else slices
+        size = 34 if size is None else size
+        sets = (_moving if name == "moving" else _saccades)(source, size, **counts)
+    else:
+        raise DataError(
+            f"write events: the set must be one of {', '.join(get_args(Name))}; got {name!r}"
+        )
+    how = Framing(slices=slices, size=size, **framing)
+    written = write_sets(
+        sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing
+    )
+    check_kept(written, sets)
+    return written
+
+
+def _moving(
+    source: str | Path | None,
+    size: int,
+    *,
+    samples: int = 6000,
+    val_samples: int = 1600,
+    content_seed: int = 0,
+) -> list[Source[Any]]:
+    _refuse("moving", "is generated", source=source)
+    where = f"moving shapes, content seed {content_seed}"
+    return [
+        Source(
+            name,
+            CLASSES,
+            [Moving(number, part, size, content_seed) for number in range(count)],
+            where,
+        )
+        for part, (name, count) in enumerate((("train", samples), ("val", val_samples)))
+    ]
+
+
+def _saccades(
+    source: str | Path | None,
+    size: int,
+    *,
+    samples: int | None = None,
+    val_samples: int | None = None,
+    content_seed: int = 0,
+) -> list[Source[Any]]:
+    sets: list[Source[Any]] = []
+    found = images.fashion(None if source in (None, "fashion") else Path(source))
+    for part, (each, count) in enumerate(zip(found, (samples, val_samples), strict=True)):
+        if count is not None and count > len(each.items):
+            raise DataError(
+                f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to"
+                " be seen"
+            )
+        items = [
+            Saccades(np.asarray(item.image), item.label, item.number, part, size, content_seed)
+            for item in each.items[:count]
+        ]
+        sets.append(
+            Source(
+                each.name,
+                each.classes,
+                items,
+                f"saccades over {each.where}, content seed {content_seed}",
+            )
+        )
+    return sets
+
+
+def _refuse(name: str, why: str, **given: Any) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise DataError(
+                f"write events: {option} has no effect: {name} {why}; got {option}={value}"
+            )

@@ -1,0 +1,242 @@
+"""Published sets of recordings: found where `tonic` puts what it downloads, and read by it.
+
+    nmnist        N-MNIST         34x34     60000 + 10000    Orchard et al. 2015,
+    doi:10.3389/fnins.2015.00437 cifar10dvs    CIFAR10-DVS     128x128   10000            Li et al.
+    2017, doi:10.3389/fnins.2017.00309 gesture       DVS-Gesture     128x128   1176 + 288       Amir
+    et al. 2017, CVPR (cut into gestures; times in ms) ncaltech101   N-Caltech101    180x240   8709
+    Orchard et al. 2015
+
+N-MNIST and DVS-Gesture have a test set of their own. The others have none: the first 90 % of each
+class train, in the order of the numbers in the files' names, as published results have it. A sensor
+that is not square is squeezed to a square frame.
+
+tonic is GPL-3.0. It is imported here alone, and only while a set is written: `pip install
+'spiketrain[events]'`. Reading what was written needs no tonic. The recordings stay under their own
+terms.
+"""
+
+# N events of a recording
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.data.errors import DataError
+from pipeline.data.write.recordings import Stream, in_order
+from pipeline.data.write.sources import Source
+
+Name = Literal["nmnist", "cifar10dvs", "gesture", "ncaltech101"]
+TRAIN_SHARE = 0.9  # of each class, where there is no test set
+
+
+@dataclass(frozen=True)
+class Published:
+    """A set as tonic (1.7.0) lays it out: recordings `<folder>/<class>/*`, or named after their
+    class.
+    """
+
+    dataset: str  # in tonic.datasets, and the folder that it makes
+    folders: tuple[str, ...]  # of train and val; one: to be split
+    suffix: str
+    sensor: tuple[int, int]  # height, width in pixels
+    classes: tuple[str, ...] | None = (
+        None  # of files that are named `<label>.npy`; None: the folders' names
+    )
+
+
+GESTURES = (
+    *(
+        "hand clapping",
+        "right hand wave",
+        "left hand wave",
+        "right arm clockwise",
+        "right arm counter-clockwise",
+    ),
+    *(
+        "left arm clockwise",
+        "left arm counter-clockwise",
+        "arm roll",
+        "air drums",
+        "air guitar",
+        "other gestures",
+    ),
+)
+PUBLISHED: dict[Name, Published] = {
+    "nmnist": Published("NMNIST", ("Train", "Test"), ".bin", (34, 34)),
+    "cifar10dvs": Published("CIFAR10DVS", (".",), ".aedat4", (128, 128)),
+    "gesture": Published(
+        "DVSGesture", ("ibmGestureTrain", "ibmGestureTest"), ".npy", (128, 128), GESTURES
+    ),
+    "ncaltech101": Published("NCALTECH101", ("Caltech101",), ".bin", (180, 240)),
+}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One recording in a file."""
+
+    path: Path
+    label: int
+    sensor: tuple[int, int]
+
+    def events(self) -> Stream:
+        t_N, y_N, x_N, p_N = (
+            np.asarray(values_N).astype(np.int64)
+            for values_N in _READERS[self.path.suffix](self.path)
+        )
+        if not len(t_N):
+            raise DataError("it holds no event")
+        order_N = np.argsort(t_N, kind="stable")
+        span = (int(t_N[order_N[0]]), int(t_N[order_N[-1]]) + 1)
+        return in_order(t_N, y_N, x_N, p_N, sensor=self.sensor, span=span)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def recorded(name: Name, source: Path) -> list[Source[Recorded]]:
+    """The training and the evaluation recordings of a set, by class and number.
+
+    Raises: DataError where they are neither in `source` nor to be downloaded, or their classes are
+    not those of the set."""
+    about, root = PUBLISHED[name], Path(source).expanduser() / PUBLISHED[name].dataset
+    found = [
+        _files(name, about, Path(source), root / folder, is_train=i == 0)
+        for i, folder in enumerate(about.folders)
+    ]
+    classes = list(about.classes or sorted({path.parent.name for path in found[0]}, key=_natural))
+    items = [
+        [Recorded(path, _label(path, about, classes), about.sensor) for path in paths]
+        for paths in found
+    ]
+    if len(items) == 1:
+        items = _first_share(items[0], len(classes))
+    return [
+        Source(part, classes, each, str(root.absolute()))
+        for part, each in zip(("train", "val"), items, strict=True)
+    ]
+
+
+def _files(
+    name: Name, about: Published, source: Path, folder: Path, *, is_train: bool
+) -> list[Path]:
+    paths = sorted(folder.rglob(f"*{about.suffix}"), key=_natural)
+    if paths:
+        return paths
+    _download(name, about, source, is_train=is_train)
+    paths = sorted(folder.rglob(f"*{about.suffix}"), key=_natural)
+    if not paths:
+        raise DataError(
+            f"write events: {name}: {folder.absolute()} must hold recordings *{about.suffix}; it"
+            " has none"
+        )
+    return paths
+
+
+def _download(name: Name, about: Published, source: Path, *, is_train: bool) -> None:
+    dataset = getattr(_tonic("datasets"), about.dataset)
+    which = {"train": is_train} if len(about.folders) == 2 else {}
+    address = getattr(dataset, "url", None) or (dataset.train_url if is_train else dataset.test_url)
+    try:
+        dataset(str(source), **which)
+    # no network, a full disk, an archive that changed: each leaves the user with the same choice
+    except Exception as error:
+        raise DataError(
+            f"write events: {name} is neither in {(source / about.dataset).absolute()} nor could"
+            f" tonic download it ({type(error).__name__}: {error}); download {address} and unpack"
+            " it there, or pass another --source"
+        ) from error
+
+
+def _tonic(part: str) -> Any:
+    try:
+        import tonic.datasets
+        import tonic.io
+    except ImportError as error:
+        raise DataError(
+            "write events: recordings are read by tonic (GPL-3.0), pip install"
+            f" 'spiketrain[events]'; got {error}"
+        ) from error
+    return getattr(tonic, part)
+
+
+def _label(path: Path, about: Published, classes: list[str]) -> int:
+    name = path.stem if about.classes else path.parent.name
+    if about.classes and name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    if about.classes or name not in classes:
+        known = (
+            f"a number below {len(classes)}"
+            if about.classes
+            else f"one of {', '.join(classes[:10])}"
+        )
+        raise DataError(f"write events: {path} must name its class, {known}; got {name!r}")
+    return classes.index(name)
+
+
+def _first_share(items: list[Recorded], classes: int) -> list[list[Recorded]]:
+    """Training and evaluation: the first 90 % of each class, and the rest of it."""
+    of_class = [[item for item in items if item.label == label] for label in range(classes)]
+    cuts = [round(TRAIN_SHARE * len(each)) for each in of_class]
+    train = [item for each, cut in zip(of_class, cuts, strict=True) for item in each[:cut]]
+    val = [item for each, cut in zip(of_class, cuts, strict=True) for item in each[cut:]]
+    if not train or not val:
+        raise DataError(
+            f"write events: each class must have 10 recordings or so, to be split; got {len(items)}"
+            " in all"
+        )
+    return [train, val]
+
+
+def _natural(path: "Path | str") -> list[Any]:
+    """Sorts file 10 behind file 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def _read_bin(path: Path) -> tuple[Any, ...]:
+    """N-MNIST's and N-Caltech101's format, 5 bytes an event."""
+    if path.stat().st_size % 5:
+        raise DataError(
+            f"it is cut short: {path.stat().st_size} bytes are no whole number of events of 5 bytes"
+        )
+    kind = np.dtype([("x", np.int64), ("y", np.int64), ("t", np.int64), ("p", np.int64)])
+    events_N = _tonic("io").read_mnist_file(str(path), kind)
+    if path.parent.parent.name == "Caltech101" and len(
+        events_N
+    ):  # each recording begins where its sensor's window did
+        events_N["x"] -= events_N["x"].min()
+        events_N["y"] -= events_N["y"].min()
+    return tuple(events_N[name] for name in "tyxp")
+
+
+def _read_aedat4(path: Path) -> tuple[Any, ...]:
+    reader = _tonic("io").read_aedat4
+    try:
+        events_N = reader(str(path))
+    except ImportError as error:
+        raise DataError(
+            "write events: tonic reads .aedat4 with the package aedat, pip install"
+            f" 'spiketrain[events]'; got {error}"
+        ) from error
+    except Exception as error:  # aedat 2.3.0 raises RuntimeError, tonic 1.7.0 a bare Exception
+        raise DataError(f"it is cut short or damaged ({error})") from error
+    t, x, y, p = events_N.dtype.names
+    return events_N[t], events_N[y], events_N[x], events_N[p]
+
+
+def _read_npy(path: Path) -> tuple[Any, ...]:
+    """DVS-Gesture as tonic hands it out: columns x, y, polarity, milliseconds."""
+    try:
+        events_N4 = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"it is cut short or damaged ({error})") from error
+    if events_N4.ndim != 2 or events_N4.shape[1] != 4:
+        raise DataError(f"it must hold events of 4 numbers; got shape {events_N4.shape}")
+    x_N, y_N, p_N, ms_N = events_N4.T
+    return ms_N.astype(np.int64) * 1000, y_N, x_N, p_N
+
+
+_READERS = {".bin": _read_bin, ".aedat4": _read_aedat4, ".npy": _read_npy}

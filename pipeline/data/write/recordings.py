@@ -1,0 +1,203 @@
+"""Events to frames of counts, and how a recording is stored.
+
+    F[j, p, y, x] = number of events of polarity p at (y, x) in slice j        j = 0..slices-1
+
+By "time" the slices are equally long: j = floor((t - begin) slices / (end - begin)). By "number"
+they hold equally many events: the i-th of N events is in slice floor(i slices / N). Both nest: two
+neighbours of 2n slices make one of n, so a file that was written with many is read with any number
+that divides them.
+
+A recording of another size than asked for is resized in one of two ways. "sum": an event at x falls
+on pixel floor(x size / width); counts stay whole and none is lost. "area": the mean count of the
+sensor's pixels beneath each pixel, in parts where they are beneath two of them; stored as float16.
+Its values do not grow with the sensor; nor do those of interpolated frames, which published recipes
+normalise.
+"""
+
+# N events of a recording, J slices, P polarities (0 off, 1 on), h w of the sensor, H W of a frame
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.errors import DataError
+from pipeline.data.ffcv.format import Arrays
+from pipeline.data.write.encode import Bad, Encoded
+
+By = Literal["time", "number"]
+Resize = Literal["sum", "area"]
+MOST_SLICES = 1000
+
+
+class Stream(NamedTuple):
+    """The events of a recording, in order of time."""
+
+    t_N: NDArray[np.int64]  # microseconds, begin <= t < end
+    y_N: NDArray[np.int64]
+    x_N: NDArray[np.int64]
+    p_N: NDArray[np.int64]  # 0 darker, 1 brighter
+    sensor: tuple[int, int]  # height, width in pixels
+    span: tuple[int, int]  # begin, end in microseconds
+
+
+class Recording(Protocol):
+    """A recording that is yet to be read or generated; its text names it."""
+
+    @property
+    def label(self) -> int: ...
+
+    def events(self) -> Stream:
+        """Raises: OSError, ValueError: what is wrong with it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How recordings are stored: `slices` frames of `size` x `size` pixels with two polarities.
+
+    `counts`: "uint8" up to 255, "int16" up to 32767; resized by "area" they are float16.
+    `overflow`: a count beyond that is refused, or saturates and is counted in the manifest.
+
+    Raises: DataError for options that contradict each other.
+    """
+
+    slices: int
+    size: int
+    frames_by: By = "time"
+    resize: Resize = "sum"
+    counts: Literal["uint8", "int16"] = "uint8"
+    overflow: Literal["refuse", "saturate"] = "refuse"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("frames_by", ("time", "number")),
+            ("resize", ("sum", "area")),
+            ("counts", ("uint8", "int16")),
+            ("overflow", ("refuse", "saturate")),
+        ):
+            if getattr(self, name) not in choices:
+                raise DataError(
+                    f"write events: {name} must be {' or '.join(map(repr, choices))}; got"
+                    f" {getattr(self, name)!r}"
+                )
+        if not 1 <= self.slices <= MOST_SLICES or self.size < 1:
+            raise DataError(
+                f"write events: slices must be in 1..{MOST_SLICES}, size 1 or more; got"
+                f" slices={self.slices}, size={self.size}"
+            )
+        if self.resize == "area" and (self.counts, self.overflow) != ("uint8", "refuse"):
+            raise DataError(
+                "write events: counts and overflow have no effect with resize='area', which stores"
+                " float16"
+            )
+
+    @property
+    def kind(self) -> Arrays:
+        dtype = "float16" if self.resize == "area" else self.counts
+        return Arrays(dtype, (self.slices, 2, self.size, self.size))
+
+    def __call__(self, recording: Recording) -> Encoded | Bad:
+        try:
+            stream = recording.events()
+            frames_JPHW = frames(
+                stream, self.slices, self.size, by=self.frames_by, resize=self.resize
+            )
+        except (OSError, ValueError) as error:
+            return Bad(str(error))
+        stored_JPHW, beyond = _stored(frames_JPHW, self.kind.dtype)
+        if beyond and self.overflow == "refuse":
+            return Bad(
+                f"{beyond} counts beyond {self.kind.dtype}, the largest {frames_JPHW.max():g}; "
+                "store int16, cut more slices, or let them saturate"
+            )
+        return Encoded(stored_JPHW.tobytes(), {}, {"events": len(stream.t_N), "saturated": beyond})
+
+
+def frames(
+    stream: Stream, slices: int, size: int, *, by: By = "time", resize: Resize = "sum"
+) -> NDArray[np.float64]:
+    """The counts of a recording: [J,P,H,W], H = W = size.
+
+    Raises: DataError for a recording without events, and for events outside the sensor or the span.
+    """
+    _check(stream)
+    height, width = stream.sensor
+    begin, end = stream.span
+    if by == "time":
+        slice_N = (stream.t_N - begin) * slices // (end - begin)
+    else:
+        slice_N = np.arange(len(stream.t_N)) * slices // len(stream.t_N)
+    y_N, x_N = stream.y_N, stream.x_N
+    if resize == "sum":
+        y_N, x_N, height, width = y_N * size // height, x_N * size // width, size, size
+    place_N = ((slice_N * 2 + stream.p_N) * height + y_N) * width + x_N
+    counts = np.bincount(place_N, minlength=slices * 2 * height * width).astype(np.float64)
+    counts_JPhw = counts.reshape(slices, 2, height, width)
+    if resize == "sum":
+        return counts_JPhw
+    return np.einsum(
+        "Yh,jphw,Xw->jpYX",
+        _covered(height, size),
+        counts_JPhw,
+        _covered(width, size),
+        optimize=True,
+    )
+
+
+def in_order(
+    t_N: NDArray[np.int64],
+    y_N: NDArray[np.int64],
+    x_N: NDArray[np.int64],
+    p_N: NDArray[np.int64],
+    *,
+    sensor: tuple[int, ...],
+    span: tuple[int, int],
+) -> Stream:
+    """The events sorted by time; those of one moment in the order in which they were given."""
+    order_N = np.argsort(t_N, kind="stable")
+    return Stream(
+        t_N[order_N], y_N[order_N], x_N[order_N], p_N[order_N], (sensor[0], sensor[1]), span
+    )
+
+
+def _check(stream: Stream) -> None:
+    if not len(stream.t_N):
+        raise DataError("it holds no event")
+    (height, width), (begin, end) = stream.sensor, stream.span
+    for name, values_N, low, high in (
+        ("x", stream.x_N, 0, width - 1),
+        ("y", stream.y_N, 0, height - 1),
+        ("p", stream.p_N, 0, 1),
+        ("t", stream.t_N, begin, end - 1),
+    ):
+        if values_N.min() < low or values_N.max() > high:
+            raise DataError(
+                f"{name} of its events must be in {low}..{high}; got {values_N.min()} to"
+                f" {values_N.max()}"
+            )
+    if np.any(np.diff(stream.t_N) < 0):
+        raise DataError("its events must be in order of time")
+
+
+def _covered(sensor: int, size: int) -> NDArray[np.float64]:
+    """The share of each of `size` equal parts of a line that each of `sensor` pixels makes up:
+    [size, sensor], rows sum to 1.
+    """
+    edges = np.arange(size + 1) * sensor / size
+    low, high = (
+        np.maximum(edges[:-1, None], np.arange(sensor)),
+        np.minimum(edges[1:, None], np.arange(1, sensor + 1)),
+    )
+    return np.maximum(0.0, high - low) * size / sensor
+
+
+def _stored(frames_JPHW: NDArray[np.float64], dtype: str) -> tuple[NDArray[np.generic], int]:
+    """The counts in the type of the file, and how many did not fit it and were cut to its
+    largest.
+    """
+    kind = np.dtype(dtype)
+    most = float(np.finfo(kind).max) if kind.kind == "f" else np.iinfo(kind).max
+    beyond = int(np.count_nonzero(frames_JPHW > most))
+    return np.minimum(frames_JPHW, most).astype(kind.newbyteorder("<")), beyond

@@ -1,0 +1,204 @@
+"""Where images come from: Fashion-MNIST's four files, or a folder of folders as ImageNet's."""
+
+import gzip
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.units import counted
+from pipeline.data.errors import DataError
+from pipeline.data.write.encode import Item, S
+
+FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+FASHION_CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files or folders of a source that are no samples of it. `which` follows the noun, as in
+    "file" "ending in .gif".
+    """
+
+    noun: str
+    which: str
+    count: int
+    example: str
+
+    def __str__(self) -> str:
+        return (
+            f"{counted(self.count, self.noun)}{self.which and ' '}{self.which}, such as"
+            f" {self.example}"
+        )
+
+
+@dataclass(frozen=True)
+class Source(Generic[S]):
+    """The samples of one set, in the order in which they will be stored."""
+
+    name: str  # train or val
+    classes: list[str]  # the place of a name is its label
+    items: Sequence[S]
+    where: str
+    left_out: tuple[LeftOut, ...] = ()
+
+
+def fashion(source: Path | None = None) -> list[Source[Item]]:
+    """Fashion-MNIST from `source`, or where Debian's package puts it, or downloaded by torchvision.
+
+    Raises: DataError if it is in none of these.
+    Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747.
+    """
+    folder = _fashion_folder(source)
+    return [_fashion_set(folder, "train", "train"), _fashion_set(folder, "val", "t10k")]
+
+
+def image_folder(source: Path) -> list[Source[Item]]:
+    """`source/train/<class>/*` and `source/val/<class>/*`; labels by the sorted names of the class
+    folders, images by name.
+
+    Left out are hidden files and folders, folders inside a class folder, files beside the class
+    folders, and files whose name does not end as an image's (`IMAGE_SUFFIXES`).
+
+    Raises: DataError if a folder is missing or empty, or the two sets have not the same classes.
+    """
+    sets = [_folder_set(source / name, name) for name in ("train", "val")]
+    train, val = (set(each.classes) for each in sets)
+    if train != val:
+        lines = [
+            f"only in {name}: {_some(sorted(names))}"
+            for name, names in (("train", train - val), ("val", val - train))
+            if names
+        ]
+        raise DataError(
+            f"write_folder: train and val of {source} must have the same classes;"
+            f" {'; '.join(lines)}"
+        )
+    return sets
+
+
+def _fashion_folder(source: Path | None) -> Path:
+    if source is not None:
+        return Path(source)
+    if FASHION_PACKAGE.is_dir():
+        return FASHION_PACKAGE
+    try:
+        from torchvision.datasets import FashionMNIST
+
+        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spiketrain"
+        return Path(FashionMNIST(str(root), download=True).raw_folder)
+    # no torchvision, no network, a full disk: each leaves the user with the same choice
+    except Exception as error:
+        raise DataError(
+            f"write_fashion: Fashion-MNIST is neither in {FASHION_PACKAGE} (`apt install"
+            f" dataset-fashion-mnist`) nor could torchvision download it ({type(error).__name__}:"
+            f" {error}); or pass source="
+        ) from error
+
+
+def _fashion_set(folder: Path, name: str, prefix: str) -> Source[Item]:
+    images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
+    labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
+    if images_NHW.shape != (len(labels_N), 28, 28) or labels_N.max(initial=0) > 9:
+        raise DataError(
+            f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got"
+            f" {images_NHW.shape}"
+        )
+    items = [
+        Item(i, image_HW, int(label))
+        for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True))
+    ]
+    return Source(name, FASHION_CLASSES, items, str(folder))
+
+
+def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
+    """An array in MNIST's format: two zero bytes, 8 (uint8), number of axes, their lengths
+    (big-endian uint32), the values.
+    """
+    packed, plain = folder / f"{name}.gz", folder / name
+    try:
+        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(
+            f"write_fashion: cannot read {packed} or {plain.name} beside it ({error})"
+        ) from error
+    axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    shape = (
+        tuple(np.frombuffer(content, ">u4", count=axes, offset=4).tolist())
+        if axes and len(content) >= 4 + 4 * axes
+        else ()
+    )
+    if not axes or len(content) != 4 + 4 * axes + math.prod(shape):
+        raise DataError(f"write_fashion: {folder / name} is not a whole file of MNIST's format")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _folder_set(folder: Path, name: str) -> Source[Item]:
+    if not folder.is_dir():
+        raise DataError(
+            f"write_folder: {folder.absolute()} must be a folder of class folders; it does not"
+            " exist"
+        )
+    entries = _entries(folder)
+    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if not classes:
+        raise DataError(
+            f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
+        )
+    items: list[Item] = []
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        if entry.name not in classes:
+            left_out.setdefault(_kind_left_out(entry, "beside the class folders"), []).append(
+                entry.path
+            )
+    for label, class_name in enumerate(classes):
+        before = len(items)
+        for entry in _entries(folder / class_name):
+            is_hidden, suffix = entry.name.startswith("."), Path(entry.name).suffix.lower()
+            if entry.is_file() and suffix in IMAGE_SUFFIXES and not is_hidden:
+                items.append(Item(len(items), folder / class_name / entry.name, label))
+                continue
+            which = f"ending in {suffix}" if suffix else "whose name has no ending"
+            left_out.setdefault(_kind_left_out(entry, which), []).append(entry.path)
+        if len(items) == before:
+            raise DataError(
+                f"write_folder: class folder {folder / class_name} must hold images"
+                f" ({' '.join(sorted(IMAGE_SUFFIXES))})"
+            )
+    told = tuple(LeftOut(*kind, len(paths), paths[0]) for kind, paths in sorted(left_out.items()))
+    return Source(name, classes, items, str(folder.absolute()), told)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+
+
+def _kind_left_out(entry: os.DirEntry[str], which: str) -> tuple[str, str]:
+    """Noun and addition of an entry that is no class folder and no image; `which` is for a file
+    that is not hidden.
+    """
+    if entry.name.startswith("."):
+        return ("hidden folder" if entry.is_dir() else "hidden file"), ""
+    return ("folder", "inside a class folder") if entry.is_dir() else ("file", which)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,53 @@
+"""One worker in this process, without Ray: for debugging, and where nothing else is installed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Literal, Self
+
+import torch
+
+from pipeline.core.allocator import keep_freed_memory
+from pipeline.core.cores import cores_here
+from pipeline.launch.base import Device, refuse_unusable_cards, takes_gpus
+from pipeline.launch.shares import share_of
+from pipeline.train.backend.collectives import group_of_one
+from pipeline.train.job import Job, RankInfo
+from pipeline.train.worker import run
+
+
+class Inline:
+    """Runs a job's only worker in the calling thread."""
+
+    workers = 1
+
+    def __init__(
+        self, *, device: Device = "auto", loader_threads: int | Literal["auto"] = "auto"
+    ) -> None:
+        refuse_unusable_cards(device)
+        self.device = "cuda" if takes_gpus(device, 1, torch.cuda.device_count()) else "cpu"
+        self.loader_threads: int | Literal["auto"] = loader_threads
+        self._group = ExitStack()
+
+    def __enter__(self) -> Self:
+        keep_freed_memory()  # before the thread that trains
+        self._group.enter_context(group_of_one(self.device))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._group.close()
+
+    def room(self) -> int:
+        return 1 if self.device == "cuda" else cores_here()
+
+    def joining(self) -> list[str]:
+        return ["--inline"]
+
+    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
+        del attempt
+        if self.device == "cuda":
+            here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
+            share = share_of([here], gpus=True, loader_threads=self.loader_threads)
+            job = replace(job, threads=share.cores, loader_threads=share.loader_threads)
+        return run(job, RankInfo(device=self.device))

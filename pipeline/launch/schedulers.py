@@ -1,0 +1,429 @@
+"""A launch handed to a scheduler: KubeRay, Slurm, or a Ray cluster that is up.
+
+The scheduler's own program does the work. `kubectl` renders a RayJob from a folder such as
+infra/k8s/overlays/cpu/job and applies it, `sbatch` takes infra/slurm/train.sbatch with options, and
+`ray job submit` takes a command line. This module needs neither the data nor the cluster.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import yaml
+
+from pipeline.core.checks import is_count
+from pipeline.core.errors import UserError
+from pipeline.core.units import counted
+from pipeline.launch.ray_auth import offer_token
+from pipeline.train.checkpoint.address import folder_of
+from pipeline.train.elastic import told
+
+OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
+"""Options of a launch that follow from the order."""
+LONGEST_NAME = 47
+"""KubeRay (1.7.0) derives longer names from a RayJob's, which must fit into 63 characters."""
+PATIENCE_S = 120.0
+_NAME = r"[A-Za-z0-9][\w.-]{0,127}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """One launch, for any scheduler.
+
+    Args:
+        words: the arguments of `spiketrain launch`: recipes, and options other than OWN.
+        name: of the run or suite, and of the job.
+        workers: processes that train together; several numbers, ascending, if the number may change
+            while the run trains; None: the scheduler's template counts them.
+        image: the container image that the machines use; empty: none.
+        runs: the folder of runs, as the machines that train see it.
+
+    Raises:
+        ValueError: a field that no scheduler would take.
+    """
+
+    words: tuple[str, ...]
+    name: str
+    workers: int | tuple[int, ...] | None
+    image: str = ""
+    runs: str
+
+    def __post_init__(self) -> None:
+        if not self.words or self.words[0].startswith("-"):
+            got = " ".join(self.words) or "none"
+            raise ValueError(f"order: words must begin with a recipe; got {got}")
+        for name, texts in (("words", self.words), ("runs", [self.runs]), ("image", [self.image])):
+            for text in texts:
+                if any(ord(character) < 32 or ord(character) == 127 for character in text):
+                    raise ValueError(
+                        f"order: {name} must be free of control characters; got {text!r}"
+                    )
+        for option in (word.partition("=")[0] for word in self.words):
+            if option in OWN:
+                raise ValueError(f"order: {option} follows from the job; got it among the words")
+            if option == "--inline":
+                raise ValueError("order: a job trains with workers of Ray; got --inline")
+        if self.workers is not None and not (self.sizes and all(map(is_count, self.sizes))):
+            raise ValueError(f"order: workers must be 1 or more; got {self.workers!r}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every number of workers that the run may have; none if the template counts them."""
+        if self.workers is None:
+            return ()
+        return self.workers if isinstance(self.workers, tuple) else (self.workers,)
+
+    def option(self, name: str) -> str | None:
+        """The value of an option among the words, as a word of its own or after =; the last one."""
+        value = None
+        for word, after in zip(self.words, (*self.words[1:], None), strict=True):
+            if word == name:
+                value = after
+            elif word.startswith(f"{name}="):
+                value = word.partition("=")[2]
+        return value
+
+    @property
+    def side_by_side(self) -> int:
+        """How many runs at a time need room of their own; 1 for `auto`, which takes what is there.
+
+        Raises:
+            ValueError: the words ask for another number than a count.
+        """
+        asked = self.option("--side-by-side") or "1"
+        if asked == "auto":
+            return 1
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ValueError(f"order: --side-by-side must be a number of runs or auto; got {asked}")
+        return int(asked)
+
+    def describe(self, workers: int) -> str:
+        """`4 workers`, or `2 runs side by side of 4 workers`."""
+        runs = "" if self.side_by_side == 1 else f"{self.side_by_side} runs side by side of "
+        return runs + counted(workers, "worker")
+
+    def launch(self, *options: str) -> list[str]:
+        """The command that the machines run: it starts the run, or goes on with it."""
+        words = ["spiketrain", "launch", *self.words, "--name", self.name, "--runs", self.runs]
+        words += ["--address", "auto", "--workers", told(self.sizes), *options]
+        return [*words, "--or-resume"]
+
+
+def answer_of(
+    name: str, *words: str, given: str = "", environment: Mapping[str, str] | None = None
+) -> str:
+    """What a program prints. It is looked for on PATH, and beside this Python, where `ray` is.
+
+    Raises:
+        UserError: it is not there, it fails, or it does not answer in time.
+    """
+    beside = str(Path(sys.executable).parent)
+    places = os.pathsep.join((os.environ.get("PATH", os.defpath), beside))
+    program = shutil.which(name, path=places)
+    if program is None:
+        raise UserError(f"submit: needs {name} on the path; got none")
+    try:
+        done = subprocess.run(
+            [program, *words],
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            env={**os.environ, **(environment or {})},
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"submit: {name} must answer within {PATIENCE_S:.0f} s; it has not, and may have taken"
+            " the job"
+        ) from None
+    except OSError as error:
+        raise UserError(f"submit: {program} cannot be run: {error.strerror}") from error
+    if done.returncode != 0:
+        lines = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
+        said = " ".join(" ".join(lines if len(lines) < 4 else lines[-1:]).split())  # no traceback
+        raise UserError(f"submit: {name} failed with exit code {done.returncode} and said: {said}")
+    return done.stdout.strip()
+
+
+# ----------------------------------------------------------------------------------------- KubeRay
+
+
+def manifests_of(folder: Path) -> list[dict[str, Any]]:
+    """What `kubectl kustomize` (or, without kubectl, `kustomize build`) makes of a folder.
+
+    Raises:
+        UserError: neither program is there, or it refuses the folder.
+    """
+    has_kubectl = shutil.which("kubectl") or not shutil.which("kustomize")
+    command = ("kubectl", "kustomize") if has_kubectl else ("kustomize", "build")
+    return list(yaml.safe_load_all(answer_of(*command, str(folder))))
+
+
+def render_rayjob(order: Order, folder: Path) -> str:
+    """The RayJob of a kustomize folder, with the order's name, entrypoint, image and pods, as YAML.
+
+    There are as many pods as the workers need, and never fewer: the driver counts them when it
+    starts. With several numbers of workers the job begins with the pods of the smallest; Ray's
+    autoscaler adds some, up to those of the largest.
+
+    Raises:
+        ValueError: Kubernetes would not take the name or image; the folder has no RayJob, or is too
+            small for so many workers; runs or checkpoints would lie on a pod's own disk.
+    """
+    if len(order.name) > LONGEST_NAME or not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", order.name):
+        raise ValueError(
+            "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be "
+            f"at most {LONGEST_NAME} long (RFC 1123, KubeRay); got {order.name!r}"
+        )
+    if not _is_fixed(order.image):
+        raise ValueError(
+            "k8s: image must be a name with a tag or a digest, other than latest; got"
+            f" {order.image!r}"
+        )
+    jobs = [each for each in manifests_of(folder) if each["kind"] == "RayJob"]
+    if len(jobs) != 1:
+        raise ValueError(f"k8s: {folder} must hold one RayJob; got {len(jobs)}")
+    try:
+        _fill_rayjob(jobs[0], order, folder)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"k8s: the RayJob of {folder} must be one as in infra/k8s/base/job; not found: {error}"
+        ) from error
+    return yaml.safe_dump(jobs[0], sort_keys=False, width=1000)
+
+
+def submit_rayjob(manifest: str) -> str:
+    """Apply a RayJob to the cluster and namespace that kubectl is set to; what kubectl says.
+
+    A job of that name that runs goes on; its changes hold from its next attempt. One that has ended
+    would stay as it is, whatever is applied (KubeRay 1.7.0).
+
+    Raises:
+        UserError: kubectl did not take it, or a RayJob of that name has ended.
+    """
+    name = yaml.safe_load(manifest)["metadata"]["name"]
+    status = "jsonpath={.status.jobDeploymentStatus}"
+    get = ("get", "rayjobs.ray.io", name, "--ignore-not-found", "--output", status)
+    if (ended := answer_of("kubectl", *get)) in ("Complete", "Failed"):
+        raise UserError(
+            f"k8s: KubeRay starts no RayJob again that has ended; got {name}, {ended}: first"
+            f" kubectl delete rayjob {name}"
+        )
+    return answer_of("kubectl", "apply", "-f", "-", given=manifest)
+
+
+def _is_fixed(image: str) -> bool:
+    """Whether a retry trains with the code of the first attempt.
+
+    `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both.
+    """
+    part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+    host = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?"
+    version = r"(?::(?P<tag>\w[\w.-]{0,127}))?(?P<digest>@sha256:[0-9a-f]{64})?"
+    found = re.fullmatch(rf"(?:{host}/)?{part}(?:/{part})*{version}", image, re.ASCII)
+    return found is not None and (
+        found["digest"] is not None or found["tag"] not in (None, "latest")
+    )
+
+
+def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = cluster["workerGroupSpecs"]
+    if len(groups) != 1:
+        raise ValueError(
+            f"k8s: the RayJob of {folder} must have one group of workers; got {len(groups)}"
+        )
+    group = groups[0]
+    pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
+    _refuse_unless_shared(order, pods)
+    limits, most = pods[1]["containers"][0]["resources"]["limits"], group["maxReplicas"]
+    group["replicas"] = group["minReplicas"] = _pods(order, order.sizes[0], limits, most, folder)
+    group["maxReplicas"] = _pods(order, order.sizes[-1], limits, most, folder)
+    job["metadata"]["name"] = order.name
+    # The driver runs on the head, which has no GPU to find: the device is named.
+    device = ("--device", "gpu" if _gpus(limits) else "cpu")
+    options = () if order.option("--device") is not None else device
+    job["spec"]["entrypoint"] = shlex.join(order.launch(*options))  # a shell of the head reads it
+    for pod in pods:
+        pod["containers"][0]["image"] = order.image  # the first container is Ray's (KubeRay 1.7.0)
+
+
+def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder: Path) -> int:
+    """How many pods hold the runs: each worker takes its cores, and a GPU if the pods have any."""
+    asked = order.option("--cpus-per-worker") or "auto"
+    asked = "1" if asked == "auto" else asked  # with a GPU for each worker, as many as fit
+    if not asked.isdecimal() or int(asked) < 1:
+        rule = "k8s: --cpus-per-worker must be a whole number >= 1 or auto"
+        raise ValueError(f"{rule}; got {asked!r}")
+    cores, gpus = _cores(limits), _gpus(limits)
+    room = cores // int(asked)
+    if gpus and order.option("--device") != "cpu":
+        room = min(room, gpus)
+    pods = math.ceil(order.side_by_side * workers / room) if room else None
+    if pods is None or pods > most:
+        each = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
+        raise ValueError(
+            f"k8s: {order.describe(workers)} x {counted(int(asked), 'cpu')} must fit into pods of "
+            f"{each}, of which {folder} has {most}: room for {counted(most * room, 'worker')}"
+        )
+    return pods
+
+
+def _cores(limits: dict[str, Any]) -> int:
+    """Whole cores: KubeRay rounds up the number that it gives to Ray."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
+    if found is None:
+        rule = "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m"
+        raise ValueError(f"{rule}; got {limits.get('cpu')!r}")
+    return math.ceil(float(found[1]) / (1000 if found[2] else 1))
+
+
+def _gpus(limits: dict[str, Any]) -> int:
+    return int(limits.get("nvidia.com/gpu", 0))
+
+
+def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
+    """Refuse runs and checkpoints on a pod's own disk, which ends with the pod."""
+    shared = sorted(set.intersection(*map(_shared_mounts, pods)))
+    kept = order.option("--checkpoints")
+    folders = [("runs", order.runs, Path(order.runs))]
+    if kept is not None and (folder := folder_of(kept)) is not None:
+        folders.append(("--checkpoints", kept, folder))
+    for name, given, folder in folders:
+        if ".." in folder.parts or not any(folder.is_relative_to(mount) for mount in shared):
+            raise ValueError(
+                f"k8s: {name} must lie where every pod writes to a shared volume"
+                f" ({', '.join(shared)}), without ..; got {given!r}"
+            )
+
+
+def _shared_mounts(pod: dict[str, Any]) -> set[str]:
+    """Where a pod's first container may write to a persistent volume."""
+    volumes = pod.get("volumes", ())
+    claims = {each["name"] for each in volumes if "persistentVolumeClaim" in each}
+    mounts = pod["containers"][0].get("volumeMounts", ())
+    return {
+        each["mountPath"] for each in mounts if each["name"] in claims and not each.get("readOnly")
+    }
+
+
+# ------------------------------------------------------------------------------------------- Slurm
+
+
+def render_sbatch(
+    order: Order, folder: Path, *, nodes: int, gpus_per_node: int, time: str, partition: str | None
+) -> str:
+    """The command line of sbatch for a folder's train.sbatch, such as infra/slurm.
+
+    `time` is Slurm's: minutes, hours:minutes:seconds, or days-hours.
+
+    Raises:
+        ValueError: a value that Slurm would not take, too few GPUs, or no script in the folder.
+    """
+    if nodes < 1 or gpus_per_node < 0:
+        rule = "slurm: nodes must be 1 or more, gpus_per_node 0 or more"
+        raise ValueError(f"{rule}; got {nodes} and {gpus_per_node}")
+    if len(order.sizes) > 1:
+        rule = "slurm: the number of nodes of a job is fixed, so workers must be one number"
+        raise ValueError(f"{rule}; got {told(order.sizes)}")
+    gpus = nodes * gpus_per_node
+    workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
+    if gpus and order.option("--device") != "cpu" and order.side_by_side * workers > gpus:
+        room = f"{counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}"
+        raise ValueError(f"slurm: each worker takes a GPU; got {order.describe(workers)} on {room}")
+    if not (script := folder / "train.sbatch").is_file():
+        raise ValueError(f"slurm: the script of the job must be a file; got {script}")
+    options = {
+        "job-name": _matching("name", order.name, _NAME),
+        "nodes": str(nodes),
+        "time": _matching("time", time, r"(\d{1,4}-)?\d{1,6}(:\d{1,2}){0,2}"),
+    }
+    if gpus_per_node:
+        options["gpus-per-node"] = str(gpus_per_node)
+    if partition is not None:
+        options["partition"] = _matching("partition", partition, r"[\w.-]+(,[\w.-]+)*")
+    variables = {
+        "RUNS": order.runs,
+        "WORKERS": told(order.sizes) if order.sizes else "",  # empty: one for each GPU, or node
+        "IMAGE": order.image,
+    }
+    return shlex.join(
+        [
+            "env",
+            *(f"SPIKETRAIN_{name}={value}" for name, value in variables.items()),
+            *("sbatch", "--parsable", "--export=ALL"),
+            *(f"--{name}={value}" for name, value in options.items()),
+            str(script.absolute()),
+            *order.words,
+        ]
+    )
+
+
+def submit_sbatch(command: str) -> str:
+    """The number of the job, once Slurm has taken it.
+
+    Raises:
+        UserError: sbatch did not take the script. It is where one can log in to a cluster.
+    """
+    _, *words = shlex.split(command)
+    at = words.index("sbatch")
+    environment = dict(word.split("=", 1) for word in words[:at])
+    return answer_of("sbatch", *words[at + 1 :], environment=environment).split(";")[0]
+
+
+def _matching(name: str, value: str, pattern: str) -> str:
+    if not re.fullmatch(pattern, value, re.ASCII):
+        raise ValueError(f"slurm: {name} must match {pattern}; got {value!r}")
+    return value
+
+
+# ------------------------------------------------------------------------------- a Ray that is up
+
+
+def render_ray_job(order: Order, address: str) -> str:
+    """The command line that hands the order to `address`, ray://HOST:PORT of its dashboard.
+
+    The driver runs on the head, in the folder that Ray was started in: `runs` and recipes are paths
+    of that machine.
+
+    Raises:
+        ValueError: another address, a name that a run cannot have, or an image, which a cluster
+            that is up has already.
+    """
+    if not re.fullmatch(r"ray://[A-Za-z0-9.-]+:\d{1,5}", address, re.ASCII):
+        rule = "ray: a cluster must be ray://HOST:PORT, with the port of its dashboard"
+        raise ValueError(f"{rule}; got {address!r}")
+    if not re.fullmatch(_NAME, order.name, re.ASCII):
+        raise ValueError(f"ray: name must be letters, digits and inner . _ -; got {order.name!r}")
+    if order.image:
+        rule = "ray: a cluster that is up trains with what is installed there"
+        raise ValueError(f"{rule}; got --image {order.image}")
+    # The name of a job can be used once, and that of a run again and again.
+    job = f"{order.name}-{uuid4().hex[:8]}"
+    http = "http://" + address.removeprefix("ray://")
+    submit = ["ray", "job", "submit", "--address", http, "--submission-id", job, "--no-wait", "--"]
+    return shlex.join([*submit, *order.launch()])
+
+
+def submit_ray_job(command: str) -> str:
+    """The name of the job, once Ray has taken it.
+
+    Raises:
+        UserError: nobody is there, or asks for a token that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH
+            does not name.
+    """
+    ray, *words = shlex.split(command)
+    offer_token()
+    answer_of(ray, *words)
+    return words[words.index("--submission-id") + 1]

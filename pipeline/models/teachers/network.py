@@ -1,0 +1,122 @@
+"""A network of this pipeline as a teacher: what another run has learnt, read from a file of its
+weights.
+
+teacher=spec(network_teacher, model=spec(...),
+weights="runs/x/checkpoints/step_00001000/model.safetensors", time_steps=2)"""
+
+# T time, B batch, K classes
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.tensor_file import misfits, read_state
+from pipeline.core.torch_settings import Precision, computing
+from pipeline.models.teachers.base import Teacher, content_hash
+from pipeline.models.teachers.cache import Cache
+from pipeline.spiking.encode import over_steps
+from pipeline.spiking.state import fresh_state, states_of
+
+
+class Samples(Protocol):
+    """What is known of a data set without opening it."""
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class NetworkTeacher(Teacher):
+    """See `network_teacher`."""
+
+    def __init__(
+        self,
+        body: nn.Module,
+        *,
+        time_steps: int,
+        cache: Cache | None,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        self.label, self.body, self.time_steps, self.cache = (
+            type(body).__name__,
+            body,
+            time_steps,
+            cache,
+        )
+        self.precision = precision
+        self.freeze()
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "network": self.label,
+            "weights": content_hash(self.body),
+            "time_steps": self.time_steps,
+            "precision": self.precision,
+        }
+
+    @torch.no_grad()
+    def forward(self, x_B: Tensor) -> Tensor:
+        states = states_of(self.body)
+        # `evaluate` opens the states of whatever it is given, for one batch: at rest, they are as
+        # they would be made here.
+        at_rest = bool(states) and all(state.is_open and not state.values for state in states)
+        with (
+            computing(x_B.device, self.precision),
+            nullcontext() if at_rest else fresh_state(self.body),
+        ):
+            return self.body(over_steps(x_B, self.time_steps)).mean(0).float()
+
+
+def network_teacher(
+    data: Samples,
+    *,
+    model: nn.Module,
+    weights: Path,
+    time_steps: int,
+    precision: Precision = "fp32",
+    cache: Cache | None = None,
+) -> NetworkTeacher:
+    """`model` with the weights of a file, frozen: it sees what the student sees, and answers with
+    its mean logits over time.
+
+    Args:
+        model: as in the recipe that trained it.
+        weights: a file of its weights; a run's checkpoints hold one, `model.safetensors`.
+        time_steps: at which it answers.
+        precision: in which it computes; its answers are fp32.
+
+    Raises: ValueError for weights that do not fit, a model that does not take the data's samples,
+    or other classes than theirs."""
+    refuse_unless_counts("network_teacher", {"time_steps": time_steps})
+    state = read_state(Path(weights), who="network_teacher")
+    wrong = misfits(state, model.state_dict())
+    if wrong:
+        raise ValueError(
+            f"network_teacher: the weights in {weights} must fit the model to the last key; got"
+            f" {wrong}"
+        )
+    model.load_state_dict(state)
+    teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache, precision=precision)
+    try:
+        found = teacher(torch.zeros(1, *data.shape)).shape[-1]
+    except RuntimeError as error:
+        shape = " x ".join(map(str, data.shape))
+        raise ValueError(
+            f"network_teacher: the model must take the data's samples, {shape}; it does not:"
+            f" {error}"
+        ) from error
+    if found != data.classes:
+        raise ValueError(
+            f"network_teacher: model and data must have the same classes; got {found} and"
+            f" {data.classes}"
+        )
+    return teacher

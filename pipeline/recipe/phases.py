@@ -1,0 +1,126 @@
+"""Tasks that are learnt one after another: how a recipe writes them, and where each of its steps
+lies.
+
+    phases=(Phase(name="task-0", data=spec(Permuted, task=0)), Phase(name="task-1",
+    data=spec(Permuted, task=1)))
+
+A run without phases is a single stretch. Steps (global batches) and epochs are counted over the
+whole run, so that phase, epoch and sample are pure functions of the step: a resume needs no more
+than that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.core.checks import is_count
+from pipeline.recipe.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One task of a recipe. The optimizer's state and the schedule begin anew in each; weights and
+    the rule's state go on.
+    """
+
+    name: str
+    data: Spec
+    """-> pipeline.data.base.Data: called with the recipe's data; pipeline.data.datasets.tasks"""
+    epochs: int | None = None
+    """None: the recipe's"""
+    head: int | None = None
+    """which head of a multi-head classifier answers; None: the network has one for all"""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise ValueError(f"phase: name must be text; got {self.name!r}")
+        if not isinstance(self.data, Spec):
+            raise ValueError(
+                f"phase {self.name}: data must be spec(...), as in pipeline.data.datasets.tasks;"
+                f" got {self.data!r}"
+            )
+        [first, *_] = [*inspect.signature(self.data.target).parameters, ""]
+        if first in self.data.kwargs:
+            raise ValueError(
+                f"phase {self.name}: data is called with the recipe's data and must not be given"
+                f" {first!r} of its own"
+            )
+        for name, least in (("epochs", 1), ("head", 0)):
+            value = getattr(self, name)
+            if value is not None and not is_count(value, least=least):
+                raise ValueError(
+                    f"phase {self.name}: {name} must be None or a whole number from {least}; got"
+                    f" {value!r}"
+                )
+
+
+def check_phases(phases: Sequence[Phase]) -> None:
+    """Refuse phases that do not go together.
+
+    Raises:
+        ValueError: two of one name, or heads for some and none for others.
+    """
+    if not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(f"recipe: phases must be written as Phase(...); got {phases!r}")
+    names = [phase.name for phase in phases]
+    if len(set(names)) < len(names):
+        raise ValueError(f"recipe: phases must have names of their own; got {', '.join(names)}")
+    if len({phase.head is None for phase in phases}) > 1:
+        without = ", ".join(phase.name for phase in phases if phase.head is None)
+        raise ValueError(
+            f"recipe: either every phase names its head or none does; got none for {without}"
+        )
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A phase among the steps and epochs of its run, or a run without phases."""
+
+    index: int
+    first: int
+    """its first step"""
+    steps: int
+    first_epoch: int
+    epoch_steps: int
+    """steps of one epoch"""
+
+    @property
+    def end(self) -> int:
+        """The step after its last."""
+        return self.first + self.steps
+
+    def epoch(self, step: int) -> int:
+        return self.first_epoch + (step - self.first) // self.epoch_steps
+
+    def epoch_start(self, epoch: int) -> int:
+        return self.first + (epoch - self.first_epoch) * self.epoch_steps
+
+    def epoch_end(self, epoch: int) -> int:
+        """The step after the epoch's last."""
+        return min(self.epoch_start(epoch + 1), self.end)
+
+
+def timetable(
+    lengths: Sequence[tuple[int, int]], *, stop_after: int | None = None
+) -> tuple[Stretch, ...]:
+    """One stretch for each (epochs, steps per epoch), each cut to `stop_after` steps where that is
+    shorter.
+    """
+    stretches: list[Stretch] = []
+    first = first_epoch = 0
+    for index, (epochs, epoch_steps) in enumerate(lengths):
+        steps = (
+            epochs * epoch_steps if stop_after is None else min(epochs * epoch_steps, stop_after)
+        )
+        stretches.append(Stretch(index, first, steps, first_epoch, epoch_steps))
+        first, first_epoch = first + steps, first_epoch + -(-steps // epoch_steps)
+    return tuple(stretches)
+
+
+def stretch_at(stretches: Sequence[Stretch], step: int) -> Stretch:
+    """The stretch that `step` belongs to: at a boundary the one that begins there, after the last
+    step the last.
+    """
+    return next((each for each in stretches if step < each.end), stretches[-1])

@@ -1,0 +1,166 @@
+"""Recipes made into a fair comparison: each with several seeds, and each with a learning rate that
+was searched for it.
+
+    over_seeds(suite, 3)                                  every recipe with seeds 0, 1, 2 (or from
+    its own seed on) tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))   beside them, every rule
+    with its own best of the five
+
+Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline among
+them, gets the same values and as many trials, which never see the evaluation set: they train
+without a tenth of the training set and are judged by it. The values are part of the study
+(`Recipe.searched`): no rule is set beside one that was given others.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.spec import reference_to
+from pipeline.recipe.suite import Choice, Suite, filled, references
+from pipeline.report.protocols import print_protocols
+
+__all__ = ["LEAST_VALUES", "joined", "over_seeds", "parse_search", "tuned"]
+
+LEAST_VALUES = 5
+HELD_OUT = 0.1
+
+
+def joined(suites: Sequence[Suite]) -> Suite:
+    """One suite of the recipes of several.
+
+    Raises:
+        ValueError: two recipes of one name, or several suites of which one has a report of its own.
+    """
+    if len(suites) == 1:
+        return suites[0]
+    for suite in suites:
+        _refuse_unless_plain(suite, "several files")
+    return Suite(tuple(recipe for suite in suites for recipe in suite.recipes))
+
+
+def parse_search(text: str) -> tuple[str, list[Any]]:
+    """`optimizer.lr=.03,.1,.3,1,3` as the field and its values, which may be lists:
+    `schedule.at=[.3],[.3,.6]`.
+
+    Raises:
+        ValueError: it does not look so, or a value is none of Python's.
+    """
+    field, _, values = text.partition("=")
+    try:
+        found = ast.literal_eval(f"[{values}]")
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+    ):  # all that literal_eval may raise
+        found = []
+    if not field.strip() or not isinstance(found, list) or not found:
+        raise ValueError(f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}")
+    return field.strip(), found
+
+
+def over_seeds(suite: Suite, count: int) -> Suite:
+    """The suite with `count` copies of each recipe, of seeds that follow one another; references
+    stay within a seed.
+
+    Raises:
+        ValueError: `count` below 1, or a suite whose report or choices know its recipes by name.
+    """
+    if count < 1:
+        raise ValueError(f"launch: --seeds must be at least 1; got {count}")
+    if count == 1:
+        return suite
+    _refuse_unless_plain(suite, "--seeds")
+    return Suite(tuple(_seeded(recipe, more) for more in range(count) for recipe in suite.recipes))
+
+
+def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
+    """The suite, then trials of each value for each rule, then each recipe with its rule's best
+    value.
+
+    All are evaluated after their last epoch alone.
+
+    Recipes that differ in their seeds alone share trials, which have the seed of the first.
+
+    Raises:
+        ValueError: fewer than 5 values or one twice, a recipe without that field, data that cannot
+            hold a part out, or recipes that take weights from one another.
+    """
+    who = f"tuned: {field}"
+    _refuse_unless_plain(suite, "--tune")
+    if len(values) < LEAST_VALUES or any(a == b for a, b in combinations(values, 2)):
+        raise ValueError(
+            f"{who} needs at least {LEAST_VALUES} different values; got"
+            f" {', '.join(map(str, values))}"
+        )
+    search = {"tuned": (field,), "searched": tuple(sorted(map(_as_text, values)))}
+    trials: dict[str, list[Recipe]] = {}
+    finals: list[Recipe] = []
+    choices: dict[str, Choice] = {}
+    for recipe in suite.recipes:
+        if found := references(recipe):
+            raise ValueError(
+                f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{found[0]}'"
+            )
+        tried = trials.setdefault(_but_for_its_seed(recipe), [])
+        if not tried:
+            tried += [_trial(recipe, field, value, search) for value in values]
+        about = {**search, "evaluate_every": 0}  # the test set is read once
+        final = replace(recipe, name=f"{recipe.name}-tuned", protocol="tuned", **about)
+        choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
+        finals.append(final)
+    every_trial = tuple(trial for tried in trials.values() for trial in tried)
+    shared = (replace(recipe, evaluate_every=0) for recipe in suite.recipes)
+    return Suite((*shared, *every_trial, *finals), print_protocols, choices)
+
+
+def _but_for_its_seed(recipe: Recipe) -> str:
+    return json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
+
+
+def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
+    """One value, learnt on nine tenths of the training set and judged by the last, after the last
+    epoch.
+    """
+    if recipe.data.kwargs.get("held_out"):
+        raise ValueError(
+            f"tuned: {recipe.name} holds out a part of its own; got"
+            f" data.held_out={recipe.data.kwargs['held_out']}"
+        )
+    trial = recipe.override({field: value, "data.held_out": HELD_OUT})
+    name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
+    return replace(trial, name=name, protocol="trial", **search, evaluate_every=0)
+
+
+def _as_text(value: Any) -> str:
+    """Equal for 1 and 1.0, which are the same search."""
+    return str(float(value)) if type(value) is int else str(value)
+
+
+def _in_a_name(value: Any) -> str:
+    """As a folder's name can hold it: 0.3_0.6 for [0.3, 0.6]."""
+    return "_".join(map(_in_a_name, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _seeded(recipe: Recipe, more: int) -> Recipe:
+    def name(of: str) -> str:
+        return f"{of}-seed{more}"
+
+    followed = filled(recipe, lambda of: reference_to(name(of)))
+    return replace(followed, name=name(recipe.name), seed=recipe.seed + more)
+
+
+def _refuse_unless_plain(suite: Suite, option: str) -> None:
+    if suite.report is not None or suite.choices:
+        raise ValueError(
+            f"launch: {option} makes a comparison of recipes; got a suite that is one, with a"
+            " report of its own"
+        )

@@ -1,0 +1,426 @@
+"""Several recipes that are trained one after another and read together, as one value and as
+`suite.json`.
+
+    Suite(recipes=(first, replace(first, name="second", init="@first", rule=spec(SLTT))),
+    report=table)
+
+`@NAME`, in `init` or in a path keyword of any part, is a reference: the weights that recipe NAME,
+which stands earlier in the suite, has learnt by then. A `Choice` leaves one field to trials that
+stand earlier. Children are runs like any others, beside the suite's folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import own_code
+from pipeline.recipe.json import dotted, imported, targets
+from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.spec import arguments_of, reference_to, referred
+
+__all__ = [
+    "FILE",
+    "Choice",
+    "Report",
+    "Suite",
+    "SuiteFile",
+    "filled",
+    "has_report",
+    "is_suite",
+    "needed",
+    "references",
+    "refuse_references",
+    "refuse_untrusted",
+    "runs_of",
+    "sources",
+    "sources_in",
+    "targets_of",
+]
+
+Report = Callable[[Mapping[str, Path], Any], object]
+"""called with the folder of each recipe's run, all finished or diverged (pipeline/track/trials.py),
+by
+the recipe's name in their order, and rich's Console; prints, and may return what `compare --format
+json` prints: JSON values. Of an object `report` shows "claims", as report/claims.py tells them, and
+"sweeps", as `sweep --format json` prints them"""
+
+FILE = "suite.json"
+FORMAT = 1
+# Where a report may be defined: narrower than what a recipe is made of, of which nothing reports.
+TRUSTED = ("recipes", "pipeline.report")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field that a recipe takes from whichever of its trials did best on what it held out."""
+
+    field: str
+    """dotted, such as optimizer.lr"""
+    trials: tuple[str, ...]
+    """names of earlier recipes, each with its own value of the field; of equals the first is
+    taken
+    """
+
+    def renamed(self, change: Callable[[str], str]) -> Choice:
+        return Choice(self.field, tuple(map(change, self.trials)))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Recipes in the order that they are trained in, and what prints what came out."""
+
+    recipes: tuple[Recipe, ...]
+    report: Report | None = None
+    """None: a table for each study"""
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    """by the name of the recipe that waits for it"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recipes", tuple(self.recipes))
+        if not self.recipes or not all(isinstance(each, Recipe) for each in self.recipes):
+            raise ValueError(f"suite: recipes must be Recipes, at least one; got {self.recipes!r}")
+        names: list[str] = []
+        for recipe in self.recipes:
+            if recipe.name in names:
+                raise ValueError(
+                    f"suite: recipes must have names of their own; got two of {recipe.name!r}"
+                )
+            for reference in references(recipe):
+                if reference not in names:
+                    raise ValueError(
+                        f"suite: a reference must name an earlier recipe; got '@{reference}' in"
+                        f" {recipe.name}, before it stand {', '.join(names) or 'none'}"
+                    )
+            if choice := self.choices.get(recipe.name):
+                _check_choice(recipe, choice, earlier=names)
+            names.append(recipe.name)
+        if unknown := set(self.choices) - set(names):
+            raise ValueError(
+                f"suite: a choice must be one of its recipes'; got {', '.join(sorted(unknown))}"
+            )
+        if self.report is not None:
+            _check_report(self.report)
+
+    @property
+    def family(self) -> str:
+        """What all of its runs are kept under: MLflow shows runs under their parent within one
+        experiment alone.
+        """
+        return next((each.family for each in self.recipes if each.family), self.recipes[0].name)
+
+    def override(self, changes: Mapping[str, Any]) -> Suite:
+        """The same suite with `Recipe.override` of each recipe.
+
+        Raises:
+            ValueError: changes that one of them cannot take, by its name, or of a field that trials
+            choose.
+        """
+        if chosen := {choice.field for choice in self.choices.values()} & set(changes):
+            raise ValueError(
+                f"suite: {', '.join(chosen)} is what its trials try; got a value for all of them"
+            )
+        return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
+
+    def tiny(self) -> Suite:
+        """The same suite of `Recipe.tiny` recipes, without its report, which is about the whole;
+        references follow the names.
+        """
+        names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
+        choices = {
+            names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()
+        }
+        recipes = tuple(
+            filled(recipe.tiny(), lambda name: reference_to(names[name])) for recipe in self.recipes
+        )
+        return replace(self, recipes=recipes, report=None, choices=choices)
+
+    def resolved(self) -> Suite:
+        """The same suite with every path absolute; references stay."""
+        return replace(self, recipes=tuple(recipe.resolved() for recipe in self.recipes))
+
+
+def _overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    try:
+        return recipe.override(changes)
+    except ValueError as error:
+        raise ValueError(f"suite: {recipe.name} cannot be changed so; {error}") from error
+
+
+def references(recipe: Recipe) -> tuple[str, ...]:
+    """The names that a recipe refers to, each once."""
+    found: dict[str, None] = {}
+
+    def note(name: str) -> str:
+        found[name] = None
+        return reference_to(name)
+
+    filled(recipe, note)
+    return tuple(found)
+
+
+def sources(suite: Suite) -> set[str]:
+    """The names of the recipes whose weights others take."""
+    return {name for recipe in suite.recipes for name in references(recipe)}
+
+
+def filled(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
+    """The recipe with the path `path_of(NAME)` in the place of each reference `@NAME`."""
+
+    def fill(path: str) -> str:
+        name = referred(path)
+        return path if name is None else str(path_of(name))
+
+    return recipe.with_paths(fill)
+
+
+def needed(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
+    """The names of the recipes that have to be trained before this one can be."""
+    choice = suite.choices.get(recipe.name)
+    return references(recipe) + (choice.trials if choice else ())
+
+
+def refuse_references(recipe: Recipe) -> None:
+    """Refuse a recipe with references outside of a suite.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if found := references(recipe):
+        raise ValueError(
+            f"recipe: '@{found[0]}' names an earlier recipe of the same suite; got {recipe.name}"
+            " alone; give a run's folder or a file in its place"
+        )
+
+
+def targets_of(made: Recipe | Suite) -> list[str]:
+    """The dotted names of what reading it back imports: all parts of its recipes, and its
+    report.
+    """
+    found = [
+        name
+        for recipe in (made.recipes if isinstance(made, Suite) else [made])
+        for name in targets(recipe.to_json())
+    ]
+    return (
+        found if isinstance(made, Recipe) or made.report is None else [*found, dotted(made.report)]
+    )
+
+
+def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
+    """Refuse what whoever reads the suite back would not import.
+
+    Raises:
+        ValueError: a part of a recipe, or the report, is not trusted.
+    """
+    for recipe in suite.recipes:
+        Recipe.from_json(recipe.to_json(), trust=trust)
+    if suite.report is not None:
+        _imported_report(dotted(suite.report), trust)
+
+
+# --------------------------------------------------------------------------------------- suite.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteFile:
+    """What a suite's folder says of it: all that it takes to go on with it."""
+
+    suite: Suite
+    """paths absolute, references as they were written"""
+    runs: tuple[str, ...]
+    """the name of each recipe's run folder, which lies beside the suite's"""
+    parent: str
+    """what MLflow holds the runs together by: 32 hex digits"""
+    cluster: Mapping[str, Any]
+    """where and on how much it trains: fields of pipeline.launch.cluster.Cluster"""
+
+    def to_json(self) -> dict[str, Any]:
+        children = [
+            {"run": run, "recipe": each.to_json()}
+            for run, each in zip(self.runs, self.suite.recipes, strict=True)
+        ]
+        for child, recipe in zip(children, self.suite.recipes, strict=True):
+            if choice := self.suite.choices.get(recipe.name):
+                child["choice"] = asdict(choice)
+        report = None if self.suite.report is None else dotted(self.suite.report)
+        head = {
+            "version": FORMAT,
+            "parent": self.parent,
+            "cluster": dict(self.cluster),
+            "report": report,
+        }
+        return {**head, "children": children}
+
+    @classmethod
+    def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> SuiteFile:
+        """Read a suite back, importing what is trusted alone.
+
+        Args:
+            own: the name of the suite's folder, which is none of a run.
+
+        Raises:
+            ValueError: another format version, a damaged field, a run name that leaves the folder
+                of runs, a target that is not trusted, or recipes that no longer fit.
+        """
+        children = list(_children(value, own=own))
+        parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")
+        if not isinstance(parent, str) or not re.fullmatch("[0-9a-f]{32}", parent):
+            raise ValueError(f"suite.json: parent must be 32 hex digits; got {parent!r}")
+        if not isinstance(cluster, Mapping):
+            raise ValueError(f"suite.json: cluster must be an object; got {cluster!r}")
+        function = None if report is None else _imported_report(report, trust)
+        recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
+        runs = tuple(child["run"] for child in children)
+        choices = {
+            recipe.name: _choice(child["choice"])
+            for recipe, child in zip(recipes, children, strict=True)
+            if "choice" in child
+        }
+        return cls(
+            suite=Suite(recipes, function, choices), runs=runs, parent=parent, cluster=cluster
+        )
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / FILE, self.to_json())
+
+    @classmethod
+    def read(cls, folder: Path, *, trust: Collection[str] = ()) -> SuiteFile:
+        """What the folder of a suite says. Raises what `from_json` does, and where there is no such
+        file.
+        """
+        try:
+            written, name = read_json(folder / FILE), folder.absolute().name
+            with own_code.on_path(own_code.read(folder) if trust else {}, trust, of=name):
+                return cls.from_json(written, own=name, trust=trust)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+
+def is_suite(folder: Path) -> bool:
+    return (folder / FILE).is_file()
+
+
+def has_report(folder: Path) -> bool:
+    """Whether a suite has a report of its own; nothing is imported."""
+    return read_json(folder / FILE).get("report") is not None
+
+
+def runs_of(folder: Path) -> dict[str, Path]:
+    """The run folder of each recipe of a suite, by the recipe's name in their order; nothing is
+    imported.
+
+    Raises:
+        ValueError: suite.json is damaged, or where a run's folder should be lies a file.
+    """
+    runs = {
+        child["recipe"]["recipe"]["name"]: folder.parent / child["run"]
+        for child in _children_in(folder)
+    }
+    for run in runs.values():
+        if run.exists() and not run.is_dir():
+            raise ValueError(f"{folder}: a run must be a folder; {run} is a file")
+    return runs
+
+
+def sources_in(folder: Path) -> set[str]:
+    """As `sources`, of a suite's folder; nothing is imported.
+
+    Raises:
+        ValueError: suite.json is damaged.
+    """
+
+    def strings(value: Any) -> Iterator[str]:
+        inner = (
+            value.values()
+            if isinstance(value, Mapping)
+            else value
+            if isinstance(value, list)
+            else ()
+        )
+        yield from (
+            [value]
+            if isinstance(value, str)
+            else [text for each in inner for text in strings(each)]
+        )
+
+    of_children = (strings(child["recipe"]) for child in _children_in(folder))
+    return {name for texts in of_children for text in texts if (name := referred(text)) is not None}
+
+
+def _children_in(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return list(_children(read_json(folder / FILE), own=folder.absolute().name))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
+    """What every use of suite.json rests on: its version, and names that stay in the folder of
+    runs.
+    """
+    if not isinstance(value, Mapping) or value.get("version") != FORMAT:
+        got = value.get("version") if isinstance(value, Mapping) else value
+        raise ValueError(f"suite.json: this spiketrain reads format version {FORMAT}; got {got!r}")
+    children = value.get("children")
+    if not isinstance(children, list) or not children:
+        raise ValueError(f"suite.json: children must be a list, not empty; got {children!r}")
+    seen = {own}
+    for child in children:
+        try:
+            run, name = child["run"], child["recipe"]["recipe"]["name"]
+        except (TypeError, KeyError, IndexError):
+            raise ValueError(
+                f"suite.json: a child must have a run and a recipe; got {child!r}"
+            ) from None
+        if not isinstance(name, str):
+            raise ValueError(f"suite.json: a recipe's name must be text; got {name!r}")
+        if not isinstance(run, str) or run in ("", "..", *seen) or Path(run).name != run:
+            raise ValueError(
+                f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}"
+            )
+        seen.add(run)
+        yield child
+
+
+def _imported_report(name: Any, trust: Collection[str]) -> Report:
+    return imported(name, (*TRUSTED, *trust), who=FILE)
+
+
+def _choice(value: Any) -> Choice:
+    if isinstance(value, Mapping) and isinstance(trials := value.get("trials"), list):
+        value = {**value, "trials": tuple(trials)}
+    return Choice(**arguments_of(Choice, value, who=f"{FILE}: a choice"))
+
+
+def _check_choice(recipe: Recipe, choice: Choice, *, earlier: Collection[str]) -> None:
+    recipe.value_of(choice.field)
+    if not choice.trials:
+        raise ValueError(f"suite: a choice needs trials; {recipe.name} has none for {choice.field}")
+    for trial in choice.trials:
+        if trial not in earlier:
+            raise ValueError(
+                f"suite: a trial must be an earlier recipe; got {trial!r} for {recipe.name}"
+            )
+
+
+def _check_report(report: Any) -> None:
+    rule = (
+        "suite: report must be a function at the top level of a module, called with (runs, console)"
+    )
+    if (
+        not inspect.isfunction(report)
+        or report.__qualname__ != report.__name__
+        or not report.__name__.isidentifier()
+    ):
+        raise ValueError(f"{rule}; got {report!r}")
+    try:
+        inspect.signature(report).bind({}, None)
+    except TypeError as error:
+        raise ValueError(
+            f"{rule}; got {report.__name__}{inspect.signature(report)}: {error}"
+        ) from None

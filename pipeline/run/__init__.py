@@ -1,1 +1,0 @@
-"""What one process of a run is made of, and one attempt at it: begun, saved, evaluated, told of."""

@@ -1,0 +1,240 @@
+"""Layers that learn from a signal sent to them from above, and pass no gradient to the layer below.
+
+Under the seam `TopDown` a neuron gives the network its spikes (perturbed, where the rule asks for
+it) without a graph, and keeps those with the graph of its own layer aside, which ends at the
+synapse that feeds it. `with_signals` then makes the scalar whose gradient is each layer's signal at
+its own spikes, and whose value is the loss.
+
+    forward     s[t] = LIF(x[t]),  out[t] = s[t] + alpha z[t]     or      s[t] = 1 if u[t] + alpha
+    z[t] >= threshold backward    dL/dx[t] = psi(u[t]) g[t],   g[t] the signal from above,   and
+    nothing else;   psi(u[t] + alpha z[t]) on the right
+"""
+
+# T time, B batch, N units of a layer, K outputs
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.core.checks import refuse_unless_counts
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.noise import Distribution, noise
+from pipeline.spiking.state import State, hooked
+from pipeline.spiking.synapse import Linear, folded
+
+Inject = Literal["spikes", "membrane"]
+
+
+class Readout(nn.Module):
+    """A linear readout of the neuron in front of it in the network: there for rules that ask for
+    it, inert for all others.
+
+    In a network it is the identity. `logits(s_TB)` averages each channel of an image over `cells` x
+    `cells` places and maps what is there to the classes: `[T, B, C]` or `[T, B, C, H, W]` to `[T,
+    B, K]`.
+
+    Raises: ValueError for numbers below 1, or spikes of another shape.
+    """
+
+    def __init__(self, channels: int, classes: int, *, cells: int = 1) -> None:
+        super().__init__()
+        refuse_unless_counts("Readout", {"channels": channels, "classes": classes, "cells": cells})
+        self.channels = channels
+        self.cells = cells
+        self.linear = Linear(channels * cells**2, classes)
+
+    def forward(self, s_TB: Tensor) -> Tensor:
+        return s_TB
+
+    def logits(self, s_TB: Tensor) -> Tensor:
+        if s_TB.shape[2] != self.channels or s_TB.dim() not in (
+            (3, 5) if self.cells == 1 else (5,)
+        ):
+            raise ValueError(
+                f"Readout: needs {self.channels} channels on {self.cells} x {self.cells} places;"
+                f" got shape {tuple(s_TB.shape)}"
+            )
+        if s_TB.dim() == 5:
+            s_TB = folded(lambda s_NCHW: F.adaptive_avg_pool2d(s_NCHW, self.cells), s_TB).flatten(2)
+        return self.linear(s_TB)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, cells={self.cells}"
+
+
+class TopDown:
+    """The seam `LIF.gradient` of one layer, which a rule switches on for each time step that it
+    learns from.
+
+    Between `open` and `close` the neuron runs as at the head of the file and remembers, until the
+    batch ends, `spikes` with the graph of its own layer, `z` where it was perturbed, and the
+    `logits` of its `readout` where it has one. Otherwise it is the plain neuron: an evaluation sees
+    no noise.
+
+    `scale` is alpha, in spikes or in units of the membrane; the perturbed membrane decides on the
+    spike and is not carried."""
+
+    def __init__(
+        self,
+        *,
+        scale: float,
+        inject: Inject,
+        distribution: Distribution,
+        readout: Readout | None = None,
+    ) -> None:
+        self.scale = scale
+        self.inject = inject
+        self.distribution: Distribution = distribution
+        self.readout = readout
+        self.state = State("TopDown")
+        self._is_open = False
+        self._keys: Sequence[int] = ()
+        self._sign = 1.0
+
+    def open(self, keys: Sequence[int], *, sign: float) -> None:
+        """Learn from the steps to come, perturbed by `sign` times the noise of `keys`, one for each
+        sample; none: by nothing.
+
+        A negative sign is that of the second step of a pair: it takes the noise of the step before.
+        """
+        self._is_open, self._keys, self._sign = True, keys, sign
+
+    def close(self) -> None:
+        self._is_open = False
+
+    def kept(self, name: str) -> Tensor:
+        """What the last step left: `spikes` or `logits` `[T, B, ...]` with graph, `z` `[B, N]`, its
+        sign included.
+        """
+        value = self.state.read(name)
+        if value is None:
+            raise ValueError(
+                "TopDown: the network must run every neuron at every time step; one was not run,"
+                f" so has no {name}"
+            )
+        return value
+
+    def __call__(self, lif: LIF, x_TB: Tensor) -> Tensor:
+        v_B = lif.membrane(x_TB)
+        noise_B = self._noise(v_B) if self._is_open and self._keys else None
+        spikes = []
+        for x_B in x_TB.unbind(0):
+            s_B, v_B = self._step(lif, x_B.to(v_B.dtype), v_B, noise_B)
+            v_B = lif.carry(v_B)
+            spikes.append(s_B)
+        lif.state.write("v", v_B)
+        s_TB = torch.stack(spikes)
+        if not self._is_open:
+            return s_TB.to(x_TB.dtype)
+        self.state.write("spikes", s_TB)
+        if self.readout is not None:
+            self.state.write("logits", self.readout.logits(s_TB.to(x_TB.dtype)))
+        out_TB = s_TB.detach()
+        return (out_TB if noise_B is None or self.inject == "membrane" else out_TB + noise_B).to(
+            x_TB.dtype
+        )
+
+    def _noise(self, v_B: Tensor) -> Tensor:
+        """alpha z `[B, ...]` of this step."""
+        last_BN = self.state.read("z")
+        if self._sign < 0 and last_BN is not None:
+            z_BN = -last_BN
+        else:
+            units = v_B[0].numel()
+            z_BN = noise(self._keys, units, distribution=self.distribution, device=v_B.device).to(
+                v_B.dtype
+            )
+        self.state.write("z", z_BN)
+        return self.scale * z_BN.view_as(v_B)
+
+    def _step(
+        self, lif: LIF, x_B: Tensor, v_B: Tensor, noise_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if noise_B is None or self.inject == "spikes":
+            return lif.step(x_B, v_B)
+        s_B, v_B = lif.step(x_B + (noise_B / (1 - lif.decay) if lif.scale_input else noise_B), v_B)
+        return s_B, v_B - (noise_B if lif.reset == "subtract" else noise_B * (1 - s_B.detach()))
+
+
+def answering(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, each `Readout` under `model` answers to what passes through it, as it does where a
+    layer learns from its loss.
+    """
+
+    def answer(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        assert isinstance(readout, Readout)
+        readout.logits(inputs[0])
+
+    return hooked(
+        module.register_forward_hook(answer)
+        for module in model.modules()
+        if isinstance(module, Readout)
+    )
+
+
+def with_signals(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
+    """A scalar worth `loss` whose gradient at each of `ends` is the constant of `signals`, and
+    nothing beside it.
+    """
+    # apply is untyped in torch 2.13
+    return _WithSignals.apply(loss.detach(), *ends, *signals)  # type: ignore[return-value]
+
+
+class _WithSignals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[len(tensors) // 2 :])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (share,) = grad_outputs
+        signals = ctx.saved_tensors
+        return (
+            None,
+            *(share.to(signal.dtype) * signal for signal in signals),
+            *[None] * len(signals),
+        )
+
+
+def refuse_streams(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
+    """Each parameter must lead to one of `ends`, the spikes of each layer and the output: else
+    gradients pass by the neurons.
+
+    A stream that skips a neuron, as in a residual network, carries the graph of the layers below it
+    to the layers above.
+
+    Raises: ValueError that names the first parameter with two ends.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    reached: dict[int, str] = {}
+    for end, value in ends.items():
+        leaves = _leaves(value)
+        # In the model's order, so that each refusal of a model names the same parameter.
+        for parameter in [*filter(leaves.__contains__, names), *leaves - names.keys()]:
+            other = reached.setdefault(parameter, end)
+            if other != end:
+                raise ValueError(
+                    f"{who}: a stream that passes by the neurons would carry gradients between"
+                    f" layers; got {names.get(parameter, 'a tensor')} with a path to {other} and to"
+                    f" {end}"
+                )
+
+
+def _leaves(value: Tensor) -> set[int]:
+    """The ids of the tensors with gradient that the graph of `value` ends in."""
+    found, seen, todo = set(), set(), [value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found.add(id(leaf))
+        todo.extend(after for after, _ in node.next_functions)
+    return found

@@ -1,0 +1,259 @@
+"""The journal of a run: append-only JSON lines, the source of MLflow, progress bar and reports.
+
+One event is one line, `{"event": kind, "time": unix seconds, "attempt": n, ...fields}`. A process
+may be killed at any byte: readers skip what is not a whole line, and a new attempt begins on a
+fresh one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.files import sync_folder
+from pipeline.track.base import NullTracker
+
+__all__ = [
+    "OF_NONE",
+    "Event",
+    "Follower",
+    "Journal",
+    "NullTracker",
+    "first",
+    "last",
+    "read",
+    "read_thinned",
+]
+
+Event = dict[str, Any]
+OF_NONE = -1
+"""the attempt of events that a launcher writes between two attempts"""
+_RESERVED = ("event", "time", "attempt")
+
+
+class Journal:
+    """Appends events to the journal at `path`, whose folder must exist.
+
+    `attempt` counts the starts of the run from 0, or is OF_NONE. Each event is one `write` with
+    O_APPEND, so lines of two writers on one host cannot mix.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, attempt: int) -> None:
+        self.path = Path(path)
+        self.attempt = attempt
+        fresh = not self.path.exists()
+        self._fd: int | None = os.open(
+            self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644
+        )
+        if fresh:
+            sync_folder(self.path.parent)
+        size = os.fstat(self._fd).st_size
+        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
+
+    def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
+        """Append one event. NaN and infinities become "nan", "inf", "-inf", which `float` reads
+        back.
+
+        Raises:
+            ValueError: the journal is closed, or a field is called event, time or attempt.
+            TypeError: a field has no JSON form.
+            OSError: the disk refused (part of) the line. Readers skip it; the next event begins
+            anew.
+        """
+        if self._fd is None:
+            raise ValueError(f"journal {self.path} is closed; got event {kind!r}")
+        for name in _RESERVED:
+            if name in fields:
+                raise ValueError(
+                    f"journal: the field {name!r} is the journal's own; got it in event {kind!r}"
+                )
+        line = {"event": kind, "time": time.time(), "attempt": self.attempt, **fields}
+        data = json.dumps(_plain(line), allow_nan=False, default=_converted).encode() + b"\n"
+        if self._torn:
+            data = b"\n" + data
+        try:
+            written = os.write(self._fd, data)
+        except OSError as error:
+            raise OSError(error.errno, f"journal: {error.strerror}", str(self.path)) from error
+        self._torn = written < len(data)
+        if self._torn:
+            raise OSError(
+                errno.ENOSPC,
+                f"journal: only {written} of {len(data)} bytes were written",
+                str(self.path),
+            )
+        if sync:
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[Event]:
+    """All whole events of a journal, in order; empty when there is no journal yet."""
+    return Follower(path).poll()
+
+
+def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Event]:
+    """As `read`, but only every `every`-th event of one kind; the lines of the others are not
+    parsed.
+
+    The last of them before an event of another kind is kept, too: a curve ends where it ended.
+    """
+    head, kept, count, skipped = _head(kind), [], 0, b""
+    try:
+        with Path(path).open("rb") as file:
+            for line in file:
+                if not line.endswith(b"}\n"):
+                    continue  # the remains of a killed writer
+                if line.startswith(head):
+                    count += 1
+                    if count % every:
+                        skipped = line
+                        continue
+                elif skipped:
+                    kept.append(skipped)
+                kept.append(line)
+                skipped = b""
+    except FileNotFoundError:
+        return []
+    return [event for line in (*kept, skipped) if (event := _parse(line)) is not None]
+
+
+class Follower:
+    """Reads a growing journal: `poll` returns the events completed since the last one.
+
+    `offset`, in bytes, may be any place in the file; a line that began before it is skipped. Once
+    events came, the attribute `offset` is the start of a line, for another follower.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
+        self.path = Path(path)
+        self.offset = offset
+
+    def poll(self, *, limit_bytes: int | None = None) -> list[Event]:
+        """New events, oldest first, of about `limit_bytes` of the file at most (lines stay whole).
+
+        A journal that does not exist has no events. One that is shorter than `offset` is another
+        file: it is read from its start.
+        """
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self.offset:
+                    self.offset = 0
+                file.seek(self.offset)
+                block = (
+                    file.read() if limit_bytes is None else file.read(limit_bytes) + file.readline()
+                )
+        except FileNotFoundError:
+            return []
+        whole = block[: block.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return [event for line in whole.split(b"\n") if (event := _parse(line)) is not None]
+
+
+def number(value: Any) -> float | None:
+    """A number of an event, where those that are not finite are text; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    return float(value) if value in ("nan", "inf", "-inf") else None
+
+
+def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
+    """The first event of one of these kinds; the lines of other kinds are not parsed."""
+    heads = tuple(_head(kind) for kind in kinds)
+    try:
+        with Path(path).open("rb") as file:
+            for line in file:
+                if line.startswith(heads) and line.endswith(b"\n") and (event := _parse(line)):
+                    return event
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
+    """The newest event of one of these kinds, found from the end: a journal may have 100 MB."""
+    begin, found = 0, None
+    try:
+        with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
+                return None
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                for kind in kinds:
+                    at, event = _newest(text, kind, begin)
+                    if event is not None:  # of the other kinds only a newer one counts
+                        begin, found = at, event
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Event | None]:
+    """The newest event of a kind at or behind `begin`, and where it begins; torn lines are
+    skipped.
+    """
+    at = text.rfind(_head(kind), begin)
+    while at >= 0:
+        end = text.find(b"\n", at)
+        if end >= 0 and (event := _parse(text[at:end])):
+            return at, event
+        at = text.rfind(_head(kind), begin, at)
+    return at, None
+
+
+def _head(kind: str) -> bytes:
+    """The beginning of a line of this kind: `event` is written first."""
+    return b'{"event": ' + json.dumps(kind).encode() + b","
+
+
+def _parse(line: bytes) -> Event | None:
+    """The event of a line; None for an empty line and for a part of one.
+
+    A part without the beginning is never JSON: it closes a brace that it does not open.
+    """
+    if not line:
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:  # covers JSONDecodeError and UnicodeDecodeError
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def _plain(value: Any) -> Any:
+    """A value whose floats have a JSON form: those that are not finite as strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _converted(value: Any) -> Any:
+    """The JSON form of a path, or of a scalar or array of numpy or torch."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(getattr(value, "tolist", None)):
+        return _plain(value.tolist())
+    raise TypeError(f"journal: no JSON form for a {type(value).__name__}: {value!r}")

@@ -1,0 +1,140 @@
+"""A running average of the weights around any backend: EMA, Polyak averaging with a memory that
+fades.
+
+    a <- d a + (1 - d) w         after every move of the weights w; of parameters, and of running
+    statistics
+
+What is evaluated and published is the average; what trains, and what a checkpoint's backend state
+holds, are the weights.
+
+At every ZeRO stage up to 2 each rank holds all weights after a step, so that each keeps the whole
+average, in their own precision (fp32), and none has to ask another. Running statistics are a rank's
+own, and so is their average: a checkpoint holds each rank's, for as many ranks, and the mean over
+them, from which all ranks of another number begin.
+
+Source: Polyak and Juditsky 1992; the form is that of timm's ModelEmaV3 (1.0.31) without warm-up,
+held to it by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pipeline.train.backend.base import Backend
+from pipeline.train.backend.copies import copied
+
+WHOLE = "average.pt"
+
+
+class Averaged:
+    """`backend`, with an average that begins at the weights it has now. `decay`: d, between 0 and
+    1.
+    """
+
+    def __init__(self, backend: Backend, *, decay: float) -> None:
+        self.backend, self.decay = backend, decay
+        self.name, self.network, self.optimizer = backend.name, backend.network, backend.optimizer
+        self.average = {name: value.clone() for name, value in self._values().items()}
+        self._update = get_ema_multi_avg_fn(decay)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.backend.model
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        self.backend.backward(loss, share)
+
+    def gradients(self) -> list[Tensor]:
+        return self.backend.gradients()
+
+    def discard(self) -> None:
+        self.backend.discard()
+
+    def step(self) -> None:
+        self.backend.step()
+        values = self._values()
+        self._update([self.average[name] for name in values], list(values.values()), 0)
+
+    def forget(self) -> None:
+        """Begins the average anew, too: a task is not evaluated with the weights of the one
+        before.
+        """
+        self.backend.forget()
+        for name, value in self._values().items():
+            self.average[name].copy_(value)
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        values = self._values()
+        own = {name: value.clone() for name, value in values.items()}
+        for name, value in values.items():
+            value.copy_(self.average[name])
+        try:
+            yield
+        finally:
+            for name, value in values.items():
+                value.copy_(own[name])
+
+    def replicated(self) -> list[Tensor]:
+        return [
+            *self.backend.replicated(),
+            *(self.average[name] for name, _ in self.network.named_parameters()),
+        ]
+
+    def capture(self) -> dict[str, Any]:
+        files = self.backend.capture()
+        rank, ranks = _place()
+        own = {name: self.average[name] for name in self._buffers()}
+        mean = {name: _mean(value, ranks) for name, value in own.items()}
+        if rank == 0:
+            files[WHOLE] = copied({**self.average, **mean})
+        files[f"average_rank{rank}.pt"] = copied(own)
+        return files
+
+    def load(self, folder: Path) -> None:
+        self.backend.load(folder)
+        rank, ranks = _place()
+        wrote = len([*folder.glob("average_rank*.pt")])
+        for file in (WHOLE, f"average_rank{rank}.pt") if wrote == ranks else (WHOLE,):
+            for name, value in torch.load(
+                folder / file, map_location="cpu", weights_only=True
+            ).items():
+                self.average[name].copy_(value)
+
+    def _values(self) -> dict[str, Tensor]:
+        """What is averaged, by name: a parameter that has two names has one here."""
+        return {
+            **{name: value.detach() for name, value in self.network.named_parameters()},
+            **self._buffers(),
+        }
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {
+            name: buffer
+            for name, buffer in self.network.named_buffers()
+            if buffer.is_floating_point()
+        }
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (
+        (distributed.get_rank(), distributed.get_world_size())
+        if distributed.is_initialized()
+        else (0, 1)
+    )
+
+
+def _mean(value: Tensor, ranks: int) -> Tensor:
+    """Over ranks; collective."""
+    if ranks == 1:
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / ranks

@@ -1,0 +1,118 @@
+"""Plain torch without DeepSpeed: for tests, debugging and the reference that DeepSpeed is held to.
+Any number of ranks.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from pipeline.core.torch_settings import autocast
+from pipeline.train.backend.base import OptimizerOf, forgetter
+from pipeline.train.backend.copies import alike, copied
+
+STATE = "state.pt"
+
+
+class _Autocast(nn.Module):
+    """The network under the recipe's precision; a module, so that `fresh_state` finds the neurons
+    inside.
+    """
+
+    def __init__(self, network: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.network = network
+        self.precision = precision
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        with autocast(x_TB.device, self.precision):
+            return self.network(x_TB)
+
+
+class Plain:
+    """The network and its optimizer in one process, gradients summed over ranks where there are
+    several.
+    """
+
+    name = "plain"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer_of: OptimizerOf,
+        *,
+        precision: str = "fp32",
+        clip_norm: float = 0.0,
+    ) -> None:
+        self.network = network
+        self.model = _Autocast(network, precision)
+        self.optimizer = optimizer_of(network)
+        self.forget = forgetter(self.optimizer)
+        self.clip_norm = clip_norm
+        if _ranks() > 1:
+            for tensor in (*network.parameters(), *network.buffers()):
+                distributed.broadcast(tensor.detach(), src=0)
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        (loss * share).backward()
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.network.parameters() if p.grad is not None]
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        if _ranks() > 1:
+            for p in (
+                parameters
+            ):  # a rank without a gradient takes part all the same: the others wait for it
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            _sum_over_ranks([p.grad for p in parameters if p.grad is not None])
+        if self.clip_norm > 0:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def published(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def replicated(self) -> list[Tensor]:
+        return list(self.network.parameters())
+
+    def capture(self) -> dict[str, Any]:
+        if distributed.is_initialized() and distributed.get_rank() > 0:
+            return {}
+        return {
+            STATE: copied(
+                {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+            )
+        }
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _sum_over_ranks(tensors: list[Tensor]) -> None:
+    """Sum each tensor over ranks, in place, by one collective for all of a dtype: each collective
+    costs a launch.
+    """
+    for places in alike(dict(enumerate(tensors))):
+        mine = [tensors[place] for place in places]
+        flat = torch.cat([tensor.flatten() for tensor in mine])
+        distributed.all_reduce(flat)
+        sums = flat.split([tensor.numel() for tensor in mine])
+        torch._foreach_copy_(
+            mine, [sum_.view_as(tensor) for sum_, tensor in zip(sums, mine, strict=True)]
+        )
+
+
+def _ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1

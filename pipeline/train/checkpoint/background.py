@@ -1,0 +1,178 @@
+"""The thread in which a rank writes its part of a checkpoint while training goes on.
+
+A checkpoint is whole once all parts are. The threads cannot use collectives, which are training's:
+each rank leaves a note in the checkpoint's folder of what it has written, and rank 0's thread waits
+for the notes, seals the folder and brings it to its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+
+from pipeline.core.files import sync_folder
+from pipeline.train.checkpoint.manifest import Facts, facts_of, seal
+from pipeline.train.checkpoint.place import WRITING, Place, step_name
+
+POLL_S = 0.05
+WAIT_S = 1.0
+"""between two signs of life of a rank that waits for a thread"""
+LONGEST_S = 1800.0
+"""a thread that lives counts as making progress for so long: an upload shows none"""
+
+
+class Abandoned(RuntimeError):
+    """A part of the checkpoint is missing, and nobody waits for it any more."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole."""
+
+    address: str
+    step: int
+    write_s: float
+    """from the copy of its state until it was whole"""
+    bytes: int
+    untidy: str = ""
+    """why an older one, which should go, could not be deleted"""
+
+
+class Background:
+    """One rank's writing of one checkpoint, which begins at once.
+
+    Args:
+        files: what to write, by name: text, tensors by name (`.safetensors`), or what `torch.save`
+            takes. The dict is emptied meanwhile.
+        on_whole: rank 0 calls it in the thread when the checkpoint is whole. What it raises is
+            noted in `Saved.untidy`.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        step: int,
+        files: dict[str, Any],
+        *,
+        attempt: str,
+        rank: int,
+        ranks: int,
+        on_whole: Callable[[], None],
+    ) -> None:
+        self.place, self.step, self.name = place, step, step_name(step)
+        self.rank, self.ranks, self.on_whole = rank, ranks, on_whole
+        self.temp = place.staging / f"{WRITING}{attempt}-{self.name}"
+        self.outcome: Future[Saved | None] = Future()
+        """on rank 0 the whole checkpoint, on another rank None: its part is written"""
+        self._nobody_waits = threading.Event()
+        self._began = time.monotonic()
+        self._thread = threading.Thread(
+            target=self._run, args=(files,), daemon=True, name=f"checkpoint {self.name}"
+        )
+        self._thread.start()
+
+    def failure(self) -> BaseException | None:
+        """The error of a thread that has failed."""
+        return self.outcome.exception() if self.outcome.done() else None
+
+    def makes_progress(self) -> bool:
+        """Whether the thread may still succeed; who waits for one that hangs gives no sign of
+        life.
+        """
+        return self.outcome.done() or time.monotonic() - self._began < LONGEST_S
+
+    def give_up(self, beat: Callable[[], None]) -> None:
+        """Wait for the end of the thread, which from now on waits for no other rank for long."""
+        self._nobody_waits.set()
+        while self._thread.is_alive():
+            self._thread.join(WAIT_S)
+            if self.makes_progress():
+                beat()
+
+    def discard(self) -> None:
+        """Delete what was written; for rank 0, once every rank has given up."""
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+    def _run(self, files: dict[str, Any]) -> None:
+        try:
+            facts = self._write(files)
+            saved = self._finish(facts) if self.rank == 0 else None
+        except BaseException as error:  # raised by whoever waits for the outcome
+            with contextlib.suppress(OSError):  # else rank 0 learns of it at the next collective
+                if self.rank:
+                    self._note("failed").touch()
+            self.outcome.set_exception(error)
+        else:
+            self.outcome.set_result(saved)
+
+    def _write(self, files: dict[str, Any]) -> Facts:
+        names = list(files)
+        for name in names:
+            (self.temp / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(self.temp / name, files.pop(name))
+        facts = facts_of(self.temp, names)
+        for folder in {(self.temp / name).parent for name in names}:
+            sync_folder(folder)
+        if self.rank:
+            new = self._note("new")
+            new.write_text(json.dumps(facts))
+            new.rename(self._note("json"))
+        return facts
+
+    def _finish(self, facts: Facts) -> Saved:
+        patience = time.monotonic() - self._began + 1.0  # about as long as this rank took
+        for rank in range(1, self.ranks):
+            facts |= self._facts_of(rank, patience)
+        seal(self.temp, facts)
+        address, untidy = self.place.finish(self.temp, self.name), ""
+        try:
+            self.on_whole()
+        except Exception as error:
+            untidy = f"{type(error).__name__}: {error}"
+        size = sum(fact["bytes"] for fact in facts.values())
+        return Saved(address, self.step, time.monotonic() - self._began, size, untidy)
+
+    def _facts_of(self, rank: int, patience: float) -> Facts:
+        """Wait for another rank's note, once nobody waits for no more than `patience` seconds."""
+        note, until = self._note("json", rank), time.monotonic() + patience
+        while not note.exists():
+            if self._note("failed", rank).exists():
+                raise Abandoned(f"checkpoint {self.name}: worker {rank} could not write its part")
+            if not self.temp.is_dir():
+                raise Abandoned(
+                    f"checkpoint {self.name}: {self.temp} is gone, as if another driver had taken"
+                    " the place over"
+                )
+            if self._nobody_waits.is_set() and time.monotonic() > until:
+                raise Abandoned(f"checkpoint {self.name}: the part of worker {rank} is missing")
+            time.sleep(POLL_S)
+        facts = json.loads(note.read_text())
+        note.unlink()
+        return facts
+
+    def _note(self, kind: str, rank: int | None = None) -> Path:
+        return self.temp / f".{self.rank if rank is None else rank}.{kind}"
+
+
+def _write(file: Path, value: Any) -> None:
+    with file.open("wb") as stream:  # Python's own: a full disk is an OSError with a number
+        if isinstance(value, str):
+            stream.write(value.encode())
+        elif file.suffix == ".safetensors":
+            stream.write(safetensors.save(value))
+        else:
+            torch.save(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())

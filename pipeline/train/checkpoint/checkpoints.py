@@ -1,0 +1,325 @@
+"""Saving and restoring: training waits for a copy of its state, which a thread writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import wait
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.errors import UserError
+from pipeline.core.files import FOR_THE_USER
+from pipeline.core.units import counted
+from pipeline.train.backend.base import Backend
+from pipeline.train.backend.copies import copied
+from pipeline.train.checkpoint import background
+from pipeline.train.checkpoint.background import Background, Saved
+from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
+from pipeline.train.checkpoint.place import (
+    TRAINER,
+    CheckpointError,
+    Place,
+    newest,
+    prune,
+    quarantine,
+    read_trainer,
+    step_name,
+    step_of,
+)
+from pipeline.train.checkpoint.random_state import rng_state, set_rng_state
+
+WEIGHTS = "model.safetensors"
+
+
+class Checkpoints:
+    """The checkpoints of one run, written by all of its ranks together.
+
+    Args:
+        place: where they are kept.
+        attempt: names this process group; workers of an abandoned one write elsewhere.
+        keep: the newest checkpoints that stay, beside the best by score and the pinned ones.
+        ranks: the number of ranks.
+        each: gathers every rank's value, in the order of ranks, on every rank; see
+        `Ranks.all_gather_object`. on_quarantine: called with address and reason of a damaged
+        checkpoint before it is moved.
+        on_unwritten: called with step and error, on every rank, of a checkpoint that could not be
+            written, where saving goes on.
+        beat: called again and again by a rank that waits for a thread.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        attempt: str,
+        keep: int = 2,
+        rank: int = 0,
+        ranks: int = 1,
+        each: Callable[[Any], list[Any]] = lambda value: [value],
+        on_quarantine: Callable[[str, str], None] = lambda address, reason: None,
+        on_unwritten: Callable[[int, str], None] = lambda step, error: None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.place, self.attempt, self.keep = place, attempt, keep
+        self.rank, self.ranks, self.each = rank, ranks, each
+        self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
+        self._writing: Background | None = None
+        self._is_reported = True
+        self._search: Callable[[], Path | None] | None = None
+        """for the newest one, which an error of the storage has interrupted"""
+        self._failures, self._is_retry = 0, False
+        self.newest_step = 0
+        """of the newest checkpoint that is whole on every rank; 0: the run's beginning"""
+
+    def save(
+        self,
+        step: int,
+        backend: Backend,
+        rule: nn.Module,
+        trainer: Mapping[str, Any],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Saved | None:
+        """Begin to write a checkpoint; collective. It is whole once `done` or `wait` returns it.
+
+        Args:
+            buffers: this rank's own running statistics; the network holds the mean over ranks.
+            weights: those to publish, a copy that nobody else changes; None: the network's.
+
+        Returns:
+            The checkpoint before, as `wait` does. One that could not be written is reported to
+            `on_unwritten`: storage that failed once may be back.
+
+        Raises:
+            UserError, OSError: see `settle`.
+        """
+        before, _ = self.settle()
+        files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
+        files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": copied(dict(buffers or {}))}
+        if self.rank == 0:
+            files[WEIGHTS] = dict(weights_of(backend.network) if weights is None else weights)
+            if rule.state_dict():
+                files["rule.pt"] = copied(rule.state_dict())
+            files[TRAINER] = json.dumps({**trainer, "step": step}, indent=1) + "\n"
+        # Beside what is left of one that failed.
+        attempt = f"{self.attempt}.{self._failures}" if self._failures else self.attempt
+        self._is_reported = False
+        self._writing = Background(
+            self.place,
+            step,
+            files,
+            attempt=attempt,
+            rank=self.rank,
+            ranks=self.ranks,
+            on_whole=lambda: self._tidy(step_name(step)),
+        )
+        return before
+
+    def done(self) -> Saved | None:
+        """On rank 0 the last `save`, once, as soon as it is whole; does not wait."""
+        writing = self._writing
+        if writing is None or not writing.outcome.done() or writing.failure():
+            return None
+        return self._report(writing)
+
+    def failed(self) -> bool:
+        """Whether the last `save` has failed, on any rank as seen from rank 0; does not wait."""
+        return self._writing is not None and self._writing.failure() is not None
+
+    def wait(self) -> Saved | None:
+        """Wait until the last `save` is whole; collective. On rank 0 its checkpoint, if not
+        reported.
+
+        Raises:
+            UserError: it cannot be written, and only the user can change that: the disk is full.
+            OSError: it could not be written. On every rank, as is UserError; what is whole stays.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        self._agree(writing)
+        self._is_retry, self.newest_step = False, writing.step
+        return self._report(writing)
+
+    def settle(self) -> tuple[Saved | None, bool]:
+        """As `wait`, and whether it could not be written: then the state at hand is to be saved.
+
+        Raises:
+            UserError: see `wait`.
+            OSError: neither it could be written nor the one before.
+        """
+        writing = self._writing
+        try:
+            return self.wait(), False
+        except OSError as error:
+            if writing is None or self._is_retry:
+                raise
+            self._failures, self._is_retry = self._failures + 1, True
+            self.on_unwritten(writing.step, error.strerror or str(error))
+            return None, True
+
+    def close(self, error: BaseException | None = None) -> Saved | None:
+        """End without the other ranks, of which one may be gone.
+
+        A checkpoint with all parts is finished. A failure to write is noted on `error`, which ends
+        the attempt."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        writing.give_up(self.beat)
+        failure = writing.failure()
+        if failure is None:
+            return self._report(writing)
+        if error is None:
+            raise failure
+        error.add_note(
+            f"checkpoint {writing.name} was not written: {type(failure).__name__}: {failure}"
+        )
+        return None
+
+    def newest(self) -> Path | None:
+        """The newest one that verifies; damaged ones are quarantined. For rank 0.
+
+        A call after an error of the storage continues the search: nothing is reported twice.
+        """
+        if self._search is None:
+            self._search = partial(
+                newest, self.place, suffix=self._suffix(), on_quarantine=cache(self.on_quarantine)
+            )
+        found = self._search()
+        self._search = None
+        return found
+
+    def discard(self, step: int, reason: str) -> None:
+        """Quarantine the checkpoint of `step`, if there is one; collective, without a save in
+        flight.
+        """
+        names = self.place.names() if self.rank == 0 else []
+        if step_name(step) in names:
+            names.remove(step_name(step))
+            quarantine(
+                self.place,
+                step_name(step),
+                reason,
+                suffix=self._suffix(),
+                on_quarantine=self.on_quarantine,
+            )
+        self.newest_step = self.each(step_of(names[-1]) if names else 0)[0]
+
+    def _suffix(self) -> str:
+        return f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+
+    def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
+        """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
+
+        Raises:
+            CheckpointError: another backend wrote it, or another number of workers with ZeRO.
+            FileNotFoundError: one of its files is gone since it was verified.
+        """
+        files = read_manifest((path / MANIFEST).read_bytes())
+        for name in files:  # a backend loads whatever it finds
+            (path / name).stat()
+        trainer = read_trainer(path)
+        if trainer.get("zero", 0) > 0 and trainer["world_size"] != self.ranks:
+            wrote = counted(trainer["world_size"], "worker")
+            raise CheckpointError(
+                f"checkpoint {path.name}: ZeRO-{trainer['zero']} state of {wrote} loads on as many"
+                f" only; got {self.ranks}"
+            )
+        if not (path / backend.name).is_dir():
+            raise CheckpointError(
+                f"checkpoint {path.name}: was not written by backend {backend.name!r}"
+            )
+        backend.load(path / backend.name)
+        if "rule.pt" in files:
+            rule.load_state_dict(
+                torch.load(path / "rule.pt", map_location="cpu", weights_only=True)
+            )
+        rng = f"rng_rank{self.rank}.pt"
+        if rng in files:  # an attempt with fewer ranks wrote none for this one
+            state = torch.load(path / rng, map_location="cpu", weights_only=True)
+            set_rng_state(state)
+            if trainer.get("world_size") == self.ranks:  # else the loaded mean stays
+                backend.network.load_state_dict(state["buffers"], strict=False)
+        self.newest_step = trainer["step"]
+        return trainer
+
+    def _tidy(self, name: str) -> None:
+        self.place.tidy(name)
+        prune(self.place, name, keep=self.keep)
+
+    def _agree(self, writing: Background) -> None:
+        """Wait until every rank has written, or delete what was written and raise on every rank.
+
+        The ranks ask each other again and again, so that each gives signs of life.
+        """
+        while True:
+            wait([writing.outcome], timeout=background.WAIT_S)
+            states = self.each((writing.outcome.done(), writing.failure() is not None))
+            if any(has_failed for _, has_failed in states):
+                break
+            if all(is_done for is_done, _ in states):
+                return
+            if writing.makes_progress():
+                self.beat()
+        writing.give_up(self.beat)
+        own = writing.failure()
+        failures = [
+            each for each in self.each(None if own is None else _described(own)) if each is not None
+        ]
+        if self.rank == 0:
+            writing.discard()
+        # Rank 0's own may only say that another rank failed: it has no number.
+        number, said = min(failures, key=lambda failure: failure[0] is None)
+        if number in FOR_THE_USER:
+            raise UserError(
+                f"checkpoint: cannot be written after step {writing.step}: {said}; {self._left()}"
+            ) from own
+        said = f"checkpoint after step {writing.step} was not written: {said}"
+        raise OSError(number or errno.EIO, said) from own
+
+    def _left(self) -> str:
+        names = self.place.names()
+        if not names:
+            return "there is no whole one yet"
+        return f"the newest whole one is {self.place.address(names[-1])}"
+
+    def _report(self, writing: Background) -> Saved | None:
+        """The checkpoint, once."""
+        is_reported, self._is_reported = self._is_reported, True
+        return None if is_reported else writing.outcome.result()
+
+
+def _described(error: BaseException) -> tuple[int | None, str]:
+    """The number and text of an error, for the other ranks.
+
+    torch hides an OSError in an error of its own. What is refused is the user's business, as what
+    is not permitted.
+    """
+    if isinstance(error, UserError):
+        return errno.EPERM, str(error)
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError):  # s3fs (2026.9) gives a PermissionError no number
+            number = errno.EPERM if isinstance(found, PermissionError) else found.errno
+            return number, f"{found.strerror or found}" + (
+                f": {found.filename}" if found.filename else ""
+            )
+        found = found.__cause__ or found.__context__
+    return None, f"{type(error).__name__}: {error}"
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of them on the CPU, as they are published."""
+    return {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in network.state_dict().items()
+    }

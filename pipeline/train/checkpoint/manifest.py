@@ -1,0 +1,86 @@
+"""A checkpoint's manifest: size and sha256 of every file. A folder without one is no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.core.files import Unreadable, sync_file, sync_folder, tried
+
+MANIFEST = "manifest.json"
+
+Facts = dict[str, dict[str, Any]]
+"""of files, by their names inside the checkpoint: {"bytes": ..., "sha256": ...}"""
+
+
+def facts_of(folder: Path, names: Iterable[str]) -> Facts:
+    """The facts of files, which are written through to disk first."""
+    facts = {}
+    for name in names:
+        sync_file(folder / name)
+        facts[name] = _fact_of(folder / name)
+    return facts
+
+
+def seal(folder: Path, facts: Facts) -> None:
+    """Write the manifest, the last of the files."""
+    manifest = {"version": 1, "files": facts, "sha256": _digest(facts)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    sync_file(folder / MANIFEST)
+    sync_folder(folder)
+
+
+def damage(path: Path) -> str | None:
+    """The damage of a checkpoint, in words; None when every byte is as it was written.
+
+    Raises:
+        OSError: it cannot be looked at, and may be whole: permission denied, storage that is away.
+    """
+    name = MANIFEST
+    try:
+        for name, fact in read_manifest(tried((path / MANIFEST).read_bytes)).items():
+            found = tried(partial(_fact_of, path / name))
+            if found["bytes"] != fact["bytes"]:
+                return f"{name} has {found['bytes']} bytes instead of {fact['bytes']}"
+            if found != fact:
+                return f"{name} differs from its sha256"
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return f"{name} is missing"
+    except Unreadable as error:
+        return f"{name} cannot be read: {error.strerror}"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_manifest(content: bytes) -> Facts:
+    """The facts in a manifest.
+
+    Raises:
+        ValueError: it is damaged, or names a file outside of the checkpoint.
+    """
+    try:
+        manifest = json.loads(content)
+        facts, digest = manifest["files"], manifest["sha256"]
+        names = [PurePosixPath(name) for name in facts]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{MANIFEST} is damaged") from None
+    if digest != _digest(facts) or any(name.is_absolute() or ".." in name.parts for name in names):
+        raise ValueError(f"{MANIFEST} is damaged")
+    return facts
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _fact_of(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+        }

@@ -1,0 +1,138 @@
+"""A run whose number of workers changes while it trains: what stays the same at every size, and
+what is refused.
+
+The global batch stays, and with it learning rate, schedule and steps. Row r of batch b is the same
+sample, in the same view, at every size, as the order is a function of (seed, epoch) alone: whatever
+the sequence of sizes, an epoch sees each sample once. What comes out differs by the order of sums,
+if nothing else looks at how the batch was cut:
+
+    norms and dropout       look at a micro-batch as one; it then holds the same rows at every size,
+                            those of the largest common share of a worker, and only how many of them
+                            a worker accumulates changes
+    dropout and its like    is drawn from (seed, step, first row of the micro-batch), not from a
+    stream of each rank running statistics      are each rank's own and saved as their mean, which
+    all ranks begin from at another size a rule's own state      is averaged over ranks by every
+    rule: what rank 0 saves is everybody's
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from timm.layers.drop import DropPath
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from pipeline.core.random import counter_hash
+from pipeline.core.units import counted
+from pipeline.recipe.recipe import Recipe
+from pipeline.rules.base import Rule
+from pipeline.spiking.dropout import Dropout
+from pipeline.spiking.norm import BatchNorm, is_foreign_norm
+
+_DRAW = 0x656C6173746963  # sets these draws apart from a rule's own
+
+
+def told(sizes: Sequence[int]) -> str:
+    """As a user writes them: 4, 2:4, or 2,4,8."""
+    if len(sizes) == 1:
+        return str(sizes[0])
+    return (
+        f"{sizes[0]}:{sizes[-1]}"
+        if sizes[-1] - sizes[0] == len(sizes) - 1
+        else ",".join(map(str, sizes))
+    )
+
+
+def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
+    """Whether the recipe trains on any of these numbers of workers, and goes on at another.
+
+    Raises:
+        ValueError: a size that does not divide the global batch, with those that do; or a stage of
+        ZeRO.
+    """
+    if len(sizes) > 1 and recipe.zero:
+        raise ValueError(
+            f"launch: ZeRO-{recipe.zero} needs one number of workers, for DeepSpeed's checkpoints"
+            " of it load on as many only and its universal ones hold Adam alone (0.19.8); got"
+            f" {told(sizes)}; take one number, or zero=0"
+        )
+    odd = [size for size in sizes if recipe.batch_size % size]
+    if not odd:
+        return
+    if len(sizes) == 1:
+        recipe.split(sizes[0])  # which says which batches would do
+    fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
+    inside = [size for size in fit if size >= sizes[0]]
+    advice = (
+        f"take --workers {told(inside)}" if inside else f"of fewer {', '.join(map(str, fit))} do"
+    )
+    raise ValueError(
+        f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
+        f" {told(sizes)}, of which {', '.join(map(str, odd))} {'does' if len(odd) == 1 else 'do'}"
+        f" not; {advice}"
+    )
+
+
+def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
+    """The recipe with micro-batches that every size cuts from the same rows, where the network
+    looks at one as a whole.
+
+    Raises:
+        ValueError: statistics over all workers of micro-batches that are accumulated: they are of
+        more rows at a larger size.
+    """
+    if len(sizes) == 1:
+        return recipe
+    between_workers = any(
+        isinstance(each, BatchNorm) and each.between == "world" for each in network.modules()
+    )
+    if between_workers:
+        accumulated = [size for size in sizes if recipe.split(size).accumulation > 1]
+        if accumulated:
+            raise ValueError(
+                "launch: BatchNorm(between='world') must see whole global batches where the number"
+                f" of workers changes; got micro_batch={recipe.micro_batch}, which is accumulated"
+                f" on {counted(accumulated[0], 'worker')}; take fewer sizes, or between='rank'"
+            )
+        return recipe
+    draws_or_norms = (BatchNorm, _DropoutNd, Dropout, DropPath)
+    if not any(
+        isinstance(each, draws_or_norms) or is_foreign_norm(each) for each in network.modules()
+    ):
+        return recipe
+    share = math.gcd(*(recipe.batch_size // size for size in sizes))
+    most = share if recipe.micro_batch is None else min(recipe.micro_batch, share)
+    return replace(
+        recipe, micro_batch=next(size for size in range(most, 0, -1) if share % size == 0)
+    )
+
+
+def check_accumulation(recipe: Recipe, rule: Rule, sizes: Sequence[int]) -> None:
+    """Raises: ValueError where a rule moves the weights within a batch, and the batch does not come
+    at once.
+    """
+    for split in map(recipe.split, sizes):
+        if rule.update == "step" and split.accumulation > 1:
+            raise ValueError(
+                f"{recipe.rule.label}: moves the weights at every time step and refuses"
+                f" accumulation; got {split}"
+            )
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (what a user's own parts may draw from)
+    torch.manual_seed(seed)
+
+
+def draw_for(seed: int, *, step: int, row: int) -> None:
+    """From here on the global generators draw what belongs to the micro-batch that begins at this
+    row of this batch.
+    """
+    seed_everything(counter_hash(_DRAW, seed, step, row) >> 1)

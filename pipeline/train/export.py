@@ -1,0 +1,301 @@
+"""A trained network as one safetensors file that says itself what network it is; and the way back.
+
+    layout      tensors
+    "plain"     the network's `state_dict`: 1-bit synapses with their latent weights, fit to train
+    on
+    "packed"    the same, but of each 1-bit synapse X the signs alone and, where it has one, its
+    scale:
+                    X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in the
+                    lowest bit X.scale    [out], unless the batch norm that directly follows X took
+                    it over (`spiking/fold.py`)
+
+The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, where the
+user's own code of the model lies (`code`, see own_code.py), and the sha256 of all this and the
+tensors.
+
+A packed network computes what the trained one does up to rounding, which a fold changes. Rounding
+may make another decision of a potential that lies on its threshold to the last bits, as another
+batch size or another machine may, too."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.core.tensor_file import misfits
+from pipeline.core.units import counted
+from pipeline.recipe import own_code
+from pipeline.recipe.json import decode, encode, targets
+from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
+from pipeline.spiking.binary import SMALLEST_SCALE, Binarizer, binary_synapses, fix
+from pipeline.spiking.encode import over_steps
+from pipeline.spiking.fold import fold, following_norms
+from pipeline.train.tasks import tasks_of
+from pipeline.train.weights import load_run
+
+FORMAT = "spiketrain"
+VERSION = "1"
+
+Layout = Literal["plain", "packed"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `folded` counts the 1-bit synapses whose scales a norm took over, `whole`
+    the bytes before packing.
+    """
+
+    file: Path
+    bytes: int
+    whole: int
+    parameters: int
+    bits: int = 0
+    synapses: int = 0
+    folded: int = 0
+    trust: tuple[str, ...] = ()
+    """packages of the user's own that the network is made of"""
+
+    @property
+    def loading(self) -> str:
+        """The line of Python that makes the network again."""
+        trust = f", trust={list(self.trust)}" if self.trust else ""
+        return f"pipeline.load({str(self.file.absolute())!r}{trust})"
+
+    def __str__(self) -> str:
+        size = f"{self.file}: {self.bytes / 1e6:.4g} MB"
+        if not self.bits:
+            return f"{size}, {self.parameters:,} parameters"
+        return (
+            f"{size} against {self.whole / 1e6:.4g} MB; {self.bits:,} of {self.parameters:,}"
+            f" parameters are bits, of {counted(self.synapses, 'synapse')}, {self.folded} of them"
+            " with their scales folded into the norm behind"
+        )
+
+
+def export_run(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    layout: Layout = "plain",
+    which: str = "last",
+    trust: Collection[str] = (),
+) -> Exported:
+    """Write the trained network of a run, by default into its folder.
+
+    Raises:
+        ValueError: the run has no network that can be loaded, `out` is there already or has no
+            folder, or "packed" is asked for and no weight has 1 bit.
+    """
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    out = (
+        folder / ("weights.safetensors" if layout == "plain" else f"weights-{layout}.safetensors")
+        if out is None
+        else out
+    )
+    if out.exists() or not out.parent.is_dir():
+        why = "is there already" if out.exists() else f"has no folder {out.parent}"
+        raise ValueError(
+            f"export: the file must be a new one; {out} {why}: name another with --out"
+        )
+    network = load_run(folder, which=which, trust=trust)
+    state, packed = network.state_dict(), {}
+    parameters, whole = sum(p.numel() for p in network.parameters()), _bytes(state)
+    if layout == "packed":
+        synapses = binary_synapses(network)
+        if not synapses:
+            raise ValueError(
+                "export: --packed stores 1-bit weights, and the network has none; leave --packed"
+                " out, or train a model of spec(binarized, ...) (pipeline/models/binarized.py)"
+            )
+        state, folded = pack(network, following_norms(network, synapses, _silence(network, recipe)))
+        bits = sum(synapse.weight.numel() for synapse in synapses.values())
+        packed = {"bits": bits, "synapses": len(synapses), "folded": folded}
+    tensors = {name: value.detach().contiguous().clone() for name, value in state.items()}
+    own = own_code.needed(trust, targets(encode(recipe.model, paths=True)))
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout": layout,
+        "model": json.dumps(encode(recipe.model, paths=True)),
+        "time_steps": str(recipe.time_steps),
+        **({"code": json.dumps(own_code.note(own))} if own else {}),
+    }
+    temp = out.with_name(f".{out.name}.{os.getpid()}")
+    save_file(tensors, temp, {**metadata, "sha256": _digest(metadata, tensors)})
+    temp.rename(out)
+    return Exported(out, out.stat().st_size, whole, parameters, **packed, trust=own)
+
+
+def is_export(file: Path) -> bool:
+    """Whether `export_run` wrote the file, by what its metadata say; not whether it is whole."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str] = ()) -> nn.Module:
+    """The network of a file that `export_run` wrote, ready for evaluation. The 1-bit weights of a
+    packed one are plain numbers.
+
+    `model`, where given, is the one that the file must be of.
+
+    Raises:
+        ValueError: another file or format, a byte that is not as it was written, or weights that do
+        not fit the model.
+    """
+    metadata, tensors = _read(file)
+    try:
+        code = (
+            own_code.packages(json.loads(metadata.get("code", "{}")), who="code") if trust else {}
+        )
+        with own_code.on_path(code, trust, of=file.name):
+            found: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
+        if model is not None and model != found:
+            raise ValueError(f"the weights must be of {model.label}; they are of {found.label}")
+        network: nn.Module = found.build()
+        if metadata["layout"] == "packed":
+            tensors = unpack(network, tensors)
+        _fill(network, tensors)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return network.eval()
+
+
+def _silence(network: nn.Module, recipe: Recipe) -> Tensor:
+    """One sample of the first task's data without its values, `[T, 1, ...]`; its head answers."""
+    task = tasks_of(recipe)[0]
+    task.choose_head(network)
+    return over_steps(torch.zeros(1, *task.data.shape), recipe.time_steps)
+
+
+# --------------------------------------------------------------------------------------- the layout
+
+
+def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
+    """The packed tensors of `network`, and in how many synapses its norm (of `norms`, by name) took
+    the scales over.
+    """
+    network = copy.deepcopy(network)
+    packed, folded = {}, 0
+    for name, synapse in binary_synapses(network).items():
+        assert isinstance(synapse.binarizer, Binarizer)
+        is_positive, scale_O = synapse.binarizer.split(synapse.weight)
+        packed[f"{name}.bits"] = pack_bits(is_positive)
+        if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
+            fold(scale_O, synapse.bias, network.get_submodule(norms[name]))  # type: ignore[arg-type]
+            folded += 1
+        elif scale_O is not None:
+            packed[f"{name}.scale"] = scale_O
+    latent = {
+        f"{name}.{key}"
+        for name in binary_synapses(network)
+        for key in ("weight", "binarizer.scale")
+    }
+    return {
+        key: value for key, value in network.state_dict().items() if key not in latent
+    } | packed, folded
+
+
+def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `state_dict` that `network` has once its 1-bit synapses are plain, which they are made
+    here.
+
+    Raises: ValueError for bits or scales that are missing or not of their shape.
+    """
+    state = dict(tensors)
+    for name, synapse in binary_synapses(network).items():
+        shape, filters = synapse.weight.shape, len(synapse.weight)
+        bits = state.pop(f"{name}.bits", None)
+        scale_O = state.pop(f"{name}.scale", torch.ones(filters))
+        if (
+            bits is None
+            or bits.dtype != torch.uint8
+            or bits.shape != ((shape.numel() + 7) // 8,)
+            or scale_O.shape != (filters,)
+        ):
+            raise ValueError(f"the weights must fit the model; got no bits, or others, for {name}")
+        fix(synapse)
+        state[f"{name}.weight"] = (2.0 * unpack_bits(bits, shape) - 1) * scale_O.view(
+            -1, *[1] * (len(shape) - 1)
+        )
+    return state
+
+
+def pack_bits(is_set: Tensor) -> Tensor:
+    """A tensor of bool of any shape as uint8 `[ceil(numel / 8)]`, the first in the lowest bit of
+    the first byte.
+    """
+    return torch.from_numpy(np.packbits(is_set.flatten().numpy(), bitorder="little"))
+
+
+def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
+    """What `pack_bits` made of a tensor of `shape`."""
+    return (
+        torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little"))
+        .bool()
+        .view(shape)
+    )
+
+
+# ----------------------------------------------------------------------------------------- the file
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file that is whole and ours."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{file}: must be a file of spiketrain export; its metadata say format"
+            f" {metadata.get('format')!r}"
+        )
+    if metadata.get("version") != VERSION or metadata.get("layout") not in ("plain", "packed"):
+        got = f"version {metadata.get('version')!r}, layout {metadata.get('layout')!r}"
+        raise ValueError(
+            f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got"
+            f" {got}"
+        )
+    if metadata.pop("sha256", None) != _digest(metadata, tensors):
+        raise ValueError(
+            f"{file}: is damaged; its tensors or metadata differ from what was written"
+        )
+    return metadata, tensors
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    if wrong := misfits(tensors, network.state_dict()):
+        raise ValueError(f"the weights must fit the model; got {wrong}")
+    network.load_state_dict(tensors)
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the metadata, and of names, types, shapes and bytes of the tensors."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())

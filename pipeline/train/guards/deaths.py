@@ -1,0 +1,34 @@
+"""A worker that dies or raises: what its launcher hears of it waits in the run's folder for whoever
+opens the journal next.
+
+Rank 0, which holds the journal, is gone itself, or hears of a lost connection alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe.recipe import read_json, write_json
+
+FILE = "died.json"
+"""in a run's folder, until it is told"""
+
+
+def note_death(run: Path, *, worker: int, error: str) -> None:
+    write_json(run / FILE, {"worker": worker, "error": error})
+
+
+def noted(run: Path) -> dict[str, Any] | None:
+    """The last death that nobody has told yet; None where what was noted cannot be read, which is
+    no reason not to train.
+    """
+    with suppress(ValueError):
+        return read_json(run / FILE) if (run / FILE).exists() else None
+    return None
+
+
+def forget_death(run: Path) -> None:
+    """Once it is told."""
+    (run / FILE).unlink(missing_ok=True)

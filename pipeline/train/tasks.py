@@ -1,0 +1,186 @@
+"""The tasks of a run, as one of its processes sees them: their data, opened while it is needed, and
+what is known of them.
+
+A recipe without phases is one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pipeline.data.base import Data, Loader, with_page_checks
+from pipeline.models.heads import MultiHead, select_head
+from pipeline.recipe.recipe import Recipe, Split
+from pipeline.train.evaluation import Evaluation
+from pipeline.train.part_checks import check_first_batch, checked_data, checked_loader, is_own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    name: str
+    data: Data
+    epochs: int
+    head: int | None = None
+    """which head of the network answers; None: it has one"""
+
+    def choose_head(self, network: nn.Module) -> None:
+        """Let the task's head answer, where the network has several.
+
+        Raises:
+            ValueError: a head that is not there, or several of which none is named.
+        """
+        if self.head is not None:
+            select_head(network, self.head)
+        elif any(isinstance(module, MultiHead) for module in network.modules()):
+            raise ValueError(
+                "recipe: the network has several heads, so a phase must name its own; got"
+                f" head=None for {self.name}"
+            )
+
+
+def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
+    """In the order that they are learnt in; opens no file. `one_in`: see base.OnPages."""
+    data = with_page_checks(build_data(recipe), one_in)
+    if not recipe.phases:
+        return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
+    return tuple(
+        Task(
+            name=phase.name,
+            data=checked_data(phase.data.build(data), phase.data),
+            epochs=phase.epochs or recipe.epochs,
+            head=phase.head,
+        )
+        for phase in recipe.phases
+    )
+
+
+def build_data(recipe: Recipe) -> Data:
+    """The recipe's data; opens no file.
+
+    Raises:
+        ValueError: it is no `pipeline.data.base.Data`.
+    """
+    return checked_data(recipe.data.build(), recipe.data)
+
+
+def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
+    """Compare the content of a data set with a fingerprint, and each page of its files with its
+    checksum.
+
+    Raises:
+        ValueError: the content is another, or a page is damaged.
+    """
+    if data.fingerprint() != fingerprint:
+        raise ValueError(
+            f"data: this run was launched on content {fingerprint[:12]}; got"
+            f" {data.fingerprint()[:12]}: another file lies where the recipe points"
+        )
+    if every_page:
+        data.check()
+
+
+class Loaders:
+    """The sets of every task for one rank; whoever opens one closes it."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        recipe: Recipe,
+        split: Split,
+        *,
+        rank: int = 0,
+        threads: int = 1,
+    ) -> None:
+        self.tasks = tuple(tasks)
+        self._tries_batches = rank == 0 and is_own(recipe)
+        self._sizes = {
+            "rank": rank,
+            "world": split.workers,
+            "micro_batch": split.micro_batch,
+            "threads": threads,
+        }
+        self._training = {"seed": recipe.seed, "batch_size": recipe.batch_size}
+        self.lengths = tuple(self._measured(index) for index in range(len(self.tasks)))
+        """(samples, global batches an epoch) of each training set"""
+
+    def train(self, task: int) -> Loader:
+        data = self.tasks[task].data
+        return checked_loader(data.train(**self._training, **self._sizes), data, "train")
+
+    def val(self, task: int) -> Loader:
+        data = self.tasks[task].data
+        return checked_loader(data.val(**self._sizes), data, "val")
+
+    def _measured(self, task: int) -> tuple[int, int]:
+        """Both sets are opened for an instant: what is wrong with one is said before anything is
+        trained.
+        """
+        with closing(self.train(task)) as train_set, closing(self.val(task)) as val_set:
+            if self._tries_batches:
+                check_first_batch(train_set, self.tasks[task].data, "train")
+                check_first_batch(val_set, self.tasks[task].data, "val")
+            return train_set.samples, train_set.steps_per_epoch
+
+
+@dataclass
+class Learnt:
+    """What was known after each task: top-1 on it and on those before it, the accuracy matrix, and
+    the rule's figures.
+    """
+
+    rows: list[list[float]] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, row: list[float], figures: dict[str, float]) -> None:
+        self.rows.append(row)
+        self.figures.append(figures)
+
+    def forgotten(self, row: Sequence[float]) -> float | None:
+        """BWT: how much better `row`, top-1 on the tasks so far, is on old ones than what each had
+        when it was learnt.
+
+            1/(k-1) sum_{i<k} (row[i] - rows[i][i]),      None for the first task
+
+        Source: Lopez-Paz & Ranzato 2017 (arXiv 1706.08840), eq. 3.
+        """
+        gains = [now - then[-1] for now, then in zip(row[:-1], self.rows, strict=False)]
+        return sum(gains) / len(gains) if gains else None
+
+    def metrics(self, row: Sequence[float], tasks: Sequence[Task]) -> dict[str, float]:
+        """Of an evaluation on the tasks so far, for the journal."""
+        found = {f"top1_{task.name}": top1 for task, top1 in zip(tasks, row, strict=False)}
+        bwt = self.forgotten(row)
+        return found if bwt is None else {**found, "bwt": bwt}
+
+    def summary(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """ACC is the mean of the last row; shares in 0..1, BWT in -1..1."""
+        last = self.rows[-1]
+        return {
+            "accuracy_matrix": self.rows,
+            "acc": sum(last) / len(last),
+            "bwt": self.forgotten(last),
+            "phases": [
+                {"name": task.name, "head": task.head, "top1": row[-1], "figures": figures}
+                for task, row, figures in zip(tasks, self.rows, self.figures, strict=True)
+            ],
+        }
+
+
+def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
+
+    return Evaluation(
+        samples=sum(each.samples for each in evaluations),
+        top1=mean("top1"),
+        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
+        loss=mean("loss"),
+        firing_rate=mean("firing_rate"),
+    )

@@ -1,0 +1,189 @@
+"""Weights that leave a run: loaded for evaluation, or as the start of another run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline.core.files import sync_file
+from pipeline.core.tensor_file import misfits, read_state
+from pipeline.models.qkformer import QKFormer
+from pipeline.models.qkformer_published import is_published, renamed
+from pipeline.recipe.recipe import Recipe, read_json
+from pipeline.recipe.spec import Spec, is_path
+from pipeline.spiking.binary import Binarizer, binary_synapses
+from pipeline.spiking.neuron import PLIF, learnt_decays
+from pipeline.spiking.rate import RateNeuron
+from pipeline.train.checkpoint import WEIGHTS, Place, place_at, verified
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `load_start` did: the file, and the keys that were left as they were initialised."""
+
+    file: Path
+    fresh: tuple[str, ...] = ()
+
+
+def load_run(
+    run: str | os.PathLike[str], *, which: str = "last", trust: Collection[str] = ()
+) -> nn.Module:
+    """See `pipeline.load`."""
+    folder = Path(run)
+    if not (folder / "recipe.json").is_file():
+        raise ValueError(
+            f"load: {folder} must be a run's folder, which holds recipe.json; it does not"
+        )
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    network: nn.Module = recipe.model.build()
+    network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
+    return network.eval()
+
+
+def load_weights(network: nn.Module, file: Path) -> nn.Module:
+    """Load every weight of a network from one file, for evaluation; the network. Published names
+    are known for QKFormer.
+
+    Raises:
+        ValueError: a file that cannot be read, or weights that do not fit, the first of them named.
+    """
+    found = _read(file, network, who="evaluate")
+    if wrong := misfits(found, network.state_dict()):
+        raise ValueError(f"evaluate: {file} must fit the network; got {wrong}")
+    network.load_state_dict(found)
+    return network.eval()
+
+
+def place_of(run: Path) -> Place:
+    """Where a run keeps its checkpoints."""
+    job = run / "job.json"
+    return place_at(read_json(job).get("checkpoints", "") if job.exists() else "", run)
+
+
+def weights_file(start: Path) -> Path:
+    """The weights that `init` names: a file, or the newest verified checkpoint of a run's
+    folder.
+    """
+    if start.is_dir():
+        return verified(place_of(start)) / WEIGHTS
+    if not start.is_file():
+        raise ValueError(
+            f"init: must be a run's folder or a weights file; got {start}, which does not exist"
+        )
+    return start
+
+
+def lasting_weights(run: Path) -> Path:
+    """The weights of a run that is over, in a file of its folder that a recipe.json may name: what
+    is fetched goes again.
+    """
+    found, lasting = weights_file(run), run / WEIGHTS
+    if not lasting.exists():
+        new = run / f".{WEIGHTS}-{uuid.uuid4().hex}"
+        shutil.copyfile(found, new)
+        sync_file(new)
+        new.rename(lasting)
+    return lasting
+
+
+def load_start(network: nn.Module, start: Path) -> Start:
+    """Load weights into a network that may have other time steps and another number of classes.
+
+    Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and
+    is named in the answer. So are the thresholds of rate-coded neurons and learnt decays, where the
+    file has none: it may come from the ANN of the same layers, or a network of plain neurons. The
+    learnable scales of 1-bit weights, where the file has none, begin anew from the weights: it is
+    of full precision.
+    Published names are known for QKFormer.
+
+    Raises:
+        ValueError: a file that cannot be read, or keys that do not match, the first of them named.
+    """
+    file = weights_file(start)
+    found = _read(file, network, who="init")
+    expected = network.state_dict()
+    head = _head(network)
+    thresholds = {
+        f"{name}.threshold"
+        for name, module in network.named_modules()
+        if isinstance(module, RateNeuron)
+    }
+    decays = {f"{name}.decay_logit" for name in learnt_decays(network)}
+    synapses = {
+        f"{name}.binarizer.scale": synapse for name, synapse in binary_synapses(network).items()
+    }
+    scales = {key for key in synapses if key in expected}
+    unknown = {
+        key for keys in (thresholds, decays, scales) if not keys & set(found) for key in keys
+    }
+    reshaped = [key for key in expected if key in found and found[key].shape != expected[key].shape]
+    in_head = {key for key in expected if key.startswith(head + ".")}
+    replaced = unknown | (in_head if in_head.intersection(reshaped) else set())
+    fresh = tuple(key for key in expected if key in replaced)
+    kept = {key: value for key, value in found.items() if key not in replaced}
+    if wrong := misfits(
+        kept, {key: value for key, value in expected.items() if key not in replaced}
+    ):
+        raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {wrong}")
+    network.load_state_dict(kept, strict=False)
+    for key in scales & unknown:
+        synapses[key].binarizer.reset(synapses[key].weight)  # type: ignore[operator, union-attr]
+    return Start(file, fresh)
+
+
+def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
+    """The tensors of a file, under the network's own names where they are those of a published
+    QKFormer.
+    """
+    found = read_state(file, who=who)
+    if not (isinstance(network, QKFormer) and is_published(found)):
+        return found
+    try:
+        return renamed(found, network)
+    except ValueError as error:
+        raise ValueError(f"{who}: {file}: {error}") from error
+
+
+def _head(network: nn.Module) -> str:
+    """`classifier`, or in a network without one the last module with weights of its own; thresholds
+    and the like are none.
+    """
+    if isinstance(getattr(network, "classifier", None), nn.Module):
+        return "classifier"
+    holders = [
+        name for name, module in network.named_modules() if list(module.parameters(recurse=False))
+    ]
+    return [
+        name
+        for name in holders
+        if not isinstance(network.get_submodule(name), (RateNeuron, PLIF, Binarizer))
+    ][-1]
+
+
+def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
+    """Content hashes of what the recipe only points at."""
+    inputs = {"data": fingerprint}
+    if recipe.init is not None:
+        inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
+    if recipe.teacher is not None:
+        inputs |= {
+            f"teacher.{key}": hashlib.sha256(file.read_bytes()).hexdigest()
+            for key, file in _files(recipe.teacher)
+        }
+    return inputs
+
+
+def _files(part: Spec, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """The files that keywords of a part, and of the parts inside it, point at; not the folders."""
+    for key, value in part.kwargs.items():
+        if isinstance(value, Spec):
+            yield from _files(value, f"{prefix}{key}.")
+        elif value is not None and is_path(part.target, key) and Path(value).is_file():
+            yield prefix + key, Path(value)

@@ -1,0 +1,346 @@
+"""`launch --cluster`: what a scheduler is handed is what was typed; nothing begins here, and no
+data are asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from pipeline.__main__ import app, main
+from tests.infra.rules import require_kustomize
+from tests.small import without_stages
+
+RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
+SMALL = "recipes/fashion/sltt.py"
+CPU_PODS = "--image a.example/s:1 --infra infra/k8s/overlays/cpu/job"
+TYPED = ("--tiny", "--set", "optimizer.lr=0.05", "--set", "seed=3", "--cpus-per-worker", "2")
+TYPED_IN_ORDER = (
+    "--cpus-per-worker",
+    "2",
+    "--set",
+    "optimizer.lr=0.05",
+    "--set",
+    "seed=3",
+    "--tiny",
+)  # the command's own
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Exit code, what was printed and what was refused."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        if "k8s" in words:
+            require_kustomize()
+        monkeypatch.setattr("sys.argv", ["spiketrain", "launch", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        told = capsys.readouterr()
+        return int(end.value.code or 0), told.out, without_stages(told.err).strip()
+
+    return run
+
+
+def test_slurm(launch: Any) -> None:
+    slurm = (
+        "--cluster slurm --nodes 2 --time 10 --gpus-per-node 2 --partition gpu --name mine"
+        " --workers 4 --dry-run"
+    )
+    code, out, _ = launch(*TYPED, RECIPE, *slurm.split(), "--image", "a b")
+    assert code == 0
+    variables = ["SPIKETRAIN_RUNS=runs", "SPIKETRAIN_WORKERS=4", "SPIKETRAIN_IMAGE=a b"]
+    options = ["--job-name=mine", "--nodes=2", "--time=10", "--gpus-per-node=2", "--partition=gpu"]
+    script = str(Path("infra/slurm/train.sbatch").absolute())
+    sbatch = ["sbatch", "--parsable", "--export=ALL", *options, script, RECIPE, *TYPED_IN_ORDER]
+    assert out == shlex.join(["env", *variables, *sbatch]) + "\n"
+
+
+def test_slurm_that_is_given_no_number_of_workers_counts_its_gpus(launch: Any) -> None:
+    asked = "--cluster slurm --nodes 2 --time 10 --name mine --dry-run"
+    code, out, _ = launch(SMALL, *asked.split(), "--gpus-per-node", "8")
+    assert code == 0 and " SPIKETRAIN_WORKERS= " in out
+    code, out, err = launch(SMALL, *asked.split(), "--gpus-per-node", "7")
+    assert (code, out) == (2, "") and "divide by 14 workers" in err
+
+
+def test_workers_that_come_and_go(launch: Any) -> None:
+    asked = "--workers 2:4 --set batch_size=24 --name mine --dry-run"
+    _, out, _ = launch(SMALL, *asked.split(), "--cluster", "ray://head.example:8265")
+    assert " --workers 2:4 --or-resume" in out
+    pods = f"--cluster k8s {CPU_PODS} --cpus-per-worker 4"
+    _, out, _ = launch(SMALL, *asked.split(), *pods.split())
+    job = yaml.safe_load(out)
+    assert " --workers 2:4 " in job["spec"]["entrypoint"]
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert [group[name] for name in ("minReplicas", "replicas", "maxReplicas")] == [2, 2, 4]
+
+
+@pytest.mark.parametrize("cluster", ["slurm --nodes 1 --time 1", "ray://h:8265", f"k8s {CPU_PODS}"])
+@pytest.mark.parametrize(
+    "recipe", [SMALL, f"{SMALL} recipes/fashion/bptt.py"], ids=["recipe", "suite"]
+)
+def test_what_the_launch_would_refuse_is_not_handed_over(
+    launch: Any, cluster: str, recipe: str
+) -> None:
+    code, out, err = launch(
+        *recipe.split(),
+        "--workers",
+        "7",
+        "--name",
+        "mine",
+        "--dry-run",
+        "--cluster",
+        *cluster.split(),
+    )
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and "divide by 7 workers" in err
+
+
+def test_weights_that_lie_on_the_cluster_alone_are_no_reason(launch: Any) -> None:
+    code, out, err = launch(
+        SMALL,
+        "--set",
+        "init=/shared/w.safetensors",
+        "--cluster",
+        "ray://h:1",
+        "--name",
+        "a",
+        "--dry-run",
+    )
+    assert code == 0 and "init=/shared/w.safetensors" in out, err
+
+
+def test_kubernetes(launch: Any) -> None:
+    pods = "--image a.example/s:1 --infra infra/k8s/overlays/one-node-8-gpus/job"
+    asked = f"--workers 4 --cluster k8s --name mine {pods} --dry-run"
+    code, out, _ = launch(RECIPE, *TYPED, *asked.split())
+    assert code == 0
+    job = yaml.safe_load(out)
+    assert (job["kind"], job["metadata"]["name"]) == ("RayJob", "mine")
+    theirs = "--name mine --runs /shared/runs --address auto --workers 4 --device gpu --or-resume"
+    assert (
+        job["spec"]["entrypoint"]
+        == f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}"
+    )
+
+
+def test_a_ray_that_is_up(launch: Any) -> None:
+    code, out, _ = launch(
+        RECIPE,
+        *TYPED,
+        "--runs",
+        "/r",
+        "--cluster",
+        "ray://head.example:8265",
+        "--name",
+        "mine",
+        "--dry-run",
+    )
+    assert code == 0
+    ray, launched = out.strip().split(" -- ")
+    assert re.fullmatch(
+        r"ray job submit --address http://head.example:8265 --submission-id mine-[0-9a-f]{8}"
+        r" --no-wait",
+        ray,
+    )
+    theirs = "--name mine --runs /r --address auto --workers 1 --or-resume"
+    assert launched == f"spiketrain launch {RECIPE} {shlex.join(TYPED_IN_ORDER)} {theirs}"
+
+
+def test_what_is_printed_is_what_is_submitted(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\nprintf "%s\\n" sbatch "$@" >{tmp_path}/taken\necho 77\n')
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    words = (RECIPE, "--cluster", "slurm", "--nodes", "1", "--time", "10", "--name", "mine")
+    _, printed, _ = launch(*words, "--dry-run")
+    assert launch(*words) == (0, "77\n", "")
+    words = shlex.split(printed)
+    assert (tmp_path / "taken").read_text().splitlines() == words[words.index("sbatch") :]
+
+
+def test_nobody_there_is_one_line(launch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    code, _, err = launch(RECIPE, "--cluster", "ray://127.0.0.1:9", "--name", "mine")
+    assert code == 2 and len(err.splitlines()) == 1 and "Failed to connect to Ray" in err
+
+
+BOTH = f"{SMALL} recipes/fashion/bptt.py"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            f"{SMALL} --cluster ray://h:1 --side-by-side 2",
+            "--side-by-side is for several runs; got 2 with fashion-sltt alone",
+        ),
+        (
+            f"{BOTH} --cluster k8s {CPU_PODS} --workers 4 --side-by-side 8",
+            (
+                "k8s: 8 runs side by side of 4 workers x 1 cpu must fit into pods of 4 cores, of"
+                " which "
+            ),
+        ),
+        (
+            (
+                f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --workers 4"
+                " --side-by-side 3"
+            ),
+            (
+                "slurm: each worker takes a GPU; got 3 runs side by side of 4 workers on 2 nodes x"
+                " 4 GPUs"
+            ),
+        ),
+        (
+            f"{BOTH} --cluster slurm --nodes 2 --time 1 --gpus-per-node 4 --side-by-side 2",
+            (
+                "slurm: each worker takes a GPU; got 2 runs side by side of 8 workers on 2 nodes x"
+                " 4 GPUs"
+            ),
+        ),
+        (
+            (
+                f"{BOTH} --cluster slurm --nodes 1 --time 1 --gpus-per-node 1 --workers 1"
+                " --side-by-side 2"
+            ),
+            "slurm: each worker takes a GPU; got 2 runs side by side of 1 worker on 1 node x 1 GPU",
+        ),
+    ],
+)
+def test_runs_side_by_side_that_the_launch_would_refuse_are_not_handed_over(
+    launch: Any, words: str, said: str
+) -> None:
+    code, out, err = launch(*words.split(), "--name", "mine", "--dry-run")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and said in err
+
+
+LAB = """
+from pipeline.models.nf_resnet import nf_resnet18_small
+
+def network(classes):
+    return nf_resnet18_small(classes=classes, in_channels=1, width=4, blocks=(1, 1))
+
+def table(runs, console):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "untrusted"),
+    [
+        ("small_recipe(model=spec(network, classes=10))", "network"),
+        ("Suite((small_recipe(),), table)", "table"),
+    ],
+)
+def test_what_whoever_resumes_would_not_import_is_not_handed_over(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, untrusted: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "handed_lab.py").write_text(LAB)
+    imports = (
+        "handed_lab import network, table",
+        "pipeline.recipe.recipe import spec",
+        "pipeline.recipe.suite import Suite",
+    )
+    lines = [f"from {each}" for each in (*imports, "tests.small import small_recipe")]
+    (tmp_path / "handed.py").write_text("\n".join([*lines, f"def recipe():\n    return {made}\n"]))
+    words = (str(tmp_path / "handed.py"), "--cluster", "ray://h:1", "--name", "mine", "--dry-run")
+    code, out, err = launch(*words)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert f"handed_lab.{untrusted} is not in a trusted package" in err
+    code, out, err = launch(*words, "--trust", "handed_lab")
+    assert code == 0 and " --trust handed_lab " in out, err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--nodes 2 --dry-run", "without --cluster there is nothing that takes --dry-run, --nodes"),
+        (
+            "--cluster slurm --name a --nodes 1 --time 1 --workers 2:4",
+            "workers must be one number; got 2:4",
+        ),
+        (
+            "--cluster ray://a:1 --name a --workers x",
+            "--workers must be a number, a range such as 2:4",
+        ),
+        ("--cluster lsf", "--cluster must be k8s, slurm or ray://HOST:PORT; got lsf"),
+        ("--cluster k8s --name a --nodes 2", "--cluster k8s does not take --nodes"),
+        ("--cluster k8s --name a --node-loss patient", "--cluster k8s does not take --node-loss"),
+        ("--cluster slurm --name a --node-loss fast", "--cluster slurm does not take --node-loss"),
+        ("--cluster ray://a:1 --name a --time 3", "--cluster ray://a:1 does not take --time"),
+        ("--cluster ray://a:1 --name a --infra infra", "--cluster ray://a:1 does not take --infra"),
+        ("--cluster ray://a:1 --name a --image b:1", "got --image b:1"),
+        (
+            "--cluster ray://a --name a",
+            "ray://HOST:PORT, with the port of its dashboard; got 'ray://a'",
+        ),
+        ("--cluster ray://a:1 --name ../a", "--name must be a name in runs"),
+        ("--cluster k8s --image a.example/s:1", "--cluster needs a --name"),
+        (
+            "--cluster k8s --name a",
+            "--cluster k8s needs --image and --infra; got no --image, --infra",
+        ),
+        (
+            "--cluster k8s --name a --image a.example/s:1",
+            "--cluster k8s needs --image and --infra; got no --infra",
+        ),
+        (
+            f"--cluster k8s --name a {CPU_PODS.replace('a.example/s:1', 'a')}",
+            "image must be a name with a tag",
+        ),
+        (
+            "--cluster slurm --name a",
+            "--cluster slurm needs --nodes and --time; got no --nodes, --time",
+        ),
+        (
+            "--cluster slurm --name a --nodes 1 --time 1 --infra /nowhere",
+            "script of the job must be a file; got /nowhere",
+        ),
+        (
+            f"--cluster k8s --name a {CPU_PODS} --inline",
+            "a job trains with workers of Ray; got --inline",
+        ),
+        (f"--cluster k8s --name a {CPU_PODS} --or-resume", "--or-resume follows from the job"),
+        (f"--cluster k8s --name a {CPU_PODS} --set nothing=1", "nothing"),
+        *(
+            (
+                f"--cluster {where} --name a --checkpoints s3://key:secret@bucket",
+                "an address holds no credentials",
+            )
+            for where in (f"k8s {CPU_PODS}", "slurm --nodes 1 --time 1", "ray://a:1")
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(launch: Any, words: str, said: str) -> None:
+    code, out, err = launch(RECIPE, *words.split())
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert said in err and "secret" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("where", "others", "missing"),
+    [
+        ("k8s", "--infra infra", "image"),
+        ("k8s", "--image a:1", "infra"),
+        ("slurm", "--time 10", "nodes"),
+        ("slurm", "--nodes 1", "time"),
+    ],
+)
+def test_what_a_scheduler_requires_is_said_in_the_help(
+    launch: Any, where: str, others: str, missing: str
+) -> None:
+    code, _, err = launch(SMALL, "--cluster", where, "--name", "mine", *others.split(), "--dry-run")
+    assert code == 2 and missing in err
+    options = {each.name: each for each in get_command(app).commands["launch"].params}  # type: ignore[attr-defined]
+    assert options[missing].help.startswith(f"{where}, required")

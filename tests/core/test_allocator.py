@@ -1,0 +1,92 @@
+"""Memory that a thread frees and asks for again, in processes of their own: page faults, told to
+keep it and not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.core.allocator import environment
+
+TURNS = """
+import ctypes, resource, sys, threading
+from pipeline.core.allocator import keep_freed_memory
+if sys.argv[1] == "told":
+    assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def turn():
+    held = [libc.malloc(size << 20) for size in (3, 50, 3)]
+    for address, size in zip(held, (3, 50, 3)):
+        ctypes.memset(address, 1, size << 20)
+    for address in held:
+        libc.free(address)
+
+def turns():
+    turn()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        turn()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+thread = threading.Thread(target=turns)
+thread.start()
+thread.join()
+"""
+
+
+def faults(how: str, **more: str) -> int:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    ran = subprocess.run(
+        [sys.executable, "-c", TURNS, how],
+        env={**plain, **more},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(ran.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_what_was_freed_is_not_faulted_in_again() -> None:
+    assert faults("not told") > 100  # else this test would see nothing
+    assert faults("told") < 20
+    assert faults("not told", **environment()) < 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_what_is_free_can_be_handed_back() -> None:
+    code = """
+import ctypes
+from pipeline.core.allocator import keep_freed_memory, release_freed_memory
+from pipeline.measure.memory import rss_bytes
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+before = rss_bytes()
+address = libc.malloc(200 << 20)
+ctypes.memset(address, 1, 200 << 20)
+libc.free(address)
+kept = rss_bytes()
+release_freed_memory()
+print(kept - before, rss_bytes() - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, left = (int(word) for word in ran.stdout.split())
+    assert kept > 190 << 20 and left < 10 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_what_the_user_says_of_malloc_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    told = environment()
+    assert told["MALLOC_ARENA_MAX"] == "4" and int(told["MALLOC_TRIM_THRESHOLD_"]) > 2**30

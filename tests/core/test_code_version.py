@@ -1,0 +1,39 @@
+"""Two nodes with different files of ours do not train together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import code_version
+from pipeline.core.code_version import check_same_code, code_digest
+from pipeline.core.errors import UserError
+
+
+def test_it_changes_with_names_and_content_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_version, "__file__", str(tmp_path / "code.py"))
+    (tmp_path / "rules").mkdir()
+    (file := tmp_path / "rules" / "sltt.py").write_text("decay = 0.5\n")
+    digest = code_digest.__wrapped__  # as a process that has just begun
+    before = digest()
+    assert len(before) == 12 and digest() == before
+    file.touch()
+    (tmp_path / "rules" / "sltt.pyc").write_bytes(b"compiled")
+    (tmp_path / "rules" / ".#sltt.py").symlink_to("me@here.1234")
+    assert digest() == before
+    file.write_text("decay = 0.4\n")
+    changed = digest()
+    file.rename(tmp_path / "rules" / "other.py")
+    assert len({before, changed, digest()}) == 3
+
+
+def test_whoever_runs_another_is_named() -> None:
+    mine = code_digest()
+    check_same_code("a", mine, each=lambda value: [value, (mine, "b")])
+    with pytest.raises(
+        UserError, match=f"code of worker 0 on a, {mine}; got worker 2 on c 0123: install one"
+    ):
+        check_same_code("a", mine, each=lambda value: [value, (mine, "b"), ("0123", "c")])

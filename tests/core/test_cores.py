@@ -1,0 +1,174 @@
+"""Cores of one's own: taken once, by every thread, waited for, and free again when their holder
+dies.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+import torch
+
+from pipeline.core import cores as cores_module
+from pipeline.core.cores import (
+    NodeCores,
+    cores_of_a_node,
+    cores_of_machines,
+    near_cores,
+    own_cores,
+    physical_cores,
+)
+from pipeline.core.errors import UserError
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.core.cores import own_cores
+with own_cores(1, folder=Path(sys.argv[1])) as cores:
+    print(*cores, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_every_thread_keeps_to_them_and_is_let_go(tmp_path: Path) -> None:
+    before, go_on = os.sched_getaffinity(0), threading.Event()
+    waiting = threading.Thread(target=go_on.wait, daemon=True)
+    waiting.start()
+    seen: list[set[int]] = []
+    with own_cores(1, folder=tmp_path) as cores:
+        assert cores in physical_cores(before).values()
+        assert os.sched_getaffinity(waiting.native_id or 0) == set(cores) == os.sched_getaffinity(0)
+        later = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+        later.start()
+        later.join()
+        assert seen == [set(cores)]
+    assert os.sched_getaffinity(0) == before == os.sched_getaffinity(waiting.native_id or 0)
+    go_on.set()
+
+
+def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        theirs = int(other.stdout.readline().split()[0])
+        everything = len(physical_cores(os.sched_getaffinity(0)))
+        try:
+            if everything > 1:
+                with own_cores(1, folder=tmp_path) as mine:
+                    assert theirs not in mine
+            said = f"a worker needs {everything} of its own; too few of this machine's {everything}"
+            with (
+                pytest.raises(UserError, match=said),
+                own_cores(everything, folder=tmp_path, patience_s=0.1),
+            ):
+                pass
+        finally:
+            other.send_signal(signal.SIGKILL)
+            other.wait()
+    with own_cores(everything, folder=tmp_path) as mine:
+        assert theirs in mine
+
+
+def test_a_cluster_has_the_cores_of_its_machines_once_and_no_more_than_it_was_given() -> None:
+    halves, few = NodeCores("a", given=64, physical=32), NodeCores("b", given=2, physical=16)
+    assert cores_of_machines([halves, few]) == 32 + 2
+    twice = [NodeCores("c", given=4, physical=6)] * 2  # two nodes on one machine
+    assert cores_of_machines(twice) == 6 and cores_of_machines([]) == 0
+    here = cores_of_a_node(3)
+    assert here.given == 3 and here.physical == len(physical_cores(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize(
+    ("siblings", "logical", "expected"),
+    [
+        ({}, (0, 1, 3), {"0": (0,), "1": (1,), "3": (3,)}),
+        ({0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"}, (0, 1, 2, 3), {"0": (0, 2), "1": (1, 3)}),
+        (
+            {0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"},
+            (1, 2, 3),
+            {"0": (1,), "2": (2, 3)},
+        ),  # one is not for this process
+    ],
+)
+def test_siblings_are_one_core(
+    siblings: dict[int, str], logical: tuple[int, ...], expected: dict, tmp_path: Path
+) -> None:
+    for core, text in siblings.items():
+        folder = tmp_path / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{text}\n")
+    assert physical_cores(logical, topology=tmp_path) == expected
+
+
+# -------------------------------------------------------------------------------------- near a card
+
+CARD = torch.device("cuda", 0)
+EVERY = sorted(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kernel's folder of a card, as NVML names it; on this machine there is none."""
+
+    def found(uuid: str) -> str:
+        assert uuid == "GPU-abc"
+        return uuid
+
+    nvml = SimpleNamespace(
+        NVMLError=pynvml.NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=found,
+        nvmlDeviceGetPciInfo=lambda handle: pynvml.nvmlPciInfo_t(busId=b"00000000:3B:00.0"),
+    )
+    monkeypatch.setattr(cores_module, "pynvml", nvml)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc")
+    )
+    folder = tmp_path / "0000:3b:00.0"
+    folder.mkdir()
+    (folder / "numa_node").write_text("1\n")
+    (folder / "local_cpulist").write_text(
+        f"{EVERY[-1]},5000-5031,6000\n"
+    )  # of which this process has the first alone
+    return folder
+
+
+def kept_on(device: torch.device, folder: Path, *, at_least: int = 1) -> list[int]:
+    with near_cores(device, at_least=at_least, devices=folder.parent):
+        return sorted(os.sched_getaffinity(0))
+
+
+@pytest.mark.skipif(len(EVERY) < 2, reason="one core is as near as another")
+def test_a_worker_keeps_to_the_cores_of_its_cards_node(card: Path) -> None:
+    assert kept_on(CARD, card) == EVERY[-1:]
+    assert sorted(os.sched_getaffinity(0)) == EVERY  # and is let go
+
+
+def test_a_worker_stays_where_it_is(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a card, with too few cores near it, on a machine of one node, and where nothing tells
+    of any.
+    """
+    assert kept_on(torch.device("cpu"), card) == EVERY
+    assert kept_on(CARD, card, at_least=2) == EVERY
+    (card / "local_cpulist").write_text("5000-5031\n")  # none of them this process's
+    assert kept_on(CARD, card) == EVERY
+    (card / "local_cpulist").write_text("0-8191\n")
+    assert kept_on(CARD, card) == EVERY
+    (card / "numa_node").write_text("-1\n")
+    (card / "local_cpulist").write_text(f"{EVERY[-1]}\n")
+    assert kept_on(CARD, card) == EVERY
+    (card / "numa_node").unlink()
+    assert kept_on(CARD, card) == EVERY
+
+    def refuse() -> None:
+        raise pynvml.NVMLError(1)
+
+    monkeypatch.setattr(cores_module.pynvml, "nvmlInit", refuse)
+    assert kept_on(CARD, card) == EVERY

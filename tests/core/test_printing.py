@@ -1,0 +1,210 @@
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from pipeline.core.printing import NO_WIDTH, Column, number, print_fields, print_table, prose, say
+
+RUN = "fashion-demo-sltt-1-tiny-20261129-183438-d598"
+
+
+def printed(act, *args, width: int = NO_WIDTH, **about) -> list[str]:
+    act(Console(file=(out := io.StringIO()), width=width), *args, **about)
+    return out.getvalue().splitlines()
+
+
+def test_columns_that_do_not_fit_stand_in_a_second_table_with_the_key_again():
+    columns, rows = (
+        ("run", number("top-1"), "state", "rule"),
+        [("a-run", "9%", "finished", "SLTT"), ("b", "90%", "failed", "BPTT")],
+    )
+    assert printed(print_table, columns, rows, width=22) == [
+        "run    top-1  state",
+        "a-run     9%  finished",
+        "b        90%  failed",
+        "",
+        "run    rule",
+        "a-run  SLTT",
+        "b      BPTT",
+    ]
+    assert printed(print_table, columns, rows, width=28)[1] == "a-run     9%  finished  SLTT"
+
+
+def test_a_header_is_wrapped_between_words_and_stands_at_the_bottom():
+    columns = ("rule", number("peak saved"), number("images/s"))
+    assert printed(print_table, columns, [("BPTT", "8 MB", "100")], width=22) == [
+        "       peak",
+        "rule  saved  images/s",
+        "BPTT   8 MB       100",
+    ]
+
+
+def test_a_name_longer_than_the_width_has_a_line_of_its_own():
+    lines = printed(
+        print_table, ("run", "state", number("step")), [(RUN, "finished", "4/4")], width=30
+    )
+    assert lines == ["run", "  state     step", RUN, "  finished   4/4"]
+
+
+def test_long_names_stand_above_where_that_saves_a_third_table():
+    columns = ("run", *(f"column-{index}" for index in range(4)))
+    rows = [(RUN, "1", "2", "3", "4")]
+    assert len(printed(print_table, columns, rows, width=80)) == 5  # two tables
+    assert printed(print_table, columns, rows, width=60)[2] == RUN
+
+
+def test_what_a_tab_parts_stands_side_by_side_where_one_table_holds_all():
+    columns, rows = (
+        ("rule", number("saved"), number("time")),
+        [("BPTT", "8 MB\t×1.00\n± 1 MB", "3 s\t×0.50")],
+    )
+    assert printed(print_table, columns, rows, width=40)[1:] == [
+        "BPTT  8 MB  ×1.00  3 s  ×0.50",
+        "           ± 1 MB",
+    ]
+    assert printed(print_table, columns, rows, width=20)[1:] == [
+        "BPTT    8 MB    3 s",
+        "       ×1.00  ×0.50",
+        "      ± 1 MB",
+    ]
+    assert printed(print_table, columns, rows)[1:] == ["BPTT  8 MB  ×1.00  ± 1 MB  3 s  ×0.50"]
+
+
+def test_prose_in_a_column_is_wrapped_between_words():
+    columns, rows = (
+        ("rule", prose("claim"), "holds?"),
+        [("SLTT", "its gradient is that of BPTT without time", "yes")],
+    )
+    lines = printed(print_table, columns, rows, width=40)
+    assert lines[:2] == [
+        "rule  claim                       holds?",
+        "SLTT  its gradient is that of     yes",
+    ]
+    assert lines[2:] == ["      BPTT without time"]
+
+
+def test_the_first_of_two_keys_is_said_once_and_in_every_line_that_is_piped():
+    columns, rows = (
+        ("rule", number("T"), "saved"),
+        [("SLTT", "1", "8 MB"), ("SLTT", "2", "9 MB"), ("BPTT", "1", "8 MB")],
+    )
+    assert [line.split()[0] for line in printed(print_table, columns, rows, keys=2, width=80)] == [
+        "rule",
+        "SLTT",
+        "2",
+        "BPTT",
+    ]
+    assert [line.split()[0] for line in printed(print_table, columns, rows, keys=2)] == [
+        "rule",
+        "SLTT",
+        "SLTT",
+        "BPTT",
+    ]
+
+
+def test_a_sentence_is_wrapped_between_words_and_a_command_in_one_piece():
+    command = f"spiketrain resume {RUN}"
+    text = f"not in the table: {RUN} (SLTT-1) is interrupted; {command}"
+    assert printed(say, text, whole=[command]) == [text]
+    assert printed(say, text, whole=[command], width=80) == [
+        f"not in the table: {RUN} (SLTT-1) is",
+        f"interrupted; {command}",
+    ]
+    assert printed(say, text, whole=[command], width=30) == [
+        "not in the table:",
+        RUN,
+        "(SLTT-1) is interrupted;",
+        command,
+    ]
+    assert printed(say, "see that `spiketrain sync` reaches it", width=16) == [
+        "see that",
+        "`spiketrain sync`",
+        "reaches it",
+    ]
+
+
+def test_after_a_label_lines_are_indented_and_what_is_too_long_is_not():
+    assert printed(say, "one two three", label="ok  ", width=12) == ["ok  one two", "    three"]
+    assert printed(say, "/a/long/path", label="run ", width=12, whole=["/a/long/path"]) == [
+        "run",
+        "/a/long/path",
+    ]
+
+
+def test_without_a_width_a_line_is_as_long_as_it_has_to_be():
+    text = "word " * NO_WIDTH + "end"
+    assert printed(say, text) == [text]
+    assert printed(print_table, ("rule", prose("claim")), [("SLTT", text)])[1] == f"SLTT  {text}"
+
+
+def test_names_and_values_stand_side_by_side():
+    fields = {"rule": "SLTT", "model.neuron.surrogate.width": "a b"}
+    assert printed(print_fields, fields) == [
+        "rule                          SLTT",
+        "model.neuron.surrogate.width  a b",
+    ]
+    assert printed(print_fields, fields, width=30) == [
+        "rule  SLTT",
+        "model.neuron.surrogate.width",
+        "      a b",
+    ]
+
+
+_WORDS = st.lists(st.text("ab/-", min_size=1, max_size=30), max_size=4).map(" ".join)
+
+
+@settings(deadline=None)
+@given(data=st.data(), width=st.integers(20, 100), keys=st.integers(1, 2))
+def test_no_word_is_broken_and_no_line_too_long_but_one_of_a_single_value(
+    data: st.DataObject, width: int, keys: int
+):
+    columns = [
+        Column(title, wraps=True)
+        for title in data.draw(st.lists(_WORDS, min_size=keys + 1, max_size=7))
+    ]
+    rows = data.draw(st.lists(st.tuples(*[_WORDS] * len(columns)), min_size=1, max_size=3))
+    lines = printed(print_table, columns, rows, keys=keys, width=width)
+    assert {word for line in lines for word in line.split()} == {
+        word
+        for cells in ([column.title for column in columns], *rows)
+        for cell in cells
+        for word in cell.split()
+    }
+    assert all(len(line) <= width or len(line.split()) == 1 for line in lines)
+
+
+@pytest.mark.parametrize("columns", ["80", None])
+def test_a_terminals_width_is_kept_to_and_a_pipe_has_none(tmp_path: Path, columns: str | None):
+    """Whatever the environment says of colours and columns."""
+    program = (
+        f"from pipeline.core.printing import new_console, say; say(new_console(), {'word ' * 40!r})"
+    )
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment.pop("COLUMNS", None)
+    if columns is not None:
+        environment |= {"COLUMNS": columns, "FORCE_COLOR": "1"}
+    words = [sys.executable, "-c", program]
+    assert (
+        subprocess.run(
+            words, env=environment, capture_output=True, check=True, text=True
+        ).stdout.count("\n")
+        == 1
+    )
+    ours, theirs = pty.openpty()
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    subprocess.run(words, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, check=True)
+    told = re.sub(rb"\x1b\[[0-9;]*m", b"", os.read(ours, 10_000)).decode().split("\r\n")
+    for each in (ours, theirs):
+        os.close(each)
+    assert [len(line) for line in told] == [79, 79, 39, 0]

@@ -1,0 +1,39 @@
+"""The value of a variable whose name says secret is in no text, however whoever refused it has
+quoted it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.core.secrets import is_secret, without_secrets
+
+QUOTED: dict[str, Callable[[str], str]] = {
+    "as it is": str,
+    "stripped": str.strip,
+    "in one line": lambda text: " ".join(text.split()),
+    "as text": repr,
+    "as bytes": lambda text: repr(text.encode("latin-1")),
+}
+
+
+@pytest.mark.parametrize("value", ["planted", "planted\n", "plan\nted", "plan\tté\r\n"])
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_it_is_named_and_not_said(monkeypatch: pytest.MonkeyPatch, value: str, quoted: str) -> None:
+    monkeypatch.setenv("A_TOKEN", value)
+    said = without_secrets(f"refused: {QUOTED[quoted](f'Bearer {value}')}")
+    assert "plan" not in said and "Bearer $A_TOKEN" in said
+
+
+def test_what_is_short_or_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("A_KEY", "to"), ("A_NAME", "planted"), ("A_PASSWORD", "")):
+        monkeypatch.setenv(name, value)
+    assert without_secrets("refused to planted") == "refused to planted"
+    assert [
+        name for name in ("aws_secret_access_key", "HF_TOKEN", "NCCL_DEBUG") if is_secret(name)
+    ] == [
+        "aws_secret_access_key",
+        "HF_TOKEN",
+    ]

@@ -1,0 +1,37 @@
+"""What importing FFCV must leave alone."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from ffcv.loader import epoch_iterator
+
+from pipeline.data.datasets.beton import Beton
+from pipeline.data.ffcv import api
+
+
+def test_reading_asks_for_no_cuda_stream_where_there_is_a_gpu(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader's thread starts on device 0: a stream there would cost every rank a context on
+    that card.
+    """
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("FFCV asked for CUDA")
+
+    monkeypatch.setattr(
+        epoch_iterator, "IS_CUDA", True
+    )  # as FFCV 1.0.2 sets it where torch finds a GPU
+    for name in ("current_stream", "stream", "Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    importlib.reload(api)
+    with (
+        Beton(photos, classes=2, size=32)
+        .train(seed=5, batch_size=12, micro_batch=12)
+        .epoch(0) as batches
+    ):
+        assert len(list(batches)) == 5

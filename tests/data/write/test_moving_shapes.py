@@ -1,0 +1,162 @@
+"""Moving shapes: their direction is neither in sums over time nor in any one moment, only in how
+moments follow each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.data.errors import DataError
+from pipeline.data.write.moving_shapes import CLASSES, SHAPES, Moving, reversal, seen
+from pipeline.data.write.recordings import Stream, frames
+
+
+def digest(stream: Stream) -> str:
+    arrays = (stream.t_N, stream.y_N, stream.x_N, stream.p_N)
+    return hashlib.sha256(b"".join(each.astype("<i8").tobytes() for each in arrays)).hexdigest()[
+        :16
+    ]
+
+
+def events(stream: Stream, begin: int, end: int) -> np.ndarray:
+    """Those from `begin` to `end`, in an order that does not depend on which comes first of two in
+    one microsecond: [N,4].
+    """
+    rows = np.stack([stream.t_N, stream.y_N, stream.x_N, stream.p_N], 1)
+    rows = rows[(rows[:, 0] >= begin) & (rows[:, 0] < end)]
+    return rows[np.lexsort(rows.T)]
+
+
+def place(counts_XX: np.ndarray) -> np.ndarray:
+    """Where the events are along the last dimension, as an angle on the ring of its pixels:
+    complex, whose angle it is.
+    """
+    return counts_XX @ np.exp(2j * np.pi * np.arange(counts_XX.shape[-1]) / counts_XX.shape[-1])
+
+
+def test_sixteen_classes_take_turns() -> None:
+    assert (
+        CLASSES[:5] == ["disc right", "disc left", "disc down", "disc up", "square right"]
+        and len(CLASSES) == 16
+    )
+    assert [Moving(number, 0).label for number in (0, 1, 15, 16, 35)] == [0, 1, 15, 0, 3]
+
+
+@pytest.mark.parametrize("number", range(16))
+def test_a_direction_is_the_exact_reversal_of_its_opposite_so_sums_over_time_are_the_same(
+    number: int,
+) -> None:
+    """The same draws played both ways: equal sums to the last count, so equally distributed over
+    all draws.
+    """
+    recording = Moving(number, 0)
+    shape, axis = recording.label // 4, recording.label % 4 // 2
+    forwards = recording.base(shape, axis)
+    backwards = reversal(forwards)
+    np.testing.assert_array_equal(frames(forwards, 1, 34), frames(backwards, 1, 34))
+    assert not np.array_equal(frames(forwards, 10, 34), frames(backwards, 10, 34))
+    np.testing.assert_array_equal(frames(forwards, 4, 34), frames(backwards, 4, 34)[::-1])
+    assert digest(reversal(backwards)) == digest(forwards)
+    is_reversed = recording.label % 2 == 1
+    played = recording.events()
+    expected = backwards if is_reversed else forwards
+    coin = int(played.p_N[0] ^ expected.p_N[0])
+    assert digest(played) == digest(expected._replace(p_N=expected.p_N ^ coin))
+
+
+def test_the_coin_is_fair_and_knows_nothing_of_the_direction() -> None:
+    coins: list[list[int]] = [[], []]
+    for number in range(320):
+        recording = Moving(number, 1)
+        coins[number % 2].append(
+            recording._draw(262, 2)
+        )  # without the recording: 262 is the coin's draw
+    for each in coins:
+        assert abs(np.mean(each) - 0.5) < 3 * 0.5 / np.sqrt(160)
+
+
+GIVEN: dict[str, Any] = {
+    "size": 34,
+    "radius": 6.5,
+    "across": 30.25,
+    "start": 20.125,
+    "speed": 150 / 1024,
+    "threshold": 0.3,
+}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_seen_depends_on_where_the_shape_is_and_not_on_when(shape: str, axis: int) -> None:
+    """To the event: 20 instants later the recording is that of a shape that started where this one
+    then is.
+    """
+    later = seen(shape, axis, **GIVEN | {"start": GIVEN["start"] + 20 * GIVEN["speed"]})
+    np.testing.assert_array_equal(
+        events(seen(shape, axis, **GIVEN), 20_000, 92_000) - [20_000, 0, 0, 0],
+        events(later, 0, 72_000),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sensor_has_no_ends_so_no_place_is_special(shape: str) -> None:
+    """A shape that starts k pixels further on gives the same events, k pixels further on, round the
+    sensor.
+    """
+    moved = seen(shape, 0, **GIVEN | {"start": GIVEN["start"] + 11, "across": GIVEN["across"] - 7})
+    still = frames(seen(shape, 0, **GIVEN), 92, 34)
+    np.testing.assert_array_equal(frames(moved, 92, 34), np.roll(still, (-7, 11), (2, 3)))
+    assert (
+        still[:, :, :, 0].any()
+        and still[:, :, :, 33].any()
+        and still[:, :, 0].any()
+        and still[:, :, 33].any()
+    )
+
+
+def test_neither_place_nor_counts_of_any_slice_tell_the_direction() -> None:
+    """Slice by slice, of 320 recordings to the right; those to the left are their reversals, slice
+    9 - j for slice j.
+
+    Place: with z = exp(2 pi i place / 34), 320 |mean z|^2 is exponentially distributed with mean 1
+    where places are uniform, so above 10 once in 22,000 times. Counts, on and off: between two
+    slices the means differ by less than 4 standard errors."""
+    many = 320
+    seen_NJPHW = np.stack(
+        [frames(Moving(number, 1).base(number % 4, 0), 10, 34) for number in range(many)]
+    )
+    z_NJ = np.exp(1j * np.angle(place(seen_NJPHW.sum((2, 3)))))
+    assert (many * np.abs(z_NJ.mean(0)) ** 2).max() < 10
+    differ_NJP = (seen_NJPHW - seen_NJPHW[:, ::-1]).sum((3, 4))[:, :5]
+    assert (np.abs(differ_NJP.mean(0)) < 4 * differ_NJP.std(0) / np.sqrt(many)).all()
+
+
+def test_the_shape_goes_where_its_class_says() -> None:
+    for direction, (axis, sign) in enumerate(((3, 1), (3, -1), (2, 1), (2, -1))):
+        for number in range(direction, 64, 16):
+            seen_JPHW = frames(Moving(number, 0).events(), 10, 34)
+            early, late = (
+                place(seen_JPHW[part].sum((0, 1, 5 - axis))) for part in (slice(0, 3), slice(7, 10))
+            )
+            way = np.angle(late / early) * 34 / (2 * np.pi)  # the shorter way round
+            assert 6 < sign * way < 14, CLASSES[number % 16]  # seven tenths of 10 to 18.3 pixels
+
+
+def test_a_recording_is_a_function_of_seed_part_and_number() -> None:
+    assert digest(Moving(5, 0).events()) == digest(Moving(5, 0).events()) == "f7d69df499d7df26"
+    others = {
+        digest(each.events())
+        for each in (Moving(5, 0), Moving(21, 0), Moving(5, 1), Moving(5, 0, content_seed=1))
+    }
+    assert len(others) == 4
+
+
+def test_the_sensor_may_be_larger_and_not_too_small() -> None:
+    stream = Moving(0, 0, size=48).events()
+    assert stream.sensor == (48, 48) and stream.x_N.max() < 48
+    with pytest.raises(DataError, match="size must be 16 or more pixels; got 8"):
+        Moving(0, 0, size=8)

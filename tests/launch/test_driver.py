@@ -1,0 +1,341 @@
+"""Whatever becomes of what shows a run, it trains to its end, and MLflow is told."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.core.errors import UserError
+from pipeline.launch import driver as driving
+from pipeline.launch.base import LaunchError, WorkersEnded
+from pipeline.launch.driver import drive
+from pipeline.launch.signals import StopRequest
+from pipeline.track.journal import Event, Follower, Journal, read
+from pipeline.train.checkpoint import owner_of, place_at
+from pipeline.train.checkpoint.folder import Folder
+from pipeline.train.guards import storage
+from pipeline.train.guards.deaths import note_death
+from pipeline.train.job import STOP, Job
+
+START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
+
+
+class Mirror:
+    """Stands for MLflow's: whether the last one was closed."""
+
+    is_closed = False
+
+    def __init__(self, run: Path, **about: Any) -> None:
+        type(self).is_closed = False
+
+    def close(self, timeout: float) -> bool:
+        type(self).is_closed = True
+        return True
+
+
+class Launcher:
+    """Trains for three steps, and says so in the journal; `meanwhile` happens after each."""
+
+    workers = 1
+
+    def __init__(self, meanwhile: Callable[[int], None] = lambda step: None) -> None:
+        self.meanwhile = meanwhile
+
+    def run(self, job: Job, attempt: str) -> dict[str, Any]:
+        with Journal(Path(job.run) / "journal.jsonl", attempt=0) as journal:
+            journal.event("start", **START)
+            for step in range(1, 4):
+                time.sleep(0.06)
+                self.meanwhile(step)
+                journal.event("evaluation", step=step, epoch=0, metrics={})
+            journal.event("finish", steps=3)
+        return {"steps": 3}
+
+
+@pytest.fixture
+def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any] | None]:
+    """`drive` of a run in `tmp_path`, on a console over a file."""
+    monkeypatch.setattr(driving, "POLL_S", 0.01)
+    monkeypatch.setattr(driving, "Mirror", Mirror)
+    monkeypatch.setattr(driving, "commit", lambda: "c")
+    job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
+
+    def run(file: Any, launcher: Launcher | None = None) -> dict[str, Any] | None:
+        about = {"uri": "sqlite:///nowhere.db", "resume_command": "spiketrain resume run"}
+        return drive(job, launcher or Launcher(), Console(file=file, width=200), **about)  # type: ignore[arg-type]
+
+    return run
+
+
+class Lost(io.StringIO):
+    """Takes no more once it has taken the line of the start; `error` says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error, self.refused = error, 0
+
+    def write(self, text: str) -> int:
+        if "start " in self.getvalue():
+            self.refused += 1
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        OSError(errno.EIO, "gone"),
+    ],
+    ids=["a full disk", "a pipe that nobody reads", "a terminal that is gone"],
+)
+def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_shown(
+    driven: Callable[..., Any], capfd: pytest.CaptureFixture[str], error: OSError
+) -> None:
+    file = Lost(error)
+    assert driven(file) == {"steps": 3} and Mirror.is_closed
+    assert file.refused == 1 and "evaluation" not in file.getvalue()
+    said = f"shown no more: {error.strerror}; training goes on, and its journal has everything\n"
+    assert capfd.readouterr().err == said
+
+
+FULL = """
+import sys
+from rich.console import Console
+from pipeline.launch.terminal import outlive
+console = Console()
+outlive(console)
+console.print("x" * 100)
+print("the table at the end")
+sys.exit(130)
+"""
+
+
+def test_on_a_full_disk_the_exit_status_stays() -> None:
+    """Python itself ends with 120 where it cannot write the rest of what was printed."""
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", FULL], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (ended.returncode, ended.stderr.count("\n")) == (
+        130,
+        1,
+    ) and "No space left on device" in ended.stderr
+
+
+def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
+    driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poll, failed = Follower.poll, []
+
+    def stale(self: Follower, **about: Any) -> list[Event]:
+        if self.offset and len(failed) < 3:
+            failed.append(self)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return poll(self, **about)
+
+    monkeypatch.setattr(Follower, "poll", stale)
+    file = io.StringIO()
+    assert driven(file) == {"steps": 3} and Mirror.is_closed and len(failed) == 3
+    assert file.getvalue().count("the journal cannot be read (Stale file handle)") == 1
+    assert [f"evaluation after step {step}" in file.getvalue() for step in (1, 2, 3)] == [True] * 3
+
+
+def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
+    driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(self: Any, event: Event) -> None:
+        raise KeyError("top1")
+
+    monkeypatch.setattr("pipeline.launch.progress.Watch._on_evaluation", mistaken)
+    file = io.StringIO()
+    assert driven(file) == {"steps": 3} and Mirror.is_closed
+    assert (
+        file.getvalue().count("shown no more (KeyError: 'top1')") == 1
+        and "finished" not in file.getvalue()
+    )
+
+
+def test_a_launcher_that_fails_on_a_lost_terminal_leaves_mlflow_told(
+    driven: Callable[..., Any],
+) -> None:
+    def fail(step: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        driven(Lost(OSError(errno.ENOSPC, "No space left on device")), Launcher(fail))
+    assert Mirror.is_closed
+
+
+def test_workers_that_have_hung_are_named_with_their_stacks_in_the_place_of_a_lost_connection(
+    driven: Callable[..., Any], tmp_path: Path
+) -> None:
+    """And the journal has what ended the others; no attempt is left to tell it."""
+
+    def hang(*ranks: int) -> Callable[[int], None]:
+        def end(step: int) -> None:
+            note_death(tmp_path, worker=2, error="KeyError: 'cable'")
+            (tmp_path / "stacks").mkdir(exist_ok=True)
+            for rank in ranks:
+                (tmp_path / "stacks" / f"rank{rank}-20260105-120000.txt").write_text(
+                    "Timeout (0:30:00)!"
+                )
+            raise WorkersEnded("worker 0: Connection closed by peer")
+
+        return end
+
+    stacks = [f"{tmp_path}/stacks/rank{rank}-20260105-120000.txt" for rank in range(2)]
+    said = (
+        "or one that was waited for: no sign of life for too long (--hang-minutes); what its"
+        " threads were at is in"
+    )
+    for ranks, line in (
+        ((1,), f"worker 1, {said} {stacks[1]}"),
+        ((), "worker 0: Connection closed by peer"),  # and what hung before is told
+        ((0, 1), f"worker 0, {said} {stacks[0]}"),
+    ):
+        with pytest.raises(LaunchError, match=f"^{re.escape(line)}$"):
+            driven(io.StringIO(), Launcher(hang(*ranks)))
+    told = [
+        (event["event"], event["worker"])
+        for event in read(tmp_path / "journal.jsonl")
+        if event["event"] in ("hung", "died")
+    ]
+    assert told == [("hung", 1), ("died", 2), ("died", 2), ("hung", 0), ("died", 2)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (WorkersEnded("worker 2: it is full", is_for_the_user=True), UserError),
+        (LaunchError("no place"), LaunchError),
+    ],
+)
+def test_another_end_keeps_its_line_and_the_journal_is_told_of_workers_all_the_same(
+    driven: Callable[..., Any], tmp_path: Path, failure: LaunchError, kind: type[Exception]
+) -> None:
+    def end(step: int) -> None:
+        note_death(tmp_path, worker=2, error="OSError: it is full")
+        (tmp_path / "stacks").mkdir()
+        (tmp_path / "stacks" / "rank1-20260105-120000.txt").write_text("Timeout (0:30:00)!")
+        raise failure
+
+    with pytest.raises(kind, match=f"^{failure}$"):
+        driven(io.StringIO(), Launcher(end))
+    told = [
+        (event["event"], event["worker"])
+        for event in read(tmp_path / "journal.jsonl")
+        if event["event"] in ("hung", "died")
+    ]
+    assert told == [("hung", 1), ("died", 2)]
+
+
+def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_with(
+    driven: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(step: int) -> None:
+        note_death(tmp_path, worker=2, error="KeyError: 'cable'")
+        monkeypatch.setattr(Journal, "event", full)
+        raise LaunchError("worker 2: 'cable'")
+
+    def full(*given: Any, **about: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(LaunchError, match=r"^worker 2: 'cable'") as ended:
+        driven(io.StringIO(), Launcher(end))
+    assert ended.value.__notes__ == [
+        "the journal could not be told of it: [Errno 28] No space left on device"
+    ]
+
+
+def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
+    driven: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failed, there = Path.write_text, [], []
+
+    def away(self: Path, text: str, *more: Any) -> int:
+        if self.name == STOP and len(failed) < 2:
+            failed.append(text)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return write(self, text, *more)
+
+    def ask(step: int) -> None:
+        if step > 1:
+            return
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while not there and time.monotonic() < deadline:
+            there.extend(tmp_path.glob(STOP))
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Path, "write_text", away)
+    file = io.StringIO()
+    driven(file, Launcher(ask))
+    assert failed == ["SIGTERM"] * 2 and [path.read_text() for path in there] == ["SIGTERM"]
+    assert file.getvalue().count("SIGTERM: saving after this step; once more to stop at once") == 1
+
+
+def test_at_once_is_at_once_where_nothing_can_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python refuses a write in the middle of another one to the same stream."""
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def reentrant(line: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    request = StopRequest(tmp_path, reentrant)
+    request.hear(signal.SIGTERM)
+    assert (tmp_path / STOP).read_text() == "SIGTERM" and ended == []
+    with pytest.raises(RuntimeError):
+        request.hear(signal.SIGTERM)
+    assert ended == [130]
+
+
+def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, failed, said = Folder.read, list[str](), list[str]()
+
+    def away(self: Folder, file: str) -> bytes:
+        if len(failed) < 2:
+            failed.append(file)
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, file)
+
+    monkeypatch.setattr(Folder, "read", away)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    job = Job(
+        run=str(tmp_path / "run"),
+        study="s",
+        data_fingerprint="d",
+        commit="c",
+        recipe={},
+        run_id="r",
+    )
+    assert (
+        driving._owning(job, said.append) is job and failed == []
+    )  # its folder's locks are enough
+    place = tmp_path / "elsewhere"
+    tokens = [
+        driving._owning(replace(job, checkpoints=str(place)), said.append).place_token
+        for _ in range(2)
+    ]
+    assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
+    owner = owner_of(place_at(str(place), tmp_path))
+    assert owner is not None and tokens[1] == owner.token != tokens[0]  # a token of each start

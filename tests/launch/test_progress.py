@@ -1,0 +1,372 @@
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.core.printing import NO_WIDTH
+from pipeline.launch.progress import Watch
+
+START = {
+    "event": "start",
+    "time": 1000.0,
+    "attempt": 0,
+    "rule": "SLTT",
+    "study": "0123456789abcdef",
+    "commit": "abc",
+    "world_size": 2,
+    "step": 0,
+    "total_steps": 100,
+    "epochs": 4,
+    "batch_size": 64,
+}
+
+
+def step(number: int, **metrics: Any) -> dict[str, Any]:
+    values = {"loss": 1.2345, "top1": 0.25, "images_per_s": 12345.6, **metrics}
+    return {
+        "event": "step",
+        "time": 1000.0 + number,
+        "attempt": 0,
+        "step": number,
+        "epoch": 1,
+        "metrics": values,
+        "memory_bytes": 3.2e8,
+    }
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watch(*, terminal: bool = False, width: int = 60) -> tuple[Watch, io.StringIO, Clock]:
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH)
+    command = "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
+    return (
+        Watch(
+            console,
+            run_dir="/runs/[b]a",
+            store="sqlite:////runs/mlflow.db",
+            resume_command=command,
+            clock=clock,
+        ),
+        out,
+        clock,
+    )
+
+
+def test_what_can_be_copied_is_printed_at_once_and_whole():
+    _, out, _ = watch()
+    assert out.getvalue().splitlines() == [
+        "run     /runs/[b]a",
+        "mlflow  sqlite:////runs/mlflow.db",
+        "resume  spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody",
+        "waiting for the workers, which import torch and build the network",
+    ]
+
+
+def test_plain_lines_come_every_ten_seconds():
+    view, out, clock = watch()
+    out.truncate(0)
+    view.show([START])
+    for number in range(1, 26):
+        clock.now = float(number)
+        view.show([step(number)])
+    lines = out.getvalue().lstrip("\0").splitlines()
+    assert (
+        lines[0] == "start   SLTT on 2 workers, 100 steps of 64 samples, study 01234567, commit abc"
+    )
+    assert lines[1] == "waiting for the first batch, which compiles what reads the data"
+    assert [line.split()[1] for line in lines[2:]] == ["1/100", "11/100", "21/100"]
+    assert (
+        lines[2]
+        == "step 1/100  epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB  0:01:39 left"
+    )
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_the_time_that_is_left_has_no_start_up_in_it():
+    view, out, _ = watch()
+    view.show([START, {"event": "first_batch", "time": 1030.0, "step": 1, "startup_s": 42.0}])
+    view.show([{**step(11), "time": 1040.0}])
+    lines = out.getvalue().splitlines()
+    assert lines[-2] == "started after 42 s: imports, compilation and the first batch are done"
+    assert lines[-1].endswith("  0:01:29 left")
+
+
+def test_of_many_steps_at_once_the_newest_is_drawn():
+    view, out, _ = watch()
+    view.show([START, *(step(number) for number in range(1, 50))])
+    assert re.findall(r"step (\d+)/100", out.getvalue()) == ["49"]
+
+
+def test_everything_else_is_a_line_of_its_own_at_once():
+    view, out, clock = watch()
+    view.show([START, step(10)])
+    out.truncate(0)
+    clock.now = 1.0
+    metrics = {"top1": 0.5, "top5": 1, "loss": "nan", "firing_rate": 0.1}
+    view.show(
+        [
+            {"event": "evaluation", "step": 10, "epoch": 0, "metrics": metrics},
+            {
+                "event": "checkpoint",
+                "step": 10,
+                "path": "x",
+                "stall_s": 0.01,
+                "write_s": 0.25,
+                "bytes": 12_300_000,
+            },
+            {
+                "event": "quarantine",
+                "path": "checkpoints/step_00000008",
+                "reason": "sha256 of [trainer.json] differs",
+            },
+            {
+                "event": "unwritten",
+                "step": 9,
+                "error": "checkpoint after step 9 was not written: Input/output error",
+            },
+            {"event": "waiting", "what": "a place for 2 workers", "most_s": 3600.0},
+            {
+                "event": "waiting",
+                "what": "storage",
+                "error": "[Errno 116] Stale file handle",
+                "most_s": 600.0,
+            },
+            {"event": "undeleted", "step": 10, "error": "PermissionError: Access Denied"},
+            {"event": "preempted", "step": 11, "machines": ["a", "b"], "seconds_left": 59.6},
+            {"event": "preempted", "step": 12, "machines": ["a"], "seconds_left": None},
+            {"event": "skipped", "step": 7, "reason": "loss is nan", "samples": 64},
+            {
+                "event": "skipped",
+                "step": 7,
+                "epoch": 0,
+                "reason": "its loss is nan",
+                "samples": 64,
+                "advice": "lower it",
+            },
+            {
+                "event": "rollback",
+                "step": 8,
+                "epoch": 0,
+                "reason": "its loss is nan",
+                "to": 6,
+                "advice": "lower it",
+            },
+            {"event": "failed", "error": "RuntimeError: worker died"},
+            {"event": "hung", "worker": 1, "stacks": "stacks/rank1-20260105-120000.txt"},
+            {"event": "died", "worker": 1, "error": "KeyError: 'cable'"},
+            {**START, "attempt": 1, "step": 8, "world_size": 1},
+            {"event": "invented", "step": 1},
+            {"event": "stopped", "step": 12, "reason": "asked to stop"},
+            {"event": "finish", "step": 100, "steps": 100, "wall_s": 34.5, "top1": 0.61},
+        ]
+    )
+    assert out.getvalue().lstrip("\0").splitlines() == [
+        (
+            "evaluation after step 10 (epoch 1): top-1 50.00%, top-5 100.00%, loss nan, firing"
+            " rate 0.1"
+        ),
+        "checkpoint at step 10: 12.3 MB in 0.25 s, training stood still for 0.01 s",
+        "quarantined checkpoints/step_00000008: sha256 of [trainer.json] differs",
+        "checkpoint after step 9 was not written: Input/output error; another is begun at once",
+        "a place for 2 workers is waited for, for up to 3,600 s",
+        "storage is waited for, for up to 600 s: [Errno 116] Stale file handle",
+        (
+            "checkpoint at step 10 is whole; an older one could not be deleted: PermissionError:"
+            " Access Denied"
+        ),
+        "2 machines are taken away in 60 s: a checkpoint at step 11 is begun",
+        "1 machine is taken away soon: a checkpoint at step 12 is begun",
+        "skipped batch 7 of 64 samples: loss is nan",
+        "skipped batch 7 (epoch 1) of 64 samples: its loss is nan; lower it",
+        "batch 8 (epoch 1): its loss is nan; back to step 6; lower it",
+        "failed: RuntimeError: worker died",
+        "worker 1 gave no sign of life: what it was at is in stacks/rank1-20260105-120000.txt",
+        "worker 1 ended: KeyError: 'cable'",
+        "start 2: goes on at step 8/100 on 1 worker",
+        "waiting for the first batch, which compiles what reads the data",
+        "stopped after step 12: asked to stop",
+        "finished: 100 steps in 34.5 s, top-1 61.00%",
+    ]
+    clock.now = 20.0
+    view.show([step(13)])
+    assert "top-1 25.00% (val 50.00%)" in out.getvalue()
+
+
+def test_time_left_counts_from_this_start():
+    view, out, _ = watch()
+    view.show([{**START, "step": 50, "attempt": 1, "time": 1050.0}, step(60)])
+    assert "0:00:40 left" in out.getvalue()
+
+
+def test_nan_and_missing_values():
+    view, out, _ = watch()
+    view.show(
+        [
+            {**START, "total_steps": None, "epochs": None},
+            step(1, loss="nan", top1=None, images_per_s="inf"),
+        ]
+    )
+    assert "inf images/s  loss nan  top-1 -" in out.getvalue()
+    view.show([{"event": "step", "time": 1.0, "attempt": 0, "step": 2}])
+    view.show([{"event": "finish"}])
+    view.close()
+
+
+def test_a_terminal_gets_a_bar_and_lines_above_it():
+    view, out, _ = watch(terminal=True, width=200)
+    view.show([START, step(25)])
+    assert view._bar is not None
+    task = view._bar.tasks[0]
+    assert (task.completed, task.total) == (25, 100)
+    assert task.fields["text"] == "epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB"
+    view.show([{**START, "attempt": 1, "step": 20}])
+    assert (task.completed, task.total) == (20, 100)
+    view.show(
+        [
+            {
+                "event": "checkpoint",
+                "step": 20,
+                "path": "x",
+                "stall_s": 0.01,
+                "write_s": 0.25,
+                "bytes": 1,
+            }
+        ]
+    )
+    view.show([{"event": "evaluation", "step": 20, "epoch": 0, "metrics": {"top1": 0.5}}])
+    view.show([{"event": "finish", "steps": 100, "wall_s": 1.0, "top1": 0.5}])
+    assert task.completed == 100
+    view.close()
+    view.close()
+    text = out.getvalue()
+    assert "evaluation after step 20 (epoch 1): top-1 50.00%" in text
+    assert "checkpoint" not in text
+    assert text.count("step 25/100") == 0
+    assert "\x1b[?25h" in text  # the cursor is given back
+
+
+@pytest.mark.parametrize(
+    ("width", "told"), [(60, "epoch 2/4"), (80, "12,346 images/s"), (120, "320 MB")]
+)
+def test_a_narrow_terminal_shows_what_it_has_room_for_and_cuts_nothing(width: int, told: str):
+    view, out, _ = watch(terminal=True, width=width)
+    view.show([{**START, "rule": "SLTT-1", "total_steps": 14_070}, step(25)])
+    assert view._bar is not None
+    view._bar.refresh()
+    view.close()
+    assert told in out.getvalue() and "…" not in out.getvalue()
+
+
+def test_closing_before_anything_happened():
+    view, _, _ = watch(terminal=True)
+    view.close()
+
+
+def test_a_run_of_several_tasks_tells_each_of_them():
+    view, out, _ = watch()
+    out.truncate(0)
+    metrics = {"top1": 0.8, "top1_a": 0.7, "top1_b": 0.9, "bwt": -0.125}
+    view.show(
+        [
+            START,
+            {
+                "event": "phase",
+                "step": 50,
+                "phase": 1,
+                "of": 2,
+                "name": "b",
+                "steps": 50,
+                "head": 1,
+            },
+            {"event": "evaluation", "step": 100, "epoch": 1, "metrics": metrics},
+            {
+                "event": "finish",
+                "step": 100,
+                "steps": 100,
+                "wall_s": 5.0,
+                "top1": 0.8,
+                "bwt": -0.125,
+            },
+        ]
+    )
+    lines = out.getvalue().splitlines()
+    assert "phase 2/2, b: from step 50, 50 steps, head 1" in lines
+    assert "evaluation after step 100 (epoch 2): top-1 80.00%, BWT -12.50%" in lines
+    assert "each task: a 70.00%, b 90.00%" in lines
+    assert "finished: 100 steps in 5 s, top-1 80.00%, BWT -12.50%" in lines
+
+
+def test_a_run_that_diverged_on_its_way_says_so_where_it_ends() -> None:
+    view, out, _ = watch()
+    ended = {"event": "finish", "step": 8, "steps": 8, "wall_s": 17.6, "top1": 0.3333}
+    view.show(
+        [
+            {**ended, "rollbacks": 2, "skipped_batches": 6},
+            {**ended, "rollbacks": 1, "skipped_batches": 0},
+        ]
+    )
+    whole = "finished: 8 steps in 17.6 s, top-1 33.33%"
+    assert out.getvalue().splitlines()[-2:] == [
+        f"{whole}; its training diverged and went back 2 times",
+        whole,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "measured", "said"),
+    [
+        ("none", {}, "not measured on a CPU"),
+        ("H100", {}, "not measured: no card told it"),
+        (
+            "H100",
+            {"measured_j": 2.1e-3},
+            "2.1 mJ measured on the whole card, idle power and waits for data included",
+        ),
+    ],
+)
+def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(
+    gpu: str, measured: dict[str, float], said: str
+):
+    view, out, _ = watch()
+    inference = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
+    view.show(
+        [
+            {**START, "hardware": {"gpu": gpu}},
+            {"event": "finish", "steps": 100, "wall_s": 5.0, "inference": inference},
+        ]
+    )
+    assert f"an inference: 14.3 µJ estimated (45 nm, fp32), {said}" in out.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        (
+            "H100",
+            ["cores   8 for each GPU, 6 loader threads (--cpus-per-worker, --loader-threads)"],
+        ),
+        ("none", []),
+    ],
+)
+def test_what_a_worker_with_a_gpu_gets_is_said(gpu: str, said: list[str]) -> None:
+    view, out, _ = watch(width=200)
+    view.show([{**START, "hardware": {"gpu": gpu, "threads": 8}, "loader_threads": 6}])
+    assert [line for line in out.getvalue().splitlines() if line.startswith("cores")] == said
+
+
+def test_a_wait_for_data_is_a_line() -> None:
+    view, out, _ = watch(width=200)
+    view.show([START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}])
+    said = (
+        "training waits for data 34.50% of the time: take more --loader-threads, now 1, and more"
+        " --cpus-per-worker"
+    )
+    assert out.getvalue().splitlines()[-1] == said

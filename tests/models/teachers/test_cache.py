@@ -1,0 +1,120 @@
+"""Answers on disk: exact, written by several at a time, whole after a death, refused where damaged
+or too many.
+"""
+
+# B batch, K classes
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.models.teachers.cache import Cache, Kept, record
+
+K = 5
+
+
+def kept(folder: Path, *, rank: int = 0, storage: Any = "fp32") -> Kept:
+    return Kept(folder, classes=K, storage=storage, rank=rank)
+
+
+def answers(first: int, count: int) -> tuple[Tensor, Tensor]:
+    index_B = torch.arange(first, first + count)
+    return index_B, torch.randn(count, K, generator=torch.Generator().manual_seed(first))
+
+
+def test_what_was_written_is_read_to_the_bit_in_any_order(tmp_path: Path) -> None:
+    index_B, logits_BK = answers(10, 6)
+    assert torch.equal(kept(tmp_path).add(3, index_B, logits_BK), logits_BK)
+    order = torch.tensor([4, 0, 2])
+    found = kept(tmp_path).find(3, index_B[order])
+    assert found is not None and torch.equal(found, logits_BK[order])
+
+
+def test_another_epoch_another_sample_or_a_part_of_a_batch_is_not_known(tmp_path: Path) -> None:
+    kept(tmp_path).add(3, *answers(10, 6))
+    reader = kept(tmp_path)
+    assert reader.find(4, torch.tensor([10])) is None
+    assert reader.find(3, torch.tensor([9])) is None
+    assert reader.find(3, torch.tensor([10, 16])) is None
+    assert reader.find(3, torch.tensor([10, 15])) is not None
+
+
+def test_several_write_at_one_time(tmp_path: Path) -> None:
+    one, other = kept(tmp_path), kept(tmp_path, rank=1)
+    for first in (0, 4):
+        one.add(0, *answers(first, 2))
+        other.add(0, *answers(first + 2, 2))
+    found = kept(tmp_path).find(0, torch.arange(8))
+    assert found is not None
+    assert torch.equal(found, torch.cat([answers(first, 2)[1] for first in (0, 2, 4, 6)]))
+
+
+def test_what_a_death_left_half_written_is_not_read(tmp_path: Path) -> None:
+    kept(tmp_path).add(0, *answers(0, 4))
+    (file,) = tmp_path.iterdir()
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 7)
+    reader = kept(tmp_path)
+    assert reader.find(0, torch.arange(4)) is None
+    assert reader.find(0, torch.arange(3)) is not None
+    reader.add(0, *answers(0, 4))  # in a file of its own
+    assert kept(tmp_path).find(0, torch.arange(4)) is not None
+
+
+def test_a_damaged_answer_is_refused(tmp_path: Path) -> None:
+    kept(tmp_path).add(0, *answers(0, 4))
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    reader = kept(tmp_path)
+    assert reader.find(0, torch.arange(3)) is not None
+    with pytest.raises(ValueError, match=r"record 3 of .* it is damaged: delete the file"):
+        reader.find(0, torch.arange(4))
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_rounded_answers_are_the_same_the_first_time(
+    tmp_path: Path, storage: str, dtype: torch.dtype
+) -> None:
+    index_B, logits_BK = answers(0, 4)
+    first = kept(tmp_path, storage=storage).add(0, index_B, logits_BK)
+    again = kept(tmp_path, storage=storage).find(0, index_B)
+    assert again is not None and torch.equal(first, again)
+    assert torch.equal(first, logits_BK.to(dtype).float())
+    assert record(K, storage).itemsize == 16 + 2 * K  # type: ignore[arg-type]
+
+
+def test_a_run_that_would_not_fit_is_refused_before_it_begins(tmp_path: Path) -> None:
+    mine, others = tmp_path / "mine", tmp_path / "others"
+    size = record(K, "fp32").itemsize
+    kept(mine).add(0, *answers(0, 4))
+    kept(others).add(0, *answers(0, 6))
+    for answers_planned, limit, fits in (
+        (4, 10.5, True),
+        (4, 9.5, False),
+        (8, 14.5, True),
+        (8, 13.5, False),
+    ):
+        cache = Cache(folder=tmp_path, limit_gb=limit * size / 1e9)
+        if fits:
+            cache.check(mine, answers=answers_planned, classes=K)
+        else:
+            with pytest.raises(
+                ValueError, match=r"Cache: .* must hold .* GB, .* there already, .*; got limit_gb="
+            ):
+                cache.check(mine, answers=answers_planned, classes=K)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [({"limit_gb": 0.0}, "limit_gb"), ({"limit_gb": 1.0, "storage": "int8"}, "storage")],
+)
+def test_refuses(kwargs: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Cache(folder=Path("x"), **kwargs)

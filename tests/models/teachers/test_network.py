@@ -1,0 +1,96 @@
+"""A network of this pipeline as a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.models.mlp import mlp
+from pipeline.models.teachers.network import NetworkTeacher, network_teacher
+from pipeline.recipe.recipe import spec
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.state import fresh_state
+
+
+def teacher(file: Path, *, hidden: Any = (8,), classes: int = 10, **more: Any) -> NetworkTeacher:
+    model = spec(mlp, in_features=64, hidden=hidden, classes=classes)
+    return spec(network_teacher, model=model, weights=str(file), time_steps=3, **more).build(
+        Synthetic(shape=(1, 8, 8))
+    )
+
+
+def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path: Path) -> None:
+    network = mlp(in_features=64, hidden=(8,))
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    x_BCHW = torch.randn(4, 1, 8, 8)
+    with torch.no_grad(), fresh_state(network):
+        wanted = network(repeat(x_BCHW, 3)).mean(0)
+    found = teacher(tmp_path / "model.safetensors")
+    assert torch.equal(found(x_BCHW), wanted)
+    assert torch.equal(found(x_BCHW), wanted)  # the membranes begin anew
+    assert not any(p.requires_grad for p in found.parameters())
+    with fresh_state(found):  # as `evaluate` opens it to know the teacher's own accuracy
+        assert torch.equal(found(x_BCHW), wanted)
+        with pytest.raises(ValueError, match="leave the first fresh_state"):
+            found(x_BCHW)
+
+
+def test_in_bf16_it_answers_in_fp32_and_nearly_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(mlp(in_features=64, hidden=(8,)).state_dict(), file)
+    x_BCHW = torch.randn(16, 1, 8, 8)
+    full, half = teacher(file), teacher(file, precision="bf16")
+    found, in_full = half(x_BCHW), full(x_BCHW)
+    assert found.dtype == torch.float32 and not torch.equal(found, in_full)
+    assert (found - in_full).abs().mean() < 0.1 * in_full.std()
+    assert half.identity() != full.identity()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as around a student in bf16
+        assert torch.equal(half(x_BCHW), found) and torch.equal(full(x_BCHW), in_full)
+
+
+def test_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(mlp(in_features=64, hidden=(8,)).state_dict(), file)
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"network_teacher: the weights in .* must fit the model to the last key; got .* shape"
+        ),
+    ):
+        teacher(file, hidden=(9,))
+    save_file(mlp(in_features=64, hidden=(8,), classes=3).state_dict(), file)
+    with pytest.raises(
+        ValueError, match="network_teacher: model and data must have the same classes; got 3 and 10"
+    ):
+        teacher(file, classes=3)
+    other = tmp_path / "other.safetensors"
+    save_file(mlp(in_features=63, hidden=(8,)).state_dict(), other)
+    part = spec(
+        network_teacher,
+        model=spec(mlp, in_features=63, hidden=(8,)),
+        weights=str(other),
+        time_steps=3,
+    )
+    for said, refused in (
+        (
+            r"network_teacher: the model must take the data's samples, 1 x 8 x 8; it does not",
+            lambda: part.build(Synthetic(shape=(1, 8, 8))),
+        ),
+        (
+            "network_teacher: time_steps must be a whole number >= 1; got time_steps=0",
+            lambda: spec(network_teacher, model=spec(mlp), weights="any", time_steps=0).build(
+                Synthetic(shape=(1, 8, 8))
+            ),
+        ),
+        (
+            "shows no features, so no probe can be fitted",
+            lambda: NetworkTeacher(mlp(), time_steps=1, cache=None).features(torch.zeros(1)),
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused()

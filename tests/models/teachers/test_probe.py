@@ -1,0 +1,85 @@
+"""The probe against scikit-learn, its optimality condition, and the order of its samples."""
+
+# N samples, D features, K classes
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from pipeline.models.teachers import probe as module
+from pipeline.models.teachers.probe import Probe
+
+
+def data(samples: int = 120, features: int = 7, classes: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    target_N = torch.randint(classes, (samples,), generator=generator)
+    centres = torch.randn(classes, features, generator=generator)
+    scale = torch.logspace(-3, 2, features)  # standardised away
+    return (
+        centres[target_N] + 1.5 * torch.randn(samples, features, generator=generator)
+    ) * scale + 5 * scale, target_N
+
+
+def test_it_is_the_minimum_that_scikit_learn_finds() -> None:
+    x_ND, target_N = data()
+    head = Probe(l2=0.01).fit(x_ND, target_N, 4)
+    z_ND = (x_ND.double() - x_ND.double().mean(0)) / x_ND.double().std(0, correction=0)
+    peer = LogisticRegression(C=1 / (0.01 * len(z_ND)), tol=1e-10, max_iter=10_000).fit(
+        z_ND.numpy(), target_N.numpy()
+    )
+    wanted = peer.predict_proba(z_ND.numpy())
+    assert np.abs(head(x_ND).softmax(-1).numpy() - wanted).max() < 1e-4
+
+
+def test_the_gradient_of_its_loss_is_zero() -> None:
+    """In the standardised features, whose mean and variance are folded into the head's weights."""
+    x_ND, target_N = data()
+    head = Probe(l2=0.01).fit(x_ND, target_N, 4)
+    mean_D, std_D = x_ND.double().mean(0), x_ND.double().std(0, correction=0)
+    w_KD = (head.weight.double() * std_D).requires_grad_()
+    b_K = (head.bias.double() + head.weight.double() @ mean_D).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(
+        (x_ND.double() - mean_D) / std_D @ w_KD.T + b_K, target_N
+    )
+    for gradient in torch.autograd.grad(loss + 0.005 * w_KD.square().sum(), (w_KD, b_K)):
+        assert float(gradient.abs().max()) < 1e-5
+
+
+def test_neither_the_order_nor_a_generator_decides_it() -> None:
+    x_ND, target_N = data()
+    order = torch.randperm(len(x_ND))
+    before = torch.get_rng_state()
+    one = Probe().fit(x_ND, target_N, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.weight, Probe().fit(x_ND, target_N, 4).weight)
+    assert torch.allclose(one(x_ND), Probe().fit(x_ND[order], target_N[order], 4)(x_ND), atol=1e-2)
+
+
+def test_a_feature_that_never_moves_and_a_class_that_never_comes_do_no_harm() -> None:
+    x_ND, target_N = data()
+    x_ND[:, 2] = 3.0
+    head = Probe().fit(x_ND, target_N, 6)
+    assert head(x_ND).isfinite().all()
+    assert set(head(x_ND).argmax(-1).tolist()) <= set(range(4))
+
+
+def test_a_fit_that_ends_early_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ITERATIONS", 2)
+    with pytest.raises(
+        ValueError,
+        match=r"Probe: the fit must reach its minimum in 2 iterations; .* raise l2=0\.001",
+    ):
+        Probe().fit(*data(), 4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [({"l2": 0.0}, "l2 must be"), ({"views": 0}, "views must"), ({"seed": -1}, "seed")],
+)
+def test_refuses(kwargs: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Probe(**kwargs)

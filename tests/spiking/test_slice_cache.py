@@ -1,0 +1,297 @@
+"""Weights that are made of the parameters, made once for all slices of a batch, against each slice
+making its own.
+
+What comes of a still image is in test_still.py.
+"""
+
+# T time, B batch
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules import bptt, ottt, sltt
+from pipeline.rules.base import Rule
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking import synapse
+from pipeline.spiking.binary import Binarization, binarize, fix
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.slice_cache import Sharing
+from pipeline.spiking.state import State, fresh_state, state_bytes
+from pipeline.spiking.static_input import StaticInput
+from pipeline.spiking.surrogate import Sigmoid
+from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
+from tests.rules.small import cross_entropy
+from tests.spiking.test_static_input import Head, distance, images, learn, lively, peaks
+
+STEPS = 4
+NEURON = {"decay": 0.7, "threshold": 0.4, "surrogate": Sigmoid()}
+
+
+def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    made = "standardized" if weights == "standardized" else "plain"
+    first, second = (Conv2d(channels, 4, 3, padding=1, weights=made) for channels in (2, 4))
+    last = Linear(4, 3, weights=made)
+    if made == "plain":
+        for each in (first, second, last):
+            binarize(each, weights)  # type: ignore[arg-type]
+    stem = StaticInput(first) if once_per_image else first
+    return lively(nn.Sequential(stem, LIF(**NEURON), second, LIF(**NEURON), Head(), last))
+
+
+class Sum(nn.Module):
+    """Stems see the image, and a neuron the sum of their currents and a shift, whose gradient
+    autograd gives all as one tensor.
+
+    `early`: at the first time step alone.
+    """
+
+    def __init__(self, *, stems: int, early: bool) -> None:
+        super().__init__()
+        self.early, self.state = early, State("Sum")
+        self.stems = nn.ModuleList(StaticInput(Conv2d(2, 4, 3, padding=1)) for _ in range(stems))
+        self.shift = nn.Parameter(torch.zeros(2, 4, 6, 6))
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        if self.early and self.state.read("seen") is not None:
+            return self.shift.unsqueeze(0)
+        self.state.write("seen", torch.ones(()))
+        return sum((stem(x_TB) for stem in self.stems), self.shift.unsqueeze(0))
+
+
+@contextmanager
+def each_slice_its_own() -> Iterator[None]:
+    """Nothing is shared, by any rule."""
+
+    @contextmanager
+    def alone(model: nn.Module, **about: object) -> Iterator[Sharing]:
+        yield Sharing(**about)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bptt, ottt, sltt):
+            patch.setattr(module, "slice_cache", alone)
+        yield
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often the weights of the second synapse are made, and how often a gradient comes back to
+    its parameter.
+    """
+    counts: Counter[str] = Counter()
+
+    def noted(each: Linear | Conv2d) -> Tensor:
+        counts["made"] += each is model[2]  # type: ignore[index]
+        return effective_weight(each)
+
+    hook = model[2].weight.register_hook(lambda g: counts.update(backwards=1))  # type: ignore[index]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synapse, "effective_weight", noted)
+        yield counts
+    hook.remove()
+
+
+def trained(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor) -> dict[str, Tensor]:
+    """Gradients, loss and logits of one batch in two unequal micro-batches, every gradient times
+    1/512 as of a scaled loss.
+    """
+    rule.attach(model)
+    found = {}
+    for first, end in ((0, 2), (2, len(target_B))):
+        loss_of = cross_entropy(target_B[first:end])
+        share = (end - first) / len(target_B) / 512
+        seen = learn(
+            rule, model, x_TB[:, first:end], loss_of, share=share, step=3, rows=(first, end)
+        )
+        found[f"loss {first}"] = torch.stack([o.loss for o in seen]).sum()
+        found[f"logits {first}"] = torch.stack([o.logits for o in seen]).sum(0)
+    return found | {
+        name: 512 * p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+# Of two micro-batches: how often weights are made and met by a gradient; BPTT in one slice and what
+# is computed again differ.
+RULES: dict[str, tuple[Callable[[], Rule], tuple[int, int]]] = {
+    "BPTT": (BPTT, (2, 2)),
+    "BPTT in slices": (lambda: BPTT(chunk=1), (2, 2)),
+    "BPTT in uneven slices": (lambda: BPTT(chunk=3), (2, 2)),
+    "BPTT recomputed": (lambda: BPTT(recompute=True), (4, 4)),
+    "BPTT truncated": (lambda: BPTT(truncate=1), (2, 2)),
+    "SLTT": (SLTT, (2, 2)),
+    "SLTT in slices": (lambda: SLTT(chunk=3), (2, 2)),
+    "SLTT-1": (lambda: SLTT(k=1), (2, 2)),
+    "SLTT-2": (lambda: SLTT(k=2, rescale=True), (2, 2)),
+    "OTTT-A": (OTTT, (2, 2)),
+    "OTTT-A, all traced": (lambda: OTTT(first="traced", readout="traced"), (2, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "early"),
+    [("SLTT", False), ("SLTT", True), ("SLTT-2", False), ("BPTT truncated", True)],
+)
+@pytest.mark.parametrize("stems", [1, 2])
+def test_gradients_that_autograd_leaves_as_one_add_up_apart(
+    name: str, early: bool, stems: int
+) -> None:
+    """Of stems and of a parameter with the shape of their currents, where a micro-batch has two
+    samples.
+    """
+    torch.manual_seed(0)
+    model = lively(
+        nn.Sequential(
+            Sum(stems=stems, early=early),
+            LIF(**NEURON),
+            Conv2d(4, 4, 3, padding=1),
+            LIF(**NEURON),
+            Head(),
+            Linear(4, 3),
+        )
+    )
+    twin = copy.deepcopy(model)
+    x_BCHW, target_B = images(2)
+    rules = [RULES[name][0]() for _ in range(2)]
+    got, expected = ({}, {})
+    for rule, network, found in ((rules[0], model, got), (rules[1], twin, expected)):
+        rule.attach(network)
+        with each_slice_its_own() if network is twin else nullcontext():
+            learn(rule, network, repeat(x_BCHW, STEPS), cross_entropy(target_B), step=3)
+        found.update({name: p.grad for name, p in network.named_parameters()})
+    assert all(float(g.abs().max()) > 1e-4 for g in expected.values())
+    assert distance(got, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("weights", ["standardized", "scaled", "learnable"])
+@pytest.mark.parametrize("image", ["recording", "still", "still, its first synapse once"])
+def test_made_once_is_made_by_each(name: str, weights: Binarization, image: str) -> None:
+    rule, (made, backwards) = RULES[name]
+    model = small(weights, once_per_image="once" in image)
+    twin = copy.deepcopy(model)
+    x_BCHW, target_B = images()
+    x_TB = repeat(x_BCHW, STEPS)
+    if image == "recording":
+        x_TB = x_TB * torch.arange(1, STEPS + 1, dtype=torch.float64).view(-1, 1, 1, 1, 1) / STEPS
+    with counted(model) as counts:
+        got = trained(rule(), model, x_TB, target_B)
+    with each_slice_its_own():
+        expected = trained(rule(), twin, x_TB, target_B)
+    assert counts == {"made": made, "backwards": backwards}
+    assert all(float(got[name].abs().max()) > 1e-4 for name, _ in model.named_parameters())
+    assert distance(got, expected) < 1e-12
+    assert state_bytes(model) == 0 and all(
+        module.sharing is None for module in model.modules() if hasattr(module, "sharing")
+    )
+
+
+def test_weights_that_move_within_a_batch_are_made_at_each_step() -> None:
+    """OTTT-O."""
+    x_BCHW, target_B = images()
+    model = small()
+    rule = OTTT(update="step")
+    rule.attach(model)
+    with counted(model) as counts:
+        learn(rule, model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
+    assert counts == {"made": STEPS, "backwards": STEPS}
+
+
+class Early(nn.Module):
+    """Adds what its synapse makes of the first two time steps, and nothing after them."""
+
+    def __init__(self, synapse: Linear) -> None:
+        super().__init__()
+        self.synapse, self.state = synapse, State("Early")
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        outputs = []
+        for x_1BC in x_TBC.split(1):
+            passed = self.state.read("passed")
+            count = x_1BC.new_zeros(()) if passed is None else passed
+            outputs.append(x_1BC + self.synapse(x_1BC) if count < 2 else x_1BC)
+            self.state.write("passed", count + 1)
+        return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [SLTT, lambda: SLTT(chunk=3), lambda: BPTT(truncate=1)],
+    ids=["SLTT", "in slices", "truncated"],
+)
+def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[], Rule]) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        early = Early(Linear(4, 4, weights="standardized"))
+        return lively(
+            nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), early, Linear(4, 3))
+        )
+
+    x_BCHW, target_B = images()
+    one, other = model(), model()
+    got = trained(rule(), one, repeat(x_BCHW, STEPS), target_B)
+    with each_slice_its_own():
+        expected = trained(rule(), other, repeat(x_BCHW, STEPS), target_B)
+    assert float(got["3.synapse.weight"].abs().max()) > 1e-4
+    assert distance(got, expected) < 1e-12
+
+
+def test_a_synapse_that_was_fixed_is_plain_again() -> None:
+    """Of a packed export: its parameter is what every slice reads."""
+    model = nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)).double()
+    twin = copy.deepcopy(model)
+    for each in (model[0], model[3]):
+        binarize(each)  # type: ignore[arg-type]
+        fix(each)  # type: ignore[arg-type]
+    x_BCHW, target_B = images()
+    got, expected = (
+        trained(SLTT(), each, repeat(x_BCHW, STEPS), target_B) for each in (model, twin)
+    )
+    assert distance(got, expected) == 0
+
+
+def test_plain_weights_are_nobodys_state() -> None:
+    """The parameter itself is what every slice reads, and its own gradient adds up."""
+    model = nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)).double()
+    x_BCHW, target_B = images()
+    rule = SLTT()
+    rule.attach(model)
+    for objective in rule.loss_terms(model, repeat(x_BCHW, STEPS), cross_entropy(target_B)):
+        assert state_bytes(model) == 6 * 4 * 6 * 6 * 8  # the membranes
+        assert objective.backward is not None
+        objective.backward.backward()
+
+
+@pytest.mark.parametrize(
+    ("rule", "held"), [(SLTT, 2), (lambda: SLTT(k=1), 1), (lambda: BPTT(chunk=1), 1)]
+)
+def test_memory(rule: Callable[[], Rule], held: int) -> None:
+    """What the slices share counts as state, the weights and the gradient that they collect; no
+    more is kept for a backward.
+    """
+    x_BCHW, target_B = images()
+    x_TB = repeat(x_BCHW, STEPS).contiguous()
+    saved, states = peaks(rule(), small(), x_TB, target_B)
+    with each_slice_its_own():
+        saved_alone, states_alone = peaks(rule(), small(), x_TB, target_B)
+    numbers = 4 * 2 * 9 + 4 * 4 * 9 + 3 * 4
+    assert states - states_alone == held * numbers * 8
+    assert saved <= saved_alone + numbers * 8
+
+
+def test_outside_a_rule_each_call_makes_them() -> None:
+    model, (x_BCHW, _) = small(), images()
+    with counted(model) as counts, torch.no_grad(), fresh_state(model):
+        for x_1B in repeat(x_BCHW, STEPS).split(1):
+            model(x_1B)
+    assert counts == {"made": STEPS}

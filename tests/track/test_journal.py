@@ -1,0 +1,265 @@
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.track.base import NullTracker, Tracker
+from pipeline.track.journal import Follower, Journal, first, last, read, read_thinned
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal.jsonl"
+
+
+def test_an_event_is_one_line_with_its_kind_first(path: Path):
+    with Journal(path, attempt=2) as journal:
+        before = time.time()
+        journal.event("step", step=7, metrics={"loss": 0.5})
+    (line,) = path.read_text().splitlines()
+    event = json.loads(line)
+    assert list(event) == ["event", "time", "attempt", "step", "metrics"]
+    assert before <= event.pop("time") <= time.time()
+    assert event == {"event": "step", "attempt": 2, "step": 7, "metrics": {"loss": 0.5}}
+
+
+def test_what_json_has_no_word_for(path: Path):
+    def refuse(constant: str) -> float:
+        raise AssertionError(f"not JSON: {constant}")
+
+    with Journal(path, attempt=0) as journal:
+        journal.event(
+            "step",
+            metrics={
+                "a": math.nan,
+                "b": math.inf,
+                "c": -math.inf,
+                "d": torch.tensor(1.5),
+                "e": np.float32("nan"),
+                "f": np.int64(3),
+            },
+            where=Path("a/b"),
+            text="line\nbreak \u2028 and \ud800",
+            shape=(2, np.array([1.0, math.nan])),
+        )
+    (line,) = path.read_bytes().splitlines()
+    event = json.loads(line, parse_constant=refuse)
+    assert event["metrics"] == {"a": "nan", "b": "inf", "c": "-inf", "d": 1.5, "e": "nan", "f": 3}
+    assert math.isnan(float(event["metrics"]["a"]))
+    assert event["where"] == "a/b"
+    assert event["text"] == "line\nbreak \u2028 and \ud800"
+    assert event["shape"] == [2, [1.0, "nan"]]
+
+
+def test_misuse_is_refused_and_writes_nothing(path: Path):
+    journal = Journal(path, attempt=0)
+    with pytest.raises(ValueError, match="'time' is the journal's own"):
+        journal.event("step", time=3)
+    with pytest.raises(TypeError, match="no JSON form for a object"):
+        journal.event("step", what=object())
+    journal.close()
+    journal.close()
+    with pytest.raises(ValueError, match="closed"):
+        journal.event("step")
+    assert path.read_bytes() == b""
+
+
+def test_a_torn_last_line_is_skipped_and_the_next_attempt_begins_on_a_fresh_one(path: Path):
+    with Journal(path, attempt=0) as journal:
+        journal.event("step", step=0)
+        journal.event("step", step=1)
+    whole = path.read_bytes()
+    for cut in range(1, 30):
+        path.write_bytes(whole[:-cut])
+        assert [event["step"] for event in read(path)] == [0]
+        with Journal(path, attempt=1) as journal:
+            journal.event("step", step=2)
+            journal.event("step", step=3)
+        # Without its newline alone the line was whole: it counts once another attempt has ended it.
+        assert [event["step"] for event in read(path)] == ([0, 1, 2, 3] if cut == 1 else [0, 2, 3])
+        assert b"\n\n" not in path.read_bytes()
+
+
+def test_a_short_write_is_an_error_and_spoils_one_line_only(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    journal = Journal(path, attempt=0)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
+        with pytest.raises(OSError, match="only 10 of"):
+            journal.event("step", step=0)
+    journal.event("step", step=1)
+    assert [event["step"] for event in read(path)] == [1]
+
+
+def test_killed_while_writing_every_line_but_the_last_is_whole(path: Path):
+    code = (
+        "import sys; from pipeline.track.journal import Journal\n"
+        "j = Journal(sys.argv[1], attempt=0); i = 0\n"
+        "while True: j.event('step', step=i, text='x' * 5000); i += 1"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
+    while not path.exists() or path.stat().st_size < 1_000_000:
+        assert writer.poll() is None
+        time.sleep(0.01)
+    writer.kill()
+    writer.wait()
+    events = read(path)
+    assert [event["step"] for event in events] == list(range(len(events)))
+    assert len(events) >= path.read_bytes().count(b"\n") > 100
+
+
+def test_two_writers_do_not_mix_their_lines(path: Path):
+    code = (
+        "import sys; from pipeline.track.journal import Journal\n"
+        "j = Journal(sys.argv[1], attempt=int(sys.argv[2]))\n"
+        "for i in range(500): j.event('step', step=i, text=sys.argv[2] * 3000)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "12"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    events = read(path)
+    assert len(events) == 1000
+    assert all(event["text"] == str(event["attempt"]) * 3000 for event in events)
+
+
+def test_follower_returns_each_event_once_while_the_file_grows(path: Path):
+    follower = Follower(path)
+    assert follower.poll() == []  # no journal yet
+    with Journal(path, attempt=0) as journal:
+        for step in range(20):
+            journal.event("step", step=step, text="é")
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    seen = []
+    chance = random.Random(0)
+    at = 0
+    while at < len(whole):
+        grown = at + chance.randrange(1, 90)
+        with path.open("ab") as file:
+            file.write(whole[at:grown])
+        at = grown
+        seen += [event["step"] for event in follower.poll()]
+    assert seen == list(range(20))
+    assert follower.offset == len(whole)
+
+
+def test_follower_starts_at_any_byte(path: Path):
+    with Journal(path, attempt=0) as journal:
+        for step in range(3):
+            journal.event("step", step=step)
+    whole = path.read_bytes()
+    starts = [0, *(place + 1 for place, byte in enumerate(whole) if byte == ord("\n"))]
+    for offset in range(len(whole) + 1):
+        follower = Follower(path, offset=offset)
+        expected = [step for step in range(3) if starts[step] >= offset]
+        assert [event["step"] for event in follower.poll()] == expected, offset
+        assert follower.offset == len(whole)
+
+
+def test_follower_inside_an_unfinished_line_waits_for_its_end(path: Path):
+    path.write_bytes(b'{"event": "st')
+    follower = Follower(path, offset=5)
+    assert follower.poll() == []
+    with path.open("ab") as file:
+        file.write(b'ep", "step": 0}\n{"event": "step", "step": 1}\n')
+    assert [event["step"] for event in follower.poll()] == [1]
+
+
+def test_follower_reads_in_bounded_blocks(path: Path):
+    with Journal(path, attempt=0) as journal:
+        for step in range(100):
+            journal.event("step", step=step)
+    follower = Follower(path)
+    blocks = []
+    while block := follower.poll(limit_bytes=500):
+        assert len(block) < 12
+        blocks += [event["step"] for event in block]
+    assert blocks == list(range(100))
+
+
+def test_follower_begins_again_when_the_file_was_replaced(path: Path):
+    with Journal(path, attempt=0) as journal:
+        for step in range(5):
+            journal.event("step", step=step)
+    follower = Follower(path)
+    follower.poll()
+    path.write_bytes(b'{"event": "step", "step": 9}\n')
+    assert [event["step"] for event in follower.poll()] == [9]
+
+
+def test_first_and_last_of_a_kind(path: Path):
+    assert first(path, "start") is None
+    path.touch()
+    assert last(path, "start") is None
+    with Journal(path, attempt=0) as journal:
+        for step in range(3):
+            journal.event("step", step=step, text='{"event": "evaluation", "step": 99}')
+            journal.event("evaluation", step=step)
+        journal.event("epoch", step=2)
+    with path.open("ab") as file:
+        file.write(b'{"event": "evaluation", "step": 3')
+    assert [first(path, "evaluation"), last(path, "evaluation")] == [read(path)[1], read(path)[5]]
+    assert last(path, "evaluation", "epoch") == read(path)[6]
+    assert first(path, "epoch", "step") == read(path)[0]
+    assert last(path, "finish") is None
+
+
+def test_an_event_costs_less_than_a_millisecond(path: Path):
+    journal = Journal(path, attempt=0)
+    times = []
+    for step in range(200):
+        before = time.perf_counter()
+        journal.event(
+            "step",
+            step=step,
+            epoch=0,
+            metrics={f"metric{i}": 0.1 * i for i in range(12)},
+            memory_bytes=10**9,
+        )
+        times.append(time.perf_counter() - before)
+    assert sorted(times)[100] < 1e-3
+
+
+def test_both_trackers_are_trackers(path: Path):
+    trackers: list[Tracker] = [Journal(path, attempt=0), NullTracker()]
+    for tracker in trackers:
+        tracker.event("checkpoint", sync=True, step=1)
+        tracker.close()
+    assert len(read(path)) == 1
+
+
+def test_a_long_journal_is_thinned_and_what_came_before_another_event_stays(path: Path):
+    assert read_thinned(path, "step", every=4) == []
+    with Journal(path, attempt=0) as journal:
+        journal.event("start", step=0)
+        for step in range(1, 11):
+            journal.event("step", step=step)
+    path.write_bytes(path.read_bytes() + b'{"event": "step", "ti')  # killed
+    with Journal(path, attempt=1) as journal:
+        journal.event("start", step=8)
+        for step in range(9, 14):
+            journal.event("step", step=step)
+            journal.event("evaluation", step=step) if step == 12 else None
+    path.write_bytes(path.read_bytes() + b'{"event": "step", "ti')
+    found = read_thinned(path, "step", every=4)
+    assert [(event["event"], event["step"]) for event in found] == [
+        ("start", 0),
+        ("step", 4),
+        ("step", 8),
+        ("step", 10),
+        ("start", 8),
+        ("step", 10),
+        ("step", 12),
+        ("evaluation", 12),
+        ("step", 13),
+    ]
+    assert read_thinned(path, "step", every=1) == read(path)

@@ -1,0 +1,109 @@
+"""Which of a run's starts its result rests on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.track.provenance import told_in, trained_on
+
+
+def start(
+    step: int, *, workers: int = 1, micro_batch: int = 8, cpu: str = "a cpu", **more: Any
+) -> dict[str, Any]:
+    """`more`: loader_threads, and the cores of its own."""
+    about = {"loader_threads": 1, "own_cores": None, **more}
+    return {
+        "event": "start",
+        "step": step,
+        "world_size": workers,
+        "micro_batch": micro_batch,
+        "hardware": {"cpu": cpu},
+        **about,
+    }
+
+
+@pytest.mark.parametrize(
+    ("starts", "wanted"),
+    [
+        ([start(0)], [(1, 8)]),
+        ([start(0), start(10)], [(1, 8)]),  # went on as it was
+        (
+            [start(0), start(0, micro_batch=4)],
+            [(1, 4)],
+        ),  # out of memory in the first batch: nothing of it is left
+        ([start(0), start(10, micro_batch=4)], [(1, 8), (1, 4)]),
+        ([start(0, workers=2), start(10)], [(2, 8), (1, 8)]),
+        ([start(0, workers=2), start(10), start(15, workers=2)], [(2, 8), (1, 8)]),
+        (
+            [start(0, workers=4), start(10, workers=2), start(5)],
+            [(4, 8), (1, 8)],
+        ),  # back to before the second began
+        ([start(0, workers=2), start(20)], [(2, 8)]),  # nothing left but to tell
+    ],
+)
+def test_starts_whose_steps_were_kept(
+    starts: list[dict[str, Any]], wanted: list[tuple[int, int]]
+) -> None:
+    found = trained_on([{"event": "step", "step": 1}, *starts], steps=20)
+    assert [(each["world_size"], each["micro_batch"]) for each in found] == wanted
+
+
+def test_machines_count_too_and_so_does_the_newest_start_of_a_run_that_goes_on() -> None:
+    events = [start(0), start(20, cpu="another")]
+    assert [each["hardware"] for each in trained_on(events, steps=30)] == [
+        {"cpu": "a cpu"},
+        {"cpu": "another"},
+    ]
+    assert trained_on(events, steps=20) == trained_on(events[:1], steps=20)
+    assert len(trained_on(events, steps=None)) == 2 and trained_on([], steps=None) == []
+
+
+def test_loader_threads_and_whether_it_had_cores_of_its_own_count_too() -> None:
+    alone, more = {"own_cores": [3]}, {"loader_threads": 2}
+    starts = [
+        start(0, own_cores=[0]),
+        start(5, **alone),
+        start(10, **alone, **more),
+        start(15, **more),
+    ]
+    found = trained_on(starts, steps=20)
+    assert [(each["loader_threads"], each["own_cores"]) for each in found] == [
+        (1, True),
+        (2, True),
+        (2, False),
+    ]
+
+
+def test_a_summary_that_does_not_say_has_its_journal_or_the_last_machine() -> None:
+    summary = {"world_size": 2, "hardware": {"cpu": "a cpu"}, "steps": 20}
+    said = [
+        {"world_size": 4, "micro_batch": 2, "hardware": {}, "loader_threads": 2, "own_cores": True}
+    ]
+    assert told_in({**summary, "trained_on": said}, [start(0)]) == said
+    assert told_in(summary, [start(0)]) == trained_on([start(0)], steps=20)
+    last = {
+        "world_size": 2,
+        "micro_batch": None,
+        "hardware": {"cpu": "a cpu"},
+        "loader_threads": None,
+        "own_cores": False,
+    }
+    assert told_in(summary) == [last]
+
+
+def test_what_an_entry_does_not_tell_is_as_it_was_at_the_end() -> None:
+    """Of a version that kept neither loader threads nor cores of each start."""
+    before, later = (
+        {"world_size": workers, "micro_batch": 2, "hardware": {}} for workers in (4, 2)
+    )
+    summary = {
+        "world_size": 2,
+        "loader_threads": 2,
+        "own_cores": True,
+        "trained_on": [before, later],
+    }
+    assert told_in(summary) == [
+        {**each, "loader_threads": 2, "own_cores": True} for each in (before, later)
+    ]

@@ -1,0 +1,180 @@
+"""What workers say to one another, in two real processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed, nn
+
+from pipeline.core.errors import Diverged, UserError
+from pipeline.measure.activity import LayerActivity
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+from pipeline.train.backend.collectives import Ranks, group_of_one
+from pipeline.train.evaluation import Evaluation, evaluate
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.predictions import Answers, read_answers, write_answers
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "cpu:gloo,cuda:nccl")])
+def test_one_worker_alone_reduces_where_it_computes(
+    device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray's workers do: over gloo alone a card's tensors would go through the host."""
+    asked: list[str] = []
+    monkeypatch.setattr(
+        distributed, "init_process_group", lambda backend, **about: asked.append(backend)
+    )
+    with group_of_one(device):
+        assert os.environ["DS_ACCELERATOR"] == device
+    assert asked == [backend]
+
+
+def _talk(rank: int, size: int) -> dict[str, Any]:
+    ranks = Ranks(rank, size)
+    network = nn.BatchNorm1d(2)
+    network.running_mean.fill_(float(rank))  # type: ignore[union-attr]
+    with ranks.averaged(network) as own:
+        inside = network.running_mean.tolist()  # type: ignore[union-attr]
+
+    def refuse() -> None:
+        raise ValueError("rank 0 has seen it")
+
+    try:
+        ranks.broadcast_object(refuse)
+        said = "nothing"
+    except UserError as error:
+        said = str(error)
+
+    def cannot() -> None:
+        if rank == 1:
+            raise Diverged("rank 1 cannot")
+
+    try:
+        ranks.all_or_raise(cannot)
+        together = "nothing"
+    except UserError as error:
+        together = f"{type(error).__name__}: {error}"
+    return {
+        "together": together,
+        "sum": ranks.sum(torch.tensor([1.0, float(rank)])).tolist(),
+        "mean": ranks.mean(torch.tensor([float(rank)])).tolist(),
+        "max": ranks.max(torch.tensor([rank, 5 - rank])).tolist(),
+        "decide": ranks.decide(rank == 0, rank == 1),
+        "agree": ranks.broadcast_object(lambda: f"rank {rank}"),
+        "gather": ranks.gather([rank] * rank),
+        "refused": said,
+        "averaged": inside,
+        "own": [
+            own["running_mean"].tolist() == [float(rank)] * 2,
+            network.running_mean.tolist() == [float(rank)] * 2,
+        ],  # type: ignore[union-attr]
+        "counted": int(network.num_batches_tracked),  # type: ignore[arg-type]
+    }
+
+
+def test_both_ranks_hear_the_same(tmp_path: Path) -> None:
+    expected = {
+        "sum": [2.0, 1.0],
+        "mean": [0.5],
+        "max": [1, 5],
+        "decide": [True, False],
+        "agree": "rank 0",
+        "refused": "rank 0 has seen it",
+        "averaged": [0.5, 0.5],
+        "own": [True, True],
+        "together": "Diverged: rank 1 cannot (worker 1)",
+        "counted": 0,
+    }
+    assert run_ranks(_talk, 2, tmp_path) == [
+        {**expected, "gather": [[], [1]]},
+        {**expected, "gather": []},
+    ]
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Linear(4, 6), LIF(), Linear(6, 7))
+
+
+def _batches(samples: range, size: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    x_TBC, target_B = torch.randn(3, 25, 4, generator=draw), torch.randint(7, (25,), generator=draw)
+    index = [torch.tensor(samples[i : i + size]) for i in range(0, len(samples), size)]
+    return [(x_TBC[:, index_B], target_B[index_B], 100 + index_B) for index_B in index]
+
+
+def _evaluate(rank: int, size: int) -> tuple[Evaluation, list[Answers], tuple[LayerActivity, ...]]:
+    share = (
+        range(25) if size == 1 else (range(18, 25), range(18, 18), range(18))[rank]
+    )  # one rank has nothing
+    result, answers, activity, inference, _ = evaluate(
+        _network(), _batches(share, 4), CrossEntropy(), counts_operations=True
+    )
+    assert (inference is None) == (not share)
+    return result, Ranks(rank, size).gather(answers), activity
+
+
+def test_evaluation_is_exact_over_unequal_ranks(tmp_path: Path) -> None:
+    one, answers, activity = _evaluate(0, 1)
+    with torch.no_grad():  # independently: all samples at once
+        [(x_TBC, target_B, index_B)] = _batches(range(25), 25)
+        from pipeline.spiking.state import fresh_state
+
+        network = _network()
+        with fresh_state(network):
+            logits_TBK = network(x_TBC)
+    ranked_BK = logits_TBK.mean(0).argsort(-1, descending=True)
+    assert one.samples == 25
+    assert one.top1 == pytest.approx(float((ranked_BK[:, 0] == target_B).double().mean()))
+    assert one.top5 == pytest.approx(
+        float((ranked_BK[:, :5] == target_B[:, None]).any(-1).double().mean())
+    )
+    assert np.array_equal(
+        _written(tmp_path, answers), torch.stack([index_B, target_B, ranked_BK[:, 0]])
+    )
+    threes = run_ranks(_evaluate, 3, tmp_path)
+    assert [each.name for each in activity] == ["1"] and 0 < activity[0].rate == one.firing_rate
+    for three, _, its_activity in threes:
+        assert its_activity == activity
+        assert (three.samples, three.top1, three.top5, three.firing_rate) == (
+            one.samples,
+            one.top1,
+            one.top5,
+            one.firing_rate,
+        )
+        assert three.loss == pytest.approx(one.loss, abs=1e-6)
+    assert [len(each.index) for each in threes[0][1]] == [7, 0, 18] and threes[1][1] == threes[2][
+        1
+    ] == []
+    assert np.array_equal(_written(tmp_path, threes[0][1]), _written(tmp_path, answers))
+
+
+def _written(folder: Path, shares: list[Answers]) -> np.ndarray:
+    write_answers(folder / "answers.npz", [[share] for share in shares], tasks=False)
+    found = read_answers(folder / "answers.npz")
+    return np.stack([found.index, found.target, found.answer])
+
+
+def _wait(rank: int, size: int) -> str:
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), distributed.group.WORLD)
+
+    def read_all_pages() -> str:
+        time.sleep(3)
+        return "read"
+
+    return Ranks(rank, size).broadcast_object(read_all_pages)
+
+
+def test_what_one_rank_does_alone_may_take_longer_than_gradients_may(tmp_path: Path) -> None:
+    assert run_ranks(_wait, 2, tmp_path) == ["read", "read"]

@@ -1,0 +1,387 @@
+"""Written beside training: what is saved is what was there, one at a time, whole or told why not,
+by one rank and by two.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed
+
+from pipeline.core.errors import UserError
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.copies import copied
+from pipeline.train.checkpoint import Checkpoints, Folder, background, damage, step_folders
+from tests.checkpoint.few import TRAINER, Counting, backend, restore, save, step
+from tests.processes import run_ranks
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No file is written before it is set."""
+    opened, write = threading.Event(), background._write
+
+    def waiting(file: Path, value: Any) -> None:
+        assert opened.wait(20)
+        write(file, value)
+
+    monkeypatch.setattr(background, "_write", waiting)
+    yield opened
+    opened.set()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Weights cannot be written; as torch has it, its own error comes on top."""
+    write = background._write
+
+    def fails(file: Path, value: Any) -> None:
+        if file.suffix != ".safetensors":
+            return write(file, value)
+        try:
+            raise OSError(number, os.strerror(number), str(file))
+        finally:
+            raise RuntimeError("unexpected pos 640 vs 598")
+
+    monkeypatch.setattr(background, "_write", fails)
+
+
+def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Folder(tmp_path), attempt="a")
+    then = copied(made.network.state_dict())
+    momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
+    assert checkpoints.save(1, made, rule, TRAINER) is None
+    step(made)
+    rule.feedback += 1  # type: ignore[operator]
+    assert checkpoints.done() is None and step_folders(tmp_path) == []
+    gate.set()
+    told = checkpoints.wait()
+    assert told is not None and told.write_s > 0
+    other, held = backend(2), Counting()
+    restore(checkpoints, other, held)
+    assert all(torch.equal(value, then[name]) for name, value in other.network.state_dict().items())
+    assert not torch.equal(then["0.weight"], made.network.state_dict()["0.weight"])
+    found = [state["momentum_buffer"] for state in other.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(found, momenta, strict=True))
+    assert held.feedback.tolist() == [1.0] * 3  # type: ignore[operator]
+
+
+def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    deadline = time.monotonic() + 20
+    while (told := checkpoints.done()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert told.address == str(tmp_path / "step_00000001") and damage(Path(told.address)) is None
+    assert checkpoints.done() is None and checkpoints.wait() is None
+
+
+def test_the_next_one_waits_for_the_one_before(tmp_path: Path, gate: threading.Event) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    threading.Timer(0.2, gate.set).start()
+    before = checkpoints.save(2, backend(), Counting(), TRAINER)
+    assert before is not None and before.step == 1
+    last = checkpoints.wait()
+    assert last is not None and last.step == 2
+
+
+def has_failed(checkpoints: Checkpoints) -> bool:
+    deadline = time.monotonic() + 20
+    while not checkpoints.failed() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return checkpoints.failed()
+
+
+def test_a_full_disk_is_the_users_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    save(checkpoints, 1, backend(), Counting(), TRAINER)
+    with monkeypatch.context() as patch:
+        failing(patch, errno.ENOSPC)
+        checkpoints.save(2, backend(), Counting(), TRAINER)
+        assert has_failed(checkpoints)
+        said = (
+            r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
+            r" whole one is"
+        )
+        with pytest.raises(UserError, match=said):
+            checkpoints.save(3, backend(), Counting(), TRAINER)
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "step_00000001"
+    ]  # what there was of it makes room
+    assert checkpoints.wait() is None
+
+
+def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, str]] = []
+    checkpoints = Checkpoints(
+        Folder(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
+    )
+    for number in (2, 4):  # never two in a row
+        with monkeypatch.context() as patch:
+            failing(patch, errno.EIO)
+            checkpoints.save(number, backend(), Counting(), TRAINER)
+            assert has_failed(checkpoints) and checkpoints.done() is None
+        assert checkpoints.save(number + 1, backend(), Counting(), TRAINER) is None
+        saved = checkpoints.wait()
+        assert saved is not None and saved.step == number + 1 and not checkpoints.failed()
+    assert [step for step, _ in told] == [2, 4]
+    assert told[0][1].startswith("checkpoint after step 2 was not written: Input/output error")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000005"]
+
+
+def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    save(checkpoints, 1, backend(), Counting(), TRAINER)
+    with monkeypatch.context() as patch:
+        failing(patch, errno.EIO)
+        checkpoints.save(2, backend(), Counting(), TRAINER)
+        checkpoints.save(3, backend(), Counting(), TRAINER)
+        with pytest.raises(
+            OSError, match=r"checkpoint after step 3 was not written: Input/output error"
+        ):
+            checkpoints.save(4, backend(), Counting(), TRAINER)
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "step_00000001"
+    ]  # what there was of it makes room
+    assert checkpoints.wait() is None
+
+
+@pytest.mark.parametrize("steps", [(1, 2, 3, 4), (1, 1, 1, 1)])
+def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]
+) -> None:
+    """As where NFS keeps the name of a file that somebody has open."""
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    save(checkpoints, steps[0], backend(0), Counting(0.0), TRAINER)
+
+    def fails(path: Path, **how: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.train.checkpoint.folder.shutil.rmtree", fails)
+        for value, number in enumerate(steps[1:]):
+            told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
+            assert told.step == number and told.untidy.startswith(
+                "OSError: [Errno 39] Directory not empty: "
+            )
+    rule = Counting()
+    restore(Checkpoints(Folder(tmp_path), attempt="b"), backend(), rule)
+    assert rule.feedback.tolist() == [3.0] * 3  # type: ignore[operator]
+    assert [path.name for path in tmp_path.iterdir()] == [f"step_{steps[-1]:08d}"]  # swept
+
+
+def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    threading.Timer(0.1, gate.set).start()
+    told = checkpoints.close(KeyError("training fails"))
+    assert told is not None and damage(Path(told.address)) is None
+
+
+def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, error = Checkpoints(Folder(tmp_path), attempt="a"), KeyError("training fails")
+    failing(monkeypatch, errno.EIO)
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    assert checkpoints.close(error) is None
+    assert error.__notes__ == [
+        "checkpoint step_00000001 was not written: RuntimeError: unexpected pos 640 vs 598"
+    ]
+
+
+def wait_for(file: Path) -> None:
+    """Until a rank has written this file, its last, and does what comes then."""
+    deadline = time.monotonic() + 20
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.01)
+    time.sleep(0.2)
+
+
+def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
+    ranks, place = Ranks(rank, size), Folder(Path(folder))
+    about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.all_gather_object}
+    checkpoints, write, found = Checkpoints(place, attempt="a", **about), background._write, {}
+    held, made = threading.Event(), backend()
+
+    def each_in_turn(file: Path, value: Any) -> None:
+        assert held.wait(20)
+        write(file, value)
+
+    background._write = each_in_turn
+    for writer in range(size):  # neither rank's part alone makes a checkpoint
+        held.clear()
+        checkpoints.save(1 + writer, made, Counting(), {**TRAINER, "world_size": size})
+        if rank == writer:
+            held.set()
+            wait_for(checkpoints._writing.temp / (f".{rank}.json" if rank else "trainer.json"))  # type: ignore[union-attr]
+        distributed.barrier()
+        found[f"half {writer}"] = (place.folder / f"step_0000000{1 + writer}").exists()
+        distributed.barrier()
+        held.set()
+        checkpoints.wait()
+        found[f"whole {writer}"] = damage(place.folder / f"step_0000000{1 + writer}")
+
+    def fails(file: Path, value: Any) -> None:
+        if rank == slow_rank:
+            raise OSError(errno.ENOSPC, "No space left on device", "x")
+        write(file, value)
+
+    for slow_rank in range(size):
+        background._write = fails
+        checkpoints.save(5, made, Counting(), TRAINER)
+        try:
+            checkpoints.wait()
+        except UserError as error:
+            found[f"full {slow_rank}"] = str(error)
+    distributed.barrier()
+    background._write = write
+    # A rank that is gone: the other ends at once, without a checkpoint.
+    if rank == 0:
+        alone = Checkpoints(place, attempt="b", rank=0, ranks=2)
+        alone.save(6, made, Counting(), TRAINER)
+        error = RuntimeError("connection reset by peer")
+        alone.close(error)
+        found["alone"] = error.__notes__
+        found["left"] = sorted(path.name for path in place.folder.glob("*step*"))
+    return found
+
+
+def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
+    ranks, write, told = Ranks(rank, size), background._write, []
+
+    def fails(file: Path, value: Any) -> None:
+        if rank == 1:
+            raise OSError(errno.EIO, "Input/output error", "x")
+        write(file, value)
+
+    about: dict[str, Any] = {
+        "rank": rank,
+        "ranks": size,
+        "each": ranks.all_gather_object,
+        "on_unwritten": lambda *about: told.append(about),
+    }
+    checkpoints, background._write = Checkpoints(Folder(Path(folder)), attempt="a", **about), fails
+    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+    heard = has_failed(checkpoints)
+    distributed.barrier()
+    background._write = write
+    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+    checkpoints.wait()
+    return {"heard": heard, "told": told, "whole": damage(Path(folder) / "step_00000001")}
+
+
+@pytest.mark.distributed
+def test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again(tmp_path: Path) -> None:
+    for found in run_ranks(_one_cannot_write, 2, tmp_path, str(tmp_path / "checkpoints")):
+        assert found == {
+            "heard": True,
+            "told": [(1, "checkpoint after step 1 was not written: Input/output error: x")],
+            "whole": None,
+        }
+
+
+def _one_is_slow(rank: int, size: int, folder: str) -> int:
+    ranks, write, beats = Ranks(rank, size), background._write, []
+
+    def slowly(file: Path, value: Any) -> None:
+        time.sleep(0.5 * rank)
+        write(file, value)
+
+    background._write, background.WAIT_S = slowly, 0.05
+    about: dict[str, Any] = {
+        "rank": rank,
+        "ranks": size,
+        "each": ranks.all_gather_object,
+        "beat": lambda: beats.append(rank),
+    }
+    checkpoints = Checkpoints(Folder(Path(folder)), attempt="a", **about)
+    checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
+    checkpoints.wait()
+    return len(beats)
+
+
+@pytest.mark.distributed
+def test_ranks_show_signs_of_life_while_one_of_them_writes(tmp_path: Path) -> None:
+    assert min(run_ranks(_one_is_slow, 2, tmp_path, str(tmp_path / "checkpoints"))) >= 3
+
+
+def test_so_does_one_that_ends(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[int] = []
+    monkeypatch.setattr(background, "WAIT_S", 0.02)
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", beat=lambda: beats.append(1))
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    threading.Timer(0.3, gate.set).start()
+    assert checkpoints.close() is not None and len(beats) >= 3
+
+
+@pytest.mark.parametrize("until", ["wait", "close"])
+def test_a_thread_that_writes_for_long_is_no_sign_of_life(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, until: str
+) -> None:
+    """Storage that hangs raises nothing: the watchdog, which nobody calms then, is who finds it."""
+    monkeypatch.setattr(background, "WAIT_S", 0.02)
+    monkeypatch.setattr(background, "LONGEST_S", 0.5)
+    beats: list[float] = []
+    checkpoints = Checkpoints(
+        Folder(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
+    )
+    checkpoints.save(1, backend(), Counting(), TRAINER)
+    began = time.monotonic()
+    threading.Timer(2.0, gate.set).start()
+    getattr(checkpoints, until)()
+    assert [beat for beat in beats if 1.0 < beat - began < 1.9] == []
+
+
+@pytest.mark.distributed
+def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None:
+    first, second = run_ranks(_two_ranks, 2, tmp_path, str(tmp_path / "checkpoints"))
+    for writer in range(2):
+        assert first[f"half {writer}"] is second[f"half {writer}"] is False
+        assert first[f"whole {writer}"] is second[f"whole {writer}"] is None
+        assert first[f"full {writer}"] == second[f"full {writer}"]
+        assert (
+            "after step 5: No space left on device: x; the newest whole one is"
+            in first[f"full {writer}"]
+        )
+    assert first["alone"][0].endswith(
+        "Abandoned: checkpoint step_00000006: the part of worker 1 is missing"
+    )
+    assert first["left"] == [".writing-b-step_00000006", "step_00000001", "step_00000002"]
+    written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
+    assert {"rng_rank0.pt", "rng_rank1.pt", "manifest.json"} < written and not any(
+        name.startswith(".") for name in written
+    )
+
+
+def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
+    """Another driver has taken the place over and swept it, with the part of worker 1."""
+    about = {"attempt": "a", "rank": 0, "ranks": 2, "on_whole": lambda: None}
+    writing = background.Background(Folder(tmp_path), 1, {"config.json": "{}"}, **about)
+    wait_for(writing.temp / "config.json")
+    shutil.rmtree(writing.temp)
+    with pytest.raises(background.Abandoned, match="is gone, as if another driver"):
+        writing.outcome.result(20)

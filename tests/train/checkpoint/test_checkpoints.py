@@ -1,0 +1,438 @@
+"""Checkpoints: whole or not there, verified before use, damaged ones named and passed over, the
+best one kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.core import files as disk
+from pipeline.train.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Folder,
+    damage,
+    lost_step,
+    pin,
+    read_trainer,
+    step_folders,
+    verified,
+)
+from pipeline.train.checkpoint.manifest import facts_of, seal
+from pipeline.train.checkpoint.store import Store
+from tests.checkpoint.few import TRAINER, Counting, backend, content, restore, save
+
+
+def flip_a_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
+    made = Checkpoints(Folder(folder), attempt="a", **checkpoints)
+    for step in steps:
+        save(made, step, backend(step), Counting(step), {**TRAINER, "score": None})
+    return made
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    original, checkpoints = backend(1), Checkpoints(Folder(tmp_path), attempt="a")
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
+    told = save(checkpoints, 7, original, Counting(2.5), TRAINER)
+    drawn = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
+    other, rule = backend(2), Counting()
+    trainer = restore(checkpoints, other, rule)
+    assert trainer["step"] == 7
+    assert told.address == str(tmp_path / "step_00000007")
+    assert told.bytes > 0
+    for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    momenta = [
+        [state["momentum_buffer"] for state in made.optimizer.state.values()]
+        for made in (original, other)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*momenta, strict=True))
+    assert torch.equal(rule.feedback, torch.full((3,), 2.5))  # type: ignore[arg-type]
+    again = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
+    assert torch.equal(drawn[0], again[0])
+    assert drawn[1:] == again[1:]
+
+
+FILES = [
+    "model.safetensors",
+    "plain/state.pt",
+    "rng_rank0.pt",
+    "rule.pt",
+    "trainer.json",
+    "manifest.json",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, "flipped") for name in FILES),
+        *((name, how) for name in FILES[::5] for how in ("cut", "gone")),
+    ],
+)
+def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
+    place: Folder | Store, name: str, how: str
+) -> None:
+    told: list[tuple[str, str]] = []
+    checkpoints = Checkpoints(place, attempt="a", on_quarantine=lambda *about: told.append(about))
+    for step in (1, 2):
+        save(checkpoints, step, backend(step), Counting(step), TRAINER)
+    files = LocalFileSystem() if isinstance(place, Folder) else place.fs
+    path = f"{place.folder if isinstance(place, Folder) else place.root}/{Path(place.address('step_00000002')).name}/{name}"
+    data = bytearray(files.cat_file(path))
+    data[len(data) // 2] ^= 1
+    if how == "gone":
+        files.rm_file(path)
+    else:
+        files.pipe_file(path, bytes(data[:-7] if how == "cut" else data))
+    assert restore(checkpoints, backend(9), Counting())["step"] == 1
+    assert place.names() == ["step_00000001"]
+    if isinstance(place, Store) and (name, how) == ("manifest.json", "gone"):
+        assert told == [] and not any(
+            "step_00000002" in file for file in content(place)
+        )  # it never was one
+        return
+    [(moved, reason)] = told
+    assert moved.startswith(f"{place.address('quarantine/step_00000002')}") and name in reason
+    assert any(file.startswith("quarantine/step_00000002") for file in content(place))
+
+
+def test_the_newest_the_best_and_the_pinned_are_kept(place: Folder | Store) -> None:
+    checkpoints = Checkpoints(place, attempt="a", keep=2)
+    for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
+        save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
+        if step == 1:
+            (
+                pin(place.folder / "step_00000001")
+                if isinstance(place, Folder)
+                else place.write("step_00000001.pinned", b"")
+            )
+    assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
+    assert not any("step_00000003" in file for file in content(place))
+    assert verified(place, "best").name == "step_00000002"
+    assert verified(place).name == "step_00000005"
+    assert damage(place.fetch("step_00000001")) is None
+
+
+def test_a_damaged_one_is_told_before_it_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who dies in between leaves it where the next one finds it, and no journal says that it must
+    be there.
+    """
+    told: list[str] = []
+    saved(tmp_path, [1])
+    flip_a_byte(tmp_path / "step_00000001" / "rule.pt")
+    dying, next_one = (
+        Checkpoints(
+            Folder(tmp_path),
+            attempt=name,
+            on_quarantine=lambda address, reason: told.append(address),
+        )
+        for name in "bc"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "set_aside", lambda self, name, aside: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            dying.newest()
+    assert len(told) == 1 and not Path(told[0]).exists()
+    assert next_one.newest() is None
+    assert len(told) == 2 and damage(Path(told[1])) is not None and not step_folders(tmp_path)
+
+
+def test_one_that_storage_does_not_let_go_at_once_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    checkpoints = saved(tmp_path, [1], on_quarantine=lambda address, reason: told.append(address))
+    for step in (1, 2):  # and one that is damaged later is another
+        flip_a_byte(tmp_path / f"step_{step:08d}" / "rule.pt")
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "set_aside", stale)
+            for _ in range(3):
+                with pytest.raises(OSError, match="Stale"):
+                    checkpoints.newest()
+        assert checkpoints.newest() is None
+        assert len(told) == step and Path(told[-1]).exists()
+        save(checkpoints, 2, backend(), Counting(), TRAINER)
+
+
+def stale(self: Folder, name: str, aside: str) -> None:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_every_file_of_a_checkpoint_is_in_its_manifest(tmp_path: Path) -> None:
+    saved(tmp_path, [1])
+    folder = tmp_path / "step_00000001"
+    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert on_disk == set(FILES)
+    assert on_disk - {"manifest.json"} == set(
+        json.loads((folder / "manifest.json").read_text())["files"]
+    )
+    assert damage(folder) is None
+
+
+def test_a_write_that_was_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1])
+    torn = tmp_path / ".writing-dead-step_00000002"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    trainer = restore(checkpoints, backend(), Counting())
+    assert trainer["step"] == 1
+    assert not torn.exists()
+
+
+def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, away = Path.read_bytes, [tmp_path / "step_00000002" / "trainer.json"]
+
+    def fails(self: Path) -> bytes:
+        if self in away:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    for step, score, left in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "124")]:
+        told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
+        assert [path.name[-1] for path in step_folders(tmp_path)] == list(left)
+        assert ("Stale file handle" in told.untidy) == (step > 1)
+    with pytest.raises(OSError, match="Stale file handle"):
+        verified(Folder(tmp_path), "best")
+    away.clear()
+    assert verified(Folder(tmp_path), "best").name == "step_00000002"
+    told = save(checkpoints, 5, backend(), Counting(), {**TRAINER, "score": 0.4})
+    assert ([path.name[-1] for path in step_folders(tmp_path)], told.untidy) == (["2", "5"], "")
+
+
+def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, read, lost = (
+        saved(tmp_path, [1, 2]),
+        Path.read_bytes,
+        tmp_path / "step_00000001" / "trainer.json",
+    )
+
+    def fails(self: Path) -> bytes:
+        if self == lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
+    assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "3"]
+    assert verified(Folder(tmp_path), "best").name == "step_00000003"
+
+
+def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [3])
+    save(checkpoints, 3, backend(8), Counting(), {**TRAINER, "score": 0.25})
+    assert read_trainer(verified(Folder(tmp_path)))["score"] == 0.25
+
+
+class Killed(BaseException):
+    """Stands for a process that dies: nothing in the product catches it."""
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    saved(tmp_path, [1, 3])
+    made = tmp_path / ".writing-a-step_00000003"
+    shutil.copytree(tmp_path / "step_00000003", made)
+    flip_a_byte(made / "model.safetensors")
+    seal(made, facts_of(made, [name for name in FILES if name != "manifest.json"]))
+    old, new = (
+        (folder / "model.safetensors").read_bytes() for folder in (tmp_path / "step_00000003", made)
+    )
+    left, rename, remove = call, Path.rename, shutil.rmtree
+
+    def killed() -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    def renamed(self: Path, target: Path) -> Path:
+        if killed():
+            raise Killed
+        return rename(self, target)
+
+    def removed(path: Path, **how: Any) -> None:
+        if path.exists() and killed():
+            (path / "model.safetensors").unlink()  # in the middle of it
+            raise Killed
+        remove(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", renamed)
+        patch.setattr("pipeline.train.checkpoint.folder.shutil.rmtree", removed)
+        try:
+            Folder(tmp_path).finish(made, "step_00000003")
+            Folder(tmp_path).tidy("step_00000003")
+            assert call == 4  # after two renames, one to the name of what goes, and its end
+        except Killed:
+            assert call < 4
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="b")
+    assert checkpoints.newest() == tmp_path / "step_00000003"
+    assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == (
+        old if call < 2 else new
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("number", "times"), [(errno.EIO, 9), (errno.ESTALE, 1), (errno.EIO, 1), (errno.EACCES, 9)]
+)
+def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int
+) -> None:
+    """After some tries; one that may not be read, or whose storage is away, is nobody's damage."""
+    saved(tmp_path, [1, 2])
+    failures, opened, told = [OSError(number, os.strerror(number))] * times, Path.open, []
+
+    def fails(self: Path, *words: Any, **more: Any) -> Any:
+        if self == tmp_path / "step_00000002" / name and failures:
+            raise failures.pop()
+        return opened(self, *words, **more)
+
+    monkeypatch.setattr(Path, "open", fails)
+    monkeypatch.setattr(disk, "TRY_S", 0.0)
+    checkpoints = Checkpoints(
+        Folder(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1])
+    )
+    if number in (errno.EACCES, errno.ESTALE):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            checkpoints.newest()
+        assert told == []
+    else:
+        is_back = times < disk.TRIES
+        assert checkpoints.newest() == tmp_path / ("step_00000002" if is_back else "step_00000001")
+        assert told == ([] if is_back else [f"{name} cannot be read: {os.strerror(number)}"])
+
+
+def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
+    with pytest.raises(
+        CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"
+    ):
+        restore(checkpoints, backend(), Counting())
+
+
+def test_nothing_to_restore_is_no_error(tmp_path: Path) -> None:
+    assert Checkpoints(Folder(tmp_path / "none"), attempt="a").newest() is None
+    with pytest.raises(CheckpointError, match="got none"):
+        verified(Folder(tmp_path))
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1, 2])
+    half = tmp_path / ".deleting-dead-step_00000000"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"rest")
+    (tmp_path / "step_00000001" / "trainer.json").write_text(
+        "{"
+    )  # damaged, and old: nobody's best, and in nobody's way
+    save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.5})
+    save(checkpoints, 4, backend(), Counting(), TRAINER)
+    assert [path.name[-1] for path in step_folders(tmp_path)] == ["3", "4"]
+    assert checkpoints.newest() == tmp_path / "step_00000004"
+    assert not half.exists()
+
+
+def test_each_rank_gets_its_own_running_statistics_back(tmp_path: Path) -> None:
+    made = backend(1)
+    made.network.register_buffer("running_mean", torch.tensor([3.0]))
+    own = {"running_mean": torch.tensor([1.0])}
+    save(Checkpoints(Folder(tmp_path), attempt="a"), 1, made, Counting(), TRAINER, buffers=own)
+    restore(Checkpoints(Folder(tmp_path), attempt="b"), made, Counting())
+    assert made.network.running_mean.item() == 1.0  # type: ignore[union-attr, operator]
+
+
+def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path) -> None:
+    """Its manifest came late, of a driver whose place was taken over."""
+    save(Checkpoints(Folder(tmp_path), attempt="a", keep=1), 5, backend(), Counting(), TRAINER)
+    later = Checkpoints(Folder(tmp_path), attempt="b", keep=1)
+    for step in (1, 2):
+        save(later, step, backend(), Counting(), TRAINER)
+    assert Folder(tmp_path).names() == ["step_00000002", "step_00000005"]
+
+
+# ------------------------------------------------------ what the journal knows, where none is found
+
+
+def start(step: int) -> dict[str, Any]:
+    return {"event": "start", "step": step}
+
+
+def told_saved(step: int) -> dict[str, Any]:
+    return {"event": "checkpoint", "step": step, "path": f"/runs/run/checkpoints/step_{step:08d}"}
+
+
+def quarantined(step: int, more: str = "") -> dict[str, Any]:
+    return {
+        "event": "quarantine",
+        "path": f"s3://bucket/run/quarantine/step_{step:08d}{more}-20261127-031500-7-a",
+        "reason": "r",
+    }
+
+
+@pytest.mark.parametrize(
+    ("events", "step"),
+    [
+        ([], None),
+        ([start(0), {"event": "step", "step": 2}], None),
+        ([start(0), told_saved(3)], 3),
+        ([start(0), told_saved(3), told_saved(6), start(6)], 6),
+        ([start(8)], 8),  # adopted from a run whose folder was lost
+        ([start(0), told_saved(3), quarantined(3)], None),
+        ([start(0), told_saved(3), told_saved(6), quarantined(6, ".1")], 3),
+        (
+            [start(0), told_saved(3), told_saved(6), quarantined(6), quarantined(6)],
+            3,
+        ),  # told once more by the start after a kill
+        (
+            [start(0), told_saved(3), told_saved(6), told_saved(9), quarantined(9), quarantined(6)],
+            None,
+        ),  # 3 was pruned
+        (
+            [start(0), told_saved(3), told_saved(6), quarantined(9), quarantined(6)],
+            None,
+        ),  # 9 died with its writer, 3 was pruned for it
+        ([start(0), told_saved(3), quarantined(3), start(0), told_saved(3)], 3),
+        ([start(0), told_saved(3), quarantined(3), start(0)], None),
+        (
+            [start(0), told_saved(3), told_saved(6), start(3)],
+            3,
+        ),  # 6 had been moved away by hand, and the run went on
+    ],
+)
+def test_one_must_be_there_unless_it_was_quarantined(
+    events: list[dict[str, Any]], step: int | None
+) -> None:
+    assert lost_step(events, keep=2) == step

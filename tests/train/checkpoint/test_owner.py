@@ -1,0 +1,170 @@
+"""Of two drivers that know one place of checkpoints the later has it; the earlier tells nothing
+whole, and deletes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import files
+from pipeline.core.errors import UserError
+from pipeline.train.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Folder,
+    Owned,
+    claim,
+    owner_of,
+    place_at,
+)
+from pipeline.train.checkpoint import background as thread
+from pipeline.train.checkpoint.store import Store
+from tests.checkpoint.few import TRAINER, Counting, backend, content, restore, save
+
+pytestmark = pytest.mark.timeout(60)
+
+OF_A = {**TRAINER, "run_id": "a" * 32, "study": "s", "run": "first"}
+
+
+@pytest.fixture(params=["folder", "memory"])
+def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Folder | Store]:
+    """The one place, as a run of each name knows it."""
+    address = (
+        str(tmp_path / "elsewhere")
+        if request.param == "folder"
+        else f"memory://owned/{uuid.uuid4().hex}"
+    )
+    return lambda run: place_at(address, tmp_path / run)
+
+
+def claimed(place: Folder | Store, run: str = "first") -> Owned:
+    return Owned(place, claim(place, run=run, run_id="a" * 32, study="s"))
+
+
+def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
+    place_of: Callable[[str], Folder | Store],
+) -> None:
+    place = place_of("first")
+    save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), OF_A)
+    there, mine = content(place), {"run": "mine", "run_id": "b" * 32, "study": "s"}
+    with pytest.raises(
+        CheckpointError,
+        match=r"must be of run bbbbbbbb \(mine\); got those of run aaaaaaaa \(first\)$",
+    ):
+        claim(place, **mine)  # a checkpoint tells, no driver has yet
+    with pytest.raises(FileNotFoundError):
+        place.read("owner.json")
+    token = claimed(place).token
+    with pytest.raises(
+        CheckpointError, match=r"got those of run aaaaaaaa \(first, driven on \S+ since "
+    ):
+        claim(place, **mine)
+    owner = owner_of(place)
+    assert owner is not None and owner.token == token and content(place) == there
+    place.write("owner.json", b"[]")
+    with pytest.raises(
+        CheckpointError,
+        match=r"owner.json must say whose they are; it is damaged: .*; got \[\]; move it",
+    ):
+        claimed(place)
+
+
+def test_a_full_disk_leaves_the_owner_that_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Folder(tmp_path)
+    token = claimed(place).token
+
+    def full(file: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "sync_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        claimed(place)
+    owner = owner_of(place)
+    assert (
+        owner is not None
+        and owner.token == token
+        and [path.name for path in tmp_path.iterdir()] == ["owner.json"]
+    )
+
+
+@pytest.mark.parametrize("when", ["before its manifest", "with its manifest"])
+def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
+    place_of: Callable[[str], Folder | Store], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    first, told = claimed(place_of("first")), list[str]()
+    one = Checkpoints(first, attempt="a", keep=1)
+    save(one, 1, backend(1), Counting(1), OF_A)
+
+    def taken_over() -> None:
+        second = claimed(place_of("second"), "second")
+        second.sweep()
+        save(Checkpoints(second, attempt="b", keep=3), 2, backend(2), Counting(2), OF_A)
+
+    seal, finish = thread.seal, first.place.finish
+
+    def sealed(*given: object) -> None:
+        seal(*given)  # type: ignore[arg-type]
+        if not told:
+            told.append("sealed")
+            taken_over()
+
+    def finished(*given: object) -> str:
+        address = finish(*given)  # type: ignore[arg-type]
+        claimed(place_of("second"), "second")
+        return address
+
+    if when == "before its manifest":
+        monkeypatch.setattr(thread, "seal", sealed)
+    else:
+        monkeypatch.setattr(
+            Folder if isinstance(first.place, Folder) else Store,
+            "finish",
+            lambda self, *given: finished(*given),
+        )
+    one.save(2, backend(3), Counting(3), OF_A)
+    with pytest.raises(
+        UserError,
+        match=r"checkpoint: cannot be written after step 2: checkpoints: the owner of .*second",
+    ) as said:
+        one.wait()
+    assert "\n" not in str(said.value) and one.done() is None
+    assert "step_00000001" in place_of("third").names()  # with keep=1 it would have gone
+    for change in (
+        first.sweep,
+        lambda: first.delete("step_00000001"),
+        lambda: first.set_aside("step_00000001", "x"),
+    ):
+        with pytest.raises(CheckpointError, match="must be this driver"):
+            change()
+    if when == "before its manifest":
+        rule = Counting()
+        restore(Checkpoints(place_of("third"), attempt="c"), backend(), rule)
+        assert rule.feedback[0] == 2  # type: ignore[index]
+
+
+def test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, put = place_at(f"memory://owned/{uuid.uuid4().hex}", tmp_path), Store._put
+    late = tmp_path / ".writing-a-step_00000001"
+    late.mkdir()
+    (late / "model.safetensors").write_bytes(b"late")
+
+    def meanwhile(self: Store, file: Path, path: str) -> None:
+        monkeypatch.setattr(Store, "_put", put)
+        save(Checkpoints(place, attempt="b"), 1, backend(2), Counting(2), OF_A)
+        put(self, file, path)
+
+    monkeypatch.setattr(Store, "_put", meanwhile)
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):  # it is not sealed
+        place.finish(late, "step_00000001")
+    rule = Counting()
+    restore(Checkpoints(place, attempt="c"), backend(), rule)
+    assert rule.feedback[0] == 2  # type: ignore[index]

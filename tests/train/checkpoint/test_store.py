@@ -1,0 +1,333 @@
+"""Checkpoints at an address of fsspec's, in memory and in S3 (moto's server): whole or not there,
+verified, pruned, swept.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import uuid
+from contextlib import nullcontext
+from functools import partial, partialmethod
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from botocore.exceptions import ClientError
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
+from s3fs.errors import translate_boto_error
+
+from pipeline.core.errors import UserError
+from pipeline.train.checkpoint import CheckpointError, Checkpoints, Folder, place_at, verified
+from pipeline.train.checkpoint.place import prune
+from pipeline.train.checkpoint.store import Store
+from pipeline.train.guards.storage import may_pass
+from tests.checkpoint.few import TRAINER, Counting, backend, restore, save
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def store(address: str, run: Path) -> Store:
+    place = place_at(address, run)
+    assert isinstance(place, Store)
+    return place
+
+
+def checkpoints(address: str, run: Path, **more: object) -> Checkpoints:
+    return Checkpoints(store(address, run), attempt="a", **more)  # type: ignore[arg-type]
+
+
+def paths(address: str) -> set[str]:
+    """Of all that lies there, below the address."""
+    fs, root = fsspec.url_to_fs(address, use_listings_cache=False, skip_instance_cache=True)
+    return {path.removeprefix(root).strip("/") for path in fs.find(root)}
+
+
+FILES = {
+    "model.safetensors",
+    "plain/state.pt",
+    "rng_rank0.pt",
+    "rule.pt",
+    "trainer.json",
+    "manifest.json",
+}
+
+
+def test_what_is_saved_comes_back_in_a_fresh_folder(address: str, tmp_path: Path) -> None:
+    made = backend(1)
+    told = save(checkpoints(address, tmp_path / "one"), 7, made, Counting(2.5), TRAINER)
+    assert told.address == f"{address}/step_00000007-a"
+    assert paths(address) == {f"step_00000007-a/{name}" for name in FILES}
+    assert (
+        list((tmp_path / "one" / "checkpoints").iterdir()) == []
+    )  # the run's own disk keeps nothing
+    other, rule = backend(2), Counting()
+    trainer = restore(checkpoints(address, tmp_path / "other"), other, rule)
+    assert trainer["step"] == 7 and rule.feedback.tolist() == [2.5] * 3  # type: ignore[operator]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(made.network.parameters(), other.network.parameters(), strict=True)
+    )
+
+
+def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = checkpoints(address, tmp_path)
+    save(saving, 1, backend(), Counting(), TRAINER)
+    with monkeypatch.context() as patch:
+        put = Store._put
+
+        def cut(self: Store, file: Path, path: str) -> None:
+            if file.name == "manifest.json":
+                raise OSError(errno.ECONNRESET, "Connection reset by peer")
+            put(self, file, path)
+
+        patch.setattr(Store, "_put", cut)
+        saving.save(2, backend(), Counting(), TRAINER)
+        with pytest.raises(
+            OSError, match="checkpoint after step 2 was not written: Connection reset by peer"
+        ):
+            saving.wait()
+    assert "step_00000002-a/model.safetensors" in paths(address)
+    assert store(address, tmp_path).names() == ["step_00000001"]
+    assert restore(checkpoints(address, tmp_path / "fresh"), backend(), Counting())["step"] == 1
+    assert not any("step_00000002" in path for path in paths(address))
+
+
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [*(("put", name) for name in sorted(FILES)), ("removed", "rng_rank0.pt"), ("put", "nowhere")],
+)
+def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, how: str
+) -> None:
+    saving = checkpoints(address, tmp_path, keep=1)
+    save(saving, 1, backend(1), Counting(1), TRAINER)
+    save(saving, 2, backend(2), Counting(2), TRAINER)
+    put, fs = Store._put, saving.place.fs  # type: ignore[attr-defined]
+
+    def cut(self: Store, file: Path, path: str) -> None:
+        if path.endswith(f"/{at}"):
+            raise OSError(errno.ECONNRESET, "Connection reset by peer")
+        put(self, file, path)
+
+    def remove(path: str, recursive: bool = False) -> None:
+        for found in fs.find(path):
+            if found.endswith(f"/{at}"):
+                raise OSError(errno.ECONNRESET, "Connection reset by peer")
+            fs.rm_file(found)
+
+    with monkeypatch.context() as patch:
+        if how == "put":
+            patch.setattr(Store, "_put", cut)
+        else:
+            patch.setattr(fs, "rm", remove)
+        saving.save(2, backend(3), Counting(3), {**TRAINER, "score": 0.5})
+        is_new = how == "removed" or at == "nowhere"
+        with nullcontext() if is_new else pytest.raises(OSError, match="Connection reset by peer"):
+            told = saving.wait()
+            assert told is not None and ("Connection reset by peer" in told.untidy) == (
+                how == "removed"
+            )
+    assert store(address, tmp_path).names() == ["step_00000002"]
+    rule = Counting()
+    trainer = restore(checkpoints(address, tmp_path / "fresh", keep=1), backend(), rule)
+    assert (trainer["score"], rule.feedback[0]) == ((0.5, 3) if is_new else (None, 2))  # type: ignore[index]
+    folders = {path.split("/")[0] for path in paths(address)}
+    assert folders == {
+        "step_00000002.1-a" if is_new else "step_00000002-a"
+    }  # nothing is left of the other
+
+
+def test_a_step_that_is_saved_again_is_found_where_its_event_says(
+    address: str, tmp_path: Path
+) -> None:
+    saving = checkpoints(address, tmp_path, keep=2)
+    told = [save(saving, 1, backend(), Counting(value), TRAINER).address for value in range(12)]
+    assert told == [
+        f"{address}/step_00000001-a",
+        *(f"{address}/step_00000001.{number}-a" for number in range(1, 12)),
+    ]
+    place, rule = store(address, tmp_path), Counting()
+    assert place.names() == ["step_00000001"] and place.address("step_00000001") == told[-1]
+    assert paths(address) == {f"step_00000001.11-a/{name}" for name in FILES}
+    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
+    assert rule.feedback[0] == 11  # type: ignore[index]
+    path = f"{place.root}/step_00000001.11-a/model.safetensors"
+    place.fs.pipe_file(path, place.fs.cat_file(path)[:-7])
+    assert checkpoints(address, tmp_path / "fresh").newest() is None
+    assert {found.split("-")[0] for found in paths(address)} == {"quarantine/step_00000001.11"}
+
+
+def test_one_of_which_only_the_manifest_is_there_can_be_deleted(
+    address: str, tmp_path: Path
+) -> None:
+    """As a writer leaves it that was taken over before it wrote that."""
+    place = store(address, tmp_path)
+    place.fs.pipe_file(f"{place.root}/step_00000001-a/manifest.json", b"{}")
+    assert place.names() == ["step_00000001"]
+    place.delete("step_00000001")
+    assert place.names() == [] and paths(address) == set()
+
+
+def test_a_bucket_that_lets_nobody_delete_takes_new_ones_all_the_same(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, rule = store(address, tmp_path), Counting()
+    saving = Checkpoints(place, attempt="a", keep=1)
+    save(saving, 1, backend(), Counting(), TRAINER)
+
+    def denied(*args: object, **more: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(place.fs, "rm_file", denied)
+    monkeypatch.setattr(place.fs, "rm", denied)
+    told = [
+        save(saving, step, backend(), Counting(float(index)), TRAINER)
+        for index, step in enumerate((1, 2, 2))
+    ]
+    assert [each.untidy for each in told] == ["PermissionError: Access Denied"] * 3
+    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
+    assert rule.feedback[0] == 2  # type: ignore[index]
+
+
+def test_a_request_that_failed_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a store whose `exists` is fsspec's own, which says no of any failure."""
+    address, lost = f"memory://away/{uuid.uuid4().hex}", list[str]()
+    originals = {name: getattr(MemoryFileSystem, name) for name in ("info", "cat_file")}
+    saving = checkpoints(address, tmp_path)
+    for step, score in ((1, 0.9), (2, 0.1)):
+        save(saving, step, backend(), Counting(), {**TRAINER, "score": score})
+    place = store(address, tmp_path)
+    place.fs.pipe_file(f"{place.root}/step_00000002.pinned", b"")
+    save(saving, 3, backend(), Counting(), {**TRAINER, "score": 0.2})
+    there = paths(address)
+
+    def fails(name: str, self: MemoryFileSystem, path: str, **how: object) -> object:
+        if path.removeprefix(f"{place.root}/") in lost:
+            lost.clear()
+            raise RuntimeError("Socket is closed")
+        return originals[name](self, path, **how)
+
+    monkeypatch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)
+    for name in originals:
+        monkeypatch.setattr(MemoryFileSystem, name, partialmethod(partial(fails, name)))
+    for file, ask in (
+        ("step_00000001-a/manifest.json", place.sweep),
+        ("step_00000003-a/manifest.json", lambda: verified(place)),
+        ("step_00000003-a/manifest.json", lambda: place.finish(tmp_path / "temp", "step_00000003")),
+        ("step_00000002.pinned", lambda: prune(place, "step_00000003", keep=1)),
+    ):
+        lost.append(file)
+        with pytest.raises(OSError, match="Socket is closed"):
+            ask()
+        assert paths(address) == there and not lost
+    place.sweep()
+    prune(place, "step_00000003", keep=1)
+    assert paths(address) == there
+
+
+def test_a_clock_that_is_wrong_for_a_while_is_waited_for(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which s3fs calls a PermissionError."""
+    place = store(address, tmp_path)
+
+    def skewed(*args: object, **more: object) -> None:
+        error = ClientError(
+            {"Error": {"Code": "RequestTimeTooSkewed", "Message": "the difference is too large"}},
+            "PutObject",
+        )
+        raise translate_boto_error(error)
+
+    monkeypatch.setattr(place.fs._fs, "put_file", skewed)
+    with pytest.raises(OSError, match="too large") as raised:
+        place.fs.put_file("a", "b")
+    assert raised.value.errno == errno.EIO and may_pass(raised.value)
+
+
+def test_a_bucket_that_lets_nobody_write_ends_the_run(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = store(address, tmp_path)
+
+    def denied(*args: object, **more: object) -> None:
+        raise PermissionError("Access Denied")  # as s3fs says it, without a number
+
+    monkeypatch.setattr(place.fs, "put_file", denied)
+    saving = Checkpoints(place, attempt="a")
+    saving.save(1, backend(), Counting(), TRAINER)
+    with pytest.raises(
+        UserError,
+        match=(
+            "checkpoint: cannot be written after step 1: Access Denied; there is no whole one yet"
+        ),
+    ):
+        saving.wait()
+
+
+def test_what_arrives_shorter_than_it_was_is_told(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = store(address, tmp_path)
+    put, saving = place.fs.put_file, Checkpoints(place, attempt="a")
+
+    def short(here: str, there: str) -> None:
+        Path(here).write_bytes(Path(here).read_bytes()[:10])
+        put(here, there)
+        Path(here).write_bytes(b"x" * 11)
+
+    monkeypatch.setattr(place.fs, "put_file", short)
+    saving.save(1, backend(), Counting(), TRAINER)
+    with pytest.raises(OSError, match="10 of 11 bytes arrived"):
+        saving.wait()
+    assert store(address, tmp_path).names() == []
+
+
+def test_a_manifest_reaches_no_file_outside(tmp_path: Path) -> None:
+    place = store(f"memory://evil/{uuid.uuid4().hex}", tmp_path)
+    save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), TRAINER)
+    files = {"../../../planted": {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    place.fs.pipe_file(
+        f"{place.root}/step_00000001-a/manifest.json",
+        json.dumps({"files": files, "sha256": digest}).encode(),
+    )
+    place.fs.pipe_file(f"{place.root}/planted", b"x")
+    with pytest.raises(CheckpointError, match="needs a checkpoint that verifies; got none"):
+        verified(place)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) -> None:
+    assert place_at("", tmp_path) == Folder(tmp_path / "checkpoints")
+    assert (
+        place_at("/big/run", tmp_path)
+        == place_at("file:///big/run", tmp_path)
+        == Folder(Path("/big/run"))
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"must be one that fsspec can open; got nowhere://x/run: Protocol not known: nowhere",
+    ):
+        place_at("nowhere://x/run", tmp_path)
+    for secret in ("s3://key:secret@bucket/run", "https://host/run?token=secret"):
+        with pytest.raises(CheckpointError, match="an address holds no credentials") as told:
+            place_at(secret, tmp_path)
+        assert "secret" not in str(told.value)
+    for chain in (
+        "simplecache::s3://key:secret@bucket/run",
+        "zip://run.zip::s3://key:secret@bucket",
+        "file:///run::s3://bucket",
+    ):
+        with pytest.raises(
+            CheckpointError, match="an address must be of one store, without fsspec's '::'"
+        ) as told:
+            place_at(chain, tmp_path)
+        assert "secret" not in str(told.value)

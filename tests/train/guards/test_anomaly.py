@@ -1,0 +1,239 @@
+"""What must not be learnt from: told apart on every rank alike, and gone without a trace."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.core.errors import UserError
+from pipeline.measure.clock import Clock
+from pipeline.rules.base import Rule
+from pipeline.rules.hlop import HLOP
+from pipeline.rules.opzo import OPZO
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.dropout import Dropout
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.synapse import Linear
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.plain import Plain
+from pipeline.train.guards import anomaly as guard
+from pipeline.train.guards.anomaly import WINDOW, Guard, Rollback, Skipped, is_in
+from pipeline.train.loop import MicroBatch, train
+from pipeline.train.objective import CrossEntropy
+from tests.processes import run_ranks
+from tests.silent import NoMeters
+
+
+class Norm(nn.Module):
+    """Batch norm of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchNorm(6)
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        return self.norm(x_TBC[..., None, None])[..., 0, 0]
+
+
+class Trained:
+    """A network with momentum and dropout, under SLTT with running statistics, and its guard;
+    `batch` trains on one.
+    """
+
+    def __init__(self, ranks: Ranks = Ranks(), *, rule: Rule | None = None, **guard: Any) -> None:
+        torch.manual_seed(0)
+        norm = Norm() if rule is None else nn.Identity()
+        network = nn.Sequential(Linear(4, 6), norm, LIF(threshold=0.3), Dropout(0.3), Linear(6, 3))
+        self.rule = SLTT() if rule is None else rule
+        self.rule.attach(network)
+        self.backend = Plain(
+            network, lambda network: torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        )
+        self.told: list[tuple[int, str]] = []
+        torch.manual_seed(1)  # of dropout
+        self.guard = Guard(
+            self.backend, self.rule, ranks, on_skip=lambda *told: self.told.append(told), **guard
+        )
+
+    def batch(
+        self, step: int, *, scale: float = 1.0, bad: bool = False, meters: NoMeters = NoMeters()
+    ) -> None:
+        draw = torch.Generator().manual_seed(step)
+        x_BC, target_B = torch.randn(8, 4, generator=draw), torch.randint(3, (8,), generator=draw)
+        x_BC = x_BC.fill_(math.nan) if bad else x_BC * scale
+        batches = [(step, [MicroBatch(repeat(x_BC, 3), target_B, range(8), 1.0)])]
+        train(
+            self.rule, self.backend, lambda step: None, batches, CrossEntropy(), meters, self.guard
+        )
+
+    def values(self) -> dict[str, Tensor]:
+        momentum = self.backend.optimizer.state_dict()["state"]
+        held = {f"momentum {index}": state["momentum_buffer"] for index, state in momentum.items()}
+        held |= {f"rule {name}": value.clone() for name, value in self.rule.state_dict().items()}
+        return {
+            **{name: value.clone() for name, value in self.backend.network.state_dict().items()},
+            **held,
+        }
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+RULES: dict[str, Callable[[], Rule | None]] = {
+    "SLTT": lambda: None,
+    "OPZO": OPZO,
+    "DFA": lambda: OPZO("random"),
+    "HLOP(OPZO)": lambda: HLOP(OPZO(), rows=((2, 3), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
+    """Of the rule either, which may have made its matrices for the very first."""
+    whole = Trained(rule=RULES[rule]())
+    for step in (step for step in range(6) if step != bad):
+        whole.batch(step)
+    hit = Trained(rule=RULES[rule]())
+    for step in range(6):
+        before = hit.rule.figures()
+        hit.batch(step, bad=step == bad)
+        assert step != bad or hit.rule.figures() == before
+    for trained in (hit, whole):
+        trained.rule.figures()  # HLOP writes down what it is asked for
+    assert same(hit.values(), whole.values())
+    assert hit.told == [
+        (bad, "its gradient is not finite on 1 of 1 worker")
+    ]  # spikes hide it from the loss
+    assert all(p.grad is None for p in hit.backend.network.parameters())
+
+
+class Timed(NoMeters):
+    """The clock of a run."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def batch(self, step: int) -> Any:
+        return self.clock.batch()
+
+    def part(self, name: str) -> Any:
+        return self.clock.part(name)  # type: ignore[arg-type]
+
+
+def test_what_is_copied_before_a_batch_is_charged_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HLOP's and OPZO's state is large."""
+    made, meters, original = Trained(), Timed(), guard._Before
+
+    def slow(*parts: Any) -> guard._Before:
+        time.sleep(0.05)
+        return original(*parts)
+
+    monkeypatch.setattr(guard, "_Before", slow)
+    made.batch(0, meters=meters)
+    [seconds] = meters.clock.take()
+    assert seconds["metrics"] >= 0.05 and made.guard._before is None
+
+
+def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:
+    hit = Trained()
+    hit.batch(0)
+    before = hit.values()
+    hook = hit.backend.network[0].weight.register_hook(lambda g: g * math.inf)  # type: ignore[union-attr, operator]
+    hit.batch(1)
+    hook.remove()
+    assert same(hit.values(), before) and hit.told == [
+        (1, "its gradient is not finite on 1 of 1 worker")
+    ]
+
+
+def test_too_many_in_a_row_lead_back() -> None:
+    hit = Trained(skips=2)
+    for step in (0, 1):
+        hit.batch(step, bad=True)
+    hit.batch(2)  # a good one in between
+    for step in (3, 4):
+        hit.batch(step, bad=True)
+    with pytest.raises(Rollback, match="batch 5: its gradient is not finite") as back:
+        hit.batch(5, bad=True)
+    assert back.value.step == 5 and [step for step, _ in hit.told] == [0, 1, 3, 4]
+
+
+def test_where_nothing_can_be_taken_back_the_first_leads_back() -> None:
+    hit = Trained(takes_back=False)
+    hit.batch(0)
+    with pytest.raises(Rollback, match="batch 1"):
+        hit.batch(1, bad=True)
+
+
+def test_a_loss_that_leaps_is_bad_once_there_is_something_to_hold_it_against() -> None:
+    hit = Trained(spike=3.0)
+    hit.batch(0, scale=1e4)  # nothing is usual yet
+    for step in range(1, WINDOW):
+        hit.batch(step)
+    before = hit.values()
+    hit.backend.network[4].bias.data.copy_(torch.tensor([60.0, 0.0, 0.0]))  # type: ignore[union-attr, operator]
+    leapt = hit.values()
+    hit.batch(WINDOW)
+    assert same(hit.values(), leapt) and not same(before, leapt)
+    [(step, reason)] = hit.told
+    assert step == WINDOW and re.fullmatch(
+        r"its loss of \d+\.\d+ is more than 3 times the usual \d\.\d+", reason
+    )
+
+
+def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:
+    one = Trained(skips=2)
+    one.batch(0)
+    one.batch(1, bad=True)
+    other = Trained(skips=2, state=one.guard.told())
+    assert other.guard.told() == one.guard.told() and len(one.guard.told()["losses"]) == 1
+    other.batch(2, bad=True)
+    with pytest.raises(Rollback):
+        other.batch(3, bad=True)
+
+
+def test_a_task_begins_with_nothing_against_it() -> None:
+    hit = Trained(skips=1)
+    hit.batch(0)
+    hit.batch(1, bad=True)
+    hit.guard.begin_task()
+    assert hit.guard.told() == {"in_a_row": 0, "losses": []}
+    hit.batch(2, bad=True)  # the first of its own
+    assert [step for step, _ in hit.told] == [1, 2]
+
+
+def _one_rank_meets_it(rank: int, size: int) -> dict[str, Any]:
+    hit = Trained(Ranks(rank, size))
+    for step in range(3):
+        hit.batch(step, bad=(rank, step) == (1, 1))
+    return {"told": hit.told, "weights": hit.values()["0.weight"].tolist()}
+
+
+def test_every_rank_skips_what_one_rank_met(tmp_path: Path) -> None:
+    one, other = run_ranks(_one_rank_meets_it, 2, tmp_path)
+    assert one["told"] == other["told"] == [(1, "its gradient is not finite on 1 of 2 workers")]
+    assert one["weights"] == other["weights"]
+
+
+def test_what_going_back_decided_is_kept_in_the_runs_folder(tmp_path: Path) -> None:
+    assert Skipped.read(tmp_path) == Skipped()
+    decided = Skipped().after(Rollback(7, ""), saved=4).after(Rollback(12, ""), saved=10)
+    decided.write(tmp_path)
+    assert Skipped.read(tmp_path) == decided == Skipped(2, ((4, 8), (10, 13)))
+    assert decided.after(Rollback(15, "", skips=False), saved=15) == Skipped(3, decided.batches)
+    assert [step for step in range(20) if is_in(step, decided.batches)] == [4, 5, 6, 7, 10, 11, 12]
+    (tmp_path / "skipped.json").write_text('{"rollbacks": 1}')
+    with pytest.raises(UserError, match=r"skipped\.json: must hold rollbacks and batches; got"):
+        Skipped.read(tmp_path)

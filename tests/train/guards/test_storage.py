@@ -1,0 +1,118 @@
+"""Storage that is away for a while: tried again by rank 0 while all ranks show that they live, and
+given up in the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.guards import storage
+from pipeline.train.guards.storage import patiently
+from tests.processes import run_ranks
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+
+
+def away(
+    times: int, error: Exception = OSError(errno.ESTALE, "Stale file handle")
+) -> Callable[[], str]:
+    """Fails so often, then answers."""
+    tries = itertools.count()
+
+    def act() -> str:
+        if next(tries) < times:
+            raise error
+        return "there"
+
+    return act
+
+
+def test_it_is_tried_again_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(storage, "_pause", lambda seconds, beat: pauses.append(seconds))
+    told: list[str] = []
+    assert patiently(Ranks(), away(20), on_wait=told.append) == "there"
+    assert told == ["[Errno 116] Stale file handle"]
+    assert (
+        pauses[:3] == [0.01, 0.02, 0.04]
+        and pauses[-1] == storage.LONGEST_PAUSE_S
+        and len(pauses) == 20
+    )
+
+
+def test_a_pause_is_full_of_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is: a watchdog may have less patience."""
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr(storage, "BEAT_S", 0.1)
+    beats: list[None] = []
+    patiently(Ranks(), away(1), beat=lambda: beats.append(None))
+    assert 1 < len(beats) <= 6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EROFS, "Read-only file system"),
+        PermissionError("Access Denied"),  # as s3fs says it, without a number
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        UserError("checkpoint: must hold data alone"),
+        ZeroDivisionError(),
+    ],
+    ids=lambda error: type(error).__name__ + str(getattr(error, "errno", "")),
+)
+def test_what_waiting_does_not_mend_is_raised_at_once(error: Exception) -> None:
+    told: list[str] = []
+    with pytest.raises(type(error)) as raised:
+        patiently(Ranks(), away(1, error), on_wait=told.append)
+    assert raised.value is error and told == []
+
+
+def test_in_the_end_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE_S", 0.2)
+    with pytest.raises(OSError, match="Stale file handle"):
+        patiently(Ranks(), away(1000))
+
+
+def test_a_journal_on_the_same_storage_need_not_be_told() -> None:
+    def full(error: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert patiently(Ranks(), away(2), on_wait=full) == "there"
+
+
+def _of_two(rank: int, ranks: int) -> dict[str, Any]:
+    storage.FIRST_PAUSE_S, storage.BEAT_S = 0.2, 0.1
+    acted: list[None] = []
+    beats: list[None] = []
+    told: list[str] = []
+    act = away(2)
+
+    def counted() -> str:
+        acted.append(None)
+        return act()
+
+    found = patiently(
+        Ranks(rank, ranks), counted, beat=lambda: beats.append(None), on_wait=told.append
+    )
+    return {"found": found, "acted": len(acted), "told": len(told), "beats": len(beats)}
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(60)
+def test_of_two_ranks_one_tries_and_both_live(tmp_path: Path) -> None:
+    first, second = run_ranks(_of_two, 2, tmp_path)
+    assert (first["found"], first["acted"], first["told"]) == ("there", 3, 1)
+    assert (second["found"], second["acted"], second["told"]) == ("there", 0, 0)
+    assert min(first["beats"], second["beats"]) > 2  # one in each of two pauses would be two

@@ -1,0 +1,101 @@
+"""How long a save lets training stand still, as its event tells."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.track.journal import read
+from pipeline.train.checkpoint import background
+from pipeline.train.checkpointing import Saving
+from pipeline.train.job import SAVE, STOP
+from tests.small import small_recipe, train_inline
+
+
+def stalls(run: Path, **changes: Any) -> tuple[list[float], float]:
+    """Of each checkpoint of a small run, and all seconds that the run has counted for
+    checkpoints.
+    """
+    summary = train_inline(run, small_recipe(evaluate_every=2, **changes))
+    assert summary is not None
+    told = [
+        event["stall_s"] for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"
+    ]
+    return told, summary["checkpoint_s"]
+
+
+@pytest.mark.timeout(60)
+def test_what_is_looked_at_before_a_copy_is_made_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(self: Saving, step: int) -> None:
+        time.sleep(0.1)
+
+    monkeypatch.setattr(Saving, "_check_finite", slowly)
+    told, all_s = stalls(tmp_path / "run")
+    assert len(told) == 7 and min(told) > 0.1  # of steps 3, 6, 8, 9, 12, 15 and 16
+    assert sum(told) == pytest.approx(all_s, rel=0.1)
+
+
+@pytest.mark.timeout(60)
+def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = background._write
+
+    def slowly(file: Path, value: Any) -> None:
+        if file.name == "trainer.json":
+            time.sleep(1.0)
+        write(file, value)
+
+    monkeypatch.setattr(background, "_write", slowly)
+    told, all_s = stalls(tmp_path / "run", stop_after=2, checkpoint_every=1)
+    assert (
+        len(told) == 2 and told[1] > 1.0
+    )  # for its own; for the first as well, but for the time that the run has evaluated
+    assert sum(told) == pytest.approx(all_s, rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("asked", ["nothing", STOP, SAVE])
+def test_between_batches_rank_0_alone_looks_for_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, asked: str
+) -> None:
+    """Each look of each rank is a question to the file server; what rank 0 has seen is told to
+    all.
+    """
+    looked: list[str] = []
+    exists = Path.exists
+    monkeypatch.setattr(
+        Path, "exists", lambda self, **about: (looked.append(self.name), exists(self, **about))[1]
+    )
+    monkeypatch.setattr(Saving, "save", lambda self, step, **about: None)
+    monkeypatch.setattr(Saving, "_answer", lambda self, step: None)
+    if asked != "nothing":
+        (tmp_path / asked).write_text("somebody")
+    flags: list[tuple[bool, ...]] = []
+
+    def decide(*mine: bool) -> list[bool]:
+        flags.append(mine)
+        return [asked == STOP, asked == SAVE, *[False] * 4]  # rank 0's
+
+    recipe = SimpleNamespace(checkpoint_every=0, checkpoint_minutes=0.0, replicas_every=0)
+    checkpoints = SimpleNamespace(failed=lambda: False, done=lambda: None)
+    ranks, job = SimpleNamespace(rank=rank, decide=decide), SimpleNamespace(run=str(tmp_path))
+    parts: Any = SimpleNamespace(
+        recipe=recipe,
+        ranks=ranks,
+        job=job,
+        checkpoints=checkpoints,
+        meters=None,
+        notice=lambda: None,
+        tracker=None,
+    )
+    made = Saving(parts, step=0, learnt=Any, guard=Any, figures=Any)  # type: ignore[arg-type]
+    assert made.between_batches(1, last=False) is (asked == STOP)
+    assert set(looked) == ({STOP, SAVE} if rank == 0 else set())
+    assert flags[0][:2] == ((asked == STOP, asked == SAVE) if rank == 0 else (False, False))

@@ -1,0 +1,272 @@
+"""A run whose number of workers changes: the same rows, samples and draws at every size, and what
+is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pipeline.data.mixing import Mixing
+from pipeline.data.order import TrainOrder
+from pipeline.models.convnet import convnet
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.ottt import OTTT
+from pipeline.spiking.norm import BatchNorm
+from pipeline.track.journal import read
+from pipeline.train.build import check_recipe
+from pipeline.train.elastic import check_sizes, draw_for, steady, told
+from pipeline.train.job import STOP, Job, RankInfo
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.trainer import Trainer
+from pipeline.train.weights import load_run
+from pipeline.train.worker import run
+from tests.processes import run_ranks
+from tests.small import make_run, small_recipe
+
+BATCH = 24
+DIVISORS = tuple(size for size in range(1, BATCH + 1) if BATCH % size == 0)
+
+
+@st.composite
+def histories(draw: Any) -> list[tuple[int, int, int, int]]:
+    """What becomes of a run of 2 epochs of 5 batches: (size, micro-batch, first batch, batch at
+    which it ends), in turn.
+
+    An attempt begins where a checkpoint stands, at most three batches before the last one ended.
+    """
+    at, found = 0, []
+    while at < 10:
+        end = draw(st.integers(at + 1, 10))
+        found.append((draw(st.sampled_from(DIVISORS)), draw(st.integers(1, BATCH)), at, end))
+        at = end if end == 10 else max(at, end - draw(st.integers(0, 3)))
+        if len(found) > 12:
+            found.append((1, BATCH, at, 10))
+            break
+    return found
+
+
+@given(histories(), st.integers(0, 2**62))
+@settings(max_examples=150, deadline=None)
+def test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes(
+    history: list[tuple[int, int, int, int]], seed: int
+) -> None:
+    samples = 5 * BATCH + 7
+    survived: dict[int, list[int]] = {}
+    for size, most, first, end in history:
+        split = small_recipe(batch_size=BATCH, micro_batch=most).split(size)
+        sizes = {
+            "samples": samples,
+            "seed": seed,
+            "world": size,
+            "batch_size": BATCH,
+            "micro_batch": split.micro_batch,
+        }
+        orders = [TrainOrder(rank=rank, **sizes) for rank in range(size)]
+        for step in range(first, end):
+            epoch, place = divmod(step, 5)
+            start = (
+                place * BATCH if step == first else 0
+            )  # only where it resumes it opens an epoch in its middle
+            at = 0 if step == first else place * BATCH // size
+            rows = np.full(BATCH, -1)
+            for rank, order in enumerate(orders):
+                mine = order.epoch(epoch, start=start)[at:].reshape(-1, split.micro_batch)[
+                    : split.accumulation
+                ]
+                for index, ids in enumerate(mine):
+                    row = (index * size + rank) * split.micro_batch
+                    rows[row : row + split.micro_batch] = ids
+            survived[step] = rows.tolist()
+    alone = TrainOrder(
+        samples=samples, seed=seed, rank=0, world=1, batch_size=BATCH, micro_batch=BATCH
+    )
+    for epoch in range(2):
+        seen = [survived[5 * epoch + step] for step in range(5)]
+        assert (
+            seen == alone.epoch(epoch).reshape(5, BATCH).tolist()
+        )  # in the same rows, which draws go by
+        assert len(set(np.ravel(seen))) == 5 * BATCH
+
+
+def normed(**changes: Any) -> Recipe:
+    """Batch norm of each worker's own samples, and dropout."""
+    model = spec(convnet, classes=10, in_channels=1, stages=((8,), (8,)), dropout=0.2)
+    return small_recipe(model=model, batch_size=BATCH, **changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "micro_batch", "expected"),
+    [
+        ((1, 2, 3), None, 4),
+        ((2, 4), None, 6),
+        ((1, 2, 3), 3, 2),
+        ((1, 2), 5, 4),
+        ((2, 4, 8), None, 3),
+        ((3,), None, None),
+    ],
+)
+def test_what_looks_at_a_micro_batch_as_one_sees_the_same_rows_at_every_size(
+    sizes: tuple[int, ...], micro_batch: int | None, expected: int | None
+) -> None:
+    recipe = normed(micro_batch=micro_batch)
+    made = steady(recipe, recipe.model.build(), sizes)
+    assert made.micro_batch == expected
+    if expected is not None:
+        splits = [made.split(size) for size in sizes]
+        assert {split.micro_batch for split in splits} == {expected}
+        assert all(
+            split.workers * split.micro_batch * split.accumulation == BATCH for split in splits
+        )
+
+
+def test_without_norm_and_dropout_a_worker_takes_its_whole_share() -> None:
+    recipe = small_recipe(batch_size=BATCH)
+    assert steady(recipe, recipe.model.build(), (1, 2, 3)) is recipe
+
+
+def test_what_is_drawn_depends_on_seed_batch_and_row_alone() -> None:
+    def drawn(**place: int) -> torch.Tensor:
+        draw_for(3, **place)
+        return torch.rand(4)
+
+    first = drawn(step=5, row=8)
+    torch.rand(100)
+    assert torch.equal(drawn(step=5, row=8), first)
+    assert not torch.equal(drawn(step=6, row=8), first) and not torch.equal(
+        drawn(step=5, row=12), first
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"), [((4,), "4"), ((2, 3, 4), "2:4"), ((2, 4, 8), "2,4,8"), ((2, 3), "2:3")]
+)
+def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -> None:
+    assert told(sizes) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "said"),
+    [
+        (
+            {},
+            tuple(range(2, 9)),
+            (
+                "launch: batch_size=24 must divide by every number of workers; got 2:8, of which 5,"
+                " 7 do not; take --workers 2,3,4,6,8"
+            ),
+        ),
+        (
+            {},
+            (9, 10),
+            (
+                "launch: batch_size=24 must divide by every number of workers; got 9:10, of which"
+                " 9, 10 do not; of fewer 1, 2, 3, 4, 6, 8 do"
+            ),
+        ),
+        ({}, (5,), "recipe: batch_size must divide by 5 workers; got 24, near it 20 and 25 do"),
+        (
+            {"zero": 2, "backend": "deepspeed"},
+            (2, 4),
+            (
+                "launch: ZeRO-2 needs one number of workers, for DeepSpeed's checkpoints of it load"
+                " on as many only and its universal ones hold Adam alone (0.19.8); got 2,4; take"
+                " one number, or zero=0"
+            ),
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(
+    changes: dict[str, Any], sizes: tuple[int, ...], said: str
+) -> None:
+    with pytest.raises(ValueError) as refusal:
+        check_recipe(small_recipe(batch_size=BATCH, **changes), *sizes)
+    assert str(refusal.value) == said
+
+
+def test_zero_with_one_number_of_workers_is_fine() -> None:
+    check_sizes(small_recipe(batch_size=BATCH, zero=2, backend="deepspeed"), (4,))
+
+
+def test_statistics_over_all_workers_want_whole_batches() -> None:
+    network = nn.Sequential(BatchNorm(4, between="world"))
+    assert steady(small_recipe(batch_size=BATCH), network, (1, 2)).micro_batch is None
+    with pytest.raises(
+        ValueError,
+        match=r"must see whole global batches .* micro_batch=4, which is accumulated on 1 worker",
+    ):
+        steady(small_recipe(batch_size=BATCH, micro_batch=4), network, (1, 2))
+
+
+def test_a_rule_that_moves_weights_within_a_batch_refuses_a_cut_one() -> None:
+    model = spec(nf_resnet18_small, classes=10, in_channels=1, width=4, blocks=(1, 1))
+    recipe = small_recipe(model=model, batch_size=BATCH, rule=spec(OTTT, update="step"))
+    check_recipe(recipe, 1, 2)
+    with pytest.raises(ValueError, match="refuses accumulation; got Split"):
+        check_recipe(replace(recipe, micro_batch=6), 2, 4)
+
+
+def test_neighbours_that_are_mixed_stay_together_at_every_size() -> None:
+    mixed = small_recipe(
+        batch_size=BATCH, mixing=spec(Mixing, mixup=0.2), objective=spec(CrossEntropy)
+    )
+    check_recipe(mixed, 1, 2, 3)
+    with pytest.raises(ValueError, match="a micro-batch must be even"):
+        check_recipe(mixed, 2, 8)
+
+
+# ----------------------------------------------------------------------------------- with processes
+
+
+class Stops(Trainer):
+    """Asks to stop at a step, as somebody with Ctrl-C would."""
+
+    at = -1
+
+    def _micro_batches(self, source: Any) -> Any:
+        if self.step == self.at:
+            (self.folder / STOP).touch()
+        return super()._micro_batches(source)
+
+
+def part_of_a_run(rank: int, ranks: int, job: Job, at: int) -> None:
+    stops = type("StopsThere", (Stops,), {"at": at})
+    if rank == 0:
+        (Path(job.run) / STOP).unlink(missing_ok=True)
+    run(job, RankInfo(rank, ranks, "cpu", rank, (1, 2, 3)), attempt_of=stops)
+
+
+@pytest.mark.distributed
+def test_sizes_that_change_within_an_epoch_train_the_same_network(tmp_path: Path) -> None:
+    """Batch norm and dropout among its layers, by the plain backend."""
+    recipe = normed(epochs=4, rule=spec(BPTT))
+    recipe = replace(recipe, data=recipe.data.with_(samples=BATCH * 6 + 5))
+    alone, changing = (make_run(tmp_path / name, recipe) for name in ("alone", "changing"))
+    part_of_a_run(0, 1, alone, -1)
+    part_of_a_run(0, 1, changing, 2)
+    run_ranks(part_of_a_run, 3, tmp_path, changing, 15)
+    part_of_a_run(0, 1, changing, -1)
+    starts = [
+        event for event in read(Path(changing.run) / "journal.jsonl") if event["event"] == "start"
+    ]
+    assert [(start["world_size"], start["step"], start["micro_batch"]) for start in starts] == [
+        (1, 0, 4),
+        (3, 3, 4),
+        (1, 16, 4),
+    ]
+    ours, theirs = (dict(load_run(Path(job.run)).named_parameters()) for job in (changing, alone))
+    assert len(ours) > 5
+    for name, value in ours.items():
+        assert torch.linalg.norm(value - theirs[name]) <= 1e-5 * torch.linalg.norm(theirs[name]), (
+            name
+        )

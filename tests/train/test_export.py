@@ -1,0 +1,472 @@
+"""From a run to one file and back: the same logits, bits 8 to a byte, and one line for a file that
+cannot be read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import pipeline
+from pipeline.__main__ import main
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.launch.prepare import write_job
+from pipeline.models.binarized import binarized
+from pipeline.models.convnet import convnet
+from pipeline.models.ms_resnet import MSResNet
+from pipeline.models.qkformer import QKFormer
+from pipeline.recipe.files import load_recipe
+from pipeline.recipe.json import encode
+from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.spiking.binary import binary_synapses
+from pipeline.spiking.norm import BatchNorm
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import effective_weight
+from pipeline.train.checkpoint import WEIGHTS, Folder, verified
+from pipeline.train.checkpoint.manifest import facts_of, read_manifest, seal
+from pipeline.train.export import _digest, export_run, load_export, pack_bits, unpack_bits
+from tests.small import make_run, small_recipe, train_inline, without_stages
+
+NET = spec(convnet, classes=10, in_channels=1, stages=((5,), (6, 7), (7,)), kernel=3)
+
+
+def recipe(weights: str = "scaled", part: str = "all_but_ends", **network: object) -> Recipe:
+    """Two steps on a network whose numbers of weights 8 does not divide."""
+    inside = NET.with_(**network)
+    return small_recipe(
+        model=spec(binarized, network=inside, part=part, weights=weights),
+        stop_after=2,
+        checkpoint_every=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of every kind of 1-bit weights, one without norms, and one of full
+    precision.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    for weights in ("scaled", "centred", "ir", "learnable"):
+        train_inline(folder / weights, recipe(weights))
+    train_inline(folder / "bare", recipe(norm="none"))
+    train_inline(folder / "full", small_recipe(model=NET, stop_after=2, checkpoint_every=0))
+    return folder
+
+
+def logits(network: nn.Module, *, pixels: int = 8) -> torch.Tensor:
+    x_TBCHW = torch.randn(3, 16, 1, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), fresh_state(network):
+        return network(x_TBCHW)
+
+
+def rewrite_weights(run: Path, state: dict[str, torch.Tensor]) -> None:
+    """Exchange the weights in the checkpoint of `run`."""
+    checkpoint = verified(Folder(run / "checkpoints"))
+    save_file(state, checkpoint / WEIGHTS)
+    files = read_manifest((checkpoint / "manifest.json").read_bytes())
+    seal(checkpoint, facts_of(checkpoint, files))
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """With gains and shifts under which every block has something to say, and the statistics of a
+    few batches under them.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for norm in [module for module in network.modules() if isinstance(module, BatchNorm)]:
+        nn.init.uniform_(norm.weight, 1, 3, generator=generator)
+        nn.init.uniform_(norm.bias, 0.5, 2, generator=generator)
+    network.train()
+    with torch.no_grad():
+        for _ in range(20):
+            with fresh_state(network):
+                network(torch.randn(3, 8, 1, 16, 16, generator=generator))
+    return network.eval()
+
+
+@given(st.lists(st.integers(0, 9), max_size=4), st.integers(0, 2**32 - 1))
+def test_packing_is_lossless(shape: list[int], seed: int) -> None:
+    bits = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    packed = pack_bits(bits)
+    assert packed.dtype == torch.uint8 and packed.shape == ((bits.numel() + 7) // 8,)
+    assert torch.equal(unpack_bits(packed, bits.shape), bits)
+
+
+def test_the_first_sign_is_the_lowest_bit() -> None:
+    assert pack_bits(torch.tensor([True, False, False, True] + [False] * 4 + [True])).tolist() == [
+        9,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("name", ["scaled", "centred", "ir", "learnable", "bare"])
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_it_comes_back_to_the_same_logits(
+    name: str, layout: str, runs: Path, tmp_path: Path
+) -> None:
+    run, file = runs / name, tmp_path / "net.safetensors"
+    told = export_run(run, file, layout=layout)  # type: ignore[arg-type]
+    trained, reloaded = pipeline.load(run), pipeline.load(file)
+    expected = logits(trained)
+    assert expected.abs().max() > 0.1 and not reloaded.training
+    assert torch.allclose(logits(reloaded), expected, rtol=0, atol=1e-5)
+    if layout == "plain":
+        assert all(
+            torch.equal(value, reloaded.state_dict()[key])
+            for key, value in trained.state_dict().items()
+        )
+        assert binary_synapses(reloaded).keys() == binary_synapses(trained).keys()
+    else:
+        assert told.synapses == 3 and told.folded == (
+            3 if name in ("scaled", "centred", "learnable") else 0
+        )
+        for key, synapse in binary_synapses(trained).items():
+            ours = effective_weight(reloaded.get_submodule(key))  # type: ignore[arg-type]
+            assert torch.equal(ours.sign(), effective_weight(synapse).sign())
+            assert name == "bare" or torch.equal(ours.abs(), torch.ones_like(ours))
+        if name in ("bare", "ir"):  # nothing was folded: nothing is rounded
+            assert torch.equal(logits(reloaded), expected)
+
+
+QKFORMER = spec(
+    QKFormer, channels=32, depth=4, heads=2, classes=10, in_channels=1, shortcut="multiple"
+)
+MS_RESNET = spec(
+    MSResNet, blocks=(2, 1), width=6, classes=10, in_channels=1, stem_stride=1, over="step"
+)
+
+
+@pytest.mark.parametrize(
+    ("network", "part", "synapses"),
+    [
+        (QKFORMER, "ffn", 2 * 4),
+        (MS_RESNET, "all_but_ends", 3 * 2),
+        (MS_RESNET.with_(shortcut="multiple"), "all_but_ends", 3 * 2),
+    ],
+    ids=["QKFormer", "MS-ResNet", "MS-ResNet, multiple"],
+)
+def test_streams_of_real_numbers_come_back_to_the_same_logits(
+    network: Spec, part: str, synapses: int, tmp_path: Path
+) -> None:
+    """Packed, with all scales folded into norms that have statistics of data, and biases into those
+    before them.
+    """
+    trained_by = small_recipe(
+        model=spec(binarized, network=network, part=part),
+        data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 16, 16)),
+        stop_after=1,
+        checkpoint_every=0,
+    )
+    train_inline(tmp_path / "run", trained_by)
+    rewrite_weights(tmp_path / "run", awake(pipeline.load(tmp_path / "run")).state_dict())
+    told = export_run(tmp_path / "run", tmp_path / "net.safetensors", layout="packed")
+    trained, reloaded = pipeline.load(tmp_path / "run"), pipeline.load(told.file)
+    assert told.synapses == told.folded == len(binary_synapses(trained)) == synapses
+    expected = logits(trained, pixels=16)
+    assert (logits(reloaded, pixels=16) - expected).abs().max() < 1e-5
+    for name in binary_synapses(trained):  # each of them counts
+        with torch.no_grad():
+            reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
+            assert (logits(reloaded, pixels=16) - expected).abs().max() > 1e-3, name
+            reloaded.get_submodule(name).weight.neg_()  # type: ignore[operator]
+
+
+def test_a_byte_holds_eight_weights(runs: Path, tmp_path: Path) -> None:
+    told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
+    tensors = load_file(told.file)
+    trained = pipeline.load(runs / "scaled")
+    sizes = {name: synapse.weight.numel() for name, synapse in binary_synapses(trained).items()}
+    assert sizes == {"stages.1.0.conv": 270, "stages.1.1.conv": 378, "stages.2.0.conv": 441}
+    for name, size in sizes.items():
+        assert tensors[f"{name}.bits"].shape == (-(-size // 8),)
+    whole = sum(value.numel() * 4 for value in trained.state_dict().values())
+    stored = sum(value.numel() * value.element_size() for value in tensors.values())
+    assert told.whole == whole and whole - stored == sum(
+        4 * size - -(-size // 8) for size in sizes.values()
+    )
+    assert told.bits == 1089 and told.bytes == told.file.stat().st_size > stored
+    # The latent weights are not in it, not even their sizes.
+    assert tensors.keys() - trained.state_dict().keys() == {f"{name}.bits" for name in sizes}
+
+
+def test_the_file_says_what_it_is(runs: Path, tmp_path: Path) -> None:
+    told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
+    with safe_open(told.file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert (
+        metadata["format"],
+        metadata["version"],
+        metadata["layout"],
+        metadata["time_steps"],
+    ) == (
+        "spiketrain",
+        "1",
+        "packed",
+        "3",
+    )
+    assert json.loads(metadata["model"])["target"] == "pipeline.models.binarized.binarized"
+
+
+def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path: Path) -> None:
+    """A filter of zeros has a scale of 0, which cannot be divided by."""
+    run = tmp_path / "run"
+    train_inline(run, recipe().override({"optimizer.lr": 0.0, "optimizer.weight_decay": 0.0}))
+    state = load_file(verified(Folder(run / "checkpoints")) / WEIGHTS)
+    state["stages.1.1.conv.weight"][2] = 0
+    rewrite_weights(run, state)
+    told = export_run(run, layout="packed")
+    assert told.folded == 2 and load_file(told.file)["stages.1.1.conv.scale"][2] == 0
+    assert torch.allclose(
+        logits(pipeline.load(told.file)), logits(pipeline.load(run)), rtol=0, atol=1e-5
+    )
+
+
+def rewritten(
+    file: Path,
+    out: Path,
+    *,
+    metadata: dict[str, str] | None = None,
+    drop: str = "",
+    **tensors: torch.Tensor,
+) -> Path:
+    """The file with other metadata or tensors, and a checksum that fits them."""
+    with safe_open(file, framework="pt") as opened:
+        found = {**opened.metadata(), **(metadata or {})}
+    state = {key: value for key, value in {**load_file(file), **tensors}.items() if key != drop}
+    found.pop("sha256")
+    save_file(state, out, {**found, "sha256": _digest(found, state)})
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_run(
+        runs / "scaled", tmp_path_factory.mktemp("files") / "net.safetensors", layout="packed"
+    ).file
+
+
+def test_a_truncated_file_is_refused(packed: Path, tmp_path: Path) -> None:
+    for size in (0, 4, 100, packed.stat().st_size - 1):
+        (tmp_path / "cut.safetensors").write_bytes(packed.read_bytes()[:size])
+        with pytest.raises(
+            ValueError,
+            match=(
+                r"cut\.safetensors: must be a whole file of spiketrain export; it could not be read"
+            ),
+        ):
+            load_export(tmp_path / "cut.safetensors")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_no_flipped_bit_goes_unseen(
+    packed: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content = bytearray(packed.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] ^= 1 << data.draw(st.integers(0, 7))
+    damaged = tmp_path_factory.mktemp("bit") / "bit.safetensors"
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bit\.safetensors: "):
+        load_export(damaged)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"metadata": {"version": "2"}},
+            r"this spiketrain reads version 1, .*; got version '2', layout 'packed'",
+        ),
+        ({"metadata": {"layout": "sparse"}}, r"got version '1', layout 'sparse'"),
+        (
+            {"metadata": {"format": "other"}},
+            r"must be a file of spiketrain export; its metadata say format 'other'",
+        ),
+        (
+            {"drop": "stages.1.0.conv.bits"},
+            r"must fit the model; got no bits, or others, for stages\.1\.0\.conv",
+        ),
+        (
+            {"stages.1.0.conv.bits": torch.zeros(3, dtype=torch.uint8)},
+            r"got no bits, or others, for stages\.1\.0\.conv",
+        ),
+        (
+            {"stages.1.0.conv.scale": torch.ones(3)},
+            r"got no bits, or others, for stages\.1\.0\.conv",
+        ),
+        ({"drop": "classifier.weight"}, r"must fit the model; got 1 missing: classifier\.weight"),
+        ({"more": torch.ones(3)}, r"must fit the model; got 1 unknown: more"),
+        (
+            {"classifier.weight": torch.ones(3)},
+            r"got 1 of another shape: classifier\.weight \(\[3\] instead of \[10, 7\]\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    change: dict, said: str, packed: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_export(rewritten(packed, tmp_path / "other.safetensors", **change))
+
+
+def test_only_trusted_packages_are_imported(packed: Path, tmp_path: Path) -> None:
+    model = json.dumps({"target": "subprocess.run", "kwargs": {"args": "true"}})
+    with pytest.raises(ValueError, match=r"subprocess\.run is not in a trusted package"):
+        load_export(rewritten(packed, tmp_path / "other.safetensors", metadata={"model": model}))
+
+
+def test_a_file_has_no_checkpoints_to_choose_from(packed: Path) -> None:
+    with pytest.raises(ValueError, match=r"load: which chooses a checkpoint, .*; got which='best'"):
+        pipeline.load(packed, which="best")
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def spiketrain(
+    *words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["spiketrain", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    return int(end.value.code or 0), said.out, without_stages(said.err)
+
+
+def test_export_and_evaluate(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> tuple[int, str, str]:
+        return spiketrain(*words, "--runs", str(runs), monkeypatch=monkeypatch, capsys=capsys)
+
+    file = tmp_path / "net.safetensors"
+    code, out, _ = run("export", "learnable", "--packed", "--out", str(file))
+    assert code == 0 and out.endswith(f"\nload    pipeline.load('{file}')\n")
+    assert (
+        f"{file}: " in out and "1,089 of 1,284 parameters are bits, of 3 synapses, 3 of them" in out
+    )
+    code, _, err = run("export", "learnable", "--packed", "--out", str(file))
+    assert code == 2 and err.count("\n") == 1 and "is there already" in err
+    code, out, _ = run("export", "learnable")
+    assert code == 0 and "learnable/weights.safetensors: " in out and "1,284 parameters" in out
+    code, _, err = run("export", "full", "--packed")
+    assert (
+        code == 2
+        and err
+        == "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
+        " train a model of spec(binarized, ...) (pipeline/models/binarized.py)\n"
+    )
+    code, _, err = run("export", "full", "--out", str(tmp_path / "no" / "net.safetensors"))
+    assert code == 2 and err.count("\n") == 1 and "has no folder" in err
+
+    write_job(make_run(tmp_path / "again", recipe("learnable")))
+    (tmp_path / "again" / "job.json").rename(runs / "learnable" / "job.json")
+    code, out, err = run("evaluate", "learnable")
+    assert code == 0, err
+    code, from_file, err = run("evaluate", "learnable", "--weights", str(file))
+    assert code == 0, err
+    assert from_file.split(": ", 1)[1].split(" in ")[0] == out.split(": ", 1)[1].split(" in ")[0]
+    file.write_bytes(file.read_bytes()[:-1])
+    code, _, err = run("evaluate", "learnable", "--weights", str(file))
+    assert code == 2 and err.count("\n") == 1 and "could not be read" in err
+    code, _, err = run("evaluate", "learnable", "--weights", str(tmp_path / "none.safetensors"))
+    assert code == 2 and err.count("\n") == 1
+    code, _, err = run(
+        "evaluate",
+        "learnable",
+        "--weights",
+        str(export_run(runs / "full", tmp_path / "full.safetensors").file),
+    )
+    assert code == 2 and err.count("\n") == 1 and "the weights must be of binarized(" in err
+
+
+def test_a_damaged_checkpoint_is_not_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_inline(tmp_path / "run", recipe())
+    for file in tmp_path.glob("run/checkpoints/*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    code, _, err = spiketrain(
+        "export", "run", "--runs", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert (
+        code == 2 and err.count("\n") == 1 and "needs a checkpoint that verifies; got none" in err
+    )
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+NETWORK = """
+from torch import nn
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+
+class Flat(nn.Module):
+    def forward(self, x_TBCHW):
+        return x_TBCHW.flatten(2)
+
+def network(classes):
+    return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
+"""
+MADE_OF_IT = """
+from pipeline.recipe.recipe import spec
+from tests.small import small_recipe
+
+def recipe():
+    return small_recipe(model=spec(network, classes=10))
+"""
+
+
+def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the recipe file itself, which was trusted when it was run, and of a package beside it,
+    which has to be named.
+    """
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "export_lab.py").write_text(NETWORK)
+    (tmp_path / "of_the_lab.py").write_text("from export_lab import network\n" + MADE_OF_IT)
+    (tmp_path / "of_itself.py").write_text(NETWORK + MADE_OF_IT)
+
+    def evaluate(name: str, *words: str) -> tuple[int, str, str]:
+        words = ("evaluate", str(tmp_path / f"{name}.py"), *words)
+        return spiketrain(*words, monkeypatch=monkeypatch, capsys=capsys)
+
+    for name in ("of_the_lab", "of_itself"):
+        made = load_recipe(tmp_path / f"{name}.py")
+        assert isinstance(made, Recipe)
+        tensors = made.model.build().state_dict()
+        told = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3"}
+        told["model"] = json.dumps(encode(made.model, paths=True))
+        save_file(
+            tensors, tmp_path / f"{name}.safetensors", {**told, "sha256": _digest(told, tensors)}
+        )
+        save_file(tensors, tmp_path / f"{name}-plain.safetensors")
+    code, _, err = evaluate("of_the_lab", "--weights", str(tmp_path / "of_the_lab.safetensors"))
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "export_lab.network is not in a trusted package" in err
+    )
+    for name, trust in (("of_the_lab", ("--trust", "export_lab")), ("of_itself", ())):
+        code, out, err = evaluate(name, "--weights", str(tmp_path / f"{name}.safetensors"), *trust)
+        assert code == 0 and "on 20 samples" in out, err
+    code, _, err = evaluate(
+        "of_the_lab",
+        "--weights",
+        str(tmp_path / "of_the_lab-plain.safetensors"),
+        "--trust",
+        "export_lab",
+    )
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "evaluate: --trust is for a file of spiketrain export, which says what" in err
+    )

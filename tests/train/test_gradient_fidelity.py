@@ -1,0 +1,151 @@
+"""A run that compares its rule's gradient with BPTT's as it goes: what it tells, and that it
+changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.measure.fidelity import fidelity, gradients
+from pipeline.models.convnet import convnet
+from pipeline.models.mlp import mlp
+from pipeline.models.synchronized import synchronized
+from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.rules.base import World
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.opzo import OPZO
+from pipeline.rules.sltt import SLTT
+from pipeline.track.journal import read
+from pipeline.train.build import check_recipe
+from pipeline.train.gradient_fidelity import Nearness
+from tests.small import same_weights, small_recipe, train_inline
+from tests.train.test_worker import Killed, die_at
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [event for event in read(folder / "journal.jsonl") if event["event"] == "fidelity"]
+
+
+def small(**changes: Any) -> Recipe:
+    return small_recipe(
+        model=spec(mlp, in_features=64, hidden=(16,)), **{"rule": spec(SLTT), **changes}
+    )
+
+
+def compared() -> Recipe:
+    return small(fidelity_every=1)
+
+
+def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_path: Path) -> None:
+    train_inline(tmp_path / "plain", small())
+    summary = train_inline(tmp_path / "compared", compared())
+    assert same_weights(tmp_path / "plain", tmp_path / "compared")
+    events = told(tmp_path / "compared")
+    assert [(event["step"], event["epoch"]) for event in events] == [(0, None), (8, 0), (16, 1)]
+    shares = [list(event["temporal_share"].values()) for event in events]
+    assert shares[0] != shares[1] != shares[2] and all(
+        0 <= share < 2 for each in shares for share in each
+    )
+    assert all(list(event["cosines"]) == ["SLTT"] for event in events)
+    assert summary is not None and summary["fidelity_s"] > 0
+    assert compared().study_key({}) == small().study_key({})
+
+
+def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_inline(tmp_path / "whole", compared())
+    with monkeypatch.context() as patch:
+        die_at(patch, 5)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", compared())
+    train_inline(tmp_path / "broken", compared())
+    whole, broken = (
+        [
+            (event["step"], event["temporal_share"], event["cosines"])
+            for event in told(tmp_path / name)
+        ]
+        for name in ("whole", "broken")
+    )
+    assert whole == broken
+
+
+def test_bptt_is_near_itself(tmp_path: Path) -> None:
+    train_inline(tmp_path / "run", small(rule=spec(BPTT), fidelity_every=2))
+    start, end = told(tmp_path / "run")
+    assert end["step"] == 16
+    assert all(cosine == pytest.approx(1) for cosine in start["cosines"]["BPTT"].values())
+
+
+def test_what_a_rule_learns_by_itself_is_compared_as_it_trains(tmp_path: Path) -> None:
+    """OPZO's matrices are 0 before the first batch, and so is what they hand to hidden layers."""
+    train_inline(tmp_path / "run", small(rule=spec(OPZO), fidelity_every=2))
+    hidden, *_ = told(tmp_path / "run")[0]["cosines"]["OPZO"]
+    start, end = (event["cosines"]["OPZO"][hidden] for event in told(tmp_path / "run"))
+    assert start == 0 and end > 0.05
+
+
+@pytest.mark.parametrize("rule", [spec(OPZO, feedback="random"), spec(SLTT, k=1)])
+def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> None:
+    recipe = small(rule=rule, seed=3)
+    torch.manual_seed(0)
+    network, loss = recipe.model.build(), recipe.objective.build()
+    x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
+
+    def cosines(seed: int) -> dict[str, float]:
+        bptt, own = (
+            gradients(network, each, x_TB, lambda: loss(target_B), world=World(seed))
+            for each in (BPTT(), rule.build())
+        )
+        return fidelity(bptt, None, {"own": [own]}).cosines["own"]
+
+    nearness = Nearness(recipe, recipe.model.build, loss, x_TB, target_B)
+    found = nearness(network.state_dict(), rule.build().state_dict(), step=0)
+    assert found.cosines[rule.build().label] == cosines(3) != cosines(0)
+
+
+def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def nobody_answers(*_: Any) -> Any:
+        raise AssertionError("a collective of one rank alone")
+
+    normed = spec(convnet, classes=10, in_channels=1, stages=((4,), (4,)))
+    recipe = small_recipe(model=spec(synchronized, network=normed), rule=spec(SLTT))
+    torch.manual_seed(0)
+    weights, loss = recipe.model.build().state_dict(), recipe.objective.build()
+    x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
+    expected = Nearness(recipe, normed.build, loss, x_TB, target_B)(weights, {}, step=0)
+    monkeypatch.setattr("pipeline.spiking.norm.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("pipeline.spiking.norm.moments_over_ranks", nobody_answers)
+    assert (
+        Nearness(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0) == expected
+    )
+
+
+def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
+    with pytest.raises(
+        ValueError, match="recipe: fidelity_every compares with BPTT and SLTT; SLTT"
+    ):
+        check_recipe(small(rule=spec(BPTT), over_time="mean", fidelity_every=1), 1)
+
+
+def test_what_the_comparison_holds_is_not_what_training_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_ballast(self: Nearness, *words: Any, **more: Any) -> Any:
+        ballast = bytearray(b"x") * (300 << 20)
+        found = original(self, *words, **more)
+        assert len(ballast) > 0
+        return found
+
+    recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), epochs=1)
+    alone = train_inline(tmp_path / "alone", recipe)
+    original = Nearness.__call__
+    monkeypatch.setattr(Nearness, "__call__", with_ballast)
+    beside = train_inline(tmp_path / "beside", replace(recipe, fidelity_every=1))
+    assert alone is not None and beside is not None
+    assert abs(beside["peak_rss_bytes"] - alone["peak_rss_bytes"]) < 150 << 20

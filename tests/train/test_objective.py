@@ -1,0 +1,75 @@
+"""Losses against their formulas, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline.train.objective import CrossEntropy
+
+LOGITS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]], dtype=torch.float64)
+TARGET = torch.tensor([2, 1])
+
+
+def by_hand(smoothing: float) -> float:
+    total = 0.0
+    for logits, target in zip(LOGITS.tolist(), TARGET.tolist(), strict=True):
+        norm = sum(torch.tensor(logits, dtype=torch.float64).exp().tolist())
+        wanted = [smoothing / 3 + (1 - smoothing) * (k == target) for k in range(3)]
+        total -= sum(
+            w * float(torch.log(torch.tensor(logit, dtype=torch.float64).exp() / norm))
+            for w, logit in zip(wanted, logits, strict=True)
+        )
+    return total / 2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_and_label_smoothing(smoothing: float) -> None:
+    assert float(CrossEntropy(label_smoothing=smoothing)(TARGET)(LOGITS)) == pytest.approx(
+        by_hand(smoothing), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("goal", "wanted"), [("ones", [[1, 1, 1], [1, 1, 1]]), ("one_hot", [[0, 0, 1], [0, 1, 0]])]
+)
+def test_the_mixture_with_a_squared_error(goal: str, wanted: list[list[int]]) -> None:
+    squared = float(((LOGITS - torch.tensor(wanted)) ** 2).mean())
+    loss = float(CrossEntropy(mse=0.05, goal=goal)(TARGET)(LOGITS))  # type: ignore[arg-type]
+    assert loss == pytest.approx(0.95 * by_hand(0.0) + 0.05 * squared, abs=1e-12)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(label_smoothing=0.1), CrossEntropy(mse=0.3)])
+def test_a_mixed_target_has_the_mixture_of_the_losses(objective: CrossEntropy) -> None:
+    """Both terms without a square of the target are linear in it."""
+    other = torch.tensor([0, 0])
+    shares = (
+        0.7 * torch.nn.functional.one_hot(TARGET, 3).double()
+        + 0.3 * torch.nn.functional.one_hot(other, 3).double()
+    )
+    expected = 0.7 * float(objective(TARGET)(LOGITS)) + 0.3 * float(objective(other)(LOGITS))
+    assert float(objective(shares)(LOGITS)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_squared_error_pulls_to_a_mixed_target() -> None:
+    shares = torch.tensor([[0.25, 0.0, 0.75], [0.0, 1.0, 0.0]])
+    loss = float(CrossEntropy(mse=1.0, goal="one_hot")(shares)(LOGITS))
+    assert loss == pytest.approx(float(((LOGITS - shares) ** 2).mean()), abs=1e-12)
+
+
+def test_half_precision_is_widened_first() -> None:
+    loss = CrossEntropy()(TARGET)(LOGITS.bfloat16())
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"mse": 1.5}, "mse must be in 0..1"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"goal": "one_hot"}, "no effect with mse=0"),
+    ],
+)
+def test_refuses(kwargs: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CrossEntropy(**kwargs)

@@ -1,0 +1,376 @@
+"""Runs with a teacher: asked once a batch, resumed to the bit, one probe for all ranks, never asked
+again where it is known.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+import pipeline
+from pipeline.core.errors import UserError
+from pipeline.data.base import DataError
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.data.mixing import Mixing
+from pipeline.launch.in_process import Inline
+from pipeline.measure.clock import PARTS, REST
+from pipeline.models.mlp import mlp
+from pipeline.models.teachers.base import content_hash
+from pipeline.models.teachers.cache import Cache
+from pipeline.models.teachers.probe import Probe
+from pipeline.models.teachers.timm import TimmTeacher, timm_teacher
+from pipeline.models.teachers.weights import File, Hub, Untrained
+from pipeline.recipe.phases import Phase
+from pipeline.recipe.recipe import Recipe, spec
+from pipeline.report.show import show_recipe
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.track.base import NullTracker
+from pipeline.track.journal import read
+from pipeline.train.backend.collectives import Ranks
+from pipeline.train.build import check_recipe
+from pipeline.train.context import TrainContext
+from pipeline.train.distillation import Distillation
+from pipeline.train.job import RankInfo
+from pipeline.train.teaching import build_teacher, open_teaching
+from pipeline.train.trainer import Trainer
+from pipeline.train.weights import study_inputs
+from pipeline.train.worker import run
+from tests.processes import run_ranks
+from tests.small import make_run, same_weights, small_recipe, train_inline
+from tests.train.test_worker import Killed, die_at
+
+
+def taught(*, cache: Any = None, **changes: Any) -> Recipe:
+    """8 steps of 8 samples, in 2 micro-batches each, in one epoch; 20 samples to evaluate on."""
+    teacher = spec(
+        timm_teacher,
+        name="test_efficientnet",
+        weights=spec(Untrained),
+        size=32,
+        probe=spec(Probe, l2=0.1),
+        **({} if cache is None else {"cache": spec(Cache, folder=str(cache), limit_gb=0.01)}),
+    )
+    standard: dict[str, Any] = {
+        "model": spec(mlp, in_features=64, hidden=(16,)),
+        "objective": spec(Distillation, form="soft", ensemble_weight=0.5, temperature=2.0),
+        "rule": spec(SLTT, k=1),
+        "time_steps": 4,
+        "epochs": 1,
+        "micro_batch": 4,
+        "teacher": teacher,
+    }
+    return small_recipe(**{**standard, **changes})
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """How many pictures each call of a teacher, and each of its features, was about."""
+    calls: dict[str, list[int]] = {"answers": [], "features": []}
+    forward, features = TimmTeacher.forward, TimmTeacher.features
+
+    def counted_forward(self: TimmTeacher, x_BCHW: torch.Tensor) -> torch.Tensor:
+        calls["answers"].append(len(x_BCHW))
+        return forward(self, x_BCHW)
+
+    def counted_features(self: TimmTeacher, x_BCHW: torch.Tensor) -> torch.Tensor:
+        calls["features"].append(len(x_BCHW))
+        return features(self, x_BCHW)
+
+    monkeypatch.setattr(TimmTeacher, "forward", counted_forward)
+    monkeypatch.setattr(TimmTeacher, "features", counted_features)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "rule", [spec(BPTT), spec(SLTT), spec(SLTT, k=1)], ids=["bptt", "sltt", "sltt_k"]
+)
+def test_the_teacher_is_asked_once_a_batch_whatever_the_time_steps(
+    tmp_path: Path, asked: Any, rule: Any
+) -> None:
+    """Once for each of its 5 evaluation batches, then once for each of 8 x 2 micro-batches at T =
+    4.
+    """
+    summary = train_inline(tmp_path / "run", taught(rule=rule))
+    assert summary is not None
+    assert asked["answers"] == [4] * (5 + 16)
+    assert asked["features"] == [32, 32] + [4] * (
+        5 + 16
+    )  # the probe's 64 samples, then one for each answer
+
+
+def test_the_run_tells_what_the_teacher_costs_and_how_good_it_is(tmp_path: Path) -> None:
+    summary = train_inline(tmp_path / "run", taught())
+    events = read(tmp_path / "run" / "journal.jsonl")
+    (told,) = [event for event in events if event["event"] == "teacher"]
+    (fitted,) = [event for event in events if event["event"] == "probe"]
+    assert summary is not None
+    assert (told["teacher"], told["samples"]) == ("test_efficientnet", 20)
+    assert told["top1"] == summary["teacher_top1"] and 0 <= told["top1"] <= told["top5"] <= 1
+    assert (fitted["views"], fitted["seconds"] > 0) == (64, True)
+    assert 0 < summary["teacher_s"] < summary["train_s"]
+    assert sum(summary[f"{name}_s"] for name in (*PARTS, REST)) == pytest.approx(summary["train_s"])
+    step = next(event for event in events if event["event"] == "step")
+    assert step["metrics"]["teacher_s"] > 0
+
+
+def test_evaluation_reports_the_loss_on_labels(tmp_path: Path) -> None:
+    """With a learning rate of 0, what is evaluated is the network as it was made, whatever it
+    distils.
+    """
+    losses = []
+    for name, changes in (
+        ("taught", {}),
+        ("labels", {"objective": small_recipe().objective, "teacher": None}),
+    ):
+        summary = train_inline(
+            tmp_path / name, taught(**changes, stop_after=1).override({"optimizer.lr": 0.0})
+        )
+        assert summary is not None
+        losses.append(summary["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_the_teacher_is_no_part_of_what_is_trained_or_saved(tmp_path: Path) -> None:
+    seen: list[TrainContext] = []
+
+    def attempt_of(parts: TrainContext) -> Trainer:
+        seen.append(parts)
+        return Trainer(parts)
+
+    recipe = taught(backend="deepspeed", zero=1)
+    with Inline():
+        run(make_run(tmp_path / "run", recipe), RankInfo(), attempt_of=attempt_of)
+    (parts,) = seen
+    assert parts.teaching is not None
+    teacher = parts.teaching.teacher
+    own = {id(p) for p in teacher.parameters()}
+    assert len(own) > 50
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not own & {id(p) for p in parts.backend.model.parameters()}
+    # no statistic has moved
+    assert teacher.identity()["weights"] == content_hash(teacher.body)  # type: ignore[index]
+    assert set(pipeline.load(tmp_path / "run").state_dict()) == set(
+        recipe.model.build().state_dict()
+    )
+
+
+def test_the_students_weights_begin_as_without_a_teacher(tmp_path: Path) -> None:
+    still = {"stop_after": 1}
+    train_inline(tmp_path / "taught", taught(**still).override({"optimizer.lr": 0.0}))
+    alone = taught(objective=small_recipe().objective, teacher=None, **still)
+    train_inline(tmp_path / "alone", alone.override({"optimizer.lr": 0.0}))
+    assert same_weights(tmp_path / "taught", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_that_died_goes_on_to_the_same_bits_with_the_probe_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    fits = []
+    fit = Probe.fit
+    monkeypatch.setattr(Probe, "fit", lambda self, *args: fits.append(1) or fit(self, *args))
+    whole, broken = (
+        taught(cache=tmp_path / f"cache-{name}" if cached else None) for name in ("whole", "broken")
+    )
+    train_inline(tmp_path / "whole", whole)
+    with monkeypatch.context() as patch:
+        die_at(patch, 5)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", broken)
+    train_inline(tmp_path / "broken", broken)
+    assert same_weights(tmp_path / "whole", tmp_path / "broken")
+    assert len(fits) == 2  # once for each run
+    assert [e["event"] for e in read(tmp_path / "broken" / "journal.jsonl")].count("teacher") == 1
+
+
+def test_a_second_run_with_the_same_views_never_asks(tmp_path: Path, asked: Any) -> None:
+    """Another objective, rule and micro-batch, for they decide no view; another seed does."""
+    first = taught(cache=tmp_path / "cache", epochs=2)
+    train_inline(tmp_path / "first", first)
+    assert len(asked["answers"]) == 5 + 32
+    asked["answers"].clear()
+    asked["features"].clear()
+    train_inline(tmp_path / "again", first)
+    other = replace(first, rule=spec(BPTT), objective=spec(Distillation), micro_batch=None)
+    train_inline(tmp_path / "other", other)
+    assert asked == {"answers": [], "features": []}
+    assert same_weights(tmp_path / "first", tmp_path / "again")
+    train_inline(tmp_path / "seed", replace(first, seed=1))
+    assert asked["answers"] == [4] * 32
+    assert asked["features"] == [4] * 32
+
+
+def test_a_cache_that_cannot_hold_the_run_is_refused(tmp_path: Path) -> None:
+    recipe = taught(cache=tmp_path / "cache").override({"teacher.cache.limit_gb": 1e-6})
+    with pytest.raises(
+        UserError, match=r"Cache: .* for the 64 answers of this run; got limit_gb=1e-06"
+    ):
+        train_inline(tmp_path / "run", recipe)
+
+
+class OnlyTraining(Synthetic):
+    """Refuses to show its evaluation part."""
+
+    def val(self, **sizes: Any) -> Any:
+        raise DataError("the evaluation part was opened")
+
+
+def test_the_probe_is_fitted_on_every_training_sample_and_no_other(
+    tmp_path: Path, asked: Any
+) -> None:
+    recipe = taught()
+    data = OnlyTraining(samples=61, shape=(1, 8, 8))  # no batch size divides it
+    with pytest.raises(
+        DataError, match="the evaluation part was opened"
+    ):  # by the accuracy, which comes after the fit
+        open_teaching(
+            recipe,
+            data,
+            recipe.split(1),
+            folder=tmp_path,
+            steps=1,
+            ranks=Ranks(),
+            tracker=NullTracker(),
+            threads=1,
+        )
+    assert asked["features"] == [32, 29]
+    assert len(list(tmp_path.glob("teacher/*/probe-*.safetensors"))) == 1
+
+
+def test_a_damaged_probe_is_found_by_the_hash_in_its_name(tmp_path: Path) -> None:
+    recipe = taught(stop_after=1)
+    train_inline(tmp_path / "first", recipe)
+    (probe,) = (tmp_path / "first" / "teacher").glob("*/probe-*.safetensors")
+    content = bytearray(probe.read_bytes())
+    content[-1] ^= 1
+    probe.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"Probe: .* must be what its name says; it is damaged: delete it"
+    ):
+        train_inline(tmp_path / "first", recipe)
+
+
+def test_weights_in_a_file_belong_to_the_study_by_content(tmp_path: Path) -> None:
+    keys = []
+    for name, value in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
+        save_file({"w": torch.tensor(value)}, tmp_path / f"{name}.safetensors")
+        recipe = taught(
+            teacher=spec(
+                timm_teacher,
+                name="test_resnet",
+                weights=spec(File, path=str(tmp_path / f"{name}.safetensors")),
+            )
+        )
+        keys.append(recipe.study_key(study_inputs(recipe, "data")))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_recipe_with_a_teacher_is_json_both_ways_and_one_without_keeps_its_form() -> None:
+    recipe = taught(cache="cache")
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert "teacher" not in small_recipe().to_json()["recipe"]
+    assert recipe.override({"teacher.precision": "bf16"}).flat()["teacher.precision"] == "bf16"
+
+
+def test_tiny_needs_no_download_and_no_cache() -> None:
+    tiny = taught(
+        cache="cache", teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe))
+    ).tiny()
+    assert tiny.teacher is not None
+    assert dict(tiny.teacher.kwargs) == {
+        "name": "test_resnet",
+        "probe": spec(Probe, views=64),
+        "weights": spec(Untrained),
+        "cache": None,
+    }
+
+
+def test_a_recipe_is_shown_without_the_weights_of_its_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def download(*_: Any) -> None:
+        raise AssertionError("the weights were asked for")
+
+    monkeypatch.setattr(Hub, "load", download)
+    shown = io.StringIO()
+    recipe = taught(teacher=spec(timm_teacher, name="test_resnet", probe=spec(Probe)))
+    show_recipe(recipe, 1, Console(width=150, file=shown))
+    assert "test_resnet" in shown.getvalue()
+
+
+def test_a_teacher_of_phases_is_refused() -> None:
+    recipe = taught(phases=(Phase(name="one", data=spec(Synthetic)),))
+    with pytest.raises(
+        ValueError,
+        match="a teacher knows the classes of one data set, so it takes no phases; got 1",
+    ):
+        build_teacher(recipe, recipe.data.build())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mixing": spec(Mixing, mixup=0.8)},
+        {"data": spec(Synthetic, samples=64, shape=(1, 8, 8), repeats=2)},
+    ],
+)
+def test_answers_to_mixed_or_repeated_samples_are_not_kept(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    recipe = replace(taught(cache=tmp_path / "cache"), **change)
+    with pytest.raises(
+        ValueError,
+        match="cache keeps one answer a sample and epoch, so it takes neither mixed nor repeated",
+    ):
+        build_teacher(recipe, recipe.data.build())
+    build_teacher(replace(taught(), **change), recipe.data.build())
+
+
+def test_a_recipe_that_fits_is_checked_without_data() -> None:
+    check_recipe(taught(), 2)
+
+
+# ---------------------------------------------------------------------------------------- two ranks
+
+
+def _rank(rank: int, ranks: int, folder: str) -> torch.Tensor:
+    found: list[Any] = [
+        (
+            make_run(Path(folder) / "two", taught(stop_after=1, micro_batch=None))
+            if rank == 0
+            else None
+        )
+    ]
+    torch.distributed.broadcast_object_list(found, src=0)
+    seen: list[TrainContext] = []
+
+    def attempt_of(parts: TrainContext) -> Trainer:
+        seen.append(parts)
+        return Trainer(parts)
+
+    run(found[0], RankInfo(rank, ranks, "cpu", rank), attempt_of=attempt_of)
+    assert seen[0].teaching is not None and seen[0].teaching.teacher.head is not None
+    return seen[0].teaching.teacher.head.weight
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_two_ranks_have_one_probe_and_learn_the_gradient_of_one(tmp_path: Path) -> None:
+    train_inline(tmp_path / "one", taught(stop_after=1, micro_batch=None))
+    heads = run_ranks(_rank, 2, tmp_path, str(tmp_path))
+    assert torch.equal(heads[0], heads[1])
+    one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+    still = taught(stop_after=1, micro_batch=None).override({"optimizer.lr": 0.0})
+    train_inline(tmp_path / "still", still)
+    start = pipeline.load(tmp_path / "still").state_dict()
+    assert max(float((one[key] - start[key]).abs().max()) for key in one) > 1e-3
