@@ -462,6 +462,7 @@ def test_show_needs_no_data_and_prints_what_will_be_used() -> None:
     assert done.returncode == 0, done.stderr
     assert "21,797,688" in done.stdout
     assert "256 = 8 workers x 32 samples x 1 accumulated" in done.stdout
+    assert "779.202 MB saved for backward" in done.stdout and "4,099.81 GFLOP" in done.stdout
     settings = json.loads(done.stdout[done.stdout.index("{\n") :])
     assert settings["train_batch_size"] == 256
     assert settings["managed_gradient_accumulation"] is False

@@ -73,7 +73,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     if found.memory_bytes is not None:
         say(console, _told_of_largest(found, found.memory_bytes))
     if found.teacher is not None:
-        say(console, found.teacher.told())
+        say(console, found.teacher.describe())
 
 
 def _refusals(found: Sweep) -> Iterator[str]:
