@@ -354,7 +354,9 @@ def my_network(classes):
     return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
 
 def recipe():
-    base = small_recipe(checkpoint_every=0, epochs=1, backend="deepspeed", model=spec(my_network, classes=10))
+    base = small_recipe(
+        checkpoint_every=0, epochs=1, backend="deepspeed", model=spec(my_network, classes=10)
+    )
     return [replace(base, name="own-bptt", rule=spec(BPTT)), replace(base, name="own-sltt")]
 """
 

@@ -14,7 +14,8 @@ import sys
 from pipeline.core import stages as waiting
 
 def say_stage(stage):
-    slow = [name for name in ("torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy") if name in sys.modules]
+    names = ("torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy")
+    slow = [name for name in names if name in sys.modules]
     print(stage, slow)
 
 waiting.say_stage = say_stage

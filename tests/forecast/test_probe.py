@@ -469,12 +469,14 @@ from tests.small import small_recipe
 
 def recipe():
     one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)))
-    return [one, replace(one, name="bptt", rule=spec(BPTT)), replace(one, name="wide", micro_batch=4)]
+    bptt = replace(one, name="bptt", rule=spec(BPTT))
+    return [one, bptt, replace(one, name="wide", micro_batch=4)]
 """
 
 SEVERAL = """
     one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(SLTT))
-    rules = [one, replace(one, name="bptt", rule=spec(BPTT)), replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
+    bptt = replace(one, name="bptt", rule=spec(BPTT))
+    rules = [one, bptt, replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
     return [*rules, replace(one, name="wide", init="@bptt", micro_batch=4)]
 """
 
