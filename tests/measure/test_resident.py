@@ -31,8 +31,8 @@ def peaks(rule, steps):
     return saved.peak, peak_rss_bytes()
 
 peaks(SLTT(), FEW)  # what is loaded and allocated once
-# The rule with the smaller peak comes first, as the peak of a process never falls. BPTT goes step by
-# step: a forward over all steps at once needs more beside what it saves.
+# The rule with the smaller peak comes first, as the peak of a process never falls. BPTT goes step
+# by step: a forward over all steps at once needs more beside what it saves.
 rules = SLTT(), BPTT(chunk=1)
 found = {rule.label: [peaks(rule, steps) for steps in (FEW, MANY)] for rule in rules}
 print(json.dumps({rule: [many - few for few, many in zip(*each)] for rule, each in found.items()}))
