@@ -280,7 +280,7 @@ def main() -> None:
     )
     print(
         "; ".join(faults)
-        or f"each sample once in each of {stopped['step'] * BATCH // SAMPLES} epochs and what follows"
+        or f"each sample once in each of {stopped['step'] * BATCH // SAMPLES} epochs and the rest"
     )
     print(f"of the time {sum(kill.seconds for kill in kills) / seconds:.0%} went to recovery")
     print(

@@ -354,7 +354,9 @@ def my_network(classes):
     return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
 
 def recipe():
-    base = small_recipe(checkpoint_every=0, epochs=1, backend="deepspeed", model=spec(my_network, classes=10))
+    base = small_recipe(
+        checkpoint_every=0, epochs=1, backend="deepspeed", model=spec(my_network, classes=10)
+    )
     return [replace(base, name="own-bptt", rule=spec(BPTT)), replace(base, name="own-sltt")]
 """
 
@@ -462,6 +464,7 @@ def test_show_needs_no_data_and_prints_what_will_be_used() -> None:
     assert done.returncode == 0, done.stderr
     assert "21,797,688" in done.stdout
     assert "256 = 8 workers x 32 samples x 1 accumulated" in done.stdout
+    assert "779.202 MB saved for backward" in done.stdout and "4,099.81 GFLOP" in done.stdout
     settings = json.loads(done.stdout[done.stdout.index("{\n") :])
     assert settings["train_batch_size"] == 256
     assert settings["managed_gradient_accumulation"] is False

@@ -14,6 +14,8 @@ tell of what was.
 A line whose OLD is not there is passed over, so that the table may be applied to a branch that has
 moved on."""
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
+
 from __future__ import annotations
 
 import ast

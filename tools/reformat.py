@@ -6,6 +6,8 @@ in docstrings, is refused. black need not be installed in the environment: name 
 BLACK.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
+
 from __future__ import annotations
 
 import ast

@@ -1,14 +1,16 @@
-"""`spiketrain show`, `probe`, `sweep` and `plan`: what can be told before any training."""
+"""`spiketrain show`, `probe`, `sweep` and `plan`: what is known of a recipe before any training."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pipeline.cli.options import (
     RUNS,
-    Cpus,
+    Cores,
     RecipeFile,
     Runs,
     Sets,
@@ -18,15 +20,15 @@ from pipeline.cli.options import (
     is_typed,
     made_of,
     number_option,
-    only_recipe,
 )
+
+if TYPE_CHECKING:
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.recipe.suite import Suite
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
 
-_PLAN = (
-    "Example: spiketrain plan recipes/imagenet/qkformer_10_384_sltt_k1.py --workers 64 --device"
-    " h100 --batch-of noise --samples 1281167"
-)
+_PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
 
 
 def add_forecast_commands(app: typer.Typer) -> None:
@@ -44,44 +46,55 @@ def show(
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Print the resolved recipe, its size, its study and the DeepSpeed settings; needs no data."""
-    made = made_of(recipe, set_, tiny)
-    from pipeline.report.show import show_recipe
+    """Print the resolved recipe, its size, its study, what a step costs, and DeepSpeed's settings.
 
-    show_recipe(made, workers)
+    Needs no data: a step is counted without running it.
+    """
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.counts import describe_steps
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.recipe.suite import refuse_references
+    from pipeline.report.show import show_recipe
+    from pipeline.train.placeholder_weights import with_stand_ins
+
+    if isinstance(made, Recipe):
+        refuse_references(made)
+        show_recipe(made, workers, steps=describe_steps([made], workers))
+        return
+    with with_stand_ins(made) as recipes:
+        steps = describe_steps(recipes, workers)
+    show_recipe(made, workers, steps=steps)
 
 
 def probe(
     recipe: RecipeFile,
     batch: Annotated[
         int | None,
-        typer.Option(
-            "--batch", min=1, help="samples; without it what one worker holds at a time in training"
-        ),
+        typer.Option("--batch", min=1, help="samples; without it as one worker has in training"),
     ] = None,
-    cpus_per_worker: Cpus = 1,
+    cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before any training: what each rule costs on this network and data, and how near its gradient
-    is to BPTT's.
+    """Before any training: what each rule costs here, and how near its gradient is to BPTT's.
 
     Of a file of several recipes, each network has its tables; recipes that differ in their rules
-    alone share them."""
+    alone share them.
+    """
     made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.bench import without_rule
     from pipeline.forecast.probe import probe as probe_recipe
-    from pipeline.forecast.probe import probe_all
-    from pipeline.recipe.recipe import Recipe
-    from pipeline.report.probe import print_probe, print_probes
-    from pipeline.train.placeholder_weights import with_stand_ins
+    from pipeline.report.probe import print_probe, probe_as_json
 
-    about = {"batch_size": batch, "threads": cpus_per_worker}
-    if isinstance(made, Recipe):
-        print_probe(probe_recipe(made, **about), as_json=format_ == "json")
-        return
-    with with_stand_ins(made) as recipes:
-        print_probes(probe_all(recipes, **about), as_json=format_ == "json")
+    about = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
+    _print(
+        made,
+        partial(probe_recipe, **about),
+        without_rule,
+        print_probe if format_ == "table" else probe_as_json,
+        as_json=format_ == "json",
+    )
 
 
 def sweep(
@@ -112,7 +125,7 @@ def sweep(
             help="with --batch auto: find each rule's own largest batch by training it and others",
         ),
     ] = False,
-    cpus_per_worker: Cpus = 1,
+    cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
@@ -129,19 +142,26 @@ def sweep(
     from pipeline.core.checks import listed_time_steps
 
     times = listed_time_steps("sweep", steps)
-    made = only_recipe(recipe, set_, tiny, who="sweep")
+    made = made_of(recipe, set_, tiny)
+    from pipeline.forecast.bench import without_rule
     from pipeline.forecast.sweep import sweep as sweep_recipe
-    from pipeline.report.sweep import print_sweep
+    from pipeline.report.sweep import print_sweep, told_sweep
 
     limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
-    samples = None if size == "auto" else size
-    about = {
-        "batch_size": samples,
+    about: dict[str, Any] = {
+        "steps": times,
+        "batch_size": None if size == "auto" else size,
         "memory_bytes": limit,
         "at_largest": at_largest,
-        "threads": cpus_per_worker,
+        "threads": _threads("sweep", cpus_per_worker),
     }
-    print_sweep(sweep_recipe(made, steps=times, **about), as_json=format_ == "json")
+    _print(
+        made,
+        partial(sweep_recipe, **about),
+        without_rule,
+        print_sweep if format_ == "table" else told_sweep,
+        as_json=format_ == "json",
+    )
 
 
 def plan(
@@ -163,17 +183,16 @@ def plan(
             "--node-gbps", min=0.001, max=1e6, help="from node to node, in Gb/s; without it 400"
         ),
     ] = None,
-    cpus_per_worker: Cpus = 1,
+    cpus_per_worker: Cores = "auto",
     price: Annotated[
         float | None,
         number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
     ] = None,
-    batch_of: Annotated[
-        Literal["data", "noise"],
-        typer.Option("--batch-of", help="noise: where the data is not here; name --samples then"),
-    ] = "data",
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="of an epoch; without it the data's")
+        int | None,
+        typer.Option(
+            "--samples", min=1, help="of an epoch; without it the data's, if they are here"
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -188,26 +207,23 @@ def plan(
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before anything is launched: memory, speed, hours and energy of each rule on machines that
-    are not here. A model.
+    """Before anything is launched: memory, speed, hours and energy of each rule. A model.
+
+    A step is counted at full size without running it, for machines that are not here and without
+    data. Of a file of several recipes, each network has its table.
     """
-    made = only_recipe(recipe, set_, tiny, who="plan")
+    made = made_of(recipe, set_, tiny)
     from pipeline.forecast.devices import DEVICES
-    from pipeline.forecast.plan import Cluster
+    from pipeline.forecast.plan import Cluster, all_but_rule
     from pipeline.forecast.plan import plan as plan_recipe
-    from pipeline.report.plan import print_plan
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.report.plan import plan_as_json, print_plan
 
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
     if against is None and is_typed(context, "runs"):
         raise ValueError(
-            f"plan: --runs is where the run of --against is found; got --runs {runs} without"
-            " --against"
-        )
-    if batch_of == "noise" and (samples is None or device == "here"):
-        raise ValueError(
-            "plan: --batch-of noise needs --samples, and a card: what it takes here depends on the"
-            " data"
+            f"plan: --runs says where the run of --against is; got --runs {runs} without --against"
         )
     if device == "here" and (per_node, node_gbps) != (None, None):
         raise ValueError(
@@ -220,17 +236,81 @@ def plan(
         per_node=per_node or 8,
         node_link=(node_gbps or 400.0) * 1e9 / 8,
         price=price,
-        threads=cpus_per_worker,
+        threads=_threads("plan", cpus_per_worker),
     )
     if against is None:
-        print_plan(
-            plan_recipe(made, cluster, samples=samples, source=batch_of), as_json=format_ == "json"
+        _print(
+            made,
+            partial(plan_recipe, cluster=cluster, samples=samples),
+            all_but_rule,
+            print_plan if format_ == "table" else plan_as_json,
+            as_json=format_ == "json",
         )
         return
     from pipeline.report.planned import errors, refuse_unless_comparable
     from pipeline.report.runs import find_run
 
+    if not isinstance(made, Recipe):
+        raise ValueError(
+            "plan: --against is one run, so the file must hold one recipe; got a suite"
+        )
     folder = find_run(runs, against)
     refuse_unless_comparable(made, cluster, folder)
-    found = plan_recipe(made, cluster, samples=samples, source=batch_of)
+    found = plan_recipe(made, cluster, samples=samples)
     print_plan(found, against=errors(found, folder), as_json=format_ == "json")
+
+
+def _print(
+    made: Recipe | Suite,
+    forecast: Callable[..., Any],
+    alike: Callable[[Recipe], object],
+    show: Callable[[Any], Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print the forecast of a recipe, or of each network of several as it comes; as JSON a list.
+
+    `forecast` takes a recipe, and rules beside its own. Recipes that are `alike` share a network.
+    `show` prints a forecast as a table, or gives its JSON.
+    """
+    import json
+
+    from pipeline.core.printing import new_console
+    from pipeline.forecast.bench import RULES, by_network
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.train.placeholder_weights import with_stand_ins
+
+    console = new_console()
+
+    def print_json(value: object) -> None:
+        console.out(json.dumps(value, indent=2, allow_nan=False), highlight=False)
+
+    if isinstance(made, Recipe):
+        shown = show(forecast(made))
+        if as_json:
+            print_json(shown)
+        return
+    with with_stand_ins(made) as recipes:
+        networks = by_network(recipes, alike)
+        forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
+        if as_json:
+            print_json([show(each) for each in forecasts])
+            return
+        for index, each in enumerate(forecasts):
+            if index:
+                console.print()
+            show(each)
+
+
+def _threads(who: str, cores: str) -> int:
+    """torch's threads of one worker; `auto` takes what a launch would."""
+    number = count_or_auto(cores, option=f"{who}: --cpus-per-worker", of="cores")
+    if number != "auto":
+        return number
+    import torch
+
+    from pipeline.core.cores import cores_here
+    from pipeline.launch.shares import share_of
+
+    here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
+    return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1).cores

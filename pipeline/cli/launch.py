@@ -386,4 +386,8 @@ def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
     suite = over_seeds(
         joined([each if isinstance(each, Suite) else Suite((each,)) for each in made]), seeds
     )
-    return suite if tune is None else tuned(suite, *parse_search(tune))
+    if tune is None:
+        return suite
+    from pipeline.report.protocols import print_protocols
+
+    return tuned(suite, *parse_search(tune), report=print_protocols)

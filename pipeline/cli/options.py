@@ -98,9 +98,6 @@ RUNS = Path("runs")
 
 _SIZES = "N|MIN:MAX|N,N,..."
 _DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
-_CPUS = typer.Option(
-    "--cpus-per-worker", min=1, help="cores reserved for a worker, and its torch threads"
-)
 _CORES = typer.Option(
     "--cpus-per-worker",
     metavar="N|auto",
@@ -147,7 +144,6 @@ Address = Annotated[
     ),
 ]
 Device = Annotated[Literal["auto", "cpu", "gpu"], _DEVICE]
-Cpus = Annotated[int, _CPUS]
 Cores = Annotated[str, _CORES]
 Loaders = Annotated[str, _LOADERS]
 Restarts = Annotated[int, _RESTARTS]
@@ -209,16 +205,3 @@ def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
 
     made = load_recipe(path).override(parse_changes(changes))
     return made.tiny() if tiny else made
-
-
-def only_recipe(path: Path, changes: list[str], tiny: bool, *, who: str) -> Recipe:
-    """As `made_of`, of a file that holds one."""
-    from pipeline.recipe.recipe import Recipe
-
-    made = made_of(path, changes, tiny)
-    if not isinstance(made, Recipe):
-        names = ", ".join(each.name for each in made.recipes)
-        raise ValueError(
-            f"{who}: the file must hold one recipe; got a suite of {len(made.recipes)}: {names}"
-        )
-    return made

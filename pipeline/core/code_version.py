@@ -20,7 +20,7 @@ def code_digest() -> str:
     """12 hex digits of this package's files of Python, by name and content, when it was first asked
     for.
     """
-    root, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         if file.name.startswith(".") or not file.is_file():  # an editor's lock is a link to nowhere
             continue
@@ -58,7 +58,7 @@ def commit() -> str:
     """The commit of the code that trains, with `+` when the tree has changes; outside a checkout
     what SPIKETRAIN_COMMIT says.
     """
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
         return subprocess.run(

@@ -1,7 +1,6 @@
-"""What a recipe's teacher needs beside every rule: it is asked once a batch, whatever T, and no
-graph is kept of its answers.
+"""What a recipe's teacher costs beside every rule: one answer a batch, whatever T, without a graph.
 
-Its weights are fresh where those of the recipe would have to be had: what they are costs nothing.
+Its weights are fresh where the recipe's would have to be downloaded: they cost as much.
 """
 
 # B batch
@@ -14,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.torch_settings import Precision
 from pipeline.measure.memory_breakdown import bytes_of
 from pipeline.measure.stopwatch import seconds_of
-from pipeline.measure.traffic import Traffic
+from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.tasks import tasks_of
 from pipeline.train.teaching import build_teacher
@@ -30,17 +28,15 @@ class Asked:
     """A teacher that answered for one batch."""
 
     teacher: str
-    bytes: int
-    """of its weights and statistics"""
-    seconds: float
-    """of its answers, the median of several; none where a cache holds them"""
+    bytes: int  # of its weights and statistics
+    seconds: float  # of its answers, the median of several; none where a cache holds them
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """A line under a table of rules."""
         return (
-            f"the teacher, {self.teacher}, is in no row: beside every rule it holds"
-            f" {self.bytes / 1e6:.4g} MB of weights and answers for a batch in"
-            f" {self.seconds * 1e3:.4g} ms"
+            f"the teacher, {self.teacher}, is in no row: beside every rule it holds "
+            f"{self.bytes / 1e6:.4g} MB of weights "
+            f"and answers for a batch in {self.seconds * 1e3:.4g} ms"
         )
 
 
@@ -48,49 +44,31 @@ def asked(recipe: Recipe, x_B: Tensor) -> Asked | None:
     """What the recipe's teacher needs for this batch, as the loader gives it; None without one."""
     if recipe.teacher is None:
         return None
-    asking = Asking(recipe, x_B.device)
-    return Asked(teacher=asking.label, bytes=asking.bytes, seconds=asking.seconds(x_B))
+    teacher = untrained_teacher(recipe).to(x_B.device)
+    seconds = answer_seconds(teacher, x_B)
+    return Asked(teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=seconds)
 
 
-class Asking:
-    """The teacher of a recipe, to be asked about batches.
+def untrained_teacher(recipe: Recipe) -> Teacher:
+    """The recipe's teacher with fresh weights, and with a fresh head where one would be fitted.
 
     Raises: ValueError as `build_teacher`.
     """
+    data = tasks_of(recipe)[0].data
+    teacher = build_teacher(recipe.with_untrained_teacher(), data)
+    if teacher.probe is not None:
+        with torch.random.fork_rng(devices=[]):
+            features = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
+            teacher.head = nn.Linear(features, data.classes)
+    return teacher
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        data = tasks_of(recipe)[0].data
-        teacher = build_teacher(recipe.with_untrained_teacher(), data)
-        if teacher.probe is not None:  # a head as large as that which would be fitted
-            with torch.random.fork_rng(devices=[]):
-                teacher.head = nn.Linear(
-                    teacher.features(torch.zeros(1, *data.shape)).shape[-1], data.classes
-                )
-        self._teacher, self._device = teacher.to(device), device
 
-    @property
-    def label(self) -> str:
-        return self._teacher.label
+@torch.no_grad()
+def answer_seconds(teacher: Teacher, x_B: Tensor) -> float:
+    """Of one answer, the median of several."""
+    teacher(x_B)  # warms up
+    return statistics.median(seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED))
 
-    @property
-    def bytes(self) -> int:
-        return bytes_of((*self._teacher.parameters(), *self._teacher.buffers()))
 
-    @property
-    def precision(self) -> Precision:
-        """In which it computes."""
-        return self._teacher.precision
-
-    @torch.no_grad()
-    def seconds(self, x_B: Tensor) -> float:
-        self._teacher(x_B)  # warms up
-        return statistics.median(
-            seconds_of(lambda: self._teacher(x_B), self._device) for _ in range(TIMED)
-        )
-
-    @torch.no_grad()
-    def traffic(self, x_B: Tensor) -> Traffic:
-        """What a device has to do for its answers."""
-        with Traffic() as traffic:
-            self._teacher(x_B)
-        return traffic
+def teacher_bytes(teacher: Teacher) -> int:
+    return bytes_of((*teacher.parameters(), *teacher.buffers()))

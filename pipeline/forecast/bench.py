@@ -1,8 +1,9 @@
 """A recipe's network and one batch of its data, on which rules are tried before any training.
 
-Every rule gets the same network with the same weights, those that training starts from, which rest,
-and the same batch, through the loop that trains. Recipes with a teacher are tried with its labels
-alone (asked.py has what it needs beside), and those of several tasks in their first.
+Every rule gets a copy of one network, with the weights that training starts from, and the same
+batch. It trains through the loop of a run, at a learning rate of 0. A recipe with a teacher is
+tried with its labels alone (`asked.py` measures the teacher); a recipe of several tasks is tried
+on its first.
 """
 
 # T time, B batch
@@ -11,12 +12,12 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.core.allocator import release_freed_memory
 from pipeline.core.torch_settings import compute_in, settle
 from pipeline.core.units import counted
-from pipeline.forecast.batches import first_batch, noise
+from pipeline.data.base import Batch, Data, Loader
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.memory import (
     device_here,
@@ -36,10 +37,9 @@ from pipeline.measure.memory import (
     reset_peak_rss,
 )
 from pipeline.measure.memory_breakdown import Held, bytes_of, held
-from pipeline.measure.meters import Instrument, Meters
+from pipeline.measure.meters import Meters
 from pipeline.measure.time_parts import REST
 from pipeline.measure.totals import Totals
-from pipeline.measure.traffic import Traffic
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
@@ -55,12 +55,13 @@ from pipeline.spiking.encode import over_steps
 from pipeline.train.assemble import build_backend
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.plain import Plain
-from pipeline.train.build import build_network
+from pipeline.train.build import build_network, check_recipe
 from pipeline.train.elastic import seed_everything
 from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import Loss
 from pipeline.train.optimizer import build_optimizer
+from pipeline.train.part_checks import check_batch, checked_loader
 from pipeline.train.tasks import tasks_of
 from pipeline.train.weights import load_start
 
@@ -78,15 +79,16 @@ RULES = (
 )
 UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
 TIMED = 5
+# of memory that is left to fragments, to workspaces and the driver, and to what a small batch does
+# not tell of a large one
 RESERVE = 0.1
-"""of memory that is left to fragments, to workspaces and the driver, and to what a small batch does
-not tell of a large one
-"""
 LEARNS_BY_ITSELF = (
     16  # batches that a rule with matrices of its own sees before its gradient is taken
 )
 DRAWS = 8
+ROUNDS = 3  # rounds in which rules take turns, where their seconds are compared
 Behind = Literal["plain torch", "own backend"]
+T_ = TypeVar("T_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,23 +97,20 @@ class Cost:
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int
-    """of what the network remembers and backward does not keep as well"""
+    state_bytes: int  # of what the network remembers and backward does not keep as well
+    # how far the process's resident memory, on a GPU what its allocator holds, rises in a batch:
+    # with gradients and what kernels take for their work, without the network and the batch itself;
+    # None where the kernel does not begin its peak anew
     peak_memory_bytes: int | None
-    """how far the process's resident memory, on a GPU what its allocator holds, rises in a batch:
-    with gradients and what kernels take for their work, without the network and the batch itself;
-    None where the kernel does not begin its peak anew"""
-    rule_bytes: int
-    """of what the rule learns by itself, and notes of a batch"""
+    rule_bytes: int  # of what the rule learns by itself, and notes of a batch
     forward_s: float
+    # of a batch, the median over batches; collectives and the optimizer are in neither
     backward_s: float
-    """of a batch, the median over batches; collectives and the optimizer are in neither"""
+    # of what the loop does beside: transfer, metrics, and what no part is charged for
     loop_s: float
-    """of what the loop does beside: transfer, metrics, and what no part is charged for"""
-    operations: Mapping[str, Mapping[str, float]]
-    """for each purpose, of training on one sample"""
+    operations: Mapping[str, Mapping[str, float]]  # for each purpose, of training on one sample
+    # operations of torch that make products, which are in no count
     not_counted: tuple[str, ...] = ()
-    """operations of torch that make products, which are in no count"""
 
     @property
     def kept_bytes(self) -> int:
@@ -135,58 +134,42 @@ class DoesNotFit(ValueError):
     """Memory ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Needs:
-    """What one rule needs of a machine on one batch; nothing is timed."""
-
-    peak_saved_bytes: int
-    state_bytes: int
-    """of what the network remembers and backward does not keep as well"""
-    rule_bytes: int
-    """of what the rule learns by itself, and notes of a batch"""
-    backward_calls: float
-    traffic: Traffic
-
-
 class Bench:
-    """`recipe` with a batch of `batch_size` samples (None: what one worker would hold at a time),
-    as a worker would have it.
+    """`recipe` with a batch of `batch_size` samples, as a worker would have it.
 
-    `source="noise"` makes the batch up, normal and of random classes, where the data need not be
-    here: sizes are right then, and sparsity is not.
+    `batch_size`: None takes what one worker would hold at a time.
 
-    Raises: ValueError for a network that does not fit the data or the weights that it starts from;
-    DoesNotFit where the batch does not fit into memory; what the data refuse.
+    Raises:
+        ValueError: a network that does not fit the data or the weights that it starts from.
+        DoesNotFit: the batch does not fit into memory.
+        DataError: what the data refuse.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        batch_size: int | None = None,
-        source: Literal["data", "noise"] = "data",
-        threads: int = 1,
-    ) -> None:
-        self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
-        self.samples = batch_size or recipe.split(1).micro_batch
+    def __init__(self, recipe: Recipe, *, batch_size: int | None = None, threads: int = 1) -> None:
         device = device_here()
         settle(threads, device)
         compute_in(recipe.precision, device)
         seed_everything(recipe.seed)
-        network = build_network(self.recipe, tasks_of(self.recipe))
-        if recipe.init is not None:
-            load_start(network, Path(recipe.init))
-        self.network = network.to(device)
-        self.loss: Loss = self.recipe.objective.build()
+        self._describe(recipe, batch_size or recipe.split(1).micro_batch)
+        self.network = self._fresh_network().to(device)
         with self.in_memory(recipe.name):
-            batch = (
-                first_batch(recipe, self.samples)
-                if source == "data"
-                else noise(recipe, self.samples)
-            )
-            self.x_B = batch.x.to(device)
-            self.x_TB = over_steps(self.x_B, recipe.time_steps)
-            self.target_B = batch.target.to(device)
+            batch = first_batch(recipe, self.samples)
+            self._set_batch(batch.x.to(device), batch.target.to(device))
+
+    def _describe(self, recipe: Recipe, samples: int) -> None:
+        self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
+        self.samples = samples
+        self.loss: Loss = self.recipe.objective.build()
+
+    def _fresh_network(self) -> nn.Module:
+        network = build_network(self.recipe, tasks_of(self.recipe))
+        if self.recipe.init is not None:
+            load_start(network, Path(self.recipe.init))
+        return network
+
+    def _set_batch(self, x_B: Tensor, target_B: Tensor) -> None:
+        self.x_B, self.target_B = x_B, target_B
+        self.x_TB = over_steps(x_B, self.recipe.time_steps)
 
     def cost(self, rule: Spec, *, behind: Behind = "plain torch") -> Cost:
         """What it costs, by itself, or behind the backend that the recipe names, whose process
@@ -203,24 +186,13 @@ class Bench:
 
         return Cost(
             rule=made.label,
-            **_bytes_of(made, totals),
+            **bytes_of_batch(made, totals),
             peak_memory_bytes=None if before is None else peak - before,
             forward_s=median_s("forward"),
             backward_s=median_s("backward"),
             loop_s=median_s("transfer", "metrics", REST),
             operations=totals.operations_per_sample(),
             not_counted=tuple(totals.not_counted),
-        )
-
-    def needs(self, rule: Spec) -> Needs:
-        """Raises: ValueError as `cost`."""
-        traffic = Traffic()
-        made, meters, _ = self._trained(rule, batches=UNTIMED + 1, on_the_last=traffic)
-        totals = meters.totals
-        return Needs(
-            **_bytes_of(made, totals),
-            backward_calls=totals.backward_calls / totals.batches,
-            traffic=traffic,
         )
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
@@ -252,12 +224,26 @@ class Bench:
 
     def held(self) -> Held:
         """What training holds beside what a rule keeps of a batch."""
-        network = copy.deepcopy(self.network)
+        network, optimizer = self.stepped()
+        return held(network, optimizer)
+
+    def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """A copy of the network with gradients of 0, and its optimizer after a first step."""
+        network = self.copy_of_network()
         optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # which makes its state
-        return held(network, optimizer)
+        return network, optimizer
+
+    def copy_of_network(self) -> nn.Module:
+        return copy.deepcopy(self.network)
+
+    @contextmanager
+    def running(self, who: str) -> Iterator[None]:
+        """What surrounds a batch that is counted (`counts.py`)."""
+        with self.in_memory(who):
+            yield
 
     @contextmanager
     def in_memory(self, who: str) -> Iterator[None]:
@@ -277,27 +263,28 @@ class Bench:
         return bytes_of([self.x_TB, self.target_B])
 
     def attached(self, rule: Spec) -> tuple[nn.Module, Rule]:
-        """A copy of the network, and the rule on it.
+        """A copy of the network, and the rule on it, calibrated.
 
         Raises: ValueError where the rule cannot train it.
         """
-        network, made = copy.deepcopy(self.network), self._made(rule)
+        network, made = self.copy_of_network(), self._made(rule)
         made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
         if made.calibration_batches:
-            made.calibrate(network, [self.x_TB])
+            self.calibrate(made, network)
         return network, made
 
+    def calibrate(self, rule: Rule, network: nn.Module) -> None:
+        rule.calibrate(network, [self.x_TB])
+
     def own_backend(self, network: nn.Module, rule: Rule) -> Backend:
-        """The recipe's, as a launch makes it, but that its moves leave the weights where they
-        are.
-        """
+        """The recipe's backend at a learning rate of 0."""
         backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
         for group in backend.optimizer.param_groups:
             group["lr"] = 0.0
         return backend
 
     def meters(self, network: nn.Module) -> Meters:
-        """That count bytes on the second batch and operations on the third, and never again."""
+        """Meters that count bytes on the second batch and operations on the third."""
         about = {"batch_size": self.samples, "device": self.x_TB.device}
         return Meters(network, **about, memory_every=10**9, operations_every=10**9)
 
@@ -311,27 +298,17 @@ class Bench:
         return made
 
     def _trained(
-        self,
-        rule: Spec,
-        *,
-        batches: int,
-        behind: Behind = "plain torch",
-        on_the_last: Instrument | None = None,
+        self, rule: Spec, *, batches: int, behind: Behind
     ) -> tuple[Rule, Meters, int | None]:
-        """So many batches with weights at rest, the last of them seen by `on_the_last`.
+        """Train on the batch so many times; the weights rest.
 
-        Third, the bytes that memory held before the timed ones, from where its peak began anew:
-        what is loaded when it is first needed was there by then. None where no peak can be begun
-        anew.
+        Third, the bytes that memory held when its peak began anew, before the timed batches: what
+        is loaded at its first use was there by then. None where no peak can begin anew.
         """
         network, made = self.attached(rule)
         meters = self.meters(network)
         is_plain = behind == "plain torch"
-        backend = (
-            Plain(network, _resting, precision=self.recipe.precision)
-            if is_plain
-            else self.own_backend(network, made)
-        )
+        backend = self.plain(network) if is_plain else self.own_backend(network, made)
         before: int | None = None
 
         def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
@@ -339,13 +316,15 @@ class Bench:
             for step in range(batches):
                 if step == UNTIMED:
                     before = self._begin_peak()
-                if step == batches - 1 and on_the_last is not None:
-                    meters.watch(on_the_last)
                 yield step, self.micro_batches()
 
         with self.in_memory(made.label):
             train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
         return made, meters, before
+
+    def plain(self, network: nn.Module) -> Plain:
+        """A backend of plain torch at a learning rate of 0."""
+        return Plain(network, _resting, precision=self.recipe.precision)
 
     def _begin_peak(self) -> int | None:
         """What memory holds from which its peak begins anew; None where it does not."""
@@ -354,10 +333,39 @@ class Bench:
         return memory_now_bytes(self.x_B.device) if reset_peak_rss() or self.x_B.is_cuda else None
 
 
+# -------------------------------------------------------------------------------------------- data
+
+
+def first_batch(recipe: Recipe, size: int) -> Batch:
+    """The first `size` samples that a run of the recipe would train on."""
+    with closing(_loader(recipe, size)) as loader, loader.epoch(0) as batches:
+        batch = next(iter(batches))
+        check_batch(batch, _data(recipe), "train")
+        return batch
+
+
+def samples_of(recipe: Recipe) -> int:
+    """Samples of an epoch."""
+    with closing(_loader(recipe, 1)) as loader:
+        return loader.samples
+
+
+def _data(recipe: Recipe) -> Data:
+    return tasks_of(recipe)[0].data
+
+
+def _loader(recipe: Recipe, size: int) -> Loader:
+    data = _data(recipe)
+    sizes = {"batch_size": size, "micro_batch": size, "threads": 1}
+    loader = data.train(seed=recipe.seed, rank=0, world=1, **sizes)
+    return checked_loader(loader, data, "train")
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
-    """Of BPTT folded over time and step by step the one that computes faster; None where there is
-    neither.
-    """
+    """BPTT folded over time or step by step, whichever is faster; None where there is neither."""
     return min(
         (cost for cost in costs if is_baseline(cost.rule)),
         key=lambda cost: cost.compute_s,
@@ -370,8 +378,80 @@ def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
-def _bytes_of(made: Rule, totals: Totals) -> dict[str, int]:
-    """What a rule that has trained keeps of a batch, and by itself."""
+def by_network(
+    recipes: Sequence[Recipe], alike: Callable[[Recipe], object]
+) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
+    """Group recipes that differ in their rules alone, as `alike` says: one recipe, and all rules.
+
+    The recipe's name is made of the names of its group.
+
+    Raises: ValueError where one of the recipes does not fit together, before the first is given.
+    """
+    groups: list[list[Recipe]] = []
+    for recipe in recipes:
+        check_recipe(recipe.with_untrained_teacher(), 1)
+        group = next((each for each in groups if alike(each[0]) == alike(recipe)), None)
+        if group is None:
+            groups.append([recipe])
+        else:
+            group.append(recipe)
+    for group in groups:
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        name = ", ".join(recipe.name for recipe in group[:3]) + more
+        yield replace(group[0], name=name), tuple(recipe.rule for recipe in group)
+
+
+def without_rule(recipe: Recipe) -> tuple[object, ...]:
+    """All that decides what a batch costs, beside the rule."""
+    parts = (
+        recipe.model,
+        recipe.data,
+        recipe.objective,
+        recipe.teacher,
+        recipe.phases,
+        recipe.init,
+    )
+    sizes = (recipe.time_steps, recipe.over_time, recipe.batch_size, recipe.micro_batch)
+    return (*parts, *sizes, recipe.precision)
+
+
+def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
+    """The order of each round. Every round begins with another, so that drift falls on all
+    alike.
+    """
+    order = list(those)
+    for each in range(rounds):
+        first = each % len(order)
+        yield [*order[first:], *order[:first]]
+
+
+def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
+    """What each rule costs in every round, and why the others cannot train the network."""
+    rounds: dict[str, list[Cost]] = {label: [] for label in rules}
+    refused: dict[str, str] = {}
+    for order in in_rounds(rules, ROUNDS):
+        for label in order:
+            if label in refused:
+                continue
+            try:
+                rounds[label].append(bench.cost(rules[label]))
+            except ValueError as error:
+                refused[label] = str(error)
+                del rounds[label]
+    return rounds, refused
+
+
+def in_the_median(rounds: Sequence[Cost]) -> Cost:
+    """Of one rule: the medians of its seconds. Bytes and operations are the same in each round."""
+    seconds = {
+        name: statistics.median(getattr(cost, name) for cost in rounds)
+        for name in ("forward_s", "backward_s", "loop_s")
+    }
+    return replace(rounds[0], **seconds)
+
+
+def bytes_of_batch(made: Rule, totals: Totals) -> dict[str, int]:
+    """What a rule that has trained keeps of a batch, and of its own."""
     assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, (
         "no batch is skipped"
     )

@@ -1,9 +1,19 @@
-"""Cards that a plan can be made for, as their data sheets have them: dense figures, without
-structured sparsity.
+"""Devices that a plan can be made for: cards as their data sheets have them, and the device here.
+
+Data sheets' figures are dense, without structured sparsity. Those of the device here are measured.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Collection
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.core.torch_settings import Precision, computing, settle
+from pipeline.measure.memory import device_here, free_bytes, hardware, told_hardware
+from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.traffic import Device
 
 DEVICES = {
@@ -58,3 +68,47 @@ DEVICES = {
         source="NVIDIA Ada GPU architecture white paper; the link is PCIe 4.0 x16",
     ),
 }
+
+TIMED = 7
+TOGETHER = 50  # small operations that are timed together
+
+
+def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:
+    """The device here, from what three operations of a training step take: about a second.
+
+    The rates are of a 3x3 convolution, of a sum of two tensors larger than a cache, and of a small
+    operation. They are what such operations reach, so the efficiency is 1; other shapes reach less.
+    """
+    device = device_here()
+    settle(threads, device)
+    x, weight = torch.rand(32, 64, 28, 28, device=device), torch.rand(64, 64, 3, 3, device=device)
+    large, small = torch.rand(2**24, device=device), torch.rand(1, device=device)
+
+    def launches() -> None:
+        for _ in range(TOGETHER):
+            torch.add(small, small)
+
+    def median_s(act: Callable[[], object]) -> float:
+        act()
+        return statistics.median(seconds_of(act, device) for _ in range(TIMED))
+
+    flops: dict[str, float] = {}
+    for precision in precisions:
+        with torch.no_grad(), computing(device, precision):
+            convolution_s = median_s(lambda: F.conv2d(x, weight, padding=1))
+        flops[precision] = 2 * x.numel() * weight[0].numel() / convolution_s
+    with torch.no_grad():
+        sum_s = median_s(lambda: torch.add(large, large, out=large))
+        launch_s = median_s(launches) / TOGETHER
+    return Device(
+        name=told_hardware(hardware(device)),
+        flops=flops,
+        bandwidth=3 * large.nbytes / sum_s,
+        memory=free_bytes(device),
+        link=0.0,
+        watts=0.0,
+        efficiency=1.0,
+        launch=launch_s,
+        driver=str(hardware(device)["gpu"]),
+        source="measured",
+    )

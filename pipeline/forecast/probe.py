@@ -5,13 +5,20 @@ one batch (`bench.py`).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from pipeline.core.stages import say_stage
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.bench import RULES, Bench, Cost, by_label, fastest_baseline
-from pipeline.forecast.rounds import costs, in_the_median
+from pipeline.forecast.bench import (
+    RULES,
+    Bench,
+    Cost,
+    by_label,
+    costs,
+    fastest_baseline,
+    in_the_median,
+)
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import BASELINE, is_baseline
@@ -28,20 +35,16 @@ class Probe:
     recipe: str
     samples: int
     time_steps: int
+    # BPTT first, where it can train the network; seconds are medians over the rounds
     costs: tuple[Cost, ...]
-    """BPTT first, where it can train the network; seconds are medians over the rounds"""
+    # seconds of forward and backward of each rule, in rounds in which they took turns
     rounds: Mapping[str, tuple[float, ...]]
-    """seconds of forward and backward of each rule, in rounds in which they took turns"""
-    teacher: Asked | None
-    """in no rule's cost"""
-    fidelity: Fidelity | None
-    """None without BPTT's gradient: nothing to compare with"""
-    refused: Mapping[str, str]
-    """rules that cannot train the network, and why"""
+    teacher: Asked | None  # in no rule's cost
+    fidelity: Fidelity | None  # None without BPTT's gradient: nothing to compare with
+    refused: Mapping[str, str]  # rules that cannot train the network, and why
+    # rules that can, but have no gradient to compare, and why; without that of BPTT none is
+    # compared
     uncompared: Mapping[str, str]
-    """rules that can, but have no gradient to compare, and why; without that of BPTT none is
-    compared
-    """
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
@@ -106,51 +109,6 @@ def probe(
         refused=refused,
         uncompared=uncompared,
         hardware=hardware(device_here()),
-    )
-
-
-def probe_all(
-    recipes: Sequence[Recipe], *, batch_size: int | None = None, threads: int = 1
-) -> Iterator[Probe]:
-    """Probe each network of several recipes once, with the rules of all recipes that train it on
-    the same data and batch.
-
-    Raises: as `probe`; every recipe is checked before the first one is probed.
-    """
-    alike: list[list[Recipe]] = []
-    for recipe in recipes:
-        check_recipe(recipe.with_untrained_teacher(), 1)
-        shared = [group for group in alike if _without_rule(group[0]) == _without_rule(recipe)]
-        if shared:
-            shared[0].append(recipe)
-        else:
-            alike.append([recipe])
-    for group in alike:
-        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-        name = ", ".join(recipe.name for recipe in group[:3]) + more
-        rules = (*RULES, *(recipe.rule for recipe in group))
-        yield replace(
-            probe(group[0], batch_size=batch_size, threads=threads, rules=rules), recipe=name
-        )
-
-
-def _without_rule(recipe: Recipe) -> tuple[object, ...]:
-    """All that decides what a probe measures, beside the rules."""
-    parts = (
-        recipe.model,
-        recipe.data,
-        recipe.objective,
-        recipe.teacher,
-        recipe.phases,
-        recipe.init,
-    )
-    return (
-        *parts,
-        recipe.time_steps,
-        recipe.over_time,
-        recipe.precision,
-        recipe.batch_size,
-        recipe.micro_batch,
     )
 
 

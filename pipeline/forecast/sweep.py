@@ -18,7 +18,6 @@ from typing import Literal
 from pipeline.core.checks import are_counts
 from pipeline.core.stages import say_stage
 from pipeline.forecast.asked import Asked, asked
-from pipeline.forecast.batches import samples_of
 from pipeline.forecast.bench import (
     RESERVE,
     RULES,
@@ -26,9 +25,11 @@ from pipeline.forecast.bench import (
     Cost,
     DoesNotFit,
     by_label,
+    costs,
     fastest_baseline,
+    in_the_median,
+    samples_of,
 )
-from pipeline.forecast.rounds import costs, in_the_median
 from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.measure.memory_breakdown import Held
 from pipeline.recipe.recipe import Recipe, Spec
@@ -36,14 +37,12 @@ from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
 
 STEPS = (1, 2, 4, 8, 16)
+# bytes: so far a process's resident memory tells of pages and caches, not of a batch; a GPU's
+# allocator counts exactly
 COARSE = 2**20
-"""bytes: so far a process's resident memory tells of pages and caches, not of a batch; a GPU's
-allocator counts exactly
-"""
+# times that the largest batch which fits is looked for between one that was trained and one that
+# did not fit
 REFINED = 3
-"""times that the largest batch which fits is looked for between one that was trained and one that
-did not fit
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +51,13 @@ class Point:
 
     time_steps: int
     cost: Cost
+    # samples over the seconds of forward and backward alone: loading, the optimizer and collectives
+    # are not in it
     images_per_compute_s: float
-    """samples over the seconds of forward and backward alone: loading, the optimizer and
-    collectives are not in it
-    """
+    # that fits into the memory that was asked for: an estimate, or the largest that was trained;
+    # None: nobody asked
     largest_batch: int | None
-    """that fits into the memory that was asked for: an estimate, or the largest that was trained;
-    None: nobody asked
-    """
-    at_largest: Cost | None = None
-    """of one batch of so many, where it was trained"""
+    at_largest: Cost | None = None  # of one batch of so many, where it was trained
 
     @property
     def images_per_compute_s_at_largest(self) -> float | None:
@@ -78,17 +74,13 @@ class Sweep:
 
     recipe: str
     samples: int
-    points: tuple[Point, ...]
-    """by rule, then by time steps"""
+    points: tuple[Point, ...]  # by rule, then by time steps
+    # rules that cannot train the network, which have no point, or for whose largest batch the data
+    # have too few samples, at which T, and why
     refused: Mapping[str, Mapping[int, str]]
-    """rules that cannot train the network, which have no point, or for whose largest batch the data
-    have too few samples, at which T, and why"""
-    memory_bytes: int | None
-    """that a largest batch may take, with what lies beside it"""
-    at_largest: bool
-    """largest batches were to be trained, whether any fitted or not"""
-    teacher: Asked | None
-    """in no rule's cost; its bytes lie beside a largest batch"""
+    memory_bytes: int | None  # that a largest batch may take, with what lies beside it
+    at_largest: bool  # largest batches were to be trained, whether any fitted or not
+    teacher: Asked | None  # in no rule's cost; its bytes lie beside a largest batch
     hardware: Mapping[str, object]
 
     def of(self, rule: str) -> tuple[Point, ...]:

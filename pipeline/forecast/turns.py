@@ -19,8 +19,7 @@ from typing import Literal
 import torch
 
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import Bench, by_label
-from pipeline.forecast.rounds import in_rounds
+from pipeline.forecast.bench import Bench, by_label, in_rounds
 from pipeline.measure.spawn import at_once, meet
 from pipeline.recipe.recipe import Recipe, Spec
 
@@ -33,16 +32,12 @@ class Turns:
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
-    processes: int
-    """that computed at once"""
-    samples: int
-    """that each of them held"""
-    threads: int
-    """of each of them"""
+    processes: int  # that computed at once
+    samples: int  # that each of them held
+    threads: int  # of each of them
+    # that each rule called, as its runs do: an engine that is called at each time step costs some
+    # rules more than others
     backend: str
-    """that each rule called, as its runs do: an engine that is called at each time step costs some
-    rules more than others
-    """
     commit: str
 
     @property

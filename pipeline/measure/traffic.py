@@ -45,6 +45,8 @@ class Device:
     link: float
     """to the other cards of its node, bytes per second and direction"""
     watts: float
+    efficiency: float = 0.4
+    """share of the roofline that training reaches: an assumption for a data sheet's figures"""
     launch: float = 5e-6
     """seconds from one kernel to the next, asked for by Python"""
     driver: str
@@ -94,17 +96,24 @@ class Traffic(Pausable, TorchDispatchMode):
         )
 
     @property
+    def flops(self) -> int:
+        return sum(each.flops for each in self.operations)
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.operations)
+
+    @property
     def kernels(self) -> int:
         return len(self.operations)
 
 
 def _moves_nothing(func: Any) -> bool:
     """Views, and tensors that are asked about themselves."""
-    return bool(func.is_view) or func.overloadpacket in (
-        torch.ops.aten.detach,
-        torch.ops.aten._unsafe_view,
-        torch.ops.aten.empty,
-    )
+    if func.is_view or func.namespace == "prim":
+        return True
+    aten = torch.ops.aten
+    return func.overloadpacket in (aten.detach, aten._unsafe_view, aten.as_strided_, aten.empty)
 
 
 def _bytes(values: Any) -> int:

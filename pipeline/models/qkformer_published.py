@@ -51,7 +51,8 @@ def published_name(name: str) -> str:
         name,
     ):
         attention = "attn" if found["stage"] == "2" else "tssa"
-        place = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}.{attention}.{found['which'] or 'proj'}"
+        block = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}"
+        place = f"{block}.{attention}.{found['which'] or 'proj'}"
     elif found := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
         layer = "fc1" if found["layer"] == "0" else "fc2"
         place = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}.mlp.{layer}"

@@ -32,20 +32,15 @@ __all__ = ["Phase", "Recipe", "Spec", "Split", "read_json", "spec", "write_json"
 # and do nothing else, whatever they are given. Whole packages are too much: timm.models reads any
 # pickle when it is told to, pipeline.data writes files.
 TRUSTED = (
-    *(f"pipeline.data.{part}" for part in ("beton", "events.data", "mixing", "synthetic", "tasks")),
-    *(
-        f"pipeline.{part}"
-        for part in (
-            "distill",
-            "models",
-            "objective",
-            "phases",
-            "rules",
-            "schedule",
-            "spiking",
-            "teachers",
-        )
-    ),
+    "pipeline.data.datasets",
+    "pipeline.data.mixing",
+    "pipeline.models",
+    "pipeline.recipe.phases",
+    "pipeline.rules",
+    "pipeline.spiking",
+    "pipeline.train.distillation",
+    "pipeline.train.objective",
+    "pipeline.train.schedule",
     "recipes",
     "torch.nn.modules",
     "timm.optim._optim_factory.create_optimizer_v2",

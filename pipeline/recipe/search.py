@@ -1,9 +1,10 @@
 """Recipes made into a fair comparison: each with several seeds, and each with a learning rate that
 was searched for it.
 
-    over_seeds(suite, 3)                                  every recipe with seeds 0, 1, 2 (or from
-    its own seed on) tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))   beside them, every rule
-    with its own best of the five
+    over_seeds(suite, 3)
+        every recipe with seeds 0, 1, 2 (or from its own seed on)
+    tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
+        beside them, every rule with its own best of the five
 
 Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline among
 them, gets the same values and as many trials, which never see the evaluation set: they train
@@ -22,8 +23,7 @@ from typing import Any
 
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import reference_to
-from pipeline.recipe.suite import Choice, Suite, filled, references
-from pipeline.report.protocols import print_protocols
+from pipeline.recipe.suite import Choice, Report, Suite, filled, references
 
 __all__ = ["LEAST_VALUES", "joined", "over_seeds", "parse_search", "tuned"]
 
@@ -82,13 +82,19 @@ def over_seeds(suite: Suite, count: int) -> Suite:
     return Suite(tuple(_seeded(recipe, more) for more in range(count) for recipe in suite.recipes))
 
 
-def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
+def tuned(
+    suite: Suite, field: str, values: Sequence[Any], *, report: Report | None = None
+) -> Suite:
     """The suite, then trials of each value for each rule, then each recipe with its rule's best
     value.
 
     All are evaluated after their last epoch alone.
 
     Recipes that differ in their seeds alone share trials, which have the seed of the first.
+
+    Args:
+        report: what prints the results, `pipeline.report.protocols.print_protocols` for a table of
+            each protocol; see `Suite`.
 
     Raises:
         ValueError: fewer than 5 values or one twice, a recipe without that field, data that cannot
@@ -119,7 +125,7 @@ def tuned(suite: Suite, field: str, values: Sequence[Any]) -> Suite:
         finals.append(final)
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
     shared = (replace(recipe, evaluate_every=0) for recipe in suite.recipes)
-    return Suite((*shared, *every_trial, *finals), print_protocols, choices)
+    return Suite((*shared, *every_trial, *finals), report, choices)
 
 
 def _but_for_its_seed(recipe: Recipe) -> str:

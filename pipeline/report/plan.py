@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 
@@ -11,138 +13,136 @@ from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.units import counted
 from pipeline.forecast.bench import RESERVE
 from pipeline.forecast.plan import Plan, Planned
-from pipeline.forecast.profile import EFFICIENCY
 from pipeline.report.planned import Errors
 
 KIND = "a model, not measured"
 
 
 def print_plan(
-    found: Plan,
+    plan: Plan,
     *,
     against: Errors | None = None,
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:
-    """One line for each rule; what the figures rest on; the rule that takes the fewest hours; how
-    far off a run was found.
+    """One line for each rule, what the figures rest on, and the fastest rule.
+
+    `against`: how far off the plan is for a run.
     """
     console = console or new_console()
     if as_json:
-        told = {
-            "basis": basis(found),
-            "advice": advice(found),
-            "against": None if against is None else against.to_json(),
-        }
         console.out(
-            json.dumps({"kind": KIND, **asdict(found), **told}, indent=2, allow_nan=False),
-            highlight=False,
+            json.dumps(plan_as_json(plan, against), indent=2, allow_nan=False), highlight=False
         )
         return
     parts = (
         "compute",
-        *(() if found.teacher is None else ("teacher",)),
+        *(() if plan.teacher is None else ("teacher",)),
         "sums",
         "optimizer",
-        "loading",
         "step",
     )
-    titles = [
-        "ZeRO",
-        "micro x acc.",
-        "memory",
-        *(f"{part} ms" for part in parts),
-        "images/s",
-        "hours",
-    ]
-    titles += [] if found.cluster.device is None else ["kWh"]
-    titles += [] if found.cluster.price is None else ["cost"]
-    rows = [_cells(planned, taught=found.teacher is not None) for planned in found.rules]
-    print_table(console, ("rule", *map(number, titles)), rows, title=f"{found.recipe}: {KIND}")
-    for why in found.refused.values():
+    titles = ["ZeRO", "micro x acc.", "saved", "memory", "TFLOP", "kernels"]
+    titles += [*(f"{part} ms" for part in parts), "images/s"]
+    titles += [title for title, value in _optional(plan.rules) if value]
+    rows = [_cells(planned, plan) for planned in plan.rules]
+    print_table(console, ("rule", *map(number, titles)), rows, title=f"{plan.recipe}: {KIND}")
+    for why in plan.refused.values():
         say(console, f"not in the table: {why}")
-    say(console, basis(found))
-    say(console, advice(found))
+    say(console, basis(plan))
+    say(console, advice(plan))
     if against is not None:
         say(console, against.told())
 
 
-def basis(found: Plan) -> str:
-    """What the figures were made from, and what is not in them, in a sentence or two."""
-    told = (
-        f"{_basis_of_rules(found)} Hours are of training, without evaluations, checkpoints and what"
-        " workers agree on in between."
-    )
-    if found.teacher is None:
-        return told
-    weights = f"{found.teacher_bytes / 1e6:.4g} MB of weights"
-    return (
-        f"{told} In all figures the teacher, {found.teacher}: {weights}, asked about every sample."
-    )
+def plan_as_json(plan: Plan, against: Errors | None = None) -> dict[str, Any]:
+    more = {"basis": basis(plan), "advice": advice(plan)}
+    compared = None if against is None else against.to_json()
+    return {"kind": KIND, **asdict(plan), **more, "against": compared}
 
 
-def _basis_of_rules(found: Plan) -> str:
-    sizes, times = (" and ".join(map(str, each)) for each in found.profiled)
-    profiled = (
-        f"From batches of {sizes} samples at T = {times}"
-        + ("" if found.source == "data" else ", made up,")
-        + " on this machine"
+def basis(plan: Plan) -> str:
+    """What the figures were made from, and what is not in them."""
+    device, workers = plan.device, plan.cluster.workers
+    said = (
+        "Saved bytes, operations and kernels (saved, TFLOP, kernels) are of one micro-batch,"
+        " counted at full size without running it, as a CPU would compute them."
     )
-    card, workers = found.cluster.device, found.cluster.workers
-    if card is None:
-        left = f"{RESERVE:.0%} of the memory that is free left so"
+    for planned in plan.rules:
+        if planned.counted_as:
+            said += f" {planned.rule} is counted {planned.counted_as}."
+    left = f"{RESERVE:.0%} of the memory is left free"
+    if plan.cluster.device is None:
+        rates = ", ".join(
+            f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in device.flops.items()
+        )
         neighbours = "" if workers == 1 else f", and what {workers} local workers do to one another"
-        return f"{profiled}, and their seconds{neighbours}; {left}."
-    link = (
-        ""
-        if workers <= found.cluster.per_node
-        else f", {found.cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
-    )
-    return (
-        f"{profiled}; {card.name}: roofline at {EFFICIENCY:.0%} ({card.source}), {RESERVE:.0%} of"
-        f" its memory left free, {card.link / 1e9:.0f} GB/s from card to card{link}, loaders that"
-        " keep up; sums at the bandwidth of links, without their latency; kWh: the cards' rated"
-        " watts all the time, hosts left out."
-    )
+        said += (
+            f" Seconds are of a roofline measured on this machine ({rates},"
+            f" {device.bandwidth / 1e9:.3g} GB/s, {device.launch * 1e6:.2g} us a"
+            f" kernel){neighbours}; {left}; loaders keep up."
+        )
+    else:
+        cluster = plan.cluster
+        link = f", {cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
+        said += (
+            f" {device.name}: roofline at {device.efficiency:.0%} ({device.source}); {left}; "
+            f"{device.link / 1e9:.0f} GB/s from card to card{link * (workers > cluster.per_node)}; "
+            "loaders keep up; sums at the bandwidth of links, without their latency; "
+            "kWh: the cards' rated watts all the time, hosts left out."
+        )
+    if plan.samples is None:
+        said += " Hours need --samples: the data are not here."
+    else:
+        said += " Hours are of training, without evaluations and checkpoints."
+    if plan.teacher is not None:
+        weights = f"{plan.teacher_bytes / 1e6:.4g} MB of weights"
+        said += f" All figures of time and memory hold the teacher, {plan.teacher}: {weights}."
+    return said
 
 
-def advice(found: Plan) -> str:
-    if not found.rules:
+def advice(plan: Plan) -> str:
+    if not plan.rules:
         return "No rule fits."
-    best = min(found.rules, key=lambda planned: planned.hours)
-    smallest = min(found.rules, key=lambda planned: planned.memory_bytes)
-    other = (
-        ""
-        if smallest is best
-        else f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
-    )
+    best = max(plan.rules, key=lambda planned: planned.images_per_s)
+    smallest = min(plan.rules, key=lambda planned: planned.memory_bytes)
+    other = ""
+    if smallest is not best:
+        other = f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
     return (
-        f"Fewest hours: {best.rule}, {counted(best.micro_batch, 'sample')} on a worker at a time,"
-        f" ZeRO-{best.zero}, {best.memory_bytes / 1e9:.3g} GB.{other} What a rule costs in"
-        " accuracy, a run says."
+        f"Fastest: {best.rule}, {counted(best.micro_batch, 'sample')} on a worker at a time, "
+        f"ZeRO-{best.zero}, {best.memory_bytes / 1e9:.3g} GB.{other} "
+        "What a rule costs in accuracy, a run says."
     )
 
 
-def _cells(planned: Planned, *, taught: bool) -> tuple[str, ...]:
-    seconds = [
-        planned.compute_s,
-        *([planned.teacher_s] if taught else []),
-        planned.communication_s,
-        planned.optimizer_s,
-    ]
+def _optional(rules: Sequence[Planned]) -> list[tuple[str, bool]]:
+    """Columns, and whether any rule has a figure for them."""
+    values = {
+        "hours": [each.hours for each in rules],
+        "kWh": [each.kwh for each in rules],
+        "cost": [each.cost for each in rules],
+    }
+    return [(title, any(value is not None for value in each)) for title, each in values.items()]
+
+
+def _cells(planned: Planned, plan: Plan) -> tuple[str, ...]:
+    teacher_s = () if plan.teacher is None else (planned.teacher_s,)
+    seconds = (planned.compute_s, *teacher_s, planned.communication_s, planned.optimizer_s)
+    more = (planned.hours, planned.kwh, planned.cost)
     return (
         planned.rule,
         str(planned.zero),
         f"{planned.micro_batch} x {planned.accumulation}",
+        f"{planned.saved_bytes / 1e6:,.4g} MB",
         f"{planned.memory_bytes / 1e9:.3g} GB",
-        *(f"{1e3 * each:.3g}" for each in (*seconds, planned.loading_s, planned.step_s)),
-        _amount(planned.images_per_s),
-        f"{planned.hours:.3g}",
-        *(() if planned.kwh is None else (_amount(planned.kwh),)),
-        *(() if planned.cost is None else (_amount(planned.cost),)),
+        f"{planned.flops / 1e12:.4g}",
+        f"{planned.kernels:,}",
+        *(f"{1e3 * each:.3g}" for each in (*seconds, planned.step_s)),
+        *(_amount(each) for each in (planned.images_per_s, *more) if each is not None),
     )
 
 
 def _amount(value: float) -> str:
-    """`12,345`, and of less than 100 three digits: a small plan is not for nothing."""
+    """`12,345`, and of less than 100 three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +23,7 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
     """
     console = console or new_console()
     if as_json:
-        console.out(json.dumps(_as_json(found), indent=2, allow_nan=False), highlight=False)
+        console.out(json.dumps(probe_as_json(found), indent=2, allow_nan=False), highlight=False)
         return
     _print_costs(found, console)
     if found.fidelity is not None:
@@ -54,28 +53,11 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         f" training; {on}",
     )
     if found.teacher is not None:
-        say(console, found.teacher.told())
+        say(console, found.teacher.describe())
     say(console, advice(found))
 
 
-def print_probes(
-    found: Iterable[Probe], *, as_json: bool = False, console: Console | None = None
-) -> None:
-    """Those of a file of several recipes, as they come; as JSON a list."""
-    console = console or new_console()
-    if as_json:
-        console.out(
-            json.dumps([_as_json(each) for each in found], indent=2, allow_nan=False),
-            highlight=False,
-        )
-        return
-    for index, each in enumerate(found):
-        if index:
-            console.print()
-        print_probe(each, console=console)
-
-
-def _as_json(found: Probe) -> dict[str, Any]:
+def probe_as_json(found: Probe) -> dict[str, Any]:
     fastest = found.time_baseline
     told = {"time_baseline": None if fastest is None else fastest.rule, "advice": advice(found)}
     return _told({**asdict(found), **told})

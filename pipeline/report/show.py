@@ -20,22 +20,29 @@ from pipeline.train.tasks import build_data
 from pipeline.train.weights import study_inputs
 
 
-def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
+def show_recipe(
+    made: Recipe | Suite,
+    workers: int,
+    console: Console | None = None,
+    *,
+    steps: Sequence[str] | None = None,
+) -> None:
     """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
 
     For a suite, the values that all its recipes share are printed once, and then those of each
     recipe. No data file is needed, nor the weights that a reference names.
+
+    Args:
+        steps: the cost of a step of each recipe, one line each.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
-        _print(made.name, *_resolved(made, made, workers), console)
+        _print(made.name, *_resolved(made, made, workers, steps[0] if steps else None), console)
         return
     with with_stand_ins(made) as recipes:
-        found = [
-            _resolved(recipe, ready, workers)
-            for recipe, ready in zip(made.recipes, recipes, strict=True)
-        ]
+        of_each = zip(made.recipes, recipes, steps or [None] * len(recipes), strict=True)
+        found = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
     fields, lines = (_shared(each) for each in zip(*found, strict=True))
     if len(found) > 1:
         _print(f"shared by {len(found)} recipes", fields, lines, console)
@@ -46,8 +53,12 @@ def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = No
         _print(recipe.name, own_fields, own_lines, console)
 
 
-def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, str], dict[str, str]]:
-    """Its fields, and what follows from them; `ready` has files in the place of references."""
+def _resolved(
+    recipe: Recipe, ready: Recipe, workers: int, step: str | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Its fields, and what follows from them. `ready` is the recipe with files in the place of its
+    references.
+    """
     network = check_recipe(
         ready.with_untrained_teacher(), workers
     )  # its weights may have to be downloaded
@@ -62,6 +73,8 @@ def _resolved(recipe: Recipe, ready: Recipe, workers: int) -> tuple[dict[str, st
         "study key": _study(recipe),
         "global batch": f"{recipe.batch_size} = {each}",
     }
+    if step:
+        lines["one step"] = step
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
         lines["learning rate"] = (
             f"{rate:g} for this batch, {rate * 256 / recipe.batch_size:g} for one of 256 samples"

@@ -268,7 +268,8 @@ def _refuse_unknown_artifact(name: str) -> None:
 
 # Tags of our runs, in experiments that nobody deleted; MLflow's schema was checked on 3.17.2.
 _RUNS = f"""
-    select r.run_uuid, r.name, e.name, r.status, r.start_time, coalesce(r.end_time, r.start_time), t.key, t.value
+    select r.run_uuid, r.name, e.name, r.status, r.start_time,
+        coalesce(r.end_time, r.start_time), t.key, t.value
     from runs r
     join experiments e on e.experiment_id = r.experiment_id
     join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'

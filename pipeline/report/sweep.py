@@ -73,7 +73,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     if found.memory_bytes is not None:
         say(console, _told_of_largest(found, found.memory_bytes))
     if found.teacher is not None:
-        say(console, found.teacher.told())
+        say(console, found.teacher.describe())
 
 
 def _refusals(found: Sweep) -> Iterator[str]:
@@ -129,7 +129,8 @@ def _divided(found: Sweep) -> str:
 
 
 def _largest(point: Point) -> str:
-    return f"{'about ' if point.largest_batch and point.at_largest is None else ''}{point.largest_batch:,}"
+    is_estimate = point.largest_batch and point.at_largest is None
+    return f"{'about ' if is_estimate else ''}{point.largest_batch:,}"
 
 
 def _cells(

@@ -81,6 +81,10 @@ class Rule(nn.Module):
     """whether `loss_of` is called once per step, or once; False: also on what is no output of the
     network at a step
     """
+    counted_as: str = ""
+    """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "": it
+    does not
+    """
     chunk: int | None = None
     """how many time steps the model is given at once; None: all of them"""
     tiny: Mapping[str, Any] = {}

@@ -127,6 +127,7 @@ class HLOP(Rule):
                 f" 'backprop'; got {error=}"
             )
         self.inner = inner
+        self.counted_as = inner.counted_as
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = (
             inner.over_time_choices,
@@ -144,7 +145,7 @@ class HLOP(Rule):
         self.lateral_steps = lateral_steps
         self.error: Error = error
         self.skip = tuple(skip)
-        self.register_buffer("task", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("task", torch.tensor([0]))
         self.subspaces = nn.ModuleList()
         self._ears: list[Ear] = []
         self._feedback: list[FixedFeedback] = []
@@ -187,7 +188,7 @@ class HLOP(Rule):
         self._attached.append(model)
         for module in model.modules():
             self.set_seam(module, "carried_rule", self.label)
-        self.task = torch.zeros(1, dtype=torch.int64)
+        self.task = torch.tensor([0])  # not zeros, whose value a forecast would not know
         self.subspaces = nn.ModuleList(
             Subspace(
                 fan_in(synapse),

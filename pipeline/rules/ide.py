@@ -70,6 +70,7 @@ class IDE(Rule):
                 "IDE: tolerance is relative to the gradient and must be in 0..1; got"
                 f" tolerance={tolerance}"
             )
+        self.counted_as = f"at its most solver iterations, {iterations}"
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 
     def attach(
@@ -122,9 +123,9 @@ class _Adjoint:
             return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
-        unsolved_B = ~(solution.residual_B <= UNSOLVED)  # so that "not a number" is unsolved, too
-        if unsolved_B.any():
-            self.is_unsolved = True
+        solved_B = solution.residual_B <= UNSOLVED  # False where it is not a number
+        if not solved_B.all():
+            self.is_unsolved, unsolved_B = True, ~solved_B
             warnings.warn(self._diverged(solution, unsolved_B, vjp), RuntimeWarning, stacklevel=2)
             return torch.full_like(g_B, math.nan)
         self.residual = solution.residual_B.mean().item()

@@ -156,7 +156,7 @@ class _Carrying(torch.autograd.Function):
 
 
 def _memory(value: Tensor) -> int:
-    return value.untyped_storage().data_ptr()
+    return value.untyped_storage()._cdata  # not its address: a tensor without values has none
 
 
 @contextmanager

@@ -52,9 +52,15 @@ class StaticInput(nn.Sequential):
 
 
 def _is_slice_of_the_image(x_TB: Tensor, sharing: Sharing) -> bool:
-    """The image is held, so that nothing else gets its address."""
+    """The image is held, so that no other storage takes its place."""
     if not is_still(x_TB) or len(x_TB) == sharing.steps:
         return False
     if sharing.image_B is None:
         sharing.image_B = x_TB[0]
-    return x_TB.data_ptr() == sharing.image_B.data_ptr() and x_TB.shape[1:] == sharing.image_B.shape
+    return _place(x_TB) == _place(sharing.image_B) and x_TB.shape[1:] == sharing.image_B.shape
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Storage and offset; a tensor without values, as a forecast counts with, has no address."""
+    # torch's stub says Tensor
+    return x.untyped_storage()._cdata, x.storage_offset()  # type: ignore[return-value]

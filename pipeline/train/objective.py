@@ -97,12 +97,10 @@ class CrossEntropy:
                 return loss
             if self.goal == "ones":
                 goal_BK = torch.ones_like(logits_BK)
-            else:
-                goal_BK = (
-                    wanted
-                    if wanted.dim() == 2
-                    else F.one_hot(wanted, logits_BK.shape[-1]).to(logits_BK.dtype)
-                )
+            elif wanted.dim() == 2:
+                goal_BK = wanted
+            else:  # F.one_hot looks at the values, for which a card is waited for
+                goal_BK = logits_BK.new_zeros(logits_BK.shape).scatter_(1, wanted[:, None], 1.0)
             return (1 - self.mse) * loss + self.mse * F.mse_loss(logits_BK, goal_BK)
 
         return loss_of

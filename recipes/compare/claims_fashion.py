@@ -389,8 +389,9 @@ def _planned(file: Path, console: Console) -> dict[str, str]:
     """What is predicted of each rule, or why nothing is: NF-ResNet-34 at T = 6 on one V100 in fp32,
     as its sheet has it.
 
-    Minutes of profiling, which count as long as what they rest on is the same, our code, the recipe
-    and this machine."""
+    A minute of counting, which is not repeated while our code, the recipe and this machine stay the
+    same.
+    """
     recipe = replace(nf_resnet34_sltt(), precision="fp32")
     rules, card = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)), DEVICES["v100"]
     machine = {
@@ -403,13 +404,7 @@ def _planned(file: Path, console: Console) -> dict[str, str]:
     }
 
     def measure() -> dict[str, str]:
-        found = plan(
-            recipe,
-            Cluster(workers=1, device=card),
-            samples=IMAGENET_SAMPLES,
-            source="noise",
-            rules=rules,
-        )
+        found = plan(recipe, Cluster(workers=1, device=card), samples=IMAGENET_SAMPLES, rules=rules)
         return {each.rule: _predicted(each) for each in found.rules} | {
             rule: f"not planned: {why}" for rule, why in found.refused.items()
         }

@@ -37,6 +37,7 @@ from dataclasses import replace
 from pipeline.recipe.recipe import spec
 from pipeline.recipe.search import over_seeds, tuned
 from pipeline.recipe.suite import Suite
+from pipeline.report.protocols import print_protocols
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from recipes.fashion.base import fashion
@@ -54,4 +55,4 @@ def recipe() -> Suite:
     rules = Suite(
         tuple(replace(shared, name=f"rates-{name}", rule=rule) for name, rule in RULES.items())
     )
-    return tuned(over_seeds(rules, SEEDS), "optimizer.lr", RATES)
+    return tuned(over_seeds(rules, SEEDS), "optimizer.lr", RATES, report=print_protocols)

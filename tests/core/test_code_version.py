@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 def test_it_changes_with_names_and_content_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(code_version, "__file__", str(tmp_path / "code.py"))
+    monkeypatch.setattr(code_version, "__file__", str(tmp_path / "core" / "code.py"))
     (tmp_path / "rules").mkdir()
     (file := tmp_path / "rules" / "sltt.py").write_text("decay = 0.5\n")
     digest = code_digest.__wrapped__  # as a process that has just begun

@@ -190,7 +190,7 @@ def test_a_terminals_width_is_kept_to_and_a_pipe_has_none(tmp_path: Path, column
     program = (
         f"from pipeline.core.printing import new_console, say; say(new_console(), {'word ' * 40!r})"
     )
-    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("COLUMNS", None)
     if columns is not None:
         environment |= {"COLUMNS": columns, "FORCE_COLOR": "1"}

@@ -11,10 +11,11 @@ from pipeline.__main__ import main
 
 FIRST = """
 import sys
-from pipeline import waiting
+from pipeline.core import stages as waiting
 
 def say_stage(stage):
-    slow = [name for name in ("torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy") if name in sys.modules]
+    names = ("torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy")
+    slow = [name for name in names if name in sys.modules]
     print(stage, slow)
 
 waiting.say_stage = say_stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,10 @@ from tests.small import small_recipe
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def products() -> list[str]:
+def products() -> list[Any]:
     """Of matrix products, convolutions and recurrent networks."""
-    backends = torch.backends
-    return [
-        each.fp32_precision
-        for each in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
-    ]  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    return [each.fp32_precision for each in (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline.rules.sltt import SLTT
 
 class Told(SLTT):
-    """SLTT that writes down, beside its file, which sample each row of a batch held; slowly, where somebody is to meet it."""
+    """SLTT that notes beside its file which sample each row of a batch held; slowly on request."""
 
     def loss_terms(self, model, x_TB, loss_of, *, step, rows):
         pace = Path(__file__).parent / "pace"
@@ -39,7 +39,8 @@ from told_lab import Told
 
 def recipe():
     data = spec(Synthetic, samples={samples}, val_samples=20, shape=(1, 8, 8))
-    return replace(small_recipe(backend="deepspeed", batch_size={batch}, epochs={epochs}, data=data), rule=spec(Told, k=2))
+    made = small_recipe(backend="deepspeed", batch_size={batch}, epochs={epochs}, data=data)
+    return replace(made, rule=spec(Told, k=2))
 """
 
 

@@ -69,7 +69,8 @@ from pipeline.train.checkpoint.store import Store
 from pipeline.launch.in_process import Inline
 from tests.small import make_run, small_recipe
 
-run, address, step, name, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], sys.argv[5]
+run, address, step, name, how = sys.argv[1:6]
+run = Path(run)
 write, seal, put = background._write, background.seal, Store._put
 
 def die(file):

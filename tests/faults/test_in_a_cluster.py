@@ -87,7 +87,8 @@ class FaultyData(Synthetic):
 class FaultyLoader:
     def __init__(self, loader, rank, batch_size):
         self.loader, self.rank, self.batch_size = loader, rank, batch_size
-        self.samples, self.steps_per_epoch, self.close = loader.samples, loader.steps_per_epoch, loader.close
+        self.samples, self.steps_per_epoch = loader.samples, loader.steps_per_epoch
+        self.close = loader.close
 
     @contextmanager
     def epoch(self, epoch, *, start=0):
@@ -110,7 +111,9 @@ from tests.small import small_recipe
 from faulty_lab import Faulty, FaultyData
 
 def recipe():
-    made = small_recipe(backend="deepspeed", epochs=6, checkpoint_every=5, replicas_every=5, evaluate_every=6)
+    made = small_recipe(
+        backend="deepspeed", epochs=6, checkpoint_every=5, replicas_every=5, evaluate_every=6
+    )
     return replace(made, {change})
 """
 

@@ -109,7 +109,8 @@ with Ray(workers=1, device="cpu") as launcher:
     files = [path for path in session.rglob("*") if path.is_file()]
     token = os.environ.get("RAY_AUTH_TOKEN", "none was drawn")
     holders = [path for path in files if token.encode() in path.read_bytes()]
-    print(join_without_token(launcher.found_at())[0], len(files) > 5, holders, Path("~/.ray").expanduser().exists())
+    said = join_without_token(launcher.found_at())[0]
+    print(said, len(files) > 5, holders, Path("~/.ray").expanduser().exists())
 """
 
 

@@ -46,7 +46,8 @@ from tests.small import small_recipe
 from slow_lab import Slow
 
 def recipe():
-    return replace(small_recipe(backend="deepspeed", epochs=15, checkpoint_every=10), rule=spec(Slow))
+    made = small_recipe(backend="deepspeed", epochs=15, checkpoint_every=10)
+    return replace(made, rule=spec(Slow))
 """
 
 

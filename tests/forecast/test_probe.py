@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.forecast.asked import Asking
+from pipeline.cli.forecast import _threads
 from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
-from pipeline.forecast.plan import Cluster, plan
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.fidelity import Fidelity, gradients
 from pipeline.models.mlp import mlp
+from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.report.probe import print_probe
 from pipeline.rules.bptt import BPTT
@@ -274,13 +274,13 @@ def test_without_bptts_gradient_none_is_compared_and_why_is_told(
 def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(self: Asking, x_B: torch.Tensor) -> float:
+    def full(teacher: Teacher, x_B: torch.Tensor) -> float:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Asking, "seconds", full)
+    monkeypatch.setattr("pipeline.forecast.asked.answer_seconds", full)
     monkeypatch.delattr(Bench, "cost")
     why = r"^small's teacher: a batch must fit into memory; \d samples at T = 4 do not$"
-    for forecast in (probe, partial(sweep, steps=(4,)), partial(plan, cluster=Cluster(workers=1))):
+    for forecast in (probe, partial(sweep, steps=(4,))):
         with pytest.raises(DoesNotFit, match=why):
             forecast(taught())
 
@@ -460,9 +460,23 @@ def test_the_command_prints_tables_and_json(
     assert {cost["rule"] for cost in told["costs"]} >= {"BPTT", "SLTT"} and told["advice"]
 
 
+TWO_NETWORKS = """
+from dataclasses import replace
+from pipeline.models.mlp import mlp
+from pipeline.recipe.recipe import spec
+from pipeline.rules.bptt import BPTT
+from tests.small import small_recipe
+
+def recipe():
+    one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)))
+    bptt = replace(one, name="bptt", rule=spec(BPTT))
+    return [one, bptt, replace(one, name="wide", micro_batch=4)]
+"""
+
 SEVERAL = """
     one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)), rule=spec(SLTT))
-    rules = [one, replace(one, name="bptt", rule=spec(BPTT)), replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
+    bptt = replace(one, name="bptt", rule=spec(BPTT))
+    rules = [one, bptt, replace(one, name="two", rule=spec(SLTT, k=2), seed=1)]
     return [*rules, replace(one, name="wide", init="@bptt", micro_batch=4)]
 """
 
@@ -476,7 +490,7 @@ def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
         " pipeline.rules.sltt import SLTT\n"
     )
     file.write_text(imports + RECIPE[: RECIPE.index("    return")] + SEVERAL)
-    monkeypatch.setattr("pipeline.forecast.probe.RULES", (spec(BPTT),))
+    monkeypatch.setattr("pipeline.forecast.bench.RULES", (spec(BPTT),))
     run = command(monkeypatch, capsys)
     code, out, err = run("probe", str(file))
     assert (code, err) == (0, "")
@@ -491,16 +505,25 @@ def test_of_several_recipes_each_network_is_probed_once_with_all_their_rules(
     ]
 
 
+def test_a_worker_gets_the_cores_that_a_launch_would_give_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One on a CPU; on a card its share of the node."""
+    assert (_threads("probe", "auto"), _threads("probe", "3")) == (1, 3)
+    monkeypatch.setattr("pipeline.core.cores.cores_here", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _threads("probe", "auto") == 8
+    with pytest.raises(
+        ValueError, match="probe: --cpus-per-worker must be a number of cores or auto; got x"
+    ):
+        _threads("probe", "x")
+
+
 def test_bad_use_ends_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = command(monkeypatch, capsys)
-    code, _, err = run("sweep", "recipes/compare/fashion_demo.py")
-    assert (
-        code == 2
-        and err.startswith("sweep: the file must hold one recipe; got a suite of")
-        and err.count("\n") == 1
-    )
     file = tmp_path / "mine.py"
     file.write_text(RECIPE)
     code, _, err = run("probe", str(file), "--batch", "1000")

@@ -23,7 +23,7 @@ from pipeline.report.sweep import print_sweep, told_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
-from tests.forecast.test_probe import RECIPE, recipe_with
+from tests.forecast.test_probe import RECIPE, TWO_NETWORKS, recipe_with
 from tests.small import command, small_recipe
 from tests.train.test_teaching import taught
 
@@ -345,6 +345,23 @@ def test_the_command(
     )
     code, out, _ = run("sweep", str(file), "--steps", "2", "--batch", "4", "--format", "json")
     assert json.loads(out)["samples"] == 4 and json.loads(out)["commit"]
+
+
+def test_of_several_recipes_each_network_is_swept_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(TWO_NETWORKS)
+    monkeypatch.setattr("pipeline.forecast.bench.RULES", ())
+    code, out, err = command(monkeypatch, capsys)(
+        "sweep", str(file), "--steps", "2", "--format", "json"
+    )
+    assert (code, err) == (0, "")
+    found = [
+        (each["recipe"], [point["cost"]["rule"] for point in each["points"]])
+        for each in json.loads(out)
+    ]
+    assert found == [("small, bptt", ["SLTT-2", "BPTT"]), ("wide", ["SLTT-2"])]
 
 
 @pytest.mark.parametrize(

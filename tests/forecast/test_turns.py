@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.forecast import bench, turns
-from pipeline.forecast.rounds import in_rounds
+from pipeline.forecast.bench import in_rounds
 from pipeline.forecast.turns import in_turn
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT

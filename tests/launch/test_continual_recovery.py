@@ -34,7 +34,9 @@ def recipe():
         rule=spec(HLOP, inner=spec(SLTT), rows=((10, 8), (6, 4))),
         data=spec(Synthetic, samples=512, val_samples=100, shape=(1, 8, 8)),
         optimizer=spec(create_optimizer_v2, opt="momentum", lr=0.1, momentum=0.9, weight_decay=0.0),
-        phases=tuple(Phase(name=f"task-{task}", data=spec(Permuted, task=task)) for task in range(3)),
+        phases=tuple(
+            Phase(name=f"task-{task}", data=spec(Permuted, task=task)) for task in range(3)
+        ),
         epochs=1,
         time_steps=6,
         backend="deepspeed",

@@ -77,7 +77,8 @@ class LastStep(Rule):
                 learns = index == steps - 1
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
-                yield LossTerm(backward=loss if learns else None, loss=loss.detach(), logits=share_BK)
+                backward = loss if learns else None
+                yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
 '''
     ),
     "data.py": (
@@ -121,7 +122,8 @@ class Stripes:
 
 class Batches:
     def __init__(self, data, rows, samples, steps_per_epoch):
-        self.data, self.rows, self.samples, self.steps_per_epoch = data, rows, samples, steps_per_epoch
+        self.data, self.rows = data, rows
+        self.samples, self.steps_per_epoch = samples, steps_per_epoch
 
     @contextmanager
     def epoch(self, epoch, *, start=0):

@@ -67,8 +67,13 @@ from pipeline.rules.bptt import BPTT
 from tests.small import small_recipe
 
 def recipe():
-    data = spec(Beton, folder="FOLDER", classes=10, channels=1, size=8, crop="resized", mean=(0.5,), std=(0.5,))
-    recipe = small_recipe(name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100)
+    data = spec(
+        Beton, folder="FOLDER", classes=10, channels=1, size=8, crop="resized",
+        mean=(0.5,), std=(0.5,),
+    )
+    recipe = small_recipe(
+        name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100
+    )
     return recipe.override({"optimizer.lr": 1e38})
 """
 

@@ -46,13 +46,16 @@ from pipeline.models.teachers.network import network_teacher
 from tests.small import small_recipe
 
 def table(runs, console):
-    console.print("REPORT " + " ".join(f"{name}:{run.name}" for name, run in runs.items()), soft_wrap=True)
+    listed = " ".join(f"{name}:{run.name}" for name, run in runs.items())
+    console.print(f"REPORT {listed}", soft_wrap=True)
     return {name: run.name for name, run in runs.items()}
 
 def recipes():
     first = small_recipe(name="first", epochs=1)
     teacher = spec(network_teacher, weights="@first", model=first.model, time_steps=2)
-    second = replace(first, name="second", rule=spec(BPTT), teacher=teacher, objective=spec(Distillation))
+    second = replace(
+        first, name="second", rule=spec(BPTT), teacher=teacher, objective=spec(Distillation)
+    )
     return first, second, replace(first, name="third", init="@first", seed=1)
 
 """

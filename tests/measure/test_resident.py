@@ -20,7 +20,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from tests.rules.small import cross_entropy, learn
 
-FEW, MANY = 2, 10  # time steps, of 512 samples by 4096 neurons: 8 MB for each tensor of the hidden layer
+FEW, MANY = 2, 10  # time steps; each tensor of the hidden layer, 512 samples by 4096, takes 8 MB
 model, target_B = mlp(in_features=16, hidden=(4096,)), torch.arange(512) % 10
 
 def peaks(rule, steps):
@@ -31,9 +31,10 @@ def peaks(rule, steps):
     return saved.peak, peak_rss_bytes()
 
 peaks(SLTT(), FEW)  # what is loaded and allocated once
-# From what takes little to what takes much, as the peak of a process never falls; BPTT step by step, since what a forward over
-# all steps at once needs beside what it saves grows, too.
-found = {rule.label: [peaks(rule, steps) for steps in (FEW, MANY)] for rule in (SLTT(), BPTT(chunk=1))}
+# The rule with the smaller peak comes first, as the peak of a process never falls. BPTT goes step
+# by step: a forward over all steps at once needs more beside what it saves.
+rules = SLTT(), BPTT(chunk=1)
+found = {rule.label: [peaks(rule, steps) for steps in (FEW, MANY)] for rule in rules}
 print(json.dumps({rule: [many - few for few, many in zip(*each)] for rule, each in found.items()}))
 """
 

@@ -65,7 +65,7 @@ def test_one_seed_changes_nothing() -> None:
 
 
 def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() -> None:
-    suite = tuned(over_seeds(two_rules(), 2), "optimizer.lr", RATES)
+    suite = tuned(over_seeds(two_rules(), 2), "optimizer.lr", RATES, report=print_protocols)
     by_protocol = {
         protocol: [each for each in suite.recipes if each.protocol == protocol]
         for protocol in ("shared", "trial", "tuned")

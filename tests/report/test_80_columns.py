@@ -161,19 +161,20 @@ def a_plan(console: Console | None) -> None:
             "teacher_s": 0.01234,
             "communication_s": 1.26e-6,
             "optimizer_s": 0.00141,
-            "loading_s": 0,
         }
-        about = {
+        sizes = {
             "zero": 2,
             "micro_batch": 128,
             "accumulation": 16,
-            "saved_bytes": 1e9,
+            "saved_bytes": 10**9,
             "memory_bytes": 66.54e9,
         }
+        work = {"flops": 123 * 10**12, "moved_bytes": 10**12, "kernels": 12_345, "counted_as": ""}
         return Planned(
             rule=rule,
             written={},
-            **about,
+            **sizes,
+            **work,
             **seconds,
             images_per_s=123_456.0,
             hours=1234.5,
@@ -184,11 +185,10 @@ def a_plan(console: Console | None) -> None:
     found = Plan(
         recipe="imagenet-qkformer-10-384-sltt-k1",
         cluster=Cluster(workers=64, device=DEVICES["h100"], price=3.0),
+        device=DEVICES["h100"],
         samples=1_281_167,
-        profiled=((4, 8), (5, 7)),
-        source="noise",
         teacher="caformer_b36.sail_in22k_ft_in1k",
-        teacher_bytes=395e6,
+        teacher_bytes=395_000_000,
         rules=tuple(map(planned, RULES)),
         refused={
             "DSR": (

@@ -54,9 +54,8 @@ class TimmTeacher(Teacher):
     def features(self, x_BCHW: Tensor) -> Tensor:
         with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
             seen_BCHW = self._seen(x_BCHW)
-            return self.body.forward_head(
-                self.body.forward_features(seen_BCHW), pre_logits=True
-            ).float()  # type: ignore[operator]
+            features = self.body.forward_features(seen_BCHW)  # type: ignore[operator]
+            return self.body.forward_head(features, pre_logits=True).float()  # type: ignore[operator]
 
     @torch.no_grad()
     def forward(self, x_BCHW: Tensor) -> Tensor:

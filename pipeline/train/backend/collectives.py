@@ -118,7 +118,7 @@ class Ranks:
         distributed.broadcast(decision, src=0, group=self.control)
         return [bool(flag) for flag in decision]
 
-    def agree(self, act: Callable[[], T_]) -> T_:
+    def broadcast_object(self, act: Callable[[], T_]) -> T_:
         """Rank 0 acts; every rank has its result, or raises what it raised."""
         if self.size == 1:
             return act()
@@ -141,7 +141,7 @@ class Ranks:
         distributed.gather_object(value, values, dst=0, group=self.control)
         return values or []
 
-    def each(self, value: T_) -> list[T_]:
+    def all_gather_object(self, value: T_) -> list[T_]:
         """Every rank's value, in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]
@@ -149,7 +149,7 @@ class Ranks:
         distributed.all_gather_object(values, value, group=self.control)
         return values
 
-    def together(self, act: Callable[[], T_]) -> T_:
+    def all_or_raise(self, act: Callable[[], T_]) -> T_:
         """Every rank acts; where one of them is refused, all are, with what the first of those
         said.
 
@@ -160,7 +160,7 @@ class Ranks:
             result = act()
         except ValueError as error:
             said = refusal_of(error)
-        for rank, refusal in enumerate(self.each(said)):
+        for rank, refusal in enumerate(self.all_gather_object(said)):
             if refusal is not None:
                 raise refusal if self.size == 1 else type(refusal)(f"{refusal} (worker {rank})")
         return result  # type: ignore[return-value]  # nobody was refused, so act returned

@@ -44,7 +44,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.copies import cloned
 from pipeline.train.checkpoint import rng_state, set_rng_state
 
-__all__ = ["Rollback", "Guard", "Skipped", "Unguarded", "is_in", "takes_back"]
+__all__ = ["Guard", "Rollback", "Skipped", "Unguarded", "is_in", "takes_back"]
 
 WINDOW = 64
 """good losses that a new one is held against, and that there must be before one is"""

@@ -140,7 +140,7 @@ def _two_ranks(rank: int, ranks: int, folder: str) -> dict[str, bool | float]:
             found[f"gap {zero} {name}"] = float((ours[name] - expected).abs().max())
         found[f"moved {zero}"] = float((weights[-1]["0.weight"] - ours["0.weight"]).abs().max())
         other.load(place)
-        # A rank's own running statistics are kept by the checkpoint, see pipeline/checkpoint/.
+        # The checkpoint keeps the running statistics of each rank: pipeline/train/checkpoint.
         other.network.load_state_dict(
             {name: weights[3][name] for name in ("1.running_mean", "1.running_var")}, strict=False
         )

@@ -77,8 +77,8 @@ def _talk(rank: int, size: int) -> dict[str, Any]:
         "averaged": inside,
         "own": [
             own["running_mean"].tolist() == [float(rank)] * 2,
-            network.running_mean.tolist() == [float(rank)] * 2,
-        ],  # type: ignore[union-attr]
+            network.running_mean.tolist() == [float(rank)] * 2,  # type: ignore[union-attr]
+        ],
         "counted": int(network.num_batches_tracked),  # type: ignore[arg-type]
     }
 

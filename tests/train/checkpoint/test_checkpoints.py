@@ -98,7 +98,8 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     for step in (1, 2):
         save(checkpoints, step, backend(step), Counting(step), TRAINER)
     files = LocalFileSystem() if isinstance(place, Folder) else place.fs
-    path = f"{place.folder if isinstance(place, Folder) else place.root}/{Path(place.address('step_00000002')).name}/{name}"
+    root = place.folder if isinstance(place, Folder) else place.root
+    path = f"{root}/{Path(place.address('step_00000002')).name}/{name}"
     data = bytearray(files.cat_file(path))
     data[len(data) // 2] ^= 1
     if how == "gone":

@@ -71,8 +71,8 @@ WORKER = """
 import sys, threading, time
 from dataclasses import replace
 from pathlib import Path
-from pipeline import worker
-from pipeline.run import compose
+from pipeline.train import worker
+from pipeline.train import assemble as compose
 from pipeline.train.checkpoint import background
 from pipeline.train.job import RankInfo
 from tests.small import make_run, small_recipe

@@ -1,0 +1,236 @@
+"""Counts of one training step at full size, on tensors that have shapes and no values.
+
+    bench = FakeBench(recipe, samples)
+    counted(bench, spec(SLTT)).traffic.kernels
+
+Counted are bytes saved for backward, states, floating-point operations, kernels and the bytes
+that they move. Nothing is computed and no data is read, so a step of any size takes as long as
+its Python code. torch's fake tensors say that they are on a CPU: the counts are those of the
+code that a CPU runs. They equal a measured step's, with two exceptions:
+
+    IDE      a solve ends at its most iterations; a measured one may end sooner
+    SPIDE    a linear feedback is a dense product, as on a card; a CPU skips what did not fire
+
+Thresholds that a rule calibrates on data decide on values alone, and are left as they are.
+"""
+
+# B batch
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from pipeline.core.stages import say_stage
+from pipeline.core.torch_settings import Precision
+from pipeline.core.units import counted as count_of
+from pipeline.forecast.asked import teacher_bytes, untrained_teacher
+from pipeline.forecast.bench import Bench, bytes_of_batch, without_rule
+from pipeline.measure.memory_breakdown import Held, held
+from pipeline.measure.traffic import Traffic
+from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.rules.base import Rule
+from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.loop import train
+from pipeline.train.tasks import tasks_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """One rule on one batch; the optimizer is not in it."""
+
+    rule: str
+    peak_saved_bytes: int
+    state_bytes: int  # of what the network remembers and backward does not keep as well
+    rule_bytes: int  # of what the rule learns by itself, and notes of a batch
+    backward_calls: int
+    traffic: Traffic
+    counted_as: str  # the rule's, where its work depends on values
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.peak_saved_bytes + self.state_bytes + self.rule_bytes
+
+    def describe(self) -> str:
+        counted_as = f", counted {self.counted_as}" if self.counted_as else ""
+        return (
+            f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward,"
+            f" {self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP,"
+            f" {count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g}"
+            f" GB{counted_as}; the optimizer not among them"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCounts:
+    """A teacher's answers for one batch."""
+
+    teacher: str
+    bytes: int  # of its weights and statistics
+    precision: Precision
+    traffic: Traffic
+
+
+class FakeBench(Bench):
+    """A bench at full size whose tensors have no values.
+
+    Raises: ValueError for a network that does not fit the data.
+    """
+
+    def __init__(self, recipe: Recipe, samples: int) -> None:
+        self._describe(recipe, samples)
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.network = self._fresh_network()
+        data = tasks_of(recipe)[0].data
+        with self.running(recipe.name):
+            target_B = torch.empty(samples, dtype=torch.int64)
+            self._set_batch(torch.empty(samples, *data.shape), target_B)
+
+    @contextmanager
+    def running(self, who: str) -> Iterator[None]:
+        """Inside, tensors are made without values.
+
+        Raises: ValueError where what is done depends on values, or has no form without them.
+        """
+        try:
+            with self._mode, _Answers(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of a solver, about its values
+                yield
+        except RuntimeError as error:
+            why = str(error).split("\n")[0]
+            raise ValueError(
+                f"{who}: a step must not depend on values to be counted; {why}"
+            ) from error
+
+    def copy_of_network(self) -> nn.Module:
+        return self.without_values(self.network)
+
+    def without_values(self, module: nn.Module) -> nn.Module:
+        """A copy of a module with values."""
+        fakes: dict[int, Any] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            with self._mode:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            fakes[id(tensor)] = fake
+        with _disable_current_modes():
+            return copy.deepcopy(module, fakes)
+
+    def calibrate(self, rule: Rule, network: nn.Module) -> None:
+        """Thresholds are values."""
+
+
+class _Answers(TorchDispatchMode):
+    """Answers what code asks of values: yes, and 1 for a number.
+
+    So gradients are finite, and a solver runs on to its most iterations and has converged then.
+    What torch's fake tensors (2.13) say wrongly is put right: batch norm of bf16 keeps the mean and
+    the deviation of each channel in the dtype of its statistics, not in bf16.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        try:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.native_batch_norm.default:
+                dtypes = [each.dtype for each in args[:5] if each is not None]
+                widest = reduce(torch.promote_types, dtypes)
+                result = (result[0], *(each.to(widest) for each in result[1:]))
+            return result
+        except DataDependentOutputException:
+            if func.overloadpacket is torch.ops.aten.equal:
+                return True
+            if func.overloadpacket is torch.ops.aten._local_scalar_dense:
+                return True if args[0].dtype == torch.bool else 1
+            raise
+
+
+def counted(bench: Bench, rule: Spec) -> Counts:
+    """The second of two batches. The first one warms up: rules check the network on it.
+
+    On a bench with values this is a measurement.
+
+    Raises: ValueError where the rule cannot train the network, or what it does depends on values.
+    """
+    traffic = Traffic()
+    with bench.running(rule.build().label):
+        network, made = bench.attached(rule)
+        meters = bench.meters(network)
+
+        def steps() -> Iterator[tuple[int, Any]]:
+            for step in range(2):
+                if step == 1:
+                    meters.watch(traffic)
+                yield step, bench.micro_batches()
+
+        backend = bench.plain(network)
+        train(made, backend, lambda step: None, steps(), bench.loss, meters, Unguarded())
+    return Counts(
+        rule=made.label,
+        **bytes_of_batch(made, meters.totals),
+        backward_calls=meters.totals.backward_calls // 2,
+        traffic=traffic,
+        counted_as=made.counted_as,
+    )
+
+
+def counted_optimizer(bench: Bench) -> tuple[Held, Traffic]:
+    """What training holds beside what a rule keeps of a batch, and one step of the optimizer."""
+    with bench.running(bench.recipe.optimizer.label):
+        network, optimizer = bench.stepped()
+        with Traffic() as traffic:
+            optimizer.step()
+        return held(network, optimizer), traffic
+
+
+def counted_teacher(recipe: Recipe, bench: FakeBench) -> TeacherCounts | None:
+    """The recipe's teacher, asked about the bench's batch; None without one."""
+    if recipe.teacher is None:
+        return None
+    teacher = untrained_teacher(recipe)
+    with bench.running(teacher.label), torch.no_grad():
+        asked = bench.without_values(teacher)
+        with Traffic() as traffic:
+            asked(bench.x_B)
+    return TeacherCounts(
+        teacher=teacher.label,
+        bytes=teacher_bytes(teacher),
+        precision=teacher.precision,
+        traffic=traffic,
+    )
+
+
+def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
+    """What one micro-batch of each recipe costs a worker, in a line each, or why it is not
+    known.
+    """
+    known: list[tuple[object, str]] = []
+    for recipe in recipes:
+        samples = recipe.split(workers).micro_batch
+        key = (without_rule(recipe), recipe.rule, samples)
+        line = next((line for each, line in known if each == key), None)
+        if line is None:
+            say_stage(f"counting a step of {recipe.name}")
+            try:
+                counts = counted(FakeBench(recipe, samples), recipe.rule)
+                line = f"{count_of(samples, 'sample')} on one worker: {counts.describe()}"
+            except ValueError as error:
+                line = f"not counted: {error}"
+        known.append((key, line))
+    return [line for _, line in known]

@@ -1,0 +1,207 @@
+"""Counts without values against the same step with values: bytes, FLOP and kernels to the unit."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.forecast.bench import Bench, without_rule
+from pipeline.forecast.counts import Counts, FakeBench, counted, counted_optimizer, describe_steps
+from pipeline.models.feedback import fc_feedback
+from pipeline.models.mlp import mlp
+from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.dsr import DSR
+from pipeline.rules.ide import IDE
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.rules.spide import SPIDE
+from tests.forecast.test_probe import recipe_with
+from tests.small import recipes_of, small_recipe, train_inline
+
+SOLVED = {"tolerance": 0.0, "iterations": 3}
+"""of IDE: with values, too, every solve takes its most iterations"""
+
+
+def figures(counts: Counts) -> dict[str, object]:
+    traffic = counts.traffic
+    return {
+        "saved": counts.peak_saved_bytes,
+        "states": counts.state_bytes,
+        "rule": counts.rule_bytes,
+        "backward calls": counts.backward_calls,
+        "kernels": traffic.kernels,
+        "operations": traffic.operations,
+    }
+
+
+def check(recipe: Recipe, *, samples: int = 2) -> None:
+    measured = counted(Bench(recipe, batch_size=samples), recipe.rule)
+    assert figures(counted(FakeBench(recipe, samples), recipe.rule)) == figures(measured)
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """On made-up data of its shape, without weights of a run, IDE at its most iterations."""
+    data, made = recipe.data.build(), recipe.tiny()
+    shape = (made.time_steps, *data.shape[1:]) if len(data.shape) == 4 else data.shape
+    about = {"samples": 16, "val_samples": 8, "shape": shape, "classes": data.classes}
+    rule = made.rule.with_(**SOLVED) if made.rule.target is IDE else made.rule
+    return replace(made, data=spec(Synthetic, **about), rule=rule, init=None)
+
+
+def recipe_of(module: str) -> Recipe:
+    return tiny(importlib.import_module(f"recipes.{module}").recipe())
+
+
+RULES = [
+    spec(BPTT),
+    spec(BPTT, chunk=1),
+    spec(BPTT, recompute=True),
+    spec(BPTT, truncate=1),
+    spec(SLTT),
+    spec(SLTT, k=1),
+    spec(OTTT),
+    spec(OTTT, update="step", first="traced"),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.build().label)
+def test_a_rule_is_counted_to_the_unit(rule: Spec) -> None:
+    check(small_recipe(rule=rule))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fashion.opzo_ll",
+        "fashion.dfa",
+        "fashion.dsr_lif",
+        "fashion.ide",
+        "cifar.cifar10_cifarnet_f_spide",
+        "continual.split_fashion_hlop_sltt",
+        "stamps.qkformer_bptt",
+        "events.moving_sltt",
+    ],
+)
+def test_a_recipe_is_counted_to_the_unit(module: str) -> None:
+    check(recipe_of(module))
+
+
+def test_bf16_is_counted_to_the_unit() -> None:
+    """torch's fake batch norm would keep its statistics in bf16."""
+    check(recipe_of("cifar.cifar10_sltt"))
+
+
+FILES = sorted(file for file in Path("recipes").rglob("*.py") if "def recipe()" in file.read_text())
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_recipe_is_counted_to_the_unit(file: Path) -> None:
+    """SPIDE through a linear feedback aside, which a CPU computes by events."""
+    seen: list[object] = []
+    for recipe in map(tiny, recipes_of(file)):
+        key = (without_rule(recipe), recipe.rule)
+        by_events = recipe.rule.target is SPIDE and recipe.model.target is fc_feedback
+        if key not in seen and not by_events:
+            seen.append(key)
+            check(recipe)
+
+
+def test_a_solver_is_counted_at_its_most_iterations() -> None:
+    """Each adds as many kernels."""
+    recipe = recipe_of("fashion.ide")
+    bench = FakeBench(recipe, 2)
+    kernels = []
+    for iterations in (3, 4, 30):
+        counts = counted(bench, recipe.rule.with_(tolerance=1e-5, iterations=iterations))
+        assert f", counted at its most solver iterations, {iterations};" in counts.describe()
+        kernels.append(counts.traffic.kernels)
+    assert kernels[2] - kernels[0] == 27 * (kernels[1] - kernels[0]) > 0
+
+
+def test_spide_is_counted_as_dense_products_and_keeps_the_same_bytes() -> None:
+    recipe = recipe_of("fashion.spide")
+    measured, dense = (
+        counted(bench, recipe.rule) for bench in (Bench(recipe, batch_size=2), FakeBench(recipe, 2))
+    )
+    assert (dense.peak_saved_bytes, dense.state_bytes) == (
+        measured.peak_saved_bytes,
+        measured.state_bytes,
+    )
+    assert (
+        dense.traffic.flops > measured.traffic.flops
+        and "counted with dense products" in dense.describe()
+    )
+
+
+def test_the_optimizer_and_what_it_holds_are_counted_to_the_unit() -> None:
+    recipe = small_recipe()
+    (held, traffic), (fake, counted_) = map(
+        counted_optimizer, (Bench(recipe), FakeBench(recipe, 8))
+    )
+    assert fake == held and held.optimizer == held.parameters
+    assert counted_.operations == traffic.operations and traffic.kernels > 0
+
+
+def test_saved_bytes_are_those_of_a_run(tmp_path: Path) -> None:
+    recipe = small_recipe(micro_batch=4)
+    summary = train_inline(tmp_path / "run", recipe)
+    assert summary is not None
+    counts = counted(FakeBench(recipe, 4), recipe.rule)
+    assert (counts.peak_saved_bytes, counts.state_bytes) == (
+        summary["peak_saved_bytes"],
+        summary["state_bytes"],
+    )
+
+
+def test_a_step_of_any_size_is_counted_without_its_memory() -> None:
+    """A batch of a thousand million samples; FLOP grow with the batch, kernels do not."""
+    wide = spec(mlp, in_features=64, hidden=(1000,))
+    recipe = small_recipe(model=wide, rule=spec(BPTT))
+    few, many = (counted(FakeBench(recipe, samples), recipe.rule) for samples in (10, 10**9))
+    assert many.peak_saved_bytes > 10**12 and many.traffic.kernels == few.traffic.kernels
+    assert many.traffic.flops == 10**8 * few.traffic.flops
+
+
+class Chooser(nn.Module):
+    """A network whose shapes depend on values."""
+
+    def __init__(self, *, classes: int = 10) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, classes)
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        x_TBC = x_TB.flatten(2)
+        return self.linear(x_TBC) + x_TBC[x_TBC > 0].sum()
+
+
+def test_a_step_that_depends_on_values_is_refused_in_a_line() -> None:
+    recipe = small_recipe(model=spec(Chooser), rule=spec(BPTT))
+    with pytest.raises(
+        ValueError, match=r"^BPTT: a step must not depend on values to be counted; .+$"
+    ):
+        counted(FakeBench(recipe, 2), recipe.rule)
+    (line,) = describe_steps([recipe], 1)
+    assert line.startswith("not counted: BPTT: a step must not depend on values")
+
+
+def test_a_rule_that_cannot_train_the_network_says_why() -> None:
+    with pytest.raises(ValueError, match="DSR: every neuron must be a RateIF or RateLIF"):
+        counted(FakeBench(recipe_with(0.5), 2), spec(DSR))
+
+
+def test_the_network_of_a_bench_keeps_its_values() -> None:
+    bench = FakeBench(recipe_with(0.5), 2)
+    before = {name: value.clone() for name, value in bench.network.state_dict().items()}
+    counted(bench, spec(SLTT))
+    assert all(
+        torch.equal(value, before[name]) for name, value in bench.network.state_dict().items()
+    )
