@@ -30,7 +30,8 @@ from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console
 from pipeline.forecast.turns import STARTS, in_turn
 from pipeline.measure.memory import device_here, hardware
-from pipeline.report.claims import print_claims, share_of_k, time_in_turn
+from pipeline.report.claims import print_claims, share_of_k
+from recipes.compare.claims_base import time_in_turn
 from recipes.compare.claims_fashion import BATCH, RULES, T
 from recipes.fashion.base import fashion
 

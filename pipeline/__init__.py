@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Collection
 
+    import pandas as pd
     from torch import nn
 
-__all__ = ["load"]
+__all__ = ["load", "results"]
 
 
 def load(
@@ -57,3 +58,34 @@ def load(
     )  # keeps `import pipeline`, and so `spiketrain --help`, free of torch
 
     return load_run(run, which=which, trust=trust)
+
+
+def results(source: str | os.PathLike[str] = "runs") -> pd.DataFrame:
+    """All runs as a pandas frame: a row for each, with what it is and every quantity measured.
+
+        frame = pipeline.results("runs/")
+        frame[frame.state == "finished"].groupby(["study", "rule"])["top1"].agg(["mean", "std"])
+
+    Quantities are in bytes, seconds, joules, and shares in 0..1; NaN where one was not measured.
+    `pipeline.report.results.METRICS` lists them. The columns `recipe` and `summary` hold what the
+    files of a run say; a store has neither a recipe nor text of a summary.
+
+    Args:
+        source: a folder of runs, the SQLite file of an MLflow store or its URI, or the address of
+            an MLflow server.
+
+    Raises:
+        ValueError: the source cannot be read, or a file of a run is damaged.
+    """
+    import os
+    from pathlib import Path
+
+    from pipeline.report.results import frame, read_runs
+    from pipeline.report.stores import open_store, runs_of_store
+
+    place = os.fspath(source)
+    if "://" in place or Path(place).is_file():
+        return frame(runs_of_store(open_store(place)))
+    if not Path(place).is_dir():
+        raise ValueError(f"results: source must be a folder of runs or a store; got {place}")
+    return frame(read_runs(Path(place)))

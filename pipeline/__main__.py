@@ -107,7 +107,7 @@ add_forecast_commands(app)
 @app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
 def runs_(runs: Runs = RUNS) -> None:
     """List suites and runs with their state and the command that resumes each."""
-    from pipeline.report.runs import print_runs
+    from pipeline.report.listing import print_runs
 
     print_runs(runs)
 

@@ -30,7 +30,7 @@ from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Recipe, spec, write_json
-from pipeline.report.runs import list_runs
+from pipeline.report.listing import list_runs
 from pipeline.report.show import show_recipe
 from pipeline.rules.base import LossOf, LossTerm
 from pipeline.rules.hlop import HLOP

@@ -78,8 +78,7 @@ def report(
 
     It is an artifact in MLflow, too, of each parent that some of the runs were launched with.
     """
-    from pipeline.report.page import write
-    from pipeline.report.publish import publish
+    from pipeline.report.page import publish, write
     from pipeline.report.read_study import read_study
     from pipeline.report.runs import runs_dir_of
 

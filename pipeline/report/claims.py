@@ -1,31 +1,26 @@
-"""What the papers claim of a rule, beside what was measured here: {claim, published, ours, holds?}.
+"""The papers' claims about a rule beside what was measured here: {claim, published, ours, holds?}.
 
-What is judged is what the rest of a report shows: the mean over the seeds that a rule and its
-baseline both ran (`Group.ratios`, `Group.differences`); and times as well in the mean of starts in
-which rules took turns on one batch, before any training. Where its 95 % interval lies on both sides
-of the bound, the verdict says so. A claim that does not hold is shown as not holding, and one that
-was not run as that. Accuracy and time of one seed have no interval, and get no verdict.
+Judged is the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
+`Group.differences`), and for times also the mean of starts in which rules took turns on one batch,
+before any training. Where the 95 % interval lies on both sides of the bound, the verdict says so.
+A claim that was not run is shown as that. Accuracy and time of one seed have no interval, and get
+no verdict.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
 
 from rich.console import Console
 
 from pipeline.core.printing import print_table, prose
 from pipeline.core.units import counted
-from pipeline.recipe import BASELINE, is_baseline
-from pipeline.report.largest import largest
-from pipeline.report.spread import spread_of
-from pipeline.report.study import COMPUTE, KEPT, Group
-from pipeline.report.study_run import StudyRun
-
-if TYPE_CHECKING:  # which imports torch, and whoever reads results waits for that
-    from pipeline.forecast.turns import Turns
+from pipeline.report.results import COMPUTE, KEPT
+from pipeline.report.runs import ReportError
+from pipeline.report.study import Group, spread_of
+from pipeline.report.sweeps import sweep_of
 
 _CALLED = {
     "peak_saved_bytes": "saved bytes",
@@ -36,20 +31,15 @@ _CALLED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One line of the table."""
+    """One line of the table of claims."""
 
-    about: str
-    """the rule, and where"""
-    claim: str
-    """such as saved bytes, of BPTT's"""
+    about: str  # the rule, and where
+    claim: str  # such as: saved bytes, of BPTT's
     published: str
-    bound: str
-    """what ours is held to; empty where nothing is"""
+    bound: str  # that ours is held to; empty without one
     ours: str
-    holds: bool | None
-    """None: not run here, undecided, of one seed, or reported without a bound"""
-    within_noise: bool = False
-    """the 95 % interval of ours lies on both sides of the bound"""
+    holds: bool | None  # None: not run here, undecided, of one seed, or without a bound
+    within_noise: bool = False  # the 95 % interval of ours lies on both sides of the bound
 
     @property
     def verdict(self) -> str:
@@ -60,130 +50,88 @@ class Claim:
         return "holds" if self.holds else "does not hold"
 
 
-def bytes_at_most(
-    about: str, group: Group, rule: str, *, bound: float | None, published: str
-) -> Claim:
-    """Of the baseline's peak; `bound` None: nothing is claimed that ours could be held to."""
-    held_to = "" if bound is None else f"<= {bound:.3f}"
-    return _share(
-        about, group, rule, "peak_saved_bytes", bound=bound, held_to=held_to, published=published
+@dataclass(frozen=True, kw_only=True)
+class Returned:
+    """The claims and sweeps that a suite's own report returns, or that MLflow keeps of it."""
+
+    claims: tuple[Claim, ...] = ()
+    sweeps: tuple[Mapping[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"claims": list(map(asdict, self.claims)), "sweeps": list(map(dict, self.sweeps))}
+
+
+def returned(value: Any, where: str) -> Returned:
+    """The "claims" and the "sweeps" of a report's value, each a list or a mapping of them.
+
+    Raises:
+        ReportError: one of them is no claim or no sweep; the value came from `where`.
+    """
+    value = value if isinstance(value, Mapping) else {}
+    return Returned(
+        claims=tuple(map(_claim_of, _objects(value.get("claims")))),
+        sweeps=tuple(sweep_of(each, where) for each in _objects(value.get("sweeps"))),
     )
 
 
-def kept(about: str, group: Group, rule: str) -> Claim:
-    """Membranes, traces and what slices share counted in, no storage twice: what no paper tells,
-    and a reader must know.
-    """
-    return _share(about, group, rule, KEPT, bound=None, held_to="", published="")
+Bound = float | Callable[[float], float] | None
+"""A share, or a function of r, the backward over the forward of what is divided by: ours may be a
+tenth more than its value. None: nothing is claimed that ours could be held to."""
 
 
-def flat_in_t(
-    about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str
+def share(
+    about: str, group: Group, rule: str, name: str, *, bound: Bound = None, published: str = ""
 ) -> Claim:
-    """Within 3 % over all of these T: where one was too large for the machine, nothing is
-    judged.
+    """A rule's quantity over its baseline's, the mean over the seeds of both.
+
+    Bytes are of the baseline's, and compute time is of the faster BPTT's.
     """
-    claim = f"saved bytes from T = {min(over)} to {max(over)}"
-    if absent := [T for T in over if T not in bytes_of_T]:
-        return not_judged(
-            about, claim, published, ours=f"not measured at T = {', '.join(map(str, absent))}"
+    claim = f"{_CALLED[name]}, of {group.against}'s"
+    base, paired = group.base_of(name), group.paired(rule, name)
+    found = spread_of(list(paired.values()))
+    if found is None:
+        seeds = [{run.seed for run in group.of(each) if run.is_finished} for each in (rule, base)]
+        absent = (
+            group.describe_lost(rule) or f"no run beside {group.against}'s, trained on the same"
         )
-    measured = [bytes_of_T[T] for T in over]
-    spread = max(measured) / min(measured) - 1
+        ours = "not measured" if set.intersection(*seeds) else absent
+        return not_judged(about, claim, published, ours=ours)
+    low, high = found.interval or (found.mean, found.mean)
+    reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
+    text = f"{found.mean:.3f}{reach} of {base}'s, {seeds_in_words(list(paired))}"
+    ours = "; ".join(filter(None, (text, group.describe_lost(rule))))
+    if bound is None:
+        return not_judged(about, claim, published, ours=ours)
+    forward, backward = (
+        group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward")
+    )
+    r = (
+        sum(backward[seed] for seed in paired) / sum(forward[seed] for seed in paired)
+        if callable(bound)
+        else 0.0
+    )
+    most, limit = held_to(bound, r)
+    # Bytes repeat exactly; the speed of a machine moves from run to run.
+    is_lone = name == COMPUTE and found.interval is None
     return Claim(
         about=about,
         claim=claim,
         published=published,
-        bound="<= +3 %",
-        ours=f"{spread:+.1%}",
-        holds=spread <= 0.03,
-    )
-
-
-def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> Iterator[Claim]:
-    """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own:
-    what a rule's memory buys.
-
-    Of batches that were trained; no paper has these, so nothing is judged.
-    """
-    found = [] if sweep is None else [each for each in largest(sweep) if each.rule == rule]
-    limit = None if sweep is None else sweep.get("memory_bytes")
-    where = "" if limit is None else f" in {limit / 1e6:.4g} MB"
-    tried = [each for each in found if each.beside is not None]
-    batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
-    speeds = [f"T = {each.time_steps}: {each.beside:.2f}" for each in tried]
-    for claim, told in (("images of its largest batch", batches), ("images/s of it", speeds)):
-        ours = ", ".join(told) or "not measured"
-        yield not_judged(
-            about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours
-        )
-
-
-def time_at_most(about: str, group: Group, rule: str, *, bound: float, published: str) -> Claim:
-    """Of the faster BPTT's compute time."""
-    return _share(
-        about, group, rule, COMPUTE, bound=bound, held_to=f"<= {bound:g}", published=published
+        bound=limit,
+        ours=f"{ours}; one seed, no interval" if is_lone else ours,
+        holds=None if is_lone else found.mean <= most,
+        within_noise=low <= most < high,
     )
 
 
 def share_of_k(T: int, k: int) -> Callable[[float], float]:
-    """All of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time, as a function
-    of r.
-    """
+    """Of all of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time."""
     return lambda r: (T + k * r) / (T * (1 + r))
 
 
-def time_of_k(about: str, group: Group, rule: str, *, T: int, k: int, published: str) -> Claim:
-    """At most a tenth more than `share_of_k` of the faster BPTT's, with that one's own r."""
-    return _time_by_r(about, group, rule, share_of_k(T, k), published=published)
-
-
-def time_of_two_forwards(about: str, group: Group, rule: str, *, published: str) -> Claim:
-    """Every forward is made twice: at most 1.1 (2 + r) / (1 + r) of the faster BPTT's, with that
-    one's own r.
-    """
-    return _time_by_r(about, group, rule, lambda r: (2 + r) / (1 + r), published=published)
-
-
-def time_in_turn(
-    about: str,
-    turns: Mapping[str, Turns],
-    rule: str,
-    *,
-    bound: float | Callable[[float], float],
-    published: str,
-) -> Claim:
-    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts
-    from run to run cannot blur.
-
-    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function
-    of r, the backward over the forward of what is divided by, and then a tenth more.
-    """
-    claim = f"{_CALLED[COMPUTE]} in turn, of {BASELINE}'s"
-    if rule not in turns:
-        return not_judged(about, claim, published, ours="not measured in turn")
-    kinds = {each: statistics.fmean(turns[each].compute_s) for each in turns if is_baseline(each)}
-    base = min(kinds, key=lambda each: kinds[each])
-    r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
-    most = 1.1 * bound(r) if callable(bound) else bound
-    seconds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
-    found = spread_of([mine / its for mine, its in seconds])
-    assert found is not None and found.interval is not None, "of several starts"
-    low, high = found.interval
-    starts, samples = counted(found.runs, "start"), counted(turns[base].samples, "sample")
-    counts = f"{starts} of {turns[base].processes} at once, {samples} each, {turns[base].backend}"
-    return Claim(
-        about=about,
-        claim=claim,
-        published=published,
-        bound=f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {most:g}",
-        ours=(
-            f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at"
-            f" {turns[base].commit}"
-        ),
-        holds=found.mean <= most,
-        within_noise=low <= most < high,
-    )
+def share_of_two_forwards(r: float) -> float:
+    """Of a rule that makes every forward twice: (2 + r) / (1 + r) of BPTT's time."""
+    return (2 + r) / (1 + r)
 
 
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
@@ -195,7 +143,7 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
         "" if within is None else f"<= {within:g}",
     )
     found = next((difference for difference in group.differences if difference.rule == rule), None)
-    if found is None and (lost := group.lost_told(rule)):
+    if found is None and (lost := group.describe_lost(rule)):
         holds = None if within is None else False
         return Claim(
             about=about, claim=claim, published=published, bound=bound, ours=lost, holds=holds
@@ -223,36 +171,6 @@ def accuracy(about: str, group: Group, rule: str, *, within: float | None, publi
     )
 
 
-def temporal_shares(about: str, runs: Sequence[StudyRun]) -> Iterator[Claim]:
-    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over
-    the runs that looked.
-    """
-    found: dict[str, dict[int, list[float | None]]] = {}
-    for run in runs:
-        for look in run.fidelity:
-            moment = 0 if look.epoch is None else look.epoch + 1
-            for layer, share in look.temporal_share.items():
-                found.setdefault(layer, {}).setdefault(moment, []).append(share)
-    seeds = _seeds([run.seed for run in runs if run.fidelity])
-    for layer, by_moment in found.items():
-        shares = (
-            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}"
-            for moment, each in sorted(by_moment.items())
-        )
-        claim = f"share of BPTT's gradient through time, {layer}"
-        yield not_judged(about, claim, "", ours=f"{', '.join(shares)}; {seeds}")
-
-
-def _mean_of_known(shares: Sequence[float | None]) -> str:
-    """`0.22 (2 of 3)` where some are not."""
-    known = [share for share in shares if share is not None]
-    if not known:
-        return "not known"
-    return f"{statistics.fmean(known):.2f}" + (
-        f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else ""
-    )
-
-
 def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
     return Claim(about=about, claim=claim, published=published, bound="", ours=ours, holds=None)
 
@@ -267,72 +185,28 @@ def print_claims(claims: Sequence[Claim], console: Console) -> None:
     print_table(console, columns, rows, title="claims", keys=2)
 
 
-def told(claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    return [asdict(claim) for claim in claims]
+def held_to(bound: float | Callable[[float], float], r: float) -> tuple[float, str]:
+    most = 1.1 * bound(r) if callable(bound) else bound
+    return most, f"<= {most:.3f} (r = {r:.2f})" if callable(bound) else f"<= {bound:.3g}"
 
 
-def _share(
-    about: str,
-    group: Group,
-    rule: str,
-    name: str,
-    *,
-    bound: float | None,
-    held_to: str,
-    published: str,
-) -> Claim:
-    """A rule's `name` over its baseline's, in the mean over the seeds of both; `held_to` is the
-    bound in words.
-    """
-    claim = f"{_CALLED[name]}, of {group.against}'s"
-    paired = group.paired(rule, name)
-    found = spread_of(list(paired.values()))
-    if found is None:
-        seeds = [
-            {run.seed for run in group.of(each) if run.is_finished}
-            for each in (rule, group.base_of(name))
-        ]
-        absent = group.lost_told(rule) or f"no run beside {group.against}'s, trained on the same"
-        return not_judged(
-            about, claim, published, ours="not measured" if set.intersection(*seeds) else absent
-        )
-    low, high = found.interval or (found.mean, found.mean)
-    reach = f" ({low:.3f} to {high:.3f})" if f"{low:.3f}" != f"{high:.3f}" else ""
-    told = f"{found.mean:.3f}{reach} of {group.base_of(name)}'s, {_seeds(list(paired))}"
-    ours = "; ".join(filter(None, (told, group.lost_told(rule))))
-    if bound is None:
-        return not_judged(about, claim, published, ours=ours)
-    is_lone = (
-        name == COMPUTE and found.interval is None
-    )  # bytes repeat exactly, and a machine's speed moves from run to run
-    return Claim(
-        about=about,
-        claim=claim,
-        published=published,
-        bound=held_to,
-        ours=f"{ours}; one seed, no interval" if is_lone else ours,
-        holds=None if is_lone else found.mean <= bound,
-        within_noise=low <= bound < high,
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    values = value.values() if isinstance(value, Mapping) else value
+    return (
+        [each for each in values if isinstance(each, Mapping)]
+        if isinstance(value, (Mapping, list, tuple))
+        else []
     )
 
 
-def _time_by_r(
-    about: str, group: Group, rule: str, share_of: Callable[[float], float], *, published: str
-) -> Claim:
-    """A tenth more than `share_of(r)`, r the backward over the forward of what is divided by, over
-    the seeds of both.
-    """
-    base, seeds = group.base_of(COMPUTE), group.paired(rule, COMPUTE)
-    bound, held_to = None, ""
-    if seeds:
-        forward, backward = (
-            group.by_seed(base, f"steady_{part}_s") for part in ("forward", "backward")
+def _claim_of(value: Mapping[str, Any]) -> Claim:
+    needed = [each.name for each in fields(Claim) if each.default is MISSING]
+    if missing := [name for name in needed if name not in value]:
+        raise ReportError(
+            f"report: a claim must have {', '.join(needed)}; there is no {missing[0]}"
         )
-        r = sum(backward[seed] for seed in seeds) / sum(forward[seed] for seed in seeds)
-        bound = 1.1 * share_of(r)
-        held_to = f"<= {bound:.3f} (r = {r:.2f})"
-    return _share(about, group, rule, COMPUTE, bound=bound, held_to=held_to, published=published)
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+    return Claim(**{each.name: value[each.name] for each in fields(Claim) if each.name in value})

@@ -1,57 +1,183 @@
-"""Sets the runs of one study side by side: what each rule cost and how well it did, with ratios to
-the baseline, BPTT.
+"""`spiketrain compare`: the rules of one study side by side, with ratios to the baseline, BPTT.
 
 Runs that differ in more than the rule and the seed are refused, and nothing is divided across
-studies or machines: a table of unlike runs would look the same as this one. A study whose runs are
-of several machines has a comparison for each."""
+studies or machines. A study whose runs are of several machines has a comparison for each.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from pipeline.core.printing import new_console, say
+from pipeline.core.printing import Column, has_width, new_console, number, print_table, prose, say
+from pipeline.core.units import counted
 from pipeline.recipe import BASELINE
-from pipeline.report.choose import (
+from pipeline.recipe.command_line import how_to_resume
+from pipeline.report import tables
+from pipeline.report.figure import Cell, Table
+from pipeline.report.results import (
+    Run,
+    compared,
+    kind,
+    loaders,
+    places,
+    read_run,
+    read_runs,
+    refuse_damage,
+)
+from pipeline.report.runs import ReportError
+from pipeline.report.selection import (
     ComparisonError,
-    Finished,
-    Unfinished,
-    finished_run,
     is_study,
     named,
     newest_study,
     refuse_unlike,
-    rule_of,
-    seed_of,
-    study_of,
-    unfinished_run,
     with_baseline,
 )
-from pipeline.report.comparison import Comparison, csv_of
-from pipeline.report.paired import WITHIN
-from pipeline.report.places import loaders, places
-from pipeline.report.runs import ReportError, load
-from pipeline.report.study import Group, StudyRun, kind
-from pipeline.report.study_run import study_run
-from pipeline.track.journal import last
+from pipeline.report.study import WITHIN, Group, place
 
-__all__ = [
-    "Comparison",
-    "ComparisonError",
-    "Finished",
-    "Unfinished",
-    "compare",
-    "comparisons",
-    "print_comparison",
-    "print_studies",
-]
+_SENTENCES = ("over_time", "evaluated", "tuned")  # columns whose values may be several words
+_FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "steps", "epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs of a study that may be compared, and what a reader must know beside them."""
+
+    group: Group
+    elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study that were trained otherwise
+    notes: tuple[str, ...] = ()
+    where: str = ""  # machine and workers, for a study with several comparisons
+
+    @property
+    def study(self) -> str:
+        return self.group.study
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Those that finished, the baseline's first."""
+        return self.group.finished
+
+    @property
+    def rules(self) -> list[str]:
+        return self.group.finished_rules
+
+    @property
+    def unfinished(self) -> tuple[Run, ...]:
+        """Those without a place in any mean."""
+        here = (run for run in self.group.runs if not run.is_finished)
+        return (*here, *self.elsewhere)
+
+    def ratio(self, run: Run, name: str) -> float | None:
+        """A run's quantity over the baseline's mean in the same seed; None without either."""
+        value, over = run.value(name), self._over[name].get(run.seed)
+        return None if value is None or not over else value / over
+
+    @cached_property
+    def _over(self) -> dict[str, dict[int, float]]:
+        """What each quantity is divided by, by seed."""
+        names = [each.name for each in compared()]
+        return {name: self.group.by_seed(self.group.base_of(name), name) for name in names}
+
+    @cached_property
+    def behind(self) -> dict[str, dict[str, str]]:
+        """By rule, what `tables.behind` has of it, with names for JSON."""
+        found = {rule: tables.behind(self.group, rule) for rule in self.rules}
+        return {
+            rule: {_key(name): value for name, value in each.items()}
+            for rule, each in found.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as JSON values.
+
+        `baseline` is the name of its first run. Each run is its summary, with the metrics that the
+        summary does not have, `behind`, and `ratios` to the baseline of its seed: of speed and
+        time to `time_baseline`. Wall clocks are divided without `startup_s` and `fidelity_s`.
+        JSON has no NaN and no infinity: null stands in their place, and `not_finite` names them.
+        """
+        baseline = [run.name for run in self.group.of(self.group.against) if run.is_finished]
+        differences = self.group.differences
+        return {
+            "study": self.study,
+            "where": self.where or None,
+            "baseline": baseline[0] if baseline else None,
+            "baseline_runs": baseline,
+            "time_baseline": self.group.fastest_baseline if baseline else None,
+            "runs": list(map(self._run_to_json, self.runs)),
+            "differences": [
+                {**asdict(each), "verdict": each.verdict(self.group.within)} for each in differences
+            ],
+            "within": self.group.within,
+            "unfinished": [unfinished_to_json(run) for run in self.unfinished],
+            "notes": list(self.notes),
+        }
+
+    def _run_to_json(self, run: Run) -> dict[str, Any]:
+        metrics = compared()
+        computed = {each.name: run.value(each.name) for each in metrics if each.source}
+        summary = dict(run.summary or {})
+        return {
+            **{name: value for name, value in computed.items() if name not in summary},
+            **finite(summary),
+            "run": run.name,
+            "rule": run.rule,
+            "behind": self.behind[run.rule],
+            "ratios": {each.name: self.ratio(run, each.name) for each in metrics},
+            "not_finite": dict(_not_finite(summary)),
+        }
+
+    def render(self, console: Console) -> None:
+        """Print the costs, what stands behind each row, and the notes.
+
+        There is one line for each rule: its mean over its runs ± the standard deviation, and × the
+        baseline over paired seeds. A rule whose runs all diverged has a line that says so.
+        """
+        self._print_costs(console)
+        console.print()
+        names = list(next(iter(self.behind.values())))
+        columns = [Column(name.replace("_", " "), wraps=name in _SENTENCES) for name in names]
+        rows = [(rule, *values.values()) for rule, values in self.behind.items()]
+        print_table(console, ("rule", *columns), rows, title="behind each row")
+        for note in (
+            *(each.text(self.group.within) for each in self.group.differences),
+            *self.notes,
+        ):
+            say(console, note)
+        for run in self.unfinished:
+            if line := self._describe_unfinished(run):
+                say(console, line, whole=[how_to_resume(run.folder)])
+
+    def _describe_unfinished(self, run: Run) -> str:
+        """Empty for a run that diverged in the group, which a note names."""
+        if run.state == "diverged":
+            what = "diverged, trained otherwise than these: it is in no mean"
+            return f"{run.name} ({run.rule}) {what}" if run in self.elsewhere else ""
+        command = "" if run.state == "running" else f"; {how_to_resume(run.folder)}"
+        return f"not in the table: {run.name} ({run.rule}) is {_state(run)}{command}"
+
+    def _print_costs(self, console: Console) -> None:
+        metrics = tables.columns_of_costs(self.group)
+        diverged = Counter(run.rule for run in self.group.runs if run.state == "diverged")
+        rows = []
+        for rule in dict.fromkeys((*self.rules, *diverged)):
+            finished = sum(run.rule == rule for run in self.runs)
+            cells = [_cell(tables.shown_of(self.group, rule, each), console) for each in metrics]
+            cells[0] = cells[0] if finished else "diverged"
+            rows.append((_label(rule, finished=finished, diverged=diverged[rule]), *cells))
+        title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
+        columns = (prose("rule"), *(number(each.title) for each in metrics))
+        print_table(console, columns, rows, title=title)
 
 
 def compare(
@@ -65,9 +191,9 @@ def compare(
 
     Args:
         runs_dir: where runs live.
-        names: run names, paths, or study keys (or beginnings of them); none: all of the study whose
-            run finished last. Named runs get those of the same study of each kind of the baseline
-            that is not among them.
+        names: run names, paths, or study keys (or beginnings of them); none: all of the study
+            whose run finished last. Named runs get those of the same study of each kind of the
+            baseline that is not among them.
         against: the rule that ratios and differences refer to.
         within: points of accuracy below it that a rule may be, for the verdict on paired seeds.
 
@@ -76,55 +202,32 @@ def compare(
         ReportError: a name that is neither a run nor a study.
     """
     runs_dir = Path(runs_dir)
-    folders = named(runs_dir, names) if names else newest_study(runs_dir)
-    return _compared(
-        runs_dir, list(map(_read, folders)), against=against, within=within, is_whole=not names
-    )
+    runs = read_runs(runs_dir)
+    chosen = named(runs_dir, names, runs) if names else newest_study(runs_dir, runs)
+    return _compared(runs, chosen, against=against, within=within, is_whole=not names)
 
 
-def _read(folder: Path) -> Finished | Unfinished:
-    return finished_run(folder) or unfinished_run(folder)
-
-
-def _compared(
-    runs_dir: Path,
-    runs: Sequence[Finished | Unfinished],
+def comparisons(
+    runs_dir: str | os.PathLike[str],
+    folders: Sequence[Path],
     *,
-    against: str,
-    within: float,
-    is_whole: bool,
-) -> Comparison:
-    """Of a study that `is_whole` nothing is missing but the baseline, whose runs may be of another
-    suite.
+    against: str = BASELINE,
+    within: float = WITHIN,
+) -> list[Comparison]:
+    """Those of the runs that may be compared, by study and machine.
+
+    Raises:
+        ComparisonError: nothing of a study finished, or its runs differ in what no key covers.
     """
-    finished = [run for run in runs if isinstance(run, Finished)]
-    left_out = [run for run in runs if isinstance(run, Unfinished)]
-    if not finished:
-        raise ComparisonError(
-            "compare: no finished run: "
-            + ", ".join(f"{run.folder.name} is {run.state}" for run in left_out)
-        )
-    finished.sort(key=lambda run: (rule_of(run) != against, rule_of(run), seed_of(run), run.name))
-    refuse_unlike(finished)
-    notes = []
-    if rule_of(finished[0]) != against or not is_whole:
-        finished, notes = with_baseline(runs_dir, finished, against)
-    lost = [
-        run
-        for run in left_out
-        if run.state == "diverged" and _kind_of(run) == _kind_of(finished[0])
-    ]
-    diverged = frozenset((run.rule, run.seed) for run in lost)
-    group = Group(
-        tuple(map(_study_run, finished)), against=against, within=within, diverged_beside=diverged
+    found, refusals = _made(
+        read_runs(Path(runs_dir)),
+        [read_run(folder) for folder in folders],
+        against=against,
+        within=within,
     )
-    return Comparison(
-        study=str(finished[0].summary.get("study", "")),
-        runs=tuple(finished),
-        unfinished=tuple(left_out),
-        notes=(*notes, *group.notes),
-        group=group,
-    )
+    if refusals:
+        raise refusals[0]
+    return found
 
 
 def print_comparison(
@@ -136,19 +239,18 @@ def print_comparison(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare`, or of a whole study a comparison for each machine that its runs are of;
-    `format`: see `print_studies`.
-    """
-    if folders := _whole_study(Path(runs_dir), names):
-        print_studies(
-            runs_dir, folders, format=format, against=against, within=within, console=console
-        )
+    """Print `compare`; of a whole study a comparison for each machine. See `print_studies`."""
+    runs_dir = Path(runs_dir)
+    runs = read_runs(runs_dir)
+    about: dict[str, Any] = {"against": against, "within": within}
+    key = os.fspath(names[0]) if len(names) == 1 else ""
+    is_key = is_study(runs, key) and not (runs_dir / key).exists()
+    if not names or is_key:
+        chosen = named(runs_dir, names, runs) if names else newest_study(runs_dir, runs)
+        _print_made(*_made(runs, chosen, **about), format=format, console=console)
     else:
-        _print(
-            [compare(runs_dir, names, against=against, within=within)],
-            format=format,
-            console=console,
-        )
+        found = _compared(runs, named(runs_dir, names, runs), **about, is_whole=False)
+        _print([found], format=format, console=console)
 
 
 def print_studies(
@@ -160,16 +262,120 @@ def print_studies(
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `comparisons`; what keeps some of the runs from one is raised after those of others.
+    """Print `comparisons`. An error about some of the runs is raised after the others are printed.
 
     Args:
         format: table, one below another on the console; json, a list of them; or csv, a line for
-        each finished run.
+            each finished run.
 
     Raises:
         ComparisonError: see `comparisons`.
     """
-    found, refusals = _made(runs_dir, folders, against=against, within=within)
+    made = _made(
+        read_runs(Path(runs_dir)),
+        [read_run(folder) for folder in folders],
+        against=against,
+        within=within,
+    )
+    _print_made(*made, format=format, console=console)
+
+
+def comparable(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs by study and machine, in their order.
+
+    Unfinished runs of a machine on which nothing finished join the first of their study.
+    """
+    groups: dict[str, list[Run]] = {}
+    first_of: dict[str, str] = {}
+    for run in runs:
+        if run.is_finished:
+            groups.setdefault(kind(run), []).append(run)
+            first_of.setdefault(run.study, kind(run))
+    for run in runs:
+        if not run.is_finished:
+            key = kind(run) if kind(run) in groups else first_of.get(run.study, run.study)
+            groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def unfinished_to_json(run: Run) -> dict[str, str]:
+    return {"run": run.name, "rule": run.rule, "state": _state(run)}
+
+
+def csv_of(comparisons: Sequence[Comparison]) -> str:
+    """One line for each finished run, with nested fields as `hardware.cpu` and `ratios.top1`."""
+    rows = [
+        {**_flat(run), **{name: found[name] for name in ("study", "where", "time_baseline")}}
+        for found in (comparison.to_json() for comparison in comparisons)
+        for run in found["runs"]
+    ]
+    first = [*_FIRST, *(each.name for each in compared())]
+    columns = [*first, *sorted({name for row in rows for name in row} - set(first))]
+    cells = tuple(tuple(row.get(name) for name in columns) for row in rows)
+    return Table(columns=tuple(columns), rows=cells).to_csv()
+
+
+def finite(value: Any) -> Any:
+    """As JSON has it, with null for NaN and infinities; other values stay as they are."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _compared(
+    runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool
+) -> Comparison:
+    """A study that `is_whole` lacks nothing but the baseline, whose runs may be of another
+    suite.
+    """
+    for run in members:
+        refuse_damage(run)
+    others = [run for run in members if not run.is_finished]
+    finished = sorted(
+        (run for run in members if run.is_finished), key=lambda run: place(run, against)
+    )
+    if not finished:
+        states = ", ".join(f"{run.name} is {_state(run)}" for run in others)
+        raise ComparisonError(f"compare: no finished run: {states}")
+    refuse_unlike(finished)
+    notes: list[str] = []
+    if finished[0].rule != against or not is_whole:
+        finished, notes = with_baseline(runs, finished, against)
+    here = [run for run in others if kind(run) == kind(finished[0])]
+    group = Group((*finished, *here), against, within)
+    elsewhere = tuple(run for run in others if run not in here)
+    return Comparison(group=group, elsewhere=elsewhere, notes=(*notes, *group.notes))
+
+
+def _made(
+    runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float
+) -> tuple[list[Comparison], list[ComparisonError]]:
+    found: list[Comparison] = []
+    refusals: list[ComparisonError] = []
+    for comparable_runs in comparable(members):
+        try:
+            found.append(
+                _compared(runs, comparable_runs, against=against, within=within, is_whole=True)
+            )
+        except ComparisonError as error:
+            refusals.append(error)
+    times = Counter(each.study for each in found)
+    several = [
+        replace(each, where=_where(each.runs[-1])) if times[each.study] > 1 else each
+        for each in found
+    ]
+    return several, refusals
+
+
+def _print_made(
+    found: Sequence[Comparison],
+    refusals: Sequence[ComparisonError],
+    *,
+    format: str,
+    console: Console | None,
+) -> None:
     if found or not refusals:
         _print(found, format=format, console=console)
     if refusals:
@@ -180,7 +386,7 @@ def _print(found: Sequence[Comparison], *, format: str, console: Console | None)
     if format == "table":
         _print_tables(found, console or new_console())
     elif format == "json":
-        print(json.dumps([comparison.to_json() for comparison in found], indent=2, allow_nan=False))
+        print(json.dumps([each.to_json() for each in found], indent=2, allow_nan=False))
     elif format == "csv":
         sys.stdout.write(csv_of(found))
     else:
@@ -192,106 +398,65 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
         if index:
             console.print()
         comparison.render(console)
-    for study, tables in Counter(comparison.study for comparison in found).items():
-        if tables > 1:
-            told = (
-                f"study {study[:8]} has {tables} tables, of different machines, workers or"
-                " micro-batches: nothing is divided from one to another"
+    for study, times in Counter(each.study for each in found).items():
+        if times > 1:
+            why = (
+                "of different machines, workers or micro-batches: nothing is divided from one to"
+                " another"
             )
-            say(console, told)
+            say(console, f"study {study[:8]} has {times} tables, {why}")
 
 
-def comparisons(
-    runs_dir: str | os.PathLike[str],
-    folders: Sequence[Path],
-    *,
-    against: str = BASELINE,
-    within: float = WITHIN,
-) -> list[Comparison]:
-    """Those of the runs that may be compared, by study and machine: runs of another are never
-    divided by one another.
-
-    Raises:
-        ComparisonError: nothing of a study finished, or its runs differ in what no study key tells.
-    """
-    found, refusals = _made(runs_dir, folders, against=against, within=within)
-    if refusals:
-        raise refusals[0]
-    return found
-
-
-def _made(
-    runs_dir: str | os.PathLike[str], folders: Sequence[Path], *, against: str, within: float
-) -> tuple[list[Comparison], list[ComparisonError]]:
-    found: list[Comparison] = []
-    refusals: list[ComparisonError] = []
-    for members in comparable(folders):
-        try:
-            found.append(
-                _compared(Path(runs_dir), members, against=against, within=within, is_whole=True)
-            )
-        except ComparisonError as error:
-            refusals.append(error)
-    tables = Counter(comparison.study for comparison in found)
-    told = [
-        (
-            replace(comparison, where=_where(comparison.group.runs[-1]))
-            if tables[comparison.study] > 1
-            else comparison
-        )
-        for comparison in found
-    ]
-    return told, refusals
-
-
-def comparable(folders: Sequence[Path]) -> list[list[Finished | Unfinished]]:
-    """Runs by study and machine, in their order; unfinished ones of a machine where nothing
-    finished join the first of their study."""
-    groups: dict[str, list[Finished | Unfinished]] = {}
-    first_of: dict[str, str] = {}
-    unfinished: list[Unfinished] = []
-    for run in map(_read, folders):
-        if isinstance(run, Unfinished):
-            unfinished.append(run)
-            continue
-        key = _kind_of(run)
-        groups.setdefault(key, []).append(run)
-        first_of.setdefault(str(run.summary.get("study", "")), key)
-    for run in unfinished:
-        key, study = _kind_of(run), study_of(run.folder)
-        groups.setdefault(key if key in groups else first_of.get(study, study), []).append(run)
-    return list(groups.values())
-
-
-def _kind_of(run: Finished | Unfinished) -> str:
-    if isinstance(run, Finished):
-        return kind(study_run(run.name, (), state="finished", summary=run.summary))
-    start = last(run.folder / "journal.jsonl", "start")
-    return kind(study_run(run.folder.name, [start] if start else [], state="interrupted"))
-
-
-def _whole_study(runs_dir: Path, names: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The runs of the newest study, or of one named by its key; none where runs are named."""
-    if not names:
-        return newest_study(runs_dir)
-    key = os.fspath(names[0])
-    is_key = len(names) == 1 and is_study(runs_dir, key) and not (runs_dir / key).exists()
-    return named(runs_dir, names) if is_key else []
-
-
-def _study_run(run: Finished) -> StudyRun:
-    of_summary = study_run(
-        run.name, (), state="finished", summary=run.summary, recipe=load(run.folder / "recipe.json")
-    )
-    commits = run.summary.get("commits") or [run.summary.get("commit")]
-    return replace(of_summary, commits=tuple(map(str, commits)))
-
-
-def _where(run: StudyRun) -> str:
+def _where(run: Run) -> str:
     """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
-    threads = {loaders(each) for each in run.trained_on}
-    told = (
-        places(run, between="; "),
-        threads.pop() if len(threads) == 1 else "",
-    )  # several are told by places
-    return ", ".join(filter(None, told))
+    threads = {loaders(on) for on in run.trained_on}
+    loader = threads.pop() if len(threads) == 1 else ""  # several are in `places`
+    return ", ".join(filter(None, (places(run, between="; "), loader)))
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_").replace("-", "_")
+
+
+def _state(run: Run) -> str:
+    """A run that finished and has no summary was interrupted before it wrote one."""
+    return "interrupted" if run.state == "finished" else run.state
+
+
+def _label(rule: str, *, finished: int, diverged: int) -> str:
+    """`SLTT-1 (2 of 3 runs, the other diverged)`"""
+    if finished and diverged:
+        others = "other" if diverged == 1 else "others"
+        return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
+    runs = finished or diverged
+    return rule if runs == 1 else f"{rule} ({counted(runs, 'run')})"
+
+
+def _cell(found: tables.Shown | None, console: Console) -> str:
+    """In a terminal the deviation stands below the mean and its ratio."""
+    if found is None:
+        return "-"
+    over = f"\t{found.ratio}" if found.ratio else ""
+    if has_width(console):
+        return "\n".join(filter(None, (f"{found.mean}{over}", found.spread)))
+    return f"{found.mean} {found.spread}".rstrip() + over
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        is_object = isinstance(item, dict)
+        flat |= _flat(item, f"{prefix}{name}.") if is_object else {f"{prefix}{name}": item}
+    return flat
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:
+    """`inference.energy_j` and `nan`, of each number within an object that JSON does not have."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{name}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name, str(value)

@@ -1,69 +1,79 @@
-"""What a figure of a report is: a drawing in a theme, the table of what it shows, and one sentence
-for who cannot see it.
+"""A figure of a report: a drawing, the table behind it, and one sentence for those who cannot see
+it.
+
+A drawing is what plotly.js takes: `data` and `layout`. Its colours are names, which each theme
+gives
+a value.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import plotly.graph_objects as go
-
 NOT_MEASURED = "not measured"
-Cell = str | int | float | None
-"""None: not measured"""
+Cell = str | int | float | None  # None: not measured
 
 
-@dataclass(frozen=True, kw_only=True)
-class Theme:
-    """Colours of one scheme; those of `series` keep 4.5 : 1 to `paper`, and are told apart without
-    red and green.
-    """
-
-    name: str
-    paper: str
-    ink: str
-    muted: str
-    grid: str
-    series: tuple[str, ...]
-    """by the place of a rule in its group: the baseline's is first"""
-    scale: tuple[tuple[float, str], ...]
-    """of heat maps, from nothing to most"""
+class Colour(str):
+    """The name of a colour of a theme."""
 
 
-LIGHT = Theme(
-    name="light",
-    paper="#fdfcf9",
-    ink="#22201c",
-    muted="#5f5a50",
-    grid="#e4dfd4",
-    series=("#22201c", "#0b5fa5", "#b3450b", "#00705a", "#8f3f80", "#6b5d00", "#3f4cb8", "#a12b3a"),
-    scale=(
-        (0.0, "#f3efe6"),
-        (0.25, "#c3d3e0"),
-        (0.5, "#7fa6c9"),
-        (0.75, "#35709f"),
-        (1.0, "#0b3c68"),
-    ),
-)
-DARK = Theme(
-    name="dark",
-    paper="#191a1d",
-    ink="#ece8df",
-    muted="#b1aca0",
-    grid="#35363b",
-    series=("#ece8df", "#6cb4ee", "#f2945c", "#3ecfae", "#e29ad3", "#dcc84a", "#a3b0ff", "#ff9ba6"),
-    scale=(
-        (0.0, "#22242a"),
-        (0.25, "#26435e"),
-        (0.5, "#3a709d"),
-        (0.75, "#73a9d3"),
-        (1.0, "#d6e9f8"),
-    ),
-)
+PAPER, INK, MUTED, GRID, SCALE = map(Colour, ("paper", "ink", "muted", "grid", "scale"))
+# Colours of `series` keep a contrast of 4.5 : 1 to `paper`, and differ without red and green. The
+# baseline's is the first. `scale` is of heat maps, from nothing to most.
+THEMES: dict[str, dict[str, Any]] = {
+    "light": {
+        "paper": "#fdfcf9",
+        "ink": "#22201c",
+        "muted": "#5f5a50",
+        "grid": "#e4dfd4",
+        "series": (
+            "#22201c",
+            "#0b5fa5",
+            "#b3450b",
+            "#00705a",
+            "#8f3f80",
+            "#6b5d00",
+            "#3f4cb8",
+            "#a12b3a",
+        ),
+        "scale": (
+            (0.0, "#f3efe6"),
+            (0.25, "#c3d3e0"),
+            (0.5, "#7fa6c9"),
+            (0.75, "#35709f"),
+            (1.0, "#0b3c68"),
+        ),
+    },
+    "dark": {
+        "paper": "#191a1d",
+        "ink": "#ece8df",
+        "muted": "#b1aca0",
+        "grid": "#35363b",
+        "series": (
+            "#ece8df",
+            "#6cb4ee",
+            "#f2945c",
+            "#3ecfae",
+            "#e29ad3",
+            "#dcc84a",
+            "#a3b0ff",
+            "#ff9ba6",
+        ),
+        "scale": (
+            (0.0, "#22242a"),
+            (0.25, "#26435e"),
+            (0.5, "#3a709d"),
+            (0.75, "#73a9d3"),
+            (1.0, "#d6e9f8"),
+        ),
+    },
+}
+_SERIES = 8
 SYMBOLS = ("square", "circle", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 PATTERNS = ("", "/", "\\", ".", "x", "-", "|", "+")
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
@@ -71,13 +81,13 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-ser
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one line each; numbers as they were measured, for whoever goes on with them."""
+    """Rows of one line each, with numbers as they were measured."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
     def to_csv(self) -> str:
-        """As read by a spreadsheet, which must not take a name that begins as a formula for one."""
+        """CSV in which no spreadsheet takes a name for a formula."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
@@ -89,68 +99,65 @@ class Table:
 class Figure:
     """A figure of a page."""
 
-    name: str
-    """of its files"""
+    name: str  # of its files
     title: str
-    caption: str
-    """how it is read"""
-    alt: str
-    """what it shows, in one sentence"""
+    caption: str  # how it is read
+    alt: str  # what it shows, in one sentence
     table: Table
-    draw: Callable[[Theme], go.Figure]
-    height: int
-    """pixels"""
+    drawing: dict[str, Any]  # data and layout, with `Colour`s
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.drawing["layout"]["height"]
+
+    def draw(self, theme: str) -> Any:
+        """The drawing in the colours of a theme."""
+        return _coloured(self.drawing, THEMES[theme])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A figure that nothing was measured for, and what would."""
+    """A figure that nothing was measured for, and why."""
 
     title: str
     why: str
 
 
-def base_layout(theme: Theme, *, height: int, **more: Any) -> dict[str, Any]:
-    """What all drawings share: no title, which the page has; a legend above; no margins but what
-    labels need.
+def drawing(data: Sequence[dict[str, Any]], *, height: int, **more: Any) -> dict[str, Any]:
+    """Traces with the layout that all drawings share, and `more` of it.
+
+    There is no title, which the page has, the legend is above, and margins fit the labels.
     """
-    axis = {
-        "gridcolor": theme.grid,
-        "linecolor": theme.muted,
-        "zerolinecolor": theme.grid,
-        "automargin": True,
-    }
-    layout = {
-        "template": "none",
+    axis = {"gridcolor": GRID, "linecolor": MUTED, "zerolinecolor": GRID, "automargin": True}
+    above = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
+    font = {"family": _FONT, "color": INK}
+    layout: dict[str, Any] = {
         "height": height,
-        "paper_bgcolor": theme.paper,
-        "plot_bgcolor": theme.paper,
-        "font": {"family": _FONT, "size": 13, "color": theme.ink},
+        "paper_bgcolor": PAPER,
+        "plot_bgcolor": PAPER,
+        "font": {**font, "size": 13},
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8, "pad": 4},
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "xanchor": "left",
-            "yanchor": "bottom",
-            "bgcolor": "rgba(0,0,0,0)",
-        },
-        "hoverlabel": {
-            "bgcolor": theme.paper,
-            "bordercolor": theme.muted,
-            "font": {"color": theme.ink, "family": _FONT},
-        },
+        "legend": {**above, "bgcolor": "rgba(0,0,0,0)"},
+        "hoverlabel": {"bgcolor": PAPER, "bordercolor": MUTED, "font": font},
         "xaxis": axis,
         "yaxis": axis,
         "dragmode": False,
     }
     for name, value in more.items():
-        layout[name] = {**layout.get(name, {}), **value} if isinstance(value, dict) else value
-    return layout
+        shared = layout.get(name, axis if name.startswith(("xaxis", "yaxis")) else {})
+        layout[name] = {**shared, **value} if isinstance(value, dict) else value
+    return {"data": list(data), "layout": layout}
 
 
-def color(theme: Theme, place: int) -> str:
-    return theme.series[place % len(theme.series)]
+def titled(text: str, **more: Any) -> dict[str, Any]:
+    """An axis with a title."""
+    return {"title": {"text": text}, **more}
+
+
+def color(place: int) -> Colour:
+    """Of a rule, by its place in its group."""
+    return Colour(f"series {place % _SERIES}")
 
 
 def symbol(place: int) -> str:
@@ -162,14 +169,12 @@ def pattern(place: int) -> str:
 
 
 def _shifted(shapes: Sequence[str], place: int) -> str:
-    """Another beside the same colour in each round of the colours, of which there are as many."""
+    """There are as many shapes as colours: in each round of the colours another one beside each."""
     return shapes[(place + place // len(shapes)) % len(shapes)]
 
 
 def harmless(cell: Cell) -> Cell:
-    """A text that a spreadsheet would take for a formula is quoted; a number as a text, such as
-    `-inf`, is none.
-    """
+    """A text that a spreadsheet would take for a formula is quoted; `-inf` is a number."""
     if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
         return cell
     try:
@@ -180,5 +185,14 @@ def harmless(cell: Cell) -> Cell:
 
 
 def plain(text: str) -> str:
-    """For a drawing, in which plotly reads a part of HTML."""
+    """For a drawing: plotly reads some HTML in its texts."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _coloured(value: Any, theme: dict[str, Any]) -> Any:
+    if isinstance(value, Colour):
+        name, _, place = value.partition(" ")
+        return theme[name][int(place)] if place else theme[name]
+    if isinstance(value, dict):
+        return {name: _coloured(item, theme) for name, item in value.items()}
+    return [_coloured(item, theme) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,55 +1,28 @@
-"""What each rule of a group saves beside the baseline, and what that costs in accuracy."""
+"""The savings of each rule of a group beside the baseline, and their cost in accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
 from pipeline.core.units import unit_of
-from pipeline.measure.sampled import MEMORY_EVERY
-from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
-from pipeline.report.places import NOT_SAID
-from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, StudyRun
-
-MEASURED_SAID = (
-    "what the cards used for a sample while the set was evaluated, by their own counters (NVML):"
-    " idle power and waits for data are in it"
+from pipeline.report.figure import (
+    INK,
+    MUTED,
+    Figure,
+    Missing,
+    Table,
+    color,
+    drawing,
+    plain,
+    symbol,
+    titled,
 )
-QUANTITIES = {
-    "peak_saved_bytes": ("saved bytes", "B"),
-    KEPT: ("saved bytes and states", "B"),
-    COMPUTE: ("compute time", "s"),
-    "wall_s": ("wall clock", "s"),
-    ENERGY: ("inference energy", "J"),
-}
-"""of which less is better: what they are called, and their kind of unit"""
-_AXES = {
-    "wall_s": (
-        "wall clock",
-        (
-            "what a run took from the end of its first batch to its last line, restarts included;"
-            " their start-up is left out, and so are comparisons of its gradient with BPTT's"
-        ),
-    ),
-    "peak_saved_bytes": (
-        "peak saved bytes",
-        (
-            "what autograd keeps for backward at one moment, parameters left out, counted on the"
-            f" second batch of each start of a run and every {MEMORY_EVERY}th after it, or the next"
-            " where that one is skipped"
-        ),
-    ),
-    ENERGY: (
-        "energy of an inference",
-        (
-            "an estimate from measured operations, of arithmetic alone, for one sample; never a"
-            " measurement"
-        ),
-    ),
-}
+from pipeline.report.results import ENERGY, ENERGY_MEASURED, compared, metric
+from pipeline.report.study import Group, Spread
+from pipeline.report.tables import MEASURED_SAID, prices
+
+_UNITS = {"B": "bytes", "s": "seconds", "J": "joules"}
 
 
 def ratios(group: Group) -> Figure | Missing:
@@ -58,57 +31,43 @@ def ratios(group: Group) -> Figure | Missing:
     if not group.has_baseline:
         return Missing(title=title, why=f"no baseline: {group.undivided}, so nothing is divided")
     rules = [rule for rule in group.rules if rule != group.against]
-    found = {
-        (rule, name): ratio
-        for rule in rules
-        for name in QUANTITIES
-        if (ratio := group.ratios(rule, name))
-    }
+    costs = {each.name: each.title for each in compared() if each.better == "less"}
+    pairs = [(rule, name) for rule in rules for name in costs]
+    found = {pair: ratio for pair in pairs if (ratio := group.ratios(*pair))}
     if not found:
         return Missing(title=title, why=f"no rule has a seed in common with {group.against}")
     rows = [
-        (rule, QUANTITIES[name][0], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
+        (rule, costs[name], group.base_of(name), ratio.mean, ratio.deviation, ratio.runs)
         for (rule, name), ratio in found.items()
     ]
-    names = [name for name in QUANTITIES if any((rule, name) in found for rule in rules)]
+    names = [name for name in costs if any((rule, name) in found for rule in rules)]
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        for index, rule in enumerate(rules):
-            here = [
-                (place, found[rule, name])
-                for place, name in enumerate(names)
-                if (rule, name) in found
-            ]
-            figure.add_trace(
-                go.Scatter(
-                    name=plain(rule),
-                    mode="markers+text",
-                    x=[ratio.mean for _, ratio in here],
-                    y=[place + _offset(index, len(rules)) for place, _ in here],
-                    error_x=_errors([ratio for _, ratio in here], theme, index + 1),
-                    text=[f"{ratio.mean:.2f}" for _, ratio in here],
-                    textposition="top center",
-                    textfont={"size": 12, "color": color(theme, index + 1)},
-                    marker={
-                        "color": color(theme, index + 1),
-                        "symbol": symbol(index + 1),
-                        "size": 10,
-                    },
-                    hovertemplate="%{x:.3f}<extra>" + plain(rule) + "</extra>",
-                )
-            )
-        most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
-        figure.add_vline(x=1, line={"color": theme.ink, "width": 1, "dash": "dot"})
-        y = {
-            "tickvals": list(range(len(names))),
-            "ticktext": [QUANTITIES[name][0] for name in names],
-            "showgrid": False,
-        }
-        y |= {"range": [len(names) - 0.5, -0.75], "zeroline": False}
-        x = {"range": [0, 1.3 * most], "title": {"text": f"multiple of {plain(group.against)}"}}
-        return figure.update_layout(**base_layout(theme, height=height, xaxis=x, yaxis=y))
-
+    data = []
+    for index, rule in enumerate(rules):
+        here = [
+            (place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found
+        ]
+        data.append(
+            {
+                "type": "scatter",
+                "name": plain(rule),
+                "mode": "markers+text",
+                "x": [ratio.mean for _, ratio in here],
+                "y": [place + _offset(index, len(rules)) for place, _ in here],
+                "error_x": _errors([ratio for _, ratio in here], index + 1),
+                "text": [f"{ratio.mean:.2f}" for _, ratio in here],
+                "textposition": "top center",
+                "textfont": {"size": 12, "color": color(index + 1)},
+                "marker": {"color": color(index + 1), "symbol": symbol(index + 1), "size": 10},
+                "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
+            }
+        )
+    most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
+    dotted = {"color": INK, "width": 1, "dash": "dot"}
+    line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
+    ticks = {"tickvals": list(range(len(names))), "ticktext": [costs[name] for name in names]}
+    y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
+    x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
     height = 110 + len(names) * max(52, 30 * len(rules))
     least = min(
         (item for item in found.items() if item[0][1] == "peak_saved_bytes"),
@@ -136,7 +95,7 @@ def ratios(group: Group) -> Figure | Missing:
         + times,
         alt=(
             f"{len(rules)} rules beside {group.against} in"
-            f" {', '.join(QUANTITIES[name][0] for name in names)}{said}."
+            f" {', '.join(costs[name] for name in names)}{said}."
         ),
         table=Table(
             columns=(
@@ -149,14 +108,14 @@ def ratios(group: Group) -> Figure | Missing:
             ),
             rows=tuple(rows),
         ),
-        draw=draw,
-        height=height,
+        drawing=drawing(data, height=height, xaxis=x, yaxis=y, shapes=[line]),
     )
 
 
 def trade_off(group: Group, name: str) -> Figure | Missing:
     """Accuracy against a cost, with those rules marked that no other beats in both."""
-    what, how = _AXES[name]
+    cost_of = metric(name)
+    what, how = cost_of.title, cost_of.about or "see the table of costs"
     title = f"Accuracy against {what}"
     points = {
         rule: (cost, top1)
@@ -167,45 +126,14 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     if not points:
         return Missing(title=title, why="not measured in any finished run")
     front = pareto({rule: (cost.mean, top1.mean) for rule, (cost, top1) in points.items()})
-    kind = QUANTITIES[name][1]
-    scale, unit = unit_of(kind, [cost.mean for cost, _ in points.values()])
+    scale, unit = unit_of(cost_of.unit, [cost.mean for cost, _ in points.values()])
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        figure.add_trace(
-            go.Scatter(
-                name="Pareto front",
-                mode="lines",
-                x=[points[rule][0].mean / scale for rule in front],
-                y=[100 * points[rule][1].mean for rule in front],
-                line={"color": theme.muted, "width": 1.5, "dash": "dash", "shape": "hv"},
-                hoverinfo="skip",
-            )
-        )
-        for rule, (cost, top1) in points.items():
-            place = group.rules.index(rule)
-            shape = symbol(place) if rule in front else f"{symbol(place)}-open"
-            figure.add_trace(
-                go.Scatter(
-                    name=plain(rule),
-                    mode="markers",
-                    x=[cost.mean / scale],
-                    y=[100 * top1.mean],
-                    error_x=_errors([cost], theme, place, scale=1 / scale),
-                    error_y=_errors([top1], theme, place, scale=100),
-                    marker={
-                        "color": color(theme, place),
-                        "symbol": shape,
-                        "size": 12,
-                        "line": {"width": 2, "color": color(theme, place)},
-                    },
-                    hovertemplate=f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
-                )
-            )
-        x = {"title": {"text": f"{what}, {unit}"}, "rangemode": "tozero"}
-        y = {"title": {"text": "top-1, %"}}
-        return figure.update_layout(**base_layout(theme, height=380, xaxis=x, yaxis=y))
-
+    data = [_front_line(points, front, scale)]
+    for rule, spreads in points.items():
+        place = group.rules.index(rule)
+        shape = symbol(place) if rule in front else f"{symbol(place)}-open"
+        data.append(_marker(rule, *spreads, place=place, shape=shape, scale=scale, unit=unit))
+    x = titled(f"{what}, {unit}", rangemode="tozero")
     rows = [
         (
             rule,
@@ -218,10 +146,9 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         )
         for rule, (cost, top1) in points.items()
     ]
-    unit_name = {"B": "bytes", "s": "seconds", "J": "joules"}[kind]
     columns = (
         "rule",
-        f"{what}, {unit_name}",
+        f"{what}, {_UNITS.get(cost_of.unit, cost_of.unit)}",
         "its deviation",
         "top-1",
         "its deviation",
@@ -248,25 +175,12 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             f" {', '.join(front)}."
         ),
         table=Table(columns=columns, rows=tuple(rows)),
-        draw=draw,
-        height=380,
+        drawing=drawing(data, height=380, xaxis=x, yaxis=titled("top-1, %")),
     )
-
-
-def prices(runs: Iterable[StudyRun]) -> str:
-    """The tables of prices behind the joules of inferences, such as `45 nm, fp32`; empty where none
-    was estimated.
-    """
-    told = (
-        str((run.summary or {})["inference"].get("prices", NOT_SAID))
-        for run in runs
-        if run.value(ENERGY) is not None
-    )
-    return "; ".join(dict.fromkeys(told))
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:
-    """Of an inference what cards measured, and its multiply-accumulates and accumulates."""
+    """Of an inference: joules measured by cards, multiply-accumulates, accumulates."""
     found = [
         group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
     ]
@@ -274,51 +188,77 @@ def _beside(group: Group, rule: str) -> list[float | None]:
 
 
 def _measured_on(group: Group) -> str:
-    """What the measured joules are, or why there are none."""
+    """The meaning of the measured joules, or why there are none."""
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         return f"Joules measured on cards are {MEASURED_SAID}"
     has_gpu = any(run.hardware.get("gpu", "none") != "none" for run in group.finished)
     return (
-        "Joules are not measured: no card told them"
+        "Joules are not measured: no card reports them"
         if has_gpu
         else "Joules are not measured on a CPU"
     )
 
 
 def _counted_on(group: Group) -> str:
-    """Which samples the energy is of, and where it departs from published counts."""
+    """The samples that the energy is of, and how the counts differ from published ones."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
-    told = (
-        (run.summary or {})["inference"].get(
-            "counted_on", "the first batch of the first worker's share"
-        )
-        for run in counted
-    )
+    first = "the first batch of the first worker's share"
+    places = ((run.summary or {})["inference"].get("counted_on", first) for run in counted)
+    on = f"{' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(places))}"
     return (
-        f"Counted on {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(told))};"
-        " what stands before the first neuron counts once for a still image, as it is computed,"
-        " where published counts have it at each time step; means of spikes, behind a pool, are no"
-        " spikes and are multiplied, which counts of synaptic operations leave out"
+        f"Counted on {on}; for a still image, the layers before the first neuron count once, as"
+        " they are computed once, where published counts have them at each time step; means of"
+        " spikes, behind a pool, are no spikes and are multiplied, which counts of synaptic"
+        " operations leave out"
     )
 
 
 def _lost(group: Group) -> str:
-    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, whatever finished beside it; empty where
-    nothing did.
-    """
+    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`; empty where nothing did."""
     lost = {
         rule: ", ".join(map(str, sorted(seeds)))
         for rule in group.rules
         if (seeds := group.diverged(rule))
     }
-    told = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
-    return f" Diverged, and in no mean: {told}." if told else ""
+    text = ", ".join(f"{rule} (seed {seeds})" for rule, seeds in lost.items())
+    return f" Diverged, and in no mean: {text}." if text else ""
+
+
+def _front_line(
+    points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str], scale: float
+) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "name": "Pareto front",
+        "mode": "lines",
+        "x": [points[rule][0].mean / scale for rule in front],
+        "y": [100 * points[rule][1].mean for rule in front],
+        "line": {"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
+        "hoverinfo": "skip",
+    }
+
+
+def _marker(
+    rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, scale: float, unit: str
+) -> dict[str, Any]:
+    outline = {"width": 2, "color": color(place)}
+    return {
+        "type": "scatter",
+        "name": plain(rule),
+        "mode": "markers",
+        "x": [cost.mean / scale],
+        "y": [100 * top1.mean],
+        "error_x": _errors([cost], place, scale=1 / scale),
+        "error_y": _errors([top1], place, scale=100),
+        "marker": {"color": color(place), "symbol": shape, "size": 12, "line": outline},
+        "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
+    }
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those that nobody beats: with no more of the first and no less of the second, and better in
-    one; cheapest first.
+    """Those that no other beats: at no more cost and no less gain, and better in one; cheapest
+    first.
     """
     kept = [
         name
@@ -332,14 +272,12 @@ def _offset(index: int, count: int) -> float:
     return 0.0 if count == 1 else 0.6 * (index / (count - 1) - 0.5)
 
 
-def _errors(
-    spreads: Sequence[Spread], theme: Theme, place: int, *, scale: float = 1.0
-) -> dict[str, Any]:
+def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dict[str, Any]:
     lengths = [scale * (each.deviation or 0.0) for each in spreads]
     return {
         "array": lengths,
         "visible": any(lengths),
-        "color": color(theme, place),
+        "color": color(place),
         "thickness": 1.5,
         "width": 4,
     }

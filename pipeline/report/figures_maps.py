@@ -1,4 +1,4 @@
-"""Heat maps of a group: how often neurons fire, and how near each rule's gradient is to BPTT's."""
+"""Heat maps of a group: firing rates, and each rule's gradient beside BPTT's."""
 
 from __future__ import annotations
 
@@ -6,81 +6,62 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+import pandas as pd
 
 from pipeline.core.units import counted
-from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
-from pipeline.report.study import Group, StudyRun
+from pipeline.report.figure import SCALE, Figure, Missing, Table, drawing, plain, titled
+from pipeline.report.results import Run
+from pipeline.report.study import Group
 
 _ROW = 24  # pixels of a layer
+_CATEGORIES = {"type": "category", "showgrid": False, "automargin": True}
+_DOWNWARDS = {
+    "autorange": "reversed",
+    "automargin": True,
+    "showgrid": False,
+    "tickfont": {"size": 11},
+}
 _FIGURES_FIT = 8  # columns on a phone with a number in each cell
 
 
 def firing_rates(group: Group) -> Figure | Missing:
     """Layer x time, a map for each rule: the mean over its runs, of the last evaluation."""
     title = "Firing rate by layer and time step"
-    of_rule = {rule: layers for rule in group.rules if (layers := _rates(group.of(rule)))}
-    if not of_rule:
+    found = [
+        (run.rule, layer.name, step, rate, layer.silent, layer.saturated)
+        for run in group.runs
+        for layer in run.activity
+        for step, rate in enumerate(layer.rates, start=1)
+    ]
+    if not found:
         return Missing(title=title, why="no run has finished whose spikes were counted")
-    most = max(rate for layers in of_rule.values() for rates in layers.values() for rate in rates)
-    steps = max(len(rates) for layers in of_rule.values() for rates in layers.values())
+    columns = ("rule", "layer", "time step", "firing rate", "silent", "saturated")
+    keys = [*columns[:3]]
+    means: Any = pd.DataFrame(found, columns=[*columns]).groupby(keys, sort=False).mean()
+    rates = means["firing rate"]
+    rules = [rule for rule in group.rules if rule in rates.index.levels[0]]
+    of_rule = {rule: rates[rule].unstack().reindex(rates[rule].index.unique(0)) for rule in rules}
+    most = max(float(rates.max()), 1e-9)
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = _stacked(of_rule, [plain(rule) for rule in of_rule])
-        for row, layers in enumerate(of_rule.values(), start=1):
-            z = [list(rates) for rates in layers.values()]
-            x = [f"{t}" for t in range(1, steps + 1)]
-            figure.add_trace(
-                _map(
-                    z,
-                    x=x,
-                    y=list(layers),
-                    theme=theme,
-                    most=max(most, 1e-9),
-                    written=".1%",
-                    bar=row == 1,
-                ),
-                row,
-                1,
-            )
-        figure.update_xaxes(title_text="time step", row=len(of_rule), col=1)
-        return _laid_out(figure, theme, height)
-
-    height = _height(of_rule)
-    rows = []
-    for rule, layers in of_rule.items():
-        shares = _shares(group.of(rule))
-        rows += [
-            (rule, layer, t + 1, rate, *shares[layer])
-            for layer, rates in layers.items()
-            for t, rate in enumerate(rates)
-        ]
-    means = {
-        rule: statistics.fmean(statistics.fmean(rates) for rates in layers.values())
-        for rule, layers in of_rule.items()
-    }
-    said = ", ".join(f"{rule} {mean:.1%}" for rule, mean in means.items())
-    samples = sorted(
-        {layer.samples for rule in of_rule for run in group.of(rule) for layer in run.activity}
-    )
-    counted = " or ".join(f"{count:,}" for count in samples)
+    samples = sorted({layer.samples for run in group.runs for layer in run.activity})
+    counted_on = " or ".join(f"{count:,}" for count in samples)
     unlike = ", on fewer samples more of them" if len(samples) > 1 else ""
+    averages = ", ".join(
+        f"{rule} {layers.mean(axis=1).mean():.1%}" for rule, layers in of_rule.items()
+    )
     return Figure(
         name="firing-rates",
         title=title,
         caption=(
-            f"Spikes per neuron and time step, the mean over runs, counted on {counted} samples"
+            f"Spikes per neuron and time step, the mean over runs, counted on {counted_on} samples"
             " drawn from the last evaluation; on these, silent neurons never fired and saturated"
             f" ones always did (in the table){unlike}."
         ),
-        alt=f"Mean firing rate over layers: {said}.",
+        alt=f"Mean firing rate over layers: {averages}.",
         table=Table(
-            columns=("rule", "layer", "time step", "firing rate", "silent", "saturated"),
-            rows=tuple(rows),
+            columns=columns, rows=tuple(means.reset_index().itertuples(index=False, name=None))
         ),
-        draw=draw,
-        height=height,
+        drawing=_stacked(of_rule, most=most),
     )
 
 
@@ -94,22 +75,17 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
         )
         return Missing(
             title=title,
-            why=_told_later(run for run in group.runs if run.rule != group.against) or why,
+            why=_still_to_come(run for run in group.runs if run.rule != group.against) or why,
         )
     layers = list(dict.fromkeys(layer for cosines in of_rule.values() for layer in cosines))
     rows = [(layer, rule, of_rule[rule].get(layer)) for layer in layers for rule in of_rule]
     known = [(value, layer, rule) for layer, rule, value in rows if value is not None]
     least = min([0.0, *(value for value, _, _ in known)])
 
-    def draw(theme: Theme) -> go.Figure:
-        z = [[cosines.get(layer) for cosines in of_rule.values()] for layer in layers]
-        x = [plain(rule) for rule in of_rule]
-        figure = go.Figure(
-            _map(z, x=x, y=layers, theme=theme, least=least, most=1.0, written=".2f", bar=True)
-        )
-        return _laid_out(figure, theme, height)
-
-    height = 130 + _ROW * len(layers)
+    z = [[cosines.get(layer) for cosines in of_rule.values()] for layer in layers]
+    heat = _map(
+        z, x=[plain(rule) for rule in of_rule], y=layers, least=least, most=1.0, written=".2f"
+    )
     said = (
         "none is known" if not known else "the lowest is {0:.2f}, of {2} in {1}".format(*min(known))
     )
@@ -127,38 +103,31 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
             f" {said}."
         ),
         table=Table(columns=("layer", "rule", "cosine"), rows=tuple(rows)),
-        draw=draw,
-        height=height,
+        drawing=_single(heat, layers),
     )
 
 
 def temporal_share(group: Group) -> Figure | Missing:
     """Layer x epoch: the share of BPTT's gradient that comes through time, which SLTT drops."""
     title = "Temporal share of BPTT's gradient"
-    looked = [run for run in group.runs if any(each.temporal_share for each in run.fidelity)]
+    looked = [
+        run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)
+    ]
     if not looked:
         why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
-        return Missing(title=title, why=_told_later(group.runs) or why)
-    run = next(
-        (run for run in looked if run.rule == "SLTT"), looked[0]
-    )  # whose weights came of dropping it
-    layers = list(dict.fromkeys(layer for each in run.fidelity for layer in each.temporal_share))
-    times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in run.fidelity]
+        return Missing(title=title, why=_still_to_come(group.runs) or why)
+    run = next((run for run in looked if run.rule == "SLTT"), looked[0])
+    looks = run.history.fidelity
+    layers = list(dict.fromkeys(layer for each in looks for layer in each.temporal_share))
+    times = ["start" if each.epoch is None else f"epoch {each.epoch + 1}" for each in looks]
+    moments = list(zip(times, looks, strict=True))
     rows = [
-        (layer, time, each.temporal_share.get(layer))
-        for layer in layers
-        for time, each in zip(times, run.fidelity, strict=True)
+        (layer, time, each.temporal_share.get(layer)) for layer in layers for time, each in moments
     ]
 
-    def draw(theme: Theme) -> go.Figure:
-        z = [[each.temporal_share.get(layer) for each in run.fidelity] for layer in layers]
-        most = max([1.0, *(value for row in z for value in row if value is not None)])
-        figure = go.Figure(
-            _map(z, x=times, y=layers, theme=theme, most=most, written=".2f", bar=True)
-        )
-        return _laid_out(figure, theme, height)
-
-    height = 130 + _ROW * len(layers)
+    z = [[each.temporal_share.get(layer) for each in looks] for layer in layers]
+    most = max([1.0, *(value for row in z for value in row if value is not None)])
+    heat = _map(z, x=times, y=layers, most=most, written=".2f")
     known = [
         (value, layer) for layer, time, value in rows if time == times[-1] and value is not None
     ]
@@ -175,51 +144,24 @@ def temporal_share(group: Group) -> Figure | Missing:
             f" {times[-1]}, {said}."
         ),
         table=Table(columns=("layer", "moment", "temporal share"), rows=tuple(rows)),
-        draw=draw,
-        height=height,
+        drawing=_single(heat, layers),
     )
 
 
-def _rates(runs: Sequence[StudyRun]) -> dict[str, tuple[float, ...]]:
-    """By layer at each time step, the mean over runs."""
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for run in runs:
-        for layer in run.activity:
-            found.setdefault(layer.name, []).append(layer.rates)
-    return {
-        name: tuple(map(statistics.fmean, zip(*rates, strict=True)))
-        for name, rates in found.items()
-    }
-
-
-def _shares(runs: Sequence[StudyRun]) -> dict[str, tuple[float, float]]:
-    """Of silent and of saturated neurons by layer, the mean over runs."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for run in runs:
-        for layer in run.activity:
-            found.setdefault(layer.name, []).append((layer.silent, layer.saturated))
-    return {
-        name: (statistics.fmean(s for s, _ in pairs), statistics.fmean(s for _, s in pairs))
-        for name, pairs in found.items()
-    }
-
-
-def _told_later(runs: Iterable[StudyRun]) -> str:
-    """Of runs that told of no comparison: which of them compare gradients by their recipes; empty
-    where none does.
-    """
+def _still_to_come(runs: Iterable[Run]) -> str:
+    """Which of the runs compare gradients by their recipes, though none has done so yet."""
     looking = [run.name for run in runs if str(run.recipe.get("fidelity_every") or 0) != "0"]
-    return f"not told yet by {', '.join(looking)}" if looking else ""
+    return f"not yet in {', '.join(looking)}" if looking else ""
 
 
 def _cosines(group: Group, rule: str) -> dict[str, float | None]:
-    """Of a rule's own runs, at the newest comparison, the mean over runs by layer."""
+    """By layer, the mean over a rule's runs at their newest comparison."""
     if rule == group.against:
         return {}
     found: dict[str, list[float]] = {}
     for run in group.of(rule):
-        if run.fidelity:
-            newest = run.fidelity[-1].cosines
+        if run.history.fidelity:
+            newest = run.history.fidelity[-1].cosines
             mine = newest.get(rule) or newest.get(rule.split(" (")[0]) or {}
             for layer, value in mine.items():
                 found.setdefault(layer, []).extend([] if value is None else [value])
@@ -231,58 +173,68 @@ def _map(
     *,
     x: Sequence[str],
     y: Sequence[str],
-    theme: Theme,
     least: float = 0.0,
     most: float,
     written: str,
-    bar: bool,
-) -> go.Heatmap:
+    **about: Any,
+) -> dict[str, Any]:
     """With a number in each cell where there is room, so that nobody has to judge a colour."""
-    numbers = (
-        {"texttemplate": f"%{{z:{written}}}", "textfont": {"size": 11}}
-        if len(x) <= _FIGURES_FIT
-        else {}
-    )
-    return go.Heatmap(
-        z=z,
-        x=list(x),
-        y=[plain(name) for name in y],
-        colorscale=[list(stop) for stop in theme.scale],
-        zmin=least,
-        zmax=most,
-        xgap=2,
-        ygap=2,
-        showscale=bar,
-        colorbar={
+    fits = len(x) <= _FIGURES_FIT
+    return {
+        "type": "heatmap",
+        "z": z,
+        "x": list(x),
+        "y": [plain(name) for name in y],
+        "colorscale": SCALE,
+        "zmin": least,
+        "zmax": most,
+        "xgap": 2,
+        "ygap": 2,
+        "texttemplate": f"%{{z:{written}}}" if fits else "",
+        "textfont": {"size": 11},
+        "colorbar": {
             "thickness": 10,
             "outlinewidth": 0,
             "tickformat": ".0%" if "%" in written else ".1f",
         },
-        hovertemplate=f"%{{y}}, %{{x}}: %{{z:{written}}}<extra></extra>",
-        **numbers,
-    )
-
-
-def _stacked(of_rule: Mapping[str, Mapping[str, Any]], titles: Sequence[str]) -> go.Figure:
-    heights = [len(layers) for layers in of_rule.values()]
-    gap = min(30 / max(1, _height(of_rule)), 0.9 / max(1, len(of_rule) - 1))
-    about = {
-        "subplot_titles": titles,
-        "row_heights": heights,
-        "vertical_spacing": gap,
-        "shared_xaxes": True,
+        "hovertemplate": f"%{{y}}, %{{x}}: %{{z:{written}}}<extra></extra>",
+        **about,
     }
-    figure = make_subplots(rows=len(of_rule), cols=1, **about)
-    return figure.update_annotations(x=0, xanchor="left", font={"size": 13})
 
 
-def _height(of_rule: Mapping[str, Mapping[str, Any]]) -> int:
-    return 90 + sum(_ROW * len(layers) + 30 for layers in of_rule.values())
+def _single(heat: dict[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+    height = 130 + _ROW * len(layers)
+    return drawing([heat], height=height, margin={"t": 30}, xaxis=_CATEGORIES, yaxis=_DOWNWARDS)
 
 
-def _laid_out(figure: go.Figure, theme: Theme, height: int) -> go.Figure:
-    figure.update_layout(base_layout(theme, height=height, margin={"t": 30}))
-    figure.update_yaxes(
-        autorange="reversed", automargin=True, showgrid=False, tickfont={"size": 11}
-    )
-    return figure.update_xaxes(type="category", showgrid=False, automargin=True)
+def _stacked(of_rule: Mapping[str, Any], *, most: float) -> dict[str, Any]:
+    """A map for each rule, one below another, over one axis of time steps."""
+    rows = [len(layers) for layers in of_rule.values()]
+    height = 90 + sum(_ROW * each + 30 for each in rows)
+    gap = min(30 / height, 0.9 / max(1, len(rows) - 1))
+    data, titles, layout, top = [], [], {}, 1.0
+    for place, (rule, layers) in enumerate(of_rule.items(), start=1):
+        of = "" if place == 1 else str(place)
+        bottom = max(0.0, top - len(layers) / sum(rows) * (1 - gap * (len(rows) - 1)))
+        layout[f"yaxis{of}"] = {**_DOWNWARDS, "domain": [bottom, top], "anchor": f"x{of}"}
+        layout[f"xaxis{of}"] = {
+            **_CATEGORIES,
+            "anchor": f"y{of}",
+            "showticklabels": place == len(rows),
+        }
+        at = {
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": top,
+            "yref": "paper",
+            "yanchor": "bottom",
+        }
+        titles.append({**at, "text": plain(rule), "showarrow": False, "font": {"size": 13}})
+        about = {"xaxis": f"x{of}", "yaxis": f"y{of}", "showscale": place == 1}
+        x, y = list(map(str, layers.columns)), list(map(str, layers.index))
+        data.append(_map(layers.to_numpy().tolist(), x=x, y=y, most=most, written=".1%", **about))
+        top = bottom - gap
+    last = "xaxis" if len(rows) == 1 else f"xaxis{len(rows)}"
+    layout[last] |= titled("time step")
+    return drawing(data, height=height, margin={"t": 30}, annotations=titles, **layout)

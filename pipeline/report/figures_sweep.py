@@ -1,29 +1,24 @@
-"""What each rule's memory and time do with the number of time steps, from what `spiketrain sweep
---format json` prints.
-"""
+"""Each rule's memory and time against the number of time steps, from a sweep's JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
-
 from pipeline.core.units import counted, unit_of
 from pipeline.measure.memory import told_hardware
-from pipeline.report.figure import Figure, Table, Theme, base_layout, color, plain, symbol
+from pipeline.report.figure import Figure, Table, color, drawing, plain, symbol, titled
 
 _HEIGHT = 380
 _DOTTED = ", with states"
 
 
 class _Point(NamedTuple):
-    """Of one rule at one T."""
+    """One rule at one T."""
 
     time_steps: int
     saved: float
-    kept: float | None
-    """with states beside them, where the sweep tells of those"""
+    kept: float | None  # with states, where the sweep has them
     seconds: float
 
 
@@ -50,17 +45,12 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -
     scale, unit = unit_of("B", [point.kept or point.saved for point in every])
     has_states = any(point.kept is not None for point in every)
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        for place, (rule, points) in enumerate(by_rule.items()):
-            figure.add_trace(
-                _line(theme, place, rule, points, [point.saved / scale for point in points], unit)
-            )
-            kept = [None if point.kept is None else point.kept / scale for point in points]
-            if has_states:
-                figure.add_trace(_line(theme, place, rule, points, kept, unit, is_dotted=True))
-        return figure.update_layout(**_layout(theme, by_rule, f"peak saved bytes, {unit}"))
-
+    data = []
+    for place, (rule, points) in enumerate(by_rule.items()):
+        data.append(_line(place, rule, points, [point.saved / scale for point in points], unit))
+        kept = [None if point.kept is None else point.kept / scale for point in points]
+        if has_states:
+            data.append(_line(place, rule, points, kept, unit, is_dotted=True))
     rows = [
         (rule, point.time_steps, point.saved, point.kept)
         for rule, points in by_rule.items()
@@ -81,20 +71,15 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -
         table=Table(
             columns=("rule", "time steps", "peak saved bytes", "and states"), rows=tuple(rows)
         ),
-        draw=draw,
-        height=_HEIGHT,
+        drawing=_drawing(data, by_rule, f"peak saved bytes, {unit}"),
     )
 
 
 def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> Figure:
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        for place, (rule, points) in enumerate(by_rule.items()):
-            figure.add_trace(
-                _line(theme, place, rule, points, [1e3 * point.seconds for point in points], "ms")
-            )
-        return figure.update_layout(**_layout(theme, by_rule, "forward and backward, ms"))
-
+    data = [
+        _line(place, rule, points, [1e3 * point.seconds for point in points], "ms")
+        for place, (rule, points) in enumerate(by_rule.items())
+    ]
     rows = [
         (rule, point.time_steps, point.seconds)
         for rule, points in by_rule.items()
@@ -108,26 +93,24 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> 
     }
     order = sorted(there, key=lambda rule: -there[rule])
     slowest, fastest = order[0], order[-1]
-    told = f"At T = {last} {slowest} takes {1e3 * there[slowest]:.4g} ms"
+    at_last = f"At T = {last} {slowest} takes {1e3 * there[slowest]:.4g} ms"
     return Figure(
         name="time-against-time-steps",
         title=f"Time against time steps: {sweep['recipe']}",
         caption=f"{_caption(sweep)} Loading, the optimizer and collectives are not in it.",
         alt=(
-            f"{told}, the longest, and {fastest} {1e3 * there[fastest]:.4g} ms."
+            f"{at_last}, the longest, and {fastest} {1e3 * there[fastest]:.4g} ms."
             if len(there) > 1
-            else f"{told}."
+            else f"{at_last}."
         ),
         table=Table(
             columns=("rule", "time steps", "seconds of forward and backward"), rows=tuple(rows)
         ),
-        draw=draw,
-        height=_HEIGHT,
+        drawing=_drawing(data, by_rule, "forward and backward, ms"),
     )
 
 
 def _line(
-    theme: Theme,
     place: int,
     rule: str,
     points: Sequence[_Point],
@@ -135,32 +118,30 @@ def _line(
     unit: str,
     *,
     is_dotted: bool = False,
-) -> go.Scatter:
-    """A dotted one goes with the rule's own, which the legend has."""
+) -> dict[str, Any]:
+    """A dotted line is in the legend with the rule's own."""
     name = plain(rule) + (_DOTTED if is_dotted else "")
-    return go.Scatter(
-        name=name,
-        legendgroup=plain(rule),
-        showlegend=not is_dotted,
-        mode="lines+markers",
-        x=[point.time_steps for point in points],
-        y=list(y),
-        line={
-            "color": color(theme, place),
-            "width": 1 if is_dotted else 2,
-            "dash": "dot" if is_dotted else "solid",
-        },
-        marker={"symbol": symbol(place), "size": 5 if is_dotted else 9},
-        hovertemplate=f"T = %{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>",
-    )
+    width, dash = (1, "dot") if is_dotted else (2, "solid")
+    return {
+        "type": "scatter",
+        "name": name,
+        "legendgroup": plain(rule),
+        "showlegend": not is_dotted,
+        "mode": "lines+markers",
+        "x": [point.time_steps for point in points],
+        "y": list(y),
+        "line": {"color": color(place), "width": width, "dash": dash},
+        "marker": {"symbol": symbol(place), "size": 5 if is_dotted else 9},
+        "hovertemplate": f"T = %{{x}}: %{{y:.4g}} {unit}<extra>{name}</extra>",
+    }
 
 
-def _layout(theme: Theme, by_rule: Mapping[str, Sequence[_Point]], title: str) -> dict[str, Any]:
-    T = sorted({point.time_steps for points in by_rule.values() for point in points})
-    x = {"title": {"text": "time steps T"}, "tickvals": T}
-    return base_layout(
-        theme, height=_HEIGHT, xaxis=x, yaxis={"title": {"text": title}, "rangemode": "tozero"}
-    )
+def _drawing(
+    data: Sequence[dict[str, Any]], by_rule: Mapping[str, Sequence[_Point]], title: str
+) -> dict[str, Any]:
+    steps = sorted({point.time_steps for points in by_rule.values() for point in points})
+    x, y = titled("time steps T", tickvals=steps), titled(title, rangemode="tozero")
+    return drawing(data, height=_HEIGHT, xaxis=x, yaxis=y)
 
 
 def _caption(sweep: Mapping[str, Any]) -> str:

@@ -1,15 +1,24 @@
-"""Where each rule's time goes."""
+"""The time of each rule by the parts of a batch."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-
-import plotly.graph_objects as go
+from typing import Any
 
 from pipeline.core.units import shown
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
-from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain
+from pipeline.report.figure import (
+    PAPER,
+    Figure,
+    Missing,
+    Table,
+    color,
+    drawing,
+    pattern,
+    plain,
+    titled,
+)
 from pipeline.report.study import Group
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
@@ -21,7 +30,7 @@ def time_parts(group: Group) -> Figure | Missing:
     title = "Where the time goes"
     of_rule = dict(_bars(group))
     if not of_rule:
-        return Missing(title=title, why="no run has told the parts of its time")
+        return Missing(title=title, why="no run has measured the parts of its time")
     names = [
         name
         for name in (*PARTS, REST, *BETWEEN)
@@ -35,48 +44,36 @@ def time_parts(group: Group) -> Figure | Missing:
     ]
     small = [name for name in names if name not in large]
 
-    def draw(theme: Theme) -> go.Figure:
-        figure = go.Figure()
-        bars = [
-            *((name, [name]) for name in large),
-            *([(f"{len(small)} small ones", small)] if small else []),
-        ]
-        for place, (label, merged) in enumerate(bars):
-            hatch = {
-                "shape": pattern(place),
-                "size": 6,
-                "fgcolor": theme.paper,
-                "fillmode": "overlay",
+    bars = [
+        *((name, [name]) for name in large),
+        *([(f"{len(small)} small ones", small)] if small else []),
+    ]
+    data = []
+    for place, (label, merged) in enumerate(bars):
+        hatch = {"shape": pattern(place), "size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
+        outline = {"color": PAPER, "width": 1}
+        data.append(
+            {
+                "type": "bar",
+                "name": label.replace("_", " "),
+                "orientation": "h",
+                "y": [plain(rule) for rule in of_rule],
+                "x": [
+                    sum(1e3 * parts.get(name, 0.0) for name in merged) for parts in of_rule.values()
+                ],
+                "marker": {"color": color(place + 1), "pattern": hatch, "line": outline},
+                "hovertemplate": "%{y}: %{x:.3g} ms<extra>" + label.replace("_", " ") + "</extra>",
             }
-            figure.add_trace(
-                go.Bar(
-                    name=label.replace("_", " "),
-                    orientation="h",
-                    y=[plain(rule) for rule in of_rule],
-                    x=[
-                        sum(1e3 * parts.get(name, 0.0) for name in merged)
-                        for parts in of_rule.values()
-                    ],
-                    marker={
-                        "color": color(theme, place + 1),
-                        "pattern": hatch,
-                        "line": {"color": theme.paper, "width": 1},
-                    },
-                    hovertemplate="%{y}: %{x:.3g} ms<extra>" + label.replace("_", " ") + "</extra>",
-                )
-            )
-        x, y = {"title": {"text": "ms of a batch"}}, {"autorange": "reversed", "showgrid": False}
-        layout = base_layout(
-            theme,
-            height=height,
-            xaxis=x,
-            yaxis=y,
-            barmode="stack",
-            bargap=0.35,
-            legend={"traceorder": "normal"},
         )
-        return figure.update_layout(layout)
-
+    layout: dict[str, Any] = {
+        "barmode": "stack",
+        "bargap": 0.35,
+        "legend": {"traceorder": "normal"},
+    }
+    layout |= {
+        "xaxis": titled("ms of a batch"),
+        "yaxis": {"autorange": "reversed", "showgrid": False},
+    }
     height = 170 + 42 * len(of_rule)
     rows = [
         (rule, name, of_rule[rule].get(name), of_rule[rule].get(name, 0.0) / totals[rule])
@@ -94,26 +91,25 @@ def time_parts(group: Group) -> Figure | Missing:
         name="time-parts",
         title=title,
         caption=(
-            "Mean over finished runs of all seconds that a run was charged with, evaluation and"
-            f" checkpoints too and start-up and comparisons of gradients not, by batch{alone}; rest"
-            " is what no named part was entered for."
+            "Mean over finished runs of all their time, with evaluations and checkpoints, without"
+            f" start-up and comparisons of gradients, by batch{alone}; rest is the time outside"
+            " every named part."
         ),
         alt=(
             f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is"
             f" {share:.0%}."
         ),
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
-        draw=draw,
-        height=height,
+        drawing=drawing(data, height=height, **layout),
     )
 
 
 def _bars(group: Group) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each rule as its bar is called, and its seconds of a batch in each part, the mean over its
-    finished runs.
+    """The label of each rule's bar, and its seconds of a batch in each part.
 
-    Others tell of their batches alone and are in no mean with those: they stand for a rule of which
-    none has finished."""
+    These are the mean over its finished runs. Other runs have measured their batches alone, and
+    stand for a rule of which none has finished.
+    """
     for rule in group.rules:
         finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
         of_runs = finished or [run.parts for run in group.of(rule) if run.parts]

@@ -11,9 +11,9 @@ from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import other_than_here
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import BESIDE_THE_STUDY, Recipe
-from pipeline.report.choose import finished_run
-from pipeline.report.differences import trained_apart
+from pipeline.report.results import read_run
 from pipeline.report.runs import ReportError, recipe_of
+from pipeline.report.selection import trained_apart
 from pipeline.track.journal import read
 from pipeline.track.provenance import told_in
 
@@ -183,14 +183,10 @@ def _refuse_if(differs: Sequence[tuple[str, Any, Any]], folder: Path) -> None:
 
 
 def _summary(folder: Path) -> Mapping[str, Any]:
-    run = finished_run(folder)
-    if (
-        run is None
-        or not run.summary.get("images_per_s")
-        or not run.summary.get("peak_saved_bytes")
-    ):
+    summary = read_run(folder).summary
+    if summary is None or not summary.get("images_per_s") or not summary.get("peak_saved_bytes"):
         raise ReportError(
             "plan: --against must be a run that has finished, of more than a few batches, on one"
             f" of which its saved bytes were counted; got {folder.name}"
         )
-    return run.summary
+    return summary

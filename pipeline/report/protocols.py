@@ -1,13 +1,12 @@
-"""The two protocols of a comparison beside one another: the same settings for every rule, and each
-rule with its own best.
+"""A search's report: shared settings for every rule, beside each rule with its own best value.
 
-The trials, which chose, are listed with what they did on the part of the training set that they had
-held out."""
+The trials are listed with their accuracy on the held-out part of the training set.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,10 @@ from rich.console import Console
 
 from pipeline.core.printing import number, print_table, say
 from pipeline.recipe.json import flat
-from pipeline.report.choose import study_of, unfinished_run
-from pipeline.report.compare import comparisons
-from pipeline.report.differences import written
-from pipeline.report.runs import recipe_of
-from pipeline.track.journal import last
-from pipeline.track.state import state_of
-from pipeline.track.trials import best, top1_of
+from pipeline.report.compare import comparisons, unfinished_to_json
+from pipeline.report.results import Run, read_run
+from pipeline.report.selection import written
+from pipeline.track.trials import best
 
 TITLES = {
     "shared": "shared: only the rule differs",
@@ -30,62 +26,63 @@ TITLES = {
 
 
 def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """A table for each study of a protocol, and one of the trials; what it prints as JSON. Called
-    with all runs of a suite.
+    """Print a table for each study of a protocol, and one of the trials.
 
-    A study of which every run diverged has no table: its runs are named.
+    A study whose runs all diverged has no table: its runs are named.
+
+    Args:
+        runs: all runs of a suite.
+
+    Returns:
+        what it printed, as JSON values.
     """
-    told: dict[str, Any] = {}
-    by_protocol = _by_protocol(runs)
+    found: dict[str, Any] = {}
+    read = [read_run(folder) for folder in runs.values()]
     for protocol, title in TITLES.items():
-        told[protocol] = []
-        for study, folders in by_protocol.get(protocol, {}).items():
-            fields = ", ".join(recipe_of(folders[0]).get("tuned", ()))
-            say(console, title.format(fields=fields), style="bold")
-            if all(state_of(folder) == "diverged" for folder in folders):
-                lost = [unfinished_run(folder) for folder in folders]
-                for run in lost:
-                    say(console, f"{run.folder.name} ({run.rule}) diverged")
+        found[protocol] = []
+        of_protocol = [run for run in read if run.protocol == protocol]
+        for study in dict.fromkeys(run.study for run in of_protocol):
+            members = [run for run in of_protocol if run.study == study]
+            say(
+                console,
+                title.format(fields=", ".join(members[0].recipe.get("tuned", ()))),
+                style="bold",
+            )
+            if all(run.state == "diverged" for run in members):
+                for run in members:
+                    say(console, f"{run.name} ({run.rule}) diverged")
                 console.print()
-                told[protocol].append(
-                    {"study": study, "runs": [], "unfinished": [run.to_json() for run in lost]}
-                )
+                lost = list(map(unfinished_to_json, members))
+                found[protocol].append({"study": study, "runs": [], "unfinished": lost})
                 continue
+            folders = [run.folder for run in members]
             for comparison in comparisons(folders[0].parent, folders):
                 comparison.render(console)
                 console.print()
-                told[protocol].append(comparison.to_json())
-    trials = [
-        trial for folders in by_protocol.get("trial", {}).values() for trial in _trials(folders)
-    ]
+                found[protocol].append(comparison.to_json())
+    tried = [run for run in read if run.protocol == "trial"]
+    studies = dict.fromkeys(run.study for run in tried)
+    trials = list(_trials([run for study in studies for run in tried if run.study == study]))
     _print_trials(trials, console)
-    return {**told, "trials": trials}
+    return {**found, "trials": trials}
 
 
-def _by_protocol(runs: Mapping[str, Path]) -> dict[str, dict[str, list[Path]]]:
-    """Folders by protocol and study."""
-    found: dict[str, dict[str, list[Path]]] = {}
-    for folder in runs.values():
-        protocol = recipe_of(folder).get("protocol", "shared")
-        found.setdefault(protocol, {}).setdefault(study_of(folder), []).append(folder)
-    return found
-
-
-def _trials(folders: list[Path]) -> Iterator[dict[str, Any]]:
-    """Of one study, each search's in the order that they were tried in, and which was taken."""
-    searches: dict[str, dict[str, float | None]] = {}
-    for folder in folders:
-        searches.setdefault(_search(folder), {})[folder.name] = top1_of(folder)
-    for folder in folders:
-        recipe, tried = recipe_of(folder), searches[_search(folder)]
-        [field] = recipe["tuned"]
+def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """The trials of each search in the order that they were tried in, and which was taken."""
+    searches: dict[tuple[str, str], dict[str, float | None]] = {}
+    for run in runs:
+        top1 = None if run.state == "diverged" else run.value("top1")
+        searches.setdefault((run.study, _search(run)), {})[run.name] = top1
+    for run in runs:
+        tried = searches[run.study, _search(run)]
+        [field] = run.recipe["tuned"]
         yield {
-            "run": folder.name,
-            "rule": str((last(folder / "journal.jsonl", "start") or {}).get("rule", "-")),
+            "run": run.name,
+            "rule": run.rule,
             "field": field,
-            "value": written(recipe, field),
-            "top1": tried[folder.name],
-            "taken": folder.name == best(tried),
+            "value": written(run.recipe, field),
+            "top1": tried[run.name],
+            "taken": run.name == best(tried),
         }
 
 
@@ -110,12 +107,8 @@ def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
     )
 
 
-def _search(folder: Path) -> str:
-    """Trials of one search differ in their name and in the value that they try alone: what differs
-    in anything else, such as one keyword of its rule or its family, has a search of its own
-    (`pipeline.recipe.search.tuned`)."""
-    recipe = recipe_of(folder)
-    tried = ("name", *recipe["tuned"])
-    return json.dumps(
-        {key: value for key, value in flat(recipe) if key not in tried}, sort_keys=True
-    )
+def _search(run: Run) -> str:
+    """What the trials of one search share: all but their name and the value that they try."""
+    tried = ("name", *run.recipe["tuned"])
+    fields = {key: value for key, value in flat(run.recipe) if key not in tried}
+    return json.dumps(fields, sort_keys=True)

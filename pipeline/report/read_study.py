@@ -1,13 +1,14 @@
-"""The study that is meant by names on the command line: a suite with its own report, a study key,
-runs, or the newest study.
+"""The study that names on the command line mean, for `spiketrain report`.
 
-Trials of a search are never in it: they differ in a value that was tried, and are judged on a part
-of the training set."""
+A name is that of a suite, of a run, or a study key; without names it is the newest study. Trials
+of a search are left out: they differ in a tried value, and are judged on a part of the training
+set.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +18,14 @@ from pipeline.core.units import counted
 from pipeline.recipe import BASELINE
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import SuiteFile, has_report, runs_of
-from pipeline.report.choose import Finished, is_trial, named, newest_study, study_of, with_baseline
+from pipeline.report.claims import Returned, returned
 from pipeline.report.compare import comparable
-from pipeline.report.paired import WITHIN
-from pipeline.report.returned import Returned, returned, sweep_of
+from pipeline.report.results import Run, read_run, read_runs, refuse_damage
 from pipeline.report.runs import ReportError
-from pipeline.report.study import Study
-from pipeline.report.study_run import from_folder
+from pipeline.report.selection import named, newest_study, with_baseline
+from pipeline.report.study import WITHIN, Study
 from pipeline.report.suite import Reported, own_report, suite_named
+from pipeline.report.sweeps import sweep_of
 from pipeline.track.publish import REPORT
 from pipeline.track.trials import over_in
 
@@ -32,13 +33,11 @@ _WIDTH = 120  # characters of what a suite's own report prints
 
 
 class Found(NamedTuple):
-    """What is meant."""
+    """A study, where its page belongs, and the folders of its runs and of trials left out."""
 
     study: Study
     place: Path
-    """where its page belongs"""
     folders: tuple[Path, ...]
-    """of its runs, and of trials that were left out"""
 
 
 def read_study(
@@ -51,54 +50,43 @@ def read_study(
     trust: tuple[str, ...] = (),
     reported: Reported | None = None,
 ) -> Found:
-    """The study, where its page belongs, and its runs.
+    """Read a study.
 
     Args:
         names: a suite, or runs and study keys as `compare` takes them; none: the newest study.
         sweeps: files that `spiketrain sweep --format json` printed.
         trust: packages of the user's own that a suite's report and recipes may be imported from.
-        reported: what the suite's own report has told already; None: it is asked, if it has one.
+        reported: what the suite's own report has returned already; None: it is run, if there is
+        one.
 
     Raises:
         ValueError: nothing answers to a name, a file is damaged, or a suite's own report cannot be
-        made or judges otherwise.
+            made or judges otherwise.
     """
     swept = tuple(sweep_of(read_json(path), str(path)) for path in sweeps)
     suite = suite_named(runs_dir, names)
+    own, printed, notes = Returned(), "", []
     if suite is not None:
-        runs = {name: run for name, run in runs_of(suite).items() if run.is_dir()}
-        if not runs:
-            raise ReportError(f"report: {suite.name} has no run yet")
-        if (against, within) != (BASELINE, WITHIN) and has_report(suite):
-            raise ReportError(
-                f"report: {suite.name} has a report of its own, so --against and --within have no"
-                f" effect on its claims; got {against}, {within:g}"
-            )
+        runs, tried = _runs_of_suite(suite, judges_alike=(against, within) == (BASELINE, WITHIN))
         own, printed, notes = _own_report(suite, trust, reported)
-        members, tried = _without_trials(runs.values())
         title, place = suite.name, suite / REPORT
     else:
-        folders = named(runs_dir, names) if names else newest_study(runs_dir)
-        own, printed, notes = Returned(), "", []
-        chosen, tried = _without_trials(folders)
-        members, missing = (
-            _with_their_baseline(runs_dir, chosen, against) if names else (chosen, [])
-        )
-        notes += missing
-        title = _title(members, names)
+        everything = read_runs(runs_dir)
+        chosen = named(runs_dir, names, everything) if names else newest_study(runs_dir, everything)
+        runs, tried = _without_trials(chosen)
+        if names:
+            runs, notes = _with_their_baseline(everything, runs, against)
+        title = _title(runs, names)
         place = runs_dir / f"report-{_slug(title)}.html"
-    if tried and not members:
-        raise ReportError(
-            "report: runs must be trained on the whole training set; got"
-            f" {counted(len(tried), 'trial')} of a search alone"
-        )
     if tried:
-        notes.append(
-            f"Left out: {counted(len(tried), 'trial')} on a held-out part of the training set."
-        )
+        trials = counted(len(tried), "trial")
+        notes.append(f"Left out: {trials} on a held-out part of the training set.")
+    for run in runs:
+        refuse_damage(run)
+        _ = run.activity  # which may be damaged, too
     study = Study(
         title=title,
-        runs=tuple(from_folder(folder) for folder in members),
+        runs=tuple(runs),
         against=against,
         within=within,
         claims=own.claims,
@@ -106,56 +94,71 @@ def read_study(
         notes=tuple(notes),
         printed=printed,
     )
-    return Found(study, place, (*members, *tried))
+    return Found(study, place, tuple(run.folder for run in (*runs, *tried)))
 
 
-def _without_trials(folders: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """And the trials."""
-    members: list[Path] = []
-    tried: list[Path] = []
-    for folder in folders:
-        (tried if is_trial(folder) else members).append(folder)
-    return members, tried
+def _runs_of_suite(suite: Path, *, judges_alike: bool) -> tuple[list[Run], list[Run]]:
+    """Its runs and its trials; `judges_alike`: --against and --within are as its own report's."""
+    members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
+    if not members:
+        raise ReportError(f"report: {suite.name} has no run yet")
+    if not judges_alike and has_report(suite):
+        raise ReportError(
+            f"report: {suite.name} has a report of its own, so --against and --within have no"
+            " effect on its claims"
+        )
+    return _without_trials(members)
+
+
+def _without_trials(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs that are no trials, and the trials.
+
+    Raises:
+        ReportError: there are trials alone.
+    """
+    trials = [run for run in runs if run.protocol == "trial"]
+    if trials and len(trials) == len(runs):
+        alone = f"{counted(len(trials), 'trial')} of a search alone"
+        raise ReportError(f"report: runs must be trained on the whole training set; got {alone}")
+    return [run for run in runs if run.protocol != "trial"], trials
 
 
 def _with_their_baseline(
-    runs_dir: Path, folders: Sequence[Path], against: str
-) -> tuple[list[Path], list[str]]:
-    """Those of each study and machine with the runs of the baseline that they lack; where there are
-    none, a note says why.
+    everything: Sequence[Run], runs: Sequence[Run], against: str
+) -> tuple[list[Run], list[str]]:
+    """The runs of each study and machine, with those of the baseline that they lack.
+
+    A note says why there are none.
     """
-    found: list[Path] = []
+    found: list[Run] = []
     notes: list[str] = []
-    for runs in comparable(folders):
-        if finished := [run for run in runs if isinstance(run, Finished)]:
-            more, said = with_baseline(runs_dir, finished, against)
-            found += [run.folder.resolve() for run in more]
-            notes += said
-    return list(dict.fromkeys([*found, *(folder.resolve() for folder in folders)])), notes
+    for members in comparable(runs):
+        if finished := [run for run in members if run.is_finished]:
+            more, why = with_baseline(everything, finished, against)
+            found += more
+            notes += why
+    return list({run.folder.resolve(): run for run in (*found, *runs)}.values()), notes
 
 
 def _own_report(
     suite: Path, trust: tuple[str, ...], reported: Reported | None
 ) -> tuple[Returned, str, list[str]]:
-    """What the suite's report returns and prints; a note where it has nothing to say yet.
+    """What the suite's report returns and prints, or a note that it waits for runs.
 
-    Raises: ReportError where it cannot be made: an earlier page, and its artifact, are worth more
-    than one without claims."""
+    Raises:
+        ReportError: it cannot be made. An earlier page is worth more than one without claims.
+    """
     runs, over = runs_of(suite), over_in(suite)
     if not has_report(suite):
         return Returned(), "", []
     if len(over) < len(runs):
-        waits = (
-            f"The suite's own report, with its claims, waits for all runs: {len(over)} of"
-            f" {len(runs)} have finished."
-        )
-        return Returned(), "", [waits]
+        waits = "The suite's own report, with its claims, waits for all runs"
+        return Returned(), "", [f"{waits}: {len(over)} of {len(runs)} have finished."]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"
-        reported = reported or own_report(
-            suite.name, report, over, Console(file=io.StringIO(), width=_WIDTH)
-        )
+        console = Console(file=io.StringIO(), width=_WIDTH)
+        reported = reported or own_report(suite.name, report, over, console)
     except ValueError as error:
         why = str(error).removeprefix("compare: ")
         raise ReportError(
@@ -165,17 +168,13 @@ def _own_report(
     return returned(reported.value, suite.name), reported.printed, []
 
 
-def _title(folders: Sequence[Path], names: Sequence[str]) -> str:
-    studies = list(dict.fromkeys(study_of(folder) for folder in folders))
-    if len(studies) == 1 and studies[0]:
-        return f"Study {studies[0][:8]}"
+def _title(runs: Sequence[Run], names: Sequence[str]) -> str:
+    studies = {run.study for run in runs}
+    if len(studies) == 1 and (study := studies.pop()):
+        return f"Study {study[:8]}"
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _slug(text: str) -> str:
-    return (
-        "-".join("".join(letter if letter.isalnum() else " " for letter in text.lower()).split())[
-            :80
-        ]
-        or "runs"
-    )
+    words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
+    return "-".join(words)[:80] or "runs"

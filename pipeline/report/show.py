@@ -1,4 +1,4 @@
-"""What a recipe resolves to, before anything is launched."""
+"""`spiketrain show`: a recipe with all its values, before anything is launched."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ def show_recipe(
     *,
     steps: Sequence[str] | None = None,
 ) -> None:
-    """Print a recipe: resolved, its parameters, study key, global batch and DeepSpeed settings.
+    """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
 
-    `steps`: what a step of each recipe costs, in a line each. Of a suite, what all its recipes
-    share is printed once, and then what each has of its own. No data file is needed, nor what a
-    reference names.
+    For a suite, the values that all its recipes share are printed once, and then those of each
+    recipe. No data file is needed, nor the weights that a reference names.
+
+    Args:
+        steps: the cost of a step of each recipe, one line each.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
@@ -91,7 +93,7 @@ def _resolved(
 
 
 def _shared(each: Sequence[dict[str, str]]) -> dict[str, str]:
-    """What all of them hold alike."""
+    """The entries that all of them share."""
     return {
         key: value
         for key, value in each[0].items()
@@ -106,11 +108,11 @@ def _less(own: dict[str, str], shared: dict[str, str]) -> dict[str, str]:
 def _print(title: str, fields: dict[str, str], lines: dict[str, str], console: Console) -> None:
     say(console, title, style="italic")
     print_fields(console, fields)
-    for name, told in lines.items():
-        if "\n" in told:  # indented JSON
-            console.out(f"{name:<13} {told}", highlight=False)
+    for name, text in lines.items():
+        if "\n" in text:  # indented JSON
+            console.out(f"{name:<13} {text}", highlight=False)
         else:
-            say(console, told, label=f"{name:<13} ")
+            say(console, text, label=f"{name:<13} ")
 
 
 def _study(recipe: Recipe) -> str:

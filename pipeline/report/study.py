@@ -1,64 +1,39 @@
-"""What one page or dashboard shows: runs, in groups of those that may be compared.
+"""Runs in groups that may be compared, and the statistics of each rule in a group.
 
-    study.groups[0].spread("SLTT", "peak_saved_bytes")       mean and standard deviation over seeds
-    study.groups[0].ratios("SLTT", "peak_saved_bytes")       over the baseline's runs of the same
-    seed, seed by seed
+    study.groups[0].spread("SLTT", "peak_saved_bytes")   mean and standard deviation over seeds
+    study.groups[0].ratios("SLTT", "peak_saved_bytes")   over the baseline, seed by seed
 
-Nothing is divided across groups: their runs have another study key, or were trained on something
-else. Only the speeds of groups that differ in their number of workers alone are (scaling.py).
+Nothing is divided across groups: their runs have another study key, or trained on something else.
+Only the speeds of groups that differ in their number of workers alone are (`tables.scaling`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.errors import remedy
 from pipeline.core.units import counted, shown
 from pipeline.recipe import BASELINE, is_baseline
-from pipeline.report.differences import tuned_in, written
-from pipeline.report.paired import WITHIN, Difference, paired_difference
-from pipeline.report.spread import Spread, spread_of
-from pipeline.report.study_run import StudyRun, from_folder, study_run
-from pipeline.track.journal import number
+from pipeline.report import results
+from pipeline.report.history import number
+from pipeline.report.results import COMPUTE, Run, kind
+from pipeline.report.selection import tuned_in, written
+from pipeline.track.journal import number as number_or_text
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pipeline.report.claims import Claim
 
-__all__ = [
-    "COMPUTE",
-    "ENERGY",
-    "ENERGY_MEASURED",
-    "KEPT",
-    "Group",
-    "Spread",
-    "Study",
-    "StudyRun",
-    "from_folder",
-    "kind",
-    "measured",
-    "spread_of",
-    "study_run",
-]
-
-COMPUTE = "compute_s"
-"""forward and backward of a steady batch, in the mean; no field of a summary"""
-KEPT = "kept_bytes"
-"""saved bytes, and those of states beside them: no storage twice; no field of a summary"""
-ENERGY = "inference.energy_j"
-"""of an inference, estimated"""
-ENERGY_MEASURED = "inference.measured_j"
-"""of an inference, by the cards' own counters"""
-_WALL = ("wall_s", "net_s")
-"""clocks of a whole run; left out are start-up, which takes longest in whichever run goes first,
-and comparing gradients, which no rule asks for"""
+WITHIN = 0.7  # points of accuracy: the loss that SLTT and OTTT claim at most
+_OF_TIME = (COMPUTE, "wall_s", "net_s", "images_per_s")
 FOLDED_ALONE = (
     f"times are divided by those of {BASELINE} folded over time; step by step, which may be faster,"
     " none among these has finished"
@@ -70,16 +45,77 @@ RECOMPUTES_NOTHING = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A quantity over the seeds of a rule."""
+
+    mean: float
+    deviation: float | None  # None of one run
+    runs: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean: mean ± t(0.975, n - 1) deviation / √n; None of one run."""
+        if self.deviation is None:
+            return None
+        from scipy import stats
+
+        reach = float(stats.t.ppf(0.975, self.runs - 1)) * self.deviation / self.runs**0.5
+        return self.mean - reach, self.mean + reach
+
+
+def spread_of(values: Sequence[float]) -> Spread | None:
+    """None without values."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(mean=statistics.fmean(values), deviation=deviation, runs=len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Baseline minus rule in points of accuracy, paired by seed, with the 95 % interval.
+
+    d_i = top1(baseline, seed i) - top1(rule, seed i). Runs of one seed begin with the same
+    weights and see the same order, so most of what a seed does drops out of the difference. The
+    interval is over seeds; the test set as a sample is in it only as far as it acts on d_i.
+    """
+
+    baseline: str
+    rule: str
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    diverged: int = 0  # further seeds in which the baseline finished and the rule diverged
+
+    def verdict(self, within: float) -> Literal["holds", "fails", "is undecided"]:
+        """Whether "at most `within` points below the baseline" is true of the whole interval.
+
+        It fails where it is true of no part. A rule that diverged in a seed fails.
+        """
+        if self.diverged:
+            return "fails"
+        if self.high <= within:
+            return "holds"
+        return "fails" if self.low > within else "is undecided"
+
+    def text(self, within: float) -> str:
+        lost = f" of those that did not diverge, as {self.diverged} did" if self.diverged else ""
+        return (
+            f"{self.baseline} - {self.rule}: {self.mean:+.2f} points over {self.seeds} paired "
+            f"seeds{lost}, 95 % interval {self.low:+.2f} to {self.high:+.2f}; at most {within:g} "
+            f"points below {self.verdict(within)}"
+        )
+
+
 @dataclass(frozen=True)
 class Group:
-    """Runs of one study key, trained on the same alone."""
+    """Runs that may be compared: of one study key, trained on the same alone."""
 
-    runs: tuple[StudyRun, ...]
-    """the baseline's first"""
+    runs: tuple[Run, ...]  # the baseline's first
     against: str = BASELINE
     within: float = WITHIN
-    diverged_beside: frozenset[tuple[str, int]] = frozenset()
-    """rule and seed of runs that diverged, where they are not among `runs`"""
 
     @property
     def study(self) -> str:
@@ -87,13 +123,16 @@ class Group:
 
     @property
     def key(self) -> str:
-        """The same whatever other groups stand beside it, and whatever runs come to it: a digest of
-        the `kind` of its runs.
-        """
+        """The same whatever other groups and runs stand beside: a digest of the runs' `kind`."""
         return f"g{hashlib.sha256(kind(self.runs[0]).encode()).hexdigest()[:8]}"
 
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """The frame of the finished runs."""
+        return results.frame(self.finished)
+
     @property
-    def finished(self) -> tuple[StudyRun, ...]:
+    def finished(self) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.is_finished)
 
     @property
@@ -102,227 +141,185 @@ class Group:
         return list(dict.fromkeys(run.rule for run in self.runs))
 
     @property
+    def finished_rules(self) -> list[str]:
+        return list(dict.fromkeys(run.rule for run in self.finished))
+
+    @property
     def has_baseline(self) -> bool:
-        return any(run.rule == self.against for run in self.finished)
+        return self.against in self.finished_rules
 
     @property
     def several_baselines(self) -> str:
-        """`several BPTTs with different optimizer.lr; name one`, where each has a label of its own
-        and none is `against`.
-        """
-        told_apart = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
-        if self.has_baseline or not any(run.is_finished for run in told_apart):
+        """`several BPTTs with different optimizer.lr; name one`, where none is just `against`."""
+        labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
+        if self.has_baseline or not any(run.is_finished for run in labelled):
             return ""
-        return f"several {self.against}s with different {', '.join(_apart(told_apart))}; name one"
+        return f"several {self.against}s with different {', '.join(_apart(labelled))}; name one"
 
     @property
     def undivided(self) -> str:
         """Why nothing is divided; empty where there is a baseline."""
-        return (
-            ""
-            if self.has_baseline
-            else self.several_baselines or f"no run of {self.against} among these has finished"
-        )
+        why = self.several_baselines or f"no run of {self.against} among these has finished"
+        return "" if self.has_baseline else why
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the reader of its means and ratios must know beside them."""
+        """What the reader of its means and ratios must know."""
         return tuple(_notes(self))
 
     @property
     def differences(self) -> list[Difference]:
-        """Baseline minus rule in points of accuracy, of every rule with at least two seeds in
-        common with it.
-        """
-        base = self.by_seed(self.against, "top1")
-        found = [
-            paired_difference(
-                base,
-                self.by_seed(rule, "top1"),
-                names=(self.against, rule),
-                diverged=self.lost(rule),
-            )
-            for rule in self.rules
-            if rule != self.against
-        ]
+        """Of every rule with at least two seeds in common with the baseline."""
+        found = [self._difference(rule) for rule in self.rules if rule != self.against]
         return [difference for difference in found if difference is not None]
 
-    def of(self, rule: str) -> tuple[StudyRun, ...]:
+    def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)
 
     def diverged(self, rule: str) -> set[int]:
-        """Seeds in which the rule diverged, in every run of it."""
-        found = {run.seed for run in self.of(rule) if run.state == "diverged"}
-        found |= {seed for of, seed in self.diverged_beside if of == rule}
-        return found - self.by_seed(rule, "top1").keys()
+        """Seeds in which every run of the rule diverged."""
+        lost = {run.seed for run in self.of(rule) if run.state == "diverged"}
+        return lost - self.by_seed(rule, "top1").keys()
 
     def lost(self, rule: str) -> int:
-        """Of the seeds in which the rule diverged those in which the baseline finished."""
+        """How many of the seeds that the baseline finished the rule diverged in."""
         return len(self.diverged(rule) & self.by_seed(self.against, "top1").keys())
 
-    def lost_told(self, rule: str) -> str:
+    def describe_lost(self, rule: str) -> str:
         """`diverged in 2 of BPTT's 3 seeds`; empty where it did in none of them."""
         lost, seeds = self.lost(rule), len(self.by_seed(self.against, "top1"))
         return f"diverged in {lost} of {self.against}'s {counted(seeds, 'seed')}" if lost else ""
 
+    def values(self, rule: str, name: str) -> pd.Series:
+        """A metric, or a number of the summaries, of a rule's finished runs, by their seeds."""
+        of_rule = self._by_rule.get(rule, self.frame.iloc[:0])
+        if name in of_rule:
+            return of_rule[name].dropna()
+        return of_rule["summary"].map(lambda summary: number(results.at(summary, name))).dropna()
+
+    @cached_property
+    def _by_rule(self) -> dict[Any, Any]:
+        return dict(iter(self.frame.set_index("seed").groupby("rule")))
+
     def spread(self, rule: str, name: str) -> Spread | None:
-        """Of a number of the summaries, over the rule's finished runs; None where none of them has
-        it.
-        """
-        return spread_of(
-            [value for run in self.of(rule) if (value := measured(run, name)) is not None]
-        )
-
-    def ratios(self, rule: str, name: str) -> Spread | None:
-        """Of `paired`; None without a seed in common."""
-        return spread_of(list(self.paired(rule, name).values()))
-
-    def paired(self, rule: str, name: str) -> dict[int, float]:
-        """By seed, over `base_of(name)`'s of the same seed, each the mean of a seed's runs."""
-        over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
-        return {
-            seed: value / over[seed] for seed, value in sorted(values.items()) if over.get(seed)
-        }
+        """Over the rule's finished runs; None where none of them has the quantity."""
+        return spread_of(self.values(rule, name).tolist())
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
-        """Of a number of the summaries, the mean of the finished runs of each seed."""
-        found: dict[int, list[float]] = {}
-        for run in self.of(rule):
-            if (value := measured(run, name)) is not None:
-                found.setdefault(run.seed, []).append(value)
-        return {seed: statistics.fmean(values) for seed, values in found.items()}
+        """The mean over the finished runs of each seed."""
+        by_seed: Any = self.values(rule, name).groupby(level=0)
+        return by_seed.mean().to_dict()
+
+    def paired(self, rule: str, name: str) -> dict[int, float]:
+        """By seed, over the value of `base_of(name)` in the same seed."""
+        over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
+        return {seed: value / over[seed] for seed, value in values.items() if over.get(seed)}
+
+    def ratios(self, rule: str, name: str) -> Spread | None:
+        """The spread of `paired`; None without a seed in common."""
+        return spread_of(list(self.paired(rule, name).values()))
 
     def base_of(self, name: str) -> str:
-        """The rule whose `name` others' is divided by: of time and speed the faster of BPTT folded
-        over time and step by step.
-        """
-        return self.fastest_baseline if name in (COMPUTE, *_WALL, "images_per_s") else self.against
+        """The rule that a quantity is divided by: for time and speed the faster BPTT."""
+        return self.fastest_baseline if name in _OF_TIME else self.against
 
-    @property
+    @cached_property
     def fastest_baseline(self) -> str:
-        """Of BPTT folded over time and step by step the one that computes faster, on the seeds of
-        all where there are such.
-        """
+        """BPTT folded over time or step by step: which computes faster, on the seeds of both."""
         kinds = [rule for rule in self.rules if is_baseline(rule, self.against)]
         times = {rule: seconds for rule in kinds if (seconds := self.by_seed(rule, COMPUTE))}
         if self.against not in times:
             return self.against
         shared = set.intersection(*map(set, times.values()))
-        return min(
-            times,
-            key=lambda rule: statistics.fmean(times[rule][seed] for seed in shared or times[rule]),
-        )
+
+        def mean(rule: str) -> float:
+            return statistics.fmean(times[rule][seed] for seed in shared or times[rule])
+
+        return min(times, key=mean)
+
+    def _difference(self, rule: str) -> Difference | None:
+        base, mine = self.by_seed(self.against, "top1"), self.by_seed(rule, "top1")
+        shared = sorted(base.keys() & mine.keys())
+        found = spread_of([100 * (base[seed] - mine[seed]) for seed in shared])
+        if found is None or found.interval is None:
+            return None
+        interval = dict(zip(("low", "high"), found.interval, strict=True))
+        about = {"baseline": self.against, "rule": rule, "diverged": self.lost(rule)}
+        return Difference(seeds=found.runs, mean=found.mean, **interval, **about)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The runs of a page, and what was claimed and swept beside them."""
+    """The runs of a page, and the claims and sweeps beside them."""
 
     title: str
-    runs: tuple[StudyRun, ...]
+    runs: tuple[Run, ...]
     against: str = BASELINE
     within: float = WITHIN
     claims: tuple[Claim, ...] = ()
-    sweeps: tuple[Mapping[str, Any], ...] = ()
-    """each what `spiketrain sweep --format json` prints"""
+    sweeps: tuple[Mapping[str, Any], ...] = ()  # each as `spiketrain sweep --format json` prints it
     notes: tuple[str, ...] = ()
-    printed: str = ""
-    """what the suite's own report prints"""
+    printed: str = ""  # by the suite's own report
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Those with most rules first, else in the order of their runs."""
-        by_kind: dict[str, list[StudyRun]] = {}
+        by_kind: dict[str, list[Run]] = {}
         for run in self.runs:
             by_kind.setdefault(kind(run), []).append(run)
-        groups = [
-            Group(self._sorted(_told_apart(runs)), self.against, self.within)
-            for runs in by_kind.values()
-        ]
+        groups = [Group(self._sorted(runs), self.against, self.within) for runs in by_kind.values()]
         return tuple(sorted(groups, key=lambda group: -len(group.rules)))
 
-    def _sorted(self, runs: Sequence[StudyRun]) -> tuple[StudyRun, ...]:
-        def place(run: StudyRun) -> tuple[bool, str, int, str]:
-            return run.rule != self.against, run.rule, run.seed, run.name
-
-        return tuple(sorted(runs, key=place))
+    def _sorted(self, runs: Sequence[Run]) -> tuple[Run, ...]:
+        return tuple(sorted(_labelled_apart(runs), key=lambda run: place(run, self.against)))
 
 
-def kind(run: StudyRun) -> str:
-    """Equal for runs that may be compared: of one study key, trained from the first step to the
-    last on as many workers, as large micro-batches and equal machines, with as many loader threads,
-    on cores of their own or not."""
-    return json.dumps(
-        [run.study, [asdict(each) for each in run.trained_on]], sort_keys=True, default=str
-    )
+def place(run: Run, against: str) -> tuple[bool, str, int, str]:
+    """Where a run stands among others: those of the baseline first."""
+    return run.rule != against, run.rule, run.seed, run.name
 
 
-def measured(run: StudyRun, name: str) -> float | None:
-    """A number of a finished run: of its summary, COMPUTE or KEPT. None: not measured. Runs of
-    versions that did not tell start-up apart have no wall clock to compare."""
-    if name == COMPUTE:
-        forward, backward = run.value("steady_forward_s"), run.value("steady_backward_s")
-        return None if forward is None or backward is None else forward + backward
-    if name == KEPT:
-        saved, states = run.value("peak_saved_bytes"), run.value("state_bytes")
-        return None if saved is None or states is None else saved + states
-    found = run.value(name)
-    if found is None or name not in _WALL:
-        return found
-    startup = run.value("startup_s")
-    if startup is None:
-        return None
-    return (
-        found - (startup if name == "wall_s" else 0.0) - (run.value("fidelity_s") or 0.0)
-    )  # net_s has no start-up in it
+def _labelled_apart(runs: Sequence[Run]) -> list[Run]:
+    """Rules of one label get what tells them apart into it.
 
-
-def _told_apart(runs: Sequence[StudyRun]) -> list[StudyRun]:
-    """Two rules of one label, such as SLTT-1 rescaled and not, or one with two values of what was
-    tuned, get what tells them apart into it."""
-    by_rule: dict[str, list[StudyRun]] = {}
+    Such are SLTT-1 rescaled and not, or one rule with two values of what was tuned.
+    """
+    by_rule: dict[str, list[Run]] = {}
     for run in runs:
         by_rule.setdefault(run.rule, []).append(run)
     apart = {rule: _apart(namesakes) for rule, namesakes in by_rule.items()}
-    return [
-        _labelled(
-            run, [value for name, value in _written(run.recipe).items() if name in apart[run.rule]]
-        )
-        for run in runs
-    ]
+    return [_labelled(run, apart[run.rule]) for run in runs]
 
 
-def _apart(runs: Sequence[StudyRun]) -> list[str]:
-    """Names of what `_written` tells of them that is not the same in all."""
+def _apart(runs: Sequence[Run]) -> list[str]:
+    """The names of what `_described` has of the runs that is not the same in all."""
     values: dict[str, set[str]] = {}
     for run in runs:
-        for name, value in _written(run.recipe).items():
+        for name, value in _described(run.recipe).items():
             values.setdefault(name, set()).add(value)
     return [name for name, several in values.items() if len(several) > 1]
 
 
-def _labelled(run: StudyRun, apart: Sequence[str]) -> StudyRun:
-    if not apart:
-        return run
-    label = f"{run.rule} ({', '.join(apart)})"
-    return replace(
-        run, rule=label, summary=None if run.summary is None else {**run.summary, "rule": label}
-    )
+def _labelled(run: Run, apart: Sequence[str]) -> Run:
+    values = [value for name, value in _described(run.recipe).items() if name in apart]
+    return replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run
 
 
-def _written(recipe: Mapping[str, Any]) -> dict[str, str]:
+def _described(recipe: Mapping[str, Any]) -> dict[str, str]:
     """The rule's keywords, and the value of each field that was tuned, as text."""
     rule = recipe.get("rule")
-    told = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
-    return told | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
+    found = {"keywords": _keywords(rule) or "as it comes"} if isinstance(rule, Mapping) else {}
+    return found | {key: f"{key}={written(recipe, key)}" for key in tuned_in(recipe)}
 
 
 def _keywords(part: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={_said(value)}" for name, value in (part.get("kwargs") or {}).items())
+    return ", ".join(
+        f"{name}={_python(value)}" for name, value in (part.get("kwargs") or {}).items()
+    )
 
 
-def _said(value: Any) -> str:
-    """A part of a recipe as Python has it: `SLTT(k=1)`."""
+def _python(value: Any) -> str:
+    """A part of a recipe as Python writes it: `SLTT(k=1)`."""
     is_part = isinstance(value, Mapping) and "target" in value
     return (
         f"{str(value['target']).rpartition('.')[2]}({_keywords(value)})" if is_part else str(value)
@@ -330,94 +327,88 @@ def _said(value: Any) -> str:
 
 
 def _notes(group: Group) -> Iterator[str]:
-    """Rules written out, commits, seeds with several runs, what wall clocks have in them and what
-    not, whose bytes nobody counted, what no count of operations knows, and what is divided by
-    what."""
-    of_rule = {rule: [run for run in group.of(rule) if run.is_finished] for rule in group.rules}
+    of_rule = {rule: [run for run in group.finished if run.rule == rule] for rule in group.rules}
     of_rule = {rule: runs for rule, runs in of_rule.items() if runs}
     for rule, (run, *_) in of_rule.items():
         part = run.recipe.get("rule")
         if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
-            yield f"{rule} is {_said(part)}"
+            yield f"{rule} is {_python(part)}"
     for run in group.runs:
         if how := _divergence(run):
+            advice = what_to_change(run.recipe)
             yield (
-                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules;"
-                f" {what_to_change(run.recipe)}"
+                f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})
     if len(commits) > 1:
         yield f"the runs are of different commits: {', '.join(commits)}"
     for rule, runs in of_rule.items():
-        for seed, count in Counter(run.seed for run in runs).items():
-            if count > 1:
+        for seed, times in Counter(run.seed for run in runs).items():
+            if times > 1:
                 yield (
-                    f"{rule} has {count} runs of seed {seed}, which count as one, their mean, in"
+                    f"{rule} has {times} runs of seed {seed}, which count as one, their mean, in"
                     " ratios and differences"
                 )
-    restarts = {
-        rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()
-    }
-    if told := [f"{count:g} of {rule}" for rule, count in restarts.items() if count]:
-        yield (
-            f"wall clocks have restarts in them, with the batches that each lost: {', '.join(told)}"
-        )
-    if told := [
-        f"{shown(spread.mean, kind='s')} of {rule}"
-        for rule in of_rule
-        if (spread := _startup(group, rule))
-    ]:
-        yield (
-            "wall clocks leave out start-up, which ends with each start's first batch:"
-            f" {', '.join(told)}"
-        )
-    if looked := [
-        rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)
-    ]:
-        yield (
-            "wall clocks leave out what comparing gradients with BPTT's took, in runs of"
-            f" {', '.join(looked)}"
-        )
-        if others := [rule for rule in of_rule if rule not in looked]:
-            told = (
-                f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)}"
-                " did not"
-            )
-            yield (
-                f"{told}: one that has may compute some 2 % slower from then on, so a difference as"
-                " small is none"
-            )
-    if uncounted := [
+    yield from _notes_on_clocks(group, of_rule)
+    uncounted = [
         rule
         for rule, runs in of_rule.items()
         if any(run.value("peak_saved_bytes") is None for run in runs)
-    ]:
+    ]
+    if uncounted:
         why = "no batch was whole on which bytes are counted"
         yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"
-    unknown = {name for runs in of_rule.values() for run in runs for name in _not_counted(run)}
+    unknown = {name for run in group.finished for name in _not_counted(run)}
     if unknown:
         yield (
             "operations, and the energy of an inference, leave out what no count knows:"
             f" {', '.join(sorted(unknown))}"
         )
     if group.has_baseline:
-        yield from _divisions_told(
+        yield from _notes_on_divisions(
             group, {rule: {run.seed for run in runs} for rule, runs in of_rule.items()}
         )
 
 
-def _startup(group: Group, rule: str) -> Spread | None:
-    """Seconds of start-up, where there were any."""
-    found = group.spread(rule, "startup_s")
-    return found if found is not None and found.mean else None
+def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iterator[str]:
+    """What wall clocks have in them, and what they leave out."""
+    restarts = {
+        rule: sum(run.value("restarts") or 0 for run in runs) for rule, runs in of_rule.items()
+    }
+    if texts := [f"{times:g} of {rule}" for rule, times in restarts.items() if times]:
+        yield (
+            "wall clocks have restarts in them, with the batches that each lost:"
+            f" {', '.join(texts)}"
+        )
+    startup = {rule: group.spread(rule, "startup_s") for rule in of_rule}
+    texts = [
+        f"{shown(each.mean, kind='s')} of {rule}"
+        for rule, each in startup.items()
+        if each and each.mean
+    ]
+    if texts:
+        yield (
+            "wall clocks leave out start-up, which ends with each start's first batch:"
+            f" {', '.join(texts)}"
+        )
+    looked = [
+        rule for rule, runs in of_rule.items() if any(run.value("fidelity_s") for run in runs)
+    ]
+    if looked:
+        of = f"in runs of {', '.join(looked)}"
+        yield f"wall clocks leave out what comparing gradients with BPTT's took, {of}"
+        if others := [rule for rule in of_rule if rule not in looked]:
+            yield (
+                f"runs of {', '.join(looked)} compared gradients, and those of {', '.join(others)}"
+                " did not: one that has may compute some 2 % slower from then on, so a difference"
+                " as small is none"
+            )
 
 
-def _divergence(run: StudyRun) -> str:
+def _divergence(run: Run) -> str:
     """`went back 2 times as its training diverged`; empty where training did not diverge."""
-    loss, back = (
-        number((run.summary or {}).get("loss")),
-        int(run.value("rollbacks") or 0),
-    )  # StudyRun.value knows no NaN
+    loss = number_or_text((run.summary or {}).get("loss"))
+    back = int(run.value("rollbacks") or 0)
     if run.state == "diverged":
         return "diverged"
     if run.is_finished and loss is not None and not math.isfinite(loss):
@@ -429,43 +420,35 @@ def _divergence(run: StudyRun) -> str:
 
 
 def what_to_change(recipe: Mapping[str, Any]) -> str:
-    """In all recipes of a comparison of which one diverged."""
-    return (
-        f"{remedy(*(number(written(recipe, key)) for key in ('optimizer.lr', 'clip_norm')))} for"
-        " every rule, and train again"
-    )
+    """The advice for all recipes of a comparison in which one diverged."""
+    values = (number_or_text(written(recipe, key)) for key in ("optimizer.lr", "clip_norm"))
+    return f"{remedy(*values)} for every rule, and train again"
 
 
-def _not_counted(run: StudyRun) -> list[str]:
+def _not_counted(run: Run) -> list[str]:
     """Products that the network made and nobody counted, in training or in an inference."""
-    summary = run.summary or {}
-    told = [summary.get("not_counted"), (summary.get("inference") or {}).get("not_counted")]
-    return [str(name) for names in told if isinstance(names, list) for name in names]
+    names = [results.at(run.summary, path) for path in ("not_counted", "inference.not_counted")]
+    return [str(name) for each in names if isinstance(each, list) for name in each]
 
 
-def _divisions_told(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
-    """The faster BPTT, or that there is but one, and rules without a seed to divide by."""
+def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:
+    """Which BPTT is divided by, and which rules have no seed in common with it."""
     kinds = [rule for rule in seeds if is_baseline(rule, group.against)]
-    is_compared = (
-        group.against == BASELINE
-        and len(seeds) > len(kinds)
-        and any(run.recipe.get("time_steps") != 1 for run in group.finished)
-    )
+    has_time = any(run.recipe.get("time_steps") != 1 for run in group.finished)
+    is_compared = group.against == BASELINE and len(seeds) > len(kinds) and has_time
     if is_compared and kinds == [BASELINE]:
         yield FOLDED_ALONE
     if is_compared and not any(rule.startswith(RECOMPUTED) for rule in seeds):
         yield RECOMPUTES_NOTHING
-    if group.fastest_baseline != group.against:
-        yield (
-            f"images/s, wall clock and compute time are divided by {group.fastest_baseline}'s, the"
-            f" faster {group.against}"
-        )
+    faster = group.fastest_baseline
+    divided = {group.against: "nothing of it is divided"}
+    if faster != group.against:
+        times = "images/s, wall clock and compute time"
+        yield f"{times} are divided by {faster}'s, the faster {group.against}"
         divided = {
             group.against: "its top-1 and bytes are not divided",
-            group.fastest_baseline: "its times are not divided",
+            faster: "its times are not divided",
         }
-    else:
-        divided = {group.against: "nothing of it is divided"}
     for rule in seeds:
         for base, what in divided.items():
             if not seeds[rule] & seeds[base]:

@@ -129,7 +129,8 @@ def _divided(found: Sweep) -> str:
 
 
 def _largest(point: Point) -> str:
-    return f"{'about ' if point.largest_batch and point.at_largest is None else ''}{point.largest_batch:,}"
+    is_estimate = point.largest_batch and point.at_largest is None
+    return f"{'about ' if is_estimate else ''}{point.largest_batch:,}"
 
 
 def _cells(

@@ -1,86 +1,130 @@
-"""The tables of a report: costs, what stands behind each row, claims, how recipes differ, hardware
-and commits.
-"""
+"""The tables of a comparison and of a report."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.core.units import shown, unit_of
+from pipeline.core.units import counted, rounded, unit_of
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.json import differing
-from pipeline.report.claims import Claim
-from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
+from pipeline.recipe.recipe import Split
 from pipeline.report.figure import Cell, Table
-from pipeline.report.figures import MEASURED_SAID, QUANTITIES, prices
-from pipeline.report.places import NOT_SAID, machine, micro_batches, places
-from pipeline.report.silence import state_told
-from pipeline.report.spread import Spread
-from pipeline.report.study import COMPUTE, ENERGY, ENERGY_MEASURED, KEPT, Group, Study, StudyRun
+from pipeline.report.results import (
+    ENERGY,
+    KEPT,
+    NOT_SAID,
+    Metric,
+    Run,
+    compared,
+    describe_state,
+    expanded,
+    machine,
+    metric,
+    micro_batches,
+    places,
+)
+from pipeline.report.selection import VARIED, trained_apart, tuned_in, written
+from pipeline.report.study import Group, Study, spread_of
 
-STATES = "states beside saved bytes"
-_BESIDE = {
-    "state_bytes": (STATES, "B"),
-    "peak_device_bytes": ("peak on the device", "B"),
-    "peak_reserved_bytes": ("peak reserved there", "B"),
-    "peak_rss_bytes": ("peak RSS", "B"),
-    "peak_pss_bytes": ("PSS between batches, at its peak", "B"),
-    "evaluation_peak_device_bytes": ("peak on the device while evaluating", "B"),
-    "evaluation_peak_reserved_bytes": ("peak reserved there while evaluating", "B"),
-    "evaluation_peak_rss_bytes": ("peak RSS while evaluating", "B"),
-    "startup_s": ("start-up", "s"),
-    "net_s": ("wall clock net of restarts", "s"),
-    "device_j": ("joules of training, measured", "J"),
-    ENERGY_MEASURED: ("joules of an inference, measured", "J"),
-}
-_BY_TABLE = "energy_j_by_table"
-_HELD = {
-    "held.parameters": "parameters",
-    "held.buffers": "buffers",
-    "held.gradients": "gradients",
-    "held.optimizer": "optimizer",
-    "held.teacher": "teacher",
-    "held.rule": "the rule's own",
-    "state_bytes": STATES,
-}
+if TYPE_CHECKING:
+    from pipeline.report.claims import Claim
+
+_ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
+_HELD = "held."
+MEASURED_SAID = (
+    "what the cards used for a sample while the set was evaluated, by their own counters (NVML), "
+    "with idle power and waits for data"
+)
 HELD_SAID = (
-    "Bytes of one worker, each kind apart, as they are without ZeRO. The rule's own is what it"
-    " learns, or draws, by itself, as OPZO's matrices and HLOP's rows, and what it notes of a"
-    " batch, at its most. States, of the worker that holds most, are there while a batch is trained"
-    " on; the rest stays. What backward keeps of states, as of traces, is a saved byte, and not"
-    " here."
+    "Bytes of one worker, each kind apart, as they are without ZeRO. The rule's own is what it "
+    "learns or draws by itself, such as OPZO's matrices and HLOP's rows, and what it notes of a "
+    "batch, at its most. States, of the worker that holds most, exist while a batch is trained "
+    "on; the rest stays. What backward keeps of states, such as traces, is a saved byte and is "
+    "not counted here."
 )
 BESIDE_SAID = (
-    "Bytes are of the worker that holds most; states are membranes, traces, and what the slices of"
-    " a batch share, weights and the first features of a still image, with the gradient they"
-    " collect, as far as backward does not keep them as well: saved bytes and states have no"
-    " storage in common. Joules of training are of the whole of it, of one worker's card in the"
-    " mean over workers, by the card's own counter (NVML), its idle power included; joules of an"
-    f" inference are {MEASURED_SAID}. Those are measured, where the energy of an inference is an"
-    " estimate. Multiplications and additions are of training on one sample, by what they serve,"
-    " counted on the third batch of a run, which has hardly learnt yet, and every"
-    f" {OPERATIONS_EVERY}th after it; states are looked at on the second of each start and every"
-    f" {MEMORY_EVERY}th; where one of these is skipped, the next stands in its place. Wall clocks"
-    " leave out start-up, which ends with the first batch of each start and takes longest in"
-    " whichever run goes first, and what comparing gradients with BPTT's took, which no rule asks"
-    " for."
+    "Bytes are of the worker that holds most. States are membranes, traces, and what the slices "
+    "of a batch share: weights, the first features of a still image, and the gradient that they "
+    "collect, as far as backward does not keep them as well. Saved bytes and states have no "
+    "storage in common. Joules of training are of all of it and of one worker's card, in the mean "
+    "over workers, by the card's own counter (NVML), with its idle power; the measured energy of "
+    f"an inference is {MEASURED_SAID}. The other energies of an inference are estimates. "
+    "Multiplications and additions are of training on one sample, by their purpose, counted on "
+    f"the third batch of a run, which has hardly learnt yet, and every {OPERATIONS_EVERY}th after "
+    f"it. States are counted on the second batch of each start and every {MEMORY_EVERY}th. Where "
+    "one of these is skipped, the next one counts. Wall clocks leave out start-up, which ends with "
+    "the first batch of each start and takes longest in the run that goes first, and comparisons "
+    "of gradients with BPTT's, which no rule asks for."
 )
+SCALING_SAID = (
+    "Measured, not a model: steady images/s of finished runs, the mean over those of one rule and "
+    "number of workers; the global batch is the same for any number. Efficiency is the speed-up "
+    "over the fewest workers, divided by how many times as many there are. Compared are runs of "
+    "one study key on equal machines, all with cores of their own or all without. A run in other "
+    "micro-batches than its recipe asks for, such as one that ran out of memory, is left out."
+)
+
+
+class Shown(NamedTuple):
+    """A quantity of a rule as text: `8 MB`, `± 0 MB`, `×0.25`; the last two may be empty."""
+
+    mean: str
+    spread: str
+    ratio: str
+
+    def in_a_line(self) -> str:
+        return " ".join(filter(None, (self.mean, self.spread, self.ratio and f"({self.ratio})")))
+
+
+def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True) -> Shown | None:
+    """The mean over the finished runs of a rule, its deviation, × the baseline over paired seeds.
+
+    None where no run measured it.
+    """
+    found = group.spread(rule, metric.name)
+    if found is None:
+        return None
+    ratio = group.ratios(rule, metric.name) if is_divided else None
+    over = "" if ratio is None else f"×{ratio.mean:{'.2f' if ratio.mean >= 0.1 else '.3g'}}"
+    spread = (
+        "" if found.deviation is None else f"± {_text(metric, found.deviation, like=found.mean)}"
+    )
+    return Shown(_text(metric, found.mean), spread, over)
+
+
+def columns_of_costs(group: Group) -> list[Metric]:
+    """The compared metrics that a finished run measured, and those of every table."""
+    finished = group.finished
+    return [
+        each
+        for each in compared()
+        if each.name in _ALWAYS or any(run.value(each.name) is not None for run in finished)
+    ]
+
+
+def title(metric: Metric, runs: Iterable[Run]) -> str:
+    """The head of a metric's column; that of energy names the prices behind the joules."""
+    priced = prices(runs) if metric.name == ENERGY else ""
+    return f"{metric.title} ({priced})" if priced else metric.title
+
+
+def prices(runs: Iterable[Run]) -> str:
+    """The prices behind the joules of inferences, such as `45 nm, fp32`; empty without joules."""
+    of = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
+    return "; ".join(dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in of))
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
-    """Each rule with a sentence: what it saves against the baseline, and what it costs in accuracy,
-    or that it diverged.
-    """
+    """Each rule with a sentence: its savings beside the baseline, and its loss in accuracy."""
     if not group.has_baseline:
         return []
-    told = {difference.rule: difference.text(group.within) for difference in group.differences}
+    texts = {each.rule: each.text(group.within) for each in group.differences}
     found = [
-        (rule, _headline(group, rule, told.get(rule)))
+        (rule, _headline(group, rule, texts.get(rule)))
         for rule in group.rules
         if rule != group.against
     ]
@@ -88,75 +132,67 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 
 def costs(group: Group) -> Table:
-    """One row for each rule: mean over seeds ± standard deviation, × the baseline over paired
-    seeds; its other runs by state.
-    """
-    columns = ("rule", "top-1", *_titles(group.finished), "images/s", "finished runs")
-    return Table(columns=columns, rows=tuple(tuple(_costs(group, rule)) for rule in group.rules))
-
-
-def beside(group: Group) -> Table | None:
-    """What else was measured of each rule, mean over seeds ± standard deviation; None where nothing
-    was.
-    """
-    known = dict(_BESIDE)
-    for priced in _other_prices(group):
-        known[f"inference.{_BY_TABLE}.{priced}"] = (
-            f"joules of an inference, estimated ({priced})",
-            "J",
-        )
-    for purpose in _purposes(group):
-        for name in ("multiplications", "additions"):
-            known[f"operations.{purpose}.{name}"] = (f"{purpose}: {name}", "count")
-    kept = {
-        name: about
-        for name, about in known.items()
-        if any(_is_there(run, name) for run in group.finished)
-    }
-    if not kept:
-        return None
-    rows = [
-        (rule, *(_spread(group.spread(rule, name), kind, None) for name, (_, kind) in kept.items()))
-        for rule in group.rules
-    ]
-    return Table(columns=("rule", *(title for title, _ in kept.values())), rows=tuple(rows))
-
-
-def held(group: Group) -> Table | None:
-    """What each rule holds in training, mean over seeds; None where no run says so."""
-    if not any(run.value("held.parameters") is not None for run in group.finished):
-        return None
-    rows = [
-        (rule, *(_spread(group.spread(rule, name), "B", None) for name in _HELD))
-        for rule in group.rules
-    ]
-    return Table(columns=("rule", *_HELD.values()), rows=tuple(rows))
-
-
-def behind_the_rows(group: Group) -> Table:
-    """What each rule is compared with, the choices that decide such a comparison, as far as recipes
-    and runs tell, and the seeds of its means."""
-    columns = [
-        "rule",
-        "ratios to",
-        "time to",
-        "reset gradient",
-        "norm statistics",
-        "precision",
-        "over time",
-    ]
-    columns += ["micro-batch", "evaluated"]
-    if any(tuned_in(run.recipe) for run in group.runs):
-        columns.append("tuned")
-    rows = [_behind(group, rule) for rule in group.rules]
+    """One row for each rule: means over seeds, and how many of its runs finished."""
+    metrics = columns_of_costs(group)
+    columns = ("rule", *(title(each, group.finished) for each in metrics), "finished runs")
     return Table(
-        columns=(*columns, "seeds"),
-        rows=tuple(tuple(row[name] for name in (*columns, "seeds")) for row in rows),
+        columns=columns, rows=tuple(tuple(_costs(group, rule, metrics)) for rule in group.rules)
     )
 
 
+def beside(group: Group) -> Table | None:
+    """The metrics that are not compared, mean over seeds; None where none was measured."""
+    in_costs = f"({prices(group.finished)})"
+    metrics = [
+        each
+        for each in expanded(run.summary for run in group.finished)
+        if not each.better
+        and not each.name.startswith(_HELD)
+        and not each.title.endswith(in_costs)
+        and any(_is_there(run, each) for run in group.finished)
+    ]
+    return _of_metrics(group, metrics) if metrics else None
+
+
+def held(group: Group) -> Table | None:
+    """The bytes that each rule holds in training, by kind; None where no run measured them."""
+    if not any(run.value("held.parameters") is not None for run in group.finished):
+        return None
+    kinds = [each for each in expanded([]) if each.name.startswith(_HELD)]
+    return _of_metrics(group, [*kinds, metric("state_bytes")])
+
+
+def behind_the_rows(group: Group) -> Table:
+    """By rule: what it is divided by, the choices that decide the comparison, and its seeds."""
+    rows = [
+        {"rule": rule, **behind(group, rule), "seeds": _seeds(group, rule)} for rule in group.rules
+    ]
+    return Table(columns=tuple(rows[0]), rows=tuple(tuple(row.values()) for row in rows))
+
+
+def behind(group: Group, rule: str) -> dict[str, str]:
+    """The rules that a rule is divided by, and the choices that decide the comparison."""
+    runs = group.of(rule)
+    conditions = (
+        run.summary["conditions"] for run in runs if run.summary and run.summary.get("conditions")
+    )
+    found, recipe = next(conditions, {}), runs[0].recipe
+    choices = {
+        "ratios to": group.against if group.has_baseline else "no baseline",
+        "time to": group.fastest_baseline if group.has_baseline else "no baseline",
+        "reset gradient": str(found.get("reset_gradient", NOT_SAID)),
+        "norm statistics": str(found.get("norm_over", NOT_SAID)),
+        "precision": str(found.get("precision", NOT_SAID)),
+        "over time": _over_time(found.get("steps_per_forward"), recipe),
+        "micro-batch": micro_batches(runs[0]),
+        "evaluated": _evaluated(recipe),
+    }
+    if any(tuned_in(run.recipe) for run in group.runs):
+        choices["tuned"] = ", ".join(f"{key}={written(recipe, key)}" for key in tuned_in(recipe))
+    return choices
+
+
 def claims(found: Sequence[Claim]) -> Table:
-    """{claim, published, held to, ours, holds?}"""
     columns = ("rule", "claim", "published", "held to", "ours", "holds?")
     rows = [
         (c.about, c.claim, c.published, c.bound, c.ours, c.verdict or "not judged") for c in found
@@ -165,24 +201,20 @@ def claims(found: Sequence[Claim]) -> Table:
 
 
 def recipe_differences(study: Study) -> Table:
-    """In what the recipes of each other group differ from those of the first, rule, seed and name
-    apart.
-    """
+    """How the recipes and machines of each other group differ from those of the first."""
     first, *others = study.groups
-    rows: list[tuple[Cell, ...]] = []
-    for group in others:
-        for name, mine, theirs in _apart(first.runs[0], group.runs[0]):
-            rows.append(
-                (
-                    name,
-                    json.dumps(mine),
-                    json.dumps(theirs),
-                    *(named(each, among=study.groups) for each in (first, group)),
-                )
-            )
-    return Table(
-        columns=("field", "first group", "other group", "first", "other"), rows=tuple(rows)
-    )
+    rows = [
+        (
+            name,
+            json.dumps(mine),
+            json.dumps(theirs),
+            *(named(each, among=study.groups) for each in (first, group)),
+        )
+        for group in others
+        for name, mine, theirs in _apart(first.runs[0], group.runs[0])
+    ]
+    columns = ("field", "first group", "other group", "first", "other")
+    return Table(columns=columns, rows=tuple(rows))
 
 
 def provenance(study: Study) -> Table:
@@ -206,15 +238,13 @@ def provenance(study: Study) -> Table:
             run.rule,
             run.seed,
             run.study[:8],
-            state_told(run.state, run.heard),
+            describe_state(run.state, run.heard),
             _progress(run),
-            len(run.restarts),
-            "; then ".join(dict.fromkeys(machine(each.hardware) for each in run.trained_on))
+            len(run.history.restarts),
+            "; then ".join(dict.fromkeys(machine(on.hardware) for on in run.trained_on))
             or machine({}),
-            _one_after_another(each.workers for each in run.trained_on),
-            _one_after_another(
-                "its own" if each.own_cores else "shared" for each in run.trained_on
-            ),
+            _in_turn(on.world_size for on in run.trained_on),
+            _in_turn("its own" if on.own_cores else "shared" for on in run.trained_on),
             ", ".join(run.commits) or None,
         )
         for group in study.groups
@@ -224,51 +254,92 @@ def provenance(study: Study) -> Table:
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
-    """Runs of groups with one rule: there is nothing to set them beside."""
-    columns = (
-        "run",
-        "rule",
-        "seed",
-        "top-1",
-        *_titles([run for group in groups for run in group.finished]),
-    )
-    rows = [
-        (
-            run.name,
-            run.rule,
-            run.seed,
-            _written(group, run, "top1") if run.is_finished else _unfinished(run),
-            *(_written(group, run, name) for name in QUANTITIES),
-        )
-        for group in groups
-        for run in group.runs
-    ]
+    """Runs of groups with one rule, which compare with nothing."""
+    finished = [run for group in groups for run in group.finished]
+    metrics = [each for each in compared() if each.name != "top1"]
+    rows: list[tuple[Cell, ...]] = []
+    for group in groups:
+        for run in group.runs:
+            alone = Group((run,), group.against)
+            found = [
+                shown_of(alone, run.rule, each, is_divided=False)
+                for each in (metric("top1"), *metrics)
+            ]
+            top1, *others = [each and each.in_a_line() for each in found]
+            rows.append(
+                (
+                    run.name,
+                    run.rule,
+                    run.seed,
+                    top1 if run.is_finished else _unfinished(run),
+                    *others,
+                )
+            )
+    columns = ("run", "rule", "seed", "top-1", *(title(each, finished) for each in metrics))
     return Table(columns=columns, rows=tuple(rows))
 
 
-def named(group: Group, *, among: Sequence[Group] = ()) -> str:
-    """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers, each on cores of
-    its own`
+def scaling(study: Study) -> Table | None:
+    """The worth of more workers, measured; None where no rule finished on two numbers of them.
 
-    The protocol is told where one of the groups that it stands among was tuned.
+        speed-up   = images/s of n workers / images/s of the fewest
+        efficiency = speed-up / (n / the fewest)
+
+    images/s are a run's steady ones. The global batch is the recipe's for any number of workers.
     """
-    run = group.runs[0]
-    is_told = any(tuned_in(each.runs[0].recipe) for each in (group, *among))
-    return (
-        f"Study {group.study[:8] or 'unknown'}{_protocol(run.recipe) if is_told else ''} on"
-        f" {places(run)}"
+    alike: dict[str, dict[int, list[Run]]] = {}
+    for group in study.groups:
+        for run in group.finished:
+            if run.workers and run.value("images_per_s") and _is_split_as_written(run, run.workers):
+                alike.setdefault(_but_for_workers(run), {}).setdefault(run.workers, []).append(run)
+    columns = (
+        "rule",
+        "workers",
+        "images/s, measured",
+        "its deviation",
+        "speed-up",
+        "efficiency",
+        "over",
     )
+    columns += ("runs", "study", "machine", "cores")
+    rows = [
+        row
+        for by_workers in alike.values()
+        if len(by_workers) > 1
+        for row in _scaling_rows(by_workers)
+    ]
+    return Table(columns=columns, rows=tuple(rows)) if rows else None
 
 
-def _titles(runs: Sequence[StudyRun]) -> Iterator[str]:
-    """Of `QUANTITIES`; that of energy has the prices behind its joules."""
-    priced = prices(runs)
-    for name, (title, _) in QUANTITIES.items():
-        yield f"{title} ({priced})" if name == ENERGY and priced else title
+def named(group: Group, *, among: Sequence[Group] = ()) -> str:
+    """`Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers`
+
+    The protocol is named where one of the groups that it stands among was tuned.
+    """
+    run, protocol = group.runs[0], ""
+    if any(tuned_in(each.runs[0].recipe) for each in (group, *among)):
+        fields = ", ".join(tuned_in(run.recipe))
+        protocol = f", tuned {fields}," if fields else ", shared settings,"
+    return f"Study {group.study[:8] or 'unknown'}{protocol} on {places(run)}"
+
+
+def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
+    """A quantity with its unit; a deviation is written in the unit of the mean that it is
+    `like`.
+    """
+    size, digits = (value, 4) if like is None else (like, 2)
+    if metric.unit == "share":
+        return f"{value:.2%}"
+    if metric.name == "wall_s":
+        if like is None and size >= 3600:
+            return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+        return f"{value / 60:.1f} min" if size >= 60 else f"{value:.1f} s"
+    scale, unit = unit_of(metric.unit, [size])
+    return f"{rounded(value / scale, digits=digits)} {unit}".rstrip()
 
 
 def _headline(group: Group, rule: str, difference: str | None) -> str:
-    """Empty where nothing of it stands beside the baseline's."""
+    """Empty where nothing of the rule can be compared with the baseline."""
     saved = ", ".join(_saved(group, rule))
     if not saved and not group.lost(rule):
         return ""
@@ -276,166 +347,85 @@ def _headline(group: Group, rule: str, difference: str | None) -> str:
 
 
 def _saved(group: Group, rule: str) -> Iterator[str]:
-    for name, (title, _) in QUANTITIES.items():
-        if name != KEPT and (ratio := group.ratios(rule, name)) is not None:
-            kept = group.ratios(rule, KEPT) if name == "peak_saved_bytes" else None
+    for each in compared():
+        ratio = group.ratios(rule, each.name) if each.better == "less" else None
+        if ratio is not None and each.name != KEPT:
+            kept = group.ratios(rule, KEPT) if each.name == "peak_saved_bytes" else None
             with_states = "" if kept is None else f", {kept.mean:.2f} with states"
-            yield f"{ratio.mean:.2f} of {group.base_of(name)}'s {title}{with_states}"
+            yield f"{ratio.mean:.2f} of {group.base_of(each.name)}'s {each.title}{with_states}"
 
 
 def _without_interval(group: Group, rule: str) -> str:
-    """Of a rule with one seed in common with the baseline, or none. What diverged fails, whatever
-    it did in another seed.
-    """
+    """Of a rule with at most one seed in common with the baseline; one that diverged fails."""
     base = group.by_seed(group.against, "top1")
     points = [
         100 * (base[seed] - top1)
         for seed, top1 in group.by_seed(rule, "top1").items()
         if seed in base
     ]
-    told = (
-        f"{group.against} - {rule}: {points[0]:+.2f} points of one seed, so without an interval"
-        if points
-        else ""
-    )
-    if lost := group.lost_told(rule):
+    of_one = f"{points[0]:+.2f} points of one seed, so without an interval" if points else ""
+    text = f"{group.against} - {rule}: {of_one}" if of_one else ""
+    if lost := group.describe_lost(rule):
         return (
-            f"{told}{', and ' if told else ''}{lost}; at most {group.within:g} points below fails"
+            f"{text}{', and ' if text else ''}{lost}; at most {group.within:g} points below fails"
         )
-    return told or f"no seed in common with {group.against}, so accuracies are not subtracted"
+    return text or f"no seed in common with {group.against}, so accuracies are not subtracted"
 
 
-def _costs(group: Group, rule: str) -> Iterator[Cell]:
+def _costs(group: Group, rule: str, metrics: Sequence[Metric]) -> Iterator[Cell]:
     runs = group.of(rule)
-    finished, others = (
-        sum(run.is_finished for run in runs),
-        Counter(_unfinished(run) for run in runs if not run.is_finished),
-    )
+    finished = sum(run.is_finished for run in runs)
+    others = Counter(_unfinished(run) for run in runs if not run.is_finished)
     yield rule
-    yield _spread(group.spread(rule, "top1"), "share", None) if finished else ", ".join(others)
-    for name, kind in (
-        *((name, kind) for name, (_, kind) in QUANTITIES.items()),
-        ("images_per_s", "rate"),
-    ):
-        yield _spread(group.spread(rule, name), kind, group.ratios(rule, name))
-    yield (
-        ", ".join([str(finished), *(f"{count} {state}" for state, count in others.items())])
-        if others
-        else finished
-    )
+    for each in metrics:
+        found = shown_of(group, rule, each)
+        states = ", ".join(others) if each.name == "top1" else None
+        yield states if found is None else found.in_a_line()
+    states = [f"{times} {state}" for state, times in others.items()]
+    yield ", ".join([str(finished), *states]) if others else finished
 
 
-def _unfinished(run: StudyRun) -> str:
+def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
+    rows = []
+    for rule in group.rules:
+        found = [shown_of(group, rule, each, is_divided=False) for each in metrics]
+        rows.append((rule, *(each and each.in_a_line() for each in found)))
+    return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
+
+
+def _unfinished(run: Run) -> str:
     """The state of a run that is in no mean; one that has finished waits for its summary."""
     return "without a summary" if run.state == "finished" else run.state
 
 
-def _progress(run: StudyRun) -> str:
-    again = "" if run.again_from is None else f", done again from {run.again_from} on"
-    return f"{run.step}/{run.total_steps or '?'}{again}"
+def _progress(run: Run) -> str:
+    past = run.history
+    again = "" if past.again_from is None else f", done again from {past.again_from} on"
+    return f"{past.step}/{run.total_steps or '?'}{again}"
 
 
-def _purposes(group: Group) -> list[str]:
-    """What training operations served in any run, in the order of their counting."""
-    counted = [(run.summary or {}).get("operations") for run in group.finished]
-    return list(
-        dict.fromkeys(purpose for work in counted if isinstance(work, Mapping) for purpose in work)
-    )
+def _is_there(run: Run, metric: Metric) -> bool:
+    """Whether it was measured; without a device, its peaks are 0."""
+    value = None if run.summary is None else metric.value(run.summary)
+    return value is not None and (value != 0 or "peak_" not in metric.name)
 
 
-def _other_prices(group: Group) -> list[str]:
-    """Tables by which the joules of inferences were estimated as well, beside those behind the
-    costs.
-    """
-    told = [
-        each
-        for run in group.finished
-        if isinstance(each := (run.summary or {}).get("inference"), Mapping)
-    ]
-    first = {each.get("prices") for each in told}
-    return [
-        name
-        for name in dict.fromkeys(name for each in told for name in each.get(_BY_TABLE, ()))
-        if name not in first
-    ]
-
-
-def _is_there(run: StudyRun, name: str) -> bool:
-    """Whether it was measured; where there is no device, its peaks are 0."""
-    value = run.value(name)
-    return value is not None and (
-        value != 0 or not name.removeprefix("evaluation_").startswith("peak_")
-    )
-
-
-def _spread(found: Spread | None, kind: str, ratio: Spread | None) -> str | None:
-    if found is None:
-        return None
-    text = shown(found.mean, kind=kind)
-    if found.deviation is not None:
-        number, _, unit = (
-            text.partition(" ") if kind != "share" else (text.removesuffix("%"), "", "%")
-        )
-        spread = (
-            100 * found.deviation
-            if kind == "share"
-            else found.deviation / unit_of(kind, [found.mean])[0]
-        )
-        text = f"{number} ± {float(f'{spread:.2g}'):g} {unit}".rstrip()
-    return text if ratio is None else f"{text} ({shown(ratio.mean, kind='ratio')})"
-
-
-def _written(group: Group, run: StudyRun, name: str) -> str | None:
-    alone = Group((run,), group.against, group.within).spread(run.rule, name)
-    return _spread(alone, "share" if name == "top1" else QUANTITIES[name][1], None)
-
-
-def _behind(group: Group, rule: str) -> dict[str, Cell]:
-    runs = group.of(rule)
-    told = next(
-        (
-            run.summary["conditions"]
-            for run in runs
-            if run.summary and run.summary.get("conditions")
-        ),
-        {},
-    )
-    return {
-        "rule": rule,
-        "ratios to": group.against if group.has_baseline else "no baseline",
-        "time to": group.base_of(COMPUTE) if group.has_baseline else "no baseline",
-        "reset gradient": str(told.get("reset_gradient", NOT_SAID)),
-        "norm statistics": str(told.get("norm_over", NOT_SAID)),
-        "precision": str(told.get("precision", NOT_SAID)),
-        "over time": _over_time(told.get("steps_per_forward"), runs[0].recipe),
-        "micro-batch": micro_batches(runs[0]),
-        "evaluated": _evaluated(runs[0].recipe),
-        "tuned": ", ".join(
-            f"{key}={written(runs[0].recipe, key)}" for key in tuned_in(runs[0].recipe)
-        ),
-        "seeds": ", ".join(str(run.seed) for run in runs if run.is_finished) or "none",
-    }
+def _seeds(group: Group, rule: str) -> str:
+    return ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished) or "none"
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
-    """How many time steps a forward takes: all of them is folded. What the journal alone tells of a
-    recipe is text.
-    """
+    """How many time steps a forward takes. A recipe that a journal alone has is text."""
     whole = written(recipe, "time_steps")
     if steps is None or (steps != 1 and whole is None):
         return NOT_SAID
-    how = (
-        "step by step"
-        if steps == 1
-        else "folded"
-        if str(steps) == str(whole)
-        else f"in slices of {steps}"
-    )
+    how = "folded" if str(steps) == str(whole) else f"in slices of {steps}"
+    how = "step by step" if steps == 1 else how
     return f"{how}, recomputed" if written(recipe, "rule.recompute") in (True, "true") else how
 
 
 def _evaluated(recipe: Mapping[str, Any]) -> str:
-    """How often the set was read that top-1 is of: what is read once has chosen nothing."""
+    """How often the evaluation set was read: a set that is read once has chosen nothing."""
     every = written(recipe, "evaluate_every")
     if every is None:
         return NOT_SAID
@@ -444,16 +434,16 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _apart(first: StudyRun, other: StudyRun) -> Iterator[tuple[str, Any, Any]]:
+def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
     yield from differing("", *(_shared(run.recipe) for run in (first, other)))
-    yield from trained_apart(*([asdict(each) for each in run.trained_on] for run in (first, other)))
+    yield from trained_apart(*([asdict(on) for on in run.trained_on] for run in (first, other)))
 
 
 def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what runs of a group may differ in; a value that each rule has of its own is
-    nobody's.
-    """
-    kept = {name: copy.deepcopy(value) for name, value in recipe.items() if name not in VARIED}
+    """Without the fields in which runs of a group may differ, and without what was tuned."""
+    kept = json.loads(
+        json.dumps({name: value for name, value in recipe.items() if name not in VARIED})
+    )
     for key in (key for key in tuned_in(recipe) if written(recipe, key) is not None):
         *parts, last = key.split(".")
         inner: Any = kept
@@ -463,12 +453,56 @@ def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _protocol(recipe: Mapping[str, Any]) -> str:
-    fields = ", ".join(tuned_in(recipe))
-    return f", tuned {fields}," if fields else ", shared settings,"
-
-
-def _one_after_another(values: Iterable[Cell]) -> Cell:
-    """`2, then 1`; what did not change stands alone."""
+def _in_turn(values: Iterable[Cell]) -> Cell:
+    """`2, then 1`; a value that did not change stands alone."""
     found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None
+
+
+def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cell, ...]]:
+    fewest = min(by_workers)
+    alone = 0.0
+    for workers, runs in sorted(by_workers.items()):
+        found = spread_of([run.value("images_per_s") or 0.0 for run in runs])
+        assert found is not None, "each number of workers has a run"
+        alone = alone or found.mean
+        speed_up = found.mean / alone
+        about = (
+            counted(fewest, "worker"),
+            found.runs,
+            runs[0].study[:8],
+            machine(runs[0].hardware),
+        )
+        cores = "its own" if runs[0].trained_on[0].own_cores else "shared"
+        efficiency = speed_up * fewest / workers
+        yield (
+            runs[0].rule,
+            workers,
+            found.mean,
+            found.deviation,
+            speed_up,
+            efficiency,
+            *about,
+            cores,
+        )
+
+
+def _is_split_as_written(run: Run, workers: int) -> bool:
+    """Whether all of it trained on the same, in the recipe's micro-batches."""
+    size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
+    if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
+        return False
+    return run.trained_on[0].micro_batch == Split.of(size, workers=workers, most=most).micro_batch
+
+
+def _but_for_workers(run: Run) -> str:
+    """What must be equal: the study, the rule in the recipe, the machine and its share of it."""
+    (on,) = run.trained_on
+    rule = run.recipe.get("rule")
+    found = [
+        run.study,
+        rule if isinstance(rule, Mapping) else run.rule,
+        on.loader_threads,
+        on.own_cores,
+    ]
+    return json.dumps([*found, dict(on.hardware)], sort_keys=True, default=str)

@@ -26,6 +26,7 @@ __all__ = [
     "Follower",
     "Journal",
     "NullTracker",
+    "every",
     "first",
     "last",
     "read",
@@ -188,6 +189,17 @@ def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
     except FileNotFoundError:
         pass
     return None
+
+
+def every(path: str | os.PathLike[str], kind: str) -> list[Event]:
+    """All events of one kind, oldest first; the lines of other kinds are not parsed."""
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    head = _head(kind)
+    lines = [head + rest.partition(b"\n")[0] for rest in text.split(head)[1:]]
+    return [event for line in lines if (event := _parse(line)) is not None]
 
 
 def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:

@@ -98,34 +98,31 @@ from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import device_here, hardware, other_than_here
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.suite import Suite
-from pipeline.report.beside import beside
 from pipeline.report.claims import (
     Claim,
     accuracy,
-    at_their_largest,
-    bytes_at_most,
-    flat_in_t,
-    kept,
     not_judged,
     print_claims,
+    share,
     share_of_k,
-    temporal_shares,
-    time_at_most,
-    time_in_turn,
-    time_of_k,
-    time_of_two_forwards,
-    told,
+    share_of_two_forwards,
 )
 from pipeline.report.compare import Comparison, comparisons
-from pipeline.report.paired import WITHIN
-from pipeline.report.returned import sweep_of
-from pipeline.report.study import Group
-from pipeline.report.study_run import StudyRun, from_folder
+from pipeline.report.results import COMPUTE, KEPT, Run, read_run
+from pipeline.report.study import WITHIN, Group
 from pipeline.report.sweep import told_sweep
+from pipeline.report.sweeps import sweep_of
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.state import state_of
+from recipes.compare.claims_base import (
+    at_their_largest,
+    beside,
+    flat_in_t,
+    temporal_shares,
+    time_in_turn,
+)
 from recipes.fashion.base import fashion
 from recipes.imagenet.nf_resnet34_sltt import recipe as nf_resnet34_sltt
 
@@ -204,11 +201,11 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
             for of, found in (("by T", swept), ("largest batches", largest))
             if found is not None
         }
-        looked = [from_folder(folder) for folder in folders["sltt"]]
+        looked = [read_run(folder) for folder in folders["sltt"]]
         claims += _claims(trained, judged.group, swept, largest, turns, looked)
     claims += _imagenet(_planned(next(iter(runs.values())) / "plan.json", console))
     print_claims(claims, console)
-    return {"claims": told(claims), "studies": told_of, "sweeps": sweeps}
+    return {"claims": [asdict(claim) for claim in claims], "studies": told_of, "sweeps": sweeps}
 
 
 def _lost(study: str, runs: int) -> Claim:
@@ -236,9 +233,7 @@ def _most_complete(study: str, found: list[Comparison], console: Console) -> Com
     return judged
 
 
-def _swept(
-    trained: Recipe, run: StudyRun, file: Path, console: Console
-) -> Mapping[str, Any] | None:
+def _swept(trained: Recipe, run: Run, file: Path, console: Console) -> Mapping[str, Any] | None:
     """None where it is not there and this is not the machine that `run` was trained on."""
 
     def measure() -> dict[str, Any]:
@@ -249,7 +244,7 @@ def _swept(
 
 
 def _at_largest(
-    trained: Recipe, run: StudyRun, file: Path, console: Console
+    trained: Recipe, run: Run, file: Path, console: Console
 ) -> Mapping[str, Any] | None:
     """Each rule's own largest batch at the T of the runs. None as `_swept`."""
     T = trained.time_steps
@@ -267,20 +262,20 @@ def _at_largest(
 def _kept(
     file: Path, rests_on: Mapping[str, Any], measure: Callable[[], dict[str, Any]], console: Console
 ) -> Mapping[str, Any] | None:
-    def told(found: Any) -> Mapping[str, Any]:
+    def parse(found: Any) -> Mapping[str, Any]:
         sweep_of(found, str(file))  # which refuses what is none
         return found
 
-    return beside(file, rests_on=rests_on, measure=measure, told=told, console=console)
+    return beside(file, rests_on=rests_on, measure=measure, parse=parse, console=console)
 
 
-def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dict[str, Turns]:
+def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str, Turns]:
     """Rules that take turns as `run` was trained: so many at once, with as many samples and
     threads. Nothing as `_swept`.
     """
     on = run.trained_on[-1]
     about = {
-        "workers": on.workers or 1,
+        "workers": on.world_size or 1,
         "samples": on.micro_batch,
         "threads": on.hardware.get("threads", 1),
     }
@@ -292,7 +287,7 @@ def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dic
             for label, each in in_turn(trained, [RULES[name] for name in TURNED], **about).items()
         }
 
-    def told(found: Any) -> dict[str, Turns]:
+    def parse(found: Any) -> dict[str, Turns]:
         return {
             label: Turns(
                 **{**of, "forward_s": tuple(of["forward_s"]), "backward_s": tuple(of["backward_s"])}
@@ -301,10 +296,10 @@ def _turned(trained: Recipe, run: StudyRun, file: Path, console: Console) -> dic
         }
 
     rests_on = {"machine": dict(run.hardware), "batch": about, "backend": trained.backend}
-    return beside(file, rests_on=rests_on, measure=measure, told=told, console=console) or {}
+    return beside(file, rests_on=rests_on, measure=measure, parse=parse, console=console) or {}
 
 
-def _refuse_elsewhere(run: StudyRun) -> None:
+def _refuse_elsewhere(run: Run) -> None:
     """Raises: ValueError where `run` was trained on another machine than this one, or on another of
     its devices.
     """
@@ -319,7 +314,7 @@ def _claims(
     swept: Mapping[str, Any] | None,
     largest: Mapping[str, Any] | None,
     turns: Mapping[str, Turns],
-    looked: Sequence[StudyRun],
+    looked: Sequence[Run],
 ) -> Iterator[Claim]:
     """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a
     verdict. `looked` told shares.
@@ -334,16 +329,17 @@ def _claims(
 
     constant = 1 / T + 0.05
     of = (about("SLTT"), group, "SLTT")
-    yield bytes_at_most(
+    yield share(
         *of,
+        "peak_saved_bytes",
         bound=constant,
         published="0.30 of GPU memory (ImageNet), 0.36 of GPU memory (CIFAR-10)",
     )
-    yield kept(*of)
+    yield share(*of, KEPT)
     yield flat_in_t(about("SLTT"), _bytes_of_T(swept, "SLTT"), over=SWEPT, published="constant")
     yield from at_their_largest(about("SLTT"), largest, "SLTT")
     published = "0.91 of training hours (ImageNet), 0.72 of training hours (CIFAR-10)"
-    yield time_at_most(*of, bound=1.0, published=published)
+    yield share(*of, COMPUTE, bound=1.0, published=published)
     yield time_in_turn(about("SLTT"), turns, "SLTT", bound=1.0, published=published)
     yield accuracy(*of, within=WITHIN, published="+0.28 (ImageNet), +0.01 (CIFAR-10)")
     yield from temporal_shares(about("SLTT"), looked)
@@ -352,24 +348,31 @@ def _claims(
         "0.43 of training hours (ImageNet)",
         "half of the training time, of SLTT-K (abstract)",
     )
-    yield time_of_k(*of, T=T, k=1, published=one)
+    yield share(*of, COMPUTE, bound=share_of_k(T, 1), published=one)
     yield time_in_turn(about("SLTT-1"), turns, "SLTT-1", bound=share_of_k(T, 1), published=one)
     yield from at_their_largest(about("SLTT-1"), largest, "SLTT-1")
     yield accuracy(*of, within=WITHIN, published="+0.30 (ImageNet)")
     of = (about("SLTT-2"), group, "SLTT-2")
-    yield bytes_at_most(*of, bound=constant, published="as SLTT's")
-    yield time_of_k(*of, T=T, k=2, published=two)
+    yield share(*of, "peak_saved_bytes", bound=constant, published="as SLTT's")
+    yield share(*of, COMPUTE, bound=share_of_k(T, 2), published=two)
     yield time_in_turn(about("SLTT-2"), turns, "SLTT-2", bound=share_of_k(T, 2), published=two)
     yield from at_their_largest(about("SLTT-2"), largest, "SLTT-2")
     yield accuracy(*of, within=None, published="")
     of = (about("OTTT-A"), group, "OTTT-A")
-    yield bytes_at_most(*of, bound=0.5, published="0.33 to 0.50 of GPU memory (CIFAR-10)")
-    yield kept(*of)
+    yield share(
+        *of, "peak_saved_bytes", bound=0.5, published="0.33 to 0.50 of GPU memory (CIFAR-10)"
+    )
+    yield share(*of, KEPT)
     yield from at_their_largest(about("OTTT-A"), largest, "OTTT-A")
     yield accuracy(*of, within=WITHIN, published="-0.74 (CIFAR-10), -1.99 (CIFAR-100)")
     of = (about("BPTT-recompute"), group, "BPTT-recompute")
-    yield bytes_at_most(*of, bound=None, published="O(sqrt(n)) of n layers (Chen et al. 2016)")
-    yield time_of_two_forwards(*of, published="one more forward a batch (Chen et al. 2016)")
+    yield share(*of, "peak_saved_bytes", published="O(sqrt(n)) of n layers (Chen et al. 2016)")
+    yield share(
+        *of,
+        COMPUTE,
+        bound=share_of_two_forwards,
+        published="one more forward a batch (Chen et al. 2016)",
+    )
     yield from at_their_largest(about("BPTT-recompute"), largest, "BPTT-recompute")
     yield accuracy(*of, within=None, published="")
 
@@ -407,7 +410,7 @@ def _planned(file: Path, console: Console) -> dict[str, str]:
         }
 
     rests_on = {"code": code_digest(), "machine": machine, **asked}
-    return beside(file, rests_on=rests_on, measure=measure, told=dict, console=console) or {}
+    return beside(file, rests_on=rests_on, measure=measure, parse=dict, console=console) or {}
 
 
 def _predicted(model: Planned) -> str:

@@ -22,7 +22,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.recipe.recipe import read_json, write_json
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import step_name
 from tests.driver import Driver
@@ -198,12 +198,12 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
 
 
 def in_mlflow(run: Path) -> str:
-    [state] = [
-        each.state
+    [status] = [
+        each.status
         for each in open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
         if each.name == run.name
     ]
-    return state
+    return status
 
 
 def doors(driver: psutil.Process) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch.nodes import free_port
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
 from tests.faults.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
@@ -71,7 +71,7 @@ def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(
         assert max(after - before for before, after in pairwise(while_it_hung)) < TIMEOUT_S / 2
         assert sync(run, uri=uri).delivered > 0
         [seen] = open_store(uri).listed()
-        assert seen.state == "FINISHED"
+        assert seen.status == "FINISHED"
         steps = [point.step for point in open_store(uri).history(seen.id, "train/loss", since=0)]
         assert steps == list(range(1, STEPS_PER_EPOCH * EPOCHS + 1))
     finally:

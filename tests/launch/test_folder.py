@@ -12,7 +12,7 @@ from pipeline.launch import prepare as preparing
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.folder import whole_folder
 from pipeline.launch.prepare import prepare, read_job
-from pipeline.report.runs import list_runs
+from pipeline.report.listing import list_runs
 from pipeline.track.state import state_of
 from tests.small import small_recipe
 

@@ -28,7 +28,7 @@ from pipeline.launch.nodes import free_port
 from pipeline.launch.suite import _tell_mlflow
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, runs_of
-from pipeline.report.runs import list_suites, print_runs
+from pipeline.report.listing import list_suites, print_runs
 from pipeline.report.suite import print_suite
 from pipeline.track.connect import connect
 from pipeline.track.journal import Journal, read

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.store import ArtifactError, Point, StoredRun, StoreError, Told
+from pipeline.report.stores import ArtifactError, Point, Sent, StoredRun, StoreError
+from pipeline.track.hierarchy import PARENT_OF
 from tests.report.hand_made import KEY, LAYERS, events, recipe, run
 
 
@@ -31,7 +32,7 @@ class FakeStore:
         self._ask("listed")
         return list(self.members)
 
-    def runs(self, study: str) -> list[StoredRun]:
+    def runs(self, study: str | None) -> list[StoredRun]:
         self._ask("runs", study)
         return [run for run in self.members if run.study == study]
 
@@ -45,9 +46,9 @@ class FakeStore:
             raise ArtifactError(self.refused[run_id])
         return self.texts.get((run_id, name))
 
-    def journal(self, run_id: str) -> Told:
+    def journal(self, run_id: str) -> Sent:
         lines = (self.text(run_id, "journal.jsonl") or "").splitlines()
-        return Told(events=list(map(json.loads, lines)), every=self.every)
+        return Sent(events=list(map(json.loads, lines)), every=self.every)
 
     def _ask(self, *what: Any) -> None:
         time.sleep(self.pause_s)
@@ -57,20 +58,20 @@ class FakeStore:
 
     def add(self, name: str, **about: Any) -> StoredRun:
         """A run of which nothing but its tags is known."""
-        known: dict[str, Any] = {
+        known: dict[str, Any] = {"study": KEY, "rule": "BPTT", "seed": "0"}
+        tags = {f"spiketrain.{key}": about.pop(key, value) for key, value in known.items()}
+        if parent := about.pop("parent", None):
+            tags[PARENT_OF] = parent
+        about = {
             "experiment": "fashion",
-            "study": KEY,
-            "rule": "BPTT",
-            "seed": "0",
-            "state": "FINISHED",
-            "parent": None,
+            "status": "FINISHED",
             "started": 1000.0,
             "newest": 2000.0,
-            "tags": {},
             "metrics": {},
-            **about,
-        }
-        made = StoredRun(id=(name * 32)[:32], name=name, **known)
+        } | about
+        made = StoredRun(
+            id=(name * 32)[:32], name=name, **{**about, "tags": tags | about.pop("tags", {})}
+        )
         self.members = [made, *(each for each in self.members if each.id != made.id)]
         return made
 

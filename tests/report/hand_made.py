@@ -4,10 +4,11 @@ the summary tell them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from pipeline.report.results import Run, run_of
 from pipeline.report.study import Study
-from pipeline.report.study_run import StudyRun, study_run
 
 KEY = "0123456789abcdef"
 MACHINE = {
@@ -124,7 +125,7 @@ def events(
 
 def run(
     rule: str = "BPTT", *, seed: int = 0, top1: float = 0.9, restart: bool = False, **changes: Any
-) -> StudyRun:
+) -> Run:
     """A finished run; `changes` of its summary, and of the files beside it."""
     saved, forward, backward, energy = COSTS.get(rule, COSTS["SLTT"])
     beside = {
@@ -172,7 +173,21 @@ def run(
         summary[f"steady_{part}"] = (
             None if summary[part] is None else summary[part] / summary["steps"]
         )
-    return study_run(name, written, state=state, summary=summary, **beside)
+    return made(name, written, state=state, summary=summary, **beside)
+
+
+def made(
+    name: str,
+    events: Sequence[dict[str, Any]],
+    *,
+    state: str,
+    activity: list[Any] | None = None,
+    **about: Any,
+) -> Run:
+    """A run of these events and files."""
+    starts = [event for event in events if event["event"] == "start"]
+    files: dict[str, Any] = {"journal": lambda: events, "layers": lambda: activity}
+    return run_of(name, starts=starts, state=state, **files, **about)
 
 
 def recipe(rule: str = "BPTT", /, **changes: Any) -> dict[str, Any]:
@@ -193,7 +208,7 @@ def recipe(rule: str = "BPTT", /, **changes: Any) -> dict[str, Any]:
     }
 
 
-def study(*more: StudyRun, **about: Any) -> Study:
+def study(*more: Run, **about: Any) -> Study:
     """BPTT 0.90 and 0.92, SLTT 0.89 and 0.90, and what else is given."""
     runs = (
         run(top1=0.9),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.report.beside import beside
+from recipes.compare.claims_base import beside
 
 
 class Asked:
@@ -25,7 +25,7 @@ class Asked:
             self.file,
             rests_on={"machine": machine},
             measure=self._measure,
-            told=lambda value: value["made"],
+            parse=lambda value: value["made"],
             console=console,
         )
         return found, console.file.getvalue()  # type: ignore[attr-defined]
@@ -89,6 +89,6 @@ def test_where_nothing_can_be_read_or_written_only_the_file_is_lost(
     def refuse(file: Path, value: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("pipeline.report.beside.write_json", refuse)
+    monkeypatch.setattr("recipes.compare.claims_base.write_json", refuse)
     found, said = asked()
     assert found == 2 and said.endswith("does it anew: Read-only file system\n")

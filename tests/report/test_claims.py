@@ -17,30 +17,25 @@ from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import (
     Claim,
     accuracy,
-    at_their_largest,
-    bytes_at_most,
-    flat_in_t,
     print_claims,
+    share,
     share_of_k,
-    temporal_shares,
-    time_at_most,
-    time_in_turn,
-    time_of_k,
-    time_of_two_forwards,
+    share_of_two_forwards,
 )
+from pipeline.report.results import Run
 from pipeline.report.study import COMPUTE, Group, Study
-from pipeline.report.study_run import StudyRun
 from pipeline.track.journal import Journal
 from recipes.compare import claims_fashion
+from recipes.compare.claims_base import at_their_largest, flat_in_t, temporal_shares, time_in_turn
 from tests.report.hand_made import fidelity, run
 
 
-def timed(rule: str, forward: float, backward: float, *, seed: int = 0, **changes: Any) -> StudyRun:
+def timed(rule: str, forward: float, backward: float, *, seed: int = 0, **changes: Any) -> Run:
     """Seconds of a steady batch, of the hundred that hand-made runs have."""
     return run(rule, seed=seed, forward_s=100 * forward, backward_s=100 * backward, **changes)
 
 
-def group(*runs: StudyRun) -> Group:
+def group(*runs: Run) -> Group:
     (found,) = Study(title="t", runs=runs).groups
     return found
 
@@ -50,23 +45,25 @@ def twice(*runs: tuple[str, float, float]) -> Group:
     return group(*(timed(*each, seed=seed) for seed in (0, 1) for each in runs))
 
 
-def saved(rule: str, count: float, *, seed: int = 0) -> StudyRun:
+def saved(rule: str, count: float, *, seed: int = 0) -> Run:
     return run(rule, seed=seed, peak_saved_bytes=count)
 
 
 @pytest.mark.parametrize(("count", "holds"), [(24.9, True), (25.1, False)])
 def test_saved_bytes_are_held_to_a_share_of_bptts(count: float, holds: bool) -> None:
-    claim = bytes_at_most(
-        "SLTT", group(saved("BPTT", 100), saved("SLTT", count)), "SLTT", bound=0.25, published=""
+    claim = share(
+        "SLTT",
+        group(saved("BPTT", 100), saved("SLTT", count)),
+        "SLTT",
+        "peak_saved_bytes",
+        bound=0.25,
     )
-    assert (claim.holds, claim.bound, claim.within_noise) == (holds, "<= 0.250", False)
+    assert (claim.holds, claim.bound, claim.within_noise) == (holds, "<= 0.25", False)
     assert claim.ours == f"{count / 100:.3f} of BPTT's, seed 0"
 
 
 def test_bytes_that_no_paper_claims_are_told_without_a_verdict() -> None:
-    claim = bytes_at_most(
-        "SLTT", group(saved("BPTT", 100), saved("SLTT", 50)), "SLTT", bound=None, published=""
-    )
+    claim = share("SLTT", group(saved("BPTT", 100), saved("SLTT", 50)), "SLTT", "peak_saved_bytes")
     assert (claim.holds, claim.verdict, claim.bound, claim.ours) == (
         None,
         "",
@@ -124,7 +121,7 @@ def test_the_time_of_one_step_is_held_to_what_r_allows_of_the_faster_bptt(
     more.
     """
     runs = twice(("BPTT", 2.0, 6.0), ("BPTT-chunk-1", 1.0, 2.0), ("SLTT-1", seconds, 0.0))
-    claim = time_of_k("SLTT-1", runs, "SLTT-1", T=6, k=1, published="")
+    claim = share("SLTT-1", runs, "SLTT-1", COMPUTE, bound=share_of_k(6, 1))
     assert claim.holds is holds and claim.bound == "<= 0.489 (r = 2.00)"
     assert claim.ours.endswith("of BPTT-chunk-1's, seeds 0, 1")
 
@@ -133,7 +130,7 @@ def test_the_time_of_one_step_is_held_to_what_r_allows_of_the_faster_bptt(
 def test_recomputing_is_held_to_a_second_forward(seconds: float, holds: bool) -> None:
     """r = 2: 1.1 x 4/3, of 3 s 4.4."""
     runs = twice(("BPTT", 1.0, 2.0), ("BPTT-recompute", 0.0, seconds))
-    claim = time_of_two_forwards("recomputed", runs, "BPTT-recompute", published="")
+    claim = share("recomputed", runs, "BPTT-recompute", COMPUTE, bound=share_of_two_forwards)
     assert claim.holds is holds and claim.bound == "<= 1.467 (r = 2.00)"
 
 
@@ -146,7 +143,7 @@ def test_a_claim_on_time_is_the_ratio_that_the_rest_of_the_report_shows() -> Non
     runs = group(*folded, timed("BPTT-chunk-1", 0.5, 1.5), *sltt)
     ratios = runs.ratios("SLTT", COMPUTE)
     assert ratios is not None and ratios.mean == 1.25
-    claim = time_at_most("SLTT", runs, "SLTT", bound=1.0, published="")
+    claim = share("SLTT", runs, "SLTT", COMPUTE, bound=1.0)
     assert claim.ours.startswith(f"{ratios.mean:.3f} of BPTT-chunk-1's, seed 0")
 
 
@@ -156,13 +153,13 @@ def test_time_of_one_seed_gets_no_verdict_and_bytes_get_theirs() -> None:
     """
     runs = group(timed("BPTT", 1.0, 2.0), timed("SLTT", 1.0, 2.1), timed("SLTT-1", 1.0, 0.1))
     claims = [
-        time_at_most("SLTT", runs, "SLTT", bound=1.0, published=""),
-        time_of_k("SLTT-1", runs, "SLTT-1", T=6, k=1, published=""),
+        share("SLTT", runs, "SLTT", COMPUTE, bound=1.0),
+        share("SLTT-1", runs, "SLTT-1", COMPUTE, bound=share_of_k(6, 1)),
     ]
     assert [(claim.holds, claim.verdict) for claim in claims] == [(None, ""), (None, "")]
     assert [claim.bound for claim in claims] == ["<= 1", "<= 0.489 (r = 2.00)"]
     assert claims[0].ours == "1.033 of BPTT's, seed 0; one seed, no interval"
-    assert bytes_at_most("SLTT", runs, "SLTT", bound=0.25, published="").holds
+    assert share("SLTT", runs, "SLTT", "peak_saved_bytes", bound=0.25).holds
 
 
 BACKWARD_S = {
@@ -226,7 +223,7 @@ def test_an_interval_on_both_sides_of_the_bound_is_said_so(
 ) -> None:
     bptt = [timed("BPTT", 1.0, 1.0, seed=seed) for seed in range(3)]
     sltt = [timed("SLTT", share, share, seed=seed) for seed, share in enumerate(shares)]
-    claim = time_at_most("SLTT", group(*bptt, *sltt), "SLTT", bound=1.0, published="")
+    claim = share("SLTT", group(*bptt, *sltt), "SLTT", COMPUTE, bound=1.0)
     assert claim.verdict == verdict and "seeds 0, 1, 2" in claim.ours
     if shares[0] == 0.97:
         assert claim.ours.startswith(
@@ -259,15 +256,15 @@ def test_accuracy_is_judged_by_the_whole_interval(
 def test_what_has_nothing_to_be_divided_by_is_not_judged() -> None:
     alone = group(run("SLTT"), run("SLTT", seed=1))
     claims = [
-        bytes_at_most("SLTT", alone, "SLTT", bound=1.0, published=""),
-        time_at_most("SLTT", alone, "SLTT", bound=1.0, published=""),
-        time_of_k("SLTT", alone, "SLTT", T=6, k=1, published=""),
+        share("SLTT", alone, "SLTT", "peak_saved_bytes", bound=1.0),
+        share("SLTT", alone, "SLTT", COMPUTE, bound=1.0),
+        share("SLTT", alone, "SLTT", COMPUTE, bound=share_of_k(6, 1)),
         accuracy("SLTT", alone, "SLTT", within=0.7, published=""),
     ]
     assert {(claim.verdict, claim.bound) for claim in claims} == {("", "")}
     assert claims[0].ours == "no run beside BPTT's, trained on the same"
     untimed = group(run("BPTT"), run("SLTT", forward_s=None))  # too short: no batch was steady
-    assert time_at_most("SLTT", untimed, "SLTT", bound=1.0, published="").holds is None
+    assert share("SLTT", untimed, "SLTT", COMPUTE, bound=1.0).holds is None
 
 
 @pytest.mark.parametrize("lost", [(0, 1, 2), (1, 2)])
@@ -278,9 +275,9 @@ def test_runs_that_diverged_are_not_told_as_if_there_had_been_none(lost: tuple[i
     ]
     runs = group(*(run("BPTT", seed=seed) for seed in range(3)), *sltt)
     claims = [
-        bytes_at_most("SLTT", runs, "SLTT", bound=1.0, published=""),
-        time_at_most("SLTT", runs, "SLTT", bound=1.0, published=""),
-        time_of_k("SLTT", runs, "SLTT", T=6, k=1, published=""),
+        share("SLTT", runs, "SLTT", "peak_saved_bytes", bound=1.0),
+        share("SLTT", runs, "SLTT", COMPUTE, bound=1.0),
+        share("SLTT", runs, "SLTT", COMPUTE, bound=share_of_k(6, 1)),
         accuracy("SLTT", runs, "SLTT", within=None, published=""),
         accuracy("SLTT", runs, "SLTT", within=0.7, published=""),
     ]
@@ -306,7 +303,7 @@ def test_bytes_that_nobody_counted_hold_no_claim(rule: str) -> None:
             for each in ("BPTT", "SLTT")
         )
     )
-    claim = bytes_at_most("SLTT", uncounted, "SLTT", bound=0.25, published="")
+    claim = share("SLTT", uncounted, "SLTT", "peak_saved_bytes", bound=0.25)
     assert (claim.holds, claim.ours) == (None, "not measured")
     said = (
         f"saved bytes were not measured in runs of {rule}, in which no batch was whole on which"
@@ -385,7 +382,7 @@ def test_fashions_claims_are_of_what_was_trained() -> None:
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
     found = list(claims_fashion._claims(trained, runs, SWEPT, None, TURNS, ()))
     saved, kept, flat, batches, speeds, time, turned = found[:7]
-    assert (saved.about, saved.bound, saved.holds) == ("SLTT, decay 1/4, T = 4", "<= 0.300", True)
+    assert (saved.about, saved.bound, saved.holds) == ("SLTT, decay 1/4, T = 4", "<= 0.3", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
     assert (flat.claim, flat.holds) == ("saved bytes from T = 2 to 16", True)
     assert (batches.ours, speeds.ours, batches.verdict) == ("not measured", "not measured", "")

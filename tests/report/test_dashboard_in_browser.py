@@ -21,12 +21,10 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 from werkzeug.serving import make_server
 
-from pipeline.report.claims import Claim
-from pipeline.report.dashboard import app as dashboard
+from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.place import VIEWS, View
-from pipeline.report.returned import Returned
 from pipeline.track.journal import Journal, read
 from pipeline.track.mlflow import Mirror, sync
 from tests.browser import Watch, chromium, violations
@@ -321,8 +319,8 @@ def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
 def served_here(store: FakeStore, *, token: str | None = None) -> Iterator[str]:
     """The address of a dashboard in this process, which looks five times a second."""
     app = make_app(store, name="store", every=0.2)
-    guard(app.server, host="127.0.0.1", token=token, scripts=app.csp_hashes())
-    server = make_server("127.0.0.1", 0, app.server, threaded=True)
+    guard(app, host="127.0.0.1", token=token)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -366,8 +364,7 @@ def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser
         page.close()
 
 
-def test_looks_go_on_after_a_request_was_lost(browser: Browser, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dashboard, "WOKEN_S", 1.0)
+def test_looks_go_on_after_a_request_was_lost(browser: Browser):
     store = FakeStore()
     store.add_finished("bptt-0", "BPTT")
     with served_here(store) as address:
@@ -378,7 +375,7 @@ def test_looks_go_on_after_a_request_was_lost(browser: Browser, monkeypatch: pyt
             lost.append(route.request.url)
             route.abort()
 
-        page.route(lambda url: "_dash-update-component" in url, lose)
+        page.route(lambda url: "/study" in url or "/list" in url, lose)
         for _ in range(200):  # on a busy machine a page asks late
             page.wait_for_timeout(100)
             if lost:
@@ -508,7 +505,7 @@ def test_links_on_a_page_of_another_site_open_it(browser: Browser):
         )
         form = (
             '<form method="post"'
-            f' action="{address.partition("?")[0]}_dash-update-component"><button>post</button></form>'
+            f' action="{address.partition("?")[0]}study"><button>post</button></form>'
         )
         page = browser.new_page()
         page.route(WIKI, lambda route: route.fulfill(body=links + form, content_type="text/html"))

@@ -2,20 +2,24 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
+import plotly.graph_objects as go
 import pytest
 
 from pipeline.core.units import shown, unit_of
 from pipeline.measure.time_parts import BETWEEN, PARTS, REST
-from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain
-from pipeline.report.figures import MEASURED_SAID, pareto, ratios, trade_off
+from pipeline.report.figure import THEMES, Figure, Missing, Table, harmless, plain
+from pipeline.report.figures import pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing
 from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.figures_sweep import of_a_sweep
 from pipeline.report.figures_time import time_parts
+from pipeline.report.results import Run
 from pipeline.report.study import Study
-from pipeline.report.study_run import StudyRun, study_run
+from pipeline.report.tables import MEASURED_SAID
 from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
+from tests.report.hand_made import made as written
 
 SWEEP = {
     "recipe": "small",
@@ -35,13 +39,14 @@ SWEEP = {
 
 def made(one: Figure | Missing) -> Figure:
     assert isinstance(one, Figure), one
-    for theme in (LIGHT, DARK):
-        json.loads(str(one.draw(theme).to_json()))
+    for theme in THEMES:
+        go.Figure(one.draw(theme))  # which refuses what plotly does not know
+        json.dumps(one.draw(theme), allow_nan=False)
     return one
 
 
-def traces(one: Figure, theme: Theme = LIGHT) -> dict[str, dict]:
-    return {trace["name"]: trace for trace in json.loads(str(one.draw(theme).to_json()))["data"]}
+def traces(one: Figure) -> dict[str, dict]:
+    return {trace["name"]: trace for trace in one.draw("light")["data"]}
 
 
 def test_ratios_to_the_baseline():
@@ -57,8 +62,8 @@ def test_ratios_to_the_baseline():
     assert traces(figure)["SLTT"]["x"] == [
         0.25,
         pytest.approx(2_001_000 / 8_001_000),
-        0.75,
         0.8,
+        0.75,
         pytest.approx(0.75),
     ]
     assert "SLTT keeps 0.25 of its saved bytes" in figure.alt
@@ -151,13 +156,13 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
         "Counted on 10 and 60 samples, evenly spread over it and the first batch of the first"
         " worker's share" in figure.caption
     )
-    assert "once for a still image" in figure.caption
+    assert "for a still image, the layers before the first neuron count once" in figure.caption
     assert "MACs" not in made(trade_off(study().groups[0], "wall_s")).table.columns
     counted["measured_j"] = 0.25
     on_cards = {**MACHINE, "gpu": "H100"}
     for rules, said in (
         (("BPTT", "SLTT"), f"are {MEASURED_SAID}"),
-        (("SLTT",), "are not measured: no card told them"),
+        (("SLTT",), "are not measured: no card reports them"),
     ):
         runs = tuple(
             run(rule, hardware=on_cards, **({"inference": counted} if rule == "BPTT" else {}))
@@ -171,7 +176,7 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
 
 
 def test_the_prices_behind_joules_are_named():
-    def told(*more: StudyRun) -> str:
+    def told(*more: Run) -> str:
         return made(trade_off(study(*more).groups[0], "inference.energy_j")).caption
 
     assert "never a measurement. Prices of an operation: 45 nm, fp32. Counted on" in told()
@@ -323,7 +328,7 @@ def test_gradients():
 
 @pytest.mark.parametrize("every", [1, "1"], ids=["of its recipe.json", "of its journal alone"])
 def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
-    def why(*more: StudyRun) -> list[str]:
+    def why(*more: Run) -> list[str]:
         return [one.why for one in _maps(study(*more)) if isinstance(one, Missing)]
 
     looking = {
@@ -336,10 +341,10 @@ def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
         f"no run compared its gradient with BPTT's; {hint}",
         f"no run compared gradients; {hint}",
     ]
-    assert why(looking["SLTT"]) == 2 * ["not told yet by new-SLTT"]
+    assert why(looking["SLTT"]) == 2 * ["not yet in new-SLTT"]
     assert why(looking["BPTT"]) == [
         why()[0],
-        "not told yet by new-BPTT",
+        "not yet in new-BPTT",
     ]  # which has no cosine with itself
 
 
@@ -352,7 +357,7 @@ def test_a_gradient_that_leads_away_is_not_drawn_as_one_at_a_right_angle():
         told = fidelity()
         told[1]["cosines"]["SLTT"]["first"] = cosine
         figure = made(gradient_fidelity(study(run("SLTT", seed=2, more_events=told)).groups[0]))
-        return json.loads(str(figure.draw(LIGHT).to_json()))["data"][0]["zmin"], figure.caption
+        return figure.draw("light")["data"][0]["zmin"], figure.caption
 
     assert (
         drawn(-0.5)[0] == -0.5
@@ -371,15 +376,15 @@ def test_learning_curves_mark_restarts():
 
 
 def test_a_rule_is_in_the_legend_though_its_first_run_has_no_point_yet():
-    begun = study_run("begun", events("SLTT")[:1], state="running", recipe=recipe("SLTT"))
+    begun = written("begun", events("SLTT")[:1], state="running", recipe=recipe("SLTT"))
     group = study(begun).groups[0]
-    assert group.of("SLTT")[0] is begun
-    drawn = json.loads(str(made(learning_curves(group)).draw(LIGHT).to_json()))["data"]
+    assert group.of("SLTT")[0].name == "begun"
+    drawn = made(learning_curves(group)).draw("light")["data"]
     assert [trace["name"] for trace in drawn if trace["showlegend"]] == ["BPTT", "SLTT"]
 
 
 def test_what_is_done_again_is_told_below_the_curves():
-    going = study_run(
+    going = written(
         "going",
         events("SLTT", restart=True)[:6],
         state="running",
@@ -387,14 +392,14 @@ def test_what_is_done_again_is_told_below_the_curves():
         redone="kept",
     )
     figure = made(learning_curves(study(going).groups[0]))
-    assert "shows what it had done before, until it has done that again" in figure.caption
+    assert "a running run shows its earlier batches until it has repeated them" in figure.caption
     assert [row[4] for row in figure.table.rows if row[0] == "going" and row[3] == "training"] == [
         25,
         50,
         60,
     ]
     assert (
-        "done before"
+        "earlier batches"
         not in made(learning_curves(study(run("SLTT", seed=5, restart=True)).groups[0])).caption
     )
 
@@ -485,9 +490,7 @@ def test_a_long_curve_is_told_in_means_not_in_some_of_its_points():
     ]
     told[-1]["step"] += 30  # a point of four times the batches
     of_none = {**told[5], "metrics": {"loss": "nan", "top1": 0}}
-    long = study_run(
-        "long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe()
-    )
+    long = written("long", [begun, *told[:5], of_none, *told[6:]], state="running", recipe=recipe())
     figure = made(learning_curves(Study(title="t", runs=(long,)).groups[0]))
     rows = [row for row in figure.table.rows if row[3] == "training"]
     assert len(rows) == 300 and [row[4] for row in rows[:2]] == [40, 80] and rows[-1][4] == 12_030
@@ -496,9 +499,9 @@ def test_a_long_curve_is_told_in_means_not_in_some_of_its_points():
         (2 + 1 + 2) / 3
     )
     assert traces(figure)["BPTT"]["y"] == pytest.approx([*299 * [50], 200 / 7])
-    said = "A curve of more than 300 points is told in 300 means at most, here and in the CSV."
+    said = "A curve of more than 300 points is shown in 300 means at most, here and in the CSV."
     assert said in figure.caption and said not in made(learning_curves(study().groups[0])).caption
-    whole = study_run("whole", [begun, *told[:300]], state="running", recipe=recipe(), every=2)
+    whole = written("whole", [begun, *told[:300]], state="running", recipe=recipe(), curve_every=2)
     figure = made(learning_curves(Study(title="t", runs=(whole,)).groups[0]))
     assert [row[7] for row in figure.table.rows] == [
         at % 2 for at in range(1, 301)
@@ -536,10 +539,10 @@ def test_units():
     )
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_colours_keep_their_contrast(theme: Theme):
-    for each in (*theme.series, theme.ink, theme.muted):
-        assert _contrast(each, theme.paper) >= 4.5, each
+@pytest.mark.parametrize("theme", THEMES.values(), ids=THEMES)
+def test_colours_keep_their_contrast(theme: dict[str, Any]):
+    for each in (*theme["series"], theme["ink"], theme["muted"]):
+        assert _contrast(each, theme["paper"]) >= 4.5, each
 
 
 def _contrast(one: str, other: str) -> float:

@@ -8,10 +8,9 @@ import json
 
 import pytest
 
-from pipeline.report.claims import Claim
-from pipeline.report.live import Live
-from pipeline.report.returned import Returned
-from pipeline.report.store import Point
+from pipeline.report.claims import Claim, Returned
+from pipeline.report.dashboard.live import Live
+from pipeline.report.stores import Point
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY, events, run
 from tests.report.test_figures import SWEEP
@@ -28,7 +27,7 @@ def test_a_run_that_ended_is_read_once(store: FakeStore):
     live = Live(store)
     [member] = live.members(KEY)
     found = live.study([member])
-    assert found.runs == (run(name="bptt"),)
+    assert found.runs == (run(name="bptt"),) and found.runs[0].history == run().history
     asked = len(store.asked)
     assert live.study(live.members(KEY)).runs == found.runs and len(store.asked) == asked
 
@@ -50,7 +49,7 @@ def going_on(store: FakeStore, steps: int, *, newest: dict[str, float] | None = 
     told = [Point(step, 1000.0 + step / 10, step / 125) for step in range(10, steps + 1, 10)]
     metrics = {"train/top1": 0.0, **(newest or {})}
     made = store.add(
-        "going", rule="SLTT", state="RUNNING", tags=tags, newest=told[-1].time, metrics=metrics
+        "going", rule="SLTT", status="RUNNING", tags=tags, newest=told[-1].time, metrics=metrics
     )
     store.histories[made.id, "train/top1"] = told
     store.texts[made.id, "journal.jsonl"] = "".join(
@@ -62,13 +61,25 @@ def test_of_a_run_that_goes_on_only_new_points_are_asked_for(store: FakeStore):
     live = Live(store)
     going_on(store, 70)
     first = live.run(store.members[0])
-    assert [point.step for point in first.curve] == [25, 50, 60, 70] and first.state == "running"
+    assert [point.step for point in first.history.curve] == [
+        25,
+        50,
+        60,
+        70,
+    ] and first.state == "running"
     assert (first.steps_per_epoch, first.total_steps, first.hardware["cpu"]) == (50, 100, "a cpu")
-    assert [each.step for each in first.evaluations] == [50]
-    assert first.curve[-1].seconds == pytest.approx(2 + 7)
+    assert [each.step for each in first.history.evaluations] == [50]
+    assert first.history.curve[-1].seconds == pytest.approx(2 + 7)
     going_on(store, 90)
     del store.asked[:]
-    assert [point.step for point in live.run(store.members[0]).curve] == [25, 50, 60, 70, 80, 90]
+    assert [point.step for point in live.run(store.members[0]).history.curve] == [
+        25,
+        50,
+        60,
+        70,
+        80,
+        90,
+    ]
     assert [what for what in store.asked if what[0] == "history"] == [
         ("history", store.members[0].id, "train/top1", 70)
     ]
@@ -87,7 +98,7 @@ def test_a_resumed_run_stands_where_it_stood_until_it_has_passed_that(store: Fak
     made = store.add(
         "resumed",
         rule="SLTT",
-        state="RUNNING",
+        status="RUNNING",
         tags=tags,
         newest=2009.0,
         metrics={"train/top1": 0.0},
@@ -99,24 +110,20 @@ def test_a_resumed_run_stands_where_it_stood_until_it_has_passed_that(store: Fak
     store.histories[made.id, "train/top1"] = told
     live = Live(store)
     found = live.run(store.members[0])
-    assert [point.step for point in found.curve] == [25, 50, 60] and (
-        found.step,
-        found.again_from,
-    ) == (60, 50)
+    assert [point.step for point in found.history.curve] == [25, 50, 60]
+    assert (found.history.step, found.history.again_from) == (60, 50)
     store.histories[made.id, "train/top1"] = [*told, Point(70, 2011.0, 0.5)]
     store.add(
         "resumed",
         rule="SLTT",
-        state="RUNNING",
+        status="RUNNING",
         tags=tags,
         newest=2011.0,
         metrics={"train/top1": 0.5},
     )
     found = live.run(store.members[0])
-    assert [point.step for point in found.curve] == [25, 50, 60, 70] and (
-        found.step,
-        found.again_from,
-    ) == (70, None)
+    assert [point.step for point in found.history.curve] == [25, 50, 60, 70]
+    assert (found.history.step, found.history.again_from) == (70, None)
     assert found.heard == 2011.0
 
 
@@ -125,7 +132,7 @@ def test_a_run_that_goes_on_is_divided_by_the_batches_that_its_parts_are_of(stor
     of those after it metrics tell the parts of the newest ten alone."""
     live = Live(store)
     going_on(store, 90)
-    assert live.run(store.members[0]).step == 90
+    assert live.run(store.members[0]).history.step == 90
     assert live.run(store.members[0]).parts == pytest.approx({"forward": 0.04, "backward": 0.08})
     going_on(store, 90, newest={"train/forward_s": 0.1, "train/backward_s": 0.08})
     assert live.run(store.members[0]).parts == pytest.approx(
@@ -141,9 +148,9 @@ def test_a_run_without_a_journal_is_told_by_its_tags(store: FakeStore):
         "spiketrain.world_size": "2",
         "hardware.cpu": "x",
     }
-    store.add("new", state="RUNNING", tags=tags)
+    store.add("new", status="RUNNING", tags=tags)
     found = Live(store).run(store.members[0])
-    assert (found.rule, found.seed, found.workers, found.hardware, found.curve) == (
+    assert (found.rule, found.seed, found.workers, found.hardware, found.history.curve) == (
         "OPZO",
         3,
         2,
@@ -203,15 +210,20 @@ def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
     study = Live(store).study(store.members)
     of = "has a long journal: of the points of its curve one of 12 is shown"
     assert study.notes == (f"going {of}, and its parts of time are of those.", f"bptt {of}.")
-    assert study.runs[0].parts and [point.step for point in study.runs[0].curve] == [25, 50, 60, 70]
+    assert study.runs[0].parts and [point.step for point in study.runs[0].history.curve] == [
+        25,
+        50,
+        60,
+        70,
+    ]
 
 
-@pytest.mark.parametrize("state", ["FINISHED", "RUNNING"])
+@pytest.mark.parametrize("status", ["FINISHED", "RUNNING"])
 def test_a_run_whose_artifacts_cannot_be_read_is_left_out_and_the_others_are_shown(
-    store: FakeStore, state: str
+    store: FakeStore, status: str
 ):
     locked = store.add_finished(
-        "locked", "SLTT", state=state, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"}
+        "locked", "SLTT", status=status, tags={"spiketrain.artifact.journal.jsonl": "finish 1015"}
     )
     store.refused[locked.id] = (
         "store x: journal.jsonl cannot be read (Permission denied); look at it by hand"
@@ -236,7 +248,8 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
         "sltt-again", "SLTT", parent="second-launch", tags={**about, "spiketrain.commit": "def"}
     )
     live = Live(store)
-    assert [report.told for report in live.reports(store.members)] == [Returned(), Returned()]
+    before = live.reports(store.members)
+    assert [report.returned for report in before] == [Returned(), Returned()]
     claim = Claim(
         about="SLTT",
         claim="saved bytes",
@@ -250,20 +263,15 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     )
     later = Live(store)  # a look lasts half a second
     second, first = later.reports(store.members)  # the newest first
-    assert (first.told, first.note, second.told) == (
+    assert (first.returned, first.note, second.returned) == (
         Returned(claims=(claim,), sweeps=(SWEEP,)),
         "",
         Returned(),
     )
     assert first.title == "claims-1 (first-la), commit abc, on a cpu, 2 cores"
     assert second.title == "claims-1 (second-l), commit def, on a cpu, 2 cores"
-    assert (
-        later.versions(store.members) != live.versions(store.members)
-        and len(live.versions(store.members)) == 2
-    )
-    assert (
-        live.versions(store.members[-1:]) == live.reports(store.members[-1:]) == []
-    )  # launched alone
+    assert [second.version, first.version] != [report.version for report in before]
+    assert live.reports(store.members[-1:]) == []  # launched alone
     store.refused["first-launch"] = "report.json cannot be read"
     assert (
         Live(store).reports(store.members)[1].note

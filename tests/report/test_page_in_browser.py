@@ -13,9 +13,9 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from pipeline.report import page as pages
-from pipeline.report.page import told
 from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
+from pipeline.report.views import shown
 from pipeline.spiking.op_scope import Served
 from pipeline.track.journal import Journal
 from tests.browser import Watch, chromium, violations
@@ -153,7 +153,7 @@ def test_data_and_pictures_are_downloaded(page: Page):
         )
         assert shown and [list(map(_as_told, row)) for row in rows[1 : len(shown) + 1]] == shown
     buttons = [figure.get_by_role("button", name="PNG") for figure in page.locator("figure").all()]
-    assert len({button.get_attribute("data-file") for button in buttons}) == FIGURES
+    assert len({button.get_attribute("data-png") for button in buttons}) == FIGURES
     with page.expect_download() as picture:
         buttons[0].click()
     assert picture.value.suggested_filename == "study-s-g1-ratios.png"
@@ -162,9 +162,9 @@ def test_data_and_pictures_are_downloaded(page: Page):
 
 def _as_told(text: str) -> str:
     if text == "":
-        return told(None)
+        return shown(None)
     try:
-        return text if text.lstrip("-").isdecimal() else told(float(text))
+        return text if text.lstrip("-").isdecimal() else shown(float(text))
     except ValueError:
         return text
 

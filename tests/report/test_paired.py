@@ -7,15 +7,23 @@ import pytest
 from rich.console import Console
 
 from pipeline.report.compare import compare, print_studies
-from pipeline.report.paired import Difference, paired_difference
+from pipeline.report.study import Difference, Study
+from tests.report.hand_made import run
 
-NAMES = ("BPTT", "SLTT")
+
+def difference(
+    baseline: dict[int, float], rule: dict[int, float], *, lost: tuple[int, ...] = ()
+) -> Difference | None:
+    """Of top-1 by seed, with seeds in which the rule diverged."""
+    runs = [run("BPTT", seed=seed, top1=top1) for seed, top1 in baseline.items()]
+    runs += [run("SLTT", seed=seed, top1=top1) for seed, top1 in rule.items()]
+    runs += [run("SLTT", seed=seed, state="diverged") for seed in lost]
+    found = Study(title="t", runs=tuple(runs)).groups[0].differences
+    return found[0] if found else None
 
 
 def test_the_interval_of_three_pairs_by_hand():
-    found = paired_difference(
-        {0: 0.91, 1: 0.92, 2: 0.90, 3: 0.5}, {0: 0.905, 1: 0.911, 2: 0.899}, names=NAMES
-    )
+    found = difference({0: 0.91, 1: 0.92, 2: 0.90, 3: 0.5}, {0: 0.905, 1: 0.911, 2: 0.899})
     assert found is not None and found.seeds == 3
     d = [0.5, 0.9, 0.1]
     sd = math.sqrt(sum((x - 0.5) ** 2 for x in d) / 2)
@@ -30,7 +38,7 @@ def test_the_interval_of_three_pairs_by_hand():
 
 
 def test_one_pair_says_nothing():
-    assert paired_difference({0: 0.9, 1: 0.9}, {1: 0.8, 2: 0.8}, names=NAMES) is None
+    assert difference({0: 0.9, 1: 0.9}, {1: 0.8, 2: 0.8}) is None
 
 
 @pytest.mark.parametrize(
@@ -48,13 +56,13 @@ def test_verdicts(low: float, high: float, verdict: str):
 
 def test_a_rule_that_diverged_in_a_seed_of_the_baselines_fails():
     baseline, rule = {0: 0.9, 1: 0.9, 2: 0.9}, {0: 0.9, 1: 0.9}
-    found = paired_difference(baseline, rule, names=NAMES, diverged=1)
+    found = difference(baseline, rule, lost=(2,))
     assert found is not None and (found.seeds, found.diverged, found.verdict(0.7)) == (
         2,
         1,
         "fails",
     )
-    finished = paired_difference(baseline, rule, names=NAMES)
+    finished = difference(baseline, rule)
     assert finished is not None and finished.verdict(0.7) == "holds"
 
 

@@ -14,10 +14,9 @@ import pytest
 from rich.console import Console
 
 from pipeline.recipe.suite import Suite, SuiteFile
-from pipeline.report.claims import Claim
-from pipeline.report.publish import publish
+from pipeline.report.claims import Claim, returned
+from pipeline.report.page import publish
 from pipeline.report.read_study import read_study
-from pipeline.report.returned import returned
 from pipeline.report.runs import ReportError
 from pipeline.report.suite import own_report, print_suite
 from tests.report.conftest import STUDY
@@ -140,7 +139,7 @@ def test_a_suites_study_of_which_all_diverged_is_named_and_the_others_have_their
     print_suite(folder)
     said = capsys.readouterr().out
     assert "BPTT" in said and said.endswith(
-        "\nlost diverged, as did whatever else has ended of its study\n"
+        "\nlost diverged, and so did all other ended runs of its study\n"
     )
 
 
@@ -320,7 +319,7 @@ def test_on_the_command_line(
     (runs_dir / "sweep.json").write_text(json.dumps(lost))
     sent: list[str] = []
     monkeypatch.setattr(
-        "pipeline.report.publish.log_report", lambda *_, told, **__: [sent.append(told)]
+        "pipeline.report.page.log_report", lambda *_, told, **__: [sent.append(told)]
     )
     assert (
         spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0]

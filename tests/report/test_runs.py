@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.report.runs import ReportError, find_run, list_runs, print_runs
+from pipeline.report.listing import how_to_go_on, list_runs, newest_top1, print_runs
+from pipeline.report.runs import ReportError, find_run
 from pipeline.track.mlflow import SyncReport
+from tests.report.conftest import STUDY
 from tests.small import command
 
 
@@ -131,15 +133,23 @@ def test_every_state_is_told_with_the_command_that_resumes(make_run: Callable, r
         "held": "running",
         "prepared": "new",
     }
-    assert {name for name, row in rows.items() if row.resume is None} == {"done", "held"}
-    assert rows["killed"].resume == f"spiketrain resume killed --runs {runs_dir}"
-    assert (rows["done"].step, rows["done"].total_steps, rows["done"].top1) == (100, 100, 0.9)
-    assert (rows["killed"].step, rows["killed"].total_steps, rows["killed"].top1) == (40, 100, 0.5)
-    assert (rows["broken"].rule, rows["broken"].study) == ("SLTT", "01234567")
-    assert (rows["prepared"].step, rows["prepared"].top1, rows["prepared"].rule) == (
+    assert {name for name, row in rows.items() if how_to_go_on(row) is None} == {"done", "held"}
+    assert how_to_go_on(rows["killed"]) == f"spiketrain resume killed --runs {runs_dir}"
+    assert (rows["done"].step, rows["done"].total_steps, newest_top1(rows["done"])) == (
+        100,
+        100,
+        0.9,
+    )
+    assert (rows["killed"].step, rows["killed"].total_steps, newest_top1(rows["killed"])) == (
+        40,
+        100,
+        0.5,
+    )
+    assert (rows["broken"].rule, rows["broken"].study) == ("SLTT", STUDY)
+    assert (rows["prepared"].step, newest_top1(rows["prepared"]), rows["prepared"].rule) == (
         None,
         None,
-        "-",
+        "unknown rule",
     )
 
 

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from pipeline.report import page
-from pipeline.report.scaling import SAID, scaling
+from pipeline.report.results import Run
 from pipeline.report.study import Study
-from pipeline.report.study_run import StudyRun
+from pipeline.report.tables import SCALING_SAID, scaling
 from tests.report.fake_store import FakeStore
 from tests.report.hand_made import KEY, MACHINE, recipe, run
 from tests.report.hand_made import on as trained
@@ -17,11 +17,11 @@ from tests.report.test_dashboard import Asking
 from tests.report.test_page import body
 
 
-def on(workers: int, images_per_s: float, rule: str = "SLTT", **about: object) -> StudyRun:
+def on(workers: int, images_per_s: float, rule: str = "SLTT", **about: object) -> Run:
     return run(rule, world_size=workers, images_per_s=images_per_s, **about)
 
 
-def rows(*runs: StudyRun) -> list[dict[str, str]]:
+def rows(*runs: Run) -> list[dict[str, str]]:
     found = scaling(Study(title="by hand", runs=runs))
     return [] if found is None else list(csv.DictReader(io.StringIO(found.to_csv())))
 
@@ -113,8 +113,8 @@ def test_runs_are_in_the_micro_batches_that_the_recipe_asks_for():
     assert [row["efficiency"] for row in rows(one, two)] == ["1.0", "0.75"]
     assert rows(one, halved) == []
     assert (
-        "a run in other micro-batches than its recipe asks for, as where memory ran out, is"
-        " left out" in SAID
+        "in other micro-batches than its recipe asks for, such as one that ran out of memory, is"
+        " left out" in SCALING_SAID
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.report.silence import SILENT_S, state_told
+from pipeline.report.results import SILENT_S, describe_state
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
 from pipeline.track.system import INTERVAL_S
@@ -23,8 +23,10 @@ from tests.report.hand_made import run
 )
 def test_a_run_that_nobody_hears_of_says_so(minutes: float, said: str):
     heard = time.time() - 60 * minutes
-    assert state_told("running", heard) == said
-    assert state_told("killed", heard) == "killed" and state_told("running", None) == "running"
+    assert describe_state("running", heard) == said
+    assert (
+        describe_state("killed", heard) == "killed" and describe_state("running", None) == "running"
+    )
     going = replace(run(state="running"), heard=heard)
     assert provenance(Study(title="t", runs=(going,))).rows[0][4] == said
 

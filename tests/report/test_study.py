@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.report.claims import accuracy
-from pipeline.report.spread import Spread, spread_of
-from pipeline.report.study import COMPUTE, FOLDED_ALONE, RECOMPUTES_NOTHING, Study
+from pipeline.report.results import COMPUTE
+from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Spread, Study, spread_of
 from pipeline.track.provenance import trained_on
 from tests.report.hand_made import MACHINE, events, on, recipe, run, study
 from tests.report.test_tables import tuned
@@ -87,7 +87,7 @@ def test_a_run_that_changed_on_the_way_is_of_neither():
         *([name] for name in CHANGED),
     ]
     _, workers, _, loaders, cores = (group.runs[0].trained_on for group in groups)
-    assert [each.workers for each in workers] == [2, 1]
+    assert [each.world_size for each in workers] == [2, 1]
     assert [each.loader_threads for each in loaders] == [2, 1] and [
         each.own_cores for each in cores
     ] == [True, False]

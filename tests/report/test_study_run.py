@@ -2,20 +2,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.report.choose import finished_run
-from pipeline.report.differences import differences
+from pipeline.report.history import History
+from pipeline.report.results import read_run
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
-from pipeline.report.study_run import StudyRun, from_folder, study_run
 from pipeline.report.tables import provenance
 from pipeline.track.journal import OF_NONE, Event
-from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, recipe, run
+from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
 
 
 def test_what_a_finished_run_has_written():
@@ -27,7 +25,12 @@ def test_what_a_finished_run_has_written():
         KEY,
         "finished",
     )
-    assert (one.step, one.total_steps, one.steps_per_epoch, one.workers) == (100, 100, 50, 1)
+    assert (one.history.step, one.total_steps, one.steps_per_epoch, one.workers) == (
+        100,
+        100,
+        50,
+        1,
+    )
     assert one.hardware == MACHINE and one.commits == ("abc",) and one.recipe["time_steps"] == 2
     assert one.value("top1") == 0.75 and one.value("inference.energy_j") == 3e-6
     assert one.value("inference.joules") is None and one.value("top1.x") is None
@@ -39,7 +42,7 @@ def test_what_a_finished_run_has_written():
 
 def test_seconds_are_those_of_its_attempts_alone():
     plain, restarted = run(), run(restart=True)
-    assert [(point.step, point.seconds) for point in plain.curve] == [
+    assert [(point.step, point.seconds) for point in plain.history.curve] == [
         (25, 5),
         (50, 8),
         (75, 13),
@@ -47,20 +50,18 @@ def test_seconds_are_those_of_its_attempts_alone():
     ]
     # The first attempt took 10 s, the second began a second before its first event; the 999 s
     # between them are nobody's.
-    assert [(point.step, point.seconds) for point in restarted.curve] == [
+    assert [(point.step, point.seconds) for point in restarted.history.curve] == [
         (25, 5),
         (50, 8),
         (75, 14),
         (100, 17),
     ]
-    assert [(each.number, each.step, each.seconds, each.commit) for each in restarted.restarts] == [
-        (1, 50, 11, "def")
-    ]
-    assert [(each.epoch, each.top1, each.seconds) for each in restarted.evaluations] == [
+    assert [(each.step, each.seconds) for each in restarted.history.restarts] == [(50, 11)]
+    assert [(each.epoch, each.top1, each.seconds) for each in restarted.history.evaluations] == [
         (0, 0.8, 9),
         (1, 0.9, 18),
     ]
-    assert restarted.commits == ("abc", "def") and plain.restarts == ()
+    assert restarted.commits == ("abc", "def") and plain.history.restarts == ()
 
 
 def test_waiting_for_places_between_attempts_costs_nothing():
@@ -77,15 +78,18 @@ def test_waiting_for_places_between_attempts_costs_nothing():
     ]
 
     def seconds(*events: Event) -> list[float]:
-        one = study_run("r", events, state="running")
-        return [each.seconds for each in (*one.curve, *one.restarts, *one.evaluations)]
+        one = made("r", events, state="running")
+        return [
+            each.seconds
+            for each in (*one.history.curve, *one.history.restarts, *one.history.evaluations)
+        ]
 
     assert seconds(*told[:again], *waiting, *late) == pytest.approx(seconds(*told))
     assert seconds(*waiting, *told) == pytest.approx(seconds(*told))
 
 
 def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():
-    one = study_run(
+    one = made(
         "r",
         events()[:4],
         state="running",
@@ -93,7 +97,7 @@ def test_a_run_that_goes_on_has_no_summary_and_the_parts_so_far():
         recipe={"version": 1, "recipe": recipe()},
     )
     assert one.summary is None and not one.is_finished and one.value("top1") is None
-    assert (one.step, one.rule, one.hardware) == (50, "BPTT", MACHINE)
+    assert (one.history.step, one.rule, one.hardware) == (50, "BPTT", MACHINE)
     assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
     assert one.recipe["optimizer"]["kwargs"] == {"lr": 0.1}
 
@@ -102,7 +106,7 @@ def test_parts_so_far_leave_out_the_point_in_which_compilation_is():
     told = events()[:4]
     first = next(event for event in told if event["event"] == "step")
     first["metrics"] = {**first["metrics"], "data_wait_s": 1.0, "forward_s": 2.0}
-    one = study_run("r", told, state="running")
+    one = made("r", told, state="running")
     assert one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
 
 
@@ -110,16 +114,18 @@ def test_batches_that_a_restart_did_again_are_divided_by_as_well():
     """60 were done, then the last 50; of 40 + 80 ms each, the first point of either start left
     out.
     """
-    one = study_run("r", events(restart=True)[:-1], state="stopped")
-    assert one.step == 100 and one.parts == pytest.approx({"forward": 0.04, "backward": 0.08})
+    one = made("r", events(restart=True)[:-1], state="stopped")
+    assert one.history.step == 100 and one.parts == pytest.approx(
+        {"forward": 0.04, "backward": 0.08}
+    )
 
 
 def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
     """As MLflow tells of a run, which takes no second value of a step."""
     told = events(restart=True)  # a start, 25, 50, its evaluation, 60, a start from 50, 75, ...
 
-    def at(*more: dict) -> StudyRun:
-        return study_run("r", [*told[:6], *more], state="running", redone="kept")
+    def at(*more: dict) -> History:
+        return made("r", [*told[:6], *more], state="running", redone="kept").history
 
     assert [(point.step, point.seconds) for point in at().curve] == [(25, 5), (50, 8), (60, 10)]
     assert (at().step, at().again_from) == (60, 50) and [each.step for each in at().restarts] == [
@@ -142,8 +148,9 @@ def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
         twice.step,
         twice.again_from,
     ) == (60, 50)
-    assert provenance(Study(title="t", runs=(twice,))).rows[0][5] == "60/100, done again from 50 on"
-    dropped = study_run("r", told[:6], state="running")
+    run = made("r", told[:6], state="running", redone="kept")
+    assert provenance(Study(title="t", runs=(run,))).rows[0][5] == "60/100, done again from 50 on"
+    dropped = made("r", told[:6], state="running").history
     assert [point.step for point in dropped.curve] == [25, 50] and (
         dropped.step,
         dropped.again_from,
@@ -155,8 +162,8 @@ def test_a_checkpoint_that_is_told_of_late_is_no_step_back():
     told = events()[:3]  # a start, 25, 50
     late = {**told[-1], "event": "checkpoint", "step": 25}
     for redone in ("kept", "dropped"):
-        found = study_run("r", [*told, late], state="running", redone=redone)
-        assert (found.step, found.again_from) == (50, None)
+        found = made("r", [*told, late], state="running", redone=redone)
+        assert (found.history.step, found.history.again_from) == (50, None)
 
 
 def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
@@ -168,7 +175,9 @@ def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
     def top1(*more: dict, **how: Any) -> list[float | None]:
         return [
             each.top1
-            for each in study_run("r", [*told[:4], back, *more], state="running", **how).evaluations
+            for each in made(
+                "r", [*told[:4], back, *more], state="running", **how
+            ).history.evaluations
         ]
 
     assert top1() == [] and top1(redone="kept") == [0.8]
@@ -176,28 +185,22 @@ def test_an_evaluation_that_is_done_again_counts_as_it_was_done_last():
 
 
 def test_nothing_yet():
-    one = study_run("new", [], state="new")
-    assert (one.rule, one.curve, one.evaluations, one.parts, one.hardware, one.step) == (
-        "unknown rule",
-        (),
-        (),
-        {},
-        {},
-        0,
-    )
+    one = made("new", [], state="new")
+    assert (one.rule, one.parts, one.hardware) == ("unknown rule", {}, {})
+    assert (one.history.curve, one.history.evaluations, one.history.step) == ((), (), 0)
 
 
 def test_gradients_beside_bptts():
     one = run("SLTT", more_events=fidelity())
-    assert [(each.step, each.epoch) for each in one.fidelity] == [(0, None), (50, 0)]
-    assert one.fidelity[0].temporal_share == {"first": 0.5, "second": None}
-    assert one.fidelity[1].cosines == {"SLTT": {"first": 0.75, "second": 1.0}}
+    assert [(each.step, each.epoch) for each in one.history.fidelity] == [(0, None), (50, 0)]
+    assert one.history.fidelity[0].temporal_share == {"first": 0.5, "second": None}
+    assert one.history.fidelity[1].cosines == {"SLTT": {"first": 0.75, "second": 1.0}}
 
 
 def test_from_its_folder(make_run: Callable, runs_dir: Path):
     folder = make_run("bptt", top1=0.9)
     (folder / "activity.json").write_text(json.dumps(LAYERS))
-    one = from_folder(folder)
+    one = read_run(folder)
     assert (one.name, one.state, one.value("top1"), one.recipe["batch_size"]) == (
         "bptt",
         "finished",
@@ -212,7 +215,7 @@ def test_damaged_files_end_in_a_sentence(make_run: Callable, damage: str):
     folder = make_run("bptt")
     (folder / "activity.json").write_text(damage)
     with pytest.raises(ReportError, match=r"activity\.json"):
-        from_folder(folder)
+        _ = read_run(folder).activity
 
 
 @pytest.mark.parametrize(
@@ -231,8 +234,7 @@ def test_damaged_files_end_in_a_sentence(make_run: Callable, damage: str):
 def test_a_summary_of_the_wrong_kind_is_named_with_its_field(
     make_run: Callable, field: str, value: Any, said: str
 ):
-    folder, other = make_run("bptt", **{field: value}), make_run("sltt", rule="SLTT")
-    for read in (from_folder, finished_run, partial(differences, other)):
-        with pytest.raises(ReportError) as refusal:
-            read(folder)
-        assert str(refusal.value) == f"{folder / 'summary.json'}: {said}"
+    folder = make_run("bptt", **{field: value})
+    with pytest.raises(ReportError) as refusal:
+        read_run(folder)
+    assert str(refusal.value) == f"{folder / 'summary.json'}: {said}"

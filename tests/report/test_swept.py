@@ -13,10 +13,10 @@ import pytest
 from pipeline.forecast.sweep import sweep
 from pipeline.recipe.recipe import spec
 from pipeline.report import page
-from pipeline.report.returned import Returned, returned, sweep_of
+from pipeline.report.claims import Returned, returned
 from pipeline.report.runs import ReportError
 from pipeline.report.sweep import told_sweep
-from pipeline.report.swept import largest_table, swept
+from pipeline.report.sweeps import largest_batches, sweep_of, swept
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from tests.forecast.test_probe import recipe_with
@@ -41,7 +41,7 @@ LARGEST = at_largest({("BPTT", 1): 120, ("BPTT", 4): 30, ("SLTT", 1): 120, ("SLT
 
 
 def test_the_speed_at_a_rules_own_largest_batch_is_beside_bptts_at_its_own():
-    table = largest_table(LARGEST)
+    table = largest_batches(LARGEST)
     assert table is not None and table.columns[2] == "largest batch in 1 GB"
     assert table.rows[2:] == (
         ("SLTT", 1, 120, 160.0, 1.0),
@@ -49,7 +49,7 @@ def test_the_speed_at_a_rules_own_largest_batch_is_beside_bptts_at_its_own():
     )
     cost = {**LARGEST["points"][1]["cost"], "rule": "BPTT-chunk-1"}
     stepped = {"time_steps": 4, "cost": cost, "largest_batch": 60, "at_largest": cost}
-    table = largest_table({**LARGEST, "points": [*LARGEST["points"], stepped]})
+    table = largest_batches({**LARGEST, "points": [*LARGEST["points"], stepped]})
     assert table is not None and table.rows[3][4] == pytest.approx(
         10 / 6
     )  # of BPTT step by step, which is faster here
@@ -60,12 +60,12 @@ def test_what_was_not_tried_is_not_measured_and_what_nobody_looked_for_has_no_ta
         {name: value for name, value in point.items() if name != "at_largest"}
         for point in LARGEST["points"]
     ]
-    table = largest_table({**LARGEST, "points": untried})
+    table = largest_batches({**LARGEST, "points": untried})
     assert table is not None and [row[2:] for row in table.rows[2:]] == [
         (120, None, None),
         (100, None, None),
     ]
-    assert largest_table(SWEEP) is None
+    assert largest_batches(SWEEP) is None
     of_one = {**LARGEST, "points": LARGEST["points"][::2]}  # at T = 1 alone
     found = swept(
         (SWEEP, {**SWEEP, "points": []}, LARGEST, of_one, {**SWEEP, "points": SWEEP["points"][:1]})
@@ -98,7 +98,7 @@ def test_what_sweep_prints_is_what_a_page_reads():
         recipe, steps=(4,), rules=(spec(BPTT), spec(SLTT)), memory_bytes=500_000, at_largest=True
     )
     printed = json.loads(json.dumps(told_sweep(found)))
-    table = largest_table(sweep_of(printed, "sweep.json"))
+    table = largest_batches(sweep_of(printed, "sweep.json"))
     assert table is not None and len(table.rows) == len(found.points)
     for row, point in zip(table.rows, found.points, strict=True):
         assert row[:3] == (point.cost.rule, 4, point.largest_batch)

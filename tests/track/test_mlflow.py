@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from pipeline.launch.nodes import free_port
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track import hierarchy
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
@@ -661,7 +661,7 @@ def test_a_server_that_hangs_dies_and_comes_back(
                 == best.as_uri()
             )
             [seen] = open_store(uri).listed()
-            assert (seen.id, seen.experiment, seen.rule, seen.state) == (
+            assert (seen.id, seen.experiment, seen.rule, seen.status) == (
                 found.run_id,
                 run.family,
                 "SLTT",

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.live import Live
-from pipeline.report.store import open_store
-from pipeline.report.store_server import ServerStore
+from pipeline.report.dashboard.live import Live
+from pipeline.report.stores import ServerStore, open_store
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
 from pipeline.track.mlflow import sync

@@ -1,16 +1,16 @@
-"""Whom the dashboard answers: this machine alone, or whoever carries the token.
+"""Who may read the dashboard: this machine alone, or everybody with the token.
 
-Without a token it answers to names of loopback alone, so that no page of another site can reach it
-by a name of its own that it points here (DNS rebinding). With a token, `/?token=...` is opened
-once; from then on a cookie carries what is made of it. It then answers to any name, as a proxy may
-keep its own: to a name that somebody points here no browser sends the cookie."""
+Without a token, the server answers to loopback names alone. No other site can then reach it by a
+name that it points here (DNS rebinding). With a token, the reader opens `/?token=...` once, and a
+cookie derived from the token identifies the browser from then on. The server then answers to any
+name, as a proxy may keep its own: a browser sends no cookie to a name that somebody points here.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Sequence
 from urllib.parse import urlencode
 
 from flask import Flask, Response, redirect, request
@@ -28,9 +28,8 @@ HEADERS = {
 }
 
 
-def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]) -> None:
-    """Have a server refuse whom it should; `scripts` are the hashes of those that its page may run
-    inline.
+def guard(server: Flask, *, host: str, token: str | None) -> None:
+    """Make a server refuse everybody who may not read it, and set headers that harden the page.
 
     Raises:
         ValueError: it would be open to other machines without a token.
@@ -38,11 +37,7 @@ def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]
     refuse_open_to_others(host, token)
     policy = "; ".join(
         [
-            *(
-                "default-src 'none'",
-                f"script-src 'self' {' '.join(scripts)}",
-                "style-src 'self' 'unsafe-inline'",
-            ),
+            *("default-src 'none'", "script-src 'self'", "style-src 'self' 'unsafe-inline'"),
             *("img-src 'self' data: blob:", "connect-src 'self'"),
             *(f"{what} 'none'" for what in ("base-uri", "form-action", "frame-ancestors")),
         ]
@@ -64,7 +59,7 @@ def guard(server: Flask, *, host: str, token: str | None, scripts: Sequence[str]
     def harden(response: Response) -> Response:
         response.headers.update(HEADERS)
         response.headers["Content-Security-Policy"] = policy
-        if not request.path.startswith("/_dash-component-suites/"):
+        if not request.path.startswith("/plotly.js"):
             response.headers["Cache-Control"] = "no-store"
         return response
 
@@ -83,7 +78,7 @@ def refuse_open_to_others(host: str, token: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """An address or a name of this machine's loopback."""
+    """Whether it is an address or a name of this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -91,15 +86,15 @@ def is_loopback(host: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """Of a Host header, which may name a port."""
+    """The name in a Host header, without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0]
 
 
 def _unless_known(token: str) -> AnyResponse | None:
-    """None to whoever carries the cookie, or the token as a bearer; the cookie to who names the
-    token in the address.
+    """None for a request with the cookie or the bearer token; one with `?token=` gets the
+    cookie.
     """
     said = request.args.get("token")
     if said is not None:
@@ -111,8 +106,7 @@ def _unless_known(token: str) -> AnyResponse | None:
             [(name, value) for name, value in request.args.items(multi=True) if name != "token"]
         )
         answer = redirect(request.path + (f"?{others}" if others else ""), 303)
-        # Lax: a link on another site's page comes with it, what that page posts, loads or frames
-        # without. A GET changes nothing.
+        # Lax: links on another site send the cookie; its posts, images and frames do not.
         about = {
             "max_age": _DAYS * 86400,
             "httponly": True,
@@ -132,20 +126,20 @@ def _unless_known(token: str) -> AnyResponse | None:
 
 
 def _came_over_tls() -> bool:
-    """To this server or, as they say, to one of the proxies before it; who makes that up gets a
-    cookie of fewer uses.
+    """Whether the request used TLS, to this server or to a proxy; a forged header harms its
+    sender.
     """
     said = request.headers.get("X-Forwarded-Proto", "")
     return request.is_secure or "https" in (each.strip().lower() for each in said.split(","))
 
 
 def _kept(token: str) -> str:
-    """What the cookie holds: made of the token, which cannot be made of it."""
+    """The cookie's value: derived from the token, which cannot be derived from it."""
     return hmac.digest(token.encode(), b"spiketrain dashboard", hashlib.sha256).hex()
 
 
 def _same(one: str, other: str) -> bool:
-    """In a time that tells nothing."""
+    """Compare in constant time."""
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode())
 
 

@@ -1,6 +1,6 @@
 """What an address shows, and the address of what is shown: whoever opens it sees the same.
 
-One that names no runs shows those that there are by then, of many the newest.
+One that names no runs shows all that there are by then, of many the newest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import parse_qs, urlencode
 
 from pipeline.recipe import is_baseline
-from pipeline.report.store import StoredRun, StoredStudy
+from pipeline.report.stores import StoredRun, StoredStudy
 
 View = Literal["costs", "learning", "time", "gradients", "claims", "runs"]
 VIEWS: dict[View, str] = {
@@ -22,6 +22,7 @@ VIEWS: dict[View, str] = {
     "claims": "Claims and memory against time steps",
     "runs": "Hardware and commits",
 }
+# The states of which a study has one; a silent run is neither running nor known to have ended.
 Only = Literal["all", "running", "finished", "failed"]
 ONLY: dict[Only, tuple[str, frozenset[str]]] = {
     "all": ("all", frozenset()),
@@ -29,53 +30,45 @@ ONLY: dict[Only, tuple[str, frozenset[str]]] = {
     "finished": ("finished", frozenset({"finished"})),
     "failed": ("diverged, failed or stopped", frozenset({"diverged", "failed", "stopped"})),
 }
-"""the states of which a study has to have one; a run that is silent neither goes on nor is known to
-have ended
-"""
-SORTS = ("study", "family", "rules", "seeds", "runs", "newest")
-_ID = 8  # letters of a run's id
-MOST = 24
-"""runs that are picked of a study, at most, where an address names none"""
+SORTS = {
+    "study": "study",
+    "family": "family",
+    "rules": "rules",
+    "seeds": "seeds",
+    "runs": "runs",
+    "newest": "newest sign of life",
+}
+_DOWN_FIRST = ("newest", "runs", "seeds")
+MOST = 24  # runs of a study that are picked where an address names none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    study: str = ""
-    """its key"""
-    family: str = ""
-    """its experiment: one key may be in several"""
-    runs: tuple[str, ...] | None = None
-    """the beginnings of the ids of those picked; None: all, or the newest seeds of more than
-    MOST
-    """
+    study: str = ""  # its key
+    family: str = ""  # its experiment: one key may be in several
+    runs: tuple[str, ...] | None = None  # short ids of those picked; None: all, or the newest
     view: View = "costs"
-    text: str = ""
-    """that a study listed has in one of its columns"""
+    text: str = ""  # that a study listed has in one of its columns
     only: Only = "all"
     sort: str = "newest"
     descending: bool = True
 
     @classmethod
-    def at(cls, search: str | None) -> Place:
+    def at(cls, search: str) -> Place:
         """Of the query of an address, of which nothing is trusted."""
         try:
-            asked = {
-                name: values[-1]
-                for name, values in parse_qs((search or "").lstrip("?"), max_num_fields=20).items()
-            }
-        except ValueError:  # more fields than any of ours has
+            fields = parse_qs(search.lstrip("?"), max_num_fields=20)
+        except ValueError:  # more fields than any address of ours has
             return cls()
+        asked = {name: values[-1] for name, values in fields.items()}
         view: View = next((name for name in get_args(View) if name == asked.get("view")), "costs")
         only: Only = next((name for name in get_args(Only) if name == asked.get("only")), "all")
-        sort = asked.get("sort")
+        sort = asked.get("sort", "newest")
+        ids = tuple(each for each in asked.get("runs", "").split(".") if each not in ("", "none"))
         return cls(
             study=asked.get("study", "")[:64],
             family=asked.get("family", "")[:250],
-            runs=(
-                tuple(name for name in asked["runs"].split(".") if name and name != "none")
-                if "runs" in asked
-                else None
-            ),
+            runs=ids if "runs" in asked else None,
             view=view,
             text=asked.get("text", "")[:200],
             only=only,
@@ -85,24 +78,32 @@ class Place:
 
     @property
     def search(self) -> str:
-        """The query, without what goes without saying."""
+        """The query, without defaults."""
         plain = Place()
-        said: dict[str, Any] = {
+        names = ("study", "family", "view", "text", "only", "sort")
+        fields: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("study", "family", "view", "text", "only", "sort")
+            for name in names
             if getattr(self, name) != getattr(plain, name)
         }
         if self.runs is not None:
-            said["runs"] = ".".join(self.runs) or "none"
+            fields["runs"] = ".".join(self.runs) or "none"
         if not self.descending:
-            said["order"] = "up"
-        return f"?{urlencode(said)}" if said else ""
+            fields["order"] = "up"
+        return f"?{urlencode(fields)}" if fields else ""
 
-    def change(self, **changes: Any) -> Place:
-        return replace(self, **changes)
+    def at_study(self, study: StoredStudy) -> Place:
+        is_here = (self.study, self.family) == (study.study, study.experiment)
+        runs = self.runs if is_here else None
+        return replace(self, study=study.study, family=study.experiment, runs=runs)
+
+    def sorted_by(self, column: str) -> Place:
+        """A second time in the other order."""
+        down = not self.descending if self.sort == column else column in _DOWN_FIRST
+        return replace(self, sort=column, descending=down)
 
     def listed(self, studies: Sequence[StoredStudy]) -> list[StoredStudy]:
-        """Those that the filter leaves, sorted."""
+        """The studies that the filter leaves, sorted."""
         states, words = ONLY[self.only][1], self.text.lower().split()
         kept = [
             study
@@ -110,28 +111,29 @@ class Place:
             if (not states or states & study.states.keys())
             and all(word in _words(study) for word in words)
         ]
-        return sorted(kept, key=lambda study: _sorted_by(study, self.sort), reverse=self.descending)
+        return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
 
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
-        """Of the runs of the study."""
+        """Those of the study's runs that are shown."""
         members = self.members(runs)
         if self.runs is None:
             return _newest_seeds(members)
-        return [run for run in members if short(run) in self.runs]
+        return [run for run in members if run.short in self.runs]
 
     def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
         return [run for run in runs if self.family in ("", run.experiment)]
 
 
-def short(run: StoredRun) -> str:
-    return run.id[:_ID]
+def describe_states(states: dict[str, int]) -> str:
+    """`3 finished, 1 running, 1 silent`"""
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
 
 
 def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
-    """All, or of more than MOST the newest seeds, each whole; in any case the baseline of the
-    newest seed that has one.
+    """All, or of more than MOST the newest seeds, each whole.
 
-    Of a newest seed that is larger than that, its newest runs.
+    The baseline of the newest seed that has one is always among them. Of a newest seed with more
+    than MOST runs its newest runs are taken.
     """
     if len(members) <= MOST:
         return list(members)
@@ -150,25 +152,12 @@ def _newest_seeds(members: Sequence[StoredRun]) -> list[StoredRun]:
     return [run for run in members if run.id in kept]
 
 
-def states_words(study: StoredStudy) -> str:
-    """`3 finished, 1 running, 1 silent`"""
-    return ", ".join(f"{count} {state}" for state, count in sorted(study.states.items()))
-
-
 def _words(study: StoredStudy) -> str:
-    return " ".join(
-        [
-            study.study,
-            study.experiment,
-            *study.rules,
-            study.protocol,
-            *study.seeds,
-            states_words(study),
-        ]
-    ).lower()
+    names = [study.study, study.experiment, *study.rules, study.protocol, *study.seeds]
+    return " ".join([*names, describe_states(dict(study.states))]).lower()
 
 
-def _sorted_by(study: StoredStudy, column: str) -> Any:
+def _key(study: StoredStudy, column: str) -> Any:
     return {
         "study": study.study,
         "family": study.experiment.lower(),

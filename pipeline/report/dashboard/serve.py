@@ -1,6 +1,4 @@
-"""The dashboard's server: waitress, which answers several readers at once, on loopback unless a
-token guards it.
-"""
+"""`spiketrain dashboard`: a waitress server, on loopback unless a token guards it."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.dashboard.guard import guard, is_loopback, refuse_open_to_others
-from pipeline.report.store import open_store
+from pipeline.report.stores import open_store
 from pipeline.track.connect import without_password
 from pipeline.track.mlflow import tracking_uri
 
@@ -19,15 +17,15 @@ _THREADS = 8
 def serve(
     *, store: str | None, runs: Path, host: str, port: int, token: str | None, every: float
 ) -> None:
-    """Answer until interrupted. A store that is not there yet, or cannot be read, is waited for.
+    """Serve until interrupted. The store need not exist or be readable yet.
 
     Args:
         store: an MLflow tracking URI; None: that of the folder `runs`.
         every: seconds between looks at the store while a page is open.
 
     Raises:
-        ValueError: the store is of a kind that cannot be read, the host is open to others without a
-        token, the port is taken.
+        ValueError: the store is of an unknown kind, the host is open to others without a token,
+            or the port is taken.
     """
     refuse_open_to_others(host, token)
     uri = store or tracking_uri(runs)
@@ -37,20 +35,13 @@ def serve(
     from pipeline.report.dashboard.app import make_app
 
     app = make_app(opened, name=without_password(uri), every=every)
-    guard(
-        app.server,
-        host=host,
-        token=token,
-        scripts=[f"'{each.strip(chr(39))}'" for each in app.csp_hashes()],
-    )
+    guard(app, host=host, token=token)
     address = "127.0.0.1" if host == "localhost" else host
     try:
         kept: dict[str, Any] = {
             "clear_untrusted_proxy_headers": False
         }  # guard.py reads one of them
-        server = create_server(
-            app.server, host=address, port=port, threads=_THREADS, ident=None, **kept
-        )
+        server = create_server(app, host=address, port=port, threads=_THREADS, ident=None, **kept)
     except OSError as error:
         raise ValueError(
             f"dashboard: cannot listen at {host}:{port} ({error.strerror or error}); name another"
@@ -64,9 +55,6 @@ def serve(
         f" {without_password(uri)} to {whom}",
         flush=True,
     )
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a shell's background jobs are born deaf to the first
+    for number in (signal.SIGINT, signal.SIGTERM):  # background jobs of a shell ignore the first
         signal.signal(number, signal.default_int_handler)
     server.run()

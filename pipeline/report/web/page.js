@@ -1,12 +1,12 @@
 "use strict";
-// Draws each figure when it comes near the window, in the scheme that the reader's system asks for, and in the light one on paper.
-(() => {
-  const drawings = JSON.parse(document.getElementById("drawings").textContent);
+// Draws figures in the scheme that the reader's system asks for, and in the light one on paper.
+// A drawing is {light, dark}, each {data, layout}, under the name in its place's data-figure.
+const Figures = (() => {
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const config = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: false, showTips: false };
-  const places = [...document.querySelectorAll("[data-figure]")];
-
-  const onPaper = { width: 640, autosize: false, paper_bgcolor: "#fff", plot_bgcolor: "#fff" }; // within the margins of A4 and of letter
+  const onPaper = { width: 640, autosize: false, paper_bgcolor: "#fff", plot_bgcolor: "#fff" }; // within A4 and letter
+  let drawings = {};
+  let places = [];
 
   const draw = (place, theme = dark.matches ? "dark" : "light", size = {}) => {
     const { data, layout } = structuredClone(drawings[place.dataset.figure][theme]);
@@ -16,7 +16,6 @@
   };
   const shown = () => places.filter((place) => !place.closest("details:not([open])"));
   const drawn = () => shown().filter((place) => place.dataset.theme);
-
   const near = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
       if (isIntersecting) {
@@ -25,22 +24,32 @@
       }
     }
   }, { rootMargin: "800px" });
-  places.forEach((place) => near.observe(place));
 
   dark.addEventListener("change", () => drawn().forEach((place) => draw(place)));
   window.addEventListener("beforeprint", () => shown().forEach((place) => draw(place, "light", onPaper)));
   window.addEventListener("afterprint", () => drawn().forEach((place) => draw(place)));
-  // What was drawn and then folded away has missed changes of scheme and of size.
-  for (const details of new Set(places.map((place) => place.closest("details")).filter(Boolean))) {
-    details.addEventListener("toggle", () => drawn().filter((place) => details.contains(place)).forEach((place) => draw(place)));
-  }
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest("[data-png]");
+    if (!button) return;
+    const place = button.closest("figure").querySelector("[data-figure]");
+    if (!place.dataset.theme) await draw(place);
+    const size = { width: Math.max(720, place.clientWidth), height: place.clientHeight };
+    await Plotly.downloadImage(place, { format: "png", filename: button.dataset.png, scale: 2, ...size });
+  });
 
-  for (const button of document.querySelectorAll("[data-png]")) {
-    button.addEventListener("click", async () => {
-      const place = places.find((each) => each.dataset.figure === button.dataset.png);
-      if (!place.dataset.theme) await draw(place);
-      const size = { width: Math.max(720, place.clientWidth), height: place.clientHeight };
-      await Plotly.downloadImage(place, { format: "png", filename: button.dataset.file, scale: 2, ...size });
-    });
-  }
+  /** Shows the figures inside of `root`; `when` is "near" (the window) or "now". */
+  return (root, found, when) => {
+    near.disconnect();
+    places.forEach((place) => place.isConnected || Plotly.purge(place));
+    drawings = found;
+    places = [...root.querySelectorAll("[data-figure]")];
+    places.forEach((place) => (when === "now" ? draw(place) : near.observe(place)));
+    // A drawing that was folded away has missed changes of scheme and of size.
+    for (const details of new Set(places.map((place) => place.closest("details")).filter(Boolean))) {
+      details.addEventListener("toggle", () => drawn().filter((place) => details.contains(place)).forEach((place) => draw(place)));
+    }
+  };
 })();
+
+const own = document.getElementById("drawings"); // of a page by itself
+if (own) Figures(document, JSON.parse(own.textContent), "near");

@@ -1,0 +1,293 @@
+"""A study as a store has it now, with runs that are still running.
+
+    live = Live(open_store(uri))
+    live.study(live.members(key))
+
+What was read is kept: of a run that has ended, until MLflow has a newer artifact or metric of it;
+of a running one its points, so that the next look asks for those after them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from pipeline.measure.time_parts import PARTS, REST
+from pipeline.recipe import BASELINE
+from pipeline.report.claims import Returned, returned
+from pipeline.report.history import count
+from pipeline.report.results import Run, machine, run_of
+from pipeline.report.runs import ReportError, refuse_damaged_summary
+from pipeline.report.stores import (
+    ArtifactError,
+    Point,
+    Sent,
+    Store,
+    StoredRun,
+    StoreError,
+    hardware_of,
+    start_of,
+)
+from pipeline.report.study import Study
+from pipeline.track.files import JOURNAL
+from pipeline.track.journal import Event
+from pipeline.track.publish import REPORT_DATA
+
+_METRICS = {"step": ("train/", ("loss", "top1")), "evaluation": ("val/", ("top1", "loss"))}
+_PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
+_SENT = "spiketrain.artifact."  # tags with the version of each artifact that was sent
+_KEPT = 512  # runs
+_FRESH_S = 0.5  # two callbacks of one look ask for the same runs
+T_ = TypeVar("T_")
+
+
+@dataclass
+class _Running:
+    """What was read of a running run."""
+
+    seen: float = 0.0  # the time of MLflow's newest metric at the last look
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    version: str = ""  # of the journal that was sent
+    sent: Sent = Sent()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteReport:
+    """What `spiketrain report` put into the store about all runs of a suite."""
+
+    key: str = ""  # the beginning of the id of the suite's run in MLflow
+    title: str = ""  # the suite, with commits and machines of those of its runs that are shown
+    version: str = ""
+    returned: Returned = Returned()
+    printed: str = ""  # by a report of its own
+    note: str = ""  # why it is left out
+
+
+class Live:
+    """Reads a store again and again. Threads may share it; what it asks of the store may raise."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._lock = threading.RLock()
+        self._recent: OrderedDict[tuple[str, str], tuple[float, Any]] = OrderedDict()
+        self._ended: OrderedDict[tuple[Any, ...], Run] = OrderedDict()
+        self._running: OrderedDict[str, _Running] = OrderedDict()
+
+    def listed(self, *, fresh_s: float) -> list[StoredRun]:
+        """All runs, as the store had them at most `fresh_s` ago; 0 asks it."""
+        return self._asked("listed", "", self.store.listed, fresh_s=fresh_s)
+
+    def members(self, study: str) -> list[StoredRun]:
+        """The runs of a study key, the one that started last first."""
+        return self._asked("members", study, lambda: self.store.runs(study))
+
+    def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
+        """These runs; notes name those that cannot be read.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        found: list[Run] = []
+        notes: list[str] = []
+        for stored in runs:
+            try:
+                run = self.run(stored)
+            except StoreError:
+                raise  # of the store, not of this run
+            except ReportError as error:
+                resent = f"; `spiketrain sync {shlex.quote(stored.name)}`"
+                notes.append(
+                    f"{stored.name} is left out:"
+                    f" {error}{'' if isinstance(error, ArtifactError) else resent}"
+                )
+                continue
+            if run.protocol == "trial":
+                notes.append(
+                    f"{run.name} is a trial on a held-out part, no run to set beside others."
+                )
+                continue
+            found.append(run)
+            if run.curve_every > 1:
+                parts = (
+                    ", and its parts of time are of those"
+                    if run.parts and run.summary is None
+                    else ""
+                )
+                notes.append(
+                    f"{run.name} has a long journal: of the points of its curve one of"
+                    f" {run.curve_every} is shown{parts}."
+                )
+        keys = ", ".join(sorted({run.study[:8] for run in runs}))
+        return Study(title=f"Study {keys}", runs=tuple(found), against=against, notes=tuple(notes))
+
+    def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
+        """The reports of the suites that these runs were launched with, the last launched first.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        suites: dict[str, list[StoredRun]] = {}
+        for run in runs:
+            if run.parent:
+                suites.setdefault(run.parent, []).append(run)
+        return [
+            replace(self._report(suite), key=suite[:8], title=_title(suite, members))
+            for suite, members in suites.items()
+        ]
+
+    def run(self, stored: StoredRun) -> Run:
+        """One run, from its artifacts; a running one from its metrics, too."""
+        with self._lock:
+            if stored.state == "running":
+                return self._read_running(stored)
+            sent = tuple(sorted(item for item in stored.tags.items() if item[0].startswith(_SENT)))
+            key = (stored.id, stored.status, stored.newest, sent)
+            if key not in self._ended:
+                _keep(self._ended, key, self._read_ended(stored))
+                self._running.pop(stored.id, None)
+            self._ended.move_to_end(key)
+            return self._ended[key]
+
+    def _asked(self, what: str, of: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S) -> T_:
+        """The answer to a question that was last asked at most `fresh_s` ago."""
+        asked, answer = self._recent.get((what, of), (-math.inf, None))
+        if time.monotonic() - asked >= fresh_s:
+            answer = ask()  # without the lock: a slow list keeps nobody from the figures
+            _keep(self._recent, (what, of), (time.monotonic(), answer))
+        return answer  # type: ignore[return-value]
+
+    def _read_ended(self, stored: StoredRun) -> Run:
+        sent = self.store.journal(stored.id)
+        if not any(event["event"] == "start" for event in sent.events):
+            sent = self._with_metrics(stored, _Running())
+        summary = self._json(stored.id, "summary.json", dict)
+        refuse_damaged_summary(summary or {}, "its summary.json in MLflow")
+        layers = self._json(stored.id, "activity.json", list)
+        run = _run(
+            stored,
+            sent,
+            self._json(stored.id, "recipe.json", dict),
+            summary=summary,
+            layers=lambda: layers,
+        )
+        _ = run.activity  # which may be damaged
+        return run
+
+    def _read_running(self, stored: StoredRun) -> Run:
+        running = self._running.setdefault(stored.id, _Running())
+        _keep(self._running, stored.id, running)
+        sent = self._with_metrics(stored, running)
+        recipe = self._json(stored.id, "recipe.json", dict)
+        # MLflow takes no second value of a step: it has nothing of the batches that a restart
+        # repeats until the journal is sent again.
+        return _run(stored, sent, recipe, redone="kept", heard=stored.newest)
+
+    def _with_metrics(self, stored: StoredRun, running: _Running) -> Sent:
+        """The journal as it was last sent, with the metrics after it as events."""
+        version = stored.tags.get(_SENT + JOURNAL, "")
+        if version != running.version:
+            running.version, running.sent = version, self.store.journal(stored.id)
+        if stored.newest > running.seen:
+            for key in (prefix + name for prefix, names in _METRICS.values() for name in names):
+                if key in stored.metrics:
+                    known = running.points.setdefault(key, [])
+                    known += self.store.history(
+                        stored.id, key, since=known[-1].step if known else -1
+                    )
+            running.seen = stored.newest
+        events = list(running.sent.events) or [start_of(stored)]
+        later = list(_after(events, running.points))
+        if newest := next((event for event in reversed(later) if event["event"] == "step"), None):
+            # The run's newest values, which cost no further question; earlier ones are not asked
+            # for.
+            keys = {name: f"train/{name}" for name in _PARTS}
+            newest["metrics"] |= {
+                name: stored.metrics[key] for name, key in keys.items() if key in stored.metrics
+            }
+        return replace(running.sent, events=[*events, *later])
+
+    def _report(self, suite: str) -> SuiteReport:
+        return self._asked("report", suite, lambda: self._read_report(suite))
+
+    def _read_report(self, suite: str) -> SuiteReport:
+        try:
+            value = self._json(suite, REPORT_DATA, dict)
+            found, printed = (
+                returned(value, f"{REPORT_DATA} in MLflow"),
+                str((value or {}).get("printed") or ""),
+            )
+        except StoreError:
+            raise  # of the store, not of this report
+        except ReportError as error:
+            return SuiteReport(
+                version=str(error), note=f"What its report tells is left out: {error}"
+            )
+        version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
+        return SuiteReport(version=version, returned=found, printed=printed)
+
+    def _json(self, run_id: str, name: str, kind: type) -> Any:
+        text = self.store.text(run_id, name)
+        try:
+            value = None if text is None else json.loads(text)
+        except ValueError as error:
+            raise ReportError(f"its {name} in MLflow is not JSON ({error})") from error
+        if value is not None and not isinstance(value, kind):
+            got = type(value).__name__
+            raise ReportError(f"its {name} in MLflow must hold a {kind.__name__}; got a {got}")
+        return value
+
+
+def _run(stored: StoredRun, sent: Sent, recipe: Mapping[str, Any] | None, **about: Any) -> Run:
+    starts = [event for event in sent.events if event["event"] == "start"]
+    about |= {"recipe": recipe, "curve_every": sent.every, "journal": lambda: sent.events}
+    return run_of(stored.name, state=stored.state, starts=starts, **about)
+
+
+def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]]) -> Iterator[Event]:
+    """Points of steps that the journal does not have, as events in the order of their time."""
+    attempt = events[-1].get("attempt")
+    found: list[Event] = []
+    for kind, (prefix, names) in _METRICS.items():
+        known = max(
+            (count(event.get("step")) or 0 for event in events if event["event"] == kind),
+            default=-1,
+        )
+        by_step: dict[int, Event] = {}
+        for name in names:
+            for point in points.get(prefix + name, ()):
+                if point.step > known:
+                    about = {
+                        "event": kind,
+                        "time": point.time,
+                        "attempt": attempt,
+                        "step": point.step,
+                    }
+                    by_step.setdefault(point.step, {**about, "metrics": {}})["metrics"][name] = (
+                        point.value
+                    )
+        found += by_step.values()
+    yield from sorted(found, key=lambda event: (event["time"], event["step"]))
+
+
+def _title(suite: str, members: Sequence[StoredRun]) -> str:
+    """`claims-fashion-20260105-120000 (01234567), commit abc, on a cpu, 2 cores, 1 thread`"""
+    name = members[0].tags.get("spiketrain.suite") or "A suite"
+    commits = dict.fromkeys(filter(None, (run.tags.get("spiketrain.commit") for run in members)))
+    machines = dict.fromkeys(machine(hardware_of(run)) for run in members)
+    at = f", commit {' and '.join(commits)}" if commits else ""
+    return f"{name} ({suite[:8]}){at}, on {'; '.join(machines)}"
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)

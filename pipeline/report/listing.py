@@ -1,0 +1,96 @@
+"""`spiketrain runs`: the runs and suites of a folder, and the commands that resume them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.recipe.command_line import how_to_resume
+from pipeline.recipe.suite import FILE, runs_of
+from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
+from pipeline.report.runs import suite_folders
+from pipeline.track.journal import last
+from pipeline.track.state import is_driven
+from pipeline.track.trials import over_in
+
+_OVER = ("finished", "running", "diverged")  # states of runs that cannot be resumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteRow:
+    """One suite in a list."""
+
+    name: str
+    folder: Path
+    state: str  # such as 2 of 5 finished
+    resume: str | None  # None for one that is finished or being trained
+
+
+def list_runs(runs_dir: str | os.PathLike[str]) -> list[Run]:
+    """All runs of a folder, the one started last first."""
+    return sorted(read_runs(Path(runs_dir)), key=lambda run: run.started, reverse=True)
+
+
+def list_suites(runs_dir: str | os.PathLike[str]) -> list[SuiteRow]:
+    """All suites of a folder, the one launched last first."""
+    folders = suite_folders(Path(runs_dir))
+    folders.sort(key=lambda folder: (folder / FILE).stat().st_mtime, reverse=True)
+    return [_suite_row(folder) for folder in folders]
+
+
+def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None) -> None:
+    """Print suites and runs as tables, and each command that resumes one on a line of its own."""
+    console = console or new_console()
+    runs, suites = list_runs(runs_dir), list_suites(runs_dir)
+    if not runs and not suites:
+        say(console, f"no runs in {os.fspath(runs_dir)}")
+        return
+    if suites:
+        print_table(console, ("suite", "state"), [(suite.name, suite.state) for suite in suites])
+        console.print()
+    columns = ("run", "state", "rule", "study", number("step"), number("top-1"))
+    print_table(console, columns, map(_cells, runs))
+    for command in filter(None, (*(suite.resume for suite in suites), *map(how_to_go_on, runs))):
+        say(console, command, whole=[command])
+
+
+def how_to_go_on(run: Run) -> str | None:
+    """The command that resumes a run; None for one that is finished or running."""
+    return None if run.state in _OVER else how_to_resume(run.folder)
+
+
+def newest_top1(run: Run) -> float | None:
+    """Of a finished run its result, of another its newest evaluation."""
+    if run.state == "finished":
+        return run.value("top1")
+    evaluation = last(run.folder / "journal.jsonl", "evaluation") or {}
+    return evaluation.get("metrics", {}).get("top1")
+
+
+def _cells(run: Run) -> tuple[str, ...]:
+    rule = "-" if run.rule == UNKNOWN_RULE else run.rule
+    step = "-" if run.step is None else f"{run.step}/{run.total_steps or '?'}"
+    top1 = newest_top1(run)
+    return (
+        run.name,
+        run.state,
+        rule,
+        run.study[:8] or "-",
+        step,
+        "-" if top1 is None else f"{top1:.2%}",
+    )
+
+
+def _suite_row(folder: Path) -> SuiteRow:
+    try:
+        runs, over = runs_of(folder), len(over_in(folder))
+    except ValueError:  # the list shows every other suite all the same
+        return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)
+    driven = is_driven(folder)
+    resume = None if over == len(runs) or driven else how_to_resume(folder)
+    state = f"{over} of {len(runs)} finished" + (", running" if driven else "")
+    return SuiteRow(name=folder.name, folder=folder, state=state, resume=resume)

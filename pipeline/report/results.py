@@ -1,0 +1,549 @@
+"""Results as one frame: a row for each run, a column for each quantity.
+
+    frame = pipeline.results("runs/")        # or sqlite:///runs/mlflow.db, or a server's address
+    frame.groupby("rule")["top1"].mean()
+
+`METRICS` declares the quantities. `compare`, `report`, `dashboard`, claims, CSV and JSON take
+their columns, titles and units from it. A new quantity needs one line there, and the code that
+writes it into `summary.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.core.units import counted
+from pipeline.measure.sampled import MEMORY_EVERY
+from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.report import history
+from pipeline.report.history import History, count, number
+from pipeline.report.runs import ReportError, load, run_folders, summary_of
+from pipeline.track.journal import Event, every, last, read
+from pipeline.track.provenance import told_in, trained_on
+from pipeline.track.state import State, state_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+UNKNOWN_RULE = "unknown rule"  # the label of a run that names none
+NOT_SAID = "not known"
+
+
+# ------------------------------------------------------------------------------------- quantities
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A quantity of a finished run.
+
+    Args:
+        name: its column in the frame, in CSV and in JSON.
+        title: the head of its column, and its name on an axis.
+        unit: how it is printed: share, B, s, J, rate or count (`pipeline.core.units`).
+        better: whether "less" or "more" of it is better. Such a metric is compared with the
+            baseline. One with "" is listed beside the comparison.
+        source: where `summary.json` has it, as a dotted path, or a function of the summary.
+            Without one, `name` is the path. A `*` stands for any key, and there is a metric for
+            each key that a summary has; `{}` in the title is that key.
+        about: what the quantity is, for the captions of figures.
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["less", "more", ""] = ""
+    source: str | Callable[[Mapping[str, Any]], float | None] = ""
+    about: str = ""
+
+    def value(self, summary: Mapping[str, Any]) -> float | None:
+        """The value in a summary; None where it was not measured, or is not finite."""
+        if callable(self.source):
+            return self.source(summary)
+        return number(at(summary, self.source or self.name))
+
+
+def at(value: Any, path: str) -> Any:
+    """What a dotted path leads to in nested objects; None where it leads nowhere."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _sum(
+    *paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()
+) -> Callable[[Mapping[str, Any]], float | None]:
+    """A sum of numbers of a summary; None without one of them, but for those in `minus_any`."""
+
+    def total(summary: Mapping[str, Any]) -> float | None:
+        plus, less = ([number(at(summary, path)) for path in each] for each in (paths, minus))
+        if None in (*plus, *less):
+            return None
+        any_less = (number(summary.get(path)) for path in minus_any)
+        return sum(filter(None, plus)) - sum(filter(None, less)) - sum(filter(None, any_less))
+
+    return total
+
+
+COMPUTE = "compute_s"
+KEPT = "kept_bytes"
+ENERGY = "inference.energy_j"
+ENERGY_MEASURED = "inference.measured_j"
+
+METRICS = [
+    Metric("top1", "top-1", "share", "more"),
+    Metric(
+        "peak_saved_bytes",
+        "saved bytes",
+        "B",
+        "less",
+        about=(
+            "the peak of what autograd keeps for backward at one moment, without parameters, "
+            "counted on the second batch of each start of a run and on every "
+            f"{MEMORY_EVERY}th after it, or on the next one where that is skipped"
+        ),
+    ),
+    Metric(KEPT, "saved bytes and states", "B", "less", _sum("peak_saved_bytes", "state_bytes")),
+    Metric("images_per_s", "images/s", "rate", "more"),
+    Metric(
+        "wall_s",
+        "wall clock",
+        "s",
+        "less",
+        _sum("wall_s", minus=["startup_s"], minus_any=["fidelity_s"]),
+        about=(
+            "the time of a run from the end of its first batch to its last line, with restarts, "
+            "without their start-up and without comparisons of its gradient with BPTT's"
+        ),
+    ),
+    Metric(
+        COMPUTE,
+        "compute time",
+        "s",
+        "less",
+        _sum("steady_forward_s", "steady_backward_s"),
+        about="forward and backward of a steady batch, in the mean",
+    ),
+    Metric(
+        ENERGY,
+        "inference energy",
+        "J",
+        "less",
+        about=(
+            "an estimate from measured operations, of arithmetic alone, for one sample; "
+            "never a measurement"
+        ),
+    ),
+    Metric(ENERGY_MEASURED, "joules of an inference, measured", "J", "less"),
+    Metric("state_bytes", "states beside saved bytes", "B"),
+    Metric("peak_device_bytes", "peak on the device", "B"),
+    Metric("peak_reserved_bytes", "peak reserved there", "B"),
+    Metric("peak_rss_bytes", "peak RSS", "B"),
+    Metric("peak_pss_bytes", "PSS between batches, at its peak", "B"),
+    Metric("evaluation_peak_device_bytes", "peak on the device while evaluating", "B"),
+    Metric("evaluation_peak_reserved_bytes", "peak reserved there while evaluating", "B"),
+    Metric("evaluation_peak_rss_bytes", "peak RSS while evaluating", "B"),
+    Metric("startup_s", "start-up", "s"),
+    Metric("net_s", "wall clock net of restarts", "s", "", _sum("net_s", minus_any=["fidelity_s"])),
+    Metric("device_j", "joules of training, measured", "J"),
+    Metric("inference.energy_j_by_table.*", "joules of an inference, estimated ({})", "J"),
+    Metric("operations.*.multiplications", "{}: multiplications", "count"),
+    Metric("operations.*.additions", "{}: additions", "count"),
+    Metric("held.parameters", "parameters", "B"),
+    Metric("held.buffers", "buffers", "B"),
+    Metric("held.gradients", "gradients", "B"),
+    Metric("held.optimizer", "optimizer", "B"),
+    Metric("held.teacher", "teacher", "B"),
+    Metric("held.rule", "the rule's own", "B"),
+]
+
+
+def metric(name: str) -> Metric:
+    """The metric of a name; of a name that none has, one that reads the summary."""
+    return next((each for each in METRICS if each.name == name), Metric(name, name, "count"))
+
+
+def compared() -> list[Metric]:
+    """The metrics that are compared with the baseline."""
+    return [each for each in METRICS if each.better]
+
+
+def expanded(summaries: Iterable[Mapping[str, Any] | None]) -> list[Metric]:
+    """All metrics, with one for each key that stands for a `*` in these summaries."""
+    summaries = [summary for summary in summaries if summary is not None]
+    found: list[Metric] = []
+    for each in METRICS:
+        if "*" not in each.name:
+            found.append(each)
+            continue
+        parts = each.name.split(".")
+        keys = dict.fromkeys(keys for one in summaries for keys in _matches(one, parts))
+        for of in keys:
+            name = each.name.replace("*", "{}").format(*of)
+            found.append(replace(each, name=name, title=each.title.format(*of)))
+    return found
+
+
+def _matches(value: Any, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The keys that stand for each `*` of a path, for every path that leads to a value."""
+    if not parts:
+        yield ()
+    elif isinstance(value, Mapping):
+        head, *rest = parts
+        for key in value if head == "*" else [head]:
+            for more in _matches(value[key], rest) if key in value else ():
+                yield (key, *more) if head == "*" else more
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedOn:
+    """What one or several starts of a run trained on."""
+
+    world_size: int | None = None
+    micro_batch: int | None = None  # samples that a worker holds at a time
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    loader_threads: int | None = None
+    own_cores: bool = False  # whether each worker on a CPU keeps to cores that no other run uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRates:
+    """One layer of neurons in the last evaluation."""
+
+    name: str
+    neurons: int
+    samples: int  # on which spikes were counted
+    rates: tuple[float, ...]  # spikes per neuron at each time step
+    silent: float  # share of the neurons, in 0..1
+    saturated: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run: a row of the frame, and its history, which is read on first use.
+
+    A field that is not known is None or empty.
+    """
+
+    name: str
+    state: State
+    rule: str = UNKNOWN_RULE  # its label in tables
+    seed: int = 0
+    study: str = ""  # runs with the same key may be compared, on equal machines
+    recipe: Mapping[str, Any] = field(default_factory=dict)  # fields of recipe.json
+    summary: Mapping[str, Any] | None = None  # None until the run has finished
+    trained_on: tuple[TrainedOn, ...] = ()  # each once, oldest first
+    commits: tuple[str, ...] = ()
+    step: int | None = None  # batches done
+    total_steps: int | None = None
+    steps_per_epoch: int | None = None
+    started: float = 0.0  # unix seconds
+    ended: float = 0.0
+    heard: float | None = None  # last sign of life of a run that MLflow calls running
+    folder: Path = Path()  # of a run that was read from one
+    damage: str = ""  # why the run cannot be used, of one with a damaged file
+    curve_every: int = 1  # the curve has one of so many points of the journal
+    redone: Literal["dropped", "kept"] = "dropped"
+    journal: Callable[[], Sequence[Event]] = field(default=list, repr=False, compare=False)
+    layers: Callable[[], Sequence[Any] | None] = field(default=list, repr=False, compare=False)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state == "finished" and self.summary is not None
+
+    @property
+    def protocol(self) -> str:
+        return str(self.recipe.get("protocol", "shared"))
+
+    @property
+    def workers(self) -> int | None:
+        return self.trained_on[-1].world_size if self.trained_on else None
+
+    @property
+    def hardware(self) -> Mapping[str, Any]:
+        return self.trained_on[-1].hardware if self.trained_on else {}
+
+    @cached_property
+    def history(self) -> History:
+        return history.read_history(self.journal(), redone=self.redone)
+
+    @cached_property
+    def parts(self) -> Mapping[str, float]:
+        """Seconds of a batch in each part of the clock.
+
+        Of a finished run: all time but start-up, with evaluations and checkpoints. Of another:
+        its batches alone, the mean over those whose parts its journal has.
+        """
+        if self.summary is None:
+            return history.parts(self.journal())
+        steps = self.value("timed_batches") or self.value("steps")
+        names = (*PARTS, REST, *BETWEEN) if steps else ()
+        seconds = {name: self.value(f"{name}_s") for name in names}
+        return {name: each / steps for name, each in seconds.items() if steps and each is not None}
+
+    @cached_property
+    def activity(self) -> tuple[LayerRates, ...]:
+        return tuple(map(_layer, self.layers() or ()))
+
+    def value(self, name: str) -> float | None:
+        """A metric, or a number that a dotted path leads to in the summary."""
+        return None if self.summary is None else metric(name).value(self.summary)
+
+
+def run_of(
+    name: str,
+    *,
+    state: State,
+    starts: Sequence[Event],
+    summary: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    **about: Any,
+) -> Run:
+    """A run from its files.
+
+    Args:
+        starts: the `start` events of its journal, oldest first.
+        summary, recipe: the content of summary.json and recipe.json; None without the file.
+        about: further fields of `Run`.
+    """
+    finished = summary if state == "finished" else None
+    newest = {**(starts[-1] if starts else {}), **(finished or {})}
+    fields = (recipe or {}).get("recipe", recipe)
+    on = told_in(finished, starts) if finished else trained_on(starts, steps=None)
+    commits = [event["commit"] for event in starts if event.get("commit")]
+    if finished and not commits:
+        commits = finished.get("commits") or [finished.get("commit")]
+    return Run(
+        name=name,
+        state=state,
+        rule=str(newest.get("rule") or UNKNOWN_RULE),
+        seed=count(newest.get("seed")) or 0,
+        study=str(newest.get("study") or ""),
+        recipe=(fields if isinstance(fields, Mapping) else {}) or newest.get("params") or {},
+        summary=finished,
+        trained_on=tuple(map(_trained_on, on)),
+        commits=tuple(dict.fromkeys(map(str, filter(None, commits)))),
+        total_steps=count(newest.get("total_steps") or newest.get("steps")),
+        steps_per_epoch=count(newest.get("steps_per_epoch")),
+        **about,
+    )
+
+
+def read_run(folder: Path) -> Run:
+    """A run from its folder.
+
+    Raises:
+        ReportError: summary.json or recipe.json is damaged.
+    """
+    return _read(folder, summary=summary_of(folder), recipe=load(folder / "recipe.json"))
+
+
+def read_runs(runs_dir: Path) -> list[Run]:
+    """All runs in a folder, by name. One with a damaged file says so in `damage`."""
+    found: list[Run] = []
+    for folder in run_folders(runs_dir):
+        try:
+            found.append(read_run(folder))
+        except ReportError as error:
+            found.append(_read(folder, damage=str(error)))
+    return found
+
+
+def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str = "") -> Run:
+    journal, state = folder / "journal.jsonl", state_of(folder)
+    starts = every(journal, "start")
+    progress = summary if state == "finished" else last(journal, "step", "start", "stopped")
+    finish = last(journal, "finish") if state == "finished" else None
+    return run_of(
+        folder.name,
+        state=state,
+        starts=starts,
+        summary=summary,
+        recipe=recipe,
+        step=count((progress or {}).get("steps" if state == "finished" else "step")),
+        started=float(starts[0]["time"]) if starts else folder.stat().st_mtime,
+        ended=float(finish["time"]) if finish else folder.stat().st_mtime,
+        folder=folder,
+        damage=damage,
+        journal=lambda: read(journal),
+        layers=lambda: load(folder / "activity.json", list),
+    )
+
+
+def frame(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row for each run.
+
+    Columns: what the run is, its state and what it trained on; each metric, NaN where it was not
+    measured; and the objects `recipe` and `summary` as their files have them.
+
+    Raises:
+        ReportError: a run has a damaged file.
+    """
+    import pandas as pd
+
+    runs = list(runs)
+    for run in runs:
+        refuse_damage(run)
+    metrics = expanded(run.summary for run in runs)
+    about = pd.DataFrame(
+        [_about(run) for run in runs], columns=list(_about(Run(name="", state="new")))
+    )
+    values = [
+        [None if run.summary is None else each.value(run.summary) for each in metrics]
+        for run in runs
+    ]
+    numbers = pd.DataFrame(values, columns=[each.name for each in metrics], dtype=float)
+    return pd.concat([about, numbers], axis=1)
+
+
+def refuse_damage(run: Run) -> None:
+    """Raises: ReportError for a run with a damaged file."""
+    if run.damage:
+        raise ReportError(run.damage)
+
+
+def _about(run: Run) -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "rule": run.rule,
+        "seed": run.seed,
+        "study": run.study,
+        "protocol": run.protocol,
+        "state": run.state,
+        "workers": run.workers,
+        "machine": machine(run.hardware),
+        "commit": ", ".join(run.commits),
+        "step": run.step,
+        "total_steps": run.total_steps,
+        "started": run.started,
+        "recipe": run.recipe,
+        "summary": run.summary,
+    }
+
+
+def _trained_on(on: Mapping[str, Any]) -> TrainedOn:
+    return TrainedOn(
+        world_size=count(on.get("world_size")),
+        micro_batch=count(on.get("micro_batch")),
+        hardware=on.get("hardware") or {},
+        loader_threads=count(on.get("loader_threads")),
+        own_cores=bool(on.get("own_cores")),
+    )
+
+
+def _layer(layer: Any) -> LayerRates:
+    try:
+        return LayerRates(
+            name=str(layer["name"]),
+            neurons=int(layer["neurons"]),
+            samples=int(layer["samples"]),
+            rates=tuple(map(float, layer["rates"])),
+            silent=float(layer["silent"]),
+            saturated=float(layer["saturated"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        needed = ", ".join(LayerRates.__dataclass_fields__)
+        raise ReportError(f"activity.json: a layer must have {needed}; got {layer!r}") from error
+
+
+# ------------------------------------------------------------------- machines and workers in words
+
+
+def machine(hardware: Mapping[str, Any]) -> str:
+    """The GPU of each worker, or the CPU with its cores and the threads of torch."""
+    if not hardware:
+        return "a machine that is not known"
+    if hardware.get("gpu") not in (None, "none"):
+        return str(hardware["gpu"])
+    names = [name for name in ("cores", "threads") if isinstance(hardware.get(name), int)]
+    counts = [counted(hardware[name], name[:-1]) for name in names]
+    return ", ".join([str(hardware.get("cpu", "a CPU")), *counts])
+
+
+def places(run: Run, *, between: str = ", ") -> str:
+    """`a cpu, 2 cores, 2 workers, in micro-batches of 64, then a cpu, 2 cores, 1 worker`
+
+    Loader threads are named where they changed on the way.
+    """
+    texts = [
+        between.join(filter(None, (machine(on.hardware), _workers(run, on))))
+        for on in run.trained_on
+    ]
+    return ", then ".join(texts) or machine({})
+
+
+def micro_batches(run: Run) -> str:
+    """Samples that a worker holds at a time, and how many times in a batch: `128`, `64 × 2`."""
+    texts = [_micro_batch(on, _accumulated(run, on)) for on in run.trained_on]
+    return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
+
+
+def loaders(on: TrainedOn) -> str:
+    """`with 1 loader thread`; empty where it is not known."""
+    return (
+        "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
+    )
+
+
+def _workers(run: Run, on: TrainedOn) -> str:
+    texts = [
+        "" if on.world_size is None else counted(on.world_size, "worker"),
+        f"in micro-batches of {on.micro_batch}" if (_accumulated(run, on) or 1) > 1 else "",
+        "each on cores of its own" if on.own_cores else "",
+        loaders(on) if len({each.loader_threads for each in run.trained_on}) > 1 else "",
+    ]
+    return ", ".join(filter(None, texts))
+
+
+def _micro_batch(on: TrainedOn, accumulated: int | None) -> str:
+    if on.micro_batch is None:
+        return NOT_SAID
+    return f"{on.micro_batch} × {accumulated}" if (accumulated or 1) > 1 else str(on.micro_batch)
+
+
+def _accumulated(run: Run, on: TrainedOn) -> int | None:
+    """Micro-batches of a worker in a batch; None where a journal alone has the recipe, as text."""
+    batch = run.recipe.get("batch_size")
+    if not isinstance(batch, int) or not on.world_size or not on.micro_batch:
+        return None
+    return batch // (on.world_size * on.micro_batch)
+
+
+SILENT_S = 900.0
+"""A driver tells MLflow of its machine every 10 s. Where that is switched off, MLflow hears of
+points of the curve, evaluations and checkpoints, of which the slowest takes minutes."""
+
+
+def describe_state(state: str, heard: float | None) -> str:
+    """`running, no word for 25 min`; a driver that was killed cannot say so to MLflow.
+
+    Args:
+        heard: the last sign of life, in unix seconds; None where the state is known for sure.
+    """
+    if heard is None or not is_silent(state, heard):
+        return state
+    minutes = int((time.time() - heard) // 60)
+    return f"{state}, no word for {f'{minutes} min' if minutes < 120 else f'{minutes // 60} h'}"
+
+
+def is_silent(state: str, heard: float) -> bool:
+    return state == "running" and time.time() - heard >= SILENT_S
+
+
+def kind(run: Run) -> str:
+    """Equal for runs that may be compared.
+
+    Such runs have one study key, and trained from the first step to the last on as many workers,
+    as large micro-batches and equal machines, with as many loader threads, on cores of their own
+    or not.
+    """
+    on = [asdict(each) for each in run.trained_on]
+    return json.dumps([run.study, on], sort_keys=True, default=str)

@@ -1,0 +1,208 @@
+"""Which runs are meant: by name or study key, or the newest study; and with which they compare."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.units import counted
+from pipeline.recipe import is_baseline
+from pipeline.recipe.json import differing, listed
+from pipeline.recipe.recipe import BESIDE_THE_STUDY
+from pipeline.report.results import Run, read_run, refuse_damage
+from pipeline.report.runs import ReportError, find_run
+
+VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which counts by its content
+Differing = tuple[str, Any, Any]  # a field, and its values in two runs
+
+
+class ComparisonError(ReportError):
+    """Runs that must not be compared, or none to compare; one line that names what differs."""
+
+
+def newest_study(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
+    """The runs of the study whose run finished last.
+
+    Trials of a search belong to none: they are judged on a part of the training set.
+
+    Raises:
+        ComparisonError: no run has finished.
+    """
+    for run in runs:
+        refuse_damage(run)
+    finished = sorted((run for run in runs if run.is_finished), key=lambda run: run.ended)
+    if not finished:
+        there = f"it has {len(runs)} that did not finish" if runs else "it has no runs"
+        raise ComparisonError(f"compare: no finished run in {runs_dir}; {there}")
+    newest = next((run for run in reversed(finished) if run.protocol != "trial"), None)
+    if newest is None:
+        why = (
+            f"{counted(len(finished), 'trial')} on a held-out part, no runs to set beside one"
+            " another"
+        )
+        raise ComparisonError(f"compare: no finished run in {runs_dir} but {why}")
+    return [run for run in runs if run.study == newest.study]
+
+
+def named(
+    runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
+) -> list[Run]:
+    """The runs that names, paths and study keys mean, in the order of the names.
+
+    Raises:
+        ReportError: nothing, or several, answer to a name.
+    """
+    known = {run.folder.resolve(): run for run in runs}
+    found: dict[Path, Run] = {}
+    for text in [os.fspath(name) for name in names]:
+        keys = {run.study for run in runs if text and run.study.startswith(text)}
+        if not keys or (runs_dir / text).exists():
+            folder = find_run(runs_dir, text, among=[run.folder for run in runs]).resolve()
+            members = [known.get(folder) or read_run(folder)]
+        elif len(keys) > 1:
+            raise ComparisonError(
+                f"compare: {text!r} begins several study keys: {', '.join(sorted(keys))}"
+            )
+        else:
+            members = [run for run in runs if run.study in keys]
+        found |= {run.folder.resolve(): run for run in members}
+    return list(found.values())
+
+
+def is_study(runs: Sequence[Run], text: str) -> bool:
+    """Whether the study key of a run begins with the text."""
+    return bool(text) and any(run.study.startswith(text) for run in runs)
+
+
+def refuse_unlike(runs: Sequence[Run]) -> None:
+    """Refuse runs that differ in more than the rule and the seed.
+
+    Raises:
+        ComparisonError: two do, or two of one rule differ in what was tuned.
+    """
+    namesakes: dict[str, Run] = {}
+    for run in runs[1:]:
+        for other in (runs[0], namesakes.setdefault(run.rule, run)):
+            if found := differences(other, run):
+                what = f"differ in more than the rule and the seed: {listed(found)}"
+                raise ComparisonError(
+                    f"compare: {other.name} and {run.name} {what}; name runs that agree"
+                )
+
+
+def with_baseline(
+    runs: Sequence[Run], finished: list[Run], against: str
+) -> tuple[list[Run], list[str]]:
+    """Add the study's runs of each kind of the baseline that is missing and may be compared.
+
+    BPTT in slices of time is such a kind, as it may be the faster. Where no baseline can be added,
+    a note says why.
+
+    Args:
+        runs: all runs of the folder.
+
+    Raises:
+        ComparisonError: those that would be added differ from one another.
+    """
+    reference, there = finished[0], {run.rule for run in finished}
+    kinds = [
+        run
+        for run in runs
+        if run.study == reference.study
+        and run.is_finished
+        and run.rule not in there
+        and is_baseline(run.rule, against)
+    ]
+    kinds.sort(key=lambda run: run.rule != against)
+    fit = [run for run in kinds if not differences(run, reference)]
+    if against in there:
+        try:
+            refuse_unlike(fit)
+        except ComparisonError as error:
+            why = str(error).removeprefix("compare: ")
+            return finished, [f"times may be divided by a slower {against}: {why}"]
+        return sorted(fit + finished, key=lambda run: run.rule != against), []
+    if fit and fit[0].rule == against:
+        refuse_unlike(fit)
+        return fit + finished, []
+    if kinds and kinds[0].rule == against:
+        found = differences(kinds[0], reference)
+        why = f"{kinds[0].name} does not stand comparison: {listed(found)}"
+    else:
+        why = f"study {reference.study[:8]} has no finished run of {against}"
+    return finished, [f"no baseline, no ratios: {why}"]
+
+
+def differences(a: Run, b: Run) -> list[Differing]:
+    """All that must be equal in two finished runs and is not; empty where they may be compared.
+
+    Unequal study keys are explained from the two recipes. A path counts by its content, so it is
+    named only where nothing else explains the keys.
+    """
+    found = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
+    if a.rule == b.rule:
+        # One label in the table must be one rule, with one value of what was tuned.
+        found += differing("rule", a.recipe.get("rule"), b.recipe.get("rule"))
+        for key in tuned_in(a.recipe):
+            found += differing(key, written(a.recipe, key), written(b.recipe, key))
+    return found if a.study == b.study else _explained(a, b) + found
+
+
+def trained_apart(
+    mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> Iterator[Differing]:
+    """The fields of what two runs were trained on that differ.
+
+    Where one changed on the way, its values are in a list: `[2, 1]`.
+    """
+    if list(mine) != list(theirs):
+        found = list(differing("", _columns(mine), _columns(theirs)))
+        yield from found or [("trained_on", mine, theirs)]
+
+
+def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    """The dotted keys that each rule has its own value of; none where only a journal has them."""
+    keys = recipe.get("tuned")
+    return tuple(keys) if isinstance(keys, (list, tuple)) else ()
+
+
+def written(recipe: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key, `optimizer.lr`, of a recipe as JSON or of flat parameters."""
+    if key in recipe:
+        return recipe[key]
+    value: Any = recipe
+    for name in key.split("."):
+        value = value.get("kwargs", value).get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`hardware.cpu` and the like with their values, each once; a single one stands alone."""
+    columns: dict[str, list[Any]] = {}
+    for each in trained_on:
+        machine = {
+            f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()
+        }
+        for name, value in {**each, **machine}.items():
+            if name != "hardware" and value not in columns.setdefault(name, []):
+                columns[name].append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in columns.items()}
+
+
+def _explained(a: Run, b: Run) -> list[Differing]:
+    recipes = [{k: v for k, v in run.recipe.items() if k not in VARIED} for run in (a, b)]
+    found = list(differing("", *recipes))
+    paths = [one for one in found if all(_is_path(value) for value in one[1:])]
+    found = [one for one in found if one not in paths]
+    contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
+    if contents[0] != contents[1]:
+        found.append(("data_fingerprint", contents[0], contents[1]))
+    return found or paths or [("study", a.study, b.study)]
+
+
+def _is_path(value: Any) -> bool:
+    """Recipes are written with absolute paths."""
+    return value is None or (isinstance(value, str) and value.startswith("/"))

@@ -1,0 +1,557 @@
+"""Our runs in an MLflow store: studies, runs, the history of a metric, an artifact.
+
+Reading never makes or changes a store. An SQLite file is read by SQL, read-only and without MLflow,
+whose client (3.17.2) would make a missing file and its schema, and took 1.9 s to list 500 runs. A
+server is asked through MLflow's client. A store that cannot be read ends within seconds in a
+`StoreError`, one sentence that names it and says what to do; an artifact in an `ArtifactError`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sqlite3
+import stat
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from urllib.parse import quote, unquote, urlparse
+
+from pipeline.report.results import Run, is_silent, run_of
+from pipeline.report.runs import ReportError
+from pipeline.track.connect import SQLITE, connect, reason, without_password
+from pipeline.track.files import JOURNAL, KNOWN
+from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
+from pipeline.track.journal import Event, read, read_thinned
+from pipeline.track.publish import REPORT, REPORT_DATA
+from pipeline.track.state import State
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
+
+ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT_DATA, REPORT)
+MOST_BYTES = 64 << 20  # of an artifact that is read whole, as a person looks at it
+LOCKED_S = 2.0
+_THINNED_BYTES = 8 << 20  # about so much of the curve of a longer journal is kept
+_READABLE = "are the file and its folder readable to you?"
+_STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
+_OF_SUITES = (REPORT, REPORT_DATA)  # of a run that may be deleted: its id is from tags of others
+_SUMMARY = "summary/"
+_PAGE = 200  # runs of an answer, which a busy server has in time
+T_ = TypeVar("T_")
+
+
+class StoreError(ReportError):
+    """A store cannot be read; one line for a user."""
+
+
+class ArtifactError(ReportError):
+    """One run's artifact cannot be read, though its store can; one line for a user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """One training run in MLflow. Times are unix seconds."""
+
+    id: str  # MLflow's
+    name: str
+    experiment: str
+    status: str  # MLflow's: RUNNING, FINISHED, FAILED, KILLED
+    started: float
+    newest: float  # of its newest metric, its end, or its start
+    tags: Mapping[str, str] = field(repr=False)
+    metrics: Mapping[str, float] = field(repr=False)  # newest values; empty in a list of all runs
+
+    @property
+    def state(self) -> State:
+        """The state as a run's folder has it; for MLflow a diverged run has FAILED."""
+        if self.status == "FAILED" and self.tags.get("spiketrain.diverged") == "true":
+            return "diverged"
+        return _STATES.get(self.status, "stopped")
+
+    @property
+    def short(self) -> str:
+        """The beginning of its id, in addresses."""
+        return self.id[:8]
+
+    @property
+    def study(self) -> str:
+        return self.tags.get("spiketrain.study", "")
+
+    @property
+    def rule(self) -> str:
+        return self.tags.get("spiketrain.rule", "")
+
+    @property
+    def seed(self) -> str:
+        return self.tags.get("spiketrain.seed", "")
+
+    @property
+    def parent(self) -> str | None:
+        """The id of the run that stands for its suite."""
+        return self.tags.get(PARENT_OF)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredStudy:
+    """The runs of one study key in one experiment."""
+
+    experiment: str
+    study: str
+    rules: tuple[str, ...]
+    protocol: str  # `tuned, optimizer.lr`, `trials of optimizer.lr`; empty where only rules differ
+    seeds: tuple[str, ...]
+    states: Mapping[str, int]  # how many runs are in each; silent: running, but not heard of
+    newest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """A run's journal as it was sent; of the points of its curve one of `every` is here."""
+
+    events: Sequence[Event] = ()
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    step: int
+    time: float
+    value: float
+
+
+class Store(Protocol):
+    """An MLflow store, opened anew for each question. All methods may raise `StoreError`."""
+
+    def listed(self) -> list[StoredRun]:
+        """Every run of ours, without metrics."""
+        ...
+
+    def runs(self, study: str | None) -> list[StoredRun]:
+        """The runs of a study key, or all, with their metrics, the one started last first."""
+        ...
+
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        """A metric of one run after the step `since`, in the order of steps."""
+        ...
+
+    def text(self, run_id: str, name: str) -> str | None:
+        """An artifact, one of `ARTIFACTS`; None where the run, or a suite's run, has none (yet).
+
+        Raises:
+            ArtifactError: this one cannot be read.
+        """
+        ...
+
+    def journal(self, run_id: str) -> Sent:
+        """A run's journal, thinned where it is long (of ImageNet it has some 100 MB).
+
+        Raises:
+            ArtifactError: it cannot be read.
+        """
+        ...
+
+
+def open_store(uri: str) -> Store:
+    """A store by its tracking URI: `sqlite:///FILE`, the path of such a file, or `http://...`.
+
+    Raises:
+        StoreError: it is of another kind.
+    """
+    if uri.startswith(("http://", "https://")):
+        return ServerStore(uri)
+    if uri.startswith(SQLITE) or "://" not in uri:
+        return SqliteStore(Path(uri.removeprefix(SQLITE)))
+    raise StoreError(
+        f"store {without_password(uri)} must be sqlite:///FILE or the address of a server; start"
+        " one for it: mlflow server --backend-store-uri URI"
+    )
+
+
+def runs_of_store(store: Store) -> list[Run]:
+    """All runs of a store, from tags and metrics alone; recipes have the protocol alone."""
+    return [_run_of(stored) for stored in store.runs(None)]
+
+
+def start_of(stored: StoredRun) -> Event:
+    """The `start` event of a run, as far as its tags have it."""
+    text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
+    numbers = ("seed", "world_size", "micro_batch", "attempt")
+    counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in numbers}
+    about = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
+    return {"event": "start", "time": stored.started, **about}
+
+
+def hardware_of(stored: StoredRun) -> dict[str, str | int]:
+    prefix = "hardware."
+    tags = {name: value for name, value in stored.tags.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): _value(value) for name, value in tags.items()}
+
+
+def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
+    """The runs of `Store.listed` by study, the one that something happened in last first."""
+    groups: dict[tuple[str, str], list[StoredRun]] = {}
+    for run in runs:
+        groups.setdefault((run.experiment, run.study), []).append(run)
+    found = [
+        StoredStudy(
+            experiment=experiment,
+            study=study,
+            rules=tuple(sorted({run.rule for run in members})),
+            protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
+            seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
+            states=dict(sorted(Counter(map(_listed_state, members)).items())),
+            newest=max(run.newest for run in members),
+        )
+        for (experiment, study), members in groups.items()
+    ]
+    return sorted(found, key=lambda study: study.newest, reverse=True)
+
+
+def _run_of(stored: StoredRun) -> Run:
+    summary: dict[str, Any] = {}
+    for key, value in stored.metrics.items():
+        if key.startswith(_SUMMARY):
+            *path, last = key.removeprefix(_SUMMARY).split("/")
+            inner = summary
+            for name in path:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+    start = start_of(stored)
+    known = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
+    about = {name: start[name] for name in known if start[name] not in (None, "")}
+    return run_of(
+        stored.name,
+        state=stored.state,
+        starts=[start],
+        summary={**summary, **about} if summary else None,
+        recipe={"protocol": stored.tags.get("spiketrain.protocol", "shared")},
+        started=stored.started,
+        heard=stored.newest if stored.state == "running" else None,
+    )
+
+
+def _protocol(tags: Mapping[str, str]) -> str:
+    tuned = ", ".join(re.findall(r"[\w.]+", tags.get("spiketrain.tuned", "")))
+    names = {"tuned": f"tuned, {tuned}", "trial": f"trials of {tuned}"}
+    return names.get(tags.get("spiketrain.protocol", ""), "")
+
+
+def _listed_state(run: StoredRun) -> str:
+    return "silent" if is_silent(run.state, run.newest) else run.state
+
+
+def _value(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def _sent_at(file: Path) -> Sent:
+    size = file.stat().st_size
+    if size <= MOST_BYTES:
+        return Sent(events=read(file))
+    every = math.ceil(size / _THINNED_BYTES)
+    return Sent(events=read_thinned(file, "step", every=every), every=every)
+
+
+def _refuse_unknown_artifact(name: str) -> None:
+    """No name leads out of a run's folder of artifacts."""
+    if name not in ARTIFACTS:
+        raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
+
+
+# ------------------------------------------------------------------------------------------ SQLite
+
+# Tags of our runs, in experiments that nobody deleted; MLflow's schema was checked on 3.17.2.
+_RUNS = f"""
+    select r.run_uuid, r.name, e.name, r.status, r.start_time,
+        coalesce(r.end_time, r.start_time), t.key, t.value
+    from runs r
+    join experiments e on e.experiment_id = r.experiment_id
+    join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'
+    join tags t on t.run_uuid = r.run_uuid
+    where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
+"""
+_OF_STUDY = """
+    and exists (select 1 from tags s
+                where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study' and s.value = ?)
+"""
+_PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
+_HISTORY = """
+    select step, timestamp, value, is_nan from metrics
+    where run_uuid = ? and key = ? and step > ? order by step
+"""
+
+
+class SqliteStore:
+    """See `Store`."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.absolute()
+
+    def listed(self) -> list[StoredRun]:
+        newest = "select run_uuid, max(timestamp) from latest_metrics group by run_uuid"
+        with self._connection() as connection:
+            times = dict(connection.execute(newest).fetchall())
+            return _runs(connection.execute(_RUNS).fetchall(), times, {})
+
+    def runs(self, study: str | None) -> list[StoredRun]:
+        latest = "select key, value, is_nan, timestamp from latest_metrics where run_uuid = ?"
+        times: dict[str, int] = {}
+        metrics: dict[str, dict[str, float]] = {}
+        with self._connection() as connection:
+            query = _RUNS if study is None else _RUNS + _OF_STUDY
+            rows = connection.execute(query, () if study is None else (study,)).fetchall()
+            for run in {row[0] for row in rows}:
+                found = connection.execute(latest, (run,)).fetchall()
+                metrics[run] = {
+                    key: math.nan if is_nan else value for key, value, is_nan, _ in found
+                }
+                times[run] = max((time for *_, time in found), default=0)
+        return sorted(_runs(rows, times, metrics), key=lambda run: run.started, reverse=True)
+
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        with self._connection() as connection:
+            rows = connection.execute(_HISTORY, (run_id, metric, since)).fetchall()
+        return [
+            Point(step, time / 1000, math.nan if is_nan else value)
+            for step, time, value, is_nan in rows
+        ]
+
+    def text(self, run_id: str, name: str) -> str | None:
+        _refuse_unknown_artifact(name)
+        return self._read(run_id, name, self._whole)
+
+    def journal(self, run_id: str) -> Sent:
+        return self._read(run_id, JOURNAL, _sent_at) or Sent()
+
+    def _whole(self, path: Path) -> str:
+        if path.stat().st_size > MOST_BYTES:
+            size = f"{path} has over {MOST_BYTES >> 20} MiB"
+            raise ArtifactError(f"store {self.file}: {size}; look at it by hand")
+        return path.read_text(errors="replace")
+
+    def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
+        """What `read` makes of the file of an artifact; None where there is none."""
+        with self._connection() as connection:
+            row = connection.execute(_PLACE, (run_id,)).fetchone()
+        if row is None:
+            return None
+        place = urlparse(row[0])
+        if place.scheme not in ("", "file"):
+            where = f"its artifacts are at {place.scheme}://"
+            raise StoreError(f"store {self.file}: {where}; start a server on it and name that")
+        root = Path(os.path.realpath(unquote(place.path)))  # resolve() raises for links in a circle
+        path = Path(os.path.realpath(root / name))
+        if path.parent != root:
+            link = f"{name} of run {run_id} is a link that leads out of {root}"
+            raise ArtifactError(f"store {self.file}: {link}; look at it by hand")
+        try:
+            return read(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            why = f"{path} cannot be read ({error.strerror})"
+            raise ArtifactError(f"store {self.file}: {why}; look at it by hand") from error
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        if self._size() == 0:
+            empty = "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
+            raise StoreError(f"store {self.file} {empty}")
+        try:
+            with closing(self._opened()) as connection:
+                yield connection
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"store {self.file} {_explained(error)}") from error
+        except sqlite3.DatabaseError as error:
+            advice = "move it away: `spiketrain sync RUN` fills a new one from the journals"
+            raise StoreError(f"store {self.file} is damaged ({error}); {advice}") from error
+
+    def _size(self) -> int:
+        try:
+            facts = self.file.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            facts = None
+        except OSError as error:
+            raise StoreError(
+                f"store {self.file} cannot be read ({error.strerror}); {_READABLE}"
+            ) from error
+        if facts is None or not stat.S_ISREG(facts.st_mode):
+            advice = "launch a run, or name another by MLFLOW_TRACKING_URI"
+            raise StoreError(f"store {self.file} does not exist; {advice}")
+        return facts.st_size
+
+    def _opened(self) -> sqlite3.Connection:
+        """Read-only, unless SQLite must first undo a write in which its writer was killed."""
+        connection = self._open("ro")
+        try:
+            connection.execute("select 1 from alembic_version").fetchall()
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if error.sqlite_errorcode not in (
+                sqlite3.SQLITE_READONLY_ROLLBACK,
+                sqlite3.SQLITE_CANTOPEN,
+            ):
+                raise
+            connection = self._open("rw")
+        except sqlite3.DatabaseError:
+            connection.close()
+            raise
+        return connection
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
+        )
+
+
+def _explained(error: sqlite3.OperationalError) -> str:
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return (
+            f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+        )
+    if "no such table: alembic_version" in text:
+        advice = "look again, name another, or move it away: `spiketrain sync RUN` fills a new one"
+        return f"is no MLflow store, or is being made; {advice}"
+    if "no such table" in text or "no such column" in text:
+        upgrade = "look again, then mlflow db upgrade sqlite:///FILE"
+        return f"is being made, or is of another version of MLflow ({text}); {upgrade}"
+    return f"cannot be read ({text}); {_READABLE}"
+
+
+def _runs(
+    rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]
+) -> list[StoredRun]:
+    """From rows of which there is one for each tag of a run."""
+    tags: dict[str, dict[str, str]] = {}
+    heads: dict[str, tuple[Any, ...]] = {}
+    for run, *head, key, value in rows:
+        tags.setdefault(run, {})[key] = value
+        heads[run] = tuple(head)
+    return [
+        StoredRun(
+            id=run,
+            name=name or run,
+            experiment=experiment,
+            status=status,
+            started=(started or 0) / 1000,
+            newest=max(ended or 0, times.get(run, 0)) / 1000,
+            tags=tags[run],
+            metrics=metrics.get(run, {}),
+        )
+        for run, (name, experiment, status, started, ended) in heads.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------ server
+
+
+class ServerStore:
+    """See `Store`; asked through MLflow's client."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # `connect` has it not retry
+
+    def listed(self) -> list[StoredRun]:
+        return self._search(f"tags.`{KIND_TAG}` = 'run'", metrics=False)
+
+    def runs(self, study: str | None) -> list[StoredRun]:
+        quoted = (study or "").replace("'", "")
+        of_study = "" if study is None else f" and tags.`spiketrain.study` = '{quoted}'"
+        found = self._search(f"tags.`{KIND_TAG}` = 'run'{of_study}", metrics=True)
+        return sorted(found, key=lambda run: run.started, reverse=True)
+
+    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        with self._in_a_line():
+            found = connect(self.uri).get_metric_history(run_id, metric)
+        points = [
+            Point(each.step, each.timestamp / 1000, each.value)
+            for each in found
+            if each.step > since
+        ]
+        return sorted(points, key=lambda point: point.step)
+
+    def text(self, run_id: str, name: str) -> str | None:
+        _refuse_unknown_artifact(name)
+        return self._read(run_id, name, lambda path: path.read_text(errors="replace"))
+
+    def journal(self, run_id: str) -> Sent:
+        return self._read(run_id, JOURNAL, _sent_at) or Sent()
+
+    def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
+        """What `read` makes of the file of an artifact; None where there is none."""
+        with self._in_a_line():
+            client = connect(self.uri)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if name in _OF_SUITES and client.get_run(run_id).info.lifecycle_stage != "active":
+                    return None  # MLflow hands out its artifacts all the same
+                if name not in {file.path for file in client.list_artifacts(run_id)}:
+                    return None
+                return read(Path(client.download_artifacts(run_id, name, folder)))
+        except Exception as error:  # whatever MLflow, its transport or the artifacts' place raise
+            if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            with self._in_a_line():
+                client.get_run(run_id)  # a store that does not answer is in trouble as a whole
+            why = f"{name} of run {run_id} cannot be read ({reason(self.uri, error)})"
+            raise ArtifactError(
+                f"store {without_password(self.uri)}: {why}; look at it by hand"
+            ) from error
+
+    def _search(self, text: str, *, metrics: bool) -> list[StoredRun]:
+        with self._in_a_line():
+            client = connect(self.uri)
+            pages = _pages(
+                lambda token: client.search_experiments(max_results=_PAGE, page_token=token)
+            )
+            names = {experiment.experiment_id: experiment.name for experiment in pages}
+            ids = list(names)
+            if not ids:
+                return []
+            runs = _pages(
+                lambda token: client.search_runs(ids, text, max_results=_PAGE, page_token=token)
+            )
+            return [_stored(run, names[run.info.experiment_id], metrics=metrics) for run in runs]
+
+    @contextmanager
+    def _in_a_line(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever MLflow or its transport may raise
+            why = f"does not answer as an MLflow server ({reason(self.uri, error)})"
+            advice = "is it up, and is MLFLOW_TRACKING_URI right?"
+            raise StoreError(f"store {without_password(self.uri)} {why}; {advice}") from error
+
+
+def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
+    """The items of all pages."""
+    page = ask(None)
+    while True:
+        yield from page
+        if not page.token:
+            return
+        page = ask(page.token)
+
+
+def _stored(run: MlflowRun, experiment: str, *, metrics: bool) -> StoredRun:
+    times = [
+        metric.timestamp for metric in run.data._metric_objs
+    ]  # `metrics` has no times (3.17.2)
+    return StoredRun(
+        id=run.info.run_id,
+        name=run.info.run_name or run.info.run_id,
+        experiment=experiment,
+        status=run.info.status,
+        started=(run.info.start_time or 0) / 1000,
+        newest=max(run.info.end_time or 0, run.info.start_time or 0, *times) / 1000,
+        tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics) if metrics else {},
+    )

@@ -1,0 +1,183 @@
+"""What the study of SLTT's and OTTT's claims measures beside its runs, and how that is judged.
+
+A report that is made again, or elsewhere, shows what was measured then (`beside`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from pipeline.core.printing import say
+from pipeline.core.units import counted
+from pipeline.forecast.turns import Turns
+from pipeline.recipe import BASELINE, is_baseline
+from pipeline.recipe.recipe import write_json
+from pipeline.report.claims import Claim, held_to, not_judged, seeds_in_words
+from pipeline.report.results import Run
+from pipeline.report.study import spread_of
+from pipeline.report.sweeps import largest
+
+T_ = TypeVar("T_")
+
+
+def flat_in_t(
+    about: str, bytes_of_T: Mapping[int, float], *, over: Sequence[int], published: str
+) -> Claim:
+    """Within 3 % over all of these T: where one was too large for the machine, nothing is
+    judged.
+    """
+    claim = f"saved bytes from T = {min(over)} to {max(over)}"
+    if absent := [T for T in over if T not in bytes_of_T]:
+        return not_judged(
+            about, claim, published, ours=f"not measured at T = {', '.join(map(str, absent))}"
+        )
+    measured = [bytes_of_T[T] for T in over]
+    spread = max(measured) / min(measured) - 1
+    return Claim(
+        about=about,
+        claim=claim,
+        published=published,
+        bound="<= +3 %",
+        ours=f"{spread:+.1%}",
+        holds=spread <= 0.03,
+    )
+
+
+def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> Iterator[Claim]:
+    """Its own largest batch at each T and the speed there, beside the faster BPTT's at its own:
+    what a rule's memory buys.
+
+    Of batches that were trained; no paper has these, so nothing is judged.
+    """
+    found = [] if sweep is None else [each for each in largest(sweep) if each.rule == rule]
+    limit = None if sweep is None else sweep.get("memory_bytes")
+    where = "" if limit is None else f" in {limit / 1e6:.4g} MB"
+    tried = [each for each in found if each.ratio is not None]
+    batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
+    speeds = [f"T = {each.time_steps}: {each.ratio:.2f}" for each in tried]
+    for claim, values in (("images of its largest batch", batches), ("images/s of it", speeds)):
+        ours = ", ".join(values) or "not measured"
+        yield not_judged(
+            about, f"{claim}{where}, of the faster {BASELINE}'s at its own", "", ours=ours
+        )
+
+
+def time_in_turn(
+    about: str,
+    turns: Mapping[str, Turns],
+    rule: str,
+    *,
+    bound: float | Callable[[float], float],
+    published: str,
+) -> Claim:
+    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts
+    from run to run cannot blur.
+
+    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function
+    of r, the backward over the forward of what is divided by, and then a tenth more.
+    """
+    claim = f"forward and backward in turn, of {BASELINE}'s"
+    if rule not in turns:
+        return not_judged(about, claim, published, ours="not measured in turn")
+    kinds = {each: statistics.fmean(turns[each].compute_s) for each in turns if is_baseline(each)}
+    base = min(kinds, key=lambda each: kinds[each])
+    r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
+    most, limit = held_to(bound, r)
+    seconds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
+    found = spread_of([mine / its for mine, its in seconds])
+    assert found is not None and found.interval is not None, "of several starts"
+    low, high = found.interval
+    starts, samples = counted(found.runs, "start"), counted(turns[base].samples, "sample")
+    counts = f"{starts} of {turns[base].processes} at once, {samples} each, {turns[base].backend}"
+    return Claim(
+        about=about,
+        claim=claim,
+        published=published,
+        bound=limit,
+        ours=(
+            f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at"
+            f" {turns[base].commit}"
+        ),
+        holds=found.mean <= most,
+        within_noise=low <= most < high,
+    )
+
+
+def temporal_shares(about: str, runs: Sequence[Run]) -> Iterator[Claim]:
+    """|g_BPTT - g_SLTT| / |g_BPTT| of each layer at the start and after each epoch, the mean over
+    the runs that looked.
+    """
+    found: dict[str, dict[int, list[float | None]]] = {}
+    for run in runs:
+        for look in run.history.fidelity:
+            moment = 0 if look.epoch is None else look.epoch + 1
+            for layer, value in look.temporal_share.items():
+                found.setdefault(layer, {}).setdefault(moment, []).append(value)
+    seeds = seeds_in_words([run.seed for run in runs if run.history.fidelity])
+    for layer, by_moment in found.items():
+        shares = (
+            f"{f'epoch {moment}' if moment else 'start'} {_mean_of_known(each)}"
+            for moment, each in sorted(by_moment.items())
+        )
+        claim = f"share of BPTT's gradient through time, {layer}"
+        yield not_judged(about, claim, "", ours=f"{', '.join(shares)}; {seeds}")
+
+
+def _mean_of_known(shares: Sequence[float | None]) -> str:
+    """`0.22 (2 of 3)` where some are not."""
+    known = [share for share in shares if share is not None]
+    if not known:
+        return "not known"
+    return f"{statistics.fmean(known):.2f}" + (
+        f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else ""
+    )
+
+
+def beside(
+    file: Path,
+    *,
+    rests_on: Mapping[str, Any],
+    measure: Callable[[], Any],
+    parse: Callable[[Any], T_],
+    console: Console,
+) -> T_ | None:
+    """What `parse` makes of a measurement, JSON values that `file` keeps as long as it rests on the
+    same.
+
+    None, and a line that says why, where it is not there and cannot be measured here: where
+    `measure` raises ValueError. Where the file can be neither read nor written, as on a read-only
+    mount, nothing but that is lost.
+    """
+    try:
+        kept = json.loads(file.read_text()) if file.exists() else None
+        if kept is not None:
+            if kept["rests_on"] == rests_on:
+                return parse(kept["found"])
+            changed = [
+                name for name, value in rests_on.items() if kept["rests_on"].get(name) != value
+            ]
+            say(console, f"{file}: of no use, for it is of another {' and '.join(changed)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        say(console, f"{file}: of no use, for it is damaged, or of an earlier version: {error!r}")
+    except OSError as error:
+        say(console, f"{file}: of no use, for it cannot be read: {error.strerror}")
+    try:
+        found = measure()
+    except ValueError as error:
+        say(console, f"{file}: not measured: {error}")
+        return None
+    try:
+        write_json(file, {"rests_on": rests_on, "found": found})
+    except OSError as error:
+        say(
+            console,
+            f"{file}: what was measured is not kept, and the next report does it anew:"
+            f" {error.strerror}",
+        )
+    return parse(found)
