@@ -28,10 +28,10 @@ from pipeline.train.checkpoint import background, step_folders, step_name
 from pipeline.train.guards import storage
 from pipeline.train.guards.anomaly import Skipped
 from pipeline.train.trainer import Trainer
-from tests.checkpoint.s3 import s3_server
 from tests.driver import Driver
 from tests.faults.test_not_finite import hit
 from tests.small import Command, command, make_run, same_weights, small_recipe, train_inline
+from tests.train.checkpoint.s3 import s3_server
 from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(240)

@@ -304,9 +304,9 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{OWNER}::test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another",
     ),
     "a file of a checkpoint gone between its verification and its loading": (
-        "checkpoint/test_fetched.py::test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_loaded",
+        "train/checkpoint/test_fetched.py::test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_loaded",
         *(
-            "checkpoint/test_fetched.py::test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_left_is_swept",
+            "train/checkpoint/test_fetched.py::test_no_other_process_takes_away_what_one_has_fetched_and_what_a_dead_one_left_is_swept",
         ),
     ),
     "malicious pickle": (

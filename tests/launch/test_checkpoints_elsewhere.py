@@ -20,10 +20,10 @@ from pipeline.train.guards.anomaly import Skipped
 from pipeline.train.job import STOP
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
-from tests.checkpoint.s3 import s3_server
 from tests.faults.test_not_finite import hit
 from tests.faults.test_out_of_memory import room_for
 from tests.small import Command, command, same_weights, small_recipe, train_inline
+from tests.train.checkpoint.s3 import s3_server
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -27,10 +27,10 @@ from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
-from tests.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, distance, global_batch
 from tests.processes import run_ranks
 from tests.rules.small import learn, lif_network
 from tests.silent import NoMeters
+from tests.train.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, distance, global_batch
 
 pytestmark = pytest.mark.distributed
 

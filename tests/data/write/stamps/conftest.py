@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.stamps.made import make
+from tests.data.write.stamps.made import make
 
 
 @pytest.fixture(scope="session")
