@@ -176,6 +176,17 @@ def test_a_command_names_the_extra_that_is_missing(
     assert re.fullmatch(ONE_LINE.format(module=module, extras=extras), without_stages(done.stderr))
 
 
+@pytest.mark.parametrize("words", ["compare", "report run"])
+def test_reports_need_their_extra_alone(words: str, saved: tuple[Path, Path]) -> None:
+    hidden = modules_of("train") - modules_of("report")
+    done = python(MAIN, *words.split(), "--runs", saved[0].parent, hidden=hidden)
+    assert done.returncode == 0, done.stderr
+    if words == "compare":
+        assert "SLTT-2" in done.stdout
+    else:
+        assert Path(done.stdout.strip()).stat().st_size > 1_000_000  # plotly.js is in the page
+
+
 def test_import_pipeline_is_light_and_names_are_imported_on_use() -> None:
     code = (
         "import sys, pipeline\n"

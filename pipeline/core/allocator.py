@@ -16,35 +16,25 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import NamedTuple
 
 _LARGEST = 2**31 - 1
 # glibc before 2.35 refuses more than 32 MiB, and then returns every block of 128 KiB to the kernel.
 _LARGEST_BEFORE_2_35 = 32 * 2**20
 
 
-class _Option(NamedTuple):
-    number: int
-    """its number in malloc.h"""
-    variable: str
-    value: int
-
-
-def _options() -> tuple[_Option, ...]:
-    return (
-        _Option(-8, "MALLOC_ARENA_MAX", 1),
-        _Option(-1, "MALLOC_TRIM_THRESHOLD_", _LARGEST),
-        _Option(
-            -3, "MALLOC_MMAP_THRESHOLD_", _LARGEST if _glibc() >= (2, 35) else _LARGEST_BEFORE_2_35
-        ),
-    )
+def _options() -> dict[str, tuple[int, int]]:
+    """Environment variables of the options, with their numbers in malloc.h and values."""
+    largest_mapped = _LARGEST if _glibc() >= (2, 35) else _LARGEST_BEFORE_2_35
+    return {
+        "MALLOC_ARENA_MAX": (-8, 1),
+        "MALLOC_TRIM_THRESHOLD_": (-1, _LARGEST),
+        "MALLOC_MMAP_THRESHOLD_": (-3, largest_mapped),
+    }
 
 
 def environment() -> dict[str, str]:
     """Environment variables for a process to be started; values that the user has set stay."""
-    return {
-        option.variable: os.environ.get(option.variable, str(option.value)) for option in _options()
-    }
+    return {name: os.environ.get(name, str(value)) for name, (_, value) in _options().items()}
 
 
 def keep_freed_memory() -> bool:
@@ -55,7 +45,7 @@ def keep_freed_memory() -> bool:
     if not _glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    accepted = [mallopt(option.number, option.value) == 1 for option in _options()]
+    accepted = [mallopt(number, value) == 1 for number, value in _options().values()]
     return all(accepted)
 
 
