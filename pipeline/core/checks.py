@@ -53,7 +53,7 @@ def are_counts(value: object, *, least: int = 1) -> bool:
     return len(value) > 0 and all(is_count(each, least=least) for each in value)
 
 
-def listed_time_steps(who: str, steps: str) -> tuple[int, ...]:
+def parse_time_steps(who: str, steps: str) -> tuple[int, ...]:
     """Parse `"1,2,4,8"` into numbers, sorted and without repetition.
 
     Raises:

@@ -30,6 +30,6 @@ def remedy(lr: Any, clip_norm: Any) -> str:
     )
 
 
-def refusal_of(error: ValueError) -> UserError:
+def as_user_error(error: ValueError) -> UserError:
     """The error as a `UserError`, which every rank raises."""
     return error if isinstance(error, UserError) else UserError(str(error))

@@ -25,10 +25,10 @@ T_ = TypeVar("T_")
 
 def is_for_the_user(error: OSError) -> bool:
     """Whether the error stays until the user changes something."""
-    return lasts(error) or error.errno in FOR_THE_USER
+    return is_permanent(error) or error.errno in FOR_THE_USER
 
 
-def lasts(error: OSError) -> bool:
+def is_permanent(error: OSError) -> bool:
     """Whether a restarted process meets the error again."""
     # s3fs (2026.9) raises PermissionError without an errno.
     return isinstance(error, PermissionError) or error.errno in LASTING
@@ -38,7 +38,7 @@ class Unreadable(OSError):
     """The storage medium failed at every attempt; `strerror` says how."""
 
 
-def tried(read: Callable[[], T_]) -> T_:
+def retry_read(read: Callable[[], T_]) -> T_:
     """Call `read`, up to three times if the storage medium fails.
 
     Raises:

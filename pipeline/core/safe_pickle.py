@@ -25,7 +25,7 @@ side effect
 """
 
 
-def code_in(folder: Path) -> str | None:
+def find_code(folder: Path) -> str | None:
     """The first file of a checkpoint that would call code, or cannot be checked, as a sentence.
 
     None if all files hold data only.

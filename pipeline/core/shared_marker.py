@@ -24,7 +24,7 @@ class Marker:
 
 
 @contextmanager
-def marked(folder: Path, *, prefix: str) -> Iterator[Marker]:
+def placed_marker(folder: Path, *, prefix: str) -> Iterator[Marker]:
     """Write a marker into `folder`, and remove it at the end. Its name begins with `prefix`."""
     marker = Marker(f"{prefix}{secrets.token_hex(8)}", secrets.token_hex(16))
     try:

@@ -46,7 +46,9 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
     return state
 
 
-def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, most: int = 3) -> str:
+def describe_mismatch(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, most: int = 3
+) -> str:
     """How two states differ in names and shapes, up to `most` of each kind; empty if they agree."""
     kinds = {
         "missing": [key for key in expected if key not in found],

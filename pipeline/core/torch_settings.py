@@ -113,7 +113,7 @@ _inexact: set[str] = set()
 """operations that this process ran on a GPU and that have no deterministic form in torch"""
 
 
-def settle(threads: int, device: torch.device) -> None:
+def configure_torch(threads: int, device: torch.device) -> None:
     """Set threads, memory and determinism before anything is computed.
 
     Variables of EXACT that the user has set stay; `exactness` then names them.
