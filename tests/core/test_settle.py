@@ -1,6 +1,4 @@
-"""What a worker on a card sets so that a restart gives the same bits, and what its conditions say
-of it.
-"""
+"""Settings of a worker on a GPU for the same bits after a restart, and the conditions of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_a_card_takes_one_order_of_sums() -> None:
+def test_a_gpu_sums_in_one_order() -> None:
     configure_torch(1, CARD)
     assert {name: os.environ.get(name) for name in EXACT} == {
         "NCCL_ALGO": "Ring",
@@ -60,7 +58,7 @@ def test_a_cpu_stays_as_it_is() -> None:
     assert exactness(CPU) == "yes"
 
 
-def test_what_the_user_has_set_stays_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_user_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     configure_torch(1, CARD)
     assert os.environ["NCCL_ALGO"] == "Tree" and exactness(CARD) == "no: NCCL_ALGO=Tree"

@@ -1,6 +1,4 @@
-"""Files of weights that others wrote: every usual wrapper is opened, nothing in them is run, and
-damage is one line.
-"""
+"""Files of weights of other programs: wrappers are opened, no code is run, errors are one line."""
 
 import argparse
 import pickle
@@ -52,7 +50,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
-def test_what_is_no_file_of_weights_is_refused_in_one_line(
+def test_a_file_without_weights_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(STATE, tmp_path / "whole.pt")
@@ -78,7 +76,7 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(
     assert capsys.readouterr().out == ""
 
 
-def test_misfits_are_counted_and_the_first_named() -> None:
+def test_mismatches_are_counted_and_the_first_few_named() -> None:
     assert describe_mismatch(STATE, STATE) == ""
     many = {f"b{i}": torch.zeros(1) for i in range(5)}
     assert describe_mismatch({**STATE, **many}, STATE) == "5 unknown: b0, b1, b2, ..."
