@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import listed_time_steps
+from pipeline.core.checks import parse_time_steps
 from pipeline.core.random import DONOR, bits, counter_hash
 from pipeline.core.torch_settings import computing
 from pipeline.data.base import Data, Grouped
@@ -73,7 +73,7 @@ def main() -> None:
         "--trust", action="append", default=[], help="a package that the recipe names"
     )
     chosen = parser.parse_args()
-    steps = listed_time_steps("carryover", chosen.steps)
+    steps = parse_time_steps("carryover", chosen.steps)
     recipe = Recipe.read(chosen.run / "recipe.json", trust=chosen.trust)
     data = build_data(recipe)
     device = device_here()

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from benchmarks.overhead import RULES, timed, tuned_batch
 from pipeline.core.code_version import commit
-from pipeline.core.torch_settings import settle
+from pipeline.core.torch_settings import configure_torch
 from pipeline.measure.memory import device_here, hardware
 from pipeline.measure.meters import Meters
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
@@ -172,7 +172,7 @@ class Costs(NamedTuple):
 
 def costs(rule_name: str, size: int, batches: int, evaluations: int) -> Costs:
     """In a process of its own."""
-    settle(1, torch.device("cpu"))
+    configure_torch(1, torch.device("cpu"))
     recipe = fashion()
     x_TB, target_B = (
         repeat(torch.randn(size, 1, 28, 28), recipe.time_steps),
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=200)
     parser.add_argument("--evaluations", type=int, default=4)
     arguments = parser.parse_args()
-    settle(1, torch.device("cpu"))
+    configure_torch(1, torch.device("cpu"))
     recipe, machine = fashion(), hardware(device_here())
     size = tuned_batch(recipe, arguments.rule)
     print(

@@ -134,7 +134,7 @@ install_package() {
         # First: pip keeps what is installed, and would take another build of it where it backtracks over the rest.
         mapfile -t torch < <(sed -n 's/^    "\(torch[^"]*\)".*/\1/p' pyproject.toml)
         "${pip[@]}" "${torch[@]}"
-        "${pip[@]}" --editable '.[dev]'
+        "${pip[@]}" --editable '.[dev]' # which names every other extra
     fi
 }
 

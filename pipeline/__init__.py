@@ -1,10 +1,12 @@
-"""spiketrain: train spiking neural networks by the rule a recipe names, on one machine or many,
-measured against BPTT.
+"""spiketrain trains spiking neural networks by the rule that a recipe names, on one machine or
+many, and measures the cost of each rule against BPTT.
+
+`import pipeline` imports neither torch nor a recipe: each name is imported when it is first used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import os
@@ -13,7 +15,24 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
 
-__all__ = ["load", "results"]
+    from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
+    from pipeline.recipe.suite import Choice, Suite
+
+__all__ = ["Choice", "Phase", "Recipe", "Spec", "Suite", "load", "results", "spec"]
+
+_MODULES = {
+    **dict.fromkeys(("Phase", "Recipe", "Spec", "spec"), "pipeline.recipe.recipe"),
+    **dict.fromkeys(("Choice", "Suite"), "pipeline.recipe.suite"),
+}
+"""the module of each public name that is not defined here"""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def load(
@@ -22,16 +41,17 @@ def load(
     which: Literal["last", "best"] = "last",
     trust: Collection[str] = (),
 ) -> nn.Module:
-    """The trained network of a run, ready for evaluation, without Ray or DeepSpeed.
+    """Load the trained network of a run or an export, ready for evaluation.
 
-    The network is time first, `[T,B,...]` to `[T,B,K]`, and is called inside `fresh_state`:
+    It needs neither Ray nor DeepSpeed. The network is time first, `[T,B,...]` to `[T,B,K]`, and is
+    called inside `fresh_state`:
 
         network = pipeline.load("runs/fashion-sltt")
         with torch.no_grad(), fresh_state(network):
             logits_BK = network(repeat(x_BCHW, 6)).mean(0)
 
-    One with a head for each task answers with the first head until `models.heads.select_head`
-    chooses another.
+    A network with a head for each task answers with the first head until
+    `models.heads.select_head` chooses another.
 
     Args:
         run: the run's folder, or a file of `spiketrain export`.
@@ -39,8 +59,8 @@ def load(
         trust: packages outside spiketrain that the recipe may import from.
 
     Raises:
-        ValueError: the folder is no run, none of its checkpoints verifies, or the file is damaged
-        or of another kind.
+        ValueError: the folder is not a run's, none of its checkpoints is intact, or the file is
+            damaged or not an export.
     """
     from pathlib import Path
 
@@ -53,9 +73,7 @@ def load(
                 f" which={which!r}"
             )
         return load_export(Path(run), trust=trust)
-    from pipeline.train.weights import (
-        load_run,
-    )  # keeps `import pipeline`, and so `spiketrain --help`, free of torch
+    from pipeline.train.weights import load_run
 
     return load_run(run, which=which, trust=trust)
 

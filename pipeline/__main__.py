@@ -1,56 +1,26 @@
-"""The command line, from commands/: what a user can mend ends in one line. Nothing heavy is
-imported before a command runs.
-"""
+"""The entry of the command line. It needs no extra, so that it can name one that is missing."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import os
+import re
 import sys
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from importlib.metadata import requires
+from typing import Any
 
-import typer
+from pipeline.core.stages import announce_imports
 
-from pipeline.cli.doctor import add_doctor_command
-from pipeline.cli.forecast import add_forecast_commands
-from pipeline.cli.launch import add_launch_commands
-from pipeline.cli.network import add_network_commands
-from pipeline.cli.options import RUNS, Commands, Runs
-from pipeline.cli.report import add_report_commands
-from pipeline.cli.track import add_track_commands
-from pipeline.cli.write import write_app
-from pipeline.core.files import is_for_the_user
-from pipeline.core.stages import announce_imports, say_stage
-from pipeline.core.units import counted
-
-app = Commands(
-    name="spiketrain",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help=(
-        "Train spiking neural networks by the rule a recipe names, and compare what it cost with"
-        " BPTT."
-    ),
-    epilog="Example: spiketrain launch recipes/compare/fashion_demo.py --workers 2",
-)
-app.add_typer(write_app, name="write")
-
-usage_error: Any = typer.BadParameter.__mro__[
-    1
-]  # typer 0.29 brings its own click, older ones do not
+PACKAGES = {"yaml": "pyyaml", "PIL": "pillow"}
+"""distributions in the extras whose module has another name"""
 
 
 def run() -> None:
-    """Run the command line in a process of its own, and end it without taking the interpreter
-    apart.
+    """Run the command line, then end the process without finalizing the interpreter.
 
-    To free every module of torch, Ray and MLflow one by one takes 2 to 4 s of a core after a
-    command's last line, and their native threads have aborted or waited for ever in it. What Python
-    registered for the end runs first.
+    Freeing every module of torch, Ray and MLflow takes 2 to 4 s after a command's last line, and
+    their native threads have aborted or hung in it. Functions registered with `atexit` run first.
     """
     code: Any = 1  # of an exception, which Python has printed by then
 
@@ -59,11 +29,11 @@ def run() -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError:  # whoever read it is gone: Python's own code for that
+        except OSError:  # the reader of the pipe is gone; 120 is Python's own code for that
             os._exit(code or 120)
         os._exit(code)
 
-    atexit.register(leave)  # the first that is registered is the last that runs
+    atexit.register(leave)  # the function registered first runs last
     try:
         main()
     except SystemExit as end:
@@ -72,63 +42,35 @@ def run() -> None:
 
 
 def main() -> None:
-    """Run the command line; what a user can mend ends in one line and exit code 2."""
+    """Run the command line; a module of an extra that is not installed is one line and exit
+    code 2.
+    """
     announce_imports()
     try:
-        code = app(prog_name="spiketrain", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except usage_error as error:
-        where = error.ctx.command_path if error.ctx is not None else "spiketrain"
-        print(f"{error.format_message()} (see {where} --help)", file=sys.stderr)
+        from pipeline.cli.app import run_command
+
+        run_command()
+    except ModuleNotFoundError as error:
+        extras = extras_with(error.name or "")
+        if not extras:
+            raise
+        commands = " or ".join(f"pip install 'spiketrain[{extra}]'" for extra in extras)
+        print(
+            f"spiketrain: this command needs {error.name}, which is not installed: {commands}",
+            file=sys.stderr,
+        )
         sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except ValueError as error:
-        _refuse(error, 2)
-    except OSError as error:
-        _refuse(error, 2 if is_for_the_user(error) else 1)
-    except RuntimeError as error:
-        if type(error).__module__.startswith("pipeline."):
-            _refuse(error, 1)
-        raise
 
 
-def _refuse(error: Exception, code: int) -> NoReturn:
-    print(" ".join(str(error).split()), file=sys.stderr)
-    sys.exit(code)
-
-
-add_launch_commands(app)
-add_network_commands(app)
-add_report_commands(app)
-add_forecast_commands(app)
-
-
-@app.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
-def runs_(runs: Runs = RUNS) -> None:
-    """List suites and runs with their state and the command that resumes each."""
-    from pipeline.report.listing import print_runs
-
-    print_runs(runs)
-
-
-@app.command(epilog="Example: spiketrain verify data/fashion")
-def verify(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")
-    ],
-) -> None:
-    """Check every byte of FFCV files against their manifests."""
-    from pipeline.data.ffcv.page_checks import verify as verify_files
-
-    say_stage(f"reading every byte of {path}")
-    for manifest in verify_files(path):
-        counts = f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
-        print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")
-
-
-add_track_commands(app)
-add_doctor_command(app)
+def extras_with(module: str) -> list[str]:
+    """The extras of the installed spiketrain that install a module; none for any other module."""
+    top = module.partition(".")[0]
+    package = PACKAGES.get(top, top).replace("_", "-").lower()
+    found = (
+        re.match(r"([\w.-]+).*; .*\bextra == ['\"](\w+)['\"]", line)
+        for line in requires("spiketrain") or ()
+    )
+    return [match[2] for match in found if match and match[1].lower() == package]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from pipeline.__main__ import app
+from pipeline.cli.app import app
 from pipeline.data.write.images import write_fashion
 from tests.small import command, same_weights, without_stages
 
@@ -43,7 +43,7 @@ def spiketrain(*words: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, pipeline.__main__ as m\ntry:\n    m.app(['launch', '--help'])\nexcept"
+        "import sys, pipeline.cli.app as m\ntry:\n    m.app(['launch', '--help'])\nexcept"
         " SystemExit:\n    pass\nprint([name for name in ('torch', 'ray', 'mlflow', 'deepspeed',"
         " 'ffcv', 'numpy') if name in sys.modules])"
     )

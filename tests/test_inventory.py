@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from pipeline.__main__ import app
+from pipeline.cli.app import app
 from tests.faults.test_rows import ROWS
 from tests.small import recipes_of
 

@@ -139,9 +139,9 @@ def sweep(
         )
     if at_largest and size != "auto":
         raise ValueError(f"sweep: --at-largest tries what --batch auto finds; got --batch {batch}")
-    from pipeline.core.checks import listed_time_steps
+    from pipeline.core.checks import parse_time_steps
 
-    times = listed_time_steps("sweep", steps)
+    times = parse_time_steps("sweep", steps)
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.bench import without_rule
     from pipeline.forecast.sweep import sweep as sweep_recipe

@@ -1,5 +1,5 @@
-"""Checks of arguments, each refused in one line: whole numbers (True and 2.0 are none), and choices
-among a few values.
+"""Checks of arguments: whole numbers (True and 2.0 are not whole numbers), and choices among a few
+values. An error is one line.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -8,12 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 def refuse_unless_counts(
     who: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None
 ) -> None:
-    """Each must be a whole number, or a sequence of one or more, from `least` on.
+    """Check that each value is a whole number of at least `least`, or a non-empty sequence of them.
 
-    `up_to` only names the upper end in the message, such as T, which is not known yet: nothing is
-    compared with it here.
+    Args:
+        who: the name that the message begins with, such as a class.
+        numbers: argument names and values.
+        up_to: the upper end as the message shows it, such as T. No value is compared with it.
 
-    Raises: ValueError, in the name of `who`, that names the first that is not.
+    Raises:
+        ValueError: names the first value that does not fit.
     """
     accepted = f">= {least}" if up_to is None else f"in {least}..{up_to}"
     for name, value in numbers.items():
@@ -26,10 +29,12 @@ def refuse_unless_counts(
 
 
 def refuse_unless_one_of(who: str, accepted: Collection[object], **values: object) -> None:
-    """Each of `values` must be one of `accepted`.
+    """Check that each value is one of `accepted`.
 
-    Raises: ValueError, in the name of `who`, for the first that is not: "LIF: reset must be
-    'subtract' or 'zero'; got reset='x'"."""
+    Raises:
+        ValueError: names the first value that is not: "LIF: reset must be 'subtract' or 'zero'; got
+            reset='x'".
+    """
     for name, value in values.items():
         if value not in accepted:
             *others, last = map(repr, accepted)
@@ -42,16 +47,17 @@ def is_count(value: object, *, least: int = 1) -> bool:
 
 
 def are_counts(value: object, *, least: int = 1) -> bool:
-    """Whether it is a sequence of one whole number or more, none below `least`."""
+    """Whether `value` is a non-empty sequence of whole numbers of at least `least`."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return False
     return len(value) > 0 and all(is_count(each, least=least) for each in value)
 
 
-def listed_time_steps(who: str, steps: str) -> tuple[int, ...]:
-    """`"1,2,4,8"` as numbers, in order, each once.
+def parse_time_steps(who: str, steps: str) -> tuple[int, ...]:
+    """Parse `"1,2,4,8"` into numbers, sorted and without repetition.
 
-    Raises: ValueError, in the name of `who`, for anything else.
+    Raises:
+        ValueError: any other text.
     """
     try:
         found = tuple(sorted({int(each) for each in steps.split(",")}))

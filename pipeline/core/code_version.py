@@ -1,5 +1,6 @@
-"""Which of our code a process runs: by its content, as a version stands for every checkout between
-two releases; its commit.
+"""Which code of spiketrain a process runs: a digest of its files, and the commit.
+
+The version of the package is the same for every checkout between two releases.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ from pipeline.core.errors import UserError
 
 @functools.cache
 def code_digest() -> str:
-    """12 hex digits of this package's files of Python, by name and content, when it was first asked
-    for.
-    """
+    """12 hex digits of the names and contents of this package's Python files at the first call."""
     root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
-        if file.name.startswith(".") or not file.is_file():  # an editor's lock is a link to nowhere
+        if file.name.startswith(".") or not file.is_file():  # an editor's lock is a broken link
             continue
         content = file.read_bytes()
         digest.update(f"{file.relative_to(root)} {len(content)}\n".encode())
@@ -33,14 +32,19 @@ def code_digest() -> str:
 def check_same_code(
     host: str, digest: str, *, each: Callable[[Any], list[Any]], of: str = "the code"
 ) -> None:
-    """Whether all ranks run the code of rank 0, by its `digest`; collective, `each` as
-    `Checkpoints` has it.
+    """Check that all ranks run the code of rank 0. Collective.
 
-    A rank with another rule or augmentation would train along: the replicas stay equal, and the
-    numbers are nobody's.
+    A rank with other code, such as another rule or augmentation, would train without an error: the
+    replicas stay equal, and the result belongs to neither version.
+
+    Args:
+        host: the name of this rank's machine.
+        digest: of this rank's code.
+        each: gathers one value of every rank, in order.
+        of: the code as the message names it.
 
     Raises:
-        UserError: one of them does not.
+        UserError: a rank runs other code.
     """
     found = each((digest, host))
     first, at = found[0]
@@ -55,8 +59,9 @@ def check_same_code(
 
 
 def commit() -> str:
-    """The commit of the code that trains, with `+` when the tree has changes; outside a checkout
-    what SPIKETRAIN_COMMIT says.
+    """The commit of the running code, with `+` if tracked files have changes.
+
+    Outside a checkout: the value of SPIKETRAIN_COMMIT, or `unknown`.
     """
     here = Path(__file__).resolve().parent.parent
 

@@ -1,10 +1,9 @@
-"""Which cores a worker computes on: some that no other has, so that runs do not slow one another
-unseen, or those near its card.
+"""CPU affinity of a worker: cores of its own, so that runs on one machine do not slow one another,
+or the cores near its GPU.
 
-A core is a physical one, with all the logical ones that the kernel shows of it (SMT siblings share
-its arithmetic). It is taken by a lock on a file of its name, which the kernel lets go when its
-holder dies. All of this machine's runs that ask for cores of their own see the same files; others,
-which do not ask, are not kept away.
+A core is a physical core with all its logical ones (SMT siblings share its arithmetic). A worker
+takes it by a lock on a file of its name, which the kernel releases when the worker dies. All runs
+on a machine that take cores this way use the same files. Other programs may still use these cores.
 """
 
 from __future__ import annotations
@@ -26,23 +25,23 @@ import torch
 
 from pipeline.core.errors import UserError
 
-PATIENCE_S = 30.0  # a worker that ended may take a while to die
+PATIENCE_S = 30.0  # a worker of a run that has ended may still be exiting
 
 
 @contextmanager
 def own_cores(
     count: int, *, folder: Path | None = None, patience_s: float = PATIENCE_S
 ) -> Iterator[tuple[int, ...]]:
-    """Take `count` cores and keep every thread of this process on them, those to come included,
-    until the end.
+    """Take `count` physical cores and keep all threads of this process on them, new ones included.
 
-    Gives the logical cores that they are.
+    The context manager gives the numbers of the logical cores and restores the affinity at its end.
 
     Args:
-        folder: where the locks lie; None: one for each user of this machine.
+        folder: the folder of the lock files; None: one folder per user of this machine.
+        patience_s: how long to wait for free cores.
 
     Raises:
-        UserError: others hold so many that too few are left, after `patience_s` seconds.
+        UserError: too few cores are free after `patience_s` seconds.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"spiketrain-cores-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -66,12 +65,12 @@ def own_cores(
 def near_cores(
     device: torch.device, *, at_least: int, devices: Path = Path("/sys/bus/pci/devices")
 ) -> Iterator[None]:
-    """Inside, every thread of this process is on cores of the NUMA node that its card hangs on.
+    """Keep all threads of this process on the cores of its GPU's NUMA node.
 
-    Memory lies on the node of the thread that touches it first, so that batches pass no link
-    between sockets. Nothing changes on a CPU, on a machine of one node or that tells of none, and
-    where fewer than `at_least` of this process's logical cores are near: waiting for cores costs
-    more than distance.
+    Memory is allocated on the node of the thread that touches it first, so batches do not cross
+    the link between sockets. Nothing changes on a CPU, on a machine with one node or unknown nodes,
+    or where fewer than `at_least` of this process's logical cores are on that node: too few cores
+    cost more time than the distance.
     """
     before = os.sched_getaffinity(0)
     near = before & _cores_near(device, devices) if device.type == "cuda" else before
@@ -86,17 +85,16 @@ def near_cores(
 
 
 def _cores_near(device: torch.device, devices: Path) -> set[int]:
-    """Logical cores of the card's NUMA node; none where NVML or the kernel does not tell."""
+    """Logical cores of the card's NUMA node; empty if NVML or the kernel does not know it."""
     try:
         pynvml.nvmlInit()
-        # By its UUID: CUDA's numbers are of the cards that this process sees alone.
+        # CUDA numbers only the cards that this process sees; the UUID identifies the card.
         handle = pynvml.nvmlDeviceGetHandleByUUID(
             f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         )
         domain, rest = str(pynvml.nvmlDeviceGetPciInfo(handle).busId).lower().split(":", 1)
-        card = (
-            devices / f"{int(domain, 16):04x}:{rest}"
-        )  # NVML writes 00000000:3B:00.0, the kernel 0000:3b:00.0
+        # NVML writes 00000000:3B:00.0, the kernel 0000:3b:00.0.
+        card = devices / f"{int(domain, 16):04x}:{rest}"
         if int((card / "numa_node").read_text()) < 0:
             return set()
         return _listed((card / "local_cpulist").read_text())
@@ -105,7 +103,7 @@ def _cores_near(device: torch.device, devices: Path) -> set[int]:
 
 
 def _listed(text: str) -> set[int]:
-    """The numbers of a kernel's list, such as `0-31,64-95`."""
+    """Parse a list of the kernel, such as `0-31,64-95`."""
     spans = [each.partition("-") for each in text.strip().split(",") if each]
     return {
         number for first, _, last in spans for number in range(int(first), int(last or first) + 1)
@@ -115,41 +113,40 @@ def _listed(text: str) -> set[int]:
 def physical_cores(
     logical: Collection[int], *, topology: Path = Path("/sys/devices/system/cpu")
 ) -> dict[str, tuple[int, ...]]:
-    """The logical cores of each physical one, by its first sibling; each is one by itself where the
-    kernel tells nothing.
+    """The logical cores of each physical core, keyed by the first sibling.
+
+    Each logical core counts as a physical one where the kernel does not list siblings.
     """
     found: dict[str, tuple[int, ...]] = {}
     for core in sorted(logical):
-        siblings = (
-            topology / f"cpu{core}" / "topology" / "thread_siblings_list"
-        )  # such as 0,64 or 0-1
+        siblings = topology / f"cpu{core}" / "topology" / "thread_siblings_list"  # 0,64 or 0-1
         name = re.split("[,-]", siblings.read_text().strip())[0] if siblings.exists() else str(core)
         found[name] = (*found.get(name, ()), core)
     return found
 
 
 def cores_here() -> int:
-    """Physical ones that this process may use."""
+    """The number of physical cores that this process may use."""
     return len(physical_cores(os.sched_getaffinity(0)))
 
 
 class NodeCores(NamedTuple):
-    """Of a cluster, which may have several nodes on one machine."""
+    """The cores of one node of a cluster. Several nodes may be on one machine."""
 
     machine: str
     given: int
-    """that the cluster counts there, logical or physical"""
+    """cores that the cluster counts on the node, logical or physical"""
     physical: int
-    """of the machine, as far as the node may use them"""
+    """physical cores of the machine that the node may use"""
 
 
 def cores_of_a_node(given: int) -> NodeCores:
-    """Of the one that this process is on."""
+    """The cores of the node of this process."""
     return NodeCores(platform.node(), given, cores_here())
 
 
 def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
-    """Physical ones that are given to the cluster, each once."""
+    """The number of physical cores of a cluster; a machine with several nodes counts once."""
     given: Counter[str] = Counter()
     there: dict[str, int] = {}
     for node in nodes:
@@ -161,7 +158,7 @@ def cores_of_machines(nodes: Iterable[NodeCores]) -> int:
 def _taken(
     there: Mapping[str, tuple[int, ...]], count: int, folder: Path
 ) -> tuple[tuple[int, ...], ExitStack] | None:
-    """So many of them, and what holds them; None, and none held, where fewer are free."""
+    """`count` cores and their locks; None if fewer are free, and then no lock is held."""
     with ExitStack() as locks:
         mine: list[tuple[int, ...]] = []
         for name, logical in there.items():
@@ -184,11 +181,11 @@ def _take(file: Path, held: ExitStack) -> bool:
 
 
 def _keep_on(cores: set[int]) -> None:
-    """Every thread: what the kernel calls a process's affinity is that of one thread, which later
-    ones inherit.
+    """Set the affinity of every thread. The kernel's call for a process sets that of one thread,
+    which only threads started later inherit.
     """
     for thread in Path("/proc/self/task").iterdir():
         try:
             os.sched_setaffinity(int(thread.name), cores)
         except ProcessLookupError:
-            continue  # it ended meanwhile
+            continue  # the thread has ended

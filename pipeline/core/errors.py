@@ -1,4 +1,4 @@
-"""What ends a run that cannot go on as asked: one line for the user, and no use in trying again."""
+"""Errors that end a run and that a restart does not cure: each message is one line for the user."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something that the user has to change. Every rank raises it."""
+    """The user has to change something. Every rank raises it."""
 
 
 class Diverged(UserError):
-    """Training has left all bounds: a loss, a gradient or weights that are not finite.
+    """A loss, a gradient or weights are not finite.
 
-    A failure where somebody wants the network; an answer where a trial asks how a learning rate
-    does.
+    A run has failed then. A trial of a search has a result: its learning rate is too high.
     """
 
 
 def remedy(lr: Any, clip_norm: Any) -> str:
-    """What to change in a recipe whose training diverged, by its `optimizer.lr` and `clip_norm`,
+    """What to change in a recipe whose training diverged, given its `optimizer.lr` and `clip_norm`
     where they are known.
     """
     rate = (
@@ -31,6 +30,6 @@ def remedy(lr: Any, clip_norm: Any) -> str:
     )
 
 
-def refusal_of(error: ValueError) -> UserError:
-    """What the run ends with once every rank knows of the error."""
+def as_user_error(error: ValueError) -> UserError:
+    """The error as a `UserError`, which every rank raises."""
     return error if isinstance(error, UserError) else UserError(str(error))

@@ -1,5 +1,5 @@
-"""Down to the disk: what a file system promises about names and content only once asked, and whose
-business its errors are.
+"""Files that survive a power cut, and errors of file systems: which of them pass, and which the
+user has to resolve.
 """
 
 from __future__ import annotations
@@ -13,44 +13,37 @@ from pathlib import Path
 from typing import TypeVar
 
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""what a new process meets again"""
+"""errors that a restarted process meets again"""
 FOR_THE_USER = (*LASTING, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-"""what a user has to change, a name in the way too, unless it is one that is drawn anew; anything
-else may pass by itself
-"""
+"""errors that only the user can resolve, existing names included; any other error may pass"""
 UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
-"""a bad sector, a checksum of the file system's: the bytes are gone, if they stay so and the
-storage is there
-"""
+"""a bad sector, or a wrong checksum of the file system: if it persists, the bytes are lost"""
 TRIES, TRY_S = 3, 1.0
 
 T_ = TypeVar("T_")
 
 
 def is_for_the_user(error: OSError) -> bool:
-    """Whether a user has to change something before it can be gone."""
-    return lasts(error) or error.errno in FOR_THE_USER
+    """Whether the error stays until the user changes something."""
+    return is_permanent(error) or error.errno in FOR_THE_USER
 
 
-def lasts(error: OSError) -> bool:
-    """Whether a process that is started again meets it again, until a user has changed
-    something.
-    """
-    return (
-        isinstance(error, PermissionError) or error.errno in LASTING
-    )  # s3fs (2026.9) gives the former no number
+def is_permanent(error: OSError) -> bool:
+    """Whether a restarted process meets the error again."""
+    # s3fs (2026.9) raises PermissionError without an errno.
+    return isinstance(error, PermissionError) or error.errno in LASTING
 
 
 class Unreadable(OSError):
-    """The medium has failed at each try; `strerror` says how."""
+    """The storage medium failed at every attempt; `strerror` says how."""
 
 
-def tried(read: Callable[[], T_]) -> T_:
-    """What `read` gives, which is asked again where the medium fails.
+def retry_read(read: Callable[[], T_]) -> T_:
+    """Call `read`, up to three times if the storage medium fails.
 
     Raises:
-        Unreadable: it has failed each time.
-        OSError: another error, at once.
+        Unreadable: every attempt failed.
+        OSError: any other error, at the first attempt.
     """
     left = TRIES
     while True:
@@ -66,9 +59,7 @@ def tried(read: Callable[[], T_]) -> T_:
 
 
 def is_name(text: str) -> bool:
-    """Whether a file or folder of this name lies in the folder that it is made in, nowhere beside
-    or above it.
-    """
+    """Whether `text` is a plain file name, not a path that leads to another folder."""
     return Path(text).name == text and text.strip() not in ("", ".", "..")
 
 
@@ -78,7 +69,7 @@ def sync_file(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a new file's name survive a power cut, not only its content."""
+    """Make the names of new files in a folder survive a power cut, not only their contents."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,9 +78,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and through to the disk.
+    """Write a file atomically, and flush it to the disk.
 
-    The name of what is not whole yet is drawn: processes of two machines may have the same number.
+    The temporary name is random, because processes on two machines may have the same process id.
     """
     temp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

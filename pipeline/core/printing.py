@@ -1,9 +1,10 @@
 """Tables and sentences for a terminal. No word is cut at its right edge; piped output has no width.
 
-A table takes as many columns as the terminal has room for. The others stand in further tables below
-it, each with the key columns (the run's name, the rule) again. A sentence is wrapped between words.
-What a person copies, such as a command, a path or a run's name, stays in one piece: where it is
-longer than the terminal is wide, it stands on a line of its own."""
+A table has as many columns as fit into the terminal. The other columns follow in further tables
+below it, each of which repeats the key columns (the run's name, the rule). A sentence is wrapped
+between words. Text to be copied, such as a command, a path or a run's name, is never broken: if it
+is longer than the terminal is wide, it has a line of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +20,18 @@ from rich.console import Console
 from rich.text import Text
 
 NO_WIDTH = 10_000
-"""that a console says where it has none; what others print on it, such as a suite's own report, is
-wrapped there
+"""the width of a console without one; other code that prints on it, such as a suite's report, wraps
+there
 """
-_GAP = 2  # between columns
-_READABLE = 28  # characters of a wrapped column of a table, at least, if its text is that long
-_LINES = 3  # of a wrapped cell, if its text is shorter than that many times _READABLE
-_KEPT = "\0"  # in the place of a space at which a line must not end
+_GAP = 2  # spaces between columns
+_READABLE = 28  # least width of a wrapped column, if its text is that long
+_LINES = 3  # most lines of a wrapped cell, if its text is shorter than _LINES times _READABLE
+_KEPT = "\0"  # replaces a space at which a line must not end
 
 
 @dataclass(frozen=True)
 class Column:
-    """Its header is wrapped between words. So are its values where it `wraps`; else they stay in
-    one piece.
-    """
+    """A column of a table. The title is wrapped between words; the values only if `wraps`."""
 
     title: str
     is_right: bool = False
@@ -48,8 +47,9 @@ def prose(title: str) -> Column:
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Of stdout or stderr: as wide as the terminal, or without a width, whatever the environment
-    says, where there is none.
+    """A console on stdout or stderr, as wide as the terminal.
+
+    Without a terminal it has no width, whatever the environment says.
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr) if is_terminal else Console(stderr=stderr, width=NO_WIDTH)
@@ -70,9 +70,10 @@ def say(
     """Print a sentence, wrapped between words.
 
     Args:
-        label: stands before the first line; the others are indented by its width, unless that is
-        half of a line. whole: parts of the text, such as commands, in which no line may end; those
-        between backticks need not be named.
+        label: stands before the first line. The other lines are indented by its width, unless it is
+            wider than half of a line.
+        whole: parts of the text that are not broken, such as commands. Text between backticks is
+            never broken.
     """
     label = Text(label) if isinstance(label, str) else label.copy()
     width = _width(console)
@@ -92,9 +93,7 @@ def say(
 
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
-    """Names and values beside one another; a name that is longer than half a line stands above its
-    value.
-    """
+    """Print names and values in two columns; a name longer than half a line is above its value."""
     most = _width(console) // 2
     width = max((cell_len(name) for name in fields if cell_len(name) <= most), default=0)
     for name, value in fields.items():
@@ -112,16 +111,15 @@ def print_table(
     title: str = "",
     keys: int = 1,
 ) -> None:
-    """Print a table, and what does not fit beside its key columns in further tables below it.
+    """Print a table. The columns that do not fit follow in further tables with the same keys.
 
     Args:
-        columns: a title alone is that of a column of text.
-        rows: cells. A cell may have several lines; in piped output they are joined. A tab in a cell
-            is a gap where one table holds all columns, and a new line where it does not.
+        columns: columns, or titles of columns of text.
+        rows: cells. A cell may have several lines, which are joined in piped output. A tab in a
+            cell becomes a gap if one table holds all columns, else a line break.
         title: stands above the first table.
-        keys: how many of the first columns are repeated in each further table. Where these are two
-            or more, a terminal shows the first one's value once for neighbouring rows that share
-            it.
+        keys: the number of first columns that each further table repeats. With two or more, a
+            terminal shows a repeated value of the first column only once.
     """
     if title:
         say(console, title, style="italic")
@@ -165,11 +163,11 @@ class _Table:
         self._least = [self._narrowest(index, of_column) for index, of_column in enumerate(texts)]
 
     def layout(self) -> tuple[list[list[int]], bool]:
-        """The columns of each table; and whether each row's keys stand above its values, for want
-        of room beside them.
+        """The columns of each table, and whether each row's keys stand above its values.
 
-        A second table has the keys again. Keys of more than half of the width stand above if that
-        saves a third."""
+        They do if a column does not fit beside them, or if they take more than half of the width
+        and fewer tables are needed with the keys above.
+        """
         taken = _total(self._least[index] for index in self._keys)
         room = self._width - taken - _GAP
         beside, above = self._packed(room), self._packed(self._width - _GAP)
@@ -201,7 +199,7 @@ class _Table:
             yield from self._row(row, part, widths, indent)
 
     def _packed(self, room: int) -> list[list[int]]:
-        """The columns beside the keys, in their order, as many in a table as there is room for."""
+        """The columns that are not keys, in order, as many in each table as fit."""
         parts: list[list[int]] = [[]]
         for index in self._others:
             if parts[-1] and _total(self._least[each] for each in (*parts[-1], index)) > room:
@@ -210,8 +208,8 @@ class _Table:
         return parts
 
     def _widths(self, shown: list[int], room: int) -> list[int]:
-        """Of each column: its whole width where all have that; else the least, and then those grow
-        whose values are wrapped.
+        """The width of each column: its whole width if all fit, else its least width, and the
+        wrapped columns share the rest.
         """
         whole, unwrapped, widths = (
             [of[index] for index in shown] for of in (self._whole, self._unwrapped, self._least)
@@ -235,7 +233,7 @@ class _Table:
         )
 
     def _header(self, shown: list[int], widths: list[int], indent: str = "") -> Iterator[Text]:
-        """Its last lines stand side by side."""
+        """The titles, aligned at their last lines."""
         blocks = [
             _wrapped(self._columns[index].title, width)
             for index, width in zip(shown, widths, strict=True)
@@ -271,7 +269,7 @@ def _width(console: Console) -> int:
 
 
 def _wrapped(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
-    """Lines of words; one that is longer than the width has a line of its own."""
+    """Wrap a text between words. A word that is longer than the width has a line of its own."""
     for part in (*whole, *re.findall("`[^`]*`", text)):
         text = text.replace(part, part.replace(" ", _KEPT))
     lines = [""]
@@ -293,7 +291,7 @@ def _longest_line(text: str) -> int:
 
 
 def _total(widths: Iterable[int]) -> int:
-    """Of columns side by side."""
+    """The width of columns side by side, with the gaps."""
     widths = list(widths)
     return sum(widths) + _GAP * (len(widths) - 1)
 
@@ -304,5 +302,5 @@ def _aligned(text: str, width: int, is_right: bool = False) -> str:
 
 
 def _print(console: Console, line: Text) -> None:
-    """As it is: rich folds words that are longer than a line."""
+    """Print a line as it is. Without `soft_wrap`, rich would fold words longer than a line."""
     console.print(line, soft_wrap=True)

@@ -1,17 +1,19 @@
 """Random numbers as a pure function of counters: the same on any rank, in any thread, after any
 restart.
 
-    z = mix(seed + g);  z = mix((z ^ epoch) + g);  z = mix((z ^ index) + g);  bits = mix((z ^ draw)
-    + g)
+    z = mix(seed + g)
+    z = mix((z ^ epoch) + g)
+    z = mix((z ^ index) + g)
+    bits = mix((z ^ draw) + g)
 
 with the increment g and the finaliser `mix` of splitmix64, all modulo 2^64. The global generators
-of Python, numpy and torch are neither read nor moved.
+of Python, numpy and torch are neither read nor advanced.
 
 Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014,
 doi:10.1145/2660193.2660195 (the finaliser is Stafford's variant 13).
 
-An epoch that holds several views of a sample (`repeats` in data/order.py) gives each view the
-counter epoch + copy 2^32 in the place of its epoch.
+An epoch may hold several views of a sample (`repeats` in data/order.py). Each view then has the
+counter epoch + copy 2^32 instead of the epoch.
 """
 
 from collections.abc import Callable
@@ -20,40 +22,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Which draw means what. A new use takes new numbers: an old one never moves.
+# The numbers of the draws. A new use takes new numbers; existing numbers never change.
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 HELD_OUT = 8
-COUNTED = 11  # which samples of an evaluation are counted on, see measure/activity.py and evenly.py
-PAGE = 10  # which samples have their pages compared, see data/ffcv/page_checks.py
-# the order of an evaluation set in which each sample is the donor of the one before, see
-# benchmarks/carryover.py
+# the samples of an evaluation whose activity is counted: measure/activity.py, sample_evenly.py
+COUNTED = 11
+PAGE = 10  # the samples whose pages are checked: data/ffcv/page_checks.py
+# the order in which each sample is the donor of the one before: benchmarks/carryover.py
 DONOR = 9
-MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = (
-    96,
-    97,
-    98,
-    99,
-    100,
-)  # with the step for the epoch, see mixing.py
+# with the step instead of the epoch: data/mixing.py
+MIX, MIX_BY_CUT, MIX_SHARE, MIX_Y, MIX_X = 96, 97, 98, 99, 100
 COLOUR = 112  # layer l draws COLOUR + 8l + (0 whether, 1 which, 2 magnitude, 3 sign)
 ERASE = 136  # whether; attempt a draws ERASE + 8 + 4a + (0 area, 1 ratio, 2 top, 3 left)
-ERASE_PIXELS = 1 << 20  # and upwards: 4 pixels a draw
+ERASE_PIXELS = 1 << 20  # the first of many draws: 4 pixels each
 CROP = 16  # attempt a of a random resized crop draws CROP + 4a + (0 area, 1 ratio, 2 top, 3 left)
 
 _LOW64 = (1 << 64) - 1
 
 
 def signed(number: int) -> int:
-    """64 bits as a signed number, which torch computes with."""
+    """64 bits as a signed number, because torch has no arithmetic of unsigned 64-bit numbers."""
     return number - (1 << 64) if number >> 63 else number
 
 
 def mixer(number: Callable[[int], Any]) -> Callable[[Any], Any]:
-    """The finaliser of splitmix64 with its constants as `number` makes them.
+    """The finaliser of splitmix64, with its constants converted by `number`.
 
-    np.uint64 suits numpy and numba (which must not overflow a signed number), `signed` suits torch.
-    With `signed`, Python's int gets the low 64 bits right as well. The masks make the shifts of
-    signed numbers logical.
+    `np.uint64` serves numpy and numba, where a signed number must not overflow. `signed` serves
+    torch, and Python's int, whose low 64 bits are then right. The masks make the shifts of signed
+    numbers logical.
     """
     factor_a, factor_b = number(0xBF58476D1CE4E5B9), number(0x94D049BB133111EB)
     (a, low_a), (b, low_b), (c, low_c) = ((number(by), number(_LOW64 >> by)) for by in (30, 27, 31))
@@ -74,7 +71,7 @@ _S32 = np.uint64(32)
 
 
 def counter_hash(*counters: int) -> int:
-    """64 bits of any number of counters; for four of them the same as `bits`."""
+    """64 bits of any number of counters; of four counters, the same as `bits`."""
     z = 0
     for counter in counters:
         z = mix((z ^ counter) + STEP) & _LOW64
@@ -86,14 +83,14 @@ def bits(
 ) -> NDArray[np.uint64]:
     """64 random bits for each (seed, epoch, index, draw), broadcast as numpy does."""
     z: Any = np.uint64(0)
-    with np.errstate(over="ignore"):  # 2^64 wraps by design; numpy warns of it for scalars alone
+    with np.errstate(over="ignore"):  # numpy warns of overflow of scalars; it is intended here
         for counter in (seed, epoch, index, draw):
             z = _unsigned_mix((z ^ np.asarray(counter).astype(np.uint64)) + _UNSIGNED_STEP)
     return z
 
 
 def compiled_bits(compiled: Callable[[Callable[..., Any]], Any]) -> Any:
-    """`bits` for scalars, compiled by `compiled`, such as `numba.njit`: four uint64 to one."""
+    """`bits` of four uint64 scalars, compiled by `compiled`, such as `numba.njit`."""
     mix, step = compiled(_unsigned_mix), _UNSIGNED_STEP
 
     @compiled
@@ -114,8 +111,8 @@ def below(random_bits: ArrayLike, n: int) -> NDArray[np.int64]:
 def normal_table() -> NDArray[np.float32]:
     """65536 values at evenly spaced quantiles of the normal distribution.
 
-    They are rounded so that no library's last digit matters.
+    They are rounded, so that they do not depend on the version of scipy.
     """
-    from scipy.special import ndtri  # processes that write data draw nothing from it
+    from scipy.special import ndtri  # of the extra [train]
 
     return np.round(ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)), 5).astype(np.float32)

@@ -1,9 +1,9 @@
-"""Checkpoint files that torch.save wrote are pickles, and a pickle can run code when it is read.
-These must hold data alone.
+"""Reads checkpoint files of torch.save as data only: they are pickles, and a pickle can run code.
 
-Checksums are no guard: whoever can change a checkpoint can write its manifest anew. So what the
-files name is looked at before anything is loaded, and they are loaded with `weights_only`, which
-calls nothing but what is listed (torch 2.13)."""
+Checksums do not protect: whoever can change a checkpoint can also write its manifest. The names in
+a file are therefore checked before it is loaded, and it is loaded with `weights_only`, which calls
+only listed names (torch 2.13).
+"""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ DEEPSPEED = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""what DeepSpeed's files name at ZeRO-1 and 2 beside tensors (0.19.8): values, which do nothing
-when they are made
+"""names in DeepSpeed's files at ZeRO-1 and 2 beside tensors (0.19.8); making these values has no
+side effect
 """
 
 
-def code_in(folder: Path) -> str | None:
-    """What a file of this checkpoint wants called when it is read, or that it cannot be told; None
-    when all hold data.
+def find_code(folder: Path) -> str | None:
+    """The first file of a checkpoint that would call code, or cannot be checked, as a sentence.
+
+    None if all files hold data only.
     """
     for file in sorted(folder.rglob("*.pt")):
         name = file.relative_to(folder).as_posix()
@@ -44,10 +45,10 @@ def code_in(folder: Path) -> str | None:
 
 
 def load_data(path: str | Path, map_location: Any = None) -> Any:
-    """As torch.load, for DeepSpeed's files.
+    """`torch.load` for DeepSpeed's files.
 
     Raises:
-        UnpicklingError: what they name is neither torch's nor in `DEEPSPEED`.
+        UnpicklingError: a name in the file is neither torch's nor in `DEEPSPEED`.
     """
     with safe_globals([_imported(name) for name in DEEPSPEED]):
         return torch.load(path, map_location=map_location, weights_only=True)

@@ -1,13 +1,13 @@
-"""Secrets in the environment: which variables hold them, and what is said without their values."""
+"""Secrets in environment variables: which variables hold one, and texts without their values."""
 
 from __future__ import annotations
 
 import os
 
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
-"""in the name of a variable that holds one"""
+"""words in the name of a variable that holds a secret"""
 LEAST_SECRET = 4
-"""characters: a shorter value would blank out half of what is said"""
+"""characters of the shortest value that is replaced; a shorter one occurs in ordinary text"""
 
 
 def is_secret(name: str) -> bool:
@@ -15,21 +15,21 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """A text with the names of variables in the place of their values."""
+    """Replace the values of secret variables in a text by `$NAME`."""
     forms = {
         form: name
         for name, value in os.environ.items()
         if is_secret(name)
         for form in _forms(value)
     }
-    for form in sorted(forms, key=len, reverse=True):  # a value before what is a part of it
+    for form in sorted(forms, key=len, reverse=True):  # a value before its parts
         text = text.replace(form, f"${forms[form]}")
     return text
 
 
 def _forms(value: str) -> set[str]:
-    """As it is and in one line; and as Python quotes it where it is refused: http.client as bytes,
-    requests as text.
+    """The forms of a value in texts: as it is, on one line, and quoted as in error messages of
+    http.client (bytes) and requests (text).
     """
     plain = (value, value.strip(), " ".join(value.split()))
     forms = {*plain, *(quoted(each)[1:-1] for each in plain for quoted in (repr, ascii))}

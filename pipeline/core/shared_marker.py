@@ -1,6 +1,4 @@
-"""A file that nobody else can have: who finds it where he looks sees the folder that it was put
-into.
-"""
+"""A uniquely named file. A process that can read it shares the folder."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Marker:
-    """What the others are told of it."""
+    """The name and the content of the file, to be sent to other processes."""
 
     name: str
     content: str
@@ -26,8 +24,8 @@ class Marker:
 
 
 @contextmanager
-def marked(folder: Path, *, prefix: str) -> Iterator[Marker]:
-    """With a marker in this folder, whose name begins with `prefix`."""
+def placed_marker(folder: Path, *, prefix: str) -> Iterator[Marker]:
+    """Write a marker into `folder`, and remove it at the end. Its name begins with `prefix`."""
     marker = Marker(f"{prefix}{secrets.token_hex(8)}", secrets.token_hex(16))
     try:
         (folder / marker.name).write_text(marker.content)

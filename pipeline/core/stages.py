@@ -1,4 +1,4 @@
-"""What a command is waited for, one line a stage on stderr; stdout holds the answer alone."""
+"""Progress of a command: a line on stderr before each slow stage; stdout holds only the result."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ _SLOW = ("torch", "ray", "mlflow")
 
 
 def say_stage(stage: str) -> None:
-    """Before a stage that may take seconds."""
+    """Announce a stage that may take seconds."""
     print(f"spiketrain: {stage} ...", file=sys.stderr, flush=True)
 
 
 def announce_imports() -> None:
-    """Say so before the first import that takes seconds, whichever command asks for it; nothing if
-    it was made already.
-    """
+    """Announce the first import that takes seconds, unless one has already happened."""
     if not any(name in sys.modules for name in _SLOW):
         sys.meta_path.insert(0, _Announcer())
 
 
 class _Announcer(MetaPathFinder):
-    """Is asked before every import, and leaves all of them to the other finders."""
+    """Python calls it before every import; it finds nothing, so the other finders import."""
 
     def __init__(self) -> None:
         self._is_said = False

@@ -1,4 +1,4 @@
-"""Named tensors from a file that somebody else wrote."""
+"""Named tensors from files of other programs."""
 
 from __future__ import annotations
 
@@ -12,31 +12,29 @@ from torch import Tensor
 
 
 def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
-    """The `state_dict` in a .safetensors file, or in one of torch.save, bare or under one of its
-    usual names.
+    """Read the `state_dict` in a .safetensors file, or in a file of torch.save.
 
-    No code of the file is run. Beside tensors and plain values it may hold the arguments of the
-    program that wrote it.
+    In the latter it may stand under `state_dict`, `model` or `module`, beside plain values and the
+    arguments of the program that wrote it. No code of the file is run.
 
-    Raises: ValueError, in the name of `who` asks, for a file that is not there, cannot be read, or
-    holds something else."""
+    Raises:
+        ValueError: the file does not exist, cannot be read, or holds no named tensors. The message
+            begins with `who`.
+    """
     if not file.is_file():
         raise ValueError(f"{who}: {file} must be a file of weights; it does not exist")
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # as published QKFormers were saved; a bag of names
+        # Published QKFormers were saved with their arguments.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             state = (
                 load_file(file)
                 if file.suffix == ".safetensors"
                 else torch.load(file, map_location="cpu", weights_only=True)
             )
-    except (
-        Exception
-    ) as error:  # what a foreign file makes torch and safetensors raise is theirs to choose
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # torch and safetensors do not say which errors a file may raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{who}: {file} must hold weights; it could not be read: {said}"
+            f"{who}: {file} must hold weights; it could not be read: {first}"
         ) from error
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -48,10 +46,10 @@ def read_state(file: Path, *, who: str) -> Mapping[str, Tensor]:
     return state
 
 
-def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, most: int = 3) -> str:
-    """In what two states differ by name or shape, the first few of each kind; empty where nothing
-    does.
-    """
+def describe_mismatch(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, most: int = 3
+) -> str:
+    """How two states differ in names and shapes, up to `most` of each kind; empty if they agree."""
     kinds = {
         "missing": [key for key in expected if key not in found],
         "unknown": [key for key in found if key not in expected],
@@ -61,10 +59,8 @@ def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, most
             if key in found and found[key].shape != expected[key].shape
         ],
     }
-    told = []
-    for kind, keys in kinds.items():
-        if keys:
-            told.append(
-                f"{len(keys)} {kind}: {', '.join(keys[:most])}{', ...' if len(keys) > most else ''}"
-            )
-    return "; ".join(told)
+    return "; ".join(
+        f"{len(keys)} {kind}: {', '.join(keys[:most])}{', ...' if len(keys) > most else ''}"
+        for kind, keys in kinds.items()
+        if keys
+    )

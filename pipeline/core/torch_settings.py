@@ -1,15 +1,15 @@
-"""In what precision networks compute, for matrix products and convolutions alike.
+"""How torch computes in a process: precision, threads, determinism and memory.
+
+The precisions, for matrix products and convolutions alike:
 
     fp32    IEEE single precision
-    tf32    TF32: operands of fp32 are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards
-    since Ampere bf16    torch's autocast; what it leaves in fp32 is IEEE single precision
+    tf32    operands of fp32 are rounded to 10 bits of mantissa, sums are fp32; NVIDIA cards since
+            Ampere
+    bf16    torch's autocast; the operations that it leaves in fp32 use IEEE single precision
 
-torch's own defaults (2.13) compute fp32 convolutions in TF32 and fp32 products in IEEE single
-precision. Here both are set, by torch's `fp32_precision`, and before that by the older
-`allow_tf32`, which torch.compile still reads: such a read fails where the two disagree.
-
-How torch computes in a worker: so many threads, the same bits after a restart, on memory that it
-keeps.
+By default torch (2.13) computes fp32 convolutions in TF32 and fp32 products in IEEE single
+precision. Both are set here by torch's `fp32_precision`, and before that by the older `allow_tf32`:
+torch.compile still reads the older one, and the read fails if the two disagree.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from pipeline.core.allocator import keep_freed_memory
 Precision = Literal["fp32", "tf32", "bf16"]
 
 TF32_SINCE = (8, 0)
-"""compute capability of Ampere"""
+"""the compute capability of Ampere"""
 
 
 def compute_in(precision: Precision, device: torch.device) -> None:
-    """Set how this process computes from now on, but for autocast, which belongs to a forward.
+    """Set the precision of this process from now on. Autocast is not set: it is part of a forward.
 
     Raises:
-        ValueError: as `check_precision`.
+        ValueError: the device has no such precision.
     """
     check_precision("recipe", precision, device)
     _set_products(precision)
 
 
 def check_precision(who: str, precision: Precision, device: torch.device) -> None:
-    """Refuse TF32 on a device that has none, where it would be fp32 without a word.
+    """Refuse TF32 on a device without it, where torch would silently compute in fp32.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the device has no TF32.
     """
     if precision != "tf32" or (
         device.type == "cuda" and torch.cuda.get_device_capability(device) >= TF32_SINCE
@@ -60,9 +60,7 @@ def check_precision(who: str, precision: Precision, device: torch.device) -> Non
 
 @contextmanager
 def products_in(precision: Precision) -> Iterator[None]:
-    """Inside, fp32 products and convolutions on a card are computed in this precision; afterwards
-    as before.
-    """
+    """Compute fp32 products and convolutions on a GPU in this precision inside the context."""
     before = [operation.fp32_precision for operation in _operations()]
     _set_products(precision)
     try:
@@ -73,14 +71,15 @@ def products_in(precision: Precision) -> Iterator[None]:
 
 @contextmanager
 def computing(device: torch.device, precision: Precision) -> Iterator[None]:
-    """Inside, everything is computed in this precision, as in training."""
+    """Compute everything in this precision inside the context, as in training."""
     with products_in(precision), autocast(device, precision):
         yield
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 for what torch lists as safe in it (matrix products, convolutions); parameters and
-    membranes stay fp32.
+    """bf16 for the operations that torch lists as safe (matrix products, convolutions).
+
+    Parameters and membrane potentials stay fp32.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
@@ -90,7 +89,7 @@ def _set_products(precision: Precision) -> None:
 
 
 def _set(precisions: Sequence[str]) -> None:
-    """Of each of `_operations`."""
+    """Set the precision of each of `_operations`, in their order."""
     product, convolution, _ = precisions
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = (
         product == "tf32",
@@ -101,41 +100,42 @@ def _set(precisions: Sequence[str]) -> None:
 
 
 def _operations() -> tuple[Any, ...]:
-    """What CUDA computes of fp32 in a precision that can be chosen; a CPU has settings of its own,
-    which stay.
-    """
+    """The fp32 operations on CUDA whose precision can be chosen. A CPU's settings stay."""
     return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
 
 
 EXACT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""by which NCCL and cuBLAS take the same order of sums at every start: NVLS, trees and other
-workspaces promise no order
+"""environment variables with which NCCL and cuBLAS sum in the same order at every start; NVLS,
+trees and other workspaces promise no order
 """
 
 _inexact: set[str] = set()
-"""operations that this process ran on a card and of which torch has no deterministic form"""
+"""operations that this process ran on a GPU and that have no deterministic form in torch"""
 
 
-def settle(threads: int, device: torch.device) -> None:
-    """Before anything is computed. What a user has set of EXACT stays; `exactness` tells of it."""
+def configure_torch(threads: int, device: torch.device) -> None:
+    """Set threads, memory and determinism before anything is computed.
+
+    Variables of EXACT that the user has set stay; `exactness` then names them.
+    """
     torch.set_num_threads(threads)
     keep_freed_memory()
     if device.type != "cuda":
-        return  # torch's CPU operations that networks use are deterministic
+        return  # the CPU operations of networks are deterministic in torch
     for name, value in EXACT.items():
         os.environ.setdefault(name, value)
     torch.backends.cudnn.deterministic = True  # costs speed where cuDNN has a faster kernel
     torch.backends.cudnn.benchmark = False
-    # Warns: a network with an operation that has no such form trains all the same, and its
-    # conditions name the operation.
+    # Warns only: a network with such an operation trains, and the run's conditions name it.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _note_inexact()
 
 
 def exactness(device: torch.device) -> str:
-    """`yes` if a restart on as many workers gives the same bits, else `no: ` and what prevents it;
-    for a run's conditions.
+    """`yes` if a restart on as many workers gives the same bits, else `no: ` and the reasons.
+
+    The text is one of a run's conditions.
     """
     if device.type != "cuda":
         return "yes"
@@ -148,7 +148,7 @@ def exactness(device: torch.device) -> str:
 
 
 def _note_inexact() -> None:
-    """Keep the names that torch (2.13) warns of: it offers them no other way."""
+    """Collect the operations that torch (2.13) warns of; it has no other way to ask for them."""
     show = warnings.showwarning
 
     def note(message: Warning | str, *about: object, **more: object) -> None:
@@ -157,5 +157,5 @@ def _note_inexact() -> None:
         else:
             show(message, *about, **more)  # type: ignore[arg-type]
 
-    if getattr(show, "__module__", "") != __name__:  # another run in this process has it already
+    if getattr(show, "__module__", "") != __name__:  # set by an earlier run in this process
         warnings.showwarning = note

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: scaled, with their unit."""
+"""Numbers for a reader: scaled, with their units."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 
 def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
-    """The scale and the unit in which the largest of some bytes, seconds or joules, or of what has
-    none, is read best.
+    """The scale and the unit that suit the largest of `values`.
+
+    `kind` is "B" (bytes), "s", "J", "count" or "rate".
     """
     largest = max(map(abs, values), default=0.0)
     steps: tuple[tuple[float, str], ...] = {
@@ -31,7 +32,7 @@ def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
 
 
 def counted(count: int | None, noun: str, plural: str | None = None) -> str:
-    """`1 worker`, `2 workers`, `2 batches`; `? workers` where nobody knows the number."""
+    """`1 worker`, `2 workers`, `2 batches`; `? workers` if the number is unknown."""
     if count == 1:
         return f"1 {noun}"
     if plural is None:
@@ -40,14 +41,12 @@ def counted(count: int | None, noun: str, plural: str | None = None) -> str:
 
 
 def rounded(value: float, *, digits: int = 4) -> str:
-    """So many digits that count, or all of a larger number: `31234` and not `3.123e+04`."""
+    """A number with `digits` significant digits, or all of a larger one: `31234` for 31234.2."""
     return f"{value:.0f}" if 10 ** (digits - 1) <= abs(value) < math.inf else f"{value:.{digits}g}"
 
 
 def shown(value: float, *, kind: str) -> str:
-    """A number of bytes, seconds or joules with its unit, or as a count, a rate, a ratio or a
-    share.
-    """
+    """A number as text: bytes, seconds or joules with the unit, a count, rate, ratio or share."""
     if kind == "share":
         return f"{value:.2%}"
     if kind == "rate":

@@ -28,7 +28,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,6 +132,8 @@ def _beta(parameter: float) -> NDArray[np.float64]:
     """
     if parameter == 0:
         return np.ones(4096)
+    from scipy.special import betaincinv  # of the extra [train]
+
     return np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.allocator import release_freed_memory
-from pipeline.core.torch_settings import compute_in, settle
+from pipeline.core.torch_settings import compute_in, configure_torch
 from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.measure.fidelity import gradients
@@ -147,7 +147,7 @@ class Bench:
 
     def __init__(self, recipe: Recipe, *, batch_size: int | None = None, threads: int = 1) -> None:
         device = device_here()
-        settle(threads, device)
+        configure_torch(threads, device)
         compute_in(recipe.precision, device)
         seed_everything(recipe.seed)
         self._describe(recipe, batch_size or recipe.split(1).micro_batch)

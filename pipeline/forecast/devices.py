@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch.nn import functional as F
 
-from pipeline.core.torch_settings import Precision, computing, settle
+from pipeline.core.torch_settings import Precision, computing, configure_torch
 from pipeline.measure.memory import device_here, free_bytes, hardware, told_hardware
 from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.traffic import Device
@@ -80,7 +80,7 @@ def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:
     operation. They are what such operations reach, so the efficiency is 1; other shapes reach less.
     """
     device = device_here()
-    settle(threads, device)
+    configure_torch(threads, device)
     x, weight = torch.rand(32, 64, 28, 28, device=device), torch.rand(64, 64, 3, 3, device=device)
     large, small = torch.rand(2**24, device=device), torch.rand(1, device=device)
 

@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.core.files import lasts
+from pipeline.core.files import is_permanent
 from pipeline.launch.ray_errors import cause, innermost
 from pipeline.launch.resizing import PLACES_S, NoPlace, tell_waiting
 from pipeline.measure.memory import is_out_of_memory
@@ -149,4 +149,4 @@ def needs_the_user(error: Exception) -> bool:
     if not failures:
         return False
     _, found = cause(failures)
-    return isinstance(found, OSError) and lasts(found)
+    return isinstance(found, OSError) and is_permanent(found)

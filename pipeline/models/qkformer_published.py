@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.tensor_file import misfits
+from pipeline.core.tensor_file import describe_mismatch
 from pipeline.models.attention import ProjectionNeuron
 from pipeline.models.parts import Over
 from pipeline.models.qkformer import QKFormer
@@ -109,7 +109,7 @@ def from_published(
         )
     network.to_empty(device="cpu")
     tensors = renamed(published, network)
-    if wrong := misfits(tensors, network.state_dict()):
+    if wrong := describe_mismatch(tensors, network.state_dict()):
         raise ValueError(
             f"from_published: the weights must be those of a published QKFormer; got {wrong}"
         )

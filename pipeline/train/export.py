@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.core.tensor_file import misfits
+from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
@@ -283,7 +283,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    if wrong := misfits(tensors, network.state_dict()):
+    if wrong := describe_mismatch(tensors, network.state_dict()):
         raise ValueError(f"the weights must fit the model; got {wrong}")
     network.load_state_dict(tensors)
 

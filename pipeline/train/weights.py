@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pipeline.core.files import sync_file
-from pipeline.core.tensor_file import misfits, read_state
+from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.qkformer_published import is_published, renamed
 from pipeline.recipe.recipe import Recipe, read_json
@@ -55,7 +55,7 @@ def load_weights(network: nn.Module, file: Path) -> nn.Module:
         ValueError: a file that cannot be read, or weights that do not fit, the first of them named.
     """
     found = _read(file, network, who="evaluate")
-    if wrong := misfits(found, network.state_dict()):
+    if wrong := describe_mismatch(found, network.state_dict()):
         raise ValueError(f"evaluate: {file} must fit the network; got {wrong}")
     network.load_state_dict(found)
     return network.eval()
@@ -128,7 +128,7 @@ def load_start(network: nn.Module, start: Path) -> Start:
     replaced = unknown | (in_head if in_head.intersection(reshaped) else set())
     fresh = tuple(key for key in expected if key in replaced)
     kept = {key: value for key, value in found.items() if key not in replaced}
-    if wrong := misfits(
+    if wrong := describe_mismatch(
         kept, {key: value for key, value in expected.items() if key not in replaced}
     ):
         raise ValueError(f"init: {file} must fit the network but for its head, {head}; got {wrong}")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pipeline.core.cores import near_cores, own_cores
-from pipeline.core.errors import UserError, refusal_of
-from pipeline.core.torch_settings import settle
+from pipeline.core.errors import UserError, as_user_error
+from pipeline.core.torch_settings import configure_torch
 from pipeline.measure.clock import Clock
 from pipeline.measure.collectives import collectives_on
 from pipeline.measure.memory import is_out_of_memory
@@ -46,7 +46,7 @@ def run(
         UserError: something that the user has to change.
     """
     began = time.time()
-    settle(job.threads, torch.device(place.device))
+    configure_torch(job.threads, torch.device(place.device))
     ranks = Ranks(place.rank, place.workers, place.device)
     clock = Clock(ranks.device)
     with ExitStack() as held:
@@ -106,7 +106,7 @@ def _attempt(
         ):
             note_refusal(Path(job.run), error)
             raise
-        raise refusal_of(error) from error
+        raise as_user_error(error) from error
 
 
 def _run_in_memory(attempt: Trainer, ranks: Ranks, tracker: Tracker) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 from typer.main import get_command_name
 
-from pipeline.__main__ import app
+from pipeline.cli.app import app
 from pipeline.launch.cluster import Cluster
 from tests.small import command
 

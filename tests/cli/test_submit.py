@@ -14,7 +14,8 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from pipeline.__main__ import app, main
+from pipeline.__main__ import main
+from pipeline.cli.app import app
 from tests.infra.rules import require_kustomize
 from tests.small import without_stages
 

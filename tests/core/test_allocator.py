@@ -1,5 +1,5 @@
-"""Memory that a thread frees and asks for again, in processes of their own: page faults, told to
-keep it and not.
+"""Page faults of a thread that frees memory and allocates it again, measured in processes of their
+own.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def faults(how: str, **more: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
-def test_what_was_freed_is_not_faulted_in_again() -> None:
+def test_freed_memory_causes_no_page_faults_when_it_is_used_again() -> None:
     assert faults("not told") > 100  # else this test would see nothing
     assert faults("told") < 20
     assert faults("not told", **environment()) < 20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
-def test_what_is_free_can_be_handed_back() -> None:
+def test_freed_memory_can_be_released_to_the_kernel() -> None:
     code = """
 import ctypes
 from pipeline.core.allocator import keep_freed_memory, release_freed_memory
@@ -85,7 +85,7 @@ print(kept - before, rss_bytes() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
-def test_what_the_user_says_of_malloc_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malloc_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     told = environment()

@@ -1,4 +1,4 @@
-"""Two nodes with different files of ours do not train together."""
+"""Nodes with different files of spiketrain do not train together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.core.code_version import check_same_code, code_digest
 from pipeline.core.errors import UserError
 
 
-def test_it_changes_with_names_and_content_alone(
+def test_the_digest_depends_on_names_and_contents_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(code_version, "__file__", str(tmp_path / "core" / "code.py"))
@@ -30,7 +30,7 @@ def test_it_changes_with_names_and_content_alone(
     assert len({before, changed, digest()}) == 3
 
 
-def test_whoever_runs_another_is_named() -> None:
+def test_a_worker_with_other_code_is_named() -> None:
     mine = code_digest()
     check_same_code("a", mine, each=lambda value: [value, (mine, "b")])
     with pytest.raises(

@@ -1,6 +1,4 @@
-"""Cores of one's own: taken once, by every thread, waited for, and free again when their holder
-dies.
-"""
+"""Cores of a worker: one holder each, for all threads, waited for, free when the holder dies."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ with own_cores(1, folder=Path(sys.argv[1])) as cores:
 """
 
 
-def test_every_thread_keeps_to_them_and_is_let_go(tmp_path: Path) -> None:
+def test_all_threads_stay_on_the_cores_until_the_end(tmp_path: Path) -> None:
     before, go_on = os.sched_getaffinity(0), threading.Event()
     waiting = threading.Thread(target=go_on.wait, daemon=True)
     waiting.start()
@@ -53,7 +51,7 @@ def test_every_thread_keeps_to_them_and_is_let_go(tmp_path: Path) -> None:
     go_on.set()
 
 
-def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
+def test_no_core_has_two_holders_and_a_killed_holder_frees_its_cores(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -76,7 +74,7 @@ def test_two_never_have_the_same_and_the_dead_hold_none(tmp_path: Path) -> None:
         assert theirs in mine
 
 
-def test_a_cluster_has_the_cores_of_its_machines_once_and_no_more_than_it_was_given() -> None:
+def test_cores_of_a_machine_with_several_nodes_count_once() -> None:
     halves, few = NodeCores("a", given=64, physical=32), NodeCores("b", given=2, physical=16)
     assert cores_of_machines([halves, few]) == 32 + 2
     twice = [NodeCores("c", given=4, physical=6)] * 2  # two nodes on one machine
@@ -151,7 +149,9 @@ def test_a_worker_keeps_to_the_cores_of_its_cards_node(card: Path) -> None:
     assert sorted(os.sched_getaffinity(0)) == EVERY  # and is let go
 
 
-def test_a_worker_stays_where_it_is(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_affinity_stays_where_no_node_is_near(
+    card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a card, with too few cores near it, on a machine of one node, and where nothing tells
     of any.
     """

@@ -64,7 +64,7 @@ def test_long_names_stand_above_where_that_saves_a_third_table():
     assert printed(print_table, columns, rows, width=60)[2] == RUN
 
 
-def test_what_a_tab_parts_stands_side_by_side_where_one_table_holds_all():
+def test_a_tab_is_a_gap_if_one_table_holds_all_columns():
     columns, rows = (
         ("rule", number("saved"), number("time")),
         [("BPTT", "8 MB\t×1.00\n± 1 MB", "3 s\t×0.50")],
@@ -94,7 +94,7 @@ def test_prose_in_a_column_is_wrapped_between_words():
     assert lines[2:] == ["      BPTT without time"]
 
 
-def test_the_first_of_two_keys_is_said_once_and_in_every_line_that_is_piped():
+def test_a_repeated_first_key_is_shown_once_except_in_a_pipe():
     columns, rows = (
         ("rule", number("T"), "saved"),
         [("SLTT", "1", "8 MB"), ("SLTT", "2", "9 MB"), ("BPTT", "1", "8 MB")],

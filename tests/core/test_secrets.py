@@ -1,6 +1,4 @@
-"""The value of a variable whose name says secret is in no text, however whoever refused it has
-quoted it.
-"""
+"""The value of a secret variable appears in no text, in whatever form an error quotes it."""
 
 from __future__ import annotations
 
@@ -21,13 +19,15 @@ QUOTED: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("value", ["planted", "planted\n", "plan\nted", "plan\tté\r\n"])
 @pytest.mark.parametrize("quoted", QUOTED)
-def test_it_is_named_and_not_said(monkeypatch: pytest.MonkeyPatch, value: str, quoted: str) -> None:
+def test_a_secret_is_replaced_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, value: str, quoted: str
+) -> None:
     monkeypatch.setenv("A_TOKEN", value)
     said = without_secrets(f"refused: {QUOTED[quoted](f'Bearer {value}')}")
     assert "plan" not in said and "Bearer $A_TOKEN" in said
 
 
-def test_what_is_short_or_no_secret_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_values_and_other_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("A_KEY", "to"), ("A_NAME", "planted"), ("A_PASSWORD", "")):
         monkeypatch.setenv(name, value)
     assert without_secrets("refused to planted") == "refused to planted"

@@ -1,6 +1,4 @@
-"""What a worker on a card sets so that a restart gives the same bits, and what its conditions say
-of it.
-"""
+"""Settings of a worker on a GPU for the same bits after a restart, and the conditions of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.core import torch_settings as settled
-from pipeline.core.torch_settings import EXACT, exactness, settle
+from pipeline.core.torch_settings import EXACT, configure_torch, exactness
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -36,8 +34,8 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_a_card_takes_one_order_of_sums() -> None:
-    settle(1, CARD)
+def test_a_gpu_sums_in_one_order() -> None:
+    configure_torch(1, CARD)
     assert {name: os.environ.get(name) for name in EXACT} == {
         "NCCL_ALGO": "Ring",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -52,7 +50,7 @@ def test_a_card_takes_one_order_of_sums() -> None:
 
 def test_a_cpu_stays_as_it_is() -> None:
     torch.backends.cudnn.deterministic = False
-    settle(1, CPU)
+    configure_torch(1, CPU)
     assert (
         not any(name in os.environ for name in EXACT)
         and not torch.are_deterministic_algorithms_enabled()
@@ -60,9 +58,9 @@ def test_a_cpu_stays_as_it_is() -> None:
     assert exactness(CPU) == "yes"
 
 
-def test_what_the_user_has_set_stays_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_the_user_stay_and_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Tree")
-    settle(1, CARD)
+    configure_torch(1, CARD)
     assert os.environ["NCCL_ALGO"] == "Tree" and exactness(CARD) == "no: NCCL_ALGO=Tree"
 
 
@@ -70,8 +68,8 @@ def test_an_operation_without_a_deterministic_form_is_named(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
     """torch's own words (2.13); other warnings are shown as before."""
-    settle(1, CARD)
-    settle(1, CARD)  # as the next run in this process
+    configure_torch(1, CARD)
+    configure_torch(1, CARD)  # as the next run in this process
     told = (
         "does not have a deterministic implementation, but you set"
         " 'torch.use_deterministic_algorithms(True, warn_only=True)'"

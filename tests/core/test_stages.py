@@ -1,4 +1,4 @@
-"""A command says what it is waited for before it makes anybody wait."""
+"""A command announces each slow stage before it begins."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FIRST = """
 import sys
 from pipeline.core import stages as waiting
 
+SLOW = ("torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy")
+
 def say_stage(stage):
-    names = ("torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy")
-    slow = [name for name in names if name in sys.modules]
-    print(stage, slow)
+    print(stage, [name for name in SLOW if name in sys.modules])
 
 waiting.say_stage = say_stage
 sys.argv = ["spiketrain", *sys.argv[1:]]

@@ -1,6 +1,4 @@
-"""Files of weights that others wrote: every usual wrapper is opened, nothing in them is run, and
-damage is one line.
-"""
+"""Files of weights of other programs: wrappers are opened, no code is run, errors are one line."""
 
 import argparse
 import pickle
@@ -10,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.core.tensor_file import misfits, read_state
+from pipeline.core.tensor_file import describe_mismatch, read_state
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 
@@ -52,7 +50,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
-def test_what_is_no_file_of_weights_is_refused_in_one_line(
+def test_a_file_without_weights_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(STATE, tmp_path / "whole.pt")
@@ -78,11 +76,11 @@ def test_what_is_no_file_of_weights_is_refused_in_one_line(
     assert capsys.readouterr().out == ""
 
 
-def test_misfits_are_counted_and_the_first_named() -> None:
-    assert misfits(STATE, STATE) == ""
+def test_mismatches_are_counted_and_the_first_few_named() -> None:
+    assert describe_mismatch(STATE, STATE) == ""
     many = {f"b{i}": torch.zeros(1) for i in range(5)}
-    assert misfits({**STATE, **many}, STATE) == "5 unknown: b0, b1, b2, ..."
+    assert describe_mismatch({**STATE, **many}, STATE) == "5 unknown: b0, b1, b2, ..."
     assert (
-        misfits({"a.weight": torch.zeros(3)}, STATE)
+        describe_mismatch({"a.weight": torch.zeros(3)}, STATE)
         == "1 missing: a.bias; 1 of another shape: a.weight ([3] instead of [2, 3])"
     )

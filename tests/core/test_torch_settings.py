@@ -43,7 +43,7 @@ def test_products_and_convolutions_are_computed_alike() -> None:
         assert products() == [wanted] * 3
 
 
-def test_the_older_names_tell_the_same() -> None:
+def test_the_older_settings_agree_with_the_newer() -> None:
     """torch.compile (2.13) reads them, and a read fails where they disagree with the newer ones."""
 
     def older() -> tuple[object, ...]:
@@ -64,7 +64,7 @@ def test_the_older_names_tell_the_same() -> None:
 
 
 @pytest.mark.usefixtures("ampere")
-def test_inside_is_as_told_and_after_it_as_before() -> None:
+def test_the_precision_holds_inside_the_context_only() -> None:
     compute_in("tf32", CARD)
     with products_in("fp32"):
         assert products() == ["ieee"] * 3
@@ -90,7 +90,7 @@ def test_tf32_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert products() == ["ieee"] * 3
 
 
-def test_it_is_part_of_the_study() -> None:
+def test_the_precision_is_part_of_the_study() -> None:
     keys = {
         small_recipe(precision=each).study_key({"data": "x"}) for each in ("fp32", "tf32", "bf16")
     }
@@ -98,7 +98,7 @@ def test_it_is_part_of_the_study() -> None:
 
 
 @pytest.mark.usefixtures("ampere")
-def test_a_teacher_computes_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_computes_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pictures:
         classes, shape, mean, std = 1000, (3, 32, 32), (0.5,) * 3, (0.2,) * 3
 

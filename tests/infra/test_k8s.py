@@ -16,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from pipeline.__main__ import app
+from pipeline.cli.app import app
 from pipeline.launch.schedulers import Order, render_rayjob
 from tests.infra.crd import GOLDEN, misfits
 from tests.infra.rules import RULES, build, cluster_of, versions

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline.core.files import Unreadable, tried
+from pipeline.core.files import Unreadable, retry_read
 from pipeline.data.errors import DataError
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
@@ -86,7 +86,7 @@ def read(path: Path) -> Manifest:
             " not trained on"
         )
     try:
-        body = json.loads(tried(lambda: at.read_text(encoding="utf-8")))
+        body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise DataError(f"data: {at} is not a manifest of a .beton")
         if (version := body.pop("version", None)) != VERSION:

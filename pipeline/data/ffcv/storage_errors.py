@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.core.files import UNREADABLE, Unreadable, tried
+from pipeline.core.files import UNREADABLE, Unreadable, retry_read
 
 PLACES = 8
 """of a file, evenly over it, that can be read where only a sector of it cannot"""
@@ -34,7 +34,7 @@ def read_part(path: Path, file: int, part: range, read: Callable[[int], T_]) -> 
         if error.errno not in UNREADABLE:
             raise
     try:
-        return tried(afresh)
+        return retry_read(afresh)
     except Unreadable:
         look_at(path, besides=part)
         raise

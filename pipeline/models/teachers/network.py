@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts
-from pipeline.core.tensor_file import misfits, read_state
+from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.core.torch_settings import Precision, computing
 from pipeline.models.teachers.base import Teacher, content_hash
 from pipeline.models.teachers.cache import Cache
@@ -98,7 +98,7 @@ def network_teacher(
     or other classes than theirs."""
     refuse_unless_counts("network_teacher", {"time_steps": time_steps})
     state = read_state(Path(weights), who="network_teacher")
-    wrong = misfits(state, model.state_dict())
+    wrong = describe_mismatch(state, model.state_dict())
     if wrong:
         raise ValueError(
             f"network_teacher: the weights in {weights} must fit the model to the last key; got"

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor, nn
 
 ITERATIONS = 2000
@@ -80,6 +79,8 @@ class Probe:
             return float(value), np.concatenate(
                 [(error_NK.T @ z_ND + self.l2 * w_KD).ravel(), error_NK.sum(0)]
             )
+
+        from scipy.optimize import minimize  # of the extra [train]
 
         start = np.zeros(classes * (shape[1] + 1))
         options = {

@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.tensor_file import misfits, read_state
+from pipeline.core.tensor_file import describe_mismatch, read_state
 
 
 class Weights(Protocol):
@@ -216,7 +216,7 @@ def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
 
 
 def _filled(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    wrong = misfits(state, model.state_dict())
+    wrong = describe_mismatch(state, model.state_dict())
     if wrong:
         raise ValueError(
             f"timm_teacher: the weights in {source} must fit {type(model).__name__} to the last"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.core.errors import refusal_of
+from pipeline.core.errors import as_user_error
 
 T_ = TypeVar("T_")
 
@@ -127,7 +127,7 @@ class Ranks:
             try:
                 outcome[0] = act()
             except ValueError as error:
-                outcome[1] = refusal_of(error)
+                outcome[1] = as_user_error(error)
         distributed.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
             raise outcome[1]
@@ -159,7 +159,7 @@ class Ranks:
         try:
             result = act()
         except ValueError as error:
-            said = refusal_of(error)
+            said = as_user_error(error)
         for rank, refusal in enumerate(self.all_gather_object(said)):
             if refusal is not None:
                 raise refusal if self.size == 1 else type(refusal)(f"{refusal} (worker {rank})")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import FOR_THE_USER, sync_folder, tried, write_whole
-from pipeline.core.shared_marker import Marker, marked
+from pipeline.core.files import FOR_THE_USER, retry_read, sync_folder, write_whole
+from pipeline.core.shared_marker import Marker, placed_marker
 from pipeline.train.checkpoint.place import WRITING
 
 MARKER = ".shared-"
@@ -59,7 +59,7 @@ class Folder:
         return self.folder / name
 
     def read(self, file: str) -> bytes:
-        return tried((self.folder / file).read_bytes)
+        return retry_read((self.folder / file).read_bytes)
 
     def write(self, file: str, content: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +143,6 @@ def check_shared(
 def _put_marker(folder: Path, ends: contextlib.ExitStack) -> tuple[Marker | None, int, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return ends.enter_context(marked(folder, prefix=MARKER)), 0, ""
+        return ends.enter_context(placed_marker(folder, prefix=MARKER)), 0, ""
     except OSError as error:
         return None, error.errno or errno.EIO, f"{error.strerror or error}"

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.core.files import Unreadable, sync_file, sync_folder, tried
+from pipeline.core.files import Unreadable, retry_read, sync_file, sync_folder
 
 MANIFEST = "manifest.json"
 
@@ -42,8 +42,8 @@ def damage(path: Path) -> str | None:
     """
     name = MANIFEST
     try:
-        for name, fact in read_manifest(tried((path / MANIFEST).read_bytes)).items():
-            found = tried(partial(_fact_of, path / name))
+        for name, fact in read_manifest(retry_read((path / MANIFEST).read_bytes)).items():
+            found = retry_read(partial(_fact_of, path / name))
             if found["bytes"] != fact["bytes"]:
                 return f"{name} has {found['bytes']} bytes instead of {fact['bytes']}"
             if found != fact:

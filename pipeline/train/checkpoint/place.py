@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import Unreadable
-from pipeline.core.safe_pickle import code_in
+from pipeline.core.safe_pickle import find_code
 from pipeline.track.journal import Event
 from pipeline.train.checkpoint.manifest import damage
 
@@ -106,7 +106,7 @@ def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], Non
         path = place.fetch(name)
         reason = damage(path)
         if reason is None:
-            if said := code_in(path):
+            if said := find_code(path):
                 raise CheckpointError(
                     f"checkpoint {path}: must hold data alone; {said}; move it away if it is not"
                     " yours"

@@ -1,0 +1,214 @@
+"""What works without the extras, and what the command line says when an extra is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipeline
+from pipeline.spiking.state import fresh_state
+from pipeline.train.export import export_run
+from tests.small import small_recipe, train_inline
+
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class AsIfNotInstalled(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            return None
+        return super().find_spec(name, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = AsIfNotInstalled
+"""
+"""hides the modules in HIDDEN from the imports of a process"""
+
+PLAIN = """
+import json
+import sys
+
+import torch
+from torch import nn
+
+from torch.nn.functional import cross_entropy
+
+import pipeline
+from pipeline.rules.ottt import OTTT
+from pipeline.rules.sltt import SLTT
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Linear
+
+losses = {}
+for name, rule in {"SLTT": SLTT(), "OTTT": OTTT()}.items():
+    torch.manual_seed(0)
+    network = nn.Sequential(Linear(16, 32), LIF(0.5), Linear(32, 4))
+    rule.attach(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
+    x_BD, target_B = torch.randn(64, 16), torch.arange(64) % 4
+    losses[name] = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = 0.0
+        for term in rule.loss_terms(
+            network, repeat(x_BD, 4), lambda logits_BK: cross_entropy(logits_BK, target_B)
+        ):
+            term.backward.backward()
+            loss += term.loss.item()
+        optimizer.step()
+        losses[name].append(loss)
+    rule.release()
+
+logits = []
+for saved in sys.argv[1:]:
+    network = pipeline.load(saved)
+    with torch.no_grad(), fresh_state(network):
+        logits.append(network(torch.ones(3, 2, 1, 8, 8)).mean(0).tolist())
+print(json.dumps({"losses": losses, "logits": logits}))
+"""
+"""trains by two rules in a plain loop, then opens saved networks"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run's folder, and an export of it."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    train_inline(run, small_recipe(epochs=1))
+    return run, export_run(run).file
+
+
+def check(done: subprocess.CompletedProcess[str], saved: tuple[Path, Path]) -> None:
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["losses"]) == {"SLTT", "OTTT"}
+    for losses in found["losses"].values():
+        assert losses[-1] < losses[0] / 2
+    network = pipeline.load(saved[0])
+    with torch.no_grad(), fresh_state(network):
+        expected = network(torch.ones(3, 2, 1, 8, 8)).mean(0)
+    for logits in found["logits"]:
+        assert torch.allclose(torch.tensor(logits), expected, rtol=0, atol=1e-5)
+    assert len(found["logits"]) == 2
+
+
+def python(code: str, *words: object, hidden: set[str]) -> subprocess.CompletedProcess[str]:
+    code = f"HIDDEN = {hidden!r}\n{HIDE}\n{code}"
+    words_ = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(words_, capture_output=True, text=True, timeout=110)
+
+
+def test_a_plain_loop_and_load_need_no_extra(saved: tuple[Path, Path]) -> None:
+    hidden = modules_of("train", "report")
+    assert {"ray", "deepspeed", "ffcv", "mlflow", "typer", "rich", "plotly"} <= hidden
+    check(python(PLAIN, *saved, hidden=hidden), saved)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_an_installation_without_extras_trains_and_loads(
+    saved: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A real `pip install .` into an empty environment."""
+    source, home = tmp_path / "source", tmp_path / "venv"
+    source.mkdir()
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(name, source)
+    for name in ("pipeline", "recipes"):
+        shutil.copytree(name, source / name)
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    pip = [home / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", "."]
+    installed = subprocess.run(pip, cwd=source, capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stderr
+    command = [home / "bin" / "python", "-c", PLAIN, *saved]
+    check(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True), saved)
+    listed = subprocess.run(
+        [home / "bin" / "spiketrain", "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (listed.returncode, listed.stdout) == (2, "")
+    assert re.fullmatch(ONE_LINE.format(module="typer", extras="train.*report"), listed.stderr)
+
+
+ONE_LINE = (
+    r"spiketrain: this command needs {module}, which is not installed:"
+    r" pip install 'spiketrain\[{extras}\]'\n"
+)
+MAIN = "from pipeline.__main__ import main\nmain()"
+
+
+def without_stages(text: str) -> str:
+    return re.sub(r"spiketrain: .* \.\.\.\n", "", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "hidden", "module", "extras"),
+    [
+        ("--help", ("train", "report"), "typer", r"train\]' or pip install 'spiketrain\[report"),
+        ("compare", ("train", "report"), "typer", r"train\]' or pip install 'spiketrain\[report"),
+        ("dashboard --runs RUNS", ("report",), "(flask|dash)", "report"),
+        ("launch RECIPE", ("train",), "ray", "train"),
+    ],
+)
+def test_a_command_names_the_extra_that_is_missing(
+    words: str, hidden: tuple[str, ...], module: str, extras: str, tmp_path: Path
+) -> None:
+    """`hidden`: the extras that are not installed, but for what the other one brings too."""
+    recipe = tmp_path / "one.py"
+    recipe.write_text(
+        "from tests.small import small_recipe\n\ndef recipe():\n    return small_recipe()\n"
+    )
+    given = words.replace("RUNS", str(tmp_path)).replace("RECIPE", str(recipe)).split()
+    kept = modules_of(*({"train", "report"} - set(hidden)))
+    done = python(MAIN, *given, hidden=modules_of(*hidden) - kept)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.fullmatch(ONE_LINE.format(module=module, extras=extras), without_stages(done.stderr))
+
+
+@pytest.mark.parametrize("words", ["compare", "report run"])
+def test_reports_need_their_extra_alone(words: str, saved: tuple[Path, Path]) -> None:
+    hidden = modules_of("train") - modules_of("report")
+    done = python(MAIN, *words.split(), "--runs", saved[0].parent, hidden=hidden)
+    assert done.returncode == 0, done.stderr
+    if words == "compare":
+        assert "SLTT-2" in done.stdout
+    else:
+        assert Path(done.stdout.strip()).stat().st_size > 1_000_000  # plotly.js is in the page
+
+
+def test_import_pipeline_is_light_and_names_are_imported_on_use() -> None:
+    code = (
+        "import sys, pipeline\n"
+        "light = 'torch' not in sys.modules and 'pipeline.recipe' not in sys.modules\n"
+        "made = [getattr(pipeline, name).__name__ for name in pipeline.__all__]\n"
+        "print(light, made == pipeline.__all__)"
+    )
+    assert python(code, hidden=modules_of("train", "report")).stdout == "True True\n"
+    with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'Recipes'"):
+        pipeline.Recipes  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_a_module_of_no_extra_is_no_message_for_the_user() -> None:
+    done = python(MAIN, "--help", hidden={"difflib"})
+    assert done.returncode == 1 and "No module named 'difflib'" in done.stderr
+
+
+def modules_of(*extras: str) -> set[str]:
+    """The top-level modules of the packages that these extras list."""
+    listed = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.match(r"[\w-]+", each)[0] for extra in extras for each in listed[extra]}  # type: ignore[index]
+    modules = {"pyyaml": "yaml", "pillow": "PIL"}
+    # timm imports these three itself.
+    needed_without = {"pyyaml", "pillow", "fsspec"}
+    return {modules.get(name, name.replace("-", "_")) for name in names - needed_without}
