@@ -16,7 +16,7 @@ from pipeline.spiking.state import fresh_state
 from tests.rules.small import batch, cross_entropy, learn, lif_network
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
-NAMES = (
+EXAMPLES = (
     "pipeline.rules.last_step",
     "pipeline.models.perceptron",
     "pipeline.data.digits",
@@ -29,7 +29,7 @@ def modules(monkeypatch) -> list[types.ModuleType]:
     """As if each example had been saved under its name."""
     blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), flags=re.DOTALL)
     made = []
-    for name, block in zip(NAMES, blocks, strict=True):
+    for name, block in zip(EXAMPLES, blocks, strict=True):
         made.append(types.ModuleType(name))
         monkeypatch.setitem(sys.modules, name, made[-1])
         exec(compile(block, f"{CONTRIBUTING.name}: {name}", "exec"), made[-1].__dict__)
