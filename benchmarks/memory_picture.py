@@ -1,7 +1,7 @@
 """Draws docs/memory.svg, the picture of README: bytes kept for backward against T, for each rule.
 
-Command:  spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch 64 --format json > docs/memory.json
-          python -m benchmarks.memory_picture
+Command:  python -m benchmarks.memory_picture, of docs/memory.json, which is the output of
+          spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch 64 --format json
 Result:   docs/memory.svg, of the commit and machine in docs/memory.json; bytes of storages are
           counted, so the machine does not change them
 """
@@ -18,7 +18,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[1] / "docs"
-RULES = ("BPTT", "BPTT-recompute", "OTTT-A", "SLTT", "SLTT-1")
+RULES = ("BPTT", "BPTT-recompute", "OPZO", "SLTT", "OTTT-A", "SLTT-1")
 
 
 def main() -> None:
@@ -33,15 +33,20 @@ def draw(sweep: Mapping[str, Any], out: Path) -> None:
     """Write the SVG; the same sweep gives the same file."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.add_subplot()
+    alike: dict[tuple[tuple[float, float, float], ...], list[str]] = {}
     for rule in RULES:
-        points = [each for each in sweep["points"] if each["cost"]["rule"] == rule]
-        if not points:
+        costs = [p for p in sweep["points"] if p["cost"]["rule"] == rule]
+        if not costs:
             raise ValueError(f"memory_picture: the sweep must have each of {RULES}; no {rule}")
-        steps = [each["time_steps"] for each in points]
-        saved_mb = [each["cost"]["peak_saved_bytes"] / 1e6 for each in points]
-        axes.plot(steps, saved_mb, marker="o", label=rule)
+        alike.setdefault(tuple(map(_point, costs)), []).append(rule)
+    for points, rules in alike.items():
+        steps, saved_mb, kept_mb = zip(*points, strict=True)
+        [line] = axes.plot(steps, saved_mb, marker="o", label=", ".join(rules))
+        axes.plot(steps, kept_mb, linestyle=":", color=line.get_color())
     axes.set(
-        title=f"Peak bytes saved for backward, {sweep['recipe']}, {sweep['samples']} images",
+        title=(
+            f"Saved for backward (dotted: and states), {sweep['recipe']}, {sweep['samples']} images"
+        ),
         xlabel="time steps T",
         ylabel="MB",
         ylim=(0, None),
@@ -51,6 +56,12 @@ def draw(sweep: Mapping[str, Any], out: Path) -> None:
     axes.legend(frameon=False)
     with mpl.rc_context({"svg.hashsalt": "spiketrain", "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def _point(point: Mapping[str, Any]) -> tuple[float, float, float]:
+    """T, MB saved for backward, MB saved and states."""
+    saved = point["cost"]["peak_saved_bytes"]
+    return point["time_steps"], saved / 1e6, (saved + point["cost"]["state_bytes"]) / 1e6
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
-"""The faults that a run meets, and the tests that hold each to its oracle; a test that is renamed
-or gone is missed here.
-
-bits      parameters bit-identical to those of a run that nobody touched
-told      ... to those of a run that was told to skip the same batches
-samples   every sample once, and parameters within 1e-5 after 20 steps, where the world size or the
-micro-batch changed refused   one line, and nothing trained
+"""The tests of each fault that a run survives or refuses. docs/resuming.md says for each row what
+happens, and which result its tests check.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 CLUSTER, RECOVERY, CHECKPOINT = (
@@ -37,7 +33,6 @@ DRIVE, HEARD, AWAY = (
 )
 
 ROWS: dict[str, tuple[str, ...]] = {
-    # bits
     "SIGKILL of rank 0, of rank 1, in mid-step": (
         BITS,
         f"{CLUSTER}::test_a_worker_that_is_killed_in_the_middle_of_a_step",
@@ -193,7 +188,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "stale JIT lock": ("faults/test_stale_lock.py::test_training_waits_for_no_build",),
     "clock set back": ("faults/test_clock.py::test_set_back_in_the_middle_and_before_a_resume",),
-    # told
     "NaN at step k": (
         *(BITS, f"{CLUSTER}::test_what_is_not_finite_on_one_worker_is_skipped_by_all"),
         *(
@@ -212,7 +206,6 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{DATA}::test_what_was_left_out_stays_so_where_the_folder_is_lost_and_the_file_mended",),
     ),
     "loss spike": ("faults/test_spike.py::test_it_is_passed_over_or_gone_back_for",),
-    # samples
     "node killed and added, 2 -> 1 -> 2 and 3 -> 2": (
         *(f"{ELASTIC}::test_a_node_dies", f"{ELASTIC}::test_a_node_dies_and_another_comes"),
         *(
@@ -250,7 +243,6 @@ ROWS: dict[str, tuple[str, ...]] = {
             "faults/test_out_of_memory.py::test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt",
         ),
     ),
-    # refused
     "credentials that are not at hand, a bucket that lets nobody write": (
         *(f"{ELSEWHERE}::test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once",),
         *("train/checkpoint/test_store.py::test_a_bucket_that_lets_nobody_write_ends_the_run",),
@@ -342,7 +334,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a stranger on the network": (
         f"{CLUSTER}::test_a_cluster_of_our_own_listens_to_its_own_machine_alone",
     ),
-    # found nowhere
     "a planted secret": (
         *(
             f"{SECURITY}::test_a_run_and_its_store_hold_no_secret",
@@ -352,6 +343,17 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
 }
 TESTS = Path(__file__).parent.parent
+PAGE = TESTS.parent / "docs/resuming.md"
+
+
+def test_the_page_has_each_fault_with_its_result() -> None:
+    _, _, chapter = PAGE.read_text().partition("## Faults that the tests inject")
+    results, faults = (
+        [re.split(r" *(?<!\\)\| *", line.strip("| ")) for line in table.splitlines()[2:]]
+        for table in re.findall(r"(?:^\|.*\n)+", chapter.partition("\n## ")[0], flags=re.MULTILINE)
+    )
+    assert [fault for fault, _, _ in faults] == list(ROWS)
+    assert {result for _, _, result in faults} == {result for result, _ in results}
 
 
 def test_every_test_of_the_table_is_there() -> None:
