@@ -203,14 +203,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a folder that is lost, its checkpoints elsewhere": (
         *(f"{ELSEWHERE}::test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them",),
         *(f"{ELSEWHERE}::test_what_a_run_has_decided_outlives_its_folder",),
-        *(f"{DATA}::test_what_was_left_out_stays_so_where_the_folder_is_lost_and_the_file_mended",),
     ),
     "loss spike": ("faults/test_spike.py::test_it_is_passed_over_or_gone_back_for",),
     "node killed and added, 2 -> 1 -> 2 and 3 -> 2": (
         *(f"{ELASTIC}::test_a_node_dies", f"{ELASTIC}::test_a_node_dies_and_another_comes"),
         *(
             f"{ELASTIC}::test_one_of_three_nodes_dies",
-            "test_elastic.py::test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes",
+            "train/test_elastic.py::test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes",
         ),
     ),
     "a stop while a node is waited for": (
@@ -251,27 +250,18 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
     ),
     "damaged and truncated .beton": (
-        *(
-            f"{DATA}::test_a_page_that_is_damaged_at_the_start_is_left_out",
-            f"{DATA}::test_two_workers_leave_the_same_samples_out",
-        ),
-        *(f"{DATA}::test_damage_in_the_middle_leads_back_to_the_newest_checkpoint",),
-        *(f"{DATA}::test_a_page_on_a_bad_sector_is_left_out",),
-        *(f"{DATA}::test_the_page_of_an_image_that_cannot_be_decoded_is_compared_and_left_out",),
-        *(f"{DATA}::test_what_is_evaluated_on_is_never_left_out_and_mended_the_run_goes_on",),
-        *(f"{DATA}::test_each_evaluation_compares_other_pages",),
-        *(
-            f"{DATA}::test_a_page_on_a_bad_sector_is_named_by_a_run_that_may_leave_none_out_and_by_verify",
-        ),
-        *(f"{DATA}::test_storage_that_is_away_damages_nothing",),
-        *(f"{DATA}::test_one_page_too_many_stops_the_run_in_one_line_and_mended_it_goes_on",),
-        *(f"{DATA}::test_a_truncated_file_is_refused_in_one_line",),
-        *(f"{DATA}::test_a_file_that_is_cut_short_while_it_is_read_is_refused",),
-        *("test_cli.py::test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch",),
-        *(
-            "test_bad_use.py::test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch",
-        ),
-        *("data/ffcv/test_reader.py::test_a_corrupt_jpeg_is_named",),
+        f"{DATA}::test_a_damaged_page_stops_the_run_in_one_line_and_restored_it_goes_on",
+        f"{DATA}::test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line",
+        f"{DATA}::test_damage_in_the_middle_is_refused_and_restored_the_run_goes_on_at_the_newest_checkpoint",
+        f"{DATA}::test_the_page_of_an_image_that_cannot_be_decoded_is_compared_and_named",
+        f"{DATA}::test_each_evaluation_compares_other_pages",
+        f"{DATA}::test_verify_names_the_page",
+        f"{DATA}::test_storage_that_is_away_damages_nothing",
+        f"{DATA}::test_a_truncated_file_is_refused_in_one_line",
+        f"{DATA}::test_a_file_that_is_cut_short_while_it_is_read_is_refused",
+        "test_cli.py::test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch",
+        "test_bad_use.py::test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch",
+        "data/ffcv/test_reader.py::test_a_corrupt_jpeg_is_named",
     ),
     "recipe changed before resume": (
         *("faults/test_changed_recipe.py::test_the_fields_that_differ_are_named",),
@@ -315,7 +305,7 @@ ROWS: dict[str, tuple[str, ...]] = {
             f"{SECURITY}::test_a_saved_recipe_names_no_code_but_ours",
         ),
         *("report/test_store.py::test_known_artifacts_alone_and_none_through_a_link",),
-        *("test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
+        *("recipe/test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
         *(f"{SECURITY}::test_a_run_from_elsewhere_names_no_folder_elsewhere",),
     ),
     "a folder that leads to another's cluster": (
