@@ -1,11 +1,11 @@
-"""The first recipe of README's "Your own pictures", mine.py, on small picture sets: are BPTT and
-SLTT near each other?
+"""The first recipe of docs/recipes.md, mine.py, on small picture sets: are BPTT and SLTT near each
+other?
 
 Command:  python -m benchmarks.pictures [--sets shapes fashion stamps] [--seeds 3] [--folder DIR]
 Result:   docs/LOG.md, "The template of README"
 
 Each set is written to a folder of its own, mine.py beside it with the number of its classes, and
-launched as README says, with several seeds. Nothing else of the recipe changes, except that the
+launched as that page says, with several seeds. Nothing else of the recipe changes, except that the
 test pictures are read once, after the last epoch.
 
     shapes    3 classes, 174 pictures to train on, generated: discs, squares and triangles
@@ -37,7 +37,7 @@ from pipeline.core.code_version import commit
 from pipeline.data.write.sources import fashion
 from pipeline.measure.memory import device_here, hardware
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/recipes.md"
 NEAR = 6.0
 """points between the means of BPTT and SLTT"""
 CORNERS = {"disc": 40, "square": 4, "triangle": 3}
@@ -57,10 +57,10 @@ def main() -> None:
 
 
 def template(classes: int) -> str:
-    """mine.py as README has it, for so many classes."""
+    """mine.py as docs/recipes.md has it, for `classes` classes."""
     [text] = [
         block
-        for block in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
         if 'name="mine"' in block
     ]
     return text.replace("classes=2", f"classes={classes}")

@@ -1,8 +1,10 @@
-"""The examples of CONTRIBUTING.md, which a contributor copies first: they import, fit together, and
-the rule learns.
+"""The examples of CONTRIBUTING.md, which a contributor copies first. Saved in a copy of the tree,
+each in the file that it names, they pass their tests and the contracts.
 """
 
 import re
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,26 +16,103 @@ from sklearn.datasets import load_digits
 from pipeline.data.base import Data
 from pipeline.spiking.state import fresh_state
 from tests.rules.small import batch, cross_entropy, learn, lif_network
+from tests.small import small_recipe, train_inline
 
-CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
-NAMES = (
-    "pipeline.rules.last_step",
-    "pipeline.models.perceptron",
-    "pipeline.data.digits",
-    "recipes.digits.sltt",
-)
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+FILES = dict(re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", TEXT, flags=re.DOTALL))
+"""what each file of the examples holds"""
+EXAMPLES = [name.removesuffix(".py").replace("/", ".") for name in FILES]
+CODE = [name for name in EXAMPLES if not name.startswith("tests.")]
 
 
 @pytest.fixture
 def modules(monkeypatch) -> list[types.ModuleType]:
     """As if each example had been saved under its name."""
-    blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), flags=re.DOTALL)
     made = []
-    for name, block in zip(NAMES, blocks, strict=True):
+    for name in CODE:
         made.append(types.ModuleType(name))
         monkeypatch.setitem(sys.modules, name, made[-1])
-        exec(compile(block, f"{CONTRIBUTING.name}: {name}", "exec"), made[-1].__dict__)
+        block = FILES[f"{name.replace('.', '/')}.py"]
+        exec(compile(block, f"CONTRIBUTING.md: {name}", "exec"), made[-1].__dict__)
     return made
+
+
+def added(section: str) -> list[str]:
+    """The files that a section has a contributor write or edit."""
+    _, _, text = TEXT.partition(f"\n### {section}\n")
+    return re.findall(r"^`([\w/]+\.py)`", re.split(r"\n##+ ", text)[0], flags=re.MULTILINE)
+
+
+def test_a_part_is_one_file_and_its_test():
+    for section in ("A rule", "A model", "A data set", "A command"):
+        code, test = added(section)
+        assert code.startswith("pipeline/") and test.startswith("tests/"), section
+    assert len(added("A recipe")) == 1
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what git tracks, and the examples in it."""
+    tracked = subprocess.run(
+        ("git", "ls-files", "pipeline", "recipes", "tests", "pyproject.toml"),
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in tracked.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tmp_path / name)
+    for name, code in FILES.items():
+        assert not (tmp_path / name).exists()
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(code)
+    command, _ = added("A command")
+    [function] = re.findall(r"gets this function:\n\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    [(before, line)] = re.findall(r"```diff\n (.*)\n\+(.*)\n```", TEXT)
+    text = (tmp_path / command).read_text()
+    assert text.count(f"{before}\n") == 1
+    edited = text.replace(f"{before}\n", f"{before}\n{line}\n")
+    (tmp_path / command).write_text(f"{edited}\n\n{function}")
+    return tmp_path
+
+
+def test_in_a_copy_of_the_tree_they_pass_their_tests_and_the_contracts(tree: Path):
+    tests = [name for name in FILES if name.startswith("tests/")]
+    tests += ["tests/rules/test_contract.py", "tests/commands/test_examples.py"]
+    mine = "LastStep or where or looked_at or not (contract or examples)"
+    done = subprocess.run(
+        (sys.executable, "-m", "pytest", "-q", "-k", mine, *tests),
+        cwd=tree,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 20
+
+
+def test_a_batch_walks_as_the_page_says(tmp_path: Path):
+    chapter = re.split(r"\n## ", TEXT.partition("\n## The walk of a batch\n")[2])[0]
+    walk = re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)` \|", chapter, flags=re.MULTILINE)
+    assert len(walk) > 10
+    seen: dict[tuple[str, str], None] = {}
+
+    def note(frame: types.FrameType, event: str, _: object) -> None:
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if event == "call" and path.startswith(str(ROOT)):
+            call = (str(Path(path).relative_to(ROOT)), name)
+            if call == walk[0] or walk[0] in seen:
+                seen.setdefault(call)
+
+    sys.setprofile(note)
+    try:
+        train_inline(tmp_path / "run", small_recipe(stop_after=1))
+    finally:
+        sys.setprofile(None)
+    assert [call for call in seen if call in walk] == walk
 
 
 def test_the_examples_run(modules):

@@ -1,15 +1,11 @@
-"""The faults that a run meets, and the tests that hold each to its oracle; a test that is renamed
-or gone is missed here.
-
-bits      parameters bit-identical to those of a run that nobody touched
-told      ... to those of a run that was told to skip the same batches
-samples   every sample once, and parameters within 1e-5 after 20 steps, where the world size or the
-micro-batch changed refused   one line, and nothing trained
+"""The tests of each fault that a run survives or refuses. docs/resuming.md says for each row what
+happens, and which result its tests check.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 CLUSTER, RECOVERY, CHECKPOINT = (
@@ -37,7 +33,6 @@ DRIVE, HEARD, AWAY = (
 )
 
 ROWS: dict[str, tuple[str, ...]] = {
-    # bits
     "SIGKILL of rank 0, of rank 1, in mid-step": (
         BITS,
         f"{CLUSTER}::test_a_worker_that_is_killed_in_the_middle_of_a_step",
@@ -193,7 +188,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "stale JIT lock": ("faults/test_stale_lock.py::test_training_waits_for_no_build",),
     "clock set back": ("faults/test_clock.py::test_set_back_in_the_middle_and_before_a_resume",),
-    # told
     "NaN at step k": (
         *(BITS, f"{CLUSTER}::test_what_is_not_finite_on_one_worker_is_skipped_by_all"),
         *(
@@ -209,15 +203,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a folder that is lost, its checkpoints elsewhere": (
         *(f"{ELSEWHERE}::test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them",),
         *(f"{ELSEWHERE}::test_what_a_run_has_decided_outlives_its_folder",),
-        *(f"{DATA}::test_what_was_left_out_stays_so_where_the_folder_is_lost_and_the_file_mended",),
     ),
     "loss spike": ("faults/test_spike.py::test_it_is_passed_over_or_gone_back_for",),
-    # samples
     "node killed and added, 2 -> 1 -> 2 and 3 -> 2": (
         *(f"{ELASTIC}::test_a_node_dies", f"{ELASTIC}::test_a_node_dies_and_another_comes"),
         *(
             f"{ELASTIC}::test_one_of_three_nodes_dies",
-            "test_elastic.py::test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes",
+            "train/test_elastic.py::test_each_sample_is_seen_once_an_epoch_over_any_sequence_of_sizes",
         ),
     ),
     "a stop while a node is waited for": (
@@ -250,7 +242,6 @@ ROWS: dict[str, tuple[str, ...]] = {
             "faults/test_out_of_memory.py::test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt",
         ),
     ),
-    # refused
     "credentials that are not at hand, a bucket that lets nobody write": (
         *(f"{ELSEWHERE}::test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once",),
         *("train/checkpoint/test_store.py::test_a_bucket_that_lets_nobody_write_ends_the_run",),
@@ -259,27 +250,18 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{WRITE}::test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back",
     ),
     "damaged and truncated .beton": (
-        *(
-            f"{DATA}::test_a_page_that_is_damaged_at_the_start_is_left_out",
-            f"{DATA}::test_two_workers_leave_the_same_samples_out",
-        ),
-        *(f"{DATA}::test_damage_in_the_middle_leads_back_to_the_newest_checkpoint",),
-        *(f"{DATA}::test_a_page_on_a_bad_sector_is_left_out",),
-        *(f"{DATA}::test_the_page_of_an_image_that_cannot_be_decoded_is_compared_and_left_out",),
-        *(f"{DATA}::test_what_is_evaluated_on_is_never_left_out_and_mended_the_run_goes_on",),
-        *(f"{DATA}::test_each_evaluation_compares_other_pages",),
-        *(
-            f"{DATA}::test_a_page_on_a_bad_sector_is_named_by_a_run_that_may_leave_none_out_and_by_verify",
-        ),
-        *(f"{DATA}::test_storage_that_is_away_damages_nothing",),
-        *(f"{DATA}::test_one_page_too_many_stops_the_run_in_one_line_and_mended_it_goes_on",),
-        *(f"{DATA}::test_a_truncated_file_is_refused_in_one_line",),
-        *(f"{DATA}::test_a_file_that_is_cut_short_while_it_is_read_is_refused",),
-        *("test_cli.py::test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch",),
-        *(
-            "test_bad_use.py::test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch",
-        ),
-        *("data/ffcv/test_reader.py::test_a_corrupt_jpeg_is_named",),
+        f"{DATA}::test_a_damaged_page_stops_the_run_in_one_line_and_restored_it_goes_on",
+        f"{DATA}::test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line",
+        f"{DATA}::test_damage_in_the_middle_is_refused_and_restored_the_run_goes_on_at_the_newest_checkpoint",
+        f"{DATA}::test_the_page_of_an_image_that_cannot_be_decoded_is_compared_and_named",
+        f"{DATA}::test_each_evaluation_compares_other_pages",
+        f"{DATA}::test_verify_names_the_page",
+        f"{DATA}::test_storage_that_is_away_damages_nothing",
+        f"{DATA}::test_a_truncated_file_is_refused_in_one_line",
+        f"{DATA}::test_a_file_that_is_cut_short_while_it_is_read_is_refused",
+        "test_cli.py::test_a_flipped_byte_in_the_data_is_refused_by_verify_and_by_launch",
+        "test_bad_use.py::test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch",
+        "data/ffcv/test_reader.py::test_a_corrupt_jpeg_is_named",
     ),
     "recipe changed before resume": (
         *("faults/test_changed_recipe.py::test_the_fields_that_differ_are_named",),
@@ -323,7 +305,7 @@ ROWS: dict[str, tuple[str, ...]] = {
             f"{SECURITY}::test_a_saved_recipe_names_no_code_but_ours",
         ),
         *("report/test_store.py::test_known_artifacts_alone_and_none_through_a_link",),
-        *("test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
+        *("recipe/test_suite.py::test_a_damaged_or_foreign_suite_json_is_refused_in_one_line",),
         *(f"{SECURITY}::test_a_run_from_elsewhere_names_no_folder_elsewhere",),
     ),
     "a folder that leads to another's cluster": (
@@ -342,7 +324,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "a stranger on the network": (
         f"{CLUSTER}::test_a_cluster_of_our_own_listens_to_its_own_machine_alone",
     ),
-    # found nowhere
     "a planted secret": (
         *(
             f"{SECURITY}::test_a_run_and_its_store_hold_no_secret",
@@ -352,6 +333,17 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
 }
 TESTS = Path(__file__).parent.parent
+PAGE = TESTS.parent / "docs/resuming.md"
+
+
+def test_the_page_has_each_fault_with_its_result() -> None:
+    _, _, chapter = PAGE.read_text().partition("## Faults that the tests inject")
+    results, faults = (
+        [re.split(r" *(?<!\\)\| *", line.strip("| ")) for line in table.splitlines()[2:]]
+        for table in re.findall(r"(?:^\|.*\n)+", chapter.partition("\n## ")[0], flags=re.MULTILINE)
+    )
+    assert [fault for fault, _, _ in faults] == list(ROWS)
+    assert {result for _, _, result in faults} == {result for result, _ in results}
 
 
 def test_every_test_of_the_table_is_there() -> None:

@@ -1,11 +1,14 @@
 """Every rule that is found in `pipeline/rules`, with the small network that its own tests export.
 
 `tests/rules/test_x.py` exports for `pipeline/rules/x.py`:
-    smallest_model()     a fresh network from [T, B, 6] to [T, B, 3]; the same weights at each call;
-    run in float64 and float32 contract_rules()     optional: fresh rules to test; without it, the
-    rule's class called without arguments quiet_rules()        optional: the same rules in the same
-    order with their noise off; without it, contract_rules() contract_exceptions  optional: {name of
-    a contract test: why the rule cannot promise it}
+
+    smallest_model()     a fresh network from [T, B, 6] to [T, B, 3], with the same weights at each
+                         call; it runs in float64 and float32
+    contract_rules()     optional: fresh rules to test; without it, the rule's class called without
+                         arguments
+    quiet_rules()        optional: the same rules in the same order, with their noise off; without
+                         it, contract_rules()
+    contract_exceptions  optional: the name of a contract test, and why the rule cannot promise it
 """
 
 from __future__ import annotations
