@@ -14,7 +14,7 @@ from tests.small import without_stages
 
 IMPORTS = """
 from dataclasses import replace
-from pipeline.models.binarized import binarized
+from pipeline.models.transforms import binarized
 from pipeline.models.convnet import convnet
 from pipeline.train.distillation import Distillation
 from pipeline.recipe.recipe import spec

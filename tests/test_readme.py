@@ -16,9 +16,9 @@ from PIL import Image
 from benchmarks.pictures import template, write_shapes
 from pipeline.data.mixing import Mixing
 from pipeline.data.write.images import write_fashion
-from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import qkformer_10
 from pipeline.models.teachers.timm import timm_teacher
+from pipeline.models.transforms import binarized
 from pipeline.recipe.recipe import read_json, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read

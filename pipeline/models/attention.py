@@ -100,7 +100,7 @@ class Attention(nn.Module):
             )
         self.heads = heads
         self.has_shortcuts = blocks.shortcut == "multiple_all"
-        self.first = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
+        self.first = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
         self.projections = nn.ModuleDict(
             {name: Projection(blocks, channels) for name in projections}
         )

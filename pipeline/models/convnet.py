@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import are_counts, is_count, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, RateHead, one_more
+from pipeline.models.parts import Over, RateHead, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -53,7 +53,7 @@ class Layer(nn.Module):
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
         self.norm = BatchNorm(width, over=over) if norm == "batch" else nn.Identity()
-        self.neuron = one_more(neuron)
+        self.neuron = copy_neuron(neuron)
         self.dropout = nn.Identity()
         if dropout > 0:
             self.dropout = Dropout(dropout) if mask == "batch" else nn.Dropout(dropout)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Pool, one_more
+from pipeline.models.parts import Pool, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
@@ -94,7 +94,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         )
 
 
-class NoFeedback(nn.Module):
+class ZeroFeedback(nn.Module):
     """The linear map to nothing: zeros of `shape` for each sample."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -132,9 +132,11 @@ def fc_feedback(
     )
     inside, outside = _shares(dropout, dropout_on)
     equilibrium = Equilibrium(
-        inject=_dropped(_normed(Linear(in_features, hidden, norm == "none"), hidden, norm), inside),
-        feedback=_dropped(_limited(Linear(hidden, hidden, bias=False), limit), inside),
-        neurons=[one_more(neuron)],
+        inject=_with_dropout(
+            _with_norm(Linear(in_features, hidden, norm == "none"), hidden, norm), inside
+        ),
+        feedback=_with_dropout(_with_limit(Linear(hidden, hidden, bias=False), limit), inside),
+        neurons=[copy_neuron(neuron)],
     )
     return FeedbackNetwork(
         equilibrium, features=hidden, classes=classes, dropout=outside, flat=True
@@ -177,8 +179,8 @@ def conv_feedback(
     widths = [in_channels, *(width for width, _, _ in layers)]
     inside, outside = _shares(dropout, dropout_on)
     synapses = [
-        _dropped(
-            _normed(
+        _with_dropout(
+            _with_norm(
                 Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm
             ),
             inside,
@@ -193,8 +195,8 @@ def conv_feedback(
     )
     equilibrium = Equilibrium(
         inject=synapses[0],
-        feedback=_dropped(_limited(feedback, limit), inside),
-        neurons=[one_more(neuron) for _ in layers],
+        feedback=_with_dropout(_with_limit(feedback, limit), inside),
+        neurons=[copy_neuron(neuron) for _ in layers],
         synapses=synapses[1:],
     )
     features = last * (size // total) ** 2
@@ -217,7 +219,7 @@ def alexnet_f(
     `width` narrows it for demos.
     """
     layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
-    return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
 
 def cifarnet_f(
@@ -234,7 +236,7 @@ def cifarnet_f(
     `width` as above.
     """
     layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
-    return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
 
 def convnet_f(
@@ -269,7 +271,7 @@ def convnet_f(
         dropout_on=dropout_on,
         neuron=neuron,
     )
-    _draw(network.equilibrium, gain)
+    _init_weights(network.equilibrium, gain)
     return network
 
 
@@ -299,22 +301,22 @@ def lenet_f(
     inside, outside = _shares(dropout, dropout_on)
     equilibrium = Equilibrium(
         inject=Conv2d(in_channels, first, 5, padding=2),
-        feedback=NoFeedback((first, size, size)),
-        neurons=[one_more(neuron) for _ in range(5)],
+        feedback=ZeroFeedback((first, size, size)),
+        neurons=[copy_neuron(neuron) for _ in range(5)],
         synapses=[
             Pool(nn.AvgPool2d(2)),
             Conv2d(first, second, 5, padding=2),
             Pool(nn.AvgPool2d(2)),
-            _dropped(nn.Sequential(nn.Flatten(2), Linear(flat, features)), inside),
+            _with_dropout(nn.Sequential(nn.Flatten(2), Linear(flat, features)), inside),
         ],
     )
-    _draw(equilibrium, 2.0)
+    _init_weights(equilibrium, 2.0)
     return FeedbackNetwork(
         equilibrium, features=features, classes=classes, dropout=outside, flat=False
     )
 
 
-def _draw(equilibrium: Equilibrium, gain: float) -> None:
+def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
     """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed
     convolution, biases 0.
 
@@ -329,7 +331,7 @@ def _draw(equilibrium: Equilibrium, gain: float) -> None:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-def _classic(
+def _five_layers(
     layers: Sequence[tuple[int, int, int]],
     classes: int,
     in_channels: int,
@@ -359,19 +361,19 @@ def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
     return (dropout, 0.0) if dropout_on == "currents" else (0.0, dropout)
 
 
-def _dropped(synapse: nn.Module, share: float) -> nn.Module:
+def _with_dropout(synapse: nn.Module, share: float) -> nn.Module:
     if share == 0:
         return synapse
     before = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
     return nn.Sequential(*before, Dropout(share))
 
 
-def _normed(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
+def _with_norm(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
     refuse_unless_one_of("feedback", ("batch", "none"), norm=norm)
     return synapse if norm == "none" else nn.Sequential(synapse, BatchNorm(channels))
 
 
-def _limited(synapse: nn.Module, limit: Limit) -> nn.Module:
+def _with_limit(synapse: nn.Module, limit: Limit) -> nn.Module:
     if isinstance(limit, int | float):
         return FrobeniusLimit(synapse, limit)
     if limit not in ("spectral", "none"):

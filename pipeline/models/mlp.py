@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts
-from pipeline.models.parts import one_more
+from pipeline.models.parts import copy_neuron
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Linear, Weights
@@ -39,7 +39,7 @@ class MLP(nn.Module):
         size = in_features
         for width in hidden:
             self.layers.append(Linear(size, width, bias, weights=weights))
-            self.layers.append(one_more(neuron))
+            self.layers.append(copy_neuron(neuron))
             size = width
         self.classifier = Linear(size, classes, bias)
         self.readout = rate_readout(neuron)

@@ -102,7 +102,7 @@ class MSResNet(nn.Module):
             pooled=pooled,
             drop_path=drop_path,
         )
-        self.last = factory.spikes_of_stream()
+        self.last = factory.stream_spikes()
         self.dropout = Dropout(dropout) if dropout else nn.Identity()
         self.classifier = Linear(channels, classes)
 

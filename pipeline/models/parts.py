@@ -32,7 +32,7 @@ SPIKE_GAIN = 2.74
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
-def one_more(neuron: nn.Module) -> nn.Module:
+def copy_neuron(neuron: nn.Module) -> nn.Module:
     """A copy of the prototype, with parameters and state of its own."""
     return copy.deepcopy(neuron)
 
@@ -74,7 +74,7 @@ def standardized_conv(
     return conv
 
 
-def initialized_as_relu(model: nn.Module) -> None:
+def init_kaiming(model: nn.Module) -> None:
     """Convolutions as torchvision's ResNet begins: normal, Kaiming fan-out."""
     for module in model.modules():
         if isinstance(module, Conv2d):
@@ -93,10 +93,10 @@ class RateHead(nn.Module):
 
     def __init__(self, in_features: int, classes: int, *, over: Over, neuron: nn.Module) -> None:
         super().__init__()
-        self.neuron_in = one_more(neuron)
+        self.neuron_in = copy_neuron(neuron)
         self.linear = Linear(in_features, classes)
         self.norm = BatchNorm(classes, over=over)
-        self.neuron_out = one_more(neuron)
+        self.neuron_out = copy_neuron(neuron)
         self.readout = rate_readout(neuron)
 
     def forward(self, x_TBC: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, RateHead, one_more
+from pipeline.models.parts import Over, Pool, RateHead, copy_neuron
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.static_input import StaticInput
@@ -43,9 +43,9 @@ class Block(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        self.norm1, self.neuron1 = BatchNorm(in_channels, over=over), one_more(neuron)
+        self.norm1, self.neuron1 = BatchNorm(in_channels, over=over), copy_neuron(neuron)
         self.conv1 = _conv(in_channels, width, 3, stride=stride)
-        self.norm2, self.neuron2 = BatchNorm(width, over=over), one_more(neuron)
+        self.norm2, self.neuron2 = BatchNorm(width, over=over), copy_neuron(neuron)
         self.conv2 = _conv(width, width, 3)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != width:
@@ -85,7 +85,9 @@ class PreActResNet(nn.Module):
         self.stem, self.stem_spikes = StaticInput(), nn.Sequential()
         if stem == "imagenet":
             self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over)])
-            self.stem_spikes.extend([one_more(neuron), Pool(nn.AvgPool2d(3, stride=2, padding=1))])
+            self.stem_spikes.extend(
+                [copy_neuron(neuron), Pool(nn.AvgPool2d(3, stride=2, padding=1))]
+            )
         else:
             self.stem.append(_conv(in_channels, width, 3))
         stages = []
@@ -108,7 +110,7 @@ class PreActResNet(nn.Module):
                 channels = wide
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
-        self.norm, self.neuron = BatchNorm(channels, over=over), one_more(neuron)
+        self.norm, self.neuron = BatchNorm(channels, over=over), copy_neuron(neuron)
         self.classifier = (
             RateHead(channels, classes, over=over, neuron=neuron)
             if head == "rate"

@@ -52,7 +52,7 @@ class QKFormer(nn.Module):
         expansion: of the FFN.
         drop_path: the share at the last block.
         shrink: pictures are averaged over squares of so many pixels a side first: a small student
-            looks at less of the view that its teacher sees whole. Rows and columns that fill no
+            looks at less of the view that its teacher sees whole. RowBudget and columns that fill no
             square, at the right and the bottom, are left out.
         projection_neuron: of the last stage's attentions (`models/attention.py`). "over_samples" is
             the published code's, which published accuracies need: an answer then depends on the
@@ -133,7 +133,7 @@ class QKFormer(nn.Module):
                 )
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
-        self.last = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
+        self.last = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
         self.classifier = Linear(channels, classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
@@ -193,7 +193,7 @@ class Block(nn.Module):
         wide = channels * expansion
         layers = [Layer(channels, wide, bias=True), Layer(wide, channels, bias=True)]
         self.ffn = blocks.residual(layers, last_gain=blocks.silent, drop_path=drop_path)
-        self.ffn.part = "ffn"  # type: ignore[assignment]  # as models/binarized.py asks
+        self.ffn.part = "ffn"  # type: ignore[assignment]  # as models/transforms.py asks
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.ffn(self.attention(x_TBCHW))

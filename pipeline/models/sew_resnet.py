@@ -19,7 +19,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, initialized_as_relu
+from pipeline.models.parts import Over, Pool, init_kaiming
 from pipeline.models.residual import Blocks, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.static_input import StaticInput
@@ -77,7 +77,7 @@ class SEWResNet(nn.Module):
         )
         self.stages, channels = resnet_stages(factory, blocks, width, bottleneck=bottleneck)
         self.classifier = Linear(channels, classes)
-        initialized_as_relu(self)
+        init_kaiming(self)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.classifier(self.stages(self.stem(x_TBCHW)).mean((3, 4)))

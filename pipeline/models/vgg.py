@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import one_more, standardized_conv, variance_gain
+from pipeline.models.parts import copy_neuron, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF, identity
 from pipeline.spiking.pool import MeanPool
@@ -54,7 +54,7 @@ class Layer(nn.Module):
         super().__init__()
         conv = standardized_conv(in_channels, width, kernel, stride=stride)
         self.conv = StaticInput(conv) if is_first else conv
-        self.neuron = one_more(neuron)
+        self.neuron = copy_neuron(neuron)
         self.dropout = Dropout(dropout)
         self.gain = None if is_first else variance_gain(neuron)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.rate import WeightedRates
@@ -71,17 +71,17 @@ class Rule(nn.Module):
     over_time_choices: tuple[OverTime, ...] = ("steps",)
     calibration_batches: int = 0
     """global batches of the training set that `calibrate` wants to see before the first step"""
-    disturbs_forward: bool = False
+    adds_noise: bool = False
     """whether the activity in training is not the network's own, because the rule adds noise to
     it
     """
-    hands_errors_down: bool = True
+    backpropagates_errors: bool = True
     """whether the error of a layer comes through the synapse of the layer above it"""
-    one_loss_a_step: bool = True
+    one_loss_per_step: bool = True
     """whether `loss_of` is called once per step, or once; False: also on what is no output of the
     network at a step
     """
-    counted_as: str = ""
+    forecast_note: str = ""
     """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "": it
     does not
     """
@@ -133,7 +133,7 @@ class Rule(nn.Module):
                     f"{self.label}: the model must carry no rule yet; got {carried} on {where}"
                 )
         if self.chunk is not None:
-            refuse_whole_time(self, model)
+            refuse_whole_sequence_modules(self, model)
         weighted = next(
             (name for name, module in model.named_modules() if isinstance(module, WeightedRates)),
             None,
@@ -206,9 +206,9 @@ class Rule(nn.Module):
         """Of what the rule has of its own, at its most in a batch: what it learns by itself, and
         notes until a batch ends.
         """
-        return sum(buffer.nbytes for buffer in self.buffers()) + self.bytes_beside_buffers()
+        return sum(buffer.nbytes for buffer in self.buffers()) + self.extra_bytes()
 
-    def bytes_beside_buffers(self) -> int:
+    def extra_bytes(self) -> int:
         """The part of `bytes` that is no buffer; what a network remembers (`spiking/state.py`) is
         the network's.
         """
@@ -276,7 +276,7 @@ class Rule(nn.Module):
         without.
         """
         if self.over_time == "steps":
-            return steps_share(logits_TBK, loss_of, steps=len(logits_TBK))
+            return slice_loss(logits_TBK, loss_of, steps=len(logits_TBK))
         return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
     def _loss_terms(
@@ -285,7 +285,7 @@ class Rule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must override _loss_terms")
 
 
-def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
+def slice_loss(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
     """A slice's share of the mean over `steps`: (sum of its steps' losses) / T with graph, (sum of
     its logits) / T without.
     """
@@ -306,32 +306,32 @@ def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
     as, all T steps; the slices of a still image share one frame and stay still.
     """
     size = chunk or len(x_TB)
-    if is_still(x_TB):
-        yield from repeat(_own(x_TB[0]), len(x_TB)).split(size)
+    if is_static(x_TB):
+        yield from repeat(_compact(x_TB[0]), len(x_TB)).split(size)
     else:
         for x_cB in x_TB.split(size):
-            yield _own(x_cB)
+            yield _compact(x_cB)
 
 
-def _own(x: Tensor) -> Tensor:
+def _compact(x: Tensor) -> Tensor:
     """`x` in storage that holds nothing else."""
     return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
 
 
-def cut_in_time(rule: Rule, model: nn.Module) -> None:
+def detach_between_steps(rule: Rule, model: nn.Module) -> None:
     """Whatever `model` carries from one time step to the next becomes a constant: membranes, and
     feedback between steps.
     """
-    for module in carriers(model):
+    for module in carrying_modules(model):
         rule.set_seam(module, "carry", torch.detach)
 
 
-def carriers(model: nn.Module) -> list[nn.Module]:
+def carrying_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose `state` crosses a time step by way of their `carry`."""
     return [module for module in model.modules() if hasattr(module, "carry")]
 
 
-def refuse_whole_time(rule: Rule, model: nn.Module) -> None:
+def refuse_whole_sequence_modules(rule: Rule, model: nn.Module) -> None:
     """A rule that shows the model one slice of time after another cannot train what needs all T
     steps at once.
 

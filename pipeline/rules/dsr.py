@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
-from pipeline.spiking.encode import is_still
+from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import named_neurons
-from pipeline.spiking.norm import batch_norms, by_own_samples
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.norm import batch_norms, local_statistics
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron, rate_weights
 from pipeline.spiking.state import attribute_set, fresh_state, hooked
 
@@ -129,29 +129,29 @@ class DSR(Rule):
         on_spikes = self.calibrate_on == "spikes"
         if not on_spikes:
             parts = [
-                part_TB[:1] if is_still(part_TB) else part_TB.mean(0, keepdim=True)
+                part_TB[:1] if is_static(part_TB) else part_TB.mean(0, keepdim=True)
                 for part_TB in parts
             ]
         ramps = [] if on_spikes else [neuron for _, neuron in named_neurons(model)]
         with (
-            _evaluated(model, batch_statistics=on_spikes),
+            _evaluation_mode(model, batch_statistics=on_spikes),
             attribute_set(ramps, "gradient", _activation),
         ):
-            for neuron in _in_order_of_use(model, parts[0]):
+            for neuron in _execution_order(model, parts[0]):
                 height = _percentile(
-                    (_rates_into(neuron, model, part_TB) for part_TB in parts), samples
+                    (_input_rate(neuron, model, part_TB) for part_TB in parts), samples
                 )
                 neuron.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
 
 
 def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """`LIF.gradient`: the neuron's own spikes, with the derivative of its rate."""
-    return _RateMap.apply(x_TB, lif.held_threshold(), lif, False)  # type: ignore[return-value]
+    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, False)  # type: ignore[return-value]
 
 
 def published_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """The same spikes, with the published code's derivative."""
-    return _RateMap.apply(x_TB, lif.held_threshold(), lif, lif.decay < 1)  # type: ignore[return-value]
+    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, lif.decay < 1)  # type: ignore[return-value]
 
 
 class _RateMap(torch.autograd.Function):
@@ -197,7 +197,7 @@ class _RateMap(torch.autograd.Function):
 def _rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
     """gain I of the input, never below fp32."""
     weights_T = rate_weights(lif.decay, x_TB)
-    with torch.autocast(x_TB.device.type, enabled=False), serving("rates"):
+    with torch.autocast(x_TB.device.type, enabled=False), op_scope("rates"):
         return gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 
 
@@ -212,7 +212,7 @@ class _Reached(Exception):
         self.rate_B = rate_B
 
 
-def _stop(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+def _stop_here(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     raise _Reached(_rate(lif, x_TB, lif.gain))
 
 
@@ -221,17 +221,17 @@ def _activation(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     return lif.gain * x_TB.clamp_min(0)
 
 
-def _rates_into(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
+def _input_rate(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
     """gain I of `neuron`, `[B, ...]`, from what the neurons before it give."""
     try:
-        with attribute_set([neuron], "gradient", _stop), fresh_state(model):
+        with attribute_set([neuron], "gradient", _stop_here), fresh_state(model):
             model(x_TB)
     except _Reached as reached:
         return reached.rate_B
     raise AssertionError("a neuron that ran once runs again")
 
 
-def _in_order_of_use(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
+def _execution_order(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
     """The neurons that one forward meets, each once."""
     met: dict[nn.Module, None] = {}
     hooks = [
@@ -257,7 +257,7 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
 
 
 @contextmanager
-def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
     """Evaluation mode, with batch norm by the statistics of the batch, this rank's own, where they
     are asked for; the model is as before afterwards.
     """
@@ -267,7 +267,7 @@ def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
     for norm in batch_norms(model) if batch_statistics else []:
         norm.train()
     try:
-        with by_own_samples(model):
+        with local_statistics(model):
             yield
     finally:
         for buffer, value in buffers.items():

@@ -17,16 +17,22 @@ from pipeline.core.random import counter_hash
 from pipeline.recipe.spec import admits
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.feedback_alignment import FixedFeedback, sign_symmetric
+from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.linear_layers import is_inside, named_parameters, plain_synapses
-from pipeline.spiking.local_learning import answering
+from pipeline.spiking.local_learning import run_readouts
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.presynaptic_inputs import Ear, Overheard, fan_in, listening
+from pipeline.spiking.presynaptic_inputs import InputRecorder, RecordedFactor, recording
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
-from pipeline.spiking.subspace_budget import Rows
+from pipeline.spiking.subspace import (
+    Moments,
+    RowBudget,
+    SecondMoments,
+    SpikingMoments,
+    Subspace,
+    fan_in,
+)
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.spiking.trace import the_decay
+from pipeline.spiking.trace import shared_decay
 
 LearnFrom = Literal["spikes", "traces", "rates"]
 Error = Literal["backprop", "sign_symmetric", "feedback"]
@@ -72,7 +78,7 @@ class HLOP(Rule):
             some of the gradient in the old subspace (.0015 and .037 of it on random inputs of 50
             numbers), where the projection here is exact.
         error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error
-            down (`spiking/feedback_alignment.py`). OPZO hands no error from layer to layer and
+            down (`spiking/error_feedback.py`). OPZO hands no error from layer to layer and
             refuses them.
         skip: modules with all in them that are neither projected nor frozen, such as the heads that
         tasks do not share.
@@ -107,7 +113,7 @@ class HLOP(Rule):
         super().__init__()
         if not isinstance(inner, Rule) or isinstance(inner, HLOP):
             raise ValueError(f"HLOP: inner must be a rule other than HLOP; got {inner!r}")
-        self.rows = Rows("HLOP", rows)
+        self.rows = RowBudget("HLOP", rows)
         rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
         if not rates or not all(admits(float, rate) and rate > 0 for rate in rates):
             raise ValueError(
@@ -121,23 +127,23 @@ class HLOP(Rule):
             raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
         refuse_unless_one_of("HLOP", ("spikes", "traces", "rates"), learn_from=learn_from)
         refuse_unless_one_of("HLOP", ("backprop", "sign_symmetric", "feedback"), error=error)
-        if error != "backprop" and not inner.hands_errors_down:
+        if error != "backprop" and not inner.backpropagates_errors:
             raise ValueError(
                 f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
                 f" 'backprop'; got {error=}"
             )
         self.inner = inner
-        self.counted_as = inner.counted_as
+        self.forecast_note = inner.forecast_note
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = (
             inner.over_time_choices,
             inner.calibration_batches,
         )
-        self.disturbs_forward, self.hands_errors_down = (
-            inner.disturbs_forward,
-            inner.hands_errors_down,
+        self.adds_noise, self.backpropagates_errors = (
+            inner.adds_noise,
+            inner.backpropagates_errors,
         )
-        self.chunk, self.one_loss_a_step = inner.chunk, inner.one_loss_a_step
+        self.chunk, self.one_loss_per_step = inner.chunk, inner.one_loss_per_step
         self.learning_rates = rates
         self.inner_iterations = inner_iterations
         self.momentum = momentum
@@ -147,7 +153,7 @@ class HLOP(Rule):
         self.skip = tuple(skip)
         self.register_buffer("task", torch.tensor([0]))
         self.subspaces = nn.ModuleList()
-        self._ears: list[Ear] = []
+        self._recorders: list[InputRecorder] = []
         self._feedback: list[FixedFeedback] = []
         self._batch = -1
         self._hooks: list[RemovableHandle] = []
@@ -173,7 +179,7 @@ class HLOP(Rule):
                 f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be"
                 " 'rates'"
             )
-        decay = the_decay(self.label, model) if self.learn_from == "rates" else None
+        decay = shared_decay(self.label, model) if self.learn_from == "rates" else None
         # Not super().attach: it is the inner rule that finds out whether the model is free.
         self.inner.attach(model, world=world, over_time=over_time)
         if self.learn_from == "traces" and all(
@@ -199,7 +205,7 @@ class HLOP(Rule):
         )
         self._begin_rows()
         for index, (name, synapse) in enumerate(synapses.items()):
-            self._tie(name, synapse, self.subspaces[index], decay)  # type: ignore[arg-type]
+            self._attach_synapse(name, synapse, self.subspaces[index], decay)  # type: ignore[arg-type]
         self._set_error_path(model)
         projected = {id(synapse.weight) for synapse in synapses.values()}
         for _, parameter in named_parameters(model, skip=self.skip):
@@ -209,24 +215,26 @@ class HLOP(Rule):
     def release(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        self._ears.clear()
+        self._recorders.clear()
         self._feedback.clear()
         super().release()
         self.inner.release()
 
-    def _tie(
+    def _attach_synapse(
         self, name: str, synapse: Linear | Conv2d, subspace: Subspace, decay: float | None
     ) -> None:
         """One synapse to its subspace: what it hears, and the gradient of its weight."""
-        ear = Ear(name, synapse, subspace, self._moments, decay)
-        self._ears.append(ear)
+        recorder = InputRecorder(name, synapse, subspace, self._moments, decay)
+        self._recorders.append(recorder)
         if self.learn_from == "traces" and synapse.presynaptic is not None:
-            self.set_seam(synapse, "presynaptic", Overheard(synapse.presynaptic, ear.hear))
+            self.set_seam(
+                synapse, "presynaptic", RecordedFactor(synapse.presynaptic, recorder.record)
+            )
         else:
             # Closures are not copied with the model, unlike bound methods, which would take the
             # rule along.
             self._hooks.append(
-                synapse.register_forward_pre_hook(lambda _, inputs: ear.hear(inputs[0]))
+                synapse.register_forward_pre_hook(lambda _, inputs: recorder.record(inputs[0]))
             )
         if synapse.weight.requires_grad:
             self._hooks.append(
@@ -314,8 +322,8 @@ class HLOP(Rule):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **more)
-        for ear in self._ears:  # a batch that is taken back leaves nothing to report
-            ear.last = None
+        for recorder in self._recorders:  # a batch that is taken back leaves nothing to report
+            recorder.last = None
         if (
             int(self.task) and self._attached
         ):  # start_task is not called again for the task that was running
@@ -332,16 +340,16 @@ class HLOP(Rule):
     ) -> Iterator[LossTerm]:
         if step != self._batch:
             self._batch = step
-            for ear in self._ears:
-                ear.forget()
-        if self.inner.disturbs_forward:
+            for recorder in self._recorders:
+                recorder.forget()
+        if self.inner.adds_noise:
             # What must stay is what the network does by itself: its inputs without the noise, for
             # one forward more.
             with (
                 torch.no_grad(),
                 fresh_state(model),
-                answering(model),
-                listening(self._ears, x_TB.shape[0]),
+                run_readouts(model),
+                recording(self._recorders, x_TB.shape[0]),
             ):
                 model(x_TB)
         shares = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
@@ -350,8 +358,8 @@ class HLOP(Rule):
             # not heard twice.
             with (
                 nullcontext()
-                if self.inner.disturbs_forward
-                else listening(self._ears, x_TB.shape[0])
+                if self.inner.adds_noise
+                else recording(self._recorders, x_TB.shape[0])
             ):
                 share = next(shares, None)
             if share is None:
@@ -363,10 +371,10 @@ class HLOP(Rule):
         synapse.
         """
         self.inner.end_of_batch()
-        for ear, rate in zip(self._ears, self._rates(len(self._ears)), strict=True):
-            heard = ear.take(self.world.mean)
+        for recorder, rate in zip(self._recorders, self._rates(len(self._recorders)), strict=True):
+            heard = recorder.take(self.world.mean)
             if heard is not None:
-                ear.subspace.learn(
+                recorder.subspace.learn(
                     heard, rate=rate, momentum=self.momentum, iterations=self.inner_iterations
                 )
 
@@ -375,19 +383,15 @@ class HLOP(Rule):
         rows keep, and what is free.
         """
         found = dict(self.inner.figures())
-        for ear in self._ears:
-            found[f"energy_{ear.name}"] = ear.energy()
-            found[f"free_{ear.name}"] = float(ear.subspace.free)
+        for recorder in self._recorders:
+            found[f"energy_{recorder.name}"] = recorder.energy()
+            found[f"free_{recorder.name}"] = float(recorder.subspace.free)
         return found
 
-    def bytes_beside_buffers(self) -> int:
+    def extra_bytes(self) -> int:
         """What every synapse hears, the feedback where it is fixed, and the inner rule's."""
-        heard = sum(ear.bytes() for ear in self._ears)
-        return (
-            heard
-            + sum(each.matrix.nbytes for each in self._feedback)
-            + self.inner.bytes_beside_buffers()
-        )
+        heard = sum(recorder.bytes() for recorder in self._recorders)
+        return heard + sum(each.matrix.nbytes for each in self._feedback) + self.inner.extra_bytes()
 
     # --------------------------------------------------------------------- what is the inner rule's
 

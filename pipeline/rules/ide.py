@@ -1,13 +1,19 @@
 """Implicit differentiation at the equilibrium: the gradient of a feedback network from where it
 comes to rest alone.
-"""
 
-# T time, B batch, K classes, N layers
+beta = g + J^T beta, solved for each sample of a batch by itself.
+
+Both solvers start at beta = 0, ask for J^T v of the whole batch at once, and let each sample stop
+on its own: as soon as its residual |g + J^T beta - beta| is at most `tolerance` times |g|, so that
+neither the batch that a sample is in nor the scale of the loss changes its solution. A sample that
+has stopped keeps its solution while the others go on.
+"""
 
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,13 +21,27 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
-from pipeline.spiking.equilibrium import Linearized, the_equilibrium
-from pipeline.spiking.solvers import Solution, broyden, fixed_point
+from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.state import fresh_state
+
+# T time, B batch, K classes, N layers
+
 
 # Mean residual of a batch from which IDE warns, and that of a sample from which there is no
 # gradient.
 COARSE, UNSOLVED = 0.05, 0.5
+ESCAPED = 1e6
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`residual_B` is |g + J^T beta - beta| / |g| of `beta_B` (0 where g is); `iterations_B` counts
+    evaluations of J^T.
+    """
+
+    beta_B: Tensor
+    residual_B: Tensor
+    iterations_B: Tensor
 
 
 class IDE(Rule):
@@ -70,13 +90,13 @@ class IDE(Rule):
                 "IDE: tolerance is relative to the gradient and must be in 0..1; got"
                 f" tolerance={tolerance}"
             )
-        self.counted_as = f"at its most solver iterations, {iterations}"
+        self.forecast_note = f"at its most solver iterations, {iterations}"
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        equilibrium = the_equilibrium(self.label, model)
+        equilibrium = find_equilibrium(self.label, model)
         refuse_foreign_norms(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
@@ -148,17 +168,17 @@ class _Adjoint:
         return {"residual": self.residual, "iterations": self.evaluations}
 
     def _diverged(self, solution: Solution, unsolved_B: Tensor, vjp: Linearized) -> str:
-        stretch = [f"{ratio:.2g}" for ratio in stretches(solution.beta_B, unsolved_B, vjp)]
+        stretch = [f"{ratio:.2g}" for ratio in layer_gains(solution.beta_B, unsolved_B, vjp)]
         return (
             "IDE: the solve of beta = g + J^T beta must converge; got a residual of"
             f" {solution.residual_B.max().item():.2g} |g| on {int(unsolved_B.sum())} of"
             f" {len(unsolved_B)} samples after {self.iterations} iterations of {self.solver}; there"
-            f" J^T stretches by {', '.join(stretch)} in layers {len(stretch)} to 1: limit the"
+            f" J^T layer_gains by {', '.join(stretch)} in layers {len(stretch)} to 1: limit the"
             " synapses (SpectralLimit), raise the threshold, or lower the learning rate"
         )
 
 
-def stretches(
+def layer_gains(
     beta_B: Tensor, unsolved_B: Tensor, vjp: Linearized, *, turns: int = 20
 ) -> list[float]:
     """By how much each layer of J^T lengthens the direction that J^T lengthens most, on the samples
@@ -170,3 +190,120 @@ def stretches(
         v_B = vjp(v_B / v_B.norm().clamp_min(torch.finfo(v_B.dtype).tiny))
     norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.backwards(v_B))]
     return [after / max(before, 1e-30) for before, after in itertools.pairwise(norms)]
+
+
+# B batch, D units of a sample, K terms of a low-rank history
+
+
+@torch.no_grad()
+def fixed_point(
+    g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
+) -> Solution:
+    """beta <- (beta + J^T beta + g) / 2, which converges where every eigenvalue of J lies within 2
+    of -1: for every contraction, and beyond.
+
+    Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published
+    code iterates beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta)
+    / 2.
+    """
+    progress = _Progress(g_B, tolerance, keep="last")
+    beta_B, r_B = torch.zeros_like(g_B), g_B
+    for _ in range(iterations):
+        if not progress.is_running():
+            break
+        beta_B = torch.add(beta_B, r_B, alpha=0.5)
+        r_B = transposed(beta_B) + g_B - beta_B
+        progress.take(beta_B, r_B)
+        r_B = progress.of_running(r_B)
+    return progress.solution()
+
+
+@torch.no_grad()
+def broyden(
+    g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
+) -> Solution:
+    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search; the iterate of
+    lowest residual is returned.
+
+        delta = -H r(beta),     beta <- beta + delta,     H <- H + (delta - H dr) (delta^T H) /
+        (delta^T H dr),     H_0 = -I
+
+    H is kept as -I and one rank-one term for each iteration, of each sample its own: 2 x iterations
+    x D numbers a sample.
+
+    Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377)
+    for the limited memory.
+    """
+    progress = _Progress(g_B, tolerance, keep="lowest")
+    g_BD = g_B.flatten(1)
+    u_BKD, w_BKD = (g_BD.new_empty(g_BD.shape[0], iterations, g_BD.shape[1]) for _ in range(2))
+    beta_BD, r_BD, delta_BD = torch.zeros_like(g_BD), g_BD, g_BD
+    for k in range(iterations):
+        if not progress.is_running():
+            break
+        beta_BD = beta_BD + delta_BD
+        new_BD = transposed(beta_BD.view_as(g_B)).flatten(1) + g_BD - beta_BD
+        progress.take(beta_BD.view_as(g_B), new_BD.view_as(g_B))
+        u_BkD, w_BkD = u_BKD[:, :k], w_BKD[:, :k]
+        # With h = H r(new) before the update, H dr = h + delta, so the new term is -h w^T / (w .
+        # dr) with w = H^T delta.
+        w_BD = _product(w_BkD, u_BkD, delta_BD) - delta_BD
+        h_BD = _product(u_BkD, w_BkD, new_BD) - new_BD
+        bend_B1 = (w_BD * (new_BD - r_BD)).sum(1, keepdim=True)
+        # A sample that has stopped takes no step, and so learns nothing; one whose curvature
+        # vanishes keeps its H.
+        is_live_B1 = progress.running_B[:, None] & (bend_B1.abs() > torch.finfo(g_BD.dtype).tiny)
+        u_BKD[:, k] = torch.where(is_live_B1, -h_BD / bend_B1, 0)
+        w_BKD[:, k] = torch.where(is_live_B1, w_BD, 0)
+        step_BD = -h_BD - u_BKD[:, k] * (w_BKD[:, k] * new_BD).sum(1, keepdim=True)
+        delta_BD = progress.of_running(step_BD)
+        r_BD = new_BD
+    return progress.solution()
+
+
+def _product(left_BkD: Tensor, right_BkD: Tensor, x_BD: Tensor) -> Tensor:
+    """sum_k left_k (right_k . x)"""
+    inner_Bk = (right_BkD @ x_BD.unsqueeze(2)).squeeze(2)
+    return (inner_Bk.unsqueeze(1) @ left_BkD).squeeze(1)
+
+
+class _Progress:
+    """What each sample has reached, and which samples still run."""
+
+    def __init__(self, g_B: Tensor, tolerance: float, *, keep: str) -> None:
+        self.tolerance = tolerance
+        self.keep = keep
+        self.scale_B = _norm(g_B)
+        self.beta_B = torch.zeros_like(g_B)
+        self.residual_B = torch.where(self.scale_B == 0, 0.0, 1.0).to(self.scale_B.dtype)
+        self.running_B = self.residual_B > tolerance
+        self.iterations_B = torch.zeros_like(self.running_B, dtype=torch.int64)
+
+    def is_running(self) -> bool:
+        return bool(self.running_B.any())
+
+    def of_running(self, step_B: Tensor) -> Tensor:
+        """The step, for samples that still run; those that escaped would overflow."""
+        return torch.where(_over(self.running_B, step_B), step_B, 0)
+
+    def take(self, beta_B: Tensor, r_B: Tensor) -> None:
+        now_B = _norm(r_B) / self.scale_B
+        taken_B = (
+            self.running_B & (now_B < self.residual_B) if self.keep == "lowest" else self.running_B
+        )
+        self.residual_B = torch.where(taken_B, now_B, self.residual_B)
+        self.beta_B = torch.where(_over(taken_B, beta_B), beta_B, self.beta_B)
+        self.iterations_B = self.iterations_B + self.running_B
+        # False where it is not a number.
+        self.running_B = self.running_B & (now_B > self.tolerance) & (now_B < ESCAPED)
+
+    def solution(self) -> Solution:
+        return Solution(self.beta_B, self.residual_B, self.iterations_B)
+
+
+def _norm(x_B: Tensor) -> Tensor:
+    return x_B.flatten(1).norm(dim=1)
+
+
+def _over(flag_B: Tensor, x_B: Tensor) -> Tensor:
+    return flag_B.view(-1, *[1] * (x_B.dim() - 1))

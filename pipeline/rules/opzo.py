@@ -21,12 +21,18 @@ from pipeline.rules.base import (
     OverTime,
     Rule,
     World,
-    cut_in_time,
+    detach_between_steps,
+    slice_loss,
     slices,
-    steps_share,
 )
-from pipeline.spiking.error_feedback import Fixed, MeanJacobian, Signals, SinglePoint
-from pipeline.spiking.local_learning import Inject, Readout, TopDown, refuse_streams, with_signals
+from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian, SinglePoint
+from pipeline.spiking.local_learning import (
+    Inject,
+    LocalGradient,
+    Readout,
+    inject_gradients,
+    refuse_skip_connections,
+)
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.state import fresh_state
@@ -35,7 +41,7 @@ from pipeline.spiking.trace import (
     Trace,
     refuse_batch_norm,
     running_order,
-    the_decay,
+    shared_decay,
     traceable_synapses,
 )
 
@@ -72,7 +78,7 @@ class OPZO(Rule):
         antithetic: every second time step takes the noise of the one before with the sign turned
             (the default, which at T = 1 comes to nothing; asked for there, it is refused).
         local_readouts: OPZO+LL. Each hidden layer learns, beside the signal from above, from the
-            loss of its own linear readout, a `Readout` of the model (`models/readouts.py`), whose
+            loss of its own linear readout, a `Readout` of the model (`models/transforms.py`), whose
             weights learn from that loss alone.
         intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all
             layers below, too: M then has K columns for each of them above a layer, and K for the
@@ -97,7 +103,7 @@ class OPZO(Rule):
     """
 
     memory = "constant"
-    hands_errors_down = False
+    backpropagates_errors = False
     chunk = 1
 
     def __init__(
@@ -148,20 +154,20 @@ class OPZO(Rule):
             )
         self.feedback = feedback
         self.noise = noise
-        self.disturbs_forward = noise > 0
+        self.adds_noise = noise > 0
         self.distribution: Distribution = distribution or "gaussian"
         self.inject: Inject = inject or "spikes"
         self.antithetic = antithetic
         self.local_readouts = local_readouts
         self.intermediate = tuple(intermediate)
-        self.one_loss_a_step = not (local_readouts or intermediate)
+        self.one_loss_per_step = not (local_readouts or intermediate)
         self.decay = decay
-        self.signals: Signals = {
+        self.signals: ErrorFeedback = {
             "momentum": lambda: MeanJacobian(momentum=momentum, scale=noise),
-            "random": Fixed,
+            "random": FixedRandom,
             "single_point": lambda: SinglePoint(scale=noise),
         }[feedback]()
-        self._layers: list[TopDown] = []
+        self._layers: list[LocalGradient] = []
         self._noted = -1
         self._paths_are_known = False
 
@@ -174,22 +180,22 @@ class OPZO(Rule):
     ) -> None:
         refuse_batch_norm(self.label, model)
         decay, synapses, readouts = (
-            the_decay(self.label, model, self.decay),
+            shared_decay(self.label, model, self.decay),
             list(self._synapses_of(model).values()),
             self._readouts_of(model),
         )
         super().attach(model, world=world, over_time=over_time)
         self.signals.begin(next(model.parameters()).device)
-        if isinstance(self.signals, Fixed):
+        if isinstance(self.signals, FixedRandom):
             self.signals.key_of = partial(counter_hash, world.seed, _MATRIX)
         self._noted = -1
         self._paths_are_known = False
-        cut_in_time(self, model)
+        detach_between_steps(self, model)
         # The first synapse sees the data, and has no trace, as published for OTTT.
         for synapse in synapses[1:]:
             self.set_seam(synapse, "presynaptic", Trace(decay))
         for index, (_, neuron) in enumerate(named_neurons(model)):
-            layer = TopDown(
+            layer = LocalGradient(
                 scale=self.noise,
                 inject=self.inject,
                 distribution=self.distribution,
@@ -217,8 +223,8 @@ class OPZO(Rule):
     def end_of_batch(self) -> None:
         self.signals.end_of_batch(self.world.mean)
 
-    def bytes_beside_buffers(self) -> int:
-        return self.signals.noted_bytes()
+    def extra_bytes(self) -> int:
+        return self.signals.pending_bytes()
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
@@ -235,7 +241,7 @@ class OPZO(Rule):
                     )
                 loss, share_BK, ends, signals = self._ends(logits_1BK, loss_of, steps)
                 yield LossTerm(
-                    backward=with_signals(loss, ends, signals), loss=loss, logits=share_BK
+                    backward=inject_gradients(loss, ends, signals), loss=loss, logits=share_BK
                 )
 
     @contextmanager
@@ -311,7 +317,7 @@ class OPZO(Rule):
         if lacking:
             raise ValueError(
                 f"{self.label}: the model must have a Readout behind each hidden layer that learns"
-                f" from one (models/readouts.py); got none at layer {', '.join(map(str, lacking))}"
+                f" from one (models/transforms.py); got none at layer {', '.join(map(str, lacking))}"
                 f" of 0..{place}"
             )
         return {index: found[index] for index in wanted}
@@ -337,7 +343,7 @@ class OPZO(Rule):
                 f" has no trace; got {ran[0]} before {next(iter(synapses))}"
             )
         ends = dict(zip(neurons, (layer.kept("spikes") for layer in self._layers), strict=True))
-        refuse_streams(self.label, network, {**ends, "the output": logits_1BK})
+        refuse_skip_connections(self.label, network, {**ends, "the output": logits_1BK})
         self._paths_are_known = True
         return logits_1BK
 
@@ -351,7 +357,7 @@ def _loss_and_error(
     backward of its own."""
     leaf_1BK = logits_1BK.detach().requires_grad_()
     with torch.enable_grad():
-        loss, share_BK = steps_share(leaf_1BK, loss_of, steps=steps)
+        loss, share_BK = slice_loss(leaf_1BK, loss_of, steps=steps)
     (e_1BK,) = torch.autograd.grad(loss, leaf_1BK)
     return (loss.detach(), share_BK), e_1BK
 

@@ -17,9 +17,9 @@ from pipeline.rules.base import (
     OverTime,
     Rule,
     World,
-    cut_in_time,
+    detach_between_steps,
+    slice_loss,
     slices,
-    steps_share,
 )
 from pipeline.spiking.slice_cache import slice_cache
 from pipeline.spiking.state import fresh_state
@@ -27,7 +27,7 @@ from pipeline.spiking.trace import (
     Trace,
     refuse_batch_norm,
     running_order,
-    the_decay,
+    shared_decay,
     traceable_synapses,
 )
 
@@ -97,10 +97,10 @@ class OTTT(Rule):
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
         refuse_batch_norm(self.label, model)
-        decay = the_decay(self.label, model, self.decay)
+        decay = shared_decay(self.label, model, self.decay)
         synapses = traceable_synapses(self.label, model)
         super().attach(model, world=world, over_time=over_time)
-        cut_in_time(self, model)
+        detach_between_steps(self, model)
         self._order_is_known = False
         plain = self._plain(list(synapses))
         for name, synapse in synapses.items():
@@ -118,13 +118,13 @@ class OTTT(Rule):
             if self.update == "batch"
             else nullcontext()
         )
-        with fresh_state(model), once as sharing:
+        with fresh_state(model), once as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                if sharing is not None:
-                    sharing.is_last = index == last
+                if cache is not None:
+                    cache.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
-                loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
-                backward = loss if sharing is None else sharing.carrying(loss)
+                loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
+                backward = loss if cache is None else cache.with_gradients(loss)
                 yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
 
     def _plain(self, names: Sequence[str]) -> set[str]:

@@ -17,9 +17,9 @@ from pipeline.rules.base import (
     OverTime,
     Rule,
     World,
-    cut_in_time,
+    detach_between_steps,
+    slice_loss,
     slices,
-    steps_share,
 )
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.slice_cache import slice_cache
@@ -74,7 +74,7 @@ class SLTT(Rule):
                 f" {type(model).__name__}"
             )
         super().attach(model, world=world, over_time=over_time)
-        cut_in_time(self, model)
+        detach_between_steps(self, model)
 
     def check_steps(self, steps: int) -> None:
         k = steps if self.k is None else self.k
@@ -94,17 +94,17 @@ class SLTT(Rule):
         k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
         last = selected[-1] // (self.chunk or steps)
-        with fresh_state(model), slice_cache(model, steps=steps, backwards="several") as sharing:
+        with fresh_state(model), slice_cache(model, steps=steps, backwards="several") as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
-                sharing.is_last = index == last
+                cache.is_last = index == last
                 # The block ends before the yield: a generator suspended inside it would switch off
                 # the consumer's graph.
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)
-                    loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
+                    loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
                     backward = (
-                        sharing.carrying(loss * (steps / k) if self.rescale else loss)
+                        cache.with_gradients(loss * (steps / k) if self.rescale else loss)
                         if learns
                         else None
                     )

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_counts
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
-from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
-from pipeline.spiking.limit import Limited
+from pipeline.spiking.equilibrium import Equilibrium, Linearized, find_equilibrium
+from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.state import fresh_state, hooked
-from pipeline.spiking.synapse import Linear, carrier, effective_weight
+from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 
 Transposed = Callable[[Tensor, Tensor], None]
 """(u_B, s_B): add to the potentials u_B of a layer what the emissions s_B of the layer behind it
@@ -65,7 +65,7 @@ class SPIDE(Rule):
     memory: Literal["constant", "linear"] = "constant"
     over_time_choices: tuple[OverTime, ...] = ("mean",)
     tiny: Mapping[str, Any] = {"steps": 4}
-    counted_as = "with dense products, also where a CPU skips neurons that did not fire"
+    forecast_note = "with dense products, also where a CPU skips neurons that did not fire"
 
     def __init__(
         self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, decay: float = 1.0
@@ -84,7 +84,7 @@ class SPIDE(Rule):
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        equilibrium = the_equilibrium(self.label, model)
+        equilibrium = find_equilibrium(self.label, model)
         refuse_foreign_norms(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
@@ -96,12 +96,12 @@ class SPIDE(Rule):
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         with fresh_state(model):
-            with spikes_counted(the_equilibrium(self.label, model)) as counted:
+            with counted_spikes(find_equilibrium(self.label, model)) as counted:
                 (logits_BK,) = model(x_TB)  # of a[T]: one step
             self.forward_rate = counted.spikes / counted.places
             self.adjoint.samples = len(logits_BK)
             loss = loss_of(logits_BK)
-            backward: Tensor = _Heard.apply(loss, self.adjoint)  # type: ignore[assignment]
+            backward: Tensor = _RecordLossScale.apply(loss, self.adjoint)  # type: ignore[assignment]
             yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
 
 
@@ -132,7 +132,7 @@ class _Adjoint:
         gain = self.scale * self.samples / self.factor
         found = ternary_phase(
             gain * g_B,
-            [_hand_down(vjp, layer) for layer in range(len(vjp.masks))],
+            [_transposed_layer(vjp, layer) for layer in range(len(vjp.masks))],
             [mask_B.shape for mask_B in vjp.masks],
             steps=self.steps,
             threshold=self.threshold,
@@ -168,7 +168,7 @@ class _Adjoint:
             )
 
 
-class _Heard(torch.autograd.Function):
+class _RecordLossScale(torch.autograd.Function):
     """Identity; backward, before anything else, the adjoint hears what a backend multiplied the
     loss by.
     """
@@ -258,7 +258,7 @@ def ternary_phase(
     )
 
 
-def _hand_down(vjp: Linearized, layer: int) -> Transposed:
+def _transposed_layer(vjp: Linearized, layer: int) -> Transposed:
     """Mask and divisor of a layer's neurons, then the transposed synapse into it."""
     gain_B = vjp.masks[layer] / vjp.divisors[layer]
     weight = _matrix(vjp.synapses[layer])
@@ -301,23 +301,23 @@ def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
 
 def _matrix(synapse: nn.Module) -> Tensor | None:
     """What carries errors down a synapse that is the product with a matrix, else None."""
-    linear = synapse.synapse if isinstance(synapse, Limited) else synapse
+    linear = synapse.synapse if isinstance(synapse, LimitedSynapse) else synapse
     if not isinstance(linear, Linear):
         return None
-    weight = synapse.weight() if isinstance(synapse, Limited) else effective_weight(linear)
-    return carrier(weight, linear.backward_weight).detach()
+    weight = synapse.weight() if isinstance(synapse, LimitedSynapse) else effective_weight(linear)
+    return error_weight(weight, linear.backward_weight).detach()
 
 
 @dataclass
-class _Counted:
+class SpikeCount:
     spikes: float = 0.0
     places: int = 0
 
 
 @contextmanager
-def spikes_counted(equilibrium: Equilibrium) -> Iterator[_Counted]:
+def counted_spikes(equilibrium: Equilibrium) -> Iterator[SpikeCount]:
     """Spikes, and neurons times steps, that every layer gave while the context is open."""
-    counted = _Counted()
+    counted = SpikeCount()
 
     def count(_: nn.Module, __: object, s_1B: Tensor) -> None:
         counted.spikes += s_1B.count_nonzero().item()

@@ -104,11 +104,11 @@ class Binarizer(nn.Module):
     def reset(self, weight: Tensor) -> None:
         """Let a learnable scale begin anew, from the latent weight."""
         if self.scale is not None:
-            self.scale.copy_(2 * _mean_size(weight))
+            self.scale.copy_(2 * _mean_abs(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         V = self._latent(weight)
-        return _Signs.apply(V, self._scale(V), WINDOWS[self.weights])  # type: ignore[return-value]
+        return _ScaledSign.apply(V, self._scale(V), WINDOWS[self.weights])  # type: ignore[return-value]
 
     @torch.no_grad()
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -133,13 +133,13 @@ class Binarizer(nn.Module):
             self.scale is not None
         ):  # its gradient passes below the floor too, so that it can leave it again
             return self.scale + (self.scale.clamp_min(SMALLEST_SCALE) - self.scale).detach()
-        return V.new_ones(len(V)) if self.weights == "ir" else _mean_size(V.detach())
+        return V.new_ones(len(V)) if self.weights == "ir" else _mean_abs(V.detach())
 
     def extra_repr(self) -> str:
         return repr(self.weights)
 
 
-def fix(synapse: Linear | Conv2d) -> None:
+def unbinarize(synapse: Linear | Conv2d) -> None:
     """Let a 1-bit synapse be plain again: from now on it multiplies by its weight as it stands,
     which was the latent one.
     """
@@ -166,7 +166,7 @@ def latent_parameters(model: nn.Module) -> Iterator[Tensor]:
         yield from synapse.binarizer.parameters()  # type: ignore[union-attr]
 
 
-class _Signs(torch.autograd.Function):
+class _ScaledSign(torch.autograd.Function):
     """V, a [out] -> a sign(V). The gradient of V passes where |V| <= window (None: a), that of a is
     divided by sqrt(fan_in).
     """
@@ -195,7 +195,7 @@ class _Signs(torch.autograd.Function):
         )
 
 
-def _mean_size(V: Tensor) -> Tensor:
+def _mean_abs(V: Tensor) -> Tensor:
     """mean |V| of each filter, `[out]`; nothing of V's size in between."""
     return torch.linalg.vector_norm(V.flatten(1), ord=1, dim=1) / V[0].numel()
 

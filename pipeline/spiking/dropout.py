@@ -33,12 +33,12 @@ class Dropout(nn.Module):
             return x_TB
         mask_B = self.state.read("mask")
         if mask_B is None:
-            kept_B = torch.rand(self._dropped_together(x_TB[0]), device=x_TB.device) >= self.share
+            kept_B = torch.rand(self._mask_shape(x_TB[0]), device=x_TB.device) >= self.share
             mask_B = kept_B.to(x_TB.dtype) / (1 - self.share)
             self.state.write("mask", mask_B)
         return x_TB * mask_B
 
-    def _dropped_together(self, x_B: Tensor) -> torch.Size:
+    def _mask_shape(self, x_B: Tensor) -> torch.Size:
         """The shape of the mask: one number for each unit."""
         return x_B.shape
 
@@ -53,5 +53,5 @@ class DropPath(Dropout):
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """
 
-    def _dropped_together(self, x_B: Tensor) -> torch.Size:
+    def _mask_shape(self, x_B: Tensor) -> torch.Size:
         return torch.Size([len(x_B), *[1] * (x_B.dim() - 1)])

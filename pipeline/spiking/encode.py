@@ -33,7 +33,7 @@ def repeat(x_B: Tensor, steps: int) -> Tensor:
     return x_B.unsqueeze(0).expand(steps, *x_B.shape)
 
 
-def is_still(x_TB: Tensor) -> bool:
+def is_static(x_TB: Tensor) -> bool:
     """Whether all time steps are one frame, as `repeat` makes them; slices along T stay so, and
     frames that are equal are not.
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spiking.encode import is_still
+from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import LIF, PLIF, identity, named_neurons
 from pipeline.spiking.norm import batch_norms
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron
 from pipeline.spiking.state import State, attribute_set
 
@@ -137,9 +137,9 @@ class Equilibrium(nn.Module):
                 "Equilibrium: with an adjoint a batch is one call on all T steps; got a second"
                 " slice of it"
             )
-        same = x_TB.shape[0] == 1 or is_still(x_TB)
+        same = x_TB.shape[0] == 1 or is_static(x_TB)
         current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.decay))
-        with torch.no_grad(), evaluated_norms(self):
+        with torch.no_grad(), norms_in_eval(self):
             a_1B = self._simulate(x_TB, current_1B if same else None)
         return self._at_rest(a_1B, current_1B, adjoint)
 
@@ -158,11 +158,11 @@ class Equilibrium(nn.Module):
         betas: list[Tensor] = []
         z_1B = self.rate(0, current_1B + self.feedback(a_1B))
         for layer, synapse in enumerate(self.synapses, start=1):
-            z_1B = self.rate(layer, synapse(_OwnGradient.apply(z_1B, betas, layer - 1)))
-        return _AtRest.apply(z_1B, a_1B, current_1B, self, adjoint, betas)  # type: ignore[return-value]
+            z_1B = self.rate(layer, synapse(_LayerGradient.apply(z_1B, betas, layer - 1)))
+        return _ImplicitGradient.apply(z_1B, a_1B, current_1B, self, adjoint, betas)  # type: ignore[return-value]
 
 
-def the_equilibrium(who: str, model: nn.Module) -> Equilibrium:
+def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:
     """The one equilibrium of `model`, which holds all its neurons.
 
     Raises: ValueError, in the name of `who`, that says what the model has instead.
@@ -208,7 +208,7 @@ class Linearized:
         self.masks: list[Tensor] = []
         self._maps: list[tuple[Tensor, Tensor]] = []
         rate_1B = a_1B
-        with torch.enable_grad(), evaluated_norms(equilibrium):
+        with torch.enable_grad(), norms_in_eval(equilibrium):
             for layer, synapse in enumerate(self.synapses):
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
@@ -248,14 +248,14 @@ def weighted_mean(x_TB: Tensor, decay: float) -> Tensor:
     return mean_B.unsqueeze(0)
 
 
-def evaluated_norms(model: nn.Module) -> AbstractContextManager[None]:
+def norms_in_eval(model: nn.Module) -> AbstractContextManager[None]:
     """Batch norm under `model` uses its running statistics, and leaves them alone; everything else
     stays as it is.
     """
     return attribute_set(batch_norms(model), "training", False)
 
 
-class _OwnGradient(torch.autograd.Function):
+class _LayerGradient(torch.autograd.Function):
     """Identity; backward, the layer's own solution where the adjoint gave one for each layer."""
 
     @staticmethod
@@ -268,7 +268,7 @@ class _OwnGradient(torch.autograd.Function):
         return (ctx.betas[ctx.layer].unsqueeze(0) if ctx.betas else grad_outputs[0]), None, None
 
 
-class _AtRest(torch.autograd.Function):
+class _ImplicitGradient(torch.autograd.Function):
     """The value a[T] with the graph of f(a[T]); backward, the adjoint's solution in the place of
     the gradient.
     """
@@ -291,7 +291,7 @@ class _AtRest(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         a_1B, current_1B = ctx.saved_tensors
         # In the precision of the rate, never below fp32: a solve is longer than bf16 is precise.
-        with torch.autocast(a_1B.device.type, enabled=False), serving("solver"):
+        with torch.autocast(a_1B.device.type, enabled=False), op_scope("solver"):
             solved = ctx.adjoint(
                 grad_outputs[0].squeeze(0),
                 Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)),

@@ -2,7 +2,7 @@
 one, or one noisy sample.
 
     MeanJacobian   g = M e / (1 - lam^k),   M <- lam M + (1 - lam) mean of z o^T / alpha, once per
-    batch, k times so far Fixed          g = B e,                 B drawn once, entries of variance
+    batch, k times so far FixedRandom          g = B e,                 B drawn once, entries of variance
     1/K
     SinglePoint    g = z (o^T e) / alpha
 
@@ -12,9 +12,17 @@ of the forward that it perturbed, e `[B, K]` their error. In expectation over z,
 
 Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596) for fixed
 matrices.
-"""
 
-# B batch, N units of a layer, K outputs
+Other weights than the forward ones to carry an error down, for the seam `backward_weight` of a
+synapse.
+
+    dL/dx = B^T g,      B = scale sign(W)   (sign-symmetric)      or      B fixed and random
+    (feedback alignment)
+
+Source: Liao et al. 2016 (arXiv 1510.05067) for signs; Lillicrap et al. 2016 (doi
+10.1038/ncomms13276) for random feedback; both scales are those of HLOP's code (Xiao et al. 2024,
+arXiv 2402.11984).
+"""
 
 import math
 from collections.abc import Callable
@@ -24,10 +32,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.noise import noise
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.op_scope import op_scope
+
+# B batch, N units of a layer, K outputs
 
 
-class Signals(nn.Module):
+class ErrorFeedback(nn.Module):
     """Base of the three. Matrices are made when a layer's size is first seen, or by the checkpoint
     that is loaded.
     """
@@ -56,7 +66,7 @@ class Signals(nn.Module):
     def drop(self) -> None:
         """Forget what was noted: the batch that it belongs to did not come to its end."""
 
-    def noted_bytes(self) -> int:
+    def pending_bytes(self) -> int:
         """Of what is noted when a batch ends."""
         return 0
 
@@ -95,7 +105,7 @@ class Signals(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class MeanJacobian(Signals):
+class MeanJacobian(ErrorFeedback):
     """OPZO's matrices, in the dtype of the noise, never below fp32: an average that moves by a
     thousandth needs it.
 
@@ -130,7 +140,7 @@ class MeanJacobian(Signals):
         self._sums: dict[int, Tensor] = {}
         self._samples: dict[int, int] = {}
 
-    def noted_bytes(self) -> int:
+    def pending_bytes(self) -> int:
         """A sum for each matrix, as large."""
         return sum(
             buffer.nbytes for name, buffer in self.named_buffers() if name.startswith("matrix_")
@@ -141,13 +151,13 @@ class MeanJacobian(Signals):
     ) -> Tensor:
         assert z_BN is not None and z_BN.shape[1] == units
         self.note(layer, o_BK, z_BN)
-        with serving("feedback"):
+        with op_scope("feedback"):
             return e_BK @ self.jacobian(layer).T
 
     def note(self, layer: int, o_BK: Tensor, z_BN: Tensor) -> None:
         """One step of some samples, for the next move of this layer's matrix."""
         self.matrix(layer, z_BN.shape[1], o_BK.shape[1], z_BN.new_zeros)
-        with serving("feedback"):
+        with op_scope("feedback"):
             estimate = z_BN.T @ o_BK / self.scale
         self._sums[layer] = self._sums[layer] + estimate if layer in self._sums else estimate
         self._samples[layer] = self._samples.get(layer, 0) + len(z_BN)
@@ -181,7 +191,7 @@ class MeanJacobian(Signals):
         self.drop()
 
 
-class Fixed(Signals):
+class FixedRandom(ErrorFeedback):
     """DFA: `key_of(layer)` gives the 64 bits that a layer's matrix is drawn from, so it is the same
     on every rank.
 
@@ -201,11 +211,11 @@ class Fixed(Signals):
             )
             return entries.view(units, outputs).to(e_BK.dtype) / math.sqrt(outputs)
 
-        with serving("feedback"):
+        with op_scope("feedback"):
             return e_BK @ self.matrix(layer, units, e_BK.shape[1], drawn).T
 
 
-class SinglePoint(Signals):
+class SinglePoint(ErrorFeedback):
     """Zeroth order without a memory: each sample's own product of noise and outputs, whose variance
     grows with N.
     """
@@ -219,3 +229,23 @@ class SinglePoint(Signals):
     ) -> Tensor:
         assert z_BN is not None and z_BN.shape[1] == units
         return z_BN * ((o_BK * e_BK).sum(1, keepdim=True) / self.scale)
+
+
+def sign_symmetric(weight: Tensor) -> Tensor:
+    """sign(W) / sqrt(in) for a matrix, sign(W) sqrt(2 / (k^2 out)) for a convolution."""
+    is_matrix = weight.dim() == 2
+    return weight.sign() * math.sqrt(1 / weight.shape[1] if is_matrix else 2 / weight[:, 0].numel())
+
+
+class FixedFeedback:
+    """B, drawn once from `key` alone: uniform within +-1 / sqrt(fan_in), in the shape of the
+    weight.
+    """
+
+    def __init__(self, weight: Tensor, *, key: int) -> None:
+        generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
+        drawn = 2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64) - 1
+        self.matrix = (drawn / math.sqrt(weight[0].numel())).to(weight.device, weight.dtype)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return self.matrix

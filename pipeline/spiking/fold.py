@@ -32,9 +32,9 @@ def following_norms(
     else.
 
     Found by running `network` on `x_TB`, of which the values do not matter. Every operation on an
-    output counts as listening; a synapse that does not run has no norm.
+    output counts as recording; a synapse that does not run has no norm.
     """
-    listeners = _Listeners()
+    listeners = _Consumers()
     norms = {
         name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)
     }
@@ -72,7 +72,7 @@ def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
             bias_O.copy_(bias_O.double() / scale_O)
 
 
-class _Listeners(TorchDispatchMode):
+class _Consumers(TorchDispatchMode):
     """Who works on the outputs of synapses: the norm that runs at that moment, or None for anything
     else.
     """

@@ -7,7 +7,7 @@ one and is reached.
 With threshold 2 a fully connected feedback of spectral norm 1 has Lipschitz constant 1/2. The norm
 of a convolution as an operator on images is another than that of its matrix: with k taps (9 for
 3x3) it may be up to sqrt(k) times as large. There, and in a chain with synapses that are not
-limited, contraction is likely, not certain; the solvers of `spiking/solvers.py` notice where it
+limited, contraction is likely, not certain; the solvers of `rules/ide.py` notice where it
 fails.
 
 It is the weight that is limited, not the output: whatever a seam puts in the place of the synapse's
@@ -29,13 +29,13 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.state import State
 
 STEPS = 32
 
 
-class Limited(nn.Module):
+class LimitedSynapse(nn.Module):
     """`synapse` with `weight()` in the place of its own weight V, the parameter.
 
     Raises: ValueError for a synapse that takes no weight from outside, whose weight is standardised
@@ -64,7 +64,7 @@ class Limited(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must override weight")
 
 
-class SpectralLimit(Limited):
+class SpectralLimit(LimitedSynapse):
     """A spectral norm of at most 1; `gain` is learnable, from 1. A weight of zeros stays what it
     is.
     """
@@ -89,13 +89,13 @@ class SpectralLimit(Limited):
             return spectral_norm(V_MN)
         u, v, answer_M = (self.state.read(name) for name in ("u", "v", "answer"))
         if u is None or v is None or answer_M is None or not torch.equal(answer(V_MN, v), answer_M):
-            u, v = top_vectors(V_MN, steps=STEPS)
+            u, v = top_singular_vectors(V_MN, steps=STEPS)
             for name, value in (("u", u), ("v", v), ("answer", answer(V_MN, v))):
                 self.state.write(name, value)
         return stretch(u, V_MN, v)
 
 
-class FrobeniusLimit(Limited):
+class FrobeniusLimit(LimitedSynapse):
     """A Frobenius norm of at most `largest`.
 
     Raises: ValueError for a `largest` that is not above 0.
@@ -125,28 +125,28 @@ def spectral_norm(V: Tensor, *, steps: int = STEPS) -> Tensor:
     singular values crowd together at the top, as in random square matrices of 400
     (tests/spiking/test_limit.py).
     """
-    u, v = top_vectors(V, steps=steps)
+    u, v = top_singular_vectors(V, steps=steps)
     return stretch(u, V, v)
 
 
 def stretch(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
     """u^T V v, with its gradient u v^T; never below fp32."""
-    with torch.autocast(V.device.type, enabled=False), serving("limit"):
+    with torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return u @ V.to(u.dtype) @ v
 
 
 @torch.no_grad()
 def answer(V: Tensor, v: Tensor) -> Tensor:
     """V v, without a graph: another one shows that V has moved."""
-    with torch.autocast(V.device.type, enabled=False), serving("limit"):
+    with torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return V.to(v.dtype) @ v
 
 
-def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
+def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     """Unit u, v that make u^T V v largest over the Krylov space of a fixed start:
     Golub-Kahan-Lanczos, reorthogonalised.
     """
-    with torch.no_grad(), torch.autocast(V.device.type, enabled=False), serving("limit"):
+    with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
 
 

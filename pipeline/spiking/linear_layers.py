@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from pipeline.spiking.limit import Limited
+from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.norm import is_foreign_norm
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -77,7 +77,7 @@ def _why_not(module: nn.Module) -> str | None:
             f"{type(module).__name__}, which cannot be frozen (pipeline.spiking.norm.BatchNorm"
             " can),"
         )
-    if isinstance(module, Limited):
+    if isinstance(module, LimitedSynapse):
         return f"{type(module).__name__}, which scales the weight,"
     if not isinstance(module, (nn.Linear, _ConvNd)):
         return None

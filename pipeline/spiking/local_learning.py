@@ -1,8 +1,8 @@
 """Layers that learn from a signal sent to them from above, and pass no gradient to the layer below.
 
-Under the seam `TopDown` a neuron gives the network its spikes (perturbed, where the rule asks for
+Under the seam `LocalGradient` a neuron gives the network its spikes (perturbed, where the rule asks for
 it) without a graph, and keeps those with the graph of its own layer aside, which ends at the
-synapse that feeds it. `with_signals` then makes the scalar whose gradient is each layer's signal at
+synapse that feeds it. `inject_gradients` then makes the scalar whose gradient is each layer's signal at
 its own spikes, and whose value is the loss.
 
     forward     s[t] = LIF(x[t]),  out[t] = s[t] + alpha z[t]     or      s[t] = 1 if u[t] + alpha
@@ -66,7 +66,7 @@ class Readout(nn.Module):
         return f"{self.channels}, cells={self.cells}"
 
 
-class TopDown:
+class LocalGradient:
     """The seam `LIF.gradient` of one layer, which a rule switches on for each time step that it
     learns from.
 
@@ -90,7 +90,7 @@ class TopDown:
         self.inject = inject
         self.distribution: Distribution = distribution
         self.readout = readout
-        self.state = State("TopDown")
+        self.state = State("LocalGradient")
         self._is_open = False
         self._keys: Sequence[int] = ()
         self._sign = 1.0
@@ -113,7 +113,7 @@ class TopDown:
         value = self.state.read(name)
         if value is None:
             raise ValueError(
-                "TopDown: the network must run every neuron at every time step; one was not run,"
+                "LocalGradient: the network must run every neuron at every time step; one was not run,"
                 f" so has no {name}"
             )
         return value
@@ -160,7 +160,7 @@ class TopDown:
         return s_B, v_B - (noise_B if lif.reset == "subtract" else noise_B * (1 - s_B.detach()))
 
 
-def answering(model: nn.Module) -> AbstractContextManager[None]:
+def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, each `Readout` under `model` answers to what passes through it, as it does where a
     layer learns from its loss.
     """
@@ -176,15 +176,15 @@ def answering(model: nn.Module) -> AbstractContextManager[None]:
     )
 
 
-def with_signals(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
+def inject_gradients(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
     """A scalar worth `loss` whose gradient at each of `ends` is the constant of `signals`, and
     nothing beside it.
     """
     # apply is untyped in torch 2.13
-    return _WithSignals.apply(loss.detach(), *ends, *signals)  # type: ignore[return-value]
+    return _InjectGradients.apply(loss.detach(), *ends, *signals)  # type: ignore[return-value]
 
 
-class _WithSignals(torch.autograd.Function):
+class _InjectGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[len(tensors) // 2 :])
@@ -201,7 +201,7 @@ class _WithSignals(torch.autograd.Function):
         )
 
 
-def refuse_streams(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
+def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
     """Each parameter must lead to one of `ends`, the spikes of each layer and the output: else
     gradients pass by the neurons.
 

@@ -9,7 +9,7 @@ rules refuse it. `between="rank"` normalises by each rank's own samples; `betwee
 ranks' samples, exactly, whatever the local batch sizes (torch's SyncBatchNorm runs on CUDA alone,
 checked on torch 2.13).
 
-A still image (`encode.is_still`) has the same statistics at every step: they are taken once, and
+A still image (`encode.is_static`) has the same statistics at every step: they are taken once, and
 the running ones end where all steps would have brought them.
 """
 
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.state import attribute_set
 
 
@@ -61,7 +61,7 @@ class BatchNorm(nn.Module):
         self.over = over
         self.between = between
         self.frozen = False
-        self.stands_for: int | None = None
+        self.repeats: int | None = None
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -73,8 +73,8 @@ class BatchNorm(nn.Module):
                 f"BatchNorm: the input must be [T, B, {self.channels}, ...]; got shape"
                 f" {tuple(x_TBC.shape)}"
             )
-        if self.stands_for is not None or is_still(x_TBC):
-            return repeat(self._normalize(x_TBC[0], self.stands_for or len(x_TBC)), len(x_TBC))
+        if self.repeats is not None or is_static(x_TBC):
+            return repeat(self._normalize(x_TBC[0], self.repeats or len(x_TBC)), len(x_TBC))
         if self.uses_batch and self.over == "step":
             return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
         return self._normalize(x_TBC.flatten(0, 1)).view_as(x_TBC)
@@ -171,18 +171,18 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
-def by_own_samples(model: nn.Module) -> AbstractContextManager[None]:
+def local_statistics(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, batch norms under `model` normalise by the samples of this rank: for what one rank
     computes, or each by itself.
     """
     return attribute_set(batch_norms(model), "between", "rank")
 
 
-def standing_for(model: nn.Module, steps: int) -> AbstractContextManager[None]:
+def repeated_steps(model: nn.Module, steps: int) -> AbstractContextManager[None]:
     """Inside, the slices that batch norms under `model` see are one frame, which stands for so many
     time steps.
     """
-    return attribute_set(batch_norms(model), "stands_for", steps)
+    return attribute_set(batch_norms(model), "repeats", steps)
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,7 +55,7 @@ class _Mean(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (g,) = grad_outputs
         share = g / ctx.size**2
-        return (into_slices if g.device.type == "cpu" else enlarged)(
+        return (spread_by_slices if g.device.type == "cpu" else spread_by_interpolation)(
             share, ctx.shape, ctx.size
         ), None
 
@@ -67,7 +67,7 @@ def mean_of_slices(x_NCHW: Tensor, size: int) -> Tensor:
     return reduce(torch.add, (above[..., column:width:size] for column in range(size))) / size**2
 
 
-def into_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
+def spread_by_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
     """Each pixel of `share` at every place of its square, and 0 where none is: many kernels, and
     the fastest way on a CPU.
     """
@@ -79,7 +79,7 @@ def into_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
     return made
 
 
-def enlarged(share: Tensor, shape: torch.Size, size: int) -> Tensor:
+def spread_by_interpolation(share: Tensor, shape: torch.Size, size: int) -> Tensor:
     """The same in one kernel, and another where pixels are left over."""
     made = F.interpolate(share, scale_factor=size, mode="nearest")
     below, right = (

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spiking.encode import is_still
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.encode import is_static
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import rate_weights
 from pipeline.spiking.state import attribute_set
 from pipeline.spiking.subspace import Moments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
-class Ear:
+class InputRecorder:
     """Adds up what one synapse hears while `open_for` holds the number of steps T of the batch
-    (`listening`).
+    (`recording`).
 
     With `decay`, it hears the weighted mean over time in the place of each step.
     """
@@ -48,7 +48,7 @@ class Ear:
         """of the last batch, means over ranks"""
 
     @torch.no_grad()
-    def hear(self, x_TB: Tensor) -> None:
+    def record(self, x_TB: Tensor) -> None:
         """Raises: ValueError for a part of the sequence where the rates of all of it are asked
         for.
         """
@@ -61,8 +61,8 @@ class Ear:
             )
         if self.heard is None:
             self.heard = self.moments(self.subspace)
-        with torch.autocast(x_TB.device.type, enabled=False), serving("lateral"):
-            if is_still(x_TB):  # every mean over time is the frame
+        with torch.autocast(x_TB.device.type, enabled=False), op_scope("lateral"):
+            if is_static(x_TB):  # every mean over time is the frame
                 x_TB = x_TB[:1]
             elif self.decay is not None:
                 x_TB = torch.einsum(
@@ -103,26 +103,22 @@ class Ear:
         return heard
 
 
-def listening(ears: Sequence[Ear], steps: int) -> AbstractContextManager[None]:
-    """Inside, all of them hear a batch of so many time steps."""
-    return attribute_set(ears, "open_for", steps)
+def recording(recorders: Sequence[InputRecorder], steps: int) -> AbstractContextManager[None]:
+    """Inside, all of them record a batch of so many time steps."""
+    return attribute_set(recorders, "open_for", steps)
 
 
-class Overheard:
-    """The seam `presynaptic` with an ear on the factor that it makes."""
+class RecordedFactor:
+    """The seam `presynaptic` with an recorder on the factor that it makes."""
 
-    def __init__(self, seam: Callable[[Tensor], Tensor], hear: Callable[[Tensor], None]) -> None:
-        self.seam, self.hear = seam, hear
+    def __init__(self, seam: Callable[[Tensor], Tensor], record: Callable[[Tensor], None]) -> None:
+        self.seam, self.record = seam, record
         self.state = getattr(seam, "state", None)
 
     def __call__(self, x_TB: Tensor) -> Tensor:
         factor_TB = self.seam(x_TB)
-        self.hear(factor_TB)
+        self.record(factor_TB)
         return factor_TB
-
-
-def fan_in(synapse: Linear | Conv2d) -> int:
-    return synapse.weight[0].numel()
 
 
 def factors(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:

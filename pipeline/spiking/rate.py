@@ -87,13 +87,13 @@ class RateNeuron(LIF):
         self.threshold_gradient = threshold_gradient
         self.gain = 1.0 if decay == 1 else (1 - decay) / dt
 
-    def held_threshold(self) -> Tensor:
+    def clamped_threshold(self) -> Tensor:
         """The threshold in force: not below `bound`, with the scaled gradient."""
-        return _Held.apply(self.threshold, self.bound, self.threshold_gradient)  # type: ignore[return-value]
+        return _ClampedThreshold.apply(self.threshold, self.bound, self.threshold_gradient)  # type: ignore[return-value]
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""
-        threshold = self.held_threshold().to(v_B.dtype)
+        threshold = self.clamped_threshold().to(v_B.dtype)
         u_B = self.charged(x_B, v_B)
         s_B = spike((u_B - self.alpha * threshold) / threshold, surrogate=self.surrogate)
         return s_B * (threshold / self.dt), u_B - threshold * s_B.detach()
@@ -208,7 +208,7 @@ def rate_weights(decay: float, x_TB: Tensor) -> Tensor:
     return torch.tensor([power / total for power in powers], dtype=dtype, device=x_TB.device)
 
 
-class _Held(torch.autograd.Function):
+class _ClampedThreshold(torch.autograd.Function):
     """max(threshold, bound) forward; the gradient passes, scaled."""
 
     @staticmethod

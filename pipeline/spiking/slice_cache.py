@@ -32,7 +32,7 @@ from pipeline.spiking.state import State, attribute_set
 Backwards = Literal["one", "several"]
 
 
-class Sharing:
+class SliceCache:
     """What the slices of one batch of `steps` time steps have in common.
 
     `backwards`: whether one backward call goes through all of them, or several through each or
@@ -82,7 +82,7 @@ class Sharing:
             return self._without_graph(state, y)
         return y
 
-    def carrying(self, loss: Tensor) -> Tensor:
+    def with_gradients(self, loss: Tensor) -> Tensor:
         """The loss of the slice at hand; of the last one, with what the others collected in its
         backward.
 
@@ -93,7 +93,7 @@ class Sharing:
             return loss
         states, made = zip(*self._made, strict=True)
         # apply is untyped
-        return _Carrying.apply(loss, states, *made)  # type: ignore[return-value]
+        return _AddGradients.apply(loss, states, *made)  # type: ignore[return-value]
 
     def _without_graph(self, state: State, y: Tensor) -> Tensor:
         """A copy of y, on which the gradients of several backward calls add up."""
@@ -140,7 +140,7 @@ class Sharing:
             self._makes = False
 
 
-class _Carrying(torch.autograd.Function):
+class _AddGradients(torch.autograd.Function):
     """The loss as it is, and in its backward for each y the gradient that its state has
     collected.
     """
@@ -160,13 +160,13 @@ def _memory(value: Tensor) -> int:
 
 
 @contextmanager
-def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterator[Sharing]:
+def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterator[SliceCache]:
     """Inside, the slices of a batch of `steps` time steps share what each module of `model` with a
-    `sharing` makes once.
+    `cache` makes once.
 
     To be entered inside `fresh_state`, for one batch whose weights rest.
     """
-    sharing = Sharing(steps=steps, backwards=backwards, parameters=model.parameters)
-    sharers = [module for module in model.modules() if hasattr(module, "sharing")]
-    with attribute_set(sharers, "sharing", sharing):
-        yield sharing
+    cache = SliceCache(steps=steps, backwards=backwards, parameters=model.parameters)
+    modules = [module for module in model.modules() if hasattr(module, "slice_cache")]
+    with attribute_set(modules, "slice_cache", cache):
+        yield cache

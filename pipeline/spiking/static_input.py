@@ -1,7 +1,7 @@
 """What stands before the first neuron, computed once for a still image, however many slices of time
 steps read it.
 
-A call on several steps of a still image computes them once as it is (`encode.is_still`); slices
+A call on several steps of a still image computes them once as it is (`encode.is_static`); slices
 share what the first of them computed (`once.py`). A synapse whose `presynaptic` gives another
 factor at each step is computed at each step."""
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.spiking.encode import is_still, repeat
-from pipeline.spiking.norm import standing_for
-from pipeline.spiking.slice_cache import Sharing
+from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.norm import repeated_steps
+from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State
 
 
@@ -27,7 +27,7 @@ class StaticInput(nn.Sequential):
 
     def __init__(self, *modules: Any) -> None:
         super().__init__(*modules)
-        self.sharing: Sharing | None = None
+        self.slice_cache: SliceCache | None = None
         self.state = State("StaticInput")
 
     @classmethod
@@ -36,28 +36,28 @@ class StaticInput(nn.Sequential):
         return cls(OrderedDict(sequence.named_children()))
 
     def forward(self, input: Tensor) -> Tensor:
-        sharing = self.sharing
-        if sharing is None or not _is_slice_of_the_image(input, sharing) or self._factors_differ:
+        cache = self.slice_cache
+        if cache is None or not _is_slice_of_the_image(input, cache) or self._factors_differ:
             return super().forward(input)
 
         def compute() -> Tensor:
-            with standing_for(self, sharing.steps):
+            with repeated_steps(self, cache.steps):
                 return super(StaticInput, self).forward(input)[0]
 
-        return repeat(sharing.once(self.state, compute), len(input))
+        return repeat(cache.once(self.state, compute), len(input))
 
     @property
     def _factors_differ(self) -> bool:
         return any(getattr(module, "presynaptic", None) is not None for module in self.modules())
 
 
-def _is_slice_of_the_image(x_TB: Tensor, sharing: Sharing) -> bool:
+def _is_slice_of_the_image(x_TB: Tensor, cache: SliceCache) -> bool:
     """The image is held, so that no other storage takes its place."""
-    if not is_still(x_TB) or len(x_TB) == sharing.steps:
+    if not is_static(x_TB) or len(x_TB) == cache.steps:
         return False
-    if sharing.image_B is None:
-        sharing.image_B = x_TB[0]
-    return _place(x_TB) == _place(sharing.image_B) and x_TB.shape[1:] == sharing.image_B.shape
+    if cache.image_B is None:
+        cache.image_B = x_TB[0]
+    return _place(x_TB) == _place(cache.image_B) and x_TB.shape[1:] == cache.image_B.shape
 
 
 def _place(x: Tensor) -> tuple[int, int]:

@@ -12,17 +12,24 @@ micro-batches and ranks and iterating once for a global batch gives every rank t
 the batch was cut.
 
 Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi
-10.1142/S0129065789000475) for the subspace rule."""
+10.1142/S0129065789000475) for the subspace rule.
 
-# N samples and time steps, C inputs of a layer, K lateral neurons
+How many rows each task adds to the subspace of each synapse (`spiking/subspace.py`), and whether
+there is room for them.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.op_scope import serving
+from pipeline.core.checks import are_counts
+from pipeline.spiking.op_scope import op_scope
+from pipeline.spiking.synapse import Conv2d, Linear
+
+# N samples and time steps, C inputs of a layer, K lateral neurons
+
 
 LARGEST_CHANGE = 10.0
 LARGEST_RESPONSE = 20.0
@@ -77,7 +84,7 @@ class Subspace(nn.Module):
     @torch.no_grad()
     def learn(self, moments: "Moments", *, rate: float, momentum: float, iterations: int) -> None:
         """The equations at the head of the file, `iterations` times."""
-        with serving("lateral"):
+        with op_scope("lateral"):
             for _ in range(iterations):
                 change = moments.drive(self).clamp_(-LARGEST_CHANGE, LARGEST_CHANGE)
                 self.velocity = momentum * self.velocity + (1 - momentum) * change
@@ -89,7 +96,7 @@ class Subspace(nn.Module):
         """g - (g H^T) H over the frozen rows; `g` is the gradient of a weight, flattened to
         `[outputs, C]`.
         """
-        with torch.autocast(g.device.type, enabled=False), serving("lateral"):
+        with torch.autocast(g.device.type, enabled=False), op_scope("lateral"):
             g_KC = g.flatten(1).to(self.old.dtype)
             return (g_KC - (g_KC @ self.old.T) @ self.old).view_as(g).to(g.dtype)
 
@@ -154,7 +161,7 @@ class SpikingMoments:
         self.samples = 0
 
     def add(self, x_NC: Tensor) -> None:
-        y_NK = in_spikes(x_NC @ self.rows.T, self.steps)
+        y_NK = quantized_response(x_NC @ self.rows.T, self.steps)
         self.cross_KC.addmm_(y_NK.T, x_NC)
         self.lateral_KK.addmm_(y_NK.T, y_NK)
         self.power += x_NC.square().sum()
@@ -184,7 +191,7 @@ def _share(kept: Tensor, energy: Tensor) -> Tensor:
     )
 
 
-def in_spikes(y: Tensor, steps: int) -> Tensor:
+def quantized_response(y: Tensor, steps: int) -> Tensor:
     """What `steps` time steps of signed spikes can say of y: clipped to +-20, in steps of 20 /
     `steps`.
     """
@@ -194,10 +201,73 @@ def in_spikes(y: Tensor, steps: int) -> Tensor:
 
 
 def orthonormal(rows: Tensor, others: Tensor) -> Tensor:
-    """Rows of the same span, apart from what lies in that of `others`: orthonormal, and orthogonal
+    """RowBudget of the same span, apart from what lies in that of `others`: orthonormal, and orthogonal
     to `others`.
 
     Gram-Schmidt in the order of the rows; where they are orthonormal already, nothing changes.
     """
     q, r = torch.linalg.qr((rows - (rows @ others.T) @ others).T)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)).T.contiguous()
+
+
+class RowBudget:
+    """`counts[task][synapse]`, synapses in order of registration; what is written last holds for
+    all later tasks.
+
+    Refusals are in the name of `who`.
+
+    Raises: ValueError for anything but whole numbers >= 0.
+    """
+
+    def __init__(self, who: str, counts: Sequence[Sequence[int]]) -> None:
+        if (
+            not isinstance(counts, Sequence)
+            or not counts
+            or not all(are_counts(each, least=0) for each in counts)
+        ):
+            raise ValueError(
+                f"{who}: rows must hold, for each task, a number >= 0 for each synapse; got"
+                f" rows={counts!r}"
+            )
+        self.counts = tuple(tuple(each) for each in counts)
+
+    def of(self, task: int) -> tuple[int, ...]:
+        return self.counts[min(task, len(self.counts) - 1)]
+
+    def check(self, who: str, synapses: Mapping[str, Linear | Conv2d], *, tasks: int) -> None:
+        """Raises: ValueError unless there is a number for each synapse, and room for the rows of so
+        many tasks.
+        """
+        for each in self.counts:
+            if len(each) != len(synapses):
+                raise ValueError(
+                    f"{who}: rows must name one for each of {', '.join(synapses)}; got {each}"
+                )
+        what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
+        for index, (name, synapse) in enumerate(synapses.items()):
+            asked = sum(self.of(task)[index] for task in range(tasks))
+            if asked > fan_in(synapse):
+                raise ValueError(
+                    f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got"
+                    f" {asked}"
+                )
+
+    def grow(
+        self, who: str, subspaces: Sequence[Subspace], *, task: int, key_of: Callable[[int], int]
+    ) -> None:
+        """Freeze what the subspaces learnt and begin the rows of `task`, those of synapse i drawn
+        from `key_of(i)`.
+
+        Raises: ValueError where a synapse has fewer directions left.
+        """
+        for index, (subspace, count) in enumerate(zip(subspaces, self.of(task), strict=True)):
+            if count > subspace.free:
+                raise ValueError(
+                    f"{who}: rows must fit into the inputs of a synapse; got {count} more for task"
+                    f" {task}, where synapse {index} has {subspace.free} directions left"
+                )
+            subspace.grow(count, key=key_of(index))
+
+
+def fan_in(synapse: Linear | Conv2d) -> int:
+    return synapse.weight[0].numel()

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spiking.encode import is_still, repeat
-from pipeline.spiking.slice_cache import Sharing
+from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State
 
 STANDARDIZATION_EPS = 1e-4
@@ -50,7 +50,7 @@ def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     """Apply a map without memory to all time steps at once: `[T, B, ...]` as a batch of T * B; to a
     still image, once.
     """
-    if is_still(x_TB):
+    if is_static(x_TB):
         return repeat(op(x_TB[0]), len(x_TB))
     return op(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
 
@@ -64,7 +64,7 @@ class _Synapse(nn.Module):
         self.weights: str = weights
         self.gain = _gain(type(self).__name__, self.weight, weights)
         self.binarizer: nn.Module | None = None
-        self.sharing: Sharing | None = None
+        self.slice_cache: SliceCache | None = None
         self.state = None if self.gain is None else State(type(self).__name__)
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
@@ -90,7 +90,7 @@ class Linear(nn.Linear, _Synapse):
             )
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
-            if is_still(input):
+            if is_static(input):
                 return repeat(F.linear(input[0], weight, self.bias), len(input))
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -159,9 +159,13 @@ def effective_weight(synapse: Linear | Conv2d) -> Tensor:
 
 def _weight_for(synapse: Linear | Conv2d, x_TB: Tensor) -> Tensor:
     """The effective weight, for one slice of a batch or all of it."""
-    if synapse.sharing is None or synapse.state is None or len(x_TB) == synapse.sharing.steps:
+    if (
+        synapse.slice_cache is None
+        or synapse.state is None
+        or len(x_TB) == synapse.slice_cache.steps
+    ):
         return effective_weight(synapse)
-    return synapse.sharing.once(synapse.state, partial(effective_weight, synapse))
+    return synapse.slice_cache.once(synapse.state, partial(effective_weight, synapse))
 
 
 def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ class _LinearWithSeams(torch.autograd.Function):
         factor_TBC, weight = ctx.saved_tensors
         want_x, _, want_weight, want_bias, _ = ctx.needs_input_grad
         return (
-            g_TBK @ carrier(weight, ctx.downward) if want_x else None,
+            g_TBK @ error_weight(weight, ctx.downward) if want_x else None,
             None,
             g_TBK.flatten(0, -2).T @ factor_TBC.flatten(0, -2) if want_weight else None,
             g_TBK.flatten(0, -2).sum(0) if want_bias else None,
@@ -228,12 +232,12 @@ class _ConvWithSeams(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
         # The input enters this op only through the weight gradient (its shape aside), and the
-        # weight only through the input's: handing it the factor and the carrier of the error gives
+        # weight only through the input's: handing it the factor and the error_weight of the error gives
         # both.
         g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
             grad_outputs[0],
             factor_NCHW,
-            carrier(weight, ctx.downward),
+            error_weight(weight, ctx.downward),
             [weight.shape[0]],
             stride,
             padding,
@@ -246,7 +250,7 @@ class _ConvWithSeams(torch.autograd.Function):
         return g_x, None, g_weight, g_bias, None, None
 
 
-def carrier(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
+def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
     """What carries the error down; made in the backward, so that nothing more is kept for it."""
     return weight if downward is None else downward(weight).to(weight.dtype)
 

@@ -43,7 +43,7 @@ class Trace:
         return a_TB
 
 
-def the_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
+def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
     """The one decay of all neurons of `model`, at which traces of their inputs forget; a `decay`
     that
     is given must be it.

@@ -3,12 +3,12 @@ import pytest
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.convnet import convnet
 from pipeline.models.feedback import conv_feedback, fc_feedback, lenet_f
-from pipeline.models.late import Late
 from pipeline.models.mlp import mlp
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.preact_resnet import preact_resnet18_small
 from pipeline.models.qkformer import QKFormer
+from pipeline.models.transforms import Late
 from pipeline.models.vgg import vgg_sws
 from pipeline.spiking.local_learning import Readout
 

@@ -4,10 +4,10 @@ from torch.nn import functional as F
 
 from pipeline.measure.activity import Activity
 from pipeline.models.attention import SelfAttention, TokenQK
-from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import Block, qkformer_10
 from pipeline.models.qkformer_published import to_published
 from pipeline.models.residual import Blocks
+from pipeline.models.transforms import binarized
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.encode import repeat

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.residual import Blocks, Layer
-from pipeline.models.stream import ALPHA, Rescaled, Residual
+from pipeline.models.residual import ALPHA, Blocks, Layer, Rescaled, Residual
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.random import counter_hash
-from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.models.readouts import with_readouts
+from pipeline.models.transforms import multi_head, select_head, with_readouts
 from pipeline.models.vgg import vgg_sws
 from pipeline.rules.base import World
 from pipeline.rules.hlop import HLOP

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spiking.error_feedback import Fixed, MeanJacobian, Signals, SinglePoint
+from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian, SinglePoint
 from pipeline.spiking.noise import noise
 
 HIDDEN, OUTPUTS, BATCH, SCALE = 100, 5, 32, 0.2
@@ -61,7 +61,7 @@ def test_the_mean_jacobian_of_a_tanh_network_is_found():
         0.9 < float(found.jacobian(0).norm() / expected.norm()) < 1.1
     )  # less by the smoothing, more by what noise is left
     assert abs(cosine(learnt(network, 0.0, updates=1000).jacobian(0), expected)) <= 0.3
-    fixed = Fixed()
+    fixed = FixedRandom()
     fixed.signal(0, HIDDEN, e_BK=torch.zeros(1, OUTPUTS), o_BK=torch.zeros(1, OUTPUTS), z_BN=None)
     assert abs(cosine(fixed.get_buffer("matrix_0"), expected)) <= 0.2
 
@@ -159,7 +159,7 @@ def test_single_point_is_the_product_of_the_sample():
 
 
 def test_a_fixed_matrix_has_the_scale_of_the_errors():
-    fixed = Fixed()
+    fixed = FixedRandom()
     e_BK = torch.randn(64, OUTPUTS, generator=torch.Generator().manual_seed(0))
     g_BN = fixed.signal(3, 20_000, e_BK=e_BK, o_BK=e_BK, z_BN=None)
     assert float(g_BN.square().mean() / e_BK.square().mean()) == pytest.approx(1, abs=0.05)
@@ -167,13 +167,13 @@ def test_a_fixed_matrix_has_the_scale_of_the_errors():
     assert not torch.equal(g_BN, fixed.signal(4, 20_000, e_BK=e_BK, o_BK=e_BK, z_BN=None))
 
 
-@pytest.mark.parametrize("build", [lambda: MeanJacobian(momentum=0.9, scale=SCALE), Fixed])
+@pytest.mark.parametrize("build", [lambda: MeanJacobian(momentum=0.9, scale=SCALE), FixedRandom])
 def test_a_checkpoint_brings_the_sizes(build):
     e_BK, z_BN = torch.ones(2, OUTPUTS), noise([1, 2], 6, distribution="gaussian")
-    first: Signals = build()
+    first: ErrorFeedback = build()
     first.signal(0, 6, e_BK=e_BK, o_BK=e_BK, z_BN=z_BN)
     first.end_of_batch(lambda statistic: statistic)
-    second: Signals = build()
+    second: ErrorFeedback = build()
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.get_buffer("matrix_0"), first.get_buffer("matrix_0"))
     with pytest.raises(

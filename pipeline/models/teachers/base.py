@@ -16,7 +16,7 @@ from pipeline.models.teachers.probe import Probe
 
 
 @runtime_checkable
-class Pictures(Protocol):
+class ImageData(Protocol):
     """A data set of still pictures, whose batches hold `(pixels - mean) / std`, a value a channel,
     of pixels scaled to 0..1.
     """

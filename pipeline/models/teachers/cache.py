@@ -71,7 +71,7 @@ class Cache:
             )
 
 
-class Kept:
+class CachedPredictions:
     """The answers of one seed, as one process reads and adds to them.
 
     Raises: ValueError for a record that is damaged.

@@ -36,7 +36,7 @@ class Hub:
     """What timm downloads for the model's name, `tag` included (`resnet50.a1_in1k`)."""
 
     def load(self, name: str) -> nn.Module:
-        _known(name)
+        _check_name(name)
         try:
             return timm.create_model(name, pretrained=True)
         except (
@@ -59,7 +59,7 @@ class File:
 
     def load(self, name: str) -> nn.Module:
         path = Path(self.path)
-        return _fitted(name, read_state(path, who="File"), str(path))
+        return _build(name, read_state(path, who="File"), str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +83,11 @@ class Package:
                 f"Package: the weights of {self.name} are those of {packed.model} and of no other;"
                 f" got {name}"
             )
-        _known(name)
+        _check_name(name)
         path = packed.path(self.name)
         _check_hash(path, self.name)
         model = timm.create_model(name)
-        return _filled(model, from_original(read_state(path, who="Package"), model), str(path))
+        return _load(model, to_timm_names(read_state(path, who="Package"), model), str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Untrained:
     seed: int = 0
 
     def load(self, name: str) -> nn.Module:
-        _known(name)
+        _check_name(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return timm.create_model(name)
@@ -152,7 +152,7 @@ _INVERTED = {
 }
 
 
-def from_original(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The original's names in timm's: its flat blocks are timm's stages in order, and a block
     without expansion is separable.
 
@@ -187,7 +187,7 @@ def _check_hash(path: Path, package: str) -> None:
         )
 
 
-def _known(name: str) -> None:
+def _check_name(name: str) -> None:
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=4)
         also = f"; near it: {', '.join(near)}" if near else ""
@@ -203,8 +203,8 @@ def _known(name: str) -> None:
         )
 
 
-def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    _known(name)
+def _build(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    _check_name(name)
     head = timm.get_pretrained_cfg_value(name, "classifier")
     weight = state.get(f"{head}.weight") if isinstance(head, str) else None
     model = (
@@ -212,10 +212,10 @@ def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
         if weight is None
         else timm.create_model(name, num_classes=weight.shape[0])
     )
-    return _filled(model, state, source)
+    return _load(model, state, source)
 
 
-def _filled(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
+def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     wrong = misfits(state, model.state_dict())
     if wrong:
         raise ValueError(
