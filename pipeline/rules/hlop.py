@@ -210,7 +210,7 @@ class HLOP(Rule):
         projected = {id(synapse.weight) for synapse in synapses.values()}
         for _, parameter in named_parameters(model, skip=self.skip):
             if parameter.requires_grad and id(parameter) not in projected:
-                self._hooks.append(parameter.register_hook(self._at_rest))
+                self._hooks.append(parameter.register_hook(self._freeze))
 
     def release(self) -> None:
         while self._hooks:
@@ -260,7 +260,7 @@ class HLOP(Rule):
                 self._feedback.append(FixedFeedback(synapse.weight.detach(), key=key))
                 self.set_seam(synapse, "backward_weight", self._feedback[-1])
 
-    def _at_rest(self, g: Tensor) -> Tensor | None:
+    def _freeze(self, g: Tensor) -> Tensor | None:
         """The gradient of a vector of parameters: zero from the second task on. The parameter
         itself stays the optimizer's.
         """
@@ -341,7 +341,7 @@ class HLOP(Rule):
         if step != self._batch:
             self._batch = step
             for recorder in self._recorders:
-                recorder.forget()
+                recorder.discard()
         if self.inner.adds_noise:
             # What must stay is what the network does by itself: its inputs without the noise, for
             # one forward more.
@@ -355,7 +355,7 @@ class HLOP(Rule):
         shares = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
         while True:
             # Closed again before the yield: what a backward computes once more (recomputation) is
-            # not heard twice.
+            # not moments twice.
             with (
                 nullcontext()
                 if self.inner.adds_noise
@@ -372,10 +372,10 @@ class HLOP(Rule):
         """
         self.inner.end_of_batch()
         for recorder, rate in zip(self._recorders, self._rates(len(self._recorders)), strict=True):
-            heard = recorder.take(self.world.mean)
-            if heard is not None:
+            moments = recorder.finish(self.world.mean)
+            if moments is not None:
                 recorder.subspace.learn(
-                    heard, rate=rate, momentum=self.momentum, iterations=self.inner_iterations
+                    moments, rate=rate, momentum=self.momentum, iterations=self.inner_iterations
                 )
 
     def figures(self) -> dict[str, float]:
@@ -390,8 +390,8 @@ class HLOP(Rule):
 
     def extra_bytes(self) -> int:
         """What every synapse hears, the feedback where it is fixed, and the inner rule's."""
-        heard = sum(recorder.bytes() for recorder in self._recorders)
-        return heard + sum(each.matrix.nbytes for each in self._feedback) + self.inner.extra_bytes()
+        moments = sum(recorder.bytes() for recorder in self._recorders)
+        return moments + sum(each.matrix.nbytes for each in self._feedback) + self.inner.extra_bytes()
 
     # --------------------------------------------------------------------- what is the inner rule's
 

@@ -188,7 +188,7 @@ def layer_gains(
     v_B = some * torch.nan_to_num(beta_B, nan=1.0, posinf=1.0, neginf=1.0) + some
     for _ in range(turns):
         v_B = vjp(v_B / v_B.norm().clamp_min(torch.finfo(v_B.dtype).tiny))
-    norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.backwards(v_B))]
+    norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.layer_vjps(v_B))]
     return [after / max(before, 1e-30) for before, after in itertools.pairwise(norms)]
 
 

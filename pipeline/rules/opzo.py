@@ -231,7 +231,7 @@ class OPZO(Rule):
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         if step != self._noted:
-            self.signals.drop()  # of a batch that failed half-way
+            self.signals.discard()  # of a batch that failed half-way
             self._noted = step
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
@@ -272,7 +272,7 @@ class OPZO(Rule):
         """
         (loss, share_BK), e_BK = _loss_and_error(logits_1BK, loss_of, steps)
         readouts = {
-            index: layer.kept("logits")
+            index: layer.recorded("logits")
             for index, layer in enumerate(self._layers)
             if layer.readout is not None
         }
@@ -282,7 +282,7 @@ class OPZO(Rule):
         ]
         errors = dict(zip(readouts, signals[1:], strict=True))
         for index, layer in enumerate(self._layers):
-            s_1B = layer.kept("spikes")
+            s_1B = layer.recorded("spikes")
             above = [place for place in self.intermediate if place > index]
             outputs = [*(readouts[place] for place in above), logits_1BK]
             g_BN = self.signals.signal(
@@ -290,7 +290,7 @@ class OPZO(Rule):
                 s_1B[0, 0].numel(),
                 e_BK=_columns([*(errors[place] for place in above), e_BK], s_1B.dtype),
                 o_BK=_columns(outputs, s_1B.dtype),
-                z_BN=layer.kept("z") if self.noise else None,
+                z_BN=layer.recorded("z") if self.noise else None,
             )
             ends.append(s_1B)
             signals.append(g_BN.view_as(s_1B))
@@ -342,7 +342,7 @@ class OPZO(Rule):
                 f"{self.label}: the first synapse in order of registration must run first, for it"
                 f" has no trace; got {ran[0]} before {next(iter(synapses))}"
             )
-        ends = dict(zip(neurons, (layer.kept("spikes") for layer in self._layers), strict=True))
+        ends = dict(zip(neurons, (layer.recorded("spikes") for layer in self._layers), strict=True))
         refuse_skip_connections(self.label, network, {**ends, "the output": logits_1BK})
         self._paths_are_known = True
         return logits_1BK

@@ -1,19 +1,14 @@
-"""The leaky integrate-and-fire neuron, with a decay that is given (LIF), of 1 (IF), or learnt
+"""Leaky integrate-and-fire neurons with a fixed decay (LIF), a decay of 1 (IF) or a learnt one
 (PLIF).
 
-A membrane at its threshold: the spike, and the reset after it, as one operation with a backward
-of its own.
+Spike and reset are one operation with its own backward, because a network runs them for each neuron
+and time step. With a = u - threshold, and psi the derivative that the surrogate substitutes for
+ds/du:
 
-    s = 1 if u >= threshold else 0
-    v = u - subtract s      (reset by subtraction)      or      u (1 - s)      (reset to zero)
+    dL/du = psi(a) dL/ds + r dL/dv,   r = 1 (reset "subtract")   or   1 - s (reset "zero")
 
-With a = u - threshold, and psi the derivative that a surrogate puts in the place of ds/du:
-
-    dL/du = psi(a) dL/ds + dL/dv r,      r = 1      or      1 - s
-
-and where the reset is differentiated, too, dL/ds is less by subtract dL/dv, or by u dL/dv. A
-network asks for this once for each neuron and time step, and autograd would note every kernel of
-it. The backward is not differentiable itself, and refuses to be.
+If the reset is differentiated too, dL/ds is reduced by subtract dL/dv ("subtract") or u dL/dv
+("zero"). The backward itself cannot be differentiated.
 """
 
 import math
@@ -31,8 +26,8 @@ from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
 
 def identity(v_B: Tensor) -> Tensor:
-    """`LIF.carry` of a plain model: the membrane crosses the time step with its graph (BPTT). Also
-    `World.mean` of one rank.
+    """Returns its input. As `LIF.carry` it lets the membrane cross a time step with its graph
+    (BPTT).
     """
     return v_B
 
@@ -40,25 +35,31 @@ def identity(v_B: Tensor) -> Tensor:
 class LIF(nn.Module):
     """Leaky integrate-and-fire: currents `[T, B, ...]` to spikes `[T, B, ...]`.
 
-        u[t] = decay v[t-1] + x[t]              (scale_input: decay v[t-1] + (1 - decay) x[t]),
-        v[0] =
-        0
+        u[t] = decay v[t-1] + x[t],   v[0] = 0
+               (scale_input: u[t] = decay v[t-1] + (1 - decay) x[t])
         s[t] = 1 if u[t] >= threshold else 0
-        v[t] = u[t] - subtract s[t]            (reset "subtract")      or      u[t] (1 - s[t])
-        (reset "zero")
+        v[t] = u[t] - subtract s[t]   (reset "subtract")   or   u[t] (1 - s[t])   (reset "zero")
 
-    Arguments: `decay` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps
-    (`PLIF` learns it); `threshold` is in units of the current, and so is `subtract`, None for the
-    threshold (more of it makes rest negative); `reset_gradient="detached"` treats the s of the last
-    line as a constant; `surrogate` replaces the derivative of the second line. The membrane is
-    never below fp32 (float64 stays); spikes have the dtype of the current.
+    The membrane has at least fp32 (float64 stays). Spikes have the dtype of the current.
 
-    Two seams for rules: `carry` is applied to the membrane after every step, so it stands between
-    all steps, inside a slice as between slices; `gradient(lif, x_TB) -> s_TB`, where set, replaces
-    the loop (it finds the equations in `step` and the membrane in `membrane` and `state`).
+    Args:
+        decay: the fraction of the membrane kept per time step, 1 - 1/tau with tau in steps
+            (snnTorch's beta).
+        threshold: in units of the current.
+        reset: "subtract" or "zero", see above.
+        subtract: the amount that a spike subtracts, in units of the current; None: the threshold. A
+            larger amount leaves the membrane negative after a spike.
+        reset_gradient: "detached" treats s in the reset as a constant.
+        scale_input: multiply the current by 1 - decay.
+        surrogate: its derivative replaces that of the step function.
 
-    Raises: ValueError for arguments out of range, outside `fresh_state`, or when a batch changes
-    its shape half-way."""
+    Rules have two seams. `carry` is applied to the membrane after every step, within a slice and
+    between slices. `gradient(lif, x_TB) -> s_TB` replaces the loop; it can use `step`, `membrane`
+    and `state`.
+
+    Raises: ValueError for arguments out of range, outside `fresh_state`, or if the shape of a batch
+    changes between slices.
+    """
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class LIF(nn.Module):
             )
         if isinstance(surrogate, nn.Module) or not callable(getattr(surrogate, "derivative", None)):
             raise ValueError(
-                "LIF: surrogate must be a value with a derivative, of which nothing is learnt; got"
+                "LIF: surrogate must be a value with a derivative and without parameters; got"
                 f" {surrogate}"
             )
         self.decay = decay
@@ -108,22 +109,23 @@ class LIF(nn.Module):
         if self.gradient is not None:
             return self.gradient(self, x_TB)
         v_B = self.membrane(x_TB)
-        if len(x_TB) == 1:  # as it is: what goes back through `unbind` is copied
+        if len(x_TB) == 1:  # without `unbind`, whose backward copies
             s_TB, v_1B = self.step(x_TB.to(v_B.dtype), v_B.unsqueeze(0))
             self.state.write("v", self.carry(v_1B.squeeze(0)))
             return s_TB.to(x_TB.dtype)
         spikes = []
         for x_B in x_TB.unbind(0):
             s_B, v_B = self.step(x_B.to(v_B.dtype), v_B)
-            # Applied when a step ends, not when the next begins: what is remembered then holds no
-            # graph under SLTT.
+            # Applied at the end of a step, so that the stored membrane holds no graph under SLTT.
             v_B = self.carry(v_B)
             spikes.append(s_B.to(x_TB.dtype))
         self.state.write("v", v_B)
         return torch.stack(spikes)
 
     def membrane(self, x_TB: Tensor) -> Tensor:
-        """v before the first step of the slice `x_TB`: the last slice's, or rest."""
+        """v before the first step of the slice `x_TB`: the last membrane, or zeros at the start of
+        a batch.
+        """
         v_B = self.state.read("v")
         if v_B is None:
             return x_TB.new_zeros(
@@ -137,9 +139,8 @@ class LIF(nn.Module):
         return v_B
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
-        """One time step of the equations above: (x[t], v[t-1]) -> (s[t], v[t]), element by element.
-
-        Both `[B, ...]`, or `[1, B, ...]` where a slice has one step.
+        """One time step, elementwise: (x[t], v[t-1]) -> (s[t], v[t]), all `[B, ...]` or `[1, B,
+        ...]`.
         """
         return fire(
             self.charged(x_B, v_B),
@@ -150,10 +151,10 @@ class LIF(nn.Module):
         )
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        """u[t] of x[t] and v[t-1], element by element.
+        """u[t] of x[t] and v[t-1], elementwise, in new memory that `fire` may overwrite.
 
-        In memory of its own, which `fire` writes to: neither a view nor what the backward of its
-        own last operation keeps."""
+        It is not a view, and the backward of the operation that made it does not need its value.
+        """
         current_B = (1 - self.decay) * x_B if self.scale_input else x_B
         return torch.add(current_B, v_B, alpha=self.decay)
 
@@ -166,16 +167,16 @@ class LIF(nn.Module):
 
 
 class PLIF(LIF):
-    """Parametric LIF: `decay` is where it begins, and a layer's neurons share one that is learnt.
+    """Parametric LIF: the neurons of a layer share one learnt decay, which starts at `decay`.
 
-        decay = sigmoid(w),      dL/dw = decay (1 - decay) sum_t g[t] v[t-1]          (scale_input:
-        v[t-1] - x[t])
+        decay = sigmoid(w)
+        dL/dw = decay (1 - decay) sum_t g[t] v[t-1]   (scale_input: v[t-1] - x[t] for v[t-1])
 
-    with g[t] = dL/du[t] whole under BPTT, and of the time step alone under a rule that cuts the
-    membrane's graph (SLTT). All else is `LIF`'s, the seams too. Rules whose traces or rates take
-    the decay for a constant refuse it.
+    Under BPTT g[t] = dL/du[t] is the full gradient; under a rule that cuts the membrane's graph
+    (SLTT) it is that of the time step alone. Everything else, seams included, is LIF's. Rules whose
+    traces or rates need a constant decay refuse it.
 
-    Raises: ValueError for a decay that no w gives, and what LIF refuses.
+    Raises: ValueError for a decay outside 0..1, both excluded, and for LIF's reasons.
     Source: Fang et al. 2021 (arXiv 2007.05785), whose 1 / tau is 1 - decay, with scale_input.
     """
 
@@ -204,7 +205,7 @@ class PLIF(LIF):
             scale_input=scale_input,
             surrogate=surrogate,
         )
-        del self.decay  # a number, which it is no more
+        del self.decay  # LIF's constant: here the decay is sigmoid(decay_logit)
         self.decay_logit = nn.Parameter(torch.tensor([math.log(decay / (1 - decay))]))
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class PLIF(LIF):
 
 
 def learnt_decays(model: nn.Module) -> list[str]:
-    """The neurons of `model` whose decay is learnt, by module name."""
+    """The names of all neurons in `model` with a learnt decay."""
     return [
         name or "the model itself"
         for name, module in model.named_modules()
@@ -237,7 +238,7 @@ def IF(
     reset_gradient: Literal["detached", "kept"] = "detached",
     surrogate: Surrogate = Triangle(),
 ) -> LIF:
-    """Integrate-and-fire: the LIF that forgets nothing, decay 1."""
+    """Integrate-and-fire: a LIF without leak, decay 1."""
     return LIF(
         1.0,
         threshold=threshold,
@@ -249,7 +250,7 @@ def IF(
 
 
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
-    """Every LIF of `model` with its module name, in the order of construction."""
+    """Every LIF of `model` with its module name, in order of registration."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
 
 
@@ -264,16 +265,16 @@ def fire(
     keeps_gradient: bool,
     surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor]:
-    """u -> (s, v). The caller gives u away, whose memory may become v's: no view, and not what its
-    own backward needs.
+    """Spike and reset: u -> (s, v). `u_B` may be overwritten, so it must not be a view or needed
+    elsewhere.
 
-    CachedPredictions for the backward is a alone, and u where a reset to zero is differentiated.
+    The backward keeps only a = u - threshold, and also u if a reset to zero is differentiated.
 
     Args:
-        subtract: what a spike takes from the membrane; None: all of it.
-        keeps_gradient: whether the reset is differentiated, or its s a constant.
+        subtract: the amount that a spike subtracts from the membrane; None: a reset to zero.
+        keeps_gradient: whether the reset is differentiated; otherwise its s is a constant.
 
-    Raises: RuntimeError in a backward that is to be differentiated (`create_graph`).
+    Raises: RuntimeError in a backward with `create_graph`.
     """
     # apply is untyped
     return _Fire.apply(u_B, threshold, subtract, keeps_gradient, surrogate)  # type: ignore[return-value]
@@ -292,7 +293,7 @@ class _Fire(torch.autograd.Function):
         a_B = u_B - threshold
         s_B = heaviside(a_B)
         ctx.subtract, ctx.keeps_gradient, ctx.surrogate = subtract, keeps_gradient, surrogate
-        ctx.set_materialize_grads(False)  # of a membrane that is cut there is none
+        ctx.set_materialize_grads(False)  # a detached membrane has no gradient
         if subtract is None and keeps_gradient:
             ctx.save_for_backward(a_B, u_B)
             return s_B, u_B.masked_fill(a_B >= 0, 0)
@@ -304,7 +305,7 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        # torch's own `once_differentiable` gives a constant where no gradient comes in with a graph
+        # torch's `once_differentiable` would return a constant if no incoming gradient has a graph.
         if torch.is_grad_enabled():
             raise RuntimeError("fire: a spike has no second derivative; create_graph must be False")
         g_s, g_v = grad_outputs

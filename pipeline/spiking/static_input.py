@@ -1,9 +1,9 @@
-"""What stands before the first neuron, computed once for a still image, however many slices of time
-steps read it.
+"""The layers before the first neuron, computed once for a static input.
 
-A call on several steps of a still image computes them once as it is (`encode.is_static`); slices
-share what the first of them computed (`once.py`). A synapse whose `presynaptic` gives another
-factor at each step is computed at each step."""
+A call on several steps of a static input (`encode.is_static`) computes them once. Slices of a batch
+share the result of the first slice (`slice_cache.py`). With a `presynaptic` seam, whose factor
+changes from step to step, they are computed at each step.
+"""
 
 # T time, B batch
 
@@ -19,10 +19,10 @@ from pipeline.spiking.state import State
 
 
 class StaticInput(nn.Sequential):
-    """Synapse, norm, pool and the like before the first neuron, as at the head of the file; nothing
-    in it remembers or draws.
+    """Stateless layers before the first neuron, such as synapse, norm and pool.
 
-    Its running statistics move at the first slice, as far as all T steps move them.
+    The running statistics are updated at the first slice, by as much as all T steps would update
+    them.
     """
 
     def __init__(self, *modules: Any) -> None:
@@ -32,12 +32,16 @@ class StaticInput(nn.Sequential):
 
     @classmethod
     def of(cls, sequence: nn.Sequential) -> "StaticInput":
-        """The same modules under the same names."""
+        """A StaticInput with the modules of `sequence` under the same names."""
         return cls(OrderedDict(sequence.named_children()))
 
     def forward(self, input: Tensor) -> Tensor:
         cache = self.slice_cache
-        if cache is None or not _is_slice_of_the_image(input, cache) or self._factors_differ:
+        if (
+            cache is None
+            or not _is_slice_of_static_frame(input, cache)
+            or self._has_presynaptic_seam
+        ):
             return super().forward(input)
 
         def compute() -> Tensor:
@@ -47,20 +51,22 @@ class StaticInput(nn.Sequential):
         return repeat(cache.once(self.state, compute), len(input))
 
     @property
-    def _factors_differ(self) -> bool:
+    def _has_presynaptic_seam(self) -> bool:
         return any(getattr(module, "presynaptic", None) is not None for module in self.modules())
 
 
-def _is_slice_of_the_image(x_TB: Tensor, cache: SliceCache) -> bool:
-    """The image is held, so that no other storage takes its place."""
+def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:
+    """Whether `x_TB` is a slice of the batch's static frame. The frame is kept alive so that its
+    storage is not reused.
+    """
     if not is_static(x_TB) or len(x_TB) == cache.steps:
         return False
-    if cache.image_B is None:
-        cache.image_B = x_TB[0]
-    return _place(x_TB) == _place(cache.image_B) and x_TB.shape[1:] == cache.image_B.shape
+    if cache.frame_B is None:
+        cache.frame_B = x_TB[0]
+    return _storage(x_TB) == _storage(cache.frame_B) and x_TB.shape[1:] == cache.frame_B.shape
 
 
-def _place(x: Tensor) -> tuple[int, int]:
-    """Storage and offset; a tensor without values, as a forecast counts with, has no address."""
+def _storage(x: Tensor) -> tuple[int, int]:
+    """Storage and offset; not the address, which a meta tensor lacks."""
     # torch's stub says Tensor
     return x.untyped_storage()._cdata, x.storage_offset()  # type: ignore[return-value]

@@ -268,7 +268,7 @@ def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps
         (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
     )
     moments = sum(8 * numbers_of(C, K) for C, K in SYNAPSES)
-    for name in ("heard", "last"):
+    for name in ("pending", "last"):
         there = [vars(getattr(recorder, name)).values() for recorder in rule._recorders]
         assert (
             sum(each.nbytes for values in there for each in values if isinstance(each, Tensor))
