@@ -1,16 +1,4 @@
-"""Backpropagation through time: the baseline every other rule stands beside.
-
-Backward through a sequence of which only the membranes between slices were kept: each slice is
-computed again.
-
-    run = Recomputation(model, slices)
-    logits_TBK = run.forward()                       # no graph
-    run.scalar(loss, dloss/dlogits_TBK).backward()   # newest slice first
-
-Of a slice only its gradients outlive it, so the graph of one slice exists at a time.
-
-Source: Chen et al. 2016 (arXiv 1604.06174), with one segment for each slice of time steps.
-"""
+"""Backpropagation through time, the baseline of every other rule."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,23 +25,21 @@ from pipeline.spiking.state import State, fresh_state, states_of
 
 
 class BPTT(Rule):
-    """One backward through all T steps; the whole sequence is kept for it.
+    """One backward through all T steps. Memory grows with T.
 
-        L = 1/T sum_t loss_of(o[t])  (over_time "steps")      or      loss_of(1/T sum_t o[t])
-        (over_time "mean")
+        L = 1/T sum_t loss_of(o[t])   (over_time "steps")
+        L = loss_of(1/T sum_t o[t])   (over_time "mean")
 
-    `chunk` is the number of steps per forward call, None for all T at once: the same graph, built
-    in slices.
+    Args:
+        chunk: number of steps per forward call (None: T). The graph is the same, built in slices.
+        recompute: keep only the membranes between slices of `chunk` steps (None: 1), and recompute
+            each slice in the backward. The gradient is the same, for about 4/3 of the time. Of the
+            saved memory only membranes and the running statistics of batch norm grow with T. The
+            running statistics are updated once, and dropout draws the same masks again.
+        truncate: cut the graph after every `truncate` steps, and differentiate each piece when it
+            is complete. Memory does not grow with T. 1 is SLTT; T is BPTT.
 
-    Two relatives that every comparison asks for:
-    `recompute` keeps the membranes between slices of `chunk` steps (None: 1) and nothing else, and
-    computes each slice again when its turn in the backward comes: the same gradient for about 4/3
-    of the time. Of all that is saved only the membranes, and the running statistics of batch norm,
-    grow with T. The latter move once, and what dropout drew is drawn again. `truncate` cuts the
-    graph every so many steps, and differentiates each piece as soon as it is whole: memory knows
-    the length of a piece and not T. 1 is SLTT; T is BPTT.
-
-    Raises: ValueError when chunk or truncate are not in 1..T, or when options exclude each other.
+    Raises: ValueError if chunk or truncate is not in 1..T, or if options exclude each other.
     Source: Neftci et al. 2019 (arXiv 1901.09948) for the surrogate gradient through time; Chen et
     al. 2016 (arXiv 1604.06174) for recomputation; Williams & Peng 1990 (doi
     10.1162/neco.1990.2.4.490) for truncation.
@@ -151,7 +137,7 @@ class BPTT(Rule):
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """Everything that a forward depends on, beside weights and input."""
+    """The state that a forward depends on, besides weights and input."""
 
     places: list[tuple[State, str]]
     membranes: list[Tensor]
@@ -160,8 +146,16 @@ class _Snapshot:
 
 
 class Recomputation:
-    """One forward over `slices` of a sequence, and its backward. Used inside one `fresh_state`,
-    which both must share.
+    """One forward over `slices` of a sequence without a graph, and a backward that recomputes each
+    slice.
+
+        run = Recomputation(model, slices)
+        logits_TBK = run.forward()                       # no graph
+        run.scalar(loss, dloss/dlogits_TBK).backward()   # newest slice first
+
+    Only the graph of one slice exists at a time. Forward and backward must share one `fresh_state`.
+
+    Source: Chen et al. 2016 (arXiv 1604.06174), with one segment per slice of time steps.
     """
 
     def __init__(self, model: nn.Module, slices: Sequence[Tensor]) -> None:
@@ -180,7 +174,7 @@ class Recomputation:
         return torch.cat(logits)
 
     def scalar(self, loss: Tensor, error_TBK: Tensor) -> Tensor:
-        """A scalar worth `loss` whose gradient is that of sum(error logits), the error a
+        """A scalar with the value of `loss` and the gradient of sum(error logits), the error a
         constant.
         """
         kept = [
@@ -189,7 +183,7 @@ class Recomputation:
         return _Scalar.apply(loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt)  # type: ignore[return-value]
 
     def gradients(self, error_TBK: Tensor, kept: Sequence[Tensor]) -> list[Tensor | None]:
-        """sum over slices, newest first, of error^T dlogits/dW and of what comes back through the
+        """sum over slices, newest first, of error^T dlogits/dW and of the gradient through the
         membranes after the slice.
         """
         total: list[Tensor | None] = [None] * len(self.learnt)
@@ -250,7 +244,7 @@ class Recomputation:
     def _set(
         self, moment: _Snapshot, membranes: Sequence[Tensor], buffers: Sequence[Tensor]
     ) -> None:
-        """Go back to a moment, its membranes and buffers taken from where autograd kept them."""
+        """Restore a snapshot; membranes and buffers are passed in, as saved by autograd."""
         for state in states_of(self.model):
             state.values.clear()
         for (state, name), value in zip(moment.places, membranes, strict=True):
@@ -266,8 +260,8 @@ class Recomputation:
 
 
 class _Scalar(torch.autograd.Function):
-    """What was kept goes through `save_for_backward`, so that whoever counts saved bytes counts
-    it.
+    """The scalar of `Recomputation.scalar`. Kept tensors pass through `save_for_backward`, so that
+    the counter of saved bytes sees them.
     """
 
     @staticmethod

@@ -1,12 +1,9 @@
-"""Implicit differentiation at the equilibrium: the gradient of a feedback network from where it
-comes to rest alone.
+"""Implicit differentiation at the equilibrium of a feedback network, and its linear solvers.
 
-beta = g + J^T beta, solved for each sample of a batch by itself.
-
-Both solvers start at beta = 0, ask for J^T v of the whole batch at once, and let each sample stop
-on its own: as soon as its residual |g + J^T beta - beta| is at most `tolerance` times |g|, so that
-neither the batch that a sample is in nor the scale of the loss changes its solution. A sample that
-has stopped keeps its solution while the others go on.
+`fixed_point` and `broyden` solve beta = g + J^T beta for each sample of a batch separately. They
+start at beta = 0 and evaluate J^T v for the whole batch. A sample stops when its residual |g + J^T
+beta - beta| is at most `tolerance` |g|. So its solution depends neither on its batch nor on the
+scale of the loss. A stopped sample keeps its solution while the others continue.
 """
 
 import itertools
@@ -27,16 +24,16 @@ from pipeline.spiking.state import fresh_state
 # T time, B batch, K classes, N layers
 
 
-# Mean residual of a batch from which IDE warns, and that of a sample from which there is no
-# gradient.
+# IDE warns above the mean residual COARSE of a batch. Above the residual UNSOLVED of a sample the
+# batch has no gradient.
 COARSE, UNSOLVED = 0.05, 0.5
 ESCAPED = 1e6
 
 
 @dataclass(frozen=True)
 class Solution:
-    """`residual_B` is |g + J^T beta - beta| / |g| of `beta_B` (0 where g is); `iterations_B` counts
-    evaluations of J^T.
+    """The solution `beta_B`, its relative residual |g + J^T beta - beta| / |g| (0 if g is 0), and
+    the number of evaluations of J^T per sample.
     """
 
     beta_B: Tensor
@@ -45,26 +42,27 @@ class Solution:
 
 
 class IDE(Rule):
-    """IDE: L = loss_of(readout of a[T]), differentiated as if a[T] were the fixed point a* = f(a*)
-    that it approaches.
+    """Differentiate L = loss_of(readout of a[T]) as if a[T] were its limit, the fixed point a* =
+    f(a*).
 
-        dL/dtheta = beta^T df/dtheta at a[T],     beta = g + J^T beta,     g = dL/da[T],     J =
-        df/da at a[T]
+        dL/dtheta = beta^T df/dtheta at a[T],   beta = g + J^T beta
+        g = dL/da[T],   J = df/da at a[T]
 
-    with f the map of `spiking/equilibrium.py`. The T steps are simulated without a graph, so memory
-    does not grow with T. The gradient is exact at the fixed point, away from the kinks of the
-    clamp; at a[T] its error falls as 1/T.
+    f is the map of `spiking/equilibrium.py`. The T steps are simulated without a graph, so memory
+    does not grow with T. The gradient is exact at the fixed point, except at the kinks of the
+    clamp. At a[T] its error falls as 1/T.
 
-    beta is solved by limited-memory Broyden or by a damped fixed point, each sample by itself until
-    its residual is at most `tolerance` times |g|, in at most `iterations` evaluations of J^T.
-    Reported, of the last batch that was solved: the residual and the iterations; a mean residual
-    above 5 % warns once. Where a solve leaves more than half of g, as it does when J is no
-    contraction, it warns, and the gradient of the batch is not a number: nobody is to learn from
-    it.
+    beta is solved by limited-memory Broyden or by a damped fixed-point iteration, see `tolerance`
+    and `iterations`. The metrics are the residual and the iterations of the last solved batch. A
+    mean residual above 5 % gives one warning. If more than half of g remains, as when J is not a
+    contraction, the rule warns and the batch's gradient is NaN, so that nothing is learnt from it.
 
-    The published code has the damped fixed point as its solver "iter", and used it for N-MNIST.
-    There it solves (2I - J^T) beta = g, whose beta is half of this one where J is small. Here both
-    solvers solve the paper's equation.
+    The published code used the damped fixed point ("iter") for N-MNIST. It solves (2I - J^T) beta =
+    g, whose solution is half as large for a small J. Here both solvers solve the paper's equation.
+
+    Args:
+        iterations: the largest number of evaluations of J^T per solve.
+        tolerance: a sample stops at a residual of at most `tolerance` |g|.
 
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made);
     for a model without an `Equilibrium`, with several, with neurons outside it, or with a norm that
@@ -118,7 +116,9 @@ class IDE(Rule):
 
 
 class _Adjoint:
-    """The seam: holds what the last solve found, and no reference to rule or model."""
+    """The seam `Equilibrium.adjoint`: keeps the results of the last solve, without references to
+    rule or model.
+    """
 
     def __init__(
         self, solver: Literal["broyden", "fixed_point"], iterations: int, tolerance: float
@@ -128,12 +128,12 @@ class _Adjoint:
         self.step, self.is_unsolved = -1, False
 
     def begin(self, step: int) -> None:
-        """The global batch of what comes, of which there may be several parts."""
+        """Start a micro-batch of global batch `step`."""
         if step != self.step:
             self.step, self.is_unsolved = step, False
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
-        if not g_B.isfinite().all():  # or the solve would be blamed
+        if not g_B.isfinite().all():  # the solver is not the cause
             got = g_B[~g_B.isfinite()][0].item()
             warnings.warn(
                 f"IDE: the gradient of the loss must be finite; got {got}",
@@ -143,7 +143,7 @@ class _Adjoint:
             return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
-        solved_B = solution.residual_B <= UNSOLVED  # False where it is not a number
+        solved_B = solution.residual_B <= UNSOLVED  # False for NaN
         if not solved_B.all():
             self.is_unsolved, unsolved_B = True, ~solved_B
             warnings.warn(self._diverged(solution, unsolved_B, vjp), RuntimeWarning, stacklevel=2)
@@ -162,8 +162,8 @@ class _Adjoint:
         return solution.beta_B
 
     def figures(self) -> dict[str, float]:
-        """Means over the samples of the last micro-batch that was solved: relative residual, and
-        evaluations of J^T.
+        """Mean relative residual and evaluations of J^T over the samples of the last solved
+        micro-batch.
         """
         return {"residual": self.residual, "iterations": self.evaluations}
 
@@ -181,8 +181,8 @@ class _Adjoint:
 def layer_gains(
     beta_B: Tensor, unsolved_B: Tensor, vjp: Linearized, *, turns: int = 20
 ) -> list[float]:
-    """By how much each layer of J^T lengthens the direction that J^T lengthens most, on the samples
-    that did not converge.
+    """The gain of each layer of J^T along J^T's dominant direction, on the samples that did not
+    converge.
     """
     some = unsolved_B.to(beta_B.dtype).view(-1, *[1] * (beta_B.dim() - 1))
     v_B = some * torch.nan_to_num(beta_B, nan=1.0, posinf=1.0, neginf=1.0) + some
@@ -199,8 +199,8 @@ def layer_gains(
 def fixed_point(
     g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
 ) -> Solution:
-    """beta <- (beta + J^T beta + g) / 2, which converges where every eigenvalue of J lies within 2
-    of -1: for every contraction, and beyond.
+    """beta <- (beta + J^T beta + g) / 2. It converges if every eigenvalue of J lies within 2 of -1,
+    which includes every contraction.
 
     Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published
     code iterates beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta)
@@ -222,14 +222,14 @@ def fixed_point(
 def broyden(
     g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
 ) -> Solution:
-    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search; the iterate of
-    lowest residual is returned.
+    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search. It returns the
+    iterate of lowest residual.
 
-        delta = -H r(beta),     beta <- beta + delta,     H <- H + (delta - H dr) (delta^T H) /
-        (delta^T H dr),     H_0 = -I
+        delta = -H r(beta),   beta <- beta + delta
+        H <- H + (delta - H dr) (delta^T H) / (delta^T H dr),   H_0 = -I
 
-    H is kept as -I and one rank-one term for each iteration, of each sample its own: 2 x iterations
-    x D numbers a sample.
+    H is stored as -I and one rank-one term per iteration and sample: 2 x iterations x D numbers per
+    sample.
 
     Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377)
     for the limited memory.
@@ -250,8 +250,7 @@ def broyden(
         w_BD = _product(w_BkD, u_BkD, delta_BD) - delta_BD
         h_BD = _product(u_BkD, w_BkD, new_BD) - new_BD
         bend_B1 = (w_BD * (new_BD - r_BD)).sum(1, keepdim=True)
-        # A sample that has stopped takes no step, and so learns nothing; one whose curvature
-        # vanishes keeps its H.
+        # A stopped sample takes no step and keeps its H, as does one whose denominator is 0.
         is_live_B1 = progress.running_B[:, None] & (bend_B1.abs() > torch.finfo(g_BD.dtype).tiny)
         u_BKD[:, k] = torch.where(is_live_B1, -h_BD / bend_B1, 0)
         w_BKD[:, k] = torch.where(is_live_B1, w_BD, 0)
@@ -268,7 +267,7 @@ def _product(left_BkD: Tensor, right_BkD: Tensor, x_BD: Tensor) -> Tensor:
 
 
 class _Progress:
-    """What each sample has reached, and which samples still run."""
+    """The best solution of each sample so far, and which samples still run."""
 
     def __init__(self, g_B: Tensor, tolerance: float, *, keep: str) -> None:
         self.tolerance = tolerance
@@ -283,7 +282,7 @@ class _Progress:
         return bool(self.running_B.any())
 
     def of_running(self, step_B: Tensor) -> Tensor:
-        """The step, for samples that still run; those that escaped would overflow."""
+        """The step of running samples, 0 for all others; diverged samples would overflow."""
         return torch.where(_over(self.running_B, step_B), step_B, 0)
 
     def take(self, beta_B: Tensor, r_B: Tensor) -> None:
@@ -294,7 +293,7 @@ class _Progress:
         self.residual_B = torch.where(taken_B, now_B, self.residual_B)
         self.beta_B = torch.where(_over(taken_B, beta_B), beta_B, self.beta_B)
         self.iterations_B = self.iterations_B + self.running_B
-        # False where it is not a number.
+        # False for NaN.
         self.running_B = self.running_B & (now_B > self.tolerance) & (now_B < ESCAPED)
 
     def solution(self) -> Solution:

@@ -1,5 +1,5 @@
-"""Spatial Learning Through Time: backward inside the time loop, and only through the network, never
-through the past.
+"""Spatial Learning Through Time: a backward at each time step, through the layers but not through
+time.
 """
 
 # T time, B batch, K classes
@@ -27,19 +27,18 @@ from pipeline.spiking.state import fresh_state
 
 
 class SLTT(Rule):
-    """SLTT, and SLTT-K with `k`: the membrane that crosses a time step is a constant.
+    """SLTT, and SLTT-K with `k`: the membrane is detached between time steps.
 
-        grad W = 1/T sum_{t in S} g[t] x[t]^T,      g[t] = dL[t]/du[t] within step t,      S all
-        steps, or k of them
+        grad W = 1/T sum_{t in S} g[t] x[t]^T,   g[t] = dL[t]/du[t] within step t
+        S = all steps, or k of them
 
-    with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`).
+    x[t] is the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`).
 
-    S is a uniform k-subset of the T steps, drawn anew for each batch from (seed, step) alone; the
-    other steps run without a graph, move the state, and are reported with `backward=None`. The
-    divisor stays T as published, so the expected gradient is k/T of SLTT's; `rescale` multiplies by
-    T/k (the gradients, not the reported losses).
-    `chunk` steps share one forward and one backward: more memory, fuller devices, the same
-    gradient.
+    S is a uniform k-subset of the T steps. It is drawn for each batch from (seed, step) alone. The
+    other steps run without a graph, update the state, and are reported with `backward=None`. The
+    divisor stays T as published, so the expected gradient is k/T of SLTT's. `rescale` multiplies
+    the gradients, not the reported losses, by T/k. With `chunk`, that many steps share one forward
+    and one backward: more memory, better use of the device, the same gradient.
 
     Raises: ValueError for k or chunk below 1 and for rescale without k (when made); for a loss over
     mean logits, a model without LIF, and a norm that mixes time steps (`attach`); for k or chunk
@@ -98,8 +97,8 @@ class SLTT(Rule):
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
                 cache.is_last = index == last
-                # The block ends before the yield: a generator suspended inside it would switch off
-                # the consumer's graph.
+                # The block ends before the yield. Otherwise the suspended generator would disable
+                # gradients in the caller.
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)
                     loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
@@ -112,9 +111,9 @@ class SLTT(Rule):
 
 
 def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:
-    """The k time steps of 0..steps-1 that batch `step` learns from, sorted; every k-subset is
+    """The sorted k time steps of 0..steps-1 that batch `step` learns from; every k-subset is
     equally likely.
 
-    Each time step draws 64 bits of (seed, step, t), and the k smallest win.
+    Each time step draws 64 bits from (seed, step, t), and the k smallest are selected.
     """
     return tuple(sorted(sorted(range(steps), key=lambda t: counter_hash(seed, step, t))[:k]))

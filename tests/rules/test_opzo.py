@@ -543,7 +543,7 @@ def a_neuron_twice() -> nn.Module:
         (
             lambda: OPZO(noise=0),
             (
-                r"OPZO: noise must be > 0, for the feedback is learnt from it; got noise=0,"
+                r"OPZO: noise must be > 0, because the feedback is learnt from it; got noise=0,"
                 r" feedback='momentum'"
             ),
         ),
@@ -577,11 +577,11 @@ def a_neuron_twice() -> nn.Module:
         ),
         (
             lambda: OPZO(intermediate="12"),
-            r"OPZO: intermediate must be places of hidden layers .* got intermediate='12'",
+            r"OPZO: intermediate must be increasing indices of hidden layers .* got intermediate='12'",
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=1),
-            r"OPZO: intermediate must be places of hidden layers .* got intermediate=1",
+            r"OPZO: intermediate must be increasing indices of hidden layers .* got intermediate=1",
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=(True, 2)),
@@ -598,7 +598,7 @@ def a_neuron_twice() -> nn.Module:
         (
             lambda: OPZO(intermediate=(1, 0)),
             (
-                r"OPZO: intermediate must be places of hidden layers in order, .* got"
+                r"OPZO: intermediate must be increasing indices of hidden layers, .* got"
                 r" intermediate=\(1, 0\)"
             ),
         ),

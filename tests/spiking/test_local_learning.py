@@ -64,7 +64,9 @@ def test_a_neuron_that_was_not_run_is_missed():
     neuron.gradient = seam
     with (
         fresh_state(neuron),
-        pytest.raises(ValueError, match=r"run every neuron at every time step; got one without spikes"),
+        pytest.raises(
+            ValueError, match=r"run every neuron at every time step; got one without spikes"
+        ),
     ):
         seam.recorded("spikes")
 
