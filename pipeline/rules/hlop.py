@@ -291,8 +291,8 @@ class HLOP(Rule):
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
         if tasks < 2:
             raise ValueError(
-                f"{self.label}: a recipe must have 2 phases or more, of which the earlier are"
-                f" protected; got {tasks}"
+                f"{self.label}: to protect earlier tasks, a recipe must have 2 phases or more;"
+                f" got {tasks}"
             )
         self.rows.check(self.label, self._synapses_of(model), tasks=tasks)
 

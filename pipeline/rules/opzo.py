@@ -149,8 +149,8 @@ class OPZO(Rule):
         are_places = are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))
         if not are_places and intermediate not in ((), []):
             raise ValueError(
-                "OPZO: intermediate must be increasing indices of hidden layers, 1 or more (below"
-                f" layer 0 there is none); got intermediate={intermediate!r}"
+                "OPZO: intermediate must be increasing indices of hidden layers, 1 or more, because"
+                f" no layer is below layer 0; got intermediate={intermediate!r}"
             )
         self.feedback = feedback
         self.noise = noise

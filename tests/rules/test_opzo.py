@@ -573,19 +573,19 @@ def a_neuron_twice() -> nn.Module:
         ),
         (
             lambda: OPZO(intermediate=(0, 1)),
-            r"OPZO: intermediate must be places .*, 1 or more, .* got intermediate=\(0, 1\)",
+            r"OPZO: intermediate must be increasing indices .*, 1 or more, .* got intermediate=\(0, 1\)",
         ),
         (
             lambda: OPZO(intermediate="12"),
-            r"OPZO: intermediate must be increasing indices of hidden layers .* got intermediate='12'",
+            r"OPZO: intermediate must be increasing indices of hidden layers, .* got intermediate='12'",
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=1),
-            r"OPZO: intermediate must be increasing indices of hidden layers .* got intermediate=1",
+            r"OPZO: intermediate must be increasing indices of hidden layers, .* got intermediate=1",
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=(True, 2)),
-            r"OPZO: intermediate must be places .* got intermediate=\(True, 2\)",
+            r"OPZO: intermediate must be increasing indices .* got intermediate=\(True, 2\)",
         ),
         (
             lambda: OPZO(antithetic=True).check_steps(1),
