@@ -1,16 +1,17 @@
-"""Networks whose last layer feeds back to the first, and that come to rest: those of IDE and SPIDE.
+"""Feedback networks that reach an equilibrium: those of IDE and SPIDE.
 
-    inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
-    dropout_on="readout" inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier
+    dropout_on="readout"
+        inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
     dropout_on="currents", as published
+        inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier
 
-"currents" puts a dropout of its own behind every synapse, `inject` and the feedback included, and
-none before the classifier. A mask is drawn once for a batch: the same in all T steps, and in the
-equation that IDE and SPIDE solve for the gradient.
+"currents" puts a dropout after every synapse, including `inject` and the feedback, and none before
+the classifier. A mask is drawn once per batch. It is the same in all T steps and in the equation
+that IDE and SPIDE solve for the gradient.
 
-A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96
-outputs, (F96C3u) a feedback of 3x3 transposed convolutions that brings the last layer to the 96
-channels and the size of the first.
+Names follow the papers' notation: 96C3s is a 3x3 convolution of stride 2 with 96 outputs. (F96C3u)
+is a feedback of 3x3 transposed convolutions from the last layer to the 96 channels and the image
+size of the first.
 
 Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the
 networks without norm.
@@ -38,14 +39,14 @@ Norm = Literal["batch", "none"]
 Limit = Literal["spectral", "none"] | float
 """of the feedback's weight: "spectral" is SpectralLimit, a number the largest Frobenius norm"""
 DropoutOn = Literal["readout", "currents"]
-"""where `dropout` stands: before the classifier alone, or behind every synapse inside the loop"""
+"""place of `dropout`: before the classifier only, or after every synapse inside the loop"""
 
 
 class FeedbackNetwork(nn.Module):
-    """`[T, B, ...]` to the readout `[T, B, K]` of a network at rest, whose mean over T is that of
-    its rate a[T].
+    """An `Equilibrium` and a classifier: `[T, B, ...]` to logits `[T, B, K]`, whose mean over T is
+    the readout of the rate a[T].
 
-    `flat` inputs are vectors to it, whatever their shape.
+    With `flat`, inputs are flattened to vectors.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class FeedbackNetwork(nn.Module):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias: an image `stride` times as
-    large.
+    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias; it enlarges the image by
+    `stride`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
@@ -95,16 +96,15 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 
 class ZeroFeedback(nn.Module):
-    """The linear map to nothing: zeros of `shape` for each sample."""
+    """A linear map to zeros of `shape` per sample."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape = shape
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        nothing_TB = 0 * x_TB.flatten(2).sum(
-            2
-        )  # still a function of x: the solvers ask for its gradient
+        # Zero, but a function of x, because the solvers need its gradient.
+        nothing_TB = 0 * x_TB.flatten(2).sum(2)
         return nothing_TB.view(*nothing_TB.shape, *[1] * len(self.shape)).expand(
             *nothing_TB.shape, *self.shape
         )
@@ -121,11 +121,11 @@ def fc_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """One fully connected layer that feeds back to itself: 400 (F400), 478,011 parameters without
+    """One fully connected layer with feedback to itself: 400 (F400), 478,011 parameters without
     norm.
 
-    IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2. Published
-    are `norm="batch"` on the input and `dropout_on="currents"`.
+    IDE's neurons have threshold 2, which makes the limited feedback a contraction with factor 1/2.
+    Published settings are `norm="batch"` on the input and `dropout_on="currents"`.
     """
     refuse_unless_counts(
         "fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden}
@@ -156,8 +156,8 @@ def conv_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """Convolutions `(width, kernel, stride)` on images of `size` pixels, fed back by one of
-    `kernel`: 64C5s (F64C5) as it is.
+    """Convolutions `(width, kernel, stride)` on images of `size` pixels, with a feedback
+    convolution of size `kernel`; the default is 64C5s (F64C5).
 
     Raises: ValueError for sizes below 1, no layers, or strides that do not divide the image.
     """
@@ -215,8 +215,9 @@ def alexnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
-    """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes;
-    `width` narrows it for demos.
+    """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes.
+
+    `width` scales the channels, for demos.
     """
     layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
     return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
@@ -232,8 +233,9 @@ def cifarnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
-    """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes;
-    `width` as above.
+    """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes.
+
+    `width` scales the channels, for demos.
     """
     layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
     return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
@@ -252,12 +254,11 @@ def convnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
-    """SPIDE's networks without norm: 64C5s-64C5s-64C5 (F64C3u), 274,826 parameters, or the layers
-    that are named.
+    """SPIDE's networks without norm, by default 64C5s-64C5s-64C5 (F64C3u) with 274,826 parameters.
 
-    Weights start as N(0, gain / fan_in), a tenth of that in an upsampling feedback, biases at 0.
-    (Published for CIFAR are rows of uniform numbers scaled to the norm 1, which N(0, 1 / fan_in)
-    has on average.)
+    Weights start as N(0, gain / fan_in), with a tenth of that standard deviation in an upsampling
+    feedback. Biases start at 0. (The published weights for CIFAR are rows of uniform numbers scaled
+    to norm 1, which N(0, 1 / fan_in) has on average.)
     """
     network = conv_feedback(
         classes,
@@ -285,11 +286,11 @@ def lenet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
-    """LeNet as SPIDE trains it: 15C5-P2-40C5-P2-300, neurons behind the pools, too, and nothing fed
-    back; 606,740 parameters.
+    """SPIDE's LeNet: 15C5-P2-40C5-P2-300 with neurons after the pools too, and no feedback; 606,740
+    parameters.
 
-    It comes to rest as fast as its layers do; its backward phase is that of a chain.
-    `dropout_on="currents"` is here, as published, behind the last synapse alone.
+    It reaches its equilibrium as fast as its layers do; its backward phase is that of a chain.
+    `dropout_on="currents"` stands after the last synapse only, as published.
 
     Raises: ValueError for an image that two pools do not divide.
     """
@@ -317,11 +318,12 @@ def lenet_f(
 
 
 def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
-    """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed
-    convolution, biases 0.
+    """Draw weights with variance gain / fan_in, a tenth of that standard deviation in transposed
+    convolutions; set biases to 0.
 
     fan_in counts the weights of one output; a transposed convolution has its outputs in the second
-    dimension."""
+    dimension.
+    """
     for module in equilibrium.modules():
         if isinstance(module, Linear | Conv2d):
             nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
@@ -356,7 +358,7 @@ def _five_layers(
 
 
 def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
-    """The shares dropped behind each synapse inside the loop, and before the classifier."""
+    """The dropout inside the loop, and the one before the classifier."""
     refuse_unless_one_of("feedback", ("readout", "currents"), dropout_on=dropout_on)
     return (dropout, 0.0) if dropout_on == "currents" else (0.0, dropout)
 

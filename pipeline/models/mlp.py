@@ -1,4 +1,4 @@
-"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, a neuron behind each hidden
+"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, with a neuron after each hidden
 layer.
 """
 
@@ -16,8 +16,8 @@ from pipeline.spiking.synapse import Linear, Weights
 
 
 class MLP(nn.Module):
-    """Flatten, then Linear and neuron for each of `hidden`, then the classifier; rates that are
-    weighted end weighted.
+    """Flatten; Linear and neuron for each width in `hidden`; classifier. Weighted rates get a
+    weighted readout.
 
     Raises: ValueError for sizes below 1.
     """
@@ -57,7 +57,7 @@ def mlp(
     weights: Weights = "plain",
     neuron: nn.Module = LIF(),
 ) -> MLP:
-    """784-800-800-10 unless told otherwise; HLOP's published network has no bias."""
+    """784-800-800-10 by default; HLOP's published network has no bias."""
     return MLP(
         in_features=in_features,
         hidden=hidden,

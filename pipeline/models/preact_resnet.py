@@ -1,11 +1,12 @@
 """PreAct-ResNet: DSR's network for CIFAR and ImageNet, and SLTT's for CIFAR.
 
-    block:   h = neuron(norm(x)),   y = convolution(neuron(norm(convolution(h)))) + (h, through a
-             1x1 convolution where the shape changes)
+    block:   h = neuron(norm(x))
+             y = convolution(neuron(norm(convolution(h)))) + h
+             where the shape changes, the shortcut is a 1x1 convolution of h
 
-So the shortcut carries spikes even where nothing changes shape, unlike He et al.'s, whose identity
-takes x. Pools are averages; behind the last block come norm, neuron, a global pool and the head:
-`"rate"` ends in neurons (`RateHead`), `"linear"` is a linear classifier.
+So the shortcut always carries spikes, while the identity shortcut of He et al. carries x. Pools are
+averages. The last block is followed by norm, neuron, a global pool and the head: `"rate"` ends in
+neurons (`RateHead`), `"linear"` is a linear classifier.
 
 Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) and Meng et al.
 2023 (SLTT, arXiv 2302.14311) for the spiking form.
@@ -30,7 +31,7 @@ Head = Literal["rate", "linear"]
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, norm and neuron before each."""
+    """Two 3x3 convolutions, with norm and neuron before each."""
 
     def __init__(
         self,
@@ -59,8 +60,10 @@ class Block(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """`stem` "imagenet": 7x7 convolution, norm, neuron and pool, norms in the shortcuts; "small": a
-    3x3 convolution, none.
+    """Stem, stages of blocks, head: `[T, B, C, H, W]` to `[T, B, K]`.
+
+    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool, and adds norms to the
+    shortcuts; "small" is a 3x3 convolution.
 
     Raises: ValueError for an unknown `stem` or `head`, or sizes below 1.
     """
@@ -130,7 +133,7 @@ def preact_resnet18(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. `over` is batch norm's, over T and B as
+    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Batch norm is over T and B, as
     published.
     """
     return PreActResNet(
@@ -155,11 +158,11 @@ def preact_resnet18_small(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and fewer `blocks` make
-    it small.
+    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and `blocks` make it
+    smaller.
 
-    The published ones have biases in their convolutions; a batch norm stands behind each of those
-    here and takes them away. SLTT's is `head="linear", over="step", neuron=LIF(1 / 11)`.
+    The published networks have biases in their convolutions; here a batch norm follows each of
+    these and would remove them. SLTT's network is `head="linear", over="step", neuron=LIF(1 / 11)`.
     """
     return PreActResNet(
         blocks=blocks,

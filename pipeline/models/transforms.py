@@ -1,38 +1,11 @@
-"""A network with 1-bit weights in a part of it: `model=spec(binarized, network=spec(convnet, ...),
-part="all_but_ends")`.
+"""Transforms of a network, used in recipes as `model=spec(binarized, network=spec(convnet, ...),
+...)`.
 
-A family names a part by the attribute `part` of the modules that make it up, and says no more about
-it:
-
-    class FeedForward(nn.Module):
-        part = "ffn"
-
-The synapses inside such modules are the part, whatever the network is wrapped in. Every network has
-the part "all_but_ends": its synapses in order of registration but the first and the last (or all of
-its `classifier`), as in binary networks since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279),
-and but those in a `shortcut`, which nothing leads around: they have been real since Liu et al. 2018
-(Bi-Real, arXiv 1808.00278).
-
-Classifiers for several tasks: a head for each, of which the task's own answers. A shared head is
-any network's classifier.
-
-A readout that listens late: for recordings whose class shows in how they go on, not in how they
-begin.
-
-    y[t] = T / n x[t]  in the last n of T steps,  0 before;        n = share T, rounded, 1 or more
-
-The mean over T of y is the mean of x over the late steps, which is what predicts. The loss of an
-early step is that of logits 0, log K and without gradient, so the loss that is differentiated is
-the one of the late steps.
-
-A linear readout behind each neuron of any network, for rules that learn from them
-(`spiking/local_learning.py`).
-
-Batch norm by the samples of all workers: `model=spec(synchronized, network=spec(convnet, ...))`.
-
-For micro-batches too small for statistics of their own. It costs a collective for each norm,
-forward and backward, at every time step that is given to the network by itself; under
-`over="time"`, one for all of them.
+    binarized       1-bit weights in a part of the network
+    multi_head      one classifier per task
+    late            logits of the last time steps only
+    with_readouts   a linear readout after each neuron, for local learning
+    synchronized    batch norm over the samples of all workers
 """
 
 import copy
@@ -56,11 +29,18 @@ ALL_BUT_ENDS = "all_but_ends"
 
 
 def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled") -> nn.Module:
-    """`network` with 1-bit `weights` (`spiking/binary.py`) in its `part`, made of the weights that
-    it has.
+    """`network` with 1-bit `weights` (`spiking/binary.py`) in its `part`; its weights become the
+    latent weights.
+
+    A part is named by an attribute `part` of modules, such as `part = "ffn"`, and consists of all
+    synapses inside these modules. Every network has the part "all_but_ends": all synapses in order
+    of registration except the first and the last (or all of its `classifier`), as in binary
+    networks since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279), and except those in a
+    `shortcut`. No connection bypasses a shortcut, so its weights have been real since Liu et al.
+    2018 (Bi-Real, arXiv 1808.00278).
 
     Raises: ValueError for a part that the network does not have or that holds no weights, and for a
-    layer in it whose weights cannot be 1-bit, by its name.
+    layer whose weights cannot be 1-bit, by its name.
     """
     modules = dict(network.named_modules())
     layers = [name for name, module in modules.items() if isinstance(module, (nn.Linear, _ConvNd))]
@@ -110,17 +90,16 @@ def _inside_part(network: nn.Module, part: str, layers: list[str]) -> list[str]:
 
 
 class MultiHead(nn.Module):
-    """One classifier for each task, of which the `selected` one answers: `[T, B, C]` to `[T, B,
-    K]`.
+    """One classifier per task, of which the `selected` one is used: `[T, B, C]` to `[T, B, K]`.
 
-    `selected` is a plain attribute, set by `select_head`: `state_dict` is the same whichever head
-    is selected. The others are out of the graph and get no gradient.
+    `selected` is a plain attribute, set by `select_head`, so `state_dict` does not depend on it.
+    The other heads are outside the graph and get no gradient.
 
     Raises: ValueError for no heads.
     """
 
     has_task_heads = True
-    """what a rule looks for that learns something of each head"""
+    """marks networks with a new Jacobian in each task, for rules that estimate it"""
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -137,13 +116,11 @@ class MultiHead(nn.Module):
 
 
 def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
-    """`network` with its `classifier` as many times as there are `heads`, all with the weights that
-    it was initialised with.
+    """`network` with `heads` copies of its `classifier`, all with its initial weights.
 
-    In a recipe `model=spec(multi_head, network=spec(mlp, classes=2), heads=5)`; its phases say
-    which head is theirs.
+    Each phase of a recipe selects its head.
 
-    Raises: ValueError for fewer than one head, or a network whose classifier has another name.
+    Raises: ValueError for fewer than one head, or a network without a module `classifier`.
     """
     classifier = getattr(network, "classifier", None)
     if heads < 1 or not isinstance(classifier, nn.Module):
@@ -156,9 +133,9 @@ def multi_head(network: nn.Module, *, heads: int) -> nn.Module:
 
 
 def select_head(network: nn.Module, head: int) -> None:
-    """Make head number `head` answer, wherever `network` (or what it is wrapped in) has several.
+    """Select head number `head` of every MultiHead in `network`.
 
-    Raises: ValueError for a network with one head for all, or a head that it does not have.
+    Raises: ValueError for a network without several heads, or a head that it does not have.
     """
     found = [module for module in network.modules() if isinstance(module, MultiHead)]
     if not found:
@@ -176,12 +153,17 @@ def select_head(network: nn.Module, head: int) -> None:
 
 
 class LateReadout(nn.Module):
-    """The equation above; it counts time steps from `fresh_state` on, so slices of any length do.
+    """Scale the last n of T steps and silence all others, for recordings whose class shows late.
 
-    `time_steps`: T, which slices do not show.
+        y[t] = T / n x[t]  in the last n of T steps, 0 before;   n = share T, rounded, at least 1
+
+    The mean over T of y is the mean of x over the last n steps, which is the prediction. The loss
+    of an earlier step is that of logits 0, log K, without gradient. The module counts time steps
+    from `fresh_state` on, so slices may have any length; `time_steps` is T.
 
     Raises: ValueError for a share outside 0..1 or fewer than one step (when made), and for more
-    steps than T."""
+    steps than T.
+    """
 
     def __init__(self, *, share: float, time_steps: int) -> None:
         super().__init__()
@@ -198,7 +180,7 @@ class LateReadout(nn.Module):
         last = first + len(x_TBK)
         if last > self.time_steps:
             raise ValueError(
-                f"LateReadout: a recording must have its {self.time_steps} time steps; got step {last}"
+                f"LateReadout: a recording must have {self.time_steps} time steps; got step {last}"
             )
         self.state.write("seen", torch.tensor(last))
         speaks = [step >= self.time_steps - self.late for step in range(first, last)]
@@ -210,21 +192,20 @@ class LateReadout(nn.Module):
 
 
 def late(network: nn.Module, *, share: float = 0.5, time_steps: int) -> nn.Sequential:
-    """`network`, heard in the last `share` of its `time_steps`."""
+    """`network` with a `LateReadout` of the last `share` of its `time_steps`."""
     return nn.Sequential(network, LateReadout(share=share, time_steps=time_steps))
 
 
 def with_readouts(
     network: nn.Module, classes: int = 10, *, cells: int | Sequence[int] = 1
 ) -> nn.Module:
-    """`network` with a `Readout` behind each LIF, which computes what it did before.
+    """`network` with a `Readout` after each LIF; its output does not change.
 
-    A readout has as many channels as the synapse in front of its neuron, in order of registration.
-    `cells` x `cells` places of an image are read, where there is one; several numbers are those of
-    one neuron after another.
+    A readout has as many channels as the synapse before its neuron, in order of registration. It
+    reads `cells` x `cells` regions of an image; `cells` is one number, or one per neuron.
 
-    Raises: ValueError for a network without neurons, a neuron without a synapse in front, another
-    number of `cells` than neurons, or classes that differ from the network's own.
+    Raises: ValueError for a network without neurons, a neuron without a synapse before it, a wrong
+    number of `cells`, or classes that differ from the network's.
     """
     modules = list(network.named_modules())
     neurons = sum(isinstance(module, LIF) for _, module in modules)
@@ -263,8 +244,12 @@ def with_readouts(
 
 
 def synchronized(network: nn.Module) -> nn.Module:
-    """`network` whose batch norms normalise by the samples of all workers (`between="world"`,
+    """`network` whose batch norms use the samples of all workers (`between="world"`,
     `spiking/norm.py`).
+
+    It is for micro-batches that are too small for their own statistics. It costs one collective per
+    norm in the forward and one in the backward, for every time step that is passed to the network
+    separately; under `over="time"`, one for all steps.
 
     Raises: ValueError for a network without batch norm.
     """

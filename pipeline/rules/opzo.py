@@ -123,20 +123,12 @@ class OPZO(Rule):
         refuse_unless_one_of("OPZO", tuple(NAMES), feedback=feedback)
         refuse_unless_one_of("OPZO", (*DISTRIBUTIONS, None), distribution=distribution)
         refuse_unless_one_of("OPZO", ("spikes", "membrane", None), inject=inject)
-        if noise is None:
-            noise = 0.0 if feedback == "random" else NOISE
-        if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
-            raise ValueError(
-                "OPZO: noise must be > 0, because the feedback is learnt from it; got"
-                f" noise={noise}, {feedback=}"
-            )
-        for name, value, acts in (
-            ("momentum", momentum, feedback == "momentum"),
-            ("distribution", distribution, noise > 0),
-            ("inject", inject, noise > 0),
-            ("antithetic", antithetic, noise > 0),
-        ):
-            if value is not None and not acts:
+        noise = _check_noise(feedback, noise)
+        settings = {"distribution": distribution, "inject": inject, "antithetic": antithetic}
+        inert = {} if feedback == "momentum" else {"momentum": momentum}
+        inert |= {} if noise > 0 else settings
+        for name, value in inert.items():
+            if value is not None:
                 raise ValueError(
                     f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got"
                     f" {name}={value!r}"
@@ -346,6 +338,18 @@ class OPZO(Rule):
         refuse_skip_connections(self.label, network, {**ends, "the output": logits_1BK})
         self._paths_are_known = True
         return logits_1BK
+
+
+def _check_noise(feedback: Feedback, noise: float | None) -> float:
+    """The scale of the noise, by default that of the feedback."""
+    if noise is None:
+        return 0.0 if feedback == "random" else NOISE
+    if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
+        raise ValueError(
+            "OPZO: noise must be > 0, because the feedback is learnt from it; got"
+            f" noise={noise}, {feedback=}"
+        )
+    return noise
 
 
 def _loss_and_error(

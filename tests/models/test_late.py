@@ -99,7 +99,7 @@ def test_what_cannot_be_is_refused() -> None:
     readout = LateReadout(share=0.5, time_steps=2)
     with (
         pytest.raises(
-            ValueError, match="LateReadout: a recording must have its 2 time steps; got step 3"
+            ValueError, match="LateReadout: a recording must have 2 time steps; got step 3"
         ),
         fresh_state(readout),
     ):

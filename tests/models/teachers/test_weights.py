@@ -231,7 +231,7 @@ def test_the_hub_says_in_one_line_why_it_has_nothing(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(timm, "create_model", create_model)
     with pytest.raises(
-        ValueError, match=r"Hub: the weights of test_resnet could not be had: no network \(without"
+        ValueError, match=r"Hub: the weights of test_resnet are not available: no network \(without"
     ) as refusal:
         Hub().load("test_resnet")
     assert asked == [("test_resnet", True)]
