@@ -148,7 +148,7 @@ class BlockFactory:
             return neuron
         if type(neuron) is not LIF:
             raise ValueError(
-                f"neuron must be a LIF where a threshold of {threshold} is asked for; got"
+                f"neuron must be a LIF to get a threshold of {threshold}; got"
                 f" {type(neuron).__name__}"
             )
         neuron.threshold, neuron.subtract = (

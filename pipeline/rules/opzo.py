@@ -294,9 +294,9 @@ class OPZO(Rule):
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
         """The synapses that hold traces, which excludes those of readouts."""
-        beside = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
+        readouts = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
         found = traceable_synapses(self.label, model)
-        return {name: synapse for name, synapse in found.items() if id(synapse) not in beside}
+        return {name: synapse for name, synapse in found.items() if id(synapse) not in readouts}
 
     def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:
         """The readouts in use, by the index of their hidden layer."""

@@ -33,29 +33,29 @@ def following_norms(
     The norms are found by running `network` on `x_TB`; the values of `x_TB` do not matter. Every
     operation on an output counts as a consumer. A synapse that does not run has no norm.
     """
-    listeners = _Consumers()
+    consumers = _Consumers()
     norms = {
         name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)
     }
     was_training = network.training
     network.eval()
     hooks = [
-        module.register_forward_hook(partial(listeners.made, name))
+        module.register_forward_hook(partial(consumers.made, name))
         for name, module in synapses.items()
     ]
     hooks += [
-        norm.register_forward_pre_hook(partial(listeners.begins, name))
+        norm.register_forward_pre_hook(partial(consumers.begins, name))
         for name, norm in norms.items()
     ]
-    hooks += [norm.register_forward_hook(listeners.ends) for norm in norms.values()]
-    with fresh_state(network), hooked(hooks), listeners:
+    hooks += [norm.register_forward_hook(consumers.ends) for norm in norms.values()]
+    with fresh_state(network), hooked(hooks), consumers:
         network(x_TB)
     network.train(was_training)
     found = {}
     for name in synapses:
-        heard_by = listeners.of.get(name, set())
-        only = next(iter(heard_by)) if len(heard_by) == 1 else None
-        if only is not None and listeners.hears[only] == {name}:
+        consumed_by = consumers.of.get(name, set())
+        only = next(iter(consumed_by)) if len(consumed_by) == 1 else None
+        if only is not None and consumers.inputs[only] == {name}:
             found[name] = only
     return found
 
@@ -82,7 +82,7 @@ class _Consumers(TorchDispatchMode):
         self.outputs: dict[int, tuple[str, Tensor]] = {}
         self.running: str | None = None
         self.of: dict[str, set[str | None]] = {}
-        self.hears: dict[str, set[str | None]] = {}
+        self.inputs: dict[str, set[str | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument in tree_leaves((args, kwargs)):
@@ -95,7 +95,7 @@ class _Consumers(TorchDispatchMode):
 
     def begins(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.running = name
-        self.hears.setdefault(name, set()).add(self.outputs.get(id(inputs[0]), (None,))[0])
+        self.inputs.setdefault(name, set()).add(self.outputs.get(id(inputs[0]), (None,))[0])
 
     def ends(self, *_: Any) -> None:
         self.running = None

@@ -200,7 +200,9 @@ def test_what_the_stream_holds():
 
 
 def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none():
-    factory = BlockFactory(shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8))
+    factory = BlockFactory(
+        shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8)
+    )
     neuron = factory.neuron(threshold=0.5)
     assert isinstance(neuron, LIF) and (neuron.threshold, neuron.subtract) == (0.5, 0.4)
     assert isinstance(
@@ -208,6 +210,6 @@ def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none(
     )
     with pytest.raises(
         ValueError,
-        match=r"neuron must be a LIF where a threshold of 0\.5 is asked for; got RateNeuron",
+        match=r"neuron must be a LIF to get a threshold of 0\.5; got RateNeuron",
     ):
         BlockFactory(shortcut="sew", norm="batch", neuron=RateIF()).neuron(threshold=0.5)

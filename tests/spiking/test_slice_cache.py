@@ -1,7 +1,7 @@
 """Weights that are made of the parameters, made once for all slices of a batch, against each slice
 making its own.
 
-What comes of a still image is in test_still.py.
+Outputs for a static input are tested in test_static_input.py.
 """
 
 # T time, B batch
