@@ -32,6 +32,8 @@ Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.041
 2018 (Bi-Real, arXiv 1808.00278), Le & Li 2023 (BinaryViT, arXiv 2306.16678).
 """
 
+# T time, B batch, C channels, H W pixels
+
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -46,9 +48,6 @@ from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d
-
-# T time, B batch, C channels, H W pixels
-
 
 Shortcut = Literal["post_activation", "sew", "sew_multiple", "membrane", "multiple", "multiple_all"]
 Norm = Literal["batch", "sws"]
@@ -326,9 +325,6 @@ def resnet_layers(in_channels: int, width: int, *, stride: int, bottleneck: bool
 def named(**modules: nn.Module) -> nn.Sequential:
     """A Sequential of modules with these names."""
     return nn.Sequential(OrderedDict(modules))
-
-
-# T time, B batch, C channels, H W pixels
 
 
 class Residual(nn.Module):

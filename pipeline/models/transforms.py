@@ -8,6 +8,8 @@
     synchronized    batch norm over the samples of all workers
 """
 
+# T time, B batch, C channels, K classes
+
 import copy
 from collections.abc import Iterable, Sequence
 
@@ -86,9 +88,6 @@ def _inside_part(network: nn.Module, part: str, layers: list[str]) -> list[str]:
     return [name for name in layers if is_inside(name, parts[part])]
 
 
-# T time, B batch, C channels, K classes
-
-
 class MultiHead(nn.Module):
     """One classifier per task, of which the `selected` one is used: `[T, B, C]` to `[T, B, K]`.
 
@@ -147,9 +146,6 @@ def select_head(network: nn.Module, head: int) -> None:
         if not 0 <= head < len(module.heads):
             raise ValueError(f"select_head: head must be in 0..{len(module.heads) - 1}; got {head}")
         module.selected = head
-
-
-# T time, B batch, K classes
 
 
 class LateReadout(nn.Module):

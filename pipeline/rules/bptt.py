@@ -1,5 +1,7 @@
 """Backpropagation through time, the baseline of every other rule."""
 
+# T time, B batch, K classes
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,8 +22,6 @@ from pipeline.rules.base import (
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.slice_cache import SliceCache, slice_cache
 from pipeline.spiking.state import State, fresh_state, states_of
-
-# T time, B batch, K classes
 
 
 class BPTT(Rule):
@@ -130,9 +130,6 @@ class BPTT(Rule):
         return LossTerm(
             backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK
         )
-
-
-# T time, B batch, K classes
 
 
 @dataclass(frozen=True)

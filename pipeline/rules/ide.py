@@ -6,6 +6,8 @@ beta - beta| is at most `tolerance` |g|. So its solution depends neither on its 
 scale of the loss. A stopped sample keeps its solution while the others continue.
 """
 
+# T time, B batch, K classes or terms of a low-rank history, N layers, D units of a sample
+
 import itertools
 import math
 import warnings
@@ -20,9 +22,6 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.state import fresh_state
-
-# T time, B batch, K classes, N layers
-
 
 # IDE warns above the mean residual COARSE of a batch. Above the residual UNSOLVED of a sample the
 # batch has no gradient.
@@ -190,9 +189,6 @@ def layer_gains(
         v_B = vjp(v_B / v_B.norm().clamp_min(torch.finfo(v_B.dtype).tiny))
     norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.layer_vjps(v_B))]
     return [after / max(before, 1e-30) for before, after in itertools.pairwise(norms)]
-
-
-# B batch, D units of a sample, K terms of a low-rank history
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ matrices; Liao et al. 2016 (arXiv 1510.05067) for signs; Lillicrap et al. 2016 (
 (Xiao et al. 2024, arXiv 2402.11984).
 """
 
+# B batch, N units of a layer, K outputs
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +34,6 @@ from torch import Tensor, nn
 
 from pipeline.spiking.noise import noise
 from pipeline.spiking.op_scope import op_scope
-
-# B batch, N units of a layer, K outputs
 
 
 class ErrorFeedback(nn.Module):

@@ -1,5 +1,4 @@
-"""Leaky integrate-and-fire neurons with a fixed decay (LIF), a decay of 1 (IF) or a learnt one
-(PLIF).
+"""Leaky integrate-and-fire neurons: fixed decay (LIF), decay 1 (IF), learnt decay (PLIF).
 
 Spike and reset are one operation with its own backward, because a network runs them for each neuron
 and time step. With a = u - threshold, and psi the derivative that the surrogate substitutes for
@@ -10,6 +9,8 @@ ds/du:
 If the reset is differentiated too, dL/ds is reduced by subtract dL/dv ("subtract") or u dL/dv
 ("zero"). The backward itself cannot be differentiated.
 """
+
+# T time, B batch
 
 import math
 from collections.abc import Callable
@@ -22,13 +23,9 @@ from pipeline.core.checks import refuse_unless_one_of
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
-# T time, B batch
-
 
 def identity(v_B: Tensor) -> Tensor:
-    """Returns its input. As `LIF.carry` it lets the membrane cross a time step with its graph
-    (BPTT).
-    """
+    """Returns its input; as `LIF.carry`, the membrane crosses a time step with its graph."""
     return v_B
 
 
@@ -252,9 +249,6 @@ def IF(
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
     """Every LIF of `model` with its module name, in order of registration."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
-
-
-# B batch
 
 
 def fire(

@@ -15,6 +15,8 @@ Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi
 10.1142/S0129065789000475) for the subspace rule.
 """
 
+# N samples and time steps, C inputs of a layer, K lateral neurons
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,9 +26,6 @@ from torch import Tensor, nn
 from pipeline.core.checks import are_counts
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.synapse import Conv2d, Linear
-
-# N samples and time steps, C inputs of a layer, K lateral neurons
-
 
 LARGEST_CHANGE = 10.0
 LARGEST_RESPONSE = 20.0

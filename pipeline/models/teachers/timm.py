@@ -7,6 +7,8 @@ probe.
 `TeacherView` converts the student's input to the teacher's.
 """
 
+# B batch, C channels, H W pixels, D features, K classes
+
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -24,7 +26,11 @@ from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.weights import Hub, Untrained, Weights
 from pipeline.recipe.spec import spec
 
-# B batch, C channels, H W pixels, D features, K classes
+
+LEVELS = 255 * 1024
+"""rounding steps of a pixel: coarser than float32's error (1e-7), much finer than a level of
+8 bits
+"""
 
 
 class TimmTeacher(Teacher):
@@ -146,19 +152,6 @@ def _check_images(data: object, name: str) -> None:
         )
 
 
-# see Recipe.tiny
-timm_teacher.tiny = {"weights": spec(Untrained), "cache": None}  # type: ignore[attr-defined]
-
-
-# B batch, C channels, H W pixels
-
-
-LEVELS = 255 * 1024
-"""rounding steps of a pixel: coarser than float32's error (1e-7), much finer than a level of
-8 bits
-"""
-
-
 class TeacherView(nn.Module):
     """The student's augmented view, normalised for the teacher: `[B,C,H,W]` to `[B,3,h,w]` in fp32.
 
@@ -225,3 +218,7 @@ class TeacherView(nn.Module):
         """
         pixels_BCHW = torch.round((x_BCHW.float() * self.std + self.mean) * LEVELS) / LEVELS
         return pixels_BCHW.clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+# The keywords that Recipe.tiny sets.
+timm_teacher.tiny = {"weights": spec(Untrained), "cache": None}  # type: ignore[attr-defined]
