@@ -26,7 +26,6 @@ from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.weights import Hub, Untrained, Weights
 from pipeline.recipe.spec import spec
 
-
 LEVELS = 255 * 1024
 """rounding steps of a pixel: coarser than float32's error (1e-7), much finer than a level of
 8 bits
