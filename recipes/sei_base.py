@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pipeline.models.binarized import binarized
+from pipeline.models.transforms import binarized
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.suite import Suite
 from pipeline.rules.bptt import BPTT

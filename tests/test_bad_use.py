@@ -14,7 +14,7 @@ from tests.small import without_stages
 
 IMPORTS = """
 from dataclasses import replace
-from pipeline.models.binarized import binarized
+from pipeline.models.transforms import binarized
 from pipeline.models.convnet import convnet
 from pipeline.train.distillation import Distillation
 from pipeline.recipe.recipe import spec
@@ -84,8 +84,8 @@ def refused(
                 " weights=lite0))"
             ),
             (
-                "timm_teacher: tf_efficientnet_lite0 answers for 1000 classes, the data has 10: it"
-                " needs a probe, .*; got None"
+                "timm_teacher: tf_efficientnet_lite0 has 1000 classes and the data 10, so it needs a"
+                " probe, .*; got None"
             ),
         ),
         (

@@ -26,8 +26,8 @@ from pipeline.data.datasets.tasks import Permuted, SplitClasses
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.launch.start import evaluate_run
-from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
+from pipeline.models.transforms import multi_head, select_head
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Recipe, spec, write_json
 from pipeline.report.listing import list_runs

@@ -11,9 +11,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
-from pipeline.models.late import late
+from pipeline.models.transforms import binarized, late
 from pipeline.recipe.recipe import Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.binary import latent_parameters

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import pipeline
-from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
+from pipeline.models.transforms import binarized
 from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR

@@ -55,19 +55,19 @@ class Counts:
     rule_bytes: int  # of what the rule learns by itself, and notes of a batch
     backward_calls: int
     traffic: Traffic
-    counted_as: str  # the rule's, where its work depends on values
+    forecast_note: str  # the rule's, where its work depends on values
 
     @property
     def kept_bytes(self) -> int:
         return self.peak_saved_bytes + self.state_bytes + self.rule_bytes
 
     def describe(self) -> str:
-        counted_as = f", counted {self.counted_as}" if self.counted_as else ""
+        forecast_note = f", counted {self.forecast_note}" if self.forecast_note else ""
         return (
             f"{self.peak_saved_bytes / 1e6:,.6g} MB saved for backward,"
             f" {self.state_bytes / 1e6:,.4g} MB of states, {self.traffic.flops / 1e9:,.6g} GFLOP,"
             f" {count_of(self.traffic.kernels, 'kernel')} that move {self.traffic.bytes / 1e9:,.4g}"
-            f" GB{counted_as}; the optimizer not among them"
+            f" GB{forecast_note}; the optimizer not among them"
         )
 
 
@@ -186,7 +186,7 @@ def counted(bench: Bench, rule: Spec) -> Counts:
         **bytes_of_batch(made, meters.totals),
         backward_calls=meters.totals.backward_calls // 2,
         traffic=traffic,
-        counted_as=made.counted_as,
+        forecast_note=made.forecast_note,
     )
 
 

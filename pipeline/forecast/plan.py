@@ -86,7 +86,7 @@ class Planned:
     flops: int  # of one micro-batch on one worker, the optimizer left out; likewise:
     moved_bytes: int
     kernels: int
-    counted_as: str  # how the rule was counted, where its work depends on values
+    forecast_note: str  # how the rule was counted, where its work depends on values
     compute_s: float  # of a batch; likewise:
     teacher_s: float  # of a teacher's answers; 0 without one
     communication_s: float
@@ -274,7 +274,7 @@ class _Planner:
             flops=counts.traffic.flops,
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
-            counted_as=counts.counted_as,
+            forecast_note=counts.forecast_note,
             compute_s=compute_s,
             teacher_s=teacher_s,
             communication_s=communication_s,

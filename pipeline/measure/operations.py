@@ -36,8 +36,8 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
 from pipeline.measure.pausable import Pausable
-from pipeline.spiking.feedback_alignment import FixedFeedback
-from pipeline.spiking.op_scope import served
+from pipeline.spiking.error_feedback import FixedFeedback
+from pipeline.spiking.op_scope import current_scope
 
 aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ class Operations(Pausable):
         natural = "forward"
         if torch._C._current_autograd_node() is not None:
             natural = "error" if hands_down else "weights"
-        purpose = served() or natural
+        purpose = current_scope() or natural
         work = Work(0 if even else pairs.live, pairs.live, pairs.all)
         self.work[purpose] = self.work.get(purpose, Work()) + work
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.random import COUNTED, bits
-from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.encode import is_static, repeat
 
 
 class Evenly:
@@ -34,7 +34,7 @@ class Evenly:
 
     def add(self, x_TB: Tensor) -> None:
         """The samples of a batch, all still images or none."""
-        self._steps = len(x_TB) if is_still(x_TB) else 0
+        self._steps = len(x_TB) if is_static(x_TB) else 0
         places_B = np.arange(self._passed, self._passed + x_TB.shape[1])
         self._passed += len(places_B)
         drawn_B = bits(0, 0, places_B, COUNTED)

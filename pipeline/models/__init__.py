@@ -1,3 +1,4 @@
-"""Networks, one family a file; each file ends in plain builder functions. A model maps `[T, B,
-...]` to logits `[T, B, K]`.
+"""Network families, one file each; every file ends in plain builder functions.
+
+A model maps `[T, B, ...]` to logits `[T, B, K]`.
 """

@@ -1,19 +1,20 @@
-"""Attention without softmax, on spikes: QKFormer's two.
+"""Spiking attention without softmax: the two attentions of QKFormer.
 
-q, k, v are spikes of 1x1 synapses that read the stream, split into heads of d channels; the tokens
-are the N pixels.
+q, k and v are spikes of 1x1 synapses that read the stream. They are split into heads of d channels.
+The tokens are the N pixels.
 
-    TokenQK          a[n] = L'(sum_d q[d, n]) k[ . , n]          y = S a         a mask over tokens:
-    O(N C) SelfAttention    a[n] = SCALE sum_m (q[n] . k[m]) v[m]       y = S L'(a)     computed as
-    (sum_m v[m] k[m]^T) q[n]: O(N C d)
+    TokenQK         a[n] = L'(sum_d q[d, n]) k[ . , n],       y = S a
+                    a mask over tokens: O(N C)
+    SelfAttention   a[n] = SCALE sum_m (q[n] . k[m]) v[m],    y = S L'(a)
+                    computed as (sum_m v[m] k[m]^T) q[n]: O(N C d)
 
-with L' a neuron of threshold 0.5, and S the last synapse and its norm. On a stream of real numbers
-one neuron stands before q, k and v, and none behind S. Under "multiple_all" each projection has a
-shortcut of its own: the stream is added to the currents of q, k and v, and a to y. (In
-SelfAttention a is what the last neuron reads; TokenQK has no neuron before S, and a is spikes.)
+L' is a neuron of threshold 0.5, and S the last synapse with its norm. On a real-valued stream one
+neuron stands before q, k and v, and none after S. Under "multiple_all" each projection has its own
+shortcut: the stream is added to the currents of q, k and v, and a is added to y. (In SelfAttention
+a is the input of the last neuron. TokenQK has no neuron before S, so a is spikes.)
 
-The neuron behind S of SelfAttention may run as the published code has it,
-`projection_neuron="over_samples"`: see `OverSamples`. Published accuracies were measured so.
+With `projection_neuron="over_samples"` the neuron after SelfAttention's S runs as in the published
+code, see `OverSamples`. Published accuracies were measured with it.
 
 Source: Zhou et al. 2024 (QKFormer, arXiv 2403.16552); Zhou et al. 2023 (Spikformer, arXiv
 2209.15425); the shortcuts: Le & Li 2023 (BinaryViT, arXiv 2306.16678).
@@ -26,29 +27,34 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.models.residual import Blocks, Layer
+from pipeline.models.residual import BlockFactory, Layer
 from pipeline.spiking.neuron import LIF
 
 ATTENTION_THRESHOLD = 0.5
 SCALE = 0.125
 
 ProjectionNeuron = Literal["over_time", "over_samples"]
-"""what the membrane behind a SelfAttention crosses: time steps of one sample, or samples"""
+"""what the membrane after a SelfAttention is carried across: time steps of one sample, or
+samples
+"""
 
 
 class OverSamples(LIF):
-    """The LIF on `[T, B, ...]`, one membrane for all samples: it runs over the B samples of a step,
-    then over the next step's.
+    """A LIF on `[T, B, ...]` with one membrane for all samples of a batch, as in the published
+    code.
 
-        u[t, b] = decay v[t, b-1] + x[t, b],      v[t, 0] = v[t-1, B],      v[0, B] = 0
+        u[t, b] = decay v[t, b-1] + x[t, b],   v[t, 0] = v[t-1, B],   v[0, B] = 0
 
-    What a sample gives depends on the samples before it in its batch, and so on the order and size
-    of the batch, on micro-batches and on workers. In a batch of one it is the LIF.
+    The output for a sample depends on the samples before it, and so on the order and size of the
+    batch, on micro-batches and on workers. In a batch of one it is the LIF.
     """
 
     @classmethod
     def of(cls, neuron: nn.Module) -> "OverSamples":
-        """Raises: ValueError for a neuron that is no plain LIF."""
+        """An OverSamples with the settings of `neuron`.
+
+        Raises: ValueError for a neuron that is not a plain LIF.
+        """
         if type(neuron) is not LIF:
             raise ValueError(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}")
         made = cls(
@@ -69,11 +75,9 @@ class OverSamples(LIF):
 
 
 class Projection(nn.Module):
-    """Spikes for one of q, k, v: neuron(norm(synapse(h))), with the stream added to the currents
-    where it is given.
-    """
+    """Spikes of q, k or v: neuron(norm(synapse(h))); a given stream is added to the currents."""
 
-    def __init__(self, blocks: Blocks, channels: int) -> None:
+    def __init__(self, blocks: BlockFactory, channels: int) -> None:
         super().__init__()
         self.currents = blocks.currents(Layer(channels, channels))
         self.neuron = blocks.neuron()
@@ -84,13 +88,13 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """`[T, B, C, H, W]` to the same; `_mix` says how the tokens meet.
+    """Base of the attentions, `[T, B, C, H, W]` to the same shape; `_mix` combines the tokens.
 
-    Raises: ValueError for channels that do not divide into the heads.
+    Raises: ValueError for channels that are not divisible by heads.
     """
 
     def __init__(
-        self, blocks: Blocks, channels: int, *, heads: int, projections: tuple[str, ...]
+        self, blocks: BlockFactory, channels: int, *, heads: int, projections: tuple[str, ...]
     ) -> None:
         super().__init__()
         if heads < 1 or channels % heads:
@@ -100,12 +104,14 @@ class Attention(nn.Module):
             )
         self.heads = heads
         self.has_shortcuts = blocks.shortcut == "multiple_all"
-        self.first = nn.Identity() if blocks.carries_spikes else blocks.spikes_of_stream()
+        self.first = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
         self.projections = nn.ModuleDict(
             {name: Projection(blocks, channels) for name in projections}
         )
         self.attention_neuron = blocks.spikes(threshold=ATTENTION_THRESHOLD)
-        self.project = blocks.currents(Layer(channels, channels, bias=True), gain=blocks.silent)
+        self.project = blocks.currents(
+            Layer(channels, channels, bias=True), gain=blocks.branch_gain
+        )
         self.last = blocks.neuron() if blocks.carries_spikes else nn.Identity()
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
@@ -124,7 +130,7 @@ class Attention(nn.Module):
 class TokenQK(Attention):
     """A mask over the tokens of k."""
 
-    def __init__(self, blocks: Blocks, channels: int, *, heads: int) -> None:
+    def __init__(self, blocks: BlockFactory, channels: int, *, heads: int) -> None:
         super().__init__(blocks, channels, heads=heads, projections=("q", "k"))
 
     def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -136,14 +142,15 @@ class TokenQK(Attention):
 
 
 class SelfAttention(Attention):
-    """Every token sees every other; linear in their number.
+    """Attention between all tokens; its cost is linear in their number.
 
-    Raises: ValueError for a `projection_neuron` that is unknown, or that runs over samples where no
-    LIF stands behind S."""
+    Raises: ValueError for an unknown `projection_neuron`, or one that runs over samples if no LIF
+    stands after S.
+    """
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: BlockFactory,
         channels: int,
         *,
         heads: int,

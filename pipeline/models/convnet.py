@@ -1,11 +1,11 @@
 """Plain convolutional networks: `[T, B, C, H, W]` to logits `[T, B, K]`.
 
-    per layer:   h = neuron(norm(convolution(h))),   an average pool between stages, one more before
-    the classifier
+    per layer:   h = neuron(norm(convolution(h)))
+    an average pool between stages, and one before the classifier
 
-Every map between two neurons is affine in eval mode, so the network computes on spikes, on rates,
-or with ReLU alike. `head="linear"` ends in a linear classifier, `"rate"` in neurons (`RateHead`),
-as DSR's networks do.
+Every map between two neurons is affine in evaluation, so the network works on spikes, on rates and
+with ReLU. `head="linear"` ends in a linear classifier, `"rate"` in neurons (`RateHead`), as DSR's
+networks do.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import are_counts, is_count, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, RateHead, one_more
+from pipeline.models.parts import Over, RateHead, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -30,8 +30,8 @@ Head = Literal["linear", "rate"]
 
 
 class Layer(nn.Module):
-    """h = neuron(norm(convolution(h))); it keeps the size of the image, stride aside, and has a
-    bias where no norm has one.
+    """h = neuron(norm(convolution(h))); it keeps the image size up to its stride, and has a bias if
+    there is no norm.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Layer(nn.Module):
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
         self.norm = BatchNorm(width, over=over) if norm == "batch" else nn.Identity()
-        self.neuron = one_more(neuron)
+        self.neuron = copy_neuron(neuron)
         self.dropout = nn.Identity()
         if dropout > 0:
             self.dropout = Dropout(dropout) if mask == "batch" else nn.Dropout(dropout)
@@ -86,10 +86,7 @@ class ConvNet(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        if not stages or not all(are_counts(widths) for widths in stages):
-            raise ValueError(
-                f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}"
-            )
+        _check_stages(stages, kernel)
         numbers = {
             "classes": classes,
             "in_channels": in_channels,
@@ -97,25 +94,11 @@ class ConvNet(nn.Module):
             "grid": grid,
         }
         refuse_unless_counts("ConvNet", numbers)
-        if not is_count(kernel) or kernel % 2 == 0:
-            raise ValueError(
-                f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}"
-            )
         refuse_unless_one_of("ConvNet", ("batch", "none"), norm=norm)
         refuse_unless_one_of("ConvNet", ("linear", "rate"), head=head)
         if norm == "none" and head == "linear" and over != "step":
-            raise ValueError(
-                f"ConvNet: over={over!r} is about batch norm and has no effect with norm='none'"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(
-                f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}"
-            )
-        refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
-        if mask != "batch" and dropout == 0:
-            raise ValueError(
-                f"ConvNet: mask={mask!r} is about dropout and has no effect with dropout=0"
-            )
+            raise ValueError(f"ConvNet: over must be 'step' without batch norm; got {over=}")
+        _check_dropout(dropout, mask)
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:
@@ -156,12 +139,31 @@ class ConvNet(nn.Module):
         h = x_TBCHW
         for index, layers in enumerate(self.stages):
             h = layers(h if index == 0 else folded(self.pool, h))
-        if h.shape[-2:] != (
-            self.grid,
-            self.grid,
-        ):  # torch 2.13 spends 9 % of a step on a pool that changes nothing
+        # Without this condition torch 2.13 spends 9 % of a step on a pool without effect.
+        if h.shape[-2:] != (self.grid, self.grid):
             h = folded(self.last_pool, h)
         return self.readout(self.classifier(h.flatten(2)))
+
+
+def _check_stages(stages: Sequence[Sequence[int]], kernel: int) -> None:
+    if not stages or not all(are_counts(widths) for widths in stages):
+        raise ValueError(
+            f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}"
+        )
+    if not is_count(kernel) or kernel % 2 == 0:
+        raise ValueError(
+            f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}"
+        )
+
+
+def _check_dropout(dropout: float, mask: Mask) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}"
+        )
+    refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
+    if mask != "batch" and dropout == 0:
+        raise ValueError(f"ConvNet: mask must be 'batch' without dropout; got {mask=}")
 
 
 def convnet(
@@ -179,12 +181,13 @@ def convnet(
     head: Head = "linear",
     neuron: nn.Module = LIF(),
 ) -> ConvNet:
-    """A stack for small images. `over` is batch norm's; the last pool leaves `grid` x `grid`
-    places, 1 is a global pool.
+    """A network for small images.
 
-    `stem_stride` is the first convolution's. `dropout` stands behind each neuron of a stage: one
-    mask for all time steps of a batch, or one for each (`mask="step"`, as in DSR), which no seed
-    makes the same for rules that slice time in other ways."""
+    `over` is batch norm's. The last pool leaves `grid` x `grid` values per channel; 1 is a global
+    pool. `stem_stride` is the first convolution's stride. `dropout` follows each neuron, with one
+    mask per batch, or with one per time step (`mask="step"`, as in DSR). The latter depends on how
+    a rule slices time, whatever the seed.
+    """
     return ConvNet(
         stages=stages,
         classes=classes,

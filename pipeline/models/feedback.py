@@ -1,16 +1,17 @@
-"""Networks whose last layer feeds back to the first, and that come to rest: those of IDE and SPIDE.
+"""Feedback networks that reach an equilibrium: those of IDE and SPIDE.
 
-    inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
-    dropout_on="readout" inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier
+    dropout_on="readout"
+        inject -> [layer 1 -> ... -> layer N -> layer 1] -> dropout -> classifier
     dropout_on="currents", as published
+        inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier
 
-"currents" puts a dropout of its own behind every synapse, `inject` and the feedback included, and
-none before the classifier. A mask is drawn once for a batch: the same in all T steps, and in the
-equation that IDE and SPIDE solve for the gradient.
+"currents" puts a dropout after every synapse, including `inject` and the feedback, and none before
+the classifier. A mask is drawn once per batch. It is the same in all T steps and in the equation
+that IDE and SPIDE solve for the gradient.
 
-A notation of the papers is kept in the names: 96C3s is a 3x3 convolution of stride 2 with 96
-outputs, (F96C3u) a feedback of 3x3 transposed convolutions that brings the last layer to the 96
-channels and the size of the first.
+Names follow the papers' notation: 96C3s is a 3x3 convolution of stride 2 with 96 outputs. (F96C3u)
+is a feedback of 3x3 transposed convolutions from the last layer to the 96 channels and the image
+size of the first.
 
 Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Xiao et al. 2023 (SPIDE, arXiv 2302.00232) for the
 networks without norm.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Pool, one_more
+from pipeline.models.parts import Pool, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
@@ -38,14 +39,14 @@ Norm = Literal["batch", "none"]
 Limit = Literal["spectral", "none"] | float
 """of the feedback's weight: "spectral" is SpectralLimit, a number the largest Frobenius norm"""
 DropoutOn = Literal["readout", "currents"]
-"""where `dropout` stands: before the classifier alone, or behind every synapse inside the loop"""
+"""place of `dropout`: before the classifier only, or after every synapse inside the loop"""
 
 
 class FeedbackNetwork(nn.Module):
-    """`[T, B, ...]` to the readout `[T, B, K]` of a network at rest, whose mean over T is that of
-    its rate a[T].
+    """An `Equilibrium` and a classifier: `[T, B, ...]` to logits `[T, B, K]`, whose mean over T is
+    the readout of the rate a[T].
 
-    `flat` inputs are vectors to it, whatever their shape.
+    With `flat`, inputs are flattened to vectors.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class FeedbackNetwork(nn.Module):
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias: an image `stride` times as
-    large.
+    """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias; it enlarges the image by
+    `stride`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
@@ -94,17 +95,16 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         )
 
 
-class NoFeedback(nn.Module):
-    """The linear map to nothing: zeros of `shape` for each sample."""
+class ZeroFeedback(nn.Module):
+    """A linear map to zeros of `shape` per sample."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape = shape
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        nothing_TB = 0 * x_TB.flatten(2).sum(
-            2
-        )  # still a function of x: the solvers ask for its gradient
+        # Zero, but a function of x, because the solvers need its gradient.
+        nothing_TB = 0 * x_TB.flatten(2).sum(2)
         return nothing_TB.view(*nothing_TB.shape, *[1] * len(self.shape)).expand(
             *nothing_TB.shape, *self.shape
         )
@@ -121,20 +121,22 @@ def fc_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """One fully connected layer that feeds back to itself: 400 (F400), 478,011 parameters without
+    """One fully connected layer with feedback to itself: 400 (F400), 478,011 parameters without
     norm.
 
-    IDE's neurons have threshold 2, which makes the limited feedback a contraction by 1/2. Published
-    are `norm="batch"` on the input and `dropout_on="currents"`.
+    IDE's neurons have threshold 2, which makes the limited feedback a contraction with factor 1/2.
+    Published settings are `norm="batch"` on the input and `dropout_on="currents"`.
     """
     refuse_unless_counts(
         "fc_feedback", {"classes": classes, "in_features": in_features, "hidden": hidden}
     )
     inside, outside = _shares(dropout, dropout_on)
     equilibrium = Equilibrium(
-        inject=_dropped(_normed(Linear(in_features, hidden, norm == "none"), hidden, norm), inside),
-        feedback=_dropped(_limited(Linear(hidden, hidden, bias=False), limit), inside),
-        neurons=[one_more(neuron)],
+        inject=_with_dropout(
+            _with_norm(Linear(in_features, hidden, norm == "none"), hidden, norm), inside
+        ),
+        feedback=_with_dropout(_with_limit(Linear(hidden, hidden, bias=False), limit), inside),
+        neurons=[copy_neuron(neuron)],
     )
     return FeedbackNetwork(
         equilibrium, features=hidden, classes=classes, dropout=outside, flat=True
@@ -154,8 +156,8 @@ def conv_feedback(
     limit: Limit = "spectral",
     neuron: nn.Module = IF(threshold=2.0),
 ) -> FeedbackNetwork:
-    """Convolutions `(width, kernel, stride)` on images of `size` pixels, fed back by one of
-    `kernel`: 64C5s (F64C5) as it is.
+    """Convolutions `(width, kernel, stride)` on images of `size` pixels, with a feedback
+    convolution of size `kernel`; the default is 64C5s (F64C5).
 
     Raises: ValueError for sizes below 1, no layers, or strides that do not divide the image.
     """
@@ -177,8 +179,8 @@ def conv_feedback(
     widths = [in_channels, *(width for width, _, _ in layers)]
     inside, outside = _shares(dropout, dropout_on)
     synapses = [
-        _dropped(
-            _normed(
+        _with_dropout(
+            _with_norm(
                 Conv2d(before, width, taps, stride, taps // 2, bias=norm == "none"), width, norm
             ),
             inside,
@@ -193,8 +195,8 @@ def conv_feedback(
     )
     equilibrium = Equilibrium(
         inject=synapses[0],
-        feedback=_dropped(_limited(feedback, limit), inside),
-        neurons=[one_more(neuron) for _ in layers],
+        feedback=_with_dropout(_with_limit(feedback, limit), inside),
+        neurons=[copy_neuron(neuron) for _ in layers],
         synapses=synapses[1:],
     )
     features = last * (size // total) ** 2
@@ -213,11 +215,12 @@ def alexnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
-    """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes;
-    `width` narrows it for demos.
+    """AlexNet-F: 96C3s-256C3-384C3s-384C3-256C3 (F96C3u), 3,708,139 parameters at 10 classes.
+
+    `width` scales the channels, for demos.
     """
     layers = ((96, 3, 2), (256, 3, 1), (384, 3, 2), (384, 3, 1), (256, 3, 1))
-    return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
 
 def cifarnet_f(
@@ -230,11 +233,12 @@ def cifarnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = LIF(0.99, threshold=2.0),
 ) -> FeedbackNetwork:
-    """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes;
-    `width` as above.
+    """CIFARNet-F: 128C3s-256C3-512C3s-1024C3-512C3 (F128C3u), 11,837,579 parameters at 10 classes.
+
+    `width` scales the channels, for demos.
     """
     layers = ((128, 3, 2), (256, 3, 1), (512, 3, 2), (1024, 3, 1), (512, 3, 1))
-    return _classic(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
+    return _five_layers(layers, classes, in_channels, size, width, dropout, dropout_on, neuron)
 
 
 def convnet_f(
@@ -250,12 +254,11 @@ def convnet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
-    """SPIDE's networks without norm: 64C5s-64C5s-64C5 (F64C3u), 274,826 parameters, or the layers
-    that are named.
+    """SPIDE's networks without norm, by default 64C5s-64C5s-64C5 (F64C3u) with 274,826 parameters.
 
-    Weights start as N(0, gain / fan_in), a tenth of that in an upsampling feedback, biases at 0.
-    (Published for CIFAR are rows of uniform numbers scaled to the norm 1, which N(0, 1 / fan_in)
-    has on average.)
+    Weights start as N(0, gain / fan_in), with a tenth of that standard deviation in an upsampling
+    feedback. Biases start at 0. (The published weights for CIFAR are rows of uniform numbers scaled
+    to norm 1, which N(0, 1 / fan_in) has on average.)
     """
     network = conv_feedback(
         classes,
@@ -269,7 +272,7 @@ def convnet_f(
         dropout_on=dropout_on,
         neuron=neuron,
     )
-    _draw(network.equilibrium, gain)
+    _init_weights(network.equilibrium, gain)
     return network
 
 
@@ -283,11 +286,11 @@ def lenet_f(
     dropout_on: DropoutOn = "readout",
     neuron: nn.Module = IF(threshold=1.0, subtract=2.0),
 ) -> FeedbackNetwork:
-    """LeNet as SPIDE trains it: 15C5-P2-40C5-P2-300, neurons behind the pools, too, and nothing fed
-    back; 606,740 parameters.
+    """SPIDE's LeNet: 15C5-P2-40C5-P2-300 with neurons after the pools too, and no feedback; 606,740
+    parameters.
 
-    It comes to rest as fast as its layers do; its backward phase is that of a chain.
-    `dropout_on="currents"` is here, as published, behind the last synapse alone.
+    It reaches its equilibrium as fast as its layers do; its backward phase is that of a chain.
+    `dropout_on="currents"` stands after the last synapse only, as published.
 
     Raises: ValueError for an image that two pools do not divide.
     """
@@ -299,27 +302,28 @@ def lenet_f(
     inside, outside = _shares(dropout, dropout_on)
     equilibrium = Equilibrium(
         inject=Conv2d(in_channels, first, 5, padding=2),
-        feedback=NoFeedback((first, size, size)),
-        neurons=[one_more(neuron) for _ in range(5)],
+        feedback=ZeroFeedback((first, size, size)),
+        neurons=[copy_neuron(neuron) for _ in range(5)],
         synapses=[
             Pool(nn.AvgPool2d(2)),
             Conv2d(first, second, 5, padding=2),
             Pool(nn.AvgPool2d(2)),
-            _dropped(nn.Sequential(nn.Flatten(2), Linear(flat, features)), inside),
+            _with_dropout(nn.Sequential(nn.Flatten(2), Linear(flat, features)), inside),
         ],
     )
-    _draw(equilibrium, 2.0)
+    _init_weights(equilibrium, 2.0)
     return FeedbackNetwork(
         equilibrium, features=features, classes=classes, dropout=outside, flat=False
     )
 
 
-def _draw(equilibrium: Equilibrium, gain: float) -> None:
-    """Variance gain / fan_in for every weight, a tenth of that standard deviation in a transposed
-    convolution, biases 0.
+def _init_weights(equilibrium: Equilibrium, gain: float) -> None:
+    """Draw weights with variance gain / fan_in, a tenth of that standard deviation in transposed
+    convolutions; set biases to 0.
 
     fan_in counts the weights of one output; a transposed convolution has its outputs in the second
-    dimension."""
+    dimension.
+    """
     for module in equilibrium.modules():
         if isinstance(module, Linear | Conv2d):
             nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
@@ -329,7 +333,7 @@ def _draw(equilibrium: Equilibrium, gain: float) -> None:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-def _classic(
+def _five_layers(
     layers: Sequence[tuple[int, int, int]],
     classes: int,
     in_channels: int,
@@ -354,24 +358,24 @@ def _classic(
 
 
 def _shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float]:
-    """The shares dropped behind each synapse inside the loop, and before the classifier."""
+    """The dropout inside the loop, and the one before the classifier."""
     refuse_unless_one_of("feedback", ("readout", "currents"), dropout_on=dropout_on)
     return (dropout, 0.0) if dropout_on == "currents" else (0.0, dropout)
 
 
-def _dropped(synapse: nn.Module, share: float) -> nn.Module:
+def _with_dropout(synapse: nn.Module, share: float) -> nn.Module:
     if share == 0:
         return synapse
     before = list(synapse) if isinstance(synapse, nn.Sequential) else [synapse]
     return nn.Sequential(*before, Dropout(share))
 
 
-def _normed(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
+def _with_norm(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
     refuse_unless_one_of("feedback", ("batch", "none"), norm=norm)
     return synapse if norm == "none" else nn.Sequential(synapse, BatchNorm(channels))
 
 
-def _limited(synapse: nn.Module, limit: Limit) -> nn.Module:
+def _with_limit(synapse: nn.Module, limit: Limit) -> nn.Module:
     if isinstance(limit, int | float):
         return FrobeniusLimit(synapse, limit)
     if limit not in ("spectral", "none"):

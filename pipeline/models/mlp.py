@@ -1,4 +1,4 @@
-"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, a neuron behind each hidden
+"""Fully connected networks: `[T, B, ...]` to logits `[T, B, K]`, with a neuron after each hidden
 layer.
 """
 
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts
-from pipeline.models.parts import one_more
+from pipeline.models.parts import copy_neuron
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Linear, Weights
 
 
 class MLP(nn.Module):
-    """Flatten, then Linear and neuron for each of `hidden`, then the classifier; rates that are
-    weighted end weighted.
+    """Flatten; Linear and neuron for each width in `hidden`; classifier. Weighted rates get a
+    weighted readout.
 
     Raises: ValueError for sizes below 1.
     """
@@ -39,7 +39,7 @@ class MLP(nn.Module):
         size = in_features
         for width in hidden:
             self.layers.append(Linear(size, width, bias, weights=weights))
-            self.layers.append(one_more(neuron))
+            self.layers.append(copy_neuron(neuron))
             size = width
         self.classifier = Linear(size, classes, bias)
         self.readout = rate_readout(neuron)
@@ -57,7 +57,7 @@ def mlp(
     weights: Weights = "plain",
     neuron: nn.Module = LIF(),
 ) -> MLP:
-    """784-800-800-10 unless told otherwise; HLOP's published network has no bias."""
+    """784-800-800-10 by default; HLOP's published network has no bias."""
     return MLP(
         in_features=in_features,
         hidden=hidden,

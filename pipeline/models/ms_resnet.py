@@ -1,16 +1,15 @@
-"""MS-ResNet: the membrane shortcut, a stream of real numbers that every neuron reads before its
-synapse.
+"""MS-ResNet: a residual network with the membrane shortcut, whose stream is real-valued.
 
-    y = N S L N S L x + x,     where the shape changes the shortcut is N S x: a 1x1 synapse that
-    reads the stream itself
+    y = N S L N S L x + x
+    where the shape changes, the shortcut is N S x, a 1x1 synapse that reads the stream itself
 
-The 7x7 stem is followed by no neuron and no pool; the first stage halves the image, too. The
-104-layer one has a stem of three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and
-dropout before the classifier. The last batch norm of a block starts at gain 0, all others at the
-threshold.
+L is a neuron, S a synapse, N its norm; every neuron stands before its synapse. No neuron and no
+pool follows the 7x7 stem, and the first stage halves the image too. The 104-layer network has a
+stem of three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and dropout before the
+classifier. The last batch norm of a block starts at gain 0, all others at the threshold.
 
-With `shortcut="multiple"` every synapse has a shortcut of its own; with `norm="sws"` there is no
-batch norm, and what changes the shape reads spikes (`models/residual.py`).
+With `shortcut="multiple"` every synapse has its own shortcut. With `norm="sws"` there is no batch
+norm, and a synapse that changes the shape reads spikes (`models/residual.py`).
 
 Source: Hu et al. 2021 (MS-ResNet, arXiv 2112.08954).
 """
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Over
-from pipeline.models.residual import Blocks, Layer, Norm, resnet_stages
+from pipeline.models.residual import BlockFactory, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.static_input import StaticInput
@@ -44,13 +43,13 @@ class MSResNet(nn.Module):
     average pool, classifier.
 
     Args:
-        blocks: in each stage, each of two 3x3 synapses.
-        stem: "one" 7x7 synapse of stride 2, or "three" 3x3, the first of stride 2; for images of 28
-        or 32 pixels `stem_stride=1`. pooled: an average pool before the 1x1 synapse of a shortcut,
-        in the place of its stride.
+        blocks: number per stage, each of two 3x3 synapses.
+        stem: "one" 7x7 synapse of stride 2, or "three" 3x3 of which the first has stride 2.
+        stem_stride: 1 for images of 28 or 32 pixels.
+        pooled: an average pool before the 1x1 synapse of a shortcut, instead of its stride.
         dropout: share of the features before the classifier.
 
-    Raises: ValueError for numbers that make no network, or choices that do not fit together.
+    Raises: ValueError for sizes below 1, or choices that do not fit together.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class MSResNet(nn.Module):
         refuse_unless_counts("MSResNet", {**numbers, "blocks": blocks})
         refuse_unless_one_of("MSResNet", ("one", "three"), stem=stem)
         refuse_unless_one_of("MSResNet", ("membrane", "multiple"), shortcut=shortcut)
-        factory = Blocks(
+        factory = BlockFactory(
             shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD
         )
         if stem == "one":
@@ -102,7 +101,7 @@ class MSResNet(nn.Module):
             pooled=pooled,
             drop_path=drop_path,
         )
-        self.last = factory.spikes_of_stream()
+        self.last = factory.stream_spikes()
         self.dropout = Dropout(dropout) if dropout else nn.Identity()
         self.classifier = Linear(channels, classes)
 

@@ -1,15 +1,16 @@
-"""NF-ResNet: the normaliser-free spiking ResNet on which OTTT and SLTT report ImageNet.
+"""NF-ResNet: the spiking ResNet without batch norm on which OTTT and SLTT report ImageNet results.
 
-    block:   h = gamma LIF(x / beta),   y = x (h through a 1x1 convolution, where the shape changes)
-    + alpha skip_gain branch(h)
+    block:   h = gamma LIF(x / beta)
+             y = x + alpha skip_gain branch(h)
+             where the shape changes, the shortcut is a 1x1 convolution of h instead of x
 
-Standardised weights keep each branch at unit variance, gamma undoes the variance that the spike
-function takes away, beta is the expected standard deviation of the stream, and skip_gain starts at
-0: no statistics of the batch anywhere, so a network may be run one time step at a time. The stream
-is real-valued, and no neuron stands before the last pool.
+Standardised weights keep each branch at unit variance, gamma restores the variance that the spike
+function removes, beta is the expected standard deviation of the stream, and skip_gain starts at 0.
+No batch statistics are used, so the network can run one time step at a time. The stream is
+real-valued, and no neuron stands before the last pool.
 
-Source: Brock et al. 2021 (arXiv 2101.08692) for the normaliser-free net; Xiao et al. 2022 (OTTT,
-arXiv 2210.04195) and Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking one.
+Source: Brock et al. 2021 (arXiv 2101.08692) for the normaliser-free network; Xiao et al. 2022
+(OTTT, arXiv 2210.04195) and Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking one.
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -21,23 +22,23 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, standardized_conv
-from pipeline.models.residual import Blocks, resnet_stages
+from pipeline.models.residual import BlockFactory, resnet_stages
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Linear
 
 
 class NFResNet(nn.Module):
-    """Stem, four (or fewer) stages of blocks, global average pool, classifier: `[T, B, C, H, W]` to
-    `[T, B, K]`.
+    """Stem, up to four stages of blocks, global average pool, classifier: `[T, B, C, H, W]` to `[T,
+    B, K]`.
 
     `stem="imagenet"` is a 7x7 convolution of stride 2 and an average pool of stride 2;
-    `stem="small"` a 3x3 convolution of stride `stem_stride`, for images of 28 to 32 pixels. Stage i
-    has `blocks[i]` blocks of width `width * 2**i`, two 3x3 convolutions or a `bottleneck`; all but
-    the first start with stride 2. The classifier starts at 0, so the first logits are 0 and the
+    `stem="small"` is a 3x3 convolution of stride `stem_stride`, for images of 28 to 32 pixels.
+    Stage i has `blocks[i]` blocks of width `width * 2**i`, of two 3x3 convolutions or a
+    `bottleneck`. Every stage but the first starts with stride 2. The classifier starts at 0, so the
     first loss is ln K.
 
-    Raises: ValueError for an unknown stem, or numbers that make no network.
+    Raises: ValueError for an unknown stem, or sizes below 1.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class NFResNet(nn.Module):
         }
         refuse_unless_counts("NFResNet", {**numbers, "blocks": blocks})
         refuse_unless_one_of("NFResNet", ("imagenet", "small"), stem=stem)
-        factory = Blocks(shortcut="membrane", neuron=neuron, norm="sws")
+        factory = BlockFactory(shortcut="membrane", neuron=neuron, norm="sws")
         self.stem = StaticInput()
         if stem == "imagenet":
             self.stem.extend(
@@ -87,8 +88,8 @@ def nf_resnet34(
     in_channels: int = 3,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-34, 21,797,688 parameters at 1000 classes. SLTT's published decay is 1/11, OTTT's
-    0.5.
+    """NF-ResNet-34, 21,797,688 parameters at 1000 classes. The published decay is 1/11 for SLTT,
+    0.5 for OTTT.
     """
     return NFResNet(
         blocks=(3, 4, 6, 3),
@@ -145,8 +146,8 @@ def nf_resnet18_small(
     stem_stride: int = 1,
     neuron: nn.Module = LIF(),
 ) -> NFResNet:
-    """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width`, fewer `blocks` and
-    `stem_stride` make it small.
+    """NF-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width`, `blocks` and `stem_stride`
+    make it smaller.
     """
     return NFResNet(
         blocks=blocks,

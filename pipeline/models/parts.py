@@ -1,9 +1,7 @@
-"""What several families are made of: copies of one neuron, pools, the convolution of networks
-without batch norm, and the classifier of rate-coded networks.
+"""Parts of several families: copies of a neuron, pools, standardised convolutions, the rate head.
 
 A builder takes its neuron as a module, `neuron=LIF(decay=0.5)`, in a recipe `neuron=spec(LIF,
-decay=0.5)`, and gives each layer a copy of its own. `neuron=nn.ReLU()` is the ANN with the same
-layers.
+decay=0.5)`. Each layer gets a copy. `neuron=nn.ReLU()` gives the ANN with the same layers.
 """
 
 # T time, B batch, C channels, H W pixels
@@ -20,9 +18,7 @@ from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 Over = Literal["step", "time"]
-"""whether batch norm takes its statistics at each time step, or over time steps and samples
-together
-"""
+"""statistics of batch norm: of each time step, or over time steps and samples together"""
 
 # 1 / sqrt(p (1 - p)) = 2.737 with p = P(N(0, 1) >= 1): a spike of a unit-variance current at
 # threshold 1 has unit variance after it. Rounded as published.
@@ -32,14 +28,14 @@ SPIKE_GAIN = 2.74
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 
 
-def one_more(neuron: nn.Module) -> nn.Module:
-    """A copy of the prototype, with parameters and state of its own."""
+def copy_neuron(neuron: nn.Module) -> nn.Module:
+    """A copy of the prototype, with its own parameters and state."""
     return copy.deepcopy(neuron)
 
 
 def variance_gain(neuron: nn.Module) -> float:
-    """What a unit-variance current must be multiplied by behind the neuron to have unit variance
-    again.
+    """The factor that restores unit variance after a neuron whose input current has unit
+    variance.
     """
     if isinstance(neuron, nn.ReLU):
         return RELU_GAIN
@@ -50,7 +46,7 @@ def variance_gain(neuron: nn.Module) -> float:
 
 
 class Pool(nn.Module):
-    """A pool of torch's, on time-first tensors."""
+    """A pool of torch on time-first tensors."""
 
     def __init__(self, pool: nn.Module) -> None:
         super().__init__()
@@ -63,8 +59,8 @@ class Pool(nn.Module):
 def standardized_conv(
     in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1
 ) -> Conv2d:
-    """A convolution with standardised weights that keeps the size of the image, stride aside;
-    Kaiming fan-out, bias 0.
+    """A convolution with standardised weights that keeps the image size up to its stride; Kaiming
+    fan-out, bias 0.
     """
     conv = Conv2d(
         in_channels, out_channels, kernel_size, stride, kernel_size // 2, weights="standardized"
@@ -74,29 +70,30 @@ def standardized_conv(
     return conv
 
 
-def initialized_as_relu(model: nn.Module) -> None:
-    """Convolutions as torchvision's ResNet begins: normal, Kaiming fan-out."""
+def init_kaiming(model: nn.Module) -> None:
+    """Draw convolutions as torchvision's ResNet does: normal, Kaiming fan-out."""
     for module in model.modules():
         if isinstance(module, Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class RateHead(nn.Module):
-    """logits = readout(neuron(norm(linear(neuron(x))))): `[T, B, C]`, as pooled, to `[T, B, K]`.
+    """logits = readout(neuron(norm(linear(neuron(x))))): pooled features `[T, B, C]` to `[T, B,
+    K]`.
 
-    The pool leaves means of spikes, the first neuron makes them spikes again; the last one gives
-    logits that are rates, of which LIF's are weighted by the readout. With `nn.ReLU` as the neuron
-    it is the head of the ANN.
+    The pool yields means of spikes, and the first neuron turns them into spikes again. The last
+    neuron's logits are rates; the readout weights those of LIF. With `nn.ReLU` as the neuron it is
+    the head of the ANN.
 
     Source: Meng et al. 2022 (DSR, arXiv 2205.00459).
     """
 
     def __init__(self, in_features: int, classes: int, *, over: Over, neuron: nn.Module) -> None:
         super().__init__()
-        self.neuron_in = one_more(neuron)
+        self.neuron_in = copy_neuron(neuron)
         self.linear = Linear(in_features, classes)
         self.norm = BatchNorm(classes, over=over)
-        self.neuron_out = one_more(neuron)
+        self.neuron_out = copy_neuron(neuron)
         self.readout = rate_readout(neuron)
 
     def forward(self, x_TBC: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """PreAct-ResNet: DSR's network for CIFAR and ImageNet, and SLTT's for CIFAR.
 
-    block:   h = neuron(norm(x)),   y = convolution(neuron(norm(convolution(h)))) + (h, through a
-             1x1 convolution where the shape changes)
+    block:   h = neuron(norm(x))
+             y = convolution(neuron(norm(convolution(h)))) + h
+             where the shape changes, the shortcut is a 1x1 convolution of h
 
-So the shortcut carries spikes even where nothing changes shape, unlike He et al.'s, whose identity
-takes x. Pools are averages; behind the last block come norm, neuron, a global pool and the head:
-`"rate"` ends in neurons (`RateHead`), `"linear"` is a linear classifier.
+So the shortcut always carries spikes, while the identity shortcut of He et al. carries x. Pools are
+averages. The last block is followed by norm, neuron, a global pool and the head: `"rate"` ends in
+neurons (`RateHead`), `"linear"` is a linear classifier.
 
 Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.00459) and Meng et al.
 2023 (SLTT, arXiv 2302.14311) for the spiking form.
@@ -19,7 +20,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, RateHead, one_more
+from pipeline.models.parts import Over, Pool, RateHead, copy_neuron
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.static_input import StaticInput
@@ -30,7 +31,7 @@ Head = Literal["rate", "linear"]
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, norm and neuron before each."""
+    """Two 3x3 convolutions, with norm and neuron before each."""
 
     def __init__(
         self,
@@ -43,9 +44,9 @@ class Block(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        self.norm1, self.neuron1 = BatchNorm(in_channels, over=over), one_more(neuron)
+        self.norm1, self.neuron1 = BatchNorm(in_channels, over=over), copy_neuron(neuron)
         self.conv1 = _conv(in_channels, width, 3, stride=stride)
-        self.norm2, self.neuron2 = BatchNorm(width, over=over), one_more(neuron)
+        self.norm2, self.neuron2 = BatchNorm(width, over=over), copy_neuron(neuron)
         self.conv2 = _conv(width, width, 3)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != width:
@@ -59,8 +60,10 @@ class Block(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """`stem` "imagenet": 7x7 convolution, norm, neuron and pool, norms in the shortcuts; "small": a
-    3x3 convolution, none.
+    """Stem, stages of blocks, head: `[T, B, C, H, W]` to `[T, B, K]`.
+
+    `stem="imagenet"` is a 7x7 convolution with norm, neuron and pool, and adds norms to the
+    shortcuts; "small" is a 3x3 convolution.
 
     Raises: ValueError for an unknown `stem` or `head`, or sizes below 1.
     """
@@ -85,7 +88,9 @@ class PreActResNet(nn.Module):
         self.stem, self.stem_spikes = StaticInput(), nn.Sequential()
         if stem == "imagenet":
             self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over)])
-            self.stem_spikes.extend([one_more(neuron), Pool(nn.AvgPool2d(3, stride=2, padding=1))])
+            self.stem_spikes.extend(
+                [copy_neuron(neuron), Pool(nn.AvgPool2d(3, stride=2, padding=1))]
+            )
         else:
             self.stem.append(_conv(in_channels, width, 3))
         stages = []
@@ -108,7 +113,7 @@ class PreActResNet(nn.Module):
                 channels = wide
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
-        self.norm, self.neuron = BatchNorm(channels, over=over), one_more(neuron)
+        self.norm, self.neuron = BatchNorm(channels, over=over), copy_neuron(neuron)
         self.classifier = (
             RateHead(channels, classes, over=over, neuron=neuron)
             if head == "rate"
@@ -128,7 +133,7 @@ def preact_resnet18(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. `over` is batch norm's, over T and B as
+    """PreAct-ResNet-18 for ImageNet, 11.69 M parameters. Batch norm is over T and B, as
     published.
     """
     return PreActResNet(
@@ -153,11 +158,11 @@ def preact_resnet18_small(
     over: Over = "time",
     neuron: nn.Module = RateIF(),
 ) -> PreActResNet:
-    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and fewer `blocks` make
-    it small.
+    """PreAct-ResNet-18 for 28 to 32 pixels: 3x3 stem, no stem pool. `width` and `blocks` make it
+    smaller.
 
-    The published ones have biases in their convolutions; a batch norm stands behind each of those
-    here and takes them away. SLTT's is `head="linear", over="step", neuron=LIF(1 / 11)`.
+    The published networks have biases in their convolutions; here a batch norm follows each of
+    these and would remove them. SLTT's network is `head="linear", over="step", neuron=LIF(1 / 11)`.
     """
     return PreActResNet(
         blocks=blocks,

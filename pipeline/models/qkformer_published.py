@@ -1,4 +1,4 @@
-"""QKFormer's published weights: their names and shapes, read into our network and written back.
+"""QKFormer's published weights: conversion of names and shapes to and from our network.
 
 Source: names and shapes of the module of Zhou et al. 2024 (QKFormer, arXiv 2403.16552).
 """
@@ -14,7 +14,7 @@ from pipeline.models.attention import ProjectionNeuron
 from pipeline.models.parts import Over
 from pipeline.models.qkformer import QKFormer
 
-# What a published file holds that this network has no place for, and why.
+# Published tensors that this network does not need, and the reason.
 IGNORED = {
     "num_batches_tracked": (
         "counts calls for torch's cumulative average, which batch norm with a momentum never reads"
@@ -31,7 +31,10 @@ _EMBEDDINGS = {
 
 
 def published_name(name: str) -> str:
-    """The published name of one of our tensors."""
+    """The published name of one of our tensors.
+
+    Raises: ValueError for a tensor without one.
+    """
     stage = r"stages\.(?P<stage>\d)\."
     block = stage + r"(?P<block>\d+)\."
     kind = r"(?P<kind>synapse|norm)\.(?P<tensor>\w+)$"
@@ -51,11 +54,10 @@ def published_name(name: str) -> str:
         name,
     ):
         attention = "attn" if found["stage"] == "2" else "tssa"
-        block = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}"
-        place = f"{block}.{attention}.{found['which'] or 'proj'}"
+        place = f"{_published_block(found)}.{attention}.{found['which'] or 'proj'}"
     elif found := re.match(block + r"ffn\.branch\.(?P<layer>[02])\." + kind, name):
         layer = "fc1" if found["layer"] == "0" else "fc2"
-        place = f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}.mlp.{layer}"
+        place = f"{_published_block(found)}.mlp.{layer}"
     elif found := re.match(r"classifier\.(?P<tensor>\w+)$", name):
         return f"head.{found['tensor']}"
     else:
@@ -66,6 +68,10 @@ def published_name(name: str) -> str:
     return f"{place}_{_KINDS[found['kind']]}.{found['tensor']}"
 
 
+def _published_block(found: re.Match[str]) -> str:
+    return f"stage{int(found['stage']) + 1}.{int(found['block']) - 1}"
+
+
 def from_published(
     published: Mapping[str, Tensor],
     *,
@@ -73,17 +79,16 @@ def from_published(
     over: Over = "time",
     projection_neuron: ProjectionNeuron = "over_time",
 ) -> QKFormer:
-    """The network that published weights belong to, with these weights. Its sizes are those of the
-    tensors.
+    """A QKFormer with published weights; its sizes are taken from the tensors.
 
     Args:
         published: tensors under their published names.
-        heads: of every attention. No tensor tells them; None is one for 64 channels, as published
-        for ImageNet. over: what batch norm takes its statistics of in training
-        (`models/residual.py`). "time", all steps together, is the
-            published network. "step" trains another one, which rules in slices need.
-        projection_neuron: "over_samples" answers as the published code does, by the batch that a
-        picture is in.
+        heads: of every attention, which no tensor shows. None is one per 64 channels, as published
+            for ImageNet.
+        over: statistics of batch norm in training (`models/residual.py`). "time" is the published
+            network. "step" is another one, which rules that run in slices need.
+        projection_neuron: "over_samples" runs as the published code, with outputs that depend on
+            the batch.
 
     Raises: ValueError for tensors that are missing, left over or of another shape.
     """
@@ -138,11 +143,11 @@ def is_published(weights: Mapping[str, Tensor]) -> bool:
 
 
 def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Tensor]:
-    """The same, of weights that need not fit: what `network` has no place for keeps its name, what
-    is of another size its shape.
+    """Published tensors under our names and in our shapes, also if they do not fit.
 
-    Raises: ValueError for a network with a stream of real numbers, which nothing published belongs
-    to.
+    A tensor without a place in `network` keeps its name; one of another size keeps its shape.
+
+    Raises: ValueError for a network with a real-valued stream, for which nothing was published.
     """
     if not isinstance(network.last, nn.Identity):
         raise ValueError(
@@ -166,9 +171,7 @@ def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Ten
 
 
 def to_published(network: QKFormer) -> dict[str, Tensor]:
-    """Our weights under the published names and in the published shapes; without the counts of
-    calls.
-    """
+    """Our weights under the published names and in the published shapes, without call counters."""
     named = {published_name(name): tensor for name, tensor in network.state_dict().items()}
     return {
         theirs: tensor.reshape(_published_shape(theirs, tensor)) for theirs, tensor in named.items()
@@ -176,6 +179,6 @@ def to_published(network: QKFormer) -> dict[str, Tensor]:
 
 
 def _published_shape(theirs: str, tensor: Tensor) -> torch.Size:
-    """The synapses of an attention were published as 1-D convolutions over tokens."""
+    """The published shape: synapses of an attention were 1-D convolutions over tokens."""
     is_1d = re.search(r"\.(tssa|attn)\.\w+_conv\.weight$", theirs) is not None
     return tensor.shape[:-1] if is_1d else tensor.shape

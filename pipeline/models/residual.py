@@ -1,34 +1,31 @@
-"""One factory for the residual blocks of spiking networks: what stands in a branch, and what its
-shortcut carries.
+"""The residual blocks of spiking networks: modules, and one factory for all kinds of shortcut.
 
-S a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch(h)):
+S is a synapse, N its norm, L a neuron; h = first(x), y = last(shortcut + branch(h)):
 
-    shortcut             first   branch       last   what is added                  what the stream
-    holds "post_activation"            S N L S N    L      x, currents to spikes          spikes, 0
-    or 1
-    "sew"                        S N L S N L         x, spikes to spikes            whole numbers 0,
-    1, 2, ... "membrane"           L       S N L S N           x, currents to currents        real
-    numbers; synapses see spikes "multiple"           L       S N                 x, once for every
-    synapse      real numbers; synapses see spikes "sew_multiple"               S N L
-    x, once for every synapse      multiples of 1/r
+    shortcut            first   branch        last   addition to x             stream
+    "post_activation"           S N L S N     L      currents                  spikes 0, 1
+    "sew"                       S N L S N L          spikes                    whole numbers
+    "membrane"          L       S N L S N            currents                  real numbers
+    "multiple"          L       S N                  currents of each synapse  real numbers
+    "sew_multiple"              S N L                spikes of each synapse    multiples of 1/r
 
-The last two put a shortcut around every triple of neuron, synapse and norm, as binary networks do,
-whose layers lose too much to be two between shortcuts. "multiple_all" is "multiple" with shortcuts
-around the projections of an attention as well (`models/attention.py`). Where a triple changes the
-number of channels by a whole factor, its shortcut repeats the channels or averages groups of them,
-of r each; where the stride changes, it is an average pool and a 1x1 synapse with its norm. The mean
-over groups of spikes is graded: behind it the synapses of "sew_multiple" see more than whole
-numbers.
+Under "membrane" and "multiple" the synapses see spikes. The last two put a shortcut around every
+neuron, synapse and norm, because two binary layers between shortcuts lose too much. "multiple_all"
+is "multiple" with shortcuts around the projections of an attention as well (`models/attention.py`).
+Where the number of channels changes by a whole factor, such a shortcut repeats the channels, or
+averages groups of r channels. Where the stride changes, it is an average pool and a 1x1 synapse
+with its norm. A mean over groups of spikes is graded, so later synapses of "sew_multiple" see
+fractions.
 
-`norm="sws"` is the normaliser-free form of the streams of real numbers: standardised weights in the
-place of batch norm,
+`norm="sws"` is the normaliser-free form of the real-valued streams, with standardised weights
+instead of batch norm:
 
-    y = x + ALPHA skip_gain branch(gain L(x / beta)),   gain L( . ) before every further synapse of
-    the branch
+    y = x + ALPHA skip_gain branch(gain L(x / beta))
+    with gain L( . ) before every further synapse of the branch
 
-beta the expected standard deviation of the stream, gain what a spike takes from the variance,
-skip_gain from 0; a change of shape starts from gain L(x / beta). No statistics of the batch
-anywhere: such a network runs one time step at a time.
+beta is the expected standard deviation of the stream, gain restores the variance that a spike
+removes, and skip_gain starts at 0. A change of shape reads gain L(x / beta). No batch statistics
+are used, so such a network can run one time step at a time.
 
 Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.04159), Hu et al. 2021
 (MS, arXiv 2112.08954), Brock et al. 2021 (NF, arXiv 2101.08692); multiple shortcuts: Liu et al.
@@ -42,30 +39,27 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, one_more, standardized_conv, variance_gain
-from pipeline.models.stream import (
-    ALPHA,
-    GroupMean,
-    Repeat,
-    Rescaled,
-    Residual,
-    ShortcutOf,
-    StreamVariance,
-)
+from pipeline.models.parts import Over, Pool, copy_neuron, standardized_conv, variance_gain
+from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d
 
 Shortcut = Literal["post_activation", "sew", "sew_multiple", "membrane", "multiple", "multiple_all"]
 Norm = Literal["batch", "sws"]
+ShortcutOf = Literal["stream", "first"]
+
+# The weight of each normaliser-free branch: it adds ALPHA^2 to the variance of the stream.
+ALPHA = 0.2
 
 
 class Layer(NamedTuple):
-    """A convolution that keeps the size of the image, stride aside; `pools` halves the image, by a
-    max pool behind its norm.
+    """A convolution that keeps the image size up to its stride; `pools` adds a max pool of stride 2
+    after its norm.
     """
 
     in_channels: int
@@ -76,16 +70,15 @@ class Layer(NamedTuple):
     pools: bool = False
 
 
-class Blocks:
-    """Makes the layers of one network, from stem to head: it keeps count of the variance of the
-    stream.
+class BlockFactory:
+    """Creates the layers of one network in order, and tracks the expected variance of its stream.
 
     Args:
         shortcut: as at the head of the file.
-        neuron: the prototype that every layer gets a copy of.
+        neuron: the prototype; every layer gets a copy.
         norm: "batch" or "sws".
-        over: batch norm's statistics, of each time step or over T and B together.
-        norm_gain: where the gains of batch norms start.
+        over: statistics of batch norm, of each time step or over T and B together.
+        norm_gain: initial gain of batch norms.
 
     Raises: ValueError for an unknown `shortcut` or `norm`, or for "sws" on a stream of spikes.
     """
@@ -99,8 +92,8 @@ class Blocks:
         over: Over = "step",
         norm_gain: float = 1.0,
     ) -> None:
-        refuse_unless_one_of("Blocks", get_args(Shortcut), shortcut=shortcut)
-        refuse_unless_one_of("Blocks", get_args(Norm), norm=norm)
+        refuse_unless_one_of("BlockFactory", get_args(Shortcut), shortcut=shortcut)
+        refuse_unless_one_of("BlockFactory", get_args(Norm), norm=norm)
         if norm == "sws" and shortcut not in ("membrane", "multiple"):
             raise ValueError(
                 "norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got"
@@ -121,37 +114,40 @@ class Blocks:
 
     @property
     def carries_spikes(self) -> bool:
-        """Whether the stream holds spikes, their sums, or means of those, which synapses read
-        without a neuron before them.
+        """Whether the stream holds spikes, their sums or means, which synapses read without a
+        neuron.
         """
         return self.shortcut in ("post_activation", "sew", "sew_multiple")
 
     @property
-    def silent(self) -> float | None:
-        """Where the gain of a branch's last batch norm starts, for a block that is to be the
-        identity at first: streams of real numbers would gain the variance of every branch
-        otherwise, until hardly a neuron that reads them is near its threshold. None where the
-        stream holds spikes, of which each branch adds more."""
+    def branch_gain(self) -> float | None:
+        """Initial gain of a branch's last batch norm: 0 on a real-valued stream, so that a block
+        starts as the identity.
+
+        Otherwise every branch would add variance, until few neurons that read the stream are near
+        their threshold. None on a stream of spikes, which has no such problem.
+        """
         return None if self.carries_spikes else 0.0
 
     @property
     def is_multiple(self) -> bool:
+        """Whether every synapse has its own shortcut."""
         return self.shortcut in ("multiple", "multiple_all", "sew_multiple")
 
     # --------------------------------------------------------------------------------------- layers
 
     def neuron(self, *, threshold: float | None = None) -> nn.Module:
-        """A copy of the prototype, with a threshold of its own where one is given; its reset is
-        moved in proportion.
+        """A copy of the prototype. A given `threshold` replaces its own, and the reset is scaled
+        with it.
 
-        Raises: ValueError for a threshold of a neuron that has one and is no plain LIF: a learnable
-        one is its own."""
-        neuron = one_more(self.prototype)
+        Raises: ValueError for a threshold if the neuron has one and is not a plain LIF.
+        """
+        neuron = copy_neuron(self.prototype)
         if threshold is None or isinstance(neuron, nn.ReLU):
             return neuron
         if type(neuron) is not LIF:
             raise ValueError(
-                f"neuron must be a LIF where a threshold of {threshold} is asked for; got"
+                f"neuron must be a LIF to get a threshold of {threshold}; got"
                 f" {type(neuron).__name__}"
             )
         neuron.threshold, neuron.subtract = (
@@ -161,12 +157,12 @@ class Blocks:
         return neuron
 
     def spikes(self, *, threshold: float | None = None) -> nn.Module:
-        """A neuron before a further synapse: of unit variance under "sws"."""
+        """A neuron before a further synapse; under "sws" its output has unit variance."""
         neuron = self.neuron(threshold=threshold)
         return Rescaled(neuron, gain=self.gain) if self.is_sws else neuron
 
-    def spikes_of_stream(self) -> nn.Module:
-        """The neuron that reads the stream where it stands now."""
+    def stream_spikes(self) -> nn.Module:
+        """A neuron that reads the stream at the current position."""
         return (
             Rescaled(self.neuron(), gain=self.gain, beta=self.stream.variance**0.5)
             if self.is_sws
@@ -174,14 +170,14 @@ class Blocks:
         )
 
     def synapse(self, layer: Layer) -> Conv2d:
-        """The convolution of a layer; it has its bias under "sws", whatever the layer says."""
+        """The convolution of a layer; under "sws" it always has a bias."""
         in_channels, out_channels, size, stride = layer[:4]
         if self.is_sws:
             return standardized_conv(in_channels, out_channels, size, stride=stride)
         return Conv2d(in_channels, out_channels, size, stride, size // 2, bias=layer.bias)
 
     def currents(self, layer: Layer, *, gain: float | None = None) -> nn.Sequential:
-        """Synapse, norm and pool; `gain` is where that of the batch norm starts."""
+        """Synapse, norm and pool; `gain` is the initial gain of batch norm."""
         parts: dict[str, nn.Module] = {"synapse": self.synapse(layer)}
         if not self.is_sws:
             parts["norm"] = norm = BatchNorm(layer.out_channels, over=self.over)
@@ -200,12 +196,11 @@ class Blocks:
         pooled: bool = False,
         drop_path: float = 0.0,
     ) -> nn.Module:
-        """Shortcut and branch of these layers; one residual for each where there are multiple
-        shortcuts.
+        """One residual block of `layers`, or one per layer with multiple shortcuts.
 
-        `last_gain` is where the last batch norm of a branch starts (0: with the identity); `pooled`
-        makes strides of one shortcut for all an average pool and a 1x1 synapse, in the place of a
-        1x1 synapse with the stride.
+        `last_gain` is the initial gain of a branch's last batch norm (0: the block starts as the
+        identity). `pooled` replaces the stride of a 1x1 shortcut synapse by an average pool before
+        it.
         """
         if self.is_multiple:
             each = [
@@ -224,10 +219,10 @@ class Blocks:
         drop_path: float = 0.0,
         shortcut_of: ShortcutOf = "stream",
     ) -> nn.Module:
-        """All layers in one branch, whatever the shortcut; `shortcut_of` is what a projection
-        reads.
+        """One residual block of `layers` for every kind of shortcut; `shortcut_of` is the input of
+        a projection.
         """
-        first = None if self.carries_spikes else self.spikes_of_stream()
+        first = None if self.carries_spikes else self.stream_spikes()
         branch = nn.Sequential()
         for layer in layers[:-1]:
             branch.extend([self.currents(layer), self.spikes()])
@@ -243,16 +238,15 @@ class Blocks:
             shortcut,
             first=first,
             last=self.neuron() if self.shortcut == "post_activation" else None,
-            # What a normaliser-free projection reads must have unit variance, which the stream has
-            # not.
+            # A normaliser-free projection needs an input of unit variance, so not the stream.
             shortcut_of="first" if self.is_sws and projects else shortcut_of,
             alpha=ALPHA if self.is_sws else None,
             drop_path=drop_path,
         )
 
-    def around(self, branch: nn.Module, *, drop_path: float = 0.0) -> nn.Module:
-        """A branch that reads the stream by itself and keeps its shape, such as an attention; not
-        under "post_activation".
+    def wrap(self, branch: nn.Module, *, drop_path: float = 0.0) -> nn.Module:
+        """A shortcut around a branch that keeps the shape, such as an attention; not for
+        "post_activation".
         """
         assert self.shortcut != "post_activation"
         self.stream.add()
@@ -261,7 +255,7 @@ class Blocks:
     def _shortcut(
         self, in_channels: int, out_channels: int, stride: int, *, pooled: bool
     ) -> tuple[nn.Module | None, bool]:
-        """The shortcut, and whether it has a synapse of its own."""
+        """The shortcut, and whether it has its own synapse."""
         if stride == 1 and in_channels == out_channels:
             self.stream.add()
             return None, False
@@ -273,7 +267,7 @@ class Blocks:
             return GroupMean(in_channels // out_channels), False
         self.stream.restart()
         projection = nn.Sequential()
-        # The pool would take from the variance what standardised weights count on.
+        # Under "sws" no pool, because it would reduce the unit variance.
         pools = pooled and stride > 1 and not self.is_sws
         if pools:
             projection.append(Pool(nn.AvgPool2d(stride, ceil_mode=True)))
@@ -286,7 +280,7 @@ class Blocks:
 
 
 def resnet_stages(
-    factory: Blocks,
+    factory: BlockFactory,
     blocks: Sequence[int],
     width: int,
     *,
@@ -296,13 +290,13 @@ def resnet_stages(
     pooled: bool = False,
     drop_path: float = 0.0,
 ) -> tuple[nn.Sequential, int]:
-    """Stage i has `blocks[i]` blocks of width `width * 2**i` and begins with stride 2, the first
-    with `first_stride`.
+    """Stages of blocks. Stage i has `blocks[i]` blocks of width `width * 2**i` and starts with
+    stride 2, the first with `first_stride`.
 
-    `drop_path` is the share at the last block, to which it grows linearly; `last_gain` and `pooled`
-    are `Blocks.residual`'s.
+    `drop_path` is the share at the last block, to which it grows linearly. `last_gain` and `pooled`
+    are arguments of `BlockFactory.residual`.
 
-    Returns: the stages, and the channels that leave them.
+    Returns: the stages, and the number of output channels.
     """
     stages = nn.Sequential()
     channels, built, last = width, 0, max(1, sum(blocks) - 1)
@@ -322,12 +316,120 @@ def resnet_stages(
 
 
 def resnet_layers(in_channels: int, width: int, *, stride: int, bottleneck: bool) -> list[Layer]:
-    """What a block of a ResNet is made of; in a bottleneck the 3x3 has the stride."""
+    """The layers of a ResNet block; in a bottleneck the 3x3 has the stride."""
     if bottleneck:
         return [Layer(in_channels, width), Layer(width, width, 3, stride), Layer(width, 4 * width)]
     return [Layer(in_channels, width, 3, stride), Layer(width, width, 3)]
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
-    """One behind another, under these names."""
+    """A Sequential of modules with these names."""
     return nn.Sequential(OrderedDict(modules))
+
+
+class Residual(nn.Module):
+    """h = first(x), y = last(shortcut + branch(h)), with the shortcut of x or of h.
+
+    With `alpha` the branch has the weight alpha times a learnable `skip_gain`.
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        shortcut: nn.Module | None = None,
+        *,
+        first: nn.Module | None = None,
+        last: nn.Module | None = None,
+        shortcut_of: ShortcutOf = "stream",
+        alpha: float | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.first = nn.Identity() if first is None else first
+        self.branch = branch
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+        self.last = nn.Identity() if last is None else last
+        self.shortcut_of = shortcut_of
+        self.alpha = alpha
+        # Shape (1,), because DeepSpeed 0.19.8 cannot broadcast a scalar.
+        self.skip_gain = None if alpha is None else nn.Parameter(torch.zeros(1))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        h = self.first(x_TBCHW)
+        carried = self.shortcut(h if self.shortcut_of == "first" else x_TBCHW)
+        added = self.drop_path(self.branch(h))
+        if self.skip_gain is None or self.alpha is None:
+            return self.last(carried + added)
+        return self.last(torch.addcmul(carried, added, self.skip_gain, value=self.alpha))
+
+
+class Repeat(nn.Module):
+    """Repeat all channels: `[T, B, C, ...]` to `[T, B, times C, ...]`."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        return torch.cat([x_TBC] * self.times, dim=2)
+
+
+class GroupMean(nn.Module):
+    """Average over the copies that `Repeat` makes: `[T, B, group C, ...]` to `[T, B, C, ...]`."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, x_TBC: Tensor) -> Tensor:
+        return x_TBC.unflatten(2, (self.group, -1)).mean(2)
+
+
+class Rescaled(nn.Module):
+    """gain L(x / beta): spikes of unit variance from a current of variance beta^2."""
+
+    def __init__(self, neuron: nn.Module, *, gain: float, beta: float = 1.0) -> None:
+        super().__init__()
+        self.neuron = neuron
+        self.gain = gain
+        self.beta = beta
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return self.gain * self.neuron(x_TB / self.beta if self.beta != 1 else x_TB)
+
+    def extra_repr(self) -> str:
+        return f"gain={self.gain:.4g}, beta={self.beta:.4g}"
+
+
+class StreamVariance:
+    """The expected variance of a normaliser-free stream: 1 after a standardised synapse, plus
+    ALPHA^2 per branch.
+    """
+
+    def __init__(self) -> None:
+        self.shared = 1.0
+        self.own = 0.0  # added since a repetition, independently in each copy
+
+    @property
+    def variance(self) -> float:
+        return self.shared + self.own
+
+    def add(self) -> None:
+        if self.own:
+            self.own += ALPHA**2
+        else:
+            self.shared += ALPHA**2
+
+    def repeat(self) -> None:
+        self.own += ALPHA**2
+
+    def average(self, group: int) -> None:
+        """After a mean over `group` copies: the shared part stays, the independent part is
+        divided.
+        """
+        self.shared += self.own / group + ALPHA**2
+        self.own = 0.0
+
+    def restart(self) -> None:
+        self.shared, self.own = 1.0 + ALPHA**2, 0.0

@@ -1,14 +1,12 @@
-"""SEW-ResNet, and the Spiking ResNet that it was built to better: ResNets whose neurons stand
-behind synapse and norm.
+"""SEW-ResNet and Spiking ResNet: residual networks whose neurons follow synapse and norm.
 
-    SEW        y = L(N S L N S x) + x          spikes are added to spikes: whole numbers on the
-    stream
-    Spiking    y = L(N S L N S x + x)          currents to spikes: deep ones do not learn
+    SEW        y = L(N S L N S x) + x      adds spikes: the stream holds whole numbers
+    Spiking    y = L(N S L N S x + x)      currents to spikes: deep networks do not learn
 
-(three layers in a bottleneck); where the shape changes, a 1x1 synapse with norm, and neuron in SEW,
-stands in the shortcut.
+(three layers in a bottleneck). Where the shape changes, the shortcut has a 1x1 synapse with norm,
+and in SEW a neuron.
 
-Source: Fang et al. 2021 (SEW, arXiv 2102.04159), of which this is "ADD".
+Source: Fang et al. 2021 (SEW, arXiv 2102.04159), its variant "ADD".
 """
 
 # T time, B batch, C channels, H W pixels, K classes
@@ -19,8 +17,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, Pool, initialized_as_relu
-from pipeline.models.residual import Blocks, Layer, resnet_stages
+from pipeline.models.parts import Over, Pool, init_kaiming
+from pipeline.models.residual import BlockFactory, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import ATan
@@ -28,7 +26,7 @@ from pipeline.spiking.synapse import Linear
 
 Order = Literal["sew", "post_activation"]
 
-# SpikingJelly's default surrogate, of which no setting was published.
+# The surrogate is SpikingJelly's default, as no setting was published.
 NEURON = IF(reset="zero", surrogate=ATan())
 
 DEPTHS = {
@@ -41,16 +39,15 @@ DEPTHS = {
 
 
 class SEWResNet(nn.Module):
-    """`[T, B, C, H, W]` to `[T, B, K]`: 7x7 stem with max pool, four (or fewer) stages, global
-    average pool, classifier.
+    """`[T, B, C, H, W]` to `[T, B, K]`: 7x7 stem with max pool, up to four stages, global average
+    pool, classifier.
 
     Args:
-        blocks: in each stage, of which all but the first halve the image.
-        bottleneck: blocks of 1x1, 3x3, 1x1 with four times `width` outside, in the place of two
-        3x3.
-        shortcut: "sew" or "post_activation".
+        blocks: number per stage; every stage but the first halves the image.
+        bottleneck: blocks of 1x1, 3x3, 1x1 with 4 x `width` output channels instead of two 3x3.
+        shortcut: "sew" or "post_activation" (Spiking ResNet).
 
-    Raises: ValueError for numbers that make no network, or another shortcut.
+    Raises: ValueError for sizes below 1, or another shortcut.
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class SEWResNet(nn.Module):
         numbers = {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks}
         refuse_unless_counts("SEWResNet", numbers)
         refuse_unless_one_of("SEWResNet", ("sew", "post_activation"), shortcut=shortcut)
-        factory = Blocks(shortcut=shortcut, neuron=neuron, over=over)
+        factory = BlockFactory(shortcut=shortcut, neuron=neuron, over=over)
         self.stem = nn.Sequential(
             StaticInput.of(factory.currents(Layer(in_channels, width, 7, stride=2))),
             factory.neuron(),
@@ -77,7 +74,7 @@ class SEWResNet(nn.Module):
         )
         self.stages, channels = resnet_stages(factory, blocks, width, bottleneck=bottleneck)
         self.classifier = Linear(channels, classes)
-        initialized_as_relu(self)
+        init_kaiming(self)
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         return self.classifier(self.stages(self.stem(x_TBCHW)).mean((3, 4)))
@@ -93,7 +90,8 @@ def sew_resnet(
     neuron: nn.Module = NEURON,
 ) -> SEWResNet:
     """SEW-ResNet-18 to -152 for ImageNet; 11.69, 21.80, 25.56, 44.55, 60.19 M parameters.
-    "post_activation": Spiking ResNet.
+
+    `shortcut="post_activation"` gives Spiking ResNet.
     """
     refuse_unless_one_of("sew_resnet", DEPTHS, depth=depth)
     return SEWResNet(

@@ -1,15 +1,15 @@
 """VGG with scaled weight standardisation: OTTT's network for CIFAR and event data.
 
-    per layer:   s = LIF(sWS convolution(gamma s)),   an average pool between stages, a global one
-    before the classifier
+    per layer:   s = LIF(sWS convolution(gamma s))
+    an average pool between stages, a global one before the classifier
 
-where the first reads the image as it is, and gamma follows the pools, which leave fewer numbers to
-multiply. VGG-F hands its last features back to its first layer, a time step later:
+The first layer reads the image itself. gamma is applied after the pools, where there are fewer
+numbers to multiply. VGG-F feeds its last features back to its first layer, one time step later:
 
     first layer:   s[t] = LIF(sWS convolution(x[t]) + convolution(upsampled gamma s_last[t-1]))
 
-where the second convolution starts at zero, so that VGG-F starts as VGG. The first time step has
-nothing of the second convolution, its bias included.
+The second convolution starts at zero, so VGG-F starts as VGG. At the first time step the second
+convolution contributes nothing, not even its bias.
 
 Source: Xiao et al. 2022 (OTTT, arXiv 2210.04195), section 5 and appendix.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import one_more, standardized_conv, variance_gain
+from pipeline.models.parts import copy_neuron, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF, identity
 from pipeline.spiking.pool import MeanPool
@@ -34,11 +34,11 @@ from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
 class Layer(nn.Module):
-    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), `more` being where else current comes
-    from.
+    """s = dropout(LIF(sWS convolution(gamma h) + more(h))), with an optional further current
+    `more`.
 
-    The first layer of a network, which sees the image, has no gamma, and its convolution once where
-    the image is still."""
+    The first layer of a network has no gamma, and computes its convolution once for a static input.
+    """
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Layer(nn.Module):
         super().__init__()
         conv = standardized_conv(in_channels, width, kernel, stride=stride)
         self.conv = StaticInput(conv) if is_first else conv
-        self.neuron = one_more(neuron)
+        self.neuron = copy_neuron(neuron)
         self.dropout = Dropout(dropout)
         self.gain = None if is_first else variance_gain(neuron)
 
@@ -66,14 +66,14 @@ class Layer(nn.Module):
 
 
 class Feedback(nn.Module):
-    """h[t-1] at time t: `recall` before it is needed, `keep` when h[t] is known. Both hold one
-    step, `[1, B, ...]`.
+    """Stores the features h[t-1], as one step `[1, B, ...]`: `recall` reads them, `keep` stores
+    h[t].
 
-    A model with feedback runs its time steps one after another, whatever the length of the slice
-    that it is given. The seam `carry` is applied to what is kept, as in `LIF`: the identity under
-    BPTT, detach under online rules.
+    A model with feedback runs its time steps one after another, whatever the length of a slice. The
+    seam `carry` is applied to stored features, as in `LIF`: the identity under BPTT, detach under
+    online rules.
 
-    Raises: ValueError outside `fresh_state`, or when more than one step is kept.
+    Raises: ValueError outside `fresh_state`, or if more than one step is stored.
     """
 
     def __init__(self) -> None:
@@ -95,8 +95,8 @@ class Feedback(nn.Module):
 
 
 class FeedbackConv(nn.Module):
-    """The current that h_last[t-1] gives the first layer, whose input is x[t]: upsampled to its
-    nearest pixels, 3x3 convolution.
+    """The current of h_last[t-1] into the first layer: nearest-neighbour upsampling to the size of
+    x[t], and a 3x3 convolution.
 
     At the first time step it is zero, without the bias, as published.
     """
@@ -119,16 +119,16 @@ class FeedbackConv(nn.Module):
 
 
 class VGG(nn.Module):
-    """3x3 convolutions with a neuron after each, `stages` of widths: `[T, B, C, H, W]` to `[T, B,
-    K]`.
+    """3x3 convolutions with a neuron after each, in `stages` of widths: `[T, B, C, H, W]` to `[T,
+    B, K]`.
 
-    `stem` is (kernel, stride) of the first convolution: (5, 2) quarters what an image of 28 pixels
-    costs. `dropout` is the share of neurons whose spikes are dropped, the same ones at every time
-    step of a batch. With `feedback="last"` (VGG-F) the time steps run one after another, whatever
-    the length of the slice.
+    `stem` is (kernel, stride) of the first convolution; (5, 2) needs a quarter of the time on
+    images of 28 pixels. `dropout` is the share of neurons whose spikes are dropped, the same ones
+    at every time step of a batch. With `feedback="last"` (VGG-F) the time steps run one after
+    another, whatever the length of the slice.
 
-    Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools
-    between the stages."""
+    Raises: ValueError for an empty stage, an unknown feedback, or an image too small for the pools.
+    """
 
     def __init__(
         self,
@@ -153,8 +153,8 @@ class VGG(nn.Module):
         kernel, stride = stem
         if feedback == "last" and stride > 1:
             raise ValueError(
-                "VGG: feedback joins the current of the first layer, pixel by pixel, so stem keeps"
-                f" the size; got {stem}"
+                "VGG: stem must keep the size of the image with feedback='last', so its stride must"
+                f" be 1; got {stem}"
             )
         self.stages = nn.ModuleList()
         channels = in_channels
@@ -209,9 +209,9 @@ def vgg_sws(
     dropout: float = 0.0,
     neuron: nn.Module = LIF(),
 ) -> VGG:
-    """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels; narrower `stages` for demos.
+    """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels; smaller `stages` for demos.
 
-    OTTT's neuron is LIF(surrogate=Sigmoid(4)), its dropout 0.1 on event data and 0 on images.
+    OTTT's neuron is LIF(surrogate=Sigmoid(4)). Its dropout is 0.1 on event data and 0 on images.
     """
     return VGG(
         stages=stages,

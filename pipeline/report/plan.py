@@ -69,8 +69,8 @@ def basis(plan: Plan) -> str:
         " counted at full size without running it, as a CPU would compute them."
     )
     for planned in plan.rules:
-        if planned.counted_as:
-            said += f" {planned.rule} is counted {planned.counted_as}."
+        if planned.forecast_note:
+            said += f" {planned.rule} is counted {planned.forecast_note}."
     left = f"{RESERVE:.0%} of the memory is left free"
     if plan.cluster.device is None:
         rates = ", ".join(

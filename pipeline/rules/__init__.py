@@ -1,1 +1,3 @@
-"""Training rules: what replaces `loss.backward()`. One file each; `base.py` has the contract."""
+"""Training rules, one file each. A rule replaces `loss.backward()`; `base.py` defines the
+interface.
+"""

@@ -1,15 +1,15 @@
-"""What a training rule is: the piece of a training loop that decides what is differentiated, and
-when.
+"""The interface of a training rule, which decides what is differentiated and when.
 
-    rule.attach(model)                                                   # once
-    for objective in rule.loss_terms(model, x_TB, loss_of, step=step):   # once per batch that a
-        worker holds (a micro-batch) if objective.backward is not None:
-            objective.backward.backward()
-    rule.end_of_batch()                                                  # once per global batch,
-    before the weights move
+    rule.attach(model)                                              # once
+    # once per micro-batch:
+    for term in rule.loss_terms(model, x_TB, loss_of, step=step):
+        if term.backward is not None:
+            term.backward.backward()
+    rule.end_of_batch()                                             # once per global batch,
+                                                                    # before the optimizer step
 
-A rule finds neurons and synapses and sets their seams; it never meets an optimizer, a label or a
-process group."""
+A rule sets seams of neurons and synapses. It never sees an optimizer, a label or a process group.
+"""
 
 # T time, B batch, K classes
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.rate import WeightedRates
@@ -32,8 +32,8 @@ LossOf = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class World:
-    """What a rule may know of the run: its seed, and the other ranks, over which `mean` averages a
-    statistic.
+    """The part of the run that a rule may know: seed, rank, number of ranks, and `mean`, which
+    averages a tensor over ranks.
     """
 
     seed: int = 0
@@ -44,12 +44,13 @@ class World:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One share of a batch.
+    """One part of a batch's loss.
 
-    Over one call of `loss_terms` the `loss`es sum to the loss, the mean over samples and time, and
-    the `logits` `[B, K]` to the mean over T, both detached. `backward` is the scalar to
-    differentiate: over the call their gradients sum to the gradient of that loss, or to the rule's
-    estimate of it. It is None where a rule reports a step and learns nothing from it."""
+    Over one call of `loss_terms`, the `loss` values sum to the mean loss over samples and time, and
+    the `logits` `[B, K]` sum to the mean over T; both are detached. `backward` is the scalar to
+    differentiate. Its gradients sum to the gradient of that loss, or to the rule's estimate of it.
+    It is None for a step that is reported but not learnt from.
+    """
 
     backward: Tensor | None
     loss: Tensor
@@ -57,38 +58,38 @@ class LossTerm:
 
 
 class Rule(nn.Module):
-    """Base of the rules; a Module only so that a rule's own state is moved and checkpointed.
+    """Base class of the rules. It is a Module so that a rule's own state is moved and checkpointed.
 
-    A rule says in `memory` how the bytes kept for its backward grow with T, in `update` when the
-    loop may move the weights (after the batch, or after each objective), and in `over_time_choices`
-    which losses it can differentiate.
-    It overrides `_loss_terms`, and `attach` where it sets seams. A rule that learns by itself,
-    beside the gradients, keeps what it learnt in buffers of fp32 (they are checkpointed) and moves
-    it in `end_of_batch`, alike on every rank to the bit."""
+    A subclass declares how the memory for its backward grows with T (`memory`), when the loop may
+    update the weights (`update`: after the batch, or after each loss term), and which losses it can
+    differentiate (`over_time_choices`). It overrides `_loss_terms`, and `attach` if it sets seams.
+    State that a rule learns itself, without gradients, is kept in fp32 buffers, which are
+    checkpointed. It is updated in `end_of_batch`, bit for bit equally on every rank.
+    """
 
     memory: Literal["constant", "linear"]
     update: Literal["batch", "step"] = "batch"
     over_time_choices: tuple[OverTime, ...] = ("steps",)
     calibration_batches: int = 0
-    """global batches of the training set that `calibrate` wants to see before the first step"""
-    disturbs_forward: bool = False
-    """whether the activity in training is not the network's own, because the rule adds noise to
-    it
+    """the number of global training batches that `calibrate` needs before the first step"""
+    adds_noise: bool = False
+    """whether the rule adds noise to the forward, so that activity in training is not the network's
+    own
     """
-    hands_errors_down: bool = True
-    """whether the error of a layer comes through the synapse of the layer above it"""
-    one_loss_a_step: bool = True
-    """whether `loss_of` is called once per step, or once; False: also on what is no output of the
-    network at a step
+    backpropagates_errors: bool = True
+    """whether a layer's error passes through the synapse of the layer above it"""
+    one_loss_per_step: bool = True
+    """whether `loss_of` is called once per step, or once; False: also on logits other than the
+    network's
     """
-    counted_as: str = ""
-    """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "": it
+    forecast_note: str = ""
+    """how a forecast counts a batch whose work depends on values (`forecast/counts.py`); "" if it
     does not
     """
     chunk: int | None = None
-    """how many time steps the model is given at once; None: all of them"""
+    """the number of time steps per forward; None: all"""
     tiny: Mapping[str, Any] = {}
-    """the rule's own keywords in a recipe that `Recipe.tiny` shrinks"""
+    """keywords of the rule that `Recipe.tiny` sets in a small recipe"""
 
     world: World
     over_time: OverTime
@@ -96,22 +97,23 @@ class Rule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._last_step = -1
-        # In a list: nn.Module would take the network for a part of the rule, with its parameters.
+        # In a list, because nn.Module would register the network and its parameters.
         self._attached: list[nn.Module] = []
         self._seams: list[tuple[nn.Module, str, Any]] = []
 
     @property
     def label(self) -> str:
-        """The name in tables; distinct within a study."""
+        """The rule's name in tables; unique within a study."""
         return type(self).__name__
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        """Tie the rule to `model`, once. The model's `state_dict` keeps its keys.
+        """Attach the rule to `model` and set its seams. The model's `state_dict` keeps its keys.
 
-        Raises: ValueError when rule or model are taken, or when the rule cannot train this model or
-        this loss."""
+        Raises: ValueError if the rule or the model is attached already, or if the rule cannot train
+        this model or this loss.
+        """
         refuse_unless_one_of(self.label, ("steps", "mean"), over_time=over_time)
         if over_time not in self.over_time_choices:
             why = (
@@ -133,7 +135,7 @@ class Rule(nn.Module):
                     f"{self.label}: the model must carry no rule yet; got {carried} on {where}"
                 )
         if self.chunk is not None:
-            refuse_whole_time(self, model)
+            refuse_whole_sequence_modules(self, model)
         weighted = next(
             (name for name, module in model.named_modules() if isinstance(module, WeightedRates)),
             None,
@@ -151,10 +153,10 @@ class Rule(nn.Module):
             self.set_seam(module, "carried_rule", self.label)
 
     def check_steps(self, steps: int) -> None:
-        """Whether the rule can train on sequences of `steps` time steps, asked before anything is
+        """Check that the rule can train on sequences of `steps` time steps. Called before a run is
         launched.
 
-        Raises: ValueError that names the argument which does not fit.
+        Raises: ValueError that names the argument.
         """
         if self.chunk is not None and self.chunk > steps:
             raise ValueError(
@@ -162,66 +164,65 @@ class Rule(nn.Module):
             )
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Whether what the rule promises survives this optimizer; asked before anything is
-        launched, and wherever one is built.
+        """Check that the rule's guarantees hold with this optimizer. Called before a run is
+        launched, and whenever an optimizer is built.
 
-        Raises: ValueError that names what does not fit.
+        Raises: ValueError that names the setting.
         """
 
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
-        """Whether the rule can learn so many tasks on the attached `model`, asked before anything
+        """Check that the rule can learn `tasks` tasks on the attached `model`. Called before a run
         is launched.
 
-        Raises: ValueError that names the argument which does not fit.
+        Raises: ValueError that names the argument.
         """
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
-        """Set what depends on the data, such as thresholds, from `calibration_batches` of training
-        inputs `x_TB`.
+        """Set data-dependent values, such as thresholds, from `calibration_batches` training inputs
+        `x_TB`.
 
-        Called once, at a fresh start, after `attach` and before anything is distributed; every rank
-        sees the same batches."""
+        Called once at a fresh start, after `attach` and before anything is distributed. Every rank
+        gets the same batches.
+        """
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Task `task` (from 0) of a recipe with several begins. Rules that know no tasks go on as
-        before.
+        """Called when task `task` (from 0) of a recipe with several tasks begins. Most rules ignore
+        it.
         """
 
     def end_of_batch(self) -> None:
-        """All micro-batches of a global batch were differentiated; collective, where the rule
-        averages over ranks.
+        """Called when all micro-batches of a global batch are differentiated. Collective in rules
+        that average over ranks.
         """
 
     def figures(self) -> dict[str, float]:
-        """What the rule has to say of its last batch beside loss and accuracy, such as how well a
-        solve converged.
+        """The rule's own metrics of its last batch, such as the residual of a solve.
 
-        Reported in the journal as means over ranks, so the names are the same on every rank. NaN
-        where no batch has given it yet, as in an attempt that trains none; the checkpoint has told
-        it.
+        The journal reports their means over ranks, so the names must be the same on every rank. A
+        value is NaN if no batch or checkpoint has set it yet.
         """
         return {}
 
     def bytes(self) -> int:
-        """Of what the rule has of its own, at its most in a batch: what it learns by itself, and
-        notes until a batch ends.
+        """Peak bytes of the rule's own state within a batch: buffers, and statistics kept until its
+        end.
         """
-        return sum(buffer.nbytes for buffer in self.buffers()) + self.bytes_beside_buffers()
+        return sum(buffer.nbytes for buffer in self.buffers()) + self.extra_bytes()
 
-    def bytes_beside_buffers(self) -> int:
-        """The part of `bytes` that is no buffer; what a network remembers (`spiking/state.py`) is
-        the network's.
+    def extra_bytes(self) -> int:
+        """The part of `bytes` that is not in buffers. State of the network (`spiking/state.py`) is
+        not included.
         """
         return 0
 
     def is_unsolved(self) -> bool:
-        """Whether the rule found no gradient for the global batch at hand, which then is not a
-        number: no batch to learn from.
+        """Whether the rule failed to find a gradient for the current global batch. The gradient is
+        then NaN.
         """
         return False
 
     def release(self) -> None:
-        """Give the seams back what they held before `attach`; nothing happens where nothing is
+        """Restore every seam to its value before `attach`. It has no effect if nothing is
         attached.
         """
         while self._seams:
@@ -243,15 +244,17 @@ class Rule(nn.Module):
         step: int | None = None,
         rows: Sequence[int] | None = None,
     ) -> Iterator[LossTerm]:
-        """The shares of one batch, in time order. Differentiate each before asking for the next.
+        """The loss terms of one batch, in time order. Differentiate each one before requesting the
+        next.
 
-        `model` is the attached model or a wrapper around it. `loss_of(logits_BK)` is a scalar, the
-        mean over the batch; under `over_time="steps"` it is called once per step, in time order.
-        `step` is the index of the global batch (None: one more than at the last call), `rows` the
-        place of each sample in it (None: 0..B-1).
+        `model` is the attached model or a wrapper around it. `loss_of(logits_BK)` returns the mean
+        loss over the batch; under `over_time="steps"` it is called once per step, in time order.
+        `step` is the index of the global batch (None: the last one plus 1), `rows` the index of
+        each sample in it (None: 0..B-1).
 
-        Raises: ValueError, at once, when the model is not the attached one, the input has no time
-        axis, or T does not fit."""
+        Raises: ValueError, immediately, if the model is not the attached one, the input has no time
+        axis, or T does not fit.
+        """
         if not self._attached:
             raise ValueError(f"{self.label}: attach(model) comes before loss_terms")
         if not any(module is self._attached[0] for module in model.modules()):
@@ -272,11 +275,11 @@ class Rule(nn.Module):
         )
 
     def loss_over_time(self, logits_TBK: Tensor, loss_of: LossOf) -> tuple[Tensor, Tensor]:
-        """The loss of all T steps as `over_time` says, with its graph, and the mean logits `[B, K]`
-        without.
+        """The loss of all T steps as `over_time` defines it, with graph, and the mean logits `[B,
+        K]` without.
         """
         if self.over_time == "steps":
-            return steps_share(logits_TBK, loss_of, steps=len(logits_TBK))
+            return slice_loss(logits_TBK, loss_of, steps=len(logits_TBK))
         return loss_of(logits_TBK.mean(0)), logits_TBK.detach().mean(0)
 
     def _loss_terms(
@@ -285,13 +288,11 @@ class Rule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must override _loss_terms")
 
 
-def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
-    """A slice's share of the mean over `steps`: (sum of its steps' losses) / T with graph, (sum of
-    its logits) / T without.
+def slice_loss(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Tensor, Tensor]:
+    """A slice's part of the mean over `steps`: its losses / `steps` with graph, its logits /
+    `steps` without.
     """
-    if (
-        len(logits_TBK) == 1
-    ):  # as a rule that goes step by step has it T times a batch: nothing to add up
+    if len(logits_TBK) == 1:  # a shortcut for rules with single steps, which get here T times
         logits_BK = logits_TBK.squeeze(0)
         return loss_of(logits_BK) / steps, logits_BK.detach() / steps
     losses = [loss_of(logits_BK) for logits_BK in logits_TBK.unbind(0)]
@@ -299,44 +300,44 @@ def steps_share(logits_TBK: Tensor, loss_of: LossOf, *, steps: int) -> tuple[Ten
 
 
 def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
-    """The input of an online rule, `chunk` steps at a time (None: all), each slice in storage of
-    its own.
+    """The input of an online rule, `chunk` steps at a time (None: all), each slice in its own
+    storage.
 
-    The first synapse keeps its input for the backward. A slice that is a view would keep, and count
-    as, all T steps; the slices of a still image share one frame and stay still.
+    The first synapse keeps its input for the backward. A view would keep, and count as, all T
+    steps. The slices of a static input share one frame and stay static.
     """
     size = chunk or len(x_TB)
-    if is_still(x_TB):
-        yield from repeat(_own(x_TB[0]), len(x_TB)).split(size)
+    if is_static(x_TB):
+        yield from repeat(_compact(x_TB[0]), len(x_TB)).split(size)
     else:
         for x_cB in x_TB.split(size):
-            yield _own(x_cB)
+            yield _compact(x_cB)
 
 
-def _own(x: Tensor) -> Tensor:
+def _compact(x: Tensor) -> Tensor:
     """`x` in storage that holds nothing else."""
     return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
 
 
-def cut_in_time(rule: Rule, model: nn.Module) -> None:
-    """Whatever `model` carries from one time step to the next becomes a constant: membranes, and
-    feedback between steps.
+def detach_between_steps(rule: Rule, model: nn.Module) -> None:
+    """Detach everything that `model` carries from one time step to the next: membranes, and
+    feedback.
     """
-    for module in carriers(model):
+    for module in carrying_modules(model):
         rule.set_seam(module, "carry", torch.detach)
 
 
-def carriers(model: nn.Module) -> list[nn.Module]:
-    """The modules whose `state` crosses a time step by way of their `carry`."""
+def carrying_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose `state` crosses time steps through their `carry`."""
     return [module for module in model.modules() if hasattr(module, "carry")]
 
 
-def refuse_whole_time(rule: Rule, model: nn.Module) -> None:
-    """A rule that shows the model one slice of time after another cannot train what needs all T
-    steps at once.
+def refuse_whole_sequence_modules(rule: Rule, model: nn.Module) -> None:
+    """Refuse modules that need all T steps in one call, for rules that pass slices to the model.
 
-    Raises: ValueError that names the first norm with statistics over time, or weights that count
-    back from the end."""
+    Raises: ValueError that names the first norm with statistics over time, or the first
+    `WeightedRates`.
+    """
     refuse_foreign_norms(rule.label, model)
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and module.over == "time":
@@ -354,9 +355,9 @@ def refuse_whole_time(rule: Rule, model: nn.Module) -> None:
 
 
 def refuse_foreign_norms(who: str, model: nn.Module) -> None:
-    """A norm that mixes time steps gives slices of time another forward than all T steps at once.
+    """Refuse norms that mix time steps: slices would give another forward than all T steps at once.
 
-    Raises: ValueError, in the name of `who`, that names every such norm and what can replace it.
+    Raises: ValueError, in the name of `who`, that names every such norm and its replacement.
     """
     if norms := foreign_norms(model):
         got = ", ".join(f"{type(norm).__name__} at {name}" for name, norm in norms.items())

@@ -1,38 +1,45 @@
-"""Backpropagation through time: the baseline every other rule stands beside."""
+"""Backpropagation through time, the baseline of every other rule."""
 
 # T time, B batch, K classes
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts
-from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, carriers, slices, steps_share
-from pipeline.spiking.recompute import Recomputed
-from pipeline.spiking.slice_cache import Sharing, slice_cache
-from pipeline.spiking.state import State, fresh_state
+from pipeline.rules.base import (
+    LossOf,
+    LossTerm,
+    OverTime,
+    Rule,
+    carrying_modules,
+    slice_loss,
+    slices,
+)
+from pipeline.spiking.op_scope import op_scope
+from pipeline.spiking.slice_cache import SliceCache, slice_cache
+from pipeline.spiking.state import State, fresh_state, states_of
 
 
 class BPTT(Rule):
-    """One backward through all T steps; the whole sequence is kept for it.
+    """One backward through all T steps. Memory grows with T.
 
-        L = 1/T sum_t loss_of(o[t])  (over_time "steps")      or      loss_of(1/T sum_t o[t])
-        (over_time "mean")
+        L = 1/T sum_t loss_of(o[t])   (over_time "steps")
+        L = loss_of(1/T sum_t o[t])   (over_time "mean")
 
-    `chunk` is the number of steps per forward call, None for all T at once: the same graph, built
-    in slices.
+    Args:
+        chunk: number of steps per forward call (None: T). The graph is the same, built in slices.
+        recompute: keep only the membranes between slices of `chunk` steps (None: 1), and recompute
+            each slice in the backward. The gradient is the same, for about 4/3 of the time. Of the
+            saved memory only membranes and the running statistics of batch norm grow with T. The
+            running statistics are updated once, and dropout draws the same masks again.
+        truncate: cut the graph after every `truncate` steps, and differentiate each piece when it
+            is complete. Memory does not grow with T. 1 is SLTT; T is BPTT.
 
-    Two relatives that every comparison asks for:
-    `recompute` keeps the membranes between slices of `chunk` steps (None: 1) and nothing else, and
-    computes each slice again when its turn in the backward comes: the same gradient for about 4/3
-    of the time. Of all that is saved only the membranes, and the running statistics of batch norm,
-    grow with T. The latter move once, and what dropout drew is drawn again. `truncate` cuts the
-    graph every so many steps, and differentiates each piece as soon as it is whole: memory knows
-    the length of a piece and not T. 1 is SLTT; T is BPTT.
-
-    Raises: ValueError when chunk or truncate are not in 1..T, or when options exclude each other.
+    Raises: ValueError if chunk or truncate is not in 1..T, or if options exclude each other.
     Source: Neftci et al. 2019 (arXiv 1901.09948) for the surrogate gradient through time; Chen et
     al. 2016 (arXiv 1604.06174) for recomputation; Williams & Peng 1990 (doi
     10.1162/neco.1990.2.4.490) for truncation.
@@ -90,9 +97,9 @@ class BPTT(Rule):
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         backwards = "one" if self.truncate is None else "several"
-        with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as sharing:
+        with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as cache:
             if self.truncate is not None:
-                yield from self._in_pieces(model, x_TB, loss_of, sharing)
+                yield from self._in_pieces(model, x_TB, loss_of, cache)
             elif self.recompute:
                 yield self._computed_twice(model, x_TB, loss_of)
             else:
@@ -101,21 +108,21 @@ class BPTT(Rule):
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
 
     def _in_pieces(
-        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, sharing: Sharing
+        self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, cache: SliceCache
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         for first, x_cB in zip(
             range(0, steps, self.chunk or 1), slices(x_TB, self.chunk), strict=True
         ):
-            sharing.is_last = first + len(x_cB) == steps
-            loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
-            yield LossTerm(backward=sharing.carrying(loss), loss=loss.detach(), logits=share_BK)
-            for module in carriers(model):
+            cache.is_last = first + len(x_cB) == steps
+            loss, share_BK = slice_loss(model(x_cB), loss_of, steps=steps)
+            yield LossTerm(backward=cache.with_gradients(loss), loss=loss.detach(), logits=share_BK)
+            for module in carrying_modules(model):
                 state: State = module.state  # type: ignore[assignment]
                 state.values.update({name: value.detach() for name, value in state.values.items()})
 
     def _computed_twice(self, model: nn.Module, x_TB: Tensor, loss_of: LossOf) -> LossTerm:
-        run = Recomputed(model, x_TB.split(self.chunk or 1))
+        run = Recomputation(model, x_TB.split(self.chunk or 1))
         with torch.enable_grad():
             logits_TBK = run.forward().requires_grad_()
             loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_of)
@@ -123,3 +130,152 @@ class BPTT(Rule):
         return LossTerm(
             backward=run.scalar(loss, error_TBK), loss=loss.detach(), logits=mean_logits_BK
         )
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """The state that a forward depends on, besides weights and input."""
+
+    places: list[tuple[State, str]]
+    membranes: list[Tensor]
+    buffers: list[Tensor]
+    generators: tuple[Tensor, Tensor | None]
+
+
+class Recomputation:
+    """One forward over `slices` of a sequence without a graph, and a backward that recomputes each
+    slice.
+
+        run = Recomputation(model, slices)
+        logits_TBK = run.forward()                       # no graph
+        run.scalar(loss, dloss/dlogits_TBK).backward()   # newest slice first
+
+    Only the graph of one slice exists at a time. Forward and backward must share one `fresh_state`.
+
+    Source: Chen et al. 2016 (arXiv 1604.06174), with one segment per slice of time steps.
+    """
+
+    def __init__(self, model: nn.Module, slices: Sequence[Tensor]) -> None:
+        self.model = model
+        self.slices = slices
+        self.learnt = [p for p in model.parameters() if p.requires_grad]
+        self.moments: list[_Snapshot] = []
+
+    def forward(self) -> Tensor:
+        """The logits `[T, B, K]` of all slices, without a graph."""
+        logits = []
+        with torch.no_grad():
+            for x_cB in self.slices:
+                self.moments.append(self._now())
+                logits.append(self.model(x_cB))
+        return torch.cat(logits)
+
+    def scalar(self, loss: Tensor, error_TBK: Tensor) -> Tensor:
+        """A scalar with the value of `loss` and the gradient of sum(error logits), the error a
+        constant.
+        """
+        kept = [
+            tensor for moment in self.moments for tensor in (*moment.membranes, *moment.buffers)
+        ]
+        return _Scalar.apply(loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt)  # type: ignore[return-value]
+
+    def gradients(self, error_TBK: Tensor, kept: Sequence[Tensor]) -> list[Tensor | None]:
+        """sum over slices, newest first, of error^T dlogits/dW and of the gradient through the
+        membranes after the slice.
+        """
+        total: list[Tensor | None] = [None] * len(self.learnt)
+        errors = error_TBK.split([x_cB.shape[0] for x_cB in self.slices])
+        kept = list(kept)
+        after: dict[tuple[int, str], Tensor] = {}
+        now = self._now()
+        device = error_TBK.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for x_cB, error_cBK, moment in reversed(
+                list(zip(self.slices, errors, self.moments, strict=True))
+            ):
+                kept, buffers = _split_last(kept, len(moment.buffers))
+                kept, membranes = _split_last(kept, len(moment.membranes))
+                leaves = [v.detach().requires_grad_(v.is_floating_point()) for v in membranes]
+                self._set(moment, leaves, buffers)
+                with torch.enable_grad(), op_scope("recomputation"):
+                    logits_cBK = self.model(x_cB)
+                outputs, incoming = [logits_cBK], [error_cBK]
+                for place in self._now().places:
+                    value, gradient = place[0].values[place[1]], after.get((id(place[0]), place[1]))
+                    if gradient is not None and value.requires_grad:
+                        outputs.append(value)
+                        incoming.append(gradient)
+                inputs = [*self.learnt, *(leaf for leaf in leaves if leaf.requires_grad)]
+                found = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
+                for index, gradient in enumerate(found[: len(self.learnt)]):
+                    if gradient is not None:
+                        total[index] = gradient if total[index] is None else total[index] + gradient  # type: ignore[operator]
+                carried = [
+                    place
+                    for place, leaf in zip(moment.places, leaves, strict=True)
+                    if leaf.requires_grad
+                ]
+                after = {
+                    (id(state), name): gradient
+                    for (state, name), gradient in zip(
+                        carried, found[len(self.learnt) :], strict=True
+                    )
+                    if gradient is not None
+                }
+        self._set(now, now.membranes, now.buffers)
+        return total
+
+    def _now(self) -> _Snapshot:
+        places = [(state, name) for state in states_of(self.model) for name in state.values]
+        cuda = next((p.device for p in self.model.parameters() if p.is_cuda), None)
+        return _Snapshot(
+            places=places,
+            membranes=[state.values[name].detach() for state, name in places],
+            buffers=[buffer.clone() for buffer in self.model.buffers()],
+            generators=(
+                torch.get_rng_state(),
+                None if cuda is None else torch.cuda.get_rng_state(cuda),
+            ),
+        )
+
+    def _set(
+        self, moment: _Snapshot, membranes: Sequence[Tensor], buffers: Sequence[Tensor]
+    ) -> None:
+        """Restore a snapshot; membranes and buffers are passed in, as saved by autograd."""
+        for state in states_of(self.model):
+            state.values.clear()
+        for (state, name), value in zip(moment.places, membranes, strict=True):
+            state.values[name] = value
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        host, device = moment.generators
+        torch.set_rng_state(host)
+        if device is not None:
+            torch.cuda.set_rng_state(
+                device, next(p.device for p in self.model.parameters() if p.is_cuda)
+            )
+
+
+class _Scalar(torch.autograd.Function):
+    """The scalar of `Recomputation.scalar`. Kept tensors pass through `save_for_backward`, so that
+    the counter of saved bytes sees them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, run: Recomputation, count: int, error_TBK: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.run, ctx.count = run, count
+        ctx.save_for_backward(error_TBK, *tensors[:count])
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        error_TBK, *kept = ctx.saved_tensors
+        gradients = ctx.run.gradients(error_TBK * grad_outputs[0].to(error_TBK.dtype), kept)
+        return (None, None, None, None, *[None] * ctx.count, *gradients)
+
+
+def _split_last(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    cut = len(tensors) - count
+    return tensors[:cut], tensors[cut:]

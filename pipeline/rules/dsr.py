@@ -1,6 +1,4 @@
-"""Differentiation on Spike Representation: backward through what spikes mean, their rates, and
-through no spike.
-"""
+"""Differentiation on Spike Representation: a backward through firing rates instead of spikes."""
 
 # T time, B batch, K classes
 
@@ -14,55 +12,56 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
-from pipeline.spiking.encode import is_still
+from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import named_neurons
-from pipeline.spiking.norm import batch_norms, by_own_samples
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.norm import batch_norms, local_statistics
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron, rate_weights
 from pipeline.spiking.state import attribute_set, fresh_state, hooked
 
-# Calibration holds so many samples at a time, at every T and width; and each layer keeps 1 / 1000
-# of its rates.
+# Calibration processes this many samples at a time, and keeps the largest 1 / 1000 of the rates.
 CALIBRATION_SAMPLES = 32
 OUTLIERS = 1000
 
 
 class DSR(Rule):
-    """Spikes forward, the rate map of `spiking/rate.py` backward, for `RateIF` and `RateLIF`:
+    """Spikes in the forward, the rate map of `spiking/rate.py` in the backward, for `RateIF` and
+    `RateLIF`.
 
-        I = sum_t w[t] x[t],    r = clamp(gain I, 0, height),    G = sum_t dL/dout[t]
-        dL/dx[t]     = w[t] gain G     where 0 <= gain I <= height, else 0
-        dL/dheight   = sum of G        where gain I > height
+        I = sum_t w[t] x[t],   r = clamp(gain I, 0, height),   G = sum_t dL/dout[t]
+        dL/dx[t]     = w[t] gain G   where 0 <= gain I <= height, else 0
+        dL/dheight   = sum of G      where gain I > height
 
-    Everything between two neurons is plain autograd on T steps. Where the loss sees the weighted
-    mean of the logits (`WeightedRates`; IF: the plain mean), G[t] is proportional to w[t] in every
-    layer and the gradient is exactly that of the network of rates.
+    Everything between two neurons is plain autograd on T steps. If the loss sees the weighted mean
+    of the logits (`WeightedRates`; for IF the plain mean), G[t] is proportional to w[t] in every
+    layer, and the gradient is exactly that of the network of rates.
 
     Args:
-        calibrate: set every threshold from so many training batches before the first step. The
-            height is the 99.9th percentile of max(0, gain I) over samples and units.
-        calibrate_on: "spikes", layer after layer from the spikes of the calibrated layers before
-            it, batch norm by the batch's own statistics; "activations", as published: from the
-            network with ramps without a ceiling in the place of its neurons, which is the ANN that
-            its weights come from, batch norm by its running statistics. It sees the image, or the
-            mean frame of a recording.
-        backward: "rates", the equations above; "published", what the published code does for LIF,
-        with gain' = 1 / tau:
+        calibrate: number of training batches from which all thresholds are set before the first
+            step. The height is the 99.9th percentile of max(0, gain I) over samples and units.
+        calibrate_on: "spikes": layer by layer, from the spikes of the calibrated layers below, with
+            batch statistics in batch norm. "activations", as published: from the ANN with unbounded
+            ramps in place of the neurons, with running statistics in batch norm. Its input is the
+            image, or the mean frame of a recording.
+        backward: "rates" are the equations above. "published" is the backward of the published code
+            for LIF, see below.
 
-            G = T sum_t w[t] dL/dout[t]
-            dL/dx[t]     = gain' G / T     where 0 < gain' I < height, else 0
-            dL/dheight   = sum of G        where gain' I > height
+    With gain' = 1 / tau, "published" is
 
-            It hands G back evenly over time, so a weight's gradient has the plain mean of its
-            inputs for a factor. A layer's gradient is larger by T sum_t w[t]^2 (1.02 to 1.5) than
-            that of the rates. Published accuracies of LIF were reached with it. For IF both are the
-            same.
+        G = T sum_t w[t] dL/dout[t]
+        dL/dx[t]     = gain' G / T   where 0 < gain' I < height, else 0
+        dL/dheight   = sum of G      where gain' I > height
+
+    It distributes G evenly over time, so a weight's gradient uses the plain mean of its inputs. A
+    layer's gradient is larger than that of the rates by T sum_t w[t]^2 (1.02 to 1.5). Published LIF
+    accuracies were reached with it. For IF both are equal.
 
     Raises: ValueError for a negative `calibrate`, an unknown choice, or `calibrate_on` without
-    `calibrate` (when made); for a model without rate-coded neurons, with others beside them, or
-    with IF alone under "published" (`attach`).
+    `calibrate` (when made); for a model without rate-coded neurons or with other neurons, or with
+    IF alone under "published" (`attach`).
     Source: Meng et al. 2022 (arXiv 2205.00459), section 4; calibration: Rathi et al. 2020 (arXiv
-    2005.01807)."""
+    2005.01807).
+    """
 
     memory = "linear"
     over_time_choices = ("mean", "steps")
@@ -129,29 +128,29 @@ class DSR(Rule):
         on_spikes = self.calibrate_on == "spikes"
         if not on_spikes:
             parts = [
-                part_TB[:1] if is_still(part_TB) else part_TB.mean(0, keepdim=True)
+                part_TB[:1] if is_static(part_TB) else part_TB.mean(0, keepdim=True)
                 for part_TB in parts
             ]
         ramps = [] if on_spikes else [neuron for _, neuron in named_neurons(model)]
         with (
-            _evaluated(model, batch_statistics=on_spikes),
+            _evaluation_mode(model, batch_statistics=on_spikes),
             attribute_set(ramps, "gradient", _activation),
         ):
-            for neuron in _in_order_of_use(model, parts[0]):
+            for neuron in _execution_order(model, parts[0]):
                 height = _percentile(
-                    (_rates_into(neuron, model, part_TB) for part_TB in parts), samples
+                    (_input_rate(neuron, model, part_TB) for part_TB in parts), samples
                 )
                 neuron.threshold.fill_(max(neuron.dt * float(height), neuron.bound))
 
 
 def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
-    """`LIF.gradient`: the neuron's own spikes, with the derivative of its rate."""
-    return _RateMap.apply(x_TB, lif.held_threshold(), lif, False)  # type: ignore[return-value]
+    """The seam `LIF.gradient`: the neuron's spikes, with the derivative of its rate."""
+    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, False)  # type: ignore[return-value]
 
 
 def published_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
-    """The same spikes, with the published code's derivative."""
-    return _RateMap.apply(x_TB, lif.held_threshold(), lif, lif.decay < 1)  # type: ignore[return-value]
+    """The same spikes, with the derivative of the published code."""
+    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, lif.decay < 1)  # type: ignore[return-value]
 
 
 class _RateMap(torch.autograd.Function):
@@ -195,9 +194,9 @@ class _RateMap(torch.autograd.Function):
 
 
 def _rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
-    """gain I of the input, never below fp32."""
+    """gain I of the input, at least in fp32."""
     weights_T = rate_weights(lif.decay, x_TB)
-    with torch.autocast(x_TB.device.type, enabled=False), serving("rates"):
+    with torch.autocast(x_TB.device.type, enabled=False), op_scope("rates"):
         return gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 
 
@@ -205,34 +204,34 @@ def _rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
 
 
 class _Reached(Exception):
-    """Ends a forward at the neuron whose input was wanted."""
+    """Ends a forward at the neuron whose input is needed."""
 
     def __init__(self, rate_B: Tensor) -> None:
         super().__init__()
         self.rate_B = rate_B
 
 
-def _stop(lif: RateNeuron, x_TB: Tensor) -> Tensor:
+def _stop_here(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     raise _Reached(_rate(lif, x_TB, lif.gain))
 
 
 def _activation(lif: RateNeuron, x_TB: Tensor) -> Tensor:
-    """The rate of a neuron that knows no height, of each step's input by itself."""
+    """An unbounded ramp of each step's input."""
     return lif.gain * x_TB.clamp_min(0)
 
 
-def _rates_into(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
-    """gain I of `neuron`, `[B, ...]`, from what the neurons before it give."""
+def _input_rate(neuron: RateNeuron, model: nn.Module, x_TB: Tensor) -> Tensor:
+    """gain I of `neuron`, `[B, ...]`, given the outputs of the neurons before it."""
     try:
-        with attribute_set([neuron], "gradient", _stop), fresh_state(model):
+        with attribute_set([neuron], "gradient", _stop_here), fresh_state(model):
             model(x_TB)
     except _Reached as reached:
         return reached.rate_B
     raise AssertionError("a neuron that ran once runs again")
 
 
-def _in_order_of_use(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
-    """The neurons that one forward meets, each once."""
+def _execution_order(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
+    """The neurons in the order of one forward, each once."""
     met: dict[nn.Module, None] = {}
     hooks = [
         lif.register_forward_pre_hook(lambda lif, _: met.setdefault(lif))
@@ -244,9 +243,7 @@ def _in_order_of_use(model: nn.Module, x_TB: Tensor) -> list[RateNeuron]:
 
 
 def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
-    """The smallest of max(0, rate) that 99.9 % do not exceed, exactly, in memory for the largest
-    0.1 %.
-    """
+    """The exact 99.9th percentile of max(0, rate), with memory for the largest 0.1 % only."""
     largest = None
     for rate_B in rates:
         keep = rate_B[0].numel() * samples // OUTLIERS + 1
@@ -257,9 +254,9 @@ def _percentile(rates: Iterator[Tensor], samples: int) -> Tensor:
 
 
 @contextmanager
-def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
-    """Evaluation mode, with batch norm by the statistics of the batch, this rank's own, where they
-    are asked for; the model is as before afterwards.
+def _evaluation_mode(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
+    """Inside, `model` is in evaluation mode; with `batch_statistics` batch norm uses this rank's
+    batch. Modes and buffers are restored afterwards.
     """
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
@@ -267,7 +264,7 @@ def _evaluated(model: nn.Module, *, batch_statistics: bool) -> Iterator[None]:
     for norm in batch_norms(model) if batch_statistics else []:
         norm.train()
     try:
-        with by_own_samples(model):
+        with local_statistics(model):
             yield
     finally:
         for buffer, value in buffers.items():

@@ -1,5 +1,5 @@
-"""Hebbian Learning based Orthogonal Projection: any rule, held to the directions that old tasks do
-not use.
+"""Hebbian Learning based Orthogonal Projection: any rule, with gradients projected away from old
+tasks.
 """
 
 # T time, B batch
@@ -17,77 +17,83 @@ from pipeline.core.random import counter_hash
 from pipeline.recipe.spec import admits
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.equilibrium import Equilibrium
-from pipeline.spiking.feedback_alignment import FixedFeedback, sign_symmetric
+from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.linear_layers import is_inside, named_parameters, plain_synapses
-from pipeline.spiking.local_learning import answering
+from pipeline.spiking.local_learning import run_readouts
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.presynaptic_inputs import Ear, Overheard, fan_in, listening
+from pipeline.spiking.presynaptic_inputs import InputRecorder, RecordedFactor, recording
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.subspace import Moments, SecondMoments, SpikingMoments, Subspace
-from pipeline.spiking.subspace_budget import Rows
+from pipeline.spiking.subspace import (
+    Moments,
+    RowBudget,
+    SecondMoments,
+    SpikingMoments,
+    Subspace,
+    fan_in,
+)
 from pipeline.spiking.synapse import Conv2d, Linear
-from pipeline.spiking.trace import the_decay
+from pipeline.spiking.trace import shared_decay
 
 LearnFrom = Literal["spikes", "traces", "rates"]
 Error = Literal["backprop", "sign_symmetric", "feedback"]
 
-# What a draw is for; layers and tasks follow.
+# Purposes of random draws, the first part of their keys.
 _ROWS, _FEEDBACK = 0x484C4F50, 0x46414C47
 
 
 class HLOP(Rule):
-    """HLOP(inner): `inner` decides on the gradients, and each task leaves the subspaces of the
-    tasks before it alone.
+    """HLOP(inner): `inner` computes the gradients, which are projected orthogonally to old tasks'
+    inputs.
 
-        dL/dW <- dL/dW - (dL/dW H^T) H         from the second task on;  H the frozen rows of the
-        synapse
+        dL/dW <- dL/dW - (dL/dW H^T) H      from the second task on; H the synapse's frozen rows
 
-    where H spans the inputs that the synapse had in old tasks, so that what it answered to them
-    stays. H is learnt beside the weights, by Hebbian lateral neurons (`spiking/subspace.py`), from
-    every batch's inputs, once a global batch. A convolution's inputs are its patches, its weight a
-    matrix `[out, C k k]`; the projection unfolds nothing.
+    H spans the inputs that the synapse had in old tasks, so its response to them does not change.
+    Hebbian lateral neurons (`spiking/subspace.py`) learn H beside the weights, from the inputs of
+    every batch, once per global batch. The inputs of a convolution are its patches, and its weight
+    is a matrix `[out, C k k]`; the projection itself needs no patches.
 
-    `start_task` freezes the rows learnt and begins new ones, orthogonal to them. With it, from the
-    second task on, every vector of parameters rests (biases, thresholds, gains: their gradient is
-    zero), and batch norm uses its running statistics and keeps them. Old outputs stay exactly where
-    H spans the old *per-step* inputs, and by |dW| times what H misses of them otherwise, under SGD
-    with or without momentum, which must be fresh in each task: an old momentum still points into
-    the subspace. Weight decay, Adam and the like, weights that are not the plain parameter
-    (standardised, 1-bit, spectrally limited) leave it, so they are refused.
+    `start_task` freezes the learnt rows and starts new ones, orthogonal to them. From the second
+    task on, all parameter vectors (biases, thresholds, gains) are frozen, with gradient 0, and
+    batch norm uses its running statistics and keeps them. Old outputs stay exactly the same if H
+    spans the old inputs of every step; otherwise they change by |dW| times the part of the inputs
+    that H misses. This holds for SGD with or without momentum. The momentum must start at 0 in each
+    task, because an old one still points into the subspace. Weight decay, Adam and similar
+    optimizers, and weights that are not the plain parameter (standardised, 1-bit, norm-limited)
+    violate it, so they are refused.
 
     Args:
-        rows: how many rows each synapse, in order of registration, gets in each task: `((80, 200,
-            100), (70, 70, 70))`; the last entry holds for all later tasks.
-        learning_rate: of the lateral neurons, one or one for each synapse, in units of 1 / x^2:
-            times the largest eigenvalue of E[x^T x] it must stay below about 4 (published: 0.01,
+        rows: number of rows that each synapse, in order of registration, gets in each task, such as
+            `((80, 200, 100), (70, 70, 70))`; the last entry holds for all later tasks.
+        learning_rate: of the lateral neurons, one number or one per synapse, in units of 1 / x^2.
+            Times the largest eigenvalue of E[x^T x] it must stay below about 4 (published: 0.01,
             and 0.001 for 784 normalised pixels).
-        inner_iterations, momentum: of the Hebbian rule within a batch.
-        learn_from: "spikes", the inputs of each step (of an equilibrium: of each step of its
-            simulation, and of its last state); "traces", what the inner rule multiplies the error
-            with (OTTT, OPZO); "rates", their weighted mean over time (DSR's), for rules that hold
-            all steps at once. Rates keep the mean current of old tasks and not that of each step.
-        lateral_steps: lateral neurons answer in spikes of so many steps (published: 1000, 40) while
-            they learn; None: in real numbers. Published ones differ twice: they fire anew in each
-            inner iteration, here once a batch; and they round in the projection too, which leaves
-            some of the gradient in the old subspace (.0015 and .037 of it on random inputs of 50
-            numbers), where the projection here is exact.
-        error: "backprop"; "sign_symmetric" or "feedback", another weight that carries the error
-            down (`spiking/feedback_alignment.py`). OPZO hands no error from layer to layer and
-            refuses them.
-        skip: modules with all in them that are neither projected nor frozen, such as the heads that
-        tasks do not share.
+        inner_iterations: Hebbian updates per batch.
+        momentum: of the Hebbian updates.
+        learn_from: "spikes" are the inputs of each step (of an equilibrium: of each simulated step,
+            and of its final state). "traces" are the factors that the inner rule multiplies with
+            the error (OTTT, OPZO). "rates" are their weighted means over time (DSR), for rules that
+            process all steps at once; they protect the mean current of old tasks, not that of each
+            step.
+        lateral_steps: the lateral neurons' responses are spikes of this many steps while they learn
+            (published: 1000, 40); None: real numbers. The published neurons differ in two ways.
+            They fire anew in each inner iteration, here once per batch. Their projection is rounded
+            too, which leaves part of the gradient in the old subspace (.0015 and .037 of it on
+            random inputs of 50 numbers); here the projection is exact.
+        error: "backprop", or another weight that carries the error down: "sign_symmetric" or
+            "feedback" (`spiking/error_feedback.py`). OPZO does not backpropagate errors and refuses
+            them.
+        skip: modules whose content is neither projected nor frozen, such as heads of single tasks.
 
-    Unlike the published code, which learns at every forward from its own samples (OTTT: at each
-    step, from spikes and traces stacked), H learns from the mean over the global batch, so that
-    ranks and micro-batches agree on it; and it is made orthonormal after each batch. Each backward
-    call is projected by itself: an online rule with `chunk` = T costs one projection a batch
-    instead of T.
+    The published code learns at every forward from its own samples (under OTTT at each step, from
+    stacked spikes and traces). Here H learns from the mean over the global batch, so that ranks and
+    micro-batches agree, and it is orthonormalised after each batch. Each backward call is projected
+    separately, so an online rule with `chunk` = T needs one projection per batch instead of T.
 
     Raises: ValueError for arguments out of range (when made); for a synapse or parameter that
-    cannot be projected, batch norm of torch, rows that do not fit, traces or rates that the inner
-    rule or model does not have (`attach`); for an optimizer that is not plain SGD
+    cannot be projected, torch's batch norm, rows that do not fit, traces or rates that the inner
+    rule or model does not have (`attach`); for an optimizer other than plain SGD
     (`check_optimizer`); for slices under "rates" (`check_steps`); for fewer than two tasks, or rows
-    of all tasks that do not fit (`check_tasks`); for a task out of turn (`start_task`).
+    of all tasks that do not fit (`check_tasks`); for a task out of order (`start_task`).
     Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
     """
 
@@ -107,7 +113,7 @@ class HLOP(Rule):
         super().__init__()
         if not isinstance(inner, Rule) or isinstance(inner, HLOP):
             raise ValueError(f"HLOP: inner must be a rule other than HLOP; got {inner!r}")
-        self.rows = Rows("HLOP", rows)
+        self.rows = RowBudget("HLOP", rows)
         rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
         if not rates or not all(admits(float, rate) and rate > 0 for rate in rates):
             raise ValueError(
@@ -121,23 +127,23 @@ class HLOP(Rule):
             raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
         refuse_unless_one_of("HLOP", ("spikes", "traces", "rates"), learn_from=learn_from)
         refuse_unless_one_of("HLOP", ("backprop", "sign_symmetric", "feedback"), error=error)
-        if error != "backprop" and not inner.hands_errors_down:
+        if error != "backprop" and not inner.backpropagates_errors:
             raise ValueError(
                 f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
                 f" 'backprop'; got {error=}"
             )
         self.inner = inner
-        self.counted_as = inner.counted_as
+        self.forecast_note = inner.forecast_note
         self.memory, self.update = inner.memory, inner.update
         self.over_time_choices, self.calibration_batches = (
             inner.over_time_choices,
             inner.calibration_batches,
         )
-        self.disturbs_forward, self.hands_errors_down = (
-            inner.disturbs_forward,
-            inner.hands_errors_down,
+        self.adds_noise, self.backpropagates_errors = (
+            inner.adds_noise,
+            inner.backpropagates_errors,
         )
-        self.chunk, self.one_loss_a_step = inner.chunk, inner.one_loss_a_step
+        self.chunk, self.one_loss_per_step = inner.chunk, inner.one_loss_per_step
         self.learning_rates = rates
         self.inner_iterations = inner_iterations
         self.momentum = momentum
@@ -147,7 +153,7 @@ class HLOP(Rule):
         self.skip = tuple(skip)
         self.register_buffer("task", torch.tensor([0]))
         self.subspaces = nn.ModuleList()
-        self._ears: list[Ear] = []
+        self._recorders: list[InputRecorder] = []
         self._feedback: list[FixedFeedback] = []
         self._batch = -1
         self._hooks: list[RemovableHandle] = []
@@ -173,8 +179,8 @@ class HLOP(Rule):
                 f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be"
                 " 'rates'"
             )
-        decay = the_decay(self.label, model) if self.learn_from == "rates" else None
-        # Not super().attach: it is the inner rule that finds out whether the model is free.
+        decay = shared_decay(self.label, model) if self.learn_from == "rates" else None
+        # Not super().attach: the inner rule checks that no rule is attached to the model.
         self.inner.attach(model, world=world, over_time=over_time)
         if self.learn_from == "traces" and all(
             synapse.presynaptic is None for synapse in synapses.values()
@@ -188,7 +194,7 @@ class HLOP(Rule):
         self._attached.append(model)
         for module in model.modules():
             self.set_seam(module, "carried_rule", self.label)
-        self.task = torch.tensor([0])  # not zeros, whose value a forecast would not know
+        self.task = torch.tensor([0])  # not `zeros`, which has no value under fake tensors
         self.subspaces = nn.ModuleList(
             Subspace(
                 fan_in(synapse),
@@ -199,34 +205,37 @@ class HLOP(Rule):
         )
         self._begin_rows()
         for index, (name, synapse) in enumerate(synapses.items()):
-            self._tie(name, synapse, self.subspaces[index], decay)  # type: ignore[arg-type]
+            self._attach_synapse(name, synapse, self.subspaces[index], decay)  # type: ignore[arg-type]
         self._set_error_path(model)
         projected = {id(synapse.weight) for synapse in synapses.values()}
         for _, parameter in named_parameters(model, skip=self.skip):
             if parameter.requires_grad and id(parameter) not in projected:
-                self._hooks.append(parameter.register_hook(self._at_rest))
+                self._hooks.append(parameter.register_hook(self._freeze))
 
     def release(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        self._ears.clear()
+        self._recorders.clear()
         self._feedback.clear()
         super().release()
         self.inner.release()
 
-    def _tie(
+    def _attach_synapse(
         self, name: str, synapse: Linear | Conv2d, subspace: Subspace, decay: float | None
     ) -> None:
-        """One synapse to its subspace: what it hears, and the gradient of its weight."""
-        ear = Ear(name, synapse, subspace, self._moments, decay)
-        self._ears.append(ear)
+        """Attach one synapse to its subspace: the recorder of its inputs, and the projection of its
+        gradient.
+        """
+        recorder = InputRecorder(name, synapse, subspace, self._moments, decay)
+        self._recorders.append(recorder)
         if self.learn_from == "traces" and synapse.presynaptic is not None:
-            self.set_seam(synapse, "presynaptic", Overheard(synapse.presynaptic, ear.hear))
+            self.set_seam(
+                synapse, "presynaptic", RecordedFactor(synapse.presynaptic, recorder.record)
+            )
         else:
-            # Closures are not copied with the model, unlike bound methods, which would take the
-            # rule along.
+            # A closure: copying the model would copy the rule along with a bound method.
             self._hooks.append(
-                synapse.register_forward_pre_hook(lambda _, inputs: ear.hear(inputs[0]))
+                synapse.register_forward_pre_hook(lambda _, inputs: recorder.record(inputs[0]))
             )
         if synapse.weight.requires_grad:
             self._hooks.append(
@@ -252,17 +261,17 @@ class HLOP(Rule):
                 self._feedback.append(FixedFeedback(synapse.weight.detach(), key=key))
                 self.set_seam(synapse, "backward_weight", self._feedback[-1])
 
-    def _at_rest(self, g: Tensor) -> Tensor | None:
-        """The gradient of a vector of parameters: zero from the second task on. The parameter
-        itself stays the optimizer's.
+    def _freeze(self, g: Tensor) -> Tensor | None:
+        """The gradient of a parameter vector: zero from the second task on. The parameter stays in
+        the optimizer.
         """
         return torch.zeros_like(g) if int(self.task) else None
 
     # ---------------------------------------------------------------------------------------- tasks
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Task 0 has begun with `attach`; each later one freezes what was learnt. Collective where
-        there is batch norm.
+        """Freeze the learnt rows and start those of `task`; task 0 starts in `attach`. Collective
+        if the model has batch norm.
         """
         self.inner.start_task(model, task)
         if task == int(self.task) == 0:
@@ -274,7 +283,7 @@ class HLOP(Rule):
             )
         self.task += 1
         self._begin_rows()
-        for norm in self._moving_norms():  # what rests is the same on every rank
+        for norm in self._moving_norms():  # frozen statistics are equal on every rank
             norm.running_mean.copy_(self.world.mean(norm.running_mean))
             norm.running_var.copy_(self.world.mean(norm.running_var))
         self._freeze_norms()
@@ -282,7 +291,7 @@ class HLOP(Rule):
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
         if tasks < 2:
             raise ValueError(
-                f"{self.label}: protects the tasks before, so a recipe must have 2 phases or more;"
+                f"{self.label}: to protect earlier tasks, a recipe must have 2 phases or more;"
                 f" got {tasks}"
             )
         self.rows.check(self.label, self._synapses_of(model), tasks=tasks)
@@ -301,7 +310,7 @@ class HLOP(Rule):
             self.set_seam(norm, "frozen", True)
 
     def _moving_norms(self) -> list[BatchNorm]:
-        """Those that tasks share and that were not frozen yet."""
+        """The batch norms outside `skip` that are not frozen yet."""
         named = self._attached[0].named_modules()
         norms = [
             module
@@ -314,11 +323,10 @@ class HLOP(Rule):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **more)
-        for ear in self._ears:  # a batch that is taken back leaves nothing to report
-            ear.last = None
-        if (
-            int(self.task) and self._attached
-        ):  # start_task is not called again for the task that was running
+        for recorder in self._recorders:  # after a rollback the last batch is void
+            recorder.last = None
+        # start_task is not called again for the task that was running.
+        if int(self.task) and self._attached:
             self._freeze_norms()
 
     @property
@@ -332,26 +340,25 @@ class HLOP(Rule):
     ) -> Iterator[LossTerm]:
         if step != self._batch:
             self._batch = step
-            for ear in self._ears:
-                ear.forget()
-        if self.inner.disturbs_forward:
-            # What must stay is what the network does by itself: its inputs without the noise, for
-            # one forward more.
+            for recorder in self._recorders:
+                recorder.discard()
+        if self.inner.adds_noise:
+            # The responses to protect are those without noise, which need one more forward.
             with (
                 torch.no_grad(),
                 fresh_state(model),
-                answering(model),
-                listening(self._ears, x_TB.shape[0]),
+                run_readouts(model),
+                recording(self._recorders, x_TB.shape[0]),
             ):
                 model(x_TB)
         shares = self.inner.loss_terms(model, x_TB, loss_of, step=step, rows=rows)
         while True:
-            # Closed again before the yield: what a backward computes once more (recomputation) is
-            # not heard twice.
+            # Recording ends before the yield, so that a recomputation in the backward is not
+            # recorded again.
             with (
                 nullcontext()
-                if self.inner.disturbs_forward
-                else listening(self._ears, x_TB.shape[0])
+                if self.inner.adds_noise
+                else recording(self._recorders, x_TB.shape[0])
             ):
                 share = next(shares, None)
             if share is None:
@@ -359,37 +366,35 @@ class HLOP(Rule):
             yield share
 
     def end_of_batch(self) -> None:
-        """The rows learn from the inputs of all micro-batches and ranks; one collective or three a
-        synapse.
+        """Update the rows from the inputs of all micro-batches and ranks, with one or three
+        collectives per synapse.
         """
         self.inner.end_of_batch()
-        for ear, rate in zip(self._ears, self._rates(len(self._ears)), strict=True):
-            heard = ear.take(self.world.mean)
-            if heard is not None:
-                ear.subspace.learn(
-                    heard, rate=rate, momentum=self.momentum, iterations=self.inner_iterations
+        for recorder, rate in zip(self._recorders, self._rates(len(self._recorders)), strict=True):
+            moments = recorder.finish(self.world.mean)
+            if moments is not None:
+                recorder.subspace.learn(
+                    moments, rate=rate, momentum=self.momentum, iterations=self.inner_iterations
                 )
 
     def figures(self) -> dict[str, float]:
-        """The inner rule's, and for each synapse the energy of the last batch's inputs that its
-        rows keep, and what is free.
+        """The inner rule's metrics, and per synapse the energy that its rows keep and its free
+        directions.
         """
         found = dict(self.inner.figures())
-        for ear in self._ears:
-            found[f"energy_{ear.name}"] = ear.energy()
-            found[f"free_{ear.name}"] = float(ear.subspace.free)
+        for recorder in self._recorders:
+            found[f"energy_{recorder.name}"] = recorder.energy()
+            found[f"free_{recorder.name}"] = float(recorder.subspace.free)
         return found
 
-    def bytes_beside_buffers(self) -> int:
-        """What every synapse hears, the feedback where it is fixed, and the inner rule's."""
-        heard = sum(ear.bytes() for ear in self._ears)
+    def extra_bytes(self) -> int:
+        """Bytes of the recorded moments, of fixed feedback weights, and of the inner rule."""
+        moments = sum(recorder.bytes() for recorder in self._recorders)
         return (
-            heard
-            + sum(each.matrix.nbytes for each in self._feedback)
-            + self.inner.bytes_beside_buffers()
+            moments + sum(each.matrix.nbytes for each in self._feedback) + self.inner.extra_bytes()
         )
 
-    # --------------------------------------------------------------------- what is the inner rule's
+    # ----------------------------------------------------------- checks shared with the inner rule
 
     def is_unsolved(self) -> bool:
         return self.inner.is_unsolved()
@@ -415,14 +420,14 @@ class HLOP(Rule):
         decay = max(group["weight_decay"] for group in optimizer.param_groups)
         if decay != 0:
             raise ValueError(
-                f"{self.label}: weight_decay must be 0, for it shrinks weights in the directions of"
-                f" old tasks, too; got weight_decay={decay}"
+                f"{self.label}: weight_decay must be 0, because it also shrinks weights in the"
+                f" directions of old tasks; got weight_decay={decay}"
             )
 
     # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """What is projected, by module name, in order of registration."""
+        """The projected synapses by module name, in order of registration."""
         found = plain_synapses(self.label, model, skip=self.skip)
         self.rows.check(self.label, found, tasks=1)
         if len(rates := self._rates(len(found))) != len(found):

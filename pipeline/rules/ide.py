@@ -1,13 +1,18 @@
-"""Implicit differentiation at the equilibrium: the gradient of a feedback network from where it
-comes to rest alone.
+"""Implicit differentiation at the equilibrium of a feedback network, and its linear solvers.
+
+`fixed_point` and `broyden` solve beta = g + J^T beta for each sample of a batch separately. They
+start at beta = 0 and evaluate J^T v for the whole batch. A sample stops when its residual |g + J^T
+beta - beta| is at most `tolerance` |g|. So its solution depends neither on its batch nor on the
+scale of the loss. A stopped sample keeps its solution while the others continue.
 """
 
-# T time, B batch, K classes, N layers
+# T time, B batch, K classes or terms of a low-rank history, N layers, D units of a sample
 
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,36 +20,48 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
-from pipeline.spiking.equilibrium import Linearized, the_equilibrium
-from pipeline.spiking.solvers import Solution, broyden, fixed_point
+from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.state import fresh_state
 
-# Mean residual of a batch from which IDE warns, and that of a sample from which there is no
-# gradient.
+# IDE warns above the mean residual COARSE of a batch. Above the residual UNSOLVED of a sample the
+# batch has no gradient.
 COARSE, UNSOLVED = 0.05, 0.5
+ESCAPED = 1e6
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The solution `beta_B`, its relative residual |g + J^T beta - beta| / |g| (0 if g is 0), and
+    the number of evaluations of J^T per sample.
+    """
+
+    beta_B: Tensor
+    residual_B: Tensor
+    iterations_B: Tensor
 
 
 class IDE(Rule):
-    """IDE: L = loss_of(readout of a[T]), differentiated as if a[T] were the fixed point a* = f(a*)
-    that it approaches.
+    """Differentiate L = loss_of(readout of a[T]) as if a[T] were its limit, the fixed point a* =
+    f(a*).
 
-        dL/dtheta = beta^T df/dtheta at a[T],     beta = g + J^T beta,     g = dL/da[T],     J =
-        df/da at a[T]
+        dL/dtheta = beta^T df/dtheta at a[T],   beta = g + J^T beta
+        g = dL/da[T],   J = df/da at a[T]
 
-    with f the map of `spiking/equilibrium.py`. The T steps are simulated without a graph, so memory
-    does not grow with T. The gradient is exact at the fixed point, away from the kinks of the
-    clamp; at a[T] its error falls as 1/T.
+    f is the map of `spiking/equilibrium.py`. The T steps are simulated without a graph, so memory
+    does not grow with T. The gradient is exact at the fixed point, except at the kinks of the
+    clamp. At a[T] its error falls as 1/T.
 
-    beta is solved by limited-memory Broyden or by a damped fixed point, each sample by itself until
-    its residual is at most `tolerance` times |g|, in at most `iterations` evaluations of J^T.
-    Reported, of the last batch that was solved: the residual and the iterations; a mean residual
-    above 5 % warns once. Where a solve leaves more than half of g, as it does when J is no
-    contraction, it warns, and the gradient of the batch is not a number: nobody is to learn from
-    it.
+    beta is solved by limited-memory Broyden or by a damped fixed-point iteration, see `tolerance`
+    and `iterations`. The metrics are the residual and the iterations of the last solved batch. A
+    mean residual above 5 % gives one warning. If more than half of g remains, as when J is not a
+    contraction, the rule warns and the batch's gradient is NaN, so that nothing is learnt from it.
 
-    The published code has the damped fixed point as its solver "iter", and used it for N-MNIST.
-    There it solves (2I - J^T) beta = g, whose beta is half of this one where J is small. Here both
-    solvers solve the paper's equation.
+    The published code used the damped fixed point ("iter") for N-MNIST. It solves (2I - J^T) beta =
+    g, whose solution is half as large for a small J. Here both solvers solve the paper's equation.
+
+    Args:
+        iterations: the largest number of evaluations of J^T per solve.
+        tolerance: a sample stops at a residual of at most `tolerance` |g|.
 
     Raises: ValueError for an unknown solver, iterations < 1 or tolerance outside 0..1 (when made);
     for a model without an `Equilibrium`, with several, with neurons outside it, or with a norm that
@@ -70,13 +87,13 @@ class IDE(Rule):
                 "IDE: tolerance is relative to the gradient and must be in 0..1; got"
                 f" tolerance={tolerance}"
             )
-        self.counted_as = f"at its most solver iterations, {iterations}"
+        self.forecast_note = f"at its most solver iterations, {iterations}"
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        equilibrium = the_equilibrium(self.label, model)
+        equilibrium = find_equilibrium(self.label, model)
         refuse_foreign_norms(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
@@ -98,7 +115,9 @@ class IDE(Rule):
 
 
 class _Adjoint:
-    """The seam: holds what the last solve found, and no reference to rule or model."""
+    """The seam `Equilibrium.adjoint`: keeps the results of the last solve, without references to
+    rule or model.
+    """
 
     def __init__(
         self, solver: Literal["broyden", "fixed_point"], iterations: int, tolerance: float
@@ -108,12 +127,12 @@ class _Adjoint:
         self.step, self.is_unsolved = -1, False
 
     def begin(self, step: int) -> None:
-        """The global batch of what comes, of which there may be several parts."""
+        """Start a micro-batch of global batch `step`."""
         if step != self.step:
             self.step, self.is_unsolved = step, False
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> Tensor:
-        if not g_B.isfinite().all():  # or the solve would be blamed
+        if not g_B.isfinite().all():  # the solver is not the cause
             got = g_B[~g_B.isfinite()][0].item()
             warnings.warn(
                 f"IDE: the gradient of the loss must be finite; got {got}",
@@ -123,7 +142,7 @@ class _Adjoint:
             return torch.full_like(g_B, math.nan)
         solve = broyden if self.solver == "broyden" else fixed_point
         solution = solve(g_B, vjp, iterations=self.iterations, tolerance=self.tolerance)
-        solved_B = solution.residual_B <= UNSOLVED  # False where it is not a number
+        solved_B = solution.residual_B <= UNSOLVED  # False for NaN
         if not solved_B.all():
             self.is_unsolved, unsolved_B = True, ~solved_B
             warnings.warn(self._diverged(solution, unsolved_B, vjp), RuntimeWarning, stacklevel=2)
@@ -142,31 +161,144 @@ class _Adjoint:
         return solution.beta_B
 
     def figures(self) -> dict[str, float]:
-        """Means over the samples of the last micro-batch that was solved: relative residual, and
-        evaluations of J^T.
+        """Mean relative residual and evaluations of J^T over the samples of the last solved
+        micro-batch.
         """
         return {"residual": self.residual, "iterations": self.evaluations}
 
     def _diverged(self, solution: Solution, unsolved_B: Tensor, vjp: Linearized) -> str:
-        stretch = [f"{ratio:.2g}" for ratio in stretches(solution.beta_B, unsolved_B, vjp)]
+        stretch = [f"{ratio:.2g}" for ratio in layer_gains(solution.beta_B, unsolved_B, vjp)]
         return (
             "IDE: the solve of beta = g + J^T beta must converge; got a residual of"
             f" {solution.residual_B.max().item():.2g} |g| on {int(unsolved_B.sum())} of"
             f" {len(unsolved_B)} samples after {self.iterations} iterations of {self.solver}; there"
-            f" J^T stretches by {', '.join(stretch)} in layers {len(stretch)} to 1: limit the"
+            f" J^T layer_gains by {', '.join(stretch)} in layers {len(stretch)} to 1: limit the"
             " synapses (SpectralLimit), raise the threshold, or lower the learning rate"
         )
 
 
-def stretches(
+def layer_gains(
     beta_B: Tensor, unsolved_B: Tensor, vjp: Linearized, *, turns: int = 20
 ) -> list[float]:
-    """By how much each layer of J^T lengthens the direction that J^T lengthens most, on the samples
-    that did not converge.
+    """The gain of each layer of J^T along J^T's dominant direction, on the samples that did not
+    converge.
     """
     some = unsolved_B.to(beta_B.dtype).view(-1, *[1] * (beta_B.dim() - 1))
     v_B = some * torch.nan_to_num(beta_B, nan=1.0, posinf=1.0, neginf=1.0) + some
     for _ in range(turns):
         v_B = vjp(v_B / v_B.norm().clamp_min(torch.finfo(v_B.dtype).tiny))
-    norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.backwards(v_B))]
+    norms = [v_B.norm().item(), *(each.norm().item() for each in vjp.layer_vjps(v_B))]
     return [after / max(before, 1e-30) for before, after in itertools.pairwise(norms)]
+
+
+@torch.no_grad()
+def fixed_point(
+    g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
+) -> Solution:
+    """beta <- (beta + J^T beta + g) / 2. It converges if every eigenvalue of J lies within 2 of -1,
+    which includes every contraction.
+
+    Source: Xiao et al. 2021 (IDE, arXiv 2109.14247), the solver of its N-MNIST runs. The published
+    code iterates beta <- (J^T beta + g) / 2, and so solves another equation: beta = (g + J^T beta)
+    / 2.
+    """
+    progress = _Progress(g_B, tolerance, keep="last")
+    beta_B, r_B = torch.zeros_like(g_B), g_B
+    for _ in range(iterations):
+        if not progress.is_running():
+            break
+        beta_B = torch.add(beta_B, r_B, alpha=0.5)
+        r_B = transposed(beta_B) + g_B - beta_B
+        progress.take(beta_B, r_B)
+        r_B = progress.of_running(r_B)
+    return progress.solution()
+
+
+@torch.no_grad()
+def broyden(
+    g_B: Tensor, transposed: Callable[[Tensor], Tensor], *, iterations: int, tolerance: float
+) -> Solution:
+    """Broyden's good method on r(beta) = g + J^T beta - beta, without line search. It returns the
+    iterate of lowest residual.
+
+        delta = -H r(beta),   beta <- beta + delta
+        H <- H + (delta - H dr) (delta^T H) / (delta^T H dr),   H_0 = -I
+
+    H is stored as -I and one rank-one term per iteration and sample: 2 x iterations x D numbers per
+    sample.
+
+    Source: Broyden 1965 (doi 10.1090/S0025-5718-1965-0198670-6); Bai et al. 2019 (arXiv 1909.01377)
+    for the limited memory.
+    """
+    progress = _Progress(g_B, tolerance, keep="lowest")
+    g_BD = g_B.flatten(1)
+    u_BKD, w_BKD = (g_BD.new_empty(g_BD.shape[0], iterations, g_BD.shape[1]) for _ in range(2))
+    beta_BD, r_BD, delta_BD = torch.zeros_like(g_BD), g_BD, g_BD
+    for k in range(iterations):
+        if not progress.is_running():
+            break
+        beta_BD = beta_BD + delta_BD
+        new_BD = transposed(beta_BD.view_as(g_B)).flatten(1) + g_BD - beta_BD
+        progress.take(beta_BD.view_as(g_B), new_BD.view_as(g_B))
+        u_BkD, w_BkD = u_BKD[:, :k], w_BKD[:, :k]
+        # With h = H r(new) before the update, H dr = h + delta, so the new term is -h w^T / (w .
+        # dr) with w = H^T delta.
+        w_BD = _product(w_BkD, u_BkD, delta_BD) - delta_BD
+        h_BD = _product(u_BkD, w_BkD, new_BD) - new_BD
+        bend_B1 = (w_BD * (new_BD - r_BD)).sum(1, keepdim=True)
+        # A stopped sample takes no step and keeps its H, as does one whose denominator is 0.
+        is_live_B1 = progress.running_B[:, None] & (bend_B1.abs() > torch.finfo(g_BD.dtype).tiny)
+        u_BKD[:, k] = torch.where(is_live_B1, -h_BD / bend_B1, 0)
+        w_BKD[:, k] = torch.where(is_live_B1, w_BD, 0)
+        step_BD = -h_BD - u_BKD[:, k] * (w_BKD[:, k] * new_BD).sum(1, keepdim=True)
+        delta_BD = progress.of_running(step_BD)
+        r_BD = new_BD
+    return progress.solution()
+
+
+def _product(left_BkD: Tensor, right_BkD: Tensor, x_BD: Tensor) -> Tensor:
+    """sum_k left_k (right_k . x)"""
+    inner_Bk = (right_BkD @ x_BD.unsqueeze(2)).squeeze(2)
+    return (inner_Bk.unsqueeze(1) @ left_BkD).squeeze(1)
+
+
+class _Progress:
+    """The best solution of each sample so far, and which samples still run."""
+
+    def __init__(self, g_B: Tensor, tolerance: float, *, keep: str) -> None:
+        self.tolerance = tolerance
+        self.keep = keep
+        self.scale_B = _norm(g_B)
+        self.beta_B = torch.zeros_like(g_B)
+        self.residual_B = torch.where(self.scale_B == 0, 0.0, 1.0).to(self.scale_B.dtype)
+        self.running_B = self.residual_B > tolerance
+        self.iterations_B = torch.zeros_like(self.running_B, dtype=torch.int64)
+
+    def is_running(self) -> bool:
+        return bool(self.running_B.any())
+
+    def of_running(self, step_B: Tensor) -> Tensor:
+        """The step of running samples, 0 for all others; diverged samples would overflow."""
+        return torch.where(_over(self.running_B, step_B), step_B, 0)
+
+    def take(self, beta_B: Tensor, r_B: Tensor) -> None:
+        now_B = _norm(r_B) / self.scale_B
+        taken_B = (
+            self.running_B & (now_B < self.residual_B) if self.keep == "lowest" else self.running_B
+        )
+        self.residual_B = torch.where(taken_B, now_B, self.residual_B)
+        self.beta_B = torch.where(_over(taken_B, beta_B), beta_B, self.beta_B)
+        self.iterations_B = self.iterations_B + self.running_B
+        # False for NaN.
+        self.running_B = self.running_B & (now_B > self.tolerance) & (now_B < ESCAPED)
+
+    def solution(self) -> Solution:
+        return Solution(self.beta_B, self.residual_B, self.iterations_B)
+
+
+def _norm(x_B: Tensor) -> Tensor:
+    return x_B.flatten(1).norm(dim=1)
+
+
+def _over(flag_B: Tensor, x_B: Tensor) -> Tensor:
+    return flag_B.view(-1, *[1] * (x_B.dim() - 1))

@@ -1,5 +1,5 @@
 """Online Pseudo-Zeroth-Order training: errors reach hidden layers through matrices learnt from
-noise, not backwards.
+noise.
 """
 
 # T time, B batch, N units of a layer, K outputs, L hidden layers
@@ -21,12 +21,18 @@ from pipeline.rules.base import (
     OverTime,
     Rule,
     World,
-    cut_in_time,
+    detach_between_steps,
+    slice_loss,
     slices,
-    steps_share,
 )
-from pipeline.spiking.error_feedback import Fixed, MeanJacobian, Signals, SinglePoint
-from pipeline.spiking.local_learning import Inject, Readout, TopDown, refuse_streams, with_signals
+from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian, SinglePoint
+from pipeline.spiking.local_learning import (
+    Inject,
+    LocalGradient,
+    Readout,
+    inject_gradients,
+    refuse_skip_connections,
+)
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.state import fresh_state
@@ -35,7 +41,7 @@ from pipeline.spiking.trace import (
     Trace,
     refuse_batch_norm,
     running_order,
-    the_decay,
+    shared_decay,
     traceable_synapses,
 )
 
@@ -45,59 +51,59 @@ NOISE = 0.2
 
 
 class OPZO(Rule):
-    """OPZO, and the two baselines that it is compared with: DFA (`feedback="random"`) and ZO
-    (`"single_point"`).
+    """OPZO and its two baselines: DFA (`feedback="random"`) and ZO (`feedback="single_point"`).
 
-        out[t] = s[t] + alpha z[t]        in every hidden layer, z ~ N(0, 1);  o[t] the logits of
-        this one noisy forward e[t]   = dL[t]/do[t]              the output error of each sample
-        g[t]   = M e[t] / (1 - lam^k)     the signal to a hidden layer, M of N x K, after k batches
-        grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T,       a[t] = decay a[t-1] + x[t]     three local
-        factors
-        M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha    after each global batch, over its
-        samples and time steps
+        out[t] = s[t] + alpha z[t]      in every hidden layer, z ~ N(0, 1)
+        o[t]                            the logits of this one noisy forward
+        e[t]   = dL[t]/do[t]            the output error of each sample
+        g[t]   = M e[t] / (1 - lam^k)   the signal to a hidden layer; M of N x K, after k batches
+        grad W = 1/T sum_t (psi(u[t]) g[t]) a[t]^T      three local factors
+        a[t]   = decay a[t-1] + x[t]
+        M     <- lam M + (1 - lam) mean of z[t] o[t]^T / alpha
+                                        after each global batch, over its samples and steps
 
-    So M follows the mean Jacobian E[do/ds]^T; where tasks have heads of their own, it begins anew
-    with each. No gradient passes from a layer to the one below; the readout learns from e itself.
-    Neurons, traces and losses are OTTT's. "random": M is drawn once and stays, with independent
-    entries of variance 1/K. "single_point": g = z (o^T e) / alpha, the estimate of the sample and
-    the step alone.
+    M estimates the mean Jacobian E[do/ds]^T. With task-specific heads it starts anew for each head.
+    No gradient passes to the layer below. The readout learns from e itself. Neurons, traces and
+    losses are those of OTTT. "random": M is drawn once, with independent entries of variance 1/K.
+    "single_point": g = z (o^T e) / alpha, from the one sample and step.
 
     Args:
-        noise: alpha, in spikes (`inject="spikes"`, the default) or units of the membrane
-            (`"membrane"`, which decides on the spike and is not carried on). None: 0.2 where the
-            feedback comes from it, 0 for "random", where it is a matter of taste. Without noise,
-            the settings of noise are refused.
+        noise: alpha, in spikes (`inject="spikes"`, the default) or in units of the membrane
+            (`"membrane"`: the noise decides on the spike and is not carried to the next step).
+            None: 0.2 if the feedback is learnt from noise, 0 for "random". Without noise, its other
+            settings are refused.
         distribution: of z, "gaussian" (the default) or "rademacher".
-        momentum: lam, of "momentum" alone; 0.999 by default.
-        antithetic: every second time step takes the noise of the one before with the sign turned
-            (the default, which at T = 1 comes to nothing; asked for there, it is refused).
-        local_readouts: OPZO+LL. Each hidden layer learns, beside the signal from above, from the
-            loss of its own linear readout, a `Readout` of the model (`models/readouts.py`), whose
-            weights learn from that loss alone.
-        intermediate: IGL. Hidden layers, counted from 0, whose readouts send their errors to all
-            layers below, too: M then has K columns for each of them above a layer, and K for the
-            output. The layer itself learns from its readout's loss.
-        decay: that of all neurons, which the traces share; None takes it from the model.
+        momentum: lam, for "momentum" only; 0.999 by default.
+        antithetic: every second time step uses the negative noise of the step before (the default,
+            without effect at T = 1; if set there, it is refused).
+        local_readouts: OPZO+LL. Each hidden layer also learns from the loss of its own linear
+            readout, a `Readout` of the model (`models/transforms.py`), whose weights learn from
+            that loss alone.
+        intermediate: IGL. The indices of hidden layers, from 0, whose readouts send their errors to
+            all layers below too. For the layers below, M has K columns for each of them and K for
+            the output. The layer itself learns from its readout's loss.
+        decay: of the traces; must equal the neurons' shared decay. None takes it from the model.
 
-    Each z is a pure function of (seed, step, row, layer, time). `loss_of` is called on each
-    readout's logits after the output's; a loss with memory between calls is not for readouts.
+    Each z is a pure function of (seed, step, row, layer, time). `loss_of` is also called on each
+    readout's logits, after the output's. A loss with memory between calls does not support
+    readouts.
 
-    There is no public code. From the paper: noise, M's average, g, the three factors, antithetic
-    pairs, the two add-ons as ideas. Reconstructed here: M starts at 0 and is corrected as Adam's
-    means are; it moves once per global batch, not per step; psi, then of u + alpha z, also
-    multiplies where the noise is in the membrane; how IGL's errors and LL's losses are weighed (1
-    each) and that readouts average over places; DFA's variance.
+    There is no public code. The paper gives the noise, M's average, g, the three factors,
+    antithetic pairs, and the ideas of both extensions. These are our choices: M starts at 0 and is
+    bias-corrected as in Adam; it is updated once per global batch, not per step; with noise on the
+    membrane, psi is taken at u + alpha z; IGL's errors and LL's losses have weight 1; readouts
+    average over regions; the variance of DFA.
 
     Raises: ValueError for arguments out of range (when made); for a loss over mean logits, no
-    neurons, several decays or learnt ones, batch norm, layers of torch where a synapse is due,
-    readouts that the model lacks (`attach`); for a stream that passes by the neurons, through which
-    gradients would pass too, layers that run twice in a step or change their size (`loss_terms`);
-    for antithetic=True at T = 1 (`check_steps`).
+    neurons, several or learnt decays, batch norm, weight layers of torch, missing readouts
+    (`attach`); for a skip connection around the neurons, which would carry gradients, layers that
+    run twice in a step or change their size (`loss_terms`); for antithetic=True at T = 1
+    (`check_steps`).
     Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596).
     """
 
     memory = "constant"
-    hands_errors_down = False
+    backpropagates_errors = False
     chunk = 1
 
     def __init__(
@@ -117,20 +123,12 @@ class OPZO(Rule):
         refuse_unless_one_of("OPZO", tuple(NAMES), feedback=feedback)
         refuse_unless_one_of("OPZO", (*DISTRIBUTIONS, None), distribution=distribution)
         refuse_unless_one_of("OPZO", ("spikes", "membrane", None), inject=inject)
-        if noise is None:
-            noise = 0.0 if feedback == "random" else NOISE
-        if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
-            raise ValueError(
-                f"OPZO: noise must be > 0, for the feedback is learnt from it; got noise={noise},"
-                f" {feedback=}"
-            )
-        for name, value, acts in (
-            ("momentum", momentum, feedback == "momentum"),
-            ("distribution", distribution, noise > 0),
-            ("inject", inject, noise > 0),
-            ("antithetic", antithetic, noise > 0),
-        ):
-            if value is not None and not acts:
+        noise = _check_noise(feedback, noise)
+        settings = {"distribution": distribution, "inject": inject, "antithetic": antithetic}
+        inert = {} if feedback == "momentum" else {"momentum": momentum}
+        inert |= {} if noise > 0 else settings
+        for name, value in inert.items():
+            if value is not None:
                 raise ValueError(
                     f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got"
                     f" {name}={value!r}"
@@ -143,25 +141,25 @@ class OPZO(Rule):
         are_places = are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))
         if not are_places and intermediate not in ((), []):
             raise ValueError(
-                "OPZO: intermediate must be places of hidden layers in order, 1 or more, for below"
-                f" layer 0 there is none; got intermediate={intermediate!r}"
+                "OPZO: intermediate must be increasing indices of hidden layers, 1 or more, because"
+                f" no layer is below layer 0; got intermediate={intermediate!r}"
             )
         self.feedback = feedback
         self.noise = noise
-        self.disturbs_forward = noise > 0
+        self.adds_noise = noise > 0
         self.distribution: Distribution = distribution or "gaussian"
         self.inject: Inject = inject or "spikes"
         self.antithetic = antithetic
         self.local_readouts = local_readouts
         self.intermediate = tuple(intermediate)
-        self.one_loss_a_step = not (local_readouts or intermediate)
+        self.one_loss_per_step = not (local_readouts or intermediate)
         self.decay = decay
-        self.signals: Signals = {
+        self.signals: ErrorFeedback = {
             "momentum": lambda: MeanJacobian(momentum=momentum, scale=noise),
-            "random": Fixed,
+            "random": FixedRandom,
             "single_point": lambda: SinglePoint(scale=noise),
         }[feedback]()
-        self._layers: list[TopDown] = []
+        self._layers: list[LocalGradient] = []
         self._noted = -1
         self._paths_are_known = False
 
@@ -174,22 +172,22 @@ class OPZO(Rule):
     ) -> None:
         refuse_batch_norm(self.label, model)
         decay, synapses, readouts = (
-            the_decay(self.label, model, self.decay),
+            shared_decay(self.label, model, self.decay),
             list(self._synapses_of(model).values()),
             self._readouts_of(model),
         )
         super().attach(model, world=world, over_time=over_time)
         self.signals.begin(next(model.parameters()).device)
-        if isinstance(self.signals, Fixed):
+        if isinstance(self.signals, FixedRandom):
             self.signals.key_of = partial(counter_hash, world.seed, _MATRIX)
         self._noted = -1
         self._paths_are_known = False
-        cut_in_time(self, model)
-        # The first synapse sees the data, and has no trace, as published for OTTT.
+        detach_between_steps(self, model)
+        # The first synapse sees the data and has no trace, as published for OTTT.
         for synapse in synapses[1:]:
             self.set_seam(synapse, "presynaptic", Trace(decay))
         for index, (_, neuron) in enumerate(named_neurons(model)):
-            layer = TopDown(
+            layer = LocalGradient(
                 scale=self.noise,
                 inject=self.inject,
                 distribution=self.distribution,
@@ -208,7 +206,7 @@ class OPZO(Rule):
 
     def start_task(self, model: nn.Module, task: int) -> None:
         if task > 0 and any(getattr(module, "has_task_heads", False) for module in model.modules()):
-            self.signals.begin(self.signals.device)  # another head has another Jacobian
+            self.signals.begin(self.signals.device)  # the Jacobian of a new head is unknown
 
     def release(self) -> None:
         super().release()
@@ -217,15 +215,15 @@ class OPZO(Rule):
     def end_of_batch(self) -> None:
         self.signals.end_of_batch(self.world.mean)
 
-    def bytes_beside_buffers(self) -> int:
-        return self.signals.noted_bytes()
+    def extra_bytes(self) -> int:
+        return self.signals.pending_bytes()
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         if step != self._noted:
-            self.signals.drop()  # of a batch that failed half-way
+            self.signals.discard()  # the rest of an unfinished batch
             self._noted = step
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
@@ -235,13 +233,13 @@ class OPZO(Rule):
                     )
                 loss, share_BK, ends, signals = self._ends(logits_1BK, loss_of, steps)
                 yield LossTerm(
-                    backward=with_signals(loss, ends, signals), loss=loss, logits=share_BK
+                    backward=inject_gradients(loss, ends, signals), loss=loss, logits=share_BK
                 )
 
     @contextmanager
     def _learning(self, step: int, rows: Sequence[int], t: int) -> Iterator[None]:
-        """Inside, every layer learns from its steps, perturbed by the noise of (seed, step, row,
-        layer, time).
+        """Inside, every layer learns from its steps, with the noise of (seed, step, row, layer,
+        time).
         """
         drawn, sign = (t, 1.0) if self.antithetic is False else (t // 2 * 2, (-1.0) ** t)
         for index, layer in enumerate(self._layers):
@@ -260,13 +258,15 @@ class OPZO(Rule):
     def _ends(
         self, logits_1BK: Tensor, loss_of: LossOf, steps: int
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Of one step: loss and logits as they are reported, where signals arrive, and the signals.
+        """For one step: reported loss and logits, the tensors that receive signals, and the
+        signals.
 
-        Each output takes its own error, each hidden layer what its errors make of it.
+        Each output receives its own error, each hidden layer the signal that is computed from the
+        errors.
         """
         (loss, share_BK), e_BK = _loss_and_error(logits_1BK, loss_of, steps)
         readouts = {
-            index: layer.kept("logits")
+            index: layer.recorded("logits")
             for index, layer in enumerate(self._layers)
             if layer.readout is not None
         }
@@ -276,7 +276,7 @@ class OPZO(Rule):
         ]
         errors = dict(zip(readouts, signals[1:], strict=True))
         for index, layer in enumerate(self._layers):
-            s_1B = layer.kept("spikes")
+            s_1B = layer.recorded("spikes")
             above = [place for place in self.intermediate if place > index]
             outputs = [*(readouts[place] for place in above), logits_1BK]
             g_BN = self.signals.signal(
@@ -284,7 +284,7 @@ class OPZO(Rule):
                 s_1B[0, 0].numel(),
                 e_BK=_columns([*(errors[place] for place in above), e_BK], s_1B.dtype),
                 o_BK=_columns(outputs, s_1B.dtype),
-                z_BN=layer.kept("z") if self.noise else None,
+                z_BN=layer.recorded("z") if self.noise else None,
             )
             ends.append(s_1B)
             signals.append(g_BN.view_as(s_1B))
@@ -293,13 +293,13 @@ class OPZO(Rule):
     # --------------------------------------------------------------------------------------- checks
 
     def _synapses_of(self, model: nn.Module) -> dict[str, Linear | Conv2d]:
-        """Those that hold traces; readouts beside the network are not among them."""
-        beside = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
+        """The synapses that hold traces, which excludes those of readouts."""
+        readouts = {id(module.linear) for module in model.modules() if isinstance(module, Readout)}
         found = traceable_synapses(self.label, model)
-        return {name: synapse for name, synapse in found.items() if id(synapse) not in beside}
+        return {name: synapse for name, synapse in found.items() if id(synapse) not in readouts}
 
     def _readouts_of(self, model: nn.Module) -> dict[int, Readout]:
-        """The readouts in use, by the hidden layer that each stands behind."""
+        """The readouts in use, by the index of their hidden layer."""
         place, found = -1, {}
         for module in model.modules():
             if isinstance(module, LIF):
@@ -311,15 +311,13 @@ class OPZO(Rule):
         if lacking:
             raise ValueError(
                 f"{self.label}: the model must have a Readout behind each hidden layer that learns"
-                f" from one (models/readouts.py); got none at layer {', '.join(map(str, lacking))}"
-                f" of 0..{place}"
+                f" from one (models/transforms.py); got none at layer"
+                f" {', '.join(map(str, lacking))} of 0..{place}"
             )
         return {index: found[index] for index in wanted}
 
     def _checked(self, model: nn.Module, x_1B: Tensor) -> Tensor:
-        """The logits of the first step, whose run must show that nothing but neurons leads from
-        layer to layer.
-        """
+        """The logits of the first step, after a check that only neurons connect the layers."""
         network = self._attached[0]
         synapses = self._synapses_of(network)
         neurons = dict(named_neurons(network))
@@ -333,25 +331,38 @@ class OPZO(Rule):
             )
         if ran[0] != next(iter(synapses)):
             raise ValueError(
-                f"{self.label}: the first synapse in order of registration must run first, for it"
-                f" has no trace; got {ran[0]} before {next(iter(synapses))}"
+                f"{self.label}: the first synapse in order of registration must run first, because"
+                f" it has no trace; got {ran[0]} before {next(iter(synapses))}"
             )
-        ends = dict(zip(neurons, (layer.kept("spikes") for layer in self._layers), strict=True))
-        refuse_streams(self.label, network, {**ends, "the output": logits_1BK})
+        ends = dict(zip(neurons, (layer.recorded("spikes") for layer in self._layers), strict=True))
+        refuse_skip_connections(self.label, network, {**ends, "the output": logits_1BK})
         self._paths_are_known = True
         return logits_1BK
+
+
+def _check_noise(feedback: Feedback, noise: float | None) -> float:
+    """The scale of the noise, by default that of the feedback."""
+    if noise is None:
+        return 0.0 if feedback == "random" else NOISE
+    if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
+        raise ValueError(
+            "OPZO: noise must be > 0, because the feedback is learnt from it; got"
+            f" noise={noise}, {feedback=}"
+        )
+    return noise
 
 
 def _loss_and_error(
     logits_1BK: Tensor, loss_of: LossOf, steps: int
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """A step's share of loss and logits, and dloss/dlogits.
+    """A step's part of loss and logits, and dloss/dlogits.
 
-    On a leaf: DeepSpeed 0.19.8 takes any gradient that passes the output of its engine for a
-    backward of its own."""
+    The gradient is taken on a leaf: DeepSpeed 0.19.8 treats any gradient through its engine's
+    output as a backward of its own.
+    """
     leaf_1BK = logits_1BK.detach().requires_grad_()
     with torch.enable_grad():
-        loss, share_BK = steps_share(leaf_1BK, loss_of, steps=steps)
+        loss, share_BK = slice_loss(leaf_1BK, loss_of, steps=steps)
     (e_1BK,) = torch.autograd.grad(loss, leaf_1BK)
     return (loss.detach(), share_BK), e_1BK
 
@@ -361,4 +372,4 @@ def _columns(parts_1BK: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([part_1BK.detach()[0] for part_1BK in parts_1BK], dim=1).to(dtype)
 
 
-_MATRIX = 0x4D  # apart from every (seed, step, row, layer, time)
+_MATRIX = 0x4D  # purpose of a random draw; its keys differ from all (seed, step, row, layer, time)

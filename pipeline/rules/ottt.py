@@ -1,5 +1,5 @@
-"""Online Training Through Time: what a synapse saw before stays in a trace, and the weight learns
-from the trace.
+"""Online Training Through Time: weights learn from a presynaptic trace instead of a graph through
+time.
 """
 
 # T time, B batch, K classes
@@ -17,9 +17,9 @@ from pipeline.rules.base import (
     OverTime,
     Rule,
     World,
-    cut_in_time,
+    detach_between_steps,
+    slice_loss,
     slices,
-    steps_share,
 )
 from pipeline.spiking.slice_cache import slice_cache
 from pipeline.spiking.state import fresh_state
@@ -27,38 +27,37 @@ from pipeline.spiking.trace import (
     Trace,
     refuse_batch_norm,
     running_order,
-    the_decay,
+    shared_decay,
     traceable_synapses,
 )
 
 
 class OTTT(Rule):
-    """OTTT: the membrane that crosses a time step is a constant, and a weight's gradient takes the
-    trace of its input.
+    """The membrane is detached between time steps, and the weight gradient uses the trace of the
+    input.
 
-        a[t] = decay a[t-1] + x[t],   a[0] = 0        grad W = 1/T sum_t g[t] a[t]^T,   g[t] =
-        dL[t]/du[t] within step t
+        a[t] = decay a[t-1] + x[t],   a[0] = 0
+        grad W = 1/T sum_t g[t] a[t]^T,   g[t] = dL[t]/du[t] within step t
 
-    with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`). As
-    du[t]/dW = a[t] where the reset is a constant that is subtracted, the last weight that feeds a
-    LIF learns exactly as under BPTT, any other by the product of three local factors: trace,
-    surrogate, error from above. Biases see the constant 1 without a trace.
+    x[t] is the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`). If the
+    reset subtracts a constant, du[t]/dW = a[t]. So the last weight before a LIF gets its exact BPTT
+    gradient, and other weights get the product of three local factors: trace, surrogate, error from
+    above. Biases see the constant 1 without a trace. First and last synapse are those in order of
+    registration; the first slice must run them in these places.
 
-    The trace forgets as the neuron that it feeds does: `decay=None` takes the decay that all
-    neurons
-    of the model share; a number must be that decay. `update="batch"` is OTTT-A, `"objective"`
-    OTTT-O: the weights move at every time step. `first="plain"` gives the first synapse, which sees
-    the data, no trace, as published; `readout="plain"` the last, behind which no membrane
-    integrates, so that its plain gradient is BPTT's (published: traced in VGG, plain in NF-ResNet).
-    First and last are those in order of registration; the first slice that runs must run them in
-    these places. `chunk` steps share one forward and one backward: more memory, fuller devices, the
-    same gradient.
+    Args:
+        decay: of the traces; must equal the neurons' shared decay. None takes it from the model.
+        update: "batch" is OTTT-A; "step" is OTTT-O, which updates the weights at every time step.
+        first: "plain" gives the first synapse, which sees the data, no trace, as published.
+        readout: "plain" gives the last synapse no trace. No membrane follows it, so its plain
+            gradient is that of BPTT (published: traced in VGG, plain in NF-ResNet).
+        chunk: steps that share one forward and one backward: more memory, better use of the device,
+            the same gradient.
 
-    Raises: ValueError for chunk below 1, and chunk > 1 with update="step" (when made); for a
-    loss over mean logits, batch norm, no neurons, several decays or learnt ones, a decay that is
-    not
-    theirs, layers of torch where a synapse is due (`attach`); for chunk above T (`check_steps`);
-    for a first or last synapse that is run in another place (`loss_terms`).
+    Raises: ValueError for chunk below 1, and chunk > 1 with update="step" (when made); for a loss
+    over mean logits, batch norm, no neurons, several or learnt decays, a `decay` that differs from
+    theirs, weight layers of torch (`attach`); for chunk above T (`check_steps`); for a first or
+    last synapse that runs in another place (`loss_terms`).
     Source: Xiao et al. 2022 (arXiv 2210.04195), eq. 6-8 and section 4.3.
     """
 
@@ -97,10 +96,10 @@ class OTTT(Rule):
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
         refuse_batch_norm(self.label, model)
-        decay = the_decay(self.label, model, self.decay)
+        decay = shared_decay(self.label, model, self.decay)
         synapses = traceable_synapses(self.label, model)
         super().attach(model, world=world, over_time=over_time)
-        cut_in_time(self, model)
+        detach_between_steps(self, model)
         self._order_is_known = False
         plain = self._plain(list(synapses))
         for name, synapse in synapses.items():
@@ -112,23 +111,23 @@ class OTTT(Rule):
     ) -> Iterator[LossTerm]:
         steps = x_TB.shape[0]
         last = (steps - 1) // (self.chunk or steps)
-        # What OTTT-O computes before the first neuron changes with the weights, at every step.
+        # Under OTTT-O the weights change at every step, so nothing can be cached.
         once = (
             slice_cache(model, steps=steps, backwards="several")
             if self.update == "batch"
             else nullcontext()
         )
-        with fresh_state(model), once as sharing:
+        with fresh_state(model), once as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
-                if sharing is not None:
-                    sharing.is_last = index == last
+                if cache is not None:
+                    cache.is_last = index == last
                 logits_TBK = model(x_cB) if self._order_is_known else self._checked(model, x_cB)
-                loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
-                backward = loss if sharing is None else sharing.carrying(loss)
+                loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
+                backward = loss if cache is None else cache.with_gradients(loss)
                 yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
 
     def _plain(self, names: Sequence[str]) -> set[str]:
-        """The synapses without a trace."""
+        """The names of the synapses without a trace."""
         return {
             name
             for name, choice in ((names[0], self.first), (names[-1], self.readout))
@@ -136,8 +135,8 @@ class OTTT(Rule):
         }
 
     def _checked(self, model: nn.Module, x_cB: Tensor) -> Tensor:
-        """The logits of the first slice, whose run must confirm which synapse is first, which last,
-        and that each runs once.
+        """The logits of the first slice, after a check of the synapses' order and of one run per
+        time step.
         """
         synapses = traceable_synapses(self.label, self._attached[0])
         names = list(synapses)

@@ -1,5 +1,5 @@
-"""Spatial Learning Through Time: backward inside the time loop, and only through the network, never
-through the past.
+"""Spatial Learning Through Time: a backward at each time step, through the layers but not through
+time.
 """
 
 # T time, B batch, K classes
@@ -17,9 +17,9 @@ from pipeline.rules.base import (
     OverTime,
     Rule,
     World,
-    cut_in_time,
+    detach_between_steps,
+    slice_loss,
     slices,
-    steps_share,
 )
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.slice_cache import slice_cache
@@ -27,19 +27,18 @@ from pipeline.spiking.state import fresh_state
 
 
 class SLTT(Rule):
-    """SLTT, and SLTT-K with `k`: the membrane that crosses a time step is a constant.
+    """SLTT, and SLTT-K with `k`: the membrane is detached between time steps.
 
-        grad W = 1/T sum_{t in S} g[t] x[t]^T,      g[t] = dL[t]/du[t] within step t,      S all
-        steps, or k of them
+        grad W = 1/T sum_{t in S} g[t] x[t]^T,   g[t] = dL[t]/du[t] within step t
+        S = all steps, or k of them
 
-    with x[t] the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`).
+    x[t] is the synapse's input and u[t] the potential that it feeds (`spiking/neuron.py`).
 
-    S is a uniform k-subset of the T steps, drawn anew for each batch from (seed, step) alone; the
-    other steps run without a graph, move the state, and are reported with `backward=None`. The
-    divisor stays T as published, so the expected gradient is k/T of SLTT's; `rescale` multiplies by
-    T/k (the gradients, not the reported losses).
-    `chunk` steps share one forward and one backward: more memory, fuller devices, the same
-    gradient.
+    S is a uniform k-subset of the T steps. It is drawn for each batch from (seed, step) alone. The
+    other steps run without a graph, update the state, and are reported with `backward=None`. The
+    divisor stays T as published, so the expected gradient is k/T of SLTT's. `rescale` multiplies
+    the gradients, not the reported losses, by T/k. With `chunk`, that many steps share one forward
+    and one backward: more memory, better use of the device, the same gradient.
 
     Raises: ValueError for k or chunk below 1 and for rescale without k (when made); for a loss over
     mean logits, a model without LIF, and a norm that mixes time steps (`attach`); for k or chunk
@@ -74,7 +73,7 @@ class SLTT(Rule):
                 f" {type(model).__name__}"
             )
         super().attach(model, world=world, over_time=over_time)
-        cut_in_time(self, model)
+        detach_between_steps(self, model)
 
     def check_steps(self, steps: int) -> None:
         k = steps if self.k is None else self.k
@@ -94,17 +93,17 @@ class SLTT(Rule):
         k = steps if self.k is None else self.k
         selected = selected_steps(steps, k, seed=self.world.seed, step=step)
         last = selected[-1] // (self.chunk or steps)
-        with fresh_state(model), slice_cache(model, steps=steps, backwards="several") as sharing:
+        with fresh_state(model), slice_cache(model, steps=steps, backwards="several") as cache:
             for index, x_cB in enumerate(slices(x_TB, self.chunk)):
                 learns = k == steps or index in selected
-                sharing.is_last = index == last
-                # The block ends before the yield: a generator suspended inside it would switch off
-                # the consumer's graph.
+                cache.is_last = index == last
+                # The block ends before the yield. Otherwise the suspended generator would disable
+                # gradients in the caller.
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
                     logits_TBK = model(x_cB)
-                    loss, share_BK = steps_share(logits_TBK, loss_of, steps=steps)
+                    loss, share_BK = slice_loss(logits_TBK, loss_of, steps=steps)
                     backward = (
-                        sharing.carrying(loss * (steps / k) if self.rescale else loss)
+                        cache.with_gradients(loss * (steps / k) if self.rescale else loss)
                         if learns
                         else None
                     )
@@ -112,9 +111,9 @@ class SLTT(Rule):
 
 
 def selected_steps(steps: int, k: int, *, seed: int, step: int) -> tuple[int, ...]:
-    """The k time steps of 0..steps-1 that batch `step` learns from, sorted; every k-subset is
+    """The sorted k time steps of 0..steps-1 that batch `step` learns from; every k-subset is
     equally likely.
 
-    Each time step draws 64 bits of (seed, step, t), and the k smallest win.
+    Each time step draws 64 bits from (seed, step, t), and the k smallest are selected.
     """
     return tuple(sorted(sorted(range(steps), key=lambda t: counter_hash(seed, step, t))[:k]))

@@ -1,5 +1,5 @@
-"""SPIDE: the gradient at a feedback network's rest, found by neurons that spike, as the rest itself
-was.
+"""SPIDE: the gradient at a feedback network's equilibrium, solved by a second phase of spiking
+neurons.
 """
 
 # T time, B batch, K classes, N layers; T_B steps of the backward phase
@@ -17,45 +17,42 @@ from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_counts
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
-from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
-from pipeline.spiking.limit import Limited
+from pipeline.spiking.equilibrium import Equilibrium, Linearized, find_equilibrium
+from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.state import fresh_state, hooked
-from pipeline.spiking.synapse import Linear, carrier, effective_weight
+from pipeline.spiking.synapse import Linear, effective_weight, error_weight
 
 Transposed = Callable[[Tensor, Tensor], None]
-"""(u_B, s_B): add to the potentials u_B of a layer what the emissions s_B of the layer behind it
-hand down, in place
+"""adds to a layer's potentials u_B, in place, the input from the emissions s_B of the layer
+above
 """
 
 
 class SPIDE(Rule):
-    """Spike-based implicit differentiation: IDE's equation, solved by a second phase of `steps`
-    (T_B) time steps.
+    """Spike-based implicit differentiation: solves IDE's equation in a backward phase of `steps`
+    (T_B).
 
         forward      T steps without a graph; a[T] is the rate at their end
-        (`spiking/equilibrium.py`) backward     beta = g + J^T beta, as mean emissions of ternary
-        neurons                (`ternary_phase`) grad W_l   = mean_b (mask_l beta_l / subtract_l)
-        z_{l-1}^T,      one beta for each layer
+                     (`spiking/equilibrium.py`)
+        backward     beta = g + J^T beta, as mean emissions of ternary neurons (`ternary_phase`)
+        grad W_l   = mean_b (mask_l beta_l / subtract_l) z_{l-1}^T,   one beta per layer
 
-    What enters the backward phase is the gradient g of each sample's own loss, times `scale`, and
-    `scale` is divided out again behind it. A neuron's emissions are q = 2 threshold, so scale
-    |beta| is resolved to q / T_B and must stay below q: too small a scale and nothing fires, too
-    large and it saturates. The spikes depend on the sample alone, not on the batch, its
-    micro-batches or the ranks, and the gradient has the size of any other rule's, for learning
-    rate, decay and clipping. The published factor S multiplies a mean over 128 samples: it is
-    `scale` = S / 128 here.
+    The input of the backward phase is `scale` times the gradient g of each sample's own loss;
+    afterwards the result is divided by `scale`. A neuron emits multiples of q = 2 threshold, so
+    scale |beta| has the resolution q / T_B and must stay below q. With too small a scale no neuron
+    fires; with too large a scale they saturate. The spikes depend on the sample alone, not on
+    batch, micro-batches or ranks, and the gradient has the same size as under other rules. The
+    published factor S multiplies a mean over 128 samples, so it is `scale` = S / 128 here.
 
-    The symmetric reset of the forward neurons, rest at -threshold, is `subtract` = 2 threshold of
-    the network's own. `decay` below 1 makes the backward neurons leaky: they average over their
-    last
-    1 / (1 - decay) steps.
-    Masks and z_l are those of f at a[T], as in IDE, which so differs from SPIDE in the solution of
-    the equation alone; the published code takes them from each layer's simulated rate.
+    The published symmetric reset of the forward neurons, rest at -threshold, is `subtract` = 2
+    threshold in the network. A `decay` below 1 makes the backward neurons leaky: they average over
+    about their last 1 / (1 - decay) steps. Masks and z_l are those of f at a[T], as in IDE, so that
+    SPIDE differs only in the solution of the equation. The published code takes them from each
+    layer's simulated rate.
 
-    Reported, of the last micro-batch: spikes per neuron and step of the forward phase and of the
-    backward phase, and the share of the backward neurons that saturated. Where none fires, or most
-    saturate, it warns once. A gradient of the loss that is not finite is handed on as that, with a
-    warning: spikes could not tell of it.
+    Metrics of the last micro-batch: spikes per neuron and step in the forward and in the backward
+    phase, and the share of saturated backward neurons. If no neuron fires, or most saturate, the
+    rule warns once. A gradient that is not finite is passed on as NaN, with a warning.
 
     Raises: ValueError for arguments out of range (when made); for a model without an `Equilibrium`,
     with several, with neurons outside it, or with a norm that mixes time steps (`attach`).
@@ -65,7 +62,7 @@ class SPIDE(Rule):
     memory: Literal["constant", "linear"] = "constant"
     over_time_choices: tuple[OverTime, ...] = ("mean",)
     tiny: Mapping[str, Any] = {"steps": 4}
-    counted_as = "with dense products, also where a CPU skips neurons that did not fire"
+    forecast_note = "with dense products, also where a CPU skips neurons that did not fire"
 
     def __init__(
         self, steps: int = 100, *, scale: float = 1.0, threshold: float = 0.5, decay: float = 1.0
@@ -84,7 +81,7 @@ class SPIDE(Rule):
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        equilibrium = the_equilibrium(self.label, model)
+        equilibrium = find_equilibrium(self.label, model)
         refuse_foreign_norms(self.label, model)
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
@@ -96,18 +93,18 @@ class SPIDE(Rule):
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
         with fresh_state(model):
-            with spikes_counted(the_equilibrium(self.label, model)) as counted:
+            with counted_spikes(find_equilibrium(self.label, model)) as counted:
                 (logits_BK,) = model(x_TB)  # of a[T]: one step
             self.forward_rate = counted.spikes / counted.places
             self.adjoint.samples = len(logits_BK)
             loss = loss_of(logits_BK)
-            backward: Tensor = _Heard.apply(loss, self.adjoint)  # type: ignore[assignment]
+            backward: Tensor = _RecordLossScale.apply(loss, self.adjoint)  # type: ignore[assignment]
             yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
 
 
 class _Adjoint:
-    """The seam: the settings of a backward phase and what the last one found, and no reference to
-    rule or model.
+    """The seam `Equilibrium.adjoint`: settings and results of a backward phase, without references
+    to rule or model.
     """
 
     def __init__(self, steps: int, scale: float, threshold: float, decay: float) -> None:
@@ -126,13 +123,13 @@ class _Adjoint:
                 stacklevel=2,
             )
             return [torch.full_like(mask_B, math.nan, dtype=g_B.dtype) for mask_B in vjp.masks]
-        if self.factor == 0:  # a share of nothing teaches nothing
+        if self.factor == 0:  # a loss of weight 0 has no gradient
             return [torch.zeros_like(mask_B, dtype=g_B.dtype) for mask_B in vjp.masks]
-        # What arrives is the gradient of `factor` times a mean over `samples`.
+        # g_B is the gradient of `factor` times a mean over `samples`.
         gain = self.scale * self.samples / self.factor
         found = ternary_phase(
             gain * g_B,
-            [_hand_down(vjp, layer) for layer in range(len(vjp.masks))],
+            [_transposed_layer(vjp, layer) for layer in range(len(vjp.masks))],
             [mask_B.shape for mask_B in vjp.masks],
             steps=self.steps,
             threshold=self.threshold,
@@ -153,8 +150,8 @@ class _Adjoint:
         if self.backward_rate == 0 and largest > 0 and "silent" not in self.warned:
             self.warned.add("silent")
             warnings.warn(
-                "SPIDE: no backward neuron fired, so a batch taught the network nothing but its"
-                f" readout: the largest gradient times scale is {settings}; raise scale or steps",
+                "SPIDE: no backward neuron fired, so only the readout learnt from the batch:"
+                f" the largest gradient times scale is {settings}; raise scale or steps",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -168,9 +165,9 @@ class _Adjoint:
             )
 
 
-class _Heard(torch.autograd.Function):
-    """Identity; backward, before anything else, the adjoint hears what a backend multiplied the
-    loss by.
+class _RecordLossScale(torch.autograd.Function):
+    """Identity; its backward runs first and records the factor that a backend applied to the
+    loss.
     """
 
     @staticmethod
@@ -186,15 +183,15 @@ class _Heard(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Ternary:
-    """What a backward phase found."""
+    """The result of a backward phase."""
 
     beta: list[Tensor]
-    """the mean emissions of each layer"""
+    """mean emissions of each layer"""
     rate: float
     """emissions per neuron and step"""
     saturated: float
-    """share of the neurons that hold back more than one emission at the end: their beta stopped at
-    the quantum
+    """share of the neurons whose potential ends above one emission: their beta is limited by the
+    quantum
     """
 
 
@@ -209,26 +206,27 @@ def ternary_phase(
     quantum: float,
     decay: float = 1.0,
 ) -> Ternary:
-    """Solve beta = g + J^T beta by neurons that emit +quantum, 0 or -quantum.
+    """Solve beta = g + J^T beta with neurons that emit +quantum, 0 or -quantum.
 
         u[t] = decay u[t-1] + J^T s[t-1] + g
-        s[t] = quantum sign(u[t]) if |u[t]| >= threshold else 0,      then u[t] -= s[t]
+        s[t] = quantum sign(u[t]) if |u[t]| >= threshold else 0,   then u[t] -= s[t]
         beta = sum_t decay^(T_B-t) s[t] / sum_t decay^(T_B-t)
 
-    J^T is taken layer by layer, the last layer first, each with potentials of its own: within a
-    step a layer hears what the layer behind it has just emitted, and the last layer what the first
-    emitted in the step before. g enters the last layer.
+    J^T is applied layer by layer from the last to the first, each with its own potentials. Within a
+    step a layer receives the emissions that the layer above has just made; the last layer receives
+    those of the first layer from the step before. g is the input of the last layer.
 
-    With decay 1, while |beta| < quantum the error is at most quantum ||(I - J^T)^-1||_inf / T_B.
-    The
-    symmetric reset, quantum = 2 threshold (rest at -threshold), keeps potentials within +-threshold
-    and so has the smallest error there is.
+    With decay 1, the error is at most quantum ||(I - J^T)^-1||_inf / T_B while |beta| < quantum.
+    The symmetric reset, quantum = 2 threshold (rest at -threshold), keeps potentials within
+    +-threshold and has the smallest error.
 
-    Arguments: `transposed[l]` takes the emissions of layer l to the layer before it, those of layer
-    0 to the last; `shapes[l]` is the shape of layer l's potentials.
+    Args:
+        transposed: `transposed[l]` maps the emissions of layer l to the layer below, those of layer
+            0 to the last layer.
+        shapes: of the layers' potentials.
     """
     last = len(shapes) - 1
-    # |u| > below is |u| >= threshold, and hardshrink is the former in one op.
+    # |u| > below equals |u| >= threshold, and hardshrink computes the former in one operation.
     below = torch.nextafter(g_B.new_tensor(threshold), g_B.new_tensor(0.0)).item()
     potentials, emissions, sums, counts = (
         [g_B.new_zeros(shape) for shape in shapes] for _ in range(4)
@@ -258,11 +256,11 @@ def ternary_phase(
     )
 
 
-def _hand_down(vjp: Linearized, layer: int) -> Transposed:
+def _transposed_layer(vjp: Linearized, layer: int) -> Transposed:
     """Mask and divisor of a layer's neurons, then the transposed synapse into it."""
     gain_B = vjp.masks[layer] / vjp.divisors[layer]
     weight = _matrix(vjp.synapses[layer])
-    has_values = gain_B.untyped_storage().device.type != "meta"  # a forecast counts without any
+    has_values = gain_B.untyped_storage().device.type != "meta"  # fake tensors have none
     if weight is not None and gain_B.device.type == "cpu" and has_values:
         return _event_driven(weight.to(gain_B.dtype), gain_B)
 
@@ -273,10 +271,10 @@ def _hand_down(vjp: Linearized, layer: int) -> Transposed:
 
 
 def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
-    """u += (gain s) W as a sum of those rows of W whose neuron emitted; a few per cent do.
+    """u += (gain s) W, as a sum of the rows of W whose neuron emitted (a few per cent).
 
-    A quarter of the time of the product at 128 samples, 400 neurons and 3 % (one core, torch 2.13);
-    and a sample's sum has the same order, and so the same bits, whatever the batch.
+    It takes a quarter of the time of the product at 128 samples, 400 neurons and 3 % (one core,
+    torch 2.13). The order of a sample's sum, and so its bits, do not depend on the batch.
     """
     samples, neurons = gain_BM.shape
     rows_B = torch.arange(samples)
@@ -300,24 +298,24 @@ def _event_driven(weight: Tensor, gain_BM: Tensor) -> Transposed:
 
 
 def _matrix(synapse: nn.Module) -> Tensor | None:
-    """What carries errors down a synapse that is the product with a matrix, else None."""
-    linear = synapse.synapse if isinstance(synapse, Limited) else synapse
+    """The matrix that carries errors down a fully connected synapse; None for other synapses."""
+    linear = synapse.synapse if isinstance(synapse, LimitedSynapse) else synapse
     if not isinstance(linear, Linear):
         return None
-    weight = synapse.weight() if isinstance(synapse, Limited) else effective_weight(linear)
-    return carrier(weight, linear.backward_weight).detach()
+    weight = synapse.weight() if isinstance(synapse, LimitedSynapse) else effective_weight(linear)
+    return error_weight(weight, linear.backward_weight).detach()
 
 
 @dataclass
-class _Counted:
+class SpikeCount:
     spikes: float = 0.0
     places: int = 0
 
 
 @contextmanager
-def spikes_counted(equilibrium: Equilibrium) -> Iterator[_Counted]:
-    """Spikes, and neurons times steps, that every layer gave while the context is open."""
-    counted = _Counted()
+def counted_spikes(equilibrium: Equilibrium) -> Iterator[SpikeCount]:
+    """Counts spikes, and neurons times steps, of all layers while the context is open."""
+    counted = SpikeCount()
 
     def count(_: nn.Module, __: object, s_1B: Tensor) -> None:
         counted.spikes += s_1B.count_nonzero().item()

@@ -1,3 +1,4 @@
-"""Neurons, synapses and what they remember: time first, `[T, B, ...]`, and plain BPTT until a rule
-sets a seam.
+"""Neurons, synapses, norms and their state, on time-first tensors `[T, B, ...]`.
+
+Without a rule, a model trains by plain BPTT. Rules change this by setting seams.
 """

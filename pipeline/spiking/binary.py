@@ -1,36 +1,35 @@
-"""1-bit weights: a synapse that multiplies by the signs of its weight W, times a scale for each
-output channel.
+"""1-bit weights: the synapse multiplies by scaled signs of its latent weight W.
 
-    W_b = a sign(V),    sign(0) = +1,    a one number per output channel (filter),    g = dL/dW_b
+    W_b = a sign(V),   sign(0) = +1,   one scale a per output channel (filter),   g = dL/dW_b
 
-    "scaled"      V = W                                    a = mean |W|, a constant
-    dL/dV = g where |V| <= 1, else 0 "centred"     V = W - mean W                           a = mean
-    |V|, a constant             as above
-    "ir"          V = (W - mean W) / sqrt(var W + 1e-8)    a = 1
-    dL/dV = g "learnable"   V = W                                    a learnt from 2 mean |W|, >=
-    1e-5    dL/dV = g where |V| <= a, else 0
-                                                           dL/da = sum g sign(V) / sqrt(fan_in)
+    "scaled"     V = W                                   a = mean |W|, a constant
+                 dL/dV = g where |V| <= 1, else 0
+    "centred"    V = W - mean W                          a = mean |V|, a constant
+                 dL/dV = g where |V| <= 1, else 0
+    "ir"         V = (W - mean W) / sqrt(var W + 1e-8)   a = 1
+                 dL/dV = g
+    "learnable"  V = W                                   a >= 1e-5 is learnt from 2 mean |W|
+                 dL/dV = g where |V| <= a, else 0;   dL/da = sum g sign(V) / sqrt(fan_in)
 
-mean and (unbiased) var are those of a filter, and the gradient passes them. The straight-through
-gradient is that of V, not of a V: a latent weight moves as far as a weight of full precision would.
-"ir" leaves the size of the current to the batch norm behind it and is of no use without one.
+The mean and the (unbiased) variance are those of one filter. The gradient passes through them. The
+straight-through gradient is that of V, not of a V: a latent weight moves as far as a full-precision
+weight would. "ir" leaves the size of the current to the following batch norm, so it needs one.
 
-W stays the parameter, in full precision, under its own name: a network has the same `state_dict`
-with and without 1-bit weights (a learnable scale aside), and so starts from the weights of its twin
-of full precision. That speaks against torch.nn.utils.parametrize, which renames the parameter,
-exchanges the synapse's class and cannot be pickled (torch 2.13), and against a wrapper around the
-synapse. The seams of a synapse see W_b as they see any weight.
+W stays the full-precision parameter under its own name. A network has the same `state_dict` with
+and without 1-bit weights (except a learnable scale), and can start from the weights of its
+full-precision twin. torch.nn.utils.parametrize was not used because it renames the parameter,
+replaces the synapse's class and cannot be pickled (torch 2.13). The seams of a synapse see W_b like
+any other weight.
 
-W_b is made once a batch (`once.py`), and at each slice by a rule that moves W in between. Of 768 to
-3072 channels making it costs 14 ("scaled") to 48 ms ("ir") beside the product's 222 ms with 8
-images of 196 tokens, forward and backward (one core, torch 2.13), and less beside more images.
-"scaled" and "learnable" keep nothing of its size for the backward but the parameter, the others a
-V.
+W_b is computed once per batch (`slice_cache.py`), or at each slice if the rule moves W in between.
+At 768 to 3072 channels this costs 14 ("scaled") to 48 ms ("ir"), while the product takes 222 ms for
+8 images of 196 tokens, forward and backward (one core, torch 2.13). For the backward, "scaled" and
+"learnable" keep no tensor of W's size except the parameter; the others keep V.
 
 Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (ReActNet, arXiv
 2003.03488) for "scaled"; Le & Li 2023 (BinaryViT, arXiv 2306.16678) for "centred"; Qin et al. 2020
 (IR-Net, arXiv 1909.10788), with the straight-through gradient of Cao et al. 2025 (BESTformer, arXiv
-2501.05904), for "ir"; Liu et al. 2022 (BiT, arXiv 2205.13016), from Esser et al. 2020 (LSQ, arXiv
+2501.05904), for "ir"; Liu et al. 2022 (BiT, arXiv 2205.13016), after Esser et al. 2020 (LSQ, arXiv
 1902.08153), for "learnable".
 """
 
@@ -47,7 +46,7 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
 
-# Up to which |V| the gradient passes; None: up to the scale.
+# The largest |V| at which the gradient passes. None: the scale.
 WINDOWS: dict[Binarization, float | None] = {
     "scaled": 1.0,
     "centred": 1.0,
@@ -59,12 +58,11 @@ SMALLEST_SCALE = 1e-5
 
 
 def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None:
-    """Give a plain synapse weights of one bit, as at the head of the file. Its latent weight is the
-    one that it had.
+    """Give a plain synapse 1-bit weights. Its current weight becomes the latent weight.
 
-    Raises: ValueError for an unknown `weights`, another module, or a synapse whose weights are no
-    longer plain. Those of sWS have mean 0 and variance 1 / fan_in in each filter, which is what its
-    network lives on in the place of a batch norm; their signs have neither.
+    Raises: ValueError for an unknown `weights`, another module class, or a synapse whose weights
+    are not plain. Standardised weights have mean 0 and variance 1 / fan_in per filter, which
+    replaces the network's batch norm; their signs have neither.
     """
     refuse_unless_one_of("binarize", WINDOWS, weights=weights)
     if not isinstance(synapse, (Linear, Conv2d)):
@@ -83,10 +81,9 @@ def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None
 
 
 class Binarizer(nn.Module):
-    """W to W_b, one of the `weights` at the head of the file, for a synapse whose latent weight is
-    like `weight`.
+    """The map from W to W_b for one synapse; `weights` selects the formula at the head of the file.
 
-    Raises: ValueError for a filter of one weight, which has no sign beside its own mean.
+    Raises: ValueError for "centred" or "ir" with a fan-in of 1, whose weight equals its own mean.
     """
 
     def __init__(self, weight: Tensor, weights: Binarization) -> None:
@@ -102,22 +99,22 @@ class Binarizer(nn.Module):
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
-        """Let a learnable scale begin anew, from the latent weight."""
+        """Initialise a learnable scale from the latent weight."""
         if self.scale is not None:
-            self.scale.copy_(2 * _mean_size(weight))
+            self.scale.copy_(2 * _mean_abs(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         V = self._latent(weight)
-        return _Signs.apply(V, self._scale(V), WINDOWS[self.weights])  # type: ignore[return-value]
+        return _ScaledSign.apply(V, self._scale(V), WINDOWS[self.weights])  # type: ignore[return-value]
 
     @torch.no_grad()
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W_b in its two parts, where it is positive and a `[out]`; None for an a of 1."""
+        """The two factors of W_b: the mask `V >= 0` and the scale a `[out]` (None where a is 1)."""
         V = self._latent(weight)
         return V >= 0, None if self.weights == "ir" else self._scale(V)
 
     def _latent(self, weight: Tensor) -> Tensor:
-        """V"""
+        """V of the equations, in the shape of W."""
         if self.weights in ("scaled", "learnable"):
             return weight
         W_ON = weight.flatten(1)
@@ -128,21 +125,18 @@ class Binarizer(nn.Module):
         ).view_as(weight)
 
     def _scale(self, V: Tensor) -> Tensor:
-        """a"""
-        if (
-            self.scale is not None
-        ):  # its gradient passes below the floor too, so that it can leave it again
+        """a of the equations, `[out]`."""
+        if self.scale is not None:
+            # The gradient also passes below the floor, so that the scale can rise above it again.
             return self.scale + (self.scale.clamp_min(SMALLEST_SCALE) - self.scale).detach()
-        return V.new_ones(len(V)) if self.weights == "ir" else _mean_size(V.detach())
+        return V.new_ones(len(V)) if self.weights == "ir" else _mean_abs(V.detach())
 
     def extra_repr(self) -> str:
         return repr(self.weights)
 
 
-def fix(synapse: Linear | Conv2d) -> None:
-    """Let a 1-bit synapse be plain again: from now on it multiplies by its weight as it stands,
-    which was the latent one.
-    """
+def unbinarize(synapse: Linear | Conv2d) -> None:
+    """Make a 1-bit synapse plain again. From now on it multiplies by its latent weight."""
     synapse.binarizer = None
     synapse.state = None
     synapse.weights = "plain"
@@ -158,17 +152,19 @@ def binary_synapses(model: nn.Module) -> dict[str, Linear | Conv2d]:
 
 
 def latent_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """What weight decay has no business with: it would draw latent weights to 0, where they flip,
-    and scales off their size.
+    """Parameters that weight decay must not touch: latent weights, which would move to 0 and flip,
+    and learnable scales.
     """
     for synapse in binary_synapses(model).values():
         yield synapse.weight
         yield from synapse.binarizer.parameters()  # type: ignore[union-attr]
 
 
-class _Signs(torch.autograd.Function):
-    """V, a [out] -> a sign(V). The gradient of V passes where |V| <= window (None: a), that of a is
-    divided by sqrt(fan_in).
+class _ScaledSign(torch.autograd.Function):
+    """(V, a [out]) -> a sign(V), with a straight-through gradient.
+
+    The gradient of V passes where |V| <= window (None: |V| <= a). That of a is divided by
+    sqrt(fan_in).
     """
 
     @staticmethod
@@ -195,8 +191,8 @@ class _Signs(torch.autograd.Function):
         )
 
 
-def _mean_size(V: Tensor) -> Tensor:
-    """mean |V| of each filter, `[out]`; nothing of V's size in between."""
+def _mean_abs(V: Tensor) -> Tensor:
+    """mean |V| of each filter, `[out]`, without an intermediate tensor of V's size."""
     return torch.linalg.vector_norm(V.flatten(1), ord=1, dim=1) / V[0].numel()
 
 

@@ -1,4 +1,4 @@
-"""Dropout whose mask does not change within a batch: of units, and of whole branches."""
+"""Dropout with one mask per batch, of single units or of whole branches."""
 
 # T time, B batch
 
@@ -9,13 +9,13 @@ from pipeline.spiking.state import State
 
 
 class Dropout(nn.Module):
-    """y[t] = m x[t] / (1 - share), where m is 0 with probability `share`, else 1, drawn once for
-    each `fresh_state`.
+    """y[t] = m x[t] / (1 - share), with m = 0 with probability `share`, else 1.
 
-    A mask that is the same at all time steps, in every pass of a batch: what is dropped is a unit,
-    not a spike. Evaluation is the identity. Drawn from torch's generator of the device.
+    The mask is drawn once per `fresh_state`, from torch's generator of the device. It is the same
+    at all time steps and in every pass of a batch, so a unit is dropped rather than a spike. In
+    evaluation the layer is the identity.
 
-    Raises: ValueError for a share outside 0..1, or when trained outside `fresh_state`.
+    Raises: ValueError for a share outside 0..1, or in training outside `fresh_state`.
     Source: Gal & Ghahramani 2016 (arXiv 1512.05287).
     """
 
@@ -33,13 +33,13 @@ class Dropout(nn.Module):
             return x_TB
         mask_B = self.state.read("mask")
         if mask_B is None:
-            kept_B = torch.rand(self._dropped_together(x_TB[0]), device=x_TB.device) >= self.share
+            kept_B = torch.rand(self._mask_shape(x_TB[0]), device=x_TB.device) >= self.share
             mask_B = kept_B.to(x_TB.dtype) / (1 - self.share)
             self.state.write("mask", mask_B)
         return x_TB * mask_B
 
-    def _dropped_together(self, x_B: Tensor) -> torch.Size:
-        """The shape of the mask: one number for each unit."""
+    def _mask_shape(self, x_B: Tensor) -> torch.Size:
+        """The shape of the mask: one entry per unit."""
         return x_B.shape
 
     def extra_repr(self) -> str:
@@ -47,11 +47,11 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """The same, with one m for all of a sample: behind the branch of a residual block it leaves
-    that sample the shortcut alone.
+    """Dropout with one m per sample. After the branch of a residual block it leaves only the
+    shortcut.
 
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """
 
-    def _dropped_together(self, x_B: Tensor) -> torch.Size:
+    def _mask_shape(self, x_B: Tensor) -> torch.Size:
         return torch.Size([len(x_B), *[1] * (x_B.dim() - 1)])

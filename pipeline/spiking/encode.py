@@ -1,4 +1,4 @@
-"""From data to the time axis."""
+"""Inputs with a time axis: repeated images and recorded frames."""
 
 # T time, B batch, C channels, H W pixels
 
@@ -8,10 +8,10 @@ from pipeline.core.checks import refuse_unless_counts
 
 
 def over_steps(x_B: Tensor, steps: int) -> Tensor:
-    """A batch of a data set, time first: still images `[B, C, H, W]` repeated, recordings `[B, T,
-    C, H, W]` as they are.
+    """A data-set batch with time first: images `[B, C, H, W]` are repeated, recordings `[B, T, C,
+    H, W]` are transposed.
 
-    Raises: ValueError for recordings of another length than `steps`.
+    Raises: ValueError for recordings whose length is not `steps`.
     """
     if x_B.dim() == 4:
         return repeat(x_B, steps)
@@ -24,8 +24,8 @@ def over_steps(x_B: Tensor, steps: int) -> Tensor:
 
 
 def repeat(x_B: Tensor, steps: int) -> Tensor:
-    """The same frame at each of `steps` time steps: `[B, ...]` to `[T, B, ...]`, a view that copies
-    nothing.
+    """The same frame at each of `steps` time steps: `[B, ...]` to a view `[T, B, ...]`, without a
+    copy.
 
     Raises: ValueError for fewer than one step.
     """
@@ -33,10 +33,10 @@ def repeat(x_B: Tensor, steps: int) -> Tensor:
     return x_B.unsqueeze(0).expand(steps, *x_B.shape)
 
 
-def is_still(x_TB: Tensor) -> bool:
-    """Whether all time steps are one frame, as `repeat` makes them; slices along T stay so, and
-    frames that are equal are not.
+def is_static(x_TB: Tensor) -> bool:
+    """Whether all time steps are one frame in memory, as `repeat` makes them.
 
-    What maps each step by itself then maps one frame: `folded` and the layers of `pipeline.spiking`
-    do, and hand on a view."""
+    Slices along T stay static. Equal frames in separate memory are not static. `folded` and the
+    layers of `pipeline.spiking` compute a static input once and return a static view.
+    """
     return x_TB.stride(0) == 0

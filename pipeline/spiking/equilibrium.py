@@ -1,21 +1,22 @@
-"""A network that feeds back into itself until its firing rates come to rest, and its gradient at
-rest.
+"""A feedback network whose firing rates reach an equilibrium, and the gradient at that equilibrium.
 
-    first layer    c_1[t] = inject(x[t]) + feedback(s_N[t-1]),     s_1[t] = neuron_1(c_1[t])
-    (s_N[0] = 0) layer l        c_l[t] = synapse_l(s_{l-1}[t]),                 s_l[t] =
-    neuron_l(c_l[t])          l = 2..N
+    first layer    c_1[t] = inject(x[t]) + feedback(s_N[t-1]),   s_1[t] = neuron_1(c_1[t])
+                   (s_N[0] = 0)
+    layer l        c_l[t] = synapse_l(s_{l-1}[t]),   s_l[t] = neuron_l(c_l[t]),   l = 2..N
 
-The (weighted) firing rate of the last layer, a[T] = sum_t decay^(T-t) s_N[t] / sum_t decay^(T-t),
+The weighted firing rate of the last layer, a[T] = sum_t decay^(T-t) s_N[t] / sum_t decay^(T-t),
 approaches a fixed point
 
-    a* = f(a*),    f = f_N o ... o f_1,    f_1(a) = rate(inject(x*) + feedback(a)),    f_l(z) =
-    rate(synapse_l(z)), rate(c) = clamp(c / subtract, 0, 1)
+    a* = f(a*),   f = f_N o ... o f_1
+    f_1(a) = rate(inject(x*) + feedback(a)),   f_l(z) = rate(synapse_l(z))
+    rate(c) = clamp(c / subtract, 0, 1)
 
-with x* the same weighted mean of the input, as 1/T for IF (decay 1) and up to a remainder that time
-does not remove for LIF.
+where x* is the same weighted mean of the input. For IF (decay 1) the error falls as 1/T. For LIF a
+remainder stays, whatever T.
 
 Source: Xiao et al. 2021 (IDE, arXiv 2109.14247); Bai et al. 2019 (arXiv 1909.01377) for the
-implicit gradient."""
+implicit gradient.
+"""
 
 # T time, B batch, N layers; v_B and the like are [B, ...] in the shape of the last layer
 
@@ -27,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spiking.encode import is_still
+from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import LIF, PLIF, identity, named_neurons
 from pipeline.spiking.norm import batch_norms
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import RateNeuron
 from pipeline.spiking.state import State, attribute_set
 
@@ -38,38 +39,37 @@ Adjoint = Callable[[Tensor, "Linearized"], "Tensor | Sequence[Tensor]"]
 
 
 class Equilibrium(nn.Module):
-    """The equations at the head of the file: inputs `[T, B, ...]` to `[T, B, ...]` in the shape of
-    the last layer.
+    """The feedback network above: inputs `[T, B, ...]` to `[T, B, ...]` in the shape of the last
+    layer.
 
-    `inject` and `synapses` (N - 1 of them, layer l to l + 1) are affine in evaluation, such as a
-    synapse with batch norm; `feedback`, from the last layer to the first, is linear. `neurons` are
-    N LIFs of one decay that reset by subtraction.
+    `inject` and `synapses` (N - 1 of them, from layer l to l + 1) are affine in evaluation, such as
+    a synapse with batch norm. `feedback`, from the last layer to the first, is linear. `neurons`
+    are N LIFs that share one decay and reset by subtraction.
 
-    What comes out at step t is t a[t] - (t-1) a[t-1] (the spikes, for IF): its mean over time is
-    the rate a[T], whatever T and however it is sliced, so that the mean over T of an affine readout
-    of it is the readout of a[T].
+    The output at step t is t a[t] - (t-1) a[t-1], which for IF is the spikes. Its mean over time is
+    the rate a[T] for every T and every slicing. So the mean over T of an affine readout is the
+    readout of a[T].
 
-    As it stands this is a recurrent network, unrolled with its graph (BPTT). Two seams for rules:
-    `carry` is applied to what crosses a time step; and `adjoint(g_B, vjp) -> beta_B`, where set,
-    replaces backpropagation through time when a gradient is wanted. The simulation then has no
-    graph, its output is a[T] alone, as one step `[1, B, ...]`, and
+    Without a rule this is a recurrent network, unrolled with its graph (BPTT). Rules have two
+    seams: `carry` is applied to the values that cross a time step. `adjoint(g_B, vjp) -> beta_B`
+    replaces backpropagation through time when a gradient is needed. Then the simulation has no
+    graph, and the output is a[T] alone, as one step `[1, B, ...]`. The incoming gradient g =
+    dL/da[T] is replaced by `adjoint`'s solution of beta = g + J^T beta, with J = df/da at a[T].
+    Then beta is backpropagated through one application of f at a[T], to the parameters and the
+    input.
 
-        the gradient g = dL/da[T] that arrives is replaced by what `adjoint` makes of it, a solution
-        of beta = g + J^T beta with J = df/da at a[T], and beta goes on through one application of f
-        at a[T] into its parameters and its input.
+    `vjp` is a `Linearized`: it maps v_B to J^T v_B and gives access to single layers. If `adjoint`
+    returns N tensors, one per layer's rate, each layer of f uses its own tensor instead of the
+    gradient from the layer above.
 
-    `vjp` is a `Linearized`: v_B -> J^T v_B, and each layer's part of it. Where `adjoint` returns N
-    tensors, one for each layer's rate, each layer of f takes its own in the place of what the layer
-    behind it would hand down.
+    During such a simulation and in J, batch norm uses its running statistics. Its statistics and
+    its batch gradient come from the one application of f. A static input (`encode.repeat`) is
+    injected once for both, with the batch's statistics. The frames of a recording are injected with
+    running statistics in the simulation. In f their mean is injected with the batch's statistics,
+    so a[T] is a fixed point of f only as far as the two statistics agree.
 
-    Batch norm inside is evaluated, not trained, during such a simulation and in J; its statistics
-    and its batch gradient come from the one application of f. An input that is the same at every
-    step (`encode.repeat`) is injected once, for both: by the batch's statistics. The frames of a
-    recording are injected by the running ones in the simulation and, as their mean, by the batch's
-    in f, so a[T] is f's only as far as the two agree.
-
-    Raises: ValueError for neurons that have no such rate, a feedback with bias, or a wrong number
-    of synapses; with an adjoint, for a batch that comes in slices.
+    Raises: ValueError for neurons without such a rate, a feedback with bias, or a wrong number of
+    synapses; with an adjoint, for a batch that comes in slices.
     """
 
     def __init__(
@@ -102,11 +102,11 @@ class Equilibrium(nn.Module):
         return torch.cat([self._step(current_1B) for current_1B in self.inject(x_TB).split(1)])
 
     def rate(self, layer: int, current_1B: Tensor) -> Tensor:
-        """clamp(c / subtract, 0, 1), whose derivative is 1 / subtract strictly inside."""
+        """clamp(c / subtract, 0, 1), with derivative 1 / subtract strictly inside the limits."""
         return F.hardtanh(current_1B / self.divisors[layer], 0.0, 1.0)
 
     def _step(self, current_1B: Tensor) -> Tensor:
-        """One time step: the current that `inject` gives to t a[t] - (t-1) a[t-1]."""
+        """One time step: maps the current of `inject` to t a[t] - (t-1) a[t-1]."""
         before_1B = self.state.read("spikes")
         if before_1B is not None:
             current_1B = current_1B + self.feedback(before_1B)
@@ -117,7 +117,7 @@ class Equilibrium(nn.Module):
         return self._count(s_1B)
 
     def _count(self, s_1B: Tensor) -> Tensor:
-        """Add the spikes to the running sum_t decay^(T-t) s[t]."""
+        """Add the spikes to the running sum_t decay^(T-t) s[t]. Returns the output of this step."""
         sum_1B, steps = self.state.read("sum"), self.state.read("steps")
         t = 1 if steps is None else int(steps) + 1
         wide_1B = s_1B.to(torch.promote_types(s_1B.dtype, torch.float32))
@@ -137,15 +137,15 @@ class Equilibrium(nn.Module):
                 "Equilibrium: with an adjoint a batch is one call on all T steps; got a second"
                 " slice of it"
             )
-        same = x_TB.shape[0] == 1 or is_still(x_TB)
+        same = x_TB.shape[0] == 1 or is_static(x_TB)
         current_1B = self.inject(x_TB[:1] if same else weighted_mean(x_TB, self.decay))
-        with torch.no_grad(), evaluated_norms(self):
+        with torch.no_grad(), norms_in_eval(self):
             a_1B = self._simulate(x_TB, current_1B if same else None)
-        return self._at_rest(a_1B, current_1B, adjoint)
+        return self._apply_at_rate(a_1B, current_1B, adjoint)
 
     def _simulate(self, x_TB: Tensor, current_1B: Tensor | None) -> Tensor:
-        """a[T]; `current_1B` is what `inject` gives at every step, None where it has to be
-        asked.
+        """a[T]. `current_1B` is the constant current of a static input; None computes it at each
+        step.
         """
         for x_1B in x_TB.split(1):
             self._step(self.inject(x_1B) if current_1B is None else current_1B)
@@ -153,19 +153,19 @@ class Equilibrium(nn.Module):
         assert sum_1B is not None
         return sum_1B / _total(self.decay, x_TB.shape[0])
 
-    def _at_rest(self, a_1B: Tensor, current_1B: Tensor, adjoint: Adjoint) -> Tensor:
-        """`a_1B` as the value, and as the gradient the adjoint's, through f at `a_1B`."""
+    def _apply_at_rate(self, a_1B: Tensor, current_1B: Tensor, adjoint: Adjoint) -> Tensor:
+        """f at `a_1B`, with `a_1B` as the value and the adjoint's solution as the gradient."""
         betas: list[Tensor] = []
         z_1B = self.rate(0, current_1B + self.feedback(a_1B))
         for layer, synapse in enumerate(self.synapses, start=1):
-            z_1B = self.rate(layer, synapse(_OwnGradient.apply(z_1B, betas, layer - 1)))
-        return _AtRest.apply(z_1B, a_1B, current_1B, self, adjoint, betas)  # type: ignore[return-value]
+            z_1B = self.rate(layer, synapse(_LayerGradient.apply(z_1B, betas, layer - 1)))
+        return _ImplicitGradient.apply(z_1B, a_1B, current_1B, self, adjoint, betas)  # type: ignore[return-value]
 
 
-def the_equilibrium(who: str, model: nn.Module) -> Equilibrium:
-    """The one equilibrium of `model`, which holds all its neurons.
+def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:
+    """The one `Equilibrium` in `model`.
 
-    Raises: ValueError, in the name of `who`, that says what the model has instead.
+    Raises: ValueError, in the name of `who`, for none, for several, or for neurons outside it.
     """
     found = [
         (name, module) for name, module in model.named_modules() if isinstance(module, Equilibrium)
@@ -190,16 +190,15 @@ def the_equilibrium(who: str, model: nn.Module) -> Equilibrium:
 
 
 class Linearized:
-    """J = df/da at rates `a_1B`, with constant parameters and batch norm in evaluation:
-    `linearized(v_B)` is J^T v_B.
+    """J = df/da at rates `a_1B`, with constant parameters and batch norm in evaluation mode.
 
-    `synapses[l]` is the synapse into layer l (l = 0: the feedback); `masks[l]` is 1 where layer l's
-    rate lies strictly between 0 and 1, else 0; `divisors[l]` its neurons' `subtract`.
-    `transposed(l, d_B)` is the transposed synapse into layer l: from a gradient of layer l's
-    current to that of the rate which feeds it. So, from the last layer to the first,  v <-
-    transposed(l, masks[l] v / divisors[l]).
+    `linearized(v_B)` is J^T v_B. `synapses[l]` is the synapse into layer l (l = 0: the feedback).
+    `masks[l]` is 1 where layer l's rate lies strictly between 0 and 1, else 0. `divisors[l]` is
+    `subtract` of its neurons. `transposed(l, d_B)` maps a gradient of layer l's current to one of
+    the rate that feeds it. J^T is applied from the last layer to the first: v <- transposed(l,
+    masks[l] v / divisors[l]).
 
-    No gradient reaches a parameter from here, and no hook of one is run.
+    No gradient reaches a parameter, and no parameter hook runs.
     """
 
     def __init__(self, equilibrium: Equilibrium, a_1B: Tensor, current_1B: Tensor) -> None:
@@ -208,7 +207,7 @@ class Linearized:
         self.masks: list[Tensor] = []
         self._maps: list[tuple[Tensor, Tensor]] = []
         rate_1B = a_1B
-        with torch.enable_grad(), evaluated_norms(equilibrium):
+        with torch.enable_grad(), norms_in_eval(equilibrium):
             for layer, synapse in enumerate(self.synapses):
                 input_1B = rate_1B.detach().requires_grad_()
                 output_1B = synapse(input_1B)
@@ -220,11 +219,11 @@ class Linearized:
                 self.masks.append(((rate_1B > 0) & (rate_1B < 1)).to(rate_1B.dtype).squeeze(0))
 
     def __call__(self, v_B: Tensor) -> Tensor:
-        return self.backwards(v_B)[-1]
+        return self.layer_vjps(v_B)[-1]
 
-    def backwards(self, v_B: Tensor) -> list[Tensor]:
-        """`v_B` handed down from the last layer's rate: to layer N - 1's, ..., layer 1's, and
-        through the feedback, J^T v.
+    def layer_vjps(self, v_B: Tensor) -> list[Tensor]:
+        """The gradients of all rates below the last layer: those of layers N - 1 to 1, and J^T v of
+        the feedback.
         """
         found = []
         for layer in reversed(range(len(self.masks))):
@@ -248,15 +247,17 @@ def weighted_mean(x_TB: Tensor, decay: float) -> Tensor:
     return mean_B.unsqueeze(0)
 
 
-def evaluated_norms(model: nn.Module) -> AbstractContextManager[None]:
-    """Batch norm under `model` uses its running statistics, and leaves them alone; everything else
-    stays as it is.
+def norms_in_eval(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, every batch norm under `model` uses its running statistics and does not update them.
+    Other modules keep their mode.
     """
     return attribute_set(batch_norms(model), "training", False)
 
 
-class _OwnGradient(torch.autograd.Function):
-    """Identity; backward, the layer's own solution where the adjoint gave one for each layer."""
+class _LayerGradient(torch.autograd.Function):
+    """Identity; the backward passes on the layer's own solution if the adjoint returned one per
+    layer.
+    """
 
     @staticmethod
     def forward(ctx: Any, z_1B: Tensor, betas: list[Tensor], layer: int) -> Tensor:
@@ -268,9 +269,9 @@ class _OwnGradient(torch.autograd.Function):
         return (ctx.betas[ctx.layer].unsqueeze(0) if ctx.betas else grad_outputs[0]), None, None
 
 
-class _AtRest(torch.autograd.Function):
-    """The value a[T] with the graph of f(a[T]); backward, the adjoint's solution in the place of
-    the gradient.
+class _ImplicitGradient(torch.autograd.Function):
+    """The value a[T] with the graph of f(a[T]); the backward replaces the gradient by the adjoint's
+    solution.
     """
 
     @staticmethod
@@ -290,8 +291,8 @@ class _AtRest(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         a_1B, current_1B = ctx.saved_tensors
-        # In the precision of the rate, never below fp32: a solve is longer than bf16 is precise.
-        with torch.autocast(a_1B.device.type, enabled=False), serving("solver"):
+        # At least fp32: the rounding errors of bf16 add up over the iterations of a solve.
+        with torch.autocast(a_1B.device.type, enabled=False), op_scope("solver"):
             solved = ctx.adjoint(
                 grad_outputs[0].squeeze(0),
                 Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype)),
@@ -308,7 +309,7 @@ def _total(decay: float, steps: int) -> float:
 
 
 def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
-    """The decay of all of them, and what a spike takes from each."""
+    """The decay that all neurons share, and the `subtract` of each."""
     decays, divisors = set(), []
     for neuron in neurons:
         if not isinstance(neuron, LIF) or isinstance(neuron, (RateNeuron, PLIF)):
@@ -318,7 +319,7 @@ def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
             )
         if neuron.reset != "subtract" or neuron.scale_input:
             raise ValueError(
-                "Equilibrium: neurons must reset by subtraction and not decay their input; "
+                "Equilibrium: neurons must reset by subtraction and not scale their input; "
                 f"got reset={neuron.reset!r}, scale_input={neuron.scale_input}"
             )
         decays.add(neuron.decay)

@@ -1,17 +1,26 @@
-"""Where the signal to a hidden layer comes from: a matrix that follows the mean Jacobian, a fixed
-one, or one noisy sample.
+"""Error paths that replace backpropagation: signals to hidden layers, and fixed backward weights.
 
-    MeanJacobian   g = M e / (1 - lam^k),   M <- lam M + (1 - lam) mean of z o^T / alpha, once per
-    batch, k times so far Fixed          g = B e,                 B drawn once, entries of variance
-    1/K
+Three classes map the output error to the signal g of a hidden layer:
+
+    MeanJacobian   g = M e / (1 - lam^k),   after the k-th global batch
+                   M <- lam M + (1 - lam) mean of z o^T / alpha
+    FixedRandom    g = B e,   B drawn once, entries of variance 1/K
     SinglePoint    g = z (o^T e) / alpha
 
-with z `[B, N]` the noise of a layer (mean 0, variance 1), alpha its scale, o `[B, K]` the outputs
-of the forward that it perturbed, e `[B, K]` their error. In expectation over z, z o^T / alpha is
-(do/dx)^T of outputs smoothed by the noise.
+z `[B, N]` is the noise of the layer (mean 0, variance 1) and alpha its scale. o `[B, K]` are the
+outputs of the noisy forward and e `[B, K]` their error. The expectation of z o^T / alpha over z is
+(do/dx)^T of the outputs, smoothed by the noise.
+
+`sign_symmetric` and `FixedFeedback` are backward weights, for the seam `backward_weight` of a
+synapse:
+
+    sign-symmetric       dL/dx = B^T g,   B = scale sign(W)
+    feedback alignment   dL/dx = B^T g,   B fixed and random
 
 Source: Xiao et al. 2024 (OPZO, arXiv 2407.12516); Noekland 2016 (DFA, arXiv 1609.01596) for fixed
-matrices.
+matrices; Liao et al. 2016 (arXiv 1510.05067) for signs; Lillicrap et al. 2016 (doi
+10.1038/ncomms13276) for feedback alignment. The scales of the last two are those of HLOP's code
+(Xiao et al. 2024, arXiv 2402.11984).
 """
 
 # B batch, N units of a layer, K outputs
@@ -24,12 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.spiking.noise import noise
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.op_scope import op_scope
 
 
-class Signals(nn.Module):
-    """Base of the three. Matrices are made when a layer's size is first seen, or by the checkpoint
-    that is loaded.
+class ErrorFeedback(nn.Module):
+    """Base of the three signal sources.
+
+    A layer's matrix is created when its size is first seen, or when a checkpoint is loaded.
     """
 
     def __init__(self) -> None:
@@ -37,7 +47,7 @@ class Signals(nn.Module):
         self.device = torch.device("cpu")
 
     def begin(self, device: torch.device) -> None:
-        """Forget every matrix; the new ones live on `device`."""
+        """Delete every matrix. New ones are created on `device`."""
         self.device = device
         for name in [name for name in self._buffers if name.startswith("matrix_")]:
             del self._buffers[name]
@@ -45,27 +55,27 @@ class Signals(nn.Module):
     def signal(
         self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None
     ) -> Tensor:
-        """g `[B, N]` of a hidden layer of N `units`; what there is to learn from the step is noted
-        until `end_of_batch`.
+        """The signal g `[B, N]` of a hidden layer of N `units`. Statistics of the step are
+        accumulated until `end_of_batch`.
         """
         raise NotImplementedError(f"{type(self).__name__} must override signal")
 
     def end_of_batch(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Learn from what was noted; `mean` averages a tensor over ranks."""
+        """Learn from the accumulated statistics; `mean` averages a tensor over ranks."""
 
-    def drop(self) -> None:
-        """Forget what was noted: the batch that it belongs to did not come to its end."""
+    def discard(self) -> None:
+        """Discard the accumulated statistics of an unfinished batch."""
 
-    def noted_bytes(self) -> int:
-        """Of what is noted when a batch ends."""
+    def pending_bytes(self) -> int:
+        """Bytes of the accumulated statistics at the end of a batch."""
         return 0
 
     def matrix(
         self, layer: int, units: int, outputs: int, make: Callable[[int, int], Tensor]
     ) -> Tensor:
-        """The matrix of a layer, made by `make(units, outputs)` where there is none yet.
+        """The layer's matrix `[N, K]`, created by `make(units, outputs)` if there is none yet.
 
-        Raises: ValueError when there is one of another size.
+        Raises: ValueError if the existing matrix has another size.
         """
         name = f"matrix_{layer}"
         if name not in self._buffers:
@@ -81,7 +91,7 @@ class Signals(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Those of this state and no others: the batch that made the first ones may be taken back.
+        # Keep exactly the matrices of this state: a rollback may undo the batch that created them.
         for name in [
             name
             for name in self._buffers
@@ -95,14 +105,13 @@ class Signals(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class MeanJacobian(Signals):
-    """OPZO's matrices, in the dtype of the noise, never below fp32: an average that moves by a
-    thousandth needs it.
+class MeanJacobian(ErrorFeedback):
+    """OPZO's matrices: a running mean of the Jacobian estimates, bias-corrected as in Adam.
 
-    They start at 0 and are divided by 1 - lam^k, as Adam's means are; before the first move the
-    signal is 0.
+    The dtype is that of the noise, at least fp32, because the mean moves by a thousandth per batch.
+    M starts at 0 and is divided by 1 - lam^k. Before the first update the signal is 0.
 
-    Raises: ValueError for a momentum that is not in 0..1, or is 1.
+    Raises: ValueError for a momentum outside 0..1, 1 excluded.
     Source: the correction is that of Kingma & Ba 2015 (arXiv 1412.6980), section 3.
     """
 
@@ -116,22 +125,21 @@ class MeanJacobian(Signals):
             )
         self.momentum = momentum
         self.scale = scale
-        self.register_buffer(
-            "updates", torch.zeros(1, dtype=torch.int64)
-        )  # on the CPU for good: it is read at every step
-        self.drop()
+        # Stays on the CPU, because its value is read at every step.
+        self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
+        self.discard()
 
     def begin(self, device: torch.device) -> None:
         super().begin(device)
         self.updates.zero_()
-        self.drop()
+        self.discard()
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         self._sums: dict[int, Tensor] = {}
         self._samples: dict[int, int] = {}
 
-    def noted_bytes(self) -> int:
-        """A sum for each matrix, as large."""
+    def pending_bytes(self) -> int:
+        """One sum per matrix, of the same size."""
         return sum(
             buffer.nbytes for name, buffer in self.named_buffers() if name.startswith("matrix_")
         )
@@ -140,29 +148,27 @@ class MeanJacobian(Signals):
         self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None
     ) -> Tensor:
         assert z_BN is not None and z_BN.shape[1] == units
-        self.note(layer, o_BK, z_BN)
-        with serving("feedback"):
+        self.accumulate(layer, o_BK, z_BN)
+        with op_scope("feedback"):
             return e_BK @ self.jacobian(layer).T
 
-    def note(self, layer: int, o_BK: Tensor, z_BN: Tensor) -> None:
-        """One step of some samples, for the next move of this layer's matrix."""
+    def accumulate(self, layer: int, o_BK: Tensor, z_BN: Tensor) -> None:
+        """Accumulate z o^T / alpha of one step and some samples."""
         self.matrix(layer, z_BN.shape[1], o_BK.shape[1], z_BN.new_zeros)
-        with serving("feedback"):
+        with op_scope("feedback"):
             estimate = z_BN.T @ o_BK / self.scale
         self._sums[layer] = self._sums[layer] + estimate if layer in self._sums else estimate
         self._samples[layer] = self._samples.get(layer, 0) + len(z_BN)
 
     def jacobian(self, layer: int) -> Tensor:
-        """M / (1 - lam^k) `[N, K]`: what is known of the mean Jacobian (do/dx)^T of a layer that
-        was noted.
-        """
+        """M / (1 - lam^k) `[N, K]`: the estimate of the mean Jacobian (do/dx)^T of a layer."""
         matrix, moves = self.get_buffer(f"matrix_{layer}"), int(self.updates)
         return matrix / (1 - self.momentum**moves) if moves else matrix
 
     @torch.no_grad()
     def end_of_batch(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Every matrix moves by the mean over the samples and steps of all micro-batches and ranks;
-        one collective.
+        """Update every matrix by the mean over all samples and steps of the global batch, with one
+        collective.
         """
         if not self._sums:
             return
@@ -178,14 +184,14 @@ class MeanJacobian(Signals):
             matrix = self.get_buffer(f"matrix_{layer}")
             matrix.lerp_((total / count).view_as(matrix), 1 - self.momentum)
         self.updates += 1
-        self.drop()
+        self.discard()
 
 
-class Fixed(Signals):
-    """DFA: `key_of(layer)` gives the 64 bits that a layer's matrix is drawn from, so it is the same
-    on every rank.
+class FixedRandom(ErrorFeedback):
+    """DFA: a fixed random matrix per layer.
 
-    The variance of 1/K gives each unit the root mean square of the K errors.
+    `key_of(layer)` gives the 64-bit key of the layer's matrix, so all ranks draw the same one. With
+    the variance 1/K each unit receives the root mean square of the K errors.
     """
 
     def __init__(self) -> None:
@@ -201,12 +207,12 @@ class Fixed(Signals):
             )
             return entries.view(units, outputs).to(e_BK.dtype) / math.sqrt(outputs)
 
-        with serving("feedback"):
+        with op_scope("feedback"):
             return e_BK @ self.matrix(layer, units, e_BK.shape[1], drawn).T
 
 
-class SinglePoint(Signals):
-    """Zeroth order without a memory: each sample's own product of noise and outputs, whose variance
+class SinglePoint(ErrorFeedback):
+    """Zeroth-order signal: each sample's own product of noise and outputs, with a variance that
     grows with N.
     """
 
@@ -219,3 +225,23 @@ class SinglePoint(Signals):
     ) -> Tensor:
         assert z_BN is not None and z_BN.shape[1] == units
         return z_BN * ((o_BK * e_BK).sum(1, keepdim=True) / self.scale)
+
+
+def sign_symmetric(weight: Tensor) -> Tensor:
+    """sign(W) / sqrt(in) for a matrix, sign(W) sqrt(2 / (k^2 out)) for a convolution."""
+    is_matrix = weight.dim() == 2
+    return weight.sign() * math.sqrt(1 / weight.shape[1] if is_matrix else 2 / weight[:, 0].numel())
+
+
+class FixedFeedback:
+    """A random backward weight, drawn from `key` alone: uniform in +-1 / sqrt(fan_in), in the shape
+    of the weight.
+    """
+
+    def __init__(self, weight: Tensor, *, key: int) -> None:
+        generator = torch.Generator().manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
+        drawn = 2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64) - 1
+        self.matrix = (drawn / math.sqrt(weight[0].numel())).to(weight.device, weight.dtype)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return self.matrix

@@ -1,12 +1,11 @@
-"""Which batch norm directly follows a synapse, and how the norm takes over what scales the
-synapse's output.
+"""Batch-norm folding: find the norm that follows a synapse, and move a scale of the weight into it.
 
-With a > 0 per channel and the running statistics of eval mode,
+For a > 0 per channel and the running statistics of eval mode,
 
-    gain (a z + bias - mean) / sqrt(var + eps) + shift  =  (a gain) (z + bias / a - mean / a) /
-    sqrt(var + eps) + shift
+    gain (a z + bias - mean) / sqrt(var + eps) + shift
+        = (a gain) (z + bias / a - mean / a) / sqrt(var + eps) + shift
 
-so a weight a W may be stored as W where the norm is the only one that hears it.
+so a weight a W can be stored as W if the norm is the only consumer of the synapse's output.
 """
 
 # T time, B batch
@@ -28,42 +27,42 @@ from pipeline.spiking.state import fresh_state, hooked
 def following_norms(
     network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor
 ) -> dict[str, str]:
-    """The batch norm of each of `synapses` that has one: its only listener, which hears nothing
-    else.
+    """The batch norm behind each of `synapses`, by name. The norm is the only consumer of the
+    synapse's output and has no other input.
 
-    Found by running `network` on `x_TB`, of which the values do not matter. Every operation on an
-    output counts as listening; a synapse that does not run has no norm.
+    The norms are found by running `network` on `x_TB`; the values of `x_TB` do not matter. Every
+    operation on an output counts as a consumer. A synapse that does not run has no norm.
     """
-    listeners = _Listeners()
+    consumers = _Consumers()
     norms = {
         name: module for name, module in network.named_modules() if isinstance(module, BatchNorm)
     }
     was_training = network.training
     network.eval()
     hooks = [
-        module.register_forward_hook(partial(listeners.made, name))
+        module.register_forward_hook(partial(consumers.made, name))
         for name, module in synapses.items()
     ]
     hooks += [
-        norm.register_forward_pre_hook(partial(listeners.begins, name))
+        norm.register_forward_pre_hook(partial(consumers.begins, name))
         for name, norm in norms.items()
     ]
-    hooks += [norm.register_forward_hook(listeners.ends) for norm in norms.values()]
-    with fresh_state(network), hooked(hooks), listeners:
+    hooks += [norm.register_forward_hook(consumers.ends) for norm in norms.values()]
+    with fresh_state(network), hooked(hooks), consumers:
         network(x_TB)
     network.train(was_training)
     found = {}
     for name in synapses:
-        heard_by = listeners.of.get(name, set())
-        only = next(iter(heard_by)) if len(heard_by) == 1 else None
-        if only is not None and listeners.hears[only] == {name}:
+        consumed_by = consumers.of.get(name, set())
+        only = next(iter(consumed_by)) if len(consumed_by) == 1 else None
+        if only is not None and consumers.inputs[only] == {name}:
             found[name] = only
     return found
 
 
 def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
-    """Let `norm` and the bias before it (where there is one) take over a `scale_O` > 0, as at the
-    head of the file.
+    """Move a `scale_O` > 0 of the weight into `norm` and into the bias before it, if there is
+    one.
     """
     with torch.no_grad():
         norm.weight.copy_(norm.weight.double() * scale_O)
@@ -72,19 +71,18 @@ def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
             bias_O.copy_(bias_O.double() / scale_O)
 
 
-class _Listeners(TorchDispatchMode):
-    """Who works on the outputs of synapses: the norm that runs at that moment, or None for anything
-    else.
+class _Consumers(TorchDispatchMode):
+    """Records which norm consumes the output of each synapse; None stands for any other
+    operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: dict[
-            int, tuple[str, Tensor]
-        ] = {}  # the tensor too: so that no other gets its id
+        # The tensor is kept alive so that no other tensor gets its id.
+        self.outputs: dict[int, tuple[str, Tensor]] = {}
         self.running: str | None = None
         self.of: dict[str, set[str | None]] = {}
-        self.hears: dict[str, set[str | None]] = {}
+        self.inputs: dict[str, set[str | None]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument in tree_leaves((args, kwargs)):
@@ -97,7 +95,7 @@ class _Listeners(TorchDispatchMode):
 
     def begins(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.running = name
-        self.hears.setdefault(name, set()).add(self.outputs.get(id(inputs[0]), (None,))[0])
+        self.inputs.setdefault(name, set()).add(self.outputs.get(id(inputs[0]), (None,))[0])
 
     def ends(self, *_: Any) -> None:
         self.running = None

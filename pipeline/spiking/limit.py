@@ -1,25 +1,24 @@
-"""Synapses with a limited weight: what makes a feedback a contraction, so that its equilibrium is
-one and is reached.
+"""Synapses with a limited weight norm, which make a feedback connection a contraction.
 
-    SpectralLimit     W = clamp(gain, -1, 1) V / sigma(V),       sigma the largest singular value of
-    V as a matrix [out, the rest] FrobeniusLimit    W = min(1, largest / |V|) V
+    SpectralLimit     W = clamp(gain, -1, 1) V / sigma(V)
+                      sigma is the largest singular value of V as a matrix [out, the rest]
+    FrobeniusLimit    W = min(1, largest / |V|) V
 
-With threshold 2 a fully connected feedback of spectral norm 1 has Lipschitz constant 1/2. The norm
-of a convolution as an operator on images is another than that of its matrix: with k taps (9 for
-3x3) it may be up to sqrt(k) times as large. There, and in a chain with synapses that are not
-limited, contraction is likely, not certain; the solvers of `spiking/solvers.py` notice where it
-fails.
+With threshold 2, a fully connected feedback of spectral norm 1 has the Lipschitz constant 1/2. The
+operator norm of a convolution on images differs from the norm of its matrix: with k taps (9 for
+3x3) it can be up to sqrt(k) times as large. For convolutions, and for chains that contain unlimited
+synapses, contraction is likely but not certain. The solvers of `rules/ide.py` detect a failure.
 
-It is the weight that is limited, not the output: whatever a seam puts in the place of the synapse's
-input reaches V and gain.
+The weight is limited, not the output. A seam that replaces the synapse's input acts on V and gain
+too.
 
-Source: Xiao et al. 2021 (IDE, arXiv 2109.14247) for the former, Xiao et al. 2023 (SPIDE, arXiv
-2302.00232) for the latter. The published code estimates both norms from random vectors; here the
-latter is exact and the former exact up to 32 directions, beyond them within 1e-3 and from below, so
-that W may be so much longer than 1. It keeps the vectors of a power iteration as buffers and makes
-one iteration per forward; its value then lags behind a large step and depends on how many
-micro-batches a batch was cut into. Here a norm is computed anew from a fixed start (Golub & Kahan
-1965, doi 10.1137/0702016).
+Source: Xiao et al. 2021 (IDE, arXiv 2109.14247) for the spectral limit, Xiao et al. 2023 (SPIDE,
+arXiv 2302.00232) for the Frobenius limit. The published code estimates both norms from random
+vectors. It keeps the vectors of a power iteration as buffers and makes one iteration per forward,
+so its value lags behind a large step and depends on the number of micro-batches. Here each norm is
+computed anew from a fixed start (Golub & Kahan 1965, doi 10.1137/0702016). The Frobenius norm is
+exact. The spectral norm is exact up to 32 directions; beyond them it is at most 1e-3 too small, so
+that W can be too long by that factor.
 """
 
 # V [M, N] the weight as a matrix; K Lanczos steps
@@ -29,17 +28,18 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.state import State
 
 STEPS = 32
 
 
-class Limited(nn.Module):
-    """`synapse` with `weight()` in the place of its own weight V, the parameter.
+class LimitedSynapse(nn.Module):
+    """`synapse` with `weight()` in place of its own weight V, which stays the parameter.
 
-    Raises: ValueError for a synapse that takes no weight from outside, whose weight is standardised
-    already, or with a bias."""
+    Raises: ValueError for a synapse that takes no weight argument, whose weights are not plain, or
+    that has a bias.
+    """
 
     def __init__(self, synapse: nn.Module) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class Limited(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must override weight")
 
 
-class SpectralLimit(Limited):
-    """A spectral norm of at most 1; `gain` is learnable, from 1. A weight of zeros stays what it
-    is.
+class SpectralLimit(LimitedSynapse):
+    """Limits the spectral norm to 1; `gain` is learnable and starts at 1. A zero weight stays
+    zero.
     """
 
     def __init__(self, synapse: nn.Module) -> None:
@@ -81,24 +81,29 @@ class SpectralLimit(Limited):
         )
 
     def _sigma(self) -> Tensor:
-        """Of one batch, whose time steps share the weight, the singular vectors are sought once;
-        again if the weight moves.
+        """sigma(V). The singular vectors are computed once per batch, and again if the weight
+        changes.
         """
         V_MN = self.V.flatten(1)
         if not self.state.is_open:
             return spectral_norm(V_MN)
-        u, v, answer_M = (self.state.read(name) for name in ("u", "v", "answer"))
-        if u is None or v is None or answer_M is None or not torch.equal(answer(V_MN, v), answer_M):
-            u, v = top_vectors(V_MN, steps=STEPS)
-            for name, value in (("u", u), ("v", v), ("answer", answer(V_MN, v))):
+        u, v, product_M = (self.state.read(name) for name in ("u", "v", "product"))
+        if (
+            u is None
+            or v is None
+            or product_M is None
+            or not torch.equal(product(V_MN, v), product_M)
+        ):
+            u, v = top_singular_vectors(V_MN, steps=STEPS)
+            for name, value in (("u", u), ("v", v), ("product", product(V_MN, v))):
                 self.state.write(name, value)
-        return stretch(u, V_MN, v)
+        return singular_value(u, V_MN, v)
 
 
-class FrobeniusLimit(Limited):
-    """A Frobenius norm of at most `largest`.
+class FrobeniusLimit(LimitedSynapse):
+    """Limits the Frobenius norm to `largest`.
 
-    Raises: ValueError for a `largest` that is not above 0.
+    Raises: ValueError unless `largest` > 0.
     """
 
     def __init__(self, synapse: nn.Module, largest: float) -> None:
@@ -108,8 +113,8 @@ class FrobeniusLimit(Limited):
         self.largest = largest
 
     def weight(self) -> Tensor:
-        # Before the square root, whose derivative is infinite at 0; where the limit acts, the scale
-        # has a gradient too.
+        # The maximum comes before the square root, whose derivative is infinite at 0. Where the
+        # limit is active, the scale has a gradient too.
         smallest = torch.tensor(self.largest**2, dtype=self.V.dtype, device=self.V.device)
         return self.largest * self.V.square().sum().maximum(smallest).rsqrt() * self.V
 
@@ -118,35 +123,35 @@ class FrobeniusLimit(Limited):
 
 
 def spectral_norm(V: Tensor, *, steps: int = STEPS) -> Tensor:
-    """The largest singular value of V `[M, N]`, with its gradient u v^T; a pure function of V,
-    never below fp32.
+    """The largest singular value of V `[M, N]`, at least in fp32, with its gradient u v^T; a pure
+    function of V.
 
-    Exact from min(M, N) steps on; before that from below, within 1e-3 at 32 steps even where
-    singular values crowd together at the top, as in random square matrices of 400
+    It is exact for `steps` >= min(M, N). With 32 steps it is at most 1e-3 too small, even for
+    random square matrices of size 400, whose top singular values lie close together
     (tests/spiking/test_limit.py).
     """
-    u, v = top_vectors(V, steps=steps)
-    return stretch(u, V, v)
+    u, v = top_singular_vectors(V, steps=steps)
+    return singular_value(u, V, v)
 
 
-def stretch(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
-    """u^T V v, with its gradient u v^T; never below fp32."""
-    with torch.autocast(V.device.type, enabled=False), serving("limit"):
+def singular_value(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
+    """u^T V v, at least in fp32, with its gradient u v^T."""
+    with torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return u @ V.to(u.dtype) @ v
 
 
 @torch.no_grad()
-def answer(V: Tensor, v: Tensor) -> Tensor:
-    """V v, without a graph: another one shows that V has moved."""
-    with torch.autocast(V.device.type, enabled=False), serving("limit"):
+def product(V: Tensor, v: Tensor) -> Tensor:
+    """V v without a graph. A changed product shows that V has changed."""
+    with torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return V.to(v.dtype) @ v
 
 
-def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-    """Unit u, v that make u^T V v largest over the Krylov space of a fixed start:
-    Golub-Kahan-Lanczos, reorthogonalised.
+def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
+    """Unit vectors u, v that maximise u^T V v over the Krylov space of a fixed start vector
+    (Golub-Kahan-Lanczos with reorthogonalisation).
     """
-    with torch.no_grad(), torch.autocast(V.device.type, enabled=False), serving("limit"):
+    with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
         return _lanczos(V.to(torch.promote_types(V.dtype, torch.float32)), steps=steps)
 
 
@@ -154,8 +159,8 @@ def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     A = V if V.shape[0] >= V.shape[1] else V.T
     size = A.shape[1]
     steps = min(steps, size)
-    # Numbers without a pattern, all positive: what a matrix is large along is often the common
-    # direction, and never lies orthogonal to this.
+    # Irregular positive numbers: the top singular vector is often close to the direction of equal
+    # entries, and the start must not be orthogonal to it.
     start = (
         torch.arange(1, size + 1, device=V.device, dtype=torch.float64) * 0.6180339887498949
     ) % 1
@@ -169,21 +174,21 @@ def _lanczos(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     # Rayleigh-Ritz on both spaces.
     P, _, Qh = torch.linalg.svd(left @ A @ right.T)
     p, q = P[:, 0] @ left, Qh[0] @ right
-    tiny = torch.finfo(V.dtype).tiny  # of zeros: a stretch of 0, not 0 / 0
+    tiny = torch.finfo(V.dtype).tiny  # a zero matrix gives 0, not 0 / 0
     p, q = p / p.norm().clamp_min(tiny), q / q.norm().clamp_min(tiny)
     return (p, q) if V.shape[0] >= V.shape[1] else (q, p)
 
 
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
-    """x without its part in the rows of `basis`, as a unit vector; 0 where nothing but rounding is
+    """The unit vector of x's part orthogonal to the rows of `basis`; 0 if only rounding error is
     left.
     """
     size = x.norm()
     for _ in range(2):
         x = x - (basis @ x) @ basis
     left = x.norm()
-    # A space that is closed under A (a low rank) has no next vector: a zero adds nothing to the
-    # projection.
+    # For a matrix of low rank the Krylov space is exhausted early. A zero vector then leaves the
+    # projection unchanged.
     return torch.where(
         left > 10 * torch.finfo(x.dtype).eps * size,
         x / left.clamp_min(torch.finfo(x.dtype).tiny),

@@ -1,6 +1,4 @@
-"""Synapses whose weight is the parameter itself, for rules whose promise is about what an update
-does to W x.
-"""
+"""Plain linear layers of a model, for rules that control the change of W x exactly."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +6,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from pipeline.spiking.limit import Limited
+from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.norm import is_foreign_norm
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -19,10 +17,10 @@ def plain_synapses(
     """Every Linear and Conv2d outside the modules in `skip`, by module name, in order of
     registration.
 
-    Raises: ValueError, in the name of `who`, that names a weight which is not its parameter
-    (standardised, parametrised, limited in its norm, of another class), a matrix that belongs to no
-    synapse, two synapses with one weight, groups, another batch norm than spiking.norm's, or an
-    entry of `skip` that is no module.
+    Raises: ValueError, in the name of `who`, for a weight that is not a plain parameter
+    (standardised, parametrised, norm-limited, of another class), a matrix outside the synapses, two
+    synapses that share a weight, groups, a batch norm other than spiking.norm's, or an entry of
+    `skip` that is not a module.
     """
     modules = dict(model.named_modules())
     for name in skip:
@@ -71,13 +69,13 @@ def is_inside(name: str, modules: Sequence[str]) -> bool:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """What speaks against a module, in words."""
+    """The reason why a module is refused, or None."""
     if is_foreign_norm(module):
         return (
             f"{type(module).__name__}, which cannot be frozen (pipeline.spiking.norm.BatchNorm"
             " can),"
         )
-    if isinstance(module, Limited):
+    if isinstance(module, LimitedSynapse):
         return f"{type(module).__name__}, which scales the weight,"
     if not isinstance(module, (nn.Linear, _ConvNd)):
         return None

@@ -1,13 +1,14 @@
-"""Layers that learn from a signal sent to them from above, and pass no gradient to the layer below.
+"""Local learning: layers that learn from a signal and pass no gradient to the layer below.
 
-Under the seam `TopDown` a neuron gives the network its spikes (perturbed, where the rule asks for
-it) without a graph, and keeps those with the graph of its own layer aside, which ends at the
-synapse that feeds it. `with_signals` then makes the scalar whose gradient is each layer's signal at
-its own spikes, and whose value is the loss.
+`LocalGradient` is the seam that a rule sets on each neuron. The neuron then outputs its spikes
+(with noise, if the rule asks for it) without a graph. It records the spikes with the graph of its
+own layer, which ends at the synapse that feeds it. `inject_gradients` builds a scalar whose value
+is the loss and whose gradient at each layer's spikes is that layer's signal.
 
-    forward     s[t] = LIF(x[t]),  out[t] = s[t] + alpha z[t]     or      s[t] = 1 if u[t] + alpha
-    z[t] >= threshold backward    dL/dx[t] = psi(u[t]) g[t],   g[t] the signal from above,   and
-    nothing else;   psi(u[t] + alpha z[t]) on the right
+    noise on spikes     s[t] = LIF(x[t]),   out[t] = s[t] + alpha z[t]
+    noise on membrane   s[t] = 1 if u[t] + alpha z[t] >= threshold
+    backward            dL/dx[t] = psi(u[t]) g[t],   g[t] the signal
+                        (with noise on the membrane: psi(u[t] + alpha z[t]) g[t])
 """
 
 # T time, B batch, N units of a layer, K outputs
@@ -30,12 +31,12 @@ Inject = Literal["spikes", "membrane"]
 
 
 class Readout(nn.Module):
-    """A linear readout of the neuron in front of it in the network: there for rules that ask for
-    it, inert for all others.
+    """A linear readout of the preceding neuron, used by rules that ask for it and ignored by all
+    others.
 
-    In a network it is the identity. `logits(s_TB)` averages each channel of an image over `cells` x
-    `cells` places and maps what is there to the classes: `[T, B, C]` or `[T, B, C, H, W]` to `[T,
-    B, K]`.
+    As a module of the network it is the identity. `logits(s_TB)` averages each channel of an image
+    over `cells` x `cells` regions and maps them to the classes: `[T, B, C]` or `[T, B, C, H, W]` to
+    `[T, B, K]`.
 
     Raises: ValueError for numbers below 1, or spikes of another shape.
     """
@@ -66,17 +67,16 @@ class Readout(nn.Module):
         return f"{self.channels}, cells={self.cells}"
 
 
-class TopDown:
-    """The seam `LIF.gradient` of one layer, which a rule switches on for each time step that it
-    learns from.
+class LocalGradient:
+    """The seam `LIF.gradient` of one layer. A rule opens it for each time step that it learns from.
 
-    Between `open` and `close` the neuron runs as at the head of the file and remembers, until the
-    batch ends, `spikes` with the graph of its own layer, `z` where it was perturbed, and the
-    `logits` of its `readout` where it has one. Otherwise it is the plain neuron: an evaluation sees
-    no noise.
+    Between `open` and `close` the neuron runs as at the head of the file. It records, until the
+    batch ends, `spikes` with the graph of its own layer, `z` if noise is added, and the `logits` of
+    its `readout` if it has one. While closed it is the plain neuron, so an evaluation has no noise.
 
-    `scale` is alpha, in spikes or in units of the membrane; the perturbed membrane decides on the
-    spike and is not carried."""
+    `scale` is alpha, in spikes or in units of the membrane. Noise on the membrane decides on the
+    spike and is not carried to the next step.
+    """
 
     def __init__(
         self,
@@ -90,31 +90,32 @@ class TopDown:
         self.inject = inject
         self.distribution: Distribution = distribution
         self.readout = readout
-        self.state = State("TopDown")
+        self.state = State("LocalGradient")
         self._is_open = False
         self._keys: Sequence[int] = ()
         self._sign = 1.0
 
     def open(self, keys: Sequence[int], *, sign: float) -> None:
-        """Learn from the steps to come, perturbed by `sign` times the noise of `keys`, one for each
-        sample; none: by nothing.
+        """Learn from the next steps, with noise `sign` times that of `keys` (one key per sample;
+        empty: no noise).
 
-        A negative sign is that of the second step of a pair: it takes the noise of the step before.
+        A negative sign marks the second step of an antithetic pair, which reuses the noise of the
+        step before.
         """
         self._is_open, self._keys, self._sign = True, keys, sign
 
     def close(self) -> None:
         self._is_open = False
 
-    def kept(self, name: str) -> Tensor:
-        """What the last step left: `spikes` or `logits` `[T, B, ...]` with graph, `z` `[B, N]`, its
-        sign included.
+    def recorded(self, name: str) -> Tensor:
+        """The recorded tensor of the last step: `spikes` or `logits` `[T, B, ...]` with graph, or
+        `z` `[B, N]` including its sign.
         """
         value = self.state.read(name)
         if value is None:
             raise ValueError(
-                "TopDown: the network must run every neuron at every time step; one was not run,"
-                f" so has no {name}"
+                "LocalGradient: the network must run every neuron at every time step; got one"
+                f" without {name}"
             )
         return value
 
@@ -160,9 +161,9 @@ class TopDown:
         return s_B, v_B - (noise_B if lif.reset == "subtract" else noise_B * (1 - s_B.detach()))
 
 
-def answering(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, each `Readout` under `model` answers to what passes through it, as it does where a
-    layer learns from its loss.
+def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, each `Readout` under `model` computes its logits at every forward, as in local
+    learning.
     """
 
     def answer(readout: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -176,15 +177,15 @@ def answering(model: nn.Module) -> AbstractContextManager[None]:
     )
 
 
-def with_signals(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
-    """A scalar worth `loss` whose gradient at each of `ends` is the constant of `signals`, and
-    nothing beside it.
+def inject_gradients(loss: Tensor, ends: Sequence[Tensor], signals: Sequence[Tensor]) -> Tensor:
+    """A scalar with the value of `loss` whose gradient at each of `ends` is the matching tensor of
+    `signals`.
     """
     # apply is untyped in torch 2.13
-    return _WithSignals.apply(loss.detach(), *ends, *signals)  # type: ignore[return-value]
+    return _InjectGradients.apply(loss.detach(), *ends, *signals)  # type: ignore[return-value]
 
 
-class _WithSignals(torch.autograd.Function):
+class _InjectGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[len(tensors) // 2 :])
@@ -201,20 +202,19 @@ class _WithSignals(torch.autograd.Function):
         )
 
 
-def refuse_streams(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
-    """Each parameter must lead to one of `ends`, the spikes of each layer and the output: else
-    gradients pass by the neurons.
+def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> None:
+    """Check that no gradient can pass around the neurons from one layer to another.
 
-    A stream that skips a neuron, as in a residual network, carries the graph of the layers below it
-    to the layers above.
+    Each parameter must lead to only one of `ends`, the spikes of each layer and the output. A skip
+    connection, as in a residual network, carries the graph of lower layers to higher ones.
 
-    Raises: ValueError that names the first parameter with two ends.
+    Raises: ValueError that names the first parameter with paths to two ends.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     reached: dict[int, str] = {}
     for end, value in ends.items():
         leaves = _leaves(value)
-        # In the model's order, so that each refusal of a model names the same parameter.
+        # In the model's order, so that repeated runs name the same parameter.
         for parameter in [*filter(leaves.__contains__, names), *leaves - names.keys()]:
             other = reached.setdefault(parameter, end)
             if other != end:
@@ -226,7 +226,7 @@ def refuse_streams(who: str, model: nn.Module, ends: Mapping[str, Tensor]) -> No
 
 
 def _leaves(value: Tensor) -> set[int]:
-    """The ids of the tensors with gradient that the graph of `value` ends in."""
+    """The ids of the leaf tensors in the graph of `value`."""
     found, seen, todo = set(), set(), [value.grad_fn]
     while todo:
         node = todo.pop()

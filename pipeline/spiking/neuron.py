@@ -1,51 +1,62 @@
-"""The leaky integrate-and-fire neuron, with a decay that is given (LIF), of 1 (IF), or learnt
-(PLIF).
+"""Leaky integrate-and-fire neurons: fixed decay (LIF), decay 1 (IF), learnt decay (PLIF).
+
+Spike and reset are one operation with its own backward, because a network runs them for each neuron
+and time step. With a = u - threshold, and psi the derivative that the surrogate substitutes for
+ds/du:
+
+    dL/du = psi(a) dL/ds + r dL/dv,   r = 1 (reset "subtract")   or   1 - s (reset "zero")
+
+If the reset is differentiated too, dL/ds is reduced by subtract dL/dv ("subtract") or u dL/dv
+("zero"). The backward itself cannot be differentiated.
 """
 
 # T time, B batch
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.spiking.fire import fire
 from pipeline.spiking.state import State
-from pipeline.spiking.surrogate import Surrogate, Triangle
+from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
 
 def identity(v_B: Tensor) -> Tensor:
-    """`LIF.carry` of a plain model: the membrane crosses the time step with its graph (BPTT). Also
-    `World.mean` of one rank.
-    """
+    """Returns its input; as `LIF.carry`, the membrane crosses a time step with its graph."""
     return v_B
 
 
 class LIF(nn.Module):
     """Leaky integrate-and-fire: currents `[T, B, ...]` to spikes `[T, B, ...]`.
 
-        u[t] = decay v[t-1] + x[t]              (scale_input: decay v[t-1] + (1 - decay) x[t]),
-        v[0] =
-        0
+        u[t] = decay v[t-1] + x[t],   v[0] = 0
+               (scale_input: u[t] = decay v[t-1] + (1 - decay) x[t])
         s[t] = 1 if u[t] >= threshold else 0
-        v[t] = u[t] - subtract s[t]            (reset "subtract")      or      u[t] (1 - s[t])
-        (reset "zero")
+        v[t] = u[t] - subtract s[t]   (reset "subtract")   or   u[t] (1 - s[t])   (reset "zero")
 
-    Arguments: `decay` is the part of the membrane kept per time step, 1 - 1/tau with tau in steps
-    (`PLIF` learns it); `threshold` is in units of the current, and so is `subtract`, None for the
-    threshold (more of it makes rest negative); `reset_gradient="detached"` treats the s of the last
-    line as a constant; `surrogate` replaces the derivative of the second line. The membrane is
-    never below fp32 (float64 stays); spikes have the dtype of the current.
+    The membrane has at least fp32 (float64 stays). Spikes have the dtype of the current.
 
-    Two seams for rules: `carry` is applied to the membrane after every step, so it stands between
-    all steps, inside a slice as between slices; `gradient(lif, x_TB) -> s_TB`, where set, replaces
-    the loop (it finds the equations in `step` and the membrane in `membrane` and `state`).
+    Args:
+        decay: the fraction of the membrane kept per time step, 1 - 1/tau with tau in steps
+            (snnTorch's beta).
+        threshold: in units of the current.
+        reset: "subtract" or "zero", see above.
+        subtract: the amount that a spike subtracts, in units of the current; None: the threshold. A
+            larger amount leaves the membrane negative after a spike.
+        reset_gradient: "detached" treats s in the reset as a constant.
+        scale_input: multiply the current by 1 - decay.
+        surrogate: its derivative replaces that of the step function.
 
-    Raises: ValueError for arguments out of range, outside `fresh_state`, or when a batch changes
-    its shape half-way."""
+    Rules have two seams. `carry` is applied to the membrane after every step, within a slice and
+    between slices. `gradient(lif, x_TB) -> s_TB` replaces the loop; it can use `step`, `membrane`
+    and `state`.
+
+    Raises: ValueError for arguments out of range, outside `fresh_state`, or if the shape of a batch
+    changes between slices.
+    """
 
     def __init__(
         self,
@@ -77,7 +88,7 @@ class LIF(nn.Module):
             )
         if isinstance(surrogate, nn.Module) or not callable(getattr(surrogate, "derivative", None)):
             raise ValueError(
-                "LIF: surrogate must be a value with a derivative, of which nothing is learnt; got"
+                "LIF: surrogate must be a value with a derivative and without parameters; got"
                 f" {surrogate}"
             )
         self.decay = decay
@@ -95,22 +106,23 @@ class LIF(nn.Module):
         if self.gradient is not None:
             return self.gradient(self, x_TB)
         v_B = self.membrane(x_TB)
-        if len(x_TB) == 1:  # as it is: what goes back through `unbind` is copied
+        if len(x_TB) == 1:  # without `unbind`, whose backward copies
             s_TB, v_1B = self.step(x_TB.to(v_B.dtype), v_B.unsqueeze(0))
             self.state.write("v", self.carry(v_1B.squeeze(0)))
             return s_TB.to(x_TB.dtype)
         spikes = []
         for x_B in x_TB.unbind(0):
             s_B, v_B = self.step(x_B.to(v_B.dtype), v_B)
-            # Applied when a step ends, not when the next begins: what is remembered then holds no
-            # graph under SLTT.
+            # Applied at the end of a step, so that the stored membrane holds no graph under SLTT.
             v_B = self.carry(v_B)
             spikes.append(s_B.to(x_TB.dtype))
         self.state.write("v", v_B)
         return torch.stack(spikes)
 
     def membrane(self, x_TB: Tensor) -> Tensor:
-        """v before the first step of the slice `x_TB`: the last slice's, or rest."""
+        """v before the first step of the slice `x_TB`: the last membrane, or zeros at the start of
+        a batch.
+        """
         v_B = self.state.read("v")
         if v_B is None:
             return x_TB.new_zeros(
@@ -124,9 +136,8 @@ class LIF(nn.Module):
         return v_B
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
-        """One time step of the equations above: (x[t], v[t-1]) -> (s[t], v[t]), element by element.
-
-        Both `[B, ...]`, or `[1, B, ...]` where a slice has one step.
+        """One time step, elementwise: (x[t], v[t-1]) -> (s[t], v[t]), all `[B, ...]` or `[1, B,
+        ...]`.
         """
         return fire(
             self.charged(x_B, v_B),
@@ -137,10 +148,10 @@ class LIF(nn.Module):
         )
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        """u[t] of x[t] and v[t-1], element by element.
+        """u[t] of x[t] and v[t-1], elementwise, in new memory that `fire` may overwrite.
 
-        In memory of its own, which `fire` writes to: neither a view nor what the backward of its
-        own last operation keeps."""
+        It is not a view, and the backward of the operation that made it does not need its value.
+        """
         current_B = (1 - self.decay) * x_B if self.scale_input else x_B
         return torch.add(current_B, v_B, alpha=self.decay)
 
@@ -153,16 +164,16 @@ class LIF(nn.Module):
 
 
 class PLIF(LIF):
-    """Parametric LIF: `decay` is where it begins, and a layer's neurons share one that is learnt.
+    """Parametric LIF: the neurons of a layer share one learnt decay, which starts at `decay`.
 
-        decay = sigmoid(w),      dL/dw = decay (1 - decay) sum_t g[t] v[t-1]          (scale_input:
-        v[t-1] - x[t])
+        decay = sigmoid(w)
+        dL/dw = decay (1 - decay) sum_t g[t] v[t-1]   (scale_input: v[t-1] - x[t] for v[t-1])
 
-    with g[t] = dL/du[t] whole under BPTT, and of the time step alone under a rule that cuts the
-    membrane's graph (SLTT). All else is `LIF`'s, the seams too. Rules whose traces or rates take
-    the decay for a constant refuse it.
+    Under BPTT g[t] = dL/du[t] is the full gradient; under a rule that cuts the membrane's graph
+    (SLTT) it is that of the time step alone. Everything else, seams included, is LIF's. Rules whose
+    traces or rates need a constant decay refuse it.
 
-    Raises: ValueError for a decay that no w gives, and what LIF refuses.
+    Raises: ValueError for a decay outside 0..1, both excluded, and for LIF's reasons.
     Source: Fang et al. 2021 (arXiv 2007.05785), whose 1 / tau is 1 - decay, with scale_input.
     """
 
@@ -191,7 +202,7 @@ class PLIF(LIF):
             scale_input=scale_input,
             surrogate=surrogate,
         )
-        del self.decay  # a number, which it is no more
+        del self.decay  # LIF's constant: here the decay is sigmoid(decay_logit)
         self.decay_logit = nn.Parameter(torch.tensor([math.log(decay / (1 - decay))]))
 
     def charged(self, x_B: Tensor, v_B: Tensor) -> Tensor:
@@ -208,7 +219,7 @@ class PLIF(LIF):
 
 
 def learnt_decays(model: nn.Module) -> list[str]:
-    """The neurons of `model` whose decay is learnt, by module name."""
+    """The names of all neurons in `model` with a learnt decay."""
     return [
         name or "the model itself"
         for name, module in model.named_modules()
@@ -224,7 +235,7 @@ def IF(
     reset_gradient: Literal["detached", "kept"] = "detached",
     surrogate: Surrogate = Triangle(),
 ) -> LIF:
-    """Integrate-and-fire: the LIF that forgets nothing, decay 1."""
+    """Integrate-and-fire: a LIF without leak, decay 1."""
     return LIF(
         1.0,
         threshold=threshold,
@@ -236,5 +247,71 @@ def IF(
 
 
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
-    """Every LIF of `model` with its module name, in the order of construction."""
+    """Every LIF of `model` with its module name, in order of registration."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
+
+
+def fire(
+    u_B: Tensor,
+    *,
+    threshold: float,
+    subtract: float | None,
+    keeps_gradient: bool,
+    surrogate: Surrogate,
+) -> tuple[Tensor, Tensor]:
+    """Spike and reset: u -> (s, v). `u_B` may be overwritten, so it must not be a view or needed
+    elsewhere.
+
+    The backward keeps only a = u - threshold, and also u if a reset to zero is differentiated.
+
+    Args:
+        subtract: the amount that a spike subtracts from the membrane; None: a reset to zero.
+        keeps_gradient: whether the reset is differentiated; otherwise its s is a constant.
+
+    Raises: RuntimeError in a backward with `create_graph`.
+    """
+    # apply is untyped
+    return _Fire.apply(u_B, threshold, subtract, keeps_gradient, surrogate)  # type: ignore[return-value]
+
+
+class _Fire(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u_B: Tensor,
+        threshold: float,
+        subtract: float | None,
+        keeps_gradient: bool,
+        surrogate: Surrogate,
+    ) -> tuple[Tensor, Tensor]:
+        a_B = u_B - threshold
+        s_B = heaviside(a_B)
+        ctx.subtract, ctx.keeps_gradient, ctx.surrogate = subtract, keeps_gradient, surrogate
+        ctx.set_materialize_grads(False)  # a detached membrane has no gradient
+        if subtract is None and keeps_gradient:
+            ctx.save_for_backward(a_B, u_B)
+            return s_B, u_B.masked_fill(a_B >= 0, 0)
+        ctx.save_for_backward(a_B)
+        ctx.mark_dirty(u_B)
+        return s_B, (
+            u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        # torch's `once_differentiable` would return a constant if no incoming gradient has a graph.
+        if torch.is_grad_enabled():
+            raise RuntimeError("fire: a spike has no second derivative; create_graph must be False")
+        g_s, g_v = grad_outputs
+        a_B, *u = ctx.saved_tensors
+        if g_v is not None and ctx.keeps_gradient:
+            taken = g_v * (u[0] if ctx.subtract is None else ctx.subtract)
+            g_s = -taken if g_s is None else g_s - taken
+        if g_v is not None and ctx.subtract is None:
+            g_v = g_v.masked_fill(a_B >= 0, 0)
+        g_u = g_v
+        if g_s is not None:
+            g_u = ctx.surrogate.derivative(a_B).mul_(g_s)
+            if g_v is not None:
+                g_u.add_(g_v)
+        return g_u, None, None, None, None

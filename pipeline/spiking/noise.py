@@ -1,16 +1,15 @@
-"""Noise that a rule adds to a layer: a pure function of the keys of its rows, whatever the rank or
-the batch.
+"""Noise for the layers of a network, a pure function of one key per row.
 
-    bits[b, j] = mix(key[b] + (j + 1) g)          splitmix64: the stream of row b, counted from its
-    own key
+    bits[b, j] = mix(key[b] + (j + 1) g)   splitmix64: a stream of row b, numbered from its key
 
-    gaussian     two normal numbers of 64 bits each:   sqrt(-2 ln u) (cos 2 pi w, sin 2 pi w),   u,
-    w of 32 bits rademacher   64 signs of 64 bits
+    gaussian     64 bits give two normal numbers:
+                 sqrt(-2 ln u) (cos 2 pi w, sin 2 pi w), u and w of 32 bits each
+    rademacher   64 bits give 64 signs
 
-Two rows of one key are equal, and a row does not know which other rows are drawn with it. The
-global generators are neither read nor moved.
+Rows with equal keys are equal. A row does not depend on the other rows, the rank or the batch. The
+global generators are neither read nor advanced.
 
-Source: `mix` and its step g as in random.py; Box & Muller 1958 (doi 10.1214/aoms/1177706645).
+Source: `mix` and g as in core/random.py; Box & Muller 1958 (doi 10.1214/aoms/1177706645).
 """
 
 # B batch, N units of a layer
@@ -35,8 +34,10 @@ def noise(
     distribution: Distribution,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """`[B, N]` in fp32 with mean 0 and variance 1: row b of `units` values depends on `keys[b]` (64
-    bits) alone.
+    """`[B, N]` in fp32 with mean 0 and variance 1. Row b, of `units` values, depends only on the
+    64-bit `keys[b]`.
+
+    Raises: ValueError for an unknown `distribution`.
     """
     keys_B = torch.tensor([signed(key) for key in keys], dtype=torch.int64, device=device)
     if distribution == "rademacher":
@@ -52,8 +53,8 @@ def noise(
 def _normal(keys_B: Tensor, units: int) -> Tensor:
     pairs = (units + 1) // 2
     bits_BP = _bits(keys_B, pairs)
-    # The upper 32 bits as a number in (0, 1], so that its logarithm is finite; fp32 rounds it to 24
-    # bits. The lower as an angle.
+    # The upper 32 bits give a number in (0, 1] with a finite logarithm, which fp32 rounds to 24
+    # bits. The lower 32 bits give the angle.
     radius_BP = (
         ((bits_BP >> 32) & _LOW32)
         .float()
@@ -75,7 +76,7 @@ def _signs(keys_B: Tensor, units: int) -> Tensor:
 
 
 def _bits(keys_B: Tensor, count: int) -> Tensor:
-    """`[B, count]` of int64, whose arithmetic wraps as that of 64 unsigned bits does."""
+    """`[B, count]` of int64, whose arithmetic wraps like that of unsigned 64-bit numbers."""
     return mix(keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * STEP)
 
 

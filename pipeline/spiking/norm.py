@@ -1,16 +1,15 @@
-"""Batch normalisation on time-first tensors that means the same under every rule.
+"""Batch normalisation on time-first tensors, with the same meaning under every rule.
 
     y = gain (x - mean) / sqrt(var + eps) + bias
 
-Two named choices, both part of the model and so of the study:
-`over="step"` takes mean and (biased) variance at each time step, so that T steps at once equal T
-slices; `over="time"` takes them over T and B together, as most published Transformers do; online
-rules refuse it. `between="rank"` normalises by each rank's own samples; `between="world"` by all
-ranks' samples, exactly, whatever the local batch sizes (torch's SyncBatchNorm runs on CUDA alone,
-checked on torch 2.13).
+Two choices are part of the model, and so of the study. `over="step"` takes mean and (biased)
+variance at each time step, so one call on T steps equals T calls on slices. `over="time"` takes
+them over T and B together, as most published Transformers do; online rules refuse it.
+`between="rank"` uses the samples of each rank. `between="world"` uses the samples of all ranks,
+exactly, for any local batch sizes (torch's SyncBatchNorm needs CUDA, checked on torch 2.13).
 
-A still image (`encode.is_still`) has the same statistics at every step: they are taken once, and
-the running ones end where all steps would have brought them.
+A static input (`encode.is_static`) has the same statistics at every step. They are computed once,
+and the running statistics are updated as by all steps.
 """
 
 # T time, B batch, C channels, R ranks
@@ -24,18 +23,18 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.state import attribute_set
 
 
 class BatchNorm(nn.Module):
     """Batch norm on `[T, B, C]` or `[T, B, C, H, W]`.
 
-    In train mode the running statistics move once per time step (`over="time"`: once per call),
-    under `no_grad` too; in eval mode, and where `frozen` is set, they rest and take the place of
-    the batch's. With `between="world"` every rank must make the same calls.
+    In train mode the running statistics are updated once per time step (`over="time"`: once per
+    call), under `no_grad` too. In eval mode, and if `frozen` is set, they are constant and replace
+    the batch statistics. With `between="world"` every rank must make the same calls.
 
-    Raises: ValueError for an unknown `over` or `between`, or when the third dimension is not
+    Raises: ValueError for an unknown `over` or `between`, or if the third dimension is not
     `channels`.
     Source: Ioffe & Szegedy 2015 (arXiv 1502.03167).
     """
@@ -61,7 +60,7 @@ class BatchNorm(nn.Module):
         self.over = over
         self.between = between
         self.frozen = False
-        self.stands_for: int | None = None
+        self.repeats: int | None = None
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -73,19 +72,19 @@ class BatchNorm(nn.Module):
                 f"BatchNorm: the input must be [T, B, {self.channels}, ...]; got shape"
                 f" {tuple(x_TBC.shape)}"
             )
-        if self.stands_for is not None or is_still(x_TBC):
-            return repeat(self._normalize(x_TBC[0], self.stands_for or len(x_TBC)), len(x_TBC))
+        if self.repeats is not None or is_static(x_TBC):
+            return repeat(self._normalize(x_TBC[0], self.repeats or len(x_TBC)), len(x_TBC))
         if self.uses_batch and self.over == "step":
             return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
         return self._normalize(x_TBC.flatten(0, 1)).view_as(x_TBC)
 
     @property
     def uses_batch(self) -> bool:
-        """Whether the statistics are the batch's own, rather than the running ones."""
+        """Whether batch statistics are used, rather than running ones."""
         return self.training and not self.frozen
 
     def _normalize(self, x_NC: Tensor, times: int = 1) -> Tensor:
-        """`times`: how many time steps of these very values there are."""
+        """`times`: the number of time steps that hold these values."""
         if self.uses_batch and self.between == "world" and distributed.is_initialized():
             return self._normalize_over_ranks(x_NC, times)
         if not self.uses_batch or times == 1:
@@ -99,7 +98,7 @@ class BatchNorm(nn.Module):
                 self.momentum,
                 self.eps,
             )
-        # With momentum 1, what the running statistics become is the batch's.
+        # With momentum 1 the updated statistics are those of the batch.
         mean_C, var_C = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
         y_NC = F.batch_norm(x_NC, mean_C, var_C, self.weight, self.bias, True, 1.0, self.eps)
         count = x_NC.numel() // self.channels
@@ -117,11 +116,11 @@ class BatchNorm(nn.Module):
 
     @torch.no_grad()
     def _move(self, mean_C: Tensor, var_C: Tensor, count: Tensor | int, times: int) -> None:
-        """The running statistics, by mean and biased variance of `count` samples at each of `times`
-        equal steps.
+        """Update the running statistics `times` times, from mean and biased variance of `count`
+        samples.
         """
         moves, samples = (times, count) if self.over == "step" else (1, count * times)
-        part = 1 - (1 - self.momentum) ** moves  # so many moves towards one value
+        part = 1 - (1 - self.momentum) ** moves  # the effect of `moves` updates
         self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), part)
         self.running_var.lerp_((var_C * (samples / (samples - 1))).to(self.running_var.dtype), part)
 
@@ -133,13 +132,13 @@ class BatchNorm(nn.Module):
 
 
 def is_foreign_norm(module: nn.Module) -> bool:
-    """Whether `module` is another class than `BatchNorm` and takes or keeps statistics over all
-    samples of its input.
+    """Whether `module` is not a `BatchNorm` but takes or keeps statistics over all samples of its
+    input.
 
     Examples are torch's BatchNorm, its InstanceNorm with running statistics, and timm's
-    BatchNormAct2d and EvoNorm2dB0. Their input has no time axis, `[T B, C, ...]`, so their
-    statistics mix the time steps of a call. A layer whose weight is a buffer (torchvision's
-    FrozenBatchNorm2d) takes no statistics.
+    BatchNormAct2d and EvoNorm2dB0. Their input `[T B, C, ...]` has no time axis, so their
+    statistics mix time steps. A layer whose weight is a buffer (torchvision's FrozenBatchNorm2d)
+    takes no statistics.
     """
     if isinstance(module, BatchNorm):
         return False
@@ -152,8 +151,9 @@ def is_foreign_norm(module: nn.Module) -> bool:
 def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The foreign norms of `model` that use batch statistics in training, by module name.
 
-    A norm that stays in evaluation mode when the model is put into training mode uses its running
-    statistics: it is left out."""
+    A norm that stays in evaluation mode after `model.train()` uses its running statistics and is
+    left out.
+    """
     modes = {module: module.training for module in model.modules()}
     model.train()
     found = {
@@ -171,27 +171,27 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
-def by_own_samples(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, batch norms under `model` normalise by the samples of this rank: for what one rank
-    computes, or each by itself.
+def local_statistics(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, batch norms under `model` use the samples of this rank, so no collective is
+    needed.
     """
     return attribute_set(batch_norms(model), "between", "rank")
 
 
-def standing_for(model: nn.Module, steps: int) -> AbstractContextManager[None]:
-    """Inside, the slices that batch norms under `model` see are one frame, which stands for so many
-    time steps.
+def repeated_steps(model: nn.Module, steps: int) -> AbstractContextManager[None]:
+    """Inside, batch norms under `model` treat their input as one frame that is repeated `steps`
+    times.
     """
-    return attribute_set(batch_norms(model), "stands_for", steps)
+    return attribute_set(batch_norms(model), "repeats", steps)
 
 
 def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance per channel over the samples of all ranks, with gradient, and the
-    number of samples.
+    """Mean and biased variance per channel over the samples of all ranks, with gradient, and their
+    number.
 
-    One collective: each rank fills its own row of a table, and the sum over ranks is the whole
-    table. Mean and squared deviations are combined by Chan's rule, which does not cancel as E[x^2]
-    - E[x]^2 does.
+    It uses one collective: each rank fills its own row of a table, and the sum over ranks gives the
+    whole table. Mean and squared deviations are combined by Chan's rule, which is free of the
+    cancellation in E[x^2] - E[x]^2.
 
     Source: Chan, Golub & LeVeque 1983 (doi 10.1080/00031305.1983.10483115), eq. 2.1.
     """
@@ -210,7 +210,7 @@ def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """all_reduce(sum) both ways: each rank's gradient is that of the sum of all ranks' losses."""
+    """all_reduce(sum) in both directions: the gradient is that of the sum of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
-"""What a product is worked out for, where it is neither the forward of a network nor the backward
-of one.
+"""The purpose of matrix products outside the network's own forward and backward.
 
-    with serving("solver"):
-        ...                      # every product in here belongs to the solver
+    with op_scope("solver"):
+        ...                      # products in here are counted for the solver
 
-A rule says so where its own work begins, and whoever counts operations (`measure/operations.py`)
-asks `served()`. Inner beats outer. It costs two moves of a context variable, and nothing happens
-where nobody asks.
+Rules open a scope where their own work begins. The operation counter (`measure/operations.py`)
+reads `current_scope()`. The innermost scope counts. A scope costs two updates of a context
+variable.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-Served = Literal["recomputation", "solver", "feedback", "lateral", "rates", "limit"]
-"""recomputation: a forward made again for its backward; solver: the adjoint of an equilibrium;
-feedback: signals to hidden layers, and learning what makes them; lateral: the subspaces of old
-tasks, and the projection; rates: means over time; limit: the norm of a weight that is limited"""
+OpScope = Literal["recomputation", "solver", "feedback", "lateral", "rates", "limit"]
+"""recomputation: a forward repeated for its backward; solver: the adjoint of an equilibrium;
+feedback: signals to hidden layers and the update of their matrices; lateral: the subspaces of old
+tasks and the projection; rates: means over time; limit: the norm of a limited weight"""
 
-_served: ContextVar[Served | None] = ContextVar("served", default=None)
+_served: ContextVar[OpScope | None] = ContextVar("op_scope", default=None)
 
 
 @contextmanager
-def serving(what: Served) -> Iterator[None]:
-    """Inside, products are worked out for `what`."""
+def op_scope(what: OpScope) -> Iterator[None]:
+    """Inside, products are counted for `what`."""
     token = _served.set(what)
     try:
         yield
@@ -34,6 +33,6 @@ def serving(what: Served) -> Iterator[None]:
         _served.reset(token)
 
 
-def served() -> Served | None:
-    """What products are worked out for at the moment; None: forward or backward of the network."""
+def current_scope() -> OpScope | None:
+    """The innermost scope; None for the network's own forward or backward."""
     return _served.get()

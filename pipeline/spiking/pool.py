@@ -1,8 +1,8 @@
-"""The mean of every square of pixels, of which nothing is kept: torch's own (2.13) keeps its input,
-for no more than its shape.
+"""Average pooling that keeps no tensor for the backward; torch's pool (2.13) keeps its input for
+its shape.
 
-On a CPU slices are added up, which on small images took a sixth of the time of torch's pool, and
-backwards a quarter of it (docs/LOG.md).
+On a CPU it adds up slices. On small images this took a sixth of the time of torch's pool, and a
+quarter in the backward (docs/LOG.md).
 """
 
 # N images, C channels, H W pixels
@@ -18,12 +18,12 @@ from pipeline.core.checks import refuse_unless_counts
 
 
 class MeanPool(nn.Module):
-    """The means of `size` x `size` pixels side by side: `[N, C, H, W]` to `[N, C, H // size, W //
-    size]`.
+    """Means of disjoint squares of `size` x `size` pixels: `[N, C, H, W]` to `[N, C, H // size, W
+    // size]`.
 
-    What is left over at the right and at the bottom is left out, as in `nn.AvgPool2d(size)`.
+    Remaining rows and columns at the right and the bottom are ignored, as in `nn.AvgPool2d(size)`.
 
-    Raises: ValueError for an image without one such square.
+    Raises: ValueError for an image smaller than one square.
     """
 
     def __init__(self, size: int) -> None:
@@ -47,7 +47,7 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor, size: int) -> Tensor:
         ctx.shape, ctx.size = x_NCHW.shape, size
-        # Below fp32 each sum of two slices would be rounded.
+        # Below fp32 every partial sum would be rounded.
         adds_slices = x_NCHW.device.type == "cpu" and x_NCHW.element_size() >= 4
         return mean_of_slices(x_NCHW, size) if adds_slices else F.avg_pool2d(x_NCHW, size)
 
@@ -55,21 +55,21 @@ class _Mean(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (g,) = grad_outputs
         share = g / ctx.size**2
-        return (into_slices if g.device.type == "cpu" else enlarged)(
+        return (spread_by_slices if g.device.type == "cpu" else spread_by_interpolation)(
             share, ctx.shape, ctx.size
         ), None
 
 
 def mean_of_slices(x_NCHW: Tensor, size: int) -> Tensor:
-    """The pool, by sums of every `size`-th row and column."""
+    """The pool, as a sum of every `size`-th row and column."""
     height, width = (pixels // size * size for pixels in x_NCHW.shape[-2:])
     above = reduce(torch.add, (x_NCHW[..., row:height:size, :] for row in range(size)))
     return reduce(torch.add, (above[..., column:width:size] for column in range(size))) / size**2
 
 
-def into_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """Each pixel of `share` at every place of its square, and 0 where none is: many kernels, and
-    the fastest way on a CPU.
+def spread_by_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """Copy each pixel of `share` to its square, and 0 to pixels outside all squares; the fastest
+    way on a CPU.
     """
     height, width = (pixels * size for pixels in share.shape[-2:])
     made = (share.new_empty if (height, width) == shape[-2:] else share.new_zeros)(shape)
@@ -79,8 +79,8 @@ def into_slices(share: Tensor, shape: torch.Size, size: int) -> Tensor:
     return made
 
 
-def enlarged(share: Tensor, shape: torch.Size, size: int) -> Tensor:
-    """The same in one kernel, and another where pixels are left over."""
+def spread_by_interpolation(share: Tensor, shape: torch.Size, size: int) -> Tensor:
+    """The same in one kernel, and a second one for pixels outside all squares."""
     made = F.interpolate(share, scale_factor=size, mode="nearest")
     below, right = (
         whole - covered for whole, covered in zip(shape[-2:], made.shape[-2:], strict=True)

@@ -1,9 +1,8 @@
-"""Who hears what the weight of a synapse multiplies: inputs of each step, traces, or rates, as rows
-of numbers.
+"""Recording of presynaptic inputs: the factors that a synapse's weight gradient multiplies, as
+rows.
 """
 
-# T time, B batch, N samples and time steps, C inputs of a synapse (of a convolution: the values of
-# a patch)
+# T time, B batch, N samples and time steps, C inputs of a synapse (for a convolution: of a patch)
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -12,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spiking.encode import is_still
-from pipeline.spiking.op_scope import serving
+from pipeline.spiking.encode import is_static
+from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import rate_weights
 from pipeline.spiking.state import attribute_set
 from pipeline.spiking.subspace import Moments, Subspace
 from pipeline.spiking.synapse import Conv2d, Linear
 
 
-class Ear:
-    """Adds up what one synapse hears while `open_for` holds the number of steps T of the batch
-    (`listening`).
+class InputRecorder:
+    """Accumulates moments of one synapse's inputs, for one subspace, while `recording` is active.
 
-    With `decay`, it hears the weighted mean over time in the place of each step.
+    The inputs are the values of each step, or with `decay` their weighted mean over time. `steps`
+    is the number of time steps of the batch while recording, else None.
     """
 
     def __init__(
@@ -35,34 +34,30 @@ class Ear:
         moments: Callable[[Subspace], Moments],
         decay: float | None,
     ) -> None:
-        self.name, self.synapse, self.subspace, self.moments, self.decay = (
-            name,
-            synapse,
-            subspace,
-            moments,
-            decay,
-        )
-        self.open_for: int | None = None
-        self.heard: Moments | None = None
+        self.name, self.synapse, self.subspace = name, synapse, subspace
+        self.moments, self.decay = moments, decay
+        self.steps: int | None = None
+        self.pending: Moments | None = None
         self.last: Moments | None = None
-        """of the last batch, means over ranks"""
+        """the moments of the last global batch"""
 
     @torch.no_grad()
-    def hear(self, x_TB: Tensor) -> None:
-        """Raises: ValueError for a part of the sequence where the rates of all of it are asked
-        for.
+    def record(self, x_TB: Tensor) -> None:
+        """Add the inputs `x_TB` to the moments.
+
+        Raises: ValueError if a mean over time is needed and `x_TB` is only a part of the sequence.
         """
-        if self.open_for is None:
+        if self.steps is None:
             return
-        if self.decay is not None and len(x_TB) != self.open_for:
+        if self.decay is not None and len(x_TB) != self.steps:
             raise ValueError(
                 "HLOP: learn_from='rates' needs a rule that gives all T steps to the model at"
-                f" once; got {len(x_TB)} of {self.open_for} steps at {self.name}"
+                f" once; got {len(x_TB)} of {self.steps} steps at {self.name}"
             )
-        if self.heard is None:
-            self.heard = self.moments(self.subspace)
-        with torch.autocast(x_TB.device.type, enabled=False), serving("lateral"):
-            if is_still(x_TB):  # every mean over time is the frame
+        if self.pending is None:
+            self.pending = self.moments(self.subspace)
+        with torch.autocast(x_TB.device.type, enabled=False), op_scope("lateral"):
+            if is_static(x_TB):  # the mean over time is the frame itself
                 x_TB = x_TB[:1]
             elif self.decay is not None:
                 x_TB = torch.einsum(
@@ -70,64 +65,58 @@ class Ear:
                     rate_weights(self.decay, x_TB),
                     x_TB.to(self.subspace.old.dtype),
                 ).unsqueeze(0)
-            for x_NC in factors(self.synapse, x_TB.to(self.subspace.old.dtype)):
-                self.heard.add(x_NC)
+            for x_NC in input_rows(self.synapse, x_TB.to(self.subspace.old.dtype)):
+                self.pending.add(x_NC)
 
     def energy(self) -> float:
-        """The share of the last batch's energy that the rows keep; before the first batch, what the
-        checkpoint says, or 0.
+        """The share of the inputs' energy in the last batch that the rows keep; before the first
+        batch the checkpoint's value, or 0.
         """
         if self.last is not None:
             self.subspace.energy.copy_(self.last.energy(self.subspace))
         return float(self.subspace.energy)
 
     def bytes(self) -> int:
-        """Of what it adds up in a batch, and what the last batch came to, which is there until
-        then.
-        """
+        """Bytes of the moments of the current batch and of the last one."""
         as_large = vars(self.moments(self.subspace)).values()
         return 2 * sum(each.nbytes for each in as_large if isinstance(each, Tensor))
 
-    def forget(self) -> None:
-        """What a batch that came to no end left behind."""
-        self.heard = None
+    def discard(self) -> None:
+        """Discard the moments of an unfinished batch."""
+        self.pending = None
 
-    def take(self, over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
-        """The moments of a global batch, and a new beginning; None for a synapse that it did not
-        pass. Collective.
+    def finish(self, over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
+        """The moments of a global batch, averaged over ranks, and a new start. Collective. None if
+        the batch did not pass this synapse.
         """
-        heard, self.heard = self.heard, None
-        if heard is not None:
-            heard.mean(over_ranks)
-            self.last = heard
-        return heard
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.mean(over_ranks)
+            self.last = pending
+        return pending
 
 
-def listening(ears: Sequence[Ear], steps: int) -> AbstractContextManager[None]:
-    """Inside, all of them hear a batch of so many time steps."""
-    return attribute_set(ears, "open_for", steps)
+def recording(recorders: Sequence[InputRecorder], steps: int) -> AbstractContextManager[None]:
+    """Inside, all `recorders` record a batch of `steps` time steps."""
+    return attribute_set(recorders, "steps", steps)
 
 
-class Overheard:
-    """The seam `presynaptic` with an ear on the factor that it makes."""
+class RecordedFactor:
+    """A `presynaptic` seam that also passes its factor to a recorder."""
 
-    def __init__(self, seam: Callable[[Tensor], Tensor], hear: Callable[[Tensor], None]) -> None:
-        self.seam, self.hear = seam, hear
+    def __init__(self, seam: Callable[[Tensor], Tensor], record: Callable[[Tensor], None]) -> None:
+        self.seam, self.record = seam, record
         self.state = getattr(seam, "state", None)
 
     def __call__(self, x_TB: Tensor) -> Tensor:
         factor_TB = self.seam(x_TB)
-        self.hear(factor_TB)
+        self.record(factor_TB)
         return factor_TB
 
 
-def fan_in(synapse: Linear | Conv2d) -> int:
-    return synapse.weight[0].numel()
-
-
-def factors(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
-    """`[N, C]`: what each row of the weight is multiplied with; the patches of a convolution one
-    time step after another.
+def input_rows(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
+    """Blocks `[N, C]` of the inputs that each row of the weight multiplies; for a convolution the
+    patches of one time step after another.
     """
     if isinstance(synapse, Linear):
         yield x_TB.flatten(0, -2)

@@ -1,28 +1,28 @@
-"""Rate-coded neurons: spikes of a learnable height, whose mean over time is a ramp with two
-corners.
+"""Rate-coded neurons: spikes of a learnable height, whose mean over time is a clamped linear
+function.
 
-    IF:    u[t] = v[t-1] + x[t]                      LIF:    u[t] = b v[t-1] + (1 - b) x[t],    b =
-    exp(-dt / tau) s[t] = 1 if u[t] >= alpha threshold else 0       v[t] = u[t] - threshold s[t],
-    v[0] = 0
+    IF:    u[t] = v[t-1] + x[t]
+    LIF:   u[t] = b v[t-1] + (1 - b) x[t],   b = exp(-dt / tau)
+    s[t] = 1 if u[t] >= alpha threshold else 0
+    v[t] = u[t] - threshold s[t],   v[0] = 0
     out[t] = height s[t]
 
 Unrolled from 0 to T, with weights w[t] that sum to 1, rate r = sum_t w[t] out[t] and mean input I =
 sum_t w[t] x[t]:
 
-    r = gain I - v[T] / (dt sum_t b^(T-t)),          so    r is near clamp(gain I, 0, height) while
-    v[T] is small
+    r = gain I - v[T] / (dt sum_t b^(T-t)),   so   r is close to clamp(gain I, 0, height)
 
-            w[t]                    gain            height              |r - clamp| for a constant
-            input, at most
-    IF      1 / T                   1               threshold           max(alpha, 1 - alpha) height
-    / T
-    LIF     b^(T-t) / sum           (1 - b) / dt    threshold / dt      max(alpha, 1 - alpha) height
-    (1 - b) / (1 - b^T)
+           w[t]            gain           height           bound of |r - clamp|, constant input
+    IF     1 / T           1              threshold        max(alpha, 1 - alpha) height / T
+    LIF    b^(T-t) / sum   (1 - b) / dt   threshold / dt   max(alpha, 1 - alpha) height
+                                                           (1 - b) / (1 - b^T)
 
-IF's error falls with T; LIF's does not, it falls with dt. Input that changes obeys neither bound.
+The error of IF falls with T. The error of LIF falls with dt, not with T. The bounds do not hold for
+an input that changes.
 
-Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There LIF's gain is 1 / tau,
-which (1 - b) / dt is at dt = 0."""
+Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There LIF's gain is 1 / tau, the
+limit of (1 - b) / dt at dt = 0.
+"""
 
 # T time, B batch, K classes
 
@@ -38,16 +38,16 @@ from pipeline.spiking.surrogate import Surrogate, Triangle, spike
 
 
 class RateNeuron(LIF):
-    """What `RateIF` and `RateLIF` make: a LIF whose spikes are worth `threshold / dt` each.
+    """The neuron of `RateIF` and `RateLIF`: a LIF whose spikes have the height `threshold / dt`.
 
-    `threshold`, a parameter of shape (1,), is in units of the potential; the neuron fires at
-    `alpha` of it, which centres the error of the rate. It is kept from below at `bound` by a view:
-    the parameter itself is never written to, as ZeRO trains a copy of it, and its gradient passes
-    the bound unchanged, so that it is linear in the batch and the same for any number of ranks.
-    That gradient is multiplied by `threshold_gradient`, under every rule.
+    `threshold`, a parameter of shape (1,), is in units of the potential. The neuron fires at
+    `alpha` times it, which centres the error of the rate. The forward uses max(threshold, bound).
+    The parameter itself is never clamped, because ZeRO trains a copy of it. Its gradient passes the
+    bound unchanged, so it is linear in the batch and the same for any number of ranks. The gradient
+    is multiplied by `threshold_gradient` under every rule.
 
-    The seams are LIF's. Without a rule the spike has the surrogate's derivative, on u / threshold -
-    alpha, and a detached reset.
+    The seams are LIF's. Without a rule the spike has the surrogate's derivative at u / threshold -
+    alpha, and the reset is detached.
 
     Raises: ValueError for arguments out of range.
     """
@@ -79,7 +79,7 @@ class RateNeuron(LIF):
                 f" threshold_gradient={threshold_gradient}"
             )
         super().__init__(decay, scale_input=decay < 1, surrogate=surrogate)
-        del self.threshold, self.subtract  # numbers; here one parameter stands for both
+        del self.threshold, self.subtract  # LIF's numbers: here one parameter replaces both
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
         self.dt = dt
         self.alpha = alpha
@@ -87,13 +87,13 @@ class RateNeuron(LIF):
         self.threshold_gradient = threshold_gradient
         self.gain = 1.0 if decay == 1 else (1 - decay) / dt
 
-    def held_threshold(self) -> Tensor:
-        """The threshold in force: not below `bound`, with the scaled gradient."""
-        return _Held.apply(self.threshold, self.bound, self.threshold_gradient)  # type: ignore[return-value]
+    def clamped_threshold(self) -> Tensor:
+        """max(threshold, bound), with the scaled gradient."""
+        return _ClampedThreshold.apply(self.threshold, self.bound, self.threshold_gradient)  # type: ignore[return-value]
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""
-        threshold = self.held_threshold().to(v_B.dtype)
+        threshold = self.clamped_threshold().to(v_B.dtype)
         u_B = self.charged(x_B, v_B)
         s_B = spike((u_B - self.alpha * threshold) / threshold, surrogate=self.surrogate)
         return s_B * (threshold / self.dt), u_B - threshold * s_B.detach()
@@ -113,7 +113,7 @@ def RateIF(
     threshold_gradient: float = 1.0,
     surrogate: Surrogate = Triangle(),
 ) -> RateNeuron:
-    """DSR's integrate-and-fire neuron; the defaults are those published for CIFAR.
+    """DSR's integrate-and-fire neuron, with the defaults published for CIFAR.
 
     On ImageNet the published `threshold_gradient` is 0.001.
     """
@@ -138,15 +138,15 @@ def RateLIF(
     threshold_gradient: float | None = None,
     surrogate: Surrogate = Triangle(),
 ) -> RateNeuron:
-    """DSR's leaky neuron; `tau` and `dt`, the length of a time step, in one unit of time. The
-    defaults are CIFAR's.
+    """DSR's leaky neuron, with the defaults published for CIFAR. `tau` and the time step `dt` share
+    one unit.
 
-    `threshold_gradient=None` is dt^2. What the network feels is the height threshold / dt, so the
-    exact derivative by the threshold (1.0) moves the height under SGD by 1 / dt^2 = 400 times of
-    what it would move as a parameter itself; dt^2 makes up for that, and is what the published code
-    does (its gradient has dt in the place of 1 / dt).
+    `threshold_gradient=None` is dt^2. The network sees the height threshold / dt. With the exact
+    derivative by the threshold (1.0), SGD moves the height by 1 / dt^2 = 400 times the step of a
+    height parameter. dt^2 cancels this factor, as in the published code (its gradient has dt in
+    place of 1 / dt).
 
-    Raises: ValueError for tau or dt that are not positive.
+    Raises: ValueError unless tau and dt are positive.
     """
     if not (tau > 0 and dt > 0):
         raise ValueError(f"RateLIF: tau and dt must be > 0; got tau={tau}, dt={dt}")
@@ -162,12 +162,11 @@ def RateLIF(
 
 
 class WeightedRates(nn.Module):
-    """Readout of LIF rates: step t times T w[t], so that the mean over time of what comes out is
-    the weighted rate.
+    """Readout of LIF rates: scales step t by T w[t], so the mean over time is the weighted rate.
 
-        y[t] = T w[t] x[t],      mean_t y[t] = sum_t w[t] x[t]
+        y[t] = T w[t] x[t],   mean_t y[t] = sum_t w[t] x[t]
 
-    The weights count back from the last step, so the sequence must come whole.
+    The weights count from the last step, so the whole sequence must come in one call.
 
     Raises: ValueError for a second slice within one fresh_state.
     """
@@ -192,8 +191,8 @@ class WeightedRates(nn.Module):
 
 
 def rate_readout(neuron: nn.Module) -> nn.Module:
-    """What stands between a network's last layer and its logits: weights where its neurons' rates
-    are weighted.
+    """The readout for a network of such neurons: `WeightedRates` for leaky rate neurons, else the
+    identity.
     """
     if isinstance(neuron, RateNeuron) and neuron.decay < 1:
         return WeightedRates(neuron.decay)
@@ -201,15 +200,15 @@ def rate_readout(neuron: nn.Module) -> nn.Module:
 
 
 def rate_weights(decay: float, x_TB: Tensor) -> Tensor:
-    """decay^(T-t) / sum over the T steps of `x_TB`: `[T]`; 1 / T each where nothing decays."""
+    """decay^(T-t) / sum over the T steps of `x_TB`, `[T]`; for decay 1 each weight is 1 / T."""
     powers = [decay**age for age in reversed(range(len(x_TB)))]
     total = sum(powers)
     dtype = torch.promote_types(x_TB.dtype, torch.float32)
     return torch.tensor([power / total for power in powers], dtype=dtype, device=x_TB.device)
 
 
-class _Held(torch.autograd.Function):
-    """max(threshold, bound) forward; the gradient passes, scaled."""
+class _ClampedThreshold(torch.autograd.Function):
+    """max(threshold, bound); the backward scales the gradient and ignores the bound."""
 
     @staticmethod
     def forward(ctx: Any, threshold: Tensor, bound: float, scale: float) -> Tensor:

@@ -1,21 +1,21 @@
-"""What is the same in every slice of a batch, computed once: what comes of a still image, and
-weights that are made of others.
+"""Values that all slices of a batch share, computed once: outputs for a static input, derived
+weights.
 
-A rule that gives the model one slice of time after another opens `slice_cache` around them, and
-says so where one slice is the last that it differentiates, whose loss it hands over:
+A rule that passes slices of time to the model opens `slice_cache` around them. If each slice has
+its own backward, the rule marks the last differentiated slice and passes its loss through
+`with_gradients`:
 
-    y = make()                                  at the first slice, with its graph if any slice
-    learns
-    slice t reads a copy of y without a graph, which collects the gradient of its backward: G =
-    sum_t dL[t]/dy the last slice reads y itself, and the backward of its loss hands y beside
-    dL[last]/dy the G of the others
+    first slice     y = compute(), with a graph if any slice is differentiated
+    slice t         reads a copy of y without a graph, which accumulates G = sum_t dL[t]/dy
+    last slice      reads y itself; the backward of its loss gives y dL[last]/dy + G
 
-So `make` has one forward and one backward a batch, no backward call is added, and nothing is lost
-of what the last slice does not read. All gradients of a micro-batch carry the same factor (its
-share, a loss scale), so G does.
+So `compute` has one forward and one backward per batch. No backward call is added, and no gradient
+is lost if the last slice does not read y. All gradients of a micro-batch, and so G, have the same
+factor (its weight in the batch, a loss scale).
 
-It is exact where each slice's gradient is linear in dL[t]/dy with one factor for all t, and the
-weights rest meanwhile."""
+The result is exact if the weights do not change within the batch and each slice's gradient is
+linear in dL[t]/dy with the same factor for all t.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from pipeline.spiking.state import State, attribute_set
 Backwards = Literal["one", "several"]
 
 
-class Sharing:
-    """What the slices of one batch of `steps` time steps have in common.
+class SliceCache:
+    """The shared values of the slices of one batch of `steps` time steps.
 
-    `backwards`: whether one backward call goes through all of them, or several through each or
-    some. `parameters`: gives what gradients are left on beside what is made once.
+    Args:
+        backwards: "one" if a single backward call passes through all slices, "several" if there are
+            more.
+        parameters: returns the tensors that receive gradients besides the cached values.
     """
 
     def __init__(
@@ -50,69 +52,68 @@ class Sharing:
         self.backwards: Backwards = backwards
         self.parameters = parameters
         self.is_last = False
-        """whether the slice at hand is the last that is differentiated; a rule of several backward
-        calls sets it
-        """
-        self.learns = torch.is_grad_enabled()
-        self.image_B: Tensor | None = None
-        """the still image of the batch, from when it is first seen"""
-        self._makes = False
-        self._made: list[tuple[State, Tensor]] = []
+        """whether the current slice is the last differentiated one; set by the rule"""
+        self.needs_graph = torch.is_grad_enabled()
+        self.frame_B: Tensor | None = None
+        """the frame of a static input, once it was seen"""
+        self._is_computing = False
+        self._computed: list[tuple[State, Tensor]] = []
 
-    def once(self, state: State, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` makes, for the slice at hand; remembered in `state`, with the gradient that
-        it collects.
+    def once(self, state: State, compute: Callable[[], Tensor]) -> Tensor:
+        """The cached value of `state`, for the current slice; `compute` runs at the first call.
 
-        What is made on the way to something else is made there alone, and not remembered.
+        A value that is needed inside another `compute` is computed there and not cached.
         """
-        if self._makes:
-            return make()
+        if self._is_computing:
+            return compute()
         y = state.read("y")
         if y is None:
-            y = self._make(make)
+            y = self._compute(compute)
             state.write("y", y)
             if y.requires_grad:
-                self._made.append((state, y))
+                self._computed.append((state, y))
         if (
             self.backwards == "several"
             and not self.is_last
             and y.requires_grad
             and torch.is_grad_enabled()
         ):
-            return self._without_graph(state, y)
+            return self._detached_copy(state, y)
         return y
 
-    def carrying(self, loss: Tensor) -> Tensor:
-        """The loss of the slice at hand; of the last one, with what the others collected in its
-        backward.
+    def with_gradients(self, loss: Tensor) -> Tensor:
+        """The loss of the current slice. For the last slice its backward adds the gradients that
+        the other slices collected.
 
-        To be asked before every backward, whatever the slice has read.
+        It must be called before every backward.
         """
-        self._note_gradients()
-        if self.backwards == "one" or not self.is_last or not self._made:
+        self._store_gradients()
+        if self.backwards == "one" or not self.is_last or not self._computed:
             return loss
-        states, made = zip(*self._made, strict=True)
+        states, made = zip(*self._computed, strict=True)
         # apply is untyped
-        return _Carrying.apply(loss, states, *made)  # type: ignore[return-value]
+        return _AddGradients.apply(loss, states, *made)  # type: ignore[return-value]
 
-    def _without_graph(self, state: State, y: Tensor) -> Tensor:
-        """A copy of y, on which the gradients of several backward calls add up."""
+    def _detached_copy(self, state: State, y: Tensor) -> Tensor:
+        """A copy of y without a graph, which accumulates the gradients of several backward
+        calls.
+        """
         copy = state.read("copy")
         if copy is None:
-            # Never below fp32, as the gradients of the weights are not that it stands for.
+            # At least fp32, like the gradients of the weights behind y.
             copy = y.detach().to(torch.promote_types(y.dtype, torch.float32)).requires_grad_()
             state.write("copy", copy)
         return copy.to(y.dtype)
 
-    def _note_gradients(self) -> None:
-        """Those that a first backward has left: they are among what the network remembers, and
-        counted.
+    def _store_gradients(self) -> None:
+        """Store the first gradients of the copies in their states, where they count as memory of
+        the network.
 
-        Others are added to them in place, so each needs memory of its own: of a sum autograd gives
-        all terms one gradient, and leaves it on several of them (torch 2.13).
+        Later gradients are added in place, so each needs its own memory. For a sum, autograd passes
+        one gradient tensor to all terms (torch 2.13); it is cloned here.
         """
         copies = [
-            (state, copy) for state, _ in self._made if (copy := state.read("copy")) is not None
+            (state, copy) for state, _ in self._computed if (copy := state.read("copy")) is not None
         ]
         new = [
             (state, copy, copy.grad)
@@ -122,27 +123,27 @@ class Sharing:
         if not new:
             return
         leaves = (*(copy for _, copy in copies), *self.parameters())
-        places = Counter(_memory(leaf.grad) for leaf in leaves if leaf.grad is not None)
+        places = Counter(_storage(leaf.grad) for leaf in leaves if leaf.grad is not None)
         for state, copy, gradient in new:
-            if places[_memory(gradient)] > 1:
+            if places[_storage(gradient)] > 1:
                 gradient = copy.grad = gradient.clone()
             state.write("gradient", gradient)
 
-    def _make(self, make: Callable[[], Tensor]) -> Tensor:
-        # A slice that does not learn may come before one that does; one backward through all slices
-        # finds one mode for all.
-        with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.learns
-        self._makes = True
+    def _compute(self, compute: Callable[[], Tensor]) -> Tensor:
+        # The first slice may run without a graph although a later one needs it. With one backward
+        # call all slices have the same mode.
+        with_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
+        self._is_computing = True
         try:
             with torch.set_grad_enabled(with_graph):
-                return make()
+                return compute()
         finally:
-            self._makes = False
+            self._is_computing = False
 
 
-class _Carrying(torch.autograd.Function):
-    """The loss as it is, and in its backward for each y the gradient that its state has
-    collected.
+class _AddGradients(torch.autograd.Function):
+    """Identity on the loss; its backward gives each y the gradient that its state has
+    accumulated.
     """
 
     @staticmethod
@@ -155,18 +156,18 @@ class _Carrying(torch.autograd.Function):
         return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
 
 
-def _memory(value: Tensor) -> int:
-    return value.untyped_storage()._cdata  # not its address: a tensor without values has none
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata  # not the address, which a meta tensor lacks
 
 
 @contextmanager
-def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterator[Sharing]:
-    """Inside, the slices of a batch of `steps` time steps share what each module of `model` with a
-    `sharing` makes once.
+def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterator[SliceCache]:
+    """Inside, the slices of a batch share the cached values of every module with a `slice_cache`
+    seam.
 
-    To be entered inside `fresh_state`, for one batch whose weights rest.
+    It is entered inside `fresh_state`, for one batch during which the weights do not change.
     """
-    sharing = Sharing(steps=steps, backwards=backwards, parameters=model.parameters)
-    sharers = [module for module in model.modules() if hasattr(module, "sharing")]
-    with attribute_set(sharers, "sharing", sharing):
-        yield sharing
+    cache = SliceCache(steps=steps, backwards=backwards, parameters=model.parameters)
+    modules = [module for module in model.modules() if hasattr(module, "slice_cache")]
+    with attribute_set(modules, "slice_cache", cache):
+        yield cache

@@ -1,9 +1,9 @@
-"""What a network remembers between time steps, and who clears it.
+"""The memory of a network between time steps.
 
-A module with memory holds a `State` as its attribute `state`; `fresh_state(model)` is the only
-owner: it opens every state of a model at the start of a batch and empties it at the end. The values
-are plain tensors, not buffers: a buffer would enter `state_dict`, and DDP would overwrite it by
-rank 0's at each forward (measured on torch 2.13).
+A stateful module holds a `State` as its attribute `state`. `fresh_state(model)` is the only owner:
+it opens all states of a model at the start of a batch and clears them at the end. The values are
+plain tensors. Buffers would enter `state_dict`, and DDP would overwrite them with those of rank 0
+at each forward (measured on torch 2.13).
 """
 
 from collections.abc import Container, Iterable, Iterator
@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# Where a rule puts its callables. A callable with memory of its own (a trace) holds a `State` as
-# `state`, too.
+# Attributes that a rule sets on modules. A seam with memory (a trace) holds a `State` as `state`.
 SEAMS = ("presynaptic", "backward_weight", "carry", "gradient", "adjoint")
 
 
 class State:
-    """The memory of one neuron or synapse: named tensors, readable only inside `fresh_state`.
+    """The memory of one neuron or synapse: named tensors, accessible only inside `fresh_state`.
 
-    Raises: ValueError when read or written outside `fresh_state`.
+    Raises: ValueError on access outside `fresh_state`.
     """
 
     def __init__(self, owner: str) -> None:
@@ -30,7 +29,7 @@ class State:
         self.values: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor | None:
-        """The tensor of the last step, or None at the first step of a batch."""
+        """The tensor written at the last step, or None at the first step of a batch."""
         self._check_open()
         return self.values.get(name)
 
@@ -48,13 +47,13 @@ class State:
 
 @contextmanager
 def fresh_state(model: nn.Module) -> Iterator[None]:
-    """Every neuron of `model` at rest, for the length of one batch.
+    """Inside, the model processes one batch, from empty memory.
 
-    Inside, T slices of length 1 continue one another and equal one call on T. On exit, by an
-    exception too, everything remembered is dropped: a membrane with a graph would keep that graph
-    alive and break `deepcopy`.
+    T slices of length 1 continue one another and equal one call on T steps. On exit, also by an
+    exception, all memory is cleared. A membrane with a graph would keep that graph alive and break
+    `deepcopy`.
 
-    Raises: ValueError when the model is already inside a fresh_state.
+    Raises: ValueError if the model is already inside a fresh_state.
     """
     states = states_of(model)
     for state in states:
@@ -75,8 +74,8 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attribute_set(holders: Iterable[Any], name: str, value: object) -> Iterator[None]:
-    """Inside, the attribute `name` of each of `holders` is `value`; afterwards it is what it
-    was.
+    """Inside, the attribute `name` of each of `holders` is `value`; afterwards the old value is
+    restored.
     """
     before = [(holder, getattr(holder, name)) for holder in holders]
     for holder, _ in before:
@@ -100,7 +99,9 @@ def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def states_of(model: nn.Module) -> list[State]:
-    """Every state in `model` (a bare network, or a wrapper around one), each once."""
+    """Every state in `model` and its seams, each once; `model` may be a wrapper around a
+    network.
+    """
     found: dict[int, State] = {}
     for module in model.modules():
         for holder in (module, *(getattr(module, seam, None) for seam in SEAMS)):
@@ -111,11 +112,12 @@ def states_of(model: nn.Module) -> list[State]:
 
 
 def state_bytes(model: nn.Module, *, beside: Container[int] = ()) -> int:
-    """Bytes of membranes, traces, and what slices share with its gradient, each storage once; 0
-    outside `fresh_state`.
+    """Bytes of all state tensors (membranes, traces, cached values and gradients), each storage
+    once; 0 outside `fresh_state`.
 
-    Those `beside` storages that are counted already, each by its `_cdata`: a trace is what backward
-    keeps as well."""
+    Storages whose `_cdata` is in `beside` are skipped, such as traces that the backward keeps
+    anyway.
+    """
     values = (value for state in states_of(model) for value in state.values.values())
     storages = {value.untyped_storage()._cdata: value.untyped_storage() for value in values}
     return sum(storage.nbytes() for key, storage in storages.items() if key not in beside)

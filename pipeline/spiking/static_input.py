@@ -1,9 +1,9 @@
-"""What stands before the first neuron, computed once for a still image, however many slices of time
-steps read it.
+"""The layers before the first neuron, computed once for a static input.
 
-A call on several steps of a still image computes them once as it is (`encode.is_still`); slices
-share what the first of them computed (`once.py`). A synapse whose `presynaptic` gives another
-factor at each step is computed at each step."""
+A call on several steps of a static input (`encode.is_static`) computes them once. Slices of a batch
+share the result of the first slice (`slice_cache.py`). With a `presynaptic` seam, whose factor
+changes from step to step, they are computed at each step.
+"""
 
 # T time, B batch
 
@@ -12,55 +12,61 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.spiking.encode import is_still, repeat
-from pipeline.spiking.norm import standing_for
-from pipeline.spiking.slice_cache import Sharing
+from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.norm import repeated_steps
+from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State
 
 
 class StaticInput(nn.Sequential):
-    """Synapse, norm, pool and the like before the first neuron, as at the head of the file; nothing
-    in it remembers or draws.
+    """Stateless layers before the first neuron, such as synapse, norm and pool.
 
-    Its running statistics move at the first slice, as far as all T steps move them.
+    The running statistics are updated at the first slice, by as much as all T steps would update
+    them.
     """
 
     def __init__(self, *modules: Any) -> None:
         super().__init__(*modules)
-        self.sharing: Sharing | None = None
+        self.slice_cache: SliceCache | None = None
         self.state = State("StaticInput")
 
     @classmethod
     def of(cls, sequence: nn.Sequential) -> "StaticInput":
-        """The same modules under the same names."""
+        """A StaticInput with the modules of `sequence` under the same names."""
         return cls(OrderedDict(sequence.named_children()))
 
     def forward(self, input: Tensor) -> Tensor:
-        sharing = self.sharing
-        if sharing is None or not _is_slice_of_the_image(input, sharing) or self._factors_differ:
+        cache = self.slice_cache
+        if (
+            cache is None
+            or not _is_slice_of_static_frame(input, cache)
+            or self._has_presynaptic_seam
+        ):
             return super().forward(input)
 
         def compute() -> Tensor:
-            with standing_for(self, sharing.steps):
+            with repeated_steps(self, cache.steps):
                 return super(StaticInput, self).forward(input)[0]
 
-        return repeat(sharing.once(self.state, compute), len(input))
+        return repeat(cache.once(self.state, compute), len(input))
 
     @property
-    def _factors_differ(self) -> bool:
+    def _has_presynaptic_seam(self) -> bool:
         return any(getattr(module, "presynaptic", None) is not None for module in self.modules())
 
 
-def _is_slice_of_the_image(x_TB: Tensor, sharing: Sharing) -> bool:
-    """The image is held, so that no other storage takes its place."""
-    if not is_still(x_TB) or len(x_TB) == sharing.steps:
+def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:
+    """Whether `x_TB` is a slice of the batch's static frame. The frame is kept alive so that its
+    storage is not reused.
+    """
+    if not is_static(x_TB) or len(x_TB) == cache.steps:
         return False
-    if sharing.image_B is None:
-        sharing.image_B = x_TB[0]
-    return _place(x_TB) == _place(sharing.image_B) and x_TB.shape[1:] == sharing.image_B.shape
+    if cache.frame_B is None:
+        cache.frame_B = x_TB[0]
+    return _storage(x_TB) == _storage(cache.frame_B) and x_TB.shape[1:] == cache.frame_B.shape
 
 
-def _place(x: Tensor) -> tuple[int, int]:
-    """Storage and offset; a tensor without values, as a forecast counts with, has no address."""
+def _storage(x: Tensor) -> tuple[int, int]:
+    """Storage and offset; not the address, which a meta tensor lacks."""
     # torch's stub says Tensor
     return x.untyped_storage()._cdata, x.storage_offset()  # type: ignore[return-value]

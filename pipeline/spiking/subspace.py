@@ -1,46 +1,50 @@
-"""The subspace that the inputs of a layer span, learnt by lateral neurons from Hebbian and
-anti-Hebbian plasticity.
+"""The subspace of a layer's inputs, learnt by lateral neurons with a Hebbian and an anti-Hebbian
+term.
 
-    y = x H^T                                     lateral neurons, one for each row of H
-    D = clamp(E[y^T (x - y H)], -10, 10)          Hebbian in y x, anti-Hebbian in y (y H);  E over
-    samples and time steps m <- momentum m + (1 - momentum) D,   H <- H + rate m         for the
-    rows that still learn
+    y = x H^T                               lateral neurons, one per row of H
+    D = clamp(E[y^T (x - y H)], -10, 10)    Hebbian in y x, anti-Hebbian in y (y H);
+                                            E over samples and time steps
+    m <- momentum m + (1 - momentum) D,   H <- H + rate m      for the rows that still learn
 
-Frozen rows take part in y H, so new rows learn what the old ones leave over. D sees the inputs only
-through their second moments, D = H S (I - H^T H) with S = E[x^T x]: adding up S over time steps,
-micro-batches and ranks and iterating once for a global batch gives every rank the same H, however
-the batch was cut.
+Frozen rows take part in y H, so new rows learn the rest of the input space. D depends on the inputs
+only through their second moments: D = H S (I - H^T H) with S = E[x^T x]. S is summed over time
+steps, micro-batches and ranks, and H is updated once per global batch. So every rank has the same
+H, however the batch was divided.
 
 Source: Xiao et al. 2024 (HLOP, arXiv 2402.11984), section 4; Oja 1989 (doi
-10.1142/S0129065789000475) for the subspace rule."""
+10.1142/S0129065789000475) for the subspace rule.
+"""
 
 # N samples and time steps, C inputs of a layer, K lateral neurons
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.op_scope import serving
+from pipeline.core.checks import are_counts
+from pipeline.spiking.op_scope import op_scope
+from pipeline.spiking.synapse import Conv2d, Linear
 
 LARGEST_CHANGE = 10.0
 LARGEST_RESPONSE = 20.0
 
 
 class Subspace(nn.Module):
-    """H over `size` inputs: the rows `old`, frozen, and the rows `new`, which learn; both
-    orthonormal, and to each other.
+    """H over `size` inputs: frozen rows `old` and learning rows `new`, all orthonormal to each
+    other.
 
-    Orthonormality is an attractor of the Hebbian rule, but only where the rows have inputs to learn
-    from; the projection relies on it. So the new rows are made orthonormal after each batch (their
-    span stays) - an addition to the published rule."""
+    The projection needs orthonormal rows. The Hebbian rule converges to them, but only for rows
+    that have inputs to learn from. So the new rows are orthonormalised after each batch, which
+    keeps their span; this is an addition to the published rule.
+    """
 
     old: Tensor
     new: Tensor
     velocity: Tensor
     energy: Tensor
-    """the share of E|x|^2 that the rows kept when it was last asked for"""
+    """the share of E|x|^2 that the rows kept, when last computed"""
 
     def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -54,13 +58,13 @@ class Subspace(nn.Module):
 
     @property
     def free(self) -> int:
-        """Directions that no row takes yet."""
+        """Number of directions that no row covers yet."""
         return self.old.shape[1] - len(self.old) - len(self.new)
 
     @torch.no_grad()
     def grow(self, count: int, *, key: int) -> None:
-        """Freeze what was learnt, and begin `count` new rows, drawn from `key` alone, orthogonal to
-        all others.
+        """Freeze the learnt rows and start `count` new ones, drawn from `key` alone and orthogonal
+        to all others.
         """
         old, dtype, device = self.old.double(), self.old.dtype, self.old.device
         self.old = torch.cat(
@@ -76,8 +80,8 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def learn(self, moments: "Moments", *, rate: float, momentum: float, iterations: int) -> None:
-        """The equations at the head of the file, `iterations` times."""
-        with serving("lateral"):
+        """Apply the Hebbian update `iterations` times."""
+        with op_scope("lateral"):
             for _ in range(iterations):
                 change = moments.drive(self).clamp_(-LARGEST_CHANGE, LARGEST_CHANGE)
                 self.velocity = momentum * self.velocity + (1 - momentum) * change
@@ -86,17 +90,17 @@ class Subspace(nn.Module):
 
     @torch.no_grad()
     def project(self, g: Tensor) -> Tensor:
-        """g - (g H^T) H over the frozen rows; `g` is the gradient of a weight, flattened to
-        `[outputs, C]`.
+        """g - (g H^T) H over the frozen rows; `g` is a weight gradient, flattened to `[outputs,
+        C]`.
         """
-        with torch.autocast(g.device.type, enabled=False), serving("lateral"):
+        with torch.autocast(g.device.type, enabled=False), op_scope("lateral"):
             g_KC = g.flatten(1).to(self.old.dtype)
             return (g_KC - (g_KC @ self.old.T) @ self.old).view_as(g).to(g.dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **more: Any
     ) -> None:
-        # The number of rows is a matter of the tasks so far: a checkpoint brings it.
+        # The number of rows depends on the finished tasks, so it comes from the checkpoint.
         for name in ("old", "new", "velocity"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
@@ -105,13 +109,12 @@ class Subspace(nn.Module):
 
 
 class SecondMoments:
-    """S = E[x^T x], from which real-valued lateral neurons learn: D = H S (I - H^T H).
+    """S = E[x^T x], for lateral neurons with real-valued responses: D = H S (I - H^T H).
 
-    `mean` turns sums over the samples of this rank into means over all; it is collective, and every
-    rank must hold the same number of samples. `drive` is E[y^T (x - y H)] of the rows that learn.
-    `energy` is the share of E|x|^2 that the rows keep, for orthonormal rows E|y|^2 / E|x|^2; it is
-    1
-    where x is silent.
+    `mean` turns sums over this rank's samples into means over all ranks; it is collective, and
+    every rank must hold the same number of samples. `drive` is E[y^T (x - y H)] of the learning
+    rows. `energy` is the share of E|x|^2 that the rows keep, E|y|^2 / E|x|^2 for orthonormal rows,
+    and 1 if x is 0.
     """
 
     def __init__(self, subspace: Subspace) -> None:
@@ -136,13 +139,12 @@ class SecondMoments:
 
 
 class SpikingMoments:
-    """E[y^T x] and E[y^T y] of lateral neurons that answer in spikes, used in the same way.
+    """E[y^T x] and E[y^T y] for lateral neurons with spiking responses; the methods are those of
+    `SecondMoments`.
 
-    y is clipped to +-20 and rounded to 1 / steps of that.
-
-    They fire once for each batch, with the weights of its beginning; the iterations move the
-    weights under the same spikes. (Published ones fire anew in each iteration, for which a global
-    batch would have to be kept.)
+    y is clipped to +-20 and rounded to multiples of 20 / steps. The neurons fire once per batch,
+    with the weights at its start, and all iterations use these spikes. (The published neurons fire
+    anew in each iteration, for which the whole global batch would have to be stored.)
     """
 
     def __init__(self, subspace: Subspace, *, steps: int) -> None:
@@ -154,7 +156,7 @@ class SpikingMoments:
         self.samples = 0
 
     def add(self, x_NC: Tensor) -> None:
-        y_NK = in_spikes(x_NC @ self.rows.T, self.steps)
+        y_NK = quantized_response(x_NC @ self.rows.T, self.steps)
         self.cross_KC.addmm_(y_NK.T, x_NC)
         self.lateral_KK.addmm_(y_NK.T, y_NK)
         self.power += x_NC.square().sum()
@@ -174,18 +176,18 @@ class SpikingMoments:
 
 
 Moments = SecondMoments | SpikingMoments
-"""what the lateral neurons learn a global batch from"""
+"""the statistics of a global batch that the lateral neurons learn from"""
 
 
 def _share(kept: Tensor, energy: Tensor) -> Tensor:
-    """kept / energy; of silent inputs, all is kept."""
+    """kept / energy; 1 for inputs that are 0."""
     return torch.where(
         energy > 0, kept / energy.clamp_min(torch.finfo(energy.dtype).tiny), torch.ones_like(energy)
     )
 
 
-def in_spikes(y: Tensor, steps: int) -> Tensor:
-    """What `steps` time steps of signed spikes can say of y: clipped to +-20, in steps of 20 /
+def quantized_response(y: Tensor, steps: int) -> Tensor:
+    """y as `steps` time steps of signed spikes can represent it: clipped to +-20, in steps of 20 /
     `steps`.
     """
     return (y.clamp(-LARGEST_RESPONSE, LARGEST_RESPONSE) * (steps / LARGEST_RESPONSE)).round() * (
@@ -194,10 +196,76 @@ def in_spikes(y: Tensor, steps: int) -> Tensor:
 
 
 def orthonormal(rows: Tensor, others: Tensor) -> Tensor:
-    """Rows of the same span, apart from what lies in that of `others`: orthonormal, and orthogonal
-    to `others`.
+    """Orthonormal rows, orthogonal to `others`, that span `rows` without their part in the span of
+    `others`.
 
-    Gram-Schmidt in the order of the rows; where they are orthonormal already, nothing changes.
+    Gram-Schmidt in the order of the rows. Rows that are orthonormal already do not change.
     """
     q, r = torch.linalg.qr((rows - (rows @ others.T) @ others).T)
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)).T.contiguous()
+
+
+class RowBudget:
+    """The number of rows that each task adds to each synapse's subspace.
+
+    `counts[task][synapse]` has synapses in order of registration. The last entry holds for all
+    later tasks. `who` names the rule in errors.
+
+    Raises: ValueError for anything but whole numbers >= 0.
+    """
+
+    def __init__(self, who: str, counts: Sequence[Sequence[int]]) -> None:
+        if (
+            not isinstance(counts, Sequence)
+            or not counts
+            or not all(are_counts(each, least=0) for each in counts)
+        ):
+            raise ValueError(
+                f"{who}: rows must hold, for each task, a number >= 0 for each synapse; got"
+                f" rows={counts!r}"
+            )
+        self.counts = tuple(tuple(each) for each in counts)
+
+    def of(self, task: int) -> tuple[int, ...]:
+        return self.counts[min(task, len(self.counts) - 1)]
+
+    def check(self, who: str, synapses: Mapping[str, Linear | Conv2d], *, tasks: int) -> None:
+        """Check that each synapse has a number, and that the rows of `tasks` tasks fit into its
+        inputs.
+
+        Raises: ValueError otherwise.
+        """
+        for each in self.counts:
+            if len(each) != len(synapses):
+                raise ValueError(
+                    f"{who}: rows must name one for each of {', '.join(synapses)}; got {each}"
+                )
+        what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
+        for index, (name, synapse) in enumerate(synapses.items()):
+            asked = sum(self.of(task)[index] for task in range(tasks))
+            if asked > fan_in(synapse):
+                raise ValueError(
+                    f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got"
+                    f" {asked}"
+                )
+
+    def grow(
+        self, who: str, subspaces: Sequence[Subspace], *, task: int, key_of: Callable[[int], int]
+    ) -> None:
+        """Freeze the learnt rows and start the rows of `task`; those of synapse i are drawn from
+        `key_of(i)`.
+
+        Raises: ValueError if a synapse has too few directions left.
+        """
+        for index, (subspace, count) in enumerate(zip(subspaces, self.of(task), strict=True)):
+            if count > subspace.free:
+                raise ValueError(
+                    f"{who}: rows must fit into the inputs of a synapse; got {count} more for task"
+                    f" {task}, where synapse {index} has {subspace.free} directions left"
+                )
+            subspace.grow(count, key=key_of(index))
+
+
+def fan_in(synapse: Linear | Conv2d) -> int:
+    """Number of inputs of one output."""
+    return synapse.weight[0].numel()

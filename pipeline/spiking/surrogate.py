@@ -1,8 +1,8 @@
-"""Spike functions: a step forward, a smooth window backward.
+"""Surrogate gradients: a step function in the forward, a smooth derivative in the backward.
 
-Each is a frozen value, of which nothing is learnt. The step is the same for all: of `u - threshold`
-(in thresholds) `spike` gives 1 where it is >= 0, in the same dtype, and keeps that argument alone.
-What differs is `derivative`, by which the backward multiplies.
+Each surrogate is a frozen value without parameters. The forward of `spike` is the same for all: 1
+where `u - threshold` (in thresholds) is >= 0, in the same dtype; it keeps only that argument. The
+backward multiplies by `derivative`.
 """
 
 import math
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Surrogate(Protocol):
-    """What a neuron asks of a spike function, for a new one to have."""
+    """The interface that a neuron needs from a surrogate."""
 
     def derivative(self, u_minus_threshold: Tensor) -> Tensor:
-        """psi, element by element, in a tensor of its own: the gradient is multiplied into it."""
+        """psi, elementwise, in a new tensor: the gradient is multiplied into it in place."""
         ...
 
 
@@ -100,8 +100,8 @@ def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
 
 
 def heaviside(u_minus_threshold: Tensor) -> Tensor:
-    """1 where the argument is >= 0, else 0, in its dtype: for operations that have a backward of
-    their own.
+    """1 where the argument is >= 0, else 0, in its dtype; for operations with their own
+    backward.
     """
     return torch.ge(
         u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold)

@@ -1,25 +1,23 @@
-"""Synapses: torch's linear maps on time-first tensors, with a seam for each of the two things that
-their backward multiplies.
+"""Synapses: linear maps on time-first tensors, with a seam for each factor of their backward.
 
 `weights="standardized"` is scaled weight standardisation (sWS), the normalisation of networks
 without batch norm:
 
-    W^ = gain (W - mean) / sqrt(fan_in var + 1e-4),   mean and unbiased var per output filter, gain
-    learnable
+    W^ = gain (W - mean) / sqrt(fan_in var + 1e-4)
+    mean and unbiased var per output filter, gain learnable
 
-A synapse may be given a `binarizer` (`spiking/binary.py`), which makes a weight of one bit of the
-parameter at every call; its `weights` are "1-bit" then. Weights that are made of the parameter are
-made once for all slices of a batch (`once.py`).
+A `binarizer` (`spiking/binary.py`) derives a 1-bit weight from the parameter; then `weights` is
+"1-bit". Derived weights are computed once for all slices of a batch (`slice_cache.py`).
 
-The seam `presynaptic: x_TB -> factor_TB`, where set, gives the factor that the weight gradient uses
-in the place of the input: dL/dW = sum_t g[t] factor[t]^T. The seam `backward_weight: weight ->
-weight`, where set, gives the weight that carries the error down: dL/dx = backward_weight(W)^T g.
-Neither touches the other; one forward, one backward op, no second pass.
+The seam `presynaptic: x_TB -> factor_TB` replaces the input in the weight gradient: dL/dW = sum_t
+g[t] factor[t]^T. The seam `backward_weight: weight -> weight` replaces the weight in the input
+gradient: dL/dx = backward_weight(W)^T g. They are independent. Each call is one forward and one
+backward operation, without a second pass.
 
-`forward` takes another `weight` where one is given, such as a limited one (`spiking/limit.py`);
-bias and seams stay.
+`forward` accepts another `weight`, such as a norm-limited one (`spiking/limit.py`); bias and seams
+stay.
 
-Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT and SLTT's
+Source of sWS: Brock et al. 2021 (arXiv 2101.08692), eq. 1, in the form of OTTT's and SLTT's
 NF-ResNet.
 """
 
@@ -34,23 +32,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.spiking.encode import is_still, repeat
-from pipeline.spiking.slice_cache import Sharing
+from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State
 
 STANDARDIZATION_EPS = 1e-4
 
 Weights = Literal["plain", "standardized"]
-"""what a synapse may be made with"""
+"""the kinds of weights that a synapse can be created with"""
 Presynaptic = Callable[[Tensor], Tensor]
 BackwardWeight = Callable[[Tensor], Tensor]
 
 
 def folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
-    """Apply a map without memory to all time steps at once: `[T, B, ...]` as a batch of T * B; to a
-    still image, once.
+    """Apply a stateless map to all time steps at once, with `[T, B, ...]` as a batch of T * B; to a
+    static input only once.
     """
-    if is_still(x_TB):
+    if is_static(x_TB):
         return repeat(op(x_TB[0]), len(x_TB))
     return op(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
 
@@ -64,16 +62,16 @@ class _Synapse(nn.Module):
         self.weights: str = weights
         self.gain = _gain(type(self).__name__, self.weight, weights)
         self.binarizer: nn.Module | None = None
-        self.sharing: Sharing | None = None
+        self.slice_cache: SliceCache | None = None
         self.state = None if self.gain is None else State(type(self).__name__)
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
 
 class Linear(nn.Linear, _Synapse):
-    """`torch.nn.Linear` on `[T, B, ..., C]`; `weights` and the seams as at the head of the file.
+    """`torch.nn.Linear` on `[T, B, ..., C]`, with the `weights` and seams at the head of the file.
 
-    Raises: ValueError for an unknown `weights`, or for an input without a time axis.
+    Raises: ValueError for unknown `weights`, or an input without a time axis.
     """
 
     def __init__(
@@ -90,7 +88,7 @@ class Linear(nn.Linear, _Synapse):
             )
         weight = _weight_for(self, input) if weight is None else weight
         if self.presynaptic is None and self.backward_weight is None:
-            if is_still(input):
+            if is_static(input):
                 return repeat(F.linear(input[0], weight, self.bias), len(input))
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
@@ -98,10 +96,10 @@ class Linear(nn.Linear, _Synapse):
 
 
 class Conv2d(nn.Conv2d, _Synapse):
-    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding; `weights` and the seams as at the head
-    of the file.
+    """`torch.nn.Conv2d` on `[T, B, C, H, W]`, zero padding, with the `weights` and seams at the
+    head of the file.
 
-    Raises: ValueError for an unknown `weights`, padding given as a word, or an input without a time
+    Raises: ValueError for unknown `weights`, padding given as text, or an input without a time
     axis.
     """
 
@@ -149,27 +147,29 @@ class Conv2d(nn.Conv2d, _Synapse):
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
-    """The weight that multiplies: the parameter itself, its standardised form, or the one bit that
-    a binarizer makes of it.
-    """
+    """The weight used in the forward: the parameter, its standardised form, or its 1-bit form."""
     if synapse.binarizer is not None:
         return synapse.binarizer(synapse.weight)
     return synapse.weight if synapse.gain is None else _standardized(synapse.weight, synapse.gain)
 
 
 def _weight_for(synapse: Linear | Conv2d, x_TB: Tensor) -> Tensor:
-    """The effective weight, for one slice of a batch or all of it."""
-    if synapse.sharing is None or synapse.state is None or len(x_TB) == synapse.sharing.steps:
+    """The effective weight, cached if `x_TB` is only a slice of the batch."""
+    if (
+        synapse.slice_cache is None
+        or synapse.state is None
+        or len(x_TB) == synapse.slice_cache.steps
+    ):
         return effective_weight(synapse)
-    return synapse.sharing.once(synapse.state, partial(effective_weight, synapse))
+    return synapse.slice_cache.once(synapse.state, partial(effective_weight, synapse))
 
 
 def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     fan_in = weight[0].numel()
-    # Batch norm with filters as channels is this standardisation in one fused op that keeps the
-    # parameter, a mean and a scale per filter (timm's ScaledStdConv does the same). Its variance is
-    # biased, so both constants are rewritten: fan_in unbiased + eps = fan_in^2 / (fan_in - 1)
-    # (biased + eps (fan_in - 1) / fan_in^2).
+    # Batch norm with filters as channels computes this in one fused operation, which keeps the
+    # parameter and a mean and a scale per filter (as timm's ScaledStdConv). Its variance is biased,
+    # so both constants are converted:
+    # fan_in unbiased + eps = fan_in^2 / (fan_in - 1) (biased + eps (fan_in - 1) / fan_in^2).
     scale = math.sqrt(fan_in - 1) / fan_in
     flat_1CN = weight.reshape(1, weight.shape[0], fan_in)
     eps = STANDARDIZATION_EPS * scale**2
@@ -198,7 +198,7 @@ class _LinearWithSeams(torch.autograd.Function):
         factor_TBC, weight = ctx.saved_tensors
         want_x, _, want_weight, want_bias, _ = ctx.needs_input_grad
         return (
-            g_TBK @ carrier(weight, ctx.downward) if want_x else None,
+            g_TBK @ error_weight(weight, ctx.downward) if want_x else None,
             None,
             g_TBK.flatten(0, -2).T @ factor_TBC.flatten(0, -2) if want_weight else None,
             g_TBK.flatten(0, -2).sum(0) if want_bias else None,
@@ -227,13 +227,12 @@ class _ConvWithSeams(torch.autograd.Function):
         factor_NCHW, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
         want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
-        # The input enters this op only through the weight gradient (its shape aside), and the
-        # weight only through the input's: handing it the factor and the carrier of the error gives
-        # both.
+        # This operation uses the input only for the weight gradient (except its shape), and the
+        # weight only for the input gradient. So both can be replaced in one call.
         g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
             grad_outputs[0],
             factor_NCHW,
-            carrier(weight, ctx.downward),
+            error_weight(weight, ctx.downward),
             [weight.shape[0]],
             stride,
             padding,
@@ -246,16 +245,18 @@ class _ConvWithSeams(torch.autograd.Function):
         return g_x, None, g_weight, g_bias, None, None
 
 
-def carrier(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
-    """What carries the error down; made in the backward, so that nothing more is kept for it."""
+def error_weight(weight: Tensor, downward: BackwardWeight | None) -> Tensor:
+    """The weight that carries the error to the input. It is computed in the backward, so nothing is
+    kept for it.
+    """
     return weight if downward is None else downward(weight).to(weight.dtype)
 
 
 def _operands(
     x_TB: Tensor, presynaptic: Presynaptic | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """x, its factor, weight and bias in one dtype: what autocast does for torch's ops, it does not
-    for ours.
+    """x, its factor, weight and bias in one dtype. Autocast converts the operands of torch's
+    operations, but not those of custom ones.
     """
     with torch.no_grad():
         factor_TB = x_TB if presynaptic is None else presynaptic(x_TB)

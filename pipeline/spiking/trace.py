@@ -1,5 +1,5 @@
-"""The trace of what a synapse saw, which OTTT and OPZO multiply with the error, and the models that
-traces can be kept in.
+"""Presynaptic traces, which OTTT and OPZO multiply with the error, and the checks of their
+models.
 """
 
 # T time, B batch
@@ -19,8 +19,8 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 class Trace:
-    """The seam `presynaptic` of a synapse: x[t] -> a[t] = decay a[t-1] + x[t], without a graph and
-    never below fp32.
+    """The `presynaptic` seam x[t] -> a[t] = decay a[t-1] + x[t], without a graph and at least in
+    fp32.
     """
 
     def __init__(self, decay: float) -> None:
@@ -30,7 +30,7 @@ class Trace:
     @torch.no_grad()
     def __call__(self, x_TB: Tensor) -> Tensor:
         a_B = self.state.read("a")
-        # A tensor of its own from the first step on: the factor must not be x itself.
+        # A new tensor from the first step on: the factor must not be x itself.
         a_TB = torch.empty_like(x_TB, dtype=torch.promote_types(x_TB.dtype, torch.float32))
         for t, x_B in enumerate(x_TB.unbind(0)):
             a_B = (
@@ -38,18 +38,17 @@ class Trace:
                 if a_B is None
                 else torch.add(x_B, a_B, alpha=self.decay, out=a_TB[t])
             )
-        # What is remembered beyond the slice holds one step, not the slice.
+        # The stored trace has its own memory, so that it does not keep the whole slice alive.
         self.state.write("a", a_TB[-1] if len(a_TB) == 1 else a_TB[-1].clone())
         return a_TB
 
 
-def the_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
-    """The one decay of all neurons of `model`, at which traces of their inputs forget; a `decay`
-    that
-    is given must be it.
+def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
+    """The decay that all neurons of `model` share, which traces use too. A given `decay` must equal
+    it.
 
-    Raises: ValueError, in the name of `who`, that names the neurons which differ, or which learn
-    theirs.
+    Raises: ValueError, in the name of `who`, for neurons that differ or learn their decay, or for
+    none.
     """
     if learnt := learnt_decays(model):
         raise ValueError(
@@ -76,8 +75,9 @@ def the_decay(who: str, model: nn.Module, decay: float | None = None) -> float:
 def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]:
     """Every synapse of `model` by module name, in order of registration.
 
-    Raises: ValueError, in the name of `who`, for a layer with weights that cannot hold a trace, or
-    a model without synapses."""
+    Raises: ValueError, in the name of `who`, for a weight layer that cannot hold a trace, or a
+    model without synapses.
+    """
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Conv2d)):
@@ -96,7 +96,8 @@ def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]
 
 
 def refuse_batch_norm(who: str, model: nn.Module) -> None:
-    """A normalised current is no sum over past inputs any more, so no trace can stand for it.
+    """Refuse batch norm: a normalised current is not a sum over past inputs, so no trace represents
+    it.
 
     Raises: ValueError, in the name of `who`, that names every batch norm of `model`.
     """
@@ -114,8 +115,8 @@ def refuse_batch_norm(who: str, model: nn.Module) -> None:
 
 @contextmanager
 def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Fills with the names of `modules` as they run, each once for every time step that it is run
-    on.
+    """Inside, the returned list fills with the names of `modules` as they run, once per time
+    step.
     """
     ran: list[str] = []
 

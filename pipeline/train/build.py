@@ -98,7 +98,7 @@ def check_objective(recipe: Recipe, rule: Rule) -> None:
     objective.check(
         taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps
     )
-    if objective.remembers and not rule.one_loss_a_step:
+    if objective.remembers and not rule.one_loss_per_step:
         raise ValueError(
             f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
             f" between them; got {recipe.objective.label}"

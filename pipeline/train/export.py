@@ -39,7 +39,7 @@ from pipeline.core.units import counted
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
-from pipeline.spiking.binary import SMALLEST_SCALE, Binarizer, binary_synapses, fix
+from pipeline.spiking.binary import SMALLEST_SCALE, Binarizer, binary_synapses, unbinarize
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.fold import fold, following_norms
 from pipeline.train.tasks import tasks_of
@@ -117,7 +117,7 @@ def export_run(
         if not synapses:
             raise ValueError(
                 "export: --packed stores 1-bit weights, and the network has none; leave --packed"
-                " out, or train a model of spec(binarized, ...) (pipeline/models/binarized.py)"
+                " out, or train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
             )
         state, folded = pack(network, following_norms(network, synapses, _silence(network, recipe)))
         bits = sum(synapse.weight.numel() for synapse in synapses.values())
@@ -228,7 +228,7 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
             or scale_O.shape != (filters,)
         ):
             raise ValueError(f"the weights must fit the model; got no bits, or others, for {name}")
-        fix(synapse)
+        unbinarize(synapse)
         state[f"{name}.weight"] = (2.0 * unpack_bits(bits, shape) - 1) * scale_O.view(
             -1, *[1] * (len(shape) - 1)
         )

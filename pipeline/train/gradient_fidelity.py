@@ -16,7 +16,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.norm import by_own_samples
+from pipeline.spiking.norm import local_statistics
 from pipeline.train.objective import Loss
 
 
@@ -53,7 +53,7 @@ class Nearness:
         network = self.fresh()
         network.load_state_dict(weights)
         own: Rule = self.recipe.rule.build()
-        with by_own_samples(network):  # the other ranks do not compare
+        with local_statistics(network):  # the other ranks do not compare
             bptt, sltt = self._of(network, BPTT(), step), self._of(network, SLTT(), step)
             known = {"BPTT": bptt, "SLTT": sltt}
             others = {

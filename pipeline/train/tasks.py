@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.data.base import Data, Loader, with_page_checks
-from pipeline.models.heads import MultiHead, select_head
+from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.recipe import Recipe, Split
 from pipeline.train.evaluation import Evaluation
 from pipeline.train.part_checks import check_first_batch, checked_data, checked_loader, is_own

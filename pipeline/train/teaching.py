@@ -28,7 +28,7 @@ from pipeline.core.torch_settings import check_precision
 from pipeline.data.base import Batch, Data
 from pipeline.measure.memory_breakdown import bytes_of
 from pipeline.models.teachers.base import Teacher
-from pipeline.models.teachers.cache import Kept
+from pipeline.models.teachers.cache import CachedPredictions
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
 from pipeline.track.base import Tracker
@@ -47,7 +47,7 @@ class Teaching:
 
     teacher: Teacher
     accuracy: Evaluation
-    kept: Kept | None
+    kept: CachedPredictions | None
 
     @property
     def bytes(self) -> int:
@@ -119,7 +119,9 @@ def open_teaching(
         ranks.broadcast_object(
             lambda: cache.check(answers, answers=steps * recipe.batch_size, classes=data.classes)
         )
-        kept = Kept(answers, classes=data.classes, storage=cache.storage, rank=ranks.rank)
+        kept = CachedPredictions(
+            answers, classes=data.classes, storage=cache.storage, rank=ranks.rank
+        )
     return Teaching(teacher=teacher, accuracy=accuracy, kept=kept)
 
 

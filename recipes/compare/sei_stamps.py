@@ -79,8 +79,8 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.core.printing import say
-from pipeline.models.binarized import binarized
 from pipeline.models.teachers.network import network_teacher
+from pipeline.models.transforms import binarized
 from pipeline.recipe.recipe import Recipe, read_json, spec
 from pipeline.recipe.suite import Suite
 from pipeline.track.state import state_of

@@ -11,8 +11,8 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.tasks import Permuted, SplitClasses
-from pipeline.models.heads import multi_head
 from pipeline.models.mlp import mlp
+from pipeline.models.transforms import multi_head
 from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT

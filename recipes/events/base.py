@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.events import Events
 from pipeline.models.convnet import convnet
-from pipeline.models.late import late
+from pipeline.models.transforms import late
 from pipeline.models.vgg import vgg_sws
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT

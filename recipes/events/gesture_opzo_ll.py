@@ -15,7 +15,7 @@ from __future__ import annotations
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.events import Events
-from pipeline.models.readouts import with_readouts
+from pipeline.models.transforms import with_readouts
 from pipeline.models.vgg import vgg_sws
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.opzo import OPZO

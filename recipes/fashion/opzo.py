@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.models.readouts import with_readouts
+from pipeline.models.transforms import with_readouts
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF

@@ -3,12 +3,12 @@ import pytest
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.convnet import convnet
 from pipeline.models.feedback import conv_feedback, fc_feedback, lenet_f
-from pipeline.models.late import Late
 from pipeline.models.mlp import mlp
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.preact_resnet import preact_resnet18_small
 from pipeline.models.qkformer import QKFormer
+from pipeline.models.transforms import LateReadout
 from pipeline.models.vgg import vgg_sws
 from pipeline.spiking.local_learning import Readout
 
@@ -70,8 +70,8 @@ def test_refuses(value, what):
         ),
         (lambda: lenet_f(0), "lenet_f: classes must be a whole number >= 1; got classes=0"),
         (
-            lambda: Late(share=0.5, time_steps=2.0),
-            "Late: time_steps must be a whole number >= 1; got time_steps=2.0",
+            lambda: LateReadout(share=0.5, time_steps=2.0),
+            "LateReadout: time_steps must be a whole number >= 1; got time_steps=2.0",
         ),
         (
             lambda: Readout(4, 2, cells=1.0),

@@ -55,7 +55,7 @@ import time
 
 import torch
 
-from pipeline.rules.base import LossTerm, Rule, slices, steps_share
+from pipeline.rules.base import LossTerm, Rule, slices, slice_loss
 from pipeline.spiking.state import fresh_state
 
 
@@ -76,7 +76,7 @@ class LastStep(Rule):
             for index, x_cB in enumerate(slices(x_TB, 1)):
                 learns = index == steps - 1
                 with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-                    loss, share_BK = steps_share(model(x_cB), loss_of, steps=steps)
+                    loss, share_BK = slice_loss(model(x_cB), loss_of, steps=steps)
                 backward = loss if learns else None
                 yield LossTerm(backward=backward, loss=loss.detach(), logits=share_BK)
 '''

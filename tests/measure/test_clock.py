@@ -130,7 +130,7 @@ IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in ea
     "data_wait": (microbatch, "next"),
     "transfer": (microbatch, "over_steps"),
     "teacher": (Teaching, "__call__"),
-    "forward": (sltt, "steps_share"),
+    "forward": (sltt, "slice_loss"),
     "backward": (Plain, "backward"),
     "optimizer": (Plain, "step"),
     "metrics": (torch.Tensor, "argmax"),

@@ -29,7 +29,7 @@ from pipeline.rules.spide import SPIDE
 from pipeline.spiking.binary import binarize
 from pipeline.spiking.equilibrium import Equilibrium, Linearized
 from pipeline.spiking.neuron import IF, LIF
-from pipeline.spiking.op_scope import served
+from pipeline.spiking.op_scope import current_scope
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -76,7 +76,7 @@ class Seen:
                 )
 
     def _note(self, where: dict[str, list[Tensor]], name: str, value: Tensor) -> None:
-        if served() is None:  # a solver runs the same modules for itself
+        if current_scope() is None:  # a solver runs the same modules for itself
             where.setdefault(name, []).append(value.detach())
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.measure.sample_evenly import Evenly
-from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.encode import is_static, repeat
 
 
 def places(evenly: Evenly) -> list[int]:
@@ -45,7 +45,7 @@ def test_still_images_are_held_once_and_stay_still():
     evenly = Evenly(8)
     evenly.add(repeat(x_B, 3))
     first, second = evenly.batches(4)
-    assert is_still(first) and is_still(second)
+    assert is_static(first) and is_static(second)
     assert torch.equal(_sorted(torch.cat([first, second], dim=1)), _sorted(repeat(x_B, 3)))
     x_TB = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     evenly = Evenly(8)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.attention import Attention, OverSamples, SelfAttention, TokenQK
-from pipeline.models.residual import Blocks
+from pipeline.models.residual import BlockFactory
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
@@ -73,7 +73,9 @@ def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:
 @pytest.mark.parametrize("shortcut", ["sew", "membrane", "multiple", "multiple_all"])
 def test_its_form(kind, shortcut):
     torch.manual_seed(0)
-    attention = lively(kind(Blocks(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS))
+    attention = lively(
+        kind(BlockFactory(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS)
+    )
     x_BCHW = 2 * torch.randn(3, CHANNELS, 3, 2, dtype=torch.float64)
     x_BCHW = spike(x_BCHW) if shortcut == "sew" else x_BCHW
     with torch.no_grad():
@@ -92,7 +94,9 @@ def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries():
     x_TBCHW = 2 * torch.randn(1, 3, CHANNELS, 4, 4)
     for kind, step in ((TokenQK, 1.0), (SelfAttention, 0.125)):
         for shortcut in ("multiple", "multiple_all"):
-            attention = kind(Blocks(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS)
+            attention = kind(
+                BlockFactory(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS
+            )
             with torch.no_grad(), fresh_state(attention):
                 y_TBCHW = attention(x_TBCHW)
             assert bool(y_TBCHW.any()) == (shortcut == "multiple_all")

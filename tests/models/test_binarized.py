@@ -9,15 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
 from pipeline.models.feedback import fc_feedback
-from pipeline.models.heads import multi_head
-from pipeline.models.late import late
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.preact_resnet import preact_resnet18_small
 from pipeline.models.qkformer import qkformer_10
+from pipeline.models.transforms import binarized, late, multi_head
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP

@@ -164,7 +164,7 @@ def test_relu_is_the_ann(head):
         ({"norm": "layer"}, r"ConvNet: norm must be 'batch' or 'none'; got norm='layer'"),
         (
             {"norm": "none", "over": "time"},
-            r"ConvNet: over='time' is about batch norm and has no effect with norm='none'",
+            r"ConvNet: over must be 'step' without batch norm; got over='time'",
         ),
         ({"head": "spike"}, r"ConvNet: head must be 'linear' or 'rate'; got head='spike'"),
         (
@@ -174,7 +174,7 @@ def test_relu_is_the_ann(head):
         ({"mask": "time"}, r"ConvNet: mask must be 'batch' or 'step'; got mask='time'"),
         (
             {"mask": "step"},
-            r"ConvNet: mask='step' is about dropout and has no effect with dropout=0",
+            r"ConvNet: mask must be 'batch' without dropout; got mask='step'",
         ),
     ],
 )

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from pipeline.models.ms_resnet import ms_resnet
 from pipeline.models.qkformer import qkformer_10
+from pipeline.models.residual import Residual
 from pipeline.models.sew_resnet import sew_resnet
-from pipeline.models.stream import Residual
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import binary_synapses

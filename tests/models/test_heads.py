@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.models.heads import MultiHead, multi_head, select_head
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.models.transforms import MultiHead, multi_head, select_head
 from pipeline.models.vgg import vgg_sws
 from pipeline.spiking.state import fresh_state
 

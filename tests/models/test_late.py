@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.late import Late, late
+from pipeline.models.transforms import LateReadout, late
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
@@ -36,7 +36,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("share", "heard"), [(0.5, 3), (1 / 3, 2), (0.01, 1), (1.0, 6)])
 def test_the_last_steps_are_scaled_and_the_others_silent(share: float, heard: int) -> None:
-    readout, x_TBK = Late(share=share, time_steps=T), torch.randn(T, B, K)
+    readout, x_TBK = LateReadout(share=share, time_steps=T), torch.randn(T, B, K)
     with fresh_state(readout):
         y_TBK = readout(x_TBK)
     assert torch.equal(y_TBK[: T - heard], torch.zeros(T - heard, B, K))
@@ -46,7 +46,7 @@ def test_the_last_steps_are_scaled_and_the_others_silent(share: float, heard: in
 
 @pytest.mark.parametrize("sizes", [[1] * T, [2, 3, 1], [5, 1]])
 def test_slices_continue_one_another_and_each_batch_begins_anew(sizes: list[int]) -> None:
-    readout, x_TBK = Late(share=0.5, time_steps=T), torch.randn(T, B, K)
+    readout, x_TBK = LateReadout(share=0.5, time_steps=T), torch.randn(T, B, K)
     with fresh_state(readout):
         whole = readout(x_TBK)
     for _ in range(2):
@@ -92,12 +92,15 @@ def test_gradients_reach_the_past_through_time_alone() -> None:
 def test_what_cannot_be_is_refused() -> None:
     for share in (0.0, 1.1):
         with pytest.raises(
-            ValueError, match=rf"Late: share must be in 0\.\.1, 0 excluded; got share={share}"
+            ValueError,
+            match=rf"LateReadout: share must be in 0\.\.1, 0 excluded; got share={share}",
         ):
-            Late(share=share, time_steps=T)
-    readout = Late(share=0.5, time_steps=2)
+            LateReadout(share=share, time_steps=T)
+    readout = LateReadout(share=0.5, time_steps=2)
     with (
-        pytest.raises(ValueError, match="Late: a recording must have its 2 time steps; got step 3"),
+        pytest.raises(
+            ValueError, match="LateReadout: a recording must have 2 time steps; got step 3"
+        ),
         fresh_state(readout),
     ):
         readout(torch.zeros(3, B, K))

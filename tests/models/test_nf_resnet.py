@@ -13,7 +13,7 @@ from pipeline.models.nf_resnet import (
     nf_resnet50,
     nf_resnet101,
 )
-from pipeline.models.stream import ALPHA, Residual
+from pipeline.models.residual import ALPHA, Residual
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF

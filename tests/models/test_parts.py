@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.models.parts import RELU_GAIN, SPIKE_GAIN, one_more
+from pipeline.models.parts import RELU_GAIN, SPIKE_GAIN, copy_neuron
 from pipeline.models.vgg import vgg_sws
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
@@ -20,7 +20,7 @@ def test_gains_restore_unit_variance():
 
 def test_one_more_neuron_shares_nothing():
     prototype = LIF(0.25)
-    copy = one_more(prototype)
+    copy = copy_neuron(prototype)
     assert copy.state is not prototype.state and copy.decay == 0.25
 
 

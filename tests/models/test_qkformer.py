@@ -4,10 +4,10 @@ from torch.nn import functional as F
 
 from pipeline.measure.activity import Activity
 from pipeline.models.attention import SelfAttention, TokenQK
-from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import Block, qkformer_10
 from pipeline.models.qkformer_published import to_published
-from pipeline.models.residual import Blocks
+from pipeline.models.residual import BlockFactory
+from pipeline.models.transforms import binarized
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.encode import repeat
@@ -24,7 +24,7 @@ def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
     have a gradient.
     """
     torch.manual_seed(0)
-    blocks = Blocks(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
+    blocks = BlockFactory(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
     for attention in (TokenQK, SelfAttention):
         block = Block(blocks, 16, attention=attention, heads=2, expansion=4, drop_path=0.0)
         x_TBCHW = 3 * torch.randn(2, 3, 16, 8, 8)
@@ -202,7 +202,7 @@ def test_any_size_that_leaves_a_pixel():
             with torch.no_grad(), fresh_state(model):
                 assert model(torch.rand(2, 2, 3, side, side)).shape == (2, 2, 5)
     with pytest.raises(
-        ValueError, match=r"QKFormer: pictures must have shrink=4 pixels a side or more; got 8 x 3$"
+        ValueError, match=r"QKFormer: images must have shrink=4 pixels a side or more; got 8 x 3$"
     ):
         model(torch.rand(2, 2, 3, 8, 3))
 

@@ -47,7 +47,7 @@ def test_there_and_back():
         assert torch.equal(model(x_TBCHW), again(x_TBCHW))
 
 
-def test_published_weights_train_the_published_network_unless_norms_are_per_step():
+def test_published_weights_keep_statistics_over_time_unless_those_of_each_step_are_set():
     weights = to_published(small())
     assert {norm.over for norm in norms(from_published(weights))} == {"time"}
     assert {norm.over for norm in norms(from_published(weights, over="step"))} == {"step"}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.models.mlp import mlp
-from pipeline.models.readouts import with_readouts
+from pipeline.models.transforms import with_readouts
 from pipeline.models.vgg import vgg_sws
 from pipeline.spiking.local_learning import Readout
 from pipeline.spiking.neuron import LIF

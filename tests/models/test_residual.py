@@ -3,8 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.residual import Blocks, Layer
-from pipeline.models.stream import ALPHA, Rescaled, Residual
+from pipeline.models.residual import ALPHA, BlockFactory, Layer, Rescaled, Residual
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
@@ -15,8 +14,8 @@ FFN = [Layer(4, 12, bias=True), Layer(12, 4, bias=True)]
 DOWN = [Layer(4, 8, 3, 2), Layer(8, 8, 3)]
 
 
-def blocks(shortcut, norm="batch", **choices) -> Blocks:
-    return Blocks(shortcut=shortcut, norm=norm, neuron=LIF(0.5), **choices)
+def blocks(shortcut, norm="batch", **choices) -> BlockFactory:
+    return BlockFactory(shortcut=shortcut, norm=norm, neuron=LIF(0.5), **choices)
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -177,12 +176,12 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
 )
 def test_refuses(choices, message):
     with pytest.raises(ValueError, match=message):
-        Blocks(neuron=LIF(), **choices)
+        BlockFactory(neuron=LIF(), **choices)
 
 
 def test_refuses_sws_on_neurons_that_shrink_their_input():
     with pytest.raises(ValueError, match=r"norm='sws' counts on currents of unit variance"):
-        Blocks(shortcut="membrane", norm="sws", neuron=LIF(scale_input=True))
+        BlockFactory(shortcut="membrane", norm="sws", neuron=LIF(scale_input=True))
 
 
 def test_what_the_stream_holds():
@@ -201,14 +200,16 @@ def test_what_the_stream_holds():
 
 
 def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none():
-    factory = Blocks(shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8))
+    factory = BlockFactory(
+        shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8)
+    )
     neuron = factory.neuron(threshold=0.5)
     assert isinstance(neuron, LIF) and (neuron.threshold, neuron.subtract) == (0.5, 0.4)
     assert isinstance(
-        Blocks(shortcut="sew", norm="batch", neuron=nn.ReLU()).neuron(threshold=0.5), nn.ReLU
+        BlockFactory(shortcut="sew", norm="batch", neuron=nn.ReLU()).neuron(threshold=0.5), nn.ReLU
     )
     with pytest.raises(
         ValueError,
-        match=r"neuron must be a LIF where a threshold of 0\.5 is asked for; got RateNeuron",
+        match=r"neuron must be a LIF to get a threshold of 0\.5; got RateNeuron",
     ):
-        Blocks(shortcut="sew", norm="batch", neuron=RateIF()).neuron(threshold=0.5)
+        BlockFactory(shortcut="sew", norm="batch", neuron=RateIF()).neuron(threshold=0.5)

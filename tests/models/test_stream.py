@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.models.stream import ALPHA, GroupMean, Repeat, StreamVariance
+from pipeline.models.residual import ALPHA, GroupMean, Repeat, StreamVariance
 
 
 def test_group_mean_undoes_repeat():

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.preact_resnet import preact_resnet18_small
-from pipeline.models.synchronized import synchronized
+from pipeline.models.transforms import synchronized
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.spiking.norm import BatchNorm
 from tests.small import small_recipe

@@ -214,7 +214,7 @@ def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
             lambda: vgg_sws(stem=(4, 2)),
         ),
         (
-            r"VGG: feedback joins the current .* got \(5, 2\)",
+            r"VGG: stem must keep the size .* got \(5, 2\)",
             lambda: VGG(
                 stages=((4,),), classes=2, in_channels=1, stem=(5, 2), feedback="last", neuron=LIF()
             ),

@@ -22,9 +22,9 @@ from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.events import Events
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.mixing import Mixing
-from pipeline.models.late import late
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.models.transforms import late
 from pipeline.recipe.files import load_recipe, parse_changes, trust_of
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec, read_json, spec, write_json
 from pipeline.recipe.spec import is_path
@@ -243,7 +243,11 @@ def test_json_imports_from_trusted_packages_alone(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["pipeline.models.teachers.cache.Kept.add", "torch.nn.modules.module.Module.apply"]
+    "target",
+    [
+        "pipeline.models.teachers.cache.CachedPredictions.add",
+        "torch.nn.modules.module.Module.apply",
+    ],
 )
 def test_a_method_makes_no_part(target: str) -> None:
     value = small().to_json()
@@ -282,7 +286,7 @@ def test_of_what_is_trusted_nothing_takes_a_path_but_to_read_there_or_to_keep_an
         ("Beton", "folder"),
         ("Events", "folder"),
         ("Cache", "folder"),
-        ("Kept", "folder"),
+        ("CachedPredictions", "folder"),
         ("File", "path"),
         ("network_teacher", "weights"),
         ("_check_hash", "path"),

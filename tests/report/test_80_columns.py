@@ -169,7 +169,12 @@ def a_plan(console: Console | None) -> None:
             "saved_bytes": 10**9,
             "memory_bytes": 66.54e9,
         }
-        work = {"flops": 123 * 10**12, "moved_bytes": 10**12, "kernels": 12_345, "counted_as": ""}
+        work = {
+            "flops": 123 * 10**12,
+            "moved_bytes": 10**12,
+            "kernels": 12_345,
+            "forecast_note": "",
+        }
         return Planned(
             rule=rule,
             written={},

@@ -16,7 +16,7 @@ from pipeline.report import page as pages
 from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
 from pipeline.report.views import shown
-from pipeline.spiking.op_scope import Served
+from pipeline.spiking.op_scope import OpScope
 from pipeline.track.journal import Journal
 from tests.browser import Watch, chromium, violations
 from tests.report.hand_made import fidelity, run, study
@@ -264,7 +264,7 @@ def test_runs_alone_have_figures_that_are_drawn_as_they_are_unfolded(
 def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
     """With all that runs on cards tell, by rules that work for every purpose."""
     peaks = {f"peak_{what}_bytes": 12_345_678_901 for what in ("device", "reserved", "rss", "pss")}
-    purposes = ("forward", "error", "weights", *get_args(Served))
+    purposes = ("forward", "error", "weights", *get_args(OpScope))
     work = {
         each: {"multiplications": 1_234_567_890, "additions": 2_345_678_901} for each in purposes
     }

@@ -9,7 +9,7 @@ from pipeline.rules.base import LossTerm, Rule, World, slices
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.encode import is_still, repeat
+from pipeline.spiking.encode import is_static, repeat
 from tests.rules.small import FEATURES, batch, cross_entropy, difference, gradients, lif_network
 
 
@@ -109,7 +109,7 @@ def test_slices_own_their_storage_and_a_still_image_stays_still():
     for x_TB in (recording_TB, still_TB):
         parts = list(slices(x_TB, 2))
         assert torch.equal(torch.cat(parts), x_TB) and [len(part) for part in parts] == [2, 2, 1]
-        assert all(is_still(part) == is_still(x_TB) for part in parts)
+        assert all(is_static(part) == is_static(x_TB) for part in parts)
         assert all(part.untyped_storage().nbytes() <= part.numel() * 4 for part in parts)
     assert len({part.data_ptr() for part in slices(still_TB, 1)}) == 1
 

@@ -1,6 +1,6 @@
 """HLOP the rule: what it holds still, and how tasks follow one another.
 
-Its lateral neurons are in tests/spiking/test_subspace.py, what they hear in test_hlop_hears.py,
+Its lateral neurons are in tests/spiking/test_subspace.py, what they record in test_hlop_hears.py,
 what it refuses in test_hlop_refuses.py.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.parts import one_more
+from pipeline.models.parts import copy_neuron
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
@@ -74,7 +74,7 @@ def rows_of(rule: HLOP, index: int, *, name: str = "old") -> Tensor:
 
 def moments_of(rule: HLOP, index: int) -> Tensor:
     """S of the last batch."""
-    last = rule._ears[index].last
+    last = rule._recorders[index].last
     assert isinstance(last, SecondMoments)
     return last.second_CC
 
@@ -109,7 +109,13 @@ def distance_moved(model: nn.Module, before: dict[str, Tensor], name: str) -> fl
 
 def wide_network(neuron: nn.Module = LIF()) -> nn.Sequential:
     generator = torch.Generator().manual_seed(1)
-    layers = (Linear(12, 60), one_more(neuron), Linear(60, 60), one_more(neuron), Linear(60, 3))
+    layers = (
+        Linear(12, 60),
+        copy_neuron(neuron),
+        Linear(60, 60),
+        copy_neuron(neuron),
+        Linear(60, 3),
+    )
     model = nn.Sequential(*layers).double()
     with torch.no_grad():
         for p in (p for layer in layers[::2] for p in layer.parameters()):

@@ -16,7 +16,7 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.feedback_alignment import FixedFeedback, sign_symmetric
+from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.rate import RateLIF, WeightedRates
 from pipeline.spiking.synapse import Linear
 from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
@@ -135,8 +135,14 @@ def test_every_synapse_with_rows_is_heard(options):
     rule, model = HLOP(OPZO(**options), rows=((2,) * 5, (1,) * 5)), with_readouts()
     rule.attach(model)
     train(rule, model, *batch(4), step=0)
-    assert [ear.name for ear in rule._ears] == ["0", "2.linear", "3", "5.linear", "6"]
-    assert all(ear.last is not None for ear in rule._ears)
+    assert [recorder.name for recorder in rule._recorders] == [
+        "0",
+        "2.linear",
+        "3",
+        "5.linear",
+        "6",
+    ]
+    assert all(recorder.last is not None for recorder in rule._recorders)
     for readout, onward in ((1, 2), (3, 4)):
         assert torch.allclose(moments_of(rule, readout), moments_of(rule, onward), atol=1e-14)
     assert moments_of(rule, 1).any() and moments_of(rule, 3).any()
@@ -262,8 +268,8 @@ def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps
         (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
     )
     moments = sum(8 * numbers_of(C, K) for C, K in SYNAPSES)
-    for name in ("heard", "last"):
-        there = [vars(getattr(ear, name)).values() for ear in rule._ears]
+    for name in ("pending", "last"):
+        there = [vars(getattr(recorder, name)).values() for recorder in rule._recorders]
         assert (
             sum(each.nbytes for values in there for each in values if isinstance(each, Tensor))
             == moments

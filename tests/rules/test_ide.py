@@ -21,12 +21,11 @@ from pipeline.models.feedback import fc_feedback
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
-from pipeline.rules.ide import IDE
+from pipeline.rules.ide import IDE, Solution, broyden
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
-from pipeline.spiking.solvers import Solution, broyden
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.track.journal import read
@@ -442,7 +441,7 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
     message = (
         r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4"
         r" samples after 30 iterations of "
-        r"fixed_point; there J\^T stretches by 3 in layers 1 to 1: limit the synapses"
+        r"fixed_point; there J\^T layer_gains by 3 in layers 1 to 1: limit the synapses"
         r" \(SpectralLimit\)"
     )
     with pytest.warns(RuntimeWarning, match=message):

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.random import counter_hash
-from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.models.readouts import with_readouts
+from pipeline.models.transforms import multi_head, select_head, with_readouts
 from pipeline.models.vgg import vgg_sws
 from pipeline.rules.base import World
 from pipeline.rules.hlop import HLOP
@@ -544,7 +543,7 @@ def a_neuron_twice() -> nn.Module:
         (
             lambda: OPZO(noise=0),
             (
-                r"OPZO: noise must be > 0, for the feedback is learnt from it; got noise=0,"
+                r"OPZO: noise must be > 0, because the feedback is learnt from it; got noise=0,"
                 r" feedback='momentum'"
             ),
         ),
@@ -574,19 +573,19 @@ def a_neuron_twice() -> nn.Module:
         ),
         (
             lambda: OPZO(intermediate=(0, 1)),
-            r"OPZO: intermediate must be places .*, 1 or more, .* got intermediate=\(0, 1\)",
+            r"OPZO: intermediate must be increasing indices .*, 1 or more, .* got intermediate=\(0, 1\)",
         ),
         (
             lambda: OPZO(intermediate="12"),
-            r"OPZO: intermediate must be places of hidden layers .* got intermediate='12'",
+            r"OPZO: intermediate must be increasing indices of hidden layers, .* got intermediate='12'",
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=1),
-            r"OPZO: intermediate must be places of hidden layers .* got intermediate=1",
+            r"OPZO: intermediate must be increasing indices of hidden layers, .* got intermediate=1",
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=(True, 2)),
-            r"OPZO: intermediate must be places .* got intermediate=\(True, 2\)",
+            r"OPZO: intermediate must be increasing indices .* got intermediate=\(True, 2\)",
         ),
         (
             lambda: OPZO(antithetic=True).check_steps(1),
@@ -599,7 +598,7 @@ def a_neuron_twice() -> nn.Module:
         (
             lambda: OPZO(intermediate=(1, 0)),
             (
-                r"OPZO: intermediate must be places of hidden layers in order, .* got"
+                r"OPZO: intermediate must be increasing indices of hidden layers, .* got"
                 r" intermediate=\(1, 0\)"
             ),
         ),

@@ -329,8 +329,8 @@ def two_decays() -> nn.Sequential:
     ("build", "message"),
     [
         (
-            lambda: OTTT(update="step"),
-            r"OTTT: update must be 'batch' or 'objective'; got update='step'",
+            lambda: OTTT(update="objective"),  # type: ignore[arg-type]
+            r"OTTT: update must be 'batch' or 'step'; got update='objective'",
         ),
         (lambda: OTTT(first="none"), r"OTTT: first must be 'plain' or 'traced'; got first='none'"),
         (

@@ -19,8 +19,8 @@ from pipeline.recipe.files import load_recipe
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
-from pipeline.rules.spide import SPIDE, Ternary, _hand_down, ternary_phase
-from pipeline.spiking.equilibrium import Equilibrium, Linearized, the_equilibrium
+from pipeline.rules.spide import SPIDE, Ternary, _transposed_layer, ternary_phase
+from pipeline.spiking.equilibrium import Equilibrium, Linearized, find_equilibrium
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
@@ -221,7 +221,7 @@ class Recorded:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        equilibrium = the_equilibrium("SPIDE", model)
+        equilibrium = find_equilibrium("SPIDE", model)
         self.adjoint: Any = equilibrium.adjoint
         self.seen: list[Tensor] = []
         equilibrium.adjoint = self
@@ -347,7 +347,7 @@ def test_events_are_handed_down_as_a_product_is(limit):
     s_BN[[1, 4]] = 0
     for emitted_BN in (s_BN, torch.zeros_like(s_BN)):
         u_BN = torch.ones(5, 9).double()
-        _hand_down(vjp, 0)(u_BN, emitted_BN)
+        _transposed_layer(vjp, 0)(u_BN, emitted_BN)
         expected_BN = 1 + vjp.transposed(0, vjp.masks[0] * emitted_BN / 2)
         assert torch.allclose(u_BN, expected_BN, atol=1e-14)
         assert bool((expected_BN != 1).any()) == bool(emitted_BN.any())

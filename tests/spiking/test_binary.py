@@ -14,7 +14,13 @@ from torch.nn import functional as F
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.binary import Binarizer, binarize, binary_synapses, fix, latent_parameters
+from pipeline.spiking.binary import (
+    Binarizer,
+    binarize,
+    binary_synapses,
+    latent_parameters,
+    unbinarize,
+)
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
@@ -281,7 +287,7 @@ def test_nothing_of_the_weights_size_is_kept_but_parameters(weights):
 def test_a_fixed_synapse_is_plain_and_multiplies_by_its_weight():
     synapse = Linear(4, 3, bias=False)
     binarize(synapse)
-    fix(synapse)
+    unbinarize(synapse)
     assert synapse.weights == "plain" and not binary_synapses(synapse)
     assert torch.equal(synapse(torch.eye(4).unsqueeze(0))[0].T, synapse.weight)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.models.stream import Residual
+from pipeline.models.residual import Residual
 from pipeline.spiking.dropout import Dropout, DropPath
 from pipeline.spiking.state import fresh_state
 

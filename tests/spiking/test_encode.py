@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pipeline.spiking.encode import is_still, over_steps, repeat
+from pipeline.spiking.encode import is_static, over_steps, repeat
 
 
 def test_repeat_is_a_view_of_one_frame():
@@ -14,13 +14,13 @@ def test_repeat_is_a_view_of_one_frame():
 
 def test_still_is_what_repeat_made():
     x_TBCHW = repeat(torch.randn(2, 3, 4, 4), 6)
-    assert is_still(x_TBCHW) and all(
-        is_still(x_cBCHW) for x_cBCHW in (x_TBCHW[:1], x_TBCHW[2:5], x_TBCHW[:, :1])
+    assert is_static(x_TBCHW) and all(
+        is_static(x_cBCHW) for x_cBCHW in (x_TBCHW[:1], x_TBCHW[2:5], x_TBCHW[:, :1])
     )
     assert (
-        not is_still(x_TBCHW.contiguous())
-        and not is_still(x_TBCHW.contiguous()[:1])
-        and not is_still(x_TBCHW * 1)
+        not is_static(x_TBCHW.contiguous())
+        and not is_static(x_TBCHW.contiguous()[:1])
+        and not is_static(x_TBCHW * 1)
     )
 
 

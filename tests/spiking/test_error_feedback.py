@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.spiking.error_feedback import Fixed, MeanJacobian, Signals, SinglePoint
+from pipeline.spiking.error_feedback import ErrorFeedback, FixedRandom, MeanJacobian, SinglePoint
 from pipeline.spiking.noise import noise
 
 HIDDEN, OUTPUTS, BATCH, SCALE = 100, 5, 32, 0.2
@@ -47,7 +47,7 @@ def learnt(network: Tanh, momentum: float, *, updates: int = 6000) -> MeanJacobi
     found = MeanJacobian(momentum=momentum, scale=SCALE)
     for _ in range(updates):
         h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
-        found.note(0, network.outputs(h_BN + SCALE * z_BN), z_BN)
+        found.accumulate(0, network.outputs(h_BN + SCALE * z_BN), z_BN)
         found.end_of_batch(lambda statistic: statistic)
     return found
 
@@ -61,7 +61,7 @@ def test_the_mean_jacobian_of_a_tanh_network_is_found():
         0.9 < float(found.jacobian(0).norm() / expected.norm()) < 1.1
     )  # less by the smoothing, more by what noise is left
     assert abs(cosine(learnt(network, 0.0, updates=1000).jacobian(0), expected)) <= 0.3
-    fixed = Fixed()
+    fixed = FixedRandom()
     fixed.signal(0, HIDDEN, e_BK=torch.zeros(1, OUTPUTS), o_BK=torch.zeros(1, OUTPUTS), z_BN=None)
     assert abs(cosine(fixed.get_buffer("matrix_0"), expected)) <= 0.2
 
@@ -71,7 +71,7 @@ def test_what_does_not_depend_on_the_noise_averages_out():
     found = MeanJacobian(momentum=0.0, scale=1.0)
     batches = 2000
     for _ in range(batches):
-        found.note(0, network.outputs(network.hidden()), network.draw(BATCH, HIDDEN))
+        found.accumulate(0, network.outputs(network.hidden()), network.draw(BATCH, HIDDEN))
     found.end_of_batch(lambda statistic: statistic)
     spread = float(network.outputs(network.hidden()).square().mean().sqrt()) / math.sqrt(
         batches * BATCH
@@ -87,7 +87,7 @@ def test_a_linear_network_gives_one_estimate_at_every_scale():
     for scale in (0.01, 0.2, 3.0):
         found = MeanJacobian(momentum=0.0, scale=scale)
         for sign in (1, -1):
-            found.note(0, (h_BN + scale * sign * z_BN) @ network.w2.T, sign * z_BN)
+            found.accumulate(0, (h_BN + scale * sign * z_BN) @ network.w2.T, sign * z_BN)
         found.end_of_batch(lambda statistic: statistic)
         estimates.append(found.jacobian(0))
     assert all(
@@ -107,7 +107,7 @@ def test_pairs_vary_less_than_two_single_points():
             h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
             other_BN = -z_BN if second < 0 else network.draw(BATCH, HIDDEN)
             for each_BN in (z_BN, other_BN):
-                found.note(0, network.outputs(h_BN + SCALE * each_BN), each_BN)
+                found.accumulate(0, network.outputs(h_BN + SCALE * each_BN), each_BN)
             found.end_of_batch(lambda statistic: statistic)
             total += float((found.jacobian(0) - expected).square().sum())
         return total
@@ -122,7 +122,7 @@ def test_the_correction_undoes_the_start_at_zero():
         torch.arange(3.0, dtype=torch.float64)[None] + 1,
     )
     for moves in range(1, 6001):
-        found.note(0, o_BK, z_BN)
+        found.accumulate(0, o_BK, z_BN)
         if moves == 1:
             assert not found.jacobian(0).any()
         found.end_of_batch(lambda statistic: statistic)
@@ -138,14 +138,14 @@ def test_matrices_are_moved_by_the_mean_over_micro_batches_and_ranks():
     network = Tanh()
     z_BN, o_BK = network.draw(6, HIDDEN), network.draw(6, OUTPUTS)
     whole = MeanJacobian(momentum=0.5, scale=SCALE)
-    whole.note(0, o_BK, z_BN)
+    whole.accumulate(0, o_BK, z_BN)
     whole.end_of_batch(lambda statistic: statistic)
     ranks = [MeanJacobian(momentum=0.5, scale=SCALE) for _ in range(2)]
     sent: list[Tensor] = []
-    ranks[1].note(0, o_BK[4:], z_BN[4:])
+    ranks[1].accumulate(0, o_BK[4:], z_BN[4:])
     ranks[1].end_of_batch(lambda statistic: (sent.append(statistic), statistic)[1])
-    ranks[0].note(0, o_BK[:1], z_BN[:1])
-    ranks[0].note(0, o_BK[1:4], z_BN[1:4])
+    ranks[0].accumulate(0, o_BK[:1], z_BN[:1])
+    ranks[0].accumulate(0, o_BK[1:4], z_BN[1:4])
     ranks[0].end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
     assert torch.allclose(ranks[0].get_buffer("matrix_0"), whole.get_buffer("matrix_0"), atol=1e-14)
 
@@ -159,7 +159,7 @@ def test_single_point_is_the_product_of_the_sample():
 
 
 def test_a_fixed_matrix_has_the_scale_of_the_errors():
-    fixed = Fixed()
+    fixed = FixedRandom()
     e_BK = torch.randn(64, OUTPUTS, generator=torch.Generator().manual_seed(0))
     g_BN = fixed.signal(3, 20_000, e_BK=e_BK, o_BK=e_BK, z_BN=None)
     assert float(g_BN.square().mean() / e_BK.square().mean()) == pytest.approx(1, abs=0.05)
@@ -167,13 +167,13 @@ def test_a_fixed_matrix_has_the_scale_of_the_errors():
     assert not torch.equal(g_BN, fixed.signal(4, 20_000, e_BK=e_BK, o_BK=e_BK, z_BN=None))
 
 
-@pytest.mark.parametrize("build", [lambda: MeanJacobian(momentum=0.9, scale=SCALE), Fixed])
+@pytest.mark.parametrize("build", [lambda: MeanJacobian(momentum=0.9, scale=SCALE), FixedRandom])
 def test_a_checkpoint_brings_the_sizes(build):
     e_BK, z_BN = torch.ones(2, OUTPUTS), noise([1, 2], 6, distribution="gaussian")
-    first: Signals = build()
+    first: ErrorFeedback = build()
     first.signal(0, 6, e_BK=e_BK, o_BK=e_BK, z_BN=z_BN)
     first.end_of_batch(lambda statistic: statistic)
-    second: Signals = build()
+    second: ErrorFeedback = build()
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.get_buffer("matrix_0"), first.get_buffer("matrix_0"))
     with pytest.raises(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.spiking.fire import fire
+from pipeline.spiking.neuron import fire
 from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Triangle, spike
 
 THRESHOLD = 0.7

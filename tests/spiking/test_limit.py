@@ -156,13 +156,13 @@ def test_keeps_the_type_under_autocast():
 
 def test_a_batch_seeks_its_singular_vectors_once(monkeypatch):
     sought = []
-    original = limit_module.top_vectors
+    original = limit_module.top_singular_vectors
 
-    def top_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
+    def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
         sought.append(steps)
         return original(V, steps=steps)
 
-    monkeypatch.setattr(limit_module, "top_vectors", top_vectors)
+    monkeypatch.setattr(limit_module, "top_singular_vectors", top_singular_vectors)
     synapse = Linear(40, 50, bias=False).double()
     limit = SpectralLimit(synapse).double()
     x_TBC = torch.randn(6, 2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

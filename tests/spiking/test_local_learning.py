@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.spiking.local_learning import Readout, TopDown, refuse_streams, with_signals
+from pipeline.spiking.local_learning import (
+    LocalGradient,
+    Readout,
+    inject_gradients,
+    refuse_skip_connections,
+)
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -34,7 +39,7 @@ def test_the_scalar_has_the_loss_as_value_and_the_signals_as_gradient():
     ends = [torch.randn(2, 3, requires_grad=True), torch.randn(4, requires_grad=True)]
     signals = [torch.randn(2, 3), torch.randn(4)]
     loss = torch.tensor(0.7, requires_grad=True)
-    scalar = with_signals(loss, ends, signals)
+    scalar = inject_gradients(loss, ends, signals)
     assert scalar.item() == loss.item()
     (3 * scalar).backward()
     assert all(torch.equal(end.grad, 3 * signal) for end, signal in zip(ends, signals, strict=True))  # type: ignore[arg-type]
@@ -44,7 +49,7 @@ def test_the_scalar_has_the_loss_as_value_and_the_signals_as_gradient():
 def test_a_closed_seam_is_the_plain_neuron_with_its_graph():
     x_TB = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
     found = []
-    for seam in (None, TopDown(scale=0.2, inject="spikes", distribution="gaussian")):
+    for seam in (None, LocalGradient(scale=0.2, inject="spikes", distribution="gaussian")):
         neuron = LIF(reset_gradient="kept")
         neuron.gradient = seam
         with fresh_state(neuron):
@@ -54,29 +59,31 @@ def test_a_closed_seam_is_the_plain_neuron_with_its_graph():
 
 
 def test_a_neuron_that_was_not_run_is_missed():
-    seam = TopDown(scale=0.2, inject="spikes", distribution="gaussian")
+    seam = LocalGradient(scale=0.2, inject="spikes", distribution="gaussian")
     neuron = LIF()
     neuron.gradient = seam
     with (
         fresh_state(neuron),
-        pytest.raises(ValueError, match=r"run every neuron at every time step; .* has no spikes"),
+        pytest.raises(
+            ValueError, match=r"run every neuron at every time step; got one without spikes"
+        ),
     ):
-        seam.kept("spikes")
+        seam.recorded("spikes")
 
 
 def test_streams_are_refused_by_name():
     model = nn.ModuleDict({"a": Linear(2, 2), "b": Linear(2, 2), "c": Conv2d(1, 1, 1)})
     x_TBC = torch.ones(1, 1, 2)
     a, b = model["a"](x_TBC), model["b"](x_TBC)
-    refuse_streams("X", model, {"one": a * 2, "two": b, "none": x_TBC})
+    refuse_skip_connections("X", model, {"one": a * 2, "two": b, "none": x_TBC})
     with pytest.raises(
         ValueError, match=r"^X: a stream .* got a\.(weight|bias) with a path to one and to two$"
     ):
-        refuse_streams("X", model, {"one": a * 2, "two": a + b})
+        refuse_skip_connections("X", model, {"one": a * 2, "two": a + b})
 
 
 def test_the_first_parameter_of_a_stream_is_named_each_time():
     layers = nn.Sequential(*(Linear(2, 2) for _ in range(8)))
     value = layers(torch.ones(1, 1, 2))
     with pytest.raises(ValueError, match=r"got 0\.weight with a path"):
-        refuse_streams("X", layers, {"one": value * 2, "two": value + 1})
+        refuse_skip_connections("X", layers, {"one": value * 2, "two": value + 1})

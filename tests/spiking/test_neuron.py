@@ -215,12 +215,12 @@ def test_named_neurons():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "text"),
     [(torch.nn.Sigmoid(), r"Sigmoid\(\)"), (torch.sigmoid, "<built-in method sigmoid .*")],
 )
-def test_a_surrogate_that_learns_or_has_no_derivative_is_refused(given, told):
+def test_a_surrogate_that_learns_or_has_no_derivative_is_refused(given, text):
     with pytest.raises(
         ValueError,
-        match=rf"^LIF: surrogate must be a value with a derivative, .* learnt; got {told}$",
+        match=rf"^LIF: surrogate must be a value with a derivative and without parameters; got {text}$",
     ):
         LIF(surrogate=given)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.spiking.pool import MeanPool, enlarged, into_slices
+from pipeline.spiking.pool import MeanPool, spread_by_interpolation, spread_by_slices
 from tests.spiking.saved import SavedBytes
 
 SHAPES = [(6, 6), (7, 9), (6, 11)]
@@ -27,7 +27,9 @@ def test_means_and_their_gradient_are_torchs(size, pixels):
 def test_a_gpus_backward_is_the_same(size, pixels):
     share = torch.randn(2, 3, *(side // size for side in pixels))
     shape = torch.Size((2, 3, *pixels))
-    assert torch.equal(enlarged(share, shape, size), into_slices(share, shape, size))
+    assert torch.equal(
+        spread_by_interpolation(share, shape, size), spread_by_slices(share, shape, size)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

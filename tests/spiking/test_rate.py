@@ -185,7 +185,7 @@ def test_the_threshold_is_held_by_a_view():
         neuron.threshold.fill_(0.1)
     assert run(neuron, torch.full((4, 1, 1), 0.5)).flatten().tolist() == [0.5] * 4
     assert neuron.threshold.item() == pytest.approx(0.1)
-    neuron.held_threshold().sum().backward()
+    neuron.clamped_threshold().sum().backward()
     assert neuron.threshold.grad is not None and neuron.threshold.grad.tolist() == [2.0]
 
 

@@ -1,7 +1,7 @@
 """Weights that are made of the parameters, made once for all slices of a batch, against each slice
 making its own.
 
-What comes of a still image is in test_still.py.
+Outputs for a static input are tested in test_static_input.py.
 """
 
 # T time, B batch
@@ -23,10 +23,10 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking import synapse
-from pipeline.spiking.binary import Binarization, binarize, fix
+from pipeline.spiking.binary import Binarization, binarize, unbinarize
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.slice_cache import Sharing
+from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State, fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
@@ -75,8 +75,8 @@ def each_slice_its_own() -> Iterator[None]:
     """Nothing is shared, by any rule."""
 
     @contextmanager
-    def alone(model: nn.Module, **about: object) -> Iterator[Sharing]:
-        yield Sharing(**about)  # type: ignore[arg-type]
+    def alone(model: nn.Module, **about: object) -> Iterator[SliceCache]:
+        yield SliceCache(**about)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (bptt, ottt, sltt):
@@ -192,7 +192,7 @@ def test_made_once_is_made_by_each(name: str, weights: Binarization, image: str)
     assert all(float(got[name].abs().max()) > 1e-4 for name, _ in model.named_parameters())
     assert distance(got, expected) < 1e-12
     assert state_bytes(model) == 0 and all(
-        module.sharing is None for module in model.modules() if hasattr(module, "sharing")
+        module.slice_cache is None for module in model.modules() if hasattr(module, "slice_cache")
     )
 
 
@@ -252,7 +252,7 @@ def test_a_synapse_that_was_fixed_is_plain_again() -> None:
     twin = copy.deepcopy(model)
     for each in (model[0], model[3]):
         binarize(each)  # type: ignore[arg-type]
-        fix(each)  # type: ignore[arg-type]
+        unbinarize(each)  # type: ignore[arg-type]
     x_BCHW, target_B = images()
     got, expected = (
         trained(SLTT(), each, repeat(x_BCHW, STEPS), target_B) for each in (model, twin)

@@ -205,7 +205,7 @@ def test_a_still_image_is_its_recording(name, cuts):
         "images": calls * tasks * len(target_B),
         "backwards": backwards * tasks * (len(cuts) + 1),
     }
-    assert state_bytes(model) == 0 and first_of(model).sharing is None
+    assert state_bytes(model) == 0 and first_of(model).slice_cache is None
 
 
 def test_two_weights_a_batch_compute_each_step():
@@ -320,7 +320,7 @@ def test_bfloat16_collects_in_float32():
     with fresh_state(first), slice_cache(first, steps=steps, backwards="several") as slices:
         for t, x_1B in enumerate(x_TB.split(1)):
             slices.is_last = t == steps - 1
-            slices.carrying(first(x_1B).sum()).backward()
+            slices.with_gradients(first(x_1B).sum()).backward()
     assert synapse.weight.grad is not None and synapse.weight.grad.item() == steps
 
 
@@ -351,7 +351,7 @@ def test_a_batch_that_fails_leaves_nothing():
     loss_terms = rule.loss_terms(model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     next(loss_terms)
     loss_terms.close()  # type: ignore[attr-defined]
-    assert first_of(model).sharing is None and state_bytes(model) == 0
+    assert first_of(model).slice_cache is None and state_bytes(model) == 0
 
 
 # ----------------------------------------------------------------------------------------- families

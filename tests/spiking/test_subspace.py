@@ -6,8 +6,8 @@ from pipeline.spiking.subspace import (
     SecondMoments,
     SpikingMoments,
     Subspace,
-    in_spikes,
     orthonormal,
+    quantized_response,
 )
 
 CPU = torch.device("cpu")
@@ -175,7 +175,7 @@ def test_energy_is_what_the_rows_keep():
 
 def test_spikes_of_lateral_neurons():
     y = torch.tensor([0.24, 0.26, -0.26, 19.9, 20.4, -1000.0, 0.0], dtype=torch.float64)
-    assert in_spikes(y, 40).tolist() == [0.0, 0.5, -0.5, 20.0, 20.0, -20.0, 0.0]
+    assert quantized_response(y, 40).tolist() == [0.0, 0.5, -0.5, 20.0, 20.0, -20.0, 0.0]
     subspace, x_NC = grown(9, 3, 4), 2 * double(24, 9)
     moments = SpikingMoments(subspace, steps=40)
     moments.add(x_NC)

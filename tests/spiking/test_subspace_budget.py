@@ -1,13 +1,12 @@
 import pytest
 import torch
 
-from pipeline.spiking.subspace import Subspace
-from pipeline.spiking.subspace_budget import Rows
+from pipeline.spiking.subspace import RowBudget, Subspace
 from pipeline.spiking.synapse import Linear
 
 
 def test_what_is_written_last_holds_for_all_later_tasks():
-    rows = Rows("HLOP", [[3, 2], (1, 0)])
+    rows = RowBudget("HLOP", [[3, 2], (1, 0)])
     assert [rows.of(task) for task in range(4)] == [(3, 2), (1, 0), (1, 0), (1, 0)]
 
 
@@ -20,7 +19,10 @@ def test_what_is_written_last_holds_for_all_later_tasks():
     ],
 )
 def test_there_must_be_room(tasks, message):
-    rows, synapses = Rows("HLOP", ((3, 2), (1, 0))), {"first": Linear(5, 4), "second": Linear(4, 2)}
+    rows, synapses = (
+        RowBudget("HLOP", ((3, 2), (1, 0))),
+        {"first": Linear(5, 4), "second": Linear(4, 2)},
+    )
     if message is None:
         rows.check("who", synapses, tasks=tasks)
         return
@@ -33,11 +35,11 @@ def test_each_synapse_has_its_number():
     with pytest.raises(
         ValueError, match=r"who: rows must name one for each of first; got \(3, 2\)"
     ):
-        Rows("HLOP", ((3, 2),)).check("who", {"first": Linear(5, 4)}, tasks=1)
+        RowBudget("HLOP", ((3, 2),)).check("who", {"first": Linear(5, 4)}, tasks=1)
 
 
 def test_rows_grow_task_by_task_from_keys_of_their_own():
-    rows = Rows("HLOP", ((2, 2), (1, 1)))
+    rows = RowBudget("HLOP", ((2, 2), (1, 1)))
     subspaces = [Subspace(3, dtype=torch.float64, device=torch.device("cpu")) for _ in range(2)]
     rows.grow("who", subspaces, task=0, key_of=lambda index: index)
     assert not torch.equal(subspaces[0].new, subspaces[1].new)

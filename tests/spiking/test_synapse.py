@@ -111,21 +111,23 @@ def test_presynaptic_linear(shape, weights):
 @pytest.mark.parametrize("presynaptic", [None, torch.cos])
 @pytest.mark.parametrize("geometry", [None, *GEOMETRIES])
 def test_another_weight_carries_the_error_down(geometry, presynaptic):
-    synapse, carrier = (
+    synapse, error_weight = (
         Linear(4, 6) if geometry is None else Conv2d(4, 6, **geometry) for _ in range(2)
     )
-    synapse, carrier = synapse.double(), carrier.double()
+    synapse, error_weight = synapse.double(), error_weight.double()
     x = (double(3, 2, 4) if geometry is None else double(3, 2, 4, 9, 8)).requires_grad_()
     synapse.presynaptic = presynaptic
     plain = synapse(x)
     upstream = torch.randn_like(plain)
-    (expected_x,) = torch.autograd.grad((carrier(x) * upstream).sum(), x)
+    (expected_x,) = torch.autograd.grad((error_weight(x) * upstream).sum(), x)
     expected = torch.autograd.grad((plain * upstream).sum(), list(synapse.parameters()))
-    synapse.backward_weight = lambda weight: carrier.weight.detach() + (weight - synapse.weight)
+    synapse.backward_weight = lambda weight: (
+        error_weight.weight.detach() + (weight - synapse.weight)
+    )
     with SavedBytes(synapse) as saved:
         y = synapse(x)
     assert torch.equal(y, plain)
-    assert saved.peak == x.numel() * 8  # the factor; the carrier is made when it is needed
+    assert saved.peak == x.numel() * 8  # the factor; the error_weight is made when it is needed
     got_x, *got = torch.autograd.grad((y * upstream).sum(), [x, *synapse.parameters()])
     assert torch.allclose(got_x, expected_x, atol=1e-12)
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, expected, strict=True))
@@ -171,11 +173,11 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("weights", ["plain", "standardized"])
 @pytest.mark.parametrize("geometry", [None, *GEOMETRIES])
 def test_under_autocast_the_seams_are_the_plain_op_on_what_they_put_in_its_place(geometry, weights):
-    """Weights learn from the factor, the error goes down by the carrier, both in fp32: bf16 is
+    """Weights learn from the factor, the error goes down by the error_weight, both in fp32: bf16 is
     within 1 % of that, and seen.
     """
     torch.manual_seed(0)
-    synapse, carrier = (
+    synapse, error_weight = (
         (
             Linear(40, 6, weights=weights)
             if geometry is None
@@ -184,12 +186,12 @@ def test_under_autocast_the_seams_are_the_plain_op_on_what_they_put_in_its_place
         for _ in range(2)
     )
     x = (torch.randn(3, 8, 40) if geometry is None else torch.randn(3, 2, 4, 9, 8)).requires_grad_()
-    plain, through_factor, through_carrier = synapse(x), synapse(x.detach().cos()), carrier(x)
+    plain, through_factor, through_carrier = synapse(x), synapse(x.detach().cos()), error_weight(x)
     upstream = torch.randn_like(plain).bfloat16().float()
     (expected_x,) = torch.autograd.grad((through_carrier * upstream).sum(), x)
     expected = torch.autograd.grad((through_factor * upstream).sum(), list(synapse.parameters()))
     synapse.presynaptic = torch.cos
-    synapse.backward_weight = lambda weight: effective_weight(carrier).detach()
+    synapse.backward_weight = lambda weight: effective_weight(error_weight).detach()
     with torch.autocast("cpu", torch.bfloat16):
         y = synapse(x)
     assert y.dtype == torch.bfloat16 and 0 < apart(y.float(), plain) < 0.01

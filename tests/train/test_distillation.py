@@ -300,7 +300,7 @@ def test_what_does_not_fit_the_recipe_is_refused_before_a_launch(
 
 def test_a_loss_that_remembers_is_refused_where_a_rule_asks_for_other_losses_between() -> None:
     from pipeline.models.mlp import mlp
-    from pipeline.models.readouts import with_readouts
+    from pipeline.models.transforms import with_readouts
 
     network = spec(with_readouts, network=spec(mlp, in_features=64, hidden=(8,)))
     objective = spec(Distillation, teacher_weight=0.0, ensemble_weight=1.0)

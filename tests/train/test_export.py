@@ -19,10 +19,10 @@ import pipeline
 from pipeline.__main__ import main
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.prepare import write_job
-from pipeline.models.binarized import binarized
 from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.qkformer import QKFormer
+from pipeline.models.transforms import binarized
 from pipeline.recipe.files import load_recipe
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec, spec
@@ -211,7 +211,7 @@ def test_the_file_says_what_it_is(runs: Path, tmp_path: Path) -> None:
         "packed",
         "3",
     )
-    assert json.loads(metadata["model"])["target"] == "pipeline.models.binarized.binarized"
+    assert json.loads(metadata["model"])["target"] == "pipeline.models.transforms.binarized"
 
 
 def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_export_and_evaluate(
         code == 2
         and err
         == "export: --packed stores 1-bit weights, and the network has none; leave --packed out, or"
-        " train a model of spec(binarized, ...) (pipeline/models/binarized.py)\n"
+        " train a model of spec(binarized, ...) (pipeline/models/transforms.py)\n"
     )
     code, _, err = run("export", "full", "--out", str(tmp_path / "no" / "net.safetensors"))
     assert code == 2 and err.count("\n") == 1 and "has no folder" in err

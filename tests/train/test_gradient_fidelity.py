@@ -14,7 +14,7 @@ import torch
 from pipeline.measure.fidelity import fidelity, gradients
 from pipeline.models.convnet import convnet
 from pipeline.models.mlp import mlp
-from pipeline.models.synchronized import synchronized
+from pipeline.models.transforms import synchronized
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT

@@ -1,3 +1,1 @@
-"""Frozen networks whose answers an objective distils: how they are had, how they look at a picture,
-what they remember.
-"""
+"""Frozen teacher networks, whose predictions a student distils."""

@@ -1,4 +1,4 @@
-"""What a teacher is: a frozen network that is shown what the student is shown, once a batch."""
+"""The interface of a teacher: a frozen network that sees the student's input, once per batch."""
 
 # B batch, C channels, H W pixels, K classes
 
@@ -16,9 +16,9 @@ from pipeline.models.teachers.probe import Probe
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """A data set of still pictures, whose batches hold `(pixels - mean) / std`, a value a channel,
-    of pixels scaled to 0..1.
+class ImageData(Protocol):
+    """A data set of images, whose batches hold `(pixels - mean) / std` with one mean and std per
+    channel, of pixels in 0..1.
     """
 
     classes: int
@@ -28,42 +28,40 @@ class Pictures(Protocol):
 
 
 class Teacher(nn.Module):
-    """From pictures `[B,C,H,W]` as the student gets them to logits `[B,K]`, in fp32 and without a
+    """Maps images `[B,C,H,W]`, normalised for the student, to logits `[B,K]` in fp32 without a
     graph.
 
-    It is built with its weights, and stays frozen and in eval whatever is asked of it. A subclass
-    answers in `forward`, and says in `identity` what its answers depend on. `probe`, where there is
-    one, fits `head` to the data set's classes before the first question (pipeline.train.teaching);
-    `cache` keeps answers.
+    It is created with its weights, and stays frozen and in evaluation mode. A subclass implements
+    `forward`, and `identity`, which lists everything that its predictions depend on. A `probe`, if
+    there is one, fits `head` to the data set's classes before the first batch
+    (pipeline.train.teaching). `cache` stores predictions.
     """
 
     label: str
     probe: Probe | None = None
     cache: Cache | None = None
     precision: Precision = "fp32"
-    """in which it computes"""
+    """of the computation"""
 
     def __init__(self) -> None:
         super().__init__()
         self.head: nn.Linear | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides an answer to given pixels but the fitted head, as plain
-        values.
+        """All settings that determine a prediction for given pixels, except the fitted head, as
+        plain values.
         """
         raise NotImplementedError(f"{type(self).__name__} must override identity")
 
     def features(self, x_BCHW: Tensor) -> Tensor:
-        """What a probe is fitted on, `[B,D]`.
+        """The input of a probe, `[B,D]`.
 
-        Raises: ValueError for a teacher that shows none.
+        Raises: ValueError for a teacher without features.
         """
         raise ValueError(f"{self.label}: shows no features, so no probe can be fitted")
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval: dropout and batch statistics would make other answers of the same
-        picture.
-        """
+        """Stays in evaluation mode: dropout and batch statistics would change the predictions."""
         del mode
         return super().train(False)
 
@@ -73,7 +71,7 @@ class Teacher(nn.Module):
 
 
 def content_hash(module: nn.Module) -> str:
-    """sha256 of names, shapes and bytes of all that a module's `state_dict` holds."""
+    """sha256 of names, shapes and bytes of a module's `state_dict`."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         value = value.detach().cpu().contiguous()

@@ -1,9 +1,10 @@
-"""A teacher's answers on disk, so that a second run with the same views never asks.
+"""A cache on disk for a teacher's predictions, so that a second run with the same views needs no
+teacher.
 
-A view is a pure function of (data set, seed, epoch, sample), which is why its answer can be kept: a
-folder for the data set and the teacher, in it one for the seed, in it files of an epoch. Every
-process writes files of its own, whole records at their end, so that any number of runs and ranks
-may write at one time and a process may die in the middle.
+A view is a pure function of (data set, seed, epoch, sample), so its prediction can be stored. A
+folder per data set and teacher holds one folder per seed, with files per epoch. Every process
+appends whole records to its own files. So any number of runs and ranks can write at the same time,
+and a process may die at any point.
 """
 
 # B batch, K classes
@@ -33,14 +34,14 @@ _TYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Where a teacher's answers are kept, and how many bytes of them.
+    """Location and size limit of stored predictions.
 
     Args:
         folder: on storage that every worker sees; several runs may share it.
-        limit_gb: 10^9 bytes that the folder may hold. A run whose answers would not fit is refused
-        before it begins. storage: "fp32" is exact. The others halve the bytes and round the
-        answers, the first time they are used already, so
-            that every run with this cache learns from the same numbers.
+        limit_gb: the most that the folder may hold, in 10^9 bytes. A run whose predictions would
+            not fit is refused before it starts.
+        storage: "fp32" is exact. The others halve the bytes and round the predictions, also at
+            their first use, so that all runs with this cache learn from the same numbers.
     """
 
     folder: Path
@@ -56,9 +57,9 @@ class Cache:
             )
 
     def check(self, kept: Path, *, answers: int, classes: int) -> None:
-        """Whether `answers` of a run, some of which may be in `kept` already, fit.
+        """Check that `answers` predictions of a run fit; `kept` may hold some of them already.
 
-        Raises: ValueError that names what is needed and what there is.
+        Raises: ValueError that names the needed and the allowed size.
         """
         planned = answers * record(classes, self.storage).itemsize
         there, whole = _bytes(kept), _bytes(Path(self.folder))
@@ -71,10 +72,10 @@ class Cache:
             )
 
 
-class Kept:
-    """The answers of one seed, as one process reads and adds to them.
+class CachedPredictions:
+    """The stored predictions of one seed, read and extended by one process.
 
-    Raises: ValueError for a record that is damaged.
+    Raises: ValueError for a damaged record.
     """
 
     def __init__(self, folder: Path, *, classes: int, storage: Storage, rank: int) -> None:
@@ -86,8 +87,8 @@ class Kept:
         self._places: dict[int, tuple[int, int]] = {}  # sample -> (file, record)
 
     def find(self, epoch: int, index_B: Tensor) -> Tensor | None:
-        """The answers for these samples in this epoch's views, fp32 on the host; None unless all of
-        them are there.
+        """The predictions for these samples in this epoch's views, fp32 on the CPU; None unless all
+        are stored.
         """
         self._open(epoch)
         places = [self._places.get(index) for index in index_B.tolist()]
@@ -97,7 +98,7 @@ class Kept:
         return torch.from_numpy(np.stack(rows)).view(_TYPES[self.storage]).float()
 
     def add(self, epoch: int, index_B: Tensor, logits_BK: Tensor) -> Tensor:
-        """Write answers down; as they will be read again."""
+        """Store predictions; returns them as a later read will."""
         stored_BK = logits_BK.detach().cpu().to(_TYPES[self.storage]).contiguous()
         records = np.zeros(len(index_B), self._record)
         records["sample"] = index_B.numpy()
@@ -113,9 +114,8 @@ class Kept:
             return
         self._epoch, self._files, self._places = epoch, [], {}
         for path in sorted(self.folder.glob(f"epoch-{epoch:06d}.*.answers")):
-            whole = (
-                path.stat().st_size // self._record.itemsize
-            )  # a process that died may have left a part of one
+            # A process that died may have left an incomplete record at the end.
+            whole = path.stat().st_size // self._record.itemsize
             if not whole:
                 continue
             records = np.memmap(path, self._record, mode="r", shape=(whole,))
@@ -139,7 +139,7 @@ class Kept:
 
 
 def record(classes: int, storage: Storage) -> np.dtype[np.void]:
-    """One answer on disk."""
+    """The format of one prediction on disk."""
     return np.dtype(
         [("sample", "<i8"), ("check", "<u8"), ("answer", "u1", classes * _TYPES[storage].itemsize)]
     )

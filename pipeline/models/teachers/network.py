@@ -1,8 +1,8 @@
-"""A network of this pipeline as a teacher: what another run has learnt, read from a file of its
-weights.
+"""A network of this pipeline as a teacher, with weights from the checkpoint of another run.
 
-teacher=spec(network_teacher, model=spec(...),
-weights="runs/x/checkpoints/step_00001000/model.safetensors", time_steps=2)"""
+teacher=spec(network_teacher, model=spec(...), time_steps=2,
+             weights="runs/x/checkpoints/step_00001000/model.safetensors")
+"""
 
 # T time, B batch, K classes
 
@@ -25,7 +25,7 @@ from pipeline.spiking.state import fresh_state, states_of
 
 
 class Samples(Protocol):
-    """What is known of a data set without opening it."""
+    """The part of a data set's interface that needs no open file."""
 
     @property
     def classes(self) -> int: ...
@@ -66,8 +66,7 @@ class NetworkTeacher(Teacher):
     @torch.no_grad()
     def forward(self, x_B: Tensor) -> Tensor:
         states = states_of(self.body)
-        # `evaluate` opens the states of whatever it is given, for one batch: at rest, they are as
-        # they would be made here.
+        # `evaluate` has opened the states already; if they are empty, they serve as fresh ones.
         at_rest = bool(states) and all(state.is_open and not state.values for state in states)
         with (
             computing(x_B.device, self.precision),
@@ -85,17 +84,19 @@ def network_teacher(
     precision: Precision = "fp32",
     cache: Cache | None = None,
 ) -> NetworkTeacher:
-    """`model` with the weights of a file, frozen: it sees what the student sees, and answers with
-    its mean logits over time.
+    """`model` with weights from a file, frozen. It sees the student's input and predicts its mean
+    logits over time.
 
     Args:
+        data: the data set, for its shape and classes.
         model: as in the recipe that trained it.
-        weights: a file of its weights; a run's checkpoints hold one, `model.safetensors`.
-        time_steps: at which it answers.
-        precision: in which it computes; its answers are fp32.
+        weights: a file of its weights, such as a checkpoint's `model.safetensors`.
+        time_steps: number of time steps of the teacher.
+        precision: of its computation; predictions are fp32.
 
-    Raises: ValueError for weights that do not fit, a model that does not take the data's samples,
-    or other classes than theirs."""
+    Raises: ValueError for weights that do not fit, a model that does not accept the data's samples,
+    or other classes than theirs.
+    """
     refuse_unless_counts("network_teacher", {"time_steps": time_steps})
     state = read_state(Path(weights), who="network_teacher")
     wrong = describe_mismatch(state, model.state_dict())

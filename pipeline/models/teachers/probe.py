@@ -1,4 +1,4 @@
-"""Softmax regression on a frozen network's features: a head for classes that the network was not
+"""Softmax regression on a frozen network's features: a head for classes that it was not
 trained on.
 """
 
@@ -17,25 +17,24 @@ from torch import Tensor, nn
 
 ITERATIONS = 2000
 TOLERANCE = 1e-5
-"""largest entry of the gradient at the end"""
+"""largest entry of the final gradient"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """The W, b of the one minimum of
+    """The W, b at the unique minimum of
 
-        1/N sum_n CE(W z_n + b, y_n)  +  l2/2 |W|^2,      z the features, each with mean 0 and
-        variance 1 over the N
+        1/N sum_n CE(W z_n + b, y_n)  +  l2/2 |W|^2
 
-    by L-BFGS in float64: no learning rate, no order, no seed of its own decides it. The
+    with z the features, standardised to mean 0 and variance 1 over the N samples. The minimum is
+    found by L-BFGS in float64, so it depends on no learning rate, order or seed. The
     standardisation is folded into W and b.
 
     Args:
-        l2: above 0, so that there is one minimum also where the classes can be separated.
-        views: how many augmented views of the training part it is fitted on; None: one of each
-        sample.
-        seed: of the order and the augmentation of those views. Not the run's seed: every run of a
-        study has the same teacher.
+        l2: above 0, so that the minimum is unique for separable classes too.
+        views: number of augmented views of the training part for the fit; None: one per sample.
+        seed: of the order and the augmentation of those views. It is not the run's seed, so every
+            run of a study has the same teacher.
     """
 
     l2: float = 1e-3
@@ -55,11 +54,11 @@ class Probe:
     def fit(self, features_ND: Tensor, target_N: Tensor, classes: int) -> nn.Linear:
         """The head, in fp32.
 
-        Raises: ValueError when the minimum is not reached.
+        Raises: ValueError if the minimum is not reached.
         """
         x_ND, y_N = features_ND.double().cpu().numpy(), target_N.cpu().numpy()
         mean_D, std_D = x_ND.mean(0), x_ND.std(0)
-        std_D[std_D == 0] = 1.0  # a feature that never moves says nothing, whatever its weight
+        std_D[std_D == 0] = 1.0  # a constant feature has no effect
         z_ND = (x_ND - mean_D) / std_D
         shape = (classes, z_ND.shape[1])
 
@@ -97,9 +96,9 @@ class Probe:
                 f" still {steepest:.1e}; raise l2={self.l2}"
             )
         w_KD = found.x[:-classes].reshape(shape) / std_D
-        head = (
-            nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu").requires_grad_(False)
-        )  # draws nothing
+        # Created on the meta device, so that no random numbers are drawn.
+        head = nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu")
+        head.requires_grad_(False)
         head.weight.copy_(torch.from_numpy(w_KD))
         head.bias.copy_(torch.from_numpy(found.x[-classes:] - w_KD @ mean_D))
         return head

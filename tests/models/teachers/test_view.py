@@ -12,15 +12,17 @@ from torch import Tensor
 
 from pipeline.data.datasets.beton import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.data.ffcv.augment import lookup
-from pipeline.models.teachers.view import LEVELS, View
+from pipeline.models.teachers.timm import LEVELS, TeacherView
 
 HALF = (0.5, 0.5, 0.5)
 
 
 def view(
     *, mean=IMAGENET_MEAN, std=IMAGENET_STD, size=8, own_mean=(0.0,) * 3, own_std=(1.0,) * 3, **more
-) -> View:
-    return View(mean=mean, std=std, size=(size, size), own_mean=own_mean, own_std=own_std, **more)
+) -> TeacherView:
+    return TeacherView(
+        mean=mean, std=std, size=(size, size), own_mean=own_mean, own_std=own_std, **more
+    )
 
 
 def pictures(side: int, *, seed: int = 0) -> Tensor:

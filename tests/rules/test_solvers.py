@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.spiking import solvers
-from pipeline.spiking.solvers import broyden, fixed_point
+from pipeline.rules import ide
+from pipeline.rules.ide import broyden, fixed_point
 
 SOLVERS = [broyden, fixed_point]
 
@@ -166,4 +166,4 @@ def test_an_explosion_is_left_alone():
         return times(J)(v)
 
     fixed_point(g, counted, iterations=1000, tolerance=1e-12)
-    assert len(calls) < 200 and max(calls) < 1e3 * solvers.ESCAPED
+    assert len(calls) < 200 and max(calls) < 1e3 * ide.ESCAPED
