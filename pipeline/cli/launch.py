@@ -146,7 +146,7 @@ def launch(
     """
     _heed_signals()
     if name is not None:
-        from pipeline.launch.folder import named
+        from pipeline.launch.prepare import named
 
         named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
@@ -189,7 +189,7 @@ def launch(
         if name is None:
             raise ValueError("launch: --or-resume goes on with what has this --name; got none")
         if (runs / name).exists():
-            from pipeline.launch.resume_options import refuse_unless_launched_so
+            from pipeline.launch.resume import refuse_unless_launched_so
 
             refuse_unless_launched_so(runs / name, made, here, trust=trusted)
             where: dict[str, Any] = {

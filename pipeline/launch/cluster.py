@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pipeline.core.checks import is_count, refuse_unless_counts
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.in_process import Inline
-from pipeline.launch.nodes import NodeLoss
 from pipeline.launch.ray import Ray
+from pipeline.launch.ray_cluster import NodeLoss
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import told
@@ -51,7 +51,7 @@ class Cluster:
     device: Device = "auto"
     cpus_per_worker: int | Literal["auto"] = "auto"
     """cores of a worker; auto: its node's cores over its GPUs where it has a GPU, else one
-    (`launch/shares.py`)
+    (`launch/base.py`)
     """
     loader_threads: int | Literal["auto"] = "auto"
     """that read data in a worker; auto: as many as its cores where it has a GPU, else one"""

@@ -10,8 +10,7 @@ import torch
 
 from pipeline.core.allocator import keep_freed_memory
 from pipeline.core.cores import cores_here
-from pipeline.launch.base import Device, refuse_unusable_cards, takes_gpus
-from pipeline.launch.shares import share_of
+from pipeline.launch.base import Device, refuse_unusable_cards, share_of, takes_gpus
 from pipeline.train.backend.collectives import group_of_one
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.worker import run

@@ -26,17 +26,16 @@ from pipeline.core.units import counted
 from pipeline.launch.base import (
     Device,
     LaunchError,
+    Share,
     Silent,
     WorkersEnded,
     refuse_unusable_cards,
+    share_of,
     takes_gpus,
 )
-from pipeline.launch.environment import of_worker
-from pipeline.launch.nodes import NodeLoss, Nodes, waits_for
 from pipeline.launch.ray_auth import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
-from pipeline.launch.ray_errors import innermost
-from pipeline.launch.resizing import no_place
-from pipeline.launch.shares import Share, share_of
+from pipeline.launch.ray_cluster import NodeLoss, Nodes, innermost, of_worker, waits_for
+from pipeline.launch.restarts import no_place
 from pipeline.launch.signals import withheld
 from pipeline.measure.driver import unusable_cards
 from pipeline.track.journal import last
@@ -253,8 +252,7 @@ class Ray:
         from ray.train.torch import TorchConfig
 
         from pipeline.launch.ray_trainer import HOST, OnLoopback, Trainer
-        from pipeline.launch.resizing import LOOK_S
-        from pipeline.launch.restarts import has_no_place, needs_the_user
+        from pipeline.launch.restarts import LOOK_S, has_no_place, needs_the_user
 
         gpus = self._takes_gpus()
         share = self._share(gpus=gpus)

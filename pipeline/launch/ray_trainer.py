@@ -22,8 +22,7 @@ from ray.train.torch.config import (
 )
 from torch.distributed import TCPStore
 
-from pipeline.launch.resizing import Resizing
-from pipeline.launch.restarts import Restarts
+from pipeline.launch.restarts import Resizing, Restarts
 
 HOST = "127.0.0.1"
 

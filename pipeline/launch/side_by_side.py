@@ -24,9 +24,9 @@ from rich.console import Console
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.launch.base import Launcher, LaunchError
-from pipeline.launch.children import Children
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, wishes
+from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.command_line import trust_words
 from pipeline.recipe.recipe import Recipe
 from pipeline.track.mlflow import tracking_uri
@@ -64,7 +64,7 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
 
 
 def train_side_by_side(
-    children: Children, launcher: Launcher, slots: int, console: Console
+    children: SuiteRuns, launcher: Launcher, slots: int, console: Console
 ) -> bool:
     """Whether all are over; False when asked to stop. At the first failure none is begun any more;
     the others end first.
@@ -105,7 +105,7 @@ def train_side_by_side(
 
 
 def _begin_more(
-    children: Children,
+    children: SuiteRuns,
     launcher: Launcher,
     slots: int,
     going: dict[str, _Driven],
@@ -166,7 +166,7 @@ class _Driven:
     """One run, which nobody else drives, and the process that does."""
 
     def __init__(
-        self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console
+        self, recipe: Recipe, job: Job, children: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
         self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
         (self.folder / STOP).unlink(missing_ok=True)

@@ -20,10 +20,9 @@ from pipeline.core.torch_settings import computing
 from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.driver import drive
-from pipeline.launch.lock import driver_lock
+from pipeline.launch.driver import drive, driver_lock
 from pipeline.launch.prepare import prepare, read_job
-from pipeline.launch.resume_options import change_run
+from pipeline.launch.resume import change_run
 from pipeline.measure.energy import in_words
 from pipeline.measure.joules import Joules, inference_j
 from pipeline.measure.memory import device_here

@@ -18,15 +18,13 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
-from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
-from pipeline.launch.lock import driver_lock
-from pipeline.launch.prepare import open_place
-from pipeline.launch.resume_options import change_run, change_suite
+from pipeline.launch.driver import driver_lock, outlive
+from pipeline.launch.prepare import named, numbered, open_place, refuse_taken, whole_folder
+from pipeline.launch.resume import change_run, change_suite
 from pipeline.launch.side_by_side import slots_of, train_side_by_side
 from pipeline.launch.start import check, check_resumed, train
-from pipeline.launch.terminal import outlive
+from pipeline.launch.suite_runs import SuiteRuns, begun_job
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command
 from pipeline.recipe.recipe import Recipe
@@ -123,7 +121,7 @@ def _train_the_rest(
         say(console, f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)")
     else:  # needs no cores of its own
         cluster = replace(cluster, side_by_side=1)
-    children = Children(folder.name, suite_file, cluster, where, trust=trust)
+    children = SuiteRuns(folder.name, suite_file, cluster, where, trust=trust)
     is_ours = False
     try:
         with driver_lock(folder):
@@ -141,7 +139,7 @@ def _train_the_rest(
     return folder if done else None
 
 
-def _agree_on_cores(children: Children, console: Console) -> None:
+def _agree_on_cores(children: SuiteRuns, console: Console) -> None:
     """Runs that began where there was room for another number at a time go on as those do that
     begin now.
     """
@@ -158,7 +156,7 @@ def _agree_on_cores(children: Children, console: Console) -> None:
             change_run(run, {"side_by_side": cluster.side_by_side}, console)
 
 
-def _tell_mlflow(children: Children, console: Console) -> None:
+def _tell_mlflow(children: SuiteRuns, console: Console) -> None:
     """How the suite and its runs stand once nobody drives them: one whose process was killed could
     not tell it itself, and between two of them MLflow was told that the suite goes on."""
     try:
@@ -176,7 +174,7 @@ def _tell_mlflow(children: Children, console: Console) -> None:
         say(console, str(error))
 
 
-def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> bool:
+def _train_in_turn(children: SuiteRuns, launcher: Launcher, console: Console) -> bool:
     """Whether all are over; False when asked to stop."""
     left = children.left()
     try:
@@ -192,7 +190,7 @@ def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> 
     return True
 
 
-def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
+def _train_one(children: SuiteRuns, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
     """False when it was asked to stop. What diverges has been told, and is an answer."""
     job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
     try:

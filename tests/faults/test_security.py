@@ -27,10 +27,10 @@ from torch import nn
 import pipeline
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.environment import of_worker
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray_auth import draw_token
+from pipeline.launch.ray_cluster import of_worker
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.checkpoint import (
@@ -101,7 +101,7 @@ def holders(folder: Path) -> list[str]:
 OF_OUR_OWN = """
 import os
 from pathlib import Path
-from pipeline.launch.preflight_services import join_without_token
+from pipeline.launch.preflight import join_without_token
 from pipeline.launch.ray import Ray
 with Ray(workers=1, device="cpu") as launcher:
     import ray

@@ -27,8 +27,8 @@ from pipeline.cli.launch import resume
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.in_process import Inline
-from pipeline.launch.nodes import NODES, free_port, waits_for
 from pipeline.launch.ray import Ray
+from pipeline.launch.ray_cluster import NODES, free_port, waits_for
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_show
 FULL = """
 import sys
 from rich.console import Console
-from pipeline.launch.terminal import outlive
+from pipeline.launch.driver import outlive
 console = Console()
 outlive(console)
 console.print("x" * 100)

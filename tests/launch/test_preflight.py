@@ -23,19 +23,20 @@ from pipeline.cli.doctor import doctor
 from pipeline.core.shared_marker import Marker
 from pipeline.launch import preflight as module
 from pipeline.launch.base import LaunchError, Silent
-from pipeline.launch.nodes import free_port
 from pipeline.launch.preflight import (
     MEETING_S,
     PACKAGES,
+    Finding,
     Meeting,
     NodeReport,
+    Store,
     checkpoint_counts,
     compare,
     examine,
     meet,
     preflight,
 )
-from pipeline.launch.preflight_services import Finding, Store
+from pipeline.launch.ray_cluster import free_port
 from pipeline.measure.driver import Unusable
 from tests.nodes import TOKEN, nodes
 

@@ -20,7 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.core.shared_marker import Marker
-from pipeline.launch.preflight_services import (
+from pipeline.launch.preflight import (
     Finding,
     Store,
     join_without_token,

@@ -26,7 +26,7 @@ from pipeline.launch.base import LaunchError, Silent, WorkersEnded
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
 from pipeline.launch.ray_trainer import OnLoopback
-from pipeline.launch.resizing import NoPlace
+from pipeline.launch.restarts import NoPlace
 from pipeline.measure.driver import Unusable
 from pipeline.train.job import Job, RankInfo
 

@@ -23,8 +23,8 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.core.printing import NO_WIDTH
-from pipeline.launch.lock import driver_lock
-from pipeline.launch.nodes import free_port
+from pipeline.launch.driver import driver_lock
+from pipeline.launch.ray_cluster import free_port
 from pipeline.launch.suite import _tell_mlflow
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, runs_of
@@ -385,7 +385,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
         raise KeyboardInterrupt  # between two runs, where nobody else listens
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.launch.children.prepare", interrupted)
+        patch.setattr("pipeline.launch.suite_runs.prepare", interrupted)
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert (
         code == 130

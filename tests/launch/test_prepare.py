@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.launch import prepare as preparing
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.folder import whole_folder
-from pipeline.launch.prepare import prepare, read_job
+from pipeline.launch.prepare import prepare, read_job, whole_folder
 from pipeline.report.runs import list_runs
 from pipeline.track.state import state_of
 from tests.small import small_recipe

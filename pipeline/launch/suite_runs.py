@@ -21,7 +21,7 @@ from pipeline.train.weights import lasting_weights
 
 
 @dataclass(frozen=True)
-class Children:
+class SuiteRuns:
     """Of one launch."""
 
     name: str

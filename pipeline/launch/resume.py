@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pipeline.core.printing import say
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
-from pipeline.launch.lock import driver_lock
+from pipeline.launch.driver import driver_lock
 from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json

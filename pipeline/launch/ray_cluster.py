@@ -19,17 +19,26 @@ A profile is the environment of two: `NODES` of whatever starts the cluster's he
 sets. A cluster that a launch starts by itself is one machine, and needs none of it. Source:
 measured with ray 2.60 on two hosts made of network namespaces and on clusters of one machine; 16 s
 from the kill of a node to the next step with `fast`, 40 s with Ray's defaults.
+
+The environment variables of worker processes. Ray passes on a fixed list of its own, and forces
+OMP_NUM_THREADS to 1.
+
+The line that a user can act on, out of Ray's nested exceptions.
 """
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pipeline.core.allocator import environment
+from pipeline.core.secrets import is_secret
+from pipeline.core.torch_settings import EXACT
 from pipeline.launch.base import LaunchError, Silent
-from pipeline.launch.environment import passed_on
-from pipeline.launch.ray_errors import innermost
 
 G = TypeVar("G")
 R = TypeVar("R")
@@ -178,3 +187,101 @@ def waits_for(node_loss: NodeLoss, *, sizes: int) -> dict[str, str]:
     if node_loss == "patient":
         return {_PLACES: "120"}
     return {_PLACES: "8"} if sizes > 1 else {}
+
+
+PASSED_ON = (
+    *("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_"),
+    *(
+        "PYTORCH_",
+        "CUBLAS_",
+        "TRITON_",
+        "TORCHINDUCTOR_",
+    ),  # allocator, workspaces, and where compiled kernels are kept
+)
+
+
+def of_worker(*, threads: int, loader_threads: int, gpus: bool, alone: bool) -> dict[str, str]:
+    """What reaches every worker; `threads` of torch's; `alone`: on one machine, which nobody else
+    is to reach them on.
+    """
+    return {
+        **(
+            {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}
+        ),  # unless the user says otherwise
+        **(EXACT if gpus else {}),  # likewise; NCCL reads it when it first meets the others
+        **passed_on(),
+        # A worker starts in a folder of its own; a package that the user trusts lies beside the
+        # recipe or on the path.
+        "PYTHONPATH": os.pathsep.join(
+            dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
+        ),
+        **environment(),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": (
+            "PASSIVE"
+        ),  # spinning threads beside a busy process were nine times slower
+        "NUMBA_NUM_THREADS": str(loader_threads),
+        # What the workers have, not what this process sees; and workers without a GPU each must not
+        # meet the few there are.
+        **(
+            {"DS_ACCELERATOR": "cuda"}
+            if gpus
+            else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        ),
+    }
+
+
+def passed_on() -> dict[str, str]:
+    """What this process has been told of networks, caches and compilers.
+
+    No secrets: Ray writes these variables down in its logs, and a machine has its own.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(PASSED_ON) and not is_secret(name)
+    }
+
+
+_LOST = (
+    *(
+        "connection closed by peer",
+        "connection reset by peer",
+        "timed out waiting",
+        "timeout caused pair closure",
+    ),  # gloo
+    *("remote process exit", "communicator was aborted", "collective operation timeout"),  # NCCL
+    *(
+        "connection was likely closed",
+        "process group was taken away",
+    ),  # torch's store, and Ranks.raise_if_gone
+)
+"""what a worker says that has lost another one (torch 2.13)"""
+
+
+def innermost(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = cause(failures)
+        text = str(first).strip().splitlines()
+        return f"worker {rank}: {text[-1] if text else type(first).__name__}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else ''}"
+
+
+def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """Of workers that failed together the lowest rank that has not only lost another one, and what
+    it failed of.
+    """
+    found = {rank: getattr(error, "cause", None) or error for rank, error in failures.items()}
+    rank = min(found, key=lambda rank: (_has_lost_another(found[rank]), rank))
+    return rank, found[rank]
+
+
+def _has_lost_another(error: BaseException) -> bool:
+    """By a collective's error, which is a RuntimeError: a connection of its own, to storage say,
+    fails with an OSError.
+    """
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
