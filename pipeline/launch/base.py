@@ -63,7 +63,7 @@ class Launcher(Protocol):
         """How many runs of so many workers find cores and cards of their own at the same time."""
         ...
 
-    def joining(self) -> list[str]:
+    def resume_options(self) -> list[str]:
         """What `spiketrain resume` is told, in another process, to train where this one does."""
         ...
 
@@ -78,7 +78,7 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Silent:
+class NoAnswer:
     """A node that was asked something and gave no answer."""
 
     address: str
@@ -113,19 +113,20 @@ def share_of(
     loader_threads: int | Literal["auto"] = "auto",
 ) -> Share:
     """`nodes`: the resources of each, as Ray counts them. A number that somebody has said stays."""
-    found = cores if cores != "auto" else cores_of_a_card(nodes) if gpus else 1
+    found = cores if cores != "auto" else cores_per_gpu(nodes) if gpus else 1
     return Share(
-        found, loader_threads if loader_threads != "auto" else loaders_for(found) if gpus else 1
+        found,
+        loader_threads if loader_threads != "auto" else loader_threads_for(found) if gpus else 1,
     )
 
 
-def cores_of_a_card(nodes: Iterable[Mapping[str, float]]) -> int:
+def cores_per_gpu(nodes: Iterable[Mapping[str, float]]) -> int:
     """On the node where it has the fewest: all workers get as many. At least one."""
     having = [node for node in nodes if node.get("GPU", 0) >= 1]
     return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in having), default=1))
 
 
-def loaders_for(cores: int) -> int:
+def loader_threads_for(cores: int) -> int:
     """One where numba has no TBB: the reader refuses several then."""
     from pipeline.data.ffcv.tbb import demand_tbb  # imports numba, which takes a second
 

@@ -101,7 +101,7 @@ class Cluster:
             )
 
     @property
-    def of_workers(self) -> dict[str, Any]:
+    def worker_settings(self) -> dict[str, Any]:
         """What each worker is told of it: fields of pipeline.train.job.Job.
 
         The launcher puts what it finds in the place of `auto`, once it knows the nodes.
@@ -189,7 +189,7 @@ class Cluster:
         """
         return {"side_by_side": 1} if is_asked and self.side_by_side == "auto" else {}
 
-    def address_to_say(self, launched: Cluster) -> str | None:
+    def resume_address(self, launched: Cluster) -> str | None:
         """`--address` of the command that goes on, where this does now, with what was `launched`
         so.
         """

@@ -61,7 +61,7 @@ def drive(
     """
     folder = Path(job.run)
     job = replace(job, resume_command=resume_command, commit=commit())
-    outlive(console)
+    ignore_lost_terminal(console)
     tell = partial(say, console)
     exposed = Exposed(folder, tell)
     with driver_lock(folder):
@@ -247,15 +247,15 @@ def _other_machine(handle: IO[str]) -> str | None:
 _STDERR = 2
 
 
-def outlive(console: Console) -> None:
+def ignore_lost_terminal(console: Console) -> None:
     """From here on nothing that is printed on it raises: once it takes no more, that is said on
     stderr, and all is quiet.
     """
-    if not isinstance(console.file, _Losable):
-        console.file = cast(IO[str], _Losable(console.file))
+    if not isinstance(console.file, _LosableFile):
+        console.file = cast(IO[str], _LosableFile(console.file))
 
 
-class _Losable:
+class _LosableFile:
     """Writes to `file` until it fails. So rich (15.0), too, never meets a broken pipe, of which it
     ends the process.
     """

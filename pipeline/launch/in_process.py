@@ -40,7 +40,7 @@ class Inline:
     def room(self) -> int:
         return 1 if self.device == "cuda" else cores_here()
 
-    def joining(self) -> list[str]:
+    def resume_options(self) -> list[str]:
         return ["--inline"]
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ from torch import distributed
 from pipeline.core.code_version import code_digest
 from pipeline.core.secrets import without_secrets
 from pipeline.core.shared_marker import Marker
-from pipeline.launch.base import LaunchError, Silent
+from pipeline.launch.base import LaunchError, NoAnswer
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_auth import refused_token
 from pipeline.measure.driver import unusable_cards
@@ -96,7 +96,7 @@ def preflight(
             else:
                 with Ray(workers=0, device="cpu", address=address) as cluster:
                     found = [*_nodes(cluster, folder), *_stores(cluster, kept), _network(cluster)]
-                    at = cluster.found_at()
+                    at = cluster.address_for_others()
                 found.append(of_token(at))
     return [*found, of_mlflow(tracking_uri(runs))]
 
@@ -122,12 +122,12 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _nodes(cluster: Ray, folder: Store) -> list[Finding]:
-    answers = cluster.nodes.on_each(
+    answers = cluster.nodes.run_on_each(
         lambda resources: examine(folder, resources), lambda resources: resources, within_s=NODE_S
     )
     found = list(compare([each for each in answers if isinstance(each, NodeReport)]))
     for each in answers:
-        found += [_silent("node", each)] if isinstance(each, Silent) else each.findings
+        found += [_silent("node", each)] if isinstance(each, NoAnswer) else each.findings
     return found
 
 
@@ -138,11 +138,13 @@ def _stores(cluster: Ray, stores: Sequence[Store]) -> Iterator[Finding]:
                 yield marker
                 marker = None
             given = replace(store, marker=marker)
-            for each in cluster.nodes.on_each(try_store, lambda has, g=given: g, within_s=STORE_S):
-                yield _silent("storage", each) if isinstance(each, Silent) else each
+            for each in cluster.nodes.run_on_each(
+                try_store, lambda has, g=given: g, within_s=STORE_S
+            ):
+                yield _silent("storage", each) if isinstance(each, NoAnswer) else each
 
 
-def _silent(check: str, node: Silent) -> Finding:
+def _silent(check: str, node: NoAnswer) -> Finding:
     advice = "see that it is up, has what the other nodes have installed, and reaches the store"
     return Finding(check, "bad", f"{node.address} cannot be examined: {node.why}", advice)
 

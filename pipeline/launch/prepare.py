@@ -30,7 +30,7 @@ from pipeline.train.part_checks import fingerprint_of
 from pipeline.train.tasks import build_data
 from pipeline.train.weights import study_inputs
 
-UNWRITTEN = ("run", "trust", "place_token")
+NOT_SAVED = ("run", "trust", "place_token")
 """fields of a job that its file does not hold"""
 
 
@@ -65,7 +65,7 @@ def prepare(
         runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
     )
     if name is None:
-        folder = next(path for path in numbered(folder) if not path.exists())
+        folder = next(path for path in numbered_folders(folder) if not path.exists())
     job = Job(
         run=str(folder),
         study=study,
@@ -77,12 +77,12 @@ def prepare(
         family=family or recipe.family or recipe.name,
         run_id=uuid.uuid4().hex,
         trust=trust,
-        **cluster.of_workers,
+        **cluster.worker_settings,
     )
     if cluster.checkpoints is not None:
         address, run_id = _own_place(cluster.checkpoints, folder, study, adopts=adopts)
         job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
-    with whole_folder(folder) as hidden:
+    with atomic_folder(folder) as hidden:
         write_json(hidden / "recipe.json", recipe.to_json())
         own_code.write(hidden, trust)
         write_json(hidden / "cluster.json", asdict(cluster))
@@ -140,7 +140,7 @@ def _to_json(job: Job) -> dict[str, Any]:
     """Whom the user trusts is not written down: the next user says it anew. Nor is a token, which
     each start of a driver has.
     """
-    return {name: value for name, value in asdict(job).items() if name not in UNWRITTEN}
+    return {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
@@ -151,7 +151,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
         would lie in another folder.
     """
     file = folder / "job.json"
-    told = arguments_of(Job, read_json(file), who=str(file), besides=UNWRITTEN)
+    told = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
     job = Job(**told, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     refuse_unless_watchable(str(file), job.hang_minutes)
@@ -167,7 +167,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A hidden one beside it, to write into, that takes its name at the end; who is killed before
     leaves at most the hidden one.
 
@@ -209,7 +209,7 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def numbered(folder: Path) -> Iterator[Path]:
+def numbered_folders(folder: Path) -> Iterator[Path]:
     """The folder, and the names to try where it is taken."""
     yield folder
     for number in range(2, 10_000):

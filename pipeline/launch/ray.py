@@ -26,17 +26,24 @@ from pipeline.core.units import counted
 from pipeline.launch.base import (
     Device,
     LaunchError,
+    NoAnswer,
     Share,
-    Silent,
     WorkersEnded,
     refuse_unusable_cards,
     share_of,
     takes_gpus,
 )
-from pipeline.launch.ray_auth import TOKEN_ADVICE, draw_token, heard, knock, offer_token, reason
-from pipeline.launch.ray_cluster import NodeLoss, Nodes, innermost, of_worker, waits_for
+from pipeline.launch.ray_auth import (
+    TOKEN_ADVICE,
+    captured_stderr,
+    draw_token,
+    offer_token,
+    reason,
+    refuse_silent_address,
+)
+from pipeline.launch.ray_cluster import NodeLoss, Nodes, innermost, waits_for, worker_environment
 from pipeline.launch.restarts import no_place
-from pipeline.launch.signals import withheld
+from pipeline.launch.signals import blocked_signal
 from pipeline.measure.driver import unusable_cards
 from pipeline.track.journal import last
 from pipeline.train.backend.collectives import PATIENCE, Ranks
@@ -142,13 +149,13 @@ class Ray:
                     # Not one that somebody else has started on this machine, which Ray would join
                     # if it were not told so.
                     here = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-                    with withheld(
+                    with blocked_signal(
                         signal.SIGHUP
                     ):  # a lost terminal tells all of its processes; workers have to save first
                         ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
                 else:
-                    knock(self.address)
-                    with heard() as said:
+                    refuse_silent_address(self.address)
+                    with captured_stderr() as said:
                         ray.init(
                             address=self.address, log_to_driver=False, logging_level=logging.ERROR
                         )
@@ -190,7 +197,7 @@ class Ray:
                 f"launch: {each} need {counted(wanted, 'core')}; the cluster has {there:.0f}"
             )
         if gpus and self.address is not None:  # of this machine it is known
-            told = self.nodes.on_each(
+            told = self.nodes.run_on_each(
                 _unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ASKED_S
             )
             for found in told:  # who is silent is found by whoever sends it a worker
@@ -226,17 +233,22 @@ class Ray:
         """
         if self.address is None:
             return cores_here()
-        told = self.nodes.on_each(
+        told = self.nodes.run_on_each(
             cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ASKED_S
         )
         return cores_of_machines(
-            each for each in told if not isinstance(each, Silent)
+            each for each in told if not isinstance(each, NoAnswer)
         )  # whoever is silent is given no run
 
-    def joining(self) -> list[str]:
-        return ["--address", self.address or self.found_at(), "--workers", str(self.workers)]
+    def resume_options(self) -> list[str]:
+        return [
+            "--address",
+            self.address or self.address_for_others(),
+            "--workers",
+            str(self.workers),
+        ]
 
-    def found_at(self) -> str:
+    def address_for_others(self) -> str:
         """The address by which others find this cluster, whatever there is in their environment."""
         import ray
 
@@ -262,7 +274,7 @@ class Ray:
         # In a cluster of our own, also of a suite's that this process has joined; it is asked for
         # its nodes, not this process for its address, which may be a client's of elsewhere.
         alone = all(node["NodeManagerAddress"] == HOST for node in ray.nodes() if node["Alive"])
-        told = of_worker(
+        told = worker_environment(
             threads=share.cores, loader_threads=job.loader_threads, gpus=gpus, alone=alone
         )
         trainer = Trainer(

@@ -39,7 +39,7 @@ def _is_in_environment() -> bool:
     return any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
 
 
-def knock(address: str) -> None:
+def refuse_silent_address(address: str) -> None:
     """Fail within seconds where nobody listens: Ray 2.60 tries for minutes."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdigit():
@@ -47,7 +47,7 @@ def knock(address: str) -> None:
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
+def captured_stderr() -> Iterator[list[str]]:
     """What Ray's C++ writes to this process's stderr meanwhile, a line for each of its tries: shown
     only where they led in.
     """

@@ -38,16 +38,16 @@ from typing import Any, Literal, TypeVar
 from pipeline.core.allocator import environment
 from pipeline.core.secrets import is_secret
 from pipeline.core.torch_settings import EXACT
-from pipeline.launch.base import LaunchError, Silent
+from pipeline.launch.base import LaunchError, NoAnswer
 
 G = TypeVar("G")
 R = TypeVar("R")
 
 
 class Nodes:
-    def on_each(
+    def run_on_each(
         self, work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float
-    ) -> list[R | Silent]:
+    ) -> list[R | NoAnswer]:
         """What `work` returns on each node that is up, the head first; it has what `given` makes of
         the node's resources.
         """
@@ -131,7 +131,7 @@ def _on(node: dict[str, Any]) -> Any:
 
 
 def _answer(asked: Any, node: dict[str, Any]) -> Any:
-    """The result of a task that has had its time; Silent where it failed or has not ended."""
+    """The result of a task that has had its time; NoAnswer where it failed or has not ended."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
@@ -142,7 +142,7 @@ def _answer(asked: Any, node: dict[str, Any]) -> Any:
         why = "it does not answer in time"
     except RayError as error:
         why = innermost(getattr(error, "cause", None) or error)
-    return Silent(node["NodeManagerAddress"], why)
+    return NoAnswer(node["NodeManagerAddress"], why)
 
 
 def _open_door() -> tuple[str, int]:
@@ -200,7 +200,9 @@ PASSED_ON = (
 )
 
 
-def of_worker(*, threads: int, loader_threads: int, gpus: bool, alone: bool) -> dict[str, str]:
+def worker_environment(
+    *, threads: int, loader_threads: int, gpus: bool, alone: bool
+) -> dict[str, str]:
     """What reaches every worker; `threads` of torch's; `alone`: on one machine, which nobody else
     is to reach them on.
     """

@@ -136,7 +136,7 @@ class Restarts(DefaultFailurePolicy):
             with suppress(
                 OSError
             ):  # storage that is away for a moment: what is waited for comes all the same
-                tell_waiting(self.folder, failure.num_workers)
+                journal_waiting(self.folder, failure.num_workers)
         return time.monotonic() - self._waits[1] < PLACES_S
 
     def _newest_start(self) -> str | None:
@@ -237,7 +237,7 @@ class Resizing(ElasticScalingPolicy):
             self._is_tried_late = True
         if isinstance(decision, NoopDecision) and without_s > LOOK_S and not self._is_told:
             with suppress(OSError):  # else it is told at the next look
-                tell_waiting(self.folder, self.sizes[0])
+                journal_waiting(self.folder, self.sizes[0])
                 self._is_told = True
         return decision
 
@@ -294,7 +294,7 @@ def no_place(workers: int) -> str:
     return f"{found}: others have it, or a node is gone and none came in its stead"
 
 
-def tell_waiting(folder: Path, workers: int) -> None:
+def journal_waiting(folder: Path, workers: int) -> None:
     """Write down that no worker of the run in `folder` is left, and what is waited for; the driver
     shows it.
 

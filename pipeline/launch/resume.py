@@ -120,7 +120,7 @@ def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
     """
     was = Cluster.from_json(read_json(run / "cluster.json"))
     now = replace(was, **options)
-    write_job(replace(read_job(run), **now.of_workers))
+    write_job(replace(read_job(run), **now.worker_settings))
     write_json(run / "cluster.json", asdict(now))
     return was
 

@@ -25,7 +25,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.progress import Shown
-from pipeline.launch.signals import PATIENT, wishes
+from pipeline.launch.signals import PATIENT, on_stop_signals
 from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.command_line import trust_words
 from pipeline.recipe.recipe import Recipe
@@ -44,7 +44,7 @@ _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
 
-def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
+def parallel_runs(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
     """How many runs train at once; with "auto" one, where there is no room for two.
 
     Raises:
@@ -73,8 +73,8 @@ def train_side_by_side(
         LaunchError: a run failed; the line is its process's last.
         UserError: a run was refused.
     """
-    going: dict[str, _Driven] = {}
-    leaving = _Leaving(console)
+    going: dict[str, _ChildDriver] = {}
+    leaving = _OtherDrivers(console)
     failed: Exception | None = None
     stopped = False
     with _stop_requests() as asked:
@@ -108,8 +108,8 @@ def _begin_more(
     children: SuiteRuns,
     launcher: Launcher,
     slots: int,
-    going: dict[str, _Driven],
-    leaving: _Leaving,
+    going: dict[str, _ChildDriver],
+    leaving: _OtherDrivers,
     console: Console,
 ) -> bool:
     """Fill the free slots, in the suite's order; whether one is left to a run that somebody else
@@ -126,11 +126,13 @@ def _begin_more(
         if leaving.drives(children.where[recipe.name], recipe.name):
             left_to_others += 1
         else:
-            going[recipe.name] = _Driven(recipe, children.job(recipe), children, launcher, console)
+            going[recipe.name] = _ChildDriver(
+                recipe, children.job(recipe), children, launcher, console
+            )
     return left_to_others > 0
 
 
-class _Leaving:
+class _OtherDrivers:
     """Another process that drives a run: most likely a child of a suite that was killed, which was
     asked to save.
     """
@@ -162,7 +164,7 @@ class _Leaving:
         return True
 
 
-class _Driven:
+class _ChildDriver:
     """One run, which nobody else drives, and the process that does."""
 
     def __init__(
@@ -173,7 +175,13 @@ class _Driven:
         self._shown = Shown(
             self.folder, console, store=tracking_uri(children.runs), name=recipe.name
         )
-        words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
+        words = [
+            "resume",
+            str(self.folder),
+            "--runs",
+            str(children.runs),
+            *launcher.resume_options(),
+        ]
         self._log = (self.folder / LOG).open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *words, *trust_words(children.trust)],
@@ -229,7 +237,7 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
         nonlocal asked
         asked = max(1, asked) if number in PATIENT else asked + 1
 
-    with wishes(hear):
+    with on_stop_signals(hear):
         yield lambda: asked
 
 

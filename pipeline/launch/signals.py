@@ -26,7 +26,7 @@ parent that dies (Linux 6).
 
 
 @contextmanager
-def wishes(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
+def on_stop_signals(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
     """Inside, every wish goes to `hear`, once, in the middle of whatever the main thread does.
 
     A SIGHUP that whoever started this process had it ignore (nohup) stays ignored.
@@ -54,7 +54,7 @@ def wishes(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
 def stops_on_signal(folder: Path, say: Callable[[str], None]) -> Iterator[StopRequest]:
     """Inside, signals ask the run in this folder to stop."""
     request = StopRequest(folder, say)
-    with wishes(request.hear):
+    with on_stop_signals(request.hear):
         yield request
 
 
@@ -103,7 +103,7 @@ class StopRequest:
 
 
 @contextmanager
-def withheld(number: signal.Signals) -> Iterator[None]:
+def blocked_signal(number: signal.Signals) -> Iterator[None]:
     """Processes that are started inside never get it; this one does, afterwards at the latest."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:

@@ -96,7 +96,7 @@ def resume_run(
             read_job(folder, trust=trust),
             launcher,
             folder.parent,
-            address=cluster.address_to_say(launched),
+            address=cluster.resume_address(launched),
         )
 
 

@@ -19,10 +19,10 @@ from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.driver import driver_lock, outlive
-from pipeline.launch.prepare import named, numbered, open_place, refuse_taken, whole_folder
+from pipeline.launch.driver import driver_lock, ignore_lost_terminal
+from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
 from pipeline.launch.resume import change_run, change_suite
-from pipeline.launch.side_by_side import slots_of, train_side_by_side
+from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
 from pipeline.launch.start import check, check_resumed, train
 from pipeline.launch.suite_runs import SuiteRuns, begun_job
 from pipeline.recipe import own_code
@@ -60,8 +60,8 @@ def launch_suite(
     if cluster.checkpoints is not None:
         open_place(cluster.checkpoints, folder.parent / names[0])
     with launcher:
-        slots = slots_of(launcher, cluster.side_by_side)
-        with whole_folder(folder) as hidden:  # after all that can be refused
+        slots = parallel_runs(launcher, cluster.side_by_side)
+        with atomic_folder(folder) as hidden:  # after all that can be refused
             suite_file.write(hidden)
             own_code.write(hidden, trust)
         return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
@@ -96,7 +96,7 @@ def resume_suite(
         check_resumed(run, cluster, launched, trust=trust)
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
-        slots = slots_of(launcher, cluster.side_by_side)
+        slots = parallel_runs(launcher, cluster.side_by_side)
         suite_file = change_suite(folder, suite_file, options, left, new_console())
         return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
 
@@ -112,8 +112,8 @@ def _train_the_rest(
 ) -> Path | None:
     """Every recipe whose run is not over, each from where its run stands, `slots` at a time."""
     console, runs, where = new_console(), folder.parent, runs_of(folder)
-    outlive(console)
-    address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
+    ignore_lost_terminal(console)
+    address = cluster.resume_address(Cluster.from_json(suite_file.cluster))
     resume = command("resume", runs / folder.name, address=address)
     say(console, str(folder), label="suite   ", whole=[str(folder)])
     say(console, resume, label="resume  ", whole=[resume])
@@ -151,7 +151,7 @@ def _agree_on_cores(children: SuiteRuns, console: Console) -> None:
             continue
         if (
             begun_job(run, children.suite_file.parent, trust=children.trust).own_cores
-            != cluster.of_workers["own_cores"]
+            != cluster.worker_settings["own_cores"]
         ):
             change_run(run, {"side_by_side": cluster.side_by_side}, console)
 
@@ -195,7 +195,7 @@ def _train_one(children: SuiteRuns, recipe: Recipe, launcher: Launcher, console:
     job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
     try:
         return train(
-            job, launcher, children.runs, console, address=children.cluster.address_to_say(launched)
+            job, launcher, children.runs, console, address=children.cluster.resume_address(launched)
         )
     except UserError:
         if not children.is_over(recipe.name):
@@ -227,7 +227,7 @@ def _names(
     stamp = time.strftime("%Y%m%d-%H%M%S")
 
     def free(wanted: str) -> str:
-        return next(path.name for path in numbered(runs / wanted) if not path.exists())
+        return next(path.name for path in numbered_folders(runs / wanted) if not path.exists())
 
     folder = runs / (name or free(f"{stem}-{stamp}"))
     return folder, tuple(free(f"{recipe.name}-{stamp}-{mark}") for recipe in suite.recipes)

@@ -30,7 +30,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray_auth import draw_token
-from pipeline.launch.ray_cluster import of_worker
+from pipeline.launch.ray_cluster import worker_environment
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.checkpoint import (
@@ -109,7 +109,7 @@ with Ray(workers=1, device="cpu") as launcher:
     files = [path for path in session.rglob("*") if path.is_file()]
     token = os.environ.get("RAY_AUTH_TOKEN", "none was drawn")
     holders = [path for path in files if token.encode() in path.read_bytes()]
-    print(join_without_token(launcher.found_at())[0], len(files) > 5, holders, Path("~/.ray").expanduser().exists())
+    print(join_without_token(launcher.address_for_others())[0], len(files) > 5, holders, Path("~/.ray").expanduser().exists())
 """
 
 
@@ -200,7 +200,7 @@ def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatc
     plant(monkeypatch)
     monkeypatch.setenv("HF_HOME", "/models")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    told = of_worker(threads=1, loader_threads=1, gpus=False, alone=False)
+    told = worker_environment(threads=1, loader_threads=1, gpus=False, alone=False)
     assert (told["HF_HOME"], told["NCCL_DEBUG"]) == ("/models", "WARN")
     assert SECRET not in told.values()
 

@@ -216,7 +216,7 @@ def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
     for cluster in (Cluster(), Cluster(inline=True), Cluster(cpus_per_worker=4)):
         assert Cluster.from_json(json.loads(json.dumps(asdict(cluster)))) == cluster
-    assert (Cluster().of_workers["threads"], Cluster().of_workers["loader_threads"]) == (
+    assert (Cluster().worker_settings["threads"], Cluster().worker_settings["loader_threads"]) == (
         1,
         1,
     )  # on a CPU

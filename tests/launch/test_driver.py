@@ -116,9 +116,9 @@ def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_show
 FULL = """
 import sys
 from rich.console import Console
-from pipeline.launch.driver import outlive
+from pipeline.launch.driver import ignore_lost_terminal
 console = Console()
-outlive(console)
+ignore_lost_terminal(console)
 console.print("x" * 100)
 print("the table at the end")
 sys.exit(130)

@@ -22,7 +22,7 @@ from torch import distributed
 from pipeline.cli.doctor import doctor
 from pipeline.core.shared_marker import Marker
 from pipeline.launch import preflight as module
-from pipeline.launch.base import LaunchError, Silent
+from pipeline.launch.base import LaunchError, NoAnswer
 from pipeline.launch.preflight import (
     MEETING_S,
     PACKAGES,
@@ -68,9 +68,9 @@ def cores(count):
 
 folder = sys.argv[2]
 with Ray(workers=0, address=sys.argv[1]) as cluster:
-    print(sorted(map(repr, cluster.nodes.on_each(raises, lambda has: folder + "/r", within_s=60))))
-    print(sorted(map(repr, cluster.nodes.on_each(hangs, lambda has: folder + "/h", within_s=6))))
-    print(cluster.nodes.on_each(cores, lambda has: has["CPU"], within_s=60))
+    print(sorted(map(repr, cluster.nodes.run_on_each(raises, lambda has: folder + "/r", within_s=60))))
+    print(sorted(map(repr, cluster.nodes.run_on_each(hangs, lambda has: folder + "/h", within_s=6))))
+    print(cluster.nodes.run_on_each(cores, lambda has: has["CPU"], within_s=60))
 """
 
 
@@ -85,7 +85,7 @@ def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
         done = subprocess.run(words, timeout=200, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     raised, hung, cores = done.stdout.strip().splitlines()
-    silent = '["\'well\'", "Silent(address='
+    silent = '["\'well\'", "NoAnswer(address='
     assert raised.startswith(silent) and "why='RuntimeError: CUDA error: unspecified" in raised
     assert hung.startswith(silent) and "why='it does not answer in time'" in hung
     assert cores == "[1.0, 1.0]"
@@ -103,19 +103,19 @@ def no_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
 class Sick:
     """A cluster of two nodes: one is this process, and one does not answer."""
 
-    silent = Silent("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'")
+    silent = NoAnswer("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'")
 
     @property
     def nodes(self) -> Sick:
         return self
 
-    def on_each(self, work: Any, given: Any, *, within_s: float) -> list[Any]:
+    def run_on_each(self, work: Any, given: Any, *, within_s: float) -> list[Any]:
         return [work(given({"CPU": 4.0})), self.silent]
 
     def at_once(self, *given: Any, within_s: float) -> list[None]:
         raise LaunchError("GetTimeoutError: not in time")
 
-    def found_at(self) -> str:
+    def address_for_others(self) -> str:
         return "10.0.0.1:6379"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.launch import prepare as preparing
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.prepare import prepare, read_job, whole_folder
+from pipeline.launch.prepare import atomic_folder, prepare, read_job
 from pipeline.report.runs import list_runs
 from pipeline.track.state import state_of
 from tests.small import small_recipe
@@ -63,7 +63,7 @@ def test_from_its_first_moment_a_run_says_where_and_on_how_much_it_trains(tmp_pa
 
 def test_a_name_that_another_launch_takes_meanwhile_is_refused(tmp_path: Path) -> None:
     def launched_beside_another() -> None:
-        with whole_folder(tmp_path / "run") as hidden:
+        with atomic_folder(tmp_path / "run") as hidden:
             (hidden / "mine").touch()
             (tmp_path / "run").mkdir()
             (tmp_path / "run" / "theirs").touch()

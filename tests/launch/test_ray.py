@@ -22,7 +22,7 @@ from torch import distributed
 from pipeline.core.cores import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.launch import ray_trainer
-from pipeline.launch.base import LaunchError, Silent, WorkersEnded
+from pipeline.launch.base import LaunchError, NoAnswer, WorkersEnded
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
 from pipeline.launch.ray_trainer import OnLoopback
@@ -79,13 +79,13 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
 def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
-        return [work(given({"CPU": 64.0})), Silent("10.0.0.2", "no answer")]
+    def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
+        return [work(given({"CPU": 64.0})), NoAnswer("10.0.0.2", "no answer")]
 
     here = len(physical_cores(os.sched_getaffinity(0)))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0})
     launcher = Ray(workers=1, address="10.0.0.1:6379", device="cpu")
-    monkeypatch.setattr(launcher.nodes, "on_each", on_each)
+    monkeypatch.setattr(launcher.nodes, "run_on_each", run_on_each)
     assert launcher.room() == min(64, here) and Ray(workers=1, device="cpu").room() == here
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0, "GPU": 8.0})
     monkeypatch.setattr(ray, "nodes", lambda: NODES)
@@ -166,15 +166,15 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
     launcher, asked = Ray(workers=2, address="auto"), list[int]()
 
-    def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
+    def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
         asked.extend(given(node) for node in ({"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}))
         return [
             None,
-            Silent("10.0.0.2", "no answer"),
+            NoAnswer("10.0.0.2", "no answer"),
             "two: torch is built without CUDA; install another",
         ]
 
-    monkeypatch.setattr(launcher.nodes, "on_each", on_each)
+    monkeypatch.setattr(launcher.nodes, "run_on_each", run_on_each)
     with (
         pytest.raises(
             UserError, match=r"^launch: two: torch is built without CUDA; install another$"

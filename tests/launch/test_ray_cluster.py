@@ -14,11 +14,13 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from torch.distributed import DistBackendError, DistNetworkError
 
 from pipeline.core.torch_settings import EXACT
-from pipeline.launch.ray_cluster import innermost, of_worker, passed_on
+from pipeline.launch.ray_cluster import innermost, passed_on, worker_environment
 
 
 def told(**about: Any) -> dict[str, str]:
-    return of_worker(**{"threads": 1, "loader_threads": 1, "gpus": False, "alone": False, **about})
+    return worker_environment(
+        **{"threads": 1, "loader_threads": 1, "gpus": False, "alone": False, **about}
+    )
 
 
 @pytest.mark.parametrize(

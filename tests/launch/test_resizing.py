@@ -129,7 +129,7 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
         )
         now += LOOK_S + 1
         with monkeypatch.context() as patch:
-            patch.setattr(resizing, "tell_waiting", unable)
+            patch.setattr(resizing, "journal_waiting", unable)
             assert policy.make_decision_for_non_running_worker_group() == NOTHING
         assert [policy.make_decision_for_non_running_worker_group() for _ in range(3)] == [
             NOTHING

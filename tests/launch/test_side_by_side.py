@@ -31,7 +31,7 @@ from pipeline.data.write.images import write_fashion
 from pipeline.launch import side_by_side
 from pipeline.launch.base import Launcher
 from pipeline.launch.in_process import Inline
-from pipeline.launch.side_by_side import LOG, slots_of, train_side_by_side
+from pipeline.launch.side_by_side import LOG, parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import runs_of
 from pipeline.report.runs import list_suites
@@ -495,9 +495,9 @@ def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
 def test_more_than_there_is_room_for_is_refused() -> None:
     launcher: Launcher = Inline(device="cpu")
     room = launcher.room()
-    assert slots_of(launcher, "auto") == room and slots_of(launcher, 1) == 1
+    assert parallel_runs(launcher, "auto") == room and parallel_runs(launcher, 1) == 1
     crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
-    assert slots_of(crowded, "auto") == 1
+    assert parallel_runs(crowded, "auto") == 1
     with pytest.raises(
         UserError,
         match=(
@@ -505,7 +505,7 @@ def test_more_than_there_is_room_for_is_refused() -> None:
             f" {room}"
         ),
     ):
-        slots_of(launcher, room + 1)
+        parallel_runs(launcher, room + 1)
 
 
 def children(suite: Path) -> dict[str, Path]:
