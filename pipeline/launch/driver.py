@@ -1,16 +1,7 @@
-"""The driver's part while the workers of a run train.
+"""The driver of a run: the process that starts the workers and watches them.
 
-It trains nothing. It holds `RUN/driver.lock`, follows the run's journal to show how it goes and to
-feed MLflow, and passes on what signals ask (`signals.py`), through files in the run's folder.
-
-One driver for the folder of a run or a suite, whichever machine another one is started on.
-
-The kernel lets go of a process's lock when it dies. That of a machine which dies stays until the
-file system gives it up, and by then a scheduler has started the same words elsewhere: so the lock
-says whose it is, and another machine's is waited for.
-
-A terminal that may be lost while a run trains: a full disk beneath a log, a pipe that nobody
-reads, an ssh that ended.
+It holds `RUN/driver.lock`, follows the journal of the run to show progress and to fill MLflow, and
+passes on what signals ask (`signals.py`) through files in the run's folder. It does not train.
 """
 
 from __future__ import annotations
@@ -50,14 +41,18 @@ from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
+INSTANT_S = 1.0
+"""`spiketrain runs` takes a lock for an instant, to see whether a driver holds it."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_STDERR = 2
 
 
 def drive(
     job: Job, launcher: Launcher, console: Console, *, uri: str, resume_command: str
 ) -> dict[str, Any] | None:
-    """Run one job to its end, watched, mirrored to MLflow at `uri` and stoppable.
+    """Run one job to its end. It is shown, mirrored to MLflow at `uri`, and stops on signals.
 
-    See `Launcher.run` for what comes back or is raised.
+    Returns and raises what `Launcher.run` does.
     """
     folder = Path(job.run)
     job = replace(job, resume_command=resume_command, commit=commit())
@@ -65,7 +60,7 @@ def drive(
     tell = partial(say, console)
     exposed = Exposed(folder, tell)
     with driver_lock(folder):
-        job = _owning(job, tell)
+        job = _with_checkpoint_token(job, tell)
         for note in (STOP, SAVE, REFUSAL):
             (folder / note).unlink(missing_ok=True)
         write_job(job)
@@ -79,22 +74,22 @@ def drive(
                 with stops_on_signal(folder, tell) as request:
                     return _in_thread(
                         lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
-                        meanwhile=(request.tell, shown.look),
+                        meanwhile=(request.report, shown.look),
                     )
             except LaunchError as failure:
-                hung = _tell_what_ended(folder, failure)
+                hung = _journal_failure(folder, failure)
                 if not isinstance(failure, WorkersEnded):
                     raise
                 if failure.is_for_the_user:
                     raise UserError(str(failure)) from failure
                 if hung:
-                    raise LaunchError(_in_words(hung, job)) from failure
+                    raise LaunchError(_describe_hang(hung, job)) from failure
                 raise
 
 
-def _owning(job: Job, say: Callable[[str], None]) -> Job:
-    """The job with a token for its workers, where its checkpoints lie elsewhere: that place is this
-    driver's from now on.
+def _with_checkpoint_token(job: Job, say: Callable[[str], None]) -> Job:
+    """Claim the place of the checkpoints, if that is not the run's folder, and give the job its
+    token. An earlier driver may no longer write there.
     """
     if not job.checkpoints:
         return job
@@ -111,7 +106,7 @@ def _owning(job: Job, say: Callable[[str], None]) -> Job:
 
 @contextmanager
 def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[None]:
-    """MLflow is filled from the journal inside, and at the end has some time for the rest."""
+    """Fill MLflow from the journal meanwhile. At the end it gets some time for the rest."""
     mirror = Mirror(folder, uri=uri)
     try:
         yield
@@ -123,28 +118,26 @@ def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[No
             )
 
 
-def _tell_what_ended(folder: Path, failure: LaunchError) -> dict[str, int]:
-    """Write down what ended the workers, for which no attempt is left; the hangs among it (see
-    `untold`).
+def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
+    """Write to the journal what ended the workers. Returns the hangs among it (`untold`).
 
     Raises:
-        UserError: a rank that found why the run cannot go on died of it.
+        UserError: a worker refused to continue, for a reason that the user can change.
     """
     hung: dict[str, int] = {}
     try:
         hung = untold(folder, read(folder / "journal.jsonl"))
         with journal(folder, Ranks()):  # the workers are gone: nobody else writes it
             raise_refusal(folder)
-    except OSError as unwritten:  # a full disk, which may be the very error that is told
-        failure.add_note(f"the journal could not be told of it: {unwritten}")
+    except OSError as error:  # a full disk, which may have caused the failure itself
+        failure.add_note(f"the journal could not be written: {error}")
     return hung
 
 
-def _in_words(hung: dict[str, int], job: Job) -> str:
-    """Of which Ray, and the workers that waited for these, know no more than that a connection was
-    lost.
+def _describe_hang(hung: dict[str, int], job: Job) -> str:
+    """The message for workers that hung. Ray and the other workers report a lost connection only.
 
-    Who waits for another gives no sign of life either, and may be the first to be ended.
+    A worker that waits for a hung one gives no sign of life either, and may be ended first.
     """
     files, ranks = [str(Path(job.run) / file) for file in hung], sorted(set(hung.values()))
     more = f" and {len(files) - 4} more" if len(files) > 4 else ""
@@ -157,15 +150,15 @@ def _in_words(hung: dict[str, int], job: Job) -> str:
 def _in_thread(
     work: Callable[[], dict[str, Any] | None], *, meanwhile: tuple[Callable[[], None], ...]
 ) -> dict[str, Any] | None:
-    """Work in a daemon thread while the main thread stays free for signals (Ray's `fit` in the main
-    thread would die of them).
+    """Run `work` in a daemon thread. The main thread handles signals, which would end Ray's `fit`
+    there.
     """
     outcome: dict[str, Any] = {}
 
     def target() -> None:
         try:
             outcome["value"] = work()
-        except BaseException as error:  # handed to the main thread, which raises it
+        except BaseException as error:  # the main thread raises it
             outcome["error"] = error
 
     thread = threading.Thread(target=target, daemon=True, name="launcher")
@@ -179,18 +172,20 @@ def _in_thread(
     return outcome["value"]
 
 
-INSTANT_S = 1.0
-"""`spiketrain runs` holds it for an instant, to see whether anybody does"""
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
+# ---------------------------------------------------------------------------------------- the lock
 
 
 @contextmanager
 def driver_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder against every other driver; one on this machine is refused at once, one
-    elsewhere has ten minutes to go.
+    """Hold the folder of a run or suite against every other driver, on any machine.
+
+    The kernel frees the lock of a process that dies. The lock of a machine that dies stays until
+    the file system gives it up. By then a scheduler may have started the same command elsewhere.
+    So the lock names its machine: a driver on this machine is refused at once, one elsewhere is
+    waited for, up to ten minutes.
 
     Raises:
-        UserError: somebody else holds it.
+        UserError: another driver holds it.
     """
     with (folder / "driver.lock").open("a+") as handle:
         _take(handle, folder)
@@ -202,14 +197,12 @@ def driver_lock(folder: Path) -> Iterator[None]:
 
 
 def this_machine() -> str:
-    """Its name, and which of its starts this is: what it held before the last one is a dead
-    machine's, too.
-    """
+    """The host's name and its boot. A lock from before the last boot counts as another machine's."""
     return f"{socket.gethostname()} {_BOOT.read_text().strip() if _BOOT.exists() else ''}"
 
 
 def _take(handle: IO[str], folder: Path) -> None:
-    begun, is_told = time.monotonic(), False
+    begun, is_said = time.monotonic(), False
     while True:
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,42 +215,44 @@ def _take(handle: IO[str], folder: Path) -> None:
                     f"{folder.name}: is being trained by another process on this machine"
                 )
             if waited_s > PATIENCE_S:
-                told = (
-                    f"is being trained by another process on {host}, which still holds it after"
-                    f" {waited_s:.0f} s"
+                raise UserError(
+                    f"{folder.name}: is being trained by another process on {host}, which still"
+                    f" holds it after {waited_s:.0f} s"
                 )
-                raise UserError(f"{folder.name}: {told}")
-            if not is_told:
-                told = (
-                    f"is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in which a dead"
-                    " machine loses it"
+            if not is_said:
+                print(
+                    f"{folder.name}: is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in"
+                    " which a dead machine loses it",
+                    flush=True,
                 )
-                print(f"{folder.name}: {told}", flush=True)
-                is_told = True
-        time.sleep(0.5 if is_told else 0.05)
+                is_said = True
+        time.sleep(0.5 if is_said else 0.05)
 
 
 def _other_machine(handle: IO[str]) -> str | None:
-    """The name of the one that holds it; None: it is this one, or nobody can tell."""
+    """The host that holds the lock; None if it is this one or unknown."""
     handle.seek(0)
     holder = handle.read()
     return None if holder == this_machine() else holder.partition(" ")[0] or None
 
 
-_STDERR = 2
+# ------------------------------------------------------------------------------------ the terminal
 
 
 def ignore_lost_terminal(console: Console) -> None:
-    """From here on nothing that is printed on it raises: once it takes no more, that is said on
-    stderr, and all is quiet.
+    """Let no later print on this console raise: the disk of a log may be full, the reader of a pipe
+    gone, an ssh session closed.
+
+    The first error is reported on stderr. After that nothing is printed.
     """
     if not isinstance(console.file, _LosableFile):
         console.file = cast(IO[str], _LosableFile(console.file))
 
 
 class _LosableFile:
-    """Writes to `file` until it fails. So rich (15.0), too, never meets a broken pipe, of which it
-    ends the process.
+    """Writes to `file` until that fails.
+
+    rich (15.0) would end the process at a broken pipe.
     """
 
     def __init__(self, file: IO[str]) -> None:
@@ -280,19 +275,19 @@ class _LosableFile:
             act()
         except OSError as error:
             self._is_lost = True
+            line = (
+                f"shown no more: {error.strerror or error}; training goes on, and its journal"
+                " has everything\n"
+            )
             with suppress(OSError):
-                told = (
-                    f"shown no more: {error.strerror or error}; training goes on, and its journal"
-                    " has everything\n"
-                )
-                os.write(_STDERR, told.encode())
-            self._empty()
+                os.write(_STDERR, line.encode())
+            self._discard_buffer()
 
-    def _empty(self) -> None:
-        """What its buffer holds goes nowhere: the interpreter would try again as it ends, and end
-        with 120 (Python 3.11).
+    def _discard_buffer(self) -> None:
+        """Send the buffered text to /dev/null. Python 3.11 would try to write it at exit, and end
+        with exit code 120.
         """
-        with suppress(OSError, ValueError):  # it may have no descriptor
+        with suppress(OSError, ValueError):  # the file may have no descriptor
             descriptor, nowhere = self._file.fileno(), os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)

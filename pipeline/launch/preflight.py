@@ -152,7 +152,7 @@ def _silent(check: str, node: NoAnswer) -> Finding:
 def _network(cluster: Ray) -> Finding:
     """Whether the processes of a training reach one another's ports."""
     try:
-        met = cluster.nodes.at_once(meet, Meeting, within_s=MEETING_S)
+        met = cluster.nodes.run_together(meet, Meeting, within_s=MEETING_S)
     except LaunchError as error:
         advice = (
             "open all ports between the nodes, name the network's interface with "

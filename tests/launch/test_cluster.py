@@ -28,7 +28,7 @@ from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
-from pipeline.launch.ray_cluster import NODES, free_port, waits_for
+from pipeline.launch.ray_cluster import NODES, free_port, worker_start_timeout
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,10 @@ def test_workers_are_a_number_a_range_or_numbers(
         parse_workers(text)
 
 
-def test_a_run_of_one_size_waits_for_its_places_and_one_of_several_takes_fewer() -> None:
-    waits = {(loss, sizes): waits_for(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)}
+def test_a_run_of_one_size_worker_start_timeout_its_places_and_one_of_several_takes_fewer() -> None:
+    waits = {
+        (loss, sizes): worker_start_timeout(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)
+    }
     assert waits["fast", 1] == {}  # Ray's own minute
     seconds = [
         float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))

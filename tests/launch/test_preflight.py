@@ -112,7 +112,7 @@ class Sick:
     def run_on_each(self, work: Any, given: Any, *, within_s: float) -> list[Any]:
         return [work(given({"CPU": 4.0})), self.silent]
 
-    def at_once(self, *given: Any, within_s: float) -> list[None]:
+    def run_together(self, *given: Any, within_s: float) -> list[None]:
         raise LaunchError("GetTimeoutError: not in time")
 
     def address_for_others(self) -> str:

@@ -67,7 +67,9 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], alone: bool
 ) -> None:
     """Whatever address this process, which may be a client's of elsewhere, has itself."""
-    nodes = [{"NodeManagerAddress": address, "Alive": True} for address in addresses]
+    nodes = [
+        {"NodeManagerAddress": address, "Alive": True, "Resources": {}} for address in addresses
+    ]
     gone = {"NodeManagerAddress": "10.0.0.9", "Alive": False}
     asked = run(tmp_path, monkeypatch, None, nodes=[*nodes, gone])
     assert isinstance(asked["torch_config"], OnLoopback) is alone
