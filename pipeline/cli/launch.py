@@ -283,7 +283,7 @@ def _go_on(
         had_ended = len(over_in(folder)) == len(runs_of(folder))
         _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
     else:
-        from pipeline.launch.start import resume_run
+        from pipeline.launch.resume import resume_run
 
         _end_run(resume_run(folder, **how, trust=trust))
 

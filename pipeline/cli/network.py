@@ -57,7 +57,7 @@ def evaluate(
                 f" --runs {runs}"
             )
         made = made_of(Path(run), set_, tiny=False)
-        from pipeline.launch.start import evaluate_recipe
+        from pipeline.launch.evaluate import evaluate_recipe
         from pipeline.recipe.files import trust_of
 
         own = trust_of(made, [Path(run)])
@@ -65,7 +65,7 @@ def evaluate(
             made, which=which, weights=weights, time_steps=steps, own=own, trust=tuple(trust)
         )
         return
-    from pipeline.launch.start import evaluate_run
+    from pipeline.launch.evaluate import evaluate_run
     from pipeline.report.runs import find_run
 
     if set_:

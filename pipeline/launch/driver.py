@@ -197,7 +197,7 @@ def driver_lock(folder: Path) -> Iterator[None]:
 
 
 def this_machine() -> str:
-    """The host's name and its boot. A lock from before the last boot counts as another machine's."""
+    """The host's name and its boot: a lock from before the last boot is another machine's."""
     return f"{socket.gethostname()} {_BOOT.read_text().strip() if _BOOT.exists() else ''}"
 
 

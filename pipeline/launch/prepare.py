@@ -1,7 +1,4 @@
-"""From a recipe to a run's folder, with all that it takes to resume it.
-
-The folder of a run or of a suite: there whole, or not at all.
-"""
+"""Make the folder of a run, with everything that a resume needs, and read it again."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from pipeline.train.tasks import build_data
 from pipeline.train.weights import study_inputs
 
 NOT_SAVED = ("run", "trust", "place_token")
-"""fields of a job that its file does not hold"""
+"""Fields of a job that job.json does not hold."""
 
 
 def prepare(
@@ -46,16 +43,16 @@ def prepare(
     adopts: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Job:
-    """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it
-    trains.
+    """Make the run's folder: its recipe, its job and its cluster.
 
-    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to.
-    `adopts`: checkpoints that a run of this name has left in the cluster's place for them, whose
-    folder is gone, are gone on with, as that run.
+    Args:
+        parent, suite, family: of the suite that the run belongs to; `suite` is its folder's name.
+        adopts: continue from checkpoints in the cluster's place for them that a run of this name
+            has left, whose folder is gone.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, or the name
-        is taken.
+            is taken.
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
@@ -91,12 +88,11 @@ def prepare(
 
 
 def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str, str | None]:
-    """The address of a run's checkpoints, beneath `place`, and whose it is; None: nobody's, which
-    it must be unless `adopts`.
+    """The address of the run's checkpoints below `place`, and the run_id of their owner, if any.
 
     Raises:
-        ValueError: it is another's, of another study where it is adopted, or the address cannot be
-        opened.
+        ValueError: there is an owner and not `adopts`, the owner is of another study, or the
+            address cannot be opened.
     """
     address, names, owner = open_place(place, run)
     if not adopts and (names or owner):
@@ -116,7 +112,7 @@ def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str,
 
 
 def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
-    """The address of a run's checkpoints beneath `place`, those that are there, and whose they are.
+    """The address of a run's checkpoints below `place`, their names there, and their owner.
 
     Raises:
         ValueError: the address cannot be opened.
@@ -132,27 +128,27 @@ def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
 
 
 def write_job(job: Job) -> None:
-    """Beside the recipe, for a resume."""
+    """Write job.json, which a resume reads."""
     write_json(Path(job.run) / "job.json", _to_json(job))
 
 
 def _to_json(job: Job) -> dict[str, Any]:
-    """Whom the user trusts is not written down: the next user says it anew. Nor is a token, which
-    each start of a driver has.
+    """Trust is not saved: the user who resumes states it anew. The token belongs to one start of
+    the driver.
     """
     return {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    """What `write_job` wrote; a folder that was moved is where it is now.
+    """Read what `write_job` wrote. The folder may have been moved since.
 
     Raises:
-        ValueError: it is missing or damaged, or its suite, or what MLflow keeps of its family,
-        would lie in another folder.
+        ValueError: the file is missing or damaged, or its suite or its family is no name of a
+            folder.
     """
     file = folder / "job.json"
-    told = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
-    job = Job(**told, run=str(folder.absolute()), trust=trust)
+    fields = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
+    job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     refuse_unless_watchable(str(file), job.hang_minutes)
     if job.suite is not None and not is_name(job.suite):
@@ -168,8 +164,8 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A hidden one beside it, to write into, that takes its name at the end; who is killed before
-    leaves at most the hidden one.
+    """Write into a hidden folder, which gets its name at the end: the folder is there as a whole or
+    not at all. A process that is killed leaves at most the hidden folder.
 
     Raises:
         ValueError: the name is taken.
@@ -183,7 +179,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             hidden.rename(folder)
         except OSError:
-            refuse_taken(folder)  # by another launch, meanwhile
+            refuse_taken(folder)  # another launch was faster
             raise
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -194,7 +190,7 @@ def named(runs: Path, name: str) -> Path:
     """The folder of this name in the folder of runs.
 
     Raises:
-        ValueError: it would lie elsewhere.
+        ValueError: the name would lead elsewhere.
     """
     if not is_name(name):
         raise ValueError(f"launch: --name must be a name in {runs}; got {name!r}")
@@ -210,7 +206,7 @@ def refuse_taken(folder: Path) -> None:
 
 
 def numbered_folders(folder: Path) -> Iterator[Path]:
-    """The folder, and the names to try where it is taken."""
+    """The folder itself, then NAME-2, NAME-3, ... to try if it is taken."""
     yield folder
     for number in range(2, 10_000):
         yield folder.with_name(f"{folder.name}-{number}")

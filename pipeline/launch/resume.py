@@ -1,35 +1,115 @@
-"""What may change when a run or suite goes on, and what is refused.
+"""`spiketrain resume` of one run, and `launch --or-resume`: what may change, and what is refused.
 
-`launch --or-resume` goes on with what was launched in the same way. `resume` takes other options of
-operation, which are written into the folder and hold from then on.
+`launch --or-resume` continues only what was launched in the same way. `resume` takes other options
+of operation (`cluster.OPERATIONAL`), which are saved with the run or suite and hold from then on.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pipeline.core.printing import say
+from pipeline.core.printing import new_console, say
+from pipeline.core.stages import say_stage
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
 from pipeline.launch.driver import driver_lock
 from pipeline.launch.prepare import read_job, write_job
+from pipeline.launch.start import train_to_end
 from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.recipe.suite import Suite, SuiteFile, is_suite
+from pipeline.track.state import state_of
+from pipeline.train.build import check_recipe
+from pipeline.train.checkpoint import Place, trainer_of
+from pipeline.train.elastic import told
+from pipeline.train.guards.storage import may_pass
+from pipeline.train.weights import place_of
 
 MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
-"""Fields of `Cluster` in which a launch may differ from the one that it goes on with."""
+"""Fields of `Cluster` in which a launch may differ from the one that it continues."""
+
+
+def resume_run(
+    folder: Path,
+    *,
+    workers: int | tuple[int, ...] | None,
+    inline: bool,
+    address: str | None,
+    options: Mapping[str, Any],
+    trust: tuple[str, ...] = (),
+) -> Path | None:
+    """Continue a run; `options` hold from now on. Returns its folder, or None if it was asked to
+    stop.
+    """
+    if state_of(folder) == "finished":
+        say(new_console(), f"{folder.name} has finished")
+        return folder
+    if options.get("side_by_side", 1) != 1:
+        raise ValueError(
+            f"resume: --side-by-side is for a suite; got {options['side_by_side']} with"
+            f" {folder.name} alone"
+        )
+    launched = Cluster.from_json(read_json(folder / "cluster.json"))
+    cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
+    say_stage("checking the run and where it goes on")
+    check_resumed(folder, cluster, launched, trust=trust)
+    with driver_lock(folder):
+        pass  # refuses a second driver before a cluster is started in vain
+    with cluster.launcher() as launcher:
+        change_run(folder, options, new_console())
+        job = read_job(folder, trust=trust)
+        return train_to_end(job, launcher, folder.parent, address=cluster.resume_address(launched))
+
+
+def check_resumed(
+    folder: Path, cluster: Cluster, launched: Cluster, *, trust: tuple[str, ...]
+) -> None:
+    """Check whether a run can continue at these numbers of workers.
+
+    Raises:
+        ValueError: its recipe cannot be read or does not train at one of them, or its newest
+            checkpoint loads at another number only.
+    """
+    # This puts code of the user on the path, which workers inherit.
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    if cluster.sizes != launched.sizes:  # those were checked at the launch
+        # The file that the run began from need not exist any more.
+        check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
+    if zero := recipe_fields(folder).get("zero"):
+        wrote = _workers_of_newest(place_of(folder))
+        if wrote is not None and cluster.sizes != (wrote,):
+            raise ValueError(
+                f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
+                f" {wrote}; got {told(cluster.sizes)}"
+            )
+
+
+def _workers_of_newest(place: Place) -> int | None:
+    """The number of workers that wrote the newest checkpoint.
+
+    None: there is no checkpoint, or its storage is away, which the workers wait for.
+    """
+    try:
+        for name in reversed(place.names()):
+            # A damaged one is moved away by the workers.
+            with suppress(FileNotFoundError, ValueError, KeyError):
+                return trainer_of(place, name)["world_size"]
+    except OSError as error:
+        if not may_pass(error):
+            raise
+    return None
 
 
 def refuse_unless_launched_so(
     folder: Path, made: Recipe | Suite, cluster: Cluster, *, trust: tuple[str, ...]
 ) -> None:
-    """Refuse to go on with a run or suite that was launched with another recipe or other options.
+    """Refuse to continue a run or suite that was launched with another recipe or other options.
 
     Raises:
         ValueError: what differs, as it was and as it is asked for now; or a damaged folder.
@@ -47,7 +127,7 @@ def refuse_unless_launched_so(
         else SuiteFile.read(folder, trust=trust).cluster
     )
     was, now = Cluster.from_json(there), cluster
-    changed = [told for name, told in differences(was, now).items() if name not in MAY_DIFFER]
+    changed = [text for name, text in differences(was, now).items() if name not in MAY_DIFFER]
     if changed:
         raise ValueError(f"{rule}; its options differ now: {', '.join(changed)}")
 
@@ -75,10 +155,10 @@ def _as_read(recipe: Recipe) -> Any:
 
 
 def change_run(folder: Path, options: Mapping[str, Any], console: Console) -> None:
-    """Write fields of OPERATIONAL into a run's cluster.json and job.json, and say what differs.
+    """Write fields of OPERATIONAL into a run's cluster.json and job.json, and print what differs.
 
     Raises:
-        UserError: somebody else trains it.
+        UserError: another process trains the run.
         ValueError: a file is damaged.
     """
     if not options:
@@ -126,5 +206,5 @@ def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
 
 
 def _say(folder: Path, was: Cluster, now: Cluster, console: Console) -> None:
-    if told := ", ".join(differences(was, now).values()):
-        say(console, f"{folder.name}: {told} from here on")
+    if changes := ", ".join(differences(was, now).values()):
+        say(console, f"{folder.name}: {changes} from here on")

@@ -43,7 +43,7 @@ EXAMPLES = [
 WORK = {
     "launch recipes/compare/": "pipeline.launch.suite.launch_suite",
     "launch recipes/fashion/": "pipeline.launch.start.launch_run",
-    "evaluate recipes/": "pipeline.launch.start.evaluate_recipe",
+    "evaluate recipes/": "pipeline.launch.evaluate.evaluate_recipe",
     "probe": "pipeline.forecast.probe.probe",
     "sweep": "pipeline.forecast.sweep.sweep",
     "plan": "pipeline.forecast.plan.plan",

@@ -44,13 +44,13 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
 ) -> None:
     said: list[str] = []
     with stops_on_signal(tmp_path, said.append) as request:
-        request.tell()
+        request.report()
         assert said == []
         send(number)
         assert (tmp_path / "stop").read_text() == signal.Signals(number).name
         assert said == []  # in the middle of whatever the main thread does
         for _ in range(2):
-            request.tell()
+            request.report()
         assert said == [
             f"{signal.Signals(number).name}: saving after this step; once more to stop at once"
         ]
