@@ -238,7 +238,7 @@ def resume(
     --device to --side-by-side hold from then on; without them it goes on as it was launched.
     """
     _heed_signals()
-    from pipeline.launch.cluster import OPERATIONAL, option, parse_workers
+    from pipeline.launch.cluster import OPERATIONAL, option_name, parse_workers
     from pipeline.report.runs import find_run_or_suite
 
     asked = None if workers is None else parse_workers(workers)
@@ -251,7 +251,7 @@ def resume(
         ("side_by_side", "runs"),
     ):
         if options.get(field) is not None:
-            options[field] = count_or_auto(options[field], option=f"resume: {option(field)}", of=of)
+            options[field] = count_or_auto(options[field], option=f"resume: {option_name(field)}", of=of)
     folder = find_run_or_suite(runs, run)
     _go_on(
         folder, workers=asked, inline=inline, address=address, options=options, trust=tuple(trust)

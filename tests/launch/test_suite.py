@@ -25,7 +25,7 @@ from pipeline.__main__ import main
 from pipeline.core.printing import NO_WIDTH
 from pipeline.launch.driver import driver_lock
 from pipeline.launch.ray_cluster import free_port
-from pipeline.launch.suite import _tell_mlflow
+from pipeline.launch.suite import _sync_states
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, runs_of
 from pipeline.report.runs import list_suites, print_runs
@@ -793,5 +793,5 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
         journal.event("start")
     console = Console(file=io.StringIO())
     children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)
-    _tell_mlflow(children, console)
+    _sync_states(children, console)
     assert "Stale file handle" in console.file.getvalue()  # type: ignore[attr-defined]
