@@ -167,11 +167,11 @@ class Ray:
                 # A terminal that closes sends SIGHUP to all its processes. Workers have to save
                 # first. "local": Ray would otherwise join a cluster that runs on this machine.
                 with blocked_signal(signal.SIGHUP):
-                    ray.init("local", num_cpus=cores, include_dashboard=False, **quiet)
+                    ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
             else:
                 refuse_silent_address(self.address)
                 with captured_stderr() as stderr:
-                    ray.init(self.address, **quiet)
+                    ray.init(address=self.address, **quiet)
         except AuthenticationError as error:  # this process has no token
             raise UserError(
                 f"ray: a token must be at hand; got none: {error.message}; {TOKEN_ADVICE}"

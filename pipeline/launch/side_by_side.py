@@ -34,8 +34,8 @@ from pipeline.train.writer_lock import PATIENCE_S
 LOG = "launch.log"
 """The file in a run's folder that holds what its driver printed."""
 LEAVING_S = PATIENCE_S
-"""In which the driver of a run ends after its suite was killed: it saves and syncs MLflow. A machine
-that died loses its lock in this time.
+"""In which the driver of a run saves and ends after its suite was killed, and a machine that died
+loses its lock.
 """
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
