@@ -225,7 +225,7 @@ def _train(
     from pipeline.recipe.suite import Suite
 
     if not isinstance(made, Suite):
-        from pipeline.launch.start import launch_run
+        from pipeline.launch.driver import launch_run
 
         _end_run(launch_run(made, here, runs, name=name, adopts=adopts, trust=trust))
         return

@@ -1,7 +1,8 @@
-"""The driver of a run: the process that starts the workers and watches them.
+"""The driver of a run: the process that checks the recipe, makes the run's folder, starts the
+workers and watches them. It does not train.
 
 It holds `RUN/driver.lock`, follows the journal of the run to show progress and to fill MLflow, and
-passes on what signals ask (`signals.py`) through files in the run's folder. It does not train.
+passes on what signals ask (`signals.py`) through files in the run's folder.
 """
 
 from __future__ import annotations
@@ -23,20 +24,28 @@ from rich.console import Console
 
 from pipeline.core.code_version import commit
 from pipeline.core.errors import UserError
-from pipeline.core.printing import say
+from pipeline.core.printing import new_console, say
+from pipeline.core.stages import say_stage
 from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
-from pipeline.launch.prepare import write_job
+from pipeline.launch.cluster import Cluster
+from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import stops_on_signal
+from pipeline.recipe.command_line import command
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import refuse_references
 from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
 from pipeline.track.journal import read
-from pipeline.track.mlflow import Mirror
+from pipeline.track.mlflow import Mirror, tracking_uri
 from pipeline.train.backend.collectives import Ranks
+from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, place_at
 from pipeline.train.guards.storage import patiently
 from pipeline.train.guards.watchdog import untold
 from pipeline.train.job import REFUSAL, SAVE, STOP, Job, raise_refusal
+from pipeline.train.part_checks import fingerprint_of
+from pipeline.train.tasks import Loaders, build_data, tasks_of
 from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
@@ -45,6 +54,59 @@ INSTANT_S = 1.0
 """`spiketrain runs` takes a lock for an instant, to see whether a driver holds it."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _STDERR = 2
+
+
+def launch_run(
+    recipe: Recipe,
+    cluster: Cluster,
+    runs: Path,
+    *,
+    name: str | None = None,
+    adopts: bool = False,
+    trust: tuple[str, ...] = (),
+) -> Path | None:
+    """Train a recipe. Returns the run's folder, or None if it was asked to stop.
+
+    `prepare` explains `adopts`.
+    """
+    refuse_references(recipe)
+    launcher = cluster.launcher()
+    say_stage("checking the recipe and its data")
+    check(recipe, cluster, trust=trust)
+    with launcher:
+        job = prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust)
+        return train_to_end(job, launcher, runs, address=cluster.address)
+
+
+def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
+    """Refuse whatever can be refused before a file is written."""
+    Recipe.from_json(recipe.to_json(), trust=trust)
+    check_recipe(recipe, *cluster.sizes)
+    fingerprint_of(build_data(recipe))
+    Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
+
+
+def train_to_end(job: Job, launcher: Launcher, runs: Path, *, address: str | None) -> Path | None:
+    """Train a run that the user has asked for alone. Returns its folder, or None if it was asked to
+    stop; then the command that resumes it is printed.
+    """
+    console, folder = new_console(), Path(job.run)
+    if train(job, launcher, runs, console, address=address):
+        return folder
+    resume = command("resume", runs / folder.name, address=address)
+    say(console, f"stopped; go on with: {resume}", whole=[resume])
+    return None
+
+
+def train(
+    job: Job, launcher: Launcher, runs: Path, console: Console, *, address: str | None
+) -> bool:
+    """Train a run to its end. Returns False if it was asked to stop before.
+
+    `address` is the `--address` of the command that resumes it.
+    """
+    resume = command("resume", runs / Path(job.run).name, address=address)
+    return drive(job, launcher, console, uri=tracking_uri(runs), resume_command=resume) is not None
 
 
 def drive(

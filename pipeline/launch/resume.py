@@ -18,9 +18,8 @@ from rich.console import Console
 from pipeline.core.printing import new_console, say
 from pipeline.core.stages import say_stage
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
-from pipeline.launch.driver import driver_lock
+from pipeline.launch.driver import driver_lock, train_to_end
 from pipeline.launch.prepare import read_job, write_job
-from pipeline.launch.start import train_to_end
 from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.recipe.suite import Suite, SuiteFile, is_suite

@@ -19,11 +19,10 @@ from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.driver import driver_lock, ignore_lost_terminal
+from pipeline.launch.driver import check, driver_lock, ignore_lost_terminal, train
 from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
 from pipeline.launch.resume import change_run, change_suite, check_resumed
 from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
-from pipeline.launch.start import check, train
 from pipeline.launch.suite_runs import SuiteRuns, begun_job
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.launch.cluster import Cluster
+from pipeline.launch.driver import check
 from pipeline.launch.prepare import prepare, read_job
-from pipeline.launch.start import check
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, filled, needed, sources
 from pipeline.track.trials import best, is_over, top1_of

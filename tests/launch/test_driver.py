@@ -333,7 +333,9 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
     )  # its folder's locks are enough
     place = tmp_path / "elsewhere"
     tokens = [
-        driving._with_checkpoint_token(replace(job, checkpoints=str(place)), said.append).place_token
+        driving._with_checkpoint_token(
+            replace(job, checkpoints=str(place)), said.append
+        ).place_token
         for _ in range(2)
     ]
     assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]
