@@ -1,9 +1,7 @@
-"""`spiketrain doctor`: what would stop a training, found before it begins.
+"""`spiketrain doctor`: finds what would stop a training, before it begins.
 
-A check runs on the node that it is about and judges what it finds there. Only versions and GPUs are
-compared between nodes. Arithmetic is left to the tests, bandwidth to NVIDIA's nccl-tests.
-
-What a training speaks to beside its nodes: storage, the MLflow server, the Ray cluster.
+Each check runs on the node that it is about. Versions and GPUs are also compared between nodes.
+Arithmetic is checked by the tests, bandwidth by NVIDIA's nccl-tests.
 """
 
 from __future__ import annotations
@@ -11,37 +9,33 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-import re
-import secrets
-import shutil
 import socket
-import subprocess
-import sys
 import tempfile
-import time
-from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
 
 import torch
 from torch import distributed
 
 from pipeline.core.code_version import code_digest
-from pipeline.core.secrets import without_secrets
-from pipeline.core.shared_marker import Marker
 from pipeline.launch.base import LaunchError, NoAnswer
+from pipeline.launch.preflight_services import (
+    Finding,
+    Store,
+    error_line,
+    marker_in_store,
+    of_mlflow,
+    of_token,
+    try_store,
+)
 from pipeline.launch.ray import Ray
-from pipeline.launch.ray_auth import refused_token
 from pipeline.measure.driver import unusable_cards
-from pipeline.track.connect import sqlite_file, without_password
 from pipeline.track.mlflow import tracking_uri
 from pipeline.train.checkpoint import absolute
-from pipeline.train.checkpoint.address import folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
@@ -50,30 +44,29 @@ NODE_S = 300.0
 """For the checks on a node. The first time, FFCV and numba compile."""
 STORE_S = 120.0
 MEETING_S = 300.0
-"""For processes that meet (`Meeting.patience_s`), with their start on up to some 100 GPUs."""
+"""For processes that meet (`Meeting.patience_s`) and their start, on up to about 100 GPUs."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node, as it was found."""
+    """The state of one node."""
 
     name: str
     versions: Mapping[str, str]
     gpus: tuple[str, ...] = ()
-    """Their names. Where a GPU cannot be used, a finding says so."""
+    """Their names. Findings name the GPUs that cannot be used."""
     trains: bool = True
-    """Whether workers may run there. A cluster's head may have no cores for them."""
+    """Whether workers may run there. The head of a cluster may have no cores for them."""
     findings: tuple[Finding, ...] = ()
 
 
 def preflight(
-    runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int, checkpoints: str | None
+    runs: Path, *, address: str | None = None, checkpoints: str | None = None
 ) -> list[Finding]:
     """Examine this machine, or each node of the Ray cluster at `address` (unless it is `local`).
 
     Args:
         runs: the folder of runs, which all nodes must share.
-        checkpoint_bytes: the size of one checkpoint, of which a run keeps `keep`.
         checkpoints: the address of checkpoints, if they are not kept in the folder of runs.
 
     Raises:
@@ -83,12 +76,11 @@ def preflight(
     place = None if checkpoints is None else absolute(checkpoints)
     runs = runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
-    in_runs, in_place = (checkpoint_bytes * count for count in checkpoint_counts(place, keep))
-    kept = [] if place is None else [Store(place, in_place)]
+    kept = [] if place is None else [Store(place)]
     with marker_in_store(str(runs)) as marker:
         if isinstance(marker, Finding):
             return [replace(marker, text=f"{marker.text}; nothing else was examined")]
-        folder = Store(str(runs), in_runs, marker)
+        folder = Store(str(runs), marker)
         with _locked(runs / marker.name):
             if address in (None, "local"):  # a launch starts a cluster here, with its own token
                 report = examine(folder)
@@ -101,17 +93,9 @@ def preflight(
     return [*found, of_mlflow(tracking_uri(runs))]
 
 
-def checkpoint_counts(place: str | None, keep: int) -> tuple[int, int]:
-    """How many checkpoints lie in the folder of runs at one time, and how many at `place`."""
-    if place is None:
-        return keep + 1, 0  # the one more is being written
-    # A checkpoint passes through the folder of runs on its way to a store, and back.
-    return (0, keep + 1) if folder_of(place) is not None else (2, 0)
-
-
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Lock a file as a driver locks a run."""
+    """Lock a file as the driver of a run does."""
     with file.open("a") as handle:
         with suppress(OSError):  # storage without locks: each node reports it
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +151,7 @@ def _network(cluster: Ray) -> Finding:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where `size` processes meet: the first one listens at `host` and `port`."""
+    """The address of the first of `size` processes, to which the others connect."""
 
     host: str
     port: int
@@ -177,18 +161,18 @@ class Meeting:
 
     @property
     def patience_s(self) -> float:
-        """The time in which all have to come. Each loads torch, perhaps from shared storage."""
+        """The time in which all have to connect. Each loads torch, perhaps from shared storage."""
         return 30.0 + 2.0 * self.size
 
 
 def meet(meeting: Meeting, rank: int) -> None:
     """Add up a number with all other processes.
 
-    Workers with GPUs average gradients over NCCL and agree on all else over gloo, which has ports
-    of its own and may choose another network interface. Both have to work.
+    Workers with GPUs average gradients over NCCL and exchange everything else over gloo. gloo has
+    ports of its own and may choose another network interface, so both are tried.
 
     Raises:
-        RuntimeError: a process did not come in time, or the sum is wrong.
+        RuntimeError: a process did not connect in time, or the sum is wrong.
     """
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if meeting.gpus else "gloo",
@@ -211,7 +195,7 @@ def meet(meeting: Meeting, rank: int) -> None:
 
 
 def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
-    """Versions and GPUs, which have to be the same on all nodes."""
+    """Compare versions and GPUs, which must be the same on all nodes."""
     if not reports:
         return
     advice = "install the same on all nodes: `LOCKED=1 make setup`"
@@ -369,262 +353,3 @@ def _nfs(name: str, folder: Path) -> Iterator[Finding]:
         text = f"{name}: the NFS at {at} may hide a new file for a minute"
         advice = "mount it with lookupcache=positive, so that a run sees a request to stop at once"
         yield Finding("storage", "warn", text, advice)
-
-
-MLFLOW_S = 10.0
-STRANGER_S = 60.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    check: str
-    state: Literal["ok", "warn", "bad"]
-    """`bad`: a training would fail."""
-    text: str
-    advice: str = ""
-
-
-def error_line(error: Exception) -> str:
-    """An error in one line, without secrets of the environment."""
-    return without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
-
-
-# ---------------------------------------------------------------------------------------- storage
-
-
-@dataclass(frozen=True)
-class Store:
-    """A place for runs or checkpoints: a folder, or an address such as s3://bucket/prefix."""
-
-    address: str
-    needed_bytes: float = 0.0
-    marker: Marker | None = None
-    """The object that the driver has put there, if it could."""
-
-
-@contextmanager
-def marker_in_store(address: str) -> Iterator[Marker | Finding]:
-    """Keep an object at an address, for the nodes to look for; or the reason why that failed."""
-    marker, doing = _new_marker(), "be opened"
-    try:
-        fs, root = _open(address)
-        doing = "be written to"
-        _write(fs, root, marker)
-    except Exception as error:  # each store has errors of its own
-        yield _bad_store(address, "this machine", f"cannot {doing}: {error_line(error)}")
-        return
-    try:
-        yield marker
-    finally:
-        with suppress(Exception):  # the nodes report what cannot be deleted
-            fs.rm_file(f"{root}/{marker.name}")
-
-
-def try_store(store: Store) -> Finding:
-    """Look for the driver's marker; write, find, read and delete an object of this node's own."""
-    name, address, mine, doing = socket.gethostname(), store.address, _new_marker(), "be opened"
-    try:
-        fs, root = _open(address)
-        doing = "be read"
-        if store.marker is not None and not _holds(fs, root, store.marker):
-            text = f"{name} does not see {address} as the driver does"
-            advice = "mount the same storage at the same path on every node, or name such storage"
-            return Finding("storage", "bad", text, f"{advice} with --runs or --checkpoints")
-        doing = "be written to"
-        _write(fs, root, mine)
-        try:
-            doing = "be listed"
-            names = {PurePosixPath(each).name for each in fs.ls(root, detail=False)}
-            doing = "be read"
-            is_whole = mine.name in names and _holds(fs, root, mine)
-            doing = "delete an object"
-        finally:
-            fs.rm_file(f"{root}/{mine.name}")
-        free = None if folder_of(address) is None else shutil.disk_usage(root).free
-    except Exception as error:  # each store has errors of its own
-        return _bad_store(address, name, f"cannot {doing}: {error_line(error)}")
-    if not is_whole:
-        return _bad_store(address, name, "does not give back what was written")
-    text = f"{name}: an object was written to {address}, read and deleted"
-    if free is None:
-        return Finding("storage", "ok", text)
-    text += f"; {free / 1e9:.1f} GB are free"
-    if free >= store.needed_bytes:
-        return Finding("storage", "ok", text)
-    advice = f"checkpoints need {store.needed_bytes / 1e9:.1f} GB: make room, or keep fewer of them"
-    return Finding("storage", "bad", text, advice)
-
-
-def _bad_store(address: str, node: str, what: str) -> Finding:
-    advice = "see its owner, rights and mount, and make room if the disk or a quota is full"
-    if folder_of(address) is None:
-        advice = "see its rights, and the keys in the environment there (AWS_ACCESS_KEY_ID; for "
-        advice += "another store than Amazon's also AWS_ENDPOINT_URL)"
-    return Finding("storage", "bad", f"{node}: {address} {what}", advice)
-
-
-def _new_marker() -> Marker:
-    return Marker(f".doctor-{secrets.token_hex(8)}", secrets.token_hex(16))
-
-
-def _open(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it."""
-    import fsspec
-
-    if (folder := folder_of(address)) is not None:
-        return fsspec.filesystem("file"), str(folder)
-    return fsspec.url_to_fs(address.rstrip("/"), use_listings_cache=False)
-
-
-def _write(fs: Any, root: str, marker: Marker) -> None:
-    if "file" in fs.protocol:  # a launch makes a missing folder, and no bucket
-        fs.makedirs(root, exist_ok=True)
-    fs.pipe_file(f"{root}/{marker.name}", marker.content.encode())
-
-
-def _holds(fs: Any, root: str, marker: Marker) -> bool:
-    try:
-        return fs.cat_file(f"{root}/{marker.name}") == marker.content.encode()
-    except FileNotFoundError:
-        return False
-
-
-# ----------------------------------------------------------------------------------------- MLflow
-
-
-def of_mlflow(uri: str) -> Finding:
-    """A store that is a file must be writable. A server must answer, and ask for a password."""
-    if (file := sqlite_file(uri)) is not None:
-        return _of_sqlite(file)
-    if uri.partition(":")[0] == "databricks":
-        advice = "see that `spiketrain sync` reaches it"
-        return Finding("mlflow", "warn", "Databricks is not asked here", advice)
-    if not uri.startswith(("http://", "https://")):
-        is_plain = re.fullmatch(r"[\w.:/+-]+", uri, re.ASCII)
-        text = (
-            "MLFLOW_TRACKING_URI must be http://HOST:PORT, https://HOST or sqlite:///FILE; "
-            f"got {uri if is_plain else 'another, not shown as it may hold a password'}"
-        )
-        advice = "unset it to use mlflow.db in the folder of runs"
-        return Finding("mlflow", "bad", text, advice)
-    shown, headers = without_password(uri).rstrip("/"), _login()
-    if not all(each.isprintable() and max(each) < "\u0100" for each in headers.values()):
-        advice = "see MLFLOW_TRACKING_TOKEN, for example for a newline at its end"
-        return Finding("mlflow", "bad", "the token holds a character that no header may", advice)
-    if (answer := _ask(uri, headers, None)) != "answers 200":
-        advice = (
-            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on "
-            "without the server, and `spiketrain sync` delivers later"
-        )
-        return Finding("mlflow", "bad", f"{shown} {answer}", advice)
-    scheme, rest = uri.split("://", 1)
-    if _ask(f"{scheme}://{rest.rpartition('@')[2]}", {}, lambda request: request) == "answers 200":
-        advice = "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)"
-        return Finding("mlflow", "warn", f"{shown} answers without a password", advice)
-    return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")
-
-
-def _of_sqlite(file: Path) -> Finding:
-    """MLflow makes the file and its folder; SQLite keeps a journal beside the file."""
-    try:
-        with tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())):
-            pass
-        if file.exists():
-            with file.open("r+b"):
-                pass
-    except OSError as error:
-        text = f"the store {file} cannot be written: {error.strerror}"
-        return Finding("mlflow", "bad", text, "see its owner and rights, or MLFLOW_TRACKING_URI")
-    return Finding("mlflow", "ok", f"the store is the file {file}")
-
-
-def _login() -> dict[str, str]:
-    """The header by which MLflow's client (3.17) logs in: by name and password, else by a token.
-
-    A login in the address comes before both. requests takes it from there by itself.
-    """
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    if user and password:
-        login = b64encode(f"{user}:{password}".encode()).decode()
-        return {"Authorization": f"Basic {login}"}
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
-def _ask(uri: str, headers: dict[str, str], auth: Callable[[Any], Any] | None) -> str:
-    """What the server does, such as `answers 200`.
-
-    Without `auth`, requests logs in by the address or ~/.netrc, as it does for MLflow's client.
-
-    No redirect is followed: a login is meant for this server, and a page that asks for one is no
-    answer of MLflow's.
-    """
-    import requests
-
-    address = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
-    try:
-        answer = requests.get(
-            address, headers=headers, auth=auth, timeout=MLFLOW_S, allow_redirects=False
-        )
-    except (requests.RequestException, ValueError):  # ValueError: not an address
-        return "does not answer"
-    if answer.is_redirect:
-        to = re.split("[?#]", answer.headers["Location"])[0]
-        return f"sends on to {ascii(without_password(to))[1:-1]}, for example for a login"
-    refusals = {401: "refuses this user", 403: "refuses this host or user"}
-    return refusals.get(answer.status_code, f"answers {answer.status_code}")
-
-
-# -------------------------------------------------------------------------------- the Ray cluster
-
-
-def of_token(address: str) -> Finding:
-    """Whether the Ray cluster at `address` refuses a process without its token."""
-    outcome, said = join_without_token(address)
-    if outcome == "joined":
-        advice = "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH: now whoever reaches "
-        advice += "it can run code as you"
-        return Finding("auth", "bad", f"the Ray at {address} lets everybody in", advice)
-    if outcome == "unclear":
-        text = f"it is unclear whether the Ray at {address} asks for its token: {said}"
-        advice = "see that RAY_AUTH_MODE=token is set where it is started"
-        return Finding("auth", "warn", text, advice)
-    return Finding("auth", "ok", f"the Ray at {address} asks for its token")
-
-
-def join_without_token(
-    address: str, *, patience_s: float = STRANGER_S
-) -> tuple[Literal["joined", "refused", "unclear"], str]:
-    """Try to join the Ray cluster at `host:port` or `ray://...` from a process without a token.
-
-    Returns: the outcome; and, if it is unclear, what was in the way.
-    """
-    join = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as stderr:
-        environment = kept | {"HOME": home, "RAY_AUTH_MODE": "disabled"}  # no token in that home
-        streams = {"stdout": subprocess.DEVNULL, "stderr": stderr}
-        command = [sys.executable, "-c", join, address]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **streams)
-        deadline, lines, code = time.monotonic() + patience_s, [], None
-        try:
-            # Ray would go on trying for a minute after a refusal.
-            while code is None and not refused_token(lines) and time.monotonic() < deadline:
-                time.sleep(0.2)
-                code = process.poll()
-                # pread leaves the position at which the process writes.
-                text = os.pread(stderr.fileno(), 1 << 20, 0).decode(errors="replace")
-                lines = [line.strip() for line in text.splitlines() if line.strip()]
-        finally:
-            process.kill()
-            process.wait()
-    if refused_token(lines):
-        return "refused", ""
-    if code == 0:
-        return "joined", ""
-    if code is None:
-        return "unclear", f"no answer within {patience_s:.0f} s"
-    return "unclear", lines[-1] if lines else f"it ended with {code}"

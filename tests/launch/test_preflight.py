@@ -30,7 +30,6 @@ from pipeline.launch.preflight import (
     Meeting,
     NodeReport,
     Store,
-    checkpoint_counts,
     compare,
     examine,
     meet,
@@ -129,8 +128,8 @@ def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
     monkeypatch.setattr(module, "of_token", lambda address: Finding("auth", "ok", address))
 
 
-def run(runs: Path, address: str | None = "auto", size: float = 0, at: str | None = None) -> Any:
-    return preflight(runs, address=address, checkpoint_bytes=size, keep=1, checkpoints=at)
+def run(runs: Path, address: str | None = "auto", at: str | None = None) -> Any:
+    return preflight(runs, address=address, checkpoints=at)
 
 
 @pytest.mark.usefixtures("sick")
@@ -157,14 +156,10 @@ def test_local_is_this_machine_and_starts_no_ray(
 
 
 @pytest.mark.usefixtures("sick")
-@pytest.mark.parametrize(("size", "state"), [(1.0, "ok"), (1e18, "bad")])
-def test_each_node_tries_where_checkpoints_are_kept(
-    tmp_path: Path, size: float, state: str
-) -> None:
-    """Room is needed there, and not where the runs are."""
+def test_each_node_tries_where_checkpoints_are_kept(tmp_path: Path) -> None:
     runs, place = tmp_path / "runs", tmp_path / "kept"
-    found = [each for each in run(runs, size=size, at=str(place)) if each.check == "storage"]
-    assert [each.state for each in found] == ["ok", state, "bad"]
+    found = [each for each in run(runs, at=str(place)) if each.check == "storage"]
+    assert [each.state for each in found] == ["ok", "ok", "bad"]
     assert f"written to {runs}" in found[0].text and f"written to {place}" in found[1].text
     assert found[2].text.startswith("10.0.0.2 ") and list(place.iterdir()) == []
 
@@ -199,20 +194,6 @@ def test_a_full_disk_is_reported_with_what_to_do(tmp_path: Path) -> None:
 
 def _full(*given: Any, **more: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(
-    ("place", "counts"),
-    [
-        (None, (4, 0)),
-        ("/shared/kept", (0, 4)),
-        ("file:///shared/kept", (0, 4)),
-        ("s3://bucket", (2, 0)),
-    ],
-)
-def test_room_is_needed_where_checkpoints_lie(place: str | None, counts: tuple[int, int]) -> None:
-    """Beside the three that are kept, the one being written; a store's pass through the run."""
-    assert checkpoint_counts(place, 3) == counts
 
 
 # ------------------------------------------------------------------------------ nodes are compared
@@ -260,7 +241,7 @@ def driver(tmp_path: Path, no_ffcv: None) -> Iterator[Store]:
     """The folder of runs, with the driver's marker in it, which is locked."""
     (tmp_path / "marker").write_text("content")
     with module._locked(tmp_path / "marker"):
-        yield Store(str(tmp_path), 0.0, Marker("marker", "content"))
+        yield Store(str(tmp_path), Marker("marker", "content"))
 
 
 def bad_of(store: Store, resources: dict[str, float] | None = None) -> list[Finding]:
