@@ -50,8 +50,8 @@ def write_fashion(
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
     from pipeline.data.write.images import write_fashion as write
 
-    with _progress("fashion") as told:
-        _report(write(out, workers=workers, source=source, progress=told, existing=existing))
+    with _progress("fashion") as bar:
+        _report(write(out, workers=workers, source=source, progress=bar, existing=existing))
 
 
 @write_app.command(
@@ -90,7 +90,7 @@ def write_folder(
     """A folder of pictures in the layout of ImageNet."""
     from pipeline.data.write.images import write_folder as write
 
-    with _progress(source.name) as told:
+    with _progress(source.name) as bar:
         manifests = write(
             source,
             out,
@@ -99,7 +99,7 @@ def write_folder(
             quality=quality,
             workers=workers,
             max_bad=max_bad,
-            progress=told,
+            progress=bar,
             existing=existing,
         )
     _report(manifests)
@@ -175,8 +175,8 @@ def write_events(
         "workers": workers,
         "existing": existing,
     }
-    with _progress(name) as told:
-        _report(write(name, out, progress=told, max_bad=max_bad, **how, **options))
+    with _progress(name) as bar:
+        _report(write(name, out, progress=bar, max_bad=max_bad, **how, **options))
 
 
 @write_app.command(
@@ -232,15 +232,13 @@ def write_stamps(
         "smallest": smallest,
     }
     how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
-    with _progress("stamps") as told:
-        _report(write(out, workers=workers, progress=told, existing=existing, **options, **how))
+    with _progress("stamps") as bar:
+        _report(write(out, workers=workers, progress=bar, existing=existing, **options, **how))
 
 
 @contextmanager
 def _progress(name: str) -> Iterator[OnProgress]:
-    """A bar on the terminal with the time left; where too much is unreadable, all of it is
-    listed.
-    """
+    """Show a bar with the time left on a terminal. If too much is unreadable, list all of it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -260,9 +258,9 @@ def _progress(name: str) -> Iterator[OnProgress]:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task(name, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+            task = shown.add_task(name, total=None)
+            yield lambda done, total: shown.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
         _list_unreadable("unreadable", error.unreadable)
         raise

@@ -14,7 +14,7 @@ from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import NodeLoss
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
-from pipeline.train.elastic import told
+from pipeline.train.elastic import format_sizes
 
 OPERATIONAL = (
     "device",
@@ -91,7 +91,7 @@ class Cluster:
             raise ValueError(f"cluster: numbers of workers must ascend; got {self.workers!r}")
         if len(self.sizes) > 1 and self.side_by_side != 1:
             raise ValueError(
-                f"cluster: runs side by side need one number of workers; got {told(self.sizes)}"
+                f"cluster: runs side by side need one number of workers; got {format_sizes(self.sizes)}"
             )
 
     @property
@@ -117,7 +117,7 @@ class Cluster:
         if self.inline:
             for name in _OF_RAY:
                 if getattr(self, name) != getattr(Cluster, name):
-                    got = told(self.sizes) if name == "workers" else getattr(self, name)
+                    got = format_sizes(self.sizes) if name == "workers" else getattr(self, name)
                     raise ValueError(
                         "cluster: --inline is one worker in this process, without Ray; got"
                         f" {option_name(name)} {got}"
@@ -153,7 +153,7 @@ class Cluster:
         """
         if address is None and self.address is not None and not inline:
             raise ValueError(
-                "resume: a run that was launched on a Ray cluster must be told --address anew; got"
+                "resume: a run that was launched on a Ray cluster must be format_sizes --address anew; got"
                 f" none, it was {self.address}; --address local starts a cluster here"
             )
         if inline or (self.inline and workers is None and address is None):

@@ -26,7 +26,7 @@ from pipeline.recipe.suite import Suite, SuiteFile, is_suite
 from pipeline.track.state import state_of
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import Place, trainer_of
-from pipeline.train.elastic import told
+from pipeline.train.elastic import format_sizes
 from pipeline.train.guards.storage import may_pass
 from pipeline.train.weights import place_of
 
@@ -85,7 +85,7 @@ def check_resumed(
         if wrote is not None and cluster.sizes != (wrote,):
             raise ValueError(
                 f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
-                f" {wrote}; got {told(cluster.sizes)}"
+                f" {wrote}; got {format_sizes(cluster.sizes)}"
             )
 
 

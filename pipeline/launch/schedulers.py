@@ -27,7 +27,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.units import counted
 from pipeline.launch.ray_auth import offer_token
 from pipeline.train.checkpoint.address import folder_of
-from pipeline.train.elastic import told
+from pipeline.train.elastic import format_sizes
 
 OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
 """Options of a launch that follow from the order."""
@@ -116,7 +116,7 @@ class Order:
     def launch(self, *options: str) -> list[str]:
         """The command that the machines run: it starts the run, or goes on with it."""
         words = ["spiketrain", "launch", *self.words, "--name", self.name, "--runs", self.runs]
-        words += ["--address", "auto", "--workers", told(self.sizes), *options]
+        words += ["--address", "auto", "--workers", format_sizes(self.sizes), *options]
         return [*words, "--or-resume"]
 
 
@@ -336,7 +336,7 @@ def render_sbatch(
         raise ValueError(f"{rule}; got {nodes} and {gpus_per_node}")
     if len(order.sizes) > 1:
         rule = "slurm: the number of nodes of a job is fixed, so workers must be one number"
-        raise ValueError(f"{rule}; got {told(order.sizes)}")
+        raise ValueError(f"{rule}; got {format_sizes(order.sizes)}")
     gpus = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
     if gpus and order.option("--device") != "cpu" and order.side_by_side * workers > gpus:
@@ -355,7 +355,9 @@ def render_sbatch(
         options["partition"] = _matching("partition", partition, r"[\w.-]+(,[\w.-]+)*")
     variables = {
         "RUNS": order.runs,
-        "WORKERS": told(order.sizes) if order.sizes else "",  # empty: one for each GPU, or node
+        "WORKERS": format_sizes(order.sizes)
+        if order.sizes
+        else "",  # empty: one for each GPU, or node
         "IMAGE": order.image,
     }
     return shlex.join(
