@@ -1,5 +1,5 @@
-"""Options that several commands share, and reading a recipe file with them. Nothing heavy is imported
-before it is needed.
+"""Options that several commands share, and reading a recipe file with them. Nothing heavy is
+imported before it is needed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option of one value if it is given twice. The first value would have
-    no effect.
+    """A command that refuses an option of one value if it is given twice: the first value would
+    have no effect.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -42,7 +42,7 @@ class Commands(typer.Typer):
 
 
 def number_option(name: str, **about: Any) -> Any:
-    """An option for a finite number. A range of typer's lets `nan` pass, and `inf` if it is open."""
+    """An option for a finite number. typer's ranges let `nan` pass, and `inf` if they are open."""
 
     def finite(value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):

@@ -1,5 +1,6 @@
-"""`spiketrain launch --cluster`: hand the launch to a scheduler as it was typed. The data need not be
-here.
+"""`spiketrain launch --cluster`: hand the launch to a scheduler as it was typed.
+
+The data need not be here.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ class Cluster:
             raise ValueError(f"cluster: numbers of workers must ascend; got {self.workers!r}")
         if len(self.sizes) > 1 and self.side_by_side != 1:
             raise ValueError(
-                f"cluster: runs side by side need one number of workers; got {format_sizes(self.sizes)}"
+                "cluster: runs side by side need one number of workers; got"
+                f" {format_sizes(self.sizes)}"
             )
 
     @property
@@ -153,7 +154,7 @@ class Cluster:
         """
         if address is None and self.address is not None and not inline:
             raise ValueError(
-                "resume: a run that was launched on a Ray cluster must be format_sizes --address anew; got"
+                "resume: a run that was launched on a Ray cluster needs --address anew; got"
                 f" none, it was {self.address}; --address local starts a cluster here"
             )
         if inline or (self.inline and workers is None and address is None):

@@ -76,7 +76,8 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
     )
     raise ValueError(
         f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
-        f" {format_sizes(sizes)}, of which {', '.join(map(str, odd))} {'does' if len(odd) == 1 else 'do'}"
+        f" {format_sizes(sizes)}, of which {', '.join(map(str, odd))}"
+        f" {'does' if len(odd) == 1 else 'do'}"
         f" not; {advice}"
     )
 

@@ -444,7 +444,7 @@ def test_a_run_from_elsewhere_leads_to_no_cluster(
         address = f"127.0.0.1:{elsewhere.getsockname()[1]}"
         prepare(small_recipe(), Cluster(address=address), tmp_path / "runs", name="it")
         code, _, error = spiketrain("resume", "it", "--runs", str(tmp_path / "runs"))
-        assert f"must be told --address anew; got none, it was {address}" in refusal(code, error)
+        assert f"needs --address anew; got none, it was {address}" in refusal(code, error)
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
 

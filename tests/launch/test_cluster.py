@@ -258,7 +258,7 @@ def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
     with pytest.raises(
         ValueError,
         match=(
-            r"must be told --address anew; got none, it was 10\.0\.0\.1:6379; --address local"
+            r"needs --address anew; got none, it was 10\.0\.0\.1:6379; --address local"
             r" starts"
         ),
     ):
