@@ -1,6 +1,4 @@
-"""The command line, from commands/: what a user can mend ends in one line. Nothing heavy is
-imported before a command runs.
-"""
+"""The command line, made of the commands in cli/. Nothing heavy is imported before one runs."""
 
 from __future__ import annotations
 
@@ -45,25 +43,24 @@ usage_error: Any = typer.BadParameter.__mro__[
 
 
 def run() -> None:
-    """Run the command line in a process of its own, and end it without taking the interpreter
-    apart.
+    """Run the command line in a process of its own, and end it without freeing the interpreter.
 
-    To free every module of torch, Ray and MLflow one by one takes 2 to 4 s of a core after a
-    command's last line, and their native threads have aborted or waited for ever in it. What Python
-    registered for the end runs first.
+    Freeing the modules of torch, Ray and MLflow takes 2 to 4 s of a core after a command's last
+    line, and their native threads have aborted or hung in it. Functions registered with `atexit`
+    run first.
     """
-    code: Any = 1  # of an exception, which Python has printed by then
+    code: Any = 1  # after an exception, which Python has printed
 
     def leave() -> None:
         logging.shutdown()
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except OSError:  # whoever read it is gone: Python's own code for that
+        except OSError:  # the reader is gone; 120 is Python's exit code for that
             os._exit(code or 120)
         os._exit(code)
 
-    atexit.register(leave)  # the first that is registered is the last that runs
+    atexit.register(leave)  # the first function registered runs last
     try:
         main()
     except SystemExit as end:
@@ -72,7 +69,7 @@ def run() -> None:
 
 
 def main() -> None:
-    """Run the command line; what a user can mend ends in one line and exit code 2."""
+    """Run the command line. An error that a user can correct is one line and exit code 2."""
     announce_imports()
     try:
         code = app(prog_name="spiketrain", standalone_mode=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -298,3 +300,9 @@ def run(
     launcher = Ray(workers=2, device="cpu") if launcher is None else launcher
     launcher.run(job, "1")
     return {**asked, "job": asked["train_loop_config"]}
+
+
+def test_ray_is_not_imported_before_its_settings_are_made() -> None:
+    """Ray reads its settings and its token when it is imported; --inline needs no Ray."""
+    code = "import pipeline.launch.suite, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
