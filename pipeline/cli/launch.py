@@ -91,9 +91,7 @@ Checkpoints = Annotated[
 ]
 OrResume = Annotated[
     bool,
-    typer.Option(
-        "--or-resume", help="go on with the run or suite of this --name where it has begun"
-    ),
+    typer.Option("--or-resume", help="continue the run or suite of this --name if it has begun"),
 ]
 
 
@@ -194,7 +192,7 @@ def _continued(
     """Continue the run or suite of this --name, if it has begun (--or-resume)."""
     runs, name = context.params["runs"], context.params["name"]
     if name is None:
-        raise ValueError("launch: --or-resume goes on with what has this --name; got none")
+        raise ValueError("launch: --or-resume needs a --name to continue; got none")
     if not (runs / name).exists():
         return False
     from pipeline.launch.cluster import OPERATIONAL

@@ -55,7 +55,7 @@ Nodes = Annotated[int | None, _option("--nodes", min=1, help="slurm, required: o
 Gpus = Annotated[int | None, _option("--gpus-per-node", min=0, help="slurm")]
 Time = Annotated[
     str | None,
-    _option("--time", help="slurm, required: such as 12:00:00, after which it goes on"),
+    _option("--time", help="slurm, required: such as 12:00:00, after which the job is resumed"),
 ]
 Partition = Annotated[str | None, _option("--partition", help="slurm")]
 
@@ -92,7 +92,7 @@ def hand_over(
     foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}
     _refuse(f"--cluster {where} does not take", foreign.get(where, (*_OF_SLURM, "infra")), given)
     if "name" not in given:
-        raise ValueError("launch: --cluster needs a --name, by which the job goes on; got none")
+        raise ValueError("launch: --cluster needs a --name, by which the job continues; got none")
     required = _REQUIRED.get(where, ())
     if missing := [name for name in required if name not in given]:
         needs = " and ".join(map(_dashed, required))

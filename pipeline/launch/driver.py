@@ -94,7 +94,7 @@ def train_to_end(job: Job, launcher: Launcher, runs: Path, *, address: str | Non
     if train(job, launcher, runs, console, address=address):
         return folder
     resume = command("resume", runs / folder.name, address=address)
-    say(console, f"stopped; go on with: {resume}", whole=[resume])
+    say(console, f"stopped; resume with: {resume}", whole=[resume])
     return None
 
 

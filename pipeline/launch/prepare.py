@@ -99,14 +99,14 @@ def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str,
         raise ValueError(
             f"launch: {address} must hold no checkpoints yet; got"
             f" {names[-1] if names else f'those to come of {owner}'}: another --name, or"
-            " --or-resume to go on with them"
+            " --or-resume to continue from them"
         )
     if owner is None:
         return address, None
     if owner.study != study:
         raise ValueError(
-            f"launch: --or-resume goes on with checkpoints of the same study; got {owner.study} in"
-            f" {address}"
+            "launch: --or-resume continues from checkpoints of the same study; got"
+            f" {owner.study} in {address}"
         )
     return address, owner.run_id
 
@@ -201,7 +201,7 @@ def refuse_taken(folder: Path) -> None:
     if folder.exists():
         raise ValueError(
             f"launch: --name must be new in {folder.parent}; got {folder.name}, which"
-            f" `{how_to_resume(folder)}` goes on with"
+            f" `{how_to_resume(folder)}` continues"
         )
 
 

@@ -56,7 +56,7 @@ def resume_run(
         )
     launched = Cluster.from_json(read_json(folder / "cluster.json"))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
-    say_stage("checking the run and where it goes on")
+    say_stage("checking the run and where it continues")
     check_resumed(folder, cluster, launched, trust=trust)
     with driver_lock(folder):
         pass  # refuses a second driver before a cluster is started in vain
@@ -113,7 +113,7 @@ def refuse_unless_launched_so(
     Raises:
         ValueError: what differs, as it was and as it is asked for now; or a damaged folder.
     """
-    rule = f"launch: --or-resume goes on with {folder.name} as it was launched"
+    rule = f"launch: --or-resume continues {folder.name} as it was launched"
     if is_suite(folder) != isinstance(made, Suite):
         there, asked = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
         raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")

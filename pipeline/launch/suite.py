@@ -91,7 +91,9 @@ def resume_suite(
     launched = Cluster.from_json(suite_file.cluster)
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     launcher = cluster.launcher()
-    say_stage(f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they go on")
+    say_stage(
+        f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they continue"
+    )
     for run in left:
         check_resumed(run, cluster, launched, trust=trust)
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
@@ -135,7 +137,7 @@ def _train_the_rest(
         if is_ours:
             _sync_states(children, console)
     if not done:
-        say(console, f"stopped; go on with: {resume}", whole=[resume])
+        say(console, f"stopped; resume with: {resume}", whole=[resume])
     return folder if done else None
 
 
@@ -158,7 +160,7 @@ def _sync_states(children: SuiteRuns, console: Console) -> None:
     """Deliver to MLflow the states of the suite and its runs, once no process drives them.
 
     A process that was killed has not delivered its run's state. Between two runs MLflow has been
-    told that the suite runs.
+    informed that the suite runs.
     """
     try:
         begun = {name: run for name, run in children.where.items() if state_of(run) != "new"}

@@ -56,7 +56,7 @@ def test_from_its_first_moment_a_run_says_where_and_on_how_much_it_trains(tmp_pa
     assert json.loads((tmp_path / "run" / "cluster.json").read_text())["workers"] == 2
     assert state_of(tmp_path / "run") == "new"
     with pytest.raises(
-        ValueError, match=rf"got run, which `spiketrain resume run --runs {tmp_path}` goes on with$"
+        ValueError, match=rf"got run, which `spiketrain resume run --runs {tmp_path}` continues$"
     ):
         prepare(small_recipe(), CLUSTER, tmp_path, name="run")
 

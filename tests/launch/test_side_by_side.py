@@ -257,7 +257,7 @@ def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     assert (
         code == 130
         and said.splitlines()[-1]
-        == f"stopped; go on with: spiketrain resume alone --runs {tmp_path}"
+        == f"stopped; resume with: spiketrain resume alone --runs {tmp_path}"
     )
     assert [state_of(runs[name]) for name in ("one", "other", "after")] == [
         "stopped",

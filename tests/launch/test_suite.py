@@ -319,7 +319,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
                     spiketrain(*words)
             else:
                 code, said, _ = spiketrain(*words)
-                assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: {command}"
+                assert code == 130 and said.splitlines()[-1] == f"stopped; resume with: {command}"
         words = command.split()[1:]
     code, said, error = spiketrain(*words)
     assert code == 0, error
@@ -351,7 +351,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
             "s",
         )
     assert (
-        code == 130 and "stopped; go on with: spiketrain resume s --runs" in said.splitlines()[-1]
+        code == 130 and "stopped; resume with: spiketrain resume s --runs" in said.splitlines()[-1]
     )
     runs = runs_of(tmp_path / "s")
     assert [state_of(runs[name]) for name in ("first", "second")] == [
@@ -389,7 +389,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert (
         code == 130
-        and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
+        and said.splitlines()[-1] == f"stopped; resume with: spiketrain resume s --runs {tmp_path}"
     )
 
 
