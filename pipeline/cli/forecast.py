@@ -222,7 +222,7 @@ def plan(
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
     if against is None and is_typed(context, "runs"):
         raise ValueError(
-            f"plan: --runs says where the run of --against is; got --runs {runs} without --against"
+            f"plan: --runs is where the run of --against is found; got --runs {runs} without it"
         )
     if device == "here" and (per_node, node_gbps) != (None, None):
         raise ValueError(
