@@ -67,9 +67,10 @@ def cores(count):
 
 folder = sys.argv[2]
 with Ray(workers=0, address=sys.argv[1]) as cluster:
-    print(sorted(map(repr, cluster.nodes.run_on_each(raises, lambda has: folder + "/r", within_s=60))))
-    print(sorted(map(repr, cluster.nodes.run_on_each(hangs, lambda has: folder + "/h", within_s=6))))
-    print(cluster.nodes.run_on_each(cores, lambda has: has["CPU"], within_s=60))
+    on_each = cluster.nodes.run_on_each
+    print(sorted(map(repr, on_each(raises, lambda has: folder + "/r", within_s=60))))
+    print(sorted(map(repr, on_each(hangs, lambda has: folder + "/h", within_s=6))))
+    print(on_each(cores, lambda has: has["CPU"], within_s=60))
 """
 
 
