@@ -40,7 +40,7 @@ from pathlib import Path
 from pipeline.core.code_version import commit
 from pipeline.forecast.plan import Cluster, plan
 from pipeline.launch.cluster import Cluster as Launched
-from pipeline.launch.start import launch_run
+from pipeline.launch.driver import launch_run
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.planned import errors

@@ -55,7 +55,7 @@ from benchmarks.recorded import BATCH, SAMPLES
 from benchmarks.survived import wrong
 from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console, number, print_table
-from pipeline.launch.nodes import NODES
+from pipeline.launch.ray_cluster import NODES
 from pipeline.measure.memory import device_here, hardware
 from pipeline.track.journal import Event, Follower, last, read
 

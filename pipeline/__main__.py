@@ -22,7 +22,7 @@ def run() -> None:
     Freeing every module of torch, Ray and MLflow takes 2 to 4 s after a command's last line, and
     their native threads have aborted or hung in it. Functions registered with `atexit` run first.
     """
-    code: Any = 1  # of an exception, which Python has printed by then
+    code: Any = 1  # after an exception, which Python has printed
 
     def leave() -> None:
         logging.shutdown()

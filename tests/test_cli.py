@@ -272,7 +272,7 @@ def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
                     )
                 )
                 tried += 1
-    assert tried == 3 * 10
+    assert tried == 3 * 9
 
 
 @pytest.mark.parametrize(

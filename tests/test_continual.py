@@ -23,9 +23,9 @@ import pipeline
 from pipeline.core.errors import UserError
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.datasets.tasks import Permuted, SplitClasses
+from pipeline.launch.evaluate import evaluate_run
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
-from pipeline.launch.start import evaluate_run
 from pipeline.models.mlp import mlp
 from pipeline.models.transforms import multi_head, select_head
 from pipeline.recipe.phases import Phase

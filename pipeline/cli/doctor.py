@@ -1,4 +1,4 @@
-"""`spiketrain doctor`: is this machine, or this cluster, fit to train?"""
+"""`spiketrain doctor`: checks whether this machine, or a cluster, can train."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from pipeline.cli.options import RUNS, Runs, number_option
+from pipeline.cli.options import RUNS, Runs
 from pipeline.core.printing import new_console, say
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ Checkpoints = Annotated[
         help="where runs are to keep their checkpoints: each node tries to write there",
     ),
 ]
-Size = Annotated[
-    float, number_option("--checkpoint-gb", min=0, max=1e6, help="the size of a checkpoint")
-]
-Keep = Annotated[int, typer.Option("--keep", min=1, help="how many of them a run keeps")]
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
 
@@ -50,28 +46,20 @@ def doctor(
     address: Address = None,
     runs: Runs = RUNS,
     checkpoints: Checkpoints = None,
-    checkpoint_gb: Size = 1.0,
-    keep: Keep = 3,
 ) -> None:
-    """Check this machine, or each node of the cluster at --address, and say how to mend it.
+    """Check this machine, or each node of the cluster at --address, and advise what to repair.
 
-    Exit code 1 where a training would fail.
+    Exit code 1 if a training would fail.
     """
     from pipeline.launch.preflight import preflight
 
-    found = preflight(
-        runs,
-        address=address,
-        checkpoints=checkpoints,
-        checkpoint_bytes=checkpoint_gb * 1e9,
-        keep=keep,
-    )
+    found = preflight(runs, address=address, checkpoints=checkpoints)
     print_findings(found)
     sys.exit(any(each.state == "bad" for each in found))
 
 
 def print_findings(found: Sequence[Finding], console: Console | None = None) -> None:
-    """A line for each finding, and its advice on the next; the last line is the summary."""
+    """Print a line for each finding, its advice on the next line, and a summary at the end."""
     console = console or new_console()
     for each in found:
         mark, style = _MARKS[each.state]

@@ -1,9 +1,10 @@
-"""`spiketrain show`, `probe`, `sweep` and `plan`: what is known of a recipe before any training."""
+"""`spiketrain show`, `probe`, `sweep` and `plan`: the costs of a recipe before any training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -23,10 +24,36 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.forecast.plan import Cluster
     from pipeline.recipe.recipe import Recipe
     from pipeline.recipe.suite import Suite
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
+PlanDevice = Annotated[
+    str,
+    typer.Option("--device", metavar="here|CARD", help="a GPU of the table, or machines like this"),
+]
+PerNode = Annotated[
+    int | None, typer.Option("--per-node", min=1, help="GPUs in a node; without it 8")
+]
+NodeGbps = Annotated[
+    float | None,
+    number_option("--node-gbps", min=0.001, max=1e6, help="between nodes, in Gb/s; without it 400"),
+]
+Price = Annotated[
+    float | None,
+    number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="of an epoch; without it the data's, if they are here"),
+]
+AgainstRun = Annotated[
+    str | None,
+    typer.Option(
+        "--against", metavar="RUN", help="a run on such a machine or GPU: print the plan's errors"
+    ),
+]
 
 _PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
 
@@ -70,17 +97,17 @@ def probe(
     recipe: RecipeFile,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, help="samples; without it as one worker has in training"),
+        typer.Option("--batch", min=1, help="samples; without it those of a worker in training"),
     ] = None,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before any training: what each rule costs here, and how near its gradient is to BPTT's.
+    """Before any training: the cost of each rule here, and its gradient's similarity to BPTT's.
 
-    Of a file of several recipes, each network has its tables; recipes that differ in their rules
-    alone share them.
+    A file of several recipes gives tables for each network. Recipes that differ only in their rules
+    share them.
     """
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.bench import without_rule
@@ -115,7 +142,7 @@ def sweep(
         typer.Option(
             "--memory",
             metavar="GB",
-            help="that the largest batch must fit into; without it what is free",
+            help="limit for the largest batch; without it the free memory",
         ),
     ] = None,
     at_largest: Annotated[
@@ -168,62 +195,34 @@ def plan(
     context: typer.Context,
     recipe: RecipeFile,
     workers: Workers = 1,
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device", metavar="here|CARD", help="a card of the table, or machines like this"
-        ),
-    ] = "here",
-    per_node: Annotated[
-        int | None, typer.Option("--per-node", min=1, help="cards in a node; without it 8")
-    ] = None,
-    node_gbps: Annotated[
-        float | None,
-        number_option(
-            "--node-gbps", min=0.001, max=1e6, help="from node to node, in Gb/s; without it 400"
-        ),
-    ] = None,
+    device: PlanDevice = "here",
+    per_node: PerNode = None,
+    node_gbps: NodeGbps = None,
     cpus_per_worker: Cores = "auto",
-    price: Annotated[
-        float | None,
-        number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            "--samples", min=1, help="of an epoch; without it the data's, if they are here"
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            metavar="RUN",
-            help="that was trained on such a machine, or card: how far off the plan is",
-        ),
-    ] = None,
+    price: Price = None,
+    samples: Samples = None,
+    against: AgainstRun = None,
     runs: Runs = RUNS,
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Before anything is launched: memory, speed, hours and energy of each rule. A model.
+    """Before a launch: memory, speed, hours and energy of each rule, by a model.
 
     A step is counted at full size without running it, for machines that are not here and without
-    data. Of a file of several recipes, each network has its table.
+    data. A file of several recipes gives one table for each network.
     """
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.devices import DEVICES
     from pipeline.forecast.plan import Cluster, all_but_rule
     from pipeline.forecast.plan import plan as plan_recipe
-    from pipeline.recipe.recipe import Recipe
     from pipeline.report.plan import plan_as_json, print_plan
 
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
     if against is None and is_typed(context, "runs"):
         raise ValueError(
-            f"plan: --runs says where the run of --against is; got --runs {runs} without --against"
+            f"plan: --runs is where the run of --against is found; got --runs {runs} without it"
         )
     if device == "here" and (per_node, node_gbps) != (None, None):
         raise ValueError(
@@ -238,15 +237,25 @@ def plan(
         price=price,
         threads=_threads("plan", cpus_per_worker),
     )
-    if against is None:
-        _print(
-            made,
-            partial(plan_recipe, cluster=cluster, samples=samples),
-            all_but_rule,
-            print_plan if format_ == "table" else plan_as_json,
-            as_json=format_ == "json",
-        )
+    forecast, as_json = partial(plan_recipe, cluster=cluster, samples=samples), format_ == "json"
+    if against is not None:
+        _print_errors(made, forecast, cluster, runs, against, as_json=as_json)
         return
+    _print(made, forecast, all_but_rule, plan_as_json if as_json else print_plan, as_json=as_json)
+
+
+def _print_errors(
+    made: Recipe | Suite,
+    forecast: Callable[..., Any],
+    cluster: Cluster,
+    runs: Path,
+    name: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the plan of a recipe beside what a run of it has measured."""
+    from pipeline.recipe.recipe import Recipe
+    from pipeline.report.plan import print_plan
     from pipeline.report.planned import errors, refuse_unless_comparable
     from pipeline.report.runs import find_run
 
@@ -254,10 +263,10 @@ def plan(
         raise ValueError(
             "plan: --against is one run, so the file must hold one recipe; got a suite"
         )
-    folder = find_run(runs, against)
+    folder = find_run(runs, name)
     refuse_unless_comparable(made, cluster, folder)
-    found = plan_recipe(made, cluster, samples=samples)
-    print_plan(found, against=errors(found, folder), as_json=format_ == "json")
+    found = forecast(made)
+    print_plan(found, against=errors(found, folder), as_json=as_json)
 
 
 def _print(
@@ -268,10 +277,12 @@ def _print(
     *,
     as_json: bool,
 ) -> None:
-    """Print the forecast of a recipe, or of each network of several as it comes; as JSON a list.
+    """Print the forecast of a recipe, or of each network of several recipes; as JSON a list.
 
-    `forecast` takes a recipe, and rules beside its own. Recipes that are `alike` share a network.
-    `show` prints a forecast as a table, or gives its JSON.
+    Args:
+        forecast: takes a recipe, and rules beside its own.
+        alike: recipes with equal keys share a network.
+        show: prints a forecast as a table, or returns its JSON.
     """
     import json
 
@@ -303,14 +314,14 @@ def _print(
 
 
 def _threads(who: str, cores: str) -> int:
-    """torch's threads of one worker; `auto` takes what a launch would."""
+    """torch's threads of one worker; `auto` as in a launch."""
     number = count_or_auto(cores, option=f"{who}: --cpus-per-worker", of="cores")
     if number != "auto":
         return number
     import torch
 
     from pipeline.core.cores import cores_here
-    from pipeline.launch.shares import share_of
+    from pipeline.launch.base import share_of
 
     here = {"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}
     return share_of([here], gpus=torch.cuda.is_available(), loader_threads=1).cores

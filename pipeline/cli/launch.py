@@ -1,13 +1,11 @@
-"""`spiketrain launch` and `resume`: what trains. As in `__main__`, nothing heavy is imported before
-one of them runs.
-"""
+"""`spiketrain launch` and `resume`. Nothing heavy is imported before one of them runs."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,15 +54,14 @@ from pipeline.cli.submit import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.launch.cluster import Cluster
     from pipeline.recipe.recipe import Recipe
     from pipeline.recipe.suite import Suite
     from pipeline.report.suite import Reported
 
 Seeds = Annotated[
     int,
-    typer.Option(
-        "--seeds", min=1, help="train each recipe so often, with seeds that follow its own"
-    ),
+    typer.Option("--seeds", min=1, help="train each recipe so often, with consecutive seeds"),
 ]
 Tune = Annotated[
     str | None,
@@ -94,9 +91,7 @@ Checkpoints = Annotated[
 ]
 OrResume = Annotated[
     bool,
-    typer.Option(
-        "--or-resume", help="go on with the run or suite of this --name where it has begun"
-    ),
+    typer.Option("--or-resume", help="continue the run or suite of this --name if it has begun"),
 ]
 
 
@@ -129,7 +124,7 @@ def launch(
     name: Name = None,
     or_resume: OrResume = False,
     checkpoints: Checkpoints = None,
-    set_: Sets = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    set_: Sets = [],  # noqa: B006  (typer reads the default, nothing changes it)
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,
     cluster: Where = None,
@@ -141,78 +136,102 @@ def launch(
     time: Time = None,
     partition: Partition = None,
 ) -> None:
-    """Train a recipe, or each recipe of a comparison, and end in a table or the comparison's own
-    report.
-    """
+    """Train a recipe, or each recipe of a comparison, and print its table or its own report."""
     _heed_signals()
     if name is not None:
-        from pipeline.launch.folder import named
+        from pipeline.launch.prepare import named
 
         named(runs, name)
     made = _comparison([made_of(recipe, set_, tiny) for recipe in recipes], seeds, tune)
-    from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
     from pipeline.recipe.files import refuse_unnamed, trust_of
-    from pipeline.recipe.suite import Suite
 
-    sizes = parse_workers(workers)
-    here = Cluster(
-        workers=sizes,
-        inline=inline,
-        address=address,
-        device=device,
-        cpus_per_worker=count_or_auto(
-            cpus_per_worker, option="launch: --cpus-per-worker", of="cores"
-        ),
-        loader_threads=count_or_auto(
-            loader_threads, option="launch: --loader-threads", of="threads"
-        ),
-        max_restarts=max_restarts,
-        hang_minutes=hang_minutes,
-        verify=verify,
-        checkpoints=checkpoints,
-        node_loss=node_loss,
-        side_by_side=_at_a_time(
-            side_by_side, made, sizes, is_here=address in (None, "local") and not inline
-        ),
-    )
-    if here.side_by_side != 1 and not isinstance(made, Suite):
-        raise ValueError(
-            f"launch: --side-by-side is for several runs; got {side_by_side} with {made.name} alone"
-        )
+    here = _cluster(context.params, made)
     refuse_unnamed(made, recipes)
     trusted = trust_of(made, recipes, trust)
-    if hand_over(
-        context, made, workers=here.workers, trust=trusted
-    ):  # which reads cluster to partition from there
+    if hand_over(context, made, workers=here.workers, trust=trusted):
+        return  # hand_over has read the options from --cluster to --partition
+    if or_resume and _continued(context, made, here, trusted):
         return
-    if or_resume:
-        if name is None:
-            raise ValueError("launch: --or-resume goes on with what has this --name; got none")
-        if (runs / name).exists():
-            from pipeline.launch.resume_options import refuse_unless_launched_so
+    _train(made, here, recipes, runs, name=name, adopts=or_resume, trust=trusted)
 
-            refuse_unless_launched_so(runs / name, made, here, trust=trusted)
-            where: dict[str, Any] = {
-                "workers": None if inline else here.workers,
-                "inline": inline,
-                "address": address or (None if inline else "local"),
-            }
-            options = {
-                field: getattr(here, field) for field in OPERATIONAL if is_typed(context, field)
-            }
-            _go_on(runs / name, **where, options=options, trust=trusted)
-            return
-    if isinstance(made, Suite):
-        from pipeline.launch.suite import launch_suite
 
-        stem = "-and-".join(recipe.stem.replace("_", "-") for recipe in recipes[:2]) + (
-            "-and-more" if len(recipes) > 2 else ""
+def _cluster(params: dict[str, Any], made: Recipe | Suite) -> Cluster:
+    """The options of a launch that say where and on how much it trains."""
+    from pipeline.launch.cluster import Cluster, parse_workers
+    from pipeline.recipe.suite import Suite
+
+    sizes, counts = parse_workers(params["workers"]), _counts("launch", params)
+    # A Ray cluster that exists has other users, and its CPUs may be half cores: there the user says
+    # how many runs train at once.
+    is_ours = params["address"] in (None, "local") and not params["inline"]
+    fits = isinstance(made, Suite) and is_ours and isinstance(sizes, int)
+    counts.setdefault("side_by_side", "auto" if fits else 1)
+    if counts["side_by_side"] != 1 and not isinstance(made, Suite):
+        raise ValueError(
+            "launch: --side-by-side is for several runs; got"
+            f" {params['side_by_side']} with {made.name} alone"
         )
-        _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trusted), trusted)
-    else:
-        from pipeline.launch.start import launch_run
+    same = ("inline", "address", "device", "max_restarts", "hang_minutes", "verify", "node_loss")
+    options = {field: params[field] for field in (*same, "checkpoints")}
+    return Cluster(workers=sizes, **counts, **options)
 
-        _end_run(launch_run(made, here, runs, name=name, adopts=or_resume, trust=trusted))
+
+def _counts(command: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The options that are a number or `auto`, by the names of their fields, if they are given."""
+    units = {"cpus_per_worker": "cores", "loader_threads": "threads", "side_by_side": "runs"}
+    return {
+        field: count_or_auto(text, option=f"{command}: --{field.replace('_', '-')}", of=unit)
+        for field, unit in units.items()
+        if (text := params[field]) is not None
+    }
+
+
+def _continued(
+    context: typer.Context, made: Recipe | Suite, here: Cluster, trust: tuple[str, ...]
+) -> bool:
+    """Continue the run or suite of this --name, if it has begun (--or-resume)."""
+    runs, name = context.params["runs"], context.params["name"]
+    if name is None:
+        raise ValueError("launch: --or-resume needs a --name to continue; got none")
+    if not (runs / name).exists():
+        return False
+    from pipeline.launch.cluster import OPERATIONAL
+    from pipeline.launch.resume import refuse_unless_launched_so
+
+    refuse_unless_launched_so(runs / name, made, here, trust=trust)
+    _resume(
+        runs / name,
+        workers=None if here.inline else here.workers,
+        inline=here.inline,
+        address=context.params["address"] or (None if here.inline else "local"),
+        options={field: getattr(here, field) for field in OPERATIONAL if is_typed(context, field)},
+        trust=trust,
+    )
+    return True
+
+
+def _train(
+    made: Recipe | Suite,
+    here: Cluster,
+    files: list[Path],
+    runs: Path,
+    *,
+    name: str | None,
+    adopts: bool,
+    trust: tuple[str, ...],
+) -> None:
+    from pipeline.recipe.suite import Suite
+
+    if not isinstance(made, Suite):
+        from pipeline.launch.driver import launch_run
+
+        _end_run(launch_run(made, here, runs, name=name, adopts=adopts, trust=trust))
+        return
+    from pipeline.launch.suite import launch_suite
+
+    stem = "-and-".join(file.stem.replace("_", "-") for file in files[:2])
+    stem += "-and-more" if len(files) > 2 else ""
+    _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trust), trust)
 
 
 def resume(
@@ -232,65 +251,45 @@ def resume(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Go on with a run at the exact sample where its newest whole checkpoint stands; with a suite,
-    run by run.
+    """Resume a run at the exact sample of its newest valid checkpoint, or the runs of a suite.
 
-    --device to --side-by-side hold from then on; without them it goes on as it was launched.
+    The options from --device to --side-by-side are saved with the run; without them it continues as
+    it was launched.
     """
     _heed_signals()
-    from pipeline.launch.cluster import OPERATIONAL, option, parse_workers
+    from pipeline.launch.cluster import OPERATIONAL, parse_workers
     from pipeline.report.runs import find_run_or_suite
 
-    asked = None if workers is None else parse_workers(workers)
-    options = {
-        field: context.params[field] for field in OPERATIONAL if is_typed(context, field)
-    }  # device to side_by_side
-    for field, of in (
-        ("cpus_per_worker", "cores"),
-        ("loader_threads", "threads"),
-        ("side_by_side", "runs"),
-    ):
-        if options.get(field) is not None:
-            options[field] = count_or_auto(options[field], option=f"resume: {option(field)}", of=of)
+    sizes = None if workers is None else parse_workers(workers)
+    options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
+    options |= _counts("resume", context.params)
     folder = find_run_or_suite(runs, run)
-    _go_on(
-        folder, workers=asked, inline=inline, address=address, options=options, trust=tuple(trust)
+    _resume(
+        folder, workers=sizes, inline=inline, address=address, options=options, trust=tuple(trust)
     )
 
 
-def _go_on(
-    folder: Path,
-    *,
-    workers: int | tuple[int, ...] | None,
-    inline: bool,
-    address: str | None,
-    options: dict[str, Any],
-    trust: tuple[str, ...],
-) -> None:
+def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
+    """Resume a run or a suite; `how`: workers, inline, address and options of `resume_run`."""
     from pipeline.recipe.suite import is_suite
 
-    how: dict[str, Any] = {
-        "workers": workers,
-        "inline": inline,
-        "address": address,
-        "options": options,
-    }
-    if is_suite(folder):
-        from pipeline.launch.suite import resume_suite
-        from pipeline.recipe.suite import runs_of
-        from pipeline.track.trials import over_in
-
-        had_ended = len(over_in(folder)) == len(runs_of(folder))
-        _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
-    else:
-        from pipeline.launch.start import resume_run
+    if not is_suite(folder):
+        from pipeline.launch.resume import resume_run
 
         _end_run(resume_run(folder, **how, trust=trust))
+        return
+    from pipeline.launch.suite import resume_suite
+    from pipeline.recipe.suite import runs_of
+    from pipeline.track.trials import over_in
+
+    had_ended = len(over_in(folder)) == len(runs_of(folder))
+    _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
 
 
 def _heed_signals() -> None:
-    """Before and between runs SIGUSR1 and SIGHUP are Ctrl-C: left alone they kill this process.
-    During a run they save it.
+    """Treat SIGUSR1 and SIGHUP as Ctrl-C before and between runs. They would kill this process.
+
+    During a run its driver handles them.
     """
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
@@ -298,9 +297,7 @@ def _heed_signals() -> None:
 
 
 def _end_run(folder: Path | None) -> None:
-    """The table of what was trained; somebody who stopped the training gets the shell's code for
-    that.
-    """
+    """Print the table of the run; exit code 130 if a user stopped it."""
     if folder is None:
         sys.exit(130)
     from pipeline.report.compare import print_studies
@@ -310,8 +307,9 @@ def _end_run(folder: Path | None) -> None:
 
 
 def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool = False) -> None:
-    """Its table or report; and its page, in its folder and in MLflow, which since it `had_ended`
-    may have been made richer.
+    """Print the table or report of a suite, and write its page to its folder and to MLflow.
+
+    A page that was there when the suite `had_ended` stays: `report` may have added to it since.
     """
     if folder is None:
         sys.exit(130)
@@ -340,18 +338,15 @@ def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None)
         page = write(found.study, found.place)
         print(f"page    {page}")
         publish(found, page)
-    except (
-        ValueError,
-        OSError,
-        TrackingError,
-    ) as error:  # the runs are there, and whoever waits for them has what it waited for
+    except (ValueError, OSError, TrackingError) as error:  # the runs themselves are complete
         again = command("report", folder)
         print(f"{error}; its page is made anew, and put into MLflow, by: {again}", file=sys.stderr)
 
 
 def _print_next(folder: Path, *, run: Path | None) -> None:
-    """Commands to go on with, to be copied: `folder` is of a run or a suite, `run` it or one of its
-    runs (None: all diverged).
+    """Print the next commands, to be copied.
+
+    `folder` is of a run or a suite, `run` of that run or one of its runs. None: all diverged.
     """
     from pipeline.recipe.command_line import command
 
@@ -360,23 +355,8 @@ def _print_next(folder: Path, *, run: Path | None) -> None:
     print("next    " + "\n        ".join(commands))
 
 
-def _at_a_time(
-    asked: str | None, made: Recipe | Suite, sizes: int | tuple[int, ...], *, is_here: bool
-) -> int | Literal["auto"]:
-    """Unasked, as many runs of a suite as there is room for `is_here`, on a cluster of our own; one
-    where they change their size.
-
-    A cluster of the user's has other users, and what it calls a CPU may be half a core: there they
-    say how many."""
-    from pipeline.recipe.suite import Suite
-
-    if asked is not None:
-        return count_or_auto(asked, option="launch: --side-by-side", of="runs")
-    return "auto" if isinstance(made, Suite) and is_here and isinstance(sizes, int) else 1
-
-
 def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:
-    """What several files, seeds or a search make of recipes: a suite of them."""
+    """One recipe or suite; a suite if there are several files, seeds or a search."""
     from pipeline.recipe.suite import Suite
 
     if len(made) == seeds == 1 and tune is None:

@@ -1,4 +1,4 @@
-"""`spiketrain evaluate` and `export`, the commands for a trained network."""
+"""`spiketrain evaluate` and `export`: commands for a trained network."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def evaluate(
     set_: Sets = [],  # noqa: B006
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Evaluate a network, a run's or a recipe's, on its whole evaluation set, in this process."""
+    """Evaluate the network of a run or a recipe on its whole evaluation set, in this process."""
     if run.endswith(".py"):
         if is_typed(context, "runs"):
             raise ValueError(
@@ -57,7 +57,7 @@ def evaluate(
                 f" --runs {runs}"
             )
         made = made_of(Path(run), set_, tiny=False)
-        from pipeline.launch.start import evaluate_recipe
+        from pipeline.launch.evaluate import evaluate_recipe
         from pipeline.recipe.files import trust_of
 
         own = trust_of(made, [Path(run)])
@@ -65,7 +65,7 @@ def evaluate(
             made, which=which, weights=weights, time_steps=steps, own=own, trust=tuple(trust)
         )
         return
-    from pipeline.launch.start import evaluate_run
+    from pipeline.launch.evaluate import evaluate_run
     from pipeline.report.runs import find_run
 
     if set_:
@@ -99,9 +99,7 @@ def export(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write a trained network as one file, from which pipeline.load makes it again; print its
-    size.
-    """
+    """Write a trained network as one file for pipeline.load, and print its size."""
     from pipeline.report.runs import find_run
     from pipeline.train.export import export_run
 

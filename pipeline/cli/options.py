@@ -1,5 +1,5 @@
-"""Options that several commands share, and what a recipe file makes with them. Nothing heavy is
-imported before it is asked.
+"""Options that several commands share, and reading a recipe file with them. Nothing heavy is
+imported before it is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option of one value which is given twice: the first value would
+    """A command that refuses an option of one value if it is given twice: the first value would
     have no effect.
     """
 
@@ -35,16 +35,14 @@ class Command(TyperCommand):
 
 
 class Commands(typer.Typer):
-    """An app whose commands are of the class `Command`."""
+    """An app whose commands are instances of `Command`."""
 
     def command(self, *args: Any, **about: Any) -> Any:
         return super().command(*args, cls=Command, **about)
 
 
 def number_option(name: str, **about: Any) -> Any:
-    """An option whose value is a finite number: `nan` is in every range, and so is `inf` in one
-    without an end.
-    """
+    """An option for a finite number. typer's ranges let `nan` pass, and `inf` if they are open."""
 
     def finite(value: float | None) -> float | None:
         if value is not None and not math.isfinite(value):
@@ -66,7 +64,7 @@ RunOrSuite = Annotated[
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="a run's folder, or its name under --runs")
 ]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs live")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="the folder of runs")]
 Sets = Annotated[
     list[str],
     typer.Option(
@@ -84,9 +82,7 @@ Trust = Annotated[
             "a package of your own that parts of a recipe, or a suite's report, are from;"
             " repeatable"
         ),
-        callback=lambda packages: list(
-            dict.fromkeys(packages)
-        ),  # a launch that is handed to a cluster says each once, too
+        callback=lambda packages: list(dict.fromkeys(packages)),
     ),
 ]
 Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds on a CPU")]
@@ -94,35 +90,35 @@ Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that t
 
 RUNS = Path("runs")
 
-# ----------------------- where and on how much a run trains: said at its launch, or when it goes on
+# ------------------------------------------- options of launch, and of resume without their default
 
 _SIZES = "N|MIN:MAX|N,N,..."
 _DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
 _CORES = typer.Option(
     "--cpus-per-worker",
     metavar="N|auto",
-    help="cores of a worker, and its torch threads; auto: its node's over the GPUs there",
+    help="cores of a worker, and its torch threads; auto: the node's cores per GPU",
 )
 _LOADERS = typer.Option(
     "--loader-threads",
     metavar="N|auto",
-    help="that read data in each worker; auto: its cores on a GPU",
+    help="that read data in each worker; auto: one per core with a GPU",
 )
 _RESTARTS = typer.Option(
     "--max-restarts",
     min=0,
-    help="how often dead workers are started again without a new checkpoint",
+    help="of dead workers, without a new checkpoint between",
 )
 _HANG = number_option(
     "--hang-minutes",
     min=0,
-    help="without a sign of life, until a worker is started again; 0: never",
+    help="without a sign of life, before a worker is restarted; 0: never",
 )
 _VERIFY = typer.Option(
     "--verify", help="compare pages of the data while reading: for one sample in 256, or for each"
 )
 _NODE_LOSS = typer.Option(
-    "--node-loss", help="go on without a node that says nothing, or ride out a cut link"
+    "--node-loss", help="fast: continue without a node that does not answer; patient: wait"
 )
 _AT_A_TIME = "runs of a suite at a time, each on cores and cards of its own"
 _SIDE_BY_SIDE = typer.Option("--side-by-side", metavar="N|auto", help=_AT_A_TIME)
@@ -132,7 +128,7 @@ Sizes = Annotated[
     typer.Option(
         "--workers",
         metavar=_SIZES,
-        help="processes that train together; of several, what there is room for",
+        help="processes that train together; of several numbers, what there is room for",
     ),
 ]
 Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
@@ -179,16 +175,13 @@ SideBySideOrAsBefore = Annotated[str | None, _SIDE_BY_SIDE]
 
 
 def is_typed(context: typer.Context, name: str) -> bool:
-    """Whether an option was said by the user, or by the environment that stands for it: one without
-    effect is refused.
-    """
+    """Whether the user has given an option, by the command line or the environment."""
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def count_or_auto(text: str, *, option: str, of: str) -> int | Literal["auto"]:
-    """A number of something, or `auto`; `option` as the refusal names it, such as `launch:
-    --side-by-side`.
+    """Parse a count or `auto`. The error begins with `option`, such as `launch: --side-by-side`.
 
     Raises:
         ValueError: anything else.
@@ -201,6 +194,7 @@ def count_or_auto(text: str, *, option: str, of: str) -> int | Literal["auto"]:
 
 
 def made_of(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
+    """The recipe or suite of a recipe file, with the changes of --set, or in its tiny form."""
     from pipeline.recipe.files import load_recipe, parse_changes
 
     made = load_recipe(path).override(parse_changes(changes))

@@ -1,4 +1,4 @@
-"""`spiketrain compare`, `report` and `dashboard`: what reads results. Nothing heavy is imported
+"""`spiketrain compare`, `report` and `dashboard`, which read results. Nothing heavy is imported
 before one of them runs.
 """
 
@@ -35,10 +35,10 @@ def compare(
     within: Within = 0.7,
     format_: Annotated[Literal["table", "json", "csv"], typer.Option("--format")] = "table",
     runs: Runs = RUNS,
-    trust: Trust = [],  # noqa: B006  (typer reads the default, nobody changes it)
+    trust: Trust = [],  # noqa: B006  (typer reads the default, nothing changes it)
 ) -> None:
-    """Print what each rule cost and how well it did, with ratios to the BPTT run of the same study;
-    or a suite's report.
+    """Print cost and accuracy of each rule, with ratios to the BPTT run of the same study, or a
+    suite's report.
     """
     from pipeline.report.compare import print_comparison
     from pipeline.report.runs import runs_dir_of
@@ -73,10 +73,10 @@ def report(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write one HTML page that needs no network: what each rule saves and costs beside BPTT, in
-    figures and tables.
+    """Write one HTML page that needs no network: figures and tables of what each rule saves and
+    costs beside BPTT.
 
-    It is an artifact in MLflow, too, of each parent that some of the runs were launched with.
+    In MLflow the page becomes an artifact of each suite that has some of the runs.
     """
     from pipeline.report.page import publish, write
     from pipeline.report.read_study import read_study
@@ -106,14 +106,14 @@ def dashboard(
         int, typer.Option("--port", min=0, max=65535, help="0: one that is free")
     ] = 8050,
     host: Annotated[
-        str, typer.Option("--host", help="another than loopback takes a --token")
+        str, typer.Option("--host", help="any but loopback needs a --token")
     ] = "127.0.0.1",
     token: Annotated[
         str | None,
         typer.Option(
             "--token",
             envvar="SPIKETRAIN_TOKEN",
-            help="that whoever looks on has to open it with once",
+            help="with which each visitor opens the page once",
         ),
     ] = None,
     every: Annotated[
@@ -123,8 +123,8 @@ def dashboard(
         ),
     ] = 5.0,
 ) -> None:
-    """Serve the figures of a report in the browser, live, over an MLflow store: studies, their
-    runs, and runs that go on.
+    """Serve live figures of an MLflow store in the browser: studies, their runs, and running
+    trainings.
     """
     if store is not None and is_typed(context, "runs"):
         raise ValueError(

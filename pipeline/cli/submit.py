@@ -1,6 +1,6 @@
-"""`spiketrain launch --cluster`: the launch as it was typed is handed to a scheduler.
+"""`spiketrain launch --cluster`: hand the launch to a scheduler as it was typed.
 
-It needs no data here.
+The data need not be here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.recipe.recipe import Recipe
     from pipeline.recipe.suite import Suite
 
-_PANEL = "Handed to a cluster"
+_PANEL = "Launch on a cluster"
 _SLURM = Path(__file__).parents[2] / "infra" / "slurm"
 
 
@@ -31,8 +31,8 @@ Where = Annotated[
         "--cluster",
         metavar="k8s|slurm|ray://HOST:PORT",
         help=(
-            "hand the launch to Kubernetes, to Slurm, or to a Ray whose dashboard is there; its"
-            " --name is the job's, too"
+            "hand the launch to Kubernetes, Slurm, or the Ray with this dashboard; its --name is"
+            " also the job's"
         ),
     ),
 ]
@@ -55,7 +55,7 @@ Nodes = Annotated[int | None, _option("--nodes", min=1, help="slurm, required: o
 Gpus = Annotated[int | None, _option("--gpus-per-node", min=0, help="slurm")]
 Time = Annotated[
     str | None,
-    _option("--time", help="slurm, required: such as 12:00:00, after which it goes on"),
+    _option("--time", help="slurm, required: such as 12:00:00, after which the job is resumed"),
 ]
 Partition = Annotated[str | None, _option("--partition", help="slurm")]
 
@@ -88,11 +88,11 @@ def hand_over(
         return False
     if where not in ("k8s", "slurm") and not where.startswith("ray://"):
         raise ValueError(f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {where}")
-    # infra/ starts Kubernetes' and Slurm's Ray with a node loss of its own.
+    # infra/ sets the node loss of its clusters.
     foreign = {"k8s": (*_OF_SLURM, "node_loss"), "slurm": ("node_loss",)}
     _refuse(f"--cluster {where} does not take", foreign.get(where, (*_OF_SLURM, "infra")), given)
     if "name" not in given:
-        raise ValueError("launch: --cluster needs a --name, by which the job goes on; got none")
+        raise ValueError("launch: --cluster needs a --name, by which the job continues; got none")
     required = _REQUIRED.get(where, ())
     if missing := [name for name in required if name not in given]:
         needs = " and ".join(map(_dashed, required))
@@ -107,7 +107,7 @@ def hand_over(
 def _rendered(
     where: str, context: typer.Context, given: dict[str, Any], workers: int | tuple[int, ...]
 ) -> tuple[str, Callable[[str], str], tuple[int, ...]]:
-    """What is submitted, by what, and the numbers of workers."""
+    """The text to submit, the function that submits it, and the numbers of workers."""
     from pipeline.launch import schedulers
 
     order = schedulers.Order(
@@ -136,7 +136,7 @@ def _rendered(
 def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ...]) -> None:
     """Refuse here what would be refused after hours in a queue.
 
-    A file that a recipe begins from may lie on the cluster alone.
+    A file that a recipe begins from may exist on the cluster only.
     """
     from dataclasses import replace
 
@@ -156,7 +156,7 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ..
 
 
 def _words(context: typer.Context) -> Iterator[str]:
-    """What was typed, recipes first, without what the order holds."""
+    """The words that were typed, recipes first, without the fields of the order."""
     parameters = [each for each in context.command.params if each.name is not None]
     for parameter in sorted(parameters, key=lambda each: each.param_type_name == "option"):
         name = parameter.name or ""

@@ -1,5 +1,5 @@
-"""`spiketrain sync` and `register`: what goes to MLflow by hand. As in `__main__`, nothing heavy is
-imported before they run.
+"""`spiketrain sync` and `register`, which send to MLflow. Nothing heavy is imported before they
+run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def add_track_commands(app: typer.Typer) -> None:
 
 
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
-    """Deliver to MLflow what it has missed of a run, or of each run of a suite."""
+    """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
     from pipeline.recipe.suite import is_suite, runs_of
     from pipeline.report.runs import find_run_or_suite
     from pipeline.track.connect import without_password
@@ -37,8 +37,11 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     )
     for folder in begun:
         report = sync_run(folder, uri=uri)
-        told = f"{counted(report.delivered, 'point')} delivered, {report.already_there} were there"
-        print(f"{folder.name} -> {without_password(uri)}: {told}")
+        points = counted(report.delivered, "point")
+        print(
+            f"{folder.name} -> {without_password(uri)}: {points} delivered,"
+            f" {report.already_there} were there"
+        )
     if not begun:
         print(f"{found.name}: none of its runs has begun")
 
@@ -47,7 +50,9 @@ def register(
     run: RunName,
     name: Annotated[
         str,
-        typer.Option("--as", metavar="NAME", help="of the registered model; it is made if need be"),
+        typer.Option(
+            "--as", metavar="NAME", help="of the registered model; it is made if it does not exist"
+        ),
     ],
     which: Annotated[
         Literal["last", "best"],
@@ -55,8 +60,8 @@ def register(
     ] = "last",
     runs: Runs = RUNS,
 ) -> None:
-    """Make a run's checkpoint a version of a registered model in MLflow, by its address: nothing is
-    uploaded.
+    """Register a run's checkpoint as a version of a model in MLflow. Its address is registered, and
+    nothing is uploaded.
     """
     from pipeline.report.runs import find_run
     from pipeline.track.mlflow import tracking_uri
@@ -72,7 +77,7 @@ def register(
             f" {place.address('')}"
         )
     checkpoint = verified(place, which)
-    pin(checkpoint)  # first: a run that still trains prunes
+    pin(checkpoint)  # first: a run that still trains deletes old checkpoints
     version = register_run(
         folder, checkpoint, name=name, alias=which, uri=tracking_uri(folder.parent)
     )

@@ -1,6 +1,4 @@
-"""`spiketrain write`: what makes data sets. As in `__main__`, nothing heavy is imported before a
-command runs.
-"""
+"""`spiketrain write`, which makes data sets. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ Out = Annotated[
 ]
 OnExisting = Annotated[
     Literal["refuse", "replace", "keep"],
-    typer.Option("--existing", help="what to do about files that are there; keep verifies them"),
+    typer.Option("--existing", help="what to do with existing files; keep verifies them"),
 ]
 Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
 
@@ -50,8 +48,8 @@ def write_fashion(
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
     from pipeline.data.write.images import write_fashion as write
 
-    with _progress("fashion") as told:
-        _report(write(out, workers=workers, source=source, progress=told, existing=existing))
+    with _progress("fashion") as bar:
+        _report(write(out, workers=workers, source=source, progress=bar, existing=existing))
 
 
 @write_app.command(
@@ -75,7 +73,7 @@ def write_folder(
     quality: Annotated[
         int | None,
         typer.Option(
-            "--quality", min=1, max=100, help="of JPEGs that are written anew; without it 90"
+            "--quality", min=1, max=100, help="of JPEGs that are encoded again; without it 90"
         ),
     ] = None,
     workers: Writers = 1,
@@ -90,7 +88,7 @@ def write_folder(
     """A folder of pictures in the layout of ImageNet."""
     from pipeline.data.write.images import write_folder as write
 
-    with _progress(source.name) as told:
+    with _progress(source.name) as bar:
         manifests = write(
             source,
             out,
@@ -99,58 +97,75 @@ def write_folder(
             quality=quality,
             workers=workers,
             max_bad=max_bad,
-            progress=told,
+            progress=bar,
             existing=existing,
         )
     _report(manifests)
 
 
+EventSet = Annotated[
+    Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
+    typer.Argument(metavar="SET"),
+]
+EventSource = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        help="published sets: the folder that tonic fills; saccades: fashion, or its files",
+    ),
+]
+Slices = Annotated[
+    int | None,
+    typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
+]
+FramesBy = Annotated[
+    Literal["time", "number"],
+    typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
+]
+Size = Annotated[
+    int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
+]
+Resize = Annotated[
+    Literal["sum", "area"] | None,
+    typer.Option(
+        "--resize", help="the sum of the counts of the pixels that become one, or their mean"
+    ),
+]
+Counts = Annotated[
+    Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
+]
+Overflow = Annotated[
+    Literal["refuse", "saturate"],
+    typer.Option("--overflow", help="what happens to a count that is too large"),
+]
+Recordings = Annotated[
+    int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
+]
+ValRecordings = Annotated[
+    int | None,
+    typer.Option("--val-samples", min=1, help="evaluation recordings that are generated"),
+]
+MaxBadRecordings = Annotated[
+    int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
+]
+
+
 @write_app.command("events", epilog="Example: spiketrain write events moving --out data/moving")
 def write_events(
-    name: Annotated[
-        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
-        typer.Argument(metavar="SET"),
-    ],
+    name: EventSet,
     out: Out,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--source",
-            help="published sets: the folder that tonic fills; saccades: fashion, or its files",
-        ),
-    ] = None,
-    slices: Annotated[
-        int | None,
-        typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
-    ] = None,
-    frames_by: Annotated[
-        Literal["time", "number"],
-        typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
-    ] = "time",
-    size: Annotated[
-        int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
-    ] = None,
-    resize: Annotated[
-        Literal["sum", "area"] | None,
-        typer.Option("--resize", help="counts of all pixels beneath one, or their mean"),
-    ] = None,
-    counts: Annotated[
-        Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
-    ] = "uint8",
-    overflow: Annotated[
-        Literal["refuse", "saturate"], typer.Option("--overflow", help="what a larger count does")
-    ] = "refuse",
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
-    ] = None,
-    val_samples: Annotated[
-        int | None, typer.Option("--val-samples", min=1, help="evaluation recordings, likewise")
-    ] = None,
+    source: EventSource = None,
+    slices: Slices = None,
+    frames_by: FramesBy = "time",
+    size: Size = None,
+    resize: Resize = None,
+    counts: Counts = "uint8",
+    overflow: Overflow = "refuse",
+    samples: Recordings = None,
+    val_samples: ValRecordings = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
-    max_bad: Annotated[
-        int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
-    ] = 0,
+    max_bad: MaxBadRecordings = 0,
 ) -> None:
     """Recordings of event cameras.
 
@@ -175,8 +190,8 @@ def write_events(
         "workers": workers,
         "existing": existing,
     }
-    with _progress(name) as told:
-        _report(write(name, out, progress=told, max_bad=max_bad, **how, **options))
+    with _progress(name) as bar:
+        _report(write(name, out, progress=bar, max_bad=max_bad, **how, **options))
 
 
 @write_app.command(
@@ -217,11 +232,12 @@ def write_stamps(
     workers: Writers = 1,
     existing: OnExisting = "refuse",
 ) -> None:
-    """Scenes of 300 cut-out photographs in 13 classes, on photographs; what is tested was never
-    seen in training.
+    """Scenes of 300 cut-out photographs in 13 classes, on photographs. Evaluation has other objects
+    than training.
 
     Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds
-    plasma-workspace-wallpapers."""
+    plasma-workspace-wallpapers.
+    """
     from pipeline.data.write.stamps.write import write_stamps as write
 
     options = {
@@ -232,15 +248,13 @@ def write_stamps(
         "smallest": smallest,
     }
     how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
-    with _progress("stamps") as told:
-        _report(write(out, workers=workers, progress=told, existing=existing, **options, **how))
+    with _progress("stamps") as bar:
+        _report(write(out, workers=workers, progress=bar, existing=existing, **options, **how))
 
 
 @contextmanager
 def _progress(name: str) -> Iterator[OnProgress]:
-    """A bar on the terminal with the time left; where too much is unreadable, all of it is
-    listed.
-    """
+    """Show a bar with the time left on a terminal. If too much is unreadable, list all of it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -260,9 +274,9 @@ def _progress(name: str) -> Iterator[OnProgress]:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task(name, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+            task = shown.add_task(name, total=None)
+            yield lambda done, total: shown.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
         _list_unreadable("unreadable", error.unreadable)
         raise

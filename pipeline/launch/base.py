@@ -1,23 +1,82 @@
-"""What a launcher is. Worker processes import this: nothing of the driver's is needed here."""
+"""The launcher protocol, its errors, and what each worker gets: a GPU, cores, loader threads.
+
+Worker processes import this file, so it needs nothing that only the driver has.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 from pipeline.core.errors import UserError
+from pipeline.data.errors import DataError
 from pipeline.measure.driver import unusable_cards
 from pipeline.train.job import Job
 
 Device = Literal["auto", "cpu", "gpu"]
+CountOrAuto = int | Literal["auto"]
+
+
+class Launcher(Protocol):
+    """Starts the workers of one run after another and waits for them.
+
+    A launcher is entered and left in the main thread of its process.
+    """
+
+    workers: int
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def room(self) -> int:
+        """The number of runs of this size that can train at the same time on cores and GPUs of
+        their own.
+        """
+        ...
+
+    def resume_options(self) -> list[str]:
+        """Options of `spiketrain resume` with which another process trains where this one does."""
+        ...
+
+    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
+        """Train to the end. Returns the summary, or None when the run was asked to stop.
+
+        Raises:
+            UserError: the user has to change something.
+            LaunchError: the workers failed more often than allowed.
+        """
+        ...
+
+
+class LaunchError(RuntimeError):
+    """A run that failed, in one line."""
+
+
+class WorkersEnded(LaunchError):
+    """The workers died and are not started again."""
+
+    def __init__(self, message: str, *, is_for_the_user: bool = False) -> None:
+        super().__init__(message)
+        self.is_for_the_user = is_for_the_user
+        """Whether the cause stays until a user changes something."""
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """A node that did not answer a request."""
+
+    address: str
+    why: str
 
 
 def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
-    """Whether each worker gets a GPU: `auto` takes them where there are any, and there must be one
-    for each.
+    """Whether each worker gets a GPU. `auto` takes GPUs if there are any.
 
     Raises:
-        UserError: fewer GPUs than workers; nobody would notice that the rest train on CPUs.
+        UserError: there are fewer GPUs than workers. Otherwise some workers would silently train
+            on CPUs.
     """
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
@@ -31,59 +90,53 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
 
 
 def refuse_unusable_cards(device: Device) -> None:
-    """Raises: UserError where this machine has GPUs that torch cannot use; with `cpu` nobody asks
-    for
-    them.
-    """
+    """Raises: UserError if torch cannot use the GPUs of this machine and `device` is not `cpu`."""
     if device != "cpu" and (found := unusable_cards()) is not None:
         raise UserError(f"launch: {found}")
 
 
-class Launcher(Protocol):
-    """Starts the workers of one run after another and waits for them. Entered and left in the
-    process's main thread.
+class Share(NamedTuple):
+    """The part of its node that one worker gets."""
+
+    cores: int
+    loader_threads: int
+
+
+def share_of(
+    nodes: Iterable[Mapping[str, float]],
+    *,
+    gpus: bool,
+    cores: CountOrAuto = "auto",
+    loader_threads: CountOrAuto = "auto",
+) -> Share:
+    """Cores and loader threads of a worker. Numbers that the user has given stay.
+
+    One core decodes some hundreds of JPEGs in a second, which leaves a GPU idle most of the time.
+    So a worker with a GPU gets the cores of its node divided by the node's GPUs. A worker on a CPU
+    gets one core, which keeps runs comparable.
+
+    Args:
+        nodes: the resources of each node, as Ray counts them.
     """
-
-    workers: int
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exc: object) -> None: ...
-
-    def room(self) -> int:
-        """How many runs of so many workers find cores and cards of their own at the same time."""
-        ...
-
-    def joining(self) -> list[str]:
-        """What `spiketrain resume` is told, in another process, to train where this one does."""
-        ...
-
-    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
-        """Train to the end: the summary, or None when the run was asked to stop.
-
-        Raises:
-            UserError: something that the user has to change.
-            LaunchError: the workers failed more often than allowed.
-        """
-        ...
+    if cores == "auto":
+        cores = cores_per_gpu(nodes) if gpus else 1
+    if loader_threads == "auto":
+        loader_threads = loader_threads_for(cores) if gpus else 1
+    return Share(cores, loader_threads)
 
 
-@dataclass(frozen=True)
-class Silent:
-    """A node that was asked something and gave no answer."""
-
-    address: str
-    why: str
+def cores_per_gpu(nodes: Iterable[Mapping[str, float]]) -> int:
+    """The smallest number of cores per GPU over all nodes, and at least 1."""
+    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
+    return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in with_gpu), default=1))
 
 
-class LaunchError(RuntimeError):
-    """A run that failed, in one line."""
+def loader_threads_for(cores: int) -> int:
+    """One thread per core; one thread if numba has no TBB, which several need."""
+    from pipeline.data.ffcv.tbb import demand_tbb  # imports numba, which takes a second
 
-
-class WorkersEnded(LaunchError):
-    """Workers died of it, or raised it, and are not started again."""
-
-    def __init__(self, told: str, *, is_for_the_user: bool = False) -> None:
-        super().__init__(told)
-        self.is_for_the_user = is_for_the_user
-        """whether it lasts until a user changes something"""
+    try:
+        demand_tbb()
+    except DataError:
+        return 1
+    return cores

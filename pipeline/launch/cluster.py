@@ -1,4 +1,4 @@
-"""Where and on how much a run or a suite trains."""
+"""`Cluster`: the machines that a run or a suite trains on, and how it runs there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pipeline.core.checks import is_count, refuse_unless_counts
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.in_process import Inline
-from pipeline.launch.nodes import NodeLoss
 from pipeline.launch.ray import Ray
+from pipeline.launch.ray_cluster import NodeLoss
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
-from pipeline.train.elastic import told
+from pipeline.train.elastic import format_sizes
 
 OPERATIONAL = (
     "device",
@@ -26,57 +26,51 @@ OPERATIONAL = (
     "node_loss",
     "side_by_side",
 )
-"""fields that whoever goes on with a run may change for good: the machines may be others than those
-that it was launched on
-"""
+"""Fields that `resume` may change for good: a run may continue on other machines."""
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
-"""fields without an effect on one worker in this process"""
+"""Fields without effect on one worker in this process."""
 MOST_WORKERS = 65_536
-"""far above any that a global batch divides by; each number of a range is checked"""
+"""Far above any number that divides a global batch. Each number of a range is checked."""
 MOST_HANG_MINUTES = 7 * 24 * 60.0
-"""a week; the timers that watch overflow at some hundred years"""
+"""A week. The watchdog's timers overflow after some hundred years."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Nothing of it belongs to the recipe."""
+    """The options of a launch. None of them belongs to the recipe."""
 
     workers: int | tuple[int, ...] = 1
-    """processes that train together; several numbers, ascending: as many of these as there is room
-    for, from time to time
+    """Processes that train together. Of several ascending numbers, the largest that there is room
+    for; it may change during the run.
     """
     inline: bool = False
     address: str | None = None
-    """of a Ray cluster that is there; None, or "local": one of our own, on this machine"""
+    """Of an existing Ray cluster. None or "local": a cluster of our own on this machine."""
     device: Device = "auto"
     cpus_per_worker: int | Literal["auto"] = "auto"
-    """cores of a worker; auto: its node's cores over its GPUs where it has a GPU, else one
-    (`launch/shares.py`)
-    """
+    """Cores of a worker; `launch.base.share_of` explains `auto`."""
     loader_threads: int | Literal["auto"] = "auto"
-    """that read data in a worker; auto: as many as its cores where it has a GPU, else one"""
+    """Threads that read data in a worker. auto: one per core with a GPU, else one."""
     max_restarts: int = 3
     hang_minutes: float = 30.0
-    """between two signs of life of a worker, after which it writes down its stacks and ends; 0:
-    nobody watches
-    """
+    """The time without a sign of life after which a worker writes its stacks and ends. 0: never."""
     verify: Literal["sampled", "full"] = "sampled"
-    """which pages of the data are compared with their checksums while they are read: some, or each
-    for every sample
+    """Which data pages are compared with their checksums while training reads them: those of some
+    samples, or of all.
     """
     checkpoints: str | None = None
-    """a folder or an address, beneath which each run keeps its checkpoints in a folder of its name;
-    None: in the run's folder
+    """A folder or an address, below which each run keeps its checkpoints in a folder of its name.
+    None: in the run's folder.
     """
     node_loss: NodeLoss = "fast"
-    """how long a node that says nothing is waited for"""
+    """How long a node that does not answer is waited for (`ray_cluster.py`)."""
     side_by_side: int | Literal["auto"] = 1
-    """runs of a suite that train at the same time, each on cores and cards of its own; auto: as
-    many as there is room for
+    """Runs of a suite that train at the same time, each on cores and GPUs of its own. auto: as many
+    as there is room for.
     """
 
     def __post_init__(self) -> None:
-        if isinstance(self.workers, list):  # of JSON
+        if isinstance(self.workers, list):  # from JSON
             object.__setattr__(self, "workers", tuple(self.workers))
         if self.address == "local":
             object.__setattr__(self, "address", None)
@@ -97,14 +91,15 @@ class Cluster:
             raise ValueError(f"cluster: numbers of workers must ascend; got {self.workers!r}")
         if len(self.sizes) > 1 and self.side_by_side != 1:
             raise ValueError(
-                f"cluster: runs side by side need one number of workers; got {told(self.sizes)}"
+                "cluster: runs side by side need one number of workers; got"
+                f" {format_sizes(self.sizes)}"
             )
 
     @property
-    def of_workers(self) -> dict[str, Any]:
-        """What each worker is told of it: fields of pipeline.train.job.Job.
+    def worker_settings(self) -> dict[str, Any]:
+        """The fields of pipeline.train.job.Job that depend on the cluster.
 
-        The launcher puts what it finds in the place of `auto`, once it knows the nodes.
+        The launcher replaces `auto` once it knows the nodes.
         """
         return {
             "threads": 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker,
@@ -123,10 +118,10 @@ class Cluster:
         if self.inline:
             for name in _OF_RAY:
                 if getattr(self, name) != getattr(Cluster, name):
-                    got = told(self.sizes) if name == "workers" else getattr(self, name)
+                    got = format_sizes(self.sizes) if name == "workers" else getattr(self, name)
                     raise ValueError(
                         "cluster: --inline is one worker in this process, without Ray; got"
-                        f" {option(name)} {got}"
+                        f" {option_name(name)} {got}"
                     )
             return Inline(device=self.device, loader_threads=self.loader_threads)
         return Ray(
@@ -147,60 +142,44 @@ class Cluster:
         address: str | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
     ) -> Cluster:
-        """As it was launched, but for what the user now says of it: `options` are of OPERATIONAL.
+        """This cluster with the options of a resume; `options` are fields of OPERATIONAL.
 
-        What it was launched with on Ray waits while one worker trains in this process; what is said
-        of it then is refused.
+        While one worker trains in this process, Ray's options of the launch are set aside. Options
+        for Ray that the resume itself gives are refused then.
 
         Raises:
-            ValueError: it was launched on a cluster, and nobody says which one it is to go on with.
-                The folder's word is not enough: it may be from elsewhere, and whoever it leads to
-                is shown the token and runs what they like here.
+            ValueError: the run was launched on a Ray cluster, and no address is given. The address
+                in the folder is not used: the folder may be from another person, and a cluster that
+                this process joins gets the token and can run code here.
         """
         if address is None and self.address is not None and not inline:
             raise ValueError(
-                "resume: a run that was launched on a Ray cluster must be told --address anew; got"
+                "resume: a run that was launched on a Ray cluster needs --address anew; got"
                 f" none, it was {self.address}; --address local starts a cluster here"
             )
         if inline or (self.inline and workers is None and address is None):
             of_ray = {name: getattr(Cluster, name) for name in _OF_RAY}
-            said = {
-                **self._in_turn(is_asked=inline and not self.inline),
-                **options,
-                "workers": workers or 1,
-                "address": address,
-            }
-            return replace(self, **{**of_ray, **said, "inline": True})
+            in_turn = self._in_turn(is_asked=inline and not self.inline)
+            given = {"workers": workers or 1, "address": address, "inline": True}
+            return replace(self, **{**of_ray, **in_turn, **options, **given})
         in_turn = self._in_turn(is_asked=isinstance(workers, tuple))
-        return replace(
-            self,
-            **{
-                **in_turn,
-                **options,
-                "workers": workers or self.workers,
-                "address": address,
-                "inline": False,
-            },
-        )
+        given = {"workers": workers or self.workers, "address": address, "inline": False}
+        return replace(self, **{**in_turn, **options, **given})
 
     def _in_turn(self, *, is_asked: bool) -> dict[str, Any]:
-        """Of runs that were to be as many as there is room for: one at a time, where what
-        `is_asked` now admits no more.
-        """
+        """One run at a time instead of `auto`, if the options of the resume require it."""
         return {"side_by_side": 1} if is_asked and self.side_by_side == "auto" else {}
 
-    def address_to_say(self, launched: Cluster) -> str | None:
-        """`--address` of the command that goes on, where this does now, with what was `launched`
-        so.
-        """
+    def resume_address(self, launched: Cluster) -> str | None:
+        """The `--address` of the command that resumes on this cluster what was `launched` so."""
         return None if launched.address is None else self.address or "local"
 
     @classmethod
     def from_json(cls, value: Any) -> Cluster:
-        """What `dataclasses.asdict` made of one.
+        """From what `dataclasses.asdict` made.
 
         Raises:
-            ValueError: a field that there is not, a value of another type, or a count that is none.
+            ValueError: an unknown field, or a value that is refused.
         """
         return cls(**arguments_of(cls, value, who="cluster"))
 
@@ -213,19 +192,21 @@ def refuse_unless_watchable(who: str, hang_minutes: float) -> None:
         )
 
 
-def option(field: str) -> str:
-    """As it is typed."""
+def option_name(field: str) -> str:
+    """The command-line option of a field of `Cluster`."""
     return f"--{field.replace('_', '-')}"
 
 
 def differences(was: Cluster, now: Cluster) -> dict[str, str]:
-    """What is told of each field that differs, by its name: `--verify was sampled, is full`."""
+    """A text for each field that differs, by its name: `--verify was sampled, is full`."""
     values = {name: (getattr(was, name), getattr(now, name)) for name in asdict(was)}
-    return {name: f"{option(name)} was {a}, is {b}" for name, (a, b) in values.items() if a != b}
+    return {
+        name: f"{option_name(name)} was {a}, is {b}" for name, (a, b) in values.items() if a != b
+    }
 
 
 def parse_workers(text: str) -> int | tuple[int, ...]:
-    """`4`, a range `2:4`, or the numbers themselves, `2,4,8`.
+    """Parse `4`, a range `2:4`, or a list `2,4,8`.
 
     Raises:
         ValueError: anything else.

@@ -1,37 +1,40 @@
-"""One worker in this process, without Ray: for debugging, and where nothing else is installed."""
+"""One worker in this process, without Ray (`--inline`), for debugging."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
 from pipeline.core.allocator import keep_freed_memory
 from pipeline.core.cores import cores_here
-from pipeline.launch.base import Device, refuse_unusable_cards, takes_gpus
-from pipeline.launch.shares import share_of
+from pipeline.launch.base import (
+    CountOrAuto,
+    Device,
+    refuse_unusable_cards,
+    share_of,
+    takes_gpus,
+)
 from pipeline.train.backend.collectives import group_of_one
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.worker import run
 
 
 class Inline:
-    """Runs a job's only worker in the calling thread."""
+    """Runs the only worker of a job in the calling thread."""
 
     workers = 1
 
-    def __init__(
-        self, *, device: Device = "auto", loader_threads: int | Literal["auto"] = "auto"
-    ) -> None:
+    def __init__(self, *, device: Device = "auto", loader_threads: CountOrAuto = "auto") -> None:
         refuse_unusable_cards(device)
         self.device = "cuda" if takes_gpus(device, 1, torch.cuda.device_count()) else "cpu"
-        self.loader_threads: int | Literal["auto"] = loader_threads
+        self.loader_threads: CountOrAuto = loader_threads
         self._group = ExitStack()
 
     def __enter__(self) -> Self:
-        keep_freed_memory()  # before the thread that trains
+        keep_freed_memory()  # before the thread that trains starts
         self._group.enter_context(group_of_one(self.device))
         return self
 
@@ -41,7 +44,7 @@ class Inline:
     def room(self) -> int:
         return 1 if self.device == "cuda" else cores_here()
 
-    def joining(self) -> list[str]:
+    def resume_options(self) -> list[str]:
         return ["--inline"]
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""`spiketrain doctor`: what would stop a training, found before it begins.
+"""`spiketrain doctor`: finds what would stop a training, before it begins.
 
-A check runs on the node that it is about and judges what it finds there. Only versions and GPUs are
-compared between nodes. Arithmetic is left to the tests, bandwidth to NVIDIA's nccl-tests.
+Each check runs on the node that it is about. Versions and GPUs are also compared between nodes.
+Arithmetic is checked by the tests, bandwidth by NVIDIA's nccl-tests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 
 from pipeline.core.code_version import code_digest
-from pipeline.launch.base import LaunchError, Silent
+from pipeline.launch.base import LaunchError, NoAnswer
 from pipeline.launch.preflight_services import (
     Finding,
     Store,
@@ -36,7 +36,6 @@ from pipeline.launch.ray import Ray
 from pipeline.measure.driver import unusable_cards
 from pipeline.track.mlflow import tracking_uri
 from pipeline.train.checkpoint import absolute
-from pipeline.train.checkpoint.address import folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
@@ -45,30 +44,29 @@ NODE_S = 300.0
 """For the checks on a node. The first time, FFCV and numba compile."""
 STORE_S = 120.0
 MEETING_S = 300.0
-"""For processes that meet (`Meeting.patience_s`), with their start on up to some 100 GPUs."""
+"""For processes that meet (`Meeting.patience_s`) and their start, on up to about 100 GPUs."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node, as it was found."""
+    """The state of one node."""
 
     name: str
     versions: Mapping[str, str]
     gpus: tuple[str, ...] = ()
-    """Their names. Where a GPU cannot be used, a finding says so."""
+    """Their names. Findings name the GPUs that cannot be used."""
     trains: bool = True
-    """Whether workers may run there. A cluster's head may have no cores for them."""
+    """Whether workers may run there. The head of a cluster may have no cores for them."""
     findings: tuple[Finding, ...] = ()
 
 
 def preflight(
-    runs: Path, *, address: str | None, checkpoint_bytes: float, keep: int, checkpoints: str | None
+    runs: Path, *, address: str | None = None, checkpoints: str | None = None
 ) -> list[Finding]:
     """Examine this machine, or each node of the Ray cluster at `address` (unless it is `local`).
 
     Args:
         runs: the folder of runs, which all nodes must share.
-        checkpoint_bytes: the size of one checkpoint, of which a run keeps `keep`.
         checkpoints: the address of checkpoints, if they are not kept in the folder of runs.
 
     Raises:
@@ -78,12 +76,11 @@ def preflight(
     place = None if checkpoints is None else absolute(checkpoints)
     runs = runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
-    in_runs, in_place = (checkpoint_bytes * count for count in checkpoint_counts(place, keep))
-    kept = [] if place is None else [Store(place, in_place)]
+    kept = [] if place is None else [Store(place)]
     with marker_in_store(str(runs)) as marker:
         if isinstance(marker, Finding):
             return [replace(marker, text=f"{marker.text}; nothing else was examined")]
-        folder = Store(str(runs), in_runs, marker)
+        folder = Store(str(runs), marker)
         with _locked(runs / marker.name):
             if address in (None, "local"):  # a launch starts a cluster here, with its own token
                 report = examine(folder)
@@ -91,22 +88,14 @@ def preflight(
             else:
                 with Ray(workers=0, device="cpu", address=address) as cluster:
                     found = [*_nodes(cluster, folder), *_stores(cluster, kept), _network(cluster)]
-                    at = cluster.found_at()
+                    at = cluster.address_for_others()
                 found.append(of_token(at))
     return [*found, of_mlflow(tracking_uri(runs))]
 
 
-def checkpoint_counts(place: str | None, keep: int) -> tuple[int, int]:
-    """How many checkpoints lie in the folder of runs at one time, and how many at `place`."""
-    if place is None:
-        return keep + 1, 0  # the one more is being written
-    # A checkpoint passes through the folder of runs on its way to a store, and back.
-    return (0, keep + 1) if folder_of(place) is not None else (2, 0)
-
-
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Lock a file as a driver locks a run."""
+    """Lock a file as the driver of a run does."""
     with file.open("a") as handle:
         with suppress(OSError):  # storage without locks: each node reports it
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,12 +106,12 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _nodes(cluster: Ray, folder: Store) -> list[Finding]:
-    answers = cluster.nodes.on_each(
+    answers = cluster.nodes.run_on_each(
         lambda resources: examine(folder, resources), lambda resources: resources, within_s=NODE_S
     )
     found = list(compare([each for each in answers if isinstance(each, NodeReport)]))
     for each in answers:
-        found += [_silent("node", each)] if isinstance(each, Silent) else each.findings
+        found += [_silent("node", each)] if isinstance(each, NoAnswer) else each.findings
     return found
 
 
@@ -133,11 +122,13 @@ def _stores(cluster: Ray, stores: Sequence[Store]) -> Iterator[Finding]:
                 yield marker
                 marker = None
             given = replace(store, marker=marker)
-            for each in cluster.nodes.on_each(try_store, lambda has, g=given: g, within_s=STORE_S):
-                yield _silent("storage", each) if isinstance(each, Silent) else each
+            for each in cluster.nodes.run_on_each(
+                try_store, lambda has, g=given: g, within_s=STORE_S
+            ):
+                yield _silent("storage", each) if isinstance(each, NoAnswer) else each
 
 
-def _silent(check: str, node: Silent) -> Finding:
+def _silent(check: str, node: NoAnswer) -> Finding:
     advice = "see that it is up, has what the other nodes have installed, and reaches the store"
     return Finding(check, "bad", f"{node.address} cannot be examined: {node.why}", advice)
 
@@ -145,7 +136,7 @@ def _silent(check: str, node: Silent) -> Finding:
 def _network(cluster: Ray) -> Finding:
     """Whether the processes of a training reach one another's ports."""
     try:
-        met = cluster.nodes.at_once(meet, Meeting, within_s=MEETING_S)
+        met = cluster.nodes.run_together(meet, Meeting, within_s=MEETING_S)
     except LaunchError as error:
         advice = (
             "open all ports between the nodes, name the network's interface with "
@@ -160,7 +151,7 @@ def _network(cluster: Ray) -> Finding:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where `size` processes meet: the first one listens at `host` and `port`."""
+    """The address of the first of `size` processes, to which the others connect."""
 
     host: str
     port: int
@@ -170,18 +161,18 @@ class Meeting:
 
     @property
     def patience_s(self) -> float:
-        """The time in which all have to come. Each loads torch, perhaps from shared storage."""
+        """The time in which all have to connect. Each loads torch, perhaps from shared storage."""
         return 30.0 + 2.0 * self.size
 
 
 def meet(meeting: Meeting, rank: int) -> None:
     """Add up a number with all other processes.
 
-    Workers with GPUs average gradients over NCCL and agree on all else over gloo, which has ports
-    of its own and may choose another network interface. Both have to work.
+    Workers with GPUs average gradients over NCCL and exchange everything else over gloo. gloo has
+    ports of its own and may choose another network interface, so both are tried.
 
     Raises:
-        RuntimeError: a process did not come in time, or the sum is wrong.
+        RuntimeError: a process did not connect in time, or the sum is wrong.
     """
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if meeting.gpus else "gloo",
@@ -204,7 +195,7 @@ def meet(meeting: Meeting, rank: int) -> None:
 
 
 def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
-    """Versions and GPUs, which have to be the same on all nodes."""
+    """Compare versions and GPUs, which must be the same on all nodes."""
     if not reports:
         return
     advice = "install the same on all nodes: `LOCKED=1 make setup`"

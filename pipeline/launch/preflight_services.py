@@ -1,4 +1,6 @@
-"""What a training speaks to beside its nodes: storage, the MLflow server, the Ray cluster."""
+"""The services that a training needs, tried by `spiketrain doctor`: storage, the MLflow server, the
+Ray cluster.
+"""
 
 from __future__ import annotations
 
@@ -52,14 +54,13 @@ class Store:
     """A place for runs or checkpoints: a folder, or an address such as s3://bucket/prefix."""
 
     address: str
-    needed_bytes: float = 0.0
     marker: Marker | None = None
     """The object that the driver has put there, if it could."""
 
 
 @contextmanager
 def marker_in_store(address: str) -> Iterator[Marker | Finding]:
-    """Keep an object at an address, for the nodes to look for; or the reason why that failed."""
+    """Keep an object at an address, for which the nodes look. Yields a finding if that fails."""
     marker, doing = _new_marker(), "be opened"
     try:
         fs, root = _open(address)
@@ -76,7 +77,7 @@ def marker_in_store(address: str) -> Iterator[Marker | Finding]:
 
 
 def try_store(store: Store) -> Finding:
-    """Look for the driver's marker; write, find, read and delete an object of this node's own."""
+    """Find the driver's marker. Write, list, read and delete an object of this node."""
     name, address, mine, doing = socket.gethostname(), store.address, _new_marker(), "be opened"
     try:
         fs, root = _open(address)
@@ -101,13 +102,9 @@ def try_store(store: Store) -> Finding:
     if not is_whole:
         return _bad_store(address, name, "does not give back what was written")
     text = f"{name}: an object was written to {address}, read and deleted"
-    if free is None:
+    if free is None:  # not a local disk
         return Finding("storage", "ok", text)
-    text += f"; {free / 1e9:.1f} GB are free"
-    if free >= store.needed_bytes:
-        return Finding("storage", "ok", text)
-    advice = f"checkpoints need {store.needed_bytes / 1e9:.1f} GB: make room, or keep fewer of them"
-    return Finding("storage", "bad", text, advice)
+    return Finding("storage", "ok", f"{text}; {free / 1e9:.1f} GB are free")
 
 
 def _bad_store(address: str, node: str, what: str) -> Finding:
@@ -148,7 +145,7 @@ def _holds(fs: Any, root: str, marker: Marker) -> bool:
 
 
 def of_mlflow(uri: str) -> Finding:
-    """A store that is a file must be writable. A server must answer, and ask for a password."""
+    """A file must be writable. A server must answer, and must ask for a password."""
     if (file := sqlite_file(uri)) is not None:
         return _of_sqlite(file)
     if uri.partition(":")[0] == "databricks":
@@ -163,12 +160,10 @@ def of_mlflow(uri: str) -> Finding:
         advice = "unset it to use mlflow.db in the folder of runs"
         return Finding("mlflow", "bad", text, advice)
     shown, headers = without_password(uri).rstrip("/"), _login()
-    if not all(each.isprintable() and max(each) < "\u0100" for each in headers.values()):
-        advice = "see MLFLOW_TRACKING_TOKEN, for example for a newline at its end"
-        return Finding("mlflow", "bad", "the token holds a character that no header may", advice)
     if (answer := _ask(uri, headers, None)) != "answers 200":
         advice = (
-            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on "
+            "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN "
+            "(a newline in it?); a training goes on "
             "without the server, and `spiketrain sync` delivers later"
         )
         return Finding("mlflow", "bad", f"{shown} {answer}", advice)
@@ -180,7 +175,7 @@ def of_mlflow(uri: str) -> Finding:
 
 
 def _of_sqlite(file: Path) -> Finding:
-    """MLflow makes the file and its folder; SQLite keeps a journal beside the file."""
+    """Whether MLflow can make the file and its folder. SQLite keeps a journal beside the file."""
     try:
         with tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())):
             pass
@@ -194,9 +189,9 @@ def _of_sqlite(file: Path) -> Finding:
 
 
 def _login() -> dict[str, str]:
-    """The header by which MLflow's client (3.17) logs in: by name and password, else by a token.
+    """The header with which MLflow's client (3.17) logs in: name and password, else a token.
 
-    A login in the address comes before both. requests takes it from there by itself.
+    requests itself prefers a login in the address.
     """
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
@@ -208,12 +203,10 @@ def _login() -> dict[str, str]:
 
 
 def _ask(uri: str, headers: dict[str, str], auth: Callable[[Any], Any] | None) -> str:
-    """What the server does, such as `answers 200`.
+    """The server's reaction, such as `answers 200`.
 
     Without `auth`, requests logs in by the address or ~/.netrc, as it does for MLflow's client.
-
-    No redirect is followed: a login is meant for this server, and a page that asks for one is no
-    answer of MLflow's.
+    Redirects are not followed: the login is for this server only, and a login page is not MLflow.
     """
     import requests
 
@@ -222,7 +215,7 @@ def _ask(uri: str, headers: dict[str, str], auth: Callable[[Any], Any] | None) -
         answer = requests.get(
             address, headers=headers, auth=auth, timeout=MLFLOW_S, allow_redirects=False
         )
-    except (requests.RequestException, ValueError):  # ValueError: not an address
+    except (requests.RequestException, ValueError):  # ValueError: no address, or no header
         return "does not answer"
     if answer.is_redirect:
         to = re.split("[?#]", answer.headers["Location"])[0]
@@ -253,7 +246,7 @@ def join_without_token(
 ) -> tuple[Literal["joined", "refused", "unclear"], str]:
     """Try to join the Ray cluster at `host:port` or `ray://...` from a process without a token.
 
-    Returns: the outcome; and, if it is unclear, what was in the way.
+    Returns: the outcome, and the reason if it is unclear.
     """
     join = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}

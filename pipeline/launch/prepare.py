@@ -1,9 +1,12 @@
-"""From a recipe to a run's folder, with all that it takes to resume it."""
+"""Make the folder of a run, with everything that a resume needs, and read it again."""
 
 from __future__ import annotations
 
+import shutil
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,8 @@ from pipeline.core.checks import refuse_unless_counts
 from pipeline.core.code_version import commit
 from pipeline.core.files import is_name
 from pipeline.launch.cluster import Cluster, refuse_unless_watchable
-from pipeline.launch.folder import named, numbered, whole_folder
 from pipeline.recipe import own_code
+from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.recipe.spec import arguments_of
 from pipeline.recipe.suite import targets_of
@@ -24,8 +27,8 @@ from pipeline.train.part_checks import fingerprint_of
 from pipeline.train.tasks import build_data
 from pipeline.train.weights import study_inputs
 
-UNWRITTEN = ("run", "trust", "place_token")
-"""fields of a job that its file does not hold"""
+NOT_SAVED = ("run", "trust", "place_token")
+"""Fields of a job that job.json does not hold."""
 
 
 def prepare(
@@ -40,16 +43,16 @@ def prepare(
     adopts: bool = False,
     trust: tuple[str, ...] = (),
 ) -> Job:
-    """Make the run's folder, with all that it takes to resume it: its recipe, its job and where it
-    trains.
+    """Make the run's folder: its recipe, its job and its cluster.
 
-    `parent`, `suite` (its folder's name) and `family` are those of the suite that it belongs to.
-    `adopts`: checkpoints that a run of this name has left in the cluster's place for them, whose
-    folder is gone, are gone on with, as that run.
+    Args:
+        parent, suite, family: of the suite that the run belongs to; `suite` is its folder's name.
+        adopts: continue from checkpoints in the cluster's place for them that a run of this name
+            has left, whose folder is gone.
 
     Raises:
         ValueError: the data set is missing, the weights that `init` names are missing, or the name
-        is taken.
+            is taken.
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
@@ -59,7 +62,7 @@ def prepare(
         runs.absolute(), f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}" if name is None else name
     )
     if name is None:
-        folder = next(path for path in numbered(folder) if not path.exists())
+        folder = next(path for path in numbered_folders(folder) if not path.exists())
     job = Job(
         run=str(folder),
         study=study,
@@ -71,12 +74,12 @@ def prepare(
         family=family or recipe.family or recipe.name,
         run_id=uuid.uuid4().hex,
         trust=trust,
-        **cluster.of_workers,
+        **cluster.worker_settings,
     )
     if cluster.checkpoints is not None:
         address, run_id = _own_place(cluster.checkpoints, folder, study, adopts=adopts)
         job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
-    with whole_folder(folder) as hidden:
+    with atomic_folder(folder) as hidden:
         write_json(hidden / "recipe.json", recipe.to_json())
         own_code.write(hidden, trust)
         write_json(hidden / "cluster.json", asdict(cluster))
@@ -85,32 +88,31 @@ def prepare(
 
 
 def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str, str | None]:
-    """The address of a run's checkpoints, beneath `place`, and whose it is; None: nobody's, which
-    it must be unless `adopts`.
+    """The address of the run's checkpoints below `place`, and the run_id of their owner, if any.
 
     Raises:
-        ValueError: it is another's, of another study where it is adopted, or the address cannot be
-        opened.
+        ValueError: there is an owner and not `adopts`, the owner is of another study, or the
+            address cannot be opened.
     """
     address, names, owner = open_place(place, run)
     if not adopts and (names or owner):
         raise ValueError(
             f"launch: {address} must hold no checkpoints yet; got"
             f" {names[-1] if names else f'those to come of {owner}'}: another --name, or"
-            " --or-resume to go on with them"
+            " --or-resume to continue from them"
         )
     if owner is None:
         return address, None
     if owner.study != study:
         raise ValueError(
-            f"launch: --or-resume goes on with checkpoints of the same study; got {owner.study} in"
-            f" {address}"
+            "launch: --or-resume continues from checkpoints of the same study; got"
+            f" {owner.study} in {address}"
         )
     return address, owner.run_id
 
 
 def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
-    """The address of a run's checkpoints beneath `place`, those that are there, and whose they are.
+    """The address of a run's checkpoints below `place`, their names there, and their owner.
 
     Raises:
         ValueError: the address cannot be opened.
@@ -126,27 +128,27 @@ def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
 
 
 def write_job(job: Job) -> None:
-    """Beside the recipe, for a resume."""
+    """Write job.json, which a resume reads."""
     write_json(Path(job.run) / "job.json", _to_json(job))
 
 
 def _to_json(job: Job) -> dict[str, Any]:
-    """Whom the user trusts is not written down: the next user says it anew. Nor is a token, which
-    each start of a driver has.
+    """Trust is not saved: the user who resumes states it anew. The token belongs to one start of
+    the driver.
     """
-    return {name: value for name, value in asdict(job).items() if name not in UNWRITTEN}
+    return {name: value for name, value in asdict(job).items() if name not in NOT_SAVED}
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    """What `write_job` wrote; a folder that was moved is where it is now.
+    """Read what `write_job` wrote. The folder may have been moved since.
 
     Raises:
-        ValueError: it is missing or damaged, or its suite, or what MLflow keeps of its family,
-        would lie in another folder.
+        ValueError: the file is missing or damaged, or its suite or its family is no name of a
+            folder.
     """
     file = folder / "job.json"
-    told = arguments_of(Job, read_json(file), who=str(file), besides=UNWRITTEN)
-    job = Job(**told, run=str(folder.absolute()), trust=trust)
+    fields = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
+    job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     refuse_unless_watchable(str(file), job.hang_minutes)
     if job.suite is not None and not is_name(job.suite):
@@ -158,3 +160,53 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
             f"{file}: family becomes a folder's name and must be one; got {job.family!r}"
         )
     return job
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Write into a hidden folder, which gets its name at the end: the folder is there as a whole or
+    not at all. A process that is killed leaves at most the hidden folder.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    refuse_taken(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    hidden.mkdir()
+    try:
+        yield hidden
+        try:
+            hidden.rename(folder)
+        except OSError:
+            refuse_taken(folder)  # another launch was faster
+            raise
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+def named(runs: Path, name: str) -> Path:
+    """The folder of this name in the folder of runs.
+
+    Raises:
+        ValueError: the name would lead elsewhere.
+    """
+    if not is_name(name):
+        raise ValueError(f"launch: --name must be a name in {runs}; got {name!r}")
+    return runs / name
+
+
+def refuse_taken(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(
+            f"launch: --name must be new in {folder.parent}; got {folder.name}, which"
+            f" `{how_to_resume(folder)}` continues"
+        )
+
+
+def numbered_folders(folder: Path) -> Iterator[Path]:
+    """The folder itself, then NAME-2, NAME-3, ... to try if it is taken."""
+    yield folder
+    for number in range(2, 10_000):
+        yield folder.with_name(f"{folder.name}-{number}")

@@ -1,8 +1,8 @@
-"""Ray Train, changed where Ray 2.60 leaves no choice: its policies, and where it listens.
+"""Ray's TorchTrainer with our policies (`restarts.py`), and with torch's store on loopback.
 
-A cluster that a launch starts itself can be reached from its own machine alone. Ray listens on
-loopback by a setting, gloo and NCCL by the name of the interface. torch's store takes no host
-(2.13) and asks for no token: it gets a socket that we open.
+A cluster that a launch starts itself must not be reachable from other machines. A setting makes Ray
+listen on loopback, the name of the interface does so for gloo and NCCL. torch's store takes no host
+(2.13) and no token, so it gets a socket that we open.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from ray.train.torch.config import (
 )
 from torch.distributed import TCPStore
 
-from pipeline.launch.resizing import Resizing
-from pipeline.launch.restarts import Restarts
+from pipeline.launch.restarts import Resizing, Restarts
 
 HOST = "127.0.0.1"
 
 _store: list[TCPStore] = []
-"""In worker 0: the store's server ends with its last client."""
+"""The store of worker 0. Its server ends with its last client."""
 
 
 class Trainer(TorchTrainer):
@@ -36,8 +35,8 @@ class Trainer(TorchTrainer):
 
     Args:
         sizes: the numbers of workers that the run may have, ascending.
-        folder: the run's.
-        awaits_nodes: whether the workers wait for nodes to come back or to be replaced.
+        folder: the folder of the run.
+        awaits_nodes: whether workers wait for lost nodes to come back or to be replaced.
     """
 
     def __init__(
@@ -45,8 +44,8 @@ class Trainer(TorchTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         failures = self.run_config.failure_config
-        assert failures is not None  # Ray's default is one
-        several = len(sizes) > 1  # then it is Resizing that waits for nodes
+        assert failures is not None  # by default Ray sets one
+        several = len(sizes) > 1  # then Resizing waits for nodes
         restarts = Restarts(failures, folder=folder, awaits_nodes=awaits_nodes and not several)
         self._policies: dict[str, Any] = {"failure_policy": restarts}
         if several:
@@ -59,7 +58,7 @@ class Trainer(TorchTrainer):
 
 
 class OnLoopback(TorchConfig):
-    """A TorchConfig for workers that are all on this machine."""
+    """A TorchConfig for workers that all run on this machine."""
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -82,9 +81,9 @@ class _Backend(_TorchBackend):
 
 
 def _open_store() -> int:
-    """Serve the store in worker 0, and return its port.
+    """Serve the store in worker 0. Returns its port.
 
-    With `multi_tenant` the worker joins this store when it asks for one at that port.
+    With `multi_tenant` the worker itself joins this store when it asks for one at that port.
     """
     listening = socket.create_server((HOST, 0))
     port = listening.getsockname()[1]

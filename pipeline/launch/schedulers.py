@@ -1,4 +1,4 @@
-"""A launch handed to a scheduler: KubeRay, Slurm, or a Ray cluster that is up.
+"""Hand a launch to a scheduler: KubeRay, Slurm, or a running Ray cluster.
 
 The scheduler's own program does the work. `kubectl` renders a RayJob from a folder such as
 infra/k8s/overlays/cpu/job and applies it, `sbatch` takes infra/slurm/train.sbatch with options, and
@@ -27,10 +27,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.units import counted
 from pipeline.launch.ray_auth import offer_token
 from pipeline.train.checkpoint.address import folder_of
-from pipeline.train.elastic import told
+from pipeline.train.elastic import format_sizes
 
 OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")
-"""Options of a launch that follow from the order."""
+"""Options of a launch that the order sets."""
 LONGEST_NAME = 47
 """KubeRay (1.7.0) derives longer names from a RayJob's, which must fit into 63 characters."""
 PATIENCE_S = 120.0
@@ -96,10 +96,10 @@ class Order:
 
     @property
     def side_by_side(self) -> int:
-        """How many runs at a time need room of their own; 1 for `auto`, which takes what is there.
+        """The number of runs that need room at the same time; 1 for `auto`.
 
         Raises:
-            ValueError: the words ask for another number than a count.
+            ValueError: --side-by-side is neither a count nor `auto`.
         """
         asked = self.option("--side-by-side") or "1"
         if asked == "auto":
@@ -114,19 +114,19 @@ class Order:
         return runs + counted(workers, "worker")
 
     def launch(self, *options: str) -> list[str]:
-        """The command that the machines run: it starts the run, or goes on with it."""
+        """The command that the machines run. It starts the run or continues it."""
         words = ["spiketrain", "launch", *self.words, "--name", self.name, "--runs", self.runs]
-        words += ["--address", "auto", "--workers", told(self.sizes), *options]
+        words += ["--address", "auto", "--workers", format_sizes(self.sizes), *options]
         return [*words, "--or-resume"]
 
 
 def answer_of(
     name: str, *words: str, given: str = "", environment: Mapping[str, str] | None = None
 ) -> str:
-    """What a program prints. It is looked for on PATH, and beside this Python, where `ray` is.
+    """Run a program and return what it prints. It is searched on PATH and beside this Python.
 
     Raises:
-        UserError: it is not there, it fails, or it does not answer in time.
+        UserError: it is missing, fails, or does not answer in time.
     """
     beside = str(Path(sys.executable).parent)
     places = os.pathsep.join((os.environ.get("PATH", os.defpath), beside))
@@ -160,10 +160,10 @@ def answer_of(
 
 
 def manifests_of(folder: Path) -> list[dict[str, Any]]:
-    """What `kubectl kustomize` (or, without kubectl, `kustomize build`) makes of a folder.
+    """The manifests that `kubectl kustomize`, or else `kustomize build`, makes of a folder.
 
     Raises:
-        UserError: neither program is there, or it refuses the folder.
+        UserError: both programs are missing, or the folder is refused.
     """
     has_kubectl = shutil.which("kubectl") or not shutil.which("kustomize")
     command = ("kubectl", "kustomize") if has_kubectl else ("kustomize", "build")
@@ -204,10 +204,10 @@ def render_rayjob(order: Order, folder: Path) -> str:
 
 
 def submit_rayjob(manifest: str) -> str:
-    """Apply a RayJob to the cluster and namespace that kubectl is set to; what kubectl says.
+    """Apply a RayJob to kubectl's cluster and namespace. Returns what kubectl prints.
 
-    A job of that name that runs goes on; its changes hold from its next attempt. One that has ended
-    would stay as it is, whatever is applied (KubeRay 1.7.0).
+    A running job of that name continues, and changes apply from its next attempt. A job that has
+    ended would not change (KubeRay 1.7.0), so it is refused.
 
     Raises:
         UserError: kubectl did not take it, or a RayJob of that name has ended.
@@ -224,9 +224,9 @@ def submit_rayjob(manifest: str) -> str:
 
 
 def _is_fixed(image: str) -> bool:
-    """Whether a retry trains with the code of the first attempt.
+    """Whether the name of an image fixes its content, so that a retry trains with the same code.
 
-    `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both.
+    Such a name is `[host[:port]/]path/name` with `:tag`, `@sha256:...` or both.
     """
     part = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
     host = r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]+)?"
@@ -260,7 +260,7 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
 
 
 def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder: Path) -> int:
-    """How many pods hold the runs: each worker takes its cores, and a GPU if the pods have any."""
+    """The number of pods for the runs. Each worker takes its cores, and a GPU if pods have any."""
     asked = order.option("--cpus-per-worker") or "auto"
     asked = "1" if asked == "auto" else asked  # with a GPU for each worker, as many as fit
     if not asked.isdecimal() or int(asked) < 1:
@@ -281,7 +281,7 @@ def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder:
 
 
 def _cores(limits: dict[str, Any]) -> int:
-    """Whole cores: KubeRay rounds up the number that it gives to Ray."""
+    """The cores of a pod, rounded up as KubeRay does for Ray."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
     if found is None:
         rule = "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m"
@@ -309,7 +309,7 @@ def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
 
 
 def _shared_mounts(pod: dict[str, Any]) -> set[str]:
-    """Where a pod's first container may write to a persistent volume."""
+    """The mounts at which a pod's first container may write to a persistent volume."""
     volumes = pod.get("volumes", ())
     claims = {each["name"] for each in volumes if "persistentVolumeClaim" in each}
     mounts = pod["containers"][0].get("volumeMounts", ())
@@ -336,7 +336,7 @@ def render_sbatch(
         raise ValueError(f"{rule}; got {nodes} and {gpus_per_node}")
     if len(order.sizes) > 1:
         rule = "slurm: the number of nodes of a job is fixed, so workers must be one number"
-        raise ValueError(f"{rule}; got {told(order.sizes)}")
+        raise ValueError(f"{rule}; got {format_sizes(order.sizes)}")
     gpus = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
     if gpus and order.option("--device") != "cpu" and order.side_by_side * workers > gpus:
@@ -355,7 +355,9 @@ def render_sbatch(
         options["partition"] = _matching("partition", partition, r"[\w.-]+(,[\w.-]+)*")
     variables = {
         "RUNS": order.runs,
-        "WORKERS": told(order.sizes) if order.sizes else "",  # empty: one for each GPU, or node
+        "WORKERS": format_sizes(order.sizes)
+        if order.sizes
+        else "",  # empty: one for each GPU, or node
         "IMAGE": order.image,
     }
     return shlex.join(
@@ -371,10 +373,10 @@ def render_sbatch(
 
 
 def submit_sbatch(command: str) -> str:
-    """The number of the job, once Slurm has taken it.
+    """Submit the script. Returns the number of the job.
 
     Raises:
-        UserError: sbatch did not take the script. It is where one can log in to a cluster.
+        UserError: sbatch refused the script, or is missing: it exists on login nodes only.
     """
     _, *words = shlex.split(command)
     at = words.index("sbatch")
@@ -388,14 +390,14 @@ def _matching(name: str, value: str, pattern: str) -> str:
     return value
 
 
-# ------------------------------------------------------------------------------- a Ray that is up
+# -------------------------------------------------------------------------- a running Ray cluster
 
 
 def render_ray_job(order: Order, address: str) -> str:
-    """The command line that hands the order to `address`, ray://HOST:PORT of its dashboard.
+    """The command line that submits the order to `address`, ray://HOST:PORT of the dashboard.
 
-    The driver runs on the head, in the folder that Ray was started in: `runs` and recipes are paths
-    of that machine.
+    The driver runs on the head, in the folder where Ray was started. `runs` and recipes are paths
+    there.
 
     Raises:
         ValueError: another address, a name that a run cannot have, or an image, which a cluster
@@ -409,7 +411,7 @@ def render_ray_job(order: Order, address: str) -> str:
     if order.image:
         rule = "ray: a cluster that is up trains with what is installed there"
         raise ValueError(f"{rule}; got --image {order.image}")
-    # The name of a job can be used once, and that of a run again and again.
+    # The name of a job can be used once, the name of a run many times.
     job = f"{order.name}-{uuid4().hex[:8]}"
     http = "http://" + address.removeprefix("ray://")
     submit = ["ray", "job", "submit", "--address", http, "--submission-id", job, "--no-wait", "--"]
@@ -417,11 +419,11 @@ def render_ray_job(order: Order, address: str) -> str:
 
 
 def submit_ray_job(command: str) -> str:
-    """The name of the job, once Ray has taken it.
+    """Submit the job. Returns its name.
 
     Raises:
-        UserError: nobody is there, or asks for a token that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH
-            does not name.
+        UserError: there is no cluster, or it wants a token that RAY_AUTH_TOKEN and
+            RAY_AUTH_TOKEN_PATH do not name.
     """
     ray, *words = shlex.split(command)
     offer_token()

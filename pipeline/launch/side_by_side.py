@@ -1,9 +1,7 @@
-"""Several runs of a suite at the same time, each driven by a process of its own that resumes it as
-a user would.
+"""Several runs of a suite at the same time, each driven by a `spiketrain resume` of its own.
 
-Each worker keeps to cores of its own (pipeline.core.cores), or has a card of its own from Ray: what
-one
-run costs is measured while others run, on the same memory bus, and never on the same cores.
+Each worker keeps to cores of its own (pipeline.core.cores), or gets a GPU of its own from Ray. The
+cost of a run is thus measured while others use the same memory bus, but never the same cores.
 """
 
 from __future__ import annotations
@@ -17,16 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
-from pipeline.launch.base import Launcher, LaunchError
-from pipeline.launch.children import Children
+from pipeline.launch.base import CountOrAuto, Launcher, LaunchError
 from pipeline.launch.progress import Shown
-from pipeline.launch.signals import PATIENT, wishes
+from pipeline.launch.signals import PATIENT, on_stop_signals
+from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.command_line import trust_words
 from pipeline.recipe.recipe import Recipe
 from pipeline.track.mlflow import tracking_uri
@@ -35,20 +32,20 @@ from pipeline.train.job import STOP, Job, was_stopped
 from pipeline.train.writer_lock import PATIENCE_S
 
 LOG = "launch.log"
-"""in a run's folder: what its process printed"""
+"""The file in a run's folder that holds what its driver printed."""
 LEAVING_S = PATIENCE_S
-"""in which a run saves and tells MLflow, after the suite that began it was killed, or a machine
-that died loses it
+"""In which the driver of a run saves and ends after its suite was killed, and a machine that died
+loses its lock.
 """
 _POLL_S = 0.25
 _PR_SET_PDEATHSIG = 1
 
 
-def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
-    """How many runs train at once; with "auto" one, where there is no room for two.
+def parallel_runs(launcher: Launcher, wanted: CountOrAuto) -> int:
+    """The number of runs that train at once. `auto`: as many as there is room for.
 
     Raises:
-        UserError: more than there is room for.
+        UserError: there is no room for so many.
     """
     if wanted == 1:
         return 1
@@ -64,39 +61,38 @@ def slots_of(launcher: Launcher, wanted: int | Literal["auto"]) -> int:
 
 
 def train_side_by_side(
-    children: Children, launcher: Launcher, slots: int, console: Console
+    children: SuiteRuns, launcher: Launcher, slots: int, console: Console
 ) -> bool:
-    """Whether all are over; False when asked to stop. At the first failure none is begun any more;
-    the others end first.
+    """Train the runs that are left, `slots` at a time. Returns False if asked to stop.
+
+    After the first failure no further run begins. The error is raised once the others have ended.
 
     Raises:
-        LaunchError: a run failed; the line is its process's last.
+        LaunchError: a run failed; the line is the last one of its driver.
         UserError: a run was refused.
     """
-    going: dict[str, _Driven] = {}
-    leaving = _Leaving(console)
+    running: dict[str, _ChildDriver] = {}
+    others = _OtherDrivers(console)
     failed: Exception | None = None
     stopped = False
-    with _stop_requests() as asked:
+    with _stop_requests() as requests:
         while True:
-            if asked():
-                for each in going.values():
-                    each.stop(at_once=asked() > 1)
-            for name, each in list(going.items()):
+            if requests():
+                for each in running.values():
+                    each.stop(at_once=requests() > 1)
+            for name, each in list(running.items()):
                 if not each.ended():
                     continue
-                del going[name]
+                del running[name]
                 failed = failed or each.failure()
-                stopped = stopped or not children.is_over(
-                    name
-                )  # by somebody who asked this run alone
+                stopped = stopped or not children.is_over(name)  # the run alone was asked to stop
             is_waiting = False
-            if not asked() and failed is None and not stopped:
+            if not requests() and failed is None and not stopped:
                 try:
-                    is_waiting = _begin_more(children, launcher, slots, going, leaving, console)
+                    is_waiting = _begin_more(children, launcher, slots, running, others, console)
                 except (OSError, ValueError) as error:
                     failed = error
-            if not going and not is_waiting:
+            if not running and not is_waiting:
                 break
             time.sleep(_POLL_S)
     if failed is not None:
@@ -105,45 +101,45 @@ def train_side_by_side(
 
 
 def _begin_more(
-    children: Children,
+    children: SuiteRuns,
     launcher: Launcher,
     slots: int,
-    going: dict[str, _Driven],
-    leaving: _Leaving,
+    running: dict[str, _ChildDriver],
+    others: _OtherDrivers,
     console: Console,
 ) -> bool:
-    """Fill the free slots, in the suite's order; whether one is left to a run that somebody else
-    still drives.
+    """Fill the free slots, in the suite's order. Returns whether other processes still drive runs.
 
-    Raises: OSError, ValueError for what is refused, or fails, on the way.
+    Raises: OSError or ValueError if a run cannot begin.
     """
-    left_to_others = 0
+    elsewhere = 0
     for recipe in children.left():
-        if len(going) + left_to_others == slots:
+        if len(running) + elsewhere == slots:
             break
-        if recipe.name in going or not children.can_begin(recipe):
+        if recipe.name in running or not children.can_begin(recipe):
             continue
-        if leaving.drives(children.where[recipe.name], recipe.name):
-            left_to_others += 1
+        if others.drive(children.where[recipe.name], recipe.name):
+            elsewhere += 1
         else:
-            going[recipe.name] = _Driven(recipe, children.job(recipe), children, launcher, console)
-    return left_to_others > 0
+            job = children.job(recipe)
+            running[recipe.name] = _ChildDriver(recipe, job, children, launcher, console)
+    return elsewhere > 0
 
 
-class _Leaving:
-    """Another process that drives a run: most likely a child of a suite that was killed, which was
-    asked to save.
+class _OtherDrivers:
+    """Drivers that this suite has not started: most likely of a suite that was killed, which save
+    their runs and end.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._since: dict[str, float] = {}
 
-    def drives(self, run: Path, name: str) -> bool:
-        """Whether it still does, and is waited for.
+    def drive(self, run: Path, name: str) -> bool:
+        """Whether another process drives this run.
 
         Raises:
-            UserError: it has been for too long.
+            UserError: it has done so for more than LEAVING_S.
         """
         if not is_driven(run):
             self._since.pop(name, None)
@@ -162,29 +158,29 @@ class _Leaving:
         return True
 
 
-class _Driven:
-    """One run, which nobody else drives, and the process that does."""
+class _ChildDriver:
+    """The process that drives one run of the suite."""
 
     def __init__(
-        self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console
+        self, recipe: Recipe, job: Job, children: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
         self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
         (self.folder / STOP).unlink(missing_ok=True)
         self._shown = Shown(
             self.folder, console, store=tracking_uri(children.runs), name=recipe.name
         )
-        words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
+        words = ["resume", str(self.folder), "--runs", str(children.runs)]
+        words += [*launcher.resume_options(), *trust_words(children.trust)]
         self._log = (self.folder / LOG).open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", *words, *trust_words(children.trust)],
+            [sys.executable, "-m", "pipeline", *words],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            # Ctrl-C in a terminal reaches the suite alone, which passes it on
-            start_new_session=True,
-            preexec_fn=_end_with_the_suite,
+            start_new_session=True,  # Ctrl-C reaches the suite only, which passes it on
+            preexec_fn=_end_with_suite,
         )
-        self._asked_at_once = False
+        self._is_terminated = False
 
     def ended(self) -> bool:
         if self._process.poll() is None:
@@ -195,16 +191,16 @@ class _Driven:
         return True
 
     def stop(self, *, at_once: bool) -> None:
-        """Save after the step at hand, or give up what came since the last checkpoint."""
-        with suppress(OSError):  # asked anew at every turn, of storage that may be back
+        """Ask the run to save after this step; `at_once`: end it without saving."""
+        with suppress(OSError):  # storage is away: asked again at the next turn
             (self.folder / STOP).touch()
-        if at_once and not self._asked_at_once:
-            self._asked_at_once = True
+        if at_once and not self._is_terminated:
+            self._is_terminated = True
             self._process.terminate()
 
     def failure(self) -> Exception | None:
-        """None where it is over or was stopped; one that was refused was not, whoever has asked for
-        that.
+        """None if the run is over or was stopped. A run that was refused has failed, even if it was
+        also asked to stop.
         """
         code = self._process.returncode
         if code == 0 or (code != 2 and was_stopped(self.folder)) or self._is_over():
@@ -213,33 +209,30 @@ class _Driven:
             return LaunchError(
                 f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}"
             )
-        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines() or [
-            f"exit status {code}"
-        ]
-        said = f"{self.folder.name}: {lines[-1]}"
-        return UserError(said) if code == 2 else LaunchError(said)
+        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines()
+        line = f"{self.folder.name}: {lines[-1] if lines else f'exit status {code}'}"
+        return UserError(line) if code == 2 else LaunchError(line)
 
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], int]]:
-    """How often somebody has asked to stop; what never means "at once" counts once."""
-    asked = 0
+    """The number of requests to stop. Signals that never mean "at once" count as one."""
+    requests = 0
 
     def hear(number: signal.Signals) -> None:
-        nonlocal asked
-        asked = max(1, asked) if number in PATIENT else asked + 1
+        nonlocal requests
+        requests = max(1, requests) if number in PATIENT else requests + 1
 
-    with wishes(hear):
-        yield lambda: asked
-
-
-_prctl = ctypes.CDLL(None).prctl  # now: between fork and exec nothing may be loaded
+    with on_stop_signals(hear):
+        yield lambda: requests
 
 
-def _end_with_the_suite() -> None:
-    """Ask the kernel for a signal when the suite's process dies: its run is saved, and can be gone
-    on with.
+_prctl = ctypes.CDLL(None).prctl  # loaded now: nothing may be loaded between fork and exec
 
-    SIGUSR1 never means "at once": the suite may have asked this run to save already.
+
+def _end_with_suite() -> None:
+    """Let the kernel send SIGUSR1 when the suite's process dies, so that the run is saved.
+
+    SIGUSR1 never means "at once": the suite may have asked this run to save before.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)

@@ -1,8 +1,8 @@
-"""What signals ask of whoever drives a run or a suite.
+"""What signals ask of the driver of a run or a suite.
 
-Ctrl-C, SIGTERM     to save after the step at hand and to stop; the second one to stop at once
-SIGUSR1, SIGHUP     to save and to stop, however often they come: a scheduler sends the one ahead of
-                    its time limit, the other comes of a terminal that is gone
+Ctrl-C, SIGTERM     save after the current step and stop; a second one stops at once
+SIGUSR1, SIGHUP     save and stop, however often they come. A scheduler sends SIGUSR1 before its
+                    time limit; SIGHUP comes when a terminal closes
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from types import FrameType
 from pipeline.train.job import STOP, was_stopped
 
 PATIENT = (signal.SIGUSR1, signal.SIGHUP)
+"""Signals that never mean "at once"."""
 ECHO_S = 0.3
-"""One wish may come as several signals: to a process and to its group, or for each thread of a
+"""One request may come as several signals: to a process and to its group, or for each thread of a
 parent that dies (Linux 6).
 """
 
 
 @contextmanager
-def wishes(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Inside, every wish goes to `hear`, once, in the middle of whatever the main thread does.
+def on_stop_signals(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Meanwhile call `hear` once for each request, in the middle of what the main thread does.
 
-    A SIGHUP that whoever started this process had it ignore (nohup) stays ignored.
+    SIGHUP stays ignored if this process was started so (nohup).
     """
     heard = -math.inf
 
@@ -52,14 +53,14 @@ def wishes(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
 
 @contextmanager
 def stops_on_signal(folder: Path, say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Inside, signals ask the run in this folder to stop."""
+    """Meanwhile signals ask the run in this folder to stop."""
     request = StopRequest(folder, say)
-    with wishes(request.hear):
+    with on_stop_signals(request.hear):
         yield request
 
 
 class StopRequest:
-    """What was heard, and what became of it."""
+    """Passes signals on to the workers, as a file in the run's folder."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
@@ -67,10 +68,11 @@ class StopRequest:
         self._is_said = False
 
     def hear(self, number: signal.Signals) -> None:
-        """Asks the workers. The first time nothing is said here: the main thread may be in the
-        middle of a line.
+        """Ask the workers to stop; the second time, end this process.
+
+        The first time nothing is printed here: the main thread may be in the middle of a line.
         """
-        if not self._by and not self._is_there():
+        if not self._by and not self._is_asked():
             self._by = number.name
             self._ask()
         elif number not in PATIENT:
@@ -79,13 +81,11 @@ class StopRequest:
             finally:
                 os._exit(130)
 
-    def tell(self) -> None:
-        """To be called now and then: says what was heard, and asks once more where storage did not
-        take it.
-        """
+    def report(self) -> None:
+        """Print what was heard, and ask again if storage did not take the file. Call it often."""
         if not self._by:
             return
-        if not self._is_there():
+        if not self._is_asked():
             self._ask()
         if not self._is_said:
             self._is_said = True
@@ -95,7 +95,7 @@ class StopRequest:
         with suppress(OSError):
             (self._folder / STOP).write_text(self._by)
 
-    def _is_there(self) -> bool:
+    def _is_asked(self) -> bool:
         try:
             return was_stopped(self._folder)
         except OSError:
@@ -103,8 +103,10 @@ class StopRequest:
 
 
 @contextmanager
-def withheld(number: signal.Signals) -> Iterator[None]:
-    """Processes that are started inside never get it; this one does, afterwards at the latest."""
+def blocked_signal(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started meanwhile never get this signal. This process gets it afterwards
+    at the latest.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield

@@ -1,5 +1,5 @@
-"""What the commands launch and resume do with a suite: each recipe in turn, or side by side, never
-two on the same cores.
+"""`spiketrain launch` and `resume` of a suite: its runs one after another, or side by side on
+different cores.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
-from pipeline.launch.children import Children, begun_job
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.folder import named, numbered, refuse_taken, whole_folder
-from pipeline.launch.lock import driver_lock
-from pipeline.launch.prepare import open_place
-from pipeline.launch.resume_options import change_run, change_suite
-from pipeline.launch.side_by_side import slots_of, train_side_by_side
-from pipeline.launch.start import check, check_resumed, train
-from pipeline.launch.terminal import outlive
+from pipeline.launch.driver import check, driver_lock, ignore_lost_terminal, train
+from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
+from pipeline.launch.resume import change_run, change_suite, check_resumed
+from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
+from pipeline.launch.suite_runs import SuiteRuns, begun_job
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command
 from pipeline.recipe.recipe import Recipe
@@ -47,8 +44,9 @@ def launch_suite(
     name: str | None = None,
     trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Train a suite: its folder, or None when asked to stop. Without a `name` it is called `stem`
-    and the time.
+    """Train a suite. Returns its folder, or None if it was asked to stop.
+
+    Without a `name` it is called `stem` and the time.
     """
     launcher = cluster.launcher()
     parent = uuid.uuid4().hex
@@ -62,8 +60,8 @@ def launch_suite(
     if cluster.checkpoints is not None:
         open_place(cluster.checkpoints, folder.parent / names[0])
     with launcher:
-        slots = slots_of(launcher, cluster.side_by_side)
-        with whole_folder(folder) as hidden:  # after all that can be refused
+        slots = parallel_runs(launcher, cluster.side_by_side)
+        with atomic_folder(folder) as hidden:  # nothing can be refused after this
             suite_file.write(hidden)
             own_code.write(hidden, trust)
         return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
@@ -78,8 +76,8 @@ def resume_suite(
     options: Mapping[str, Any],
     trust: tuple[str, ...] = (),
 ) -> Path | None:
-    """Go on with a suite where it stopped, `options` from now on (`change_suite`): its folder, or
-    None when asked to stop.
+    """Continue a suite; `options` hold from now on. Returns its folder, or None if it was asked to
+    stop.
     """
     suite_file = SuiteFile.read(folder, trust=trust)
     begun = {name: run for name, run in runs_of(folder).items() if run.exists()}
@@ -93,12 +91,14 @@ def resume_suite(
     launched = Cluster.from_json(suite_file.cluster)
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     launcher = cluster.launcher()
-    say_stage(f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they go on")
+    say_stage(
+        f"checking {counted(len(suite_file.suite.recipes), 'recipe')} and where they continue"
+    )
     for run in left:
         check_resumed(run, cluster, launched, trust=trust)
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
-        slots = slots_of(launcher, cluster.side_by_side)
+        slots = parallel_runs(launcher, cluster.side_by_side)
         suite_file = change_suite(folder, suite_file, options, left, new_console())
         return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
 
@@ -112,77 +112,74 @@ def _train_the_rest(
     *,
     trust: tuple[str, ...],
 ) -> Path | None:
-    """Every recipe whose run is not over, each from where its run stands, `slots` at a time."""
+    """Train every recipe whose run is not over, `slots` at a time."""
     console, runs, where = new_console(), folder.parent, runs_of(folder)
-    outlive(console)
-    address = cluster.address_to_say(Cluster.from_json(suite_file.cluster))
+    ignore_lost_terminal(console)
+    address = cluster.resume_address(Cluster.from_json(suite_file.cluster))
     resume = command("resume", runs / folder.name, address=address)
     say(console, str(folder), label="suite   ", whole=[str(folder)])
     say(console, resume, label="resume  ", whole=[resume])
     if slots > 1:
         say(console, f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)")
-    else:  # needs no cores of its own
+    else:  # one run at a time needs no cores of its own
         cluster = replace(cluster, side_by_side=1)
-    children = Children(folder.name, suite_file, cluster, where, trust=trust)
+    children = SuiteRuns(folder.name, suite_file, cluster, where, trust=trust)
     is_ours = False
     try:
         with driver_lock(folder):
             is_ours = True
-            _agree_on_cores(children, console)
+            _update_cores(children, console)
             if slots > 1:
                 done = train_side_by_side(children, launcher, slots, console)
             else:
                 done = _train_in_turn(children, launcher, console)
     finally:
         if is_ours:
-            _tell_mlflow(children, console)
+            _sync_states(children, console)
     if not done:
-        say(console, f"stopped; go on with: {resume}", whole=[resume])
+        say(console, f"stopped; resume with: {resume}", whole=[resume])
     return folder if done else None
 
 
-def _agree_on_cores(children: Children, console: Console) -> None:
-    """Runs that began where there was room for another number at a time go on as those do that
-    begin now.
+def _update_cores(children: SuiteRuns, console: Console) -> None:
+    """Runs that have begun share cores as those do that begin now.
+
+    They may have begun with another number of runs side by side.
     """
     cluster = children.cluster
     for run in (children.where[recipe.name] for recipe in children.left()):
-        if not run.exists() or is_driven(
-            run
-        ):  # by whom a suite that was killed has left it to, who saves it and goes
+        # A process that still drives a run, after its suite was killed, saves it and ends.
+        if not run.exists() or is_driven(run):
             continue
-        if (
-            begun_job(run, children.suite_file.parent, trust=children.trust).own_cores
-            != cluster.of_workers["own_cores"]
-        ):
+        job = begun_job(run, children.suite_file.parent, trust=children.trust)
+        if job.own_cores != cluster.worker_settings["own_cores"]:
             change_run(run, {"side_by_side": cluster.side_by_side}, console)
 
 
-def _tell_mlflow(children: Children, console: Console) -> None:
-    """How the suite and its runs stand once nobody drives them: one whose process was killed could
-    not tell it itself, and between two of them MLflow was told that the suite goes on."""
+def _sync_states(children: SuiteRuns, console: Console) -> None:
+    """Deliver to MLflow the states of the suite and its runs, once no process drives them.
+
+    A process that was killed has not delivered its run's state. Between two runs MLflow has been
+    informed that the suite runs.
+    """
     try:
         begun = {name: run for name, run in children.where.items() if state_of(run) != "new"}
-        if not begun or not children.left():  # the last run has told it
+        if not begun or not children.left():  # the last run has delivered it
             return
-        ended = [run for name, run in begun.items() if not children.is_over(name)]
-        for run in ended or [*begun.values()][-1:]:
+        unfinished = [run for name, run in begun.items() if not children.is_over(name)]
+        for run in unfinished or [*begun.values()][-1:]:
             sync(run, uri=tracking_uri(children.runs))
-    except (
-        TrackingError,
-        OSError,
-        ValueError,
-    ) as error:  # another one may be on its way to the user
-        say(console, str(error))
+    except (TrackingError, OSError, ValueError) as error:
+        say(console, str(error))  # not raised: the caller may be raising another error
 
 
-def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> bool:
-    """Whether all are over; False when asked to stop."""
+def _train_in_turn(children: SuiteRuns, launcher: Launcher, console: Console) -> bool:
+    """Returns False if the suite was asked to stop."""
     left = children.left()
     try:
         for recipe in left:
             finished = _train_one(children, recipe, launcher, console)
-            # Who asks during a run's last batch finds it finished: it is the suite that stops.
+            # A request during a run's last batch comes too late for the run, and stops the suite.
             if not finished or (
                 was_stopped(children.where[recipe.name]) and recipe is not left[-1]
             ):
@@ -192,12 +189,12 @@ def _train_in_turn(children: Children, launcher: Launcher, console: Console) -> 
     return True
 
 
-def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
-    """False when it was asked to stop. What diverges has been told, and is an answer."""
+def _train_one(children: SuiteRuns, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
+    """Returns False if the run was asked to stop. A run that diverged counts as trained."""
     job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
     try:
         return train(
-            job, launcher, children.runs, console, address=children.cluster.address_to_say(launched)
+            job, launcher, children.runs, console, address=children.cluster.resume_address(launched)
         )
     except UserError:
         if not children.is_over(recipe.name):
@@ -208,8 +205,9 @@ def _train_one(children: Children, recipe: Recipe, launcher: Launcher, console: 
 def _check_ahead(
     suite: Suite, cluster: Cluster, *, trust: tuple[str, ...], begun: frozenset[str] = frozenset()
 ) -> None:
-    """Refuse what can be refused before any of them trains; each is checked again, with the weights
-    it refers to, in its turn.
+    """Refuse what can be refused before any run trains.
+
+    Each run is checked again before it begins, with the weights that it starts from.
     """
     with with_stand_ins(suite) as recipes:
         for recipe in recipes:
@@ -222,14 +220,15 @@ def _names(
 ) -> tuple[Path, tuple[str, ...]]:
     """The suite's folder and the names of its runs, none of which is taken.
 
-    `mark` sets them apart from those of a suite that is launched in the same second, as runs get
-    their folders later."""
+    `mark` makes the names differ from those of a suite that is launched in the same second: runs
+    get their folders later.
+    """
     if name is not None:
         refuse_taken(named(runs, name))
     stamp = time.strftime("%Y%m%d-%H%M%S")
 
     def free(wanted: str) -> str:
-        return next(path.name for path in numbered(runs / wanted) if not path.exists())
+        return next(path.name for path in numbered_folders(runs / wanted) if not path.exists())
 
     folder = runs / (name or free(f"{stem}-{stamp}"))
     return folder, tuple(free(f"{recipe.name}-{stamp}-{mark}") for recipe in suite.recipes)

@@ -38,7 +38,7 @@ from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 _DRAW = 0x656C6173746963  # sets these draws apart from a rule's own
 
 
-def told(sizes: Sequence[int]) -> str:
+def format_sizes(sizes: Sequence[int]) -> str:
     """As a user writes them: 4, 2:4, or 2,4,8."""
     if len(sizes) == 1:
         return str(sizes[0])
@@ -60,7 +60,7 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
         raise ValueError(
             f"launch: ZeRO-{recipe.zero} needs one number of workers, for DeepSpeed's checkpoints"
             " of it load on as many only and its universal ones hold Adam alone (0.19.8); got"
-            f" {told(sizes)}; take one number, or zero=0"
+            f" {format_sizes(sizes)}; take one number, or zero=0"
         )
     odd = [size for size in sizes if recipe.batch_size % size]
     if not odd:
@@ -70,11 +70,14 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
     fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
     inside = [size for size in fit if size >= sizes[0]]
     advice = (
-        f"take --workers {told(inside)}" if inside else f"of fewer {', '.join(map(str, fit))} do"
+        f"take --workers {format_sizes(inside)}"
+        if inside
+        else f"of fewer {', '.join(map(str, fit))} do"
     )
     raise ValueError(
         f"launch: batch_size={recipe.batch_size} must divide by every number of workers; got"
-        f" {told(sizes)}, of which {', '.join(map(str, odd))} {'does' if len(odd) == 1 else 'do'}"
+        f" {format_sizes(sizes)}, of which {', '.join(map(str, odd))}"
+        f" {'does' if len(odd) == 1 else 'do'}"
         f" not; {advice}"
     )
 

@@ -42,8 +42,8 @@ EXAMPLES = [
 # by how an example begins, what its command calls once it has refused what it refuses by itself
 WORK = {
     "launch recipes/compare/": "pipeline.launch.suite.launch_suite",
-    "launch recipes/fashion/": "pipeline.launch.start.launch_run",
-    "evaluate recipes/": "pipeline.launch.start.evaluate_recipe",
+    "launch recipes/fashion/": "pipeline.launch.driver.launch_run",
+    "evaluate recipes/": "pipeline.launch.evaluate.evaluate_recipe",
     "probe": "pipeline.forecast.probe.probe",
     "sweep": "pipeline.forecast.sweep.sweep",
     "plan": "pipeline.forecast.plan.plan",

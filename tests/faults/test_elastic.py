@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.launch.nodes import NODES
+from pipeline.launch.ray_cluster import NODES
 from pipeline.track.journal import read
 from pipeline.train.weights import load_run
 from tests.faults.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab

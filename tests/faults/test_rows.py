@@ -37,7 +37,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         BITS,
         f"{CLUSTER}::test_a_worker_that_is_killed_in_the_middle_of_a_step",
         HUNTED,
-        *("launch/test_ray_errors.py::test_who_has_lost_another_one_is_not_the_cause",),
+        *("launch/test_ray_cluster.py::test_who_has_lost_another_one_is_not_the_cause",),
         *("launch/test_restarts.py::test_what_ended_the_workers_is_noted_for_the_journal",),
         *(
             "train/test_writer_lock.py::test_what_ended_other_workers_is_told_once_by_the_next_attempt",
@@ -140,7 +140,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         ),
     ),
     "the driver's machine dies, and another one resumes": (
-        "launch/test_lock.py::test_the_lock_of_a_machine_that_may_be_dead_is_waited_for",
+        "launch/test_driver_lock.py::test_the_lock_of_a_machine_that_may_be_dead_is_waited_for",
     ),
     "SIGTERM": (
         SIGNALS,
@@ -268,14 +268,14 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(
             "faults/test_changed_recipe.py::test_a_run_without_a_checkpoint_begins_as_it_was_launched_or_not_at_all",
         ),
-        *("launch/test_again.py::test_another_recipe_is_refused_with_the_fields_that_differ",),
+        *("launch/test_resume.py::test_another_recipe_is_refused_with_the_fields_that_differ",),
     ),
     "two drivers resume one run": (
         *(
             "faults/test_two_drivers.py::test_the_second_is_refused_in_one_line_and_the_first_goes_on",
         ),
-        *("launch/test_lock.py::test_on_this_machine_it_is_refused_at_once",),
-        *("launch/test_lock.py::test_one_that_lives_elsewhere_is_named_in_the_end",),
+        *("launch/test_driver_lock.py::test_on_this_machine_it_is_refused_at_once",),
+        *("launch/test_driver_lock.py::test_one_that_lives_elsewhere_is_named_in_the_end",),
     ),
     "two drivers know one place of checkpoints": (
         *(f"{OWNER}::test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole",),

@@ -27,10 +27,10 @@ from torch import nn
 import pipeline
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.environment import of_worker
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray_auth import draw_token
+from pipeline.launch.ray_cluster import worker_environment
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.checkpoint import (
@@ -101,7 +101,7 @@ def holders(folder: Path) -> list[str]:
 OF_OUR_OWN = """
 import os
 from pathlib import Path
-from pipeline.launch.preflight_services import join_without_token
+from pipeline.launch.preflight import join_without_token
 from pipeline.launch.ray import Ray
 with Ray(workers=1, device="cpu") as launcher:
     import ray
@@ -109,7 +109,7 @@ with Ray(workers=1, device="cpu") as launcher:
     files = [path for path in session.rglob("*") if path.is_file()]
     token = os.environ.get("RAY_AUTH_TOKEN", "none was drawn")
     holders = [path for path in files if token.encode() in path.read_bytes()]
-    said = join_without_token(launcher.found_at())[0]
+    said = join_without_token(launcher.address_for_others())[0]
     print(said, len(files) > 5, holders, Path("~/.ray").expanduser().exists())
 """
 
@@ -201,7 +201,7 @@ def test_a_worker_is_told_settings_and_no_secrets(monkeypatch: pytest.MonkeyPatc
     plant(monkeypatch)
     monkeypatch.setenv("HF_HOME", "/models")
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    told = of_worker(threads=1, loader_threads=1, gpus=False, alone=False)
+    told = worker_environment(threads=1, loader_threads=1, gpus=False, alone=False)
     assert (told["HF_HOME"], told["NCCL_DEBUG"]) == ("/models", "WARN")
     assert SECRET not in told.values()
 
@@ -445,7 +445,7 @@ def test_a_run_from_elsewhere_leads_to_no_cluster(
         address = f"127.0.0.1:{elsewhere.getsockname()[1]}"
         prepare(small_recipe(), Cluster(address=address), tmp_path / "runs", name="it")
         code, _, error = spiketrain("resume", "it", "--runs", str(tmp_path / "runs"))
-        assert f"must be told --address anew; got none, it was {address}" in refusal(code, error)
+        assert f"needs --address anew; got none, it was {address}" in refusal(code, error)
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.nodes import NODES
+from pipeline.launch.ray_cluster import NODES
 from pipeline.track.journal import last, read
 from tests.small import same_weights
 

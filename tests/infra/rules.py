@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch.nodes import NODES
+from pipeline.launch.ray_cluster import NODES
 from pipeline.launch.schedulers import manifests_of
 
 Manifest = dict[str, Any]

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.launch.nodes import free_port
+from pipeline.launch.ray_cluster import free_port
 from pipeline.track.base import TrackingError
 from pipeline.track.connect import connect
 from pipeline.track.mlflow import sync

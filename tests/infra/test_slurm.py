@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch.nodes import NODES
+from pipeline.launch.ray_cluster import NODES
 from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
 
 ROOT = Path(__file__).resolve().parents[2]

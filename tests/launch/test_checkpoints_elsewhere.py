@@ -69,11 +69,11 @@ def test_they_are_there_and_a_run_whose_folder_is_lost_goes_on_with_them(
     assert (
         said.strip()
         == f"launch: {address} must hold no checkpoints yet; got step_00000008: another --name, or"
-        " --or-resume to go on with them"
+        " --or-resume to continue from them"
     )
     code, _, said = run(*other, "--or-resume", "--set", "optimizer.lr=0.05")
     assert code == 2 and said.startswith(
-        "launch: --or-resume goes on with checkpoints of the same study; got "
+        "launch: --or-resume continues from checkpoints of the same study; got "
     )
 
     (address / "step_00000009").mkdir()  # it is moved away as damaged, and stands in no way
@@ -229,7 +229,8 @@ def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
     code, _, said = run("--runs", str(tmp_path / "runs"), "--or-resume")
     assert (code, said.strip()) == (
         2,
-        f"launch: --or-resume goes on with checkpoints of the same study; got another in {address}",
+        "launch: --or-resume continues from checkpoints of the same study; got another in"
+        f" {address}",
     )
     assert (
         read_json(address / "owner.json")["token"] == token

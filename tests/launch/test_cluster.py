@@ -27,8 +27,8 @@ from pipeline.cli.launch import resume
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.in_process import Inline
-from pipeline.launch.nodes import NODES, free_port, waits_for
 from pipeline.launch.ray import Ray
+from pipeline.launch.ray_cluster import NODES, free_port, worker_start_timeout
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,10 @@ def test_workers_are_a_number_a_range_or_numbers(
         parse_workers(text)
 
 
-def test_a_run_of_one_size_waits_for_its_places_and_one_of_several_takes_fewer() -> None:
-    waits = {(loss, sizes): waits_for(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)}
+def test_a_run_of_one_size_worker_start_timeout_its_places_and_one_of_several_takes_fewer() -> None:
+    waits = {
+        (loss, sizes): worker_start_timeout(loss, sizes=sizes) for loss in NODES for sizes in (1, 2)
+    }
     assert waits["fast", 1] == {}  # Ray's own minute
     seconds = [
         float(*waits[each].values()) for each in (("fast", 2), ("patient", 1), ("patient", 2))
@@ -216,7 +218,7 @@ def test_a_resume_keeps_what_it_is_not_told_and_takes_what_it_is() -> None:
 def test_cores_and_threads_that_nobody_has_said_are_the_launchers_to_find() -> None:
     for cluster in (Cluster(), Cluster(inline=True), Cluster(cpus_per_worker=4)):
         assert Cluster.from_json(json.loads(json.dumps(asdict(cluster)))) == cluster
-    assert (Cluster().of_workers["threads"], Cluster().of_workers["loader_threads"]) == (
+    assert (Cluster().worker_settings["threads"], Cluster().worker_settings["loader_threads"]) == (
         1,
         1,
     )  # on a CPU
@@ -256,7 +258,7 @@ def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
     with pytest.raises(
         ValueError,
         match=(
-            r"must be told --address anew; got none, it was 10\.0\.0\.1:6379; --address local"
+            r"needs --address anew; got none, it was 10\.0\.0\.1:6379; --address local"
             r" starts"
         ),
     ):

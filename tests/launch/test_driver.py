@@ -116,9 +116,9 @@ def test_a_terminal_that_takes_no_more_costs_nothing_but_what_it_would_have_show
 FULL = """
 import sys
 from rich.console import Console
-from pipeline.launch.terminal import outlive
+from pipeline.launch.driver import ignore_lost_terminal
 console = Console()
-outlive(console)
+ignore_lost_terminal(console)
 console.print("x" * 100)
 print("the table at the end")
 sys.exit(130)
@@ -258,7 +258,7 @@ def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_wit
     with pytest.raises(LaunchError, match=r"^worker 2: 'cable'") as ended:
         driven(io.StringIO(), Launcher(end))
     assert ended.value.__notes__ == [
-        "the journal could not be told of it: [Errno 28] No space left on device"
+        "the journal could not be written: [Errno 28] No space left on device"
     ]
 
 
@@ -329,11 +329,13 @@ def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owne
         run_id="r",
     )
     assert (
-        driving._owning(job, said.append) is job and failed == []
+        driving._with_checkpoint_token(job, said.append) is job and failed == []
     )  # its folder's locks are enough
     place = tmp_path / "elsewhere"
     tokens = [
-        driving._owning(replace(job, checkpoints=str(place)), said.append).place_token
+        driving._with_checkpoint_token(
+            replace(job, checkpoints=str(place)), said.append
+        ).place_token
         for _ in range(2)
     ]
     assert said == [f"{place} does not answer, and is waited for: [Errno 5] Input/output error"]

@@ -136,7 +136,7 @@ def test_it_is_stopped_by_ctrl_c_and_resumed(launch: Launch) -> None:
     driver = launch("launch", "resumed")
     at_step(driver, 7)
     driver.process.send_signal(signal.SIGINT)
-    ends(driver, 130, "stopped; go on with: ")
+    ends(driver, 130, "stopped; resume with: ")
     ends(launch("resume", "resumed"), 0, "^ +spiketrain export resumed")
     assert [event["event"] for event in read(driver.run / "journal.jsonl")].count("start") == 2
 

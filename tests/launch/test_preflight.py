@@ -22,20 +22,20 @@ from torch import distributed
 from pipeline.cli.doctor import doctor
 from pipeline.core.shared_marker import Marker
 from pipeline.launch import preflight as module
-from pipeline.launch.base import LaunchError, Silent
-from pipeline.launch.nodes import free_port
+from pipeline.launch.base import LaunchError, NoAnswer
 from pipeline.launch.preflight import (
     MEETING_S,
     PACKAGES,
+    Finding,
     Meeting,
     NodeReport,
-    checkpoint_counts,
+    Store,
     compare,
     examine,
     meet,
     preflight,
 )
-from pipeline.launch.preflight_services import Finding, Store
+from pipeline.launch.ray_cluster import free_port
 from pipeline.measure.driver import Unusable
 from tests.nodes import TOKEN, nodes
 
@@ -67,9 +67,10 @@ def cores(count):
 
 folder = sys.argv[2]
 with Ray(workers=0, address=sys.argv[1]) as cluster:
-    print(sorted(map(repr, cluster.nodes.on_each(raises, lambda has: folder + "/r", within_s=60))))
-    print(sorted(map(repr, cluster.nodes.on_each(hangs, lambda has: folder + "/h", within_s=6))))
-    print(cluster.nodes.on_each(cores, lambda has: has["CPU"], within_s=60))
+    on_each = cluster.nodes.run_on_each
+    print(sorted(map(repr, on_each(raises, lambda has: folder + "/r", within_s=60))))
+    print(sorted(map(repr, on_each(hangs, lambda has: folder + "/h", within_s=6))))
+    print(on_each(cores, lambda has: has["CPU"], within_s=60))
 """
 
 
@@ -84,7 +85,7 @@ def test_one_of_two_nodes_raises_and_hangs(tmp_path: Path) -> None:
         done = subprocess.run(words, timeout=200, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     raised, hung, cores = done.stdout.strip().splitlines()
-    silent = '["\'well\'", "Silent(address='
+    silent = '["\'well\'", "NoAnswer(address='
     assert raised.startswith(silent) and "why='RuntimeError: CUDA error: unspecified" in raised
     assert hung.startswith(silent) and "why='it does not answer in time'" in hung
     assert cores == "[1.0, 1.0]"
@@ -102,19 +103,19 @@ def no_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
 class Sick:
     """A cluster of two nodes: one is this process, and one does not answer."""
 
-    silent = Silent("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'")
+    silent = NoAnswer("10.0.0.2", "ModuleNotFoundError: No module named 'pipeline'")
 
     @property
     def nodes(self) -> Sick:
         return self
 
-    def on_each(self, work: Any, given: Any, *, within_s: float) -> list[Any]:
+    def run_on_each(self, work: Any, given: Any, *, within_s: float) -> list[Any]:
         return [work(given({"CPU": 4.0})), self.silent]
 
-    def at_once(self, *given: Any, within_s: float) -> list[None]:
+    def run_together(self, *given: Any, within_s: float) -> list[None]:
         raise LaunchError("GetTimeoutError: not in time")
 
-    def found_at(self) -> str:
+    def address_for_others(self) -> str:
         return "10.0.0.1:6379"
 
 
@@ -128,8 +129,8 @@ def sick(monkeypatch: pytest.MonkeyPatch, no_ffcv: None) -> None:
     monkeypatch.setattr(module, "of_token", lambda address: Finding("auth", "ok", address))
 
 
-def run(runs: Path, address: str | None = "auto", size: float = 0, at: str | None = None) -> Any:
-    return preflight(runs, address=address, checkpoint_bytes=size, keep=1, checkpoints=at)
+def run(runs: Path, address: str | None = "auto", at: str | None = None) -> Any:
+    return preflight(runs, address=address, checkpoints=at)
 
 
 @pytest.mark.usefixtures("sick")
@@ -156,14 +157,10 @@ def test_local_is_this_machine_and_starts_no_ray(
 
 
 @pytest.mark.usefixtures("sick")
-@pytest.mark.parametrize(("size", "state"), [(1.0, "ok"), (1e18, "bad")])
-def test_each_node_tries_where_checkpoints_are_kept(
-    tmp_path: Path, size: float, state: str
-) -> None:
-    """Room is needed there, and not where the runs are."""
+def test_each_node_tries_where_checkpoints_are_kept(tmp_path: Path) -> None:
     runs, place = tmp_path / "runs", tmp_path / "kept"
-    found = [each for each in run(runs, size=size, at=str(place)) if each.check == "storage"]
-    assert [each.state for each in found] == ["ok", state, "bad"]
+    found = [each for each in run(runs, at=str(place)) if each.check == "storage"]
+    assert [each.state for each in found] == ["ok", "ok", "bad"]
     assert f"written to {runs}" in found[0].text and f"written to {place}" in found[1].text
     assert found[2].text.startswith("10.0.0.2 ") and list(place.iterdir()) == []
 
@@ -198,20 +195,6 @@ def test_a_full_disk_is_reported_with_what_to_do(tmp_path: Path) -> None:
 
 def _full(*given: Any, **more: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(
-    ("place", "counts"),
-    [
-        (None, (4, 0)),
-        ("/shared/kept", (0, 4)),
-        ("file:///shared/kept", (0, 4)),
-        ("s3://bucket", (2, 0)),
-    ],
-)
-def test_room_is_needed_where_checkpoints_lie(place: str | None, counts: tuple[int, int]) -> None:
-    """Beside the three that are kept, the one being written; a store's pass through the run."""
-    assert checkpoint_counts(place, 3) == counts
 
 
 # ------------------------------------------------------------------------------ nodes are compared
@@ -259,7 +242,7 @@ def driver(tmp_path: Path, no_ffcv: None) -> Iterator[Store]:
     """The folder of runs, with the driver's marker in it, which is locked."""
     (tmp_path / "marker").write_text("content")
     with module._locked(tmp_path / "marker"):
-        yield Store(str(tmp_path), 0.0, Marker("marker", "content"))
+        yield Store(str(tmp_path), Marker("marker", "content"))
 
 
 def bad_of(store: Store, resources: dict[str, float] | None = None) -> list[Finding]:

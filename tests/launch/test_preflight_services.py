@@ -58,24 +58,18 @@ def names(address: str) -> list[str]:
 def test_an_object_is_written_found_read_and_deleted(address: str) -> None:
     with marker_in_store(address) as marker:
         assert isinstance(marker, Marker) and len(names(address)) == 1
-        found = try_store(Store(address, 0.0, marker))
+        found = try_store(Store(address, marker))
         assert len(names(address)) == 1
     assert found.state == "ok" and f"an object was written to {address}" in found.text
     assert ("GB are free" in found.text) == ("not/there" in address)
     assert names(address) == []
 
 
-def test_a_folder_without_room(tmp_path: Path) -> None:
-    found = try_store(Store(str(tmp_path), 2e18))
-    assert found.state == "bad" and "GB are free" in found.text
-    assert found.advice == "checkpoints need 2000000000.0 GB: make room, or keep fewer of them"
-
-
 def test_another_place_of_the_same_name(tmp_path: Path) -> None:
     """Each node may have a disk of its own there."""
     with marker_in_store(str(tmp_path / "one")) as marker:
         assert isinstance(marker, Marker)
-        found = try_store(Store(str(tmp_path / "two"), 0.0, marker))
+        found = try_store(Store(str(tmp_path / "two"), marker))
     assert found.state == "bad" and f"does not see {tmp_path / 'two'} as" in found.text
     assert not (tmp_path / "two").exists()
 
@@ -272,8 +266,8 @@ def test_a_token_that_no_header_may_hold_is_not_shown(
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
     with server(password="Bearer x") as (place, _):
         found = of_mlflow(f"http://{place}")
-    assert (found.state, found.text) == ("bad", "the token holds a character that no header may")
-    assert "planted" not in found.advice
+    assert found.state == "bad" and "_TOKEN (a newline in it?)" in found.advice
+    assert "planted" not in found.text + found.advice
 
 
 def test_addresses_that_lead_nowhere() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -22,11 +24,11 @@ from torch import distributed
 from pipeline.core.cores import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.launch import ray_trainer
-from pipeline.launch.base import LaunchError, Silent, WorkersEnded
+from pipeline.launch.base import LaunchError, NoAnswer, WorkersEnded
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
 from pipeline.launch.ray_trainer import OnLoopback
-from pipeline.launch.resizing import NoPlace
+from pipeline.launch.restarts import NoPlace
 from pipeline.measure.driver import Unusable
 from pipeline.train.job import Job, RankInfo
 
@@ -67,7 +69,9 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, addresses: list[str], alone: bool
 ) -> None:
     """Whatever address this process, which may be a client's of elsewhere, has itself."""
-    nodes = [{"NodeManagerAddress": address, "Alive": True} for address in addresses]
+    nodes = [
+        {"NodeManagerAddress": address, "Alive": True, "Resources": {}} for address in addresses
+    ]
     gone = {"NodeManagerAddress": "10.0.0.9", "Alive": False}
     asked = run(tmp_path, monkeypatch, None, nodes=[*nodes, gone])
     assert isinstance(asked["torch_config"], OnLoopback) is alone
@@ -79,13 +83,13 @@ def test_a_cluster_is_of_this_machine_alone_where_all_of_its_nodes_are_on_loopba
 def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
-        return [work(given({"CPU": 64.0})), Silent("10.0.0.2", "no answer")]
+    def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
+        return [work(given({"CPU": 64.0})), NoAnswer("10.0.0.2", "no answer")]
 
     here = len(physical_cores(os.sched_getaffinity(0)))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0})
     launcher = Ray(workers=1, address="10.0.0.1:6379", device="cpu")
-    monkeypatch.setattr(launcher.nodes, "on_each", on_each)
+    monkeypatch.setattr(launcher.nodes, "run_on_each", run_on_each)
     assert launcher.room() == min(64, here) and Ray(workers=1, device="cpu").room() == here
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0, "GPU": 8.0})
     monkeypatch.setattr(ray, "nodes", lambda: NODES)
@@ -166,15 +170,15 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     in_a_cluster(monkeypatch, CPU=128.0, GPU=16.0)
     launcher, asked = Ray(workers=2, address="auto"), list[int]()
 
-    def on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
+    def run_on_each(work: Any, given: Any, *, within_s: float) -> list[Any]:
         asked.extend(given(node) for node in ({"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}))
         return [
             None,
-            Silent("10.0.0.2", "no answer"),
+            NoAnswer("10.0.0.2", "no answer"),
             "two: torch is built without CUDA; install another",
         ]
 
-    monkeypatch.setattr(launcher.nodes, "on_each", on_each)
+    monkeypatch.setattr(launcher.nodes, "run_on_each", run_on_each)
     with (
         pytest.raises(
             UserError, match=r"^launch: two: torch is built without CUDA; install another$"
@@ -296,3 +300,9 @@ def run(
     launcher = Ray(workers=2, device="cpu") if launcher is None else launcher
     launcher.run(job, "1")
     return {**asked, "job": asked["train_loop_config"]}
+
+
+def test_ray_is_not_imported_before_its_settings_are_made() -> None:
+    """Ray reads its settings and its token when it is imported; --inline needs no Ray."""
+    code = "import pipeline.launch.suite, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0

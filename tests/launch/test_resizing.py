@@ -20,9 +20,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.launch import resizing
+from pipeline.launch import restarts as resizing
 from pipeline.launch.ray_trainer import Trainer
-from pipeline.launch.resizing import LOOK_S, PATIENCE_S, PLACES_S, NoPlace, Resizing
+from pipeline.launch.restarts import LOOK_S, PATIENCE_S, PLACES_S, NoPlace, Resizing
 from pipeline.recipe.recipe import read_json
 from pipeline.track.journal import read
 from pipeline.train.job import Notice
@@ -129,7 +129,7 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
         )
         now += LOOK_S + 1
         with monkeypatch.context() as patch:
-            patch.setattr(resizing, "tell_waiting", unable)
+            patch.setattr(resizing, "journal_waiting", unable)
             assert policy.make_decision_for_non_running_worker_group() == NOTHING
         assert [policy.make_decision_for_non_running_worker_group() for _ in range(3)] == [
             NOTHING

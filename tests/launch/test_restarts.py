@@ -18,8 +18,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from pipeline.launch import restarts
-from pipeline.launch.resizing import PLACES_S
-from pipeline.launch.restarts import Restarts
+from pipeline.launch.restarts import PLACES_S, Restarts
 from pipeline.track.journal import read
 from pipeline.train.guards.deaths import noted
 

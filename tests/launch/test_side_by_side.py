@@ -31,7 +31,7 @@ from pipeline.data.write.images import write_fashion
 from pipeline.launch import side_by_side
 from pipeline.launch.base import Launcher
 from pipeline.launch.in_process import Inline
-from pipeline.launch.side_by_side import LOG, slots_of, train_side_by_side
+from pipeline.launch.side_by_side import LOG, parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import runs_of
 from pipeline.report.listing import list_suites
@@ -99,6 +99,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 spiketrain = pytest.fixture(command)
 
 
+def words(file: Path, runs: Path, name: str) -> list[str]:
+    """Of a launch of this suite."""
+    options = ["--inline", "--device", "cpu", "--runs", str(runs), "--name", name]
+    return ["launch", str(file), *options]
+
+
 def span(run: Path) -> tuple[float, float]:
     """When it began and ended to train."""
     start, finish = first(run / "journal.jsonl", "start"), last(run / "journal.jsonl", "finish")
@@ -145,19 +151,16 @@ def test_what_needs_nothing_runs_at_once_and_what_does_waits(
 def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(
     place: Path, tmp_path: Path, spiketrain: Command
 ) -> None:
-    words = [
-        "launch",
-        str(place / "long.py"),
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "killed",
-    ]
     with subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL
+        [
+            sys.executable,
+            "-m",
+            "pipeline",
+            *words(place / "long.py", tmp_path, "killed"),
+            "--side-by-side",
+            "2",
+        ],
+        stdout=subprocess.DEVNULL,
     ) as suite:
         wait_for(
             lambda: all(
@@ -186,20 +189,11 @@ def test_when_the_suite_is_killed_its_runs_are_saved_and_it_goes_on(
 def test_a_run_that_fails_lets_the_others_end_and_says_why(
     place: Path, tmp_path: Path, spiketrain: Command
 ) -> None:
-    words = (
-        "launch",
-        str(place / "short.py"),
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "bad",
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", REFUSE)))
-        code, _, error = spiketrain(*words, "--side-by-side", "2")
+        code, _, error = spiketrain(
+            *words(place / "short.py", tmp_path, "bad"), "--side-by-side", "2"
+        )
     runs = runs_of(tmp_path / "bad")
     assert code == 2 and error == f"{runs['one'].name}: sabotage: must not be; got one\n"
     assert state_of(runs["other"]) == "finished" and not runs["after"].exists()
@@ -210,19 +204,16 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(
 @pytest.mark.full
 def test_a_run_that_is_killed_is_marked_so_and_so_is_its_suite(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "uneven"
-    words = [
-        "launch",
-        str(place / "uneven.py"),
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "uneven",
-    ]
     with subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *words, "--side-by-side", "2"], stdout=subprocess.DEVNULL
+        [
+            sys.executable,
+            "-m",
+            "pipeline",
+            *words(place / "uneven.py", tmp_path, "uneven"),
+            "--side-by-side",
+            "2",
+        ],
+        stdout=subprocess.DEVNULL,
     ) as suite:
         try:
             wait_for(
@@ -262,25 +253,16 @@ def marked(place: Path, suite: Path) -> dict[str, str]:
 def test_a_run_that_is_stopped_alone_stops_the_suite_once_the_others_have_ended(
     place: Path, tmp_path: Path, spiketrain: Command
 ) -> None:
-    words = (
-        "launch",
-        str(place / "short.py"),
-        "--inline",
-        "--device",
-        "cpu",
-        "--runs",
-        str(tmp_path),
-        "--name",
-        "alone",
-    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(saboteur(tmp_path / "hook", STOP)))
-        code, said, _ = spiketrain(*words, "--side-by-side", "2")
+        code, said, _ = spiketrain(
+            *words(place / "short.py", tmp_path, "alone"), "--side-by-side", "2"
+        )
     runs = runs_of(tmp_path / "alone")
     assert (
         code == 130
         and said.splitlines()[-1]
-        == f"stopped; go on with: spiketrain resume alone --runs {tmp_path}"
+        == f"stopped; resume with: spiketrain resume alone --runs {tmp_path}"
     )
     assert [state_of(runs[name]) for name in ("one", "other", "after")] == [
         "stopped",
@@ -500,9 +482,9 @@ def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
 def test_more_than_there_is_room_for_is_refused() -> None:
     launcher: Launcher = Inline(device="cpu")
     room = launcher.room()
-    assert slots_of(launcher, "auto") == room and slots_of(launcher, 1) == 1
+    assert parallel_runs(launcher, "auto") == room and parallel_runs(launcher, 1) == 1
     crowded: Any = SimpleNamespace(room=lambda: 0)  # fewer cores than one run has workers
-    assert slots_of(crowded, "auto") == 1
+    assert parallel_runs(crowded, "auto") == 1
     with pytest.raises(
         UserError,
         match=(
@@ -510,7 +492,7 @@ def test_more_than_there_is_room_for_is_refused() -> None:
             f" {room}"
         ),
     ):
-        slots_of(launcher, room + 1)
+        parallel_runs(launcher, room + 1)
 
 
 def children(suite: Path) -> dict[str, Path]:

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.launch import signals
 from pipeline.launch.side_by_side import _stop_requests
-from pipeline.launch.signals import ECHO_S, stops_on_signal, wishes, withheld
+from pipeline.launch.signals import ECHO_S, blocked_signal, on_stop_signals, stops_on_signal
 
 
 class AtOnce(Exception):
@@ -44,13 +44,13 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
 ) -> None:
     said: list[str] = []
     with stops_on_signal(tmp_path, said.append) as request:
-        request.tell()
+        request.report()
         assert said == []
         send(number)
         assert (tmp_path / "stop").read_text() == signal.Signals(number).name
         assert said == []  # in the middle of whatever the main thread does
         for _ in range(2):
-            request.tell()
+            request.report()
         assert said == [
             f"{signal.Signals(number).name}: saving after this step; once more to stop at once"
         ]
@@ -106,7 +106,7 @@ def test_the_two_signals_of_one_wish_to_stop_a_suite_are_one() -> None:
 def test_what_was_heard_before_is_heard_again_afterwards() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
-    with wishes(print):
+    with on_stop_signals(print):
         assert all(callable(signal.getsignal(number)) for number in numbers)
     assert [signal.getsignal(number) for number in numbers] == before
 
@@ -118,7 +118,7 @@ def test_a_signal_that_is_withheld_reaches_us_and_our_children_never() -> None:
     got: list[int] = []
     before = signal.signal(signal.SIGHUP, lambda number, frame: got.append(number))
     try:
-        with withheld(signal.SIGHUP):
+        with blocked_signal(signal.SIGHUP):
             os.kill(os.getpid(), signal.SIGHUP)
             child = subprocess.run(
                 [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True, timeout=60

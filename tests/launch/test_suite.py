@@ -23,9 +23,9 @@ from rich.console import Console
 
 from pipeline.__main__ import main
 from pipeline.core.printing import NO_WIDTH
-from pipeline.launch.lock import driver_lock
-from pipeline.launch.nodes import free_port
-from pipeline.launch.suite import _tell_mlflow
+from pipeline.launch.driver import driver_lock
+from pipeline.launch.ray_cluster import free_port
+from pipeline.launch.suite import _sync_states
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, runs_of
 from pipeline.report.listing import list_suites, print_runs
@@ -322,7 +322,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
                     spiketrain(*words)
             else:
                 code, said, _ = spiketrain(*words)
-                assert code == 130 and said.splitlines()[-1] == f"stopped; go on with: {command}"
+                assert code == 130 and said.splitlines()[-1] == f"stopped; resume with: {command}"
         words = command.split()[1:]
     code, said, error = spiketrain(*words)
     assert code == 0, error
@@ -354,7 +354,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
             "s",
         )
     assert (
-        code == 130 and "stopped; go on with: spiketrain resume s --runs" in said.splitlines()[-1]
+        code == 130 and "stopped; resume with: spiketrain resume s --runs" in said.splitlines()[-1]
     )
     runs = runs_of(tmp_path / "s")
     assert [state_of(runs[name]) for name in ("first", "second")] == [
@@ -388,11 +388,11 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
         raise KeyboardInterrupt  # between two runs, where nobody else listens
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.launch.children.prepare", interrupted)
+        patch.setattr("pipeline.launch.suite_runs.prepare", interrupted)
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert (
         code == 130
-        and said.splitlines()[-1] == f"stopped; go on with: spiketrain resume s --runs {tmp_path}"
+        and said.splitlines()[-1] == f"stopped; resume with: spiketrain resume s --runs {tmp_path}"
     )
 
 
@@ -796,5 +796,5 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
         journal.event("start")
     console = Console(file=io.StringIO())
     children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)
-    _tell_mlflow(children, console)
+    _sync_states(children, console)
     assert "Stale file handle" in console.file.getvalue()  # type: ignore[attr-defined]

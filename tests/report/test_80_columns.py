@@ -19,7 +19,7 @@ from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
-from pipeline.launch.preflight_services import Finding
+from pipeline.launch.preflight import Finding
 from pipeline.measure.fidelity import Fidelity
 from pipeline.recipe.recipe import spec
 from pipeline.report.claims import Claim, print_claims

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch.nodes import free_port
+from pipeline.launch.ray_cluster import free_port
 from pipeline.report.stores import open_store
 from pipeline.track import hierarchy
 from pipeline.track.base import TrackingError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.children import Children
 from pipeline.launch.cluster import Cluster
+from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
 from pipeline.track.journal import Journal
 from pipeline.track.trials import best, over_in, top1_of
@@ -25,7 +25,7 @@ def run(folder: Path, *, end: str) -> Path:
     return folder
 
 
-def suite(folder: Path, **ends: str) -> Children:
+def suite(folder: Path, **ends: str) -> SuiteRuns:
     """A suite's runs at the value that all share, a trial and a tuned run, of which those in `ends`
     have come to one.
     """
@@ -44,7 +44,7 @@ def suite(folder: Path, **ends: str) -> Children:
     made.write(folder / "suite")
     for name, end in ends.items():
         run(folder / name, end=end)
-    return Children("suite", made, Cluster(inline=True), {name: folder / name for name in names})
+    return SuiteRuns("suite", made, Cluster(inline=True), {name: folder / name for name in names})
 
 
 @pytest.mark.parametrize("name", ["shared", "trial", "tuned"])

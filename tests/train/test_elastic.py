@@ -25,7 +25,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.spiking.norm import BatchNorm
 from pipeline.track.journal import read
 from pipeline.train.build import check_recipe
-from pipeline.train.elastic import check_sizes, draw_for, steady, told
+from pipeline.train.elastic import check_sizes, draw_for, format_sizes, steady
 from pipeline.train.job import STOP, Job, RankInfo
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.trainer import Trainer
@@ -152,7 +152,7 @@ def test_what_is_drawn_depends_on_seed_batch_and_row_alone() -> None:
     ("sizes", "text"), [((4,), "4"), ((2, 3, 4), "2:4"), ((2, 4, 8), "2,4,8"), ((2, 3), "2:3")]
 )
 def test_sizes_are_told_as_they_are_written(sizes: tuple[int, ...], text: str) -> None:
-    assert told(sizes) == text
+    assert format_sizes(sizes) == text
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.data.base import Batch
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.start import check
+from pipeline.launch.driver import check
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.base import Rule

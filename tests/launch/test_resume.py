@@ -108,8 +108,7 @@ def test_a_suite_goes_on_where_it_stopped(place: Path, tmp_path: Path, spiketrai
     code, _, error = spiketrain(*words(place, tmp_path, "two.py"), "--set", "optimizer.lr=0.25")
     assert (
         code == 2
-        and "goes on with it as it was launched; its recipe differs now: other.optimizer.lr: "
-        in error
+        and "continues it as it was launched; its recipe differs now: other.optimizer.lr: " in error
     )
     code, _, error = spiketrain(*words(place, tmp_path))
     assert code == 2 and error.endswith("it is a suite, and now one recipe is asked for\n")
@@ -124,7 +123,7 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(
     )
     assert code == 2
     assert error.startswith(
-        "launch: --or-resume goes on with it as it was launched; its recipe differs now: "
+        "launch: --or-resume continues it as it was launched; its recipe differs now: "
     )
     assert error.endswith("optimizer.lr: 0.1 and 0.25; seed: 0 and 7\n")
     code, _, error = spiketrain(*words(place, tmp_path, "two.py"))
@@ -165,7 +164,7 @@ def test_it_needs_a_name(place: Path, tmp_path: Path, spiketrain: Command) -> No
     asked = words(place, tmp_path)
     del asked[asked.index("--name") : asked.index("--name") + 2]
     code, _, error = spiketrain(*asked)
-    assert (code, error) == (2, "launch: --or-resume goes on with what has this --name; got none\n")
+    assert (code, error) == (2, "launch: --or-resume needs a --name to continue; got none\n")
 
 
 # ----------------------------------------------------------------------- a machine of another shape

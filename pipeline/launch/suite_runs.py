@@ -1,5 +1,5 @@
-"""The runs of a suite: which are left, which can begin, and what each is told once those before it
-have said what it needs.
+"""The runs of a suite: which are left, which can begin, and the job of each once the runs that it
+depends on are over.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pipeline.launch.cluster import Cluster
+from pipeline.launch.driver import check
 from pipeline.launch.prepare import prepare, read_job
-from pipeline.launch.start import check
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, filled, needed, sources
 from pipeline.track.trials import best, is_over, top1_of
@@ -21,15 +20,15 @@ from pipeline.train.weights import lasting_weights
 
 
 @dataclass(frozen=True)
-class Children:
-    """Of one launch."""
+class SuiteRuns:
+    """The runs of one launch or resume of a suite."""
 
     name: str
-    """the suite's, which is that of its folder"""
+    """Of the suite and its folder."""
     suite_file: SuiteFile
     cluster: Cluster
     where: Mapping[str, Path]
-    """the folder of each recipe's run, there or not"""
+    """The folder of each recipe's run, by the recipe's name. It may not exist yet."""
     trust: tuple[str, ...] = ()
 
     @property
@@ -37,7 +36,7 @@ class Children:
         return next(iter(self.where.values())).parent
 
     def is_over(self, name: str) -> bool:
-        """Whether nothing is left to do for the run of the recipe of this name."""
+        """Whether the run of the recipe of this name needs no more training."""
         return is_over(self.where[name], is_needed=name in self._sources)
 
     @cached_property
@@ -45,38 +44,41 @@ class Children:
         return sources(self.suite_file.suite)
 
     def left(self) -> list[Recipe]:
-        """The recipes whose runs are not over, in their order."""
+        """The recipes whose runs are not over, in the suite's order."""
         return [recipe for recipe in self.suite_file.suite.recipes if not self.is_over(recipe.name)]
 
     def can_begin(self, recipe: Recipe) -> bool:
-        """Whether all that it takes weights or a choice from are over."""
+        """Whether the runs that it takes weights or a choice from are over."""
         return all(self.is_over(name) for name in needed(self.suite_file.suite, recipe))
 
     def job(self, recipe: Recipe) -> Job:
-        """Its run as it stands; one that has not begun is prepared, with what the suite had left
-        open.
+        """The job of a run. A run that has not begun is prepared, with its recipe completed.
 
         Raises:
-            ValueError: its folder is not whole or not of this suite, or the recipe, complete now,
-            is refused.
+            ValueError: its folder is damaged or not of this suite, or the completed recipe is
+                refused.
         """
         run, parent = self.where[recipe.name], self.suite_file.parent
         if run.exists():
             return begun_job(run, parent, trust=self.trust)
         ready = filled(self._chosen(recipe), self._weights_of)
         check(ready, self.cluster, trust=self.trust)
-        about: dict[str, Any] = {
-            "parent": parent,
-            "suite": self.name,
-            "family": self.suite_file.suite.family,
-        }
-        return prepare(ready, self.cluster, self.runs, name=run.name, trust=self.trust, **about)
+        return prepare(
+            ready,
+            self.cluster,
+            self.runs,
+            name=run.name,
+            parent=parent,
+            suite=self.name,
+            family=self.suite_file.suite.family,
+            trust=self.trust,
+        )
 
     def _weights_of(self, name: str) -> Path:
         return lasting_weights(self.where[name])
 
     def _chosen(self, recipe: Recipe) -> Recipe:
-        """With the value that did best in its trials, where it has any."""
+        """The recipe with the value that did best in its trials, if it has trials."""
         choice = self.suite_file.suite.choices.get(recipe.name)
         if choice is None:
             return recipe
@@ -86,10 +88,10 @@ class Children:
 
 
 def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
-    """The job of a child that has its folder.
+    """The job of a run that has its folder.
 
     Raises:
-        ValueError: it is not whole, or it is no child of this suite.
+        ValueError: the folder is damaged, or the run is not of this suite.
     """
     if not (run / "job.json").is_file():
         raise ValueError(

@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.launch import prepare as preparing
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.folder import whole_folder
-from pipeline.launch.prepare import prepare, read_job
+from pipeline.launch.prepare import atomic_folder, prepare, read_job
 from pipeline.report.listing import list_runs
 from pipeline.track.state import state_of
 from tests.small import small_recipe
@@ -57,14 +56,14 @@ def test_from_its_first_moment_a_run_says_where_and_on_how_much_it_trains(tmp_pa
     assert json.loads((tmp_path / "run" / "cluster.json").read_text())["workers"] == 2
     assert state_of(tmp_path / "run") == "new"
     with pytest.raises(
-        ValueError, match=rf"got run, which `spiketrain resume run --runs {tmp_path}` goes on with$"
+        ValueError, match=rf"got run, which `spiketrain resume run --runs {tmp_path}` continues$"
     ):
         prepare(small_recipe(), CLUSTER, tmp_path, name="run")
 
 
 def test_a_name_that_another_launch_takes_meanwhile_is_refused(tmp_path: Path) -> None:
     def launched_beside_another() -> None:
-        with whole_folder(tmp_path / "run") as hidden:
+        with atomic_folder(tmp_path / "run") as hidden:
             (hidden / "mine").touch()
             (tmp_path / "run").mkdir()
             (tmp_path / "run" / "theirs").touch()

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.launch import lock
-from pipeline.launch.lock import driver_lock, this_machine
+from pipeline.launch import driver
+from pipeline.launch.driver import driver_lock, this_machine
 
 HOLD = """
 import fcntl, sys, time
@@ -81,7 +81,7 @@ def test_the_lock_of_a_machine_that_may_be_dead_is_waited_for(
 def test_one_that_lives_elsewhere_is_named_in_the_end(
     tmp_path: Path, held: Callable[[str], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE_S", 1.2)
+    monkeypatch.setattr(driver, "PATIENCE_S", 1.2)
     held("gpu-node-7 0123")
     with pytest.raises(UserError) as refusal, driver_lock(tmp_path):
         pass

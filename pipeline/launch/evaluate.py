@@ -1,0 +1,149 @@
+"""`spiketrain evaluate`: the accuracy of a trained network on the whole evaluation set."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+from torch import nn
+
+from pipeline.core.printing import new_console, say
+from pipeline.core.stages import say_stage
+from pipeline.core.torch_settings import computing
+from pipeline.core.units import counted
+from pipeline.launch.prepare import read_job
+from pipeline.measure.energy import in_words
+from pipeline.measure.joules import Joules, inference_j
+from pipeline.measure.memory import device_here
+from pipeline.measure.sampled import ACTIVITY_EVERY
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import Suite
+from pipeline.train.build import build_network
+from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, inputs
+from pipeline.train.export import is_export, load_export
+from pipeline.train.part_checks import check_network
+from pipeline.train.tasks import Loaders, build_data, check_data, mean_of, tasks_of
+from pipeline.train.weights import load_run, load_weights
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    which: str | None,
+    weights: Path | None,
+    time_steps: int | None,
+    trust: tuple[str, ...],
+) -> None:
+    """Print the accuracy of a run's network.
+
+    The weights are those of the file `weights`, or of the checkpoint `which` ("last" by default).
+    """
+    if which is not None and weights is not None:
+        raise ValueError(
+            "evaluate: --weights takes the place of a checkpoint, so --which has no effect; got"
+            f" --which {which}"
+        )
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    if weights is None:
+        which = which or "last"
+        network = load_run(folder, which=which, trust=trust)
+    else:
+        network = _with_weights(recipe, weights, trust=trust)
+    check_data(build_data(recipe), fingerprint=read_job(folder).data_fingerprint, every_page=True)
+    _print_accuracy(
+        network, recipe, f"{folder.name} ({which if weights is None else weights.name}", time_steps
+    )
+
+
+def evaluate_recipe(
+    made: Recipe | Suite,
+    *,
+    which: str | None,
+    weights: Path | None,
+    time_steps: int | None,
+    own: tuple[str, ...],
+    trust: tuple[str, ...],
+) -> None:
+    """Print the accuracy of a recipe's network with the weights of a file. No run is needed.
+
+    Args:
+        own: the recipe file's own module, if the network is defined there.
+        trust: the packages that the user trusts.
+    """
+    if weights is None or which is not None:
+        got = "no --weights" if weights is None else f"--which {which}"
+        raise ValueError(
+            f"evaluate: a recipe has no checkpoints and needs --weights FILE; got {got}"
+        )
+    if isinstance(made, Suite):
+        names = ", ".join(recipe.name for recipe in made.recipes)
+        raise ValueError(
+            "evaluate: --weights are those of one network, so the file must hold one recipe; got"
+            f" {names}"
+        )
+    network = _with_weights(made, weights, trust=(*trust, *own))
+    if trust and not is_export(weights):  # errors of the file come first
+        raise ValueError(
+            "evaluate: --trust is for a file of spiketrain export, which says what its network is"
+            f" made of; got --trust {' --trust '.join(trust)} with {weights}"
+        )
+    build_data(made).check()
+    _print_accuracy(network, made, f"{made.name} ({weights.name}", time_steps)
+
+
+def _with_weights(recipe: Recipe, file: Path, *, trust: tuple[str, ...]) -> nn.Module:
+    """The recipe's network with the weights of a file: of `spiketrain export`, or of another
+    program.
+    """
+    if is_export(file):
+        return load_export(file, model=recipe.model, trust=trust)
+    return load_weights(build_network(recipe, tasks_of(recipe)), file)
+
+
+def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: int | None) -> None:
+    """Evaluate the whole evaluation set of each task, and print the cost of an inference of the
+    last one.
+    """
+    console, steps = new_console(), time_steps or recipe.time_steps
+    tasks = tasks_of(recipe)
+    tasks[0].choose_head(network)
+    check_network(network, recipe, tasks[0].data)
+    device = device_here()
+    network.to(device)
+    options = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
+    loaders, found = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
+    for index, task in enumerate(loaders.tasks):
+        begun = time.monotonic()
+        say_stage("evaluating; the first batch compiles what reads the data")
+        task.choose_head(network)
+        with (
+            closing(loaders.val(index)) as val_set,
+            computing(device, recipe.precision),
+        ):
+            batches = inputs(val_set, steps, device)
+            found.append(evaluate(network, batches, recipe.objective.build().labels, **options))
+        where = f", {task.name}" if recipe.phases else ""
+        say(
+            console,
+            f"{name}, T = {steps}{where}): {_describe(found[-1].result)}; it took"
+            f" {time.monotonic() - begun:.1f} s",
+        )
+    if recipe.phases:
+        mean = _describe(mean_of([each.result for each in found]))
+        say(console, f"{name}, T = {steps}, mean of {counted(len(found), 'task')}): {mean}")
+    inference = found[-1].inference
+    assert inference is not None, "an evaluation of one worker has samples"
+    say(
+        console,
+        in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"),
+    )
+
+
+def _describe(result: Evaluation) -> str:
+    top5 = "" if result.top5 is None else f"top-5 {result.top5:.2%}, "
+    return (
+        f"top-1 {result.top1:.2%}, {top5}loss {result.loss:.4f} on"
+        f" {counted(result.samples, 'sample')}, firing rate {result.firing_rate:.4f} on one in"
+        f" {ACTIVITY_EVERY} of them"
+    )

@@ -1,0 +1,271 @@
+"""The Ray cluster that this process has joined: tasks on its nodes, the environment of workers, and
+the error that a user can act on.
+
+Two profiles of node loss (`--node-loss`) say when a node that does not answer counts as lost. They
+exclude each other.
+
+    fast       A dead node is noticed within about 4 s. The run continues with fewer workers, or
+               waits up to an hour for another node. A node whose link is cut for that long counts
+               as dead too, and Ray does not let it join again: whoever starts the nodes has to
+               restart it. For nodes that are killed: preemptible machines, autoscalers.
+    patient    A cut of half a minute or more is waited out. No node is lost, and the workers
+               continue or are restarted on the same nodes. A dead node is waited for as long,
+               before the run continues without it. For machines that stay, on an unreliable
+               network.
+
+A profile sets two environments: `NODES` of the processes that start the cluster's nodes
+(`ray start`, the `env` of a manifest) and `worker_start_timeout` of the process that launches. A
+cluster that a launch starts by itself is one machine, and needs neither. Source: measured with ray
+2.60 on two hosts made of network namespaces and on clusters of one machine. From the kill of a node
+to the next step `fast` took 16 s, Ray's defaults 40 s.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pipeline.core.allocator import environment
+from pipeline.core.secrets import is_secret
+from pipeline.core.torch_settings import EXACT
+from pipeline.launch.base import LaunchError, NoAnswer
+
+G = TypeVar("G")
+R = TypeVar("R")
+NodeLoss = Literal["fast", "patient"]
+
+NODES: dict[NodeLoss, dict[str, str]] = {
+    "fast": {
+        "RAY_health_check_initial_delay_ms": "1000",
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "2000",
+        "RAY_health_check_failure_threshold": "3",
+    },
+    "patient": {
+        "RAY_grpc_keepalive_time_ms": "60000",
+        "RAY_grpc_keepalive_timeout_ms": "120000",
+        "RAY_grpc_client_keepalive_timeout_ms": "120000",
+    },
+}
+
+PASSED_ON = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "FI_", "HF_", "PYTORCH_", "CUBLAS_", "TRITON_")
+PASSED_ON += ("TORCHINDUCTOR_",)
+"""Prefixes of variables that workers inherit: networks, caches, allocators, compilers."""
+
+
+def worker_start_timeout(node_loss: NodeLoss, *, sizes: int) -> dict[str, str]:
+    """Ray Train's setting of how long it waits for room for all workers.
+
+    After that it asks for fewer workers, if the run has several sizes.
+    """
+    seconds = "120" if node_loss == "patient" else "8" if sizes > 1 else None
+    return {} if seconds is None else {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": seconds}
+
+
+class Nodes:
+    """Runs tasks of ours on the nodes of the cluster."""
+
+    def run_on_each(
+        self, work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float
+    ) -> list[R | NoAnswer]:
+        """Run `work(given(resources))` on each node that is up, the head first."""
+        import ray
+
+        run, nodes = ray.remote(work), alive_nodes()
+        options = {"num_cpus": 0, "max_retries": 0}
+        tasks = [
+            run.options(**options, scheduling_strategy=_on(node)).remote(given(node["Resources"]))
+            for node in nodes
+        ]
+        ray.wait(tasks, num_returns=len(tasks), timeout=within_s)
+        return [_answer(task, node) for task, node in zip(tasks, nodes, strict=True)]
+
+    def run_together(
+        self,
+        work: Callable[[G, int], R],
+        given: Callable[[str, int, int, bool], G],
+        *,
+        within_s: float,
+    ) -> list[R]:
+        """Run `work(given(...), rank)` in processes that run at the same time, as in a training.
+
+        There is one process for each GPU of the cluster; in a cluster without GPUs, one for each
+        node with cores. `given` takes the address and a free port of the first process's node, the
+        number of processes, and whether each has a GPU.
+
+        Returns: the results in the order of ranks; an empty list if there would be one process.
+
+        Raises:
+            LaunchError: a process failed, or there was no room for all of them in time.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        nodes = [(_on(node), node["Resources"]) for node in alive_nodes()]
+        gpus = any(has.get("GPU") for _, has in nodes)
+        places = [
+            on
+            for on, has in nodes
+            for _ in range(int(has.get("GPU", 0)) if gpus else int(has.get("CPU", 0) > 0))
+        ]
+        if len(places) < 2:
+            return []
+        run = ray.remote(work).options(
+            num_cpus=0,
+            num_gpus=int(gpus),
+            runtime_env={"env_vars": passed_on()},
+            max_retries=0,
+        )
+        started: list[Any] = []
+        try:
+            address = ray.remote(_free_address).options(num_cpus=0, scheduling_strategy=places[0])
+            host, port = ray.get(address.remote(), timeout=within_s)
+            argument = given(host, port, len(places), gpus)
+            started += [
+                run.options(scheduling_strategy=each).remote(argument, rank)
+                for rank, each in enumerate(places)
+            ]
+            return ray.get(started, timeout=within_s)
+        except RayError as error:
+            for each in started:
+                ray.cancel(each, force=True)
+            raise LaunchError(innermost(getattr(error, "cause", None) or error)) from error
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's description of each node that is up, the head first."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return sorted(nodes, key=lambda node: "node:__internal_head__" not in node["Resources"])
+
+
+def _on(node: dict[str, Any]) -> Any:
+    """A scheduling strategy that allows this node only."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def _answer(task: Any, node: dict[str, Any]) -> Any:
+    """The result of a task whose time is over; NoAnswer if it failed or still runs."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    try:
+        return ray.get(task, timeout=0)
+    except GetTimeoutError:
+        ray.cancel(task, force=True)
+        why = "it does not answer in time"
+    except RayError as error:
+        why = innermost(getattr(error, "cause", None) or error)
+    return NoAnswer(node["NodeManagerAddress"], why)
+
+
+def _free_address() -> tuple[str, int]:
+    """The address of this node and a free port there."""
+    import ray
+
+    return ray.util.get_node_ip_address(), free_port("")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of `host` at which nothing listens now; "" stands for all addresses of this machine.
+
+    Another process may take the port before the caller does.
+    """
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return listener.getsockname()[1]
+
+
+def worker_environment(
+    *, threads: int, loader_threads: int, gpus: bool, alone: bool
+) -> dict[str, str]:
+    """The environment variables of every worker.
+
+    Ray passes on a fixed list of its own, and forces OMP_NUM_THREADS to 1.
+
+    Args:
+        threads: torch's threads.
+        alone: the workers are on one machine, and no other machine may reach them.
+    """
+    # Defaults first: passed_on() holds the user's own values.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if alone else {}
+    exact = EXACT if gpus else {}  # NCCL reads it when it first connects
+    # The number of GPUs that the workers have, not that this process sees. Workers without a GPU
+    # each must not use the few there are.
+    no_gpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    # A worker starts in another folder. Packages that the user trusts lie beside the recipe or on
+    # the path.
+    path = dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
+    return {
+        **loopback,
+        **exact,
+        **passed_on(),
+        "PYTHONPATH": os.pathsep.join(path),
+        **environment(),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning beside a busy process was nine times slower
+        "NUMBA_NUM_THREADS": str(loader_threads),
+        **({"DS_ACCELERATOR": "cuda"} if gpus else no_gpu),
+    }
+
+
+def passed_on() -> dict[str, str]:
+    """The variables of this process with the prefixes PASSED_ON.
+
+    Secrets are left out: Ray writes these variables to its logs, and each machine has its own
+    secrets.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(PASSED_ON) and not is_secret(name)
+    }
+
+
+_GLOO = ("connection closed by peer", "connection reset by peer", "timed out waiting")
+_GLOO += ("timeout caused pair closure",)
+_NCCL = ("remote process exit", "communicator was aborted", "collective operation timeout")
+_TORCH_STORE = ("connection was likely closed",)
+_OURS = ("process group was taken away",)  # Ranks.raise_if_gone
+LOST_PEER = _GLOO + _NCCL + _TORCH_STORE + _OURS
+"""Parts of the messages of a worker that has lost another worker (torch 2.13)."""
+
+
+def innermost(error: BaseException) -> str:
+    """The one line of Ray's nested exceptions that a user can act on."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = cause(failures)
+        text = str(first).strip().splitlines()
+        return f"worker {rank}: {text[-1] if text else type(first).__name__}"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else ''}"
+
+
+def cause(failures: Mapping[int, BaseException]) -> tuple[int, BaseException]:
+    """Of workers that failed together, the rank and the error that caused the others.
+
+    This is the lowest rank that did not fail because it lost another worker; the lowest rank if all
+    did.
+    """
+    errors = {rank: getattr(error, "cause", None) or error for rank, error in failures.items()}
+    rank = min(errors, key=lambda rank: (_lost_peer(errors[rank]), rank))
+    return rank, errors[rank]
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed, which raises a RuntimeError. A lost connection to storage raises
+    an OSError.
+    """
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in LOST_PEER
+    )

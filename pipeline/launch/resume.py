@@ -1,0 +1,209 @@
+"""`spiketrain resume` of one run, and `launch --or-resume`: what may change, and what is refused.
+
+`launch --or-resume` continues only what was launched in the same way. `resume` takes other options
+of operation (`cluster.OPERATIONAL`), which are saved with the run or suite and hold from then on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.core.printing import new_console, say
+from pipeline.core.stages import say_stage
+from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
+from pipeline.launch.driver import driver_lock, train_to_end
+from pipeline.launch.prepare import read_job, write_job
+from pipeline.recipe.json import differing, listed, recipe_fields
+from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.suite import Suite, SuiteFile, is_suite
+from pipeline.track.state import state_of
+from pipeline.train.build import check_recipe
+from pipeline.train.checkpoint import Place, trainer_of
+from pipeline.train.elastic import format_sizes
+from pipeline.train.guards.storage import may_pass
+from pipeline.train.weights import place_of
+
+MAY_DIFFER = ("workers", "inline", "address", *OPERATIONAL)
+"""Fields of `Cluster` in which a launch may differ from the one that it continues."""
+
+
+def resume_run(
+    folder: Path,
+    *,
+    workers: int | tuple[int, ...] | None,
+    inline: bool,
+    address: str | None,
+    options: Mapping[str, Any],
+    trust: tuple[str, ...] = (),
+) -> Path | None:
+    """Continue a run; `options` hold from now on. Returns its folder, or None if it was asked to
+    stop.
+    """
+    if state_of(folder) == "finished":
+        say(new_console(), f"{folder.name} has finished")
+        return folder
+    if options.get("side_by_side", 1) != 1:
+        raise ValueError(
+            f"resume: --side-by-side is for a suite; got {options['side_by_side']} with"
+            f" {folder.name} alone"
+        )
+    launched = Cluster.from_json(read_json(folder / "cluster.json"))
+    cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
+    say_stage("checking the run and where it continues")
+    check_resumed(folder, cluster, launched, trust=trust)
+    with driver_lock(folder):
+        pass  # refuses a second driver before a cluster is started in vain
+    with cluster.launcher() as launcher:
+        change_run(folder, options, new_console())
+        job = read_job(folder, trust=trust)
+        return train_to_end(job, launcher, folder.parent, address=cluster.resume_address(launched))
+
+
+def check_resumed(
+    folder: Path, cluster: Cluster, launched: Cluster, *, trust: tuple[str, ...]
+) -> None:
+    """Check whether a run can continue at these numbers of workers.
+
+    Raises:
+        ValueError: its recipe cannot be read or does not train at one of them, or its newest
+            checkpoint loads at another number only.
+    """
+    # This puts code of the user on the path, which workers inherit.
+    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    if cluster.sizes != launched.sizes:  # those were checked at the launch
+        # The file that the run began from need not exist any more.
+        check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
+    if zero := recipe_fields(folder).get("zero"):
+        wrote = _workers_of_newest(place_of(folder))
+        if wrote is not None and cluster.sizes != (wrote,):
+            raise ValueError(
+                f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
+                f" {wrote}; got {format_sizes(cluster.sizes)}"
+            )
+
+
+def _workers_of_newest(place: Place) -> int | None:
+    """The number of workers that wrote the newest checkpoint.
+
+    None: there is no checkpoint, or its storage is away, which the workers wait for.
+    """
+    try:
+        for name in reversed(place.names()):
+            # A damaged one is moved away by the workers.
+            with suppress(FileNotFoundError, ValueError, KeyError):
+                return trainer_of(place, name)["world_size"]
+    except OSError as error:
+        if not may_pass(error):
+            raise
+    return None
+
+
+def refuse_unless_launched_so(
+    folder: Path, made: Recipe | Suite, cluster: Cluster, *, trust: tuple[str, ...]
+) -> None:
+    """Refuse to continue a run or suite that was launched with another recipe or other options.
+
+    Raises:
+        ValueError: what differs, as it was and as it is asked for now; or a damaged folder.
+    """
+    rule = f"launch: --or-resume continues {folder.name} as it was launched"
+    if is_suite(folder) != isinstance(made, Suite):
+        there, asked = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
+        raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")
+    found = list(_differences(folder, made, trust=trust))
+    if found:
+        raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
+    there = (
+        read_json(folder / "cluster.json")
+        if isinstance(made, Recipe)
+        else SuiteFile.read(folder, trust=trust).cluster
+    )
+    was, now = Cluster.from_json(there), cluster
+    changed = [text for name, text in differences(was, now).items() if name not in MAY_DIFFER]
+    if changed:
+        raise ValueError(f"{rule}; its options differ now: {', '.join(changed)}")
+
+
+def _differences(
+    folder: Path, made: Recipe | Suite, *, trust: tuple[str, ...]
+) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(made, Recipe):
+        yield from differing("", recipe_fields(folder), _as_read(made.resolved()))
+        return
+    was, now = (
+        {each.name: each for each in suite.recipes}
+        for suite in (SuiteFile.read(folder, trust=trust).suite, made.resolved())
+    )
+    if list(was) != list(now):
+        yield "recipes", list(was), list(now)
+        return
+    for name in was:
+        yield from differing(name, _as_read(was[name]), _as_read(now[name]))
+
+
+def _as_read(recipe: Recipe) -> Any:
+    """The fields of a recipe as recipe.json holds them."""
+    return json.loads(json.dumps(recipe.to_json()))["recipe"]
+
+
+def change_run(folder: Path, options: Mapping[str, Any], console: Console) -> None:
+    """Write fields of OPERATIONAL into a run's cluster.json and job.json, and print what differs.
+
+    Raises:
+        UserError: another process trains the run.
+        ValueError: a file is damaged.
+    """
+    if not options:
+        return
+    with driver_lock(folder):
+        was = _write(folder, options)
+    _say(folder, was, replace(was, **options), console)
+
+
+def change_suite(
+    folder: Path,
+    suite_file: SuiteFile,
+    options: Mapping[str, Any],
+    begun: Iterable[Path],
+    console: Console,
+) -> SuiteFile:
+    """Write fields of OPERATIONAL into suite.json and the folders of the runs that have `begun`.
+
+    Later runs are made from suite.json.
+    """
+    if not options:
+        return suite_file
+    was = Cluster.from_json(suite_file.cluster)
+    now = replace(was, **options)
+    changed = replace(suite_file, cluster=asdict(now))
+    with driver_lock(folder):
+        for run in begun:
+            _write(run, options)
+        changed.write(folder)
+    _say(folder, was, now, console)
+    return changed
+
+
+def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
+    """Write the options into a run's files, and return its cluster before.
+
+    job.json is written first: a driver killed between the two files leaves cluster.json as it was,
+    and the same command writes both again.
+    """
+    was = Cluster.from_json(read_json(run / "cluster.json"))
+    now = replace(was, **options)
+    write_job(replace(read_job(run), **now.worker_settings))
+    write_json(run / "cluster.json", asdict(now))
+    return was
+
+
+def _say(folder: Path, was: Cluster, now: Cluster, console: Console) -> None:
+    if changes := ", ".join(differences(was, now).values()):
+        say(console, f"{folder.name}: {changes} from here on")
