@@ -21,13 +21,13 @@ from pipeline.data.write.event_camera import watch, with_noise
 from pipeline.data.write.recordings import Stream
 
 CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
-SACCADE_US, INSTANTS = (
+SACCADE_US, SACCADE_INSTANTS = (
     100_000,
     25,
 )  # of each side: about 6 pixels, a quarter of one between two instants
-THRESHOLD = 0.15  # of black to white
+SACCADE_THRESHOLD = 0.15  # of black to white
 
-_NOISE_COUNT, _NOISE = 768, 1024  # draws, see random.py
+_SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # draws, see random.py
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +51,10 @@ class Saccades:
             )
 
     def events(self) -> Stream:
-        stream = watch(self._film(), threshold=THRESHOLD, step_us=SACCADE_US // INSTANTS)
-        noise = 50 + int(below(bits(self.content_seed, self.part, self.number, _NOISE_COUNT), 51))
+        stream = watch(self._film(), threshold=SACCADE_THRESHOLD, step_us=SACCADE_US // SACCADE_INSTANTS)
+        noise = 50 + int(below(bits(self.content_seed, self.part, self.number, _SACCADE_NOISE_COUNT), 51))
         return with_noise(
-            stream, bits(self.content_seed, self.part, self.number, _NOISE + np.arange(4 * noise))
+            stream, bits(self.content_seed, self.part, self.number, _SACCADE_NOISE + np.arange(4 * noise))
         )
 
     def _film(self) -> NDArray[np.float64]:
@@ -82,8 +82,8 @@ def gaze() -> list[tuple[float, float]]:
     for (down, right), (next_down, next_right) in zip(
         CORNERS, (*CORNERS[1:], CORNERS[0]), strict=True
     ):
-        for instant in range(1, INSTANTS + 1):
-            part = instant / INSTANTS
+        for instant in range(1, SACCADE_INSTANTS + 1):
+            part = instant / SACCADE_INSTANTS
             path.append((down + part * (next_down - down), right + part * (next_right - right)))
     return path
 

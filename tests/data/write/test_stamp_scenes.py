@@ -16,7 +16,7 @@ from pipeline.data.errors import DataError
 from pipeline.data.write.stamps import pictures as pictures_module
 from pipeline.data.write.stamps.pictures import CLASSES, Picture, Pictures, installed, parts
 from pipeline.data.write.stamps.scenes import Rendering, render, scenes
-from tests.data.stamps.made import real
+from tests.data.made_pictures import real
 
 
 def some(

@@ -18,7 +18,7 @@ from pipeline.data.write.stamps.pictures import (
     ground,
     installed,
 )
-from tests.data.stamps.made import EACH, STAMPS, real
+from tests.data.made_pictures import EACH, STAMPS, real
 
 
 def test_drawings_mirror_images_and_deeper_folders_are_no_objects(
