@@ -14,7 +14,7 @@ Result:   of 256 images on one worker, beside the claims (turns.json): SLTT 0.96
           0.517 (commit 4032ee417d7f)
 
 Rules take turns on one batch of images as a worker of that study has it, in as many processes at
-once as there are workers (forecast/turns.py); each of several starts goes round them once for each,
+once as there are workers (forecast/interleaved.py); each of several starts goes round them once for each,
 so that drift of the machine falls on all alike. Timed are forward, loss and backward of all T
 steps. SLTT calls everything T times, and what a call costs beside its images does not shrink with
 them: `--images` says how many each worker holds. Exits with 1 when SLTT takes longer than the
@@ -28,7 +28,7 @@ from dataclasses import replace
 
 from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console
-from pipeline.forecast.turns import STARTS, in_turn
+from pipeline.forecast.interleaved import STARTS, in_turn
 from pipeline.measure.memory import device_here, hardware
 from pipeline.report.claims import print_claims, share_of_k, time_in_turn
 from recipes.compare.claims_fashion import BATCH, RULES, T

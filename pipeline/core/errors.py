@@ -1,4 +1,7 @@
-"""What ends a run that cannot go on as asked: one line for the user, and no use in trying again."""
+"""What ends a run that cannot go on as asked: one line for the user, and no use in trying again.
+
+How data fails. Apart from base.py, so that writing processes need not import torch.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +37,15 @@ def remedy(lr: Any, clip_norm: Any) -> str:
 def refusal_of(error: ValueError) -> UserError:
     """What the run ends with once every rank knows of the error."""
     return error if isinstance(error, UserError) else UserError(str(error))
+
+
+class DataError(ValueError):
+    """Data, or a size asked of it, that cannot be used: who, the rule, what was got, what is
+    accepted. A retry does not help.
+    """
+
+
+class LoaderError(RuntimeError):
+    """A loader or writer that failed or went silent for a reason of the machine's, not of the
+    data's. A retry may help.
+    """

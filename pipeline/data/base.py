@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pipeline.data.errors import DataError, LoaderError
+from pipeline.core.errors import DataError, LoaderError
 
 __all__ = [
     "Batch",

@@ -32,8 +32,8 @@ from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.errors import DataError
 from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
-from pipeline.data.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import DataError
 from pipeline.core.random import HELD_OUT, ORDER, bits
 from pipeline.core.units import counted
-from pipeline.data.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)

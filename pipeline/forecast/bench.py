@@ -26,6 +26,7 @@ from pipeline.core.allocator import release_freed_memory
 from pipeline.core.torch_settings import compute_in, settle
 from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
+from pipeline.measure.constants import REST
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.memory import (
     device_here,
@@ -38,7 +39,6 @@ from pipeline.measure.memory import (
 )
 from pipeline.measure.memory_breakdown import Held, bytes_of, held
 from pipeline.measure.meters import Meters
-from pipeline.measure.time_parts import REST
 from pipeline.measure.totals import Totals
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec

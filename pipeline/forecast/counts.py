@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted as count_of
-from pipeline.forecast.asked import teacher_bytes, untrained_teacher
 from pipeline.forecast.bench import Bench, bytes_of_batch, without_rule
+from pipeline.forecast.teacher_cost import teacher_bytes, untrained_teacher
 from pipeline.measure.memory_breakdown import Held, held
 from pipeline.measure.traffic import Traffic
 from pipeline.recipe.recipe import Recipe, Spec

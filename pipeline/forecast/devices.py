@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.core.torch_settings import Precision, computing, settle
+from pipeline.measure.clock import seconds_of
 from pipeline.measure.memory import device_here, free_bytes, hardware, told_hardware
-from pipeline.measure.stopwatch import seconds_of
 from pipeline.measure.traffic import Device
 
 DEVICES = {

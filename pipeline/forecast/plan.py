@@ -6,7 +6,7 @@ It is a model, not a measurement. Work and memory are counted at full size on te
 values (`counts.py`); no data set is read. A device takes the longer of its roofline
 (`measure/traffic.py`) over its efficiency, and of the launches of all kernels. For machines like
 this one the rates are measured (`devices.py`), and so is what workers do to one another
-(`measure/contention.py`). Loaders are taken to keep up.
+(`measure/processes.py`). Loaders are taken to keep up.
 
 What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N
 workers, a ring, with n backward calls in a batch:
@@ -45,8 +45,8 @@ from pipeline.forecast.counts import (
     counted_teacher,
 )
 from pipeline.forecast.devices import measured_here
-from pipeline.measure.contention import neighbours
 from pipeline.measure.memory import device_here
+from pipeline.measure.processes import neighbours
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.core.stages import say_stage
-from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import (
     RULES,
     Bench,
@@ -19,6 +18,7 @@ from pipeline.forecast.bench import (
     fastest_baseline,
     in_the_median,
 )
+from pipeline.forecast.teacher_cost import Asked, asked
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import BASELINE, is_baseline

@@ -17,7 +17,6 @@ from typing import Literal
 
 from pipeline.core.checks import are_counts
 from pipeline.core.stages import say_stage
-from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import (
     RESERVE,
     RULES,
@@ -30,6 +29,7 @@ from pipeline.forecast.bench import (
     in_the_median,
     samples_of,
 )
+from pipeline.forecast.teacher_cost import Asked, asked
 from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.measure.memory_breakdown import Held
 from pipeline.recipe.recipe import Recipe, Spec

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 
 
 class Share(NamedTuple):

@@ -24,10 +24,9 @@ from pipeline.launch.driver import drive
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.launch.resume_options import change_run
-from pipeline.measure.energy import in_words
-from pipeline.measure.joules import Joules, inference_j
+from pipeline.measure.constants import ACTIVITY_EVERY
+from pipeline.measure.energy import Joules, in_words, inference_j
 from pipeline.measure.memory import device_here
-from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.recipe.command_line import command
 from pipeline.recipe.json import recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json

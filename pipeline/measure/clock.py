@@ -16,18 +16,29 @@ for data is charged for as long as kernels had to wait for it. Nobody waits for 
 A batch has some thirty boundaries, each behind a layer that has just passed through the caches,
 where every call is one of microseconds: so at a boundary there are few, and nothing is made but the
 time.
+
+Seconds of one act by the host's clock; on a card, until it has done what it was asked for.
+
+Charges a clock with what ranks say to one another, whoever says it: a backend, synchronised
+norms, a rule.
+
+All of them call `torch.distributed.<collective>`, DeepSpeed 0.19.8 too, which looks most of them up
+at each call and keeps one (all_gather_into_tensor) from when it is initialised: so this is entered
+before an engine is made.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
+from torch import distributed
 
-from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.measure.constants import BETWEEN, PARTS, REST
 
 __all__ = ["BETWEEN", "PARTS", "REST", "Between", "Clock", "Part"]
 
@@ -136,3 +147,55 @@ class _Part:
 
 
 _END = object()
+
+
+def seconds_of(act: Callable[[], object], device: torch.device) -> float:
+    settle(device)
+    begun = time.perf_counter()
+    act()
+    settle(device)
+    return time.perf_counter() - begun
+
+
+def settle(device: torch.device) -> None:
+    """Wait for what a card was asked for; on a CPU nothing is left to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "barrier",
+)
+
+
+@contextmanager
+def collectives_on(clock: Clock) -> Iterator[None]:
+    """Inside, the time of every collective within a batch is charged to "communication".
+
+    Of one that is started and waited for later, the start alone: what is waited for is charged
+    where it is waited for."""
+    own = {name: getattr(distributed, name) for name in COLLECTIVES}
+    for name, collective in own.items():
+        setattr(distributed, name, _charged(collective, clock))
+    try:
+        yield
+    finally:
+        for name, collective in own.items():
+            setattr(distributed, name, collective)
+
+
+def _charged(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with clock.part("communication"):
+            return collective(*args, **kwargs)
+
+    return call

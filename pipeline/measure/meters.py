@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.core.allocator import release_freed_memory
 from pipeline.measure.clock import PARTS, REST, Between, Clock, Part
-from pipeline.measure.joules import Joules
+from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
+from pipeline.measure.energy import Joules
 from pipeline.measure.memory import (
     SavedBytes,
     peak_device_bytes,
@@ -31,7 +32,6 @@ from pipeline.measure.memory import (
     rss_bytes,
 )
 from pipeline.measure.operations import Operations
-from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.measure.totals import Totals
 from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes

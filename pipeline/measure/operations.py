@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
-from pipeline.measure.pausable import Pausable
+from pipeline.measure.traffic import Pausable
 from pipeline.spiking.feedback_alignment import FixedFeedback
 from pipeline.spiking.op_scope import served
 

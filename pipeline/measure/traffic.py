@@ -14,11 +14,14 @@ Nothing is known of caches, so what one kernel leaves to the next is read again;
 several operations do better.
 
 Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
+
+What an instrument does where it is not meant to look: at a teacher's work, or an optimizer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +30,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-
-from pipeline.measure.pausable import Pausable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,21 @@ class Operation:
 
     flops: int
     bytes: int
+
+
+class Pausable:
+    """A part of an instrument, which notes nothing while `is_paused`."""
+
+    is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is noted."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
 
 
 class Traffic(Pausable, TorchDispatchMode):

@@ -25,7 +25,7 @@ from pipeline.report.study import COMPUTE, KEPT, Group
 from pipeline.report.study_run import StudyRun
 
 if TYPE_CHECKING:  # which imports torch, and whoever reads results waits for that
-    from pipeline.forecast.turns import Turns
+    from pipeline.forecast.interleaved import Turns
 
 _CALLED = {
     "peak_saved_bytes": "saved bytes",

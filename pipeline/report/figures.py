@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from pipeline.core.units import unit_of
-from pipeline.measure.sampled import MEMORY_EVERY
+from pipeline.measure.constants import MEMORY_EVERY
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, plain, symbol
 from pipeline.report.places import NOT_SAID
 from pipeline.report.spread import Spread

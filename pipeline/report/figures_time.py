@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import plotly.graph_objects as go
 
 from pipeline.core.units import shown
-from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, color, pattern, plain
 from pipeline.report.study import Group
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.measure.time_parts import PARTS, REST
+from pipeline.measure.constants import PARTS, REST
 from pipeline.track.journal import OF_NONE, Event
 
 Timed = tuple[float, Event]

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.measure.time_parts import PARTS, REST
+from pipeline.measure.constants import PARTS, REST
 from pipeline.recipe import BASELINE
 from pipeline.report.history import number
 from pipeline.report.places import machine

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import Attempt, Evaluated, Fidelity, TrainPoint, count, number
 from pipeline.report.runs import ReportError, load, load_list, summary_of

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.core.units import shown, unit_of
-from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
+from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.json import differing
 from pipeline.report.claims import Claim
 from pipeline.report.differences import VARIED, trained_apart, tuned_in, written

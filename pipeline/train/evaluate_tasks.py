@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from pipeline.measure.joules import Joules
+from pipeline.measure.energy import Joules
 from pipeline.train.context import TrainContext
 from pipeline.train.evaluation import Evaluated, evaluate, inputs
 from pipeline.train.guards.watchdog import Watchdog

@@ -14,11 +14,10 @@ from torch import Tensor, distributed, nn
 
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
-from pipeline.measure.energy import Inference
-from pipeline.measure.joules import Joules, Readings
+from pipeline.measure.constants import ACTIVITY_EVERY
+from pipeline.measure.energy import Inference, Joules, Readings
 from pipeline.measure.operations import Operations, Work
 from pipeline.measure.sample_evenly import Evenly
-from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 from pipeline.train.objective import Loss

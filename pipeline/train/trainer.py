@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import Diverged, UserError
-from pipeline.measure.clock import BETWEEN
-from pipeline.measure.joules import inference_j
+from pipeline.measure.clock import BETWEEN, settle
+from pipeline.measure.energy import inference_j
 from pipeline.measure.memory import memory_now_bytes
-from pipeline.measure.stopwatch import settle
 from pipeline.measure.totals import Totals
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import write_json

@@ -16,8 +16,7 @@ import torch
 from pipeline.core.cores import near_cores, own_cores
 from pipeline.core.errors import UserError, refusal_of
 from pipeline.core.torch_settings import settle
-from pipeline.measure.clock import Clock
-from pipeline.measure.collectives import collectives_on
+from pipeline.measure.clock import Clock, collectives_on
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import Split
 from pipeline.track.base import Tracker

@@ -92,9 +92,9 @@ from rich.console import Console
 from pipeline.core.code_version import code_digest
 from pipeline.core.printing import say
 from pipeline.forecast.devices import DEVICES
+from pipeline.forecast.interleaved import Turns, in_turn
 from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
-from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import device_here, hardware, other_than_here
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.suite import Suite

@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from pipeline.core.errors import DataError
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.data.errors import DataError
 from pipeline.forecast.bench import RESERVE, Bench
 from pipeline.forecast.counts import counted, counted_optimizer
 from pipeline.forecast.devices import DEVICES, measured_here
 from pipeline.forecast.plan import Cluster, Plan, Planned, _Planner, plan
-from pipeline.measure.contention import ALONE, Neighbours, neighbours
+from pipeline.measure.processes import ALONE, Neighbours, neighbours
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
 from pipeline.report.plan import advice, basis, print_plan

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv import tbb
 from pipeline.launch.shares import Share, share_of
 

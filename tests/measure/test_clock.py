@@ -17,8 +17,7 @@ import torch
 from torch import distributed
 
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.measure.clock import BETWEEN, PARTS, REST, Clock
-from pipeline.measure.collectives import COLLECTIVES, collectives_on
+from pipeline.measure.clock import BETWEEN, COLLECTIVES, PARTS, REST, Clock, collectives_on
 from pipeline.measure.meters import Meters
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Recipe, spec

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.forecast.turns import Turns
+from pipeline.forecast.interleaved import Turns
 from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import (
     Claim,

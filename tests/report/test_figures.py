@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pipeline.core.units import shown, unit_of
-from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.report.figure import DARK, LIGHT, Figure, Missing, Table, Theme, harmless, plain
 from pipeline.report.figures import MEASURED_SAID, pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing

@@ -20,7 +20,7 @@ from pipeline.data.base import Data
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.write.images import write_folder
-from pipeline.measure.joules import Joules
+from pipeline.measure.energy import Joules
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Recipe, read_json, spec
 from pipeline.spiking.encode import over_steps

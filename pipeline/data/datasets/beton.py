@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.files import FileData, Name, check_views
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ the same shape (pipeline/data/datasets/synthetic.py).
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.files import FileData, Name, check_views
 from pipeline.data.ffcv.format import Arrays, layout
 

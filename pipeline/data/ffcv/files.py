@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest

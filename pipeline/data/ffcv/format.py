@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes of how an image is stored

@@ -3,23 +3,27 @@ at every start.
 
 FFCV (1.0.2) decodes damaged bytes without a word, so each page and each region of the file has a
 checksum here. The content hash names the samples themselves, whatever page, file or number of
-writers brought them: it is what two studies compare."""
+writers brought them: it is what two studies compare.
+
+What a file's medium has lost, told from storage that is away as a whole: a bad sector, or a
+server that fails over.
+"""
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 
-from pipeline.core.files import Unreadable, tried
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
+from pipeline.core.files import UNREADABLE, Unreadable, tried
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
-from pipeline.data.ffcv.storage_errors import look_at
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
@@ -207,3 +211,47 @@ def xxh3(file: int, offset: int, length: int) -> str:
 
 def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+PLACES = 8
+"""of a file, evenly over it, that can be read where only a sector of it cannot"""
+
+T_ = TypeVar("T_")
+
+
+def read_part(path: Path, file: int, part: range, read: Callable[[int], T_]) -> T_:
+    """What `read` gives of the bytes `part` of the file, from its open descriptor; where that
+    fails, from a fresh one.
+
+    Raises:
+        Unreadable: the medium has lost them, and the others are there.
+        OSError: the storage is away, and may be back for workers that are started again.
+    """
+
+    def afresh() -> T_:
+        with path.open("rb", buffering=0) as again:
+            return read(again.fileno())
+
+    try:
+        return read(file)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+    try:
+        return tried(afresh)
+    except Unreadable:
+        look_at(path, besides=part)
+        raise
+
+
+def look_at(path: Path, *, besides: range = range(0)) -> None:
+    """Read a byte here and there, outside of the bytes `besides`.
+
+    Raises:
+        OSError: one of them cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        for at in range(0, size, max(1, size // PLACES)):
+            if at not in besides:
+                os.pread(file.fileno(), 1, at)

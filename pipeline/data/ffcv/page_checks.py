@@ -15,13 +15,12 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import DataError
 from pipeline.core.files import Unreadable
 from pipeline.core.random import PAGE, below, bits
-from pipeline.data.errors import DataError
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
-from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.ffcv.storage_errors import read_part
+from pipeline.data.ffcv.manifest import Manifest, read_part
 
 Verify = Literal["sampled", "full"]
 ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}

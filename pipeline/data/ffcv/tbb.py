@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numba
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 
 _POOL = "numba.np.ufunc.tbbpool"
 

@@ -26,8 +26,8 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipeline.core.errors import DataError, LoaderError
 from pipeline.core.random import bits
-from pipeline.data.errors import DataError, LoaderError
 from pipeline.data.ffcv.format import JPG, RAW, Images, Kind
 
 CHUNK = 32  # samples a worker takes at a time

@@ -7,14 +7,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write import sources as images
+from pipeline.data.write.generated_events import CLASSES, Moving, Saccades
 from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
-from pipeline.data.write.moving_shapes import CLASSES, Moving
 from pipeline.data.write.published_events import PUBLISHED, recorded
 from pipeline.data.write.recordings import Framing
-from pipeline.data.write.saccades import Saccades
 from pipeline.data.write.sources import Source
 
 Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]

@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pipeline.core.errors import DataError
 from pipeline.core.units import counted
-from pipeline.data.errors import DataError
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import BetonWriter
 from pipeline.data.ffcv.manifest import ContentHash, Manifest

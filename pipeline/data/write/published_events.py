@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.write.recordings import Stream, in_order
 from pipeline.data.write.sources import Source
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.format import Arrays
 from pipeline.data.write.encode import Bad, Encoded
 

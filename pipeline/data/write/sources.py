@@ -11,8 +11,8 @@ from typing import Generic
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import DataError
 from pipeline.core.units import counted
-from pipeline.data.errors import DataError
 from pipeline.data.write.encode import Item, S
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist

@@ -23,7 +23,7 @@ from pipeline.data.ffcv import format as beton_format
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write.events import write_events
-from pipeline.data.write.moving_shapes import Moving
+from pipeline.data.write.generated_events import Moving
 from pipeline.data.write.recordings import frames
 from pipeline.spiking.encode import over_steps
 

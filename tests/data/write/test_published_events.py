@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.write.encode import Bad
 from pipeline.data.write.published_events import GESTURES, Recorded, recorded
 from pipeline.data.write.recordings import Framing

@@ -1,5 +1,9 @@
 """Moving shapes: their direction is neither in sums over time nor in any one moment, only in how
 moments follow each other.
+
+Saccades over still images.
+
+The simulated camera on films of which the events are known.
 """
 
 from __future__ import annotations
@@ -10,8 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.errors import DataError
-from pipeline.data.write.moving_shapes import CLASSES, SHAPES, Moving, reversal, seen
+from pipeline.core.errors import DataError
+from pipeline.core.random import bits
+from pipeline.data.write.generated_events import (
+    CLASSES,
+    SHAPES,
+    Moving,
+    Saccades,
+    gaze,
+    reversal,
+    seen,
+    watch,
+    with_noise,
+)
 from pipeline.data.write.recordings import Stream, frames
 
 
@@ -160,3 +175,80 @@ def test_the_sensor_may_be_larger_and_not_too_small() -> None:
     assert stream.sensor == (48, 48) and stream.x_N.max() < 48
     with pytest.raises(DataError, match="size must be 16 or more pixels; got 8"):
         Moving(0, 0, size=8)
+
+
+def picture() -> np.ndarray:
+    image = np.zeros((28, 28), np.uint8)
+    image[8:20, 10:18] = 200
+    return image
+
+
+def test_three_saccades_of_100_ms_each_and_back() -> None:
+    path = gaze()
+    assert len(path) == 76 and path[0] == path[-1] and len({path[0], path[25], path[50]}) == 3
+    stream = Saccades(picture(), 3, 0, 0).events()
+    assert stream.span == (0, 300_000) and stream.sensor == (34, 34)
+    assert 500 < len(stream.t_N) < 10_000
+    thirds = frames(stream, 3, 34).sum((1, 2, 3))
+    assert thirds.min() > 0.2 * thirds.sum()
+
+
+def test_edges_are_seen_and_flat_ground_is_not() -> None:
+    counts = frames(Saccades(picture(), 3, 0, 0).events(), 1, 34).sum((0, 1))
+    assert (
+        counts[9:13, 13:21].mean() > 10 * counts[:4].mean()
+    )  # around the upper edge, and the ground above
+
+
+def test_a_black_picture_shows_noise_alone() -> None:
+    stream = Saccades(np.zeros((28, 28), np.uint8), 0, 7, 0).events()
+    assert 50 <= len(stream.t_N) <= 100
+
+
+def test_a_picture_larger_than_the_sensor_is_refused() -> None:
+    with pytest.raises(DataError, match="size must be the picture's 28 pixels or more; got 20"):
+        Saccades(picture(), 0, 0, 0, size=20)
+
+
+def test_nothing_moves_nothing_is_seen() -> None:
+    assert len(watch(np.ones((5, 3, 4)), threshold=0.1, step_us=10).t_N) == 0
+
+
+def test_a_ramp_gives_an_event_for_each_threshold_that_it_crosses() -> None:
+    film = np.zeros((5, 2, 3))
+    film[:, 1, 2] = [
+        0.0,
+        0.5,
+        2.25,
+        2.25,
+        1.0,
+    ]  # thresholds of 0.5: one up, three more (to 2.0), none, two down (to 1.0)
+    seen = watch(film, threshold=0.5, step_us=60)
+    assert seen.t_N.tolist() == [30, 70, 90, 110, 195, 225]
+    assert seen.p_N.tolist() == [1, 1, 1, 1, 0, 0]
+    assert set(seen.y_N.tolist()) == {1} and set(seen.x_N.tolist()) == {2}
+    assert (seen.sensor, seen.span) == ((2, 3), (0, 240))
+
+
+def test_a_level_follows_by_whole_thresholds_only() -> None:
+    film = np.zeros((4, 1, 1))
+    film[:, 0, 0] = [
+        0.0,
+        0.9,
+        1.1,
+        0.05,
+    ]  # the level stays at 1 until the intensity is one threshold below it
+    seen = watch(film, threshold=1.0, step_us=10)
+    assert seen.p_N.tolist() == [1]
+
+
+def test_noise_is_laid_among_the_events_in_order_of_time() -> None:
+    film = np.linspace(0, 5, 11)[:, None, None] * np.ones((1, 4, 4))
+    seen = watch(film, threshold=0.5, step_us=100)
+    noisy = with_noise(seen, bits(0, 0, 0, np.arange(4 * 50)))
+    assert len(noisy.t_N) == len(seen.t_N) + 50
+    assert (
+        np.all(np.diff(noisy.t_N) >= 0)
+        and noisy.t_N.max() < 1000
+        and {noisy.y_N.max(), noisy.x_N.max()} == {3}
+    )

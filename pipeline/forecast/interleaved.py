@@ -20,7 +20,7 @@ import torch
 
 from pipeline.core.code_version import commit
 from pipeline.forecast.bench import Bench, by_label, in_rounds
-from pipeline.measure.spawn import at_once, meet
+from pipeline.measure.processes import at_once, meet
 from pipeline.recipe.recipe import Recipe, Spec
 
 STARTS = 5

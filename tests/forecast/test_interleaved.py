@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.forecast import bench, turns
+from pipeline.forecast import bench, interleaved
 from pipeline.forecast.bench import in_rounds
-from pipeline.forecast.turns import in_turn
+from pipeline.forecast.interleaved import in_turn
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
@@ -50,7 +50,7 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 
     monkeypatch.setattr(bench, "build_backend", noted)
     with group_of_one("cpu"):
-        turns._seconds(
+        interleaved._seconds(
             torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1
         )
     assert len(made) == 4  # two rounds of two rules

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline.measure.clock import seconds_of
 from pipeline.measure.memory_breakdown import bytes_of
-from pipeline.measure.stopwatch import seconds_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.tasks import tasks_of

@@ -30,7 +30,7 @@ from pathlib import Path
 import xxhash
 from PIL import Image
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 
 SHARE = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
