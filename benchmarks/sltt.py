@@ -28,7 +28,7 @@ from dataclasses import replace
 
 from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console
-from pipeline.forecast.interleaved import STARTS, in_turn
+from pipeline.forecast.interleaved import STARTS, measure_interleaved
 from pipeline.measure.memory import device_here, hardware
 from pipeline.report.claims import print_claims, share_of_k, time_in_turn
 from recipes.compare.claims_fashion import BATCH, RULES, T
@@ -48,7 +48,7 @@ def main() -> None:
     images = BATCH // arguments.workers if arguments.images is None else arguments.images
     recipe = replace(fashion(), time_steps=T, batch_size=images * arguments.workers)
     rules = [RULES[name] for name in ("bptt", "bptt-stepped", "sltt", "sltt-1")]
-    turns = in_turn(recipe, rules, workers=arguments.workers, starts=arguments.starts)
+    turns = measure_interleaved(recipe, rules, workers=arguments.workers, starts=arguments.starts)
     sltt = time_in_turn("SLTT", turns, "SLTT", bound=1.0, published="")
     print_claims(
         [sltt, time_in_turn("SLTT-1", turns, "SLTT-1", bound=share_of_k(T, 1), published="")],

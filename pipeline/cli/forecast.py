@@ -83,7 +83,7 @@ def probe(
     alone share them.
     """
     made = made_of(recipe, set_, tiny)
-    from pipeline.forecast.bench import without_rule
+    from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.probe import probe as probe_recipe
     from pipeline.report.probe import print_probe, probe_as_json
 
@@ -91,7 +91,7 @@ def probe(
     _print(
         made,
         partial(probe_recipe, **about),
-        without_rule,
+        step_inputs,
         print_probe if format_ == "table" else probe_as_json,
         as_json=format_ == "json",
     )
@@ -143,7 +143,7 @@ def sweep(
 
     times = listed_time_steps("sweep", steps)
     made = made_of(recipe, set_, tiny)
-    from pipeline.forecast.bench import without_rule
+    from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.sweep import sweep as sweep_recipe
     from pipeline.report.sweep import print_sweep, told_sweep
 
@@ -158,7 +158,7 @@ def sweep(
     _print(
         made,
         partial(sweep_recipe, **about),
-        without_rule,
+        step_inputs,
         print_sweep if format_ == "table" else told_sweep,
         as_json=format_ == "json",
     )
@@ -214,7 +214,7 @@ def plan(
     """
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.devices import DEVICES
-    from pipeline.forecast.plan import Cluster, all_but_rule
+    from pipeline.forecast.plan import Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.recipe.recipe import Recipe
     from pipeline.report.plan import plan_as_json, print_plan
@@ -242,7 +242,7 @@ def plan(
         _print(
             made,
             partial(plan_recipe, cluster=cluster, samples=samples),
-            all_but_rule,
+            plan_inputs,
             print_plan if format_ == "table" else plan_as_json,
             as_json=format_ == "json",
         )
@@ -276,7 +276,7 @@ def _print(
     import json
 
     from pipeline.core.printing import new_console
-    from pipeline.forecast.bench import RULES, by_network
+    from pipeline.forecast.bench import RULES, group_by_network
     from pipeline.recipe.recipe import Recipe
     from pipeline.train.placeholder_weights import with_stand_ins
 
@@ -291,7 +291,7 @@ def _print(
             print_json(shown)
         return
     with with_stand_ins(made) as recipes:
-        networks = by_network(recipes, alike)
+        networks = group_by_network(recipes, alike)
         forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
         if as_json:
             print_json([show(each) for each in forecasts])

@@ -37,7 +37,7 @@ from pipeline.measure.memory import (
     reset_peak_device_bytes,
     reset_peak_rss,
 )
-from pipeline.measure.memory_breakdown import Held, bytes_of, held
+from pipeline.measure.memory_breakdown import HeldBytes, bytes_of, held_bytes
 from pipeline.measure.meters import Meters
 from pipeline.measure.totals import Totals
 from pipeline.recipe import is_baseline
@@ -222,10 +222,10 @@ class Bench:
                 found.append({name: g.cpu() for name, g in given.items()})
         return found
 
-    def held(self) -> Held:
+    def held(self) -> HeldBytes:
         """What training holds beside what a rule keeps of a batch."""
         network, optimizer = self.stepped()
-        return held(network, optimizer)
+        return held_bytes(network, optimizer)
 
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network with gradients of 0, and its optimizer after a first step."""
@@ -344,7 +344,7 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
         return batch
 
 
-def samples_of(recipe: Recipe) -> int:
+def samples_per_epoch(recipe: Recipe) -> int:
     """Samples of an epoch."""
     with closing(_loader(recipe, 1)) as loader:
         return loader.samples
@@ -373,12 +373,12 @@ def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
     )
 
 
-def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
+def rules_by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
     """`rules` by their labels, with the recipe's own in the place of one that has its label."""
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
-def by_network(
+def group_by_network(
     recipes: Sequence[Recipe], alike: Callable[[Recipe], object]
 ) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
     """Group recipes that differ in their rules alone, as `alike` says: one recipe, and all rules.
@@ -401,7 +401,7 @@ def by_network(
         yield replace(group[0], name=name), tuple(recipe.rule for recipe in group)
 
 
-def without_rule(recipe: Recipe) -> tuple[object, ...]:
+def step_inputs(recipe: Recipe) -> tuple[object, ...]:
     """All that decides what a batch costs, beside the rule."""
     parts = (
         recipe.model,
@@ -415,7 +415,7 @@ def without_rule(recipe: Recipe) -> tuple[object, ...]:
     return (*parts, *sizes, recipe.precision)
 
 
-def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
+def rotated(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
     """The order of each round. Every round begins with another, so that drift falls on all
     alike.
     """
@@ -425,11 +425,13 @@ def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
         yield [*order[first:], *order[:first]]
 
 
-def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
+def measure_costs(
+    bench: Bench, rules: Mapping[str, Spec]
+) -> tuple[dict[str, list[Cost]], dict[str, str]]:
     """What each rule costs in every round, and why the others cannot train the network."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for order in in_rounds(rules, ROUNDS):
+    for order in rotated(rules, ROUNDS):
         for label in order:
             if label in refused:
                 continue
@@ -441,7 +443,7 @@ def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]
     return rounds, refused
 
 
-def in_the_median(rounds: Sequence[Cost]) -> Cost:
+def median_cost(rounds: Sequence[Cost]) -> Cost:
     """Of one rule: the medians of its seconds. Bytes and operations are the same in each round."""
     seconds = {
         name: statistics.median(getattr(cost, name) for cost in rounds)

@@ -34,9 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted as count_of
-from pipeline.forecast.bench import Bench, bytes_of_batch, without_rule
+from pipeline.forecast.bench import Bench, bytes_of_batch, step_inputs
 from pipeline.forecast.teacher_cost import teacher_bytes, untrained_teacher
-from pipeline.measure.memory_breakdown import Held, held
+from pipeline.measure.memory_breakdown import HeldBytes, held_bytes
 from pipeline.measure.traffic import Traffic
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.rules.base import Rule
@@ -190,13 +190,13 @@ def counted(bench: Bench, rule: Spec) -> Counts:
     )
 
 
-def counted_optimizer(bench: Bench) -> tuple[Held, Traffic]:
+def counted_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
     """What training holds beside what a rule keeps of a batch, and one step of the optimizer."""
     with bench.running(bench.recipe.optimizer.label):
         network, optimizer = bench.stepped()
         with Traffic() as traffic:
             optimizer.step()
-        return held(network, optimizer), traffic
+        return held_bytes(network, optimizer), traffic
 
 
 def counted_teacher(recipe: Recipe, bench: FakeBench) -> TeacherCounts | None:
@@ -223,7 +223,7 @@ def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
     known: list[tuple[object, str]] = []
     for recipe in recipes:
         samples = recipe.split(workers).micro_batch
-        key = (without_rule(recipe), recipe.rule, samples)
+        key = (step_inputs(recipe), recipe.rule, samples)
         line = next((line for each, line in known if each == key), None)
         if line is None:
             say_stage(f"counting a step of {recipe.name}")

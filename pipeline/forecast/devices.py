@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pipeline.core.torch_settings import Precision, computing, settle
 from pipeline.measure.clock import seconds_of
-from pipeline.measure.memory import device_here, free_bytes, hardware, told_hardware
+from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.measure.traffic import Device
 
 DEVICES = {
@@ -101,7 +101,7 @@ def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:
         sum_s = median_s(lambda: torch.add(large, large, out=large))
         launch_s = median_s(launches) / TOGETHER
     return Device(
-        name=told_hardware(hardware(device)),
+        name=format_hardware(hardware(device)),
         flops=flops,
         bandwidth=3 * large.nbytes / sum_s,
         memory=free_bytes(device),

@@ -19,15 +19,15 @@ from typing import Literal
 import torch
 
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import Bench, by_label, in_rounds
-from pipeline.measure.processes import at_once, meet
+from pipeline.forecast.bench import Bench, rotated, rules_by_label
+from pipeline.measure.processes import run_processes, wait_for_all
 from pipeline.recipe.recipe import Recipe, Spec
 
 STARTS = 5
 
 
 @dataclass(frozen=True)
-class Turns:
+class InterleavedTimes:
     """Seconds of a batch in each start, the mean over its processes and rounds."""
 
     forward_s: tuple[float, ...]
@@ -45,7 +45,7 @@ class Turns:
         return tuple(map(sum, zip(self.forward_s, self.backward_s, strict=True)))
 
 
-def in_turn(
+def measure_interleaved(
     recipe: Recipe,
     rules: Sequence[Spec],
     *,
@@ -53,7 +53,7 @@ def in_turn(
     samples: int | None = None,
     threads: int = 1,
     starts: int = STARTS,
-) -> dict[str, Turns]:
+) -> dict[str, InterleavedTimes]:
     """Of each rule by its label; weights rest. As many processes compute at once as `workers`,
     cards or cores admit.
 
@@ -64,13 +64,18 @@ def in_turn(
 
     Raises: ValueError for a batch that does not divide, and what a process ended in.
     """
-    labelled, samples = by_label(rules, rules[0]), samples or recipe.split(workers).micro_batch
+    labelled, samples = (
+        rules_by_label(rules, rules[0]),
+        samples or recipe.split(workers).micro_batch,
+    )
     on: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     processes = min(
         workers, torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
     )
     given = recipe, labelled, samples, threads
-    told = [at_once("turns", _seconds, *given, processes=processes, on=on) for _ in range(starts)]
+    told = [
+        run_processes("interleaved", _seconds, *given, processes=processes, on=on) for _ in range(starts)
+    ]
 
     def means(label: str, part: str) -> tuple[float, ...]:
         return tuple(statistics.fmean(each[label][part] for each in start) for start in told)
@@ -83,7 +88,7 @@ def in_turn(
         "commit": commit(),
     }
     return {
-        label: Turns(means(label, "forward_s"), means(label, "backward_s"), **about)
+        label: InterleavedTimes(means(label, "forward_s"), means(label, "backward_s"), **about)
         for label in labelled
     }
 
@@ -96,12 +101,12 @@ def _seconds(
     seconds: dict[str, dict[str, list[float]]] = {
         label: {"forward_s": [], "backward_s": []} for label in rules
     }
-    for order in in_rounds(rules, len(rules)):
+    for order in rotated(rules, len(rules)):
         for label in order:
             # DeepSpeed's engines are cycles: that of the rule before would lie in memory beside
             # this one's
             gc.collect()
-            meet(device)
+            wait_for_all(device)
             cost = bench.cost(rules[label], behind="own backend")
             seconds[label]["forward_s"].append(cost.forward_s)
             seconds[label]["backward_s"].append(cost.backward_s)

@@ -35,7 +35,7 @@ from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision, check_precision
 from pipeline.core.units import counted as count_of
 from pipeline.data.base import DataError
-from pipeline.forecast.bench import RESERVE, RULES, by_label, samples_of, without_rule
+from pipeline.forecast.bench import RESERVE, RULES, rules_by_label, samples_per_epoch, step_inputs
 from pipeline.forecast.counts import (
     Counts,
     FakeBench,
@@ -46,7 +46,7 @@ from pipeline.forecast.counts import (
 )
 from pipeline.forecast.devices import measured_here
 from pipeline.measure.memory import device_here
-from pipeline.measure.processes import neighbours
+from pipeline.measure.processes import measure_contention
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
@@ -140,7 +140,7 @@ def plan(
         raise ValueError(f"plan: an epoch must have a batch of {least} at least; got {samples}")
     planner = _Planner(recipe, cluster, samples)
     planned, refused = [], {}
-    for label, rule in by_label(rules, recipe.rule).items():
+    for label, rule in rules_by_label(rules, recipe.rule).items():
         say_stage(f"counting a step of {label}")
         try:
             planned.append(planner.planned(rule))
@@ -159,10 +159,10 @@ def plan(
     )
 
 
-def all_but_rule(recipe: Recipe) -> tuple[object, ...]:
+def plan_inputs(recipe: Recipe) -> tuple[object, ...]:
     """All that decides a plan, beside the rule."""
     length = (recipe.epochs, recipe.stop_after)
-    return (*without_rule(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, *length)
+    return (*step_inputs(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, *length)
 
 
 def _check(recipe: Recipe, cluster: Cluster) -> None:
@@ -192,7 +192,7 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
 
 def _samples(recipe: Recipe) -> int | None:
     try:
-        return samples_of(recipe)
+        return samples_per_epoch(recipe)
     except DataError:
         return None
 
@@ -220,7 +220,9 @@ class _Planner:
             self.device = measured_here(precisions, threads=cluster.threads)
             self.memory = (1 - RESERVE) * self.device.memory
             on = "cuda" if device_here().type == "cuda" else "cpu"
-            found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads, on=on)
+            found = measure_contention(
+                cluster.workers, self.held.gradients, threads=cluster.threads, on=on
+            )
             if on == "cpu":  # cards share neither caches, clocks nor memory
                 self.slowdown = found.slowdown
                 self.memory /= cluster.workers

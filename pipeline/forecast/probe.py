@@ -13,12 +13,12 @@ from pipeline.forecast.bench import (
     RULES,
     Bench,
     Cost,
-    by_label,
-    costs,
     fastest_baseline,
-    in_the_median,
+    measure_costs,
+    median_cost,
+    rules_by_label,
 )
-from pipeline.forecast.teacher_cost import Asked, asked
+from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import BASELINE, is_baseline
@@ -39,7 +39,7 @@ class Probe:
     costs: tuple[Cost, ...]
     # seconds of forward and backward of each rule, in rounds in which they took turns
     rounds: Mapping[str, tuple[float, ...]]
-    teacher: Asked | None  # in no rule's cost
+    teacher: TeacherCost | None  # in no rule's cost
     fidelity: Fidelity | None  # None without BPTT's gradient: nothing to compare with
     refused: Mapping[str, str]  # rules that cannot train the network, and why
     # rules that can, but have no gradient to compare, and why; without that of BPTT none is
@@ -82,15 +82,15 @@ def probe(
     say_stage("reading a batch; the first one compiles what reads the data")
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
     with bench.in_memory(f"{recipe.name}'s teacher"):
-        teacher = asked(recipe, bench.x_B)
-    say_stage(f"measuring {', '.join(by_label(rules, recipe.rule))}")
-    rounds, refused = costs(bench, by_label(rules, recipe.rule))
+        teacher = measure_teacher(recipe, bench.x_B)
+    say_stage(f"measuring {', '.join(rules_by_label(rules, recipe.rule))}")
+    rounds, refused = measure_costs(bench, rules_by_label(rules, recipe.rule))
     if not rounds:
         raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
     found: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
-    for label, rule in by_label(rules, recipe.rule).items():
+    for label, rule in rules_by_label(rules, recipe.rule).items():
         if label in rounds and (
             label == BASELINE or not is_baseline(label)
         ):  # BPTT in slices of time has BPTT's gradient
@@ -102,7 +102,7 @@ def probe(
         recipe=recipe.name,
         samples=bench.samples,
         time_steps=recipe.time_steps,
-        costs=tuple(in_the_median(each) for each in rounds.values()),
+        costs=tuple(median_cost(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
         teacher=teacher,
         fidelity=_compared(found),

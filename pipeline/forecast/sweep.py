@@ -23,15 +23,15 @@ from pipeline.forecast.bench import (
     Bench,
     Cost,
     DoesNotFit,
-    by_label,
-    costs,
     fastest_baseline,
-    in_the_median,
-    samples_of,
+    measure_costs,
+    median_cost,
+    rules_by_label,
+    samples_per_epoch,
 )
-from pipeline.forecast.teacher_cost import Asked, asked
+from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.measure.memory_breakdown import Held
+from pipeline.measure.memory_breakdown import HeldBytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
@@ -80,7 +80,7 @@ class Sweep:
     refused: Mapping[str, Mapping[int, str]]
     memory_bytes: int | None  # that a largest batch may take, with what lies beside it
     at_largest: bool  # largest batches were to be trained, whether any fitted or not
-    teacher: Asked | None  # in no rule's cost; its bytes lie beside a largest batch
+    teacher: TeacherCost | None  # in no rule's cost; its bytes lie beside a largest batch
     hardware: Mapping[str, object]
 
     def of(self, rule: str) -> tuple[Point, ...]:
@@ -152,7 +152,7 @@ def sweep(
         for each in steps
     ]
     with benches[0].in_memory(f"{recipe.name}'s teacher"):
-        teacher = asked(recipe, benches[0].x_B)
+        teacher = measure_teacher(recipe, benches[0].x_B)
     for bench in benches:
         say_stage(f"measuring each rule at T = {bench.recipe.time_steps}")
         room = (
@@ -160,11 +160,11 @@ def sweep(
             if limit is None
             else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
         )
-        tried = by_label(rules, recipe.rule)
-        rounds, why = costs(bench, tried)
+        tried = rules_by_label(rules, recipe.rule)
+        rounds, why = measure_costs(bench, tried)
         for label, of_one in rounds.items():
             try:
-                points.append(_point(bench, in_the_median(of_one), tried[label], room))
+                points.append(_point(bench, median_cost(of_one), tried[label], room))
                 if at_largest and room is not None:
                     points[-1] = room.trained(points[-1], tried[label])
             except ValueError as error:
@@ -209,7 +209,7 @@ class _Room:
             )
         self.bench, self.bytes, self.threads = bench, size, threads
         self.half = self._bench_of(bench.samples // 2)
-        self.held: Held = bench.held()
+        self.held: HeldBytes = bench.held()
         self.coarse = 0 if bench.x_B.is_cuda else COARSE
         averages = self.held.parameters if bench.recipe.ema_decay else 0
         self.beside = self.held.parameters + self.held.buffers + self.held.optimizer + averages
@@ -242,7 +242,7 @@ class _Room:
 
         without_reserve = max(1, int(point.largest_batch / (1 - RESERVE)))
         samples, cost = _largest_of(
-            point.largest_batch, min(without_reserve, samples_of(self.bench.recipe)), cost_of
+            point.largest_batch, min(without_reserve, samples_per_epoch(self.bench.recipe)), cost_of
         )
         return replace(point, largest_batch=samples, at_largest=cost)
 

@@ -24,7 +24,7 @@ TIMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class TeacherCost:
     """A teacher that answered for one batch."""
 
     teacher: str
@@ -40,13 +40,13 @@ class Asked:
         )
 
 
-def asked(recipe: Recipe, x_B: Tensor) -> Asked | None:
+def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
     """What the recipe's teacher needs for this batch, as the loader gives it; None without one."""
     if recipe.teacher is None:
         return None
     teacher = untrained_teacher(recipe).to(x_B.device)
     seconds = answer_seconds(teacher, x_B)
-    return Asked(teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=seconds)
+    return TeacherCost(teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=seconds)
 
 
 def untrained_teacher(recipe: Recipe) -> Teacher:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 from pipeline.core.errors import UserError
-from pipeline.measure.driver import unusable_cards
+from pipeline.measure.driver import unusable_gpus
 from pipeline.train.job import Job
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -35,7 +35,7 @@ def refuse_unusable_cards(device: Device) -> None:
     for
     them.
     """
-    if device != "cpu" and (found := unusable_cards()) is not None:
+    if device != "cpu" and (found := unusable_gpus()) is not None:
         raise UserError(f"launch: {found}")
 
 

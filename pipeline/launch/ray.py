@@ -38,7 +38,7 @@ from pipeline.launch.ray_errors import innermost
 from pipeline.launch.resizing import no_place
 from pipeline.launch.shares import Share, share_of
 from pipeline.launch.signals import withheld
-from pipeline.measure.driver import unusable_cards
+from pipeline.measure.driver import unusable_gpus
 from pipeline.track.journal import last
 from pipeline.train.backend.collectives import PATIENCE, Ranks
 from pipeline.train.job import STOP, Job, Notice, RankInfo, asked_by
@@ -312,7 +312,7 @@ class Ray:
 
 def _unusable_cards(gpus: int) -> str | None:
     """What keeps torch from the GPUs of the node that this runs on, which Ray counts so many of."""
-    found = unusable_cards() if gpus else None
+    found = unusable_gpus() if gpus else None
     return None if found is None else f"{platform.node()}: {found}"
 
 

@@ -41,10 +41,10 @@ def cores_of_a_card(nodes: Iterable[Mapping[str, float]]) -> int:
 
 def loaders_for(cores: int) -> int:
     """One where numba has no TBB: the reader refuses several then."""
-    from pipeline.data.ffcv.tbb import demand_tbb  # imports numba, which takes a second
+    from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
 
     try:
-        demand_tbb()
+        require_tbb()
     except DataError:
         return 1
     return cores

@@ -25,7 +25,7 @@ from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.launch.resume_options import change_run
 from pipeline.measure.constants import ACTIVITY_EVERY
-from pipeline.measure.energy import Joules, in_words, inference_j
+from pipeline.measure.energy import EnergyCounter, describe_inference, joules_per_sample
 from pipeline.measure.memory import device_here
 from pipeline.recipe.command_line import command
 from pipeline.recipe.json import recipe_fields
@@ -247,7 +247,11 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     check_network(network, recipe, tasks[0].data)
     device = device_here()
     network.to(device)
-    about = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
+    about = {
+        "over_time": recipe.over_time,
+        "counts_operations": True,
+        "joules": EnergyCounter(device),
+    }
     loaders, found = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
@@ -272,7 +276,9 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     assert inference is not None, "an evaluation of one worker has samples"
     say(
         console,
-        in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"),
+        describe_inference(
+            inference.to_dict(joules_per_sample([found[-1].readings])), on_gpu=device.type == "cuda"
+        ),
     )
 
 

@@ -1,24 +1,22 @@
-"""On which batches of an attempt, or samples of an evaluation, that is measured which would cost
-too much on all; without torch, so that reports can read it.
+"""Names of the parts of a run's time, and how often the costly quantities are measured.
 
-Batches are counted from the attempt's first, 0, which warms up, and steps from the run's. In the
-place of one that is skipped stands the next that is not.
-
-The names of what a run's seconds are charged to; without torch, so that reports can read them at
-once.
+This module does not import torch, so that reports can read it at once.
 """
 
 from __future__ import annotations
 
-MEMORY_EVERY = 200
-"""bytes that backward keeps alive, and states: on batch 1, and every so many from there"""
-OPERATIONS_EVERY = 1000
-"""operations: at step 2, and every so many from there"""
-ACTIVITY_EVERY = 8
-"""spikes, neuron by neuron: on one in so many samples of an evaluation, drawn by their ids"""
+from typing import Literal, get_args
 
-
-PARTS = (
+# Parts of a batch:
+#   data_wait      waiting for the loader
+#   transfer       copying to the device; mixing and encoding there
+#   teacher        the teacher's answers
+#   forward        what a rule does before it yields a loss term
+#   backward       differentiating the loss terms, and learning inside the rule
+#   communication  all collectives, with the wait for the slowest rank
+#   optimizer      updating the weights and the schedule
+#   metrics        summing loss and hits; the guard's copies and checks
+Part = Literal[
     "data_wait",
     "transfer",
     "teacher",
@@ -27,14 +25,18 @@ PARTS = (
     "communication",
     "optimizer",
     "metrics",
-)
-"""of a batch: data_wait, for the loader; transfer to the device, mixing and encoding there;
-forward, what a rule does before it yields an objective; backward, differentiating it, and what a
-rule learns by itself; communication, all collectives, and so the wait for the slowest rank;
-optimizer, the move of the weights and the schedule; metrics, adding up loss and hits, and what the
-guard copies before a batch and looks at before the weights move"""
-BETWEEN = ("evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped")
-"""between batches, in seconds of the host; coordination: what ranks agree on after each batch, and
-reading the meters, which on a GPU is partly a wait for kernels that their batch is charged with;
-skipped: batches that were left in the middle, whole"""
+]
+PARTS: tuple[Part, ...] = get_args(Part)
+# The time of a batch outside of all parts.
 REST = "rest"
+# Work between batches, in seconds of the host. "coordination" is the exchange between ranks after
+# each batch and the reading of the meters; on a GPU a part of it is a wait for kernels that are
+# charged to their batch. "skipped" is the whole time of batches that were not completed.
+Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
+BETWEEN: tuple[Between, ...] = get_args(Between)
+
+# Batches are counted from 0 within an attempt; batch 0 warms up. Steps are counted over the run.
+# Where the batch that is due is skipped, the next one that is completed takes its place.
+MEMORY_EVERY = 200  # saved bytes and states: on batch 1, and every so many batches after it
+OPERATIONS_EVERY = 1000  # operations: at step 2, and every so many steps after it
+ACTIVITY_EVERY = 8  # spikes of each neuron: on one in so many evaluation samples, drawn by id

@@ -26,7 +26,7 @@ INDEX_OF = {12: "cu126", 13: "cu130"}
 ON_A_CPU = "train on the CPU (--device cpu)"
 
 
-class Unusable(NamedTuple):
+class UnusableGPUs(NamedTuple):
     """GPUs of a machine that torch cannot use."""
 
     told: str
@@ -43,7 +43,7 @@ class _Driver(NamedTuple):
     cards: int
 
 
-def unusable_cards() -> Unusable | None:
+def unusable_gpus() -> UnusableGPUs | None:
     """What keeps torch from the GPUs of this machine.
 
     None where torch can use them, none is there, or CUDA_VISIBLE_DEVICES hides them all.
@@ -70,19 +70,21 @@ def unusable_cards() -> Unusable | None:
         told = (
             f"torch {torch.__version__} is built without CUDA and cannot use {here} ({of_driver})"
         )
-        return Unusable(
+        return UnusableGPUs(
             told, f"{_another_torch(driver) or _another_driver(min(OLDEST_DRIVERS))}, or {ON_A_CPU}"
         )
     told = f"torch {torch.__version__} is built for CUDA {built} and cannot use {here}"
     major = int(built.split(".")[0])
     if driver.cuda[0] < major:
         ways = [_another_driver(major), _another_torch(driver), ON_A_CPU]
-        return Unusable(f"{told}: this is {of_driver}", ", or ".join(way for way in ways if way))
+        return UnusableGPUs(
+            f"{told}: this is {of_driver}", ", or ".join(way for way in ways if way)
+        )
     advice = (
         "see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility; or"
         f" {ON_A_CPU}"
     )
-    return Unusable(f"{told}: {_reason()}; the driver is new enough ({of_driver})", advice)
+    return UnusableGPUs(f"{told}: {_reason()}; the driver is new enough ({of_driver})", advice)
 
 
 def _hides_all(visible: str | None) -> bool:
@@ -103,10 +105,10 @@ def _driver() -> _Driver:
         pynvml.nvmlShutdown()
 
 
-def _without_answer(error: pynvml.NVMLError) -> Unusable:
+def _without_answer(error: pynvml.NVMLError) -> UnusableGPUs:
     told = f"NVIDIA's driver does not answer for the GPUs in {DEVICES}: {error}"
     rest = "a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-    return Unusable(
+    return UnusableGPUs(
         told,
         f"see nvidia-smi; after an update of the driver restart the machine; {rest}; or {ON_A_CPU}",
     )

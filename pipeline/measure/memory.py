@@ -38,7 +38,7 @@ __all__ = [
     "hardware_over",
     "is_out_of_memory",
     "memory_now_bytes",
-    "other_than_here",
+    "hardware_differences",
     "peak_device_bytes",
     "peak_reserved_bytes",
     "peak_rss_bytes",
@@ -48,7 +48,7 @@ __all__ = [
     "reset_peak_device_bytes",
     "reset_peak_rss",
     "rss_bytes",
-    "told_hardware",
+    "format_hardware",
 ]
 
 
@@ -325,7 +325,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def other_than_here(machine: Mapping[str, Any], *, own_cores: bool) -> list[tuple[str, Any, Any]]:
+def hardware_differences(
+    machine: Mapping[str, Any], *, own_cores: bool
+) -> list[tuple[str, Any, Any]]:
     """What differs of a worker's `hardware()` from that of `device_here`: each name, what is here,
     and what was there.
 
@@ -355,7 +357,7 @@ def hardware_over(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: over([machine[name] for machine in machines]) for name in machines[0]}
 
 
-def told_hardware(machine: Mapping[str, Any]) -> str:
+def format_hardware(machine: Mapping[str, Any]) -> str:
     """What computed, of a `hardware()`: the GPU, or the CPU and torch's threads."""
     return (
         machine["gpu"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class HeldBytes:
     """Bytes of distinct storages."""
 
     parameters: int
@@ -27,7 +27,7 @@ class Held:
         return self.parameters + self.buffers + self.gradients + self.optimizer
 
 
-def held(network: nn.Module, optimizer: torch.optim.Optimizer) -> Held:
+def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
     """After the optimizer's first step; before it, it keeps nothing."""
     learnt = [parameter for parameter in network.parameters() if parameter.requires_grad]
     kept = (
@@ -36,7 +36,7 @@ def held(network: nn.Module, optimizer: torch.optim.Optimizer) -> Held:
         for value in state.values()
         if isinstance(value, Tensor)
     )
-    return Held(
+    return HeldBytes(
         parameters=bytes_of(network.parameters()),
         buffers=bytes_of(network.buffers()),
         gradients=sum(parameter.numel() * parameter.element_size() for parameter in learnt),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.allocator import release_freed_memory
-from pipeline.measure.clock import PARTS, REST, Between, Clock, Part
-from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
-from pipeline.measure.energy import Joules
+from pipeline.measure.clock import Clock
+from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY, PARTS, REST, Between, Part
+from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.memory import (
     SavedBytes,
     peak_device_bytes,
@@ -139,7 +139,7 @@ class Meters:
         self.totals = Totals()
         self.busy_s = 0.0
         """of this rank between the last two `take`s, its waiting for others aside"""
-        self._joules = Joules(device)
+        self._joules = EnergyCounter(device)
         self._joules_then: float | None = None
         """at the last reading, while training goes on"""
         self._begun = 0

@@ -1,14 +1,10 @@
-"""What processes of one machine do to one another: each computes slower where all compute, and a
-sum waits for the slowest.
+"""Local processes that compute at the same time, and how much they slow one another down.
 
-Cores share caches, memory and clock rates, so what one worker is seen to need alone is too little
-for several. Every process computes the same piece (a convolution, and passes over what it gives,
-larger than a core's own cache) and then sums with the others, as a batch of training does, first a
-few numbers (train/guards/anomaly.py) and then as many as there are gradients: over gloo on cores,
-over
-nccl on cards, of which each process has one.
-
-Processes of this machine that compute at once, and what each of them tells.
+Cores share caches, memory and clock rates, so the speed of one worker alone is too high an estimate
+for several. To measure contention, every process computes the same piece of work (a convolution,
+and element-wise passes over its output, which is larger than a core's own cache) and then sums with
+the others, as training does: a few numbers first (train/guards/anomaly.py), and then as many as
+there are gradients. Sums use gloo on cores and nccl on GPUs, one GPU for each process.
 """
 
 from __future__ import annotations
@@ -25,69 +21,60 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
-from pipeline.measure.clock import seconds_of, settle
+from pipeline.measure.clock import seconds_of, synchronize
 
+# Rounds of one process alone and then all together, so that a machine that slows down meanwhile
+# does so for both.
 ROUNDS = 5
-"""of one alone and then all together, so that a machine that gets slower in between does so for
-both
-"""
-TURNS = 10
-UNTIMED = 3  # of each
+TURNS = 10  # in a round
+UNTIMED = 3  # turns that warm up
 
 
 @dataclass(frozen=True)
-class Neighbours:
-    """Of so many processes that compute at once, against one that computes while the others
-    wait.
-    """
+class Contention:
+    """Processes that compute together, compared with one that computes while the others wait."""
 
-    slowdown: float
-    """seconds of computing the same, at least 1"""
-    word_s: float
-    """seconds of a sum of a few numbers, with the wait for the slowest"""
-    ring_s: float
-    """seconds of a sum, right after that"""
+    slowdown: float  # of the same work, at least 1
+    word_s: float  # seconds of a sum of a few numbers, with the wait for the slowest process
+    ring_s: float  # seconds of a sum of many numbers right after it
 
 
-ALONE = Neighbours(1.0, 0.0, 0.0)
+NO_CONTENTION = Contention(1.0, 0.0, 0.0)
 
 
-def neighbours(
+def measure_contention(
     workers: int, size: int, *, threads: int = 1, on: Literal["cpu", "cuda"]
-) -> Neighbours:
-    """Of `workers` processes of `threads` threads, with "cuda" on a card each, that sum `size`
-    bytes; `ALONE` for one.
+) -> Contention:
+    """Measure `workers` processes of `threads` threads that sum `size` bytes.
+
+    With "cuda" each process has a GPU of its own. One worker has `NO_CONTENTION`.
     """
     if workers == 1:
-        return ALONE
-    told = at_once("neighbours", _seconds, size, threads, processes=workers, on=on)
-    return Neighbours(
-        slowdown=max(1.0, statistics.mean(each["together"] for each in told) / told[0]["alone"]),
-        word_s=statistics.mean(each["word"] for each in told),
-        ring_s=statistics.mean(each["ring"] for each in told),
+        return NO_CONTENTION
+    found = run_processes("plan", _seconds, size, threads, processes=workers, on=on)
+    return Contention(
+        slowdown=max(1.0, statistics.mean(each["together"] for each in found) / found[0]["alone"]),
+        word_s=statistics.mean(each["word"] for each in found),
+        ring_s=statistics.mean(each["ring"] for each in found),
     )
 
 
 def _seconds(device: torch.device, size: int, threads: int) -> dict[str, float]:
-    """Of computing alone, which the first process tells, and together, and of both sums."""
+    """Mean seconds of the work alone (on rank 0), of the work together, and of both sums."""
     torch.set_num_threads(threads)
-    word, gradients, work = (
-        torch.ones(3, device=device),
-        torch.ones(max(1, size // 4), device=device),
-        _work(device),
-    )
+    word = torch.ones(3, device=device)
+    gradients = torch.ones(max(1, size // 4), device=device)
+    work = _work(device)
     seconds = {name: list[float]() for name in ("alone", "together", "word", "ring")}
 
     def seconds_of_sum(numbers: Tensor) -> float:
         return seconds_of(lambda: distributed.all_reduce(numbers), device)
 
     for _ in range(ROUNDS):
-        meet(device)
-        if (
-            distributed.get_rank() == 0
-        ):  # the others wait for it at the barrier, which is a wait without computing
+        wait_for_all(device)
+        if distributed.get_rank() == 0:  # the others wait at the barrier without computing
             seconds["alone"] += [next(work) for _ in range(TURNS)][UNTIMED:]
-        meet(device)
+        wait_for_all(device)
         turns = [
             (next(work), seconds_of_sum(word), seconds_of_sum(gradients)) for _ in range(TURNS)
         ][UNTIMED:]
@@ -95,16 +82,14 @@ def _seconds(device: torch.device, size: int, threads: int) -> dict[str, float]:
             ("together", "word", "ring"), zip(*turns, strict=True), strict=True
         ):
             seconds[name] += of_turns
-    # Means: a batch that is held up holds up a training, however rare it is.
+    # Means rather than medians: a delayed batch delays training, however rare it is.
     return {name: statistics.mean(each) for name, each in seconds.items() if each}
 
 
 def _work(device: torch.device) -> Iterator[float]:
-    """The seconds of one piece after the other."""
-    convolution, x_B = (
-        nn.Conv2d(32, 32, 3, padding=1, device=device),
-        torch.rand(32, 32, 28, 28, device=device),
-    )
+    """Yield the seconds of one piece of work after another."""
+    convolution = nn.Conv2d(32, 32, 3, padding=1, device=device)
+    x_B = torch.rand(32, 32, 28, 28, device=device)
 
     def piece() -> None:
         u_B = convolution(x_B)
@@ -115,21 +100,24 @@ def _work(device: torch.device) -> Iterator[float]:
         yield seconds_of(piece, device)
 
 
-def at_once(
+def run_processes(
     who: str,
     work: Callable[..., object],
     *arguments: object,
     processes: int,
     on: Literal["cpu", "cuda"] = "cpu",
 ) -> list[Any]:
-    """What `work(device, *arguments)` tells in each of so many new processes, in the order of their
-    ranks, as JSON keeps it.
+    """Run `work(device, *arguments)` in new processes; return its results in the order of ranks.
 
-    work: a function of a module. Inside, torch's process group is all of them: over gloo on cores,
-        over nccl with "cuda", where each has a card of its own. The environment tells each its
-        place, as a launch does.
+    Args:
+        who: begins the message of an error.
+        work: a function at the top of a module. Its result must be serialisable as JSON. All
+            processes share torch's process group, and the environment variables of a launch (RANK,
+            LOCAL_RANK, WORLD_SIZE) are set.
+        on: "cpu" uses gloo; "cuda" uses nccl and one GPU for each process.
 
-    Raises: ValueError for what the first of them ended in; the others are ended too.
+    Raises:
+        ValueError: a process failed; the message is its last line. The others are ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -139,13 +127,13 @@ def at_once(
             multiprocessing.ProcessExitedException,
         ) as error:
             raise ValueError(f"{who}: {str(error).strip().splitlines()[-1]}") from error
-        return [json.loads(_told(folder, rank).read_text()) for rank in range(processes)]
+        return [json.loads(_result_of(folder, rank).read_text()) for rank in range(processes)]
 
 
-def meet(device: torch.device) -> None:
-    """Wait for all the others."""
+def wait_for_all(device: torch.device) -> None:
+    """Wait at a barrier for all other processes."""
     distributed.barrier()
-    settle(device)  # a card's barrier is a kernel, for which the host does not wait
+    synchronize(device)  # a barrier on a GPU is a kernel, for which the host does not wait
 
 
 def _rank(
@@ -159,18 +147,19 @@ def _rank(
     device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
     if on == "cuda":
         torch.cuda.set_device(device)
-    of_this = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-    os.environ.update(
-        {"DS_ACCELERATOR": on} | {name: str(place) for name, place in of_this.items()}
-    )  # DeepSpeed reads them
-    store = distributed.FileStore(f"{folder}/rendezvous", processes)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ["DS_ACCELERATOR"] = on  # DeepSpeed reads it
     distributed.init_process_group(
-        {"cpu": "gloo", "cuda": "nccl"}[on], store=store, rank=rank, world_size=processes
+        {"cpu": "gloo", "cuda": "nccl"}[on],
+        store=distributed.FileStore(f"{folder}/rendezvous", processes),
+        rank=rank,
+        world_size=processes,
     )
-    _told(folder, rank).write_text(json.dumps(work(device, *arguments)))
-    meet(device)
+    _result_of(folder, rank).write_text(json.dumps(work(device, *arguments)))
+    wait_for_all(device)
     distributed.destroy_process_group()
 
 
-def _told(folder: str, rank: int) -> Path:
+def _result_of(folder: str, rank: int) -> Path:
     return Path(folder) / f"{rank}.json"

@@ -19,7 +19,7 @@ from pipeline.core.random import COUNTED, bits
 from pipeline.spiking.encode import is_still, repeat
 
 
-class Evenly:
+class EvenSample:
     """Holds copies of inputs: all until there are `most`, then `most` of them."""
 
     def __init__(self, most: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
-from pipeline.measure.clock import BETWEEN, PARTS, REST, Part
+from pipeline.measure.constants import BETWEEN, PARTS, REST, Part
 from pipeline.measure.operations import Work
 
 

@@ -25,7 +25,7 @@ from pipeline.report.study import COMPUTE, KEPT, Group
 from pipeline.report.study_run import StudyRun
 
 if TYPE_CHECKING:  # which imports torch, and whoever reads results waits for that
-    from pipeline.forecast.interleaved import Turns
+    from pipeline.forecast.interleaved import InterleavedTimes
 
 _CALLED = {
     "peak_saved_bytes": "saved bytes",
@@ -147,7 +147,7 @@ def time_of_two_forwards(about: str, group: Group, rule: str, *, published: str)
 
 def time_in_turn(
     about: str,
-    turns: Mapping[str, Turns],
+    turns: Mapping[str, InterleavedTimes],
     rule: str,
     *,
     bound: float | Callable[[float], float],

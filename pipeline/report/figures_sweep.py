@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from pipeline.core.units import counted, unit_of
-from pipeline.measure.memory import told_hardware
+from pipeline.measure.memory import format_hardware
 from pipeline.report.figure import Figure, Table, Theme, base_layout, color, plain, symbol
 
 _HEIGHT = 380
@@ -164,7 +164,7 @@ def _layout(theme: Theme, by_rule: Mapping[str, Sequence[_Point]], title: str) -
 
 
 def _caption(sweep: Mapping[str, Any]) -> str:
-    on = told_hardware(sweep["hardware"])
+    on = format_hardware(sweep["hardware"])
     return (
         f"One batch of {counted(sweep['samples'], 'sample')}, before any training; commit"
         f" {sweep['commit']}, {on}."

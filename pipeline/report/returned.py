@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from pipeline.measure.memory import told_hardware
+from pipeline.measure.memory import format_hardware
 from pipeline.report.claims import Claim
 from pipeline.report.runs import ReportError
 
@@ -54,7 +54,7 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
     try:
         kept: dict[str, Any] = {name: str(value[name]) for name in ("recipe", "commit")}
         kept |= {"samples": int(value["samples"]), "hardware": dict(value["hardware"])}
-        told_hardware(kept["hardware"])  # as pages do
+        format_hardware(kept["hardware"])  # as pages do
         if value.get("memory_bytes") is not None:
             kept["memory_bytes"] = int(value["memory_bytes"])
         return {**kept, "points": [_point(point) for point in value["points"]]}

@@ -1,4 +1,4 @@
-"""Joules of a GPU: read from NVML by the card's own name, and nothing where there is no counter. No
+"""EnergyCounter of a GPU: read from NVML by the card's own name, and nothing where there is no counter. No
 GPU is asked for here.
 """
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from pipeline.measure.energy import (
     FP16,
     TABLES,
+    EnergyCounter,
+    EnergyReadings,
     Inference,
-    Joules,
-    Readings,
+    describe_inference,
     energy_j,
-    in_words,
-    inference_j,
+    joules_per_sample,
 )
 from pipeline.measure.meters import Meters
 from pipeline.measure.operations import Work
@@ -50,7 +50,7 @@ def test_prices_are_the_published_ones_of_a_multiplication_and_an_addition() -> 
 def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     inference = Inference(Work(multiplications=3, additions=10, dense=20), samples=2)
     assert (inference.macs, inference.acs) == (1.5, 3.5)
-    told = inference.told()
+    told = inference.to_dict()
     assert told["energy_j"] == pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12)
     assert (
         told["prices"] == "45 nm, fp32"
@@ -62,16 +62,16 @@ def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     assert "measured_j" not in told
     told["energy_j"] = 1.43e-5
     assert (
-        in_words(told, on_gpu=False)
+        describe_inference(told, on_gpu=False)
         == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU"
     )
     assert (
-        in_words(told, on_gpu=True)
-        == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured: no card told it"
+        describe_inference(told, on_gpu=True)
+        == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured: no card has a counter"
     )
-    told = {**replace(inference, not_counted=("fused",)).told(), "energy_j": 1.43e-5}
+    told = {**replace(inference, not_counted=("fused",)).to_dict(), "energy_j": 1.43e-5}
     assert (
-        in_words(told, on_gpu=False)
+        describe_inference(told, on_gpu=False)
         == "an inference: 14.3 µJ estimated (45 nm, fp32, without fused), not measured on a CPU"
     )
 
@@ -109,7 +109,9 @@ def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_millijoules_of_the_right_card_are_joules(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([5_000, 7_500])
     monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(lambda card: next(readings)))
-    joules = Joules(torch.device("cuda"))  # the first reading says whether there is a counter
+    joules = EnergyCounter(
+        torch.device("cuda")
+    )  # the first reading says whether there is a counter
     assert joules.read() == 7.5
 
 
@@ -119,7 +121,7 @@ def test_a_card_without_a_counter_has_no_joules(monkeypatch: pytest.MonkeyPatch)
         raise NVMLError("not supported")
 
     monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(refuse))
-    assert Joules(torch.device("cuda")).read() is None
+    assert EnergyCounter(torch.device("cuda")).read() is None
 
 
 def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
@@ -132,7 +134,7 @@ def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
 
 
 def test_a_cpu_has_none() -> None:
-    assert Joules(torch.device("cpu")).read() is None
+    assert EnergyCounter(torch.device("cpu")).read() is None
 
 
 def test_a_run_sums_what_training_used_and_not_what_was_used_between(
@@ -172,30 +174,32 @@ def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_
         batches(),
         CrossEntropy(),
         counts_operations=True,
-        joules=Joules(torch.device("cuda")),
+        joules=EnergyCounter(torch.device("cuda")),
     )
     assert found.inference is not None and used_mj == [
         5_000_000 + 3 * 400 + 3 * 100
     ]  # the last 300 to count operations
-    measured_j = inference_j([found.readings])
+    measured_j = joules_per_sample([found.readings])
     assert measured_j == pytest.approx(1.2 / 12)
-    told = found.inference.told(measured_j)
+    told = found.inference.to_dict(measured_j)
     assert told["measured_j"] == measured_j and told["energy_j"] < 1e-9
-    assert in_words(told, on_gpu=True).endswith(
+    assert describe_inference(told, on_gpu=True).endswith(
         "pJ estimated (45 nm, fp32), 100 mJ measured on the whole card, idle power and waits for"
         " data included"
     )
 
 
-def rank(card: str, samples: int, began: float | None, ended: float | None) -> Readings:
-    return Readings(card=card, samples=samples, began=began, ended=ended)
+def rank(card: str, samples: int, began: float | None, ended: float | None) -> EnergyReadings:
+    return EnergyReadings(card=card, samples=samples, began=began, ended=ended)
 
 
 def test_cards_add_and_one_that_ranks_share_counts_once() -> None:
-    assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1040)]) == 100 / 50
-    assert inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-a", 20, 110, 190)]) == 90 / 50
     assert (
-        inference_j([rank("GPU-a", 30, 100, 160), rank("GPU-b", 0, 7, 7)]) == 60 / 30
+        joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1040)]) == 100 / 50
+    )
+    assert joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-a", 20, 110, 190)]) == 90 / 50
+    assert (
+        joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-b", 0, 7, 7)]) == 60 / 30
     )  # evaluated nothing
 
 
@@ -212,5 +216,5 @@ def test_cards_add_and_one_that_ranks_share_counts_once() -> None:
         [],
     ],
 )
-def test_what_some_card_did_not_tell_is_not_measured(ranks: list[Readings]) -> None:
-    assert inference_j(ranks) is None
+def test_what_some_card_did_not_tell_is_not_measured(ranks: list[EnergyReadings]) -> None:
+    assert joules_per_sample(ranks) is None

@@ -45,10 +45,10 @@ class _Task:
         return self._over(with_page_checks(self.data, one_in))
 
     def train(self, **sizes: Any) -> Loader:
-        return Changed(self._source().train(**sizes), self._changed)
+        return MappedLoader(self._source().train(**sizes), self._changed)
 
     def val(self, **sizes: Any) -> Loader:
-        return Changed(self._source().val(**sizes), self._changed)
+        return MappedLoader(self._source().val(**sizes), self._changed)
 
     def _over(self, data: Data) -> Self:
         """The same task of other data."""
@@ -162,7 +162,7 @@ class SplitClasses(_Task):
         return replace(batch, target=table_K[batch.target])
 
 
-class Changed:
+class MappedLoader:
     """A loader whose batches are changed on their way."""
 
     def __init__(self, loader: Loader, change: Callable[[Batch], Batch]) -> None:

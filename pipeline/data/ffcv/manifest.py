@@ -110,7 +110,7 @@ def read(path: Path) -> Manifest:
             )
         manifest = Manifest(**body)
     except Unreadable as error:
-        look_at(path)
+        probe_file(path)
         raise DataError(
             f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
         ) from error
@@ -240,11 +240,11 @@ def read_part(path: Path, file: int, part: range, read: Callable[[int], T_]) -> 
     try:
         return tried(afresh)
     except Unreadable:
-        look_at(path, besides=part)
+        probe_file(path, besides=part)
         raise
 
 
-def look_at(path: Path, *, besides: range = range(0)) -> None:
+def probe_file(path: Path, *, besides: range = range(0)) -> None:
     """Read a byte here and there, outside of the bytes `besides`.
 
     Raises:

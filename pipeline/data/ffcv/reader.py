@@ -32,7 +32,7 @@ from pipeline.data.ffcv.api import (
 )
 from pipeline.data.ffcv.loops import Decoder
 from pipeline.data.ffcv.page_checks import SpotCheck
-from pipeline.data.ffcv.tbb import demand_tbb
+from pipeline.data.ffcv.tbb import require_tbb
 from pipeline.data.order import TrainOrder, ValOrder
 
 FIRST_BATCH_S = (
@@ -57,7 +57,7 @@ def usable_threads(threads: int) -> int:
             f" {threads}"
         )
     if threads > 1:
-        demand_tbb()
+        require_tbb()
     return threads
 
 

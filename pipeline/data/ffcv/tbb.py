@@ -34,7 +34,7 @@ def load_tbb() -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
 
 
-def demand_tbb() -> None:
+def require_tbb() -> None:
     """Of numba's threading layers, OpenMP's kills a forked child and workqueue aborts with two
     loaders at once (0.68.1).
 

@@ -10,9 +10,9 @@ import numpy as np
 from pipeline.core.errors import DataError
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write import sources as images
-from pipeline.data.write.generated_events import CLASSES, Moving, Saccades
+from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
 from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
-from pipeline.data.write.published_events import PUBLISHED, recorded
+from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
 from pipeline.data.write.sources import Source
 
@@ -58,7 +58,7 @@ def write_events(
                 f"write events: {name} needs a source, the folder that tonic fills, and slices; "
                 f"got source={source}, slices={slices}"
             )
-        sets = recorded(name, Path(source))
+        sets = published_sets(name, Path(source))
         size = max(PUBLISHED[name].sensor) if size is None else size
     elif name in SLICES:
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
@@ -97,7 +97,7 @@ def _moving(
         Source(
             name,
             CLASSES,
-            [Moving(number, part, size, content_seed) for number in range(count)],
+            [MovingShape(number, part, size, content_seed) for number in range(count)],
             where,
         )
         for part, (name, count) in enumerate((("train", samples), ("val", val_samples)))

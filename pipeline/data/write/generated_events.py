@@ -68,7 +68,7 @@ _NOISE = 512
 
 
 @dataclass(frozen=True)
-class Moving:
+class MovingShape:
     """Recording `number` of a part (0 train, 1 val), of class `number % 16`."""
 
     number: int
@@ -99,7 +99,7 @@ class Moving:
         included.
         """
         scale = self.size / 34
-        stream = seen(
+        stream = moving_shape_events(
             SHAPES[shape],
             axis,
             size=self.size,
@@ -110,7 +110,7 @@ class Moving:
             threshold=0.2 + 0.01 * self._draw(_THRESHOLD, 11),
         )
         noise = 100 + self._draw(_NOISE_COUNT, 101)
-        return with_noise(
+        return add_noise(
             stream, bits(self.content_seed, self.part, self.number, _NOISE + np.arange(4 * noise))
         )
 
@@ -121,7 +121,7 @@ class Moving:
         return f"moving recording {self.number}"
 
 
-def seen(
+def moving_shape_events(
     shape: str,
     axis: int,
     *,
@@ -150,7 +150,7 @@ def seen(
     film_MHW = _film(shape, y_M, x_M, size=size, radius=radius)
     # In units of the threshold, so that levels are whole numbers and a pixel that the shape has
     # left is back at 0 exactly.
-    stream = watch(
+    stream = film_to_events(
         np.concatenate([np.zeros((1, size, size)), film_MHW / threshold]),
         threshold=1.0,
         step_us=STEP_US,
@@ -170,7 +170,7 @@ def _film(
     pixels = np.arange(size, dtype=np.float64)
     down_MH, right_MW = (_ring(pixels - middle_M[:, None], size) for middle_M in (y_M, x_M))
     return np.clip(
-        0.5 - outside(shape, down_MH[:, :, None], right_MW[:, None, :], radius), 0.0, 1.0
+        0.5 - signed_distance(shape, down_MH[:, :, None], right_MW[:, None, :], radius), 0.0, 1.0
     )
 
 
@@ -189,7 +189,7 @@ def reversal(stream: Stream) -> Stream:
     return Stream(t_N, y_N, x_N, p_N, stream.sensor, stream.span)
 
 
-def outside(
+def signed_distance(
     shape: str, down: NDArray[np.float64], right: NDArray[np.float64], radius: float
 ) -> NDArray[np.float64]:
     """How far, in pixels, a point lies outside a shape (negative within); (down, right) from its
@@ -242,13 +242,13 @@ class Saccades:
             )
 
     def events(self) -> Stream:
-        stream = watch(
+        stream = film_to_events(
             self._film(), threshold=SACCADE_THRESHOLD, step_us=SACCADE_US // SACCADE_INSTANTS
         )
         noise = 50 + int(
             below(bits(self.content_seed, self.part, self.number, _SACCADE_NOISE_COUNT), 51)
         )
-        return with_noise(
+        return add_noise(
             stream,
             bits(self.content_seed, self.part, self.number, _SACCADE_NOISE + np.arange(4 * noise)),
         )
@@ -297,7 +297,7 @@ def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> N
 # M instants of a film, N events, H W pixels
 
 
-def watch(film_MHW: NDArray[np.float64], *, threshold: float, step_us: int) -> Stream:
+def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: int) -> Stream:
     """The events between the instants of a film, which lie `step_us` microseconds apart.
 
     The n events of a pixel between two instants are spread evenly between them.
@@ -323,7 +323,7 @@ def watch(film_MHW: NDArray[np.float64], *, threshold: float, step_us: int) -> S
     )
 
 
-def with_noise(stream: Stream, random_bits: NDArray[np.uint64]) -> Stream:
+def add_noise(stream: Stream, random_bits: NDArray[np.uint64]) -> Stream:
     """The events and others that come from nowhere, anywhere at any time: one for every four
     numbers of `random_bits`.
     """

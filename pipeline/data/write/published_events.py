@@ -75,7 +75,7 @@ PUBLISHED: dict[Name, Published] = {
 
 
 @dataclass(frozen=True)
-class Recorded:
+class PublishedRecording:
     """One recording in a file."""
 
     path: Path
@@ -97,7 +97,7 @@ class Recorded:
         return str(self.path)
 
 
-def recorded(name: Name, source: Path) -> list[Source[Recorded]]:
+def published_sets(name: Name, source: Path) -> list[Source[PublishedRecording]]:
     """The training and the evaluation recordings of a set, by class and number.
 
     Raises: DataError where they are neither in `source` nor to be downloaded, or their classes are
@@ -109,7 +109,7 @@ def recorded(name: Name, source: Path) -> list[Source[Recorded]]:
     ]
     classes = list(about.classes or sorted({path.parent.name for path in found[0]}, key=_natural))
     items = [
-        [Recorded(path, _label(path, about, classes), about.sensor) for path in paths]
+        [PublishedRecording(path, _label(path, about, classes), about.sensor) for path in paths]
         for paths in found
     ]
     if len(items) == 1:
@@ -177,7 +177,7 @@ def _label(path: Path, about: Published, classes: list[str]) -> int:
     return classes.index(name)
 
 
-def _first_share(items: list[Recorded], classes: int) -> list[list[Recorded]]:
+def _first_share(items: list[PublishedRecording], classes: int) -> list[list[PublishedRecording]]:
     """Training and evaluation: the first 90 % of each class, and the rest of it."""
     of_class = [[item for item in items if item.label == label] for label in range(classes)]
     cuts = [round(TRAIN_SHARE * len(each)) for each in of_class]
