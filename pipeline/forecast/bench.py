@@ -37,8 +37,8 @@ from pipeline.measure.memory import (
     reset_peak_device_bytes,
     reset_peak_rss,
 )
-from pipeline.measure.memory_breakdown import HeldBytes, bytes_of, held_bytes
 from pipeline.measure.meters import Meters
+from pipeline.measure.tensor_bytes import HeldBytes, bytes_of, held_bytes
 from pipeline.measure.totals import Totals
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec

@@ -36,7 +36,7 @@ from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted as count_of
 from pipeline.forecast.bench import Bench, bytes_of_batch, step_inputs
 from pipeline.forecast.teacher_cost import teacher_bytes, untrained_teacher
-from pipeline.measure.memory_breakdown import HeldBytes, held_bytes
+from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
 from pipeline.measure.traffic import Traffic
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.rules.base import Rule

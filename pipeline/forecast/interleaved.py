@@ -74,7 +74,8 @@ def measure_interleaved(
     )
     given = recipe, labelled, samples, threads
     told = [
-        run_processes("interleaved", _seconds, *given, processes=processes, on=on) for _ in range(starts)
+        run_processes("interleaved", _seconds, *given, processes=processes, on=on)
+        for _ in range(starts)
     ]
 
     def means(label: str, part: str) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ from pipeline.forecast.bench import (
 )
 from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.measure.memory_breakdown import HeldBytes
+from pipeline.measure.tensor_bytes import HeldBytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data

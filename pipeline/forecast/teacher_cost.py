@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.measure.clock import seconds_of
-from pipeline.measure.memory_breakdown import bytes_of
+from pipeline.measure.tensor_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.tasks import tasks_of

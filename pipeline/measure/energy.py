@@ -62,9 +62,7 @@ class Inference:
         """Additions without a multiplication per sample, over all its time steps."""
         return (self.work.additions - self.work.multiplications) / self.samples
 
-    def to_dict(
-        self, measured_j: float | None = None, *, prices: Prices = FP32
-    ) -> dict[str, Any]:
+    def to_dict(self, measured_j: float | None = None, *, prices: Prices = FP32) -> dict[str, Any]:
         """Operations per sample and their energy in J, by `prices` and by every table.
 
         `measured_j`: measured joules per sample. The key is left out where it is None.
@@ -101,9 +99,7 @@ def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
             " included"
         )
     else:
-        measurement = (
-            "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
-        )
+        measurement = "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
     unknown = (
         f", without {', '.join(inference['not_counted'])}" if inference.get("not_counted") else ""
     )

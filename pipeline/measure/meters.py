@@ -20,7 +20,6 @@ from pipeline.measure.clock import Clock
 from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY, PARTS, REST, Between, Part
 from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.memory import (
-    SavedBytes,
     peak_device_bytes,
     peak_reserved_bytes,
     peak_rss_bytes,
@@ -32,6 +31,7 @@ from pipeline.measure.memory import (
     rss_bytes,
 )
 from pipeline.measure.operations import Operations
+from pipeline.measure.tensor_bytes import SavedBytes
 from pipeline.measure.totals import Totals
 from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes

@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import hardware, hardware_over
-from pipeline.measure.memory_breakdown import HeldBytes, held_bytes
+from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
 from pipeline.measure.totals import Totals
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.phases import stretch_at

@@ -98,7 +98,8 @@ def test_a_driver_that_is_new_enough_and_does_not_serve_torch(
     found = unusable_gpus()
     assert (
         found is not None
-        and "the 4 GPUs here: Unexpected error from cudaGetDeviceCount(). Error 802" in found.problem
+        and "the 4 GPUs here: Unexpected error from cudaGetDeviceCount(). Error 802"
+        in found.problem
     )
     assert "\n" not in str(found) and "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in found.advice
 

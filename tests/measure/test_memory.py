@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.measure.memory import (
-    SavedBytes,
     device_here,
     free_bytes,
     hardware,
@@ -29,6 +28,7 @@ from pipeline.measure.memory import (
     reset_peak_device_bytes,
     reset_peak_rss,
 )
+from pipeline.measure.tensor_bytes import SavedBytes
 
 
 @pytest.fixture(autouse=True)

@@ -510,7 +510,9 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
 ) -> None:
     taken: list[dict[str, object]] = []
 
-    def measure_interleaved(trained: object, rules: object, **about: object) -> dict[str, InterleavedTimes]:
+    def measure_interleaved(
+        trained: object, rules: object, **about: object
+    ) -> dict[str, InterleavedTimes]:
         taken.append(about)
         return TURNS
 
