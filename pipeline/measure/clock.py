@@ -7,8 +7,8 @@ that is entered.
 
 Time outside of all parts is charged to REST, so the parts of a batch add up exactly to its time.
 
-On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels, so each boundary is an
-event on the stream, and a part's time is the stream's: a wait for data is charged for as long as
+On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels, so each boundary is
+an event on the stream, and a part's time is the stream's: a wait for data is charged for as long as
 kernels had to wait for it. Only `take` waits for the events.
 
 A batch has about thirty boundaries, and each follows a layer that has just filled the caches, where

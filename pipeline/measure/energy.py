@@ -4,8 +4,8 @@
                                  ACs: additions alone, for spikes
 
 Only operations that are executed count: a still image passes the first layer once, and its zeros
-cost nothing. Most papers count that layer at each of the T steps, zeros included, so their figure is
-at least T times as large; say so where the two stand side by side. A mean of spikes, as from a
+cost nothing. Most papers count that layer at each of the T steps, zeros included. Their figure is
+T times as large or more; say so where the two stand side by side. A mean of spikes, as from a
 pooling layer, is a real number and its products are MACs. Counts of synaptic operations take it for
 a spike, and their price for such a layer is up to five times lower.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from pipeline.measure.constants import BETWEEN, PARTS, REST, Part
 from pipeline.measure.operations import Work
 
 
-def _no_seconds(*names: str) -> dict[str, float]:
+def _no_seconds(*names: str) -> Any:
     return field(default_factory=lambda: dict.fromkeys(names, 0.0))
 
 
