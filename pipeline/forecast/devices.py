@@ -1,6 +1,7 @@
-"""Devices that a plan can be made for: cards as their data sheets have them, and the device here.
+"""Devices that a plan can be made for: cards by their data sheets, and the device here.
 
-Data sheets' figures are dense, without structured sparsity. Those of the device here are measured.
+The figures of data sheets are dense, without structured sparsity. Those of the device here are
+measured.
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ DEVICES = {
 }
 
 TIMED = 7
-TOGETHER = 50  # small operations that are timed together
+TOGETHER = 50  # small operations in one measurement
 
 
 def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:
-    """The device here, from what three operations of a training step take: about a second.
+    """Measure the device here by three operations of a training step, in about a second.
 
-    The rates are of a 3x3 convolution, of a sum of two tensors larger than a cache, and of a small
-    operation. They are what such operations reach, so the efficiency is 1; other shapes reach less.
+    They are a 3x3 convolution, a sum of two tensors larger than a cache, and a small operation.
+    The rates are achieved ones, so the efficiency is 1; other shapes are slower.
     """
     device = device_here()
     settle(threads, device)

@@ -1,10 +1,10 @@
-"""Rules that take turns on one batch, in as many processes at once as a run has workers.
+"""Rules timed in alternation on one batch, in as many processes as a run has workers.
 
-Runs of a study take hours, in which a machine gets slower and faster by more than some rules
-differ. Here each round trains a few batches by every rule, behind the backend that the recipe names
-and on a copy of the network whose weights rest, and each begins with another, so that what drifts
-falls on all alike. What does not drift, such as where a process has its memory, is another one in
-each of several starts.
+The runs of a study take hours, in which the speed of a machine varies by more than some rules
+differ. Here each round trains a few batches with every rule, behind the backend that the recipe
+names and on a copy of the network whose weights do not change. Each round begins with the next
+rule, so drift affects all rules equally. Differences between processes, such as the location of
+their memory, are averaged over several starts.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ STARTS = 5
 
 @dataclass(frozen=True)
 class InterleavedTimes:
-    """Seconds of a batch in each start, the mean over its processes and rounds."""
+    """One rule's seconds of a batch in each start: the mean over processes and rounds."""
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
-    processes: int  # that computed at once
-    samples: int  # that each of them held
-    threads: int  # of each of them
-    # that each rule called, as its runs do: an engine that is called at each time step costs some
-    # rules more than others
+    processes: int  # that computed at the same time
+    samples: int  # of each process
+    threads: int  # of each process
+    # The backend of every rule, as in its runs. An engine that is called at each time step costs
+    # some rules more than others.
     backend: str
     commit: str
 
@@ -54,42 +54,42 @@ def measure_interleaved(
     threads: int = 1,
     starts: int = STARTS,
 ) -> dict[str, InterleavedTimes]:
-    """Of each rule by its label; weights rest. As many processes compute at once as `workers`,
-    cards or cores admit.
+    """Measure each rule, by its label, in `workers` processes, or as many as cards or cores allow.
 
-    Each start goes round as often as there are rules, so that every rule is once in every place.
+    Each start has as many rounds as there are rules, so every rule comes once in every place.
 
     Args:
-        samples: of a batch; None: as one of `workers` holds at a time.
+        samples: in a batch; None: the micro-batch of one of `workers`.
 
-    Raises: ValueError for a batch that does not divide, and what a process ended in.
+    Raises:
+        ValueError: the batch does not divide, or a process failed.
     """
     labelled, samples = (
         rules_by_label(rules, rules[0]),
         samples or recipe.split(workers).micro_batch,
     )
     on: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = min(
-        workers, torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
-    )
+    most = torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
+    processes = min(workers, most)
     given = recipe, labelled, samples, threads
-    told = [
+    seconds = [
         run_processes("interleaved", _seconds, *given, processes=processes, on=on)
         for _ in range(starts)
     ]
 
     def means(label: str, part: str) -> tuple[float, ...]:
-        return tuple(statistics.fmean(each[label][part] for each in start) for start in told)
+        return tuple(statistics.fmean(each[label][part] for each in start) for start in seconds)
 
-    about = {
-        "processes": processes,
-        "samples": samples,
-        "threads": threads,
-        "backend": recipe.backend,
-        "commit": commit(),
-    }
     return {
-        label: InterleavedTimes(means(label, "forward_s"), means(label, "backward_s"), **about)
+        label: InterleavedTimes(
+            means(label, "forward_s"),
+            means(label, "backward_s"),
+            processes=processes,
+            samples=samples,
+            threads=threads,
+            backend=recipe.backend,
+            commit=commit(),
+        )
         for label in labelled
     }
 
@@ -97,20 +97,19 @@ def measure_interleaved(
 def _seconds(
     device: torch.device, recipe: Recipe, rules: Mapping[str, Spec], samples: int, threads: int
 ) -> dict[str, dict[str, float]]:
-    """Of each part of a batch, by rule, the mean over rounds."""
+    """Mean seconds over rounds, by rule and part of a batch."""
     bench = Bench(recipe, batch_size=samples, threads=threads)
     seconds: dict[str, dict[str, list[float]]] = {
         label: {"forward_s": [], "backward_s": []} for label in rules
     }
     for order in rotated(rules, len(rules)):
         for label in order:
-            # DeepSpeed's engines are cycles: that of the rule before would lie in memory beside
-            # this one's
+            # DeepSpeed's engines are reference cycles: the previous rule's would stay in memory.
             gc.collect()
             wait_for_all(device)
             cost = bench.cost(rules[label], behind="own backend")
-            seconds[label]["forward_s"].append(cost.forward_s)
-            seconds[label]["backward_s"].append(cost.backward_s)
+            for part, values in seconds[label].items():
+                values.append(getattr(cost, part))
     return {
         label: {part: statistics.fmean(each) for part, each in of_rule.items()}
         for label, of_rule in seconds.items()

@@ -230,7 +230,7 @@ class Meters:
                 self._batch.kept = max(self._batch.kept, found)
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
-        """Record loss and hits. `share`: the micro-batch's in the global batch, its loss's weight."""
+        """Record loss and hits. `share`: of the micro-batch in the global batch."""
         assert self._loss_terms, "a rule yields at least one loss term"
         with self.part("metrics"):
             losses, logits = zip(*self._loss_terms, strict=True)
