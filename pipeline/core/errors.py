@@ -1,6 +1,6 @@
 """What ends a run that cannot go on as asked: one line for the user, and no use in trying again.
 
-How data fails. Apart from base.py, so that writing processes need not import torch.
+`DataError` and `LoaderError` stand here so that processes that write data need not import torch.
 """
 
 from __future__ import annotations
@@ -40,12 +40,8 @@ def refusal_of(error: ValueError) -> UserError:
 
 
 class DataError(ValueError):
-    """Data, or a size asked of it, that cannot be used: who, the rule, what was got, what is
-    accepted. A retry does not help.
-    """
+    """Data, or a size requested of it, that cannot be used. A retry does not help."""
 
 
 class LoaderError(RuntimeError):
-    """A loader or writer that failed or went silent for a reason of the machine's, not of the
-    data's. A retry may help.
-    """
+    """A loader or writer that failed or hung for a reason of the machine. A retry may help."""
