@@ -141,8 +141,8 @@ class ContentHash:
         if isinstance(kind, Arrays):
             self._hash.update(json.dumps(asdict(kind)).encode())
 
-    def add(self, payload: "bytes | memoryview", *, label: int, **about: int) -> None:
-        recorded = [about[name] for name in ("mode", "height", "width") if name in about]
+    def add(self, payload: "bytes | memoryview", *, label: int, **attributes: int) -> None:
+        recorded = [attributes[name] for name in ("mode", "height", "width") if name in attributes]
         self._hash.update(
             np.array([label, *recorded], "<i8").tobytes() + xxhash.xxh3_128_digest(payload)
         )
@@ -194,7 +194,9 @@ def content_of(path: Path, classes: list[str]) -> str:
         strict=True,
     )
     for record, address, label, size in places:
-        content.add(view[address : address + size].data, label=label, **found.kind.about(record))
+        content.add(
+            view[address : address + size].data, label=label, **found.kind.attributes(record)
+        )
     return content.hexdigest()
 
 

@@ -58,7 +58,7 @@ class Encoder(Protocol[S_contra]):
 @dataclass(frozen=True)
 class Encoded:
     payload: bytes
-    about: dict[str, int]  # what the file records of it beside its label, see format.py
+    attributes: dict[str, int]  # what the file records of it beside its label, see format.py
     counted: dict[str, int]  # what the manifest adds up over the samples
     groups: dict[str, str] = field(
         default_factory=dict

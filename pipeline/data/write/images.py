@@ -238,10 +238,10 @@ def _store(
                 skipped.append({"image": str(item), "reason": result.reason})
             else:
                 try:
-                    writer.add(result.payload, label=item.label, **result.about)
+                    writer.add(result.payload, label=item.label, **result.attributes)
                 except DataError as error:
                     raise DataError(f"{item}: {error}") from error
-                content.add(result.payload, label=item.label, **result.about)
+                content.add(result.payload, label=item.label, **result.attributes)
                 labels.append(item.label)
                 counted.update(result.counted)
                 for by, group in result.groups.items():
