@@ -1,5 +1,5 @@
-"""RandAugment's colour operations, compiled. Two of ten are drawn for a view, each with repetition
-and each applied with probability 1/2.
+"""RandAugment's colour operations, compiled. Two of ten are drawn for a view, independently, and
+each is applied with probability 1/2.
 
     magnitude ~ N(m, 1/2), clipped to 0..10
 
@@ -29,7 +29,7 @@ OPERATIONS = (
     *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add"),
     *("colour", "contrast", "brightness", "sharpness"),
 )
-BY_TABLE = 6  # the first so many change each level of a channel by a table
+BY_TABLE = 6  # the first 6 operations map the levels of a channel by a table
 LAYERS, MOST, SPREAD = 2, 10.0, 0.5
 
 
