@@ -24,7 +24,7 @@ PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes of the storage of an image
 
 
-def _ffcv() -> Any:
+def _ffcv():
     """The parts of FFCV, imported only here: they bring torch and numba, which takes seconds."""
     from pipeline.data.ffcv import api
 

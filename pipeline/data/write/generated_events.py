@@ -1,45 +1,40 @@
-"""Moving shapes, 16 classes of which only memory can tell apart more than pairs: four shapes, each
-in four directions.
+"""Generated recordings of a simulated event camera: moving shapes, and saccades over still images.
 
-A shape - disc, square, triangle, cross - moves along a row or a column of a sensor without ends:
-what leaves on one side comes in on the other. It starts anywhere. One recording of each axis is the
-base; the opposite direction is its exact reversal in time,
+**Moving shapes** has 16 classes: four shapes (disc, square, triangle, cross), each in four
+directions. A network without memory can tell the shapes apart, but not a direction from its
+opposite.
 
-    (t, y, x, p)  ->  (end - 1 - t, y, x, p),            then in every recording    p -> p XOR f
-    with a fair coin f.
+A shape moves along a row or a column of a toroidal sensor: what leaves on one side enters on the
+other. It starts at a random place. The base of each axis is one recording. The opposite direction
+is its exact reversal in time. Then a fair coin f flips the polarity of each recording:
 
-So two kinds of reader are right half of the time at most, as to the direction along the axis:
+    (t, y, x, p)  ->  (end - 1 - t, y, x, p),            then    p -> p XOR f
+
+Two kinds of reader are therefore right in at most half of the cases about the direction along an
+axis:
 
     of sums      The sum of a recording over time is the sum of its reversal.
-    of a moment  The shape is as likely at one place as at another, at any time. What is seen of the
-                 base in one slice is then distributed as what is seen in any other, and the slices
-                 of a reversal are those of a base, last first: neither a slice nor the time of it
-                 says which way it was played.
+    of a moment  At any time the shape is equally likely at every place. One slice of the base is
+                 then distributed like any other, and the slices of a reversal are those of a base
+                 in reverse order. Neither a slice nor its time reveals the direction.
 
-The direction shows in how one slice follows another, and whoever tells it has carried something
-from the one to the other. (A moving edge gives the reversal the other polarity; and a camera's
-hysteresis shows which polarity came first. The coin and the exact reversal take either clue away. A
-camera switched on amid the motion would miss the first events, and so show where time began: this
-one has been on since the shape was elsewhere.)
+The direction shows only in how one slice follows another, so a network must carry information from
+one to the other. Without the coin and the exact reversal, polarity would reveal the direction: a
+moving edge gives the reversal the other polarity, and a camera's hysteresis shows which polarity
+came first. A camera that is switched on during the motion would miss the first events and reveal
+the beginning; this one has been on since before the shape arrived.
+
+**Saccades** gives real images to networks for events; its classes can also be told from sums over
+time. The picture is in the middle of the sensor, and the gaze follows a triangle, each side in 100
+ms, as for N-MNIST.
 
 Every number is a pure function of (content seed, part, number of the recording).
 
-Saccades over still images: an event camera that looks at a picture and moves its gaze three
-times, as for N-MNIST.
-
-The picture stands in the middle of the sensor, and the gaze goes round a triangle, each side in 100
-ms. The class can be told from counts summed over time as well: this set asks no network to use
-time, it gives real images to networks for events.
-
-Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437 (the way of recording; path, speed and
-camera here are ours).
-
-A simulated event camera: a film of intensities to the events that it would give.
-
-Each pixel remembers a level. Whenever the intensity has moved away from it by `threshold`, the
-pixel gives an event, on or off, and the level follows by one threshold. Sums, products and
-comparisons alone, so the same events come out on every machine.
+Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades (path, speed and camera are
+ours).
 """
+
+# M instants of a film, N events, H W pixels of the sensor, h w of a picture
 
 import math
 from dataclasses import dataclass
@@ -51,14 +46,11 @@ from pipeline.core.errors import DataError
 from pipeline.core.random import below, bits
 from pipeline.data.write.recordings import Stream, in_order
 
-# M instants of a film, N events, H W pixels
-
-
 SHAPES = ("disc", "square", "triangle", "cross")
 DIRECTIONS = ("right", "left", "down", "up")  # 2 axis + reversed
 CLASSES = [f"{shape} {direction}" for shape in SHAPES for direction in DIRECTIONS]
 INSTANTS, STEP_US = 93, 1000  # 92 ms
-SMALLEST = 16  # pixels a side: a smaller sensor has no room for the shapes
+SMALLEST = 16  # pixels a side of the smallest sensor that has room for the shapes
 
 _FIRST_DRAW = 256  # draws, see random.py: 256.. of the film, 512.. of the noise
 _RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(
@@ -69,7 +61,7 @@ _NOISE = 512
 
 @dataclass(frozen=True)
 class MovingShape:
-    """Recording `number` of a part (0 train, 1 val), of class `number % 16`."""
+    """Recording `number` of a part (0 train, 1 val). Its class is `number % 16`."""
 
     number: int
     part: int
@@ -95,8 +87,8 @@ class MovingShape:
         return stream._replace(p_N=stream.p_N ^ self._draw(_COIN, 2))
 
     def base(self, shape: int, axis: int) -> Stream:
-        """The recording before reversal and coin: along `axis` (0 to the right, 1 down), noise
-        included.
+        """The recording with noise before reversal and coin, along `axis` (0 to the right, 1
+        down).
         """
         scale = self.size / 34
         stream = moving_shape_events(
@@ -106,7 +98,7 @@ class MovingShape:
             radius=scale * (4.5 + self._draw(_RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
             across=self.size * self._draw(_ACROSS, 1 << 16) / (1 << 16),
             start=self.size * self._draw(_START, 1 << 16) / (1 << 16),
-            speed=scale * (112 + self._draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels of way
+            speed=scale * (112 + self._draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels in all
             threshold=0.2 + 0.01 * self._draw(_THRESHOLD, 11),
         )
         noise = 100 + self._draw(_NOISE_COUNT, 101)
@@ -132,41 +124,38 @@ def moving_shape_events(
     speed: float,
     threshold: float,
 ) -> Stream:
-    """The events of a shape that moves along `axis` (0 to the right, 1 down) at `speed` pixels an
+    """The events of a shape that moves along `axis` (0 to the right, 1 down) at `speed` pixels per
     instant.
 
-    At time 0 its middle is at `start` along the axis and at `across` on the other, pixels on a
-    torus of `size` a side; an event comes whenever the intensity (0 outside, 1 within) has moved by
-    `threshold`.
+    At time 0 its centre is at `start` along the axis and at `across` on the other one, in pixels on
+    a torus of `size` a side. An event occurs whenever the intensity (0 outside, 1 inside) has
+    changed by `threshold`.
 
-    The camera first sees nothing, then the shape, for as long as it takes to leave where it was:
-    what a pixel remembers at time 0 is then what the motion has left there, not where the film
-    began.
+    The film begins empty, and the shape moves for as long as it takes to leave its first place.
+    The level that a pixel remembers at time 0 then depends on the motion, not on the beginning of
+    the film.
     """
-    before = math.ceil((2.2 * radius + 2) / speed)  # no shape is longer, soft edge included
+    before = math.ceil((2.2 * radius + 2) / speed)  # the longest shape with its soft edge
     along_M = start + speed * np.arange(-before, INSTANTS, dtype=np.float64)
     across_M = np.full_like(along_M, across)
     y_M, x_M = (across_M, along_M) if axis == 0 else (along_M, across_M)
     film_MHW = _film(shape, y_M, x_M, size=size, radius=radius)
-    # In units of the threshold, so that levels are whole numbers and a pixel that the shape has
-    # left is back at 0 exactly.
+    # In units of the threshold, so that levels are whole numbers and exactly 0 after the shape has
+    # left a pixel.
     stream = film_to_events(
         np.concatenate([np.zeros((1, size, size)), film_MHW / threshold]),
         threshold=1.0,
         step_us=STEP_US,
     )
     begin = (1 + before) * STEP_US
-    late = stream.t_N >= begin
-    t_N, y_N, x_N, p_N = (
-        values_N[late] for values_N in (stream.t_N - begin, stream.y_N, stream.x_N, stream.p_N)
-    )
-    return Stream(t_N, y_N, x_N, p_N, stream.sensor, (0, (INSTANTS - 1) * STEP_US))
+    t_N, y_N, x_N, p_N = (values_N[stream.t_N >= begin] for values_N in stream[:4])
+    return Stream(t_N - begin, y_N, x_N, p_N, stream.sensor, (0, (INSTANTS - 1) * STEP_US))
 
 
 def _film(
     shape: str, y_M: NDArray[np.float64], x_M: NDArray[np.float64], *, size: int, radius: float
 ) -> NDArray[np.float64]:
-    """The shape at each instant, in 0..1, its edge a pixel soft: [M,H,W]."""
+    """The intensity at each instant, in 0..1, with an edge one pixel wide: [M,H,W]."""
     pixels = np.arange(size, dtype=np.float64)
     down_MH, right_MW = (_ring(pixels - middle_M[:, None], size) for middle_M in (y_M, x_M))
     return np.clip(
@@ -175,25 +164,21 @@ def _film(
 
 
 def _ring(distance: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """The distance on a ring of `size` pixels, the shorter way: -size/2 up to size/2."""
+    """The shorter signed distance on a ring of `size` pixels: -size/2 up to size/2."""
     return (distance + size / 2) % size - size / 2
 
 
 def reversal(stream: Stream) -> Stream:
-    """The recording played backwards, polarities kept."""
-    begin, end = stream.span
-    t_N, y_N, x_N, p_N = (
-        values_N[::-1]
-        for values_N in (begin + end - 1 - stream.t_N, stream.y_N, stream.x_N, stream.p_N)
-    )
-    return Stream(t_N, y_N, x_N, p_N, stream.sensor, stream.span)
+    """The recording in reverse, with the same polarities."""
+    t_N, y_N, x_N, p_N = (values_N[::-1] for values_N in stream[:4])
+    return stream._replace(t_N=sum(stream.span) - 1 - t_N, y_N=y_N, x_N=x_N, p_N=p_N)
 
 
 def signed_distance(
     shape: str, down: NDArray[np.float64], right: NDArray[np.float64], radius: float
 ) -> NDArray[np.float64]:
-    """How far, in pixels, a point lies outside a shape (negative within); (down, right) from its
-    middle.
+    """The distance in pixels from a point to a shape, negative inside it. (down, right): the point
+    relative to the shape's centre.
     """
     if shape == "disc":
         return np.sqrt(down * down + right * right) - radius
@@ -208,14 +193,12 @@ def signed_distance(
     return np.minimum(upright, level)
 
 
-# M instants of a film, N events, H W pixels of the sensor, h w of the picture
+# ---------------------------------------------------------------------------------------- saccades
 
 
 CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
-SACCADE_US, SACCADE_INSTANTS = (
-    100_000,
-    25,
-)  # of each side: about 6 pixels, a quarter of one between two instants
+# of each side: about 6 pixels, a quarter of a pixel between two instants
+SACCADE_US, SACCADE_INSTANTS = 100_000, 25
 SACCADE_THRESHOLD = 0.15  # of black to white
 
 _SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # draws, see random.py
@@ -223,8 +206,8 @@ _SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # draws, see random.py
 
 @dataclass(frozen=True, eq=False)
 class Saccades:
-    """The picture `image_hw` (uint8), number `number` of a part (0 train, 1 val), seen by a sensor
-    of `size` pixels a side.
+    """The recording of the picture `image_hw` (uint8), number `number` of a part (0 train, 1 val),
+    by a sensor of `size` pixels a side.
     """
 
     image_hw: NDArray[np.uint8]
@@ -254,9 +237,7 @@ class Saccades:
         )
 
     def _film(self) -> NDArray[np.float64]:
-        """What the sensor sees at each instant, in 0..1, between pixels by linear interpolation:
-        [M,H,W].
-        """
+        """The intensity at each instant, in 0..1, interpolated between pixels: [M,H,W]."""
         height, width = self.image_hw.shape
         reach = max(abs(step) for corner in CORNERS for step in corner) + 1
         field = np.zeros((self.size + 2 * reach, self.size + 2 * reach))
@@ -271,8 +252,8 @@ class Saccades:
 
 
 def gaze() -> list[tuple[float, float]]:
-    """Where the gaze is at each instant, (down, right) in pixels: round the triangle and back to
-    its first corner.
+    """The place of the gaze at each instant, (down, right) in pixels: around the triangle and back
+    to its first corner.
     """
     path: list[tuple[float, float]] = [CORNERS[0]]
     for (down, right), (next_down, next_right) in zip(
@@ -285,7 +266,7 @@ def gaze() -> list[tuple[float, float]]:
 
 
 def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> NDArray[np.float64]:
-    """`size` x `size` values of `field` from (top, left) on, which may lie between its pixels."""
+    """`size` x `size` interpolated values of `field` from (top, left) on."""
     row, column = int(top), int(left)
     down, right = top - row, left - column
     upper = (1 - down) * field[row : row + size] + down * field[row + 1 : row + 1 + size]
@@ -294,22 +275,24 @@ def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> N
     ]
 
 
-# M instants of a film, N events, H W pixels
+# ------------------------------------------------------------------------------------------ camera
 
 
 def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: int) -> Stream:
-    """The events between the instants of a film, which lie `step_us` microseconds apart.
+    """The events of an event camera on a film of intensities, `step_us` microseconds per instant.
 
-    The n events of a pixel between two instants are spread evenly between them.
+    Each pixel remembers a level. Whenever the intensity differs from it by `threshold`, the pixel
+    emits an event, on or off, and the level follows by one threshold. The n events of a pixel
+    between two instants are spread evenly. Only sums, products and comparisons are used, so the
+    events are the same on every machine.
     """
     moved_MHW = np.zeros((len(film_MHW) - 1, *film_MHW.shape[1:]))
     level_HW = film_MHW[0].copy()
     for instant in range(len(moved_MHW)):
         moved_MHW[instant] = np.trunc((film_MHW[instant + 1] - level_HW) / threshold)
         level_HW += moved_MHW[instant] * threshold
-    m_K, y_K, x_K = np.nonzero(
-        moved_MHW
-    )  # K times that a pixel moved, each by one threshold or more
+    # K changes of a pixel, each by one threshold or more
+    m_K, y_K, x_K = np.nonzero(moved_MHW)
     moved_K = moved_MHW[m_K, y_K, x_K].astype(np.int64)
     many_K = np.abs(moved_K)
     nth_N = np.arange(many_K.sum()) - np.repeat(np.cumsum(many_K) - many_K, many_K)
@@ -324,19 +307,11 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
 
 
 def add_noise(stream: Stream, random_bits: NDArray[np.uint64]) -> Stream:
-    """The events and others that come from nowhere, anywhere at any time: one for every four
-    numbers of `random_bits`.
-    """
+    """Add noise events at uniform places and times, one for every four numbers of `random_bits`."""
     begin, end = stream.span
-    t_K, y_K, x_K, p_K = (
-        below(bits_K, many)
-        for bits_K, many in zip(
-            random_bits.reshape(-1, 4).T, (end - begin, *stream.sensor, 2), strict=True
-        )
-    )
-    pairs = zip(
-        (stream.t_N, stream.y_N, stream.x_N, stream.p_N), (begin + t_K, y_K, x_K, p_K), strict=True
-    )
+    ranges = (end - begin, *stream.sensor, 2)
+    t_K, y_K, x_K, p_K = map(below, random_bits.reshape(-1, 4).T, ranges)
+    pairs = zip(stream[:4], (begin + t_K, y_K, x_K, p_K), strict=True)
     return in_order(
         *(np.concatenate(pair) for pair in pairs), sensor=stream.sensor, span=stream.span
     )

@@ -1,13 +1,16 @@
-"""From a number to a scene: one object, as large as chance has it, turned a little, somewhere on a
-piece of a ground.
+"""Scenes for a realistic test of recognition: a cut-out object on a ground, both photographs that
+three packages of Debian install (`stamp_pictures.py`).
 
-    scene = object (brightness) over ground,        each number a pure function of (content seed,
-    split, part, scene)
+    spiketrain write stamps --out data/stamps-0 --size 160 --split 0
+    data=spec(Beton, folder="data/stamps-0", classes=13, size=160)
 
-Scene i is of class i mod 13, and the objects of a class take turns, so that each is shown as often
-as any other of its class.
+    scene = object (size, mirror, angle, place, brightness) over a piece of a ground
 
-Scenes of stamps to train.beton and val.beton with their manifests.
+Every number is a pure function of (content seed, split, part, scene). Scene i is of class i mod 13,
+and the objects of a class alternate, so each is shown equally often.
+
+The objects and grounds of the evaluation set are not in the training set: in each class a quarter
+of them. The manifest keeps each scene's object, for statistics over objects: `Beton.groups`.
 """
 
 import hashlib
@@ -38,14 +41,13 @@ from pipeline.data.write.stamp_pictures import (
     parts,
 )
 
-# S side of a scene, h w of a turned object
-
+# S side of a scene, h w of a rotated object
 
 SIZES = (32, 1024)  # pixels a side; the smallest ground has 1024
-LARGEST = 0.9  # of the scene's side: that of the turned object's longer side
-TURN = 15.0  # degrees to either side
-BRIGHTNESS = 0.3  # factor 0.7 to 1.3
-SMALLEST_PIECE = 0.25  # of a ground's shorter side
+LARGEST = 0.9  # share of the scene's side that the rotated object's longer side may take
+TURN = 15.0  # degrees in either direction
+BRIGHTNESS = 0.3  # the factor is 0.7 to 1.3
+SMALLEST_PIECE = 0.25  # share of a ground's shorter side
 
 _FIRST_DRAW = 2048  # draws, see random.py
 _GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X = range(
@@ -55,8 +57,8 @@ _GROUND, _PIECE, _PIECE_Y, _PIECE_X, _SHARE, _FLIP, _TURN, _BRIGHTNESS, _Y, _X =
 
 @dataclass(frozen=True)
 class Scene:
-    """What is shown, and the counters that decide how: scene `number` of a `part` (0 train, 1 val)
-    of a split.
+    """Scene `number` of a `part` (0 train, 1 val) of a split: its object and grounds, and the
+    counters of its random numbers.
     """
 
     number: int
@@ -78,7 +80,7 @@ class Scene:
         return int(below(self.draw(number), n))
 
     def unit(self, number: int) -> float:
-        """In 0..1, 1 excluded."""
+        """A number in 0..1, 1 excluded."""
         return (self.draw(number) >> 11) * 2.0**-53
 
     def __str__(self) -> str:
@@ -88,30 +90,26 @@ class Scene:
 def scenes(
     pictures: Pictures, count: int, *, part: int, split: int, content_seed: int
 ) -> Iterator[Scene]:
-    """The first `count` scenes of a part, which `pictures` holds."""
+    """The first `count` scenes of a part with these pictures."""
     classes, grounds = list(pictures.objects.values()), tuple(pictures.grounds)
     for number in range(count):
         turn, label = divmod(number, len(classes))
-        yield Scene(
-            number,
-            part,
-            split,
-            content_seed,
-            label,
-            classes[label][turn % len(classes[label])],
-            grounds,
-        )
+        shown = classes[label][turn % len(classes[label])]
+        yield Scene(number, part, split, content_seed, label, shown, grounds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendering:
-    """How scenes are made and stored. `smallest`: the least share of a scene's side that its
-    object's longer side takes.
+    """Renders and encodes scenes.
 
-    `split` and `content_seed` have chosen the scenes already; they are kept here for the manifest.
-    `mode`, `quality`: as of Encoding.
+    Args:
+        size: pixels a side.
+        split, content_seed: of the scenes; kept for the manifest.
+        smallest: the least share of a scene's side that its object's longer side takes.
+        mode, quality: as in Encoding.
 
-    Raises: DataError for a size or a share that makes no scene.
+    Raises:
+        DataError: the size or the share is out of range.
     """
 
     size: int
@@ -150,10 +148,7 @@ def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
     object_hw4 = np.asarray(_turned(scene, size, smallest), np.float32)
     height, width, _ = object_hw4.shape
     top, left = scene.below(_Y, size - height + 1), scene.below(_X, size - width + 1)
-    colours_hw3, alpha_hw1 = (
-        object_hw4[..., :3],
-        object_hw4[..., 3:],
-    )  # colours are multiplied by alpha already
+    colours_hw3, alpha_hw1 = object_hw4[..., :3], object_hw4[..., 3:]  # premultiplied by alpha
     brightness = np.float32(1 + BRIGHTNESS * (2 * scene.unit(_BRIGHTNESS) - 1))
     window_hw3 = shown_SS3[top : top + height, left : left + width]
     window_hw3 *= 1 - alpha_hw1 / 255
@@ -162,35 +157,33 @@ def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
 
 
 def object_of(picture: Picture, size: int) -> Image.Image:
-    """An object as scenes of `size` pixels need it, alpha-multiplied."""
+    """An object in the resolution for scenes of `size` pixels, premultiplied by alpha."""
     return cut_out(picture, longest=2 * size)
 
 
 def ground_of(picture: Picture, size: int) -> Image.Image:
-    """A ground whose smallest piece has `size` pixels a side, where the picture has as many."""
+    """A ground whose smallest piece has `size` pixels a side, if the picture is large enough."""
     return ground(picture, shortest=round(size / SMALLEST_PIECE))
 
 
 def _piece(scene: Scene, size: int) -> Image.Image:
     whole = ground_of(scene.ground, size)
     side = round(min(whole.size) * (SMALLEST_PIECE + (1 - SMALLEST_PIECE) * scene.unit(_PIECE)))
-    top, left = (
-        scene.below(_PIECE_Y, whole.height - side + 1),
-        scene.below(_PIECE_X, whole.width - side + 1),
-    )
+    top = scene.below(_PIECE_Y, whole.height - side + 1)
+    left = scene.below(_PIECE_X, whole.width - side + 1)
     return whole.resize(
         (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
     )
 
 
 def _turned(scene: Scene, size: int, smallest: float) -> Image.Image:
-    """The object mirrored or not, scaled and turned, in a rectangle that fits the scene;
-    alpha-multiplied.
+    """The object after mirroring, scaling and rotation, premultiplied by alpha. It fits the
+    scene.
     """
     plain = object_of(scene.object, size)
     degrees = TURN * (2 * scene.unit(_TURN) - 1)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(abs(degrees)))
-    # The longer side of the rectangle around the turned object, before it is scaled.
+    # the longer side of the rectangle around the rotated object, before scaling
     longer = max(plain.width * cos + plain.height * sin, plain.width * sin + plain.height * cos)
     scale = (smallest + (LARGEST - smallest) * scene.unit(_SHARE)) * size / longer
     width, height = (max(1, round(side * scale)) for side in plain.size)
@@ -219,20 +212,24 @@ def write_stamps(
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Scenes of 13 classes, `size` pixels a side: `samples` to train on, `val_samples` of other
-    objects to evaluate on.
+    """Write scenes of 13 classes: `samples` for training, `val_samples` of other objects for
+    evaluation.
 
-    `split`: which objects and grounds evaluate, 0, 1 or 2, or 3 to choose settings on
-    (pictures.py). `smallest`: the least share of a scene's side that an object takes.
-    `content_seed`: selects the scenes, not the split.
-    `source`: what holds the packages' pictures; None: /usr/share.
-    `mode`, `quality`: pixels stored as JPEG (quality 90) or raw. `existing`: as for
-    `write_fashion`.
+    Both manifests keep each scene's "object" and "ground" for `Beton.groups`.
 
-    Both manifests keep each scene's "object" and "ground": see `Beton.groups`.
+    Args:
+        size: pixels a side.
+        split: selects the objects and grounds of the evaluation set, 0, 1 or 2; 3 to choose
+            settings on (stamp_pictures.py).
+        smallest: the least share of a scene's side that an object takes.
+        content_seed: selects the scenes of a split.
+        source: the folder of the packages' pictures; None: /usr/share.
+        mode, quality: store as JPEG (quality 90) or raw.
+        existing: as in `write_fashion`.
 
-    Raises: DataError for options that make no set, for a package that is missing and for a picture
-    that cannot be read, before anything is written; what `write_sets` raises.
+    Raises:
+        DataError: before anything is written, if an option is out of range, a package is missing or
+            a picture cannot be read; and as `write_sets`.
     """
     if mode == "raw" and quality is not None:
         raise DataError(f"write stamps: quality has no effect in mode 'raw'; got {quality}")
@@ -254,11 +251,11 @@ def write_stamps(
     divided = parts(pictures, split)
     where = f"{share.absolute()}, pictures {_read_all(pictures, size)}"
     sets: list[Source[Scene]] = []
-    for part, (name, chosen, count) in enumerate(
-        zip(("train", "val"), divided, (samples, val_samples), strict=True)
-    ):
-        items = list(scenes(chosen, count, part=part, split=split, content_seed=content_seed))
-        sets.append(Source(name, list(chosen.objects), items, where))
+    for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
+        items = list(
+            scenes(divided[part], count, part=part, split=split, content_seed=content_seed)
+        )
+        sets.append(Source(name, list(divided[part].objects), items, where))
     written = write_sets(
         sets, Path(out), how, workers=workers, progress=progress, existing=existing
     )
@@ -267,8 +264,8 @@ def write_stamps(
 
 
 def _read_all(pictures: Pictures, size: int) -> str:
-    """Reads each picture once, before a file is begun, and names them all: 16 digits of the sha256
-    of their names and bytes.
+    """Read each picture once, before a file is begun, and identify them all: 16 digits of the
+    sha256 of their names and bytes.
     """
     digest = hashlib.sha256()
     for read, some in (

@@ -97,7 +97,7 @@ def test_what_is_damaged_is_named_with_its_package(tmp_path: Path, suffix: str, 
 def test_an_object_that_cannot_be_seen_is_refused(tmp_path: Path) -> None:
     picture = Picture("none", tmp_path / "none.png", "some-package")
     Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(picture.path)
-    with pytest.raises(DataError, match=r"none\.png cannot be read \(nothing of it can be seen\)"):
+    with pytest.raises(DataError, match=r"none\.png cannot be read \(it is fully transparent\)"):
         cut_out(picture, 100)
 
 
