@@ -163,7 +163,7 @@ def test_without_the_data_and_their_number_hours_are_not_known(
     def missing(recipe: Recipe) -> int:
         raise DataError("not here")
 
-    monkeypatch.setattr("pipeline.forecast.plan.samples_of", missing)
+    monkeypatch.setattr("pipeline.forecast.plan.samples_per_epoch", missing)
     found = plan(made(), Cluster(workers=1, device=H100, price=3.0), rules=RULES)
     planned = of(found, "BPTT")
     assert (found.samples, planned.hours, planned.kwh, planned.cost) == (None, None, None, None)

@@ -24,8 +24,8 @@ moving edge gives the reversal the other polarity, and a camera's hysteresis sho
 came first. A camera that is switched on during the motion would miss the first events and reveal
 the beginning; this one has been on since before the shape arrived.
 
-**Saccades** gives real images to networks for events; its classes can also be told from sums over
-time. The picture is in the middle of the sensor, and the gaze follows a triangle, each side in 100
+**Saccades** gives real images to networks for events. Sums over time suffice to distinguish its
+classes. The picture is in the middle of the sensor, and the gaze follows a triangle, each side in 100
 ms, as for N-MNIST.
 
 Every number is a pure function of (content seed, part, number of the recording).
