@@ -13,10 +13,9 @@ Result:   of 256 images on one worker, beside the claims (turns.json): SLTT 0.96
           commit 862ae618abfb. By the median of 60 batches of one start, on an Intel Xeon: 0.992 and
           0.517 (commit 4032ee417d7f)
 
-Rules take turns on one batch of images as a worker of that study has it, in as many processes at
-once as there are workers (forecast/interleaved.py); each of several starts goes round them once for each,
-so that drift of the machine falls on all alike. Timed are forward, loss and backward of all T
-steps. SLTT calls everything T times, and what a call costs beside its images does not shrink with
+Rules alternate on one batch of images of a worker of that study, in as many processes as there are
+workers (forecast/interleaved.py). Each of several starts has one round for each rule, so drift of
+the machine affects all rules equally. Timed are forward, loss and backward of all T steps. SLTT calls everything T times, and what a call costs beside its images does not shrink with
 them: `--images` says how many each worker holds. Exits with 1 when SLTT takes longer than the
 faster BPTT."""
 

@@ -62,7 +62,8 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 def test_what_a_process_ended_in_is_a_line() -> None:
     """DSR has neurons of its own, which this network has not."""
     with pytest.raises(
-        ValueError, match=r"^interleaved: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$"
+        ValueError,
+        match=r"^interleaved: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$",
     ):
         measure_interleaved(recipe_with(0.5), (spec(DSR),), workers=1)
 

@@ -1,5 +1,5 @@
-"""EnergyCounter of a GPU: read from NVML by the card's own name, and nothing where there is no counter. No
-GPU is asked for here.
+"""The energy of an inference, estimated, and measured by NVML's counter of a card; no GPU is
+needed.
 """
 
 from __future__ import annotations

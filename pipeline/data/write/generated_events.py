@@ -25,8 +25,8 @@ came first. A camera that is switched on during the motion would miss the first 
 the beginning; this one has been on since before the shape arrived.
 
 **Saccades** gives real images to networks for events. Sums over time suffice to distinguish its
-classes. The picture is in the middle of the sensor, and the gaze follows a triangle, each side in 100
-ms, as for N-MNIST.
+classes. The picture is in the middle of the sensor, and the gaze follows a triangle, each side in
+100 ms, as for N-MNIST.
 
 Every number is a pure function of (content seed, part, number of the recording).
 
