@@ -55,9 +55,9 @@ from torch import Tensor, nn
 from benchmarks.overhead import RULES, timed, tuned_batch
 from pipeline.core.code_version import commit
 from pipeline.core.torch_settings import configure_torch
+from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.measure.memory import device_here, hardware
 from pipeline.measure.meters import Meters
-from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.spiking.encode import repeat
 from pipeline.train.backend.plain import Plain
 from pipeline.train.evaluation import evaluate

@@ -13,12 +13,13 @@ Result:   of 256 images on one worker, beside the claims (turns.json): SLTT 0.96
           commit 862ae618abfb. By the median of 60 batches of one start, on an Intel Xeon: 0.992 and
           0.517 (commit 4032ee417d7f)
 
-Rules take turns on one batch of images as a worker of that study has it, in as many processes at
-once as there are workers (forecast/turns.py); each of several starts goes round them once for each,
-so that drift of the machine falls on all alike. Timed are forward, loss and backward of all T
-steps. SLTT calls everything T times, and what a call costs beside its images does not shrink with
-them: `--images` says how many each worker holds. Exits with 1 when SLTT takes longer than the
-faster BPTT."""
+Rules alternate on one batch of images of a worker of that study, in as many processes as there are
+workers (forecast/interleaved.py). Each of several starts has one round for each rule, so drift of
+the machine affects all rules equally. Timed are forward, loss and backward of all T steps. SLTT
+calls everything T times, and the fixed cost of a call does not shrink with the number of images:
+`--images` sets how many each worker holds. The exit code is 1 when SLTT takes longer than the
+faster BPTT.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from dataclasses import replace
 
 from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console
-from pipeline.forecast.turns import STARTS, in_turn
+from pipeline.forecast.interleaved import STARTS, measure_interleaved
 from pipeline.measure.memory import device_here, hardware
 from pipeline.report.claims import print_claims, share_of_k
 from recipes.compare.claims_base import time_in_turn
@@ -49,7 +50,7 @@ def main() -> None:
     images = BATCH // arguments.workers if arguments.images is None else arguments.images
     recipe = replace(fashion(), time_steps=T, batch_size=images * arguments.workers)
     rules = [RULES[name] for name in ("bptt", "bptt-stepped", "sltt", "sltt-1")]
-    turns = in_turn(recipe, rules, workers=arguments.workers, starts=arguments.starts)
+    turns = measure_interleaved(recipe, rules, workers=arguments.workers, starts=arguments.starts)
     sltt = time_in_turn("SLTT", turns, "SLTT", bound=1.0, published="")
     print_claims(
         [sltt, time_in_turn("SLTT-1", turns, "SLTT-1", bound=share_of_k(T, 1), published="")],

@@ -84,8 +84,8 @@ def refused(
                 " weights=lite0))"
             ),
             (
-                "timm_teacher: tf_efficientnet_lite0 has 1000 classes and the data 10, so it needs a"
-                " probe, .*; got None"
+                "timm_teacher: tf_efficientnet_lite0 has 1000 classes and the data 10, so it"
+                " needs a probe, .*; got None"
             ),
         ),
         (

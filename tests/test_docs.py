@@ -27,9 +27,9 @@ from benchmarks.pictures import template, write_shapes
 from pipeline.data.datasets.tasks import Permuted
 from pipeline.data.mixing import Mixing
 from pipeline.data.write.images import write_fashion
-from pipeline.models.binarized import binarized
 from pipeline.models.qkformer import qkformer_10
 from pipeline.models.teachers.timm import timm_teacher
+from pipeline.models.transforms import binarized
 from pipeline.recipe.recipe import Phase, read_json, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT

@@ -110,7 +110,7 @@ def probe(
     share them.
     """
     made = made_of(recipe, set_, tiny)
-    from pipeline.forecast.bench import without_rule
+    from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.probe import probe as probe_recipe
     from pipeline.report.probe import print_probe, probe_as_json
 
@@ -118,7 +118,7 @@ def probe(
     _print(
         made,
         partial(probe_recipe, **about),
-        without_rule,
+        step_inputs,
         print_probe if format_ == "table" else probe_as_json,
         as_json=format_ == "json",
     )
@@ -170,7 +170,7 @@ def sweep(
 
     times = parse_time_steps("sweep", steps)
     made = made_of(recipe, set_, tiny)
-    from pipeline.forecast.bench import without_rule
+    from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.sweep import sweep as sweep_recipe
     from pipeline.report.sweep import print_sweep, told_sweep
 
@@ -185,7 +185,7 @@ def sweep(
     _print(
         made,
         partial(sweep_recipe, **about),
-        without_rule,
+        step_inputs,
         print_sweep if format_ == "table" else told_sweep,
         as_json=format_ == "json",
     )
@@ -214,7 +214,7 @@ def plan(
     """
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.devices import DEVICES
-    from pipeline.forecast.plan import Cluster, all_but_rule
+    from pipeline.forecast.plan import Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.report.plan import plan_as_json, print_plan
 
@@ -241,7 +241,7 @@ def plan(
     if against is not None:
         _print_errors(made, forecast, cluster, runs, against, as_json=as_json)
         return
-    _print(made, forecast, all_but_rule, plan_as_json if as_json else print_plan, as_json=as_json)
+    _print(made, forecast, plan_inputs, plan_as_json if as_json else print_plan, as_json=as_json)
 
 
 def _print_errors(
@@ -287,7 +287,7 @@ def _print(
     import json
 
     from pipeline.core.printing import new_console
-    from pipeline.forecast.bench import RULES, by_network
+    from pipeline.forecast.bench import RULES, group_by_network
     from pipeline.recipe.recipe import Recipe
     from pipeline.train.placeholder_weights import with_stand_ins
 
@@ -302,7 +302,7 @@ def _print(
             print_json(shown)
         return
     with with_stand_ins(made) as recipes:
-        networks = by_network(recipes, alike)
+        networks = group_by_network(recipes, alike)
         forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
         if as_json:
             print_json([show(each) for each in forecasts])

@@ -238,7 +238,7 @@ def write_stamps(
     Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.
     """
-    from pipeline.data.write.stamps.write import write_stamps as write
+    from pipeline.data.write.stamps import write_stamps as write
 
     options = {
         "size": size,

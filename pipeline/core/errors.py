@@ -1,4 +1,7 @@
-"""Errors that end a run and that a restart does not cure: each message is one line for the user."""
+"""Errors that end a run and that a restart does not cure: each message is one line for the user.
+
+`DataError` and `LoaderError` stand here so that processes that write data need not import torch.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +36,11 @@ def remedy(lr: Any, clip_norm: Any) -> str:
 def as_user_error(error: ValueError) -> UserError:
     """The error as a `UserError`, which every rank raises."""
     return error if isinstance(error, UserError) else UserError(str(error))
+
+
+class DataError(ValueError):
+    """Data, or a size requested of it, that cannot be used. A retry does not help."""
+
+
+class LoaderError(RuntimeError):
+    """A loader or writer that failed or hung for a reason of the machine. A retry may help."""

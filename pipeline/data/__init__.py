@@ -1,3 +1,3 @@
-"""Data sets and the loaders that read them. `ffcv` is imported here and nowhere else, and only when
-a file is opened.
+"""Data sets and the loaders that read them. FFCV is imported only below this package, and only
+when a file is opened.
 """

@@ -1,4 +1,4 @@
-"""What the training loop knows of data: a batch, a loader, a data set, and how they fail."""
+"""The interface of data to the training loop: a batch, a loader, a data set."""
 
 # B batch (samples of one micro-batch on one rank), T time, C channels, H W pixels
 
@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pipeline.data.errors import DataError, LoaderError
+from pipeline.core.errors import DataError, LoaderError
 
 __all__ = [
     "Batch",
@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank, in memory of its own (it may be kept)."""
+    """One micro-batch of one rank. Its memory is its own, so it may be kept."""
 
     x: Tensor  # float32, normalised: images [B,C,H,W], or recordings [B,T,C,H,W]
     target: Tensor  # int64 [B]
@@ -49,16 +49,18 @@ class Loader(Protocol):
         ...
 
     def epoch(self, epoch: int, *, start: int = 0) -> AbstractContextManager[Iterator[Batch]]:
-        """The micro-batches of this rank, in order. Leaving the context stops whatever was reading
-        ahead.
+        """The micro-batches of this rank, in order. Leaving the context stops reading ahead.
 
-        `epoch`: selects order and augmentation (evaluation: neither depends on it), and which pages
-        are compared, see page_checks.py.
-        `start`: samples of this epoch that all ranks together have consumed, a multiple of the
-        global batch size.
+        Args:
+            epoch: selects order, augmentation and the pages that are compared (page_checks.py);
+                order and augmentation of an evaluation do not depend on it.
+            start: samples of this epoch that all ranks together have consumed, a multiple of the
+                global batch size.
 
-        Raises: DataError (a sample that cannot be decoded, a bad `start`), LoaderError (an error or
-        a hang below)."""
+        Raises:
+            DataError: a sample cannot be decoded, or `start` is invalid.
+            LoaderError: reading failed or hung.
+        """
         ...
 
     def close(self) -> None:
@@ -68,7 +70,7 @@ class Loader(Protocol):
 
 @runtime_checkable
 class Data(Protocol):
-    """A training and an evaluation set: what `recipe.data` builds. Constructing one opens no
+    """A training and an evaluation set: the value of `recipe.data`. Constructing one opens no
     file.
     """
 
@@ -77,13 +79,13 @@ class Data(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a sample of `Batch.x`: (C, H, W) of an image, (T, C, H, W) of a recording, whose T is
-        the recipe's `time_steps`.
+        """Shape of a sample of `Batch.x`: (C, H, W) of an image, or (T, C, H, W) of a recording,
+        whose T is the recipe's `time_steps`.
         """
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the content of both sets, whatever file or page holds it: part of the study
+        """A hash of the content of both sets, independent of files and pages: part of the study
         key.
 
         Raises: DataError if the data is missing.
@@ -91,7 +93,7 @@ class Data(Protocol):
         ...
 
     def check(self) -> None:
-        """Read once what is trained and evaluated on, and compare checksums.
+        """Read the training and evaluation samples once and compare checksums.
 
         Raises: DataError with the file and the page that differ.
         """
@@ -100,32 +102,32 @@ class Data(Protocol):
     def train(
         self, *, seed: int, rank: int, world: int, batch_size: int, micro_batch: int, threads: int
     ) -> Loader:
-        """One global permutation an epoch, from (seed, epoch). A global batch is accumulation x
-        world x micro_batch samples.
+        """The training set in one global permutation an epoch, from (seed, epoch). A global batch
+        has accumulation x world x micro_batch samples.
 
         Micro-batch a of rank r takes rows `(a*world + r)*micro_batch` to `(a*world + r +
-        1)*micro_batch` of each global batch; what is left of the epoch after its last whole global
-        batch is dropped.
+        1)*micro_batch` of each global batch. The samples after the last whole global batch of an
+        epoch are dropped.
         """
         ...
 
     def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Loader:
-        """Each sample once over all ranks: nothing dropped, nothing padded. The last batch may be
-        short, a rank may have none.
+        """The evaluation set, each sample once over all ranks: none is dropped or padded. The last
+        batch may be short, and a rank may have none.
         """
         ...
 
 
 @runtime_checkable
 class Grouped(Protocol):
-    """A data set that knows what its samples belong with."""
+    """A data set whose samples belong to groups."""
 
     def fingerprint(self) -> str: ...
 
     def groups(self, use: Literal["train", "val"], *, by: str) -> list[str]:
-        """Of each sample, at its place in the file that `use` reads (`Batch.index`).
+        """The group of each sample, at its place in the file that `use` reads (`Batch.index`).
 
-        Raises: DataError if the samples are not grouped so.
+        Raises: DataError if the samples have no such groups.
         """
         ...
 
@@ -135,10 +137,10 @@ class OnPages(Data, Protocol):
     """A data set in files with a checksum for each page."""
 
     def with_page_checks(self, one_in: int) -> Data:
-        """The same sets; one in so many samples that are read has its page compared, 0: none."""
+        """The same sets; one in `one_in` samples that are read has its page compared, 0: none."""
         ...
 
 
 def with_page_checks(data: Data, one_in: int) -> Data:
-    """The same sets, with pages compared while they are read; data without pages as it is."""
+    """`data` with pages compared while they are read; data without pages is returned unchanged."""
     return data.with_page_checks(one_in) if isinstance(data, OnPages) else data

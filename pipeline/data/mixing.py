@@ -1,5 +1,4 @@
-"""Mixup and CutMix: each sample of a batch is mixed with its neighbour, and so is what it should be
-taken for.
+"""Mixup and CutMix: each sample of a batch is mixed with its neighbour, and so is its target.
 
     x'_r = w x_r + (1 - w) x_n        y'_r = lam y_r + (1 - lam) y_n        n: row r + 1 where r is
     even, r - 1 where it is odd
@@ -9,14 +8,13 @@ taken for.
                                                            l ~ Beta(cutmix, cutmix); cut at the
                                                            image's border, it leaves the share lam
 
-Rows are places in the global batch, which is in random order: a neighbour is as good as any other
-partner, and it lies on the same rank. All that is drawn is a pure function of (seed, step) or of
-(seed, step, row), so that the batches are the same for any number of ranks and micro-batches and
-after any restart.
+Rows are places in the global batch, which is in random order. A neighbour is therefore as random as
+any other partner, and it is on the same rank. Every draw is a pure function of (seed, step) or of
+(seed, step, row), so the batches are the same for any number of ranks and micro-batches and after
+any restart.
 
-Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899;
-what may be chosen is as of timm 1.0.31, whose partners are the rows of a rank's batch from its
-other end.
+Source: Zhang et al. 2018 (Mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899. The
+options are those of timm 1.0.31, which pairs the rows of a rank's batch from both ends.
 """
 
 # B batch, K classes, H W pixels
@@ -31,21 +29,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.errors import DataError
 from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
-from pipeline.data.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """What becomes of a micro-batch on its device.
+    """Mixes micro-batches on their device.
 
     Args:
         mixup, cutmix: the parameter of each one's Beta distribution; 0 leaves it out.
-        probability: of being mixed at all.
-        switch: the share of CutMix where both are there.
+        probability: of mixing at all.
+        switch: the share of CutMix where both are used.
         per: one draw for the whole "batch", for each "pair" of neighbours, or for each "sample".
 
-    Raises: DataError for numbers that mix nothing, or have no effect.
+    Raises:
+        DataError: an option is out of range, or has no effect.
     """
 
     mixup: float = 0.0
@@ -72,7 +71,7 @@ class Mixing:
             raise DataError(f"Mixing: per must be 'batch', 'pair' or 'sample'; got {self.per!r}")
 
     def check(self, *, micro_batch: int) -> None:
-        """Raises: DataError for a micro-batch that would part neighbours."""
+        """Raises: DataError for a micro-batch that would separate neighbours."""
         if micro_batch % 2:
             raise DataError(
                 "Mixing: a micro-batch must be even, for samples are mixed in pairs; got"
@@ -82,8 +81,9 @@ class Mixing:
     def __call__(
         self, x_B: Tensor, target_B: Tensor, *, classes: int, seed: int, step: int, rows: range
     ) -> tuple[Tensor, Tensor]:
-        """`x` mixed, [B,...,H,W], and what the samples are now taken for: shares of the classes,
-        [B,K], in the type of `x`.
+        """Mixed `x` [B,...,H,W] and targets [B,K], shares of the classes in the dtype of `x`.
+
+        `rows`: the places of the samples in the global batch.
         """
         assert len(rows) == len(x_B) and rows.start % 2 == len(rows) % 2 == 0, rows
         lam_B, box_B4 = self._drawn(
@@ -101,10 +101,8 @@ class Mixing:
     def _drawn(
         self, height: int, width: int, *, seed: int, step: int, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-        """The share lam that each sample keeps, and the box (top, bottom, left, right) that it
-        loses; None where none does.
-
-        A box of a sample that loses none is -1.
+        """The share lam that each sample keeps, and the box (top, bottom, left, right) that is
+        replaced: -1 in samples without one, None where no sample has one.
         """
         key_B = {"batch": np.zeros_like(rows), "pair": rows // 2, "sample": rows}[self.per]
         draw = lambda number: bits(seed, step, key_B, number)
@@ -127,8 +125,8 @@ class Mixing:
 
 @cache
 def _beta(parameter: float) -> NDArray[np.float64]:
-    """4096 values at evenly spaced quantiles of Beta(parameter, parameter), rounded so that no
-    library's last digit matters.
+    """4096 values at evenly spaced quantiles of Beta(parameter, parameter). They are rounded so
+    that the last digit of a library does not matter.
     """
     if parameter == 0:
         return np.ones(4096)
@@ -144,8 +142,8 @@ def _boxes(
     height: int,
     width: int,
 ) -> NDArray[np.int64]:
-    """Boxes of the image's shape and the share 1 - lam of it around (y, x), cut at its border:
-    [B,4].
+    """Boxes around (y, x) with the image's aspect ratio and the share 1 - lam of its area, cut at
+    its border: [B,4].
     """
     side_B = np.sqrt(1 - lam_B)
     ends = []
@@ -159,14 +157,12 @@ def _boxes(
 
 
 def _outside(lam_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
-    """The weight of each pixel: 0 within a box and 1 outside of it, lam everywhere in a sample
-    without one: [B,1,...,H,W].
+    """The weight of each pixel: 0 within a box and 1 outside of it, or lam everywhere in a sample
+    without a box: [B,1,...,H,W].
     """
     height, width = x_B.shape[-2:]
-    y_1H1, x_11W = (
-        torch.arange(height, device=x_B.device)[None, :, None],
-        torch.arange(width, device=x_B.device)[None, None],
-    )
+    y_1H1 = torch.arange(height, device=x_B.device)[None, :, None]
+    x_11W = torch.arange(width, device=x_B.device)[None, None]
     top, bottom, left, right = (each_B[:, None, None] for each_B in box_B4.unbind(-1))
     inside_BHW = (y_1H1 >= top) & (y_1H1 < bottom) & (x_11W >= left) & (x_11W < right)
     weight_BHW = torch.where(top < 0, lam_B[:, None, None], (~inside_BHW).to(x_B))
@@ -174,5 +170,5 @@ def _outside(lam_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:
 
 
 def _neighbours(x_B: Tensor) -> Tensor:
-    """A copy with the rows of each pair exchanged."""
+    """A copy with the two rows of each pair swapped."""
     return x_B.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

@@ -1,26 +1,28 @@
-"""Which sample goes to which rank, when: pure functions of (seed, epoch) and sizes."""
+"""The order of samples on each rank: pure functions of (seed, epoch) and sizes."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import DataError
 from pipeline.core.random import HELD_OUT, ORDER, bits
 from pipeline.core.units import counted
-from pipeline.data.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOrder:
     """The training order of one rank.
 
-    With `repeats` above 1, a global batch holds so many copies of batch_size / repeats samples,
-    each copy another view: in row r copy r // (batch_size / repeats). An epoch has as many steps as
-    without, and so sees one in `repeats` of the samples.
+    With `repeats` above 1, a global batch holds `repeats` views of each of its batch_size / repeats
+    samples: row r is view r // (batch_size / repeats). The number of steps in an epoch is
+    unchanged, so an epoch uses one in `repeats` of the samples.
 
-    Raises: DataError if the sizes do not divide, or the set is smaller than one global batch.
-    Source of repeated augmentation: Hoffer et al. 2019, arXiv:1901.09335; the length of an epoch is
-    that of Touvron et al. 2021 (DeiT), arXiv:2012.12877.
+    Raises:
+        DataError: the sizes do not divide, or the set is smaller than one global batch.
+    Source:
+        Hoffer et al. 2019, arXiv:1901.09335 (repeated augmentation); Touvron et al. 2021 (DeiT),
+        arXiv:2012.12877 (length of an epoch).
     """
 
     samples: int
@@ -30,9 +32,8 @@ class TrainOrder:
     batch_size: int  # samples of a global batch, over all ranks and micro-batches
     micro_batch: int  # samples of one batch on one rank
     repeats: int = 1
-    ids: NDArray[np.int64] | None = field(
-        default=None, compare=False
-    )  # the `samples` of the file that are used; None: all
+    # the `samples` ids of the file that are used; None: all
+    ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
@@ -86,32 +87,26 @@ class TrainOrder:
         return order.reshape(-1, self.world, self.micro_batch)[:, self.rank].reshape(-1)
 
     def copies(self, *, start: int = 0) -> NDArray[np.int64]:
-        """Which copy of its sample each one of `epoch` is, 0 to repeats - 1: what its view is drawn
-        for beside the epoch.
+        """The number of the view of each id in `epoch`, 0 to repeats - 1; augmentation depends on
+        it.
         """
-        rows = (
-            np.arange(self.batch_size)
-            .reshape(-1, self.world, self.micro_batch)[:, self.rank]
-            .reshape(-1)
-        )
-        return np.tile(
-            rows // (self.batch_size // self.repeats), self.steps - start // self.batch_size
-        )
+        rows = np.arange(self.batch_size).reshape(-1, self.world, self.micro_batch)
+        copies = rows[:, self.rank].reshape(-1) // (self.batch_size // self.repeats)
+        return np.tile(copies, self.steps - start // self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValOrder:
-    """The evaluation order of one rank: a contiguous run of the file, at most one sample longer
-    than another rank's.
+    """The evaluation order of one rank: a contiguous part of the file. The parts of two ranks
+    differ by one sample at most.
     """
 
     samples: int
     rank: int
     world: int
     micro_batch: int
-    ids: NDArray[np.int64] | None = field(
-        default=None, compare=False
-    )  # the `samples` of the file that are used; None: all
+    # the `samples` ids of the file that are used; None: all
+    ids: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
@@ -123,9 +118,9 @@ class ValOrder:
         return -(-len(self.epoch(0)) // self.micro_batch)
 
     def epoch(self, epoch: int, *, start: int = 0) -> NDArray[np.int64]:
-        """Sample ids of this rank, whatever the epoch.
+        """Sample ids of this rank, the same in each epoch.
 
-        Raises: DataError if `start` is not 0: an evaluation is repeated whole.
+        Raises: DataError if `start` is not 0: an evaluation is repeated from its beginning.
         """
         if start:
             raise DataError(f"val: an evaluation starts at 0; got start={start}")
@@ -139,19 +134,17 @@ class ValOrder:
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """All sample ids sorted by their random bits (ties by id): [samples]. Depends on no generator's
-    version.
+    """All sample ids sorted by their random bits (ties by id): [samples].
 
-    1.28 M samples take about 0.2 s.
+    It does not depend on the version of a generator. 1.28 M samples take about 0.2 s.
     """
     return np.argsort(bits(seed, epoch, np.arange(samples), ORDER), kind="stable")
 
 
 def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A training set's ids in two parts, (to train on, to choose on): the same in every run,
-    whatever its seed.
+    """Split a training set's ids into (training, selection), the same for every seed.
 
-    For learning rates and their like, which must never be chosen on the test set.
+    Hyperparameters such as learning rates are chosen on the second part, never on the test set.
     """
     order = np.argsort(bits(0, 0, np.arange(samples), HELD_OUT), kind="stable")
     count = round(samples * share)

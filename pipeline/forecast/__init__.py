@@ -1,3 +1,3 @@
-"""What a recipe will cost, told before it trains: tried on a batch, swept over T, planned for
-machines that nobody here has.
+"""The cost of a recipe before it trains: measured on one batch, swept over T, or planned for other
+machines.
 """

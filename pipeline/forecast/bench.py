@@ -1,9 +1,9 @@
-"""A recipe's network and one batch of its data, on which rules are tried before any training.
+"""A recipe's network and one batch of its data, on which rules are tried before training.
 
-Every rule gets a copy of one network, with the weights that training starts from, and the same
-batch. It trains through the loop of a run, at a learning rate of 0. A recipe with a teacher is
-tried with its labels alone (`asked.py` measures the teacher); a recipe of several tasks is tried
-on its first.
+Every rule gets a copy of the network, with the weights that training starts from, and the same
+batch. It trains in the loop of a run, at a learning rate of 0. A recipe with a teacher is tried on
+its labels alone (`teacher_cost.py` measures the teacher), and a recipe of several tasks on its
+first.
 """
 
 # T time, B batch
@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from pipeline.core.allocator import release_freed_memory
 from pipeline.core.torch_settings import compute_in, configure_torch
 from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
+from pipeline.measure.constants import REST
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.memory import (
     device_here,
@@ -36,10 +37,8 @@ from pipeline.measure.memory import (
     reset_peak_device_bytes,
     reset_peak_rss,
 )
-from pipeline.measure.memory_breakdown import Held, bytes_of, held
 from pipeline.measure.meters import Meters
-from pipeline.measure.time_parts import REST
-from pipeline.measure.totals import Totals
+from pipeline.measure.tensor_bytes import HeldBytes, bytes_of, held_bytes
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
@@ -77,44 +76,40 @@ RULES = (
     spec(IDE),
     spec(SPIDE),
 )
-UNTIMED = 3  # the first batch warms up, on the second bytes are counted, on the third operations
+UNTIMED = 3  # batches: the first warms up, the second counts bytes, the third operations
 TIMED = 5
-# of memory that is left to fragments, to workspaces and the driver, and to what a small batch does
-# not tell of a large one
+# Share of memory that is left free for fragments, workspaces, the driver, and the difference
+# between a small batch and a large one.
 RESERVE = 0.1
-LEARNS_BY_ITSELF = (
-    16  # batches that a rule with matrices of its own sees before its gradient is taken
-)
+WARM_UP_BATCHES = 16  # that a rule with trained matrices sees before its gradient is taken
 DRAWS = 8
-ROUNDS = 3  # rounds in which rules take turns, where their seconds are compared
+ROUNDS = 3  # rounds in which rules alternate, where their times are compared
 Behind = Literal["plain torch", "own backend"]
 T_ = TypeVar("T_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one rule on one batch."""
+    """The cost of one rule on one batch."""
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int  # of what the network remembers and backward does not keep as well
-    # how far the process's resident memory, on a GPU what its allocator holds, rises in a batch:
-    # with gradients and what kernels take for their work, without the network and the batch itself;
-    # None where the kernel does not begin its peak anew
+    state_bytes: int  # of states that backward does not save as well
+    # The rise of the process's resident memory in a batch, on a GPU that of the allocator. It
+    # includes gradients and workspaces, but neither the network nor the batch. None where the
+    # kernel cannot reset the peak.
     peak_memory_bytes: int | None
-    rule_bytes: int  # of what the rule learns by itself, and notes of a batch
+    rule_bytes: int  # of the rule's own parameters and records
+    # Median seconds of a batch, without collectives and the optimizer.
     forward_s: float
-    # of a batch, the median over batches; collectives and the optimizer are in neither
     backward_s: float
-    # of what the loop does beside: transfer, metrics, and what no part is charged for
-    loop_s: float
-    operations: Mapping[str, Mapping[str, float]]  # for each purpose, of training on one sample
-    # operations of torch that make products, which are in no count
-    not_counted: tuple[str, ...] = ()
+    loop_s: float  # of the rest of the loop: transfer, metrics, and time outside of all parts
+    operations: Mapping[str, Mapping[str, float]]  # by purpose, of training on one sample
+    not_counted: tuple[str, ...] = ()  # operations of torch with products that are not counted
 
     @property
     def kept_bytes(self) -> int:
-        """For backward, and from one time step to the next: no storage twice."""
+        """Bytes kept for backward and from one time step to the next; each storage once."""
         return self.peak_saved_bytes + self.state_bytes
 
     @property
@@ -131,18 +126,18 @@ class Cost:
 
 
 class DoesNotFit(ValueError):
-    """Memory ended."""
+    """A batch does not fit into memory."""
 
 
 class Bench:
-    """`recipe` with a batch of `batch_size` samples, as a worker would have it.
+    """`recipe` with a batch of `batch_size` samples, as one worker would have it.
 
-    `batch_size`: None takes what one worker would hold at a time.
+    `batch_size`: None takes the micro-batch of a single worker.
 
     Raises:
-        ValueError: a network that does not fit the data or the weights that it starts from.
+        ValueError: the network does not fit the data, or the weights that it starts from.
         DoesNotFit: the batch does not fit into memory.
-        DataError: what the data refuse.
+        DataError: the data cannot be read.
     """
 
     def __init__(self, recipe: Recipe, *, batch_size: int | None = None, threads: int = 1) -> None:
@@ -157,7 +152,10 @@ class Bench:
             self._set_batch(batch.x.to(device), batch.target.to(device))
 
     def _describe(self, recipe: Recipe, samples: int) -> None:
-        self.recipe = replace(recipe, teacher=None, objective=_of_labels(recipe))
+        of_labels = (
+            recipe.objective if recipe.teacher is None else spec(_labels, of=recipe.objective)
+        )
+        self.recipe = replace(recipe, teacher=None, objective=of_labels)
         self.samples = samples
         self.loss: Loss = self.recipe.objective.build()
 
@@ -171,61 +169,114 @@ class Bench:
         self.x_B, self.target_B = x_B, target_B
         self.x_TB = over_steps(x_B, self.recipe.time_steps)
 
+    @property
+    def batch_bytes(self) -> int:
+        return bytes_of([self.x_TB, self.target_B])
+
     def cost(self, rule: Spec, *, behind: Behind = "plain torch") -> Cost:
-        """What it costs, by itself, or behind the backend that the recipe names, whose process
+        """Measure a rule in plain torch, or behind the backend that the recipe names, whose process
         group must exist.
 
-        Raises: ValueError where the rule cannot train the network; DoesNotFit where its batch does
-        not fit into memory."""
-        made, meters, before = self._trained(rule, batches=UNTIMED + TIMED, behind=behind)
+        Raises:
+            ValueError: the rule cannot train the network.
+            DoesNotFit: its batch does not fit into memory.
+        """
+        before: int | None = None
+
+        def begin_peak(step: int, meters: Meters) -> None:
+            # After the untimed batches, which load what is loaded at its first use.
+            nonlocal before
+            if step == UNTIMED:
+                release_freed_memory()
+                reset_peak_device_bytes(self.x_B.device)
+                if reset_peak_rss() or self.x_B.is_cuda:
+                    before = memory_now_bytes(self.x_B.device)
+
+        made, meters = self.train(rule, UNTIMED + TIMED, begin_peak, behind=behind)
         peak = peak_device_bytes(self.x_B.device) if self.x_B.is_cuda else peak_rss_bytes()
-        timed, totals = meters.clock.take()[UNTIMED:], meters.totals
+        timed = meters.clock.take()[UNTIMED:]
 
         def median_s(*parts: str) -> float:
             return statistics.median(sum(seconds[part] for part in parts) for seconds in timed)
 
         return Cost(
-            rule=made.label,
-            **bytes_of_batch(made, totals),
+            **bytes_of_batch(made, meters),
             peak_memory_bytes=None if before is None else peak - before,
             forward_s=median_s("forward"),
             backward_s=median_s("backward"),
             loop_s=median_s("transfer", "metrics", REST),
-            operations=totals.operations_per_sample(),
-            not_counted=tuple(totals.not_counted),
+            operations=meters.totals.operations_per_sample(),
+            not_counted=tuple(meters.totals.not_counted),
         )
 
+    def train(
+        self,
+        rule: Spec,
+        batches: int,
+        before_batch: Callable[[int, Meters], None],
+        *,
+        behind: Behind = "plain torch",
+    ) -> tuple[Rule, Meters]:
+        """Train on the batch `batches` times, at a learning rate of 0, and call
+        `before_batch(step, meters)` before each.
+
+        The meters count bytes on the second batch and operations on the third.
+
+        Raises: as `cost`.
+        """
+        with self.running(rule.build().label):
+            network, made = self.attached(rule)
+            meters = Meters(
+                network,
+                batch_size=self.samples,
+                device=self.x_TB.device,
+                memory_every=10**9,
+                operations_every=10**9,
+            )
+            if behind == "plain torch":
+                backend: Backend = Plain(network, _resting, precision=self.recipe.precision)
+            else:
+                backend = build_backend(self.recipe, network, made, self.recipe.split(1))
+                for group in backend.optimizer.param_groups:
+                    group["lr"] = 0.0
+
+            def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
+                for step in range(batches):
+                    before_batch(step, meters)
+                    yield step, [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+
+            train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
+        return made, meters
+
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """What the rule gives each synapse, in fp32; of one that draws time steps, in several
-        draws.
+        """The rule's gradient of each synapse in fp32, in several draws if it draws time steps.
 
-        They are kept off the card, where the next rule has to fit.
+        They are kept in host memory, because the next rule has to fit the card.
 
-        Raises: ValueError where the rule refuses the network; DoesNotFit where its batch does not
-        fit into memory."""
-        made = self._made(rule)
+        Raises: as `cost`.
+        """
+        made = self._build(rule)
         decides = made.inner if isinstance(made, HLOP) else made
         draws = DRAWS if isinstance(decides, SLTT) and decides.k is not None else 1
-        batches = LEARNS_BY_ITSELF if isinstance(made, OPZO) else 1
-        about = {
-            "world": World(self.recipe.seed),
-            "over_time": self.recipe.over_time,
-            "batches": batches,
-        }
-        loss_for = partial(self.loss, self.target_B)
         found: list[dict[str, Tensor]] = []
         with self.in_memory(f"{made.label}'s gradient"):
             for step in range(draws):
                 given = gradients(
-                    self.network, self._made(rule), self.x_TB, loss_for, step=step, **about
+                    self.network,
+                    self._build(rule),
+                    self.x_TB,
+                    partial(self.loss, self.target_B),
+                    world=World(self.recipe.seed),
+                    over_time=self.recipe.over_time,
+                    batches=WARM_UP_BATCHES if isinstance(made, OPZO) else 1,
+                    step=step,
                 )
                 found.append({name: g.cpu() for name, g in given.items()})
         return found
 
-    def held(self) -> Held:
-        """What training holds beside what a rule keeps of a batch."""
-        network, optimizer = self.stepped()
-        return held(network, optimizer)
+    def held(self) -> HeldBytes:
+        """Bytes that training holds beside what a rule keeps of a batch."""
+        return held_bytes(*self.stepped())
 
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network with gradients of 0, and its optimizer after a first step."""
@@ -233,7 +284,7 @@ class Bench:
         optimizer = build_optimizer(self.recipe, network, self.recipe.rule.build())
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # which makes its state
+        optimizer.step()  # makes its state
         return network, optimizer
 
     def copy_of_network(self) -> nn.Module:
@@ -241,13 +292,13 @@ class Bench:
 
     @contextmanager
     def running(self, who: str) -> Iterator[None]:
-        """What surrounds a batch that is counted (`counts.py`)."""
+        """Surround the work on a batch; a bench without values overrides it (`counts.py`)."""
         with self.in_memory(who):
             yield
 
     @contextmanager
     def in_memory(self, who: str) -> Iterator[None]:
-        """Raises: DoesNotFit where memory ends inside."""
+        """Raises: DoesNotFit where memory runs out inside."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -258,16 +309,12 @@ class Bench:
                 f" {self.recipe.time_steps} do not"
             ) from None
 
-    @property
-    def batch_bytes(self) -> int:
-        return bytes_of([self.x_TB, self.target_B])
-
     def attached(self, rule: Spec) -> tuple[nn.Module, Rule]:
-        """A copy of the network, and the rule on it, calibrated.
+        """A copy of the network with the rule attached and calibrated.
 
         Raises: ValueError where the rule cannot train it.
         """
-        network, made = self.copy_of_network(), self._made(rule)
+        network, made = self.copy_of_network(), self._build(rule)
         made.attach(network, world=World(self.recipe.seed), over_time=self.recipe.over_time)
         if made.calibration_batches:
             self.calibrate(made, network)
@@ -276,61 +323,10 @@ class Bench:
     def calibrate(self, rule: Rule, network: nn.Module) -> None:
         rule.calibrate(network, [self.x_TB])
 
-    def own_backend(self, network: nn.Module, rule: Rule) -> Backend:
-        """The recipe's backend at a learning rate of 0."""
-        backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
-        for group in backend.optimizer.param_groups:
-            group["lr"] = 0.0
-        return backend
-
-    def meters(self, network: nn.Module) -> Meters:
-        """Meters that count bytes on the second batch and operations on the third."""
-        about = {"batch_size": self.samples, "device": self.x_TB.device}
-        return Meters(network, **about, memory_every=10**9, operations_every=10**9)
-
-    def micro_batches(self) -> list[MicroBatch]:
-        """The batch, as the loop takes it."""
-        return [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-
-    def _made(self, rule: Spec) -> Rule:
+    def _build(self, rule: Spec) -> Rule:
         made: Rule = rule.build()
         made.check_steps(self.recipe.time_steps)
         return made
-
-    def _trained(
-        self, rule: Spec, *, batches: int, behind: Behind
-    ) -> tuple[Rule, Meters, int | None]:
-        """Train on the batch so many times; the weights rest.
-
-        Third, the bytes that memory held when its peak began anew, before the timed batches: what
-        is loaded at its first use was there by then. None where no peak can begin anew.
-        """
-        network, made = self.attached(rule)
-        meters = self.meters(network)
-        is_plain = behind == "plain torch"
-        backend = self.plain(network) if is_plain else self.own_backend(network, made)
-        before: int | None = None
-
-        def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
-            nonlocal before
-            for step in range(batches):
-                if step == UNTIMED:
-                    before = self._begin_peak()
-                yield step, self.micro_batches()
-
-        with self.in_memory(made.label):
-            train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
-        return made, meters, before
-
-    def plain(self, network: nn.Module) -> Plain:
-        """A backend of plain torch at a learning rate of 0."""
-        return Plain(network, _resting, precision=self.recipe.precision)
-
-    def _begin_peak(self) -> int | None:
-        """What memory holds from which its peak begins anew; None where it does not."""
-        release_freed_memory()
-        reset_peak_device_bytes(self.x_B.device)
-        return memory_now_bytes(self.x_B.device) if reset_peak_rss() or self.x_B.is_cuda else None
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -344,8 +340,7 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
         return batch
 
 
-def samples_of(recipe: Recipe) -> int:
-    """Samples of an epoch."""
+def samples_per_epoch(recipe: Recipe) -> int:
     with closing(_loader(recipe, 1)) as loader:
         return loader.samples
 
@@ -365,32 +360,29 @@ def _loader(recipe: Recipe, size: int) -> Loader:
 
 
 def fastest_baseline(costs: Iterable[Cost]) -> Cost | None:
-    """BPTT folded over time or step by step, whichever is faster; None where there is neither."""
-    return min(
-        (cost for cost in costs if is_baseline(cost.rule)),
-        key=lambda cost: cost.compute_s,
-        default=None,
-    )
+    """The faster of BPTT folded over time and step by step; None without either."""
+    baselines = (cost for cost in costs if is_baseline(cost.rule))
+    return min(baselines, key=lambda cost: cost.compute_s, default=None)
 
 
-def by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
-    """`rules` by their labels, with the recipe's own in the place of one that has its label."""
+def rules_by_label(rules: Sequence[Spec], own: Spec) -> dict[str, Spec]:
+    """`rules` by their labels; the recipe's own replaces the one with the same label."""
     return {rule.build().label: rule for rule in (*rules, own)}
 
 
-def by_network(
-    recipes: Sequence[Recipe], alike: Callable[[Recipe], object]
+def group_by_network(
+    recipes: Sequence[Recipe], inputs: Callable[[Recipe], object]
 ) -> Iterator[tuple[Recipe, tuple[Spec, ...]]]:
-    """Group recipes that differ in their rules alone, as `alike` says: one recipe, and all rules.
+    """Group recipes that differ only in their rules: those with equal `inputs(recipe)`.
 
-    The recipe's name is made of the names of its group.
+    Yields one recipe for each group, named after its members, with all their rules.
 
-    Raises: ValueError where one of the recipes does not fit together, before the first is given.
+    Raises: ValueError, before the first group, where a recipe contradicts itself.
     """
     groups: list[list[Recipe]] = []
     for recipe in recipes:
         check_recipe(recipe.with_untrained_teacher(), 1)
-        group = next((each for each in groups if alike(each[0]) == alike(recipe)), None)
+        group = next((each for each in groups if inputs(each[0]) == inputs(recipe)), None)
         if group is None:
             groups.append([recipe])
         else:
@@ -401,35 +393,40 @@ def by_network(
         yield replace(group[0], name=name), tuple(recipe.rule for recipe in group)
 
 
-def without_rule(recipe: Recipe) -> tuple[object, ...]:
-    """All that decides what a batch costs, beside the rule."""
-    parts = (
+def step_inputs(recipe: Recipe) -> tuple[object, ...]:
+    """Everything that decides the cost of a batch, except the rule."""
+    return (
         recipe.model,
         recipe.data,
         recipe.objective,
         recipe.teacher,
         recipe.phases,
         recipe.init,
+        recipe.time_steps,
+        recipe.over_time,
+        recipe.batch_size,
+        recipe.micro_batch,
+        recipe.precision,
     )
-    sizes = (recipe.time_steps, recipe.over_time, recipe.batch_size, recipe.micro_batch)
-    return (*parts, *sizes, recipe.precision)
 
 
-def in_rounds(those: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
-    """The order of each round. Every round begins with another, so that drift falls on all
-    alike.
+def rotated(items: Iterable[T_], rounds: int) -> Iterator[list[T_]]:
+    """The order of each round. Each begins with the next item, so that drift affects all
+    equally.
     """
-    order = list(those)
+    order = list(items)
     for each in range(rounds):
         first = each % len(order)
         yield [*order[first:], *order[:first]]
 
 
-def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """What each rule costs in every round, and why the others cannot train the network."""
+def measure_costs(
+    bench: Bench, rules: Mapping[str, Spec]
+) -> tuple[dict[str, list[Cost]], dict[str, str]]:
+    """The costs of each rule in every round, and why the other rules cannot train the network."""
     rounds: dict[str, list[Cost]] = {label: [] for label in rules}
     refused: dict[str, str] = {}
-    for order in in_rounds(rules, ROUNDS):
+    for order in rotated(rules, ROUNDS):
         for label in order:
             if label in refused:
                 continue
@@ -441,8 +438,8 @@ def costs(bench: Bench, rules: Mapping[str, Spec]) -> tuple[dict[str, list[Cost]
     return rounds, refused
 
 
-def in_the_median(rounds: Sequence[Cost]) -> Cost:
-    """Of one rule: the medians of its seconds. Bytes and operations are the same in each round."""
+def median_cost(rounds: Sequence[Cost]) -> Cost:
+    """A rule's cost with the median of its seconds; the rest is the same in each round."""
     seconds = {
         name: statistics.median(getattr(cost, name) for cost in rounds)
         for name in ("forward_s", "backward_s", "loop_s")
@@ -450,20 +447,16 @@ def in_the_median(rounds: Sequence[Cost]) -> Cost:
     return replace(rounds[0], **seconds)
 
 
-def bytes_of_batch(made: Rule, totals: Totals) -> dict[str, int]:
-    """What a rule that has trained keeps of a batch, and of its own."""
-    assert totals.peak_saved_bytes is not None and totals.state_bytes is not None, (
-        "no batch is skipped"
-    )
+def bytes_of_batch(made: Rule, meters: Meters) -> dict[str, Any]:
+    """Label and bytes of a rule after `Bench.train`, as fields of `Cost` and `Counts`."""
+    totals = meters.totals
+    assert totals.peak_saved_bytes is not None and totals.state_bytes is not None
     return {
+        "rule": made.label,
         "peak_saved_bytes": totals.peak_saved_bytes,
         "state_bytes": totals.state_bytes,
         "rule_bytes": made.bytes(),
     }
-
-
-def _of_labels(recipe: Recipe) -> Spec:
-    return recipe.objective if recipe.teacher is None else spec(_labels, of=recipe.objective)
 
 
 def _labels(of: Loss) -> Loss:

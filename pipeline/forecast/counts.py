@@ -3,15 +3,15 @@
     bench = FakeBench(recipe, samples)
     counted(bench, spec(SLTT)).traffic.kernels
 
-Counted are bytes saved for backward, states, floating-point operations, kernels and the bytes
-that they move. Nothing is computed and no data is read, so a step of any size takes as long as
-its Python code. torch's fake tensors say that they are on a CPU: the counts are those of the
-code that a CPU runs. They equal a measured step's, with two exceptions:
+The counts are bytes saved for backward, states, floating-point operations, kernels and the bytes
+that they move. Nothing is computed and no data is read, so a step of any size takes only the time
+of its Python code. torch's fake tensors report a CPU as their device, so the counts are those of
+the code that a CPU runs. They equal a measured step's, with two exceptions:
 
-    IDE      a solve ends at its most iterations; a measured one may end sooner
-    SPIDE    a linear feedback is a dense product, as on a card; a CPU skips what did not fire
+    IDE      a solve takes its maximum of iterations; a measured one may converge earlier
+    SPIDE    a linear feedback is a dense product, as on a GPU; a CPU skips silent neurons
 
-Thresholds that a rule calibrates on data decide on values alone, and are left as they are.
+Thresholds that a rule calibrates on data affect values only, and are left unchanged.
 """
 
 # B batch
@@ -34,25 +34,24 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted as count_of
-from pipeline.forecast.asked import teacher_bytes, untrained_teacher
-from pipeline.forecast.bench import Bench, bytes_of_batch, without_rule
-from pipeline.measure.memory_breakdown import Held, held
+from pipeline.forecast.bench import Bench, bytes_of_batch, step_inputs
+from pipeline.forecast.teacher_cost import teacher_bytes, untrained_teacher
+from pipeline.measure.meters import Meters
+from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
 from pipeline.measure.traffic import Traffic
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.rules.base import Rule
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import train
 from pipeline.train.tasks import tasks_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """One rule on one batch; the optimizer is not in it."""
+    """The counts of one rule on one batch, without the optimizer."""
 
     rule: str
     peak_saved_bytes: int
-    state_bytes: int  # of what the network remembers and backward does not keep as well
-    rule_bytes: int  # of what the rule learns by itself, and notes of a batch
+    state_bytes: int  # of states that backward does not save as well
+    rule_bytes: int  # of the rule's own parameters and records
     backward_calls: int
     traffic: Traffic
     forecast_note: str  # the rule's, where its work depends on values
@@ -73,7 +72,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherCounts:
-    """A teacher's answers for one batch."""
+    """The counts of a teacher's answers for one batch."""
 
     teacher: str
     bytes: int  # of its weights and statistics
@@ -100,10 +99,10 @@ class FakeBench(Bench):
     def running(self, who: str) -> Iterator[None]:
         """Inside, tensors are made without values.
 
-        Raises: ValueError where what is done depends on values, or has no form without them.
+        Raises: ValueError where an operation depends on values.
         """
         try:
-            with self._mode, _Answers(), warnings.catch_warnings():
+            with self._mode, _FixedAnswers(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # of a solver, about its values
                 yield
         except RuntimeError as error:
@@ -116,7 +115,7 @@ class FakeBench(Bench):
         return self.without_values(self.network)
 
     def without_values(self, module: nn.Module) -> nn.Module:
-        """A copy of a module with values."""
+        """A copy of a module whose tensors have no values."""
         fakes: dict[int, Any] = {}
         for tensor in (*module.parameters(), *module.buffers()):
             with self._mode:
@@ -128,15 +127,15 @@ class FakeBench(Bench):
             return copy.deepcopy(module, fakes)
 
     def calibrate(self, rule: Rule, network: nn.Module) -> None:
-        """Thresholds are values."""
+        """Does nothing: thresholds are values."""
 
 
-class _Answers(TorchDispatchMode):
-    """Answers what code asks of values: yes, and 1 for a number.
+class _FixedAnswers(TorchDispatchMode):
+    """Answers questions about values: True for a boolean, and 1 for a number.
 
-    So gradients are finite, and a solver runs on to its most iterations and has converged then.
-    What torch's fake tensors (2.13) say wrongly is put right: batch norm of bf16 keeps the mean and
-    the deviation of each channel in the dtype of its statistics, not in bf16.
+    Gradients are then finite, and a solver takes its maximum of iterations and has converged after
+    them. It also corrects an error of torch's fake tensors (2.13): batch norm in bf16 saves the
+    mean and deviation of each channel in the dtype of its statistics, not in bf16.
     """
 
     def __torch_dispatch__(
@@ -162,52 +161,45 @@ class _Answers(TorchDispatchMode):
 
 
 def counted(bench: Bench, rule: Spec) -> Counts:
-    """The second of two batches. The first one warms up: rules check the network on it.
+    """Count the second of two batches; rules check the network on the first.
 
     On a bench with values this is a measurement.
 
-    Raises: ValueError where the rule cannot train the network, or what it does depends on values.
+    Raises: ValueError where the rule cannot train the network, or its work depends on values.
     """
     traffic = Traffic()
-    with bench.running(rule.build().label):
-        network, made = bench.attached(rule)
-        meters = bench.meters(network)
 
-        def steps() -> Iterator[tuple[int, Any]]:
-            for step in range(2):
-                if step == 1:
-                    meters.watch(traffic)
-                yield step, bench.micro_batches()
+    def watch_second(step: int, meters: Meters) -> None:
+        if step == 1:
+            meters.watch(traffic)
 
-        backend = bench.plain(network)
-        train(made, backend, lambda step: None, steps(), bench.loss, meters, Unguarded())
+    made, meters = bench.train(rule, 2, watch_second)
     return Counts(
-        rule=made.label,
-        **bytes_of_batch(made, meters.totals),
+        **bytes_of_batch(made, meters),
         backward_calls=meters.totals.backward_calls // 2,
         traffic=traffic,
         forecast_note=made.forecast_note,
     )
 
 
-def counted_optimizer(bench: Bench) -> tuple[Held, Traffic]:
-    """What training holds beside what a rule keeps of a batch, and one step of the optimizer."""
+def counted_optimizer(bench: Bench) -> tuple[HeldBytes, Traffic]:
+    """Bytes that training holds beside a rule's, and the work of one step of the optimizer."""
     with bench.running(bench.recipe.optimizer.label):
         network, optimizer = bench.stepped()
         with Traffic() as traffic:
             optimizer.step()
-        return held(network, optimizer), traffic
+        return held_bytes(network, optimizer), traffic
 
 
 def counted_teacher(recipe: Recipe, bench: FakeBench) -> TeacherCounts | None:
-    """The recipe's teacher, asked about the bench's batch; None without one."""
+    """Counts of the recipe's teacher on the bench's batch; None without a teacher."""
     if recipe.teacher is None:
         return None
     teacher = untrained_teacher(recipe)
     with bench.running(teacher.label), torch.no_grad():
-        asked = bench.without_values(teacher)
+        fake = bench.without_values(teacher)
         with Traffic() as traffic:
-            asked(bench.x_B)
+            fake(bench.x_B)
     return TeacherCounts(
         teacher=teacher.label,
         bytes=teacher_bytes(teacher),
@@ -217,13 +209,11 @@ def counted_teacher(recipe: Recipe, bench: FakeBench) -> TeacherCounts | None:
 
 
 def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
-    """What one micro-batch of each recipe costs a worker, in a line each, or why it is not
-    known.
-    """
+    """One line for each recipe: the counts of a worker's micro-batch, or why they are unknown."""
     known: list[tuple[object, str]] = []
     for recipe in recipes:
         samples = recipe.split(workers).micro_batch
-        key = (without_rule(recipe), recipe.rule, samples)
+        key = (step_inputs(recipe), recipe.rule, samples)
         line = next((line for each, line in known if each == key), None)
         if line is None:
             say_stage(f"counting a step of {recipe.name}")

@@ -1,6 +1,7 @@
-"""Devices that a plan can be made for: cards as their data sheets have them, and the device here.
+"""Devices that a plan can be made for: cards by their data sheets, and the device here.
 
-Data sheets' figures are dense, without structured sparsity. Those of the device here are measured.
+The figures of data sheets are dense, without structured sparsity. Those of the device here are
+measured.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.core.torch_settings import Precision, computing, configure_torch
-from pipeline.measure.memory import device_here, free_bytes, hardware, told_hardware
-from pipeline.measure.stopwatch import seconds_of
+from pipeline.measure.clock import seconds_of
+from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.measure.traffic import Device
 
 DEVICES = {
@@ -70,14 +71,14 @@ DEVICES = {
 }
 
 TIMED = 7
-TOGETHER = 50  # small operations that are timed together
+TOGETHER = 50  # small operations in one measurement
 
 
 def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:
-    """The device here, from what three operations of a training step take: about a second.
+    """Measure the device here by three operations of a training step, in about a second.
 
-    The rates are of a 3x3 convolution, of a sum of two tensors larger than a cache, and of a small
-    operation. They are what such operations reach, so the efficiency is 1; other shapes reach less.
+    They are a 3x3 convolution, a sum of two tensors larger than a cache, and a small operation.
+    The rates are achieved ones, so the efficiency is 1; other shapes are slower.
     """
     device = device_here()
     configure_torch(threads, device)
@@ -101,7 +102,7 @@ def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:
         sum_s = median_s(lambda: torch.add(large, large, out=large))
         launch_s = median_s(launches) / TOGETHER
     return Device(
-        name=told_hardware(hardware(device)),
+        name=format_hardware(hardware(device)),
         flops=flops,
         bandwidth=3 * large.nbytes / sum_s,
         memory=free_bytes(device),

@@ -1,22 +1,22 @@
-"""Predicts, before anything is launched, what each rule needs on machines that are not here.
+"""Predicts the memory and time of each rule on other machines before anything is launched.
 
     step = compute + teacher + communication + optimizer
 
 It is a model, not a measurement. Work and memory are counted at full size on tensors without
-values (`counts.py`); no data set is read. A device takes the longer of its roofline
-(`measure/traffic.py`) over its efficiency, and of the launches of all kernels. For machines like
-this one the rates are measured (`devices.py`), and so is what workers do to one another
-(`measure/contention.py`). Loaders are taken to keep up.
+values (`counts.py`); no data set is read. A device takes the longer of two times: its roofline
+(`measure/traffic.py`) over its efficiency, and the launches of all kernels. For machines like this
+one the rates are measured (`devices.py`), and so is the contention between workers
+(`measure/processes.py`). The model assumes that loaders keep up.
 
-What DeepSpeed 0.19.8 holds and moves of parameters P, gradients G and the optimizer's state O on N
-workers, a ring, with n backward calls in a batch:
+DeepSpeed 0.19.8 holds and moves the following bytes of parameters P, gradients G and the
+optimizer's state O on a ring of N workers, with n backward calls in a batch:
 
     ZeRO-0   holds P + G + O                       moves 2 (N-1)/N G
     ZeRO-1   holds P + G + (O + P) / N + bucket    moves 2 (N-1)/N G + (N-1)/N P
     ZeRO-2   holds P + (G + O + P) / N + bucket    moves 2 (N-1)/N n G + (N-1)/N P
 
-The bucket in which gradients are reduced is as large as all of them; P / N is the master copy of a
-worker's part. A rule that moves the weights at every time step does all of it so many times.
+The bucket in which gradients are reduced is as large as all of them. P / N is the master copy of a
+worker's part. A rule that updates the weights at every time step communicates at every time step.
 """
 
 # N workers, T time steps
@@ -35,7 +35,7 @@ from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision, check_precision
 from pipeline.core.units import counted as count_of
 from pipeline.data.base import DataError
-from pipeline.forecast.bench import RESERVE, RULES, by_label, samples_of, without_rule
+from pipeline.forecast.bench import RESERVE, RULES, rules_by_label, samples_per_epoch, step_inputs
 from pipeline.forecast.counts import (
     Counts,
     FakeBench,
@@ -45,8 +45,8 @@ from pipeline.forecast.counts import (
     counted_teacher,
 )
 from pipeline.forecast.devices import measured_here
-from pipeline.measure.contention import neighbours
 from pipeline.measure.memory import device_here
+from pipeline.measure.processes import measure_contention
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
@@ -55,7 +55,7 @@ from pipeline.train.build import check_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where a plan is for."""
+    """The machines that a plan is made for."""
 
     workers: int
     device: Device | None = None  # None: machines like this one
@@ -66,7 +66,7 @@ class Cluster:
 
     @property
     def bandwidth(self) -> float:
-        """Of a ring of cards, which is as fast as its slowest link; bytes per second."""
+        """Bytes per second of a ring of cards, which is as fast as its slowest link."""
         assert self.device is not None, "the link between machines like this one is measured"
         link = self.device.link
         return link if self.workers <= self.per_node else min(link, self.node_link)
@@ -74,16 +74,17 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One rule at the size that was asked for."""
+    """The prediction for one rule."""
 
     rule: str
-    written: Mapping[str, Any]  # the rule as recipe.json writes it: a label does not say all
+    written: Mapping[str, Any]  # the rule as in recipe.json: its label does not show all keywords
     zero: int
     micro_batch: int
     accumulation: int
     saved_bytes: int
-    memory_bytes: float  # of a worker at its peak: held, kept, and the batch itself
-    flops: int  # of one micro-batch on one worker, the optimizer left out; likewise:
+    memory_bytes: float  # peak of a worker: held bytes, kept bytes, and the batch itself
+    # of one micro-batch on one worker, without the optimizer:
+    flops: int
     moved_bytes: int
     kernels: int
     forecast_note: str  # how the rule was counted, where its work depends on values
@@ -92,7 +93,7 @@ class Planned:
     communication_s: float
     optimizer_s: float
     images_per_s: float
-    # of training, without evaluations; None where the samples of an epoch are not known
+    # of training, without evaluations; None where the samples of an epoch are unknown:
     hours: float | None
     kwh: float | None
     cost: float | None
@@ -104,19 +105,16 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of one recipe."""
+    """The predictions for one recipe."""
 
     recipe: str
     cluster: Cluster
-    device: Device  # the cluster's, or what was measured here
-    # of an epoch; None where the data are not here and nobody has said how many
-    samples: int | None
-    # that the figures of every rule have in them: its time, and the bytes of its weights
-    teacher: str | None
+    device: Device  # the cluster's, or the measured device here
+    samples: int | None  # of an epoch; None where the data are not here and no number is given
+    teacher: str | None  # whose time and bytes are part of every rule's figures
     teacher_bytes: int
     rules: tuple[Planned, ...]
-    # rules that cannot train the network, or do not fit at any size, and why
-    refused: Mapping[str, str]
+    refused: Mapping[str, str]  # rules that cannot train the network or do not fit, and why
 
 
 def plan(
@@ -124,12 +122,12 @@ def plan(
 ) -> Plan:
     """Plan `rules`, and the recipe's own, on `cluster`.
 
-    `samples`: of an epoch. None takes the data's, if the data are here.
+    `samples`: of an epoch. None takes the data's number, if the data are here.
 
     Raises:
-        ValueError: a recipe that does not fit together or has phases, a precision that the card's
-            sheet does not give, an epoch without a whole batch, or, where this machine is meant,
-            more workers than it has cores or cards.
+        ValueError: the recipe contradicts itself or has phases, the card's data sheet lacks the
+            precision, an epoch has no whole batch, or this machine has fewer cores or cards than
+            workers.
     """
     say_stage("building the network")
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
@@ -140,7 +138,7 @@ def plan(
         raise ValueError(f"plan: an epoch must have a batch of {least} at least; got {samples}")
     planner = _Planner(recipe, cluster, samples)
     planned, refused = [], {}
-    for label, rule in by_label(rules, recipe.rule).items():
+    for label, rule in rules_by_label(rules, recipe.rule).items():
         say_stage(f"counting a step of {label}")
         try:
             planned.append(planner.planned(rule))
@@ -159,10 +157,10 @@ def plan(
     )
 
 
-def all_but_rule(recipe: Recipe) -> tuple[object, ...]:
-    """All that decides a plan, beside the rule."""
+def plan_inputs(recipe: Recipe) -> tuple[object, ...]:
+    """Everything that decides a plan, except the rule."""
     length = (recipe.epochs, recipe.stop_after)
-    return (*without_rule(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, *length)
+    return (*step_inputs(recipe), recipe.optimizer, recipe.ema_decay, recipe.zero, *length)
 
 
 def _check(recipe: Recipe, cluster: Cluster) -> None:
@@ -192,13 +190,13 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
 
 def _samples(recipe: Recipe) -> int | None:
     try:
-        return samples_of(recipe)
+        return samples_per_epoch(recipe)
     except DataError:
         return None
 
 
 class _Planner:
-    """What all rules share: the device, the batch, and what a worker holds and moves."""
+    """The device, the batch, and the bytes that a worker holds and moves, shared by all rules."""
 
     def __init__(self, recipe: Recipe, cluster: Cluster, samples: int | None) -> None:
         self.recipe, self.cluster, self.samples = recipe, cluster, samples
@@ -220,7 +218,9 @@ class _Planner:
             self.device = measured_here(precisions, threads=cluster.threads)
             self.memory = (1 - RESERVE) * self.device.memory
             on = "cuda" if device_here().type == "cuda" else "cpu"
-            found = neighbours(cluster.workers, self.held.gradients, threads=cluster.threads, on=on)
+            found = measure_contention(
+                cluster.workers, self.held.gradients, threads=cluster.threads, on=on
+            )
             if on == "cpu":  # cards share neither caches, clocks nor memory
                 self.slowdown = found.slowdown
                 self.memory /= cluster.workers
@@ -239,22 +239,21 @@ class _Planner:
             self.optimizer_s = optimizer.busy(card, precision=recipe.precision) / card.efficiency
 
     def planned(self, rule: Spec) -> Planned:
-        """With the micro-batch that the recipe wants at the least ZeRO stage that fits.
-
-        Where none does, with the largest micro-batch that fits at any stage.
+        """The prediction for a rule, with the recipe's micro-batch at the lowest ZeRO stage that
+        fits, or else with the largest micro-batch that fits at any stage.
 
         Raises: ValueError where the rule cannot train the network, or no micro-batch fits.
         """
         recipe, cluster = self.recipe, self.cluster
-        moves_at_each_step = rule.build().update == "step"
-        counts, micro, zero = self._fitting(rule, moves_at_each_step)
+        updates_each_step = rule.build().update == "step"
+        counts, micro, zero = self._fitting(rule, updates_each_step)
         accumulation = self.whole // micro
-        moves = counts.backward_calls if moves_at_each_step else 1
-        sums = 1 if moves_at_each_step else counts.backward_calls * accumulation
+        updates = counts.backward_calls if updates_each_step else 1
+        sums = 1 if updates_each_step else counts.backward_calls * accumulation
         compute_s = self._seconds(counts.traffic) * accumulation * self.slowdown
         teacher_s = self._teacher_s(micro) * accumulation
-        communication_s = moves * self._communication_s(zero, sums)
-        optimizer_s = moves * self.optimizer_s
+        communication_s = updates * self._communication_s(zero, sums)
+        optimizer_s = updates * self.optimizer_s
         step_s = compute_s + teacher_s + communication_s + optimizer_s
         hours = kwh = cost = None
         if self.samples is not None:
@@ -285,8 +284,8 @@ class _Planner:
             cost=cost,
         )
 
-    def _fitting(self, rule: Spec, moves_at_each_step: bool) -> tuple[Counts, int, int]:
-        """Counts, micro-batch and ZeRO stage."""
+    def _fitting(self, rule: Spec, updates_each_step: bool) -> tuple[Counts, int, int]:
+        """Counts, micro-batch and ZeRO stage of the prediction."""
         recipe, workers = self.recipe, self.cluster.workers
         only = recipe.backend == "plain" or workers == 1
         stages = (recipe.zero,) if only else tuple(range(recipe.zero, 3))
@@ -300,10 +299,10 @@ class _Planner:
         if (zero := stage_of(counts.kept_bytes, wanted)) is not None:
             return counts, wanted, zero
         smaller = [size for size in range(wanted - 1, 0, -1) if self.whole % size == 0]
-        if moves_at_each_step:  # which would move them at every micro-batch
+        if updates_each_step:  # with accumulation, it would update at every micro-batch
             smaller = []
         kept: dict[int, float] = {wanted: counts.kept_bytes}
-        if smaller:  # what is kept grows with the batch in a straight line
+        if smaller:  # kept bytes grow linearly with the batch
             least = counted(self.bench(smaller[-1]), rule).kept_bytes
             slope = (counts.kept_bytes - least) / (wanted - smaller[-1])
             kept |= {size: least + slope * (size - smaller[-1]) for size in smaller}
@@ -321,7 +320,7 @@ class _Planner:
         )
 
     def _needed(self, kept: float, micro: int, zero: int) -> float:
-        """Bytes of a worker at its peak."""
+        """Peak bytes of a worker."""
         held, workers = self.held, self.cluster.workers
         bytes_ = held.parameters + held.buffers + kept
         bytes_ += self.bench(self.wanted).batch_bytes * micro / self.wanted
@@ -334,7 +333,7 @@ class _Planner:
         return bytes_ + gradients + master + held.gradients
 
     def _teacher_s(self, micro: int) -> float:
-        """Of a micro-batch, on its worker."""
+        """Seconds of the teacher on a micro-batch."""
         if (teacher := self._teachers(micro)) is None:
             return 0.0
         return self._seconds(teacher.traffic, teacher.precision) * self.slowdown
@@ -345,13 +344,13 @@ class _Planner:
         return max(busy / device.efficiency, traffic.kernels * device.launch)
 
     def _communication_s(self, zero: int, backward_calls: int) -> float:
-        """Of one move, before which workers hear whether the others' gradients are finite."""
+        """Seconds of one update, with the exchange of whether all gradients are finite."""
         sums = backward_calls if zero == 2 else 1
         gathered = 0.0 if zero == 0 else self._ring(self.held.parameters) / 2
         moved = sums * self._ring(self.held.gradients) + gathered
         return self.word_s + moved * self.s_of_a_byte
 
     def _ring(self, size: float) -> float:
-        """Bytes that a worker sends to sum so many over all."""
+        """Bytes that a worker sends to sum `size` bytes over all workers."""
         workers = self.cluster.workers
         return 2 * (workers - 1) / workers * size

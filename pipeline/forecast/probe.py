@@ -1,5 +1,5 @@
-"""What each rule would cost on a recipe's network, and what of BPTT's gradient it would drop: on
-one batch (`bench.py`).
+"""What each rule costs on a recipe's network, and how close its gradient is to BPTT's, on one batch
+(`bench.py`).
 """
 
 from __future__ import annotations
@@ -9,49 +9,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.core.stages import say_stage
-from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import (
     RULES,
     Bench,
     Cost,
-    by_label,
-    costs,
     fastest_baseline,
-    in_the_median,
+    measure_costs,
+    median_cost,
+    rules_by_label,
 )
+from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 
-SAFE = 0.9
+SAFE = 0.9  # the least cosine with BPTT's gradient in every layer of a rule that is called safe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What was found on one batch of a recipe."""
+    """The findings on one batch of a recipe."""
 
     recipe: str
     samples: int
     time_steps: int
     # BPTT first, where it can train the network; seconds are medians over the rounds
     costs: tuple[Cost, ...]
-    # seconds of forward and backward of each rule, in rounds in which they took turns
+    # by rule: seconds of forward and backward in each round; rules alternate within a round
     rounds: Mapping[str, tuple[float, ...]]
-    teacher: Asked | None  # in no rule's cost
-    fidelity: Fidelity | None  # None without BPTT's gradient: nothing to compare with
+    teacher: TeacherCost | None  # not part of any rule's cost
+    fidelity: Fidelity | None  # None without BPTT's gradient to compare with
     refused: Mapping[str, str]  # rules that cannot train the network, and why
-    # rules that can, but have no gradient to compare, and why; without that of BPTT none is
-    # compared
-    uncompared: Mapping[str, str]
+    uncompared: Mapping[str, str]  # rules that can, but whose gradient is unknown, and why
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
         return next((cost for cost in self.costs if cost.rule == rule), None)
 
     def share_of_time(self, rule: str) -> tuple[float, ...]:
-        """Of the time baseline's, in each round."""
+        """A rule's time over that of the time baseline, in each round."""
         base = self.time_baseline
         assert base is not None, "asked where there is one"
         return tuple(
@@ -60,8 +58,8 @@ class Probe:
 
     @property
     def time_baseline(self) -> Cost | None:
-        """What seconds are divided by: the faster BPTT; bytes and operations are divided by those
-        of BPTT folded over time.
+        """The reference of times: the faster BPTT. The reference of bytes and operations is BPTT
+        folded over time.
         """
         return fastest_baseline(self.costs)
 
@@ -73,27 +71,29 @@ def probe(
     threads: int = 1,
     rules: Sequence[Spec] = RULES,
 ) -> Probe:
-    """Probe `rules`, and the recipe's own, on `batch_size` samples (None: what one worker would
-    hold at a time).
+    """Probe `rules`, and the recipe's own, on `batch_size` samples (None: the micro-batch of a
+    single worker).
 
-    Raises: ValueError for a recipe that does not fit together, or where no rule can train the
-    network; what the data refuse."""
+    Raises:
+        ValueError: the recipe contradicts itself, or no rule can train the network.
+        DataError: the data cannot be read.
+    """
     check_recipe(recipe.with_untrained_teacher(), 1)
     say_stage("reading a batch; the first one compiles what reads the data")
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
     with bench.in_memory(f"{recipe.name}'s teacher"):
-        teacher = asked(recipe, bench.x_B)
-    say_stage(f"measuring {', '.join(by_label(rules, recipe.rule))}")
-    rounds, refused = costs(bench, by_label(rules, recipe.rule))
+        teacher = measure_teacher(recipe, bench.x_B)
+    tried = rules_by_label(rules, recipe.rule)
+    say_stage(f"measuring {', '.join(tried)}")
+    rounds, refused = measure_costs(bench, tried)
     if not rounds:
         raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
     found: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
-    for label, rule in by_label(rules, recipe.rule).items():
-        if label in rounds and (
-            label == BASELINE or not is_baseline(label)
-        ):  # BPTT in slices of time has BPTT's gradient
+    for label, rule in tried.items():
+        # BPTT in slices of time has BPTT's gradient.
+        if label in rounds and (label == BASELINE or not is_baseline(label)):
             try:
                 found[label] = bench.gradients(rule)
             except ValueError as error:
@@ -102,17 +102,17 @@ def probe(
         recipe=recipe.name,
         samples=bench.samples,
         time_steps=recipe.time_steps,
-        costs=tuple(in_the_median(each) for each in rounds.values()),
+        costs=tuple(median_cost(each) for each in rounds.values()),
         rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
         teacher=teacher,
-        fidelity=_compared(found),
+        fidelity=_compare(found),
         refused=refused,
         uncompared=uncompared,
         hardware=hardware(device_here()),
     )
 
 
-def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
+def _compare(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
     if BASELINE not in found:
         return None
     (bptt,), sltt = found[BASELINE], found.get("SLTT")
@@ -121,56 +121,59 @@ def _compared(found: Mapping[str, Sequence[Gradients]]) -> Fidelity | None:
 
 
 def advice(found: Probe) -> str:
-    """One sentence or two: the cheapest rule whose gradient is near BPTT's in every layer, and what
-    it saves.
+    """One or two sentences: the cheapest rule whose gradient is close to BPTT's in every layer, and
+    its savings.
 
-    Cheapest: the least product of seconds and bytes: saved, states and the rule's own. Near: a
-    cosine of `SAFE` or more. Where BPTT's gradient of a layer is 0, as where neurons are silent,
-    nothing is known of it, and no rule is called safe."""
+    The cheapest rule has the least product of seconds and bytes (saved, states and the rule's own).
+    Close means a cosine of `SAFE` or more. If BPTT's gradient of a layer is 0, as where neurons are
+    silent, the layer cannot be judged and no rule is called safe.
+    """
     bptt, fastest = found.cost(BASELINE), found.time_baseline
     if bptt is None or fastest is None:
-        return (
-            "There is nothing to compare gradients with;"
-            f" {found.refused.get(BASELINE, 'BPTT was not tried')}."
-        )
+        why = found.refused.get(BASELINE, "BPTT was not tried")
+        return f"There is nothing to compare gradients with; {why}."
     if found.fidelity is None:
         return f"There is nothing to compare gradients with; {found.uncompared[BASELINE]}."
     others = [cost for cost in found.costs if not is_baseline(cost.rule)]
     if not others:
-        return (
-            "There is no rule to compare with BPTT;"
-            f" {'; '.join(found.refused.values()) or 'none was tried'}."
-        )
+        why = "; ".join(found.refused.values()) or "none was tried"
+        return f"There is no rule to compare with BPTT; {why}."
     others = [cost for cost in others if cost.rule in found.fidelity.cosines]
     if not others:
-        return (
-            f"There is no gradient to compare with BPTT's; {'; '.join(found.uncompared.values())}."
-        )
-    layers, known = found.fidelity.layers, found.fidelity.comparable
-    unknown = "BPTT's gradient is 0 or not finite"
-    if not known:
-        return f"{unknown} in every layer, so there is nothing to compare gradients with."
-    lowest = {cost.rule: found.fidelity.lowest(cost.rule) for cost in others}
-    near = [cost for cost in others if lowest[cost.rule][1] >= SAFE]
+        why = "; ".join(found.uncompared.values())
+        return f"There is no gradient to compare with BPTT's; {why}."
+    if not found.fidelity.comparable:
+        return f"{_UNKNOWN} in every layer, so there is nothing to compare gradients with."
+    near = [cost for cost in others if found.fidelity.lowest(cost.rule)[1] >= SAFE]
     if not near:
-        rule, (layer, cosine) = max(lowest.items(), key=lambda item: item[1][1])
-        whose = "No gradient that was compared is" if found.uncompared else "No rule's gradient is"
-        blind = (
-            ""
-            if len(known) == len(layers)
-            else f"{unknown} in {len(layers) - len(known)} of {len(layers)} layers. "
-        )
-        return (
-            f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
-            f" {cosine:.2f} at {layer}. {blind}Whether it learns all the same, a run says."
-        )
+        return _advise_none(found, found.fidelity, [cost.rule for cost in others])
     best = min(near, key=lambda cost: _all_bytes(cost) * cost.compute_s)
-    layer, cosine = lowest[best.rule]
-    if len(known) == len(layers):
+    return _advise(found, found.fidelity, best, bptt, fastest)
+
+
+_UNKNOWN = "BPTT's gradient is 0 or not finite"
+
+
+def _advise_none(found: Probe, fidelity: Fidelity, rules: Sequence[str]) -> str:
+    rule = max(rules, key=lambda rule: fidelity.lowest(rule)[1])
+    layer, cosine = fidelity.lowest(rule)
+    layers, known = len(fidelity.layers), len(fidelity.comparable)
+    whose = "No gradient that was compared is" if found.uncompared else "No rule's gradient is"
+    blind = "" if known == layers else f"{_UNKNOWN} in {layers - known} of {layers} layers. "
+    return (
+        f"{whose} near BPTT's in every layer: the nearest is {rule}, with a cosine of"
+        f" {cosine:.2f} at {layer}. {blind}Whether it learns all the same, a run says."
+    )
+
+
+def _advise(found: Probe, fidelity: Fidelity, best: Cost, bptt: Cost, fastest: Cost) -> str:
+    layer, cosine = fidelity.lowest(best.rule)
+    layers, known = len(fidelity.layers), len(fidelity.comparable)
+    if known == layers:
         called, where = f"{best.rule} is safe here before training", "every layer"
     else:
         called = f"{best.rule} is near BPTT here before training, but not known to be safe"
-        where = f"{len(known)} of {len(layers)} layers; {unknown} in the others"
+        where = f"{known} of {layers} layers; {_UNKNOWN} in the others"
     kept, shares = _all_bytes(best) / _all_bytes(bptt), found.share_of_time(best.rule)
     own = " and the rule's own" if best.rule_bytes else ""
     saves = f"saves {1 - kept:.0%}" if kept < 1 else "saves nothing"

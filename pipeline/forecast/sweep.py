@@ -1,11 +1,10 @@
-"""Memory and time against the number of time steps T, for each rule: what the papers' central
-figures show.
+"""Memory and time against the number of time steps T, for each rule, and the largest batch that
+fits.
 
-And the largest batch that fits. What training takes at its peak grows with the batch in a straight
-line, bytes(B) = a + b B, so two sizes tell it; beside it lie the optimizer's state, a teacher, and
-the batch itself. That is an estimate, for which a part of the memory is left free. Who wants to
-know has the batch trained: where it fits, larger ones are, up to what the free part would hold, and
-where it does not, smaller ones; the largest of them that did is told.
+The peak of training grows linearly with the batch, bytes(B) = a + b B, so two sizes determine it.
+The optimizer's state, a teacher and the batch itself are added. The result is an estimate, for
+which a part of the memory is left free. On request the batch is trained: if it fits, larger ones
+are tried, up to the reserve, and if not, smaller ones. The largest that fits is reported.
 """
 
 from __future__ import annotations
@@ -17,31 +16,30 @@ from typing import Literal
 
 from pipeline.core.checks import are_counts
 from pipeline.core.stages import say_stage
-from pipeline.forecast.asked import Asked, asked
 from pipeline.forecast.bench import (
     RESERVE,
     RULES,
     Bench,
     Cost,
     DoesNotFit,
-    by_label,
-    costs,
     fastest_baseline,
-    in_the_median,
-    samples_of,
+    measure_costs,
+    median_cost,
+    rules_by_label,
+    samples_per_epoch,
 )
+from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.measure.memory_breakdown import Held
+from pipeline.measure.tensor_bytes import HeldBytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
 
 STEPS = (1, 2, 4, 8, 16)
-# bytes: so far a process's resident memory tells of pages and caches, not of a batch; a GPU's
-# allocator counts exactly
+# Bytes. The resident memory of a process is this coarse, because of pages and caches; a GPU's
+# allocator counts exactly.
 COARSE = 2**20
-# times that the largest batch which fits is looked for between one that was trained and one that
-# did not fit
+# Attempts to find a larger batch between one that was trained and one that did not fit.
 REFINED = 3
 
 
@@ -51,36 +49,32 @@ class Point:
 
     time_steps: int
     cost: Cost
-    # samples over the seconds of forward and backward alone: loading, the optimizer and collectives
-    # are not in it
+    # samples over the seconds of forward and backward, without loading, optimizer and collectives
     images_per_compute_s: float
-    # that fits into the memory that was asked for: an estimate, or the largest that was trained;
-    # None: nobody asked
+    # An estimate, or the largest batch that was trained; None where no limit of memory was given.
     largest_batch: int | None
-    at_largest: Cost | None = None  # of one batch of so many, where it was trained
+    at_largest: Cost | None = None  # of one batch of that size, where it was trained
 
     @property
     def images_per_compute_s_at_largest(self) -> float | None:
-        return (
-            None
-            if self.at_largest is None or not self.largest_batch
-            else self.largest_batch / self.at_largest.compute_s
-        )
+        if self.at_largest is None or not self.largest_batch:
+            return None
+        return self.largest_batch / self.at_largest.compute_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Of one recipe."""
+    """The points of one recipe."""
 
     recipe: str
     samples: int
     points: tuple[Point, ...]  # by rule, then by time steps
-    # rules that cannot train the network, which have no point, or for whose largest batch the data
-    # have too few samples, at which T, and why
+    # By rule and T: why the rule cannot train the network, or why the data have too few samples for
+    # its largest batch.
     refused: Mapping[str, Mapping[int, str]]
-    memory_bytes: int | None  # that a largest batch may take, with what lies beside it
-    at_largest: bool  # largest batches were to be trained, whether any fitted or not
-    teacher: Asked | None  # in no rule's cost; its bytes lie beside a largest batch
+    memory_bytes: int | None  # the limit of a largest batch and all that training holds beside it
+    at_largest: bool  # whether largest batches were to be trained
+    teacher: TeacherCost | None  # not part of any rule's cost; largest batches leave room for it
     hardware: Mapping[str, object]
 
     def of(self, rule: str) -> tuple[Point, ...]:
@@ -92,9 +86,7 @@ class Sweep:
 
     @property
     def time_baselines(self) -> dict[int, Cost]:
-        """At each T the faster BPTT, folded over time or step by step: what seconds are divided by
-        there.
-        """
+        """At each T the faster BPTT, folded over time or step by step: the reference of times."""
         steps = sorted({point.time_steps for point in self.points})
         found = {
             T: fastest_baseline(point.cost for point in self.points if point.time_steps == T)
@@ -118,18 +110,65 @@ def sweep(
     threads: int = 1,
     rules: Sequence[Spec] = RULES,
 ) -> Sweep:
-    """Try `rules`, and the recipe's own, at each of `steps`.
+    """Measure `rules`, and the recipe's own, at each of `steps`.
 
     Args:
-        batch_size: samples; None: what one worker would hold at a time.
-        memory_bytes: find the largest batch that fits into so many, or into what is free; None:
-        find none. at_largest: train each rule's own largest batch, too, with larger ones where it
-        fits and smaller ones where it does not;
-            the time that this takes grows with `memory_bytes`.
+        batch_size: samples; None: the micro-batch of a single worker.
+        memory_bytes: find the largest batch that fits into this memory, or into the free memory;
+            None: find none.
+        at_largest: also train each rule's largest batch, with larger ones where it fits and smaller
+            ones where it does not. The time that this takes grows with `memory_bytes`.
 
-    Raises: ValueError for a recipe that does not fit together, for recordings (their T is their
-    own), for no time steps, or where no rule can train the network; what the data refuse.
+    Raises:
+        ValueError: the recipe contradicts itself, the data are recordings (whose T is fixed),
+            `steps` is empty, or no rule can train the network.
+        DataError: the data cannot be read.
     """
+    _check(recipe, steps, memory_bytes, at_largest)
+    limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
+    say_stage("reading a batch; the first one compiles what reads the data")
+    benches = [
+        Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads)
+        for each in steps
+    ]
+    with benches[0].in_memory(f"{recipe.name}'s teacher"):
+        teacher = measure_teacher(recipe, benches[0].x_B)
+    free = None if limit is None else limit - (0 if teacher is None else teacher.bytes)
+    points: list[Point] = []
+    refused: dict[str, dict[int, str]] = {}
+    for bench in benches:
+        time_steps = bench.recipe.time_steps
+        say_stage(f"measuring each rule at T = {time_steps}")
+        room = None if free is None else _Room(bench, free, threads)
+        tried = rules_by_label(rules, recipe.rule)
+        rounds, why = measure_costs(bench, tried)
+        for label, of_one in rounds.items():
+            try:
+                points.append(_point(bench, median_cost(of_one), tried[label], room))
+                if at_largest and room is not None:
+                    points[-1] = room.trained(points[-1], tried[label])
+            except ValueError as error:
+                why[label] = str(error)
+        for label, reason in why.items():
+            refused.setdefault(label, {})[time_steps] = reason
+    if not points:
+        reasons = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
+        raise ValueError("sweep: no rule can train this network; " + "; ".join(reasons))
+    order = list(dict.fromkeys(point.cost.rule for point in points))
+    points.sort(key=lambda point: (order.index(point.cost.rule), point.time_steps))
+    return Sweep(
+        recipe=recipe.name,
+        samples=benches[0].samples,
+        points=tuple(points),
+        refused=refused,
+        memory_bytes=limit,
+        at_largest=at_largest,
+        teacher=teacher,
+        hardware=hardware(device_here()),
+    )
+
+
+def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_largest: bool) -> None:
     check_recipe(recipe.with_untrained_teacher(), 1)
     if not are_counts(steps):
         raise ValueError(f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
@@ -139,54 +178,7 @@ def sweep(
             f" shape {shape}"
         )
     if at_largest and memory_bytes is None:
-        raise ValueError(
-            "sweep: a largest batch is tried where there is one to find, with memory_bytes; got"
-            " None"
-        )
-    limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
-    points: list[Point] = []
-    refused: dict[str, dict[int, str]] = {}
-    say_stage("reading a batch; the first one compiles what reads the data")
-    benches = [
-        Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads)
-        for each in steps
-    ]
-    with benches[0].in_memory(f"{recipe.name}'s teacher"):
-        teacher = asked(recipe, benches[0].x_B)
-    for bench in benches:
-        say_stage(f"measuring each rule at T = {bench.recipe.time_steps}")
-        room = (
-            None
-            if limit is None
-            else _Room(bench, limit - (0 if teacher is None else teacher.bytes), threads)
-        )
-        tried = by_label(rules, recipe.rule)
-        rounds, why = costs(bench, tried)
-        for label, of_one in rounds.items():
-            try:
-                points.append(_point(bench, in_the_median(of_one), tried[label], room))
-                if at_largest and room is not None:
-                    points[-1] = room.trained(points[-1], tried[label])
-            except ValueError as error:
-                why[label] = str(error)
-        for label, said in why.items():
-            refused.setdefault(label, {})[bench.recipe.time_steps] = said
-    if not points:
-        said = dict.fromkeys(why for at_T in refused.values() for why in at_T.values())
-        raise ValueError("sweep: no rule can train this network; " + "; ".join(said))
-    order = list(dict.fromkeys(point.cost.rule for point in points))
-    return Sweep(
-        recipe=recipe.name,
-        samples=benches[0].samples,
-        points=tuple(
-            sorted(points, key=lambda point: (order.index(point.cost.rule), point.time_steps))
-        ),
-        refused=refused,
-        memory_bytes=limit,
-        at_largest=at_largest,
-        teacher=teacher,
-        hardware=hardware(device_here()),
-    )
+        raise ValueError("sweep: at_largest needs memory_bytes, to find a largest batch; got None")
 
 
 def _point(bench: Bench, cost: Cost, rule: Spec, room: _Room | None) -> Point:
@@ -209,20 +201,20 @@ class _Room:
             )
         self.bench, self.bytes, self.threads = bench, size, threads
         self.half = self._bench_of(bench.samples // 2)
-        self.held: Held = bench.held()
+        self.held: HeldBytes = bench.held()
         self.coarse = 0 if bench.x_B.is_cuda else COARSE
         averages = self.held.parameters if bench.recipe.ema_decay else 0
         self.beside = self.held.parameters + self.held.buffers + self.held.optimizer + averages
 
     def estimate(self, cost: Cost, rule: Spec) -> int:
-        """From the bytes of two batches, of which `cost` is one; 0 where not even one sample
-        fits.
+        """The largest batch, from the bytes of `cost` and of half its batch; 0 where not even one
+        sample fits.
         """
         bench, half, half_cost = self.bench, self.half, self.half.cost(rule)
         grows = self._counted(cost) - self._counted(half_cost)
         if cost.peak_memory_bytes is not None and half_cost.peak_memory_bytes is not None:
-            seen = cost.peak_memory_bytes - half_cost.peak_memory_bytes
-            grows = max(grows, seen if seen >= self.coarse else 0)
+            measured = cost.peak_memory_bytes - half_cost.peak_memory_bytes
+            grows = max(grows, measured if measured >= self.coarse else 0)
         of_a_sample = (grows + bench.batch_bytes - half.batch_bytes) / (
             bench.samples - half.samples
         )
@@ -230,8 +222,8 @@ class _Room:
         return max(0, bench.samples + int(left // max(of_a_sample, 1.0)))
 
     def trained(self, point: Point, rule: Spec) -> Point:
-        """With the largest batch that was trained, of sizes around its own, and fitted; 0 where not
-        even one sample did.
+        """The point with the largest batch that was trained and fits; 0 where not even one sample
+        does.
         """
         assert point.largest_batch is not None
 
@@ -241,17 +233,16 @@ class _Room:
             return cost if self.needed(bench, cost) <= self.bytes else None
 
         without_reserve = max(1, int(point.largest_batch / (1 - RESERVE)))
-        samples, cost = _largest_of(
-            point.largest_batch, min(without_reserve, samples_of(self.bench.recipe)), cost_of
-        )
+        most = min(without_reserve, samples_per_epoch(self.bench.recipe))
+        samples, cost = _largest_of(point.largest_batch, most, cost_of)
         return replace(point, largest_batch=samples, at_largest=cost)
 
     def needed(self, bench: Bench, cost: Cost) -> int:
-        """Of training on batches like the bench's: the peak that was seen, as far as it tells of a
-        batch, or what is counted.
+        """Bytes of training on the bench's batch: the larger of the measured peak and the count.
 
-        What a rule notes of a batch is in a peak that was seen as well, and twice in this sum: so a
-        batch fits rather than not."""
+        A rule's records of a batch are in the measured peak too, so they count twice here. The
+        error is on the safe side.
+        """
         at_peak = max(self._counted(cost), (cost.peak_memory_bytes or 0) - self.coarse)
         return at_peak + self.beside + cost.rule_bytes + bench.batch_bytes
 
@@ -265,8 +256,10 @@ class _Room:
 def _largest_of(
     estimate: int, most: int, cost_of: Callable[[int], Cost | None]
 ) -> tuple[int, Cost | None]:
-    """Where `estimate` fits `most`, else half of it and so on; then what fits between there and
-    what did not, with its cost.
+    """The largest batch that `cost_of` accepts, and its cost.
+
+    If `estimate` fits, `most` is tried; otherwise its half, and so on. Then sizes between one that
+    fits and one that does not are tried.
     """
 
     def tried(samples: int) -> Cost | None:
@@ -274,7 +267,7 @@ def _largest_of(
             return cost_of(samples)
         except DoesNotFit:
             pass
-        gc.collect()  # the batch that did not fit, if a cycle holds it
+        gc.collect()  # frees the batch that did not fit, if a cycle holds it
         return None
 
     samples, too_many, cost = estimate, estimate + 1, None

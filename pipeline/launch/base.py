@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from pipeline.core.errors import UserError
-from pipeline.data.errors import DataError
-from pipeline.measure.driver import unusable_cards
+from pipeline.core.errors import DataError, UserError
+from pipeline.measure.driver import unusable_gpus
 from pipeline.train.job import Job
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -91,7 +90,7 @@ def takes_gpus(device: Device, workers: int, gpus: int) -> bool:
 
 def refuse_unusable_cards(device: Device) -> None:
     """Raises: UserError if torch cannot use the GPUs of this machine and `device` is not `cpu`."""
-    if device != "cpu" and (found := unusable_cards()) is not None:
+    if device != "cpu" and (found := unusable_gpus()) is not None:
         raise UserError(f"launch: {found}")
 
 
@@ -133,10 +132,10 @@ def cores_per_gpu(nodes: Iterable[Mapping[str, float]]) -> int:
 
 def loader_threads_for(cores: int) -> int:
     """One thread per core; one thread if numba has no TBB, which several need."""
-    from pipeline.data.ffcv.tbb import demand_tbb  # imports numba, which takes a second
+    from pipeline.data.ffcv.tbb import require_tbb  # imports numba, which takes a second
 
     try:
-        demand_tbb()
+        require_tbb()
     except DataError:
         return 1
     return cores

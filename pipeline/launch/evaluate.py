@@ -13,10 +13,9 @@ from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import computing
 from pipeline.core.units import counted
 from pipeline.launch.prepare import read_job
-from pipeline.measure.energy import in_words
-from pipeline.measure.joules import Joules, inference_j
+from pipeline.measure.constants import ACTIVITY_EVERY
+from pipeline.measure.energy import EnergyCounter, describe_inference, joules_per_sample
 from pipeline.measure.memory import device_here
-from pipeline.measure.sampled import ACTIVITY_EVERY
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
 from pipeline.train.build import build_network
@@ -111,7 +110,11 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     check_network(network, recipe, tasks[0].data)
     device = device_here()
     network.to(device)
-    options = {"over_time": recipe.over_time, "counts_operations": True, "joules": Joules(device)}
+    options = {
+        "over_time": recipe.over_time,
+        "counts_operations": True,
+        "joules": EnergyCounter(device),
+    }
     loaders, found = Loaders(tasks, recipe, recipe.split(1)), list[Evaluated]()
     for index, task in enumerate(loaders.tasks):
         begun = time.monotonic()
@@ -136,7 +139,9 @@ def _print_accuracy(network: nn.Module, recipe: Recipe, name: str, time_steps: i
     assert inference is not None, "an evaluation of one worker has samples"
     say(
         console,
-        in_words(inference.told(inference_j([found[-1].readings])), on_gpu=device.type == "cuda"),
+        describe_inference(
+            inference.to_dict(joules_per_sample([found[-1].readings])), on_gpu=device.type == "cuda"
+        ),
     )
 
 

@@ -33,7 +33,7 @@ from pipeline.launch.preflight_services import (
     try_store,
 )
 from pipeline.launch.ray import Ray
-from pipeline.measure.driver import unusable_cards
+from pipeline.measure.driver import unusable_gpus
 from pipeline.track.mlflow import tracking_uri
 from pipeline.train.checkpoint import absolute
 
@@ -251,8 +251,8 @@ def _version(package: str) -> str:
 
 def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
     """The names of the GPUs here, and what is wrong with them."""
-    if (unusable := unusable_cards()) is not None:
-        return (), [Finding("gpus", "bad", unusable.told, unusable.advice)]
+    if (unusable := unusable_gpus()) is not None:
+        return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
     names, findings, count = [], [], torch.cuda.device_count()
     advice = "see nvidia-smi and the kernel's log there; mend the GPU, or leave the node out"
     for index in range(count):
@@ -282,7 +282,7 @@ def _reading() -> Iterator[Finding]:
         from PIL import Image
 
         from pipeline.data.datasets.beton import Beton
-        from pipeline.data.ffcv.tbb import demand_tbb
+        from pipeline.data.ffcv.tbb import require_tbb
         from pipeline.data.write.images import write_folder
 
         with tempfile.TemporaryDirectory() as name:
@@ -306,7 +306,7 @@ def _reading() -> Iterator[Finding]:
         return
     yield Finding("ffcv", "ok", "images were written and read")
     try:
-        demand_tbb()
+        require_tbb()
     except ValueError as error:
         text = f"--loader-threads must be 1 here: {error_line(error)}"
         yield Finding("threads", "warn", text, "`pip install tbb`, or `infra/setup.sh --system`")

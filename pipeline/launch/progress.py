@@ -21,7 +21,7 @@ from rich.progress import (
 
 from pipeline.core.printing import say
 from pipeline.core.units import counted
-from pipeline.measure.energy import in_words
+from pipeline.measure.energy import describe_inference
 from pipeline.track.connect import without_password
 from pipeline.track.journal import Event, Follower, number
 
@@ -248,7 +248,7 @@ class Watch:
             self._bar.update(self._task, completed=self._start.get("total_steps"))
         if event.get("inference"):
             gpu = (self._start.get("hardware") or {}).get("gpu", "none")
-            self._say(in_words(event["inference"], on_gpu=gpu != "none"))
+            self._say(describe_inference(event["inference"], on_gpu=gpu != "none"))
         top1 = f", top-1 {_share(event['top1'])}" if event.get("top1") is not None else ""
         bwt = f", BWT {_share(event['bwt'])}" if event.get("bwt") is not None else ""
         steps = counted(event.get("steps", event.get("step")), "step")

@@ -52,7 +52,7 @@ from pipeline.launch.ray_cluster import (
     worker_start_timeout,
 )
 from pipeline.launch.signals import blocked_signal
-from pipeline.measure.driver import unusable_cards
+from pipeline.measure.driver import unusable_gpus
 from pipeline.track.journal import last
 from pipeline.train.backend.collectives import PATIENCE, Ranks
 from pipeline.train.job import STOP, Job, Notice, RankInfo, asked_by
@@ -320,7 +320,7 @@ class Ray:
 
 def _unusable_cards(gpus: int) -> str | None:
     """Why torch cannot use the GPUs of the node that this runs on. `gpus`: how many Ray counts."""
-    found = unusable_cards() if gpus else None
+    found = unusable_gpus() if gpus else None
     return None if found is None else f"{platform.node()}: {found}"
 
 

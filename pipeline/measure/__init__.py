@@ -1,1 +1,1 @@
-"""What a run cost: memory and time."""
+"""What training costs: memory, time, operations, spikes and energy."""

@@ -1,10 +1,11 @@
-"""How often neurons fire: by layer and time step, and which of them never do, or always.
+"""How often neurons fire, by layer and time step, and which neurons are always silent or always
+active.
 
-with Activity(network, every=8) as activity:
-    for x_TB, index_B in batches:
-        with activity.batch(index_B), fresh_state(network):
-            network(x_TB)
-activity.layers()
+    with Activity(network, every=8) as activity:
+        for x_TB, index_B in batches:
+            with activity.batch(index_B), fresh_state(network):
+                network(x_TB)
+    activity.layers()
 """
 
 # T time, B batch, C samples of it that are counted, R = T B rows, N neurons of a layer
@@ -24,29 +25,24 @@ from torch import Tensor, nn
 from pipeline.core.random import COUNTED, below, bits
 from pipeline.spiking.neuron import LIF, named_neurons
 
-Reduce = Callable[[Tensor], Tensor]
-"""of a vector over ranks; collective"""
+Reduce = Callable[[Tensor], Tensor]  # reduces a vector over ranks; collective
 
 
 def alone(value: Tensor) -> Tensor:
-    """`Reduce` of one rank."""
+    """The `Reduce` of a single rank."""
     return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerActivity:
-    """Of one layer of neurons over a set of samples. Shares in 0..1."""
+    """Activity of one layer of neurons over a set of samples. Shares are in 0..1."""
 
     name: str
     neurons: int
-    samples: int
-    """that were counted"""
-    rates: tuple[float, ...]
-    """spikes per neuron at each time step"""
-    silent: float
-    """neurons that never fired in them"""
-    saturated: float
-    """neurons that fired at every time step of each of them"""
+    samples: int  # that were counted
+    rates: tuple[float, ...]  # spikes per neuron at each time step
+    silent: float  # share of neurons that never fired
+    saturated: float  # share of neurons that fired at every time step of every sample
 
     @property
     def rate(self) -> float:
@@ -55,9 +51,7 @@ class LayerActivity:
 
 
 def firing_rate(layers: Sequence[LayerActivity]) -> float:
-    """Spikes per neuron and time step of all layers together; NaN without a layer, of which nothing
-    is known.
-    """
+    """Spikes per neuron and time step over all layers; NaN without a layer."""
     places = [each.neurons * len(each.rates) for each in layers]
     if not places:
         return math.nan
@@ -65,24 +59,27 @@ def firing_rate(layers: Sequence[LayerActivity]) -> float:
 
 
 class Activity:
-    """Counts the spikes of every neuron of `network` while it is entered: 4 bytes a neuron and time
-    step.
+    """Counts the spikes of every neuron of `network` while it is entered.
 
-    `every`: of one in so many samples, drawn by their ids: the same ones for any number of workers,
-    and in step with no set whose classes take turns. It passes over their spikes alone, and waits
-    for a GPU in `layers` alone. Exact up to 2^24 samples."""
+    It takes 4 bytes per neuron and time step, and is exact up to 2^24 samples. It reads nothing but
+    spikes, and waits for a GPU only in `layers`.
+
+    Args:
+        every: counts one in so many samples, drawn by their ids. The draw is the same for any
+            number of workers, and independent of the order of classes in the set.
+    """
 
     def __init__(self, network: nn.Module, *, every: int = 1) -> None:
         self.every = every
         self._samples = 0
-        self._is_drawn = b""  # a byte of each id, as far as they were asked for
+        self._is_drawn = b""  # one byte for each id that was asked for so far
         self._neurons = named_neurons(network)
         self._layers = [_Layer() for _ in self._neurons]
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Activity:
         for (_, neuron), layer in zip(self._neurons, self._layers, strict=True):
-            self._hooks.append(neuron.register_forward_hook(layer.hear))
+            self._hooks.append(neuron.register_forward_hook(layer.record))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -91,7 +88,7 @@ class Activity:
 
     @contextmanager
     def batch(self, index_B: Tensor) -> Iterator[None]:
-        """Surrounds the time steps, which may come in slices, of the samples with these ids."""
+        """Surround the time steps of the samples with these ids; they may come in slices."""
         drawn = _Drawn(self.places(index_B.tolist()))
         for layer in self._layers:
             layer.step, layer.drawn = 0, drawn
@@ -99,22 +96,22 @@ class Activity:
         self._samples += len(drawn.places)
 
     def places(self, ids: list[int]) -> list[int]:
-        """Which samples of these ids are counted."""
+        """Positions in `ids` of the samples that are counted."""
         if (last := max(ids, default=-1)) >= len(self._is_drawn):
             every_id = np.arange(max(last + 1, 2 * len(self._is_drawn)))
             self._is_drawn = (below(bits(0, 0, every_id, COUNTED), self.every) == 0).tobytes()
         return [place for place, number in enumerate(ids) if self._is_drawn[number]]
 
     def layers(self, total: Reduce = alone, largest: Reduce = alone) -> tuple[LayerActivity, ...]:
-        """In the order of construction, over all ranks, each of which calls it.
+        """Activity over all ranks, in order of construction. Collective.
 
-        Layers that nobody ran are left out, and all of them where no sample was counted.
+        `total` sums over ranks, `largest` takes the maximum. Layers that never ran are left out;
+        so are all layers where no sample was counted.
         """
         if not self._layers:
             return ()
-        sizes_L2 = largest(
-            torch.tensor([layer.fired_TN.shape for layer in self._layers], dtype=torch.int64)
-        ).tolist()
+        shapes_L2 = [layer.fired_TN.shape for layer in self._layers]
+        sizes_L2 = largest(torch.tensor(shapes_L2, dtype=torch.int64)).tolist()
         widened = [
             layer.widened(steps, neurons).cpu()
             for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)
@@ -124,27 +121,24 @@ class Activity:
         neurons_N = total(torch.cat([fired_TN.sum(0, dtype=torch.int32) for fired_TN in widened]))
         *by_step, samples = steps_T.split([*(steps for steps, _ in sizes_L2), 1])
         by_neuron = neurons_N.split([neurons for _, neurons in sizes_L2])
-        found = []
-        for (name, _), spikes_T, spikes_N in zip(self._neurons, by_step, by_neuron, strict=True):
-            if len(spikes_N) and samples:
-                rates = (spikes_T / (samples * len(spikes_N))).tolist()
-                always = (spikes_N == len(spikes_T) * int(samples)).double().mean()
-                never = (spikes_N == 0).double().mean()
-                about = {
-                    "samples": int(samples),
-                    "silent": float(never),
-                    "saturated": float(always),
-                }
-                found.append(
-                    LayerActivity(name=name, neurons=len(spikes_N), rates=tuple(rates), **about)
-                )
-        return tuple(found)
+        return tuple(
+            LayerActivity(
+                name=name,
+                neurons=len(spikes_N),
+                samples=int(samples),
+                rates=tuple((spikes_T / (samples * len(spikes_N))).tolist()),
+                silent=float((spikes_N == 0).double().mean()),
+                saturated=float((spikes_N == len(spikes_T) * int(samples)).double().mean()),
+            )
+            for (name, _), spikes_T, spikes_N in zip(self._neurons, by_step, by_neuron, strict=True)
+            if len(spikes_N) and samples
+        )
 
 
 class _Drawn:
-    """The samples of the batch at hand that are counted.
+    """The samples of the current batch that are counted.
 
-    In lists, and once for all layers: a network has just passed through the caches, and the
+    Places are Python lists, made once for all layers. A layer has just filled the caches, so the
     smallest operation of torch takes as long there as a loop over a batch.
     """
 
@@ -153,24 +147,22 @@ class _Drawn:
         self._rows: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def rows(self, steps: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where they lie in spikes whose time steps and samples are one dimension, [T C], and where
-        each step of them begins.
+        """Rows of the counted samples in spikes [T B, ...]: [T C], and where each step's rows
+        begin: [T].
         """
         key = steps, batch, device
         if key not in self._rows:
-            row_TC = torch.tensor(
-                [step * batch + place for step in range(steps) for place in self.places]
-            )
-            first_T = torch.tensor([step * len(self.places) for step in range(steps)])
+            row_TC = [step * batch + place for step in range(steps) for place in self.places]
+            first_T = [step * len(self.places) for step in range(steps)]
             self._rows[key] = (
-                row_TC.to(device, non_blocking=True),
-                first_T.to(device, non_blocking=True),
+                torch.tensor(row_TC).to(device, non_blocking=True),
+                torch.tensor(first_T).to(device, non_blocking=True),
             )
         return self._rows[key]
 
 
 class _Layer:
-    """Spikes so far, of each neuron at each time step."""
+    """Spikes of each neuron at each time step, so far."""
 
     def __init__(self) -> None:
         self.fired_TN = torch.zeros(0, 0)
@@ -178,17 +170,16 @@ class _Layer:
         self.drawn = _Drawn([])
 
     @torch.no_grad()
-    def hear(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
-        """What `neuron` gives, after its forward."""
+    def record(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
+        """Add the output of `neuron`; a forward hook."""
         if not self.drawn.places:
             return
         steps, batch = s_TB.shape[:2]
         s_RN = s_TB.reshape(steps * batch, -1)
         row_TC, first_T = self.drawn.rows(steps, batch, s_TB.device)
         if _fires_ones(neuron) and s_TB.dtype == torch.float32:
-            fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[
-                0
-            ]  # sums the rows where they lie, without a copy of them
+            # sums the rows in place, without a copy of them
+            fired_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
         else:
             fired_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
         first, self.step = self.step, self.step + steps
@@ -200,13 +191,14 @@ class _Layer:
         counted_TN += fired_TN
 
     def widened(self, steps: int, neurons: int) -> Tensor:
-        """Of this size: what was not run has no spikes."""
+        """The counts in this size, with 0 where nothing was run."""
         wide_TN = self.fired_TN.new_zeros(steps, neurons)
         wide_TN[: self.fired_TN.shape[0], : self.fired_TN.shape[1]] = self.fired_TN
         return wide_TN
 
 
 def _fires_ones(neuron: nn.Module) -> bool:
-    """Whether each of its spikes is a 1: those of LIF's own step are, a rate neuron's have a
-    height, and a rule's gradient may give what it likes."""
+    """Whether each spike is a 1, as those of LIF's own step are. Spikes of a rate neuron have a
+    height, and the gradient function of a rule may change them.
+    """
     return isinstance(neuron, LIF) and type(neuron).step is LIF.step and neuron.gradient is None

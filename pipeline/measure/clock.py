@@ -1,48 +1,47 @@
-"""Where the time of training goes: at each moment of a batch exactly one part is charged, the
-innermost that is entered.
+"""Where the time of training goes. At each moment of a batch one part is charged: the innermost
+that is entered.
 
     with clock.batch():
         with clock.part("data_wait"):  ...
         with clock.part("backward"):   ...       # in which a collective may charge "communication"
 
-What no part is entered for is charged to REST. So the parts of a batch, with REST, are its seconds,
-to the last digit.
+Time outside of all parts is charged to REST, so the parts of a batch add up exactly to its time.
 
-On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels and its seconds mean
-nothing, so each boundary is an event on the stream, and a part's seconds are the stream's: a wait
-for data is charged for as long as kernels had to wait for it. Nobody waits for an event before
-`take` asks for the seconds.
+On a CPU the clock is the host's. On a GPU the host runs ahead of the kernels, so each boundary is
+an event on the stream, and a part's time is the stream's: a wait for data is charged for as long as
+kernels had to wait for it. Only `take` waits for the events.
 
-A batch has some thirty boundaries, each behind a layer that has just passed through the caches,
-where every call is one of microseconds: so at a boundary there are few, and nothing is made but the
-time.
+A batch has about thirty boundaries, and each follows a layer that has just filled the caches, where
+every call costs microseconds. A boundary therefore does nothing but record a name and the time.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import distributed
 
-from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.measure.constants import PARTS, REST, Part
 
-__all__ = ["BETWEEN", "PARTS", "REST", "Between", "Clock", "Part"]
-
-Part = Literal[
-    "data_wait",
-    "transfer",
-    "teacher",
-    "forward",
-    "backward",
-    "communication",
-    "optimizer",
-    "metrics",
-]
-Between = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
 T_ = TypeVar("T_")
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "barrier",
+)
+_END = object()
 
 
 class Clock:
@@ -53,19 +52,17 @@ class Clock:
         self._device = device
         self._now: Callable[[], Any] = self._event if self._is_cuda else time.perf_counter
         self._parts = {name: _Part(self, name) for name in PARTS}
+        # The parts that are entered, the innermost last. A thread of autograd may enter one too (a
+        # collective in a gradient hook); the loop's thread waits for it.
         self.entered: list[str] = [REST]
-        """the innermost last; also by a thread of autograd (a collective in a hook of a gradient),
-        for which the loop's waits
-        """
+        # Of the current batch: the name of each part that begins and its time (seconds or an
+        # event), in turn. The last pair ends the batch.
         self._boundaries: list[Any] | None = None
-        """of the batch at hand: what begins and when, seconds or an event, in turn; the last one
-        ends it
-        """
         self._ended: list[list[Any]] = []
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Surrounds a batch. One that an exception ends has no parts."""
+        """Surround a batch. A batch that ends in an exception is not recorded."""
         self._boundaries = batch = []
         self.begin(REST)
         try:
@@ -76,11 +73,11 @@ class Clock:
             self._boundaries = None
 
     def part(self, name: Part) -> AbstractContextManager[None]:
-        """Inside, time is charged to `name`; outside of a batch to nothing."""
+        """Charge time inside to `name`; has no effect outside of a batch."""
         return self._parts[name]
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
-        """`source`, with what it takes to make each next one charged to `name`."""
+        """Iterate over `source`, charging the time to produce each item to `name`."""
         iterator = iter(source)
         part = self._parts[name]
         while True:
@@ -96,8 +93,9 @@ class Clock:
             self._boundaries += name, self._now()
 
     def take(self) -> list[dict[str, float]]:
-        """The seconds of each part, and of REST, in every batch that ended since the last `take`;
-        waits for the device.
+        """Seconds of each part, REST included, of every batch that ended since the last `take`.
+
+        Waits for the device.
         """
         ended, self._ended = self._ended, []
         if self._is_cuda and ended:
@@ -118,7 +116,7 @@ class Clock:
 
 
 class _Part:
-    """Entered as often as one likes, within itself too."""
+    """A context manager that may be entered repeatedly, also within itself."""
 
     __slots__ = ("_clock", "_name")
 
@@ -135,4 +133,45 @@ class _Part:
         self._clock.begin(entered[-1])
 
 
-_END = object()
+@contextmanager
+def charge_collectives(clock: Clock) -> Iterator[None]:
+    """Inside, charge the time of every collective within a batch to "communication".
+
+    It covers the collectives of backends, synchronised norms and rules, because all of them call
+    `torch.distributed.<collective>`. Enter it before an engine is made: DeepSpeed 0.19.8 looks most
+    collectives up at each call, but keeps all_gather_into_tensor from its initialisation.
+
+    For an asynchronous collective only the start is charged; the wait is charged where it happens.
+    """
+    own = {name: getattr(distributed, name) for name in COLLECTIVES}
+    for name, collective in own.items():
+        setattr(distributed, name, _charged(collective, clock))
+    try:
+        yield
+    finally:
+        for name, collective in own.items():
+            setattr(distributed, name, collective)
+
+
+def _charged(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with clock.part("communication"):
+            return collective(*args, **kwargs)
+
+    return call
+
+
+def seconds_of(act: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call by the host's clock, the device's work included."""
+    synchronize(device)
+    begun = time.perf_counter()
+    act()
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work; does nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""Whether torch can use the GPUs of this machine, and what to do where it cannot.
+"""Finds GPUs that torch cannot use, and says why.
 
-Ray counts cards through NVML, which every driver answers; torch asks CUDA, which refuses a driver
-that is older than the CUDA that torch was built for. Without a word ahead, workers would be given
-cards and die.
+Ray counts cards through NVML, which every driver answers. torch asks CUDA, which refuses a driver
+older than the CUDA that torch was built for. Without this check, workers would be given cards and
+fail.
 """
 
 from __future__ import annotations
@@ -18,46 +18,45 @@ import pynvml
 import torch
 
 DEVICES = Path("/dev")
+# By CUDA's major version; a newer minor version runs on an older driver of the same major version.
 OLDEST_DRIVERS = {12: 525, 13: 580}
-"""by CUDA's major version; within one, a newer minor version runs on an older driver"""
 INDEX = "https://download.pytorch.org/whl"
+# The builds of PyTorch that run on the oldest drivers, by CUDA's major version.
 INDEX_OF = {12: "cu126", 13: "cu130"}
-"""PyTorch's builds for each of them, with the fewest demands on the driver"""
 ON_A_CPU = "train on the CPU (--device cpu)"
 
 
-class Unusable(NamedTuple):
-    """GPUs of a machine that torch cannot use."""
+class UnusableGPUs(NamedTuple):
+    """Why torch cannot use the GPUs of a machine, and what to do."""
 
-    told: str
+    problem: str
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.told}; {self.advice}"
+        return f"{self.problem}; {self.advice}"
 
 
 class _Driver(NamedTuple):
     version: str
-    cuda: tuple[int, int]
-    """the newest that it runs"""
+    cuda: tuple[int, int]  # the newest version that it runs
     cards: int
 
 
-def unusable_cards() -> Unusable | None:
-    """What keeps torch from the GPUs of this machine.
+def unusable_gpus() -> UnusableGPUs | None:
+    """The reason why torch cannot use the GPUs of this machine.
 
-    None where torch can use them, none is there, or CUDA_VISIBLE_DEVICES hides them all.
+    None where torch can use them, where there are none, or where CUDA_VISIBLE_DEVICES hides them.
     """
     if _hides_all(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own words, several lines of them
+        warnings.simplefilter("ignore")  # torch's own message of several lines
         if torch.cuda.is_available():
             return None
     try:
         driver = _driver()
     except pynvml.NVMLError as error:
-        return _without_answer(error) if list(DEVICES.glob("nvidia[0-9]*")) else None
+        return _no_answer(error) if list(DEVICES.glob("nvidia[0-9]*")) else None
     if not driver.cards:
         return None
     here = f"the {driver.cards} GPUs here" if driver.cards > 1 else "the GPU here"
@@ -67,27 +66,28 @@ def unusable_cards() -> Unusable | None:
     )
     built = torch.version.cuda
     if built is None:
-        told = (
-            f"torch {torch.__version__} is built without CUDA and cannot use {here} ({of_driver})"
+        advice = _another_torch(driver) or _another_driver(min(OLDEST_DRIVERS))
+        return UnusableGPUs(
+            f"torch {torch.__version__} is built without CUDA and cannot use {here} ({of_driver})",
+            f"{advice}, or {ON_A_CPU}",
         )
-        return Unusable(
-            told, f"{_another_torch(driver) or _another_driver(min(OLDEST_DRIVERS))}, or {ON_A_CPU}"
-        )
-    told = f"torch {torch.__version__} is built for CUDA {built} and cannot use {here}"
+    problem = f"torch {torch.__version__} is built for CUDA {built} and cannot use {here}"
     major = int(built.split(".")[0])
     if driver.cuda[0] < major:
         ways = [_another_driver(major), _another_torch(driver), ON_A_CPU]
-        return Unusable(f"{told}: this is {of_driver}", ", or ".join(way for way in ways if way))
+        return UnusableGPUs(
+            f"{problem}: this is {of_driver}", ", or ".join(way for way in ways if way)
+        )
     advice = (
         "see nvidia-smi; a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility; or"
         f" {ON_A_CPU}"
     )
-    return Unusable(f"{told}: {_reason()}; the driver is new enough ({of_driver})", advice)
+    return UnusableGPUs(f"{problem}: {_reason()}; the driver is new enough ({of_driver})", advice)
 
 
 def _hides_all(visible: str | None) -> bool:
-    """CUDA takes the cards before the first name that it does not know: `""`, `-1` and Slurm's
-    `NoDevFiles` are none.
+    """Whether CUDA_VISIBLE_DEVICES leaves no card. CUDA uses the cards before the first name that
+    it does not know, so `""`, `-1` and Slurm's `NoDevFiles` hide all.
     """
     return visible is not None and re.match(r"\d|GPU-|MIG-", visible) is None
 
@@ -103,26 +103,24 @@ def _driver() -> _Driver:
         pynvml.nvmlShutdown()
 
 
-def _without_answer(error: pynvml.NVMLError) -> Unusable:
-    told = f"NVIDIA's driver does not answer for the GPUs in {DEVICES}: {error}"
-    rest = "a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-    return Unusable(
-        told,
-        f"see nvidia-smi; after an update of the driver restart the machine; {rest}; or {ON_A_CPU}",
+def _no_answer(error: pynvml.NVMLError) -> UnusableGPUs:
+    return UnusableGPUs(
+        f"NVIDIA's driver does not answer for the GPUs in {DEVICES}: {error}",
+        "see nvidia-smi; after an update of the driver restart the machine; a container needs"
+        f" NVIDIA_DRIVER_CAPABILITIES=compute,utility; or {ON_A_CPU}",
     )
 
 
 def _another_driver(cuda: int) -> str:
-    oldest = OLDEST_DRIVERS.get(cuda)
-    return (
-        f"install a driver that runs CUDA {cuda}"
-        if oldest is None
-        else f"install driver {oldest} or newer"
-    )
+    if cuda not in OLDEST_DRIVERS:
+        return f"install a driver that runs CUDA {cuda}"
+    return f"install driver {OLDEST_DRIVERS[cuda]} or newer"
 
 
 def _another_torch(driver: _Driver) -> str:
-    """For CUDA of the driver's major version; nothing where PyTorch has none so old."""
+    """Advice to install a build for the driver's major version; "" where PyTorch has none so
+    old.
+    """
     index = INDEX_OF.get(min(driver.cuda[0], max(INDEX_OF)))
     if index is None:
         return ""

@@ -1,24 +1,27 @@
-"""What an inference would cost in energy, from the operations that it really makes: an estimate,
-beside what a card measured.
+"""The energy of an inference: estimated from its operations, and measured by the counter of a GPU.
 
-    E = mac MACs + ac ACs        MACs: products of two real numbers, each with its addition;  ACs:
-    additions alone, for spikes
+    E = mac MACs + ac ACs        MACs: multiply-accumulates of two real numbers
+                                 ACs: additions alone, for spikes
 
-What is counted is what is made: a still image meets the first layer once, and its zeros cost
-nothing. Most papers count that layer at each of T steps, zeros too: theirs is T times as large or
-more, which must be said where ours stands beside it. And a mean of spikes, as a pool makes it, is a
-real number, whose products are MACs; counts of synaptic operations take it for a spike, and their
-price for such a layer is up to five times lower.
+Only operations that are executed count: a still image passes the first layer once, and its zeros
+cost nothing. Most papers count that layer at each of the T steps, zeros included. Their figure is
+T times as large or more; say so where the two stand side by side. A mean of spikes, as from a
+pooling layer, is a real number and its products are MACs. Counts of synaptic operations take it for
+a spike, and their price for such a layer is up to five times lower.
 
-The prices are of arithmetic alone; moving weights and membranes costs more on most chips and is not
-in them. What a card says that it used (`measure/joules.py`) is all that it used, on a chip of
-another kind: it stands beside the estimate."""
+The prices are of arithmetic alone. Moving weights and membranes costs more on most chips and is not
+included. A GPU's counter (NVML) measures the whole card, with its idle power and everything else
+that computes on it, and a GPU is another kind of chip: the measurement stands beside the estimate.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import pynvml
+import torch
 
 from pipeline.core.units import shown
 from pipeline.measure.operations import Work
@@ -26,7 +29,7 @@ from pipeline.measure.operations import Work
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """Of one operation, in pJ."""
+    """Energy of one operation, in pJ."""
 
     name: str
     mac_pj: float
@@ -43,42 +46,37 @@ TABLES = (FP32, FP16, INT8)
 
 @dataclass(frozen=True)
 class Inference:
-    """The forward of a trained network on some samples."""
+    """Work of the forward pass of a trained network on some samples."""
 
     work: Work
     samples: int
-    not_counted: tuple[str, ...] = ()
-    """operations of torch that make products, which are in no count"""
+    not_counted: tuple[str, ...] = ()  # operations of torch with products that are not in `work`
 
     @property
     def macs(self) -> float:
-        """Multiply-accumulates of a sample, all its time steps together."""
+        """Multiply-accumulates per sample, over all its time steps."""
         return self.work.multiplications / self.samples
 
     @property
     def acs(self) -> float:
-        """Accumulates without a multiplication, likewise."""
+        """Additions without a multiplication per sample, over all its time steps."""
         return (self.work.additions - self.work.multiplications) / self.samples
 
-    def told(self, measured_j: float | None = None, *, prices: Prices = FP32) -> dict[str, Any]:
-        """For a summary: operations of a sample, and their energy in J, by these prices and by
-        those of every table.
+    def to_dict(self, measured_j: float | None = None, *, prices: Prices = FP32) -> dict[str, Any]:
+        """Operations per sample and their energy in J, by `prices` and by every table.
 
-        `measured_j`: of a sample, by the cards' own counters; where none told, there is no such
-        field.
+        `measured_j`: measured joules per sample. The key is left out where it is None.
         """
-        by_table = {table.name: energy_j(self.macs, self.acs, table) for table in TABLES}
-        energy = {
-            "energy_j": energy_j(self.macs, self.acs, prices),
-            "prices": prices.name,
-            "energy_j_by_table": by_table,
-        }
         measured = {} if measured_j is None else {"measured_j": measured_j}
         unknown = {"not_counted": list(self.not_counted)} if self.not_counted else {}
         return {
             "macs": self.macs,
             "acs": self.acs,
-            **energy,
+            "energy_j": energy_j(self.macs, self.acs, prices),
+            "prices": prices.name,
+            "energy_j_by_table": {
+                table.name: energy_j(self.macs, self.acs, table) for table in TABLES
+            },
             **measured,
             "samples": self.samples,
             **unknown,
@@ -86,26 +84,95 @@ class Inference:
 
 
 def energy_j(macs: float, acs: float, prices: Prices = FP32) -> float:
-    """E in joules."""
+    """Estimated energy E in joules."""
     return (prices.mac_pj * macs + prices.ac_pj * acs) * 1e-12
 
 
-def in_words(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
-    """What `Inference.told` told: `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a
-    CPU`
+def describe_inference(inference: Mapping[str, Any], *, on_gpu: bool) -> str:
+    """One line of `Inference.to_dict`:
+    `an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU`
     """
     measured = inference.get("measured_j")
     if measured is not None:
-        told = (
+        measurement = (
             f"{shown(measured, kind='J')} measured on the whole card, idle power and waits for data"
             " included"
         )
     else:
-        told = "not measured: no card told it" if on_gpu else "not measured on a CPU"
+        measurement = "not measured: no card has a counter" if on_gpu else "not measured on a CPU"
     unknown = (
         f", without {', '.join(inference['not_counted'])}" if inference.get("not_counted") else ""
     )
     return (
         f"an inference: {shown(inference['energy_j'], kind='J')} estimated"
-        f" ({inference['prices']}{unknown}), {told}"
+        f" ({inference['prices']}{unknown}), {measurement}"
     )
+
+
+class EnergyCounter:
+    """The energy counter of one device. CPUs, and cards before Volta, have none."""
+
+    def __init__(self, device: torch.device) -> None:
+        # The card's UUID, which is the same in every process; empty for a CPU.
+        self.card = (
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+        )
+        self._handle = _handle_of(self.card) if self.card else None
+
+    def read(self) -> float | None:
+        """Joules since the driver was loaded; None without a counter."""
+        if self._handle is None:
+            return None
+        try:
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3  # in mJ
+        except pynvml.NVMLError:  # an error of the driver must not end a training
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyReadings:
+    """Readings of one rank's counter, in joules, before and after its share of an evaluation."""
+
+    card: str
+    samples: int
+    began: float | None
+    ended: float | None
+
+
+def joules_per_sample(ranks: Iterable[EnergyReadings]) -> float | None:
+    """Measured energy of one sample: the energy of all cards during their evaluation, over all
+    samples.
+
+    The figure includes each card's idle power and its waits for data, but not its wait for slower
+    ranks. A card that several ranks share counts once, from the first rank that began to the last
+    that ended.
+
+    Returns None where a card has no counter, or its counter, which moves in steps, did not move
+    because the evaluation was very short.
+    """
+    spans: dict[str, tuple[float, float]] = {}
+    samples = 0
+    for rank in ranks:
+        if not rank.samples:
+            continue
+        if rank.began is None or rank.ended is None:
+            return None
+        began, ended = spans.get(rank.card, (rank.began, rank.ended))
+        spans[rank.card] = min(began, rank.began), max(ended, rank.ended)
+        samples += rank.samples
+    used = [ended - began for began, ended in spans.values()]
+    return sum(used) / samples if used and min(used) > 0 else None
+
+
+def _handle_of(card: str) -> Any:
+    """NVML's handle of a card; None where it has no counter.
+
+    By UUID, because CUDA numbers only the visible cards.
+    """
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(card)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return None
+    return handle

@@ -1,13 +1,14 @@
-"""How far a rule's gradient is from that of BPTT, layer by layer: g_w the gradient of a synapse's
-weight on one batch.
+"""How close a rule's gradient is to that of BPTT, layer by layer, on one batch.
 
-    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where it
-                                                                gives nothing, -1 where what it
-                                                                gives is not finite
-    temporal share   |g_BPTT - g_SLTT| / |g_BPTT|               what reaches the weight through time
+With g the gradient of a synapse's weight:
 
-Both are of one batch at the weights as they are: they say what a rule drops there, not what it
-learns in the end."""
+    cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over its draws; 0 where
+                                                                g_rule is 0, -1 where it is not
+                                                                finite
+    temporal share   |g_BPTT - g_SLTT| / |g_BPTT|               the part that passes through time
+
+Both hold at the current weights: they say what a rule leaves out there, not how well it learns.
+"""
 
 # T time, B batch
 
@@ -27,8 +28,7 @@ from pipeline.rules.base import LossOf, OverTime, Rule, World
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.synapse import Conv2d, Linear
 
-Gradients = Mapping[str, Tensor]
-"""by the name of a synapse"""
+Gradients = Mapping[str, Tensor]  # by the name of a synapse
 
 
 def gradients(
@@ -43,16 +43,21 @@ def gradients(
     step: int = 0,
     batches: int = 1,
 ) -> dict[str, Tensor]:
-    """What `rule` gives the weight of every synapse of a copy of `network` on one batch, in order
+    """The gradient that `rule` gives the weight of every synapse of a copy of `network`, in order
     of registration.
 
-    Dropout is off: BPTT draws it layer by layer and an online rule step by step, so that no seed
-    makes them agree. The generators are seeded alike for whatever else draws. What the rule draws,
-    it draws with the seed of `world` for batch `step`. One that learns by itself, as OPZO its
-    matrices, begins with `learnt`, the state dict of a rule that trains (None: with nothing), sees
-    the batch `batches` times, and is asked the last time. `loss_for()` is a fresh loss for each.
+    Dropout is off: BPTT draws it layer by layer and an online rule step by step, so no seed makes
+    the two agree. The generators are seeded equally for everything else.
 
-    Raises: ValueError where the rule refuses the network.
+    Args:
+        loss_for: makes a new loss for each batch.
+        world: its seed, with `step`, decides what the rule draws.
+        learnt: the state dict of a rule that trains its own parameters, such as OPZO; None starts
+            afresh.
+        batches: how often the rule sees the batch; the last gradient is returned.
+
+    Raises:
+        ValueError: the rule refuses the network.
     """
     network = copy.deepcopy(network)
     rule.attach(network, world=world, over_time=over_time)
@@ -67,47 +72,39 @@ def gradients(
             network.zero_grad()
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(world.seed)
-                for objective in rule.loss_terms(network, x_TB, loss_for(), step=index):
-                    if objective.backward is not None:
-                        objective.backward.backward()
+                for term in rule.loss_terms(network, x_TB, loss_for(), step=index):
+                    if term.backward is not None:
+                        term.backward.backward()
             rule.end_of_batch()
     finally:
         rule.release()
-    synapses = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, (Linear, Conv2d))
-    }
     return {
         name: torch.zeros_like(w) if (w := module.weight).grad is None else w.grad
-        for name, module in synapses.items()
+        for name, module in network.named_modules()
+        if isinstance(module, (Linear, Conv2d))
     }
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of each synapse, by name; NaN where BPTT's gradient is 0 or not finite."""
+    """Measures of each synapse, by name. NaN where BPTT's gradient is 0 or not finite."""
 
     temporal_share: dict[str, float]
-    cosines: dict[str, dict[str, float]]
-    """by the label of a rule"""
+    cosines: dict[str, dict[str, float]]  # by the label of a rule
 
     @property
     def layers(self) -> list[str]:
-        """The synapses; none where BPTT was compared with nothing."""
+        """The synapses; none where no rule was compared."""
         return list(next(iter(self.cosines.values()), {}))
 
     @property
     def comparable(self) -> list[str]:
-        """The synapses that BPTT gives a finite gradient that is not 0; the same for every rule."""
-        return [
-            name
-            for name, cosine in next(iter(self.cosines.values()), {}).items()
-            if not math.isnan(cosine)
-        ]
+        """Synapses whose BPTT gradient is finite and not 0, which are the same for every rule."""
+        cosines = next(iter(self.cosines.values()), {})
+        return [name for name, cosine in cosines.items() if not math.isnan(cosine)]
 
     def lowest(self, label: str) -> tuple[str, float]:
-        """The layer in which a rule's gradient is farthest from BPTT's, and its cosine."""
+        """The layer with a rule's lowest cosine, and that cosine."""
         known = {
             name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)
         }
@@ -119,8 +116,10 @@ def fidelity(
 ) -> Fidelity:
     """Compare gradients of one network on one batch.
 
-    `sltt`: None where SLTT cannot train it, so that its share is not known; `others`: by label,
-    what each gave in its draws."""
+    Args:
+        sltt: None where SLTT cannot train the network; the temporal share is then unknown.
+        others: by label, the gradients of a rule's draws.
+    """
     shares = {} if sltt is None else {name: _share(g, sltt[name]) for name, g in bptt.items()}
     cosines = {
         label: {

@@ -1,6 +1,4 @@
-"""What training costs and how it goes, batch by batch: seconds by part, saved bytes, loss and
-hits.
-"""
+"""Meters of training, batch by batch: seconds by part, saved bytes, operations, loss and hits."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.allocator import release_freed_memory
-from pipeline.measure.clock import PARTS, REST, Between, Clock, Part
-from pipeline.measure.joules import Joules
+from pipeline.measure.clock import Clock, synchronize
+from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY, PARTS, REST, Between, Part
+from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.memory import (
-    SavedBytes,
     peak_device_bytes,
     peak_reserved_bytes,
     peak_rss_bytes,
@@ -31,7 +29,7 @@ from pipeline.measure.memory import (
     rss_bytes,
 )
 from pipeline.measure.operations import Operations
-from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
+from pipeline.measure.tensor_bytes import SavedBytes
 from pipeline.measure.totals import Totals
 from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes
@@ -43,16 +41,11 @@ T_ = TypeVar("T_")
 
 @dataclass
 class _Learnt:
-    """How learning went, on a batch or since the last `take`: kept as it comes, and summed when it
-    is asked for.
-    """
+    """Loss and hits of a batch, or since the last `take`. They are summed only on request."""
 
-    hit_B: list[Tensor] = field(default_factory=list)
-    """whether each sample's answer was right, of each micro-batch"""
-    losses: list[Tensor] = field(default_factory=list)
-    """of the loss_terms of each micro-batch"""
-    shares: list[float] = field(default_factory=list)
-    """of each objective: its micro-batch's in the global batch"""
+    hit_B: list[Tensor] = field(default_factory=list)  # correct answers, of each micro-batch
+    losses: list[Tensor] = field(default_factory=list)  # loss terms, of each micro-batch
+    shares: list[float] = field(default_factory=list)  # of each term: its micro-batch's weight
     samples: int = 0
     batches: int = 0
 
@@ -76,28 +69,25 @@ class _Learnt:
 
 @dataclass
 class _Batch:
-    """Of the batch at hand: it counts once it has ended."""
+    """Figures of the current batch, which count once it has ended."""
 
     learnt: _Learnt = field(default_factory=_Learnt)
     backward_calls: int = 0
+    # Where bytes are counted: (saved, states beside them) after the forward that leaves most.
     kept: tuple[int, int] = (0, 0)
-    """where bytes are counted: saved ones, and those of states beside them, at the end of the
-    forward that leaves most
-    """
 
 
 @dataclass
 class _Window:
-    """Since the last `take`."""
+    """Figures since the last `take`."""
 
     learnt: _Learnt = field(default_factory=_Learnt)
-    batches: int = 0
-    """whose seconds are known"""
+    batches: int = 0  # whose seconds are known
     seconds: Counter[str] = field(default_factory=Counter)
 
 
 class Instrument(Protocol):
-    """What looks at the operations of one batch, and away from a teacher's and an optimizer's."""
+    """Observes the operations of one batch, without those of a teacher or an optimizer."""
 
     def __enter__(self) -> Any: ...
     def __exit__(self, kind: Any, error: Any, trace: Any, /) -> Any: ...
@@ -105,20 +95,19 @@ class Instrument(Protocol):
 
 
 class Meters:
-    """The loop's meters on one rank.
+    """The meters of the training loop on one rank.
 
     Args:
         network: its parameters do not count as saved for backward.
         batch_size: samples in a global batch.
-        device: where loss and hits are summed; they, and the clock, are read only at `take`, so
-            that a GPU is never waited for in between.
-        memory_every: counting saved bytes costs time, so it is done on the second batch of an
-            attempt and every so many batches after it, and those batches are left out of the steady
-            speed. A batch that is left in the middle counts nothing, and the next one does in its
-            place.
-        operations_every: likewise of operations, but from the third step of the run on, whatever
-            attempt makes it: they depend on how far the network has learnt, and not on how warm the
-            machine is.
+        device: where loss and hits are summed. They, and the clock, are read only in `take`, so the
+            loop never waits for a GPU in between.
+        memory_every: saved bytes are counted on the second batch of an attempt and every so many
+            batches after it. Counting takes time, so those batches are not steady. If such a batch
+            is not completed, the next one is counted instead.
+        operations_every: operations are counted likewise, but at the third step of the run and
+            every so many steps after it: they depend on what the network has learnt, not on how
+            warm the machine is.
     """
 
     def __init__(
@@ -137,39 +126,34 @@ class Meters:
         self.clock = clock or Clock(device)
         self.memory_every, self.operations_every = memory_every, operations_every
         self.totals = Totals()
-        self.busy_s = 0.0
-        """of this rank between the last two `take`s, its waiting for others aside"""
-        self._joules = Joules(device)
-        self._joules_then: float | None = None
-        """at the last reading, while training goes on"""
+        self.busy_s = 0.0  # of this rank between the last two `take`s, without waits for others
+        self._joules = EnergyCounter(device)
+        self._joules_then: float | None = None  # at the last reading during training
         self._begun = 0
+        # of the batches that ended since the clock was read
         self._kinds: deque[Literal["first", "counted", "steady"]] = deque()
-        """of the batches that ended since the clock was read"""
-        self._due: set[Counted] = set()
-        """what a batch is to be counted for, and none has ended on which it was"""
+        self._due: set[Counted] = set()  # counts that wait for a completed batch
         self._counting: SavedBytes | None = None
         self._watching: Instrument | None = None
-        self._asked: Instrument | None = None
-        self._inside_s = 0.0
-        """of what was entered inside the part between batches that is open"""
-        self._loss_terms: list[tuple[Tensor, Tensor]] = []
-        """loss and logits of each since the last micro-batch ended"""
+        self._next_instrument: Instrument | None = None
+        self._inside_s = 0.0  # seconds of sections inside the open section between batches
+        self._loss_terms: list[tuple[Tensor, Tensor]] = []  # loss and logits, of this micro-batch
         self._window, self._batch = _Window(), _Batch()
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
-        """Surrounds everything that one global batch costs; on some of them counts what backward
-        keeps alive.
+        """Surround one global batch. On some batches saved bytes or operations are counted.
 
-        Of a batch that is left in the middle nothing is kept but its seconds: the host's, which has
-        waited to hear why. The seconds of an attempt's first batch count as start-up, which
-        `Attempt` tells: it waits for imports and compilation."""
+        Of a batch that raises only the host's seconds are kept, as "skipped". The seconds of an
+        attempt's first batch, which waits for imports and compilation, are start-up time, which
+        `Trainer` records.
+        """
         begun = time.perf_counter()
         counted = self._counted_on(self._begun, step)
         is_first = self._begun == 0
         operations = Operations(self.network) if counted == "operations" else None
-        self._watching = watching = operations or self._asked
-        self._begun, self._asked = self._begun + 1, None
+        self._watching = watching = operations or self._next_instrument
+        self._begun, self._next_instrument = self._begun + 1, None
         self._batch = batch = _Batch()
         self._loss_terms = []
         if watching is not None:
@@ -189,8 +173,7 @@ class Meters:
         finally:
             self._watching = self._counting = None
             if watching is not None:
-                # an instrument takes memory of its own, which is not training's
-                self.forget_peaks()
+                self.forget_peaks()  # the instrument's own memory is not training's
         self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
         self._window.learnt.add(batch.learnt)
         if counted is not None:
@@ -206,13 +189,11 @@ class Meters:
         self.totals.batches += 1
 
     def watch(self, instrument: Instrument) -> None:
-        """Let it see the next batch, in the place of nothing: not on one whose operations are
-        counted.
-        """
-        self._asked = instrument
+        """Let an instrument observe the next batch, unless its operations are counted."""
+        self._next_instrument = instrument
 
     def part(self, name: Part) -> AbstractContextManager[None]:
-        """Surrounds a part of a batch (`measure/clock.py`)."""
+        """Surround a part of a batch (`measure/clock.py`)."""
         if self._watching is not None and name in ("teacher", "optimizer"):
             return self._unseen(name, self._watching)
         return self.clock.part(name)
@@ -223,14 +204,14 @@ class Meters:
             yield
 
     def each(self, name: Part, source: Iterable[T_]) -> Iterator[T_]:
-        """`source`, with what it takes to make each next one as that part."""
+        """Iterate over `source`, charging the time to produce each item to that part."""
         return self.clock.each(name, source)
 
     @contextmanager
     def between(self, name: Between) -> Iterator[None]:
-        """Surrounds what is done between two batches; the innermost is charged."""
-        if self.device.type == "cuda" and name != "coordination":
-            torch.cuda.synchronize(self.device)  # kernels of the last batches are theirs
+        """Surround work between two batches; the innermost section is charged."""
+        if name != "coordination":
+            synchronize(self.device)  # the kernels of the last batches are charged to them
         begun, (outer, self._inside_s) = time.perf_counter(), (self._inside_s, 0.0)
         try:
             yield
@@ -239,37 +220,32 @@ class Meters:
             self.totals.seconds[name] += took - self._inside_s
             self._inside_s = outer + took
 
-    def add(self, objective: LossTerm) -> None:
-        """At the end of its forward: what backward keeps is there, and with states the most that
-        there is.
-        """
-        self._batch.backward_calls += objective.backward is not None
-        self._loss_terms.append(
-            (objective.loss, objective.logits)
-        )  # summed once: each sum is a kernel
+    def add(self, term: LossTerm) -> None:
+        """Record a loss term at the end of its forward, when saved bytes and states are largest."""
+        self._batch.backward_calls += term.backward is not None
+        self._loss_terms.append((term.loss, term.logits))  # summed later: each sum is a kernel
         if (saved := self._counting) is not None:
             with self.part("metrics"):
                 found = saved.now, state_bytes(self.network, beside=saved.storages)
                 self._batch.kept = max(self._batch.kept, found)
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
-        """`share`: of the micro-batch in the global batch, which its losses are weighed with."""
-        assert self._loss_terms, "a rule yields at least one objective"
+        """Record loss and hits. `share`: of the micro-batch in the global batch."""
+        assert self._loss_terms, "a rule yields at least one loss term"
         with self.part("metrics"):
             losses, logits = zip(*self._loss_terms, strict=True)
-            wanted_B = (
-                target_B if target_B.dim() == 1 else target_B.argmax(-1)
-            )  # of a mixed sample, what there is most of
+            # the class with the largest share of a mixed sample
+            target_B = target_B if target_B.dim() == 1 else target_B.argmax(-1)
             learnt = self._batch.learnt
-            learnt.hit_B.append(torch.stack(logits).sum(0).argmax(-1) == wanted_B)
+            learnt.hit_B.append(torch.stack(logits).sum(0).argmax(-1) == target_B)
             learnt.losses.append(torch.stack(losses))
             learnt.shares += [share] * len(losses)
             learnt.samples += len(target_B)
             self._loss_terms = []
 
     def take(self, reduce: Reduce) -> dict[str, float]:
-        """Means since the last `take`, the same on every rank; collective through `reduce`, which
-        sums over ranks.
+        """Means since the last `take`, the same on every rank. Collective; `reduce` sums over
+        ranks.
         """
         self._account()
         window, self._window = self._window, _Window()
@@ -278,9 +254,7 @@ class Meters:
         self.busy_s = seconds - window.seconds["communication"]
         batches = max(1, window.batches)
         return {
-            "loss": (
-                loss / window.learnt.batches if window.learnt.batches else math.nan
-            ),  # nothing was learnt from
+            "loss": loss / window.learnt.batches if window.learnt.batches else math.nan,
             "top1": hits / max(1.0, samples),
             "images_per_s": window.batches * self.batch_size / max(seconds, 1e-9),
             **{f"{name}_s": window.seconds[name] / batches for name in (*PARTS, REST)},
@@ -288,9 +262,7 @@ class Meters:
         }
 
     def note_peaks(self) -> None:
-        """Take the process's and the device's peaks of memory into the totals, and what the device
-        has used.
-        """
+        """Add the current peaks of memory, and the energy since the last reading, to the totals."""
         self._note({**_peaks(self.device), "peak_pss_bytes": pss_bytes()})
         then, now = self._joules_then, self._joules.read()
         if then is not None and now is not None:
@@ -299,11 +271,12 @@ class Meters:
 
     @contextmanager
     def evaluating(self) -> Iterator[Callable[[], None]]:
-        """Surrounds an evaluation, whose peaks of memory are its own: yields what notes them, once
-        every answer is there.
+        """Surround an evaluation, which has peaks of memory of its own.
+
+        Yields the function that records them; call it once every answer is there.
         """
         self.note_peaks()
-        release_freed_memory()  # else training's would be the least that is told
+        release_freed_memory()  # else memory freed by training would count
         release_reserved_bytes(self.device)
         reset_peak_rss()
         reset_peak_device_bytes(self.device)
@@ -319,10 +292,10 @@ class Meters:
             setattr(self.totals, name, max(getattr(self.totals, name), value))
 
     def forget_peaks(self) -> None:
-        """Start the peaks anew: what was held, and used, before is not training's.
+        """Reset the peaks: earlier memory and energy were not training's.
 
-        What was held and is free goes back to the kernel, or the device, where it would be told as
-        training's peak; else training keeps it, and is not given it again page by page.
+        Freed memory is returned to the kernel or the device only where it would raise training's
+        peak. Otherwise training keeps it and need not allocate it again page by page.
         """
         if rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()
@@ -333,12 +306,11 @@ class Meters:
         self._joules_then = self._joules.read()
 
     def over_ranks(self, reduce_max: Reduce, reduce_mean: Reduce) -> Totals:
-        """The totals with every peak the largest over ranks, and of joules the mean; collective."""
+        """The totals with each peak's maximum, and the mean energy, over ranks. Collective."""
         self._account()
         self.note_peaks()
-        used = (
-            math.nan if self.totals.device_j is None else self.totals.device_j
-        )  # every rank takes part, counter or not
+        # every rank takes part, with a counter or without
+        used = math.nan if self.totals.device_j is None else self.totals.device_j
         mean = float(reduce_mean(torch.tensor(used, dtype=torch.float64, device=self.device)))
         self.totals.device_j = None if math.isnan(mean) else mean
         own = [getattr(self.totals, name) for name in Totals.PEAKS]
@@ -351,19 +323,15 @@ class Meters:
         return Totals(**{**asdict(self.totals), **found})
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
-        """What this batch of the attempt, and step of the run, is counted for: one thing at a
-        time.
-        """
+        """The one quantity that is counted on this batch of the attempt and step of the run."""
         if batch % self.memory_every == 1:
             self._due.add("bytes")
         if step % self.operations_every == 2:
             self._due.add("operations")
-        return (
-            "bytes" if "bytes" in self._due else "operations" if "operations" in self._due else None
-        )
+        return min(self._due, default=None)  # "bytes" first
 
     def _account(self) -> None:
-        """Take what the clock has measured since the last time."""
+        """Take the clock's measurements into the window and the totals."""
         for seconds in self.clock.take():
             kind = self._kinds.popleft()
             for name, value in seconds.items():
@@ -381,7 +349,7 @@ class Meters:
 
 
 def _peaks(device: torch.device) -> dict[str, int]:
-    """Of the process and the device, since they were last started anew."""
+    """Peaks of the process and the device since their last reset."""
     return {
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(device),

@@ -1,24 +1,24 @@
-"""Counts the multiplications and additions of training, from the numbers that are really
-multiplied.
+"""Counts the multiplications and additions of training, from the values that are multiplied.
 
-    with Operations(network) as counted: ...        # one batch: forward, backward, whatever the
-    rule does beside them counted.work["forward"].additions
+    with Operations(network) as counted:
+        ...                                 # one batch: forward, backward and the rule's own work
+    counted.work["forward"].additions
 
-Counted are products: of synapses with what reaches them, of attention, of a rule's own matrices. A
-product is a sum of pairs (`measure/pairs.py`) and costs one addition for each pair of which neither
-number is 0. It costs a multiplication as well unless one of the two is even: all its numbers are 0
-or of one magnitude, such as spikes, or those of each output of a weight are, such as one of 1 bit.
-Even numbers are added or subtracted, and their magnitude is multiplied once for a sum or an output,
-which is not counted. Spikes of which a pool took the mean, or a shortcut the sum, are real numbers.
+Products are counted: of synapses with their inputs, of attention, of a rule's own matrices. A
+product is a sum of pairs (`measure/pairs.py`). Each pair without a zero costs one addition. It also
+costs a multiplication, unless one side is even: its non-zero numbers share one magnitude, as spikes
+do, or those of each output of a weight do, as with weights of 1 bit. Even numbers are added or
+subtracted, and the magnitude is multiplied once for a sum or an output, which is not counted. The
+mean of spikes from a pool, or their sum from a shortcut, are real numbers.
 
-What is done element by element (neurons, norms, losses) is not counted: it is to the products as 1
-to the fan-in. Products that torch makes inside one operation, of attention or of a recurrent layer,
-cannot be looked into; `not_counted` names those.
+Element-wise work (neurons, norms, losses) is not counted: its ratio to the products is 1 to the
+fan-in. Products inside one fused operation of torch, such as attention or a recurrent layer, cannot
+be inspected; `not_counted` names those operations.
 
-Purposes: "forward"; "error", what the backward hands down; "weights", the gradients of weights; and
-what `spiking/op_scope.py` names. A product in a backward is "error" where one side is a weight (or
-what a rule puts in its place), or where it is one of a batch of products, as attention's are; else
-"weights".
+The purposes are "forward"; "error", the error that backward passes to the layer below; "weights",
+the gradients of weights; and those that `spiking/op_scope.py` names. A product in a backward is
+"error" where one side is a weight (or a rule's replacement of it), or where it is one of a batch of
+products, as in attention; otherwise it is "weights".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
-from pipeline.measure.pausable import Pausable
+from pipeline.measure.traffic import Pausable
 from pipeline.spiking.error_feedback import FixedFeedback
 from pipeline.spiking.op_scope import current_scope
 
@@ -44,12 +44,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Work:
-    """What some products cost, in numbers of operations."""
+    """Numbers of operations of some products."""
 
     multiplications: int = 0
     additions: int = 0
-    dense: int = 0
-    """pairs, those with a 0 among them: what a network without spikes multiplies"""
+    dense: int = 0  # all pairs, with zeros: the multiplications of a network without spikes
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -60,27 +59,24 @@ class Work:
 
 
 class Operations(Pausable):
-    """Counts while it is entered; `work` says what was done for each purpose.
+    """Counts operations while it is entered; `work` holds them by purpose.
 
-    Counting passes over both sides of every product, and on a GPU waits for each: it is for single
+    Counting reads both sides of every product, and waits for each on a GPU. Use it on single
     batches.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.work: dict[str, Work] = {}
-        self.not_counted: set[str] = set()
-        """operations of torch that make products, and are in none of `work`"""
-        self._fixed: dict[
-            int, StorageWeakRef
-        ] = {}  # values: while one is there, no other storage gets the key
+        self.not_counted: set[str] = set()  # operations of torch with products not in `work`
+        # By address. Holding a reference keeps the address from being used again.
+        self._fixed: dict[int, StorageWeakRef] = {}
         self._given: frozenset[int] = frozenset()
         self._watch = _Watch(self)
 
     def __enter__(self) -> Operations:
-        for parameter in (
-            self.network.parameters()
-        ):  # now: an engine such as DeepSpeed moves them into flat buffers
+        # Looked up now, because an engine such as DeepSpeed moves parameters into flat buffers.
+        for parameter in self.network.parameters():
             self._note(parameter)
         for module in self.network.modules():
             carrier = getattr(module, "backward_weight", None)
@@ -99,8 +95,10 @@ class Operations(Pausable):
         return sum(self.work.values(), Work())
 
     def add(self, pairs: Pairs, *, even: bool, hands_down: bool) -> None:
-        """A product; `even`: one of its sides is; `hands_down`: in a backward it makes an error,
-        not a weight's gradient.
+        """Count a product.
+
+        `even`: one of its sides is even. `hands_down`: in a backward, it makes an error rather than
+        the gradient of a weight.
         """
         if self.is_paused:
             return
@@ -111,47 +109,48 @@ class Operations(Pausable):
         work = Work(0 if even else pairs.live, pairs.live, pairs.all)
         self.work[purpose] = self.work.get(purpose, Work()) + work
 
-    # ----------------------------------------------------------------------------------- who is who
-
     def is_weight(self, tensor: Tensor) -> bool:
-        """Whether it does not depend on the batch: a parameter, or what was made of parameters and
-        constants alone.
+        """Whether a tensor is independent of the batch: a parameter, or made only of parameters and
+        constants.
         """
         return tensor.untyped_storage()._cdata in self._fixed
 
-    def is_even(self, tensor: Tensor) -> bool:
-        """Whether the whole has one magnitude; or, of a weight, each of its outputs, which may lie
-        along either of its sides.
+    def has_even(self, *sides: Tensor) -> bool:
+        """Whether one of the sides of a product is even.
 
-        (Where a weight hands the error down, what is multiplied by an output's magnitude is its
-        error, before the sum.)"""
-        if not self.is_weight(tensor):
-            return is_even(tensor.reshape(1, -1))
-        return is_even(tensor.flatten(1)) or is_even(tensor.transpose(0, 1).flatten(1))
+        A weight is even if each of its outputs is, along either of its first two dimensions. (Where
+        a weight passes the error down, each output's error is multiplied by that output's magnitude
+        before the sum.)
+        """
+        return any(
+            is_even(side.flatten(1)) or is_even(side.transpose(0, 1).flatten(1))
+            if self.is_weight(side)
+            else is_even(side.reshape(1, -1))
+            for side in sides
+        )
 
     def _note(self, weight: Tensor) -> None:
         storage = weight.untyped_storage()
         self._fixed[storage._cdata] = StorageWeakRef(storage)
 
     def follow(self, func: Any, given: Iterable[Any], result: Any) -> None:
-        """What comes of weights alone is a weight, too: standardised, limited, of one bit, or in
-        another precision.
+        """Mark results that depend on weights alone as weights: standardised, clipped or binarised
+        weights, or weights in another precision.
         """
         is_fixed = all(map(self.is_weight, _tensors(given)))
         for value in _tensors([result]):
             if is_fixed:
                 self._note(value)
-            elif func._schema.is_mutable:  # the batch was written into what was a constant
-                self._forget(value)
-
-    def _forget(self, tensor: Tensor) -> None:
-        key = tensor.untyped_storage()._cdata
-        if key not in self._given:  # a parameter stays one when an optimizer moves it
-            self._fixed.pop(key, None)
+            elif func._schema.is_mutable:
+                # Values of the batch were written into a constant. A parameter stays one when an
+                # optimizer updates it.
+                key = value.untyped_storage()._cdata
+                if key not in self._given:
+                    self._fixed.pop(key, None)
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operation below autograd."""
+    """Receives every operation below autograd."""
 
     def __init__(self, operations: Operations) -> None:
         super().__init__()
@@ -181,14 +180,12 @@ class _Watch(TorchDispatchMode):
 
 @functools.cache
 def _is_whole(func: Any) -> bool:
-    """Whether it is made of others, products among them: in inference mode torch hands it over
-    whole.
-    """
+    """Whether an operation is composed of others. In inference mode torch dispatches it whole."""
     return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those that an operation was given, or gave: alone or in lists, and in nothing else."""
+    """The tensors among arguments or results of an operation, alone or in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -196,14 +193,12 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-# ---------------------------------------------------------------------------- what torch calls them
+# -------------------------------------------------------------------------------- torch's operators
 
 
 def _mm(operations: Operations, a: Tensor, b: Tensor, **_: Any) -> None:
     hands_down = operations.is_weight(a) or operations.is_weight(b)
-    operations.add(
-        matrices(a, b), even=operations.is_even(a) or operations.is_even(b), hands_down=hands_down
-    )
+    operations.add(matrices(a, b), even=operations.has_even(a, b), hands_down=hands_down)
 
 
 def _addmm(operations: Operations, _bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
@@ -223,9 +218,7 @@ def _dot(operations: Operations, a: Tensor, b: Tensor) -> None:
 
 
 def _bmm(operations: Operations, a: Tensor, b: Tensor, **_: Any) -> None:
-    operations.add(
-        batches(a, b), even=operations.is_even(a) or operations.is_even(b), hands_down=True
-    )
+    operations.add(batches(a, b), even=operations.has_even(a, b), hands_down=True)
 
 
 def _baddbmm(operations: Operations, _bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
@@ -249,7 +242,7 @@ def _convolution(
             for n, taps, move, pad, step, _ in sizes
         )
         pairs = convolution.forward(x, weight, places)
-    operations.add(pairs, even=operations.is_even(x) or operations.is_even(weight), hands_down=True)
+    operations.add(pairs, even=operations.has_even(x, weight), hands_down=True)
 
 
 def _convolution_backward(
@@ -269,12 +262,10 @@ def _convolution_backward(
             if is_transposed
             else convolution.error(g, weight, size)
         )
-        operations.add(
-            pairs, even=operations.is_even(g) or operations.is_even(weight), hands_down=True
-        )
+        operations.add(pairs, even=operations.has_even(g, weight), hands_down=True)
     if wants_weight:
         pairs = convolution.weights(x, g) if is_transposed else convolution.weights(g, x)
-        operations.add(pairs, even=operations.is_even(g) or operations.is_even(x), hands_down=False)
+        operations.add(pairs, even=operations.has_even(g, x), hands_down=False)
 
 
 def _geometry(
@@ -286,7 +277,7 @@ def _geometry(
     _: Any,
     groups: int,
 ) -> tuple[Convolution, bool]:
-    """The convolution, or, where it is transposed, the one whose error it hands down."""
+    """The convolution, or the one whose error a transposed convolution computes."""
     return Convolution(tuple(weight.shape[2:]), stride, padding, dilation, groups), transposed
 
 
@@ -305,14 +296,13 @@ def _each_dimension(
 def _embedding_bag(
     operations: Operations, weight: Tensor, places: Tensor, _offsets: Tensor, *more: Any
 ) -> None:
-    """Sums of rows, each times a number of its own: a product with nothing but what was emitted."""
+    """Sums of rows, each times a number of its own: a product that skips silent inputs."""
     each = more[3] if len(more) > 3 else None
     rows = (weight != 0).sum(1)[places]
     live = rows if each is None else rows * (each != 0)
-    even = each is None or operations.is_even(each) or is_even(weight)
-    operations.add(
-        Pairs(int(live.sum()), rows.numel() * weight.shape[1]), even=even, hands_down=True
-    )
+    even = each is None or operations.has_even(each) or is_even(weight)
+    pairs = Pairs(int(live.sum()), rows.numel() * weight.shape[1])
+    operations.add(pairs, even=even, hands_down=True)
 
 
 _COUNTED: dict[Any, Callable[..., None]] = {
@@ -331,23 +321,12 @@ _COUNTED: dict[Any, Callable[..., None]] = {
     aten._embedding_bag_forward_only: _embedding_bag,
 }
 
-_OPAQUE = frozenset(
-    {
-        *flop_registry,  # what torch itself would count
-        *(
-            getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{more}")
-            for more in ("", "_backward")
-        ),
-        *(
-            getattr(aten, f"{name}{more}")
-            for name in ("mkldnn_rnn_layer", "_cudnn_rnn")
-            for more in ("", "_backward")
-        ),
-        *(
-            aten._native_multi_head_attention,
-            aten._transformer_encoder_layer_fwd,
-        ),  # of torch's layers, where nothing is learnt
-        *(aten.addbmm, aten._trilinear),
-    }
-) - frozenset(_COUNTED)
-"""that make products, and are handed over whole"""
+# Operations with products that cannot be inspected.
+_FUSED = ("_scaled_dot_product_flash_attention_for_cpu", "mkldnn_rnn_layer", "_cudnn_rnn")
+_OPAQUE = {
+    *flop_registry,  # those that torch itself counts
+    *(getattr(aten, f"{name}{more}") for name in _FUSED for more in ("", "_backward")),
+    # of torch's layers in inference
+    *(aten._native_multi_head_attention, aten._transformer_encoder_layer_fwd),
+    *(aten.addbmm, aten._trilinear),
+} - set(_COUNTED)

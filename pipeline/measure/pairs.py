@@ -1,10 +1,11 @@
-"""How many pairs of numbers a product multiplies, and how many of them hold a 0.
+"""How many pairs of numbers a product multiplies, and how many of them have no zero.
 
-    y[n, o] = sum_i x[n, i] w[i, o]     one pair for each n, i, o; in a convolution, where x lies
-    inside the image
+    y[n, o] = sum_i x[n, i] w[i, o]     one pair for each n, i, o; in a convolution, for each tap
+                                        inside the image
 
-Counted from counts: what is not 0 along each index that is summed, so that nothing as large as the
-product itself is made."""
+The counts come from the numbers of non-zeros along each index that is summed, so no intermediate is
+as large as the product itself.
+"""
 
 # N samples and time steps, I inputs, O outputs, P places of an image, h w taps of a kernel
 
@@ -17,48 +18,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Convolution", "Pairs", "batches", "is_even", "matrices"]
-
-
-_HEAD = 1024
-"""numbers of a row that are looked at before all are: rows are even only where their beginnings
-are
-"""
-_EXACT = 2**24
-"""ones that a float counts"""
+_HEAD = 1024  # numbers of the first row that are checked before all the others
+_EXACT = 2**24  # the largest count that is exact in fp32
 
 
 class Pairs(NamedTuple):
-    """Of one product."""
+    """The pairs of one product."""
 
-    live: int
-    """neither number is 0"""
+    live: int  # neither number is 0
     all: int
 
 
 def matrices(a_NI: Tensor, b_IO: Tensor) -> Pairs:
-    """a b"""
+    """Pairs of the product a b."""
     live = _nonzero(a_NI, 0) @ _nonzero(b_IO, 1)
     return Pairs(int(live), a_NI.shape[0] * b_IO.numel())
 
 
 def batches(a_BNI: Tensor, b_BIO: Tensor) -> Pairs:
-    """a b of each of a batch"""
+    """Pairs of a batch of products a b."""
     live = (_nonzero(a_BNI, 1) * _nonzero(b_BIO, 2)).sum()
     return Pairs(int(live), a_BNI.shape[1] * b_BIO.numel())
 
 
 def is_even(x_OI: Tensor) -> bool:
-    """Whether the numbers of each row that are not 0 have one magnitude: those are added, and
-    multiplied once for a sum.
+    """Whether the non-zero numbers of each row share one magnitude.
 
-    Of rows with a single number, whether that is 0 or +-1: there is no sum to multiply in the place
-    of the number."""
+    Such numbers are added, and the sum is multiplied once. Rows of a single number are even only if
+    it is 0 or +-1, because there is no sum to multiply instead.
+    """
     if x_OI.numel() == 0:
         return True
-    if x_OI.numel() > 2 * _HEAD and not is_even(
-        x_OI[:1, :_HEAD]
-    ):  # as real numbers are told from spikes
+    # The beginning of one row tells real numbers from spikes without a pass over all.
+    if x_OI.numel() > 2 * _HEAD and not is_even(x_OI[:1, :_HEAD]):
         return False
     if x_OI.shape[1] > 1:
         low_O1, high_O1 = x_OI.aminmax(dim=1, keepdim=True)
@@ -70,8 +62,8 @@ def is_even(x_OI: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Convolution:
-    """`[N, I, ...] -> [N, O, ...]` with `kernel` taps, and the two products of its backward; zero
-    padding.
+    """A zero-padded convolution `[N, I, ...] -> [N, O, ...]`, and the two products of its
+    backward.
     """
 
     kernel: tuple[int, ...]
@@ -83,30 +75,24 @@ class Convolution:
     def forward(self, x: Tensor, weight: Tensor, places: tuple[int, ...]) -> Pairs:
         """Inputs with weights, at each of the `places` of the output."""
         read_Ihw = self._under_taps(_nonzero(x, 0), places).sum(self._dims(1))
-        weights_Ihw = _nonzero(weight.unflatten(0, (self.groups, -1)), 1).flatten(
-            0, 1
-        )  # outputs of a group
-        live = (read_Ihw * weights_Ihw).sum()
-        return Pairs(
-            int(live),
-            len(x) * weight.shape[0] * weight.shape[1] * self._inside(tuple(x.shape[2:]), places),
-        )
+        weights_GIhw = _nonzero(weight.unflatten(0, (self.groups, -1)), 1)  # outputs of a group
+        live = (read_Ihw * weights_GIhw.flatten(0, 1)).sum()
+        of_a_place = len(x) * weight.shape[0] * weight.shape[1]
+        return Pairs(int(live), of_a_place * self._inside(tuple(x.shape[2:]), places))
 
     def error(self, g: Tensor, weight: Tensor, size: tuple[int, ...]) -> Pairs:
-        """Errors at the output with weights, at each place of an input of `size` pixels: a
-        transposed convolution, too.
+        """Output errors with weights, at each place of an input of `size` pixels; also the forward
+        of a transposed convolution.
         """
         places = tuple(g.shape[2:])
         reach_Phw = self._under_taps(torch.ones(size, dtype=torch.float64, device=g.device), places)
         reached_Ohw = torch.tensordot(_nonzero(g, 0), reach_Phw, dims=len(size))
-        weights_Ohw = _nonzero(weight, 1)  # inputs of a group
-        live = (reached_Ohw * weights_Ohw).sum()
-        return Pairs(
-            int(live), len(g) * weight.shape[0] * weight.shape[1] * self._inside(size, places)
-        )
+        live = (reached_Ohw * _nonzero(weight, 1)).sum()  # inputs of a group
+        of_a_place = len(g) * weight.shape[0] * weight.shape[1]
+        return Pairs(int(live), of_a_place * self._inside(size, places))
 
     def weights(self, g: Tensor, x: Tensor) -> Pairs:
-        """Errors at the output with inputs, for each weight."""
+        """Output errors with inputs, for each weight."""
         places = tuple(g.shape[2:])
         errors_NGP, inputs_NG = (
             _nonzero(each.unflatten(1, (self.groups, -1)), 2) for each in (g, x)
@@ -117,9 +103,7 @@ class Convolution:
         return Pairs(int(live), of_a_place * self._inside(tuple(x.shape[2:]), places))
 
     def _inside(self, size: tuple[int, ...], places: tuple[int, ...]) -> int:
-        """Taps that read the image itself, over all `places`: of each dimension by itself, as a box
-        is read.
-        """
+        """Taps inside the image, summed over `places`: the product of each dimension's taps."""
         found = 1
         for taps, n, count, move, pad, step in zip(
             self.kernel, size, places, self.stride, self.padding, self.dilation, strict=True
@@ -132,15 +116,14 @@ class Convolution:
         return found
 
     def _under_taps(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
-        """What each tap reads at each place of the output, 0 in the padding: `[..., P..., h w
-        ...]`, a view of the padded.
+        """The values that each tap reads at each place of the output, 0 in the padding:
+        `[..., P..., h w ...]`, a view of the padded image.
         """
         found = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
         by_dim = zip(places, self.kernel, self.stride, self.dilation, strict=True)
         for dim, (count, taps, move, step) in enumerate(by_dim, start=x.dim() - len(places)):
-            found = found.unfold(dim, step * (taps - 1) + 1, move).narrow(dim, 0, count)[
-                ..., ::step
-            ]
+            windows = found.unfold(dim, step * (taps - 1) + 1, move)
+            found = windows.narrow(dim, 0, count)[..., ::step]
         return found
 
     def _dims(self, first: int) -> tuple[int, ...]:
@@ -148,9 +131,9 @@ class Convolution:
 
 
 def _nonzero(x: Tensor, dim: int) -> Tensor:
-    """How many numbers along `dim` are not 0."""
-    if x.is_cuda:  # a byte for each in between: memory is short there
+    """The number of non-zeros along `dim`, in float64."""
+    if x.is_cuda:  # an intermediate of one byte for each number: memory is short there
         return (x != 0).sum(dim, dtype=torch.float64)
-    # A float for each: torch adds those several times as fast on a CPU.
+    # An intermediate in fp32, which torch sums several times faster on a CPU.
     live = torch.ne(x, 0, out=torch.empty_like(x, dtype=torch.float32))
     return live.sum(dim, dtype=torch.float32 if x.shape[dim] <= _EXACT else torch.float64).double()

@@ -1,8 +1,9 @@
-"""A few of the samples that pass by, from all over them, however many there will be.
+"""A random subset of a stream of samples, drawn evenly from all of it, whatever its length.
 
-Each place in the set draws a number, and the samples with the least are held. So a set that is
-sorted by class gives some of each, which its first batch does not; and one whose classes take turns
-does, too, with which every tenth sample would be in step."""
+Each place in the stream draws a number, and the samples with the smallest numbers are kept. A
+sorted set therefore gives samples of each class, which its first batch does not; so does a set
+whose classes alternate, which every tenth sample might not.
+"""
 
 # T time, B batch
 
@@ -19,13 +20,13 @@ from pipeline.core.random import COUNTED, bits
 from pipeline.spiking.encode import is_static, repeat
 
 
-class Evenly:
-    """Holds copies of inputs: all until there are `most`, then `most` of them."""
+class EvenSample:
+    """Keeps copies of at most `most` inputs."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self._passed = 0
-        self._steps = 0  # of a still image, which is held once; 0: each step is held
+        self._steps = 0  # of a still image, which is kept once; 0: each step is kept
         self._drawn: list[int] = []  # ascending
         self._held: list[Tensor] = []
 
@@ -49,7 +50,7 @@ class Evenly:
                 del self._drawn[self.most :], self._held[self.most :]
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """`x_TB` of what is held, of at most `size` samples each; still images are still."""
+        """Yield the kept samples as `x_TB` of at most `size` samples; still images stay still."""
         for first in range(0, len(self._held), size):
             held = self._held[first : first + size]
             yield (

@@ -1,64 +1,52 @@
-"""What a run's training has cost so far: sums, counts and peaks, which survive restarts inside its
-checkpoints.
-"""
+"""The costs of a run's training so far: sums, counts and peaks, which its checkpoints keep."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from pipeline.measure.clock import BETWEEN, PARTS, REST, Part
+from pipeline.measure.constants import BETWEEN, PARTS, REST, Part
 from pipeline.measure.operations import Work
+
+
+def _no_seconds(*names: str) -> Any:
+    return field(default_factory=lambda: dict.fromkeys(names, 0.0))
 
 
 @dataclass
 class Totals:
-    """Seconds and bytes."""
+    """Seconds, bytes and operations of one rank.
 
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys((*PARTS, REST, *BETWEEN), 0.0)
-    )
-    """of each part of the batches, the first of each attempt left out, and of what was done between
-    batches
+    A batch is timed unless it is the first of an attempt, which compiles and warms up. A timed
+    batch is steady unless its bytes or operations were counted.
     """
+
+    # of each part of the timed batches, and of the work between batches
+    seconds: dict[str, float] = _no_seconds(*PARTS, REST, *BETWEEN)
     timed_batches: int = 0
-    """whose parts these are"""
     steady_batches: int = 0
     steady_samples: int = 0
-    """in batches whose speed counts: not the first of an attempt (compilation), nor where bytes or
-    operations were counted
-    """
-    steady_seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys((*PARTS, REST), 0.0)
-    )
-    """of each part of those batches"""
+    steady_seconds: dict[str, float] = _no_seconds(*PARTS, REST)
+    # None until a batch has ended whose bytes are counted
     peak_saved_bytes: int | None = None
-    state_bytes: int | None = None
-    """of states beside what backward keeps; both None until a batch whose bytes are counted has
-    ended
-    """
+    state_bytes: int | None = None  # of states that backward does not save as well
     peak_rss_bytes: int = 0
+    # The largest value that was read at the end of a measured section; the kernel keeps no peak.
     peak_pss_bytes: int = 0
-    """the most that was seen, at the ends of what is measured: the kernel keeps no peak of it"""
     peak_device_bytes: int = 0
     peak_reserved_bytes: int = 0
+    # during evaluations, without the memory that training keeps free for reuse
     evaluation_peak_rss_bytes: int = 0
-    """while the set was evaluated, without what training keeps free for itself: a batch at every
-    time step, without a graph
-    """
     evaluation_peak_device_bytes: int = 0
     evaluation_peak_reserved_bytes: int = 0
-    device_j: float | None = None
-    """what the device of one rank, in the mean, used in training; None without a counter"""
+    device_j: float | None = None  # energy of training, the mean over ranks; None without a counter
     backward_calls: int = 0
     batches: int = 0
+    # by purpose: multiplications, additions and dense, of this rank in the counted batches
     operations: dict[str, dict[str, int]] = field(default_factory=dict)
-    """of this rank in the batches that were counted: for each purpose multiplications, additions,
-    dense
-    """
     operation_samples: int = 0
-    not_counted: list[str] = field(default_factory=list)
-    """operations of torch that make products, which no count of operations knows"""
+    not_counted: list[str] = field(default_factory=list)  # operations with products, not counted
 
     PEAKS = (
         "peak_saved_bytes",
@@ -74,24 +62,26 @@ class Totals:
 
     @property
     def train_s(self) -> float:
-        """Of all batches but the first of each attempt."""
+        """Seconds of all timed batches."""
         return sum(self.seconds[name] for name in (*PARTS, REST))
 
     def of_a_steady_batch(self, part: Part) -> float | None:
-        """Seconds in the mean; None where no batch was steady."""
+        """Mean seconds of a part; None without a steady batch."""
         return self.steady_seconds[part] / self.steady_batches if self.steady_batches else None
 
     def share_of_steady_time(self, part: Part) -> float:
-        """In 0..1; 0 where no batch was steady."""
+        """A part's share of the steady time, in 0..1; 0 without a steady batch."""
         return self.steady_seconds[part] / self.steady_s if self.steady_s else 0.0
 
     @property
     def steady_s(self) -> float:
+        """Seconds of all steady batches."""
         return sum(self.steady_seconds.values())
 
     def add_operations(
         self, work: Mapping[str, Work], samples: int, not_counted: Collection[str] = ()
     ) -> None:
+        """Add the operations of one batch, by purpose."""
         for purpose, more in work.items():
             so_far = Work(**self.operations.get(purpose, {}))
             self.operations[purpose] = asdict(so_far + more)
@@ -99,7 +89,7 @@ class Totals:
         self.not_counted = sorted({*self.not_counted, *not_counted})
 
     def operations_per_sample(self) -> dict[str, dict[str, float]]:
-        """For each purpose, of training on one sample."""
+        """Operations of training on one sample, by purpose."""
         return {
             purpose: {name: count / self.operation_samples for name, count in work.items()}
             for purpose, work in self.operations.items()

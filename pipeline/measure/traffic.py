@@ -1,24 +1,24 @@
-"""What a device has to do for one batch: operations on numbers, bytes that it moves, and how many
-kernels it is asked for.
+"""The work of one batch on a device: floating-point operations, moved bytes, and kernels.
 
     with Traffic() as traffic: ...       # one batch
     traffic.busy(device, precision="bf16")
 
-Of each operation that torch calls below autograd: the multiply-adds of a product, as if no number
-were 0 (a GPU multiplies zeros, too), and the bytes of its inputs and outputs. By the roofline model
-it takes the longer of both,
+For each operation that torch calls below autograd this counts the multiply-adds of a product, zeros
+included (a GPU multiplies them), and the bytes of inputs and outputs. By the roofline model an
+operation takes the longer of both:
 
     seconds = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
 
-Nothing is known of caches, so what one kernel leaves to the next is read again; kernels that fuse
-several operations do better.
+The model has no caches: the output of one kernel is read again by the next. Kernels that fuse
+several operations are faster.
 
 Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,31 +28,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pipeline.measure.pausable import Pausable
-
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A card, as its data sheet has it."""
+    """A card by its data sheet."""
 
     name: str
-    flops: Mapping[str, float]
-    """dense, per second, by precision; a multiply-add is two"""
-    bandwidth: float
-    """of its memory, bytes per second"""
-    memory: float
-    """bytes"""
-    link: float
-    """to the other cards of its node, bytes per second and direction"""
+    flops: Mapping[str, float]  # dense, per second, by precision; a multiply-add counts as two
+    bandwidth: float  # of its memory, bytes per second
+    memory: float  # bytes
+    link: float  # to the other cards of its node, bytes per second and direction
     watts: float
+    # Share of the roofline that training reaches: an assumption for a data sheet's figures.
     efficiency: float = 0.4
-    """share of the roofline that training reaches: an assumption for a data sheet's figures"""
-    launch: float = 5e-6
-    """seconds from one kernel to the next, asked for by Python"""
-    driver: str
-    """its name as the driver, and so torch, tells it: another board, or another memory, has another
-    one
-    """
+    launch: float = 5e-6  # seconds from one kernel launch to the next, from Python
+    driver: str  # the name that the driver, and so torch, reports; it differs by board and memory
     source: str
 
 
@@ -64,8 +54,23 @@ class Operation:
     bytes: int
 
 
+class Pausable:
+    """Base of instruments that ignore the work of a teacher or an optimizer."""
+
+    is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is recorded."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+
 class Traffic(Pausable, TorchDispatchMode):
-    """Notes every operation while it is entered."""
+    """Records every operation while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,9 +88,8 @@ class Traffic(Pausable, TorchDispatchMode):
         if not self.is_paused and not _moves_nothing(func):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
-            self.operations.append(
-                Operation(int(flops), _bytes(args) + _bytes(kwargs) + _bytes(result))
-            )
+            moved = _bytes(args) + _bytes(kwargs) + _bytes(result)
+            self.operations.append(Operation(int(flops), moved))
         return result
 
     def busy(self, device: Device, *, precision: str) -> float:
@@ -109,7 +113,7 @@ class Traffic(Pausable, TorchDispatchMode):
 
 
 def _moves_nothing(func: Any) -> bool:
-    """Views, and tensors that are asked about themselves."""
+    """Whether an operation is a view or a query of a tensor's properties."""
     if func.is_view or func.namespace == "prim":
         return True
     aten = torch.ops.aten
@@ -117,9 +121,7 @@ def _moves_nothing(func: Any) -> bool:
 
 
 def _bytes(values: Any) -> int:
-    """Of the numbers that are read or written: of a tensor that repeats some of its own, each
-    once.
-    """
+    """Bytes of the numbers that are read or written; an expanded tensor's numbers count once."""
     found = 0
     for value in tree_leaves(values):
         if isinstance(value, Tensor):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.core.units import counted, unit_of
-from pipeline.measure.memory import told_hardware
+from pipeline.measure.memory import format_hardware
 from pipeline.report.figure import Figure, Table, color, drawing, plain, symbol, titled
 
 _HEIGHT = 380
@@ -145,7 +145,7 @@ def _drawing(
 
 
 def _caption(sweep: Mapping[str, Any]) -> str:
-    on = told_hardware(sweep["hardware"])
+    on = format_hardware(sweep["hardware"])
     return (
         f"One batch of {counted(sweep['samples'], 'sample')}, before any training; commit"
         f" {sweep['commit']}, {on}."

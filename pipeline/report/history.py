@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pipeline.measure.time_parts import PARTS, REST
+from pipeline.measure.constants import PARTS, REST
 from pipeline.track.journal import OF_NONE, Event
 
 _FROM_THREADS = ("checkpoint", "unwritten")  # written late, with the step that they are of

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.forecast.plan import Cluster, Plan
-from pipeline.measure.memory import other_than_here
+from pipeline.measure.memory import hardware_differences
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import BESIDE_THE_STUDY, Recipe
 from pipeline.report.results import read_run
@@ -125,7 +125,7 @@ def _other_machine(cluster: Cluster, on: Mapping[str, Any]) -> list[tuple[str, A
         return list(differing("card", cluster.device.driver, there["gpu"]))
     found = [
         (f"hardware.{name}", *values)
-        for name, *values in other_than_here(there, own_cores=on["own_cores"])
+        for name, *values in hardware_differences(there, own_cores=on["own_cores"])
     ]
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))

@@ -13,7 +13,7 @@ from pipeline.core.printing import Column, new_console, number, print_table, say
 from pipeline.core.units import counted
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.probe import Probe, advice
-from pipeline.measure.memory import told_hardware
+from pipeline.measure.memory import format_hardware
 from pipeline.recipe import BASELINE
 
 
@@ -46,7 +46,7 @@ def print_probe(found: Probe, *, as_json: bool = False, console: Console | None 
         say(console, f"×: {told}, the faster of {BASELINE} folded and in slices of time")
     if unknown := sorted({name for cost in found.costs for name in cost.not_counted}):
         say(console, f"mult and add leave out what no count knows: {', '.join(unknown)}")
-    on = told_hardware(found.hardware)
+    on = format_hardware(found.hardware)
     say(
         console,
         f"one batch of {counted(found.samples, 'sample')}, T = {found.time_steps}, before any"

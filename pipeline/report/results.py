@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.units import counted
-from pipeline.measure.sampled import MEMORY_EVERY
-from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import History, count, number
 from pipeline.report.runs import ReportError, load, run_folders, summary_of

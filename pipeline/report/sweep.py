@@ -14,7 +14,7 @@ from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.units import counted
 from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.sweep import Point, Sweep
-from pipeline.measure.memory import told_hardware
+from pipeline.measure.memory import format_hardware
 from pipeline.recipe import BASELINE
 
 
@@ -67,7 +67,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
         say(console, _divided(found))
     for line in dict.fromkeys(_refusals(found)):
         say(console, line)
-    on = told_hardware(found.hardware)
+    on = format_hardware(found.hardware)
     of = "fwd+bwd: forward and backward alone, without loading, optimizer and collectives"
     say(console, f"one batch of {counted(found.samples, 'sample')}; {of}; {on}")
     if found.memory_bytes is not None:

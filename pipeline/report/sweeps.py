@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pipeline.measure.memory import told_hardware
+from pipeline.measure.memory import format_hardware
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.figure import Figure, Table
 from pipeline.report.figures_sweep import of_a_sweep
@@ -93,7 +93,7 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
     try:
         kept: dict[str, Any] = {name: str(value[name]) for name in ("recipe", "commit")}
         kept |= {"samples": int(value["samples"]), "hardware": dict(value["hardware"])}
-        told_hardware(kept["hardware"])  # as pages do
+        format_hardware(kept["hardware"])  # as pages do
         if value.get("memory_bytes") is not None:
             kept["memory_bytes"] = int(value["memory_bytes"])
         return {**kept, "points": [_point(point) for point in value["points"]]}

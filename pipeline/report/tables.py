@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.core.units import counted, rounded, unit_of
-from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
+from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.json import differing
 from pipeline.recipe.recipe import Split
 from pipeline.report.figure import Cell, Table

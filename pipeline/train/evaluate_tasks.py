@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from pipeline.measure.joules import Joules
+from pipeline.measure.energy import EnergyCounter
 from pipeline.train.context import TrainContext
 from pipeline.train.evaluation import Evaluated, evaluate, inputs
 from pipeline.train.guards.watchdog import Watchdog
@@ -41,7 +41,7 @@ def assess(
     limit = recipe.evaluate_samples
     most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
     loss_for = recipe.objective.build().labels
-    found, joules = list[Evaluated](), Joules(parts.device)
+    found, joules = list[Evaluated](), EnergyCounter(parts.device)
     lookout, is_left = _Lookout(parts.watchdog, is_asked), False
     with parts.meters.evaluating() as note_peaks, published(parts):
         for index, task in enumerate(parts.loaders.tasks[:tasks]):

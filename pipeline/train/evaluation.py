@@ -14,11 +14,10 @@ from torch import Tensor, distributed, nn
 
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
-from pipeline.measure.energy import Inference
-from pipeline.measure.joules import Joules, Readings
+from pipeline.measure.constants import ACTIVITY_EVERY
+from pipeline.measure.energy import EnergyCounter, EnergyReadings, Inference
 from pipeline.measure.operations import Operations, Work
-from pipeline.measure.sample_evenly import Evenly
-from pipeline.measure.sampled import ACTIVITY_EVERY
+from pipeline.measure.sample_evenly import EvenSample
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 from pipeline.train.objective import Loss
@@ -70,7 +69,7 @@ class Evaluated(NamedTuple):
     """of samples spread over this rank's share; None without one, or where operations were not
     counted
     """
-    readings: Readings
+    readings: EnergyReadings
     """of this rank's card"""
 
 
@@ -83,7 +82,7 @@ def evaluate(
     over_time: str = "steps",
     network: nn.Module | None = None,
     counts_operations: bool = False,
-    joules: Joules | None = None,
+    joules: EnergyCounter | None = None,
     when_answered: Callable[[], None] = lambda: None,
 ) -> Evaluated:
     """Run the model over this rank's share of a set; collective.
@@ -96,14 +95,14 @@ def evaluate(
             so without the counting of operations; None: not measured.
         when_answered: called at that moment, too.
     """
-    network, joules = network or model, joules or Joules(torch.device("cpu"))
+    network, joules = network or model, joules or EnergyCounter(torch.device("cpu"))
     was_training = model.training
     model.eval()
     answered: list[Tensor] = []  # index, target and answer of each batch
     sums = torch.zeros(
         5, dtype=torch.float64
     )  # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
-    counted, largest = Evenly(COUNTED), 1
+    counted, largest = EvenSample(COUNTED), 1
     began = joules.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
         for x_TB, target_B, index_B in batches:
@@ -125,7 +124,9 @@ def evaluate(
             found += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
             sums += torch.tensor(found, dtype=torch.float64)
             answered.append(torch.stack([index_B, target_B.cpu(), best_B5[:, 0].cpu()]))
-    readings = Readings(card=joules.card, samples=int(sums[0]), began=began, ended=joules.read())
+    readings = EnergyReadings(
+        card=joules.card, samples=int(sums[0]), began=began, ended=joules.read()
+    )
     when_answered()
     inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
     model.train(was_training)
@@ -143,7 +144,7 @@ def evaluate(
 
 
 def _inference(
-    model: nn.Module, network: nn.Module, counted: Evenly, *, batch_size: int
+    model: nn.Module, network: nn.Module, counted: EvenSample, *, batch_size: int
 ) -> Inference:
     """Counted in batches no larger than those that were evaluated, which fit."""
     with Operations(network) as operations:

@@ -52,7 +52,7 @@ class Meters(Protocol):
         """`source`, with what it takes to make each next one as a part."""
         ...
 
-    def add(self, objective: LossTerm) -> None:
+    def add(self, term: LossTerm, /) -> None:
         """Before its backward, which frees what the forward has kept for it."""
         ...
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import hardware, hardware_over
-from pipeline.measure.memory_breakdown import Held, held
+from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
 from pipeline.measure.totals import Totals
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.phases import stretch_at
@@ -167,11 +167,11 @@ def _refuse(differences: Iterable[tuple[str, Any, Any]], *, when: str) -> None:
         )
 
 
-def held_without_zero(parts: TrainContext) -> Held:
+def held_without_zero(parts: TrainContext) -> HeldBytes:
     """What a worker would hold if ZeRO gave it no share of the optimizer's state, but all of it;
     collective.
     """
-    found = held(parts.backend.network, parts.backend.optimizer)
+    found = held_bytes(parts.backend.network, parts.backend.optimizer)
     return (
         replace(found, optimizer=sum(parts.ranks.all_gather_object(found.optimizer)))
         if parts.recipe.zero
@@ -185,7 +185,7 @@ def told_at_the_end(
     step: int,
     result: Evaluation,
     totals: Totals,
-    kept: Held,
+    kept: HeldBytes,
     learnt: Learnt,
     figures: Mapping[str, float],
 ) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import Diverged, UserError
-from pipeline.measure.clock import BETWEEN
-from pipeline.measure.joules import inference_j
+from pipeline.measure.clock import synchronize
+from pipeline.measure.constants import BETWEEN
+from pipeline.measure.energy import joules_per_sample
 from pipeline.measure.memory import memory_now_bytes
-from pipeline.measure.stopwatch import settle
 from pipeline.measure.totals import Totals
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import write_json
@@ -210,7 +210,7 @@ class Trainer:
         What was done between batches meanwhile, such as an evaluation that was owed, is left out.
         """
         self.is_starting = False
-        settle(self.parts.device)
+        synchronize(self.parts.device)
         work = self._worked_s() - self.worked_before_s
         seconds = max(0.0, time.time() - self.parts.began - work)
         self.tracker.event("first_batch", step=self.step + 1, startup_s=seconds)
@@ -415,7 +415,7 @@ class Trainer:
         )
         kept = held_without_zero(self.parts)
         answers = self.ranks.gather([each.answers for each in self.evaluated])
-        measured_j = inference_j(self.ranks.gather(self.evaluated[-1].readings))
+        measured_j = joules_per_sample(self.ranks.gather(self.evaluated[-1].readings))
         hardware = hardware_of(self.ranks)
         summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
@@ -433,7 +433,7 @@ class Trainer:
                 "inference": (
                     None
                     if inference is None
-                    else {**inference.told(measured_j), "counted_on": COUNTED_ON}
+                    else {**inference.to_dict(measured_j), "counted_on": COUNTED_ON}
                 ),
             }
             write_json(

@@ -16,8 +16,7 @@ import torch
 from pipeline.core.cores import near_cores, own_cores
 from pipeline.core.errors import UserError, as_user_error
 from pipeline.core.torch_settings import configure_torch
-from pipeline.measure.clock import Clock
-from pipeline.measure.collectives import collectives_on
+from pipeline.measure.clock import Clock, charge_collectives
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import Split
 from pipeline.track.base import Tracker
@@ -66,7 +65,7 @@ def _run(
 ) -> dict[str, Any] | None:
     folder = Path(job.run)
     watchdog = Watchdog(folder, rank=ranks.rank, patience_s=60 * job.hang_minutes)
-    with only_writer(folder, ranks), collectives_on(clock), watchdog:
+    with only_writer(folder, ranks), charge_collectives(clock), watchdog:
         while True:
             try:
                 with journal(folder, ranks) as tracker:

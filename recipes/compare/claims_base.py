@@ -15,7 +15,7 @@ from rich.console import Console
 
 from pipeline.core.printing import say
 from pipeline.core.units import counted
-from pipeline.forecast.turns import Turns
+from pipeline.forecast.interleaved import InterleavedTimes
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import Claim, held_to, not_judged, seeds_in_words
@@ -70,7 +70,7 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
 
 def time_in_turn(
     about: str,
-    turns: Mapping[str, Turns],
+    turns: Mapping[str, InterleavedTimes],
     rule: str,
     *,
     bound: float | Callable[[float], float],

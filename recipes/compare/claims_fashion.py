@@ -92,10 +92,10 @@ from rich.console import Console
 from pipeline.core.code_version import code_digest
 from pipeline.core.printing import say
 from pipeline.forecast.devices import DEVICES
+from pipeline.forecast.interleaved import InterleavedTimes, measure_interleaved
 from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
-from pipeline.forecast.turns import Turns, in_turn
-from pipeline.measure.memory import device_here, hardware, other_than_here
+from pipeline.measure.memory import device_here, hardware, hardware_differences
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.suite import Suite
 from pipeline.report.claims import (
@@ -269,7 +269,7 @@ def _kept(
     return beside(file, rests_on=rests_on, measure=measure, parse=parse, console=console)
 
 
-def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str, Turns]:
+def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str, InterleavedTimes]:
     """Rules that take turns as `run` was trained: so many at once, with as many samples and
     threads. Nothing as `_swept`.
     """
@@ -284,12 +284,14 @@ def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str
         _refuse_elsewhere(run)
         return {
             label: asdict(each)
-            for label, each in in_turn(trained, [RULES[name] for name in TURNED], **about).items()
+            for label, each in measure_interleaved(
+                trained, [RULES[name] for name in TURNED], **about
+            ).items()
         }
 
-    def parse(found: Any) -> dict[str, Turns]:
+    def parse(found: Any) -> dict[str, InterleavedTimes]:
         return {
-            label: Turns(
+            label: InterleavedTimes(
                 **{**of, "forward_s": tuple(of["forward_s"]), "backward_s": tuple(of["backward_s"])}
             )
             for label, of in found.items()
@@ -303,7 +305,7 @@ def _refuse_elsewhere(run: Run) -> None:
     """Raises: ValueError where `run` was trained on another machine than this one, or on another of
     its devices.
     """
-    found = other_than_here(run.hardware, own_cores=run.trained_on[-1].own_cores)
+    found = hardware_differences(run.hardware, own_cores=run.trained_on[-1].own_cores)
     if other := [f"{name} {there}, here {here}" for name, here, there in found]:
         raise ValueError(f"the runs were trained on another machine: {'; '.join(other)}")
 
@@ -313,7 +315,7 @@ def _claims(
     group: Group,
     swept: Mapping[str, Any] | None,
     largest: Mapping[str, Any] | None,
-    turns: Mapping[str, Turns],
+    turns: Mapping[str, InterleavedTimes],
     looked: Sequence[Run],
 ) -> Iterator[Claim]:
     """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a

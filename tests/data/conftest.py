@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from tests.data.made_pictures import make
+
 TRAIN, VAL = 61, 13  # images: no multiple of any batch size used here
 
 
@@ -85,3 +87,9 @@ def fashion(small_fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("fashion")
     write_fashion(out, source=small_fashion)
     return out
+
+
+@pytest.fixture(scope="session")
+def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of small pictures in place of /usr/share; a test that changes it takes a copy."""
+    return make(tmp_path_factory.mktemp("share"))

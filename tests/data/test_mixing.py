@@ -13,8 +13,8 @@ import torch
 from scipy.special import betaincinv
 from timm.data import mixup as timm_mixup
 
+from pipeline.core.errors import DataError
 from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
-from pipeline.data.errors import DataError
 from pipeline.data.mixing import Mixing
 
 CLASSES, H, W = 5, 9, 12

@@ -21,10 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import LoaderError, UserError
 from pipeline.core.random import PAGE, below, bits
 from pipeline.data.datasets.beton import Beton
-from pipeline.data.errors import LoaderError
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import JPG, RAW, BetonWriter
 from pipeline.data.ffcv.page_checks import ONE_IN, Verify

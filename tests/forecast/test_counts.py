@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.forecast.bench import Bench, without_rule
+from pipeline.forecast.bench import Bench, step_inputs
 from pipeline.forecast.counts import Counts, FakeBench, counted, counted_optimizer, describe_steps
 from pipeline.models.feedback import fc_feedback
 from pipeline.models.mlp import mlp
@@ -108,7 +108,7 @@ def test_every_recipe_is_counted_to_the_unit(file: Path) -> None:
     """SPIDE through a linear feedback aside, which a CPU computes by events."""
     seen: list[object] = []
     for recipe in map(tiny, recipes_of(file)):
-        key = (without_rule(recipe), recipe.rule)
+        key = (step_inputs(recipe), recipe.rule)
         by_events = recipe.rule.target is SPIDE and recipe.model.target is fc_feedback
         if key not in seen and not by_events:
             seen.append(key)

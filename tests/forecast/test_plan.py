@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from pipeline.core.errors import DataError
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.data.errors import DataError
 from pipeline.forecast.bench import RESERVE, Bench
 from pipeline.forecast.counts import counted, counted_optimizer
 from pipeline.forecast.devices import DEVICES, measured_here
 from pipeline.forecast.plan import Cluster, Plan, Planned, _Planner, plan
-from pipeline.measure.contention import ALONE, Neighbours, neighbours
+from pipeline.measure.processes import NO_CONTENTION, Contention, measure_contention
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
 from pipeline.report.plan import advice, basis, print_plan
@@ -163,7 +163,7 @@ def test_without_the_data_and_their_number_hours_are_not_known(
     def missing(recipe: Recipe) -> int:
         raise DataError("not here")
 
-    monkeypatch.setattr("pipeline.forecast.plan.samples_of", missing)
+    monkeypatch.setattr("pipeline.forecast.plan.samples_per_epoch", missing)
     found = plan(made(), Cluster(workers=1, device=H100, price=3.0), rules=RULES)
     planned = of(found, "BPTT")
     assert (found.samples, planned.hours, planned.kwh, planned.cost) == (None, None, None, None)
@@ -223,12 +223,12 @@ def test_cards_sum_among_themselves_and_more_than_there_are_is_refused(
     """
     asked: list[dict[str, Any]] = []
 
-    def measured(workers: int, size: int, **about: Any) -> Neighbours:
+    def measured(workers: int, size: int, **about: Any) -> Contention:
         asked.append({"workers": workers, **about})
-        return Neighbours(slowdown=2.0, word_s=0.5, ring_s=1.0)
+        return Contention(slowdown=2.0, word_s=0.5, ring_s=1.0)
 
     here = replace(H100, memory=1e9, launch=1e-3, efficiency=1.0)
-    monkeypatch.setattr("pipeline.forecast.plan.neighbours", measured)
+    monkeypatch.setattr("pipeline.forecast.plan.measure_contention", measured)
     monkeypatch.setattr("pipeline.forecast.plan.measured_here", lambda precisions, threads: here)
     on_cores = _Planner(made(), Cluster(workers=2), 6400)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -311,8 +311,11 @@ def _teacher_of(recipe: Recipe) -> tuple[int, int]:
 
 @pytest.mark.full
 def test_neighbours_sum_longer_the_more_they_sum_and_compute_no_faster_than_one_alone() -> None:
-    assert neighbours(1, 10**9, on="cpu") == ALONE
-    little, much = neighbours(2, 10**4, on="cpu"), neighbours(2, 4 * 10**7, on="cpu")
+    assert measure_contention(1, 10**9, on="cpu") == NO_CONTENTION
+    little, much = (
+        measure_contention(2, 10**4, on="cpu"),
+        measure_contention(2, 4 * 10**7, on="cpu"),
+    )
     assert 0 < little.ring_s < much.ring_s < 1 and 0 < little.word_s < 1
     assert 1 <= little.slowdown < 3
 

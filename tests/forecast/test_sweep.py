@@ -174,7 +174,7 @@ def test_a_largest_batch_that_is_trained_takes_what_there_is_and_no_more() -> No
             ):
                 objective.backward.backward()
         assert 0.5 * limit < peak_rss_bytes() - before + bench.batch_bytes <= 1.1 * limit
-    with pytest.raises(ValueError, match="a largest batch is tried where there is one to find"):
+    with pytest.raises(ValueError, match="at_largest needs memory_bytes"):
         sweep(recipe, steps=(8,), rules=RULES, at_largest=True)
 
 

@@ -86,7 +86,7 @@ def test_locked_nothing_is_fetched_that_has_no_hash(clone: Path) -> None:
 def test_cards_that_torch_cannot_use_are_told_of_and_no_failure(clone: Path) -> None:
     """The sentence is that of the clone's own code."""
     (clone / "pipeline" / "measure").mkdir(parents=True)
-    said = "def unusable_cards():\n    return 'install driver 580 or newer'\n"
+    said = "def unusable_gpus():\n    return 'install driver 580 or newer'\n"
     for name, code in (
         ("__init__.py", ""),
         ("measure/__init__.py", ""),

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.core.errors import UserError
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError, UserError
 from pipeline.data.ffcv import tbb
 from pipeline.launch.base import Share, share_of, takes_gpus
 from pipeline.launch.ray import Ray
@@ -115,7 +114,7 @@ def test_without_tbb_one_thread_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
         raise DataError("data: more than 1 loader thread needs TBB")
 
-    monkeypatch.setattr(tbb, "demand_tbb", none)
+    monkeypatch.setattr(tbb, "require_tbb", none)
     assert share_of([NODE], gpus=True) == Share(8, 1)
     assert share_of([NODE], gpus=True, loader_threads=8) == Share(
         8, 8

@@ -36,7 +36,7 @@ from pipeline.launch.preflight import (
     preflight,
 )
 from pipeline.launch.ray_cluster import free_port
-from pipeline.measure.driver import Unusable
+from pipeline.measure.driver import UnusableGPUs
 from tests.nodes import TOKEN, nodes
 
 ONE = NodeReport("one", {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")})
@@ -271,7 +271,7 @@ def test_gpus_that_are_missing(
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (Path(driver.address) / name).touch()
     monkeypatch.setattr(module, "DEVICES", Path(driver.address))
-    monkeypatch.setattr(module, "unusable_cards", lambda: None)
+    monkeypatch.setattr(module, "unusable_gpus", lambda: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -284,10 +284,10 @@ def test_gpus_that_are_missing(
 def test_gpus_that_torch_cannot_use_are_reported_once(
     driver: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unusable = Unusable("torch is built for CUDA 13.0", "install driver 580 or newer")
-    monkeypatch.setattr(module, "unusable_cards", lambda: unusable)
+    unusable = UnusableGPUs("torch is built for CUDA 13.0", "install driver 580 or newer")
+    monkeypatch.setattr(module, "unusable_gpus", lambda: unusable)
     (found,) = bad_of(driver, {"CPU": 64.0, "GPU": 8.0})
-    assert found.check == "gpus" and found.text.endswith(unusable.told)
+    assert found.check == "gpus" and found.text.endswith(unusable.problem)
     assert found.advice == unusable.advice
 
 
@@ -303,7 +303,7 @@ def test_a_gpu_that_fails_beside_one_that_does_not(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     monkeypatch.setattr(module.torch, "ones", ones)
-    monkeypatch.setattr(module, "unusable_cards", lambda: None)
+    monkeypatch.setattr(module, "unusable_gpus", lambda: None)
     (found,) = bad_of(driver)
     said = {"fails": "CUDA error: unspecified launch", "sums wrongly": "must be 1024; got 2048"}
     assert "GPU 1 fails: RuntimeError: " in found.text and said[sick] in found.text

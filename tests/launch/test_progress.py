@@ -324,7 +324,7 @@ def test_a_run_that_diverged_on_its_way_says_so_where_it_ends() -> None:
     ("gpu", "measured", "said"),
     [
         ("none", {}, "not measured on a CPU"),
-        ("H100", {}, "not measured: no card told it"),
+        ("H100", {}, "not measured: no card has a counter"),
         (
             "H100",
             {"measured_j": 2.1e-3},

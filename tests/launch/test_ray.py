@@ -29,7 +29,7 @@ from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
 from pipeline.launch.ray_trainer import OnLoopback
 from pipeline.launch.restarts import NoPlace
-from pipeline.measure.driver import Unusable
+from pipeline.measure.driver import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
 
 
@@ -148,10 +148,10 @@ def in_a_cluster(patch: pytest.MonkeyPatch, **resources: float) -> None:
 def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    unusable = Unusable(
+    unusable = UnusableGPUs(
         "torch is built for CUDA 13.0 and cannot use the GPU here", "install driver 580 or newer"
     )
-    monkeypatch.setattr("pipeline.launch.base.unusable_cards", lambda: unusable)
+    monkeypatch.setattr("pipeline.launch.base.unusable_gpus", lambda: unusable)
     said = (
         "^launch: torch is built for CUDA 13.0 and cannot use the GPU here; install driver 580 or"
         " newer$"

@@ -17,8 +17,8 @@ import torch
 from torch import distributed
 
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.measure.clock import BETWEEN, PARTS, REST, Clock
-from pipeline.measure.collectives import COLLECTIVES, collectives_on
+from pipeline.measure.clock import COLLECTIVES, Clock, charge_collectives
+from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.measure.meters import Meters
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Recipe, spec
@@ -100,7 +100,7 @@ def test_outside_of_a_batch_nothing_is_charged_and_a_broken_batch_is_forgotten(h
 
 def test_collectives_are_given_back() -> None:
     own = [getattr(distributed, name) for name in COLLECTIVES]
-    with collectives_on(Clock()):
+    with charge_collectives(Clock()):
         assert all(
             getattr(distributed, name) is not function
             for name, function in zip(COLLECTIVES, own, strict=True)
@@ -253,7 +253,7 @@ def slow_collectives(rank: int, ranks: int) -> dict[str, list[dict[str, float]]]
     for name in COLLECTIVES:
         setattr(distributed, name, slowly(getattr(distributed, name)))
     clock = Clock()
-    with collectives_on(clock):
+    with charge_collectives(clock):
         return {
             f"{zero}": _four_batches(rank, ranks, zero, slow, clock) for zero in (None, 0, 1, 2)
         }

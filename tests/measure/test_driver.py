@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.measure import driver
-from pipeline.measure.driver import unusable_cards
+from pipeline.measure.driver import unusable_gpus
 
 INSTALL = (
     re.escape(f"{sys.executable} -m pip install --force-reinstall torch torchvision --index-url ")
@@ -50,7 +50,7 @@ def machine(
 
 def test_a_driver_that_is_older_than_torchs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, version="535.104.05", cuda=12020, cards=8, built="13.0")
-    line = str(unusable_cards())
+    line = str(unusable_gpus())
     assert "\n" not in line and re.fullmatch(
         rf"torch {re.escape(torch.__version__)} is built for CUDA 13.0 and cannot use the 8 GPUs"
         r" here: this is NVIDIA's driver "
@@ -63,8 +63,8 @@ def test_a_driver_that_is_older_than_torchs_cuda(monkeypatch: pytest.MonkeyPatch
 
 def test_a_driver_that_is_too_old_for_any_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, version="470.1", cuda=11040, cards=1, built="12.6")
-    found = unusable_cards()
-    assert found is not None and found.told.endswith(
+    found = unusable_gpus()
+    assert found is not None and found.problem.endswith(
         "cannot use the GPU here: this is NVIDIA's driver 470.1, which runs CUDA 11.4 and older"
     )
     assert found.advice == "install driver 525 or newer, or train on the CPU (--device cpu)"
@@ -73,11 +73,11 @@ def test_a_driver_that_is_too_old_for_any_torch(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("cuda", "index"), [(13000, "cu130"), (12080, "cu126"), (14010, "cu130")])
 def test_a_torch_without_cuda(cuda: int, index: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, version="580.65", cuda=cuda, cards=1, built=None)
-    found = unusable_cards()
+    found = unusable_gpus()
     assert (
         found is not None
         and "is built without CUDA and cannot use the GPU here (NVIDIA's driver 580.65, which"
-        in found.told
+        in found.problem
     )
     assert re.match(
         rf"install a torch for this driver: {INSTALL}{index}, or train on the CPU", found.advice
@@ -95,10 +95,11 @@ def test_a_driver_that_is_new_enough_and_does_not_serve_torch(
 
     machine(monkeypatch, version="580.65", cuda=13000, cards=4, built="13.0")
     monkeypatch.setattr(torch.cuda, "init", refuse)
-    found = unusable_cards()
+    found = unusable_gpus()
     assert (
         found is not None
-        and "the 4 GPUs here: Unexpected error from cudaGetDeviceCount(). Error 802" in found.told
+        and "the 4 GPUs here: Unexpected error from cudaGetDeviceCount(). Error 802"
+        in found.problem
     )
     assert "\n" not in str(found) and "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in found.advice
 
@@ -107,9 +108,9 @@ def test_where_torch_can_use_them_or_none_is_there_nothing_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine(monkeypatch, version="580.65", cuda=13000, cards=8, built="13.0", usable=True)
-    assert unusable_cards() is None
+    assert unusable_gpus() is None
     machine(monkeypatch, version="535.1", cuda=12020, cards=0, built="13.0")
-    assert unusable_cards() is None
+    assert unusable_gpus() is None
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_cards_that_the_user_hides_are_not_missed(
 ) -> None:
     machine(monkeypatch, version="535.1", cuda=12020, cards=8, built="13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert (unusable_cards() is None) == hidden
+    assert (unusable_gpus() is None) == hidden
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -136,8 +137,8 @@ def test_a_driver_that_does_not_answer(
     monkeypatch.setattr(driver, "DEVICES", tmp_path)
     for name in ("nvidia-uvm", "nvidiactl", *(["nvidia0"] if is_there else [])):
         (tmp_path / name).touch()
-    found = unusable_cards()
+    found = unusable_gpus()
     assert (found is not None) == is_there
-    assert found is None or found.told.startswith(
+    assert found is None or found.problem.startswith(
         f"NVIDIA's driver does not answer for the GPUs in {tmp_path}: "
     )

@@ -1,9 +1,34 @@
+"""The energy of an inference, estimated, and measured by NVML's counter of a card; no GPU is
+needed.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from pipeline.measure.energy import FP16, TABLES, Inference, energy_j, in_words
+from pipeline.measure.energy import (
+    FP16,
+    TABLES,
+    EnergyCounter,
+    EnergyReadings,
+    Inference,
+    describe_inference,
+    energy_j,
+    joules_per_sample,
+)
+from pipeline.measure.meters import Meters
 from pipeline.measure.operations import Work
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
+from pipeline.train.evaluation import evaluate
+from pipeline.train.objective import CrossEntropy
 
 
 def test_a_published_pair() -> None:
@@ -25,7 +50,7 @@ def test_prices_are_the_published_ones_of_a_multiplication_and_an_addition() -> 
 def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     inference = Inference(Work(multiplications=3, additions=10, dense=20), samples=2)
     assert (inference.macs, inference.acs) == (1.5, 3.5)
-    told = inference.told()
+    told = inference.to_dict()
     assert told["energy_j"] == pytest.approx(1.5 * 4.6e-12 + 3.5 * 0.9e-12)
     assert (
         told["prices"] == "45 nm, fp32"
@@ -37,15 +62,159 @@ def test_an_addition_beside_a_multiplication_is_part_of_its_mac() -> None:
     assert "measured_j" not in told
     told["energy_j"] = 1.43e-5
     assert (
-        in_words(told, on_gpu=False)
+        describe_inference(told, on_gpu=False)
         == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured on a CPU"
     )
     assert (
-        in_words(told, on_gpu=True)
-        == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured: no card told it"
+        describe_inference(told, on_gpu=True)
+        == "an inference: 14.3 µJ estimated (45 nm, fp32), not measured: no card has a counter"
     )
-    told = {**replace(inference, not_counted=("fused",)).told(), "energy_j": 1.43e-5}
+    told = {**replace(inference, not_counted=("fused",)).to_dict(), "energy_j": 1.43e-5}
     assert (
-        in_words(told, on_gpu=False)
+        describe_inference(told, on_gpu=False)
         == "an inference: 14.3 µJ estimated (45 nm, fp32, without fused), not measured on a CPU"
     )
+
+
+class NVMLError(Exception):
+    pass
+
+
+def stand_in(counter: Callable[[Any], int]) -> types.ModuleType:
+    """NVML with one card, GPU-abc, whose counter is in mJ."""
+    module = types.ModuleType("pynvml")
+
+    def by_uuid(uuid: str) -> str:
+        if uuid != "GPU-abc":
+            raise NVMLError(uuid)
+        return "card"
+
+    module.__dict__.update(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetTotalEnergyConsumption=counter,
+    )
+    return module
+
+
+@pytest.fixture
+def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc")
+    )
+
+
+@pytest.mark.usefixtures("a_card")
+def test_millijoules_of_the_right_card_are_joules(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([5_000, 7_500])
+    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(lambda card: next(readings)))
+    joules = EnergyCounter(
+        torch.device("cuda")
+    )  # the first reading says whether there is a counter
+    assert joules.read() == 7.5
+
+
+@pytest.mark.usefixtures("a_card")
+def test_a_card_without_a_counter_has_no_joules(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(card: Any) -> int:
+        raise NVMLError("not supported")
+
+    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(refuse))
+    assert EnergyCounter(torch.device("cuda")).read() is None
+
+
+def test_a_rank_without_a_counter_takes_part_in_the_mean() -> None:
+    meters, asked = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu")), []
+    assert (
+        meters.over_ranks(lambda peaks: peaks, lambda used: asked.append(used) or used).device_j
+        is None
+    )
+    assert len(asked) == 1
+
+
+def test_a_cpu_has_none() -> None:
+    assert EnergyCounter(torch.device("cpu")).read() is None
+
+
+def test_a_run_sums_what_training_used_and_not_what_was_used_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meters = Meters(torch.nn.Linear(2, 2), batch_size=1, device=torch.device("cpu"))
+    readings = iter([10.0, 13.0, 20.0, 24.0])
+    monkeypatch.setattr(meters._joules, "read", lambda: next(readings))
+    meters.forget_peaks()  # training begins
+    meters.note_peaks()  # 3 J later an evaluation begins
+    meters.forget_peaks()  # which ends at 20 J
+    assert (
+        meters.over_ranks(lambda peaks: peaks, lambda used: used / 2).device_j == 3.5
+    )  # of two ranks, the other used none
+
+
+@pytest.mark.usefixtures("a_card")
+def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    used_mj = [5_000_000]  # before it began
+    monkeypatch.setattr("pipeline.measure.energy.pynvml", stand_in(lambda card: used_mj[0]))
+    network = nn.Sequential(Linear(2, 3), LIF(), Linear(3, 2))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for first in (0, 4, 8):
+            used_mj[0] += 300  # while it is waited for
+            yield (
+                torch.ones(2, 4, 2),
+                torch.zeros(4, dtype=torch.int64),
+                torch.arange(first, first + 4),
+            )
+
+    network.register_forward_hook(lambda *_: used_mj.__setitem__(0, used_mj[0] + 100))
+    found = evaluate(
+        network,
+        batches(),
+        CrossEntropy(),
+        counts_operations=True,
+        joules=EnergyCounter(torch.device("cuda")),
+    )
+    assert found.inference is not None and used_mj == [
+        5_000_000 + 3 * 400 + 3 * 100
+    ]  # the last 300 to count operations
+    measured_j = joules_per_sample([found.readings])
+    assert measured_j == pytest.approx(1.2 / 12)
+    told = found.inference.to_dict(measured_j)
+    assert told["measured_j"] == measured_j and told["energy_j"] < 1e-9
+    assert describe_inference(told, on_gpu=True).endswith(
+        "pJ estimated (45 nm, fp32), 100 mJ measured on the whole card, idle power and waits for"
+        " data included"
+    )
+
+
+def rank(card: str, samples: int, began: float | None, ended: float | None) -> EnergyReadings:
+    return EnergyReadings(card=card, samples=samples, began=began, ended=ended)
+
+
+def test_cards_add_and_one_that_ranks_share_counts_once() -> None:
+    assert (
+        joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, 1040)]) == 100 / 50
+    )
+    assert joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-a", 20, 110, 190)]) == 90 / 50
+    assert (
+        joules_per_sample([rank("GPU-a", 30, 100, 160), rank("GPU-b", 0, 7, 7)]) == 60 / 30
+    )  # evaluated nothing
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, None, None)],
+        [rank("GPU-a", 30, 100, 160), rank("GPU-b", 20, 1000, None)],
+        [
+            rank("GPU-a", 30, 100, 160),
+            rank("GPU-b", 20, 1000, 1000),
+        ],  # its counter has not moved yet
+        [rank("", 30, None, None)],
+        [],
+    ],
+)
+def test_what_some_card_did_not_tell_is_not_measured(ranks: list[EnergyReadings]) -> None:
+    assert joules_per_sample(ranks) is None

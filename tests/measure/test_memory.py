@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.measure.memory import (
-    SavedBytes,
     device_here,
     free_bytes,
     hardware,
+    hardware_differences,
     memory_now_bytes,
-    other_than_here,
     peak_device_bytes,
     peak_reserved_bytes,
     peak_rss_bytes,
@@ -29,6 +28,7 @@ from pipeline.measure.memory import (
     reset_peak_device_bytes,
     reset_peak_rss,
 )
+from pipeline.measure.tensor_bytes import SavedBytes
 
 
 @pytest.fixture(autouse=True)
@@ -422,9 +422,9 @@ def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
         "cores": 1,
         "threads": 9,
     }  # on cores near to its card
-    assert other_than_here(of_worker, own_cores=False) == []
+    assert hardware_differences(of_worker, own_cores=False) == []
     on_cores = hardware(torch.device("cpu"))
-    assert other_than_here(on_cores, own_cores=False) == [("gpu", "H100", "none")]
+    assert hardware_differences(on_cores, own_cores=False) == [("gpu", "H100", "none")]
 
 
 def test_hardware_is_flat_and_the_same_twice():

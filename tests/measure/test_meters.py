@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.measure.clock import PARTS, REST
+from pipeline.measure.constants import PARTS, REST
 from pipeline.measure.meters import Meters
 from pipeline.measure.totals import Totals
 from pipeline.measure.traffic import Traffic

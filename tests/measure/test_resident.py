@@ -14,7 +14,8 @@ import pytest
 GROWTH = """
 import json
 import torch
-from pipeline.measure.memory import SavedBytes, peak_rss_bytes
+from pipeline.measure.memory import peak_rss_bytes
+from pipeline.measure.tensor_bytes import SavedBytes
 from pipeline.models.mlp import mlp
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT

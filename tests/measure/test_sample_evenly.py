@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.measure.sample_evenly import Evenly
+from pipeline.measure.sample_evenly import EvenSample
 from pipeline.spiking.encode import is_static, repeat
 
 
-def places(evenly: Evenly) -> list[int]:
+def places(evenly: EvenSample) -> list[int]:
     """Of the samples that are held, each of which was its place in the set."""
     return [int(value) for x_TB in evenly.batches(3) for value in x_TB[0].flatten()]
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 8])
 def test_all_are_held_until_there_are_so_many_and_then_so_many(most: int):
-    evenly, others, held = Evenly(most), Evenly(most), list[int]()
+    evenly, others, held = EvenSample(most), EvenSample(most), list[int]()
     for place in range(100):
         evenly.add(torch.full((1, 1, 1), float(place)))
         held = places(evenly)
@@ -30,7 +30,7 @@ def test_all_are_held_until_there_are_so_many_and_then_so_many(most: int):
 def test_each_class_is_among_them_and_each_about_as_often(classes: int, is_sorted: bool):
     """Whether the set is sorted by class or its classes take turns."""
     samples = 1600
-    evenly = Evenly(640)
+    evenly = EvenSample(640)
     for first in range(0, samples, 100):
         evenly.add(torch.arange(first, first + 100.0)[None, :, None])
     held = np.array(places(evenly))
@@ -42,13 +42,13 @@ def test_each_class_is_among_them_and_each_about_as_often(classes: int, is_sorte
 
 def test_still_images_are_held_once_and_stay_still():
     x_B = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    evenly = Evenly(8)
+    evenly = EvenSample(8)
     evenly.add(repeat(x_B, 3))
     first, second = evenly.batches(4)
     assert is_static(first) and is_static(second)
     assert torch.equal(_sorted(torch.cat([first, second], dim=1)), _sorted(repeat(x_B, 3)))
     x_TB = torch.randn(3, 5, 1, 2, 2, generator=torch.Generator().manual_seed(1))
-    evenly = Evenly(8)
+    evenly = EvenSample(8)
     evenly.add(x_TB)
     assert torch.equal(_sorted(torch.cat(list(evenly.batches(4)), dim=1)), _sorted(x_TB))
 

@@ -13,12 +13,12 @@ from rich.console import Console
 
 from pipeline.cli.doctor import print_findings
 from pipeline.core.printing import new_console
-from pipeline.forecast.asked import Asked
 from pipeline.forecast.bench import Cost
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
+from pipeline.forecast.teacher_cost import TeacherCost
 from pipeline.launch.preflight import Finding
 from pipeline.measure.fidelity import Fidelity
 from pipeline.recipe.recipe import spec
@@ -108,7 +108,9 @@ def a_probe(console: Console | None) -> None:
         time_steps=4,
         costs=costs,
         rounds={each.rule: (each.compute_s,) * 3 for each in costs},
-        teacher=Asked(teacher="caformer_b36.sail_in22k_ft_in1k", bytes=395_000_000, seconds=0.31),
+        teacher=TeacherCost(
+            teacher="caformer_b36.sail_in22k_ft_in1k", bytes=395_000_000, seconds=0.31
+        ),
         fidelity=Fidelity(dict.fromkeys(LAYERS, 0.15), cosines),
         refused={
             "DSR": (
@@ -148,7 +150,9 @@ def a_sweep(console: Console | None) -> None:
         },
         memory_bytes=80_000_000_000,
         at_largest=True,
-        teacher=Asked(teacher="caformer_b36.sail_in22k_ft_in1k", bytes=395_000_000, seconds=0.31),
+        teacher=TeacherCost(
+            teacher="caformer_b36.sail_in22k_ft_in1k", bytes=395_000_000, seconds=0.31
+        ),
         hardware=HARDWARE,
     )
     print_sweep(found, console=console)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.forecast.turns import Turns
+from pipeline.forecast.interleaved import InterleavedTimes
 from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import (
     Claim,
@@ -169,7 +169,7 @@ BACKWARD_S = {
     **dict.fromkeys(("SLTT-1", "SLTT-2"), (0.0, 0.0, 0.0)),
 }
 TURNS = {
-    rule: Turns(
+    rule: InterleavedTimes(
         (1.0, 2.0, 4.0),
         seconds,
         processes=2,
@@ -507,11 +507,15 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
 ) -> None:
     taken: list[dict[str, object]] = []
 
-    def in_turn(trained: object, rules: object, **about: object) -> dict[str, Turns]:
+    def measure_interleaved(
+        trained: object, rules: object, **about: object
+    ) -> dict[str, InterleavedTimes]:
         taken.append(about)
         return TURNS
 
-    def turned(*, own_cores: bool = False, **machine: Any) -> tuple[dict[str, Turns], str]:
+    def turned(
+        *, own_cores: bool = False, **machine: Any
+    ) -> tuple[dict[str, InterleavedTimes], str]:
         told = {**claims_fashion.hardware(claims_fashion.device_here()), "threads": 7, **machine}
         of_run = run(
             trained_on=[
@@ -521,7 +525,7 @@ def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
         console = Console(file=io.StringIO(), width=200)
         return claims_fashion._turned(trained, of_run, file, console), console.file.getvalue()  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(claims_fashion, "in_turn", in_turn)
+    monkeypatch.setattr(claims_fashion, "measure_interleaved", measure_interleaved)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     trained, file = next(iter(claims_fashion.recipe().recipes)), tmp_path / "turns.json"
     found, said = turned(cpu="another", torch="1.0")

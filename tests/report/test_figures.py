@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 
 from pipeline.core.units import shown, unit_of
-from pipeline.measure.time_parts import BETWEEN, PARTS, REST
+from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.report.figure import THEMES, Figure, Missing, Table, harmless, plain
 from pipeline.report.figures import pareto, ratios, trade_off
 from pipeline.report.figures_learning import learning_curves, standing

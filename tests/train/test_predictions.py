@@ -20,7 +20,7 @@ from pipeline.data.base import Data
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.write.images import write_folder
-from pipeline.measure.joules import Joules
+from pipeline.measure.energy import EnergyCounter
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Recipe, read_json, spec
 from pipeline.spiking.encode import over_steps
@@ -294,7 +294,7 @@ def uneven(**changes: Any) -> Recipe:
     )
 
 
-class Card(Joules):
+class Card(EnergyCounter):
     """A rank's own: between the two readings of an evaluation the first uses 5 J, the second 10."""
 
     def __init__(self, rank: int) -> None:
@@ -306,7 +306,7 @@ class Card(Joules):
 
 
 def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
-    evaluate_tasks.Joules = lambda device: Card(rank)  # type: ignore[misc, assignment]
+    evaluate_tasks.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
     found: list[Any] = [
         make_run(Path(folder) / "two", uneven(evaluate_samples=samples)) if rank == 0 else None
     ]

@@ -21,7 +21,7 @@ from pipeline.data.base import DataError
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.mixing import Mixing
 from pipeline.launch.in_process import Inline
-from pipeline.measure.clock import PARTS, REST
+from pipeline.measure.constants import PARTS, REST
 from pipeline.models.mlp import mlp
 from pipeline.models.teachers.base import content_hash
 from pipeline.models.teachers.cache import Cache

@@ -20,7 +20,7 @@ from pipeline.core.errors import Diverged, UserError
 from pipeline.data.datasets.synthetic import Synthetic, SyntheticLoader
 from pipeline.data.mixing import Mixing
 from pipeline.launch.in_process import Inline
-from pipeline.measure.clock import PARTS
+from pipeline.measure.constants import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.suite import filled

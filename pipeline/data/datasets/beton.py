@@ -1,14 +1,11 @@
-"""The images of a folder's train.beton and val.beton as a `Data`: what a recipe names.
-
-Constructing one opens no file, so a recipe can be shown where its data is not. FFCV is imported
-when a loader is made."""
+"""The data set of a recipe with images in files: train.beton and val.beton of a folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.files import FileData, Name, check_views
 
 if TYPE_CHECKING:
@@ -21,23 +18,29 @@ VAL_RATIO = 224 / 256  # of the shorter side: resize to 256, cut out 224
 class Beton(FileData):
     """Square images of `size` pixels a side with `channels` 3 (RGB) or 1 (luma).
 
-    `crop` of training images; of evaluation images:
-      "resized"  random resized crop (`area` 0.08-1, `ratio` 3/4-4/3); central 224/256, resized
-      as is usual for ImageNet "shift"    window moved by up to `reach` pixels (4), black comes in;
-      central window           for CIFAR and Fashion "centre"   central 224/256, resized; the same
-    A "shift" never resizes: it takes images whose sides differ from `size` by a quarter of it at
-    most (28 in 32, zeros around). `flip`: "random" mirrors every second training image, "never"
-    none.
-    `colour`: the magnitude, up to 10, of RandAugment's operations on the colour of training images,
-    see colour.py; 0: none. `erase`: how probable it is that a rectangle of a training image becomes
-    noise, see erase.py.
-    `mean`, `std`: a value a channel, of pixels scaled to 0..1.
-    `held_out`: the share of the training set to evaluate on in the place of the val set, and not to
-    train on: a learning rate is chosen on it, for example with `--set data.held_out=0.1`.
-    `repeats`: how many views of each of its samples a training batch holds, and so how many epochs
-    it takes to see all of them.
+        crop        training                                            evaluation
+        "resized"   random resized crop (`area` 0.08-1, `ratio`         central 224/256, resized
+                    3/4-4/3), as usual for ImageNet
+        "shift"     window shifted by up to `reach` pixels (4),         central window
+                    black outside, as usual for CIFAR
+        "centre"    central 224/256, resized                            the same
 
-    Raises: DataError for options that contradict each other or have no effect.
+    "shift" never resizes. The sides of its images differ from `size` by at most a quarter of it,
+    such as 28 in 32 with zeros around.
+
+    Args:
+        flip: "random" mirrors a training image with probability 1/2, "never" none.
+        colour: magnitude, up to 10, of RandAugment's colour operations on training images
+            (ffcv/rand_augment.py); 0: none.
+        erase: probability that a rectangle of a training image becomes noise
+            (ffcv/random_erasing.py).
+        mean, std: one value per channel, of pixels scaled to 0..1.
+        held_out: share of the training set that replaces the evaluation set and is not trained on.
+            Choose learning rates on it, for example with `--set data.held_out=0.1`.
+        repeats: views of each sample in a training batch; all samples are seen in `repeats` epochs.
+
+    Raises:
+        DataError: options contradict each other or have no effect.
     """
 
     def __init__(
@@ -72,8 +75,8 @@ class Beton(FileData):
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
 
-    def _loader(self, *words: Any, **how: Any) -> "BetonLoader":
-        loader = super()._loader(*words, **how)
+    def _loader(self, *given: Any, **options: Any) -> "BetonLoader":
+        loader = super()._loader(*given, **options)
         if self.crop == "shift":
             _check_sides(loader.path, loader.records, self.shape[1])
         return loader
@@ -83,13 +86,7 @@ class Beton(FileData):
 
         channels, size, _ = self.shape
         train = use == "train"
-        kind = (
-            WINDOW
-            if self.crop == "shift"
-            else RESIZED
-            if self.crop == "resized" and train
-            else CENTRE
-        )
+        kind = {"shift": WINDOW, "resized": RESIZED if train else CENTRE}.get(self.crop, CENTRE)
         return Decode(
             kind=kind,
             size=size,

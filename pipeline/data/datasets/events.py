@@ -1,30 +1,19 @@
-"""The event files of a folder as a `Data`: what a recipe names. Constructing one opens no file.
+"""The data set of a recipe with recordings of event cameras in files.
 
-Recordings of event cameras. A recipe reads them with `Events`:
+    data=spec(Events, folder="data/moving", classes=16, steps=10, size=34)
+    time_steps=10                           # the same T
 
-    from pipeline.data.datasets.events import Events
+`Batch.x` then holds counts, float32 [B, T, 2, 34, 34], and a rule gets [T, B, 2, 34, 34].
 
-    data=spec(Events, folder="data/moving", classes=16, steps=10, size=34)      # Batch.x: counts,
-    float32 [B, T, 2, 34, 34] time_steps=10
-    # the same T; a rule then gets [T, B, 2, 34, 34]
-
-`spiketrain write events SET --out FOLDER` has written the folder: an event file holds, for each
-recording, `slices` frames of counts by polarity, which `Events` sums to any number of `steps` that
-divides it. Tests and `tiny()` need no file: they take `Synthetic(shape=(T, C, H, W))`, counts of
-the same shape (pipeline/data/datasets/synthetic.py).
-
-    data.py       Events: what a recipe names          read.py     from the bytes of a file to
-    float32 [B, T, C, H, W] frames.py     events to frames of counts           sources.py  N-MNIST,
-    CIFAR10-DVS, DVS-Gesture, N-Caltech101, through tonic moving.py     generated: moving shapes,
-    which      saccades.py generated: three saccades over a still image
-                  only memory can tell apart           write.py    any of them to train.beton and
-                  val.beton
+`spiketrain write events SET --out FOLDER` writes the folder. A file holds `slices` frames of counts
+by polarity for each recording, which `Events` sums to any number of `steps` that divides `slices`.
+Tests and `tiny()` use `Synthetic(shape=(T, C, H, W))` instead, counts of the same shape.
 """
 
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.files import FileData, Name, check_views
 from pipeline.data.ffcv.format import Arrays, layout
 
@@ -32,19 +21,20 @@ from pipeline.data.ffcv.format import Arrays, layout
 
 
 class Events(FileData):
-    """Recordings as `steps` frames of `channels` x `size` x `size` counts: a sample's `shape` is
-    (steps, channels, size, size).
+    """Recordings as frames of counts; a sample's `shape` is (steps, channels, size, size).
 
-    `steps`: T; it divides the slices of the file, and as many slices as make one step are summed.
-    `channels`: 2 (off, on) or 1 (their sum).
-    `crop` of training recordings: "shift" moves the window by up to `reach` pixels (4), the same
-    for all of a recording, and nothing comes in; "none" leaves it. `flip`: "random" mirrors every
-    second training recording, all of it; "never" none (a flip makes another class of a direction or
-    a digit).
-    `mean`, `std`: a value a channel, of the counts of one step; without them counts stay counts.
-    `held_out`: as of Beton.
+    Args:
+        steps: T, a divisor of the slices of the file; the slices of one step are summed.
+        channels: 2 (off, on) or 1 (their sum).
+        crop: "shift" shifts a training recording as a whole by up to `reach` pixels (4), with zeros
+            outside; "none" does not.
+        flip: "random" mirrors a training recording as a whole with probability 1/2; "never" none,
+            because a mirrored direction or digit belongs to another class.
+        mean, std: one value per channel, of the counts of one step; None leaves the counts.
+        held_out: as in Beton.
 
-    Raises: DataError for options that contradict each other or have no effect.
+    Raises:
+        DataError: options contradict each other or have no effect.
     """
 
     def __init__(
@@ -92,10 +82,12 @@ class Events(FileData):
 
 
 def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:
-    """What the file holds of a recording, if `shape` can be made of it.
+    """The arrays of the file, if `shape` can be made of them.
 
-    Raises: DataError for images, for frames of another size, and for a number of steps that does
-    not divide their slices."""
+    Raises:
+        DataError: the file holds images or frames of another size, or the steps do not divide the
+            slices.
+    """
     stored = layout(path).kind
     steps, _, size, _ = shape
     if not isinstance(stored, Arrays) or len(stored.shape) != 4 or stored.shape[1] != 2:
@@ -115,6 +107,3 @@ def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:
             f" {steps}"
         )
     return stored
-
-
-__all__ = ["Events"]

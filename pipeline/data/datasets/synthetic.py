@@ -1,9 +1,10 @@
-"""A learnable data set made of counter-based random numbers: no file, no FFCV. For tests and
+"""A learnable data set of counter-based random numbers, without files and FFCV, for tests and
 benchmarks.
 
-A class is a smooth random pattern; a sample is its class's pattern at half to full contrast under
+A class is a smooth random pattern. A sample is its class's pattern at half to full contrast plus
 noise. Order, resumption and augmentation behave exactly as those of files do. A set of recordings
-stands for event data: T patterns a class, as counts."""
+stands for event data, with T patterns of counts per class.
+"""
 
 # N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W
 # pixels
@@ -12,7 +13,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,23 +24,26 @@ from pipeline.data.base import Batch, DataError
 from pipeline.data.order import TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
-_FIELDS = 61  # noise fields; a sample adds two of them, so 61 x 61 kinds of noise
+_FIELDS = 61  # noise fields; a sample adds two of them, which makes 61 x 61 combinations
 _TRAIN, _VAL = 0, 1
 
 
 class Synthetic:
-    """`samples` training and `val_samples` evaluation samples of `shape` (C, H, W), images, or (T,
-    C, H, W), recordings.
+    """Synthetic images or recordings. Sample i is of class `i % classes`.
 
-    Sample i is of class `i % classes`. The values of a recording are whole numbers, 0 or more, as
-    counts of events are. `noise`: its standard deviation, in those of a pattern at full contrast.
-    `augment`: "shift-flip" moves a training sample by up to max(1, H // 8) pixels (zeros come in)
-    and mirrors every second one. `repeats`: views of each of its samples in a training batch, see
-    order.py.
-    `content_seed`: selects patterns and noise; it belongs to the data, unlike the `seed` of
-    `train`.
+    Args:
+        samples, val_samples: numbers of training and evaluation samples.
+        shape: (C, H, W) of images, or (T, C, H, W) of recordings, whose values are whole numbers
+            from 0, as counts of events are.
+        noise: standard deviation, in units of that of a pattern at full contrast.
+        augment: "shift-flip" shifts a training sample by up to max(1, H // 8) pixels, with zeros
+            outside, and mirrors it with probability 1/2.
+        repeats: views of each sample in a training batch (order.py).
+        content_seed: selects patterns and noise. It is part of the data, unlike the `seed` of
+            `train`.
 
-    Raises: DataError for sizes that make no set.
+    Raises:
+        DataError: a size is out of range.
     """
 
     def __init__(
@@ -71,18 +75,14 @@ class Synthetic:
             )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
-        # To whoever must see pictures, a teacher, the values are pixels normalised so.
+        # A teacher, which needs pixels, takes the values for pixels normalised like this.
         self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
-        self.noise, self.augment, self.content_seed, self.repeats = (
-            float(noise),
-            augment,
-            content_seed,
-            repeats,
-        )
+        self.noise, self.augment = float(noise), augment
+        self.content_seed, self.repeats = content_seed, repeats
         self._only: tuple[int, ...] | None = None
 
     def fingerprint(self) -> str:
-        """A hash of everything that the samples are computed from."""
+        """A hash of everything that determines the samples."""
         parts = (
             "synthetic-1",
             self.samples,
@@ -95,7 +95,7 @@ class Synthetic:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """Nothing on disk, nothing to check."""
+        """Does nothing: there is no file."""
 
     def of_classes(self, classes: tuple[int, ...]) -> "Synthetic":
         """The same sets without the samples of other classes; labels stay as they are."""
@@ -114,23 +114,24 @@ class Synthetic:
         threads: int = 1,
     ) -> "SyntheticLoader":
         ids = self._ids(self.samples)
-        sizes: dict[str, Any] = {
-            "rank": rank,
-            "world": world,
-            "batch_size": batch_size,
-            "micro_batch": micro_batch,
-        }
-        order = TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
+        order = TrainOrder(
+            samples=len(ids),
+            ids=ids,
+            seed=seed,
+            rank=rank,
+            world=world,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            repeats=self.repeats,
+        )
         return SyntheticLoader(self, order, seed=seed if self.augment == "shift-flip" else None)
 
     def val(
         self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1
     ) -> "SyntheticLoader":
         ids = self._ids(self.val_samples)
-        return SyntheticLoader(
-            self,
-            ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch),
-        )
+        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
+        return SyntheticLoader(self, order)
 
     def _ids(self, samples: int) -> NDArray[np.int64]:
         ids = np.arange(samples)
@@ -138,9 +139,7 @@ class Synthetic:
 
 
 class SyntheticLoader:
-    """Batches of a `Synthetic`, made when asked for. `seed`: of the augmentation; None leaves the
-    samples as they are.
-    """
+    """Batches of a `Synthetic`, computed on request. `seed`: of the augmentation; None: none."""
 
     def __init__(
         self, data: Synthetic, order: TrainOrder | ValOrder, *, seed: int | None = None
@@ -153,11 +152,8 @@ class SyntheticLoader:
 
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
-        ids, epochs = (
-            self._order.epoch(epoch, start=start),
-            epoch + (self._order.copies(start=start) << 32),
-        )
-        size = self._order.micro_batch
+        ids, size = self._order.epoch(epoch, start=start), self._order.micro_batch
+        epochs = epoch + (self._order.copies(start=start) << 32)
         yield (
             self._batch(ids[i : i + size], epochs[i : i + size]) for i in range(0, len(ids), size)
         )
@@ -181,8 +177,8 @@ class SyntheticLoader:
 
 
 def _patterns(data: Synthetic) -> NDArray[np.float32]:
-    """One smooth pattern a class, mean 0 and standard deviation 1: 4 x 4 random values a channel,
-    blown up linearly. [K,C,H,W]
+    """One smooth pattern per class, of mean 0 and standard deviation 1: 4 x 4 random values per
+    channel, interpolated linearly. [K,C,H,W]
     """
     channels, height, width = _channels(data), *data.shape[-2:]
     corners = _uniform(data.content_seed, _PATTERN, (data.classes, channels, 4, 4))
@@ -195,9 +191,8 @@ def _patterns(data: Synthetic) -> NDArray[np.float32]:
 def _fields(data: Synthetic) -> NDArray[np.float32]:
     """Noise fields; the sum of two has the standard deviation `data.noise`. [F,C,H,W]"""
     x = _uniform(data.content_seed, _NOISE, (_FIELDS, _channels(data), *data.shape[-2:]))
-    return (x * (data.noise * np.sqrt(6.0))).astype(
-        np.float32
-    )  # a uniform of width 1 has variance 1/12
+    # a uniform distribution of width 1 has variance 1/12
+    return (x * (data.noise * np.sqrt(6.0))).astype(np.float32)
 
 
 def _channels(data: Synthetic) -> int:
@@ -206,10 +201,8 @@ def _channels(data: Synthetic) -> int:
 
 def _uniform(seed: int, draw: int, shape: tuple[int, ...]) -> NDArray[np.float64]:
     """Uniform in -0.5..0.5."""
-    index = np.arange(int(np.prod(shape)))
-    return np.asarray(
-        (bits(seed, 0, index, draw) >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64
-    ).reshape(shape)
+    drawn = bits(seed, 0, np.arange(int(np.prod(shape))), draw)
+    return np.asarray((drawn >> np.uint64(11)) * 2.0**-53 - 0.5, np.float64).reshape(shape)
 
 
 def _interpolation(size: int) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
-"""Tasks made of one data set, to be learnt one after another: its pixels in another order, or its
-classes a few at a time.
+"""Tasks of one data set for continual learning: its pixels in another order, or a few of its
+classes.
 
-A recipe writes them without the data set, `Phase(name="task-1", data=spec(Permuted, task=1))`, and
-is asked for the rest."""
+A recipe writes a task without the data set: `Phase(name="task-1", data=spec(Permuted, task=1))`.
+The recipe's own data set is inserted.
+"""
 
 # B batch, C channels, H W pixels, K classes
 
@@ -25,7 +26,7 @@ _PIXELS = 80  # a draw, see random.py
 
 @runtime_checkable
 class ByClass(Data, Protocol):
-    """A data set that can leave classes out."""
+    """A data set that can be restricted to some of its classes."""
 
     def of_classes(self, classes: tuple[int, ...]) -> Data:
         """The same sets without the samples of other classes; labels stay as they are."""
@@ -33,7 +34,7 @@ class ByClass(Data, Protocol):
 
 
 class _Task:
-    """A data set made of another: a subclass says what becomes of a batch."""
+    """A data set derived from another; subclasses change its batches."""
 
     data: Data
 
@@ -45,10 +46,10 @@ class _Task:
         return self._over(with_page_checks(self.data, one_in))
 
     def train(self, **sizes: Any) -> Loader:
-        return Changed(self._source().train(**sizes), self._changed)
+        return MappedLoader(self._source().train(**sizes), self._changed)
 
     def val(self, **sizes: Any) -> Loader:
-        return Changed(self._source().val(**sizes), self._changed)
+        return MappedLoader(self._source().val(**sizes), self._changed)
 
     def _over(self, data: Data) -> Self:
         """The same task of other data."""
@@ -64,17 +65,21 @@ class _Task:
 
 
 class Permuted(_Task):
-    """`data` with its pixels in an order that belongs to the task, the same for every sample and
-    channel.
+    """`data` with its pixels in the task's order, the same for every sample and channel.
 
         x'[..., p] = x[..., order(seed, task)[p]],      p = 0..H W - 1
 
-    Augmentation comes first: a moved image is moved before its pixels change places.
-    `first`: task 0 is "permuted" like the others (as in HLOP's and GPM's code), or has the images
-    as they are ("plain"). `seed`: of the orders; it belongs to the data, unlike a run's seed.
+    Augmentation precedes the permutation.
 
-    Raises: DataError for a task or a seed below 0.
-    Source: Goodfellow et al. 2014 (arXiv 1312.6211) for permuted MNIST.
+    Args:
+        first: task 0 is "permuted" like the others (as in the code of HLOP and GPM), or has the
+            original images ("plain").
+        seed: of the orders. It is part of the data, unlike a run's seed.
+
+    Raises:
+        DataError: the task or the seed is below 0.
+    Source:
+        Goodfellow et al. 2014 (arXiv 1312.6211) for permuted MNIST.
     """
 
     def __init__(
@@ -110,16 +115,20 @@ class Permuted(_Task):
 
 
 class SplitClasses(_Task):
-    """The samples of `classes_per_task` classes of `data`: task k has the k-th so many of `order`
-    (None: 0, 1, 2, ...).
+    """The samples of `classes_per_task` classes of `data`: task k has the k-th group of classes in
+    `order` (None: 0, 1, 2, ...).
 
-    The others are left out of the order that samples are read in, so a batch is full, and rank,
-    epoch and resumption mean what they mean for a whole set.
-    `labels`: "task" counts the task's classes from 0, for a head of its own; "data" keeps the
-    data's labels, for a shared head.
+    Other classes are left out of the reading order. Batches are therefore full, and rank, epoch and
+    resumption have the same meaning as for a whole set.
 
-    Raises: DataError for a task beyond the classes, an order that is none, or data that cannot
-    leave classes out."""
+    Args:
+        labels: "task" counts the task's classes from 0, for a head of its own; "data" keeps the
+            labels of the data, for a shared head.
+
+    Raises:
+        DataError: the task is beyond the classes, `order` is no permutation of them, or the data
+            cannot be restricted to classes.
+    """
 
     def __init__(
         self,
@@ -162,8 +171,8 @@ class SplitClasses(_Task):
         return replace(batch, target=table_K[batch.target])
 
 
-class Changed:
-    """A loader whose batches are changed on their way."""
+class MappedLoader:
+    """A loader that applies `change` to each batch."""
 
     def __init__(self, loader: Loader, change: Callable[[Batch], Batch]) -> None:
         self.samples, self.steps_per_epoch = loader.samples, loader.steps_per_epoch

@@ -1,10 +1,9 @@
-"""The parts of FFCV that this package builds on, imported in one place and without their side
-effects.
+"""The parts of FFCV that this package builds on, imported without their side effects.
 
-FFCV 1.0.2 sets torch's number of threads when it is imported, and whenever a loader is made. Where
-torch finds a GPU, the thread of its loader makes CUDA streams. A new thread starts on device 0, so
-every rank would open a context on that card. Our pipeline has no stage on a GPU and needs no
-stream.
+FFCV 1.0.2 sets torch's number of threads when it is imported and when a loader is made. Where torch
+finds a GPU, the thread of its loader makes CUDA streams. A new thread starts on device 0, so every
+rank would open a context on that card. No stage of these loaders runs on a GPU, so no stream is
+needed.
 """
 
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pipeline.data.ffcv.tbb import load_tbb
 
 @contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """Undo what FFCV does to torch's number of threads within."""
+    """Restore torch's number of threads after a call of FFCV."""
     before = torch.get_num_threads()
     try:
         yield
@@ -25,8 +24,8 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-with suppress(ImportError, OSError):  # one loader thread needs none
-    load_tbb()  # before FFCV, which starts numba's threads when it is imported
+with suppress(ImportError, OSError):  # one loader thread does not need TBB
+    load_tbb()  # before FFCV, whose import starts numba's threads
 with torch_threads_kept():
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.libffcv import imdecode, resize_crop

@@ -1,13 +1,14 @@
-"""From a stored image to a normalised float32 one, [H,W,C] to [C,H,W], in one compiled loop:
+"""Decodes stored images [H,W,C] to normalised float32 [C,H,W] in one compiled loop:
 
-    decode, crop, recolour (colour.py), mirror, normalise, erase (erase.py)
+    decode, crop, recolour (rand_augment.py), mirror, normalise, erase (random_erasing.py)
 
-Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view comes out the
-same, bit for bit, in any thread, batch, rank and process. Compiled without fastmath; ratios come
-from a table, because `exp` depends on the machine's libm.
+Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view is the same,
+bit for bit, in any thread, batch, rank and process. The loop is compiled without fastmath. Ratios
+come from a table, because `exp` depends on the machine's libm.
 
 FFCV's own decoders (1.0.2) draw from numba's generator of each thread, which no seed reaches, and
-ignore what `imdecode` returns."""
+ignore the status that `imdecode` returns.
+"""
 
 # B batch, S side of the output, C channels of the output, h w of a stored image
 
@@ -26,10 +27,8 @@ from pipeline.data.ffcv.api import imdecode, resize_crop
 from pipeline.data.ffcv.format import JPG, Images
 from pipeline.data.ffcv.loops import Decoder, below, bits, compiled, mirrored, shifted, unit
 
+# A random resized crop; the central square, resized; a window of the output's size, never resized.
 RESIZED, CENTRE, WINDOW = 0, 1, 2
-"""a random resized crop; the central square, resized; a window of the output's size, never
-resized
-"""
 _ATTEMPTS = 10
 # The draws of a crop; arithmetic on a loop's counter would turn uint64 into float64.
 _DRAWS = np.arange(CROP, CROP + 4 * _ATTEMPTS, dtype=np.uint64).reshape(_ATTEMPTS, 4)
@@ -37,10 +36,10 @@ _S32, _S52 = np.uint64(32), np.uint64(52)
 
 
 class Decode(Decoder):
-    """From the images of a file to float32 [B,C,S,S]. Its status is what the JPEG decoder returned.
+    """Decodes images to float32 [B,C,S,S]. The status is that of the JPEG decoder.
 
-    `strong`: compiled with what `colour` and `erase` need. Evaluation shares the loop of its
-    training, and both are 0 there.
+    `strong`: compile the parts that `colour` and `erase` need. Evaluation shares the loop of its
+    training, with both 0.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Decode(Decoder):
         parallel: bool,
     ) -> None:
         assert strong or colour == erase == 0
-        # In arrays: numba would compile the loop anew for each kind of number.
+        # Arrays, because numba would compile the loop again for each type of number.
         options, limits = np.array([kind, reach, int(flip)], np.int64), np.array(area, np.float64)
         strength, ratios = np.array([colour, erase], np.float64), ratio_table(erasing.RATIO)
         how = (
@@ -87,7 +86,7 @@ class Decode(Decoder):
 def ratio_table(ratio: tuple[float, float]) -> NDArray[np.float64]:
     """4096 aspect ratios (width / height), evenly spaced in their logarithm.
 
-    They are rounded so that libm does not matter.
+    They are rounded so that the last digit of libm does not matter.
     """
     low, high = (math.log(each) for each in ratio)
     return np.array(
@@ -115,8 +114,8 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
             top = below(bits(seed, epoch, index, _DRAWS[attempt, 2]), h - height + 1)
             left = below(bits(seed, epoch, index, _DRAWS[attempt, 3]), w - width + 1)
             return top, left, height, width
-    # Rarely: the largest central crop whose ratio is within bounds, as torchvision's
-    # RandomResizedCrop has it.
+    # Rarely: the largest central crop whose ratio is within bounds, as in torchvision's
+    # RandomResizedCrop.
     width, height = w, h
     if w < ratios[0] * h:
         height = max(1, np.int64(math.floor(w / ratios[0] + 0.5)))
@@ -127,9 +126,7 @@ def crop_box(h, w, seed, epoch, index, area, ratios):
 
 @compiled
 def put(out_CSS, pixels_hw3, top, left, is_mirrored, table):
-    """Normalise the window at (top, left), which may reach beyond the image: what lies outside is
-    black.
-    """
+    """Normalise the window at (top, left). Pixels outside of the image are black."""
     channels, side = out_CSS.shape[0], out_CSS.shape[1]
     h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
     for y in range(side):
@@ -146,7 +143,7 @@ def put(out_CSS, pixels_hw3, top, left, is_mirrored, table):
 
 @compiled
 def window(pixels_hw3, top, left, side):
-    """A copy of the window at (top, left), what lies outside of the image black."""
+    """A copy of the window at (top, left). Pixels outside of the image are black."""
     out_SS3 = np.zeros((side, side, 3), np.uint8)
     for y in range(max(0, -top), min(side, pixels_hw3.shape[0] - top)):
         for x in range(max(0, -left), min(side, pixels_hw3.shape[1] - left)):
@@ -157,14 +154,14 @@ def window(pixels_hw3, top, left, side):
 
 @compiled
 def nothing(_, seed, epoch, index, strength, ratios, normals):
-    """In the place of a strong augmentation."""
+    """Replaces a strong augmentation that is not used."""
 
 
 @cache
 def viewer(strong: bool) -> Any:
-    """Everything that is done to one decoded image.
+    """The function from a decoded image to its view.
 
-    Without strong augmentation there is half as much to compile: 3 s instead of 7.
+    Without strong augmentation it compiles in 3 s instead of 7 s.
     """
     resize: Any = njit(nogil=True)(resize_crop)
     recolour, erase = (colours.recolour, erasing.erase) if strong else (nothing, nothing)
@@ -200,18 +197,16 @@ def viewer(strong: bool) -> Any:
 
 @cache
 def sampler(strong: bool) -> Any:
-    """From one sample's place in the file to its view."""
+    """The function from a sample's place in the file to its view."""
     view = viewer(strong)
     decode_jpg: Any = njit(nogil=True)(imdecode)
 
     @compiled
     def sample(b, indices_B, out_BCSS, keys, status, records, storage, how):
         file, addresses, sizes = storage
-        samples = np.uint64(len(records))
-        copy, index = (
-            np.uint64(indices_B[b]) // samples,
-            np.uint64(indices_B[b]) % samples,
-        )  # see reader.py
+        # the id holds the number of the view too (reader.py)
+        samples, number = np.uint64(len(records)), np.uint64(indices_B[b])
+        copy, index = number // samples, number % samples
         record = records[index]
         address = record["data_ptr"]
         stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
@@ -219,7 +214,7 @@ def sampler(strong: bool) -> Any:
         seed, epoch = keys[b, 0], keys[b, 1] + (copy << _S32)
         status[b, 0] = 0
         if record["mode"] == JPG:
-            # Scratch memory here, not in FFCV's: that would be one image of the largest size for
+            # Allocated here, because FFCV's memory would hold one image of the largest size for
             # each sample in flight.
             pixels_hw3 = np.empty((h, w, 3), np.uint8)
             status[b, 0] = decode_jpg(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)

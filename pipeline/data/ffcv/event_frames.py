@@ -1,8 +1,9 @@
-"""From the counts of a file to float32 [B,T,C,S,S], in one compiled loop: sum slices, shift,
+"""Decodes the counts of a file to float32 [B,T,C,S,S] in one compiled loop: sum slices, shift,
 mirror, normalise.
 
-A recording moves and mirrors as one: its random numbers are drawn once, from (seed, epoch, sample),
-as those of images."""
+All frames of a recording are shifted and mirrored alike. The random numbers depend on (seed, epoch,
+sample), as those of images do.
+"""
 
 # B batch, T time, C polarities of the output, S pixels a side
 
@@ -14,10 +15,14 @@ from pipeline.data.ffcv.loops import Decoder, compiled, mirrored, shifted
 
 
 class DecodeEvents(Decoder):
-    """`stored`: the file's arrays, [slices, 2, S, S].
+    """Decodes event frames.
 
-    `shape`: (T, C, S, S), T a divisor of the slices, C 2 or 1 (their sum).
-    Its status is not 0 where a sample's bytes are not those of `stored`.
+    The status of a sample is not 0 if its number of bytes is not that of `stored`.
+
+    Args:
+        stored: the file's arrays, [slices, 2, S, S].
+        shape: (T, C, S, S), with T a divisor of the slices, and C 2 or 1 (the sum of both
+            polarities).
     """
 
     def __init__(
@@ -47,8 +52,8 @@ class DecodeEvents(Decoder):
 
 
 def counts_of_words(dtype: str) -> NDArray[np.float32]:
-    """The count that each stored word means: [256] or [65536]. (numba 0.68.1 does not compute with
-    float16 on a CPU.)
+    """The count of each stored word: [256] or [65536]. A table, because numba 0.68.1 does not
+    support float16 on a CPU.
     """
     kind = np.dtype(dtype)
     words = np.arange(1 << 8 * kind.itemsize, dtype=f"<u{kind.itemsize}")
@@ -57,7 +62,9 @@ def counts_of_words(dtype: str) -> NDArray[np.float32]:
 
 @compiled
 def add_slice(out_SS, stored, first, word, top, left, is_mirrored, table):
-    """Add the counts of one slice and polarity, which begin at word `first`, moved and mirrored."""
+    """Add the shifted and mirrored counts of one slice and polarity, which begin at word
+    `first`.
+    """
     side = out_SS.shape[0]
     for y in range(side):
         row = top + y
@@ -77,7 +84,7 @@ def add_slice(out_SS, stored, first, word, top, left, is_mirrored, table):
 
 @compiled
 def sample(b, indices_B, out_BTCSS, keys, status, addresses, storage, how):
-    """From one recording's place in the file to its frames."""
+    """Decode one recording."""
     options, table, normal = how
     file, starts, sizes = storage
     merged, length, word, reach, flip = options[0], options[1], options[2], options[3], options[4]

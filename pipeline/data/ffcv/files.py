@@ -1,7 +1,6 @@
-"""The two files of a folder, `train.beton` and `val.beton`, as a `Data`: what Beton and Events
-share.
+"""The files `train.beton` and `val.beton` of a folder as a `Data`: the base of Beton and Events.
 
-Nothing is opened before it is asked for, so a recipe can be shown where its data is not. FFCV is
+Files are opened only when they are needed, so a recipe can be shown without its data. FFCV is
 imported when a loader is made.
 """
 
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest
@@ -27,12 +26,16 @@ Name = Literal["train", "val"]
 
 
 class FileData:
-    """Base of data sets in files; a subclass says how samples are decoded.
+    """Base of data sets in files; subclasses decode the samples.
 
-    `classes`: those of the files. `shape`: of a decoded sample. `held_out`: the share of the
-    training file to evaluate on, see order.py. `repeats`: views of each sample in a training batch.
+    Args:
+        classes: of the files.
+        shape: of a decoded sample.
+        held_out: the share of the training file to evaluate on (order.py).
+        repeats: views of each sample in a training batch.
 
-    Raises: DataError for a share outside 0..1.
+    Raises:
+        DataError: `held_out` is outside 0..1.
     """
 
     def __init__(
@@ -59,9 +62,7 @@ class FileData:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def check(self) -> None:
-        """See base.Data. Where a share of the training file is held out, the other file is not
-        read.
-        """
+        """See base.Data. With a share of the training file held out, val.beton is not read."""
         read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
         for name in read:
             check(self._path(name))
@@ -74,10 +75,9 @@ class FileData:
     def groups(self, use: Name, *, by: str) -> list[str]:
         """The group of each sample, at its place in the file (`Batch.index`).
 
-        Of a set of stamps `groups("val", by="object")[i]` is the object that evaluation image i
-        shows.
+        In a set of stamps `groups("val", by="object")[i]` is the object on evaluation image i.
 
-        Raises: DataError if the file's manifest does not group its samples so.
+        Raises: DataError if the file's manifest has no such groups.
         """
         name = self._file_of(use)
         groups = self._manifest(name).groups
@@ -112,17 +112,20 @@ class FileData:
         threads: int = 1,
         hang_s: float | None = None,
     ) -> "BetonLoader":
-        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: see
+        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: as in
         reader.py.
         """
         ids = self._ids("train")
-        sizes: dict[str, Any] = {
-            "rank": rank,
-            "world": world,
-            "batch_size": batch_size,
-            "micro_batch": micro_batch,
-        }
-        order = TrainOrder(samples=len(ids), ids=ids, seed=seed, repeats=self.repeats, **sizes)
+        order = TrainOrder(
+            samples=len(ids),
+            ids=ids,
+            seed=seed,
+            rank=rank,
+            world=world,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            repeats=self.repeats,
+        )
         return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
 
     def val(
@@ -134,13 +137,13 @@ class FileData:
         threads: int = 1,
         hang_s: float | None = None,
     ) -> "BetonLoader":
-        """See base.Data: with a share held out, that share of the training file."""
+        """See base.Data. With a share held out, it is that share of the training file."""
         ids = self._ids("val")
         order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
         return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
 
     def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
-        """What decodes the samples of the file at `path`: a `pipeline.data.ffcv.loops.Decoder`."""
+        """The `pipeline.data.ffcv.loops.Decoder` of the file at `path`."""
         raise NotImplementedError
 
     def _loader(
@@ -154,7 +157,7 @@ class FileData:
 
     @property
     def _who(self) -> str:
-        """Refusals begin with it."""
+        """The beginning of error messages."""
         return type(self).__name__
 
     def _file_of(self, use: Name) -> Name:
@@ -193,9 +196,9 @@ class FileData:
 def check_views(
     data: Any, channels: int, size: int, *, crops: tuple[str, ...], reach: int | None
 ) -> None:
-    """The options that Beton and Events have in common.
+    """Check the options that Beton and Events share.
 
-    Raises: DataError for one that is unknown, contradicts another or has no effect.
+    Raises: DataError for an option that is unknown, contradicts another or has no effect.
     """
     who = type(data).__name__
     for name, value, choices in (

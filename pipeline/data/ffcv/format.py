@@ -1,13 +1,13 @@
-"""The layout of a .beton, and a writer of it whose output does not depend on how many processes
-encode.
+"""The layout of a .beton, and a writer whose output does not depend on the number of encoding
+processes.
 
-    header | field descriptors | metadata, one record a sample | zeros up to a page | pages |
+    header | field descriptors | metadata, one record per sample | zeros up to a page | pages |
     allocation table
 
-A file holds samples of one kind, images or arrays, and a label beside each. A sample lies whole
-within one page. FFCV's own writer (1.0.2) lets its worker processes race for pages, waits for ever
-for one that died, and cannot store a JPEG as it is; this one is fed by a single process, in the
-order of the samples. FFCV reads both.
+A file holds samples of one kind, images or arrays, each with a label. A sample lies within one
+page. This writer is fed by a single process in the order of the samples. FFCV's own writer (1.0.2)
+lets its worker processes race for pages, waits forever for one that died, and cannot store a JPEG
+unchanged. FFCV reads both.
 """
 
 import math
@@ -18,31 +18,36 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 
 PAGE_BYTES = 8 << 20  # FFCV's default
-JPG, RAW = 0, 1  # FFCV's codes of how an image is stored
+JPG, RAW = 0, 1  # FFCV's codes of the storage of an image
+
+
+def _ffcv():
+    """The parts of FFCV, imported only here: they bring torch and numba, which takes seconds."""
+    from pipeline.data.ffcv import api
+
+    return api
 
 
 @dataclass(frozen=True)
 class Images:
-    """RGB images, each of its own size: FFCV's RGBImageField (type 2 in 1.0.2); a record is (mode,
-    width, height, address).
+    """RGB images of any sizes: FFCV's RGBImageField (type 2 in 1.0.2). A record is (mode, width,
+    height, address).
     """
 
     name: ClassVar[str] = "image"
     type_id: ClassVar[int] = 2
 
     def field(self) -> Any:
-        from pipeline.data.ffcv.api import RGBImageField
-
-        return RGBImageField()
+        return _ffcv().RGBImageField()
 
     def record(self, address: int, *, mode: int, height: int, width: int) -> Any:
         return mode, width, height, address
 
-    def about(self, record: Any) -> dict[str, int]:
-        """What `BetonWriter.add` was told of a sample beside its label."""
+    def attributes(self, record: Any) -> dict[str, int]:
+        """The attributes of a sample that `BetonWriter.add` takes beside its label."""
         mode, width, height, _ = record.tolist()
         return {"mode": mode, "height": height, "width": width}
 
@@ -55,9 +60,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays of one type and shape: FFCV's NDArrayField (type 4 in 1.0.2); a record is an address.
+    """Arrays of one dtype and shape: FFCV's NDArrayField (type 4 in 1.0.2). A record is an address.
 
-    `dtype` is numpy's name of it. Not uint16, of which FFCV warns whenever such a file is opened.
+    `dtype`: numpy's name. uint16 is not supported, because FFCV warns whenever such a file is
+    opened.
     """
 
     dtype: str
@@ -71,14 +77,12 @@ class Arrays:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def field(self) -> Any:
-        from pipeline.data.ffcv.api import NDArrayField
-
-        return NDArrayField(np.dtype(self.dtype), self.shape)
+        return _ffcv().NDArrayField(np.dtype(self.dtype), self.shape)
 
     def record(self, address: int) -> Any:
         return address
 
-    def about(self, record: Any) -> dict[str, int]:
+    def attributes(self, record: Any) -> dict[str, int]:
         return {}
 
     def addresses(self, records: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
@@ -93,7 +97,7 @@ Kind = Images | Arrays
 
 @dataclass(frozen=True)
 class Region:
-    """A run of bytes of the file."""
+    """A contiguous part of the file."""
 
     name: str
     offset: int  # bytes
@@ -101,20 +105,18 @@ class Region:
 
 
 class BetonWriter:
-    """Writes samples of one kind in order to `path`, which must not be in use; `finish` makes the
-    file whole and durable.
+    """Writes samples of one kind, in order, to `path`, which must not be in use. `finish` completes
+    the file and syncs it to disk.
 
-    `capacity`: the most samples that may come; room for their metadata is left at the front.
+    `capacity`: the maximum number of samples, whose metadata is reserved at the front.
     """
 
     def __init__(
         self, path: Path, *, capacity: int, kind: Kind = Images(), page_bytes: int = PAGE_BYTES
     ) -> None:
-        from pipeline.data.ffcv.api import ALLOC_TABLE_TYPE
-
         self.path, self.kind, self.page_bytes, self.samples = path, kind, page_bytes, 0
         self._metadata = np.zeros(capacity, _metadata_type(kind))
-        self._table = np.zeros(capacity, ALLOC_TABLE_TYPE)
+        self._table = np.zeros(capacity, _ffcv().ALLOC_TABLE_TYPE)
         self._pages_offset = (
             -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
         )
@@ -123,41 +125,39 @@ class BetonWriter:
         self._file = path.open("wb")
         self._file.seek(self._pages_offset)
 
-    def add(self, payload: bytes, *, label: int, **about: int) -> None:
-        """Append one sample; of an image also its `mode`, `height` and `width`.
+    def add(self, payload: bytes, *, label: int, **attributes: int) -> None:
+        """Append one sample. Images also need `mode`, `height` and `width`.
 
         Raises: DataError if it does not fit a page.
         """
         if len(payload) > self.page_bytes:
             raise DataError(
                 f"write: a stored {self.kind.name} must fit a page of {self.page_bytes} bytes; "
-                f"got {len(payload)} bytes {self.kind.too_large(**about)}"
+                f"got {len(payload)} bytes {self.kind.too_large(**attributes)}"
             )
         if len(self._page) + len(payload) > self.page_bytes:
             self._flush()
         address = self._pages_offset + self._pages * self.page_bytes + len(self._page)
         self._page += payload
-        self._metadata[self.samples] = (self.kind.record(address, **about), label)
+        self._metadata[self.samples] = (self.kind.record(address, **attributes), label)
         self._table[self.samples] = (self.samples, address, len(payload))
         self.samples += 1
 
     def finish(self) -> None:
-        """Write what is left, the table, the metadata and the header; then wait until the disk has
-        it.
-        """
-        from pipeline.data.ffcv.api import CURRENT_VERSION, HeaderType
-
+        """Write the last page, the table, the metadata and the header, and sync them to disk."""
         if self._page:
             self._flush()
         table_offset = self._pages_offset + self._pages * self.page_bytes
         self._file.write(self._table[: self.samples].tobytes())
-        header = np.zeros((), HeaderType)
-        header["version"], header["num_fields"], header["page_size"] = (
-            CURRENT_VERSION,
-            2,
-            self.page_bytes,
-        )
-        header["num_samples"], header["alloc_table_ptr"] = self.samples, table_offset
+        header = np.zeros((), _ffcv().HeaderType)
+        for name, value in (
+            ("version", _ffcv().CURRENT_VERSION),
+            ("num_fields", 2),
+            ("page_size", self.page_bytes),
+            ("num_samples", self.samples),
+            ("alloc_table_ptr", table_offset),
+        ):
+            header[name] = value
         self._file.seek(0)
         self._file.write(
             header.tobytes() + _descriptors(self.kind) + self._metadata[: self.samples].tobytes()
@@ -178,7 +178,7 @@ class BetonWriter:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where what lies in a .beton."""
+    """The regions of a .beton."""
 
     kind: Kind
     samples: int
@@ -189,62 +189,60 @@ class Layout:
 
 
 def layout(path: Path) -> Layout:
-    """The regions of a file, which cover it without gap.
+    """The regions of a file, which cover it without gaps.
 
-    Raises: DataError if the file is not a whole .beton of images or arrays, and labels, as written
-    here or by FFCV."""
-    from pipeline.data.ffcv.api import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
-
-    size = path.stat().st_size
-    if size < HeaderType.itemsize:
+    Raises: DataError if the file is not a complete .beton of images or arrays with labels, written
+    by this writer or by FFCV.
+    """
+    size, header_size = path.stat().st_size, _ffcv().HeaderType.itemsize
+    if size < header_size:
         raise DataError(f"{path}: not a .beton: {size} bytes are less than its header")
-    header = np.fromfile(path, HeaderType, count=1)[0]
+    record = np.fromfile(path, _ffcv().HeaderType, count=1)[0]
     # FFCV's counts are NumPy scalars of 16 bits, which overflow in arithmetic under NumPy 2.
-    samples, page_bytes, table = (
-        int(header["num_samples"]),
-        int(header["page_size"]),
-        int(header["alloc_table_ptr"]),
-    )
-    if int(header["version"]) != CURRENT_VERSION:
+    header = {name: int(record[name]) for name in record.dtype.names}
+    samples, page_bytes = header["num_samples"], header["page_size"]
+    if header["version"] != _ffcv().CURRENT_VERSION:
         raise DataError(
-            f"{path}: not a .beton of version {CURRENT_VERSION}; got version"
-            f" {int(header['version'])}"
+            f"{path}: not a .beton of version {_ffcv().CURRENT_VERSION}; got version"
+            f" {header['version']}"
         )
     if page_bytes < 1 or page_bytes & (page_bytes - 1):
         raise DataError(f"{path}: damaged header: page size must be a power of 2; got {page_bytes}")
     fields = np.fromfile(
-        path, FieldDescType, count=int(header["num_fields"]), offset=HeaderType.itemsize
+        path, _ffcv().FieldDescType, count=header["num_fields"], offset=header_size
     )
     kind = _kind(path, fields)
     metadata_size = samples * _metadata_type(kind).itemsize
     metadata_end = _metadata_offset() + metadata_size
     lowest = -(-metadata_end // page_bytes) * page_bytes
-    if table % page_bytes or table < lowest or table + samples * ALLOC_TABLE_TYPE.itemsize != size:
+    table, table_size = header["alloc_table_ptr"], samples * _ffcv().ALLOC_TABLE_TYPE.itemsize
+    if table % page_bytes or table < lowest or table + table_size != size:
         raise DataError(
             f"{path}: truncated or damaged: {size} bytes, but its header places a table of"
             f" {samples} samples at {table}"
         )
     first = _first_page(path, kind, samples, page_bytes, lowest)
-    front = [
-        Region("header", 0, HeaderType.itemsize),
-        Region("field descriptors", HeaderType.itemsize, fields.nbytes),
+    front = (
+        Region("header", 0, header_size),
+        Region("field descriptors", header_size, fields.nbytes),
         Region("metadata", _metadata_offset(), metadata_size),
         Region("padding", metadata_end, first - metadata_end),
-    ]
-    pages = [
-        Region(f"page {i}", at, page_bytes) for i, at in enumerate(range(first, table, page_bytes))
-    ]
-    front_regions, table_region = (
-        tuple(r for r in front if r.size),
-        Region("allocation table", table, size - table),
     )
-    return Layout(kind, samples, page_bytes, front_regions, tuple(pages), table_region)
+    pages = enumerate(range(first, table, page_bytes))
+    return Layout(
+        kind,
+        samples,
+        page_bytes,
+        front=tuple(region for region in front if region.size),
+        pages=tuple(Region(f"page {i}", at, page_bytes) for i, at in pages),
+        table=Region("allocation table", table, table_size),
+    )
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a file, in index order: what FFCV records of each, addresses in the file,
-    labels, and bytes in the file.
+    """The samples of a file in index order: FFCV's records, addresses, labels, and sizes in
+    bytes.
     """
 
     kind: Kind
@@ -255,15 +253,16 @@ class Samples:
 
 
 def samples(path: Path) -> Samples:
-    """Raises: DataError if the file's tables contradict each other."""
-    from pipeline.data.ffcv.api import ALLOC_TABLE_TYPE
+    """Read the tables of a file.
 
+    Raises: DataError if they contradict each other, and as `layout`.
+    """
     where = layout(path)
     metadata = np.fromfile(
         path, _metadata_type(where.kind), count=where.samples, offset=_metadata_offset()
     )
     addresses = where.kind.addresses(metadata["f0"])
-    table = np.fromfile(path, ALLOC_TABLE_TYPE, offset=where.table.offset)
+    table = np.fromfile(path, _ffcv().ALLOC_TABLE_TYPE, offset=where.table.offset)
     table = table[np.argsort(table["sample_id"], kind="stable")]
     start, end = where.table.offset - where.page_bytes * len(where.pages), where.table.offset
     if (
@@ -278,16 +277,14 @@ def samples(path: Path) -> Samples:
     return Samples(where.kind, metadata["f0"], addresses, metadata["f1"], table["size"])
 
 
-_LABEL = ("label", 1)  # name, and FFCV's type number: IntField (1.0.2)
+_LABEL = ("label", 1)  # the name, and FFCV's type number of an IntField (1.0.2)
 
 
 def _descriptors(kind: Kind) -> bytes:
     """The two field descriptors of a file, as FFCV writes them."""
-    from pipeline.data.ffcv.api import FieldDescType, IntField
-
-    fields = np.zeros(2, FieldDescType)
+    fields = np.zeros(2, _ffcv().FieldDescType)
     for descriptor, (name, type_id), field in zip(
-        fields, ((kind.name, kind.type_id), _LABEL), (kind.field(), IntField()), strict=True
+        fields, ((kind.name, kind.type_id), _LABEL), (kind.field(), _ffcv().IntField()), strict=True
     ):
         descriptor["type_id"] = type_id
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
@@ -296,9 +293,7 @@ def _descriptors(kind: Kind) -> bytes:
 
 
 def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
-    """What kind of samples a file's field descriptors speak of."""
-    from pipeline.data.ffcv.api import NDArrayField
-
+    """The kind of samples that a file's field descriptors declare."""
     found = [
         (bytes(field["name"]).rstrip(b"\0").decode(errors="replace"), int(field["type_id"]))
         for field in fields
@@ -310,36 +305,25 @@ def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
             f"{path}: must hold the fields image or array, and label, in this order; got {found}"
         )
     try:
-        field: Any = NDArrayField.from_binary(fields[0]["arguments"])
+        field: Any = _ffcv().NDArrayField.from_binary(fields[0]["arguments"])
         return Arrays(field.dtype.name, tuple(int(side) for side in field.shape))
-    except (
-        ValueError,
-        IndexError,
-        TypeError,
-        KeyError,
-        AssertionError,
-    ) as error:  # what FFCV 1.0.2 raises for bytes that say nothing
+    # FFCV 1.0.2 raises these for meaningless bytes.
+    except (ValueError, IndexError, TypeError, KeyError, AssertionError) as error:
         raise DataError(
             f"{path}: damaged field descriptors: no array's type and shape ({error})"
         ) from error
 
 
 def _metadata_type(kind: Kind) -> np.dtype[Any]:
-    from pipeline.data.ffcv.api import IntField, get_metadata_type
-
-    return get_metadata_type([kind.field(), IntField()])
+    return _ffcv().get_metadata_type([kind.field(), _ffcv().IntField()])
 
 
 def _metadata_offset() -> int:
-    from pipeline.data.ffcv.api import FieldDescType, HeaderType
-
-    return HeaderType.itemsize + 2 * FieldDescType.itemsize
+    return _ffcv().HeaderType.itemsize + 2 * _ffcv().FieldDescType.itemsize
 
 
 def _first_page(path: Path, kind: Kind, samples: int, page_bytes: int, lowest: int) -> int:
-    """Where the pages begin: with skipped images there is more room for metadata than samples
-    use.
-    """
+    """The offset of the pages. If images were skipped, more metadata is reserved than used."""
     if not samples:
         return lowest
     metadata = np.fromfile(path, _metadata_type(kind), count=samples, offset=_metadata_offset())

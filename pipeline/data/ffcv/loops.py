@@ -1,6 +1,7 @@
-"""What the compiled loops share: FFCV's slot, random numbers, and the way over a batch.
+"""The common parts of the compiled loops: the FFCV operation, the loop over a batch, and random
+numbers.
 
-The functions are compiled by numba when they are first called, without fastmath, once a process.
+numba compiles the functions at their first call, without fastmath, once per process.
 """
 
 # B batch
@@ -22,15 +23,19 @@ _FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT
 
 
 class Decoder(Operation):
-    """FFCV's slot for a compiled loop: from sample ids to float32 [B, ...].
+    """The FFCV operation of a compiled loop: from sample ids to float32 [B, ...].
 
-    Its memory holds, for each batch in flight, the output, (seed, epoch) - which numba would freeze
-    in a closure - and one status a sample: 0, or not, where `what` of it could not be read.
-    `name`: the field of the file that is decoded. `shape`: of one sample of the output.
-    `sample`: compiled; it fills one sample, and is given `how` last.
+    Its memory holds for each batch in flight the output, (seed, epoch), which numba would freeze in
+    a closure, and a status for each sample, which is not 0 if the sample could not be decoded.
+
+    Args:
+        name: the field of the file that is decoded.
+        what: the noun of an error message.
+        shape: of one sample of the output.
+        sample: a compiled function that fills one sample; `how` is its last argument.
     """
 
-    KEYS, STATUS = 1, 2  # places in the memory
+    KEYS, STATUS = 1, 2  # indices into the memory
 
     def __init__(
         self, *, name: str, what: str, shape: tuple[int, ...], sample: Any, how: Any, parallel: bool
@@ -62,9 +67,9 @@ class Decoder(Operation):
 
 @cache
 def over_batch(sample: Any, parallel: bool) -> Any:
-    """The loop over a batch, over numba's threads or in one.
+    """The loop over a batch, on numba's threads if `parallel`.
 
-    A `raise` inside it would cost the parallelism without a word.
+    A `raise` inside it would silently disable the parallelism.
     """
 
     def batch(indices_B, out_B, keys, status, records, storage, how):
@@ -76,24 +81,24 @@ def over_batch(sample: Any, parallel: bool) -> Any:
 
 @compiled
 def below(random_bits, n):
-    """As `pipeline.core.random.below`."""
+    """The same as `pipeline.core.random.below`."""
     return np.int64(((random_bits >> _S32) * np.uint64(n)) >> _S32)
 
 
 @compiled
 def unit(random_bits):
-    """In 0..1, 1 excluded."""
+    """A number in 0..1, 1 excluded."""
     return np.float64(random_bits >> _S11) * 2.0**-53
 
 
 @compiled
 def shifted(reach, seed, epoch, index):
-    """How far a sample moves down and to the right, up to `reach` pixels."""
+    """The shift of a sample, (down, right) in -reach..reach pixels."""
     down = below(bits(seed, epoch, index, _SHIFT_Y), 2 * reach + 1) - reach
     return down, below(bits(seed, epoch, index, _SHIFT_X), 2 * reach + 1) - reach
 
 
 @compiled
 def mirrored(flip, seed, epoch, index):
-    """Whether a sample is mirrored: every second one where `flip` is 1."""
+    """Whether a sample is mirrored; with `flip` 1, the probability is 1/2."""
     return flip == 1 and below(bits(seed, epoch, index, _FLIP), 2) == 1

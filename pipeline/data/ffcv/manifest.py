@@ -1,9 +1,10 @@
-"""What a .beton must look like: `<name>.beton.manifest.json` beside it, written with it, compared
-at every start.
+"""The manifest of a .beton: `<name>.beton.manifest.json` beside it, written with it and compared at
+every start.
 
-FFCV (1.0.2) decodes damaged bytes without a word, so each page and each region of the file has a
-checksum here. The content hash names the samples themselves, whatever page, file or number of
-writers brought them: it is what two studies compare."""
+FFCV (1.0.2) decodes damaged bytes without an error, so the manifest has a checksum for each page
+and each region of the file. The content hash depends on the samples alone, not on pages, file or
+number of writers; studies are compared by it.
+"""
 
 import hashlib
 import json
@@ -15,18 +16,20 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from pipeline.core.errors import DataError
 from pipeline.core.files import Unreadable, retry_read
-from pipeline.data.errors import DataError
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
-from pipeline.data.ffcv.storage_errors import look_at
 
 FORMAT, VERSION = "spiketrain beton manifest", 1
 SUFFIX = ".manifest.json"
+PROBES = 8  # bytes of a file that `probe_file` reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
+    """What a .beton must hold, and how it was written."""
+
     file: str  # name without folder
     bytes: int
     sha256: str  # of the file
@@ -38,17 +41,14 @@ class Manifest:
     pages_offset: int
     page_bytes: int
     pages: list[str]  # xxh3-64 of each
-    skipped: list[dict[str, str]] = field(
-        default_factory=list
-    )  # images that could not be read, and why
-    left_out: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # what a folder holds beside: sources.LeftOut
-    # Images: how many "as it is", as "jpg", as "raw", and of these "not rotated", see encode.py;
-    # else what was counted.
+    # samples that could not be read, and why
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    # other entries of a source folder: sources.LeftOut
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    # Counts over the samples. Of images: those stored "as it is", as "jpg" and as "raw", and those
+    # "not rotated" (encode.py).
     stored: dict[str, int] = field(default_factory=dict)
-    # By name of the grouping, one text a sample: samples with equal ones belong together, scenes of
-    # one "object" for example.
+    # By name of the grouping: the group of each sample, such as the "object" of a scene.
     groups: dict[str, list[str]] = field(default_factory=dict)
     source: str = ""
     command: str = ""
@@ -56,23 +56,24 @@ class Manifest:
     written_by: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """To `path`, under a temporary name first."""
+        """Write the manifest to a temporary file and rename it to `path`."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        body["checksum"] = _checksum(body)
         temporary = path.with_name(f".{path.name}.part")
         try:
-            temporary.write_text(
-                json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n", encoding="utf-8"
-            )
+            temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Manifest:
-    """The manifest of the .beton at `path`.
+    """Read the manifest of the .beton at `path`.
 
-    Raises: DataError if either is missing, or the manifest is damaged, of another version or of
-    another file; OSError where their storage is away.
+    Raises:
+        DataError: either is missing, or the manifest is damaged, of another version or of another
+            file.
+        OSError: the storage is unreachable.
     """
     if not path.is_file():
         raise DataError(
@@ -92,21 +93,21 @@ def read(path: Path) -> Manifest:
         if (version := body.pop("version", None)) != VERSION:
             raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
         checksum = body.pop("checksum", None)
-        known = {
-            each.name: each.default is MISSING and each.default_factory is MISSING
+        known = {each.name for each in fields(Manifest)}
+        needed = {
+            each.name
             for each in fields(Manifest)
+            if each.default is MISSING and each.default_factory is MISSING
         }
-        needed = {name for name, is_needed in known.items() if is_needed}
-        if checksum != _checksum(
-            {"format": FORMAT, "version": VERSION, **body}
-        ) or not needed <= set(body) <= set(known):
+        whole = {"format": FORMAT, "version": VERSION, **body}
+        if checksum != _checksum(whole) or not needed <= set(body) <= known:
             raise DataError(
                 f"data: {at} is damaged: its own checksum differs; restore it or write the data"
                 " again"
             )
         manifest = Manifest(**body)
     except Unreadable as error:
-        look_at(path)
+        probe_file(path)
         raise DataError(
             f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
         ) from error
@@ -120,6 +121,7 @@ def read(path: Path) -> Manifest:
 
 
 def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
+    """The message for a file of another size than its manifest says."""
     return (
         f"data: {path} must have {manifest.bytes} bytes by its manifest; got {size}: truncated, or"
         " another file"
@@ -127,19 +129,20 @@ def wrong_size(path: Path, manifest: Manifest, size: int) -> str:
 
 
 class ContentHash:
-    """sha256 over the class names and, in index order, each sample's label, what is recorded of it,
-    and xxh3-128.
+    """sha256 over the class names and, in index order, each sample's label, attributes and
+    xxh3-128.
 
-    Recorded are an image's storage code, height and width; an array has the type and shape of all,
-    named after the classes."""
+    The attributes of an image are its storage code, height and width. The dtype and shape of arrays
+    are hashed once, after the class names.
+    """
 
     def __init__(self, classes: list[str], kind: Kind = Images()) -> None:
         self._hash = hashlib.sha256(json.dumps(classes).encode())
         if isinstance(kind, Arrays):
             self._hash.update(json.dumps(asdict(kind)).encode())
 
-    def add(self, payload: "bytes | memoryview", *, label: int, **about: int) -> None:
-        recorded = [about[name] for name in ("mode", "height", "width") if name in about]
+    def add(self, payload: "bytes | memoryview", *, label: int, **attributes: int) -> None:
+        recorded = [attributes[name] for name in ("mode", "height", "width") if name in attributes]
         self._hash.update(
             np.array([label, *recorded], "<i8").tobytes() + xxhash.xxh3_128_digest(payload)
         )
@@ -151,9 +154,7 @@ class ContentHash:
 def describe(
     path: Path, *, name: str, content: str, classes: list[str], labels: list[int], **more: Any
 ) -> Manifest:
-    """The manifest of a file just written, which is read back for it. `name`: what the file will be
-    called.
-    """
+    """The manifest of a file that was just written; reads the file back. `name`: its final name."""
     layout = beton.layout(path)
     with path.open("rb", buffering=0) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -179,7 +180,7 @@ def describe(
 
 
 def content_of(path: Path, classes: list[str]) -> str:
-    """The content hash computed from a file's samples.
+    """Compute the content hash from a file's samples.
 
     Raises: DataError if the file's tables contradict each other.
     """
@@ -193,16 +194,32 @@ def content_of(path: Path, classes: list[str]) -> str:
         strict=True,
     )
     for record, address, label, size in places:
-        content.add(view[address : address + size].data, label=label, **found.kind.about(record))
+        content.add(
+            view[address : address + size].data, label=label, **found.kind.attributes(record)
+        )
     return content.hexdigest()
 
 
 def xxh3(file: int, offset: int, length: int) -> str:
+    """The xxh3-64 of a part of an open file; that of a shorter file differs."""
     digest, end = xxhash.xxh3_64(), offset + length
     while offset < end and (block := os.pread(file, min(end - offset, 1 << 20), offset)):
-        digest.update(block)  # a file shorter than promised ends the loop: its digest differs
+        digest.update(block)
         offset += len(block)
     return digest.hexdigest()
+
+
+def probe_file(path: Path, *, besides: range = range(0)) -> None:
+    """Read single bytes evenly over the file, outside of the bytes `besides`. It tells a bad sector
+    from storage that is unreachable.
+
+    Raises: OSError if a byte cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        for at in range(0, size, max(1, size // PROBES)):
+            if at not in besides:
+                os.pread(file.fileno(), 1, at)
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""Compare a .beton with its manifest: all of it before a run, pages of it while the run reads.
+"""Compares a .beton with its manifest: the whole file before a run, and pages of it during a run.
 
 A page is damaged where its bytes differ from its checksum, or where the medium cannot read them (a
-bad sector). A run refuses a damaged page in one line that names the file, the page and the samples
-in it. Storage that is away as a whole is an OSError instead, and the workers are started again.
+bad sector). A run refuses a damaged page in one line that names the file, the page and its samples.
+Storage that is unreachable as a whole raises OSError instead, and the workers are restarted.
 """
 
 import hashlib
@@ -15,31 +15,30 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.files import Unreadable
+from pipeline.core.errors import DataError
+from pipeline.core.files import UNREADABLE, Unreadable, retry_read
 from pipeline.core.random import PAGE, below, bits
-from pipeline.data.errors import DataError
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.ffcv.storage_errors import read_part
 
 Verify = Literal["sampled", "full"]
+# Samples that are read for each one whose page is compared; a page of 8 MiB holds about 80.
 ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
-"""Samples that are read for each one whose page is compared; a page of 8 MiB holds about 80."""
+# Threads. Reading and hashing release the interpreter's lock, and a disk is faster with several
+# requests.
 CHECKERS = 4
-"""Threads: reading and hashing release the interpreter's lock, and a disk likes several
-requests.
-"""
-NAMED = 5
-"""Pages, and runs of samples, that an error names."""
+NAMED = 5  # pages, and ranges of samples, that an error names at most
 
 
 def check(path: Path) -> Manifest:
     """Read the file once, in a few threads, and compare each region and page with its manifest.
 
-    On two cores 0.03 s for 150 MB in the page cache; otherwise as fast as the disk.
+    It takes 0.03 s on two cores for 150 MB in the page cache; otherwise the disk limits it.
 
-    Raises: DataError naming the file and what is damaged; OSError where all storage is away.
+    Raises:
+        DataError: names the file and its damaged parts.
+        OSError: the storage is unreachable.
     """
     manifest = manifests.read(path)
     pool = ThreadPoolExecutor(CHECKERS, "check")
@@ -66,11 +65,11 @@ def check(path: Path) -> Manifest:
 
 
 def verify(path: Path) -> list[Manifest]:
-    """Everything: pages and regions, the file's sha256, the content hash.
+    """Compare pages and regions, the file's sha256 and the content hash.
 
     `path`: a .beton, or a folder of them.
 
-    Raises: DataError naming the file and what is wrong with it.
+    Raises: DataError that names the file and the difference.
     """
     path = Path(path)
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
@@ -80,10 +79,10 @@ def verify(path: Path) -> list[Manifest]:
 
 
 class SpotCheck:
-    """Compare pages during one pass through a file.
+    """Compares pages during one pass through a file.
 
-    One sample in `one_in` is drawn by (seed, epoch) and has its page compared; so has each sample
-    that cannot be decoded. `table`: FFCV's allocation table, which sample lies where.
+    The page of one sample in `one_in`, drawn by (seed, epoch), is compared, and the page of each
+    sample that cannot be decoded. `table`: FFCV's allocation table, with the place of each sample.
     """
 
     def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int) -> None:
@@ -100,19 +99,19 @@ class SpotCheck:
         self._file.close()
 
     def before(self) -> None:
-        """Refuse a file that became shorter: reading beyond the end of a mapped file kills the
-        process.
-
-        Raises: DataError.
+        """Raises: DataError for a file that became shorter. Reading beyond the end of a mapped file
+        would kill the process.
         """
         size = os.fstat(self._file.fileno()).st_size
         if size < self.manifest.bytes:
             raise DataError(manifests.wrong_size(self.path, self.manifest, size))
 
     def after(self, index_B: NDArray[np.int64], failed_B: NDArray[np.bool_]) -> None:
-        """Compare pages once a batch was decoded: what was damaged by then still is.
+        """Compare pages after a batch was decoded, so that damage at that time is found.
 
-        Raises: DataError for a damaged page; OSError where all storage is away.
+        Raises:
+            DataError: a page is damaged.
+            OSError: the storage is unreachable.
         """
         drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
         pages = np.unique(self._page_of[index_B[drawn_B | failed_B]]).tolist()
@@ -124,9 +123,9 @@ class SpotCheck:
 
 
 def page_fault(path: Path, file: int, manifest: Manifest, number: int) -> str:
-    """What is wrong with a page of the file, which is open as `file`; "" where it is as written.
+    """The fault of a page of the file, which is open as `file`; "" for an intact page.
 
-    Raises: OSError where all storage is away.
+    Raises: OSError where the storage is unreachable.
     """
     offset = manifest.pages_offset + number * manifest.page_bytes
     return _fault(path, file, offset, manifest.page_bytes, manifest.pages[number])
@@ -135,10 +134,10 @@ def page_fault(path: Path, file: int, manifest: Manifest, number: int) -> str:
 def damaged_pages(
     path: Path, manifest: Manifest, faults: Mapping[int, str], page_of: NDArray[np.int64]
 ) -> DataError:
-    """The refusal of a file. `faults`: of each damaged page; `page_of`: the page of each sample."""
+    """The error for a file. `faults`: by damaged page. `page_of`: the page of each sample."""
 
     def named(number: int) -> str:
-        samples = _some(_runs(np.flatnonzero(page_of == number).tolist()))
+        samples = _some(_ranges(np.flatnonzero(page_of == number).tolist()))
         offset = manifest.pages_offset + number * manifest.page_bytes
         return (
             f"page {number} ({_bytes(offset, manifest.page_bytes)}, samples {samples})"
@@ -156,11 +155,35 @@ def _damaged(path: Path, parts: list[str]) -> DataError:
 
 def _fault(path: Path, file: int, offset: int, length: int, expected: str) -> str:
     try:
-        part = range(offset, offset + length)
-        digest = read_part(path, file, part, lambda opened: manifests.xxh3(opened, offset, length))
+        digest = _digest(path, file, offset, length)
     except Unreadable as error:
         return f"cannot be read ({error.strerror})"
     return "" if digest == expected else "differs from its manifest"
+
+
+def _digest(path: Path, file: int, offset: int, length: int) -> str:
+    """The xxh3-64 of a part of the file, from the open `file` or, where that fails, from a new
+    descriptor.
+
+    Raises:
+        Unreadable: the medium cannot read this part, but others.
+        OSError: the storage is unreachable; it may be back for restarted workers.
+    """
+
+    def reopened() -> str:
+        with path.open("rb", buffering=0) as again:
+            return manifests.xxh3(again.fileno(), offset, length)
+
+    try:
+        return manifests.xxh3(file, offset, length)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+    try:
+        return retry_read(reopened)
+    except Unreadable:
+        manifests.probe_file(path, besides=range(offset, offset + length))
+        raise
 
 
 def _verify_file(path: Path) -> Manifest:
@@ -181,18 +204,17 @@ def _bytes(offset: int, length: int) -> str:
     return f"bytes {offset} to {offset + length - 1}"
 
 
-def _runs(numbers: Iterable[int]) -> list[str]:
-    """Ascending numbers as runs: "3", "5 to 9"."""
-    runs: list[list[int]] = []
+def _ranges(numbers: Iterable[int]) -> list[str]:
+    """Ascending numbers as ranges: "3", "5 to 9"."""
+    ranges: list[list[int]] = []
     for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
         else:
-            runs.append([number, number])
-    return [str(first) if first == last else f"{first} to {last}" for first, last in runs]
+            ranges.append([number, number])
+    return [str(first) if first == last else f"{first} to {last}" for first, last in ranges]
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (
-        f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    )
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,21 +1,22 @@
-"""RandAugment's operations on colour, compiled: two of ten are drawn for a view, and each is
-applied half of the time.
+"""RandAugment's colour operations, compiled. Two of ten are drawn for a view, independently, and
+each is applied with probability 1/2.
 
     magnitude ~ N(m, 1/2), clipped to 0..10
 
-    autocontrast, equalize, invert                      have no strength
-    posterize            4 - floor(4 magnitude / 10) bits stay; at 10 one, where timm asks Pillow
-    for none, which it refuses solarize             levels from 256 - floor(25.6 magnitude) on are
-    inverted
-    solarize-add         floor(11 magnitude) is added to levels below 128
-    colour, contrast, brightness, sharpness             other + f (view - other), the other grey,
-                                                        its mean grey, black, smoothed; f = max(0.1,
-                                                        1 +- 0.09 magnitude)
+    autocontrast, equalize, invert    have no strength
+    posterize                         4 - floor(4 magnitude / 10) bits remain, at least one (at 10,
+                                      timm asks Pillow for none, which Pillow refuses)
+    solarize                          levels from 256 - floor(25.6 magnitude) on are inverted
+    solarize-add                      floor(11 magnitude) is added to levels below 128
+    colour, contrast, brightness,     other + f (view - other), where other is the grey view, its
+    sharpness                         mean grey, black, or the smoothed view, and
+                                      f = max(0.1, 1 +- 0.09 magnitude)
 
-timm's "rand-m9-mstd0.5-inc1" without its rotations, shears and shifts, whose place a crop takes.
+These are timm's "rand-m9-mstd0.5-inc1" without rotations, shears and shifts, which a crop replaces.
 
-Source: Cubuk et al. 2020, arXiv:1909.13719; to the bit what timm 1.0.31 does with Pillow 13.0, for
-the same draws."""
+Source: Cubuk et al. 2020, arXiv:1909.13719. For the same draws the result equals that of timm
+1.0.31 with Pillow 13.0 to the bit.
+"""
 
 # S side of a view
 
@@ -28,21 +29,21 @@ OPERATIONS = (
     *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add"),
     *("colour", "contrast", "brightness", "sharpness"),
 )
-BY_TABLE = 6  # the first so many change each level of a channel by a table
+BY_TABLE = 6  # the first 6 operations map the levels of a channel by a table
 LAYERS, MOST, SPREAD = 2, 10.0, 0.5
 
 
 _DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
 _S48, _S63 = np.uint64(48), np.uint64(63)
 _MANY = len(OPERATIONS)
-# Operations by their place in OPERATIONS.
+# places in OPERATIONS
 _AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE = range(5)
 _COLOUR, _CONTRAST, _SHARPNESS = 6, 7, 9
 
 
 @compiled
 def luma(pixel_3):
-    """By ITU-R 601 in 16 bits; exact for grey."""
+    """Luma by ITU-R 601 in 16 bits; exact for grey."""
     return (
         np.int64(pixel_3[0]) * 19595
         + np.int64(pixel_3[1]) * 38470
@@ -71,7 +72,7 @@ def equalize(table, counts, highest):
 
 @compiled
 def spread_levels(table, channel_SS, operation):
-    """Autocontrast and equalize, which depend on the levels that a channel has."""
+    """Autocontrast and equalize, which depend on the levels of a channel."""
     counts = np.zeros(256, np.int64)
     for y in range(channel_SS.shape[0]):
         for x in range(channel_SS.shape[1]):
@@ -122,7 +123,7 @@ def mean_luma(pixels_SS3):
 
 @compiled
 def smoothed(pixels_SS3, y, x, c):
-    """Pillow's filter with a kernel of 1 and 5 over 13, rounded; it leaves the border as it is."""
+    """Pillow's smoothing with a kernel of 1 and 5 over 13, rounded. The border is unchanged."""
     here = np.int64(pixels_SS3[y, x, c])
     if y == 0 or x == 0 or y == pixels_SS3.shape[0] - 1 or x == pixels_SS3.shape[1] - 1:
         return here
@@ -135,8 +136,8 @@ def smoothed(pixels_SS3, y, x, c):
 
 @compiled
 def blend(pixels_SS3, operation, factor):
-    """Away from another picture by `factor`: 0 gives that one, 1 this one; in Pillow's float32, cut
-    off and not rounded.
+    """Blend with another picture: factor 0 gives the other one, 1 this one. The result is
+    truncated, in float32, as in Pillow.
     """
     before_SS3 = pixels_SS3.copy()
     grey = mean_luma(before_SS3) if operation == _CONTRAST else np.int64(0)
@@ -153,7 +154,7 @@ def blend(pixels_SS3, operation, factor):
 
 @compiled
 def apply(pixels_SS3, operation, level, sign):
-    """One operation, in place; `sign` of those that have a strength to either side."""
+    """Apply one operation in place. `sign`: of operations whose strength has two directions."""
     if operation >= BY_TABLE:
         blend(pixels_SS3, operation, np.float32(max(0.1, 1.0 + sign * (level / 10.0 * 0.9))))
         return
@@ -168,8 +169,8 @@ def apply(pixels_SS3, operation, level, sign):
 
 @compiled
 def recolour(pixels_SS3, seed, epoch, index, strength, ratios, normals):
-    """In place, on uint8. `strength`: (colour, erase); `normals`: quantiles of the normal
-    distribution.
+    """Apply the drawn operations to uint8 pixels in place. `strength`: (colour, erase). `normals`:
+    quantiles of the normal distribution.
     """
     if strength[0] == 0:
         return

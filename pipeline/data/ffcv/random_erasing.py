@@ -1,10 +1,11 @@
-"""Random erasing, compiled: a rectangle of a normalised view becomes noise of mean 0 and standard
-deviation 1.
+"""Random erasing, compiled: a rectangle of a normalised view is replaced by noise of mean 0 and
+standard deviation 1.
 
-Its area is a share 0.02 to 1/3 of the view, its ratio of height to width 0.3 to 1/0.3, evenly
-spaced in the logarithm; of ten attempts the first that fits is taken.
+The rectangle's area is a share 0.02 to 1/3 of the view. Its ratio of height to width is 0.3 to
+1/0.3, uniform in the logarithm. Of ten attempts the first that fits is used.
 
-Source: Zhong et al. 2020, arXiv:1708.04896; choices as of timm 1.0.31 in its mode "pixel".
+Source: Zhong et al. 2020, arXiv:1708.04896; the ranges are those of timm 1.0.31 in its mode
+"pixel".
 """
 
 # C channels, S side of a view
@@ -25,7 +26,7 @@ _FOUR, _S16, _S48, _S52 = np.uint64(4), np.uint64(16), np.uint64(48), np.uint64(
 
 @compiled
 def fill(out_Chw, seed, epoch, index, normals):
-    """Four values of each draw, 16 bits for each."""
+    """Fill with noise: four values from each draw, of 16 bits each."""
     place, random_bits = np.uint64(0), np.uint64(0)
     for c in range(out_Chw.shape[0]):
         for y in range(out_Chw.shape[1]):
@@ -39,8 +40,8 @@ def fill(out_Chw, seed, epoch, index, normals):
 
 @compiled
 def erase(out_CSS, seed, epoch, index, strength, ratios, normals):
-    """In place. `strength`: (colour, erase); `ratios`, `normals`: tables of RATIO and of normal
-    quantiles.
+    """Erase in place. `strength`: (colour, erase). `ratios`, `normals`: tables of RATIO and of
+    normal quantiles.
     """
     if unit(bits(seed, epoch, index, _WHETHER)) >= strength[1]:
         return

@@ -1,9 +1,10 @@
-"""FFCV's loader, made exact: an order from outside, errors and hangs as exceptions, batches that
-may be kept, threads that end.
+"""FFCV's loader with a given order, exceptions for errors and hangs, batches that may be kept, and
+threads that end.
 
-Stock FFCV 1.0.2 blocks for ever if its thread fails, decays that thread at an early `break`, hands
-out buffers that it reuses, and sets torch's number of threads. Subclassed here, so that its
-reading, scheduling and compilation stay FFCV's."""
+FFCV 1.0.2 itself blocks forever if its thread fails, leaves that thread running after an early
+`break`, returns buffers that it reuses, and sets torch's number of threads. The classes here are
+subclasses: reading, scheduling and compilation are FFCV's.
+"""
 
 import time
 from collections.abc import Iterator
@@ -32,24 +33,25 @@ from pipeline.data.ffcv.api import (
 )
 from pipeline.data.ffcv.loops import Decoder
 from pipeline.data.ffcv.page_checks import SpotCheck
-from pipeline.data.ffcv.tbb import demand_tbb
+from pipeline.data.ffcv.tbb import require_tbb
 from pipeline.data.order import TrainOrder, ValOrder
 
-FIRST_BATCH_S = (
-    300.0  # longer than the compilation before it, which took 5 to 20 s on two busy cores
-)
-HANG_S = 30.0  # for every batch after it
-PATIENCE_S = 5.0  # for a thread to end once asked; one batch at most lies between
+# Longest waits, in seconds. The first batch waits for compilation: 5 to 20 s on two busy cores.
+FIRST_BATCH_S = 300.0
+HANG_S = 30.0  # for every later batch
+PATIENCE_S = 5.0  # for a thread to end on request, after one more batch at most
 
 
 def usable_threads(threads: int) -> int:
-    """`threads`, if this process may use as many.
+    """Return `threads` if this process may use that many.
 
-    Raises: DataError below 1, above numba's number (CPU affinity, or NUMBA_NUM_THREADS), or above 1
-    without TBB."""
+    Raises:
+        DataError: below 1, above numba's number (CPU affinity, or NUMBA_NUM_THREADS), or above 1
+            without TBB.
+    """
     if threads < 1:
         raise DataError(f"data: threads must be 1 or more; got {threads}")
-    # The CPU affinity, unless the environment says otherwise (0.68.1).
+    # the CPU affinity, unless the environment overrides it (0.68.1)
     most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
     if threads > most:
         raise DataError(
@@ -57,18 +59,21 @@ def usable_threads(threads: int) -> int:
             f" {threads}"
         )
     if threads > 1:
-        demand_tbb()
+        require_tbb()
     return threads
 
 
 class BetonLoader:
     """The batches of one rank from one file (see base.Loader).
 
-    `parallel` of `decode` and `threads` come from `usable_threads`. `hang_s`: the longest wait for
-    one batch, in seconds (None: 300 for the first, before which a loop is compiled, 30 for each
-    after it). `one_in`: samples for each one whose page is compared, 0: none (page_checks.py).
+    Args:
+        decode: its `parallel`, and `threads`, come from `usable_threads`.
+        hang_s: the longest wait for one batch, in seconds; None: 300 for the first, which waits for
+            compilation, and 30 for each later one.
+        one_in: one in so many samples has its page compared, 0: none (page_checks.py).
 
-    Raises: DataError, LoaderError (while iterating).
+    Raises:
+        DataError, LoaderError: also while iterating.
     """
 
     def __init__(
@@ -94,14 +99,17 @@ class BetonLoader:
     @contextmanager
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Iterator[Batch]]:
         ids = self._order.epoch(epoch, start=start)
-        views = ids + len(self._labels) * self._order.copies(
-            start=start
-        )  # the loop takes it apart again
-        with self._spot_check(epoch) as check:
-            # Sets torch's threads too, but in its own thread, which this one does not notice (torch
-            # 2.13).
+        # the number of the view is encoded in the id; the compiled loop separates the two
+        views = ids + len(self._labels) * self._order.copies(start=start)
+        check: AbstractContextManager[SpotCheck | None] = nullcontext()
+        if self._one_in:
+            table = self._ffcv.reader.alloc_table
+            check = SpotCheck(self.path, table, one_in=self._one_in, seed=self._seed, epoch=epoch)
+        with check as spots:
+            # It sets torch's threads too, but in its own thread, which has no effect on this one
+            # (torch 2.13).
             reading = _Reading(
-                self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=check
+                self._ffcv, views, seed=self._seed, epoch=epoch, hang_s=self._hang_s, check=spots
             )
             self._open.append(reading)
             try:
@@ -114,17 +122,6 @@ class BetonLoader:
         for reading in list(self._open):
             reading.close()
 
-    def _spot_check(self, epoch: int) -> AbstractContextManager[SpotCheck | None]:
-        if not self._one_in:
-            return nullcontext()
-        return SpotCheck(
-            self.path,
-            self._ffcv.reader.alloc_table,
-            one_in=self._one_in,
-            seed=self._seed,
-            epoch=epoch,
-        )
-
     def _batches(self, reading: "_Reading", ids: NDArray[np.int64]) -> Iterator[Batch]:
         size = self._order.micro_batch
         for first in range(0, len(ids), size):
@@ -135,10 +132,11 @@ class BetonLoader:
 
 
 class _Pages(OSCacheManager):
-    """The file mapped into memory: one page cache for all ranks of a machine.
+    """The file mapped into memory, so that all ranks of a machine share the page cache.
 
-    Leaves out FFCV's dictionaries of samples and pages (1.0.2), which only its own page cache
-    needs: one set for each sample."""
+    It leaves out FFCV's dictionaries of samples and pages (1.0.2), which only FFCV's own page cache
+    needs and which hold a set for each sample.
+    """
 
     def __init__(self, reader: Reader) -> None:
         order = np.argsort(reader.alloc_table["ptr"])
@@ -149,17 +147,11 @@ class _Pages(OSCacheManager):
 
 
 class _Loader(api.Loader):
-    """FFCV's loader with one pipeline, for all but the label. It has no order of its own:
-    `_Reading` is given one.
-    """
+    """FFCV's loader with one pipeline, for the decoded field. `_Reading` has the order."""
 
     def __init__(self, path: Path, decode: Decoder, *, batch_size: int, threads: int) -> None:
-        self.fname, self.batch_size, self.batches_ahead, self.num_workers = (
-            str(path),
-            batch_size,
-            3,
-            threads,
-        )
+        self.fname, self.batch_size = str(path), batch_size
+        self.batches_ahead, self.num_workers = 3, threads
         self.reader = Reader(self.fname)
         if decode.name not in self.reader.handlers:
             fields = ", ".join(self.reader.field_names)
@@ -175,8 +167,8 @@ class _Loader(api.Loader):
         )
         self.what = decode.what
         self.decode_node = self.graph.operation_to_node[decode][0].id
-        # The loop is compiled once a process (augment.py); FFCV would compile, for each loader,
-        # what hands it its arguments.
+        # The loop is compiled once per process (loops.py). FFCV would also compile, for each
+        # loader, the function that calls it.
         Compiler.set_enabled(False)
         try:
             self.generate_code()
@@ -190,7 +182,7 @@ class _Failure:
 
 
 class _Reading(EpochIterator):
-    """One run through an order, in a thread that reads ahead."""
+    """One pass through an order, in a thread that reads ahead."""
 
     def __init__(
         self,
@@ -208,7 +200,7 @@ class _Reading(EpochIterator):
         super().__init__(loader, ids.astype(np.uint64))  # pyright: ignore[reportArgumentType]
 
     def start(self) -> None:
-        # The base class has allocated its memory and is about to run.
+        # Called by the base class after it has allocated its memory.
         memory = self.memory_allocations["operation"][self._node]
         memory[Decoder.KEYS][...] = np.array(self._keys, np.uint64)
         self._status = memory[Decoder.STATUS]
@@ -217,7 +209,7 @@ class _Reading(EpochIterator):
     def run(self) -> None:
         try:
             super().run()
-        except BaseException as error:  # whatever it was, the consumer must hear of it
+        except BaseException as error:  # every error must reach the consumer
             self.output_queue.put(_Failure(error))
 
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
@@ -226,15 +218,12 @@ class _Reading(EpochIterator):
         self._check.before()
         result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
         failed_B = self._status[batch_slot][: len(batch_indices), 0] != 0
-        self._check.after(
-            batch_indices.astype(np.int64) % len(self.metadata), failed_B
-        )  # without the number of the view
+        ids = batch_indices.astype(np.int64) % len(self.metadata)  # without the view's number
+        self._check.after(ids, failed_B)
         return result
 
     def next_batch(self, index_B: NDArray[np.int64]) -> torch.Tensor:
-        """The samples of the batch that comes next, which are those of `index_B`: float32 [B, ...],
-        copied.
-        """
+        """A copy of the next batch, whose samples are `index_B`: float32 [B, ...]."""
         slot, (view_B,) = self._wait()
         failed = np.flatnonzero(self._status[slot][: len(index_B), 0])
         if len(failed):
@@ -243,23 +232,21 @@ class _Reading(EpochIterator):
                 f"data: {self.loader.fname}: cannot decode {self._what} of samples [{names}];"
                 " `spiketrain verify` it"
             )
-        # The slot is written again two batches later. Pinned where this process computes on a GPU,
-        # so that the copy there can overlap. On a CPU pinned memory would open a context on a card
-        # that nobody uses.
+        # The slot is written again two batches later. The copy is pinned where this process
+        # computes on a GPU, so that the transfer can overlap. On a CPU, pinned memory would open a
+        # context on a card that is not used.
         x_B = torch.empty(view_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized())
         return x_B.copy_(torch.from_numpy(view_B))
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread. A thread that hangs is left behind (it is a
-        daemon).
-        """
+        """Stop reading ahead and wait for the thread. A daemon thread that hangs is abandoned."""
         if not hasattr(self, "terminate_event"):
-            return  # the base class did not get far enough to start anything
+            return  # the base class failed before it started anything
         with self._closing:
             if self.closed:
                 return
             self.closed = True
-            self.iter_ixes = iter(())  # the thread looks at the event only while the queue is full
+            self.iter_ixes = iter(())  # the thread checks the event only while the queue is full
             self.terminate_event.set()
             patience = time.monotonic() + PATIENCE_S
             while self.is_alive() and time.monotonic() < patience:
@@ -278,7 +265,7 @@ class _Reading(EpochIterator):
                 item = self.output_queue.get(timeout=0.2)
             except Empty:
                 if not self.is_alive() and self.output_queue.empty():
-                    item = _Failure(RuntimeError("its thread ended without a word"))
+                    item = _Failure(RuntimeError("its thread ended without an error"))
                 elif time.monotonic() > give_up:
                     item = _Failure(TimeoutError(f"no batch for {patience:g} s"))
                 else:

@@ -1,6 +1,4 @@
-"""TBB, the one of numba's threading layers that more than one loader thread is safe with: loaded,
-and demanded in one line.
-"""
+"""TBB, the only threading layer of numba that is safe with more than one loader thread."""
 
 import ctypes
 import importlib
@@ -9,36 +7,38 @@ from pathlib import Path
 
 import numba
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 
 _POOL = "numba.np.ufunc.tbbpool"
 
 
 def load_tbb() -> None:
-    """Load numba's module of TBB, for as long as this process lives.
+    """Load numba's TBB module and keep it loaded until this process ends.
 
-    As an interpreter ends, numba unloads the module and waits for an empty task that it gave TBB at
-    the start of its threads (`unload_tbb` of numba 0.68.1). On one core TBB has no thread of its
-    own, and after a fork, or where the thread that began it is gone, nobody is left to do that
-    task: the wait never ended. A reference that is never given back keeps the module loaded.
+    At exit numba unloads the module and waits for an empty task that it gave TBB when its threads
+    started (`unload_tbb` of numba 0.68.1). With one core TBB has no thread of its own, and after a
+    fork, or when the thread that started TBB is gone, no thread is left to run that task, so the
+    wait never ended. A reference that is never released keeps the module loaded.
 
-    Raises: ImportError, OSError where there is no TBB.
+    Raises:
+        ImportError, OSError: TBB is not installed.
     """
     try:
         module = importlib.import_module(_POOL)  # asks the dynamic linker for libtbb.so.12
     except ImportError:
-        # The wheel `tbb` puts its library where the linker does not look; once loaded by its path,
-        # it answers numba's request.
+        # The wheel `tbb` puts its library where the linker does not look. Once it is loaded by its
+        # path, the linker finds it.
         ctypes.CDLL(str(Path(sys.prefix) / "lib" / "libtbb.so.12"), mode=ctypes.RTLD_GLOBAL)
         module = importlib.import_module(_POOL)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
 
 
-def demand_tbb() -> None:
-    """Of numba's threading layers, OpenMP's kills a forked child and workqueue aborts with two
-    loaders at once (0.68.1).
+def require_tbb() -> None:
+    """Make numba use TBB. Of its other threading layers (0.68.1), OpenMP kills a forked child, and
+    workqueue aborts with two loaders at the same time.
 
-    Raises: DataError where there is no TBB.
+    Raises:
+        DataError: TBB is not installed.
     """
     try:
         load_tbb()

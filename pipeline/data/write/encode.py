@@ -1,11 +1,11 @@
-"""One sample to the bytes that a .beton stores, in this process or in several; here an image, from
-a file or from memory.
+"""Encodes samples to the bytes that a .beton stores, in this process or in several; and the encoder
+of images.
 
-A JPEG that fits `max_resolution` is stored as it is in mode "jpg", a progressive or grey one too,
-provided that FFCV's decoder takes it without a warning. All else (PNG, CMYK, a JPEG with stray
-bytes, one too large) is decoded by Pillow to RGB, shrunk by area averaging and encoded anew. EXIF
-orientation is ignored, as torchvision's ImageFolder ignores it; pictures that have one other than
-upright are counted as "not rotated".
+In mode "jpg" a JPEG that fits `max_resolution` is stored unchanged, a progressive or grey one too,
+if FFCV's decoder accepts it without a warning. All others (PNG, CMYK, a JPEG with stray bytes or
+too large) are decoded by Pillow to RGB, shrunk by area averaging and encoded again. EXIF
+orientation is ignored, as in torchvision's ImageFolder; pictures that are not upright are counted
+as "not rotated".
 """
 
 import ctypes
@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import PathFinder
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
@@ -26,15 +27,17 @@ from typing import Literal, Protocol, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipeline.core.errors import DataError, LoaderError
 from pipeline.core.random import bits
-from pipeline.data.errors import DataError, LoaderError
 from pipeline.data.ffcv.format import JPG, RAW, Images, Kind
 
-CHUNK = 32  # samples a worker takes at a time
+CHUNK = 32  # samples that a worker takes at a time
+# Pillow 13.0 raises these for damaged files.
+DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Sample(Protocol):
-    """What is to be stored; its text names it where something is wrong with it."""
+    """A sample to store. `str` names it in error messages."""
 
     @property
     def label(self) -> int: ...
@@ -45,8 +48,8 @@ S_contra = TypeVar("S_contra", bound=Sample, contravariant=True)
 
 
 class Encoder(Protocol[S_contra]):
-    """How samples become bytes: a frozen dataclass, for its fields are kept in the manifest. Worker
-    processes get a copy.
+    """Encodes samples. A frozen dataclass, whose fields are kept in the manifest; worker processes
+    get a copy.
     """
 
     @property
@@ -58,11 +61,9 @@ class Encoder(Protocol[S_contra]):
 @dataclass(frozen=True)
 class Encoded:
     payload: bytes
-    about: dict[str, int]  # what the file records of it beside its label, see format.py
-    counted: dict[str, int]  # what the manifest adds up over the samples
-    groups: dict[str, str] = field(
-        default_factory=dict
-    )  # what the manifest keeps of each sample: what it belongs with
+    attributes: dict[str, int]  # recorded in the file beside the label (format.py)
+    counted: dict[str, int]  # summed over the samples in the manifest
+    groups: dict[str, str] = field(default_factory=dict)  # kept for each sample in the manifest
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ class Bad:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How images are stored. `jpg_share`: the part stored as JPEG in mode "mixed", chosen by a hash
-    of the image's number.
+    """Encodes images as JPEG or raw pixels.
+
+    `jpg_share`: the share stored as JPEG in mode "mixed", chosen by a hash of the image's number.
+
+    Raises: DataError for an option that is out of range.
     """
 
     mode: Literal["jpg", "raw", "mixed"]
@@ -105,7 +109,7 @@ class Encoding:
 class Item:
     """An image to encode: a file, or pixels uint8 [H,W] or [H,W,3]."""
 
-    number: int  # among the candidates of its set
+    number: int  # its place in the set
     image: "Path | np.ndarray"
     label: int
 
@@ -116,40 +120,41 @@ class Item:
 def encode_all(
     items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: float = 300.0
 ) -> Iterator[tuple[S, Encoded | Bad]]:
-    """Encode in order, by `workers` processes (1: in this one).
+    """Encode in order, in `workers` processes (1: in this one).
 
-    Raises: LoaderError if a worker process dies, or finishes nothing for `stall_s` seconds.
+    Raises: LoaderError if a worker process dies, or no result arrives for `stall_s` seconds.
     """
     if workers == 1:
         for item in items:
             yield item, how(item)
         return
-    # Spawned, not forked: this process may run threads (torch, numba), which a fork would leave in
-    # an unknown state.
+    # Spawned, because a fork would leave the threads of this process (torch, numba) in an unknown
+    # state.
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN)
     )
     pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]] = deque()
     try:
-        for chunk in _chunks(items):
+        samples = iter(items)
+        while chunk := list(islice(samples, CHUNK)):
             pending.append((chunk, pool.submit(_encode_chunk, chunk, how)))
             if len(pending) > 2 * workers:
                 yield from _next(pending, stall_s)
         while pending:
             yield from _next(pending, stall_s)
-    except BrokenProcessPool as error:  # from a result, or from handing out the next chunk
+    except BrokenProcessPool as error:  # from a result, or from submitting the next chunk
         waiting = f" while samples from {pending[0][0][0]} on were encoded" if pending else ""
         raise LoaderError(f"write: a worker process died{waiting}") from error
     finally:
-        # CPython 3.11 to 3.13 offer no public way to end a worker that hangs; 3.14 has
+        # CPython 3.11 to 3.13 have no public method to end a worker that hangs; 3.14 has
         # terminate_workers().
         for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.kill()  # SIGTERM would not reach a stopped one
+            process.kill()  # a stopped process would not receive SIGTERM
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def encode(item: Item, how: Encoding) -> Encoded | Bad:
-    """Encode one image; whatever is wrong with it is the reason that `Bad` gives."""
+    """Encode one image; `Bad` has the reason if it cannot be read."""
     as_jpg = how.mode == "jpg" or (
         how.mode == "mixed" and int(bits(0, 0, item.number, 0)) < how.jpg_share * 2.0**64
     )
@@ -159,14 +164,9 @@ def encode(item: Item, how: Encoding) -> Encoded | Bad:
         return _encode_picture(Image.fromarray(item.image), how, as_jpg)
     except DataError:
         raise
-    except UnidentifiedImageError:  # whose text has the address of an object
+    except UnidentifiedImageError:  # whose text contains the address of an object
         return Bad("it is no picture that Pillow can read")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow 13.0 raises for damaged files
+    except DAMAGED as error:
         return Bad(f"{type(error).__name__}: {error}")
 
 
@@ -188,9 +188,8 @@ def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | Bad:
 
 def _is_upright(picture: Image.Image) -> bool:
     try:
-        return picture.getexif().get(ExifTags.Base.Orientation, 1) not in range(
-            2, 9
-        )  # others have no meaning
+        # values outside of 1..8 have no meaning
+        return picture.getexif().get(ExifTags.Base.Orientation, 1) not in range(2, 9)
     except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
         return True
 
@@ -198,7 +197,7 @@ def _is_upright(picture: Image.Image) -> bool:
 def _encode_picture(picture: Image.Image, how: Encoding, as_jpg: bool) -> Encoded | Bad:
     if picture.mode.startswith(("I", "F")):
         return Bad(f"pixels of 8 bits are needed; got mode {picture.mode}")
-    picture = picture.convert("RGB")  # decodes it all: raises if the file ends early
+    picture = picture.convert("RGB")  # decodes all of it, and raises if the file ends early
     longest = max(picture.size)
     if how.max_resolution is not None and longest > how.max_resolution:
         width, height = (
@@ -222,30 +221,19 @@ def _image(
 
 
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
-    """Whether the decoder of the training run takes this JPEG without error or warning (the run
-    treats both as damage).
+    """Whether the decoder of a training run accepts this JPEG without an error or a warning, both
+    of which the run treats as damage.
     """
     pixels = np.empty((height, width, 3), np.uint8)
-    sizes = (
-        height,
-        width,
-        pixels.ctypes.data_as(ctypes.c_void_p),
-        height,
-        width,
-        0,
-        0,
-        1,
-        1,
-        False,
-        False,
-    )
-    return _ffcv_imdecode()(content, len(content), *sizes) == 0
+    memory = pixels.ctypes.data_as(ctypes.c_void_p)
+    whole = (height, width, 0, 0, 1, 1, False, False)
+    return _ffcv_imdecode()(content, len(content), height, width, memory, *whole) == 0
 
 
 @cache
 def _ffcv_imdecode() -> Callable[..., int]:
-    """`imdecode` of FFCV's library, found without importing the package: that takes torch and
-    numba, seconds for each worker.
+    """`imdecode` of FFCV's library, without importing the package, which would import torch and
+    numba in each worker and take seconds.
     """
     package = PathFinder.find_spec("ffcv")
     folders = list(package.submodule_search_locations or []) if package else []
@@ -273,17 +261,6 @@ def _ffcv_imdecode() -> Callable[..., int]:
 
 def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
     return [how(item) for item in chunk]
-
-
-def _chunks(items: Iterable[S]) -> Iterator[list[S]]:
-    chunk: list[S] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _next(

@@ -1,5 +1,5 @@
-"""Event files: recordings, generated ones or those of a published set, to train.beton and val.beton
-with their manifests.
+"""Writes recordings, generated or of a published set, to train.beton and val.beton with their
+manifests.
 """
 
 from pathlib import Path
@@ -7,19 +7,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.write import sources as images
+from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
 from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
-from pipeline.data.write.moving_shapes import CLASSES, Moving
-from pipeline.data.write.published_events import PUBLISHED, recorded
+from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
-from pipeline.data.write.saccades import Saccades
-from pipeline.data.write.sources import Source
+from pipeline.data.write.sources import Source, fashion
 
 Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
-SLICES = {"moving": 10, "saccades": 6}
-"""of generated sets, where none are asked for"""
+SLICES = {"moving": 10, "saccades": 6}  # the defaults of generated sets
 
 
 def write_events(
@@ -40,16 +37,20 @@ def write_events(
 ) -> list[Manifest]:
     """Write a set as event files.
 
-    `source`: of a published set the folder that tonic fills (sources.py); of saccades "fashion" or
-    the folder of its files. `slices`: 10 (moving), 6 (saccades); a published set has no default.
-    `size`: 34 (generated), or the sensor's. `samples`, `val_samples`: how many are generated, 6000
-    and 1600 (moving), or one for each image (saccades). `content_seed`: selects what is generated
-    (0).
-    `framing`: `frames_by`, `resize`, `counts`, `overflow` of frames.Framing.
-    `max_bad`, `existing`: as for `write_folder`.
+    Args:
+        source: of a published set, the folder that tonic fills (published_events.py); of saccades,
+            "fashion" or the folder of its files.
+        slices: default 10 (moving), 6 (saccades); a published set has none.
+        size: pixels a side; default 34 (generated), or the sensor's.
+        samples, val_samples: numbers of generated recordings; default 6000 and 1600 (moving), or
+            one for each image (saccades).
+        content_seed: selects the generated recordings; default 0.
+        framing: `frames_by`, `resize`, `counts`, `overflow` of recordings.Framing.
+        max_bad, existing: as in `write_folder`.
 
-    Raises: DataError for options that are missing or have no effect, and for recordings that are
-    not to be had; what `write_sets` raises.
+    Raises:
+        DataError: an option is missing or has no effect, or recordings are not available; and as
+            `write_sets`.
     """
     generated = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
     if name in PUBLISHED:
@@ -59,7 +60,7 @@ def write_events(
                 f"write events: {name} needs a source, the folder that tonic fills, and slices; "
                 f"got source={source}, slices={slices}"
             )
-        sets = recorded(name, Path(source))
+        sets = published_sets(name, Path(source))
         size = max(PUBLISHED[name].sensor) if size is None else size
     elif name in SLICES:
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
@@ -98,7 +99,7 @@ def _moving(
         Source(
             name,
             CLASSES,
-            [Moving(number, part, size, content_seed) for number in range(count)],
+            [MovingShape(number, part, size, content_seed) for number in range(count)],
             where,
         )
         for part, (name, count) in enumerate((("train", samples), ("val", val_samples)))
@@ -114,7 +115,7 @@ def _saccades(
     content_seed: int = 0,
 ) -> list[Source[Any]]:
     sets: list[Source[Any]] = []
-    found = images.fashion(None if source in (None, "fashion") else Path(source))
+    found = fashion(None if source in (None, "fashion") else Path(source))
     for part, (each, count) in enumerate(zip(found, (samples, val_samples), strict=True)):
         if count is not None and count > len(each.items):
             raise DataError(
@@ -125,14 +126,8 @@ def _saccades(
             Saccades(np.asarray(item.image), item.label, item.number, part, size, content_seed)
             for item in each.items[:count]
         ]
-        sets.append(
-            Source(
-                each.name,
-                each.classes,
-                items,
-                f"saccades over {each.where}, content seed {content_seed}",
-            )
-        )
+        where = f"saccades over {each.where}, content seed {content_seed}"
+        sets.append(Source(each.name, each.classes, items, where))
     return sets
 
 

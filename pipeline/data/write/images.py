@@ -1,7 +1,8 @@
-"""From samples to checked .beton files: `train.beton`, `val.beton` and a manifest beside each.
+"""Writes samples to `train.beton` and `val.beton`, with a manifest beside each.
 
-A file appears under its final name whole or not at all, and is the same, byte for byte, whatever
-the number of workers."""
+A file appears under its final name complete or not at all. Its bytes do not depend on the number of
+workers.
+"""
 
 import errno
 import os
@@ -9,14 +10,14 @@ import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pipeline.core.errors import DataError
 from pipeline.core.units import counted
-from pipeline.data.errors import DataError
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import BetonWriter
 from pipeline.data.ffcv.manifest import ContentHash, Manifest
@@ -36,25 +37,21 @@ def write_fashion(
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Fashion-MNIST, 60000 + 10000 grey images of 28x28, stored raw with three equal channels (FFCV
-    stores RGB only).
+    """Write Fashion-MNIST, 60000 + 10000 grey images of 28x28, raw with three equal channels (FFCV
+    stores only RGB).
 
-    `source`: a folder with its four files; None takes Debian's package dataset-fashion-mnist or
-    torchvision's download. `existing`: "refuse" or "replace" files that are there, or "keep" them
-    after every byte of them was verified.
+    Args:
+        source: a folder with its four files; None: Debian's package dataset-fashion-mnist, or
+            torchvision's download.
+        existing: "refuse" or "replace" existing files, or "keep" them after all their bytes were
+            verified.
 
-    Raises: DataError (no source, `out` already written, disk full), LoaderError (a worker died or
-    hung).
+    Raises:
+        DataError: no source, `out` is already written, or the disk is full.
+        LoaderError: a worker died or hung.
     """
-    how = Encoding(mode="raw")
-    return write_sets(
-        sources.fashion(source),
-        Path(out),
-        how,
-        workers=workers,
-        progress=progress,
-        existing=existing,
-    )
+    sets, how = sources.fashion(source), Encoding(mode="raw")
+    return write_sets(sets, Path(out), how, workers=workers, progress=progress, existing=existing)
 
 
 def write_folder(
@@ -70,18 +67,22 @@ def write_folder(
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Images in ImageNet's layout: `source/train/<class>/*` and `source/val/<class>/*`.
+    """Write images in ImageNet's layout: `source/train/<class>/*` and `source/val/<class>/*`.
 
-    `mode`: "jpg" keeps a JPEG that fits `max_resolution` as it is and encodes the rest with
-    `quality`; "raw" stores pixels; "mixed" stores the part `jpg_share` (0.5) as "jpg" does and the
-    rest raw.
-    `max_resolution`: pixels of the longer side; larger images are shrunk.
-    `max_bad`: images of each set that may be unreadable; they are left out and named in the
-    manifest.
+    Args:
+        mode: "jpg" keeps a JPEG that fits `max_resolution` and encodes the rest with `quality`;
+            "raw" stores pixels; "mixed" stores the share `jpg_share` (0.5) as "jpg" does and the
+            rest raw.
+        max_resolution: pixels of the longer side; larger images are shrunk.
+        max_bad: images of each set that may be unreadable. They are left out and listed in the
+            manifest.
+        existing: as in `write_fashion`.
 
-    Raises: DataError (classes differ, more bad images than `max_bad`, in which case every image of
-    both sets was tried first, `out` already written, disk full), LoaderError (a worker died or
-    hung). Nothing is left behind.
+    Raises:
+        DataError: the classes differ, more images than `max_bad` are unreadable (after all images
+            of both sets were tried), `out` is already written, or the disk is full.
+        LoaderError: a worker died or hung.
+    No file remains after an error.
     """
     if jpg_share is not None and mode != "mixed":
         raise DataError(
@@ -90,11 +91,10 @@ def write_folder(
         )
     if quality is not None and mode == "raw":
         raise DataError(f"write_folder: quality has no effect in mode 'raw'; got {quality}")
-    quality = 90 if quality is None else quality
     how = Encoding(
         mode=mode,
         max_resolution=max_resolution,
-        quality=quality,
+        quality=90 if quality is None else quality,
         jpg_share=0.5 if jpg_share is None else jpg_share,
     )
     sets = sources.image_folder(Path(source))
@@ -113,7 +113,7 @@ def write_sets(
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Each set to `out/<its name>.beton` as `how` stores it; arguments and what is raised as for
+    """Write each set to `out/<its name>.beton`, encoded by `how`. Arguments and errors as in
     `write_folder`.
     """
     if workers < 1 or max_bad < 0 or existing not in get_args(Existing):
@@ -139,7 +139,7 @@ def write_sets(
         )
     out.mkdir(parents=True, exist_ok=True)
     total, done, stored = sum(len(each.items) for each in sets), 0, list[_Stored]()
-    with ExitStack() as held:  # no file takes its name before all are whole
+    with ExitStack() as held:  # the files get their names together, once all are complete
         for each, final in zip(sets, finals, strict=True):
 
             def report(in_set: int, before: int = done) -> None:
@@ -163,9 +163,7 @@ def write_sets(
 
 
 class TooManyUnreadable(DataError):
-    """More unreadable samples than may be skipped: `unreadable` has each of them, as
-    `Manifest.skipped` has.
-    """
+    """More unreadable samples than allowed. `unreadable` lists them, as `Manifest.skipped` does."""
 
     def __init__(self, message: str, unreadable: list[dict[str, str]]) -> None:
         super().__init__(message)
@@ -175,14 +173,10 @@ class TooManyUnreadable(DataError):
 def _refuse_unreadable(
     sets: Sequence[sources.Source[Any]], stored: Sequence["_Stored"], *, kind: str, max_bad: int
 ) -> None:
-    counts = {
-        each.name: len(found.skipped)
-        for each, found in zip(sets, stored, strict=True)
-        if found.skipped
-    }
-    got = " and ".join(f"{count} in {name}" for name, count in counts.items())
+    counts = {each.name: len(found.skipped) for each, found in zip(sets, stored, strict=True)}
     unreadable = [bad for found in stored for bad in found.skipped]
-    if any(count > max_bad for count in counts.values()):
+    if max(counts.values()) > max_bad:
+        got = " and ".join(f"{count} in {name}" for name, count in counts.items() if count)
         message = (
             f"write: at most {counted(max_bad, kind)} of each set may be unreadable; got {got}; "
             "mend or remove what is listed, or allow more with --max-bad"
@@ -196,9 +190,9 @@ def _refuse_unreadable(
 
 
 def check_kept(written: Sequence[Manifest], sets: Sequence[sources.Source[Any]]) -> None:
-    """Files that were kept must be of the set that was asked for, and whole.
+    """Check that kept files were written from the requested sets.
 
-    Raises: DataError naming what they are of.
+    Raises: DataError that names the samples of the files.
     """
     for manifest, each in zip(written, sets, strict=True):
         held = manifest.samples + len(manifest.skipped)
@@ -212,7 +206,7 @@ def check_kept(written: Sequence[Manifest], sets: Sequence[sources.Source[Any]])
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """What was written of a set to `path`."""
+    """The samples of a set that were written to `path`."""
 
     path: Path
     content: str
@@ -231,25 +225,22 @@ def _store(
 ) -> _Stored:
     content, labels, skipped, counted = ContentHash(source.classes, how.kind), [], [], Counter()
     groups: defaultdict[str, list[str]] = defaultdict(list)
-    writer = BetonWriter(path, capacity=len(source.items), kind=how.kind)
-    try:
+    with closing(BetonWriter(path, capacity=len(source.items), kind=how.kind)) as writer:
         for done, (item, result) in enumerate(encode_all(source.items, how, workers=workers), 1):
             if isinstance(result, Bad):
                 skipped.append({"image": str(item), "reason": result.reason})
             else:
                 try:
-                    writer.add(result.payload, label=item.label, **result.about)
+                    writer.add(result.payload, label=item.label, **result.attributes)
                 except DataError as error:
                     raise DataError(f"{item}: {error}") from error
-                content.add(result.payload, label=item.label, **result.about)
+                content.add(result.payload, label=item.label, **result.attributes)
                 labels.append(item.label)
                 counted.update(result.counted)
                 for by, group in result.groups.items():
                     groups[by].append(group)
             report(done)
         writer.finish()
-    finally:
-        writer.close()
     return _Stored(
         path=path,
         content=content.hexdigest(),
@@ -263,7 +254,7 @@ def _store(
 def _described(
     source: sources.Source[Any], stored: _Stored, name: str, how: Encoder[Any]
 ) -> Manifest:
-    """The manifest of a set that will be called `name`."""
+    """The manifest of a written set, whose final name is `name`."""
     return manifests.describe(
         stored.path,
         name=name,
@@ -283,10 +274,10 @@ def _described(
 
 @contextmanager
 def _whole_or_nothing(final: Path) -> Iterator[Path]:
-    """A temporary name that becomes `final` if the block succeeds and vanishes if it does not
-    (Ctrl-C included).
+    """Yield a temporary path, which is renamed to `final` if the block succeeds and removed if it
+    fails or is interrupted.
 
-    Raises: DataError for a full disk or one that cannot be written.
+    Raises: DataError if the disk is full or cannot be written.
     """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
     try:
@@ -308,7 +299,7 @@ def _whole_or_nothing(final: Path) -> Iterator[Path]:
 
 
 def _options(how: Encoder[Any]) -> dict[str, Any]:
-    """The fields of an encoder as the manifest keeps them: what JSON makes of tuples are lists."""
+    """The fields of an encoder in the manifest, with lists for tuples, as in JSON."""
     assert is_dataclass(how) and not isinstance(how, type)
     return {
         name: list(value) if isinstance(value, tuple) else value

@@ -1,18 +1,19 @@
-"""Published sets of recordings: found where `tonic` puts what it downloads, and read by it.
+"""Published sets of recordings, read by `tonic` from the folder that it downloads to.
 
     nmnist        N-MNIST         34x34     60000 + 10000    Orchard et al. 2015,
-    doi:10.3389/fnins.2015.00437 cifar10dvs    CIFAR10-DVS     128x128   10000            Li et al.
-    2017, doi:10.3389/fnins.2017.00309 gesture       DVS-Gesture     128x128   1176 + 288       Amir
-    et al. 2017, CVPR (cut into gestures; times in ms) ncaltech101   N-Caltech101    180x240   8709
-    Orchard et al. 2015
+                                                             doi:10.3389/fnins.2015.00437
+    cifar10dvs    CIFAR10-DVS     128x128   10000            Li et al. 2017,
+                                                             doi:10.3389/fnins.2017.00309
+    gesture       DVS-Gesture     128x128   1176 + 288       Amir et al. 2017, CVPR (cut into
+                                                             gestures; times in ms)
+    ncaltech101   N-Caltech101    180x240   8709             Orchard et al. 2015
 
-N-MNIST and DVS-Gesture have a test set of their own. The others have none: the first 90 % of each
-class train, in the order of the numbers in the files' names, as published results have it. A sensor
-that is not square is squeezed to a square frame.
+N-MNIST and DVS-Gesture have a test set. The others have none: as in published results, the first
+90 % of each class train, in the order of the numbers in the files' names. A sensor that is not
+square is squeezed to a square frame.
 
-tonic is GPL-3.0. It is imported here alone, and only while a set is written: `pip install
-'spiketrain[events]'`. Reading what was written needs no tonic. The recordings stay under their own
-terms.
+tonic is GPL-3.0. It is imported only here, and only while a set is written: `pip install
+'spiketrain[events]'`. Written sets are read without tonic. The recordings keep their own licences.
 """
 
 # N events of a recording
@@ -24,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.write.recordings import Stream, in_order
 from pipeline.data.write.sources import Source
 
@@ -34,35 +35,30 @@ TRAIN_SHARE = 0.9  # of each class, where there is no test set
 
 @dataclass(frozen=True)
 class Published:
-    """A set as tonic (1.7.0) lays it out: recordings `<folder>/<class>/*`, or named after their
-    class.
+    """The layout of a set in tonic (1.7.0): recordings `<folder>/<class>/*`, or files named after
+    their class.
     """
 
-    dataset: str  # in tonic.datasets, and the folder that it makes
-    folders: tuple[str, ...]  # of train and val; one: to be split
+    dataset: str  # the name in tonic.datasets, and of its folder
+    folders: tuple[str, ...]  # of train and val; a single one is split
     suffix: str
     sensor: tuple[int, int]  # height, width in pixels
-    classes: tuple[str, ...] | None = (
-        None  # of files that are named `<label>.npy`; None: the folders' names
-    )
+    # of files that are named `<label>.npy`; None: the names of the folders
+    classes: tuple[str, ...] | None = None
 
 
 GESTURES = (
-    *(
-        "hand clapping",
-        "right hand wave",
-        "left hand wave",
-        "right arm clockwise",
-        "right arm counter-clockwise",
-    ),
-    *(
-        "left arm clockwise",
-        "left arm counter-clockwise",
-        "arm roll",
-        "air drums",
-        "air guitar",
-        "other gestures",
-    ),
+    "hand clapping",
+    "right hand wave",
+    "left hand wave",
+    "right arm clockwise",
+    "right arm counter-clockwise",
+    "left arm clockwise",
+    "left arm counter-clockwise",
+    "arm roll",
+    "air drums",
+    "air guitar",
+    "other gestures",
 )
 PUBLISHED: dict[Name, Published] = {
     "nmnist": Published("NMNIST", ("Train", "Test"), ".bin", (34, 34)),
@@ -75,7 +71,7 @@ PUBLISHED: dict[Name, Published] = {
 
 
 @dataclass(frozen=True)
-class Recorded:
+class PublishedRecording:
     """One recording in a file."""
 
     path: Path
@@ -97,19 +93,21 @@ class Recorded:
         return str(self.path)
 
 
-def recorded(name: Name, source: Path) -> list[Source[Recorded]]:
+def published_sets(name: Name, source: Path) -> list[Source[PublishedRecording]]:
     """The training and the evaluation recordings of a set, by class and number.
 
-    Raises: DataError where they are neither in `source` nor to be downloaded, or their classes are
-    not those of the set."""
-    about, root = PUBLISHED[name], Path(source).expanduser() / PUBLISHED[name].dataset
+    Raises:
+        DataError: the recordings are not in `source` and cannot be downloaded, or their classes are
+            not those of the set.
+    """
+    known, root = PUBLISHED[name], Path(source).expanduser() / PUBLISHED[name].dataset
     found = [
-        _files(name, about, Path(source), root / folder, is_train=i == 0)
-        for i, folder in enumerate(about.folders)
+        _files(name, known, Path(source), root / folder, is_train=i == 0)
+        for i, folder in enumerate(known.folders)
     ]
-    classes = list(about.classes or sorted({path.parent.name for path in found[0]}, key=_natural))
+    classes = list(known.classes or sorted({path.parent.name for path in found[0]}, key=_natural))
     items = [
-        [Recorded(path, _label(path, about, classes), about.sensor) for path in paths]
+        [PublishedRecording(path, _label(path, known, classes), known.sensor) for path in paths]
         for paths in found
     ]
     if len(items) == 1:
@@ -121,31 +119,31 @@ def recorded(name: Name, source: Path) -> list[Source[Recorded]]:
 
 
 def _files(
-    name: Name, about: Published, source: Path, folder: Path, *, is_train: bool
+    name: Name, known: Published, source: Path, folder: Path, *, is_train: bool
 ) -> list[Path]:
-    paths = sorted(folder.rglob(f"*{about.suffix}"), key=_natural)
-    if paths:
-        return paths
-    _download(name, about, source, is_train=is_train)
-    paths = sorted(folder.rglob(f"*{about.suffix}"), key=_natural)
-    if not paths:
+    def present() -> list[Path]:
+        return sorted(folder.rglob(f"*{known.suffix}"), key=_natural)
+
+    if not present():
+        _download(name, known, source, is_train=is_train)
+    if not (paths := present()):
         raise DataError(
-            f"write events: {name}: {folder.absolute()} must hold recordings *{about.suffix}; it"
+            f"write events: {name}: {folder.absolute()} must hold recordings *{known.suffix}; it"
             " has none"
         )
     return paths
 
 
-def _download(name: Name, about: Published, source: Path, *, is_train: bool) -> None:
-    dataset = getattr(_tonic("datasets"), about.dataset)
-    which = {"train": is_train} if len(about.folders) == 2 else {}
+def _download(name: Name, known: Published, source: Path, *, is_train: bool) -> None:
+    dataset = getattr(_tonic("datasets"), known.dataset)
+    which = {"train": is_train} if len(known.folders) == 2 else {}
     address = getattr(dataset, "url", None) or (dataset.train_url if is_train else dataset.test_url)
     try:
         dataset(str(source), **which)
-    # no network, a full disk, an archive that changed: each leaves the user with the same choice
+    # No network, a full disk, a changed archive: the user has the same choice after each.
     except Exception as error:
         raise DataError(
-            f"write events: {name} is neither in {(source / about.dataset).absolute()} nor could"
+            f"write events: {name} is neither in {(source / known.dataset).absolute()} nor could"
             f" tonic download it ({type(error).__name__}: {error}); download {address} and unpack"
             " it there, or pass another --source"
         ) from error
@@ -163,22 +161,20 @@ def _tonic(part: str) -> Any:
     return getattr(tonic, part)
 
 
-def _label(path: Path, about: Published, classes: list[str]) -> int:
-    name = path.stem if about.classes else path.parent.name
-    if about.classes and name.isdecimal() and int(name) < len(classes):
-        return int(name)
-    if about.classes or name not in classes:
-        known = (
-            f"a number below {len(classes)}"
-            if about.classes
-            else f"one of {', '.join(classes[:10])}"
-        )
-        raise DataError(f"write events: {path} must name its class, {known}; got {name!r}")
-    return classes.index(name)
+def _label(path: Path, known: Published, classes: list[str]) -> int:
+    if known.classes:
+        name, accepted = path.stem, f"a number below {len(classes)}"
+        label = int(name) if name.isdecimal() else len(classes)
+    else:
+        name, accepted = path.parent.name, f"one of {', '.join(classes[:10])}"
+        label = classes.index(name) if name in classes else len(classes)
+    if label >= len(classes):
+        raise DataError(f"write events: {path} must name its class, {accepted}; got {name!r}")
+    return label
 
 
-def _first_share(items: list[Recorded], classes: int) -> list[list[Recorded]]:
-    """Training and evaluation: the first 90 % of each class, and the rest of it."""
+def _first_share(items: list[PublishedRecording], classes: int) -> list[list[PublishedRecording]]:
+    """Split into training, the first 90 % of each class, and evaluation, the rest."""
     of_class = [[item for item in items if item.label == label] for label in range(classes)]
     cuts = [round(TRAIN_SHARE * len(each)) for each in of_class]
     train = [item for each, cut in zip(of_class, cuts, strict=True) for item in each[:cut]]
@@ -192,7 +188,7 @@ def _first_share(items: list[Recorded], classes: int) -> list[list[Recorded]]:
 
 
 def _natural(path: "Path | str") -> list[Any]:
-    """Sorts file 10 behind file 9."""
+    """A sort key that places file 10 after file 9."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
@@ -204,9 +200,8 @@ def _read_bin(path: Path) -> tuple[Any, ...]:
         )
     kind = np.dtype([("x", np.int64), ("y", np.int64), ("t", np.int64), ("p", np.int64)])
     events_N = _tonic("io").read_mnist_file(str(path), kind)
-    if path.parent.parent.name == "Caltech101" and len(
-        events_N
-    ):  # each recording begins where its sensor's window did
+    # The coordinates of N-Caltech101 begin at the window of the sensor.
+    if path.parent.parent.name == "Caltech101" and len(events_N):
         events_N["x"] -= events_N["x"].min()
         events_N["y"] -= events_N["y"].min()
     return tuple(events_N[name] for name in "tyxp")
@@ -228,7 +223,7 @@ def _read_aedat4(path: Path) -> tuple[Any, ...]:
 
 
 def _read_npy(path: Path) -> tuple[Any, ...]:
-    """DVS-Gesture as tonic hands it out: columns x, y, polarity, milliseconds."""
+    """DVS-Gesture as tonic stores it: columns x, y, polarity, milliseconds."""
     try:
         events_N4 = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -1,17 +1,16 @@
-"""Events to frames of counts, and how a recording is stored.
+"""Turns the events of a recording into frames of counts, and encodes them.
 
     F[j, p, y, x] = number of events of polarity p at (y, x) in slice j        j = 0..slices-1
 
-By "time" the slices are equally long: j = floor((t - begin) slices / (end - begin)). By "number"
-they hold equally many events: the i-th of N events is in slice floor(i slices / N). Both nest: two
-neighbours of 2n slices make one of n, so a file that was written with many is read with any number
+By "time" the slices have equal length: j = floor((t - begin) slices / (end - begin)). By "number"
+they hold equal numbers of events: the i-th of N events is in slice floor(i slices / N). Both nest:
+two neighbours of 2n slices make one of n, so a file with many slices can be read with any number
 that divides them.
 
-A recording of another size than asked for is resized in one of two ways. "sum": an event at x falls
-on pixel floor(x size / width); counts stay whole and none is lost. "area": the mean count of the
-sensor's pixels beneath each pixel, in parts where they are beneath two of them; stored as float16.
-Its values do not grow with the sensor; nor do those of interpolated frames, which published recipes
-normalise.
+A recording of another size is resized in one of two ways. With "sum" an event at x falls on pixel
+floor(x size / width), so counts stay whole and none is lost. With "area" a pixel is the mean count
+of the sensor's pixels beneath it, weighted by the covered area and stored as float16. Its values do
+not grow with the sensor, like those of interpolated frames, which published recipes normalise.
 """
 
 # N events of a recording, J slices, P polarities (0 off, 1 on), h w of the sensor, H W of a frame
@@ -22,7 +21,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.ffcv.format import Arrays
 from pipeline.data.write.encode import Bad, Encoded
 
@@ -43,24 +42,31 @@ class Stream(NamedTuple):
 
 
 class Recording(Protocol):
-    """A recording that is yet to be read or generated; its text names it."""
+    """A recording that is read or generated on request. `str` names it in error messages."""
 
     @property
     def label(self) -> int: ...
 
     def events(self) -> Stream:
-        """Raises: OSError, ValueError: what is wrong with it."""
+        """Read or generate the events.
+
+        Raises: OSError, ValueError if the recording is damaged.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Framing:
-    """How recordings are stored: `slices` frames of `size` x `size` pixels with two polarities.
+    """Encodes recordings as `slices` frames of `size` x `size` pixels with two polarities.
 
-    `counts`: "uint8" up to 255, "int16" up to 32767; resized by "area" they are float16.
-    `overflow`: a count beyond that is refused, or saturates and is counted in the manifest.
+    Args:
+        counts: "uint8" up to 255, or "int16" up to 32767; without effect on "area", which stores
+            float16.
+        overflow: refuse a recording with a larger count, or saturate it and count that in the
+            manifest.
 
-    Raises: DataError for options that contradict each other.
+    Raises:
+        DataError: an option is out of range, or options contradict each other.
     """
 
     slices: int
@@ -120,7 +126,7 @@ def frames(
 ) -> NDArray[np.float64]:
     """The counts of a recording: [J,P,H,W], H = W = size.
 
-    Raises: DataError for a recording without events, and for events outside the sensor or the span.
+    Raises: DataError for a recording without events, or with events outside the sensor or the span.
     """
     _check(stream)
     height, width = stream.sensor
@@ -155,11 +161,10 @@ def in_order(
     sensor: tuple[int, ...],
     span: tuple[int, int],
 ) -> Stream:
-    """The events sorted by time; those of one moment in the order in which they were given."""
+    """The events sorted by time. The sort is stable."""
     order_N = np.argsort(t_N, kind="stable")
-    return Stream(
-        t_N[order_N], y_N[order_N], x_N[order_N], p_N[order_N], (sensor[0], sensor[1]), span
-    )
+    t_N, y_N, x_N, p_N = (values_N[order_N] for values_N in (t_N, y_N, x_N, p_N))
+    return Stream(t_N, y_N, x_N, p_N, (sensor[0], sensor[1]), span)
 
 
 def _check(stream: Stream) -> None:
@@ -182,21 +187,17 @@ def _check(stream: Stream) -> None:
 
 
 def _covered(sensor: int, size: int) -> NDArray[np.float64]:
-    """The share of each of `size` equal parts of a line that each of `sensor` pixels makes up:
-    [size, sensor], rows sum to 1.
+    """The share of each sensor pixel in each of `size` equal parts of a line: [size, sensor]. Rows
+    sum to 1.
     """
     edges = np.arange(size + 1) * sensor / size
-    low, high = (
-        np.maximum(edges[:-1, None], np.arange(sensor)),
-        np.minimum(edges[1:, None], np.arange(1, sensor + 1)),
-    )
+    low = np.maximum(edges[:-1, None], np.arange(sensor))
+    high = np.minimum(edges[1:, None], np.arange(1, sensor + 1))
     return np.maximum(0.0, high - low) * size / sensor
 
 
 def _stored(frames_JPHW: NDArray[np.float64], dtype: str) -> tuple[NDArray[np.generic], int]:
-    """The counts in the type of the file, and how many did not fit it and were cut to its
-    largest.
-    """
+    """The counts in the dtype of the file, and how many exceeded it and were clipped."""
     kind = np.dtype(dtype)
     most = float(np.finfo(kind).max) if kind.kind == "f" else np.iinfo(kind).max
     beyond = int(np.count_nonzero(frames_JPHW > most))

@@ -1,8 +1,11 @@
-"""Where images come from: Fashion-MNIST's four files, or a folder of folders as ImageNet's."""
+"""Sources of images: the four files of Fashion-MNIST, or a folder of class folders, as for
+ImageNet.
+"""
 
 import gzip
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,8 @@ from typing import Generic
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import DataError
 from pipeline.core.units import counted
-from pipeline.data.errors import DataError
 from pipeline.data.write.encode import Item, S
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
@@ -33,8 +36,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".ti
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files or folders of a source that are no samples of it. `which` follows the noun, as in
-    "file" "ending in .gif".
+    """Files or folders of a source that are not samples. `which` follows the noun, as in "file"
+    "ending in .gif".
     """
 
     noun: str
@@ -51,7 +54,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Source(Generic[S]):
-    """The samples of one set, in the order in which they will be stored."""
+    """The samples of one set in the order of the file."""
 
     name: str  # train or val
     classes: list[str]  # the place of a name is its label
@@ -61,7 +64,7 @@ class Source(Generic[S]):
 
 
 def fashion(source: Path | None = None) -> list[Source[Item]]:
-    """Fashion-MNIST from `source`, or where Debian's package puts it, or downloaded by torchvision.
+    """Fashion-MNIST from `source`, from Debian's package, or downloaded by torchvision.
 
     Raises: DataError if it is in none of these.
     Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747.
@@ -71,13 +74,13 @@ def fashion(source: Path | None = None) -> list[Source[Item]]:
 
 
 def image_folder(source: Path) -> list[Source[Item]]:
-    """`source/train/<class>/*` and `source/val/<class>/*`; labels by the sorted names of the class
-    folders, images by name.
+    """`source/train/<class>/*` and `source/val/<class>/*`. Labels follow the sorted names of the
+    class folders; images are sorted by name.
 
-    Left out are hidden files and folders, folders inside a class folder, files beside the class
-    folders, and files whose name does not end as an image's (`IMAGE_SUFFIXES`).
+    Hidden files and folders, folders inside a class folder, files beside the class folders, and
+    files without the ending of an image (`IMAGE_SUFFIXES`) are left out.
 
-    Raises: DataError if a folder is missing or empty, or the two sets have not the same classes.
+    Raises: DataError if a folder is missing or empty, or the classes of the two sets differ.
     """
     sets = [_folder_set(source / name, name) for name in ("train", "val")]
     train, val = (set(each.classes) for each in sets)
@@ -104,7 +107,7 @@ def _fashion_folder(source: Path | None) -> Path:
 
         root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spiketrain"
         return Path(FashionMNIST(str(root), download=True).raw_folder)
-    # no torchvision, no network, a full disk: each leaves the user with the same choice
+    # No torchvision, no network, a full disk: the user has the same choice after each.
     except Exception as error:
         raise DataError(
             f"write_fashion: Fashion-MNIST is neither in {FASHION_PACKAGE} (`apt install"
@@ -129,7 +132,7 @@ def _fashion_set(folder: Path, name: str, prefix: str) -> Source[Item]:
 
 
 def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
-    """An array in MNIST's format: two zero bytes, 8 (uint8), number of axes, their lengths
+    """Read an array in MNIST's format: two zero bytes, 8 (uint8), the number of axes, their lengths
     (big-endian uint32), the values.
     """
     packed, plain = folder / f"{name}.gz", folder / name
@@ -140,14 +143,12 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
             f"write_fashion: cannot read {packed} or {plain.name} beside it ({error})"
         ) from error
     axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
-    shape = (
-        tuple(np.frombuffer(content, ">u4", count=axes, offset=4).tolist())
-        if axes and len(content) >= 4 + 4 * axes
-        else ()
-    )
-    if not axes or len(content) != 4 + 4 * axes + math.prod(shape):
+    begin = 4 + 4 * axes
+    is_headed = axes > 0 and len(content) >= begin
+    shape = np.frombuffer(content[4:begin], ">u4").tolist() if is_headed else []
+    if not is_headed or len(content) != begin + math.prod(shape):
         raise DataError(f"write_fashion: {folder / name} is not a whole file of MNIST's format")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
 
 
 def _folder_set(folder: Path, name: str) -> Source[Item]:
@@ -163,12 +164,10 @@ def _folder_set(folder: Path, name: str) -> Source[Item]:
             f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
         )
     items: list[Item] = []
-    left_out: dict[tuple[str, str], list[str]] = {}
+    left_out: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for entry in entries:
         if entry.name not in classes:
-            left_out.setdefault(_kind_left_out(entry, "beside the class folders"), []).append(
-                entry.path
-            )
+            left_out[_kind_left_out(entry, "beside the class folders")].append(entry.path)
     for label, class_name in enumerate(classes):
         before = len(items)
         for entry in _entries(folder / class_name):
@@ -177,14 +176,14 @@ def _folder_set(folder: Path, name: str) -> Source[Item]:
                 items.append(Item(len(items), folder / class_name / entry.name, label))
                 continue
             which = f"ending in {suffix}" if suffix else "whose name has no ending"
-            left_out.setdefault(_kind_left_out(entry, which), []).append(entry.path)
+            left_out[_kind_left_out(entry, which)].append(entry.path)
         if len(items) == before:
             raise DataError(
                 f"write_folder: class folder {folder / class_name} must hold images"
                 f" ({' '.join(sorted(IMAGE_SUFFIXES))})"
             )
-    told = tuple(LeftOut(*kind, len(paths), paths[0]) for kind, paths in sorted(left_out.items()))
-    return Source(name, classes, items, str(folder.absolute()), told)
+    listed = tuple(LeftOut(*kind, len(paths), paths[0]) for kind, paths in sorted(left_out.items()))
+    return Source(name, classes, items, str(folder.absolute()), listed)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -192,8 +191,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _kind_left_out(entry: os.DirEntry[str], which: str) -> tuple[str, str]:
-    """Noun and addition of an entry that is no class folder and no image; `which` is for a file
-    that is not hidden.
+    """Noun and addition of an entry that is neither a class folder nor an image. `which`: the
+    addition for a file that is not hidden.
     """
     if entry.name.startswith("."):
         return ("hidden folder" if entry.is_dir() else "hidden file"), ""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from pipeline.measure.time_parts import PARTS, REST
+from pipeline.measure.constants import PARTS, REST
 from pipeline.recipe import BASELINE
 from pipeline.report.claims import Returned, returned
 from pipeline.report.history import count

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.write.encode import Bad
-from pipeline.data.write.published_events import GESTURES, Recorded, recorded
+from pipeline.data.write.published_events import GESTURES, PublishedRecording, published_sets
 from pipeline.data.write.recordings import Framing
-from tests.data.recordings import TYXP, some_events, write_aedat4, write_bin, write_npy
+from tests.data.events.recordings import TYXP, some_events, write_aedat4, write_bin, write_npy
 
 pytest.importorskip("tonic")
 
@@ -30,14 +30,14 @@ def nmnist(folder: Path) -> Path:
     return folder
 
 
-def same(recording: Recorded, events: TYXP) -> bool:
+def same(recording: PublishedRecording, events: TYXP) -> bool:
     stream = recording.events()
     pairs = zip((stream.t_N, stream.y_N, stream.x_N, stream.p_N), events, strict=True)
     return all(np.array_equal(found, expected) for found, expected in pairs)
 
 
 def test_nmnist(tmp_path: Path) -> None:
-    train, val = recorded("nmnist", nmnist(tmp_path))
+    train, val = published_sets("nmnist", nmnist(tmp_path))
     assert (train.name, val.name, train.classes) == (
         "train",
         "val",
@@ -55,7 +55,7 @@ def test_dvs_gesture_has_milliseconds_and_labels_for_names(tmp_path: Path) -> No
     root, events = tmp_path / "DVSGesture", some_events(3, 128, 128)
     write_npy(root / "ibmGestureTrain" / "user01_fluorescent" / "10.npy", events)
     write_npy(root / "ibmGestureTest" / "user24_led" / "2.npy", events)
-    train, val = recorded("gesture", tmp_path)
+    train, val = published_sets("gesture", tmp_path)
     assert (train.classes, [i.label for i in train.items], [i.label for i in val.items]) == (
         list(GESTURES),
         [10],
@@ -66,7 +66,7 @@ def test_dvs_gesture_has_milliseconds_and_labels_for_names(tmp_path: Path) -> No
     with pytest.raises(
         DataError, match=r"11\.npy must name its class, a number below 11; got '11'"
     ):
-        recorded("gesture", tmp_path)
+        published_sets("gesture", tmp_path)
 
 
 def test_cifar10dvs_trains_on_the_first_nine_of_ten_by_number(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_cifar10dvs_trains_on_the_first_nine_of_ten_by_number(tmp_path: Path) ->
         for number in range(20):
             path = tmp_path / "CIFAR10DVS" / name / f"cifar10_{name}_{number}.aedat4"
             write_aedat4(path, some_events(number, 128, 128), width=128, height=128)
-    train, val = recorded("cifar10dvs", tmp_path)
+    train, val = published_sets("cifar10dvs", tmp_path)
     assert train.classes == ["airplane", "truck"] and (len(train.items), len(val.items)) == (36, 4)
     assert [path.stem for path in (item.path for item in val.items)] == [
         f"cifar10_{name}_{number}" for name in ("airplane", "truck") for number in (18, 19)
@@ -90,7 +90,7 @@ def test_ncaltech101_begins_where_its_window_did(tmp_path: Path) -> None:
         for number in range(10):
             path = tmp_path / "NCALTECH101" / "Caltech101" / name / f"image_{number:04d}.bin"
             write_bin(path, (t_N, y_N + 30, x_N + 70, p_N))
-    train, val = recorded("ncaltech101", tmp_path)
+    train, val = published_sets("ncaltech101", tmp_path)
     assert (len(train.items), len(val.items)) == (18, 2) and train.items[0].events().sensor == (
         180,
         240,
@@ -111,7 +111,7 @@ def test_an_event_file_that_is_cut_short_is_named(tmp_path: Path, suffix: str, c
         pytest.importorskip("aedat")
         write_aedat4(path, events, width=34, height=34)
     path.write_bytes(path.read_bytes()[:-cut])
-    result = Framing(slices=2, size=34)(Recorded(path, 0, (34, 34)))
+    result = Framing(slices=2, size=34)(PublishedRecording(path, 0, (34, 34)))
     assert isinstance(result, Bad) and result.reason.startswith("it is cut short"), result
 
 
@@ -130,7 +130,7 @@ def test_recordings_that_are_not_there_are_named_with_where_to_get_them(
         r"download https://.* and unpack it there, or pass another --source$"
     )
     with pytest.raises(DataError, match=said):
-        recorded("nmnist", tmp_path)
+        published_sets("nmnist", tmp_path)
 
 
 def test_without_tonic_the_reader_is_named_with_its_licence(
@@ -145,4 +145,4 @@ def test_without_tonic_the_reader_is_named_with_its_licence(
             r" 'spiketrain\[events\]'"
         ),
     ):
-        recorded("nmnist", tmp_path)[0].items[0].events()
+        published_sets("nmnist", tmp_path)[0].items[0].events()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
 from pipeline.data.write.encode import Bad, Encoded
 from pipeline.data.write.recordings import Framing, Stream, frames, in_order
 
@@ -97,7 +97,7 @@ def test_stored_as_counts_or_as_halves() -> None:
     assert (
         isinstance(whole, Encoded)
         and whole.counted == {"events": 500, "saturated": 0}
-        and whole.about == {}
+        and whole.attributes == {}
     )
     np.testing.assert_array_equal(
         np.frombuffer(whole.payload, "<i2").reshape(4, 2, 5, 5), counted(stream(), 4, 5, "time")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.forecast import bench, turns
-from pipeline.forecast.bench import in_rounds
-from pipeline.forecast.turns import in_turn
+from pipeline.forecast import bench, interleaved
+from pipeline.forecast.bench import rotated
+from pipeline.forecast.interleaved import measure_interleaved
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
@@ -26,7 +26,7 @@ RULES = (spec(BPTT), spec(SLTT), spec(SLTT, k=1))
 @pytest.mark.timeout(120)
 def test_each_rule_has_a_time_in_each_start() -> None:
     """Of DeepSpeed's engines, which sum over both processes."""
-    found = in_turn(recipe_with(0.5, backend="deepspeed"), RULES, workers=2, starts=2)
+    found = measure_interleaved(recipe_with(0.5, backend="deepspeed"), RULES, workers=2, starts=2)
     assert list(found) == ["BPTT", "SLTT", "SLTT-1"]
     for each in found.values():
         assert each.processes == 2 and each.backend == "deepspeed"
@@ -50,7 +50,7 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 
     monkeypatch.setattr(bench, "build_backend", noted)
     with group_of_one("cpu"):
-        turns._seconds(
+        interleaved._seconds(
             torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1
         )
     assert len(made) == 4  # two rounds of two rules
@@ -62,15 +62,16 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 def test_what_a_process_ended_in_is_a_line() -> None:
     """DSR has neurons of its own, which this network has not."""
     with pytest.raises(
-        ValueError, match=r"^turns: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$"
+        ValueError,
+        match=r"^interleaved: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$",
     ):
-        in_turn(recipe_with(0.5), (spec(DSR),), workers=1)
+        measure_interleaved(recipe_with(0.5), (spec(DSR),), workers=1)
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must divide by 3 workers"):
-        in_turn(recipe_with(0.5), RULES, workers=3)
+        measure_interleaved(recipe_with(0.5), RULES, workers=3)
 
 
 def test_each_round_begins_with_another() -> None:
-    assert list(map("".join, in_rounds("abc", 4))) == ["abc", "bca", "cab", "abc"]
+    assert list(map("".join, rotated("abc", 4))) == ["abc", "bca", "cab", "abc"]

@@ -1,5 +1,9 @@
 """Moving shapes: their direction is neither in sums over time nor in any one moment, only in how
 moments follow each other.
+
+Saccades over still images.
+
+The simulated camera on films of which the events are known.
 """
 
 from __future__ import annotations
@@ -10,8 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.errors import DataError
-from pipeline.data.write.moving_shapes import CLASSES, SHAPES, Moving, reversal, seen
+from pipeline.core.errors import DataError
+from pipeline.core.random import bits
+from pipeline.data.write.generated_events import (
+    CLASSES,
+    SHAPES,
+    MovingShape,
+    Saccades,
+    add_noise,
+    film_to_events,
+    gaze,
+    moving_shape_events,
+    reversal,
+)
 from pipeline.data.write.recordings import Stream, frames
 
 
@@ -43,7 +58,7 @@ def test_sixteen_classes_take_turns() -> None:
         CLASSES[:5] == ["disc right", "disc left", "disc down", "disc up", "square right"]
         and len(CLASSES) == 16
     )
-    assert [Moving(number, 0).label for number in (0, 1, 15, 16, 35)] == [0, 1, 15, 0, 3]
+    assert [MovingShape(number, 0).label for number in (0, 1, 15, 16, 35)] == [0, 1, 15, 0, 3]
 
 
 @pytest.mark.parametrize("number", range(16))
@@ -53,7 +68,7 @@ def test_a_direction_is_the_exact_reversal_of_its_opposite_so_sums_over_time_are
     """The same draws played both ways: equal sums to the last count, so equally distributed over
     all draws.
     """
-    recording = Moving(number, 0)
+    recording = MovingShape(number, 0)
     shape, axis = recording.label // 4, recording.label % 4 // 2
     forwards = recording.base(shape, axis)
     backwards = reversal(forwards)
@@ -71,7 +86,7 @@ def test_a_direction_is_the_exact_reversal_of_its_opposite_so_sums_over_time_are
 def test_the_coin_is_fair_and_knows_nothing_of_the_direction() -> None:
     coins: list[list[int]] = [[], []]
     for number in range(320):
-        recording = Moving(number, 1)
+        recording = MovingShape(number, 1)
         coins[number % 2].append(
             recording._draw(262, 2)
         )  # without the recording: 262 is the coin's draw
@@ -95,9 +110,11 @@ def test_what_is_seen_depends_on_where_the_shape_is_and_not_on_when(shape: str, 
     """To the event: 20 instants later the recording is that of a shape that started where this one
     then is.
     """
-    later = seen(shape, axis, **GIVEN | {"start": GIVEN["start"] + 20 * GIVEN["speed"]})
+    later = moving_shape_events(
+        shape, axis, **GIVEN | {"start": GIVEN["start"] + 20 * GIVEN["speed"]}
+    )
     np.testing.assert_array_equal(
-        events(seen(shape, axis, **GIVEN), 20_000, 92_000) - [20_000, 0, 0, 0],
+        events(moving_shape_events(shape, axis, **GIVEN), 20_000, 92_000) - [20_000, 0, 0, 0],
         events(later, 0, 72_000),
     )
 
@@ -107,8 +124,10 @@ def test_the_sensor_has_no_ends_so_no_place_is_special(shape: str) -> None:
     """A shape that starts k pixels further on gives the same events, k pixels further on, round the
     sensor.
     """
-    moved = seen(shape, 0, **GIVEN | {"start": GIVEN["start"] + 11, "across": GIVEN["across"] - 7})
-    still = frames(seen(shape, 0, **GIVEN), 92, 34)
+    moved = moving_shape_events(
+        shape, 0, **GIVEN | {"start": GIVEN["start"] + 11, "across": GIVEN["across"] - 7}
+    )
+    still = frames(moving_shape_events(shape, 0, **GIVEN), 92, 34)
     np.testing.assert_array_equal(frames(moved, 92, 34), np.roll(still, (-7, 11), (2, 3)))
     assert (
         still[:, :, :, 0].any()
@@ -127,7 +146,7 @@ def test_neither_place_nor_counts_of_any_slice_tell_the_direction() -> None:
     slices the means differ by less than 4 standard errors."""
     many = 320
     seen_NJPHW = np.stack(
-        [frames(Moving(number, 1).base(number % 4, 0), 10, 34) for number in range(many)]
+        [frames(MovingShape(number, 1).base(number % 4, 0), 10, 34) for number in range(many)]
     )
     z_NJ = np.exp(1j * np.angle(place(seen_NJPHW.sum((2, 3)))))
     assert (many * np.abs(z_NJ.mean(0)) ** 2).max() < 10
@@ -138,7 +157,7 @@ def test_neither_place_nor_counts_of_any_slice_tell_the_direction() -> None:
 def test_the_shape_goes_where_its_class_says() -> None:
     for direction, (axis, sign) in enumerate(((3, 1), (3, -1), (2, 1), (2, -1))):
         for number in range(direction, 64, 16):
-            seen_JPHW = frames(Moving(number, 0).events(), 10, 34)
+            seen_JPHW = frames(MovingShape(number, 0).events(), 10, 34)
             early, late = (
                 place(seen_JPHW[part].sum((0, 1, 5 - axis))) for part in (slice(0, 3), slice(7, 10))
             )
@@ -147,16 +166,102 @@ def test_the_shape_goes_where_its_class_says() -> None:
 
 
 def test_a_recording_is_a_function_of_seed_part_and_number() -> None:
-    assert digest(Moving(5, 0).events()) == digest(Moving(5, 0).events()) == "f7d69df499d7df26"
+    assert (
+        digest(MovingShape(5, 0).events())
+        == digest(MovingShape(5, 0).events())
+        == "f7d69df499d7df26"
+    )
     others = {
         digest(each.events())
-        for each in (Moving(5, 0), Moving(21, 0), Moving(5, 1), Moving(5, 0, content_seed=1))
+        for each in (
+            MovingShape(5, 0),
+            MovingShape(21, 0),
+            MovingShape(5, 1),
+            MovingShape(5, 0, content_seed=1),
+        )
     }
     assert len(others) == 4
 
 
 def test_the_sensor_may_be_larger_and_not_too_small() -> None:
-    stream = Moving(0, 0, size=48).events()
+    stream = MovingShape(0, 0, size=48).events()
     assert stream.sensor == (48, 48) and stream.x_N.max() < 48
     with pytest.raises(DataError, match="size must be 16 or more pixels; got 8"):
-        Moving(0, 0, size=8)
+        MovingShape(0, 0, size=8)
+
+
+def picture() -> np.ndarray:
+    image = np.zeros((28, 28), np.uint8)
+    image[8:20, 10:18] = 200
+    return image
+
+
+def test_three_saccades_of_100_ms_each_and_back() -> None:
+    path = gaze()
+    assert len(path) == 76 and path[0] == path[-1] and len({path[0], path[25], path[50]}) == 3
+    stream = Saccades(picture(), 3, 0, 0).events()
+    assert stream.span == (0, 300_000) and stream.sensor == (34, 34)
+    assert 500 < len(stream.t_N) < 10_000
+    thirds = frames(stream, 3, 34).sum((1, 2, 3))
+    assert thirds.min() > 0.2 * thirds.sum()
+
+
+def test_edges_are_seen_and_flat_ground_is_not() -> None:
+    counts = frames(Saccades(picture(), 3, 0, 0).events(), 1, 34).sum((0, 1))
+    assert (
+        counts[9:13, 13:21].mean() > 10 * counts[:4].mean()
+    )  # around the upper edge, and the ground above
+
+
+def test_a_black_picture_shows_noise_alone() -> None:
+    stream = Saccades(np.zeros((28, 28), np.uint8), 0, 7, 0).events()
+    assert 50 <= len(stream.t_N) <= 100
+
+
+def test_a_picture_larger_than_the_sensor_is_refused() -> None:
+    with pytest.raises(DataError, match="size must be the picture's 28 pixels or more; got 20"):
+        Saccades(picture(), 0, 0, 0, size=20)
+
+
+def test_nothing_moves_nothing_is_seen() -> None:
+    assert len(film_to_events(np.ones((5, 3, 4)), threshold=0.1, step_us=10).t_N) == 0
+
+
+def test_a_ramp_gives_an_event_for_each_threshold_that_it_crosses() -> None:
+    film = np.zeros((5, 2, 3))
+    film[:, 1, 2] = [
+        0.0,
+        0.5,
+        2.25,
+        2.25,
+        1.0,
+    ]  # thresholds of 0.5: one up, three more (to 2.0), none, two down (to 1.0)
+    seen = film_to_events(film, threshold=0.5, step_us=60)
+    assert seen.t_N.tolist() == [30, 70, 90, 110, 195, 225]
+    assert seen.p_N.tolist() == [1, 1, 1, 1, 0, 0]
+    assert set(seen.y_N.tolist()) == {1} and set(seen.x_N.tolist()) == {2}
+    assert (seen.sensor, seen.span) == ((2, 3), (0, 240))
+
+
+def test_a_level_follows_by_whole_thresholds_only() -> None:
+    film = np.zeros((4, 1, 1))
+    film[:, 0, 0] = [
+        0.0,
+        0.9,
+        1.1,
+        0.05,
+    ]  # the level stays at 1 until the intensity is one threshold below it
+    seen = film_to_events(film, threshold=1.0, step_us=10)
+    assert seen.p_N.tolist() == [1]
+
+
+def test_noise_is_laid_among_the_events_in_order_of_time() -> None:
+    film = np.linspace(0, 5, 11)[:, None, None] * np.ones((1, 4, 4))
+    seen = film_to_events(film, threshold=0.5, step_us=100)
+    noisy = add_noise(seen, bits(0, 0, 0, np.arange(4 * 50)))
+    assert len(noisy.t_N) == len(seen.t_N) + 50
+    assert (
+        np.all(np.diff(noisy.t_N) >= 0)
+        and noisy.t_N.max() < 1000
+        and {noisy.y_N.max(), noisy.x_N.max()} == {3}
+    )

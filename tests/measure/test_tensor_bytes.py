@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.measure.memory_breakdown import Held, bytes_of, held
+from pipeline.measure.tensor_bytes import HeldBytes, bytes_of, held_bytes
 
 
-def network_after_a_step(optimizer_of: Any, **settings: float) -> Held:
+def network_after_a_step(optimizer_of: Any, **settings: float) -> HeldBytes:
     network = nn.Sequential(
         nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
     )  # 16 + 8 + 10 parameters
@@ -16,12 +16,12 @@ def network_after_a_step(optimizer_of: Any, **settings: float) -> Held:
     optimizer = optimizer_of(network.parameters(), lr=0.1, **settings)
     network(torch.randn(5, 3)).sum().backward()
     optimizer.step()
-    return held(network, optimizer)
+    return held_bytes(network, optimizer)
 
 
 def test_sgd_with_momentum_keeps_one_number_for_each_that_learns() -> None:
     found = network_after_a_step(torch.optim.SGD, momentum=0.9)
-    assert found == Held(
+    assert found == HeldBytes(
         parameters=34 * 4, buffers=2 * 4 * 4 + 8, gradients=32 * 4, optimizer=32 * 4
     )
     assert found.total == (34 + 8 + 32 + 32) * 4 + 8

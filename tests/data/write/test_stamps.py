@@ -1,25 +1,194 @@
-"""A written set reads back as it was made, and says which object each of its images shows; bad use
+"""A scene is a pure function of its counters; what it shows is where, as large and as bright as it
+should be.
+
+A written set reads back as it was made, and says which object each of its images shows; bad use
 ends in one line.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("ffcv")
+from PIL import Image
 
 from pipeline.__main__ import main
+from pipeline.core.errors import DataError
 from pipeline.data.datasets.beton import Beton
-from pipeline.data.errors import DataError
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
-from pipeline.data.write.stamps.pictures import CLASSES, installed, parts
-from pipeline.data.write.stamps.scenes import render, scenes
-from pipeline.data.write.stamps.write import write_stamps
+from pipeline.data.write import stamp_pictures as pictures_module
+from pipeline.data.write.stamp_pictures import CLASSES, Picture, Pictures, installed, parts
+from pipeline.data.write.stamps import Rendering, render, scenes, write_stamps
+from tests.data.made_pictures import real
+
+
+def some(
+    pictures: Pictures, count: int, *, part: int = 1, split: int = 0, content_seed: int = 0
+) -> list:
+    return list(
+        scenes(
+            parts(pictures, split)[part], count, part=part, split=split, content_seed=content_seed
+        )
+    )
+
+
+def forget() -> None:
+    pictures_module.cut_out.cache_clear()
+    pictures_module.ground.cache_clear()
+
+
+def test_a_scene_is_the_same_whichever_others_are_made(share: Path) -> None:
+    many = some(installed(share), 40)
+    assert some(installed(share), 30) == many[:30]
+    in_order = [render(scene, 48) for scene in many]
+    forget()
+    for number in (31, 7, 0, 39):
+        assert np.array_equal(render(many[number], 48), in_order[number])
+    assert len({pixels.tobytes() for pixels in in_order}) == 40
+
+
+def test_seed_split_and_part_give_other_scenes(share: Path) -> None:
+    scene = some(installed(share), 3)[2]
+    seen = [
+        render(each, 48)
+        for each in (
+            scene,
+            replace(scene, content_seed=1),
+            replace(scene, split=1),
+            replace(scene, part=0),
+        )
+    ]
+    assert len({pixels.tobytes() for pixels in seen}) == 4
+
+
+def test_classes_and_their_objects_take_turns(share: Path) -> None:
+    train, _ = parts(installed(share), 2)
+    made = some(installed(share), 13 * 17, part=0, split=2)
+    assert [scene.label for scene in made] == list(range(13)) * 17
+    for label, name in enumerate(CLASSES):
+        shown = Counter(scene.object for scene in made if scene.label == label)
+        assert (
+            set(shown) == set(train.objects[name])
+            and max(shown.values()) - min(shown.values()) <= 1
+        )
+    assert {scene.ground for scene in made} == set(train.grounds)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list:
+    """Scenes of one half-transparent rectangle, 40 x 20 pixels, on one grey ground: what they show
+    can be calculated.
+    """
+    folder = tmp_path_factory.mktemp("plain")
+    Image.new("RGBA", (40, 20), (200, 100, 0, 153)).save(folder / "object.png")
+    Image.new("RGB", (150, 110), (90, 90, 90)).save(folder / "ground.png")
+    pictures = Pictures(
+        {"only": [Picture("object", folder / "object.png", "none")]},
+        [Picture("ground", folder / "ground.png", "none")],
+    )
+    return list(scenes(pictures, 200, part=0, split=0, content_seed=0))
+
+
+def test_an_object_lies_over_its_ground_with_its_brightness(plain: list) -> None:
+    """shown = (1 - a) ground + a min(b colour, 255) with a = 0.6 and b in 0.7..1.3, both ends
+    nearly reached.
+    """
+    factors = []
+    for scene in plain:
+        pixels_SS3 = render(scene, 64).astype(float)
+        changed_SS = (pixels_SS3 != 90).any(-1)
+        y, x = (int(np.median(each)) for each in np.nonzero(changed_SS))
+        red, green, blue = (pixels_SS3[y, x] - 0.4 * 90) / 0.6
+        factor = green / 100
+        assert abs(red - min(200 * factor, 255)) < 4 and abs(blue) < 2
+        factors.append(factor)
+    assert (
+        0.68 < min(factors) < 0.73
+        and 1.27 < max(factors) < 1.32
+        and abs(np.mean(factors) - 1) < 0.05
+    )
+
+
+def test_an_object_takes_the_share_it_should_anywhere_in_the_scene(plain: list) -> None:
+    """Longer side of its rectangle: from `smallest` to 0.9 of the scene's, to a pixel or two;
+    turned by 15 degrees at most.
+    """
+    shares, places, flat = [], [], 0
+    for scene in plain:
+        rows, columns = np.nonzero((render(scene, 100, smallest=0.3) != 90).any(-1))
+        height, width = (int(each.max() - each.min() + 1) for each in (rows, columns))
+        shares.append(max(height, width) / 100)
+        places.append((rows.min() / (101 - height), columns.min() / (101 - width)))
+        flat += height / width < 0.55
+        assert (
+            0.49 < height / width < 0.76
+        )  # 20/40 upright, and (40 sin 15 + 20 cos 15) / (40 cos 15 + 20 sin 15) = 0.68
+    assert (
+        0.28 <= min(shares) < 0.33 and 0.87 < max(shares) <= 0.92 and 0.57 < np.mean(shares) < 0.63
+    )
+    assert (
+        np.min(places) < 0.05
+        and np.max(places) > 0.95
+        and np.abs(np.mean(places, 0) - 0.5).max() < 0.06
+    )
+    assert 20 < flat < 120  # some are nearly upright, most are not
+
+
+def test_half_of_the_objects_are_mirrored(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 40, 4), np.uint8)
+    pixels[..., 3], pixels[:, :20, 0], pixels[:, 20:, 2] = (
+        255,
+        255,
+        255,
+    )  # red to the left, blue to the right
+    Image.fromarray(pixels).save(tmp_path / "object.png")
+    Image.new("RGB", (50, 50)).save(tmp_path / "ground.png")
+    one = Pictures(
+        {"only": [Picture("o", tmp_path / "object.png", "none")]},
+        [Picture("g", tmp_path / "ground.png", "none")],
+    )
+    mirrored = 0
+    for scene in scenes(one, 200, part=0, split=0, content_seed=0):
+        shown_SS3 = render(scene, 32).astype(float)
+        red, blue = (np.average(np.arange(32), weights=shown_SS3[..., c].sum(0)) for c in (0, 2))
+        mirrored += red > blue
+    assert 75 < mirrored < 125
+
+
+def test_every_size_holds_the_largest_object(share: Path) -> None:
+    made = some(installed(share), 130)
+    for size in (32, 33, 64):
+        for scene in made:
+            assert render(scene, size, smallest=0.9).shape == (size, size, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"size": 31}, r"size must be in 32\.\.1024 pixels; got 31"),
+        ({"size": 1025}, r"size must be in 32\.\.1024 pixels; got 1025"),
+        ({"smallest": 0.95}, r"smallest must be a share in 0\.1\.\.0\.9; got 0\.95"),
+    ],
+)
+def test_a_size_that_makes_no_scene_is_refused(wrong: dict, said: str) -> None:
+    with pytest.raises(DataError, match=f"^write stamps: {said}$"):
+        Rendering(**{"size": 160, "split": 0, "content_seed": 0} | wrong)
+
+
+@real
+def test_scenes_of_the_real_pictures() -> None:
+    """Two of each class: all differ, and none is nearly one colour."""
+    seen = [render(scene, 96) for scene in some(installed(), 26)]
+    assert len({pixels.tobytes() for pixels in seen}) == 26
+    assert min(pixels.std() for pixels in seen) > 5
+
+
+pytest.importorskip("ffcv")
 
 
 def write(share: Path, out: Path, **options) -> list[Manifest]:

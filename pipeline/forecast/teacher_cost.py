@@ -1,6 +1,7 @@
-"""What a recipe's teacher costs beside every rule: one answer a batch, whatever T, without a graph.
+"""The cost of a recipe's teacher, which is the same for every rule and T: one answer per batch,
+without a graph.
 
-Its weights are fresh where the recipe's would have to be downloaded: they cost as much.
+Weights that would have to be downloaded are random here; they cost the same.
 """
 
 # B batch
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.measure.memory_breakdown import bytes_of
-from pipeline.measure.stopwatch import seconds_of
+from pipeline.measure.clock import seconds_of
+from pipeline.measure.tensor_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe
 from pipeline.train.tasks import tasks_of
@@ -24,15 +25,15 @@ TIMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A teacher that answered for one batch."""
+class TeacherCost:
+    """The cost of a teacher's answers for one batch."""
 
     teacher: str
     bytes: int  # of its weights and statistics
-    seconds: float  # of its answers, the median of several; none where a cache holds them
+    seconds: float  # median, without a cache
 
     def describe(self) -> str:
-        """A line under a table of rules."""
+        """One line under a table of rules."""
         return (
             f"the teacher, {self.teacher}, is in no row: beside every rule it holds "
             f"{self.bytes / 1e6:.4g} MB of weights "
@@ -40,17 +41,17 @@ class Asked:
         )
 
 
-def asked(recipe: Recipe, x_B: Tensor) -> Asked | None:
-    """What the recipe's teacher needs for this batch, as the loader gives it; None without one."""
+def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
+    """Measure the recipe's teacher on a batch from the loader; None without a teacher."""
     if recipe.teacher is None:
         return None
     teacher = untrained_teacher(recipe).to(x_B.device)
     seconds = answer_seconds(teacher, x_B)
-    return Asked(teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=seconds)
+    return TeacherCost(teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=seconds)
 
 
 def untrained_teacher(recipe: Recipe) -> Teacher:
-    """The recipe's teacher with fresh weights, and with a fresh head where one would be fitted.
+    """The recipe's teacher with random weights, and with a random head where one would be fitted.
 
     Raises: ValueError as `build_teacher`.
     """
@@ -65,10 +66,11 @@ def untrained_teacher(recipe: Recipe) -> Teacher:
 
 @torch.no_grad()
 def answer_seconds(teacher: Teacher, x_B: Tensor) -> float:
-    """Of one answer, the median of several."""
+    """Median seconds of one answer."""
     teacher(x_B)  # warms up
     return statistics.median(seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED))
 
 
 def teacher_bytes(teacher: Teacher) -> int:
+    """Bytes of the teacher's weights and statistics."""
     return bytes_of((*teacher.parameters(), *teacher.buffers()))

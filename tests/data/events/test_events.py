@@ -23,7 +23,7 @@ from pipeline.data.ffcv import format as beton_format
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write.events import write_events
-from pipeline.data.write.moving_shapes import Moving
+from pipeline.data.write.generated_events import MovingShape
 from pipeline.data.write.recordings import frames
 from pipeline.spiking.encode import over_steps
 
@@ -62,7 +62,7 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
 
 
 def expected(number: int, steps: int, part: int = 1) -> np.ndarray:
-    return frames(Moving(number, part, SIZE).events(), steps, SIZE)
+    return frames(MovingShape(number, part, SIZE).events(), steps, SIZE)
 
 
 def test_fulfils_the_contract(folder: Path) -> None:
@@ -181,7 +181,9 @@ def test_counts_of_other_types_and_cuts(
     )
     x = read(Events(tmp_path, **GOOD | {"steps": 3}).val(micro_batch=16))[0].x[9]
     by: Any = options.get("frames_by", "time")
-    np.testing.assert_array_equal(x.numpy(), frames(Moving(9, 1, SIZE).events(), 3, SIZE, by=by))
+    np.testing.assert_array_equal(
+        x.numpy(), frames(MovingShape(9, 1, SIZE).events(), 3, SIZE, by=by)
+    )
 
 
 def test_halves_are_read_as_they_were_stored(tmp_path: Path) -> None:
@@ -191,12 +193,12 @@ def test_halves_are_read_as_they_were_stored(tmp_path: Path) -> None:
     from pipeline.data.write.sources import Source
 
     sets = [
-        Source(name, ["a"], [Moving(i * 16, 0, 32) for i in range(4)], "here")
+        Source(name, ["a"], [MovingShape(i * 16, 0, 32) for i in range(4)], "here")
         for name in ("train", "val")
     ]
     write_sets(sets, tmp_path, Framing(slices=2, size=16, resize="area"))
     x = read(Events(tmp_path, classes=1, steps=2, size=16).val(micro_batch=4))[0].x[1]
-    whole = frames(Moving(16, 0, 32).events(), 2, 32).reshape(2, 2, 16, 2, 16, 2).mean((3, 5))
+    whole = frames(MovingShape(16, 0, 32).events(), 2, 32).reshape(2, 2, 16, 2, 16, 2).mean((3, 5))
     np.testing.assert_array_equal(x.numpy(), whole.astype(np.float16).astype(np.float32))
 
 

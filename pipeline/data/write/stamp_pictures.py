@@ -1,25 +1,23 @@
-"""The pictures that scenes are made of, and which of them train and which evaluate.
+"""The pictures of stamp scenes, and their division into training and evaluation.
 
-Three packages of Debian 13 install the pictures; none comes with this program.
+Three packages of Debian 13 install the pictures; this program contains none.
 
-    tuxpaint-stamps-default 2025.03.31-1        300 objects: photographs, cut out, with transparency
-    around mate-backgrounds 1.26.0-1                   12 grounds: photographs
-    plasma-workspace-wallpapers 4:6.3.4-1       13 grounds: its photographs (most of it is computer
-    art)
+    tuxpaint-stamps-default 2025.03.31-1        300 objects: cut-out photographs with transparency
+    mate-backgrounds 1.26.0-1                   12 grounds: photographs
+    plasma-workspace-wallpapers 4:6.3.4-1       13 grounds: its photographs (the rest is computer
+                                                art)
 
-Licences: the stamps under GPL-2 and, by upstream's own notes, the public domain, GFDL and several
-of Creative Commons; the wallpapers under GPL-2 or later.
+Licences: the stamps are under GPL-2 and, by upstream's own notes, the public domain, GFDL and
+several Creative Commons licences; the wallpapers are under GPL-2 or later.
 
 The evaluation sets of the splits share no object and no ground. The n objects of a class are
-ordered
-by a hash of their names. Split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1, with
-q = round(n / 4), and trains on all others; likewise the grounds. So every class stands in both
-parts
-of each split, and the three evaluation sets together hold about three quarters of all objects, each
-once. Neither seed nor number of scenes changes it.
+ordered by a hash of their names. Split s = 0, 1, 2 evaluates on numbers s q to (s + 1) q - 1, with
+q = round(n / 4), and trains on all others. Grounds are divided likewise. Every class is therefore
+in both parts of each split, and the three evaluation sets together hold about three quarters of all
+objects, each once. The division depends neither on the seed nor on the number of scenes.
 
-Split 3 serves to choose settings. It evaluates on the rest, numbers 3 q to n - 1, with which the
-other three train: settings chosen on it have seen no answer about a picture that is tested.
+Split 3 serves to choose settings. It evaluates on the rest, numbers 3 q to n - 1, which the other
+three splits train on, so settings are not chosen on tested pictures.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,18 +28,18 @@ from pathlib import Path
 import xxhash
 from PIL import Image
 
-from pipeline.data.errors import DataError
+from pipeline.core.errors import DataError
+from pipeline.data.write.encode import DAMAGED
 
 SHARE = Path("/usr/share")
 STAMPS, MATE, PLASMA = "tuxpaint-stamps-default", "mate-backgrounds", "plasma-workspace-wallpapers"
 
 SPLITS = 3
-CHOICE = 3
-"""the split to choose settings on"""
-IN_SO_MANY = 4  # one picture in so many evaluates
+CHOICE = 3  # the split to choose settings on
+IN_SO_MANY = 4  # one picture in so many is in the evaluation set
 
-# The folders of each class below tuxpaint/stamps, without the folders in them. With LEFT_OUT, in
-# 2025.03.31-1:
+# The folders of each class below tuxpaint/stamps, without their subfolders. The numbers are those
+# of 2025.03.31-1 without LEFT_OUT.
 CLASSES: dict[str, tuple[str, ...]] = {
     "bird": ("animals/birds",),  # 35
     "coin": tuple(
@@ -78,8 +76,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         *(f"vehicles/{each}" for each in ("locomotive", "masstransit", "race", "ship")),
     ),  # 20
 }
-# Beside what is left out by rule: pictures with an .svg of their name, which are drawings, and
-# mirror images of another.
+# In addition to drawings, which have an .svg of the same name, and mirror images of another.
 LEFT_OUT = frozenset(
     {
         *(
@@ -151,9 +148,9 @@ class Pictures:
 
 
 def installed(share: Path = SHARE) -> Pictures:
-    """What the packages have put below `share`.
+    """The pictures that the packages have installed below `share`.
 
-    Raises: DataError naming the package that is missing, or that does not hold what it should.
+    Raises: DataError that names the missing or incomplete package.
     """
     stamps = share / "tuxpaint" / "stamps"
     if not stamps.is_dir():
@@ -173,9 +170,9 @@ def installed(share: Path = SHARE) -> Pictures:
 
 
 def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
-    """(to train on, to evaluate on).
+    """Divide the pictures into (training, evaluation).
 
-    Raises: DataError for an unknown split, and for a class that has too few objects.
+    Raises: DataError for an unknown split, or a class with too few objects.
     """
     if not 0 <= split <= CHOICE:
         raise DataError(f"write stamps: split must be in 0..{CHOICE}; got {split}")
@@ -189,19 +186,19 @@ def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
 
 @cache
 def cut_out(picture: Picture, longest: int) -> Image.Image:
-    """An object without its empty border, its longer side shrunk to `longest` pixels if it has
-    more: alpha-multiplied.
+    """An object without its empty border, premultiplied by alpha, its longer side at most `longest`
+    pixels.
     """
     opened = _read(picture, "RGBA")
     box = opened.getchannel("A").getbbox()
     if box is None:
-        raise _unreadable(picture, "nothing of it can be seen")
+        raise _unreadable(picture, "it is fully transparent")
     return _shrunk(opened.crop(box).convert("RGBa"), longest, of=max)
 
 
 @cache
 def ground(picture: Picture, shortest: int) -> Image.Image:
-    """A ground, its shorter side shrunk to `shortest` pixels if it has more: RGB."""
+    """A ground in RGB, its shorter side at most `shortest` pixels."""
     return _shrunk(_read(picture, "RGB", least=shortest), shortest, of=min)
 
 
@@ -227,22 +224,18 @@ def _divided(
 def _photographs(stamps: Path, folder: str) -> list[Picture]:
     if not (stamps / folder).is_dir():
         raise _missing(stamps / folder, STAMPS)
-    found = [
-        Picture(f"{folder}/{path.stem}", path, STAMPS)
-        for path in sorted((stamps / folder).glob("*.png"))
-    ]
     return [
-        each
-        for each in found
-        if each.name not in LEFT_OUT
-        and not each.name.endswith("_mirror")
-        and not each.path.with_suffix(".svg").exists()
+        Picture(name, path, STAMPS)
+        for path in sorted((stamps / folder).glob("*.png"))
+        if (name := f"{folder}/{path.stem}") not in LEFT_OUT
+        and not name.endswith("_mirror")
+        and not path.with_suffix(".svg").exists()
     ]
 
 
 def _read(picture: Picture, mode: str, *, least: int | None = None) -> Image.Image:
-    """`least`: pixels of the shorter side that suffice; a JPEG is then decoded at an eighth, a
-    quarter or half of its size.
+    """Read a picture. `least`: the pixels of the shorter side that suffice, so that a JPEG may be
+    decoded at an eighth, a quarter or half of its size.
     """
     try:
         with Image.open(picture.path) as opened:
@@ -250,12 +243,7 @@ def _read(picture: Picture, mode: str, *, least: int | None = None) -> Image.Ima
                 width, height = (-(-each * least // min(opened.size)) for each in opened.size)
                 opened.draft(mode, (width, height))
             return opened.convert(mode)
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow 13.0 raises for damaged files
+    except DAMAGED as error:
         raise _unreadable(picture, f"{type(error).__name__}: {error}") from error
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from pipeline.data.write.stamps.pictures import CLASSES, GROUNDS, SHARE
+from pipeline.data.write.stamp_pictures import CLASSES, GROUNDS, SHARE
 
 EACH = 6  # objects of a class
 

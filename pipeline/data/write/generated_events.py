@@ -1,0 +1,317 @@
+"""Generated recordings of a simulated event camera: moving shapes, and saccades over still images.
+
+**Moving shapes** has 16 classes: four shapes (disc, square, triangle, cross), each in four
+directions. A network without memory can tell the shapes apart, but not a direction from its
+opposite.
+
+A shape moves along a row or a column of a toroidal sensor: what leaves on one side enters on the
+other. It starts at a random place. The base of each axis is one recording. The opposite direction
+is its exact reversal in time. Then a fair coin f flips the polarity of each recording:
+
+    (t, y, x, p)  ->  (end - 1 - t, y, x, p),            then    p -> p XOR f
+
+Two kinds of reader are therefore right in at most half of the cases about the direction along an
+axis:
+
+    of sums      The sum of a recording over time is the sum of its reversal.
+    of a moment  At any time the shape is equally likely at every place. One slice of the base is
+                 then distributed like any other, and the slices of a reversal are those of a base
+                 in reverse order. Neither a slice nor its time reveals the direction.
+
+The direction shows only in how one slice follows another, so a network must carry information from
+one to the other. Without the coin and the exact reversal, polarity would reveal the direction: a
+moving edge gives the reversal the other polarity, and a camera's hysteresis shows which polarity
+came first. A camera that is switched on during the motion would miss the first events and reveal
+the beginning; this one has been on since before the shape arrived.
+
+**Saccades** gives real images to networks for events. Sums over time suffice to distinguish its
+classes. The picture is in the middle of the sensor, and the gaze follows a triangle, each side in
+100 ms, as for N-MNIST.
+
+Every number is a pure function of (content seed, part, number of the recording).
+
+Source: Orchard et al. 2015, doi:10.3389/fnins.2015.00437, for saccades (path, speed and camera are
+ours).
+"""
+
+# M instants of a film, N events, H W pixels of the sensor, h w of a picture
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.errors import DataError
+from pipeline.core.random import below, bits
+from pipeline.data.write.recordings import Stream, in_order
+
+SHAPES = ("disc", "square", "triangle", "cross")
+DIRECTIONS = ("right", "left", "down", "up")  # 2 axis + reversed
+CLASSES = [f"{shape} {direction}" for shape in SHAPES for direction in DIRECTIONS]
+INSTANTS, STEP_US = 93, 1000  # 92 ms
+SMALLEST = 16  # pixels a side of the smallest sensor that has room for the shapes
+
+_FIRST_DRAW = 256  # draws, see random.py: 256.. of the film, 512.. of the noise
+_RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(
+    _FIRST_DRAW, _FIRST_DRAW + 7
+)
+_NOISE = 512
+
+
+@dataclass(frozen=True)
+class MovingShape:
+    """Recording `number` of a part (0 train, 1 val). Its class is `number % 16`."""
+
+    number: int
+    part: int
+    size: int = 34
+    content_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < SMALLEST:
+            raise DataError(
+                f"moving events: size must be {SMALLEST} or more pixels; got {self.size}"
+            )
+
+    @property
+    def label(self) -> int:
+        return self.number % len(CLASSES)
+
+    def events(self) -> Stream:
+        shape, direction = divmod(self.label, len(DIRECTIONS))
+        axis, is_reversed = divmod(direction, 2)
+        stream = self.base(shape, axis)
+        if is_reversed:
+            stream = reversal(stream)
+        return stream._replace(p_N=stream.p_N ^ self._draw(_COIN, 2))
+
+    def base(self, shape: int, axis: int) -> Stream:
+        """The recording with noise before reversal and coin, along `axis` (0 to the right, 1
+        down).
+        """
+        scale = self.size / 34
+        stream = moving_shape_events(
+            SHAPES[shape],
+            axis,
+            size=self.size,
+            radius=scale * (4.5 + self._draw(_RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
+            across=self.size * self._draw(_ACROSS, 1 << 16) / (1 << 16),
+            start=self.size * self._draw(_START, 1 << 16) / (1 << 16),
+            speed=scale * (112 + self._draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels in all
+            threshold=0.2 + 0.01 * self._draw(_THRESHOLD, 11),
+        )
+        noise = 100 + self._draw(_NOISE_COUNT, 101)
+        return add_noise(
+            stream, bits(self.content_seed, self.part, self.number, _NOISE + np.arange(4 * noise))
+        )
+
+    def _draw(self, number: int, many: int) -> int:
+        return int(below(bits(self.content_seed, self.part, self.number, number), many))
+
+    def __str__(self) -> str:
+        return f"moving recording {self.number}"
+
+
+def moving_shape_events(
+    shape: str,
+    axis: int,
+    *,
+    size: int,
+    radius: float,
+    across: float,
+    start: float,
+    speed: float,
+    threshold: float,
+) -> Stream:
+    """The events of a shape that moves along `axis` (0 to the right, 1 down) at `speed` pixels per
+    instant.
+
+    At time 0 its centre is at `start` along the axis and at `across` on the other one, in pixels on
+    a torus of `size` a side. An event occurs whenever the intensity (0 outside, 1 inside) has
+    changed by `threshold`.
+
+    The film begins empty, and the shape moves for as long as it takes to leave its first place.
+    The level that a pixel remembers at time 0 then depends on the motion, not on the beginning of
+    the film.
+    """
+    before = math.ceil((2.2 * radius + 2) / speed)  # the longest shape with its soft edge
+    along_M = start + speed * np.arange(-before, INSTANTS, dtype=np.float64)
+    across_M = np.full_like(along_M, across)
+    y_M, x_M = (across_M, along_M) if axis == 0 else (along_M, across_M)
+    film_MHW = _film(shape, y_M, x_M, size=size, radius=radius)
+    # In units of the threshold, so that levels are whole numbers and exactly 0 after the shape has
+    # left a pixel.
+    stream = film_to_events(
+        np.concatenate([np.zeros((1, size, size)), film_MHW / threshold]),
+        threshold=1.0,
+        step_us=STEP_US,
+    )
+    begin = (1 + before) * STEP_US
+    t_N, y_N, x_N, p_N = (values_N[stream.t_N >= begin] for values_N in stream[:4])
+    return Stream(t_N - begin, y_N, x_N, p_N, stream.sensor, (0, (INSTANTS - 1) * STEP_US))
+
+
+def _film(
+    shape: str, y_M: NDArray[np.float64], x_M: NDArray[np.float64], *, size: int, radius: float
+) -> NDArray[np.float64]:
+    """The intensity at each instant, in 0..1, with an edge one pixel wide: [M,H,W]."""
+    pixels = np.arange(size, dtype=np.float64)
+    down_MH, right_MW = (_ring(pixels - middle_M[:, None], size) for middle_M in (y_M, x_M))
+    return np.clip(
+        0.5 - signed_distance(shape, down_MH[:, :, None], right_MW[:, None, :], radius), 0.0, 1.0
+    )
+
+
+def _ring(distance: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """The shorter signed distance on a ring of `size` pixels: -size/2 up to size/2."""
+    return (distance + size / 2) % size - size / 2
+
+
+def reversal(stream: Stream) -> Stream:
+    """The recording in reverse, with the same polarities."""
+    t_N, y_N, x_N, p_N = (values_N[::-1] for values_N in stream[:4])
+    return stream._replace(t_N=sum(stream.span) - 1 - t_N, y_N=y_N, x_N=x_N, p_N=p_N)
+
+
+def signed_distance(
+    shape: str, down: NDArray[np.float64], right: NDArray[np.float64], radius: float
+) -> NDArray[np.float64]:
+    """The distance in pixels from a point to a shape, negative inside it. (down, right): the point
+    relative to the shape's centre.
+    """
+    if shape == "disc":
+        return np.sqrt(down * down + right * right) - radius
+    if shape == "square":
+        return np.maximum(np.abs(down), np.abs(right)) - 0.9 * radius
+    if shape == "triangle":  # upright, equilateral: three half-planes at the distance of radius / 2
+        slanted = 0.5 * np.sqrt(3.0) * np.abs(right) - 0.5 * down
+        return np.maximum(down, slanted) - 0.6 * radius
+    bar = 0.35 * radius
+    upright = np.maximum(np.abs(right) - bar, np.abs(down) - 1.1 * radius)
+    level = np.maximum(np.abs(down) - bar, np.abs(right) - 1.1 * radius)
+    return np.minimum(upright, level)
+
+
+# ---------------------------------------------------------------------------------------- saccades
+
+
+CORNERS = ((-3, -3), (3, 0), (-3, 3))  # (down, right) of the gaze from the middle, in pixels
+# of each side: about 6 pixels, a quarter of a pixel between two instants
+SACCADE_US, SACCADE_INSTANTS = 100_000, 25
+SACCADE_THRESHOLD = 0.15  # of black to white
+
+_SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # draws, see random.py
+
+
+@dataclass(frozen=True, eq=False)
+class Saccades:
+    """The recording of the picture `image_hw` (uint8), number `number` of a part (0 train, 1 val),
+    by a sensor of `size` pixels a side.
+    """
+
+    image_hw: NDArray[np.uint8]
+    label: int
+    number: int
+    part: int
+    size: int = 34
+    content_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < max(self.image_hw.shape):
+            raise DataError(
+                f"saccades: size must be the picture's {max(self.image_hw.shape)} pixels or more;"
+                f" got {self.size}"
+            )
+
+    def events(self) -> Stream:
+        stream = film_to_events(
+            self._film(), threshold=SACCADE_THRESHOLD, step_us=SACCADE_US // SACCADE_INSTANTS
+        )
+        noise = 50 + int(
+            below(bits(self.content_seed, self.part, self.number, _SACCADE_NOISE_COUNT), 51)
+        )
+        return add_noise(
+            stream,
+            bits(self.content_seed, self.part, self.number, _SACCADE_NOISE + np.arange(4 * noise)),
+        )
+
+    def _film(self) -> NDArray[np.float64]:
+        """The intensity at each instant, in 0..1, interpolated between pixels: [M,H,W]."""
+        height, width = self.image_hw.shape
+        reach = max(abs(step) for corner in CORNERS for step in corner) + 1
+        field = np.zeros((self.size + 2 * reach, self.size + 2 * reach))
+        top, left = (len(field) - height) // 2, (len(field) - width) // 2
+        field[top : top + height, left : left + width] = self.image_hw / 255.0
+        return np.stack(
+            [_window(field, reach + down, reach + right, self.size) for down, right in gaze()]
+        )
+
+    def __str__(self) -> str:
+        return f"saccades over picture {self.number}"
+
+
+def gaze() -> list[tuple[float, float]]:
+    """The place of the gaze at each instant, (down, right) in pixels: around the triangle and back
+    to its first corner.
+    """
+    path: list[tuple[float, float]] = [CORNERS[0]]
+    for (down, right), (next_down, next_right) in zip(
+        CORNERS, (*CORNERS[1:], CORNERS[0]), strict=True
+    ):
+        for instant in range(1, SACCADE_INSTANTS + 1):
+            part = instant / SACCADE_INSTANTS
+            path.append((down + part * (next_down - down), right + part * (next_right - right)))
+    return path
+
+
+def _window(field: NDArray[np.float64], top: float, left: float, size: int) -> NDArray[np.float64]:
+    """`size` x `size` interpolated values of `field` from (top, left) on."""
+    row, column = int(top), int(left)
+    down, right = top - row, left - column
+    upper = (1 - down) * field[row : row + size] + down * field[row + 1 : row + 1 + size]
+    return (1 - right) * upper[:, column : column + size] + right * upper[
+        :, column + 1 : column + 1 + size
+    ]
+
+
+# ------------------------------------------------------------------------------------------ camera
+
+
+def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: int) -> Stream:
+    """The events of an event camera on a film of intensities, `step_us` microseconds per instant.
+
+    Each pixel remembers a level. Whenever the intensity differs from it by `threshold`, the pixel
+    emits an event, on or off, and the level follows by one threshold. The n events of a pixel
+    between two instants are spread evenly. Only sums, products and comparisons are used, so the
+    events are the same on every machine.
+    """
+    moved_MHW = np.zeros((len(film_MHW) - 1, *film_MHW.shape[1:]))
+    level_HW = film_MHW[0].copy()
+    for instant in range(len(moved_MHW)):
+        moved_MHW[instant] = np.trunc((film_MHW[instant + 1] - level_HW) / threshold)
+        level_HW += moved_MHW[instant] * threshold
+    # K changes of a pixel, each by one threshold or more
+    m_K, y_K, x_K = np.nonzero(moved_MHW)
+    moved_K = moved_MHW[m_K, y_K, x_K].astype(np.int64)
+    many_K = np.abs(moved_K)
+    nth_N = np.arange(many_K.sum()) - np.repeat(np.cumsum(many_K) - many_K, many_K)
+    m_N, y_N, x_N, many_N, moved_N = np.repeat(
+        np.stack([m_K, y_K, x_K, many_K, moved_K]), many_K, axis=1
+    )
+    t_N = m_N * step_us + (2 * nth_N + 1) * step_us // (2 * many_N)
+    p_N = (moved_N > 0).astype(np.int64)
+    return in_order(
+        t_N, y_N, x_N, p_N, sensor=film_MHW.shape[1:], span=(0, (len(film_MHW) - 1) * step_us)
+    )
+
+
+def add_noise(stream: Stream, random_bits: NDArray[np.uint64]) -> Stream:
+    """Add noise events at uniform places and times, one for every four numbers of `random_bits`."""
+    begin, end = stream.span
+    ranges = (end - begin, *stream.sensor, 2)
+    t_K, y_K, x_K, p_K = map(below, random_bits.reshape(-1, 4).T, ranges)
+    pairs = zip(stream[:4], (begin + t_K, y_K, x_K, p_K), strict=True)
+    return in_order(
+        *(np.concatenate(pair) for pair in pairs), sensor=stream.sensor, span=stream.span
+    )

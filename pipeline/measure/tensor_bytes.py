@@ -1,0 +1,154 @@
+"""Bytes of tensors: those that autograd saves for backward, and those that training holds between
+two batches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class SavedBytes:
+    """Counts the bytes that are held for backward while it is entered.
+
+        with SavedBytes(model) as saved:
+            ...
+        saved.peak
+
+    `now` and `peak` are bytes of the distinct storages behind autograd's saved tensors at one
+    moment. Each storage counts whole and once, however many nodes or views save it. It counts from
+    the first node that saves it until the last one is freed: by backward, or later where the graph
+    is retained. Storages of `parameters` (a model, or an iterable of tensors), and so their views,
+    do not count. Copies of a weight (autocast, standardised weights) are not parameters and count.
+
+    The parameters' storages are looked up on entering, because an engine such as DeepSpeed moves
+    parameters into flat buffers. A graph that outlives the context is still subtracted from `now`
+    as it is freed. Tensors kept by other saved-tensor hooks are not seen: torch.utils.checkpoint
+    with use_reentrant=False hides what it recomputes (torch 2.13), while use_reentrant=True, or a
+    recomputation inside a Function's backward, is counted.
+    """
+
+    def __init__(self, parameters: nn.Module | Iterable[Tensor] = ()) -> None:
+        self._parameters = (
+            list(parameters.parameters()) if isinstance(parameters, nn.Module) else list(parameters)
+        )
+        # By address. Holding the storages keeps their addresses from being used again.
+        self._excluded: dict[int, torch.UntypedStorage] = {}
+        self._held: dict[int, list[int]] = {}  # by address: [saved tensors, bytes]
+        # A lock, because autograd runs one thread for each device. Reentrant, because the garbage
+        # collector may free a saved tensor while this thread saves another.
+        self._lock = threading.RLock()
+        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self.now = 0
+        self.peak = 0
+
+    def __enter__(self) -> SavedBytes:
+        if self._hooks is not None:
+            raise RuntimeError("SavedBytes: entered twice; make one for each nesting")
+        storages = [parameter.untyped_storage() for parameter in self._parameters]
+        self._excluded = {storage._cdata: storage for storage in storages}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__(*exc)
+        self._excluded = {}
+
+    @property
+    def storages(self) -> Collection[int]:
+        """Addresses (`_cdata`) of the storages that are held now."""
+        return self._held.keys()
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # unique while the storage is held here
+        if key in self._excluded:
+            return _Saved(tensor, None, 0)
+        saved = _Saved(tensor, self, key)
+        with self._lock:
+            if key in self._held:
+                self._held[key][0] += 1
+            else:
+                self._held[key] = [1, storage.nbytes()]
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return saved
+
+    def _release(self, key: int) -> None:
+        with self._lock:
+            entry = self._held[key]
+            entry[0] -= 1
+            if entry[0] == 0:
+                del self._held[key]
+                self.now -= entry[1]
+
+
+class _Saved:
+    """Stands for a saved tensor in autograd's graph, and reports when autograd frees it.
+
+    It holds a detached alias. An output that its own node saves would otherwise hold that node, a
+    cycle that nothing frees.
+    """
+
+    __slots__ = ("key", "owner", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, owner: SavedBytes | None, key: int) -> None:
+        self.tensor = tensor.detach()  # shares the version counter of the original
+        self.version = tensor._version
+        self.owner = owner
+        self.key = key
+
+    def __del__(self) -> None:
+        if self.owner is not None:
+            # before the storage is freed, so that its address is free when it is used again
+            self.owner._release(self.key)
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    # torch 2.13 skips its version check where hooks are set (saved_variable.cpp). A measured batch
+    # must fail where a plain one does, so the check is made here.
+    if saved.tensor._version != saved.version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace"
+            f" operation: [{saved.tensor.type()} {list(saved.tensor.shape)}] is at version"
+            f" {saved.tensor._version}; expected version {saved.version} instead"
+        )
+    return saved.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldBytes:
+    """What one worker holds between two batches: bytes of distinct storages."""
+
+    parameters: int
+    buffers: int
+    gradients: int  # of every parameter that learns, while a batch is differentiated
+    optimizer: int  # state such as momentum; under ZeRO, that of this worker's share
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.buffers + self.gradients + self.optimizer
+
+
+def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
+    """Call it after the optimizer's first step, which makes its state."""
+    state = (value for values in optimizer.state.values() for value in values.values())
+    return HeldBytes(
+        parameters=bytes_of(network.parameters()),
+        buffers=bytes_of(network.buffers()),
+        gradients=sum(each.nbytes for each in network.parameters() if each.requires_grad),
+        optimizer=bytes_of(value for value in state if isinstance(value, Tensor)),
+    )
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, each storage whole and once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
