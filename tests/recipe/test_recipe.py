@@ -266,8 +266,8 @@ def test_of_what_is_trusted_nothing_takes_a_path_but_to_read_there_or_to_keep_an
     ours = [importlib.import_module(name) for name in TRUSTED if name.startswith("pipeline.")]
     for package in [each for each in ours if hasattr(each, "__path__")]:
         ours += [
-            importlib.import_module(f"{package.__name__}.{each.name}")
-            for each in pkgutil.iter_modules(package.__path__)
+            importlib.import_module(each.name)
+            for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
         ]
     made = {
         each
