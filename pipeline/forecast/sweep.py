@@ -140,15 +140,8 @@ def sweep(
         time_steps = bench.recipe.time_steps
         say_stage(f"measuring each rule at T = {time_steps}")
         room = None if free is None else _Room(bench, free, threads)
-        tried = rules_by_label(rules, recipe.rule)
-        rounds, why = measure_costs(bench, tried)
-        for label, of_one in rounds.items():
-            try:
-                points.append(_point(bench, median_cost(of_one), tried[label], room))
-                if at_largest and room is not None:
-                    points[-1] = room.trained(points[-1], tried[label])
-            except ValueError as error:
-                why[label] = str(error)
+        found, why = _points(bench, rules_by_label(rules, recipe.rule), room, at_largest)
+        points += found
         for label, reason in why.items():
             refused.setdefault(label, {})[time_steps] = reason
     if not points:
@@ -181,13 +174,27 @@ def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_larges
         raise ValueError("sweep: at_largest needs memory_bytes, to find a largest batch; got None")
 
 
-def _point(bench: Bench, cost: Cost, rule: Spec, room: _Room | None) -> Point:
-    return Point(
-        time_steps=bench.recipe.time_steps,
-        cost=cost,
-        images_per_compute_s=bench.samples / cost.compute_s,
-        largest_batch=None if room is None else room.estimate(cost, rule),
-    )
+def _points(
+    bench: Bench, rules: Mapping[str, Spec], room: _Room | None, at_largest: bool
+) -> tuple[list[Point], dict[str, str]]:
+    """The points of all rules at one T, and why rules have none, or no largest batch."""
+    points: list[Point] = []
+    rounds, why = measure_costs(bench, rules)
+    for label, of_one in rounds.items():
+        cost = median_cost(of_one)
+        try:
+            point = Point(
+                time_steps=bench.recipe.time_steps,
+                cost=cost,
+                images_per_compute_s=bench.samples / cost.compute_s,
+                largest_batch=None if room is None else room.estimate(cost, rules[label]),
+            )
+            points.append(point)
+            if at_largest and room is not None:
+                points[-1] = room.trained(point, rules[label])
+        except ValueError as error:
+            why[label] = str(error)
+    return points, why
 
 
 class _Room:
