@@ -81,7 +81,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_in_a_copy_of_the_tree_they_pass_their_tests_and_the_contracts(tree: Path):
     tests = [name for name in FILES if name.startswith("tests/")]
-    tests += ["tests/rules/test_contract.py", "tests/commands/test_examples.py"]
+    tests += ["tests/rules/test_contract.py", "tests/cli/test_examples.py"]
     mine = "LastStep or where or looked_at or not (contract or examples)"
     done = subprocess.run(
         (sys.executable, "-m", "pytest", "-q", "-k", mine, *tests),
