@@ -101,7 +101,7 @@ def holders(folder: Path) -> list[str]:
 OF_OUR_OWN = """
 import os
 from pathlib import Path
-from pipeline.launch.preflight import join_without_token
+from pipeline.launch.preflight_services import join_without_token
 from pipeline.launch.ray import Ray
 with Ray(workers=1, device="cpu") as launcher:
     import ray
@@ -370,7 +370,7 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
     write_json(run / "recipe.json", {**value, "recipe": {**value["recipe"], "model": model}})
     said = (
         f"{where}.load_state_dict is not in a trusted package; trusted are"
-        " pipeline.data.datasets.beton, "
+        " pipeline.data.datasets, "
     )
     for words in (
         ("resume", "it"),

@@ -8,7 +8,7 @@ import sys
 FORKS = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from pipeline.data import ffcv_api
+from pipeline.data.ffcv import api
 if not os.fork():
     os._exit(0)
 os.wait()
