@@ -325,9 +325,8 @@ def test_a_run_is_neither_the_suites_folder_nor_a_file(tmp_path: Path) -> None:
 
 
 def test_nothing_of_ones_own_is_imported_without_trust() -> None:
-    with pytest.raises(
-        ValueError, match=r"suite\.json: tests\.recipe\.test_suite\.report is not in a trusted package"
-    ):
+    said = r"suite\.json: tests\.recipe\.test_suite\.report is not in a trusted package"
+    with pytest.raises(ValueError, match=said):
         SuiteFile.from_json(suite_json())
 
 
