@@ -369,8 +369,7 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
     value = read_json(run / "recipe.json")
     write_json(run / "recipe.json", {**value, "recipe": {**value["recipe"], "model": model}})
     said = (
-        f"{where}.load_state_dict is not in a trusted package; trusted are"
-        " pipeline.data.datasets, "
+        f"{where}.load_state_dict is not in a trusted package; trusted are pipeline.data.datasets, "
     )
     for words in (
         ("resume", "it"),
