@@ -28,7 +28,6 @@ from pipeline.train.checkpoint import step_name
 from tests.driver import Driver
 from tests.faults.test_security import holders, plant
 from tests.small import same_weights
-from tests.track.test_mlflow import wait_for
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -184,9 +183,6 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
         _, left = psutil.wait_procs(
             workers, timeout=15
         )  # sooner than they would take themselves to hang
-        assert wait_for(
-            lambda: in_mlflow(run) == "KILLED"
-        )  # nobody has synced it or gone on with it
     finally:
         first.kill()
     second = Driver("resume", run.name, "--trust", "faulty_lab", run=run, folder=file.parent)
@@ -337,7 +333,7 @@ def test_weights_that_come_apart_are_found_and_given_up(
 def test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed(
     runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
 ) -> None:
-    """Within 15 s, and then it was KILLED in MLflow, which the run itself has asserted."""
+    """Within 15 s. MLflow hears of the end when the run is resumed or synced."""
     start = events(runs[0], "start")[6]
     assert (start["step"], start["attempt"]) == (newest(faults["driver"][1]), 6)
     assert in_mlflow(runs[0]) == "FINISHED"
