@@ -47,9 +47,11 @@ def main() -> None:
     """
     announce_imports()
     try:
-        from pipeline.cli.app import run_command
+        from pipeline.cli.app import app, errors_in_one_line
 
-        run_command()
+        with errors_in_one_line():
+            code = app(prog_name="spiketrain", standalone_mode=False)
+            sys.exit(code if isinstance(code, int) else 0)
     except ModuleNotFoundError as error:
         extras = extras_with(error.name or "")
         if not extras:

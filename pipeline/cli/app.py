@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -38,13 +40,13 @@ app.add_typer(write_app, name="write")
 usage_error: Any = typer.BadParameter.__mro__[1]
 
 
-def run_command() -> NoReturn:
-    """Run the command of `sys.argv`. An error that the user can correct is one line on stderr and
-    exit code 2.
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the process on an error of the command inside. An error that the user can correct is one
+    line on stderr and exit code 2.
     """
     try:
-        code = app(prog_name="spiketrain", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        yield
     except usage_error as error:
         where = error.ctx.command_path if error.ctx is not None else "spiketrain"
         print(f"{error.format_message()} (see {where} --help)", file=sys.stderr)
