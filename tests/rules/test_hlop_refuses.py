@@ -173,7 +173,10 @@ def network_with(*modules: nn.Module) -> nn.Module:
         ),
         (
             lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(sgd(weight_decay=1e-4)),
-            r"HLOP\(SLTT\): weight_decay must be 0, because .*; got weight_decay=0\.0001",
+            (
+                r"HLOP\(SLTT\): weight_decay must be 0, because it also shrinks .*; got"
+                r" weight_decay=0\.0001"
+            ),
         ),
     ],
 )

@@ -573,15 +573,24 @@ def a_neuron_twice() -> nn.Module:
         ),
         (
             lambda: OPZO(intermediate=(0, 1)),
-            r"OPZO: intermediate must be increasing .*, 1 or more, .* got intermediate=\(0, 1\)",
+            (
+                r"OPZO: intermediate must be increasing indices .*, 1 or more, .* got"
+                r" intermediate=\(0, 1\)"
+            ),
         ),
         (
             lambda: OPZO(intermediate="12"),
-            r"OPZO: intermediate must be increasing indices of .* got intermediate='12'",
+            (
+                r"OPZO: intermediate must be increasing indices of hidden layers, .* got"
+                r" intermediate='12'"
+            ),
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=1),
-            r"OPZO: intermediate must be increasing indices of .* got intermediate=1",
+            (
+                r"OPZO: intermediate must be increasing indices of hidden layers, .* got"
+                r" intermediate=1"
+            ),
         ),  # type: ignore[arg-type]
         (
             lambda: OPZO(intermediate=(True, 2)),

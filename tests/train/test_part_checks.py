@@ -196,7 +196,10 @@ MEMBERS = "classes, shape, fingerprint, check, train, val"
         ),
         (
             teacher("none"),
-            r"teacher: taught_by must make a pipeline\.models\..*\.Teacher; got Nothing",
+            (
+                r"teacher: taught_by must make a pipeline\.models\.teachers\.base\.Teacher; got"
+                r" Nothing"
+            ),
         ),
         (teacher("silent"), "teacher: taught_by must override forward; it does not"),
     ],
