@@ -19,13 +19,13 @@ Xeon: -7.4, +6.5, -24.3, -3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a st
 plan -5.2, +7.0, -22.5, +26.0, +11.1 % at 9779fdce236c, of which DSR's is too much.
 
 All seconds above are of plans that timed small batches. Since then plans count a step without
-running
-it, and take seconds from a roofline with measured rates: not measured yet on an idle machine.
+running it, and take seconds from a roofline with measured rates, which is not measured yet on an
+idle machine.
 
 Five recipes of different families, each trained by its own rule on this machine. The plan is made
 before the launch, which decides. The error of a plan made after it shows how far the machine
 drifted.
-Nothing else should run. Exits with 1 where saved bytes differ; seconds are printed and not judged.
+Nothing else should run. Exits with 1 where saved bytes differ, or seconds by more than 25 %.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from recipes.fashion.ide import recipe as fashion_ide
 from recipes.fashion.sltt import recipe as fashion_sltt
 from recipes.stamps.qkformer_bptt import recipe as stamps_qkformer_bptt
 
+SECONDS = 0.25
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "VGG, SLTT": fashion_sltt,
     "QKFormer, BPTT": stamps_qkformer_bptt,
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
-    machine, is_exact = hardware(device_here()), True
+    machine, is_near = hardware(device_here()), True
     print(
         f"{arguments.workers} workers, {arguments.steps} steps; commit {commit()},"
         f" {machine['cpu']}, torch {machine['torch']}"
@@ -81,7 +82,7 @@ def main() -> None:
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
             off, later = errors(before, run), errors(after, run).step_s
         saved, step = off.saved_bytes, off.step_s
-        is_exact &= saved.error == 0
+        is_near &= saved.error == 0 and abs(step.error) <= SECONDS
         print(
             f"{name:<18} {saved.planned / 1e6:8.4g} MB planned, {saved.measured / 1e6:8.4g}"
             f" measured {saved.error:+7.1%}; {step.planned * 1e3:6.4g} ms planned,"
@@ -89,7 +90,7 @@ def main() -> None:
             f" {later.planned * 1e3:6.4g} ms, {later.error:+.1%}",
             flush=True,
         )
-    sys.exit(not is_exact)
+    sys.exit(not is_near)
 
 
 if __name__ == "__main__":

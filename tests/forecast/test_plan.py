@@ -428,7 +428,7 @@ def test_a_plan_against_what_was_launched(
     assert off["step_s"]["error"] == pytest.approx(
         off["step_s"]["planned"] / off["step_s"]["measured"] - 1
     )
-    assert off["step_s"]["planned"] > 0
+    assert 0.4 < off["step_s"]["planned"] / off["step_s"]["measured"] < 2.5
     assert "Against launched, SLTT-2: saved for backward" in " ".join(run(*words)[1].split())
     code, _, err = run(*words, "--set", "batch_size=16")
     assert (
