@@ -15,8 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.recipe import own_code
-from pipeline.recipe.json import is_inside
-from pipeline.recipe.recipe import TRUSTED, Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
 
 _UNNAMED = "recipe_file_"
@@ -78,7 +77,7 @@ def trust_of(
         raise ValueError(
             f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}"
         )
-    targets = [target for target in targets_of(made) if not is_inside(target, TRUSTED)]
+    targets = targets_of(made, but_trusted=True)
     modules = [
         (name, path)
         for path in paths

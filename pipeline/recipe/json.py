@@ -166,11 +166,8 @@ def imported(
     """
     if not isinstance(name, str):
         raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
-    refusal = (
-        f"{who}: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its"
-        " package with --trust"
-    )
-    if not is_inside(name, trusted):
+    refusal = f"{who}: {name} is not in a trusted package; name its package with --trust"
+    if not is_trusted(name, trusted):
         raise ValueError(refusal)
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
@@ -189,7 +186,7 @@ def imported(
         # where the
         # object was defined.
         defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-        if not callable(found) or not is_inside(defined, trusted):
+        if not callable(found) or not is_trusted(defined, trusted):
             raise ValueError(refusal)
         if not _makes_parts(found):
             raise ValueError(
@@ -230,6 +227,19 @@ def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
 def is_inside(name: str, trusted: Collection[str]) -> bool:
     """Whether a dotted name is one of the trusted, or in a package or module that is."""
     return any(name == each or name.startswith(f"{each}.") for each in trusted)
+
+
+def is_trusted(name: str, trusted: Collection[str]) -> bool:
+    """Whether a dotted name may be imported.
+
+    The longest entry that the name is, or is inside of, decides. An entry that begins with `!`
+    refuses: of "pipeline.models" and "!pipeline.models.teachers" the second decides about teachers.
+    """
+    entries = [each for each in trusted if is_inside(name, [each.removeprefix("!")])]
+    if not entries:
+        return False
+    longest = max(entries, key=lambda each: (len(each.removeprefix("!")), each[0] != "!"))
+    return not longest.startswith("!")
 
 
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -25,10 +25,28 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import reference_to
 from pipeline.recipe.suite import Choice, Report, Suite, filled, references
 
-__all__ = ["LEAST_VALUES", "joined", "over_seeds", "parse_search", "tuned"]
+__all__ = [
+    "BASELINE",
+    "LEAST_VALUES",
+    "is_baseline",
+    "joined",
+    "over_seeds",
+    "parse_search",
+    "tuned",
+]
 
+BASELINE = "BPTT"
+"""the rule that other rules are compared with"""
 LEAST_VALUES = 5
 HELD_OUT = 0.1
+
+
+def is_baseline(rule: str, against: str = BASELINE) -> bool:
+    """Whether `rule` is `against`, or BPTT that computes its gradient slice by slice.
+
+    Times are divided by the faster of the two.
+    """
+    return rule == against or (against == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
 
 
 def joined(suites: Sequence[Suite]) -> Suite:
@@ -119,12 +137,11 @@ def tuned(
         tried = trials.setdefault(_but_for_its_seed(recipe), [])
         if not tried:
             tried += [_trial(recipe, field, value, search) for value in values]
-        about = {**search, "evaluate_every": 0}  # the test set is read once
-        final = replace(recipe, name=f"{recipe.name}-tuned", protocol="tuned", **about)
+        final = replace(_read_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search)
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
-    shared = (replace(recipe, evaluate_every=0) for recipe in suite.recipes)
+    shared = map(_read_once, suite.recipes)
     return Suite((*shared, *every_trial, *finals), report, choices)
 
 
@@ -143,7 +160,12 @@ def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) ->
         )
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
-    return replace(trial, name=name, protocol="trial", **search, evaluate_every=0)
+    return replace(_read_once(trial), name=name, protocol="trial", **search)
+
+
+def _read_once(recipe: Recipe) -> Recipe:
+    """The recipe evaluated after its last epoch only."""
+    return recipe.override({"evaluation.every": 0})
 
 
 def _as_text(value: Any) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.recipe import own_code
-from pipeline.recipe.json import dotted, imported, targets
-from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.json import dotted, imported, is_trusted, read_json, targets, write_json
+from pipeline.recipe.recipe import TRUSTED as PARTS
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import arguments_of, reference_to, referred
 
 __all__ = [
@@ -197,18 +198,20 @@ def refuse_references(recipe: Recipe) -> None:
         )
 
 
-def targets_of(made: Recipe | Suite) -> list[str]:
-    """The dotted names of what reading it back imports: all parts of its recipes, and its
-    report.
+def targets_of(made: Recipe | Suite, *, but_trusted: bool = False) -> list[str]:
+    """The dotted names that reading it back imports: the parts of its recipes, and its report.
+
+    Args:
+        but_trusted: without the names that need no `--trust`.
     """
-    found = [
+    recipes, report = (made.recipes, made.report) if isinstance(made, Suite) else ((made,), None)
+    parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]
+    reports = [] if report is None else [(dotted(report), TRUSTED)]
+    return [
         name
-        for recipe in (made.recipes if isinstance(made, Suite) else [made])
-        for name in targets(recipe.to_json())
+        for name, trusted in parts + reports
+        if not but_trusted or not is_trusted(name, trusted)
     ]
-    return (
-        found if isinstance(made, Recipe) or made.report is None else [*found, dotted(made.report)]
-    )
 
 
 def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:

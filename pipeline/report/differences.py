@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.recipe.json import differing
-from pipeline.recipe.recipe import BESIDE_THE_STUDY
+from pipeline.recipe.recipe import Role, select
 from pipeline.report.runs import recipe_of, summary_of
 from pipeline.track.provenance import told_in
 
-__all__ = ["VARIED", "differences", "trained_apart", "tuned_in", "written"]
-
-VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which counts by its content
+__all__ = ["differences", "of_the_study", "trained_apart", "tuned_in", "written"]
 
 
 def differences(a: Path, b: Path) -> list[tuple[str, Any, Any]]:
@@ -83,13 +81,16 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe as JSON that all runs of one study share."""
+    return select(recipe, lambda role: Role.STUDY in role)
+
+
 def _explained(
     a: Path, b: Path, summaries: tuple[dict, dict], keys: list[Any]
 ) -> list[tuple[str, Any, Any]]:
     recipes = [recipe_of(folder) for folder in (a, b)]
-    kept = [
-        {name: value for name, value in recipe.items() if name not in VARIED} for recipe in recipes
-    ]
+    kept = [{**of_the_study(recipe), "init": recipe.get("init")} for recipe in recipes]
     found = list(differing("", *kept))
     paths = [one for one in found if all(_is_path(value) for value in one[1:])]
     found = [one for one in found if one not in paths]

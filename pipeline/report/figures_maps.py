@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pipeline.core.units import counted
+from pipeline.report.differences import written
 from pipeline.report.figure import Figure, Missing, Table, Theme, base_layout, plain
 from pipeline.report.study import Group, StudyRun
 
@@ -89,9 +90,7 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     title = "Gradient fidelity: cosine with BPTT's gradient"
     of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
     if not of_rule:
-        why = (
-            "no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch"
-        )
+        why = "no run compared its gradient with BPTT's; --set evaluation.fidelity_every=1 does after each epoch"
         return Missing(
             title=title,
             why=_told_later(run for run in group.runs if run.rule != group.against) or why,
@@ -137,7 +136,7 @@ def temporal_share(group: Group) -> Figure | Missing:
     title = "Temporal share of BPTT's gradient"
     looked = [run for run in group.runs if any(each.temporal_share for each in run.fidelity)]
     if not looked:
-        why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
+        why = "no run compared gradients; --set evaluation.fidelity_every=1 does after each epoch"
         return Missing(title=title, why=_told_later(group.runs) or why)
     run = next(
         (run for run in looked if run.rule == "SLTT"), looked[0]
@@ -208,7 +207,11 @@ def _told_later(runs: Iterable[StudyRun]) -> str:
     """Of runs that told of no comparison: which of them compare gradients by their recipes; empty
     where none does.
     """
-    looking = [run.name for run in runs if str(run.recipe.get("fidelity_every") or 0) != "0"]
+    looking = [
+        run.name
+        for run in runs
+        if str(written(run.recipe, "evaluation.fidelity_every") or 0) != "0"
+    ]
     return f"not told yet by {', '.join(looking)}" if looking else ""
 
 

@@ -15,7 +15,7 @@ from pipeline.core.units import shown, unit_of
 from pipeline.measure.sampled import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.json import differing
 from pipeline.report.claims import Claim
-from pipeline.report.differences import VARIED, trained_apart, tuned_in, written
+from pipeline.report.differences import of_the_study, trained_apart, tuned_in, written
 from pipeline.report.figure import Cell, Table
 from pipeline.report.figures import MEASURED_SAID, QUANTITIES, prices
 from pipeline.report.places import NOT_SAID, machine, micro_batches, places
@@ -436,7 +436,7 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 
 def _evaluated(recipe: Mapping[str, Any]) -> str:
     """How often the set was read that top-1 is of: what is read once has chosen nothing."""
-    every = written(recipe, "evaluate_every")
+    every = written(recipe, "evaluation.every")
     if every is None:
         return NOT_SAID
     return {"0": "once, at the end", "1": "after each epoch"}.get(
@@ -453,7 +453,7 @@ def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Without what runs of a group may differ in; a value that each rule has of its own is
     nobody's.
     """
-    kept = {name: copy.deepcopy(value) for name, value in recipe.items() if name not in VARIED}
+    kept = copy.deepcopy({**of_the_study(recipe), "init": recipe.get("init")})
     for key in (key for key in tuned_in(recipe) if written(recipe, key) is not None):
         *parts, last = key.split(".")
         inner: Any = kept

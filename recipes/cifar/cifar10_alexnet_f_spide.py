@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.feedback import convnet_f
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.neuron import IF
 from recipes.cifar.cifar10_alexnet_f_ide import recipe as ide

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.cifar.cifar10_alexnet_f_spide import recipe as alexnet
 
 

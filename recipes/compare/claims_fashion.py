@@ -96,8 +96,7 @@ from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
 from pipeline.forecast.turns import Turns, in_turn
 from pipeline.measure.memory import device_here, hardware, other_than_here
-from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Evaluation, Recipe, Suite, spec
 from pipeline.report.beside import beside
 from pipeline.report.claims import (
     Claim,
@@ -169,8 +168,7 @@ def _of_study(study: str) -> Iterator[Recipe]:
         time_steps=T,
         batch_size=BATCH,
         epochs=EPOCHS,
-        evaluate_every=0,
-        fidelity_every=1,
+        evaluation=Evaluation(every=0, fidelity_every=1),
     )
     for seed in SEEDS:
         for name, rule in RULES.items():

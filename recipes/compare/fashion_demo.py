@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from recipes.fashion.base import fashion
@@ -27,6 +27,10 @@ def recipe() -> list[Recipe]:
     study = fashion()
     # Half the study's learning rate: SLTT-1 has to bear it times six.
     shared = replace(
-        study, optimizer=study.optimizer.with_(lr=0.3), time_steps=6, epochs=3, evaluate_every=1
+        study,
+        optimizer=study.optimizer.with_(lr=0.3),
+        time_steps=6,
+        epochs=3,
+        evaluation=Evaluation(every=1),
     )
     return [replace(shared, name=f"fashion-demo-{name}", rule=rule) for name, rule in rules.items()]

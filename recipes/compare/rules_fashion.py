@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe import Evaluation, Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.ide import IDE
@@ -66,5 +66,9 @@ def recipe() -> list[Recipe]:
 def _study(name: str, shared: Recipe, rules: dict[str, Spec]) -> Iterator[Recipe]:
     for rule_name, rule in rules.items():
         yield replace(
-            shared, name=f"rules-{name}-{rule_name}", rule=rule, epochs=2, evaluate_every=0
+            shared,
+            name=f"rules-{name}-{rule_name}",
+            rule=rule,
+            epochs=2,
+            evaluation=Evaluation(every=0),
         )

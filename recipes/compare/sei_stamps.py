@@ -81,8 +81,8 @@ from rich.console import Console
 from pipeline.core.printing import say
 from pipeline.models.binarized import binarized
 from pipeline.models.teachers.network import network_teacher
-from pipeline.recipe.recipe import Recipe, read_json, spec
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Recipe, Suite, spec
+from pipeline.recipe.json import read_json
 from pipeline.track.state import state_of
 from pipeline.train.objective import CrossEntropy
 from recipes.compare.factorial_base import Levels, all_effects, effect, factorial, read_right

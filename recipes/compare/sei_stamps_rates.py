@@ -27,7 +27,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.core.printing import number, print_table, prose
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Evaluation, Suite
 from pipeline.track.trials import top1_of
 from recipes.compare.sei_stamps import FACTORS, trained
 from recipes.stamps.base import pictures
@@ -41,7 +41,12 @@ def recipe() -> Suite:
     recipes = []
     for (weights, shortcuts), rate in product(CELLS, RATES):
         cell = trained(weights, shortcuts, "labels")
-        changes = {"data": pictures("3"), "seed": 3, "epochs": EPOCHS, "evaluate_every": 0}
+        changes = {
+            "data": pictures("3"),
+            "seed": 3,
+            "epochs": EPOCHS,
+            "evaluation": Evaluation(every=0),
+        }
         optimizer = cell.optimizer.with_(lr=rate)
         recipes.append(
             replace(cell, name=_name(weights, shortcuts, rate), optimizer=optimizer, **changes)

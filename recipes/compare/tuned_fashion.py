@@ -34,9 +34,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import spec
+from pipeline.recipe import Suite, spec
 from pipeline.recipe.search import over_seeds, tuned
-from pipeline.recipe.suite import Suite
 from pipeline.report.protocols import print_protocols
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT

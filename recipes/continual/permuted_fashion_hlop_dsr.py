@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateLIF
 from recipes.continual.base import permuted, protected

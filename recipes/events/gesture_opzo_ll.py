@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.events import Events
 from pipeline.models.readouts import with_readouts
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
@@ -44,5 +44,5 @@ def recipe() -> Recipe:
         time_steps=20,
         batch_size=16,
         epochs=300,
-        evaluate_every=10,
+        evaluation=Evaluation(every=10),
     )

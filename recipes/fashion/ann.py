@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import nn
 
 from pipeline.models.convnet import convnet
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.fashion.base import fashion
 
@@ -42,5 +42,5 @@ def recipe() -> Recipe:
         time_steps=1,
         over_time="mean",
         epochs=8,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

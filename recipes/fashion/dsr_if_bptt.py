@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.fashion.dsr_if import recipe as dsr_if
 

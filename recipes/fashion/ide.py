@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.feedback import fc_feedback
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.ide import IDE
 from pipeline.spiking.neuron import IF
 from recipes.fashion.base import fashion
@@ -43,5 +43,5 @@ def recipe() -> Recipe:
         time_steps=5,
         over_time="mean",
         epochs=60,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.neuron import IF
 from recipes.fashion.ide import recipe as ide

@@ -1,4 +1,5 @@
 """OPZO on Fashion-MNIST: three convolutions whose errors come from above through matrices learnt
+from pipeline.recipe import Evaluation
 from noise.
 
 OPZO, OPZO+LL, DFA and backpropagation (recipes/fashion/opzo*.py, dfa.py) train this network with
@@ -19,7 +20,7 @@ from dataclasses import replace
 from timm.optim import create_optimizer_v2
 
 from pipeline.models.readouts import with_readouts
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from recipes.fashion.base import fashion
@@ -36,5 +37,5 @@ def recipe() -> Recipe:
         optimizer=spec(create_optimizer_v2, opt="adam", lr=0.01, weight_decay=0.0),
         time_steps=2,
         epochs=10,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.spiking.neuron import LIF
 from recipes.fashion.opzo import recipe as opzo
 

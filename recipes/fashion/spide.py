@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.neuron import IF
 from recipes.fashion.ide import recipe as ide
@@ -29,5 +29,5 @@ def recipe() -> Recipe:
         model=shared.model.with_(neuron=spec(IF, threshold=1.0, subtract=2.0)),
         rule=spec(SPIDE, steps=100, scale=2.0),
         epochs=20,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.nf_resnet import nf_resnet101
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from recipes.imagenet.base import second_stage
 

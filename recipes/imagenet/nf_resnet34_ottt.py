@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.nf_resnet import nf_resnet34
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid

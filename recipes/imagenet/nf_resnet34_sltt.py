@@ -12,7 +12,7 @@ Result:   not run (target, published: 66.19 % top-1)
 from __future__ import annotations
 
 from pipeline.models.nf_resnet import nf_resnet34
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.imagenet.base import second_stage
 
 

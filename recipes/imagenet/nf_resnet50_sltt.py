@@ -12,7 +12,7 @@ Result:   not run (target, unconfirmed: 67.02 % top-1)
 from __future__ import annotations
 
 from pipeline.models.nf_resnet import nf_resnet50
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.imagenet.base import second_stage
 
 

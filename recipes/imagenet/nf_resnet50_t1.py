@@ -10,7 +10,7 @@ Result:   not run
 from __future__ import annotations
 
 from pipeline.models.nf_resnet import nf_resnet50
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.imagenet.base import first_stage
 
 

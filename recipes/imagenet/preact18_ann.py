@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.preact_resnet import preact_resnet18
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine

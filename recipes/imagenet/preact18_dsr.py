@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateIF
 from pipeline.train.schedule import cosine

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.imagenet.qkformer_base import SETTING, qkformer
 
 PUBLISHED = (

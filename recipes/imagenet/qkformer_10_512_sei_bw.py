@@ -13,7 +13,7 @@ Result:   not run (target, none is published for this width)
 
 from __future__ import annotations
 
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Suite
 from recipes.imagenet.qkformer_base import sei
 
 

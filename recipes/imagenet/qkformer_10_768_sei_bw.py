@@ -15,7 +15,7 @@ Result:   not run (published: 82.52 % top-1 at T = 2, for a Transformer that is 
 
 from __future__ import annotations
 
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Suite
 from recipes.imagenet.qkformer_base import sei
 
 

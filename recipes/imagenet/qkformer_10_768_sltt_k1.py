@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from recipes.imagenet.qkformer_10_768_bptt import recipe as bptt
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.ms_resnet import MSResNet
-from pipeline.recipe.recipe import spec
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Suite, spec
 from recipes.sei_base import two_stages
 from recipes.stamps.base import CLASSES, sei_first_stage
 

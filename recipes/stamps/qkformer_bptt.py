@@ -10,7 +10,7 @@ Result:   .2202 on unseen objects of split 0, one seed; 327 s, 107 MB kept for b
 
 from __future__ import annotations
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.stamps.base import qkformer
 
 

@@ -13,7 +13,7 @@ Result:   on unseen objects of split 0, one seed: full precision .2942; 1-bit by
 
 from __future__ import annotations
 
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Suite
 from recipes.sei_base import two_stages
 from recipes.stamps.base import sei_first_stage
 

@@ -46,7 +46,9 @@ from tests.small import small_recipe
 from slow_lab import Slow
 
 def recipe():
-    return replace(small_recipe(backend="deepspeed", epochs=15, checkpoint_every=10), rule=spec(Slow))
+    return replace(small_recipe(backend="deepspeed", epochs=15), rule=spec(Slow)).override(
+        {"checkpoints.every": 10}
+    )
 """
 
 

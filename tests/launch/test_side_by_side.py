@@ -68,8 +68,8 @@ from tests.small import small_recipe
 
 def recipe():
     data = spec(Beton, folder="FOLDER", classes=10, channels=1, size=8, crop="resized", mean=(0.5,), std=(0.5,))
-    recipe = small_recipe(name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100)
-    return recipe.override({"optimizer.lr": 1e38})
+    recipe = small_recipe(name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6)
+    return recipe.override({"optimizer.lr": 1e38, "evaluation.samples": 100})
 """
 
 cores = pytest.mark.skipif(
