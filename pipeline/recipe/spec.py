@@ -55,7 +55,8 @@ class Spec:
     @property
     def label(self) -> str:
         """`SLTT(k=1)`: the target's name and the keywords that were written."""
-        return f"{self.target.__name__}({', '.join(f'{key}={_shown(value)}' for key, value in self.kwargs.items())})"
+        written = (f"{key}={_shown(value)}" for key, value in self.kwargs.items())
+        return f"{self.target.__name__}({', '.join(written)})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
         return Spec, (self.target, dict(self.kwargs))
