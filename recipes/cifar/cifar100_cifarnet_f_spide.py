@@ -4,7 +4,7 @@ Command:  spiketrain write folder --source cifar100 --out data/cifar100 --mode r
           spiketrain launch recipes/cifar/cifar100_cifarnet_f_spide.py --workers 1
 Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its code: those of
           CIFAR-10 with S = 500.
-Result:   not run (the published accuracies could not be had)
+Result:   not run (the published accuracies were not available)
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_cifarnet_f_spide.py --workers 1
 Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its code, those of
           AlexNet-F with dropout 0.25.
-Result:   not run (the published accuracies could not be had)
+Result:   not run (the published accuracies were not available)
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 DVS-Gesture.
 
 Command:  spiketrain write events gesture --source tonic --out data/gesture --slices 20 --size 48
-          --counts int16 spiketrain launch recipes/events/gesture_opzo_ll.py --workers 1
+              --counts int16
+          spiketrain launch recipes/events/gesture_opzo_ll.py --workers 1
 Source:   Xiao et al. 2024 (OPZO+LL+IGL, 9 layers), arXiv:2407.12516; its settings and code are not
           public. Network, T = 20, batch 16, 300 epochs, Adam 1e-3 with cosine and 0.1 % squared
           error are those that OTTT publishes for this set (Xiao et al. 2022, arXiv:2210.04195);

@@ -9,7 +9,7 @@ Command:  spiketrain launch recipes/fashion/opzo.py --workers 2
 Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516, for the rule, which has no public code; the
           network is a small one of ours.
 Result:   top-1 0.9025 (0.9042, 0.9004, 0.9030) on the 10,000 test images after 10 epochs, three
-          seeds, each with --inline: one core of an AMD EPYC, other work beside it, 6 minutes a run;
+          seeds, each with --inline: one core of an AMD EPYC, under other load, 6 minutes a run;
           commit 15d3b0516162; paired intervals in docs/LOG.md
 """
 

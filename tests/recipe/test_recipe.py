@@ -526,6 +526,7 @@ def test_every_recipe_file_resolves_and_survives_tiny() -> None:
             assert recipe.tiny().time_steps <= 2
             assert recipe.family in FAMILIES, path
             head = path.read_text().split('"""')[1]
+            assert len(head.strip().splitlines()) <= 15, path
             assert "Command:" in head, path
             assert "Source:" in head, path
             assert "Result:" in head, path
