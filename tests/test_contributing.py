@@ -19,7 +19,7 @@ CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
 NAMES = (
     "pipeline.rules.last_step",
     "pipeline.models.perceptron",
-    "pipeline.data.digits",
+    "pipeline.data.datasets.digits",
     "recipes.digits.sltt",
 )
 
