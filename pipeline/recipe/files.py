@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.recipe import own_code
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
@@ -30,12 +31,14 @@ def load_recipe(path: Path) -> Recipe | Suite:
         ValueError: no such file, a file without `recipe()`, or a recipe that does not fit (with the
         line that wrote it).
     """
-    if not path.is_file():
-        raise ValueError(
-            f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist"
-        )
-    if path.suffix != ".py":
-        raise ValueError(f"recipe: must be a Python file that defines recipe(); got {path}")
+    require(
+        path.is_file(),
+        f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist",
+    )
+    require(
+        path.suffix == ".py",
+        f"recipe: must be a Python file that defines recipe(); got {path}",
+    )
     try:
         make = getattr(_module(path), "recipe", None)
         if make is None:
@@ -97,11 +100,11 @@ def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
     """
     targets = targets_of(made)
     for path in paths:
-        if any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets):
-            raise ValueError(
-                f"{path}: a file that defines parts must have a name that Python can import and no"
-                f" other module has: letters, digits and _; got {path.name}"
-            )
+        require(
+            not any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets),
+            f"{path}: a file that defines parts must have a name that Python can import and no"
+            f" other module has: letters, digits and _; got {path.name}",
+        )
 
 
 def _is_of(path: Path, module: ModuleType) -> bool:
@@ -119,10 +122,10 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(
-                f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}"
-            )
+        require(
+            equals and key,
+            f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}",
+        )
         try:
             changes[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

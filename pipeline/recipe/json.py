@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.core.files import FOR_THE_USER, write_whole
 from pipeline.recipe.spec import Spec, is_path
 
@@ -148,10 +149,10 @@ def dotted(target: Callable[..., Any]) -> str:
         ValueError: one that has none: a lambda, or what was defined inside a function.
     """
     name = f"{target.__module__}.{target.__qualname__}"
-    if "<" in name:
-        raise ValueError(
-            f"recipe: {name} has no importable name; define it at the top level of a module"
-        )
+    require(
+        "<" not in name,
+        f"recipe: {name} has no importable name; define it at the top level of a module",
+    )
     return name
 
 
@@ -167,8 +168,10 @@ def imported(
     if not isinstance(name, str):
         raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
     refusal = f"{who}: {name} is not in a trusted package; name its package with --trust"
-    if not is_trusted(name, trusted):
-        raise ValueError(refusal)
+    require(
+        is_trusted(name, trusted),
+        refusal,
+    )
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
@@ -179,20 +182,24 @@ def imported(
                 raise  # the module is there; something that it needs is not
             continue
         for part in parts[cut:]:
-            if not hasattr(found, part):
-                raise ValueError(f"{who}: {name} does not exist in this installation")
+            require(
+                hasattr(found, part),
+                f"{who}: {name} does not exist in this installation",
+            )
             found = getattr(found, part)
         # `pipeline.models.teachers.cache.os.system` begins with a trusted name: what counts is
         # where the
         # object was defined.
         defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-        if not callable(found) or not is_trusted(defined, trusted):
-            raise ValueError(refusal)
-        if not _makes_parts(found):
-            raise ValueError(
-                f"{who}: {name} must be a class, a class method or a function of a module; it is"
-                " none of them"
-            )
+        require(
+            callable(found) and is_trusted(defined, trusted),
+            refusal,
+        )
+        require(
+            _makes_parts(found),
+            f"{who}: {name} must be a class, a class method or a function of a module; it is"
+            " none of them",
+        )
         return found
     raise ValueError(f"{who}: {name} does not exist in this installation")
 

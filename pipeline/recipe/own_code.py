@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.recipe.json import is_inside, read_json, write_json
 
 FILE = "code.json"
@@ -188,11 +189,11 @@ def _reach(name: str, package: Package) -> None:
     if folder not in sys.path and Path(folder).exists():
         sys.path.append(folder)
         importlib.invalidate_caches()
-    if not _places(top):
-        raise ValueError(
-            f"{top} must be in {folder}, where it was at the launch; it is not there: "
-            "put it back, or name its new folder in PYTHONPATH"
-        )
+    require(
+        _places(top),
+        f"{top} must be in {folder}, where it was at the launch; it is not there: "
+        "put it back, or name its new folder in PYTHONPATH",
+    )
 
 
 def _tell_if_changed(name: str, package: Package, of: str) -> None:

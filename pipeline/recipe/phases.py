@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.core.checks import is_count
+from pipeline.core.checks import is_count, require
 from pipeline.recipe.spec import Spec
 
 
@@ -42,18 +42,18 @@ class Phase:
                 f" got {self.data!r}"
             )
         [first, *_] = [*inspect.signature(self.data.target).parameters, ""]
-        if first in self.data.kwargs:
-            raise ValueError(
-                f"phase {self.name}: data is called with the recipe's data and must not be given"
-                f" {first!r} of its own"
-            )
+        require(
+            first not in self.data.kwargs,
+            f"phase {self.name}: data is called with the recipe's data and must not be given"
+            f" {first!r} of its own",
+        )
         for name, least in (("epochs", 1), ("head", 0)):
             value = getattr(self, name)
-            if value is not None and not is_count(value, least=least):
-                raise ValueError(
-                    f"phase {self.name}: {name} must be None or a whole number from {least}; got"
-                    f" {value!r}"
-                )
+            require(
+                value is None or is_count(value, least=least),
+                f"phase {self.name}: {name} must be None or a whole number from {least}; got"
+                f" {value!r}",
+            )
 
 
 def check_phases(phases: Sequence[Phase]) -> None:
@@ -62,11 +62,15 @@ def check_phases(phases: Sequence[Phase]) -> None:
     Raises:
         ValueError: two of one name, or heads for some and none for others.
     """
-    if not all(isinstance(phase, Phase) for phase in phases):
-        raise ValueError(f"recipe: phases must be written as Phase(...); got {phases!r}")
+    require(
+        all(isinstance(phase, Phase) for phase in phases),
+        f"recipe: phases must be written as Phase(...); got {phases!r}",
+    )
     names = [phase.name for phase in phases]
-    if len(set(names)) < len(names):
-        raise ValueError(f"recipe: phases must have names of their own; got {', '.join(names)}")
+    require(
+        len(set(names)) >= len(names),
+        f"recipe: phases must have names of their own; got {', '.join(names)}",
+    )
     if len({phase.head is None for phase in phases}) > 1:
         without = ", ".join(phase.name for phase in phases if phase.head is None)
         raise ValueError(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.checks import require
 from pipeline.core.errors import remedy
 from pipeline.core.files import is_name
 from pipeline.recipe import own_code
@@ -114,8 +115,10 @@ class _Fields:
                     f"recipe: {name} must be {type_name(hints[each.name])}; got {value!r}"
                 )
             least = each.metadata.get("least")
-            if least is not None and value is not None and value < least:
-                raise ValueError(f"recipe: {name} must be at least {least}; got {value}")
+            require(
+                least is None or value is None or value >= least,
+                f"recipe: {name} must be at least {least}; got {value}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +148,15 @@ class Policy(_Fields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(0 <= first < end for first, end in self.skip):
-            raise ValueError(
-                "recipe: policy.skip must be pairs of batches, 0 or more, the first below the"
-                f" second; got {self.skip!r}"
-            )
-        if self.loss_spike and self.loss_spike <= 1:
-            raise ValueError(
-                f"recipe: policy.loss_spike must be 0 or above 1; got {self.loss_spike}"
-            )
+        require(
+            all(0 <= first < end for first, end in self.skip),
+            "recipe: policy.skip must be pairs of batches, 0 or more, the first below the"
+            f" second; got {self.skip!r}",
+        )
+        require(
+            not self.loss_spike or self.loss_spike > 1,
+            f"recipe: policy.loss_spike must be 0 or above 1; got {self.loss_spike}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,49 +322,51 @@ class Recipe(_Fields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
-        if not all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published):
-            raise ValueError(
-                "recipe: published must be pairs of epochs, from 1, and top-1 in 0..1; got"
-                f" {self.published!r}"
-            )
-        if self.published_setting and not self.published:
-            raise ValueError(
-                "recipe: published_setting needs published, the points of the log; it has none"
-            )
-        if self.backend == "plain" and self.zero:
-            raise ValueError(
-                f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'"
-            )
+        require(
+            0 <= self.ema_decay < 1,
+            f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}",
+        )
+        require(
+            all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published),
+            "recipe: published must be pairs of epochs, from 1, and top-1 in 0..1; got"
+            f" {self.published!r}",
+        )
+        require(
+            not self.published_setting or self.published,
+            "recipe: published_setting needs published, the points of the log; it has none",
+        )
+        require(
+            self.backend != "plain" or not self.zero,
+            f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'",
+        )
         self._check_search()
         for name in ("name",) if self.family is None else ("name", "family"):
             text = getattr(self, name)
-            if not is_name(text):
-                raise ValueError(
-                    f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got"
-                    f" {text!r}"
-                )
+            require(
+                is_name(text),
+                f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got"
+                f" {text!r}",
+            )
         object.__setattr__(self, "phases", tuple(self.phases))
         check_phases(self.phases)
 
     def _check_search(self) -> None:
-        if (self.protocol == "shared") == bool(self.tuned):
-            raise ValueError(
-                f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of"
-                f" protocol {self.protocol}"
-            )
-        if self.searched and not self.tuned:
-            raise ValueError(
-                f"recipe: searched has the values of a field that is tuned; got {self.searched} and"
-                " no such field"
-            )
+        require(
+            (self.protocol == "shared") == (not self.tuned),
+            f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of"
+            f" protocol {self.protocol}",
+        )
+        require(
+            not self.searched or self.tuned,
+            f"recipe: searched has the values of a field that is tuned; got {self.searched} and"
+            " no such field",
+        )
         for key in self.tuned:
             role = roles().get(key) or roles().get(key.split(".")[0], Role.STUDY)
-            if Role.STUDY not in role:
-                raise ValueError(
-                    f"recipe: tuned must be a setting that the study key covers; got {key}"
-                )
+            require(
+                Role.STUDY in role,
+                f"recipe: tuned must be a setting that the study key covers; got {key}",
+            )
             self.value_of(key)
 
     def split(self, workers: int) -> Split:
@@ -376,11 +381,11 @@ class Recipe(_Fields):
         """
         recipe = self
         for key, value in changes.items():
-            if key.split(".")[0] == "phases":
-                raise ValueError(
-                    f"recipe: phases are written in the recipe alone; got {key}; data, epochs and"
-                    " stop_after reach all of them"
-                )
+            require(
+                key.split(".")[0] != "phases",
+                f"recipe: phases are written in the recipe alone; got {key}; data, epochs and"
+                " stop_after reach all of them",
+            )
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"recipe: {key} must be finite; got {value}")
             recipe = _changed(recipe, key.split("."), value, key)
@@ -398,10 +403,10 @@ class Recipe(_Fields):
                 value = value.kwargs.get(name)
             else:
                 value = getattr(value, name) if name in _names(value) else None
-        if value is None:
-            raise ValueError(
-                f"recipe: {key} must be written in the recipe; {self.name} has no value for it"
-            )
+        require(
+            value is not None,
+            f"recipe: {key} must be written in the recipe; {self.name} has no value for it",
+        )
         return value
 
     @property
@@ -472,10 +477,10 @@ class Recipe(_Fields):
                 f"recipe: data.steps must be time_steps={self.time_steps}; got {shape[0]}"
             )
         for key, steps in _time_steps_in("model", self.model):
-            if steps != self.time_steps:
-                raise ValueError(
-                    f"recipe: {key} must be the recipe's time_steps={self.time_steps}; got {steps}"
-                )
+            require(
+                steps == self.time_steps,
+                f"recipe: {key} must be the recipe's time_steps={self.time_steps}; got {steps}",
+            )
 
     def study_key(self, inputs: Mapping[str, str]) -> str:
         """16 hex digits of everything that all runs of a study share.
@@ -486,7 +491,7 @@ class Recipe(_Fields):
         Args:
             inputs: content hashes of what paths point at: `data` (and `init`, if there is one).
         """
-        value = select(self._encoded(paths=False), lambda role: Role.STUDY in role)
+        value = select(_written(self, paths=False), lambda role: Role.STUDY in role)
         for key in self.tuned:
             *parts, last = key.split(".")
             holder = value
@@ -500,11 +505,11 @@ class Recipe(_Fields):
         """A JSON value that `from_json` turns back into an equal recipe. Callables become dotted
         names.
         """
-        return {"version": FORMAT, "recipe": self._encoded(paths=True)}
+        return {"version": FORMAT, "recipe": _written(self, paths=True)}
 
     def decisive(self) -> dict[str, Any]:
         """The JSON of the fields that may not change between attempts of one run, without paths."""
-        value = json.loads(json.dumps(self._encoded(paths=False)))
+        value = json.loads(json.dumps(_written(self, paths=False)))
         return select(value, lambda role: Role.FREE not in role)
 
     @classmethod
@@ -553,10 +558,7 @@ class Recipe(_Fields):
 
     def flat(self) -> dict[str, str]:
         """Dotted keys to short text, for a tracker's table of parameters."""
-        return dict(flat(self._encoded(paths=True)))
-
-    def _encoded(self, *, paths: bool) -> dict[str, Any]:
-        return _written(self, paths=paths)
+        return dict(flat(_written(self, paths=True)))
 
 
 @functools.cache
@@ -621,19 +623,19 @@ def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
         return value
     head, *rest = path
     if isinstance(part, _Fields):
-        if head not in _names(part):
-            raise ValueError(
-                f"recipe: no field {part.prefix + head!r}; it has"
-                f" {', '.join(part.prefix + name for name in _names(part))}"
-            )
+        require(
+            head in _names(part),
+            f"recipe: no field {part.prefix + head!r}; it has"
+            f" {', '.join(part.prefix + name for name in _names(part))}",
+        )
         return replace(part, **{head: _changed(getattr(part, head), rest, value, key)})
     if not isinstance(part, Spec):
         raise ValueError(f"recipe: {key!r} goes below a plain value, {part!r}")
-    if rest and head not in part.kwargs:
-        raise ValueError(
-            f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds"
-            f" {', '.join(part.kwargs)}"
-        )
+    require(
+        not rest or head in part.kwargs,
+        f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds"
+        f" {', '.join(part.kwargs)}",
+    )
     return part.with_(**{head: _changed(part.kwargs.get(head), rest, value, key)})
 
 

@@ -21,6 +21,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import reference_to
 from pipeline.recipe.suite import Choice, Report, Suite, filled, references
@@ -92,8 +93,10 @@ def over_seeds(suite: Suite, count: int) -> Suite:
     Raises:
         ValueError: `count` below 1, or a suite whose report or choices know its recipes by name.
     """
-    if count < 1:
-        raise ValueError(f"launch: --seeds must be at least 1; got {count}")
+    require(
+        count >= 1,
+        f"launch: --seeds must be at least 1; got {count}",
+    )
     if count == 1:
         return suite
     _refuse_unless_plain(suite, "--seeds")
@@ -120,11 +123,10 @@ def tuned(
     """
     who = f"tuned: {field}"
     _refuse_unless_plain(suite, "--tune")
-    if len(values) < LEAST_VALUES or any(a == b for a, b in combinations(values, 2)):
-        raise ValueError(
-            f"{who} needs at least {LEAST_VALUES} different values; got"
-            f" {', '.join(map(str, values))}"
-        )
+    require(
+        len(values) >= LEAST_VALUES and not any(a == b for a, b in combinations(values, 2)),
+        f"{who} needs at least {LEAST_VALUES} different values; got {', '.join(map(str, values))}",
+    )
     search = {"tuned": (field,), "searched": tuple(sorted(map(_as_text, values)))}
     trials: dict[str, list[Recipe]] = {}
     finals: list[Recipe] = []
@@ -187,8 +189,8 @@ def _seeded(recipe: Recipe, more: int) -> Recipe:
 
 
 def _refuse_unless_plain(suite: Suite, option: str) -> None:
-    if suite.report is not None or suite.choices:
-        raise ValueError(
-            f"launch: {option} makes a comparison of recipes; got a suite that is one, with a"
-            " report of its own"
-        )
+    require(
+        suite.report is None and not suite.choices,
+        f"launch: {option} makes a comparison of recipes; got a suite that is one, with a"
+        " report of its own",
+    )

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.checks import require
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -102,18 +104,20 @@ def referred(path: str | os.PathLike[str]) -> str | None:
 
 
 def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    if not callable(target):
-        raise ValueError(f"spec: the target must be callable; got {target!r}")
+    require(
+        callable(target),
+        f"spec: the target must be callable; got {target!r}",
+    )
     parameters = _parameters(target)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     hints = _hints(target)
     for key, value in kwargs.items():
         if key not in _accepted(parameters):
-            if not open_ended:
-                raise ValueError(
-                    f"{target.__name__}: unexpected keyword {key!r}; it accepts"
-                    f" {accepted_text(target)}"
-                )
+            require(
+                open_ended,
+                f"{target.__name__}: unexpected keyword {key!r}; it accepts"
+                f" {accepted_text(target)}",
+            )
         elif key in hints and not admits(hints[key], value):
             raise ValueError(
                 f"{target.__name__}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
@@ -159,8 +163,10 @@ def arguments_of(
     hints = typing.get_type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls) if each.name not in besides}
     for name, given in value.items():
-        if name not in known:
-            raise ValueError(f"{who}: unknown field {name!r}; it has {', '.join(known)}")
+        require(
+            name in known,
+            f"{who}: unknown field {name!r}; it has {', '.join(known)}",
+        )
         if not admits(hints[name], given):
             raise ValueError(f"{who}: {name} must be {type_name(hints[name])}; got {given!r}")
     needed = [name for name, each in known.items() if each.default is dataclasses.MISSING]

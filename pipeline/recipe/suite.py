@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.recipe import own_code
 from pipeline.recipe.json import dotted, imported, is_trusted, read_json, targets, write_json
 from pipeline.recipe.recipe import TRUSTED as PARTS
@@ -87,16 +88,16 @@ class Suite:
             raise ValueError(f"suite: recipes must be Recipes, at least one; got {self.recipes!r}")
         names: list[str] = []
         for recipe in self.recipes:
-            if recipe.name in names:
-                raise ValueError(
-                    f"suite: recipes must have names of their own; got two of {recipe.name!r}"
-                )
+            require(
+                recipe.name not in names,
+                f"suite: recipes must have names of their own; got two of {recipe.name!r}",
+            )
             for reference in references(recipe):
-                if reference not in names:
-                    raise ValueError(
-                        f"suite: a reference must name an earlier recipe; got '@{reference}' in"
-                        f" {recipe.name}, before it stand {', '.join(names) or 'none'}"
-                    )
+                require(
+                    reference in names,
+                    f"suite: a reference must name an earlier recipe; got '@{reference}' in"
+                    f" {recipe.name}, before it stand {', '.join(names) or 'none'}",
+                )
             if choice := self.choices.get(recipe.name):
                 _check_choice(recipe, choice, earlier=names)
             names.append(recipe.name)
@@ -325,8 +326,10 @@ def runs_of(folder: Path) -> dict[str, Path]:
         for child in _children_in(folder)
     }
     for run in runs.values():
-        if run.exists() and not run.is_dir():
-            raise ValueError(f"{folder}: a run must be a folder; {run} is a file")
+        require(
+            not run.exists() or run.is_dir(),
+            f"{folder}: a run must be a folder; {run} is a file",
+        )
     return runs
 
 
@@ -402,25 +405,27 @@ def _choice(value: Any) -> Choice:
 
 def _check_choice(recipe: Recipe, choice: Choice, *, earlier: Collection[str]) -> None:
     recipe.value_of(choice.field)
-    if not choice.trials:
-        raise ValueError(f"suite: a choice needs trials; {recipe.name} has none for {choice.field}")
+    require(
+        choice.trials,
+        f"suite: a choice needs trials; {recipe.name} has none for {choice.field}",
+    )
     for trial in choice.trials:
-        if trial not in earlier:
-            raise ValueError(
-                f"suite: a trial must be an earlier recipe; got {trial!r} for {recipe.name}"
-            )
+        require(
+            trial in earlier,
+            f"suite: a trial must be an earlier recipe; got {trial!r} for {recipe.name}",
+        )
 
 
 def _check_report(report: Any) -> None:
     rule = (
         "suite: report must be a function at the top level of a module, called with (runs, console)"
     )
-    if (
-        not inspect.isfunction(report)
-        or report.__qualname__ != report.__name__
-        or not report.__name__.isidentifier()
-    ):
-        raise ValueError(f"{rule}; got {report!r}")
+    require(
+        inspect.isfunction(report)
+        and report.__qualname__ == report.__name__
+        and report.__name__.isidentifier(),
+        f"{rule}; got {report!r}",
+    )
     try:
         inspect.signature(report).bind({}, None)
     except TypeError as error:
