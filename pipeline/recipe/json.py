@@ -1,8 +1,9 @@
-"""What a recipe is made of as JSON, and back: a part is `{"target": name, "kwargs": ...}`, a frozen
-value `{"value": name, ...}`.
+"""Recipes as JSON.
 
-Names are dotted paths. Reading imports what they name, and so admits alone what is trusted:
-packages, modules, single callables."""
+A part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...}`.
+
+Names are dotted paths. Reading a recipe imports them, so only trusted names are accepted.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ _ABSENT = "(absent)"
 
 
 def encode(value: Any, *, paths: bool) -> Any:
-    """The JSON form of a field; without `paths`, keywords that say where something lies are left
-    out.
+    """The JSON form of a field.
+
+    Args:
+        paths: False leaves out keywords that are paths.
 
     Raises:
         ValueError: a value that has no JSON form, or a callable that cannot be imported again.
@@ -57,10 +60,10 @@ def encode(value: Any, *, paths: bool) -> Any:
 
 
 def decode(value: Any, trusted: Collection[str]) -> Any:
-    """The field that `encode` wrote; what is inside of a `trusted` name may be imported.
+    """The field that `encode` wrote. Only trusted names are imported.
 
     Raises:
-        ValueError: a target that is not trusted, or one that does not exist.
+        ValueError: a target that is not trusted or does not exist.
     """
     if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
         return Spec(imported(value["target"], trusted), _keywords(value["kwargs"], trusted))
@@ -74,9 +77,7 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
 
 
 def targets(encoded: Any) -> Iterator[str]:
-    """The dotted names of all parts and frozen values in a recipe's JSON: what reading it
-    imports.
-    """
+    """The dotted names of all parts and frozen values in a recipe's JSON."""
     for kind in ("target", "value"):
         if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
             yield encoded[kind]
@@ -110,8 +111,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: it is not there, may not be read, or holds something else; the message names it.
-        OSError: its storage fails, for no fault of the user's.
+        ValueError: the file does not exist, cannot be read, or is not JSON; the message names it.
+        OSError: the storage fails.
     """
     try:
         return json.loads(path.read_text())
@@ -124,11 +125,11 @@ def read_json(path: Path) -> Any:
 
 
 def recipe_fields(run: Path) -> dict[str, Any]:
-    """The recipe in a run's folder, field by field as it is written; nothing is imported.
+    """The fields in the recipe.json of a run, as JSON. Nothing is imported.
 
     Raises:
-        ValueError: there is none.
-        OSError: see `read_json`.
+        ValueError: there is no recipe.
+        OSError: the storage fails.
     """
     written = read_json(run / "recipe.json")
     recipe = written.get("recipe") if isinstance(written, dict) else None
@@ -138,15 +139,15 @@ def recipe_fields(run: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all, and through to the disk."""
+    """Write a JSON file atomically and flush it to the disk."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def dotted(target: Callable[..., Any]) -> str:
-    """The name under which `imported` finds a callable again.
+    """The dotted name of a callable, which `imported` accepts.
 
     Raises:
-        ValueError: one that has none: a lambda, or what was defined inside a function.
+        ValueError: a lambda, or a function defined inside another.
     """
     name = f"{target.__module__}.{target.__qualname__}"
     require(
@@ -161,9 +162,11 @@ def imported(
 ) -> Callable[..., Any]:
     """The callable of a dotted name.
 
+    Args:
+        who: where the name comes from, for the message.
+
     Raises:
-        ValueError: one that is not trusted, makes no parts, or does not exist; in the name of `who`
-        asks.
+        ValueError: the name is not trusted, does not exist, or is no class or function.
     """
     if not isinstance(name, str):
         raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
@@ -205,9 +208,7 @@ def imported(
 
 
 def _makes_parts(found: Any) -> bool:
-    """A method does not, which whoever writes recipe.json could hand an object of their own as
-    `self`.
-    """
+    """Whether it is a class, a class method or a function. A method could be given any `self`."""
     if inspect.ismethod(found):
         return isinstance(found.__self__, type)
     return isinstance(found, type) or getattr(found, "__qualname__", "") == getattr(
@@ -216,8 +217,9 @@ def _makes_parts(found: Any) -> bool:
 
 
 def _frozen_value(name: str, kwargs: dict[str, Any], trusted: Collection[str]) -> Any:
-    """Such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing
-    else.
+    """A frozen value such as Triangle().
+
+    Reading a recipe constructs it, so only dataclasses are allowed.
     """
     made = imported(name, trusted)
     if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
@@ -232,7 +234,7 @@ def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
 
 
 def is_inside(name: str, trusted: Collection[str]) -> bool:
-    """Whether a dotted name is one of the trusted, or in a package or module that is."""
+    """Whether a dotted name equals one of the names, or is inside one of them."""
     return any(name == each or name.startswith(f"{each}.") for each in trusted)
 
 
@@ -250,8 +252,9 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
 
 
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command
-    line.
+    """The leaves in which two values differ: name, value in a, value in b.
+
+    Names are as in `--set`.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         for kind in ("target", "value"):  # a Spec, a frozen value
@@ -269,6 +272,6 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def listed(found: list[tuple[str, Any, Any]]) -> str:
-    """What `differing` found, as a sentence has it: the first six, and how many more there are."""
+    """The first six differences as text, and how many more there are."""
     shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
     return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")

@@ -1,15 +1,14 @@
-"""Recipes made into a fair comparison: each with several seeds, and each with a learning rate that
-was searched for it.
+"""Recipes as a fair comparison: several seeds, and a search for each rule's learning rate.
 
     over_seeds(suite, 3)
         every recipe with seeds 0, 1, 2 (or from its own seed on)
     tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
-        beside them, every rule with its own best of the five
+        the same, and every rule with its own best of the five
 
-Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline among
-them, gets the same values and as many trials, which never see the evaluation set: they train
-without a tenth of the training set and are judged by it. The values are part of the study
-(`Recipe.searched`): no rule is set beside one that was given others.
+Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline included,
+gets the same values and the same number of trials. Trials never see the evaluation set: they train
+on nine tenths of the training set and are judged by the last tenth. The values are part of the
+study (`Recipe.searched`), so rules with other values are not compared.
 """
 
 from __future__ import annotations
@@ -51,10 +50,10 @@ def is_baseline(rule: str, against: str = BASELINE) -> bool:
 
 
 def joined(suites: Sequence[Suite]) -> Suite:
-    """One suite of the recipes of several.
+    """One suite of the recipes of several suites.
 
     Raises:
-        ValueError: two recipes of one name, or several suites of which one has a report of its own.
+        ValueError: two recipes of one name, or a suite with a report of its own.
     """
     if len(suites) == 1:
         return suites[0]
@@ -64,11 +63,10 @@ def joined(suites: Sequence[Suite]) -> Suite:
 
 
 def parse_search(text: str) -> tuple[str, list[Any]]:
-    """`optimizer.lr=.03,.1,.3,1,3` as the field and its values, which may be lists:
-    `schedule.at=[.3],[.3,.6]`.
+    """The field and the values of `optimizer.lr=.03,.1,.3,1,3` or `schedule.at=[.3],[.3,.6]`.
 
     Raises:
-        ValueError: it does not look so, or a value is none of Python's.
+        ValueError: another form, or a value that is no Python literal.
     """
     field, _, values = text.partition("=")
     try:
@@ -87,11 +85,12 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
 
 
 def over_seeds(suite: Suite, count: int) -> Suite:
-    """The suite with `count` copies of each recipe, of seeds that follow one another; references
-    stay within a seed.
+    """The suite with `count` copies of each recipe, with consecutive seeds.
+
+    References stay within a seed.
 
     Raises:
-        ValueError: `count` below 1, or a suite whose report or choices know its recipes by name.
+        ValueError: `count` below 1, or a suite with a report or choices, which name its recipes.
     """
     require(
         count >= 1,
@@ -109,17 +108,16 @@ def tuned(
     """The suite, then trials of each value for each rule, then each recipe with its rule's best
     value.
 
-    All are evaluated after their last epoch alone.
-
-    Recipes that differ in their seeds alone share trials, which have the seed of the first.
+    All are evaluated after their last epoch only. Recipes that differ only in their seeds share
+    trials, which have the seed of the first.
 
     Args:
-        report: what prints the results, `pipeline.report.protocols.print_protocols` for a table of
-            each protocol; see `Suite`.
+        report: prints the results, such as `pipeline.report.protocols.print_protocols`; see
+        `Suite`.
 
     Raises:
-        ValueError: fewer than 5 values or one twice, a recipe without that field, data that cannot
-            hold a part out, or recipes that take weights from one another.
+        ValueError: fewer than 5 values or one twice, a recipe without the field, data without
+            `held_out`, or recipes that refer to one another.
     """
     who = f"tuned: {field}"
     _refuse_unless_plain(suite, "--tune")
@@ -152,9 +150,7 @@ def _but_for_its_seed(recipe: Recipe) -> str:
 
 
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
-    """One value, learnt on nine tenths of the training set and judged by the last, after the last
-    epoch.
-    """
+    """A run of one value: trained on nine tenths of the training set, judged by the last tenth."""
     if recipe.data.kwargs.get("held_out"):
         raise ValueError(
             f"tuned: {recipe.name} holds out a part of its own; got"
@@ -171,12 +167,12 @@ def _read_once(recipe: Recipe) -> Recipe:
 
 
 def _as_text(value: Any) -> str:
-    """Equal for 1 and 1.0, which are the same search."""
+    """The value as text; equal for 1 and 1.0."""
     return str(float(value)) if type(value) is int else str(value)
 
 
 def _in_a_name(value: Any) -> str:
-    """As a folder's name can hold it: 0.3_0.6 for [0.3, 0.6]."""
+    """The value as part of a folder's name: 0.3_0.6 for [0.3, 0.6]."""
     return "_".join(map(_in_a_name, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
