@@ -65,38 +65,50 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
     Raises:
         ValueError: a target that is not trusted or does not exist.
     """
-    if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
-        return Spec(imported(value["target"], trusted), _keywords(value["kwargs"], trusted))
-    if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
-        return _frozen_value(value["value"], _keywords(value["kwargs"], trusted), trusted)
-    if isinstance(value, Mapping):
-        return {key: decode(item, trusted) for key, item in value.items()}
     if isinstance(value, list):
         return tuple(decode(item, trusted) for item in value)
-    return value
+    if not isinstance(value, Mapping):
+        return value
+    kind = _kind(value)
+    if kind is None:
+        return {key: decode(item, trusted) for key, item in value.items()}
+    made, kwargs = imported(value[kind], trusted), value["kwargs"]
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"recipe.json: kwargs must be an object; got {kwargs!r}")
+    kwargs = {key: decode(item, trusted) for key, item in kwargs.items()}
+    if kind == "target":
+        return Spec(made, kwargs)
+    # Reading a recipe constructs it, so nothing but a dataclass is allowed.
+    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+        raise ValueError(f"recipe.json: {value[kind]} must be a dataclass to be a value; it is not")
+    return made(**kwargs)
+
+
+def _kind(encoded: Any) -> str | None:
+    """`target` for the JSON of a part, `value` for a frozen value, None for other JSON."""
+    keys = set(encoded) if isinstance(encoded, Mapping) else set()
+    return next((kind for kind in ("target", "value") if keys == {kind, "kwargs"}), None)
+
+
+def walk(encoded: Any) -> Iterator[Any]:
+    """A JSON value and all values inside it."""
+    yield encoded
+    inner = encoded.values() if isinstance(encoded, Mapping) else encoded
+    if isinstance(encoded, (Mapping, list)):
+        for item in inner:
+            yield from walk(item)
 
 
 def targets(encoded: Any) -> Iterator[str]:
     """The dotted names of all parts and frozen values in a recipe's JSON."""
-    for kind in ("target", "value"):
-        if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
-            yield encoded[kind]
-    for item in (
-        encoded.values()
-        if isinstance(encoded, Mapping)
-        else encoded
-        if isinstance(encoded, list)
-        else ()
-    ):
-        yield from targets(item)
+    return (each[kind] for each in walk(encoded) if (kind := _kind(each)) is not None)
 
 
 def flat(encoded: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys and short text of an encoded value, for a table of parameters."""
-    for kind in ("target", "value"):
-        if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
-            yield prefix, encoded[kind]
-            encoded = encoded["kwargs"]
+    if (kind := _kind(encoded)) is not None:
+        yield prefix, encoded[kind]
+        encoded = encoded["kwargs"]
     if isinstance(encoded, Mapping):
         for key, item in encoded.items():
             yield from flat(item, f"{prefix}.{key}" if prefix else key)
@@ -216,23 +228,6 @@ def _makes_parts(found: Any) -> bool:
     )
 
 
-def _frozen_value(name: str, kwargs: dict[str, Any], trusted: Collection[str]) -> Any:
-    """A frozen value such as Triangle().
-
-    Reading a recipe constructs it, so only dataclasses are allowed.
-    """
-    made = imported(name, trusted)
-    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
-        raise ValueError(f"recipe.json: {name} must be a dataclass to be a value; it is not")
-    return made(**kwargs)
-
-
-def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"recipe.json: kwargs must be an object; got {value!r}")
-    return {key: decode(item, trusted) for key, item in value.items()}
-
-
 def is_inside(name: str, trusted: Collection[str]) -> bool:
     """Whether a dotted name equals one of the names, or is inside one of them."""
     return any(name == each or name.startswith(f"{each}.") for each in trusted)
@@ -257,10 +252,10 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
     Names are as in `--set`.
     """
     if isinstance(a, dict) and isinstance(b, dict):
-        for kind in ("target", "value"):  # a Spec, a frozen value
-            if set(a) == set(b) == {kind, "kwargs"} and a[kind] != b[kind]:
-                yield name, a[kind], b[kind]
-                return  # two functions' keywords have nothing to do with each other
+        kind = _kind(a)
+        if kind is not None and kind == _kind(b) and a[kind] != b[kind]:
+            yield name, a[kind], b[kind]
+            return  # two functions' keywords have nothing to do with each other
         for key in dict.fromkeys([*a, *b]):
             inner = name if key == "kwargs" else f"{name}.{key}" if name else key
             yield from differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))

@@ -43,7 +43,10 @@ class Spec:
         Raises:
             ValueError: an argument is missing.
         """
-        kwargs = {key: _built(value) for key, value in self.kwargs.items()} | more
+        kwargs = {
+            key: value.build() if isinstance(value, Spec) else value
+            for key, value in self.kwargs.items()
+        } | more
         try:
             inspect.signature(self.target).bind(*args, **kwargs)
         except TypeError as error:
@@ -227,10 +230,6 @@ def type_name(hint: Any) -> str:
     if origin is None and inspect.isclass(hint):
         return hint.__name__
     return str(hint).replace("typing.", "")
-
-
-def _built(value: Any) -> Any:
-    return value.build() if isinstance(value, Spec) else value
 
 
 def _shown(value: Any) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.core.checks import require
 from pipeline.recipe import own_code
-from pipeline.recipe.json import dotted, imported, is_trusted, read_json, targets, write_json
+from pipeline.recipe.json import dotted, imported, is_trusted, read_json, targets, walk, write_json
 from pipeline.recipe.recipe import TRUSTED as PARTS
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import arguments_of, reference_to, referred
@@ -243,21 +243,18 @@ class SuiteFile:
     """where and on how much it trains: fields of pipeline.launch.cluster.Cluster"""
 
     def to_json(self) -> dict[str, Any]:
+        choices = {name: {"choice": asdict(each)} for name, each in self.suite.choices.items()}
         children = [
-            {"run": run, "recipe": each.to_json()}
+            {"run": run, "recipe": each.to_json(), **choices.get(each.name, {})}
             for run, each in zip(self.runs, self.suite.recipes, strict=True)
         ]
-        for child, recipe in zip(children, self.suite.recipes, strict=True):
-            if choice := self.suite.choices.get(recipe.name):
-                child["choice"] = asdict(choice)
-        report = None if self.suite.report is None else dotted(self.suite.report)
-        head = {
+        return {
             "version": FORMAT,
             "parent": self.parent,
             "cluster": dict(self.cluster),
-            "report": report,
+            "report": None if self.suite.report is None else dotted(self.suite.report),
+            "children": children,
         }
-        return {**head, "children": children}
 
     @classmethod
     def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> SuiteFile:
@@ -340,22 +337,8 @@ def sources_in(folder: Path) -> set[str]:
         ValueError: suite.json is damaged.
     """
 
-    def strings(value: Any) -> Iterator[str]:
-        inner = (
-            value.values()
-            if isinstance(value, Mapping)
-            else value
-            if isinstance(value, list)
-            else ()
-        )
-        yield from (
-            [value]
-            if isinstance(value, str)
-            else [text for each in inner for text in strings(each)]
-        )
-
-    of_children = (strings(child["recipe"]) for child in _children_in(folder))
-    return {name for texts in of_children for text in texts if (name := referred(text)) is not None}
+    texts = (each for child in _children_in(folder) for each in walk(child["recipe"]))
+    return {name for text in texts if isinstance(text, str) and (name := referred(text))}
 
 
 def _children_in(folder: Path) -> list[dict[str, Any]]:
