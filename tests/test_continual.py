@@ -275,7 +275,7 @@ def test_a_run_that_is_stopped_at_a_boundary_begins_the_next_task_once(
 
 
 def test_checkpoints_say_where_they_stand(tmp_path: Path) -> None:
-    train(tmp_path / "run", several(checkpoints=Checkpointing(keep=99)))
+    train(tmp_path / "run", several(checkpoints=Checkpointing(every=3, keep=99)))
     found = [read_trainer(path) for path in step_folders(tmp_path / "run" / "checkpoints")]
     places = {each["step"]: (each["phase"], each["epoch"], each["sample"]) for each in found}
     assert [places[step] for step in (6, 8, 18, 24, 30)] == [
@@ -334,7 +334,7 @@ def test_the_learning_rate_begins_anew(whole: Path) -> None:
 def test_a_head_learns_in_its_own_phase_alone(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    train(tmp_path / "run", split(checkpoints=Checkpointing(keep=99)))
+    train(tmp_path / "run", split(checkpoints=Checkpointing(every=3, keep=99)))
     ends = [
         load_file(tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / WEIGHTS)
         for step in (8, 16, 24)

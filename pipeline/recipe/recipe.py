@@ -577,16 +577,22 @@ def roles() -> Mapping[str, Role]:
 
 
 def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[str, Any]:
-    """The fields of a recipe's JSON whose role is accepted. Groups stay nested."""
-    found: dict[str, Any] = {}
-    for name, role in roles().items():
-        if accepts(role):
-            head, _, inner = name.partition(".")
-            if not inner and head in encoded:
-                found[head] = encoded[head]
-            elif inner and inner in encoded.get(head, {}):
-                found.setdefault(head, {})[inner] = encoded[head][inner]
-    return found
+    """The fields of a recipe's JSON whose role is accepted. Groups stay nested.
+
+    Fields that this version does not know are kept.
+    """
+    groups = {name.partition(".")[0] for name in roles() if "." in name}
+
+    def accepted(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found = {name: roles().get(prefix + name) for name in fields}
+        return {name: fields[name] for name, role in found.items() if role is None or accepts(role)}
+
+    return {
+        name: accepted(value, f"{name}.")
+        if name in groups and isinstance(value, Mapping)
+        else value
+        for name, value in accepted(encoded, "").items()
+    }
 
 
 def _written(fields: _Fields, *, paths: bool) -> dict[str, Any]:
