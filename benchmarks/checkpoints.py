@@ -46,7 +46,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare
 from pipeline.measure.memory import device_here, hardware
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe import Checkpointing, Recipe, Spec, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.track.base import Tracker
 from pipeline.train.context import TrainContext
@@ -84,7 +84,7 @@ def recipe(model: Spec) -> Recipe:
         time_steps=T,
         batch_size=BATCH,
         epochs=1,
-        checkpoint_minutes=0.0,
+        checkpoints=Checkpointing(minutes=0.0),
         backend="plain",
     )
 

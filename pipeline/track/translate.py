@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.recipe.recipe import Role, roles
 from pipeline.track.journal import Event, number
 
 if TYPE_CHECKING:
@@ -36,24 +37,17 @@ _TAGGED = (
     "rule",
     "study",
     "study_parent",
-    "seed",
     "world_size",
-    "batch_size",
-    "micro_batch",
-    "precision",
-    "zero",
     "commit",
     "dirty",
     "data_fingerprint",
-    "family",
     "suite",
 )
+"""facts of a start event that are tags; the recipe's fields of `Role.TAG` are tags, too"""
 
 
 CHECKPOINT_TAG = "spiketrain.checkpoint"
 """the URI of a run's newest checkpoint"""
-_TAGGED_PARAMS = ("protocol", "tuned")
-"""parameters that are tags, too: a store can be asked for runs of one protocol"""
 
 
 class Translation:
@@ -117,14 +111,12 @@ class Translation:
     def tags(self, event: Event) -> dict[str, str]:
         kind = event["event"]
         if kind == "start":
+            facts = {**(event.get("params") or {}), **event}
+            fields = [name for name, role in roles().items() if Role.TAG in role]
             tags = {
-                f"spiketrain.{name}": str(event[name])
-                for name in _TAGGED
-                if event.get(name) is not None
-            }
-            params = event.get("params") or {}
-            tags |= {
-                f"spiketrain.{name}": str(params[name]) for name in _TAGGED_PARAMS if name in params
+                f"spiketrain.{name}": str(facts[name])
+                for name in (*_TAGGED, *fields)
+                if facts.get(name) is not None
             }
             for group in ("hardware", "versions"):
                 tags |= {

@@ -175,7 +175,7 @@ def _found(
     checkpoints = Checkpoints(
         kept,
         attempt=ranks.broadcast_object(lambda: f"{os.getpid()}-{time.time_ns():x}"),
-        keep=recipe.keep,
+        keep=recipe.checkpoints.keep,
         rank=ranks.rank,
         ranks=ranks.size,
         each=ranks.all_gather_object,
@@ -214,7 +214,9 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
         trainer = read_trainer(found)
         refuse_another_recipe(trainer, recipe, trust=job.trust)
         adopt(folder, trainer.get("decided", {}))
-    elif (step := lost_step(read(folder / "journal.jsonl"), keep=recipe.keep)) is not None:
+    elif (
+        step := lost_step(read(folder / "journal.jsonl"), keep=recipe.checkpoints.keep)
+    ) is not None:
         raise UserError(
             f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the"
             " journal says; got no checkpoint: mount or restore its storage, or begin anew under"
@@ -338,7 +340,7 @@ def build_nearness(
     recipe: Recipe, loaders: Loaders, split: Split, world: World, device: torch.device
 ) -> Nearness | None:
     """What compares gradients, on rank 0 alone: the others wait for it where they next meet."""
-    if recipe.fidelity_every == 0 or world.rank:
+    if recipe.evaluation.fidelity_every == 0 or world.rank:
         return None
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
         batch = next(iter(batches))

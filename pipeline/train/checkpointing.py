@@ -81,7 +81,7 @@ class Saving:
             Rollback: the replicas have come apart.
         """
         recipe = self.parts.recipe
-        due = recipe.checkpoint_every > 0 and step % recipe.checkpoint_every == 0
+        due = recipe.checkpoints.every > 0 and step % recipe.checkpoints.every == 0
         batch_s = time.monotonic() - self._trains_since
         # Rank 0 decides, so it alone looks for files on shared storage: each look is a question to
         # the file server.
@@ -91,8 +91,8 @@ class Saving:
         stops, asked, late, failed, noticed, leaves = self.ranks.decide(
             looks and was_stopped(self.folder),
             is_asked,
-            recipe.checkpoint_minutes > 0
-            and time.monotonic() - self._begun_at > 60 * recipe.checkpoint_minutes,
+            recipe.checkpoints.minutes > 0
+            and time.monotonic() - self._begun_at > 60 * recipe.checkpoints.minutes,
             self.checkpoints.failed(),  # the state at hand is saved in its place
             self.departures.is_new(notice),
             self.departures.is_last_call(batch_s=batch_s, write_s=self._write_s),
@@ -108,7 +108,7 @@ class Saving:
         elif (due or late or failed) and not last:
             self.save(step, score=None)
         elif (
-            recipe.replicas_every and step % recipe.replicas_every == 0 and not last
+            recipe.policy.replicas_every and step % recipe.policy.replicas_every == 0 and not last
         ):  # whoever saves compares
             self._compare_replicas(step)
         self._trains_since = time.monotonic()
@@ -228,7 +228,7 @@ class Saving:
         all that is done here.
         """
         began, parts = time.monotonic(), self.parts
-        if parts.recipe.replicas_every:
+        if parts.recipe.policy.replicas_every:
             self._compare_replicas(this.step)  # a checkpoint holds those of one rank
         self.ranks.all_or_raise(lambda: self._check_finite(this.step))
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)

@@ -245,7 +245,7 @@ def _accuracy(
     """The teacher's own, on the samples that the student is evaluated on: once in the life of
     `place`, shared by the ranks.
     """
-    limit = recipe.evaluate_samples
+    limit = recipe.evaluation.samples
     file = place / ("accuracy.json" if limit is None else f"accuracy-{limit}.json")
     known = ranks.broadcast_object(lambda: read_json(file) if file.exists() else None)
     if known is not None:

@@ -76,13 +76,13 @@ class Trainer:
         self.stop_asked = False
         self.watchdog = parts.watchdog
         self.told_data_wait = False
-        self.skipped = (*self.recipe.skip, *parts.skipped.batches)
+        self.skipped = (*self.recipe.policy.skip, *parts.skipped.batches)
         self.guard = Guard(
             self.backend,
             parts.rule,
             self.ranks,
-            spike=self.recipe.loss_spike,
-            skips=self.recipe.max_skips,
+            spike=self.recipe.policy.loss_spike,
+            skips=self.recipe.policy.max_skips,
             takes_back=takes_back(self.recipe, parts.rule),
             on_skip=self._tell_bad,
             state=None if parts.trainer is None else parts.trainer.get("guard"),
@@ -291,7 +291,7 @@ class Trainer:
 
         It is saved with the score of its evaluation, and before that without one where much would
         be lost with the workers."""
-        stretch, score, every = self.stretch, None, self.recipe.evaluate_every
+        stretch, score, every = self.stretch, None, self.recipe.evaluation.every
         is_learnt = self.step == stretch.end
         if is_learnt or (every and (epoch - stretch.first_epoch + 1) % every == 0):
             figures = self.figures.now()
@@ -317,7 +317,7 @@ class Trainer:
         due = (
             self.step == 0
             if epoch is None
-            else (epoch + 1) % max(1, self.recipe.fidelity_every) == 0
+            else (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0
         )
         if self.parts.nearness is None or not due:
             return
@@ -383,7 +383,7 @@ class Trainer:
     def _go_back(self, back: Rollback) -> None:
         """Write down what is skipped from now on; the next attempt reads it."""
         saved, done = self.saving.newest_step(), self.parts.skipped.rollbacks
-        if done == self.recipe.max_rollbacks:
+        if done == self.recipe.policy.max_rollbacks:
             where = f"batch {back.step} (epoch {self._epoch_of(back.step) + 1})"
             said = f"training: {where}: {back.reason}; it has gone back max_rollbacks={done} times"
             if back.skips:

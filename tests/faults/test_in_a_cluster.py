@@ -111,14 +111,16 @@ from tests.small import small_recipe
 from faulty_lab import Faulty, FaultyData
 
 def recipe():
-    made = small_recipe(
-        backend="deepspeed", epochs=6, checkpoint_every=5, replicas_every=5, evaluate_every=6
-    )
+    made = small_recipe(backend="deepspeed", epochs=6)
+    often = {"checkpoints.every": 5, "policy.replicas_every": 5, "evaluation.every": 6}
+    made = made.override(often)
     return replace(made, {change})
 """
 
 
-CHECKPOINTS = sorted({*range(0, 49, 5), *range(0, 49, 8)})  # checkpoint_every, and each epoch's end
+CHECKPOINTS = sorted(
+    {*range(0, 49, 5), *range(0, 49, 8)}
+)  # checkpoints.every, and each epoch's end
 
 
 def newest(step: int) -> int:

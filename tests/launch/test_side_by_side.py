@@ -72,9 +72,9 @@ def recipe():
         mean=(0.5,), std=(0.5,),
     )
     recipe = small_recipe(
-        name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100
+        name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6
     )
-    return recipe.override({"optimizer.lr": 1e38})
+    return recipe.override({"optimizer.lr": 1e38, "evaluation.samples": 100})
 """
 
 cores = pytest.mark.skipif(

@@ -1,17 +1,17 @@
 """Batches that a network must not learn from, and what happens in their place.
 
 Before the weights move every rank hears of every other's. A batch is bad whose loss or gradient is
-not finite on any of them, and where the recipe asks for it (`loss_spike`) one whose loss is so many
-times the median of the last 64 good ones of its task.
+not finite on any of them. With `policy.loss_spike` a batch is also bad if its loss is that many times
+the median of the last 64 good ones of its task.
 
     a bad batch                                  leaves no trace: running statistics, what the rule
                                                  learnt from it and the random numbers are put back,
                                                  as if the run had been told to skip it
-                                                 (`Recipe.skip`)
-    one more than `max_skips` of them in a row   Rollback: the run begins again at its newest
+                                                 (`Policy.skip`)
+    one more than `policy.max_skips` of them in a row   Rollback: the run begins again at its newest
                                                  checkpoint, and from there on skips everything up
                                                  to this batch
-    one more than `max_rollbacks` of these       Diverged
+    one more than `policy.max_rollbacks` of these       Diverged
 
 Where the weights have moved inside the batch (a rule that moves them at every time step), or ZeRO
 holds gradients of its own, a batch cannot be taken back: the first bad one leads to Rollback.

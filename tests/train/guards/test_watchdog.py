@@ -93,7 +93,7 @@ elif sys.argv[2] == "restores":
     compose._newest = lambda *given, **more: time.sleep(6.0) or newest(*given, **more)
 else:
     background._write = slowly
-job = make_run(Path(sys.argv[1]), small_recipe(epochs=1, checkpoint_every=0))
+job = make_run(Path(sys.argv[1]), small_recipe(epochs=1).override({"checkpoints.every": 0}))
 worker.run(replace(job, hang_minutes=patience_s / 60), RankInfo())
 """
 PROCESSES = {
