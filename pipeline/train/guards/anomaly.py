@@ -1,8 +1,8 @@
 """Batches that a network must not learn from, and what happens in their place.
 
 Before the weights move every rank hears of every other's. A batch is bad whose loss or gradient is
-not finite on any of them. With `policy.loss_spike` a batch is also bad if its loss is that many times
-the median of the last 64 good ones of its task.
+not finite on any of them. With `policy.loss_spike` a batch is also bad if its loss is that many
+times the median of the last 64 good ones of its task.
 
     a bad batch                                  leaves no trace: running statistics, what the rule
                                                  learnt from it and the random numbers are put back,
