@@ -20,6 +20,7 @@ from rich.console import Console
 from pipeline.core.code_version import commit
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
+from pipeline.core.run_folder import RunFolder
 from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import write_job
@@ -28,13 +29,13 @@ from pipeline.launch.signals import stops_on_signal
 from pipeline.launch.terminal import outlive
 from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
-from pipeline.track.journal import read
+from pipeline.track.journal import read_events
 from pipeline.track.mlflow import Mirror
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import claim, place_at
 from pipeline.train.guards.storage import patiently
 from pipeline.train.guards.watchdog import untold
-from pipeline.train.job import REFUSAL, SAVE, STOP, Job, raise_refusal
+from pipeline.train.job import Job, raise_refusal
 from pipeline.train.writer_lock import journal
 
 POLL_S = 0.25
@@ -55,8 +56,9 @@ def drive(
     exposed = Exposed(folder, tell)
     with driver_lock(folder):
         job = _owning(job, tell)
-        for note in (STOP, SAVE, REFUSAL):
-            (folder / note).unlink(missing_ok=True)
+        files = RunFolder(folder)
+        for message in (files.stop, files.save, files.refusal):
+            message.unlink(missing_ok=True)
         write_job(job)
         with (
             _mirrored(folder, uri, tell),
@@ -121,7 +123,7 @@ def _tell_what_ended(folder: Path, failure: LaunchError) -> dict[str, int]:
     """
     hung: dict[str, int] = {}
     try:
-        hung = untold(folder, read(folder / "journal.jsonl"))
+        hung = untold(folder, read_events(RunFolder(folder).journal))
         with journal(folder, Ranks()):  # the workers are gone: nobody else writes it
             raise_refusal(folder)
     except OSError as unwritten:  # a full disk, which may be the very error that is told

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.train.writer_lock import PATIENCE_S
 
 INSTANT_S = 1.0
@@ -31,7 +32,7 @@ def driver_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: somebody else holds it.
     """
-    with (folder / "driver.lock").open("a+") as handle:
+    with RunFolder(folder).driver_lock.open("a+") as handle:
         _take(handle, folder)
         handle.truncate(0)
         handle.write(this_machine())

@@ -21,6 +21,7 @@ from torch import distributed
 
 from pipeline.core.cores import cores_here, cores_of_a_node, cores_of_machines
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import (
@@ -39,9 +40,10 @@ from pipeline.launch.resizing import no_place
 from pipeline.launch.shares import Share, share_of
 from pipeline.launch.signals import withheld
 from pipeline.measure.driver import unusable_cards
-from pipeline.track.journal import last
+from pipeline.track.events import Checkpoint, Stopped
+from pipeline.track.journal import last_event
 from pipeline.train.backend.collectives import PATIENCE, Ranks
-from pipeline.train.job import STOP, Job, Notice, RankInfo, asked_by
+from pipeline.train.job import Job, Notice, RankInfo, asked_by, was_stopped
 from pipeline.train.worker import run
 from pipeline.train.writer_lock import journal
 
@@ -301,7 +303,7 @@ class Ray:
             Exception
         ) as error:  # Ray wraps whatever a worker raised in several layers of its own
             if has_no_place(error):
-                if (Path(job.run) / STOP).exists():
+                if was_stopped(Path(job.run)):
                     return _stopped_without_workers(job)
                 raise LaunchError(no_place(self.workers)) from error
             raise WorkersEnded(innermost(error), is_for_the_user=needs_the_user(error)) from error
@@ -332,13 +334,15 @@ def _wait_for_others(hang_minutes: float) -> None:
 def _stopped_without_workers(job: Job) -> None:
     """Somebody asked to stop while there was no place for the workers, who would have said so."""
     folder = Path(job.run)
-    saved = last(folder / "journal.jsonl", "checkpoint")
+    saved = last_event(RunFolder(folder).journal, Checkpoint)
     with journal(folder, Ranks()) as tracker:
-        told = {
-            "reason": f"{asked_by(folder)} while its workers had no place",
-            "resume_command": job.resume_command,
-        }
-        tracker.event("stopped", sync=True, step=0 if saved is None else saved["step"], **told)
+        tracker.write(
+            Stopped(
+                step=0 if saved is None else saved.step,
+                reason=f"{asked_by(folder)} while its workers had no place",
+                resume_command=job.resume_command,
+            )
+        )
 
 
 def _train(

@@ -30,10 +30,12 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import write_json
-from pipeline.track.journal import OF_NONE, Journal
-from pipeline.train.job import SAVE, STOP, Notice
+from pipeline.track.events import OF_NONE, Waiting
+from pipeline.track.journal import Journal
+from pipeline.train.job import Notice
 
 LOOK_S = 10.0
 """between two looks at whether there is room for another number of workers; a new node has to be
@@ -59,7 +61,7 @@ class Resizing(ElasticScalingPolicy):
         self, scaling_config: ScalingConfig, *, sizes: Sequence[int], folder: Path
     ) -> None:
         super().__init__(scaling_config)
-        self.sizes, self.folder = tuple(sizes), folder
+        self.sizes, self.folder, self.files = tuple(sizes), folder, RunFolder(folder)
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
         self._none_since: float | None = None
@@ -88,7 +90,7 @@ class Resizing(ElasticScalingPolicy):
         """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, NoopDecision) and self._is_there(STOP, if_away=False):
+        if isinstance(decision, NoopDecision) and _exists(self.files.stop, if_away=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         if self._none_since is None:
             self._none_since, self._is_told, self._is_tried_late = time.monotonic(), False, False
@@ -121,26 +123,27 @@ class Resizing(ElasticScalingPolicy):
             if not isinstance(decision, ResizeDecision):
                 return decision
             with suppress(OSError):  # else it is asked for at the next look
-                write_json(self.folder / SAVE, asdict(_leaving(worker_group_state)))
+                write_json(self.files.save, asdict(_leaving(worker_group_state)))
                 self._wanted, self._asked = decision, time.monotonic()
             return NoopDecision()
-        if self._is_there(SAVE, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
+        if _exists(self.files.save, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
             return NoopDecision()
         decision, self._wanted = self._wanted, None
         with suppress(OSError):  # one that stays is answered by the next workers
-            (self.folder / SAVE).unlink(missing_ok=True)
+            self.files.save.unlink(missing_ok=True)
         return decision
 
-    def _is_there(self, name: str, *, if_away: bool) -> bool:
-        """Whether the run's folder has this file, or what is to be taken for the answer while its
-        storage is away.
 
-        What is raised here ends the launch: Ray (2.60) takes it for a failure of its controller.
-        """
-        try:
-            return (self.folder / name).exists()
-        except OSError:
-            return if_away
+def _exists(file: Path, *, if_away: bool) -> bool:
+    """Whether a file exists; `if_away` while its storage does not answer.
+
+    An error must not be raised: Ray (2.60) takes it for a failure of its controller and ends the
+    launch.
+    """
+    try:
+        return file.exists()
+    except OSError:
+        return if_away
 
 
 PLACES_S = 3600.0
@@ -162,7 +165,5 @@ def tell_waiting(folder: Path, workers: int) -> None:
 
     Raises: OSError.
     """
-    with Journal(folder / "journal.jsonl", attempt=OF_NONE) as journal:
-        journal.event(
-            "waiting", sync=True, what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S
-        )
+    with Journal(RunFolder(folder).journal, attempt=OF_NONE) as journal:
+        journal.write(Waiting(what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S))

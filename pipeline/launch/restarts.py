@@ -24,12 +24,13 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.core.files import lasts
+from pipeline.core.run_folder import RunFolder
 from pipeline.launch.ray_errors import cause, innermost
 from pipeline.launch.resizing import PLACES_S, NoPlace, tell_waiting
 from pipeline.measure.memory import is_out_of_memory
-from pipeline.track.journal import last
+from pipeline.track.events import Checkpoint, Start
+from pipeline.track.journal import last_event
 from pipeline.train.guards.deaths import note_death
-from pipeline.train.guards.oom import FILE as MICRO_BATCH
 from pipeline.train.job import was_stopped
 
 
@@ -120,15 +121,15 @@ class Restarts(DefaultFailurePolicy):
 
     def _newest_start(self) -> str | None:
         """The last start of the workers, told apart from others."""
-        event = last(self.folder / "journal.jsonl", "start")
-        return None if event is None else f"{event['attempt']} {event['time']}"
+        event = last_event(RunFolder(self.folder).journal, Start)
+        return None if event is None else f"{event.attempt} {event.time}"
 
     def _newest(self) -> int:
-        event = last(self.folder / "journal.jsonl", "checkpoint")
-        return -1 if event is None else int(event["step"])
+        event = last_event(RunFolder(self.folder).journal, Checkpoint)
+        return -1 if event is None else event.step
 
     def _changes(self) -> bytes:
-        file = self.folder / MICRO_BATCH
+        file = RunFolder(self.folder).micro_batch
         return file.read_bytes() if file.exists() else b""
 
 

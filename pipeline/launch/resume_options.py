@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.core.printing import say
+from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
 from pipeline.launch.lock import driver_lock
 from pipeline.launch.prepare import read_job, write_job
@@ -42,7 +43,7 @@ def refuse_unless_launched_so(
     if found:
         raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
     there = (
-        read_json(folder / "cluster.json")
+        read_json(RunFolder(folder).cluster)
         if isinstance(made, Recipe)
         else SuiteFile.read(folder, trust=trust).cluster
     )
@@ -118,10 +119,11 @@ def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
     job.json is written first: a driver killed between the two files leaves cluster.json as it was,
     and the same command writes both again.
     """
-    was = Cluster.from_json(read_json(run / "cluster.json"))
+    file = RunFolder(run).cluster
+    was = Cluster.from_json(read_json(file))
     now = replace(was, **options)
     write_job(replace(read_job(run), **now.of_workers))
-    write_json(run / "cluster.json", asdict(now))
+    write_json(file, asdict(now))
     return was
 
 

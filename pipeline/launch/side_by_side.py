@@ -23,6 +23,7 @@ from rich.console import Console
 
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
+from pipeline.core.run_folder import RunFolder
 from pipeline.launch.base import Launcher, LaunchError
 from pipeline.launch.children import Children
 from pipeline.launch.progress import Shown
@@ -31,11 +32,9 @@ from pipeline.recipe.command_line import trust_words
 from pipeline.recipe.recipe import Recipe
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import is_driven
-from pipeline.train.job import STOP, Job, was_stopped
+from pipeline.train.job import Job, was_stopped
 from pipeline.train.writer_lock import PATIENCE_S
 
-LOG = "launch.log"
-"""in a run's folder: what its process printed"""
 LEAVING_S = PATIENCE_S
 """in which a run saves and tells MLflow, after the suite that began it was killed, or a machine
 that died loses it
@@ -169,12 +168,13 @@ class _Driven:
         self, recipe: Recipe, job: Job, children: Children, launcher: Launcher, console: Console
     ) -> None:
         self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
-        (self.folder / STOP).unlink(missing_ok=True)
+        self._files = RunFolder(self.folder)
+        self._files.stop.unlink(missing_ok=True)
         self._shown = Shown(
             self.folder, console, store=tracking_uri(children.runs), name=recipe.name
         )
         words = ["resume", str(self.folder), "--runs", str(children.runs), *launcher.joining()]
-        self._log = (self.folder / LOG).open("ab")
+        self._log = self._files.launch_log.open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *words, *trust_words(children.trust)],
             stdin=subprocess.DEVNULL,
@@ -197,7 +197,7 @@ class _Driven:
     def stop(self, *, at_once: bool) -> None:
         """Save after the step at hand, or give up what came since the last checkpoint."""
         with suppress(OSError):  # asked anew at every turn, of storage that may be back
-            (self.folder / STOP).touch()
+            self._files.stop.touch()
         if at_once and not self._asked_at_once:
             self._asked_at_once = True
             self._process.terminate()
@@ -213,7 +213,7 @@ class _Driven:
             return LaunchError(
                 f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}"
             )
-        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines() or [
+        lines = self._files.launch_log.read_text(errors="replace").strip().splitlines() or [
             f"exit status {code}"
         ]
         said = f"{self.folder.name}: {lines[-1]}"

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from pipeline.core.printing import new_console, say
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import computing
 from pipeline.core.units import counted
@@ -85,7 +86,7 @@ def resume_run(
             f"resume: --side-by-side is for a suite; got {options['side_by_side']} with"
             f" {folder.name} alone"
         )
-    launched = Cluster.from_json(read_json(folder / "cluster.json"))
+    launched = Cluster.from_json(read_json(RunFolder(folder).cluster))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     say_stage("checking the run and where it goes on")
     check_resumed(folder, cluster, launched, trust=trust)
@@ -120,7 +121,7 @@ def check_resumed(
         another number alone.
     """
     recipe = Recipe.read(
-        folder / "recipe.json", trust=trust
+        RunFolder(folder).recipe, trust=trust
     )  # its code joins the path here, which workers are given
     if cluster.sizes != launched.sizes:  # those were checked at the launch
         # What it began from need not be there any more.
@@ -185,7 +186,7 @@ def evaluate_run(
             "evaluate: --weights takes the place of a checkpoint, so --which has no effect; got"
             f" --which {which}"
         )
-    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
     if weights is None:
         which = which or "last"
         network = load_run(folder, which=which, trust=trust)

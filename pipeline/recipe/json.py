@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import FOR_THE_USER, write_whole
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.spec import Spec, is_path
 
 _ABSENT = "(absent)"
@@ -129,10 +130,11 @@ def recipe_fields(run: Path) -> dict[str, Any]:
         ValueError: there is none.
         OSError: see `read_json`.
     """
-    written = read_json(run / "recipe.json")
+    file = RunFolder(run).recipe
+    written = read_json(file)
     recipe = written.get("recipe") if isinstance(written, dict) else None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{run / 'recipe.json'}: must hold a recipe; got {written!r}")
+        raise ValueError(f"{file}: must hold a recipe; got {written!r}")
     return recipe
 
 

@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.json import is_inside, read_json, write_json
 
-FILE = "code.json"
 _said: set[tuple[str, ...]] = set()
 """notices of this process: worker and driver are one in an inline run, and one line is enough"""
 
@@ -63,7 +63,7 @@ def note(trust: Iterable[str]) -> dict[str, Any]:
 def write(folder: Path, trust: Iterable[str]) -> None:
     """Write code.json into the folder of a run or suite, unless nothing is trusted."""
     if found := note(trust):
-        write_json(folder / FILE, found)
+        write_json(RunFolder(folder).code, found)
 
 
 def read(folder: Path) -> dict[str, Package]:
@@ -72,7 +72,7 @@ def read(folder: Path) -> dict[str, Package]:
     Raises:
         ValueError: code.json is damaged.
     """
-    file = folder / FILE
+    file = RunFolder(folder).code
     return packages(read_json(file), who=str(file)) if file.exists() else {}
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.track.events import Start, kind_of
+
 FIELDS = ("world_size", "micro_batch", "hardware", "loader_threads", "own_cores")
 
 
@@ -23,7 +25,7 @@ def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> lis
     on, and its newest start counts.
     """
     kept: list[Mapping[str, Any]] = []
-    for start in (event for event in events if event["event"] == "start"):
+    for start in (event for event in events if kind_of(event) is Start):
         kept = [*(earlier for earlier in kept if _first(earlier) < _first(start)), start]
     trained = [start for start in kept if steps is None or _first(start) < steps]
     found: list[dict[str, Any]] = []

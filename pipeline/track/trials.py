@@ -1,6 +1,4 @@
-"""What a suite has done with: a run that diverged is an answer, and over like one that finished; as
-a trial it has lost.
-"""
+"""Which runs of a suite are done. A diverged run counts as done; a diverged trial ranks last."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import runs_of, sources_in
 from pipeline.track.state import state_of
@@ -40,7 +39,7 @@ def over_in(suite: Path) -> dict[str, Path]:
 
 def top1_of(run: Path) -> float | None:
     """Its accuracy, of a trial on what it held out; None: it diverged."""
-    return None if state_of(run) == "diverged" else read_json(run / "summary.json")["top1"]
+    return None if state_of(run) == "diverged" else read_json(RunFolder(run).summary)["top1"]
 
 
 def best(top1: Mapping[str, float | None]) -> str:

@@ -23,8 +23,7 @@ import pytest
 from pipeline.launch.nodes import free_port
 from pipeline.report.store import open_store
 from pipeline.track import hierarchy
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import connect
+from pipeline.track.connect import TrackingError, connect
 from pipeline.track.delivery import Delivery
 from pipeline.track.mlflow import Mirror, SyncReport, sync, tracking_uri
 from pipeline.track.publish import register

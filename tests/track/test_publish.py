@@ -9,8 +9,7 @@ import pytest
 from pipeline.report.live import Live
 from pipeline.report.store import open_store
 from pipeline.report.store_server import ServerStore
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import connect
+from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
 from pipeline.track.publish import log_report, register
 from tests.track.conftest import FakeRun, write_suite
