@@ -20,6 +20,7 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.spec import Spec, is_path
 
 _ABSENT = "(absent)"
+_RECIPE = RunFolder("").recipe.name
 
 
 def encode(value: Any, *, paths: bool) -> Any:
@@ -157,9 +158,7 @@ def dotted(target: Callable[..., Any]) -> str:
     return name
 
 
-def imported(
-    name: Any, trusted: Collection[str], *, who: str = "recipe.json"
-) -> Callable[..., Any]:
+def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Callable[..., Any]:
     """The callable of a dotted name.
 
     Raises:
