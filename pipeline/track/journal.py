@@ -161,10 +161,10 @@ def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
-    """As `read`, but only every `every`-th event of one kind; the lines of the others are not
-    parsed.
+    """As `read`, but only every `every`-th event of one kind; the other lines are not parsed.
 
-    The last of them before an event of another kind is kept, too: a curve ends where it ended.
+    The last event of that kind before one of another kind is kept too, so that curves end where
+    they ended.
     """
     head, kept, count, skipped = _head(kind), [], 0, b""
     try:
@@ -189,8 +189,8 @@ def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last one.
 
-    `offset`, in bytes, may be any place in the file; a line that began before it is skipped. Once
-    events came, the attribute `offset` is the start of a line, for another follower.
+    `offset` is a byte position. A line that began before it is skipped. After a poll that returned
+    events, the attribute `offset` is the start of a line.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
@@ -198,10 +198,10 @@ class Follower:
         self.offset = offset
 
     def poll(self, *, limit_bytes: int | None = None) -> list[Record]:
-        """New events, oldest first, of about `limit_bytes` of the file at most (lines stay whole).
+        """New events, oldest first, from about `limit_bytes` of the file at most.
 
-        A journal that does not exist has no events. One that is shorter than `offset` is another
-        file: it is read from its start.
+        A journal that does not exist has no events. A journal that is shorter than `offset` is a
+        new file, and is read from its start.
         """
         try:
             with self.path.open("rb") as file:
@@ -220,7 +220,7 @@ class Follower:
 
 
 def number(value: Any) -> float | None:
-    """A number of an event, where those that are not finite are text; None for anything else."""
+    """The number that a JSON value stands for ("nan", "inf" and "-inf" among them), or None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
@@ -242,7 +242,7 @@ def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
 
 
 def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
-    """The newest event of one of these kinds, found from the end: a journal may have 100 MB."""
+    """The newest event of one of these kinds. The search begins at the end of the file."""
     begin, found = 0, None
     try:
         with Path(path).open("rb") as file:
@@ -259,9 +259,7 @@ def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
 
 
 def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Record | None]:
-    """The newest event of a kind at or behind `begin`, and where it begins; torn lines are
-    skipped.
-    """
+    """The newest whole event of a kind from byte `begin` on, and where it begins."""
     at = text.rfind(_head(kind), begin)
     while at >= 0:
         end = text.find(b"\n", at)

@@ -1,7 +1,7 @@
 """System metrics of the driver's machine while a run trains, from MLflow's own monitors.
 
-They are values of that whole machine, with everybody's processes and all cards, and of no other
-machine. What a run itself takes is measured by its workers (`pipeline.measure`).
+They include all processes and all GPUs of that machine. The use of the run itself is measured by
+its workers (`pipeline.measure`).
 
 MLflow's monitoring thread (3.17.2) writes to the store itself, ends for good at the first failed
 answer, and counts its steps by what the store holds. So only its monitors are used. Samples are
@@ -59,7 +59,7 @@ class Sampler:
             self._thread.join(1.0)
 
     def _sample(self) -> None:
-        if self._closing.wait(self._interval):  # a run that is over by then imports nothing for it
+        if self._closing.wait(self._interval):  # a run that ended needs no imports
             return
         try:
             monitors = _monitors()
@@ -77,7 +77,7 @@ class Sampler:
 
 
 def _monitors() -> list[BaseMetricsMonitor]:
-    """Of processors, memory, disk and network, and of cards where there are some."""
+    """Monitors of processors, memory, disk, network and GPUs."""
     import psutil
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
