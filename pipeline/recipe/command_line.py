@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe import own_code
 from pipeline.recipe.suite import FILE as SUITE
 
@@ -49,7 +50,7 @@ def _was_on_a_cluster(folder: Path) -> bool:
         cluster = (
             json.loads(suite.read_bytes())["cluster"]
             if suite.exists()
-            else json.loads((folder / "cluster.json").read_bytes())
+            else json.loads(RunFolder(folder).cluster.read_bytes())
         )
         return cluster["address"] is not None
     except (OSError, ValueError, KeyError, TypeError):  # damaged, which a resume says in a line

@@ -18,9 +18,11 @@ from typing import Any
 
 from pipeline.core.checks import require
 from pipeline.core.files import FOR_THE_USER, write_whole
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.spec import Spec, is_path
 
 _ABSENT = "(absent)"
+_RECIPE = RunFolder("").recipe.name
 
 
 def encode(value: Any, *, paths: bool) -> Any:
@@ -143,10 +145,11 @@ def recipe_fields(run: Path) -> dict[str, Any]:
         ValueError: there is no recipe.
         OSError: the storage fails.
     """
-    written = read_json(run / "recipe.json")
+    file = RunFolder(run).recipe
+    written = read_json(file)
     recipe = written.get("recipe") if isinstance(written, dict) else None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{run / 'recipe.json'}: must hold a recipe; got {written!r}")
+        raise ValueError(f"{file}: must hold a recipe; got {written!r}")
     return recipe
 
 
@@ -169,9 +172,7 @@ def dotted(target: Callable[..., Any]) -> str:
     return name
 
 
-def imported(
-    name: Any, trusted: Collection[str], *, who: str = "recipe.json"
-) -> Callable[..., Any]:
+def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Callable[..., Any]:
     """The callable of a dotted name.
 
     Args:

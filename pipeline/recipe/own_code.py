@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.checks import require
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.json import is_inside, read_json, write_json
 
-FILE = "code.json"
 _printed: set[tuple[str, ...]] = set()
 """notices of this process: worker and driver are one in an inline run, and one line is enough"""
 
@@ -69,7 +69,7 @@ def write(folder: Path, trust: Iterable[str]) -> None:
     Nothing is written if nothing is trusted.
     """
     if found := note(trust):
-        write_json(folder / FILE, found)
+        write_json(RunFolder(folder).code, found)
 
 
 def read(folder: Path) -> dict[str, Package]:
@@ -78,7 +78,7 @@ def read(folder: Path) -> dict[str, Package]:
     Raises:
         ValueError: code.json is damaged.
     """
-    file = folder / FILE
+    file = RunFolder(folder).code
     return packages(read_json(file), who=str(file)) if file.exists() else {}
 
 

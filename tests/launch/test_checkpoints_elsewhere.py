@@ -17,7 +17,6 @@ from pipeline.track.connect import connect
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import claim, place_at, step_folders
 from pipeline.train.guards.anomaly import Skipped
-from pipeline.train.job import STOP
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from tests.faults.test_not_finite import hit
@@ -109,7 +108,7 @@ def test_what_a_run_has_decided_outlives_its_folder(
 
     def stopped(self: Trainer, epoch: int, *, last: bool) -> None:
         if self.step == 4 and self.parts.skipped.rollbacks:
-            (self.folder / STOP).touch()
+            (self.folder / "stop").touch()
         between(self, epoch, last=last)
 
     hit(monkeypatch, {5})
@@ -295,7 +294,9 @@ def test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once(
     with s3_server() as bucket:
         with monkeypatch.context() as patch:
             patch.setattr(
-                Trainer, "_train", lambda attempt: (attempt.folder / STOP).touch() or train(attempt)
+                Trainer,
+                "_train",
+                lambda attempt: (attempt.folder / "stop").touch() or train(attempt),
             )
             code, _, said = run(*words, elsewhere=f"{bucket}/{key}")
         assert code == 130, said

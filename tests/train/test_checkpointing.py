@@ -13,7 +13,6 @@ from pipeline.recipe import Checkpointing, Evaluation, Policy
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpointing import Saving
-from pipeline.train.job import SAVE, STOP
 from tests.small import small_recipe, train_inline
 
 
@@ -62,7 +61,7 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("asked", ["nothing", STOP, SAVE])
+@pytest.mark.parametrize("asked", ["nothing", "stop", "save"])
 def test_between_batches_rank_0_alone_looks_for_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, asked: str
 ) -> None:
@@ -82,7 +81,7 @@ def test_between_batches_rank_0_alone_looks_for_files(
 
     def decide(*mine: bool) -> list[bool]:
         flags.append(mine)
-        return [asked == STOP, asked == SAVE, *[False] * 4]  # rank 0's
+        return [asked == "stop", asked == "save", *[False] * 4]  # rank 0's
 
     recipe = SimpleNamespace(
         checkpoints=Checkpointing(every=0, minutes=0.0), policy=Policy(replicas_every=0)
@@ -99,6 +98,6 @@ def test_between_batches_rank_0_alone_looks_for_files(
         tracker=None,
     )
     made = Saving(parts, step=0, learnt=Any, guard=Any, figures=Any)  # type: ignore[arg-type]
-    assert made.between_batches(1, last=False) is (asked == STOP)
-    assert set(looked) == ({STOP, SAVE} if rank == 0 else set())
-    assert flags[0][:2] == ((asked == STOP, asked == SAVE) if rank == 0 else (False, False))
+    assert made.between_batches(1, last=False) is (asked == "stop")
+    assert set(looked) == ({"stop", "save"} if rank == 0 else set())
+    assert flags[0][:2] == ((asked == "stop", asked == "save") if rank == 0 else (False, False))

@@ -34,6 +34,7 @@ from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
+from tests.events import event
 from tests.processes import run_ranks
 from tests.recipe.test_recipe import RECIPES
 from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
@@ -113,7 +114,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
         "a"
     ) as journal:  # hours in which there was no place for it
         journal.writelines(
-            json.dumps({"event": "waiting", "time": time.time() - ago, "attempt": OF_NONE}) + "\n"
+            json.dumps(event("waiting", time=time.time() - ago, attempt=OF_NONE).to_dict()) + "\n"
             for ago in (7200, 3600)
         )
     resumed = train_inline(tmp_path / "broken", recipe)

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.rules.base import Rule
@@ -48,7 +49,6 @@ __all__ = ["Guard", "Rollback", "Skipped", "Unguarded", "is_in", "takes_back"]
 
 WINDOW = 64
 """good losses that a new one is held against, and that there must be before one is"""
-FILE = "skipped.json"
 """in a run's folder, once it went back"""
 
 
@@ -100,18 +100,17 @@ class Skipped:
 
     @classmethod
     def read(cls, run: Path) -> Skipped:
-        if not (run / FILE).exists():
+        file = RunFolder(run).skipped
+        if not file.exists():
             return cls()
-        value = read_json(run / FILE)
+        value = read_json(file)
         try:
             return cls.of(value)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{run / FILE}: must hold rollbacks and batches; got {value!r}"
-            ) from error
+            raise UserError(f"{file}: must hold rollbacks and batches; got {value!r}") from error
 
     def write(self, run: Path) -> None:
-        write_json(run / FILE, asdict(self))
+        write_json(RunFolder(run).skipped, asdict(self))
 
 
 def is_in(step: int, batches: Sequence[tuple[int, int]]) -> bool:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.track.journal import read
-from pipeline.train.guards.watchdog import FOLDER, Watchdog, untold
+from pipeline.train.guards.watchdog import Watchdog, untold
+from tests.events import event
 
 HANGS = """
 import sys, threading, time
@@ -124,7 +125,7 @@ class Ran(NamedTuple):
 
     @property
     def stacks(self) -> list[Path]:
-        return list((self.run / FOLDER).glob("*"))
+        return list((self.run / "stacks").glob("*"))
 
 
 def end_of(run: Path, code: str, *words: str) -> Ran:
@@ -153,11 +154,10 @@ def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
     assert hung.code == 1 and hung.out == "hangs now\n" and hung.seconds < 30
     [file] = hung.stacks
     assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
-    (hung.run / FOLDER / "rank0-20260105-120000.txt").touch()  # of one that was killed
-    named = f"{FOLDER}/{file.name}"
+    (hung.run / "stacks" / "rank0-20260105-120000.txt").touch()  # of one that was killed
+    named = f"stacks/{file.name}"
     assert (
-        untold(hung.run, []) == {named: 3}
-        and untold(hung.run, [{"event": "hung", "stacks": named}]) == {}
+        untold(hung.run, []) == {named: 3} and untold(hung.run, [event("hung", stacks=named)]) == {}
     )
 
 
