@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pipeline.core.checks import require
 from pipeline.core.errors import remedy
 from pipeline.core.files import is_name
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, flat, read_json, write_json
 from pipeline.recipe.phases import Phase, check_phases
@@ -520,11 +521,10 @@ class Recipe(_Fields):
             ValueError: another format version, a target that is not trusted, or fields that are
             damaged, missing or unknown.
         """
+        who = RunFolder("").recipe.name
         if not isinstance(value, Mapping) or value.get("version") != FORMAT:
             got = value.get("version") if isinstance(value, Mapping) else value
-            raise ValueError(
-                f"recipe.json: this spiketrain reads format version {FORMAT}; got {got!r}"
-            )
+            raise ValueError(f"{who}: this spiketrain reads format version {FORMAT}; got {got!r}")
         fields = decode(value.get("recipe"), (*TRUSTED, *trust))
         groups = {
             each.name: type(each.default)
@@ -533,12 +533,12 @@ class Recipe(_Fields):
         }
         if isinstance(fields, Mapping):
             fields = {
-                name: groups[name](**arguments_of(groups[name], item, who=f"recipe.json: {name}"))
+                name: groups[name](**arguments_of(groups[name], item, who=f"{who}: {name}"))
                 if name in groups
                 else item
                 for name, item in fields.items()
             }
-        return cls(**arguments_of(cls, fields, who="recipe.json"))
+        return cls(**arguments_of(cls, fields, who=who))
 
     @classmethod
     def read(cls, path: Path, *, trust: Collection[str] = ()) -> Recipe:

@@ -162,7 +162,7 @@ def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_sto
     run = fake_run()
     with run.start() as journal:
         steps(journal, 0, 5)
-    assert sync(run.folder, uri=sqlite_store).delivered == 14
+    assert sync(run.folder, uri=sqlite_store).delivered == 15
     with run.start(step=2, world_size=4, params={"epochs": "3", "new": "1"}) as journal:
         steps(journal, 2, 8, scale=100.0)
     # 2, 3, 4 again: neither delivered nor counted
