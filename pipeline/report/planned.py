@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import hardware_differences
 from pipeline.recipe.json import differing, listed
@@ -147,7 +148,7 @@ def errors(found: Plan, folder: Path) -> Errors:
 
 def _trained_on(folder: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
     """What it was, from the first step to the last."""
-    first, *later = told_in(summary, read(folder / "journal.jsonl"))
+    first, *later = told_in(summary, read(RunFolder(folder).journal))
     if later:
         changed = listed(list(trained_apart([first], later)))
         raise ReportError(
