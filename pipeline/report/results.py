@@ -362,9 +362,8 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
     files, state = RunFolder(folder), state_of(folder)
     journal = files.journal
     starts = every(journal, Start.kind)
-    progress = (
-        summary if state == "finished" else last(journal, Step.kind, Start.kind, Stopped.kind)
-    )
+    kinds = (Step.kind, Start.kind, Stopped.kind)
+    progress = summary if state == "finished" else last(journal, *kinds)
     finish = last(journal, Finish.kind) if state == "finished" else None
     return run_of(
         folder.name,

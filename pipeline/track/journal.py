@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from pipeline.core.files import sync_folder
-from pipeline.track.events import KIND, OF_NONE, from_dict
-from pipeline.track.events import Event as TypedEvent
+from pipeline.track.events import KIND, OF_NONE, Event, from_dict
 
 __all__ = [
     "OF_NONE",
-    "Event",
     "Follower",
     "Journal",
     "NullTracker",
@@ -42,15 +40,14 @@ __all__ = [
 
 Record = dict[str, Any]
 """an event in its JSON form"""
-Event = Record
-E_ = TypeVar("E_", bound=TypedEvent)
-_RESERVED = (KIND, *(field.name for field in fields(TypedEvent)))
+E_ = TypeVar("E_", bound=Event)
+_RESERVED = (KIND, *(field.name for field in fields(Event)))
 
 
 class Tracker(Protocol):
     """Takes the events of one run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
 
-    def write(self, event: TypedEvent, /) -> None:
+    def write(self, event: Event, /) -> None:
         """Take one event. It survives a power cut if its class is `durable`."""
         ...
 
@@ -58,7 +55,7 @@ class Tracker(Protocol):
 class NullTracker:
     """The tracker of ranks other than 0, which ignores events."""
 
-    def write(self, event: TypedEvent, /) -> None:
+    def write(self, event: Event, /) -> None:
         del event
 
 
@@ -81,7 +78,7 @@ class Journal:
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
-    def write(self, event: TypedEvent, /) -> None:
+    def write(self, event: Event, /) -> None:
         """Append one event, with the time and the attempt set.
 
         NaN and infinities become "nan", "inf" and "-inf", which `from_dict` reads back.
@@ -142,7 +139,7 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
     return Follower(path).poll()
 
 
-def read_events(path: str | os.PathLike[str]) -> list[TypedEvent]:
+def read_events(path: str | os.PathLike[str]) -> list[Event]:
     """As `read`, but typed.
 
     Raises:

@@ -23,7 +23,7 @@ from pipeline.launch import driver as driving
 from pipeline.launch.base import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive
 from pipeline.launch.signals import StopRequest
-from pipeline.track.journal import Event, Follower, Journal, read
+from pipeline.track.journal import Follower, Journal, Record, read
 from pipeline.train.checkpoint import owner_of, place_at
 from pipeline.train.checkpoint.folder import Folder
 from pipeline.train.guards import storage
@@ -143,7 +143,7 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 ) -> None:
     poll, failed = Follower.poll, []
 
-    def stale(self: Follower, **about: Any) -> list[Event]:
+    def stale(self: Follower, **about: Any) -> list[Record]:
         if self.offset and len(failed) < 3:
             failed.append(self)
             raise OSError(errno.ESTALE, "Stale file handle")
@@ -159,7 +159,7 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(self: Any, event: Event) -> None:
+    def mistaken(self: Any, event: Record) -> None:
         raise KeyError("top1")
 
     monkeypatch.setattr("pipeline.launch.progress.Watch._on_evaluation", mistaken)

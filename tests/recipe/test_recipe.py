@@ -230,7 +230,7 @@ def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None
         "pipeline.data.ffcv.format.BetonWriter",
         "pipeline.data.write.published_events._download",
         "pipeline.recipe.files.load_recipe",
-        "pipeline.models.teachers.cache.Kept",
+        "pipeline.models.teachers.cache.CachedPredictions",
         "recipes.compare.factorial_base.read_right",
         "recipesque.run",
     ],
