@@ -110,13 +110,13 @@ def test_a_reader_is_found(source: str, said: str) -> None:
 
 def test_of_the_teachers_only_what_is_named_is_trusted() -> None:
     assert {name for name in TRUSTED if name.startswith("pipeline.models.teachers.")} == READERS
-    assert not is_trusted("pipeline.models.teachers.cache.Kept", TRUSTED)
+    assert not is_trusted("pipeline.models.teachers.cache.CachedPredictions", TRUSTED)
     assert not is_trusted("pipeline.models.teachers", TRUSTED)
     assert is_trusted("pipeline.models.vgg.vgg_sws", TRUSTED)
 
 
 def test_a_user_may_trust_what_is_refused_by_name() -> None:
-    name = "pipeline.models.teachers.cache.Kept"
+    name = "pipeline.models.teachers.cache.CachedPredictions"
     assert is_trusted(name, (*TRUSTED, name))
     assert is_trusted(name, (*TRUSTED, "pipeline.models.teachers"))
 
