@@ -47,7 +47,7 @@ from pipeline.core.torch_settings import computing
 from pipeline.data.base import Data, Grouped
 from pipeline.measure.memory import device_here
 from pipeline.models.attention import OverSamples
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.noise import noise

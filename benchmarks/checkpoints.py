@@ -36,7 +36,6 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from timm.optim import create_optimizer_v2
 
@@ -46,9 +45,10 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare
 from pipeline.measure.memory import device_here, hardware
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe import Checkpointing, Recipe, Spec, spec
 from pipeline.rules.sltt import SLTT
-from pipeline.track.base import Tracker
+from pipeline.track.events import Checkpoint, Event
+from pipeline.track.journal import Tracker
 from pipeline.train.context import TrainContext
 from pipeline.train.job import RankInfo
 from pipeline.train.loop import train
@@ -84,7 +84,7 @@ def recipe(model: Spec) -> Recipe:
         time_steps=T,
         batch_size=BATCH,
         epochs=1,
-        checkpoint_minutes=0.0,
+        checkpoints=Checkpointing(minutes=0.0),
         backend="plain",
     )
 
@@ -101,10 +101,10 @@ class Found:
     """
     bytes: int = 0
 
-    def note(self, told: dict[str, Any]) -> None:
-        self.stall_s.append(told["stall_s"])
-        self.write_s.append(told["write_s"])
-        self.bytes = told["bytes"]
+    def note(self, event: Checkpoint) -> None:
+        self.stall_s.append(event.stall_s)
+        self.write_s.append(event.write_s)
+        self.bytes = event.bytes
 
 
 class Told:
@@ -112,15 +112,12 @@ class Told:
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
-        self.checkpoint: dict[str, Any] | None = None
+        self.checkpoint: Checkpoint | None = None
 
-    def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
-        self.tracker.event(kind, sync=sync, **fields)
-        if kind == "checkpoint":
-            self.checkpoint = fields
-
-    def close(self) -> None:
-        self.tracker.close()
+    def write(self, event: Event, /) -> None:
+        self.tracker.write(event)
+        if isinstance(event, Checkpoint):
+            self.checkpoint = event
 
 
 class InTurn(Trainer):
@@ -157,7 +154,7 @@ class InTurn(Trainer):
             found.step_s.append(self._batch())
         found.note(self._told())
 
-    def _told(self) -> dict[str, Any]:
+    def _told(self) -> Checkpoint:
         told, self.told.checkpoint = self.told.checkpoint, None
         assert told is not None
         return told

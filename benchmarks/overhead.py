@@ -40,8 +40,8 @@ from pipeline.launch.driver import drive
 from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
 from pipeline.measure.memory import device_here, hardware
+from pipeline.recipe import Recipe, spec
 from pipeline.recipe.command_line import command
-from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -161,12 +161,13 @@ def main() -> None:
     parser.add_argument("--rule", choices=sorted(RULES), default="sltt")
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
+    study = fashion()
     recipe = replace(
-        fashion(),
+        study,
         name="overhead",
         rule=spec(RULES[arguments.rule]),
         stop_after=WARM_UP + arguments.steps,
-        evaluate_samples=64,
+        evaluation=replace(study.evaluation, samples=64),
     )
     recipe = replace(recipe, batch_size=tuned_batch(recipe, arguments.rule))
     with tempfile.TemporaryDirectory() as folder:

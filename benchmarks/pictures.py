@@ -133,7 +133,7 @@ def _is_near(name: str, folder: Path, *, seeds: int) -> bool:
             folder, "write", "folder", "--source", "pictures", "--out", "data/pictures", *words
         )
     (folder / "mine.py").write_text(template(CLASSES[name]))
-    once = ("--set", "evaluate_every=0")
+    once = ("--set", "evaluation.every=0")
     _spiketrain(
         folder,
         "launch",

@@ -34,7 +34,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from pipeline.core.code_version import commit
@@ -42,7 +41,7 @@ from pipeline.forecast.plan import Cluster, plan
 from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.driver import launch_run
 from pipeline.measure.memory import device_here, hardware
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from pipeline.report.planned import errors
 from recipes.events.moving_sltt import recipe as moving_sltt
 from recipes.fashion.dsr_if import recipe as fashion_dsr_if
@@ -71,7 +70,7 @@ def main() -> None:
         f" {machine['cpu']}, torch {machine['torch']}"
     )
     for name, made in RECIPES.items():
-        recipe = replace(made(), stop_after=arguments.steps, evaluate_samples=64)
+        recipe = made().override({"stop_after": arguments.steps, "evaluation.samples": 64})
         before = plan(recipe, Cluster(workers=arguments.workers), rules=())
         with tempfile.TemporaryDirectory() as runs:
             launched = Launched(

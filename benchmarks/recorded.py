@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Checkpointing, Evaluation, Recipe, spec
 from pipeline.rules.base import LossOf, LossTerm
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
@@ -74,8 +74,7 @@ def recorded(into: str) -> Recipe:
         time_steps=2,
         batch_size=BATCH,
         epochs=2000,
-        checkpoint_every=50,
-        evaluate_every=4,
-        evaluate_samples=64,
+        checkpoints=Checkpointing(every=50),
+        evaluation=Evaluation(every=4, samples=64),
         log_every=10,
     )

@@ -57,7 +57,7 @@ from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console, number, print_table
 from pipeline.launch.ray_cluster import NODES
 from pipeline.measure.memory import device_here, hardware
-from pipeline.track.journal import Event, Follower, last, read
+from pipeline.track.journal import Follower, Record, last, read
 
 PATIENCE_S = 180.0
 WORLD = 2
@@ -90,7 +90,7 @@ class Training:
         self.run = folder / "runs" / "soak"
         self.journal = self.run / "journal.jsonl"
         self.records = Follower(folder / "records.jsonl")
-        self.trained: list[Event] = []
+        self.trained: list[Record] = []
         self.cluster: Any = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
         )
@@ -141,7 +141,7 @@ class Training:
         self.driver.wait()
         self.launch()
 
-    def steps(self) -> list[Event]:
+    def steps(self) -> list[Record]:
         """What was trained so far, in order. Only what is new is read: a driver that starts needs
         the cores more.
         """

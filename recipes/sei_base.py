@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.models.transforms import binarized
-from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Recipe, Suite, spec
 from pipeline.rules.bptt import BPTT
 
 

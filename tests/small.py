@@ -17,7 +17,7 @@ from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.in_process import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.files import load_recipe
-from pipeline.recipe.recipe import Recipe, spec, write_json
+from pipeline.recipe.recipe import Checkpointing, Recipe, spec, write_json
 from pipeline.rules.sltt import SLTT
 from pipeline.train.job import Job
 from pipeline.train.objective import CrossEntropy
@@ -65,7 +65,7 @@ def small_recipe(**changes: Any) -> Recipe:
         batch_size=8,
         epochs=2,
         log_every=1,
-        checkpoint_every=3,
+        checkpoints=Checkpointing(every=3),
         backend="plain",
     )
     return replace(recipe, **changes)

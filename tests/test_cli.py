@@ -26,7 +26,7 @@ from pipeline.rules.bptt import BPTT
 from tests.small import small_recipe
 
 def recipe():
-    base = small_recipe(checkpoint_every=0, epochs=1)
+    base = small_recipe(epochs=1).override({"checkpoints.every": 0})
     return [replace(base, name="one-bptt", rule=spec(BPTT)), replace(base, name="one-sltt")]
 """
 
@@ -354,9 +354,8 @@ def my_network(classes):
     return nn.Sequential(Flat(), Linear(64, 8), LIF(), Linear(8, classes))
 
 def recipe():
-    base = small_recipe(
-        checkpoint_every=0, epochs=1, backend="deepspeed", model=spec(my_network, classes=10)
-    )
+    base = small_recipe(epochs=1, backend="deepspeed", model=spec(my_network, classes=10))
+    base = base.override({"checkpoints.every": 0})
     return [replace(base, name="own-bptt", rule=spec(BPTT)), replace(base, name="own-sltt")]
 """
 
@@ -546,7 +545,8 @@ def test_json_is_all_that_is_on_stdout(words: str, tmp_path: Path) -> None:
     file = tmp_path / "one.py"
     file.write_text(
         "from tests.small import small_recipe\n\n"
-        "def recipe():\n    return small_recipe(backend='deepspeed', checkpoint_every=0)\n"
+        "def recipe():\n"
+        "    return small_recipe(backend='deepspeed').override({'checkpoints.every': 0})\n"
     )
     asked = words.replace("RECIPE", str(file)).split()
     done = subprocess.run(

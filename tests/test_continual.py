@@ -29,7 +29,7 @@ from pipeline.launch.prepare import write_job
 from pipeline.models.mlp import mlp
 from pipeline.models.transforms import multi_head, select_head
 from pipeline.recipe.phases import Phase
-from pipeline.recipe.recipe import Recipe, spec, write_json
+from pipeline.recipe.recipe import Checkpointing, Policy, Recipe, spec, write_json
 from pipeline.report.listing import list_runs
 from pipeline.report.show import show_recipe
 from pipeline.rules.base import LossOf, LossTerm
@@ -275,7 +275,7 @@ def test_a_run_that_is_stopped_at_a_boundary_begins_the_next_task_once(
 
 
 def test_checkpoints_say_where_they_stand(tmp_path: Path) -> None:
-    train(tmp_path / "run", several(keep=99))
+    train(tmp_path / "run", several(checkpoints=Checkpointing(every=3, keep=99)))
     found = [read_trainer(path) for path in step_folders(tmp_path / "run" / "checkpoints")]
     places = {each["step"]: (each["phase"], each["epoch"], each["sample"]) for each in found}
     assert [places[step] for step in (6, 8, 18, 24, 30)] == [
@@ -334,7 +334,7 @@ def test_the_learning_rate_begins_anew(whole: Path) -> None:
 def test_a_head_learns_in_its_own_phase_alone(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    train(tmp_path / "run", split(keep=99))
+    train(tmp_path / "run", split(checkpoints=Checkpointing(every=3, keep=99)))
     ends = [
         load_file(tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / WEIGHTS)
         for step in (8, 16, 24)
@@ -422,7 +422,7 @@ def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(
         monkeypatch,
         lambda step: 1e6 if step == 14 else 0.0 if step < 8 else 1e2 if step < 24 else 1e4,
     )
-    recipe = several(loss_spike=4.0)
+    recipe = several(policy=Policy(loss_spike=4.0))
     with monkeypatch.context() as patch:
         before_task(1)(patch)
         with pytest.raises(Killed):

@@ -178,7 +178,7 @@ def test_the_template_is_stable_and_rules_are_near_each_other(
     run = command(monkeypatch, capsys)
     assert run(*write_pictures())[0] == 0
     (tmp_path / "mine.py").write_text(template(3))
-    changes = ("data.size=32", "backend=plain", "evaluate_every=0", "log_every=1")
+    changes = ("data.size=32", "backend=plain", "evaluation.every=0", "log_every=1")
     code, _, error = run(
         "launch",
         "mine.py",

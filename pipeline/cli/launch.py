@@ -331,7 +331,7 @@ def _renew_page(folder: Path, trust: tuple[str, ...], reported: Reported | None)
     from pipeline.recipe.command_line import command
     from pipeline.report.page import publish, write
     from pipeline.report.read_study import read_study
-    from pipeline.track.base import TrackingError
+    from pipeline.track.connect import TrackingError
 
     try:
         found = read_study(folder.parent, [folder.name], trust=trust, reported=reported)

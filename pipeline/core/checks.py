@@ -5,6 +5,20 @@ values. An error is one line.
 from collections.abc import Collection, Mapping, Sequence
 
 
+def require(holds: object, rule: str) -> None:
+    """Refuse what breaks a rule.
+
+    Args:
+        holds: whether the rule is kept.
+        rule: one line: who, the rule, what was got.
+
+    Raises:
+        ValueError: it is not kept.
+    """
+    if not holds:
+        raise ValueError(rule)
+
+
 def refuse_unless_counts(
     who: str, numbers: Mapping[str, object], *, least: int = 1, up_to: str | None = None
 ) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from pipeline.core.code_version import commit
 from pipeline.core.errors import UserError
 from pipeline.core.printing import new_console, say
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
 from pipeline.launch.cluster import Cluster
@@ -36,14 +37,14 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import refuse_references
 from pipeline.track.connect import without_password
 from pipeline.track.exposition import Exposed
-from pipeline.track.journal import read
+from pipeline.track.journal import read_events
 from pipeline.track.mlflow import Mirror, tracking_uri
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, place_at
 from pipeline.train.guards.storage import patiently
 from pipeline.train.guards.watchdog import untold
-from pipeline.train.job import REFUSAL, SAVE, STOP, Job, raise_refusal
+from pipeline.train.job import Job, raise_refusal
 from pipeline.train.part_checks import fingerprint_of
 from pipeline.train.tasks import Loaders, build_data, tasks_of
 from pipeline.train.writer_lock import PATIENCE_S, journal
@@ -123,8 +124,9 @@ def drive(
     exposed = Exposed(folder, tell)
     with driver_lock(folder):
         job = _with_checkpoint_token(job, tell)
-        for note in (STOP, SAVE, REFUSAL):
-            (folder / note).unlink(missing_ok=True)
+        files = RunFolder(folder)
+        for message in (files.stop, files.save, files.refusal):
+            message.unlink(missing_ok=True)
         write_job(job)
         with (
             _mirrored(folder, uri, tell),
@@ -188,7 +190,7 @@ def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
     """
     hung: dict[str, int] = {}
     try:
-        hung = untold(folder, read(folder / "journal.jsonl"))
+        hung = untold(folder, read_events(RunFolder(folder).journal))
         with journal(folder, Ranks()):  # the workers are gone: nobody else writes it
             raise_refusal(folder)
     except OSError as error:  # a full disk, which may have caused the failure itself
@@ -249,7 +251,7 @@ def driver_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another driver holds it.
     """
-    with (folder / "driver.lock").open("a+") as handle:
+    with RunFolder(folder).driver_lock.open("a+") as handle:
         _take(handle, folder)
         handle.truncate(0)
         handle.write(this_machine())

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.core.printing import new_console, say
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import computing
 from pipeline.core.units import counted
@@ -43,7 +44,7 @@ def evaluate_run(
             "evaluate: --weights takes the place of a checkpoint, so --which has no effect; got"
             f" --which {which}"
         )
-    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
     if weights is None:
         which = which or "last"
         network = load_run(folder, which=which, trust=trust)

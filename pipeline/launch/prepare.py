@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.core.checks import refuse_unless_counts
 from pipeline.core.code_version import commit
 from pipeline.core.files import is_name
+from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster, refuse_unless_watchable
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import how_to_resume
@@ -80,10 +81,11 @@ def prepare(
         address, run_id = _own_place(cluster.checkpoints, folder, study, adopts=adopts)
         job = replace(job, checkpoints=address, run_id=run_id or job.run_id)
     with atomic_folder(folder) as hidden:
-        write_json(hidden / "recipe.json", recipe.to_json())
+        files = RunFolder(hidden)
+        write_json(files.recipe, recipe.to_json())
         own_code.write(hidden, trust)
-        write_json(hidden / "cluster.json", asdict(cluster))
-        write_json(hidden / "job.json", _to_json(job))
+        write_json(files.cluster, asdict(cluster))
+        write_json(files.job, _to_json(job))
     return job
 
 
@@ -129,7 +131,7 @@ def open_place(place: str, run: Path) -> tuple[str, list[str], Owner | None]:
 
 def write_job(job: Job) -> None:
     """Write job.json, which a resume reads."""
-    write_json(Path(job.run) / "job.json", _to_json(job))
+    write_json(RunFolder(job.run).job, _to_json(job))
 
 
 def _to_json(job: Job) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
         ValueError: the file is missing or damaged, or its suite or its family is no name of a
             folder.
     """
-    file = folder / "job.json"
+    file = RunFolder(folder).job
     fields = arguments_of(Job, read_json(file), who=str(file), besides=NOT_SAVED)
     job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})

@@ -20,10 +20,13 @@ from rich.progress import (
 )
 
 from pipeline.core.printing import say
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.measure.energy import describe_inference
+from pipeline.track import events
 from pipeline.track.connect import without_password
-from pipeline.track.journal import Event, Follower, number
+from pipeline.track.events import Event, from_dict
+from pipeline.track.journal import Follower, Record, number
 
 
 class Watch:
@@ -54,8 +57,8 @@ class Watch:
         self._shown = float("-inf")  # when the last plain line about steps was printed
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        self._start: dict[str, Any] = {}
-        self._newest: dict[str, Any] = {}  # step event
+        self._start: events.Start | None = None
+        self._since_step, self._since = 0, 0.0  # steps done and time of the first batch's end
         self._accuracy = ""
         self._say(os.fspath(run_dir), label="run     ")
         self._say(without_password(store), label="mlflow  ")
@@ -63,21 +66,21 @@ class Watch:
             self._say(resume_command, label="resume  ", whole=[resume_command])
         self._say("waiting for the workers, which import torch and build the network")
 
-    def show(self, events: Iterable[dict[str, Any]]) -> None:
-        """Take new events of the journal, in order."""
-        stepped = False
-        for event in events:
-            if event["event"] == "step":  # of several steps since the last look the newest is drawn
-                self._newest, stepped = event, True
+    def show(self, new: Iterable[Event]) -> None:
+        """Take new events of the journal, in order. Of steps in a row the last is drawn."""
+        step: events.Step | None = None
+        for event in new:
+            if isinstance(event, events.Step):
+                step = event
                 continue
-            if stepped:
-                self._draw()
-                stepped = False
-            handler = getattr(self, f"_on_{event['event']}", None)
+            if step is not None:
+                self._draw(step)
+                step = None
+            handler = getattr(self, f"_on_{event.kind}", None)
             if handler is not None:
                 handler(event)
-        if stepped:
-            self._draw()
+        if step is not None:
+            self._draw(step)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -86,51 +89,48 @@ class Watch:
 
     # --------------------------------------------------------------------------------------- events
 
-    def _on_start(self, event: dict[str, Any]) -> None:
-        self._start, self._newest = event, {}
-        if (event.get("hardware") or {}).get("gpu", "none") != "none":
-            cores, loaders = event["hardware"].get("threads"), event.get("loader_threads")
+    def _on_start(self, event: events.Start) -> None:
+        self._start, self._since_step, self._since = event, event.step, event.time
+        if _has_gpu(event):
+            cores, loaders = event.hardware.get("threads"), event.loader_threads
             self._say(
                 f"cores   {cores} for each GPU, {loaders} loader threads (--cpus-per-worker,"
                 " --loader-threads)"
             )
-        done, total = event.get("step", 0), event.get("total_steps")
-        workers = counted(event.get("world_size"), "worker")
-        if event.get("attempt", 0):
-            self._say(f"start {event['attempt'] + 1}: goes on at step {done}/{total} on {workers}")
+        done, total = event.step, event.total_steps
+        workers = counted(event.world_size, "worker")
+        if event.attempt:
+            self._say(f"start {event.attempt + 1}: goes on at step {done}/{total} on {workers}")
         else:
-            steps, samples = counted(total, "step"), counted(event.get("batch_size"), "sample")
-            what = f"{event.get('rule')} on {workers}, {steps} of {samples}"
-            self._say(
-                f"start   {what}, study {str(event.get('study', ''))[:8]}, commit"
-                f" {event.get('commit')}"
-            )
+            steps, samples = counted(total, "step"), counted(event.batch_size, "sample")
+            what = f"{event.rule} on {workers}, {steps} of {samples}"
+            self._say(f"start   {what}, study {event.study[:8]}, commit {event.commit}")
         if done != total:
             self._say("waiting for the first batch, which compiles what reads the data")
         if self._has_bar:
             if self._bar is None:
                 self._bar = _bar(self._console)
-                self._task = self._bar.add_task(str(event.get("rule", "")), text="")
+                self._task = self._bar.add_task(event.rule, text="")
                 self._bar.start()
             self._bar.reset(self._task, total=total, completed=done, text="")
 
-    def _on_first_batch(self, event: dict[str, Any]) -> None:
+    def _on_first_batch(self, event: events.FirstBatch) -> None:
         self._say(
-            f"started after {_short(event.get('startup_s'))} s: imports, compilation and the first"
+            f"started after {_short(event.startup_s)} s: imports, compilation and the first"
             " batch are done"
         )
-        self._start = {**self._start, "step": event.get("step", 0), "time": event.get("time", 0)}
+        self._since_step, self._since = event.step, event.time
 
-    def _on_phase(self, event: dict[str, Any]) -> None:
-        head = "" if event.get("head") is None else f", head {event['head']}"
-        place = f"{_from_one(event.get('phase'))}/{event.get('of')}"
+    def _on_phase(self, event: events.Phase) -> None:
+        head = "" if event.head is None else f", head {event.head}"
+        steps = counted(event.steps, "step")
         self._say(
-            f"phase {place}, {event.get('name')}: from step {event.get('step')},"
-            f" {counted(event.get('steps'), 'step')}{head}"
+            f"phase {event.phase + 1}/{event.of}, {event.name}: from step {event.step},"
+            f" {steps}{head}"
         )
 
-    def _on_evaluation(self, event: dict[str, Any]) -> None:
-        metrics = event.get("metrics", {})
+    def _on_evaluation(self, event: events.Evaluation) -> None:
+        metrics = event.metrics
         parts = [
             f"{name} {_share(metrics[key])}"
             for name, key in (("top-1", "top1"), ("top-5", "top5"))
@@ -144,8 +144,7 @@ class Watch:
         parts += [f"BWT {_share(metrics['bwt'])}"] if "bwt" in metrics else []
         self._accuracy = _share(metrics["top1"]) if "top1" in metrics else ""
         self._say(
-            f"evaluation after step {event.get('step')} (epoch {_from_one(event.get('epoch'))}):"
-            f" {', '.join(parts)}"
+            f"evaluation after step {event.step} (epoch {event.epoch + 1}): {', '.join(parts)}"
         )
         tasks = [
             f"{key.removeprefix('top1_')} {_share(top1)}"
@@ -155,163 +154,144 @@ class Watch:
         if len(tasks) > 1:
             self._say(f"each task: {', '.join(tasks)}")
 
-    def _on_checkpoint(self, event: dict[str, Any]) -> None:
+    def _on_checkpoint(self, event: events.Checkpoint) -> None:
         if self._bar is not None:
             return  # a terminal shows the bar; a log should say what can be resumed
-        size, written, stalled = (
-            _bytes(event.get("bytes")),
-            _short(event.get("write_s")),
-            _short(event.get("stall_s")),
-        )
+        size, written, stalled = _bytes(event.bytes), _short(event.write_s), _short(event.stall_s)
         self._say(
-            f"checkpoint at step {event.get('step')}: {size} in {written} s, training stood still"
+            f"checkpoint at step {event.step}: {size} in {written} s, training stood still"
             f" for {stalled} s"
         )
 
-    def _on_quarantine(self, event: dict[str, Any]) -> None:
-        self._say(f"quarantined {event.get('path')}: {event.get('reason')}")
+    def _on_quarantine(self, event: events.Quarantine) -> None:
+        self._say(f"quarantined {event.path}: {event.reason}")
 
-    def _on_unwritten(self, event: dict[str, Any]) -> None:
-        self._say(f"{event.get('error')}; another is begun at once")
+    def _on_unwritten(self, event: events.Unwritten) -> None:
+        self._say(f"{event.error}; another is begun at once")
 
-    def _on_waiting(self, event: dict[str, Any]) -> None:
-        why = f": {event['error']}" if event.get("error") else ""
+    def _on_waiting(self, event: events.Waiting) -> None:
+        why = f": {event.error}" if event.error else ""
+        self._say(f"{event.what} is waited for, for up to {_short(event.most_s)} s{why}")
+
+    def _on_undeleted(self, event: events.Undeleted) -> None:
         self._say(
-            f"{event.get('what')} is waited for, for up to {_short(event.get('most_s'))} s{why}"
+            f"checkpoint at step {event.step} is whole; an older one could not be deleted:"
+            f" {event.error}"
         )
 
-    def _on_undeleted(self, event: dict[str, Any]) -> None:
-        self._say(
-            f"checkpoint at step {event.get('step')} is whole; an older one could not be deleted:"
-            f" {event.get('error')}"
-        )
+    def _on_skipped(self, event: events.Skipped) -> None:
+        samples = counted(event.samples, "sample")
+        self._say(f"skipped {_batch(event)} of {samples}: {event.reason}{_advice(event)}")
 
-    def _on_skipped(self, event: dict[str, Any]) -> None:
-        samples = counted(event.get("samples"), "sample")
-        self._say(f"skipped {_batch(event)} of {samples}: {event.get('reason')}{_advice(event)}")
-
-    def _on_preempted(self, event: dict[str, Any]) -> None:
-        left = number(event.get("seconds_left"))
-        when = "soon" if left is None else f"in {left:.0f} s"
-        count = len(event.get("machines") or ())
+    def _on_preempted(self, event: events.Preempted) -> None:
+        when = "soon" if event.seconds_left is None else f"in {event.seconds_left:.0f} s"
+        count = len(event.machines)
         which = f"{counted(count, 'machine')} {'is' if count == 1 else 'are'}"
         self._say(
-            f"{which} taken away {when}: a checkpoint at step {event.get('step')} is begun"
+            f"{which} taken away {when}: a checkpoint at step {event.step} is begun"
         )  # and told once it is whole
 
-    def _on_stopped(self, event: dict[str, Any]) -> None:
-        self._say(f"stopped after step {event.get('step')}: {event.get('reason')}")
+    def _on_stopped(self, event: events.Stopped) -> None:
+        self._say(f"stopped after step {event.step}: {event.reason}")
 
-    def _on_failed(self, event: dict[str, Any]) -> None:
-        self._say(f"failed: {event.get('error')}")
+    def _on_failed(self, event: events.Failed) -> None:
+        self._say(f"failed: {event.error}")
 
-    def _on_hung(self, event: dict[str, Any]) -> None:
+    def _on_hung(self, event: events.Hung) -> None:
         self._say(
-            f"worker {event.get('worker')} gave no sign of life: what it was at is in"
-            f" {event.get('stacks')}"
+            f"worker {event.worker} gave no sign of life: what it was at is in {event.stacks}"
         )
 
-    def _on_died(self, event: dict[str, Any]) -> None:
-        self._say(f"worker {event.get('worker')} ended: {event.get('error')}")
+    def _on_died(self, event: events.Died) -> None:
+        self._say(f"worker {event.worker} ended: {event.error}")
 
-    def _on_rollback(self, event: dict[str, Any]) -> None:
-        self._say(
-            f"{_batch(event)}: {event.get('reason')}; back to step"
-            f" {event.get('to')}{_advice(event)}"
-        )
+    def _on_rollback(self, event: events.Rollback) -> None:
+        self._say(f"{_batch(event)}: {event.reason}; back to step {event.to}{_advice(event)}")
 
-    def _on_straggler(self, event: dict[str, Any]) -> None:
-        for rank, about in (event.get("workers") or {}).items():
+    def _on_straggler(self, event: events.Straggler) -> None:
+        for rank, about in event.workers.items():
             self._say(
-                f"worker {rank} on {about.get('host')} takes {about.get('times', 0):.1f} times as"
+                f"worker {rank} on {about['host']} takes {about['times']:.1f} times as"
                 " long as the others"
             )
 
-    def _on_data_wait(self, event: dict[str, Any]) -> None:
-        waits = f"training waits for data {_share(event.get('share'))} of the time"
+    def _on_data_wait(self, event: events.DataWait) -> None:
+        waits = f"training waits for data {_share(event.share)} of the time"
         self._say(
-            f"{waits}: take more --loader-threads, now {event.get('loader_threads')}, and more"
+            f"{waits}: take more --loader-threads, now {event.loader_threads}, and more"
             " --cpus-per-worker"
         )
 
-    def _on_smaller(self, event: dict[str, Any]) -> None:
+    def _on_smaller(self, event: events.Smaller) -> None:
         self._say(
-            f"out of memory: at most {counted(event.get('micro_batch'), 'sample')} at a time from"
-            " here on"
+            f"out of memory: at most {counted(event.micro_batch, 'sample')} at a time from here on"
         )
 
-    def _on_diverged(self, event: dict[str, Any]) -> None:
-        self._say(f"diverged: {event.get('error')}")
+    def _on_diverged(self, event: events.Diverged) -> None:
+        self._say(f"diverged: {event.error}")
 
-    def _on_finish(self, event: dict[str, Any]) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._start.get("total_steps"))
-        if event.get("inference"):
-            gpu = (self._start.get("hardware") or {}).get("gpu", "none")
-            self._say(describe_inference(event["inference"], on_gpu=gpu != "none"))
-        top1 = f", top-1 {_share(event['top1'])}" if event.get("top1") is not None else ""
-        bwt = f", BWT {_share(event['bwt'])}" if event.get("bwt") is not None else ""
-        steps = counted(event.get("steps", event.get("step")), "step")
+    def _on_finish(self, event: events.Finish) -> None:
+        summary, start = event.summary, self._start
+        if self._bar is not None and start is not None:
+            self._bar.update(self._task, completed=start.total_steps)
+        if summary.get("inference"):
+            on_gpu = start is not None and _has_gpu(start)
+            self._say(describe_inference(summary["inference"], on_gpu=on_gpu))
+        top1 = f", top-1 {_share(summary['top1'])}" if summary.get("top1") is not None else ""
+        bwt = f", BWT {_share(summary['bwt'])}" if summary.get("bwt") is not None else ""
+        steps = counted(event.step, "step")
         # Replicas that differ make a run go back, too, and skip nothing.
-        back = event.get("rollbacks") if event.get("skipped_batches") else 0
+        back = summary.get("rollbacks") if summary.get("skipped_batches") else 0
         diverged = f"; its training diverged and went back {counted(back, 'time')}" if back else ""
-        self._say(f"finished: {steps} in {_short(event.get('wall_s'))} s{top1}{bwt}{diverged}")
+        self._say(f"finished: {steps} in {_short(summary.get('wall_s'))} s{top1}{bwt}{diverged}")
 
     # -------------------------------------------------------------------------------------- drawing
 
-    def _draw(self) -> None:
-        event, metrics = self._newest, self._newest.get("metrics", {})
+    def _draw(self, event: events.Step) -> None:
+        metrics, start = event.metrics, self._start
+        epochs, total = ("?", "?") if start is None else (start.epochs, start.total_steps)
         parts = [
-            f"epoch {_from_one(event.get('epoch'))}/{self._start.get('epochs', '?')}",
+            f"epoch {event.epoch + 1}/{epochs}",
             f"{_short(metrics.get('images_per_s'))} images/s",
             f"loss {_short(metrics.get('loss'))}",
             f"top-1 {_share(metrics.get('top1'))}"
             + (f" (val {self._accuracy})" if self._accuracy else ""),
-            _bytes(event.get("memory_bytes")),
+            _bytes(event.memory_bytes),
         ]
-        if self._bar is not None:
-            self._bar.update(self._task, completed=event.get("step"), text=self._fitting(parts))
+        if self._bar is not None and start is not None:
+            text = self._fitting(parts, start)
+            self._bar.update(self._task, completed=event.step, text=text)
             return
         if self._has_bar or self._clock() - self._shown < self._every:
             return
         self._shown = self._clock()
-        self._say(
-            f"step {event.get('step')}/{self._start.get('total_steps', '?')} "
-            f" {'  '.join(parts)}{self._left()}"
-        )
+        left = "" if start is None else self._left(event, start)
+        self._say(f"step {event.step}/{total}  {'  '.join(parts)}{left}")
 
-    def _fitting(self, parts: list[str]) -> str:
+    def _fitting(self, parts: list[str], start: events.Start) -> str:
         """As many parts as fit beside the bar: rich would cut the times that stand after them."""
-        steps = 2 * len(str(self._start.get("total_steps", ""))) + 1
-        beside = (
-            len(str(self._start.get("rule", ""))),
-            _bar_width(self._console),
-            steps,
-            *2 * [len("00:00:00")],
-        )
+        steps = 2 * len(str(start.total_steps)) + 1
+        beside = (len(start.rule), _bar_width(self._console), steps, *2 * [len("00:00:00")])
         room = self._console.width - sum(beside) - len(beside)
         while parts and len("  ".join(parts)) > room:
             parts = parts[:-1]
         return "  ".join(parts)
 
-    def _left(self) -> str:
-        """Time to the end at the speed since the first batch of this start; a bar knows by
-        itself.
-        """
-        done, seconds = (
-            self._newest.get("step", 0) - self._start.get("step", 0),
-            self._newest["time"] - self._start.get("time", 0),
-        )
-        if not self._start.get("total_steps") or done <= 0:
+    def _left(self, event: events.Step, start: events.Start) -> str:
+        """The time to the end at the speed since the first batch of this start."""
+        done, seconds = event.step - self._since_step, event.time - self._since
+        if done <= 0:
             return ""
-        minutes, rest = divmod(
-            int((self._start["total_steps"] - self._newest["step"]) * seconds / done), 60
-        )
+        minutes, rest = divmod(int((start.total_steps - event.step) * seconds / done), 60)
         return f"  {minutes // 60}:{minutes % 60:02d}:{rest:02d} left"
 
     def _say(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
         """Above the bar, where there is one."""
         say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
+
+
+def _has_gpu(start: events.Start) -> bool:
+    return start.hardware.get("gpu", "none") != "none"
 
 
 def _bar(console: Console) -> Progress:
@@ -353,17 +333,12 @@ def _bytes(value: Any) -> str:
     return f"{found / scale:.3g} {unit}"
 
 
-def _batch(event: Event) -> str:
-    epoch = event.get("epoch")
-    return f"batch {event.get('step')}" + ("" if epoch is None else f" (epoch {_from_one(epoch)})")
+def _batch(event: events.Skipped | events.Rollback) -> str:
+    return f"batch {event.step} (epoch {event.epoch + 1})"
 
 
-def _advice(event: Event) -> str:
-    return f"; {event['advice']}" if event.get("advice") else ""
-
-
-def _from_one(epoch: Any) -> Any:
-    return epoch + 1 if isinstance(epoch, int) else "-"
+def _advice(event: events.Skipped | events.Rollback) -> str:
+    return f"; {event.advice}" if event.advice else ""
 
 
 class Shown:
@@ -382,10 +357,10 @@ class Shown:
         store: str,
         resume_command: str = "",
         name: str = "",
-        also: Callable[[list[Event]], None] = lambda events: None,
+        also: Callable[[list[Record]], None] = lambda events: None,
     ) -> None:
         self._console, self._also = console, also
-        journal = folder / "journal.jsonl"
+        journal = RunFolder(folder).journal
         end = journal.stat().st_size if journal.exists() else 0
         self._follower = Follower(journal, offset=end)
         self._watch = Watch(
@@ -396,7 +371,7 @@ class Shown:
     def look(self) -> None:
         """Show what has come to the journal since the last call."""
         try:
-            events = self._follower.poll()
+            new = self._follower.poll()
         except OSError as error:  # storage that is away for a moment
             if not self._is_blind:
                 why = error.strerror or error
@@ -408,8 +383,8 @@ class Shown:
         if self._is_broken:
             return
         try:
-            self._watch.show(events)
-            self._also(events)
+            self._watch.show([from_dict(event) for event in new])
+            self._also(new)
         except Exception as error:  # a mistake in what is shown must not cost a training
             self._is_broken = True
             why = f"{type(error).__name__}: {error}"

@@ -22,6 +22,7 @@ from torch import distributed
 
 from pipeline.core.cores import cores_here, cores_of_a_node, cores_of_machines
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import (
@@ -53,9 +54,10 @@ from pipeline.launch.ray_cluster import (
 )
 from pipeline.launch.signals import blocked_signal
 from pipeline.measure.driver import unusable_gpus
-from pipeline.track.journal import last
+from pipeline.track.events import Checkpoint, Stopped
+from pipeline.track.journal import last_event
 from pipeline.train.backend.collectives import PATIENCE, Ranks
-from pipeline.train.job import STOP, Job, Notice, RankInfo, asked_by
+from pipeline.train.job import Job, Notice, RankInfo, asked_by, was_stopped
 from pipeline.train.worker import run
 from pipeline.train.writer_lock import journal
 
@@ -263,7 +265,7 @@ class Ray:
             outcome = self._trainer(job, attempt).fit().return_value
         except Exception as error:  # Ray wraps what a worker raised in several layers
             if has_no_place(error):
-                if (Path(job.run) / STOP).exists():
+                if was_stopped(Path(job.run)):
                     return _stopped_without_workers(job)
                 raise LaunchError(no_place(self.workers)) from error
             raise WorkersEnded(innermost(error), is_for_the_user=needs_the_user(error)) from error
@@ -327,14 +329,14 @@ def _unusable_cards(gpus: int) -> str | None:
 def _stopped_without_workers(job: Job) -> None:
     """Journal that a user stopped the run while there was no room for its workers."""
     folder = Path(job.run)
-    saved = last(folder / "journal.jsonl", "checkpoint")
+    saved = last_event(RunFolder(folder).journal, Checkpoint)
     with journal(folder, Ranks()) as tracker:
-        tracker.event(
-            "stopped",
-            sync=True,
-            step=0 if saved is None else saved["step"],
-            reason=f"{asked_by(folder)} while its workers had no place",
-            resume_command=job.resume_command,
+        tracker.write(
+            Stopped(
+                step=0 if saved is None else saved.step,
+                reason=f"{asked_by(folder)} while its workers had no place",
+                resume_command=job.resume_command,
+            )
         )
 
 

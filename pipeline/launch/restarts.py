@@ -38,14 +38,15 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2.api.exceptions import ControllerError
 
 from pipeline.core.files import is_permanent
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import cause, innermost
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import write_json
-from pipeline.track.journal import OF_NONE, Journal, last
+from pipeline.track.events import OF_NONE, Checkpoint, Start, Waiting
+from pipeline.track.journal import Journal, last_event
 from pipeline.train.guards.deaths import note_death
-from pipeline.train.guards.oom import FILE as MICRO_BATCH
-from pipeline.train.job import SAVE, STOP, Notice, was_stopped
+from pipeline.train.job import Notice, was_stopped
 
 PLACES_S = 3600.0
 """How long workers wait for room, if a node may come back or be replaced."""
@@ -138,15 +139,15 @@ class Restarts(DefaultFailurePolicy):
 
     def _last_start(self) -> str | None:
         """An identity of the workers' last start."""
-        event = last(self.folder / "journal.jsonl", "start")
-        return None if event is None else f"{event['attempt']} {event['time']}"
+        event = last_event(RunFolder(self.folder).journal, Start)
+        return None if event is None else f"{event.attempt} {event.time}"
 
     def _last_checkpoint(self) -> int:
-        event = last(self.folder / "journal.jsonl", "checkpoint")
-        return -1 if event is None else int(event["step"])
+        event = last_event(RunFolder(self.folder).journal, Checkpoint)
+        return -1 if event is None else event.step
 
     def _read_micro_batch(self) -> bytes:
-        file = self.folder / MICRO_BATCH
+        file = RunFolder(self.folder).micro_batch
         return file.read_bytes() if file.exists() else b""
 
 
@@ -157,7 +158,7 @@ class Resizing(ElasticScalingPolicy):
         self, scaling_config: ScalingConfig, *, sizes: Sequence[int], folder: Path
     ) -> None:
         super().__init__(scaling_config)
-        self.sizes, self.folder = tuple(sizes), folder
+        self.sizes, self.folder, self.files = tuple(sizes), folder, RunFolder(folder)
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
         self._none_since: float | None = None
@@ -185,7 +186,7 @@ class Resizing(ElasticScalingPolicy):
         """
         self._wanted = None
         decision = super().make_decision_for_non_running_worker_group()
-        if isinstance(decision, NoopDecision) and self._exists(STOP, if_away=False):
+        if isinstance(decision, NoopDecision) and _exists(self.files.stop, if_away=False):
             raise WorkerGroupStartupTimeoutError(self.sizes[0])
         if self._none_since is None:
             self._none_since = time.monotonic()
@@ -218,25 +219,26 @@ class Resizing(ElasticScalingPolicy):
             if not isinstance(decision, ResizeDecision):
                 return decision
             with suppress(OSError):  # asked for again at the next look
-                write_json(self.folder / SAVE, asdict(_leaving(worker_group_state)))
+                write_json(self.files.save, asdict(_leaving(worker_group_state)))
                 self._wanted, self._asked = decision, time.monotonic()
             return NoopDecision()
-        if self._exists(SAVE, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
+        if _exists(self.files.save, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
             return NoopDecision()
         decision, self._wanted = self._wanted, None
         with suppress(OSError):  # a request that stays is answered by the next workers
-            (self.folder / SAVE).unlink(missing_ok=True)
+            self.files.save.unlink(missing_ok=True)
         return decision
 
-    def _exists(self, name: str, *, if_away: bool) -> bool:
-        """Whether the run's folder has this file; `if_away` while its storage does not answer.
 
-        An exception here would end the launch: Ray (2.60) takes it for a failure of its controller.
-        """
-        try:
-            return (self.folder / name).exists()
-        except OSError:
-            return if_away
+def _exists(file: Path, *, if_away: bool) -> bool:
+    """Whether a file exists; `if_away` while its storage does not answer.
+
+    An exception here would end the launch: Ray (2.60) takes it for a failure of its controller.
+    """
+    try:
+        return file.exists()
+    except OSError:
+        return if_away
 
 
 def _leaving(worker_group_state: Any) -> Notice:
@@ -276,7 +278,5 @@ def journal_waiting(folder: Path, workers: int) -> None:
 
     Raises: OSError.
     """
-    with Journal(folder / "journal.jsonl", attempt=OF_NONE) as journal:
-        journal.event(
-            "waiting", sync=True, what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S
-        )
+    with Journal(RunFolder(folder).journal, attempt=OF_NONE) as journal:
+        journal.write(Waiting(what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S))

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.core.printing import new_console, say
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
 from pipeline.launch.driver import driver_lock, train_to_end
@@ -54,7 +55,7 @@ def resume_run(
             f"resume: --side-by-side is for a suite; got {options['side_by_side']} with"
             f" {folder.name} alone"
         )
-    launched = Cluster.from_json(read_json(folder / "cluster.json"))
+    launched = Cluster.from_json(read_json(RunFolder(folder).cluster))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     say_stage("checking the run and where it continues")
     check_resumed(folder, cluster, launched, trust=trust)
@@ -76,7 +77,7 @@ def check_resumed(
             checkpoint loads at another number only.
     """
     # This puts code of the user on the path, which workers inherit.
-    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
     if cluster.sizes != launched.sizes:  # those were checked at the launch
         # The file that the run began from need not exist any more.
         check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
@@ -121,7 +122,7 @@ def refuse_unless_launched_so(
     if found:
         raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
     there = (
-        read_json(folder / "cluster.json")
+        read_json(RunFolder(folder).cluster)
         if isinstance(made, Recipe)
         else SuiteFile.read(folder, trust=trust).cluster
     )
@@ -197,10 +198,11 @@ def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
     job.json is written first: a driver killed between the two files leaves cluster.json as it was,
     and the same command writes both again.
     """
-    was = Cluster.from_json(read_json(run / "cluster.json"))
+    file = RunFolder(run).cluster
+    was = Cluster.from_json(read_json(file))
     now = replace(was, **options)
     write_job(replace(read_job(run), **now.worker_settings))
-    write_json(run / "cluster.json", asdict(now))
+    write_json(file, asdict(now))
     return was
 
 

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from pipeline.core.errors import UserError
 from pipeline.core.printing import say
+from pipeline.core.run_folder import RunFolder
 from pipeline.launch.base import CountOrAuto, Launcher, LaunchError
 from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, on_stop_signals
@@ -28,11 +29,9 @@ from pipeline.recipe.command_line import trust_words
 from pipeline.recipe.recipe import Recipe
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import is_driven
-from pipeline.train.job import STOP, Job, was_stopped
+from pipeline.train.job import Job, was_stopped
 from pipeline.train.writer_lock import PATIENCE_S
 
-LOG = "launch.log"
-"""The file in a run's folder that holds what its driver printed."""
 LEAVING_S = PATIENCE_S
 """In which the driver of a run saves and ends after its suite was killed, and a machine that died
 loses its lock.
@@ -165,13 +164,14 @@ class _ChildDriver:
         self, recipe: Recipe, job: Job, children: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
         self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
-        (self.folder / STOP).unlink(missing_ok=True)
+        self._files = RunFolder(self.folder)
+        self._files.stop.unlink(missing_ok=True)
         self._shown = Shown(
             self.folder, console, store=tracking_uri(children.runs), name=recipe.name
         )
         words = ["resume", str(self.folder), "--runs", str(children.runs)]
         words += [*launcher.resume_options(), *trust_words(children.trust)]
-        self._log = (self.folder / LOG).open("ab")
+        self._log = self._files.launch_log.open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *words],
             stdin=subprocess.DEVNULL,
@@ -193,7 +193,7 @@ class _ChildDriver:
     def stop(self, *, at_once: bool) -> None:
         """Ask the run to save after this step; `at_once`: end it without saving."""
         with suppress(OSError):  # storage is away: asked again at the next turn
-            (self.folder / STOP).touch()
+            self._files.stop.touch()
         if at_once and not self._is_terminated:
             self._is_terminated = True
             self._process.terminate()
@@ -209,7 +209,7 @@ class _ChildDriver:
             return LaunchError(
                 f"{self.folder.name}: its process was killed by {signal.Signals(-code).name}"
             )
-        lines = (self.folder / LOG).read_text(errors="replace").strip().splitlines()
+        lines = self._files.launch_log.read_text(errors="replace").strip().splitlines()
         line = f"{self.folder.name}: {lines[-1] if lines else f'exit status {code}'}"
         return UserError(line) if code == 2 else LaunchError(line)
 

@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from pipeline.train.job import STOP, was_stopped
+from pipeline.core.run_folder import RunFolder
+from pipeline.train.job import was_stopped
 
 PATIENT = (signal.SIGUSR1, signal.SIGHUP)
 """Signals that never mean "at once"."""
@@ -93,7 +94,7 @@ class StopRequest:
 
     def _ask(self) -> None:
         with suppress(OSError):
-            (self._folder / STOP).write_text(self._by)
+            RunFolder(self._folder).stop.write_text(self._by)
 
     def _is_asked(self) -> bool:
         try:

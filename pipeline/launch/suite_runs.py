@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check
 from pipeline.launch.prepare import prepare, read_job
@@ -93,9 +94,9 @@ def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
     Raises:
         ValueError: the folder is damaged, or the run is not of this suite.
     """
-    if not (run / "job.json").is_file():
+    if not (file := RunFolder(run).job).is_file():
         raise ValueError(
-            f"suite: {run.name} must be a whole run; it has no job.json: move it away, resume"
+            f"suite: {run.name} must be a whole run; it has no {file.name}: move it away, resume"
         )
     job = read_job(run, trust=trust)
     if job.parent != parent:

@@ -1,12 +1,26 @@
-"""What other rules are compared with, by its name."""
+"""Training runs as values: recipes, their parts, and suites of several recipes.
 
-from __future__ import annotations
+    from pipeline.recipe import Recipe, spec
 
-BASELINE = "BPTT"
+The import needs the standard library only.
+"""
 
+from pipeline.recipe.phases import Phase
+from pipeline.recipe.recipe import Checkpointing, Evaluation, Policy, Recipe
+from pipeline.recipe.search import BASELINE, is_baseline
+from pipeline.recipe.spec import Spec, spec
+from pipeline.recipe.suite import Choice, Suite
 
-def is_baseline(rule: str, against: str = BASELINE) -> bool:
-    """Whether `rule` is `against`, or BPTT that computes its gradient slice by slice: time is
-    divided by the faster.
-    """
-    return rule == against or (against == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
+__all__ = [
+    "BASELINE",
+    "Checkpointing",
+    "Choice",
+    "Evaluation",
+    "Phase",
+    "Policy",
+    "Recipe",
+    "Spec",
+    "Suite",
+    "is_baseline",
+    "spec",
+]

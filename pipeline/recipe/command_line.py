@@ -1,6 +1,4 @@
-"""Commands that are printed, as a person types them. All of them are formed here, so that none
-lacks a word.
-"""
+"""Commands that are printed for the user to type. All of them are formed here."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe import own_code
 from pipeline.recipe.suite import FILE as SUITE
 
@@ -19,11 +18,11 @@ token is shown to
 
 
 def command(verb: str, folder: Path, *, address: str | None = None) -> str:
-    """`spiketrain VERB NAME`, of the folder of a run or a suite, with the packages that it was
-    launched with as trusted.
+    """`spiketrain VERB NAME` for the folder of a run or suite, with its `--trust` words.
 
-    They are printed, and not trusted by themselves: a folder may come from somebody else, and its
-    reader decides."""
+    Those words are printed and not applied by themselves: a folder may come from somebody else, and
+    its reader decides.
+    """
     runs = (
         []
         if folder.parent.absolute() == Path("runs").absolute()
@@ -36,25 +35,23 @@ def command(verb: str, folder: Path, *, address: str | None = None) -> str:
 
 
 def how_to_resume(folder: Path) -> str:
-    """`spiketrain resume`, where nobody trains; with `--address ADDRESS` for what was launched on a
-    cluster.
-    """
+    """`spiketrain resume NAME`, with `--address ADDRESS` if it was launched on a Ray cluster."""
     return command("resume", folder, address=ADDRESS if _was_on_a_cluster(folder) else None)
 
 
 def trust_words(trust: Sequence[str]) -> list[str]:
-    """As they are typed."""
+    """The `--trust` words of a command."""
     return [word for package in trust for word in ("--trust", package)]
 
 
 def _was_on_a_cluster(folder: Path) -> bool:
     suite = folder / SUITE
     try:
-        told = (
+        cluster = (
             json.loads(suite.read_bytes())["cluster"]
             if suite.exists()
-            else json.loads((folder / "cluster.json").read_bytes())
+            else json.loads(RunFolder(folder).cluster.read_bytes())
         )
-        return told["address"] is not None
+        return cluster["address"] is not None
     except (OSError, ValueError, KeyError, TypeError):  # damaged, which a resume says in a line
         return False

@@ -1,6 +1,4 @@
-"""Recipe files and what is said about them on the command line: `recipes/x.py` and `--set
-optimizer.lr=0.05`.
-"""
+"""Recipe files, and `--set` options such as `--set optimizer.lr=0.05`."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.recipe import own_code
-from pipeline.recipe.json import is_inside
-from pipeline.recipe.recipe import TRUSTED, Recipe
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
 
 _UNNAMED = "recipe_file_"
@@ -24,19 +22,22 @@ _UNNAMED = "recipe_file_"
 
 
 def load_recipe(path: Path) -> Recipe | Suite:
-    """Run a recipe file, which is code that the user chose to run, and call its `recipe()`. A list
-    is a suite without a report.
+    """Run a recipe file and call its `recipe()`.
+
+    A list of recipes becomes a suite without a report.
 
     Raises:
-        ValueError: no such file, a file without `recipe()`, or a recipe that does not fit (with the
-        line that wrote it).
+        ValueError: no such file, a file without `recipe()`, or a recipe that does not fit; the
+        message names the line that wrote it.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist"
-        )
-    if path.suffix != ".py":
-        raise ValueError(f"recipe: must be a Python file that defines recipe(); got {path}")
+    require(
+        path.is_file(),
+        f"recipe: must be a Python file that defines recipe(); got {path}, which does not exist",
+    )
+    require(
+        path.suffix == ".py",
+        f"recipe: must be a Python file that defines recipe(); got {path}",
+    )
     try:
         make = getattr(_module(path), "recipe", None)
         if make is None:
@@ -45,7 +46,7 @@ def load_recipe(path: Path) -> Recipe | Suite:
             )
         made = make()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{path}:{_line(error, path)} {_said(error)}") from error
+        raise ValueError(f"{path}:{_line(error, path)} {_one_line(error)}") from error
     if isinstance(made, (Recipe, Suite)):
         return made
     if (
@@ -67,9 +68,12 @@ def trust_of(
 ) -> tuple[str, ...]:
     """The packages that must be trusted to read a run of these recipe files back, each once.
 
-    Candidates are what the user has `named`, and the modules of the files themselves: to run a file
-    was to trust it. A candidate counts if a part or a report comes from it and it is not trusted
-    anyway.
+    Candidates are the names that the user gave and the modules of the files themselves, since
+    running a file means trusting it. A candidate counts if a part or a report comes from it and
+    would be refused otherwise.
+
+    Args:
+        named: the values of `--trust`.
 
     Raises:
         ValueError: a name that cannot be imported.
@@ -78,7 +82,7 @@ def trust_of(
         raise ValueError(
             f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}"
         )
-    targets = [target for target in targets_of(made) if not is_inside(target, TRUSTED)]
+    targets = targets_of(made, but_trusted=True)
     modules = [
         (name, path)
         for path in paths
@@ -91,18 +95,18 @@ def trust_of(
 
 
 def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
-    """Refuse parts that a recipe file defines where nobody could import them again.
+    """Refuse parts that a recipe file defines but that nobody could import again.
 
     Raises:
-        ValueError: a file's name is none of a module, or another module has it.
+        ValueError: the file's name is no module name, or another module has it.
     """
     targets = targets_of(made)
     for path in paths:
-        if any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets):
-            raise ValueError(
-                f"{path}: a file that defines parts must have a name that Python can import and no"
-                f" other module has: letters, digits and _; got {path.name}"
-            )
+        require(
+            not any(target.startswith(f"{_UNNAMED}{path.stem}.") for target in targets),
+            f"{path}: a file that defines parts must have a name that Python can import and no"
+            f" other module has: letters, digits and _; got {path.name}",
+        )
 
 
 def _is_of(path: Path, module: ModuleType) -> bool:
@@ -111,8 +115,9 @@ def _is_of(path: Path, module: ModuleType) -> bool:
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
-    """`["optimizer.lr=0.05", "precision=bf16"]` to values: Python literals, and text where it is
-    none.
+    """Keys and values of `["optimizer.lr=0.05", "precision=bf16"]`.
+
+    Values are Python literals; anything else is text.
 
     Raises:
         ValueError: a text without `=`.
@@ -120,10 +125,10 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ValueError(
-                f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}"
-            )
+        require(
+            equals and key,
+            f"--set: must look like key=value, for example optimizer.lr=0.05; got {text!r}",
+        )
         try:
             changes[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -132,12 +137,11 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _module(path: Path) -> ModuleType:
-    """Under its importable name, `recipes.fashion.sltt`, so that recipe.json can name what it
-    defines.
+    """Import a recipe file under its importable name, such as `recipes.fashion.sltt`.
 
-    A file outside of any package is a module of its own: its folder joins the path. So does that of
-    a file in a folder without `__init__.py` below an entry of the path: what lies beside the file
-    can be imported, whatever the path was."""
+    recipe.json then can name what the file defines. The folder of a file outside of any package is
+    appended to the path, so that the file can import modules beside it.
+    """
     resolved = path.resolve()
     for parent in (*resolved.parents, None):
         if parent is None:
@@ -193,6 +197,6 @@ def _line(error: BaseException, path: Path) -> str:
     return f"{lines[-1]}:" if lines else ""
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -1,8 +1,9 @@
-"""What a recipe is made of as JSON, and back: a part is `{"target": name, "kwargs": ...}`, a frozen
-value `{"value": name, ...}`.
+"""Recipes as JSON.
 
-Names are dotted paths. Reading imports what they name, and so admits alone what is trusted:
-packages, modules, single callables."""
+A part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...}`.
+
+Names are dotted paths. Reading a recipe imports them, so only trusted names are accepted.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +16,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.core.files import FOR_THE_USER, write_whole
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.spec import Spec, is_path
 
 _ABSENT = "(absent)"
+_RECIPE = RunFolder("").recipe.name
 
 
 def encode(value: Any, *, paths: bool) -> Any:
-    """The JSON form of a field; without `paths`, keywords that say where something lies are left
-    out.
+    """The JSON form of a field.
+
+    Args:
+        paths: False leaves out keywords that are paths.
 
     Raises:
         ValueError: a value that has no JSON form, or a callable that cannot be imported again.
@@ -56,45 +62,55 @@ def encode(value: Any, *, paths: bool) -> Any:
 
 
 def decode(value: Any, trusted: Collection[str]) -> Any:
-    """The field that `encode` wrote; what is inside of a `trusted` name may be imported.
+    """The field that `encode` wrote. Only trusted names are imported.
 
     Raises:
-        ValueError: a target that is not trusted, or one that does not exist.
+        ValueError: a target that is not trusted or does not exist.
     """
-    if isinstance(value, Mapping) and set(value) == {"target", "kwargs"}:
-        return Spec(imported(value["target"], trusted), _keywords(value["kwargs"], trusted))
-    if isinstance(value, Mapping) and set(value) == {"value", "kwargs"}:
-        return _frozen_value(value["value"], _keywords(value["kwargs"], trusted), trusted)
-    if isinstance(value, Mapping):
-        return {key: decode(item, trusted) for key, item in value.items()}
     if isinstance(value, list):
         return tuple(decode(item, trusted) for item in value)
-    return value
+    if not isinstance(value, Mapping):
+        return value
+    kind = _kind(value)
+    if kind is None:
+        return {key: decode(item, trusted) for key, item in value.items()}
+    made, kwargs = imported(value[kind], trusted), value["kwargs"]
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"recipe.json: kwargs must be an object; got {kwargs!r}")
+    kwargs = {key: decode(item, trusted) for key, item in kwargs.items()}
+    if kind == "target":
+        return Spec(made, kwargs)
+    # Reading a recipe constructs it, so nothing but a dataclass is allowed.
+    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
+        raise ValueError(f"recipe.json: {value[kind]} must be a dataclass to be a value; it is not")
+    return made(**kwargs)
+
+
+def _kind(encoded: Any) -> str | None:
+    """`target` for the JSON of a part, `value` for a frozen value, None for other JSON."""
+    keys = set(encoded) if isinstance(encoded, Mapping) else set()
+    return next((kind for kind in ("target", "value") if keys == {kind, "kwargs"}), None)
+
+
+def walk(encoded: Any) -> Iterator[Any]:
+    """A JSON value and all values inside it."""
+    yield encoded
+    inner = encoded.values() if isinstance(encoded, Mapping) else encoded
+    if isinstance(encoded, (Mapping, list)):
+        for item in inner:
+            yield from walk(item)
 
 
 def targets(encoded: Any) -> Iterator[str]:
-    """The dotted names of all parts and frozen values in a recipe's JSON: what reading it
-    imports.
-    """
-    for kind in ("target", "value"):
-        if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
-            yield encoded[kind]
-    for item in (
-        encoded.values()
-        if isinstance(encoded, Mapping)
-        else encoded
-        if isinstance(encoded, list)
-        else ()
-    ):
-        yield from targets(item)
+    """The dotted names of all parts and frozen values in a recipe's JSON."""
+    return (each[kind] for each in walk(encoded) if (kind := _kind(each)) is not None)
 
 
 def flat(encoded: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted keys and short text of an encoded value, for a table of parameters."""
-    for kind in ("target", "value"):
-        if isinstance(encoded, Mapping) and set(encoded) == {kind, "kwargs"}:
-            yield prefix, encoded[kind]
-            encoded = encoded["kwargs"]
+    if (kind := _kind(encoded)) is not None:
+        yield prefix, encoded[kind]
+        encoded = encoded["kwargs"]
     if isinstance(encoded, Mapping):
         for key, item in encoded.items():
             yield from flat(item, f"{prefix}.{key}" if prefix else key)
@@ -109,8 +125,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: it is not there, may not be read, or holds something else; the message names it.
-        OSError: its storage fails, for no fault of the user's.
+        ValueError: the file does not exist, cannot be read, or is not JSON; the message names it.
+        OSError: the storage fails.
     """
     try:
         return json.loads(path.read_text())
@@ -123,55 +139,55 @@ def read_json(path: Path) -> Any:
 
 
 def recipe_fields(run: Path) -> dict[str, Any]:
-    """The recipe in a run's folder, field by field as it is written; nothing is imported.
+    """The fields in the recipe.json of a run, as JSON. Nothing is imported.
 
     Raises:
-        ValueError: there is none.
-        OSError: see `read_json`.
+        ValueError: there is no recipe.
+        OSError: the storage fails.
     """
-    written = read_json(run / "recipe.json")
+    file = RunFolder(run).recipe
+    written = read_json(file)
     recipe = written.get("recipe") if isinstance(written, dict) else None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{run / 'recipe.json'}: must hold a recipe; got {written!r}")
+        raise ValueError(f"{file}: must hold a recipe; got {written!r}")
     return recipe
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all, and through to the disk."""
+    """Write a JSON file atomically and flush it to the disk."""
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def dotted(target: Callable[..., Any]) -> str:
-    """The name under which `imported` finds a callable again.
+    """The dotted name of a callable, which `imported` accepts.
 
     Raises:
-        ValueError: one that has none: a lambda, or what was defined inside a function.
+        ValueError: a lambda, or a function defined inside another.
     """
     name = f"{target.__module__}.{target.__qualname__}"
-    if "<" in name:
-        raise ValueError(
-            f"recipe: {name} has no importable name; define it at the top level of a module"
-        )
+    require(
+        "<" not in name,
+        f"recipe: {name} has no importable name; define it at the top level of a module",
+    )
     return name
 
 
-def imported(
-    name: Any, trusted: Collection[str], *, who: str = "recipe.json"
-) -> Callable[..., Any]:
+def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Callable[..., Any]:
     """The callable of a dotted name.
 
+    Args:
+        who: where the name comes from, for the message.
+
     Raises:
-        ValueError: one that is not trusted, makes no parts, or does not exist; in the name of `who`
-        asks.
+        ValueError: the name is not trusted, does not exist, or is no class or function.
     """
     if not isinstance(name, str):
         raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
-    refusal = (
-        f"{who}: {name} is not in a trusted package; trusted are {', '.join(trusted)}; name its"
-        " package with --trust"
+    refusal = f"{who}: {name} is not in a trusted package; name its package with --trust"
+    require(
+        is_trusted(name, trusted),
+        refusal,
     )
-    if not is_inside(name, trusted):
-        raise ValueError(refusal)
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
@@ -182,28 +198,30 @@ def imported(
                 raise  # the module is there; something that it needs is not
             continue
         for part in parts[cut:]:
-            if not hasattr(found, part):
-                raise ValueError(f"{who}: {name} does not exist in this installation")
+            require(
+                hasattr(found, part),
+                f"{who}: {name} does not exist in this installation",
+            )
             found = getattr(found, part)
         # `pipeline.models.teachers.cache.os.system` begins with a trusted name: what counts is
         # where the
         # object was defined.
         defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-        if not callable(found) or not is_inside(defined, trusted):
-            raise ValueError(refusal)
-        if not _makes_parts(found):
-            raise ValueError(
-                f"{who}: {name} must be a class, a class method or a function of a module; it is"
-                " none of them"
-            )
+        require(
+            callable(found) and is_trusted(defined, trusted),
+            refusal,
+        )
+        require(
+            _makes_parts(found),
+            f"{who}: {name} must be a class, a class method or a function of a module; it is"
+            " none of them",
+        )
         return found
     raise ValueError(f"{who}: {name} does not exist in this installation")
 
 
 def _makes_parts(found: Any) -> bool:
-    """A method does not, which whoever writes recipe.json could hand an object of their own as
-    `self`.
-    """
+    """Whether it is a class, a class method or a function. A method could be given any `self`."""
     if inspect.ismethod(found):
         return isinstance(found.__self__, type)
     return isinstance(found, type) or getattr(found, "__qualname__", "") == getattr(
@@ -211,36 +229,34 @@ def _makes_parts(found: Any) -> bool:
     )
 
 
-def _frozen_value(name: str, kwargs: dict[str, Any], trusted: Collection[str]) -> Any:
-    """Such as Triangle(): made while the recipe is read, so it must be a dataclass and nothing
-    else.
-    """
-    made = imported(name, trusted)
-    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
-        raise ValueError(f"recipe.json: {name} must be a dataclass to be a value; it is not")
-    return made(**kwargs)
-
-
-def _keywords(value: Any, trusted: Collection[str]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"recipe.json: kwargs must be an object; got {value!r}")
-    return {key: decode(item, trusted) for key, item in value.items()}
-
-
 def is_inside(name: str, trusted: Collection[str]) -> bool:
-    """Whether a dotted name is one of the trusted, or in a package or module that is."""
+    """Whether a dotted name equals one of the names, or is inside one of them."""
     return any(name == each or name.startswith(f"{each}.") for each in trusted)
 
 
+def is_trusted(name: str, trusted: Collection[str]) -> bool:
+    """Whether a dotted name may be imported.
+
+    The longest entry that the name is, or is inside of, decides. An entry that begins with `!`
+    refuses: of "pipeline.models" and "!pipeline.models.teachers" the second decides about teachers.
+    """
+    entries = [each for each in trusted if is_inside(name, [each.removeprefix("!")])]
+    if not entries:
+        return False
+    longest = max(entries, key=lambda each: (len(each.removeprefix("!")), each[0] != "!"))
+    return not longest.startswith("!")
+
+
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The leaves that differ; a part's keywords are named `optimizer.lr`, as on the command
-    line.
+    """The leaves in which two values differ: name, value in a, value in b.
+
+    Names are as in `--set`.
     """
     if isinstance(a, dict) and isinstance(b, dict):
-        for kind in ("target", "value"):  # a Spec, a frozen value
-            if set(a) == set(b) == {kind, "kwargs"} and a[kind] != b[kind]:
-                yield name, a[kind], b[kind]
-                return  # two functions' keywords have nothing to do with each other
+        kind = _kind(a)
+        if kind is not None and kind == _kind(b) and a[kind] != b[kind]:
+            yield name, a[kind], b[kind]
+            return  # two functions' keywords have nothing to do with each other
         for key in dict.fromkeys([*a, *b]):
             inner = name if key == "kwargs" else f"{name}.{key}" if name else key
             yield from differing(inner, a.get(key, _ABSENT), b.get(key, _ABSENT))
@@ -252,6 +268,6 @@ def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def listed(found: list[tuple[str, Any, Any]]) -> str:
-    """What `differing` found, as a sentence has it: the first six, and how many more there are."""
+    """The first six differences as text, and how many more there are."""
     shown = "; ".join(f"{name}: {json.dumps(a)} and {json.dumps(b)}" for name, a, b in found[:6])
     return shown + (f"; and {len(found) - 6} more" if len(found) > 6 else "")

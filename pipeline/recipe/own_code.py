@@ -1,14 +1,14 @@
-"""Code of the user's own that a recipe is made of: a run remembers where it lies, and its commands
-find it there again.
+"""The user's own code that a recipe names: where it was at the launch, and how it is found again.
 
 A launch writes `code.json` beside recipe.json or suite.json:
 
-    {"mysnn": {"folder": "/home/me/lab", "files": {"mysnn/__init__.py": "90b2...", "mysnn/nets.py":
-    "51aa..."}}}
+    {"mysnn": {"folder": "/home/me/lab",
+               "files": {"mysnn/__init__.py": "90b2...", "mysnn/nets.py": "51aa..."}}}
 
-The folder of a package joins the end of the path (`sys.path`) where the user trusts that package,
-and never otherwise: a run's folder may come from somebody else. A package that the path already has
-wins, as it does at the launch."""
+A later command appends the folder of a package to `sys.path` only if the user trusts that package,
+because a run's folder may come from somebody else. A package that is already on the path is used
+instead, as at the launch.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checks import require
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.json import is_inside, read_json, write_json
 
-FILE = "code.json"
-_said: set[tuple[str, ...]] = set()
+_printed: set[tuple[str, ...]] = set()
 """notices of this process: worker and driver are one in an inline run, and one line is enough"""
 
 
 @dataclass(frozen=True)
 class Package:
-    """What the user trusts by one name, as it was at a launch."""
+    """One trusted name, as it was at the launch."""
 
     folder: str | None
     """that holds it, absolute; None: it is of this installation"""
@@ -41,8 +42,10 @@ class Package:
 
 
 def needed(trust: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
-    """The trusted names that one of the `targets` (dotted names of parts) is inside of; each once,
-    none inside of another.
+    """The trusted names that contain one of the `targets`, without names inside of other names.
+
+    Args:
+        targets: dotted names of parts.
     """
     of = tuple(targets)
     wanted = [
@@ -56,14 +59,17 @@ def needed(trust: Iterable[str], targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def note(trust: Iterable[str]) -> dict[str, Any]:
-    """The JSON of `read`: the packages of these names as this process has imported them."""
+    """The JSON that `packages` reads: the packages of these names as this process imported them."""
     return {name: asdict(_imported(name)) for name in trust}
 
 
 def write(folder: Path, trust: Iterable[str]) -> None:
-    """Write code.json into the folder of a run or suite, unless nothing is trusted."""
+    """Write code.json into the folder of a run or suite.
+
+    Nothing is written if nothing is trusted.
+    """
     if found := note(trust):
-        write_json(folder / FILE, found)
+        write_json(RunFolder(folder).code, found)
 
 
 def read(folder: Path) -> dict[str, Package]:
@@ -72,14 +78,12 @@ def read(folder: Path) -> dict[str, Package]:
     Raises:
         ValueError: code.json is damaged.
     """
-    file = folder / FILE
+    file = RunFolder(folder).code
     return packages(read_json(file), who=str(file)) if file.exists() else {}
 
 
 def names(folder: Path) -> tuple[str, ...]:
-    """Their names, for a command that is printed; none where code.json is damaged, which the
-    command itself then says.
-    """
+    """The names of the packages, for a printed command; none if code.json is damaged."""
     try:
         return tuple(read(folder))
     except (OSError, ValueError):
@@ -87,10 +91,13 @@ def names(folder: Path) -> tuple[str, ...]:
 
 
 def packages(value: Any, *, who: str) -> dict[str, Package]:
-    """What `note` returned.
+    """Read what `note` returned.
+
+    Args:
+        who: where the value comes from, for the message.
 
     Raises:
-        ValueError: anything else; in the name of `who` it came from.
+        ValueError: the value has another form.
     """
     rule = f"{who}: must name the folder and the files of each package"
     if not isinstance(value, dict):
@@ -115,14 +122,15 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
 
 @contextmanager
 def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) -> Iterator[None]:
-    """Inside, what is trusted can be imported from where it was at the launch of `of`, a run or
-    suite.
+    """Make trusted packages importable from where they were at the launch, inside a `with` block.
 
-    Code that lies elsewhere now, or has changed, is told on stderr in one line and is no error: who
-    mends their code goes on with a run as it is, as with another commit of spiketrain.
+    If the code has moved or changed, one line on stderr says so, and the command goes on.
+
+    Args:
+        of: the name of the run or suite, for the messages.
 
     Raises:
-        ValueError: the code is neither there nor anywhere else on the path.
+        ValueError: a package is neither there nor anywhere else on the path.
     """
     wanted = _trusted(noted, trust)
     for name, package in wanted.items():
@@ -131,12 +139,11 @@ def on_path(noted: Mapping[str, Package], trust: Collection[str], *, of: str) ->
         yield
     finally:
         for name, package in wanted.items():
-            _tell_if_changed(name, package, of)
+            _print_if_changed(name, package, of)
 
 
 def digest(folder: Path, trust: Collection[str]) -> str:
-    """12 hex digits of the trusted packages of a run as this process finds them, and not as they
-    were at its launch.
+    """12 hex digits of the trusted packages of a run, as they are now.
 
     Raises:
         ValueError: code.json is damaged.
@@ -150,7 +157,7 @@ def digest(folder: Path, trust: Collection[str]) -> str:
 
 
 def _trusted(noted: Mapping[str, Package], trust: Collection[str]) -> dict[str, Package]:
-    """Those that do not come with the installation."""
+    """The trusted packages that are not part of the installation."""
     return {
         name: package
         for name, package in noted.items()
@@ -188,35 +195,35 @@ def _reach(name: str, package: Package) -> None:
     if folder not in sys.path and Path(folder).exists():
         sys.path.append(folder)
         importlib.invalidate_caches()
-    if not _places(top):
-        raise ValueError(
-            f"{top} must be in {folder}, where it was at the launch; it is not there: "
-            "put it back, or name its new folder in PYTHONPATH"
-        )
+    require(
+        _places(top),
+        f"{top} must be in {folder}, where it was at the launch; it is not there: "
+        "put it back, or name its new folder in PYTHONPATH",
+    )
 
 
-def _tell_if_changed(name: str, package: Package, of: str) -> None:
+def _print_if_changed(name: str, package: Package, of: str) -> None:
     top, was, now = name.partition(".")[0], Path(str(package.folder)), _place(name, package)
     changed = [file for file, digest in package.files.items() if _digest(now / file) != digest]
-    told = (
+    notices = (
         []
         if now.resolve() == was.resolve()
         else [f"{top} is in {now} now, and was in {was} when {of} was launched"]
     )
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        told.append(
+        notices.append(
             f"{changed[0]}{more} in {now} differs from when {of} was launched, and so may its"
             " results"
         )
     about = (top, str(was), str(now), *changed)
-    if told and about not in _said:  # also by another run of the suite
-        _said.add(about)
-        print("; ".join(told), file=sys.stderr)
+    if notices and about not in _printed:  # also by another run of the suite
+        _printed.add(about)
+        print("; ".join(notices), file=sys.stderr)
 
 
 def _place(name: str, package: Package) -> Path:
-    """The folder that a package is imported from now."""
+    """The folder from which Python would import a package now."""
     places = _places(name.partition(".")[0]) or [Path(str(package.folder))]
     return next(
         (place for place in places if any((place / file).is_file() for file in package.files)),
@@ -225,9 +232,7 @@ def _place(name: str, package: Package) -> Path:
 
 
 def _places(top: str) -> list[Path]:
-    """The folders where Python finds a package or module of this name; of a package without
-    `__init__.py` several.
-    """
+    """The folders where Python finds a top-level package. A namespace package may have several."""
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
@@ -240,5 +245,5 @@ def _places(top: str) -> list[Path]:
 
 
 def _digest(file: Path) -> str:
-    """16 hex digits; none of a file that is not there."""
+    """16 hex digits of a file; an empty string if there is no file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""

@@ -1,12 +1,10 @@
-"""Tasks that are learnt one after another: how a recipe writes them, and where each of its steps
-lies.
+"""Tasks that are learnt one after another, and the steps of a run that belong to each.
 
-    phases=(Phase(name="task-0", data=spec(Permuted, task=0)), Phase(name="task-1",
-    data=spec(Permuted, task=1)))
+    phases=(Phase(name="task-0", data=spec(Permuted, task=0)),
+            Phase(name="task-1", data=spec(Permuted, task=1)))
 
-A run without phases is a single stretch. Steps (global batches) and epochs are counted over the
-whole run, so that phase, epoch and sample are pure functions of the step: a resume needs no more
-than that.
+A run without phases is one stretch. Steps (global batches) and epochs are counted over the whole
+run, so the step alone determines phase, epoch and sample. A resume needs nothing else.
 """
 
 from __future__ import annotations
@@ -15,14 +13,15 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.core.checks import is_count
+from pipeline.core.checks import is_count, require
 from pipeline.recipe.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One task of a recipe. The optimizer's state and the schedule begin anew in each; weights and
-    the rule's state go on.
+    """One task of a recipe.
+
+    Each task has a new optimizer state and schedule; weights and the rule's state are kept.
     """
 
     name: str
@@ -42,31 +41,35 @@ class Phase:
                 f" got {self.data!r}"
             )
         [first, *_] = [*inspect.signature(self.data.target).parameters, ""]
-        if first in self.data.kwargs:
-            raise ValueError(
-                f"phase {self.name}: data is called with the recipe's data and must not be given"
-                f" {first!r} of its own"
-            )
+        require(
+            first not in self.data.kwargs,
+            f"phase {self.name}: data is called with the recipe's data and must not be given"
+            f" {first!r} of its own",
+        )
         for name, least in (("epochs", 1), ("head", 0)):
             value = getattr(self, name)
-            if value is not None and not is_count(value, least=least):
-                raise ValueError(
-                    f"phase {self.name}: {name} must be None or a whole number from {least}; got"
-                    f" {value!r}"
-                )
+            require(
+                value is None or is_count(value, least=least),
+                f"phase {self.name}: {name} must be None or a whole number from {least}; got"
+                f" {value!r}",
+            )
 
 
 def check_phases(phases: Sequence[Phase]) -> None:
-    """Refuse phases that do not go together.
+    """Refuse phases that do not fit together.
 
     Raises:
         ValueError: two of one name, or heads for some and none for others.
     """
-    if not all(isinstance(phase, Phase) for phase in phases):
-        raise ValueError(f"recipe: phases must be written as Phase(...); got {phases!r}")
+    require(
+        all(isinstance(phase, Phase) for phase in phases),
+        f"recipe: phases must be written as Phase(...); got {phases!r}",
+    )
     names = [phase.name for phase in phases]
-    if len(set(names)) < len(names):
-        raise ValueError(f"recipe: phases must have names of their own; got {', '.join(names)}")
+    require(
+        len(set(names)) >= len(names),
+        f"recipe: phases must have names of their own; got {', '.join(names)}",
+    )
     if len({phase.head is None for phase in phases}) > 1:
         without = ", ".join(phase.name for phase in phases if phase.head is None)
         raise ValueError(
@@ -76,7 +79,7 @@ def check_phases(phases: Sequence[Phase]) -> None:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A phase among the steps and epochs of its run, or a run without phases."""
+    """The steps and epochs of one phase, or of a run without phases."""
 
     index: int
     first: int
@@ -88,7 +91,7 @@ class Stretch:
 
     @property
     def end(self) -> int:
-        """The step after its last."""
+        """The step after the last."""
         return self.first + self.steps
 
     def epoch(self, step: int) -> int:
@@ -98,16 +101,14 @@ class Stretch:
         return self.first + (epoch - self.first_epoch) * self.epoch_steps
 
     def epoch_end(self, epoch: int) -> int:
-        """The step after the epoch's last."""
+        """The step after the last of an epoch."""
         return min(self.epoch_start(epoch + 1), self.end)
 
 
 def timetable(
     lengths: Sequence[tuple[int, int]], *, stop_after: int | None = None
 ) -> tuple[Stretch, ...]:
-    """One stretch for each (epochs, steps per epoch), each cut to `stop_after` steps where that is
-    shorter.
-    """
+    """One stretch for each (epochs, steps per epoch), cut to `stop_after` steps."""
     stretches: list[Stretch] = []
     first = first_epoch = 0
     for index, (epochs, epoch_steps) in enumerate(lengths):
@@ -120,7 +121,5 @@ def timetable(
 
 
 def stretch_at(stretches: Sequence[Stretch], step: int) -> Stretch:
-    """The stretch that `step` belongs to: at a boundary the one that begins there, after the last
-    step the last.
-    """
+    """The stretch that contains `step`. After the last step it is the last stretch."""
     return next((each for each in stretches if step < each.end), stretches[-1])

@@ -1,70 +1,200 @@
-"""A recipe is a training run written down as one frozen value; a part of it that can be built is a
-`Spec`.
+"""The recipe of a training run: one frozen value. Its buildable parts are `Spec`s.
 
-Nothing is looked up by string and there is no registry: a recipe names its parts by the Python
-objects themselves, and a misspelt keyword fails on the recipe's own line. Only the standard library
-is imported here.
+A recipe names its parts by the Python objects themselves. There is no registry. A misspelt keyword
+fails at the line of the recipe that has it. This module imports the standard library only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
 import hashlib
 import json
 import math
 import os
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.checks import require
 from pipeline.core.errors import remedy
 from pipeline.core.files import is_name
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, flat, read_json, write_json
 from pipeline.recipe.phases import Phase, check_phases
-from pipeline.recipe.spec import Spec, accepted_text, admits, is_path, referred, spec, type_name
+from pipeline.recipe.spec import (
+    Spec,
+    accepted_text,
+    admits,
+    arguments_of,
+    is_path,
+    referred,
+    spec,
+    type_name,
+)
 
-__all__ = ["Phase", "Recipe", "Spec", "Split", "read_json", "spec", "write_json"]
+__all__ = [
+    "Checkpointing",
+    "Evaluation",
+    "Phase",
+    "Policy",
+    "Recipe",
+    "Role",
+    "Spec",
+    "Split",
+    "read_json",
+    "roles",
+    "select",
+    "spec",
+    "write_json",
+]
 
-# What recipe.json may name: single functions, and modules whose functions and classes make parts
-# and do nothing else, whatever they are given. Whole packages are too much: timm.models reads any
-# pickle when it is told to, pipeline.data writes files.
 TRUSTED = (
     "pipeline.data.datasets",
     "pipeline.data.mixing",
     "pipeline.models",
+    "!pipeline.models.teachers",
+    "pipeline.models.teachers.cache.Cache",
+    "pipeline.models.teachers.network.network_teacher",
+    "pipeline.models.teachers.probe.Probe",
+    "pipeline.models.teachers.timm.timm_teacher",
+    "pipeline.models.teachers.weights.File",
+    "pipeline.models.teachers.weights.Hub",
+    "pipeline.models.teachers.weights.Package",
+    "pipeline.models.teachers.weights.Untrained",
     "pipeline.recipe.phases",
     "pipeline.rules",
     "pipeline.spiking",
     "pipeline.train.distillation",
     "pipeline.train.objective",
     "pipeline.train.schedule",
-    "recipes",
     "torch.nn.modules",
     "timm.optim._optim_factory.create_optimizer_v2",
 )
-FORMAT = 1
-# What runs of one study may differ in; the last three look on. Weights to start from count by their
-# content.
-BESIDE_THE_STUDY = (
-    "name",
-    "family",
-    "rule",
-    "seed",
-    "init",
-    "fidelity_every",
-    "published",
-    "published_setting",
-)
+"""Names that recipe.json may import, see `is_trusted`. Their modules read and write no file when a
+part is built. The teachers, which read weights and keep answers, are named one by one."""
+
+FORMAT = 2
+
+
+class Role(enum.Flag):
+    """What a field of a recipe decides. Each field has `STUDY`, `BESIDE` or `FREE`."""
+
+    STUDY = enum.auto()
+    """All runs of one study have the same value. The study key covers it."""
+    BESIDE = enum.auto()
+    """Runs of one study may differ in it."""
+    FREE = enum.auto()
+    """It may change between two attempts of one run."""
+    NO_STEP_COST = enum.auto()
+    """The time and memory of one training step do not depend on it."""
+    TAG = enum.auto()
+    """It is a tag in MLflow, by which a store can be searched."""
+
+
+def _of(role: Role, *, least: float | None = None) -> dict[str, Any]:
+    """Metadata of a field. `least` is the smallest value that is accepted."""
+    return {"role": role, "least": least}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fields:
+    """A frozen value that checks the types and lower bounds of its own fields."""
+
+    prefix: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            value, name = getattr(self, each.name), self.prefix + each.name
+            if not admits(hints[each.name], value):
+                raise ValueError(
+                    f"recipe: {name} must be {type_name(hints[each.name])}; got {value!r}"
+                )
+            least = each.metadata.get("least")
+            require(
+                least is None or value is None or value >= least,
+                f"recipe: {name} must be at least {least}; got {value}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(_Fields):
+    """What a run does about bad batches and about workers whose weights differ."""
+
+    prefix = "policy."
+
+    skip: tuple[tuple[int, int], ...] = field(default=(), metadata=_of(Role.STUDY))
+    """ranges of global batches that are not trained on, counted from 0: (first, end), end
+    excluded
+    """
+    loss_spike: float = field(default=0.0, metadata=_of(Role.STUDY))
+    """A batch is bad if its loss exceeds this many times the median of the task's last 64 losses.
+    0: a batch is bad only if its loss or a gradient is not finite.
+    """
+    max_skips: int = field(default=3, metadata=_of(Role.STUDY, least=0))
+    """bad batches in a row that are left out before the run goes back to its newest checkpoint
+    (pipeline/train/guards/anomaly.py)
+    """
+    max_rollbacks: int = field(default=2, metadata=_of(Role.FREE, least=0))
+    """times that a run goes back before it ends as diverged"""
+    replicas_every: int = field(default=500, metadata=_of(Role.FREE))
+    """steps between bitwise comparisons of the workers' weights; each checkpoint compares, too.
+    0: no comparison at all
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            all(0 <= first < end for first, end in self.skip),
+            "recipe: policy.skip must be pairs of batches, 0 or more, the first below the"
+            f" second; got {self.skip!r}",
+        )
+        require(
+            not self.loss_spike or self.loss_spike > 1,
+            f"recipe: policy.loss_spike must be 0 or above 1; got {self.loss_spike}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(_Fields):
+    """When a run is evaluated, and on how much."""
+
+    prefix = "evaluation."
+
+    every: int = field(default=1, metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=0))
+    """epochs between evaluations; the last epoch is always evaluated. 0: only the last, so that the
+    test set is read once
+    """
+    samples: int | None = field(default=None, metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=1))
+    """evaluate on this many samples, for smoke runs; None: on all"""
+    fidelity_every: int = field(default=0, metadata=_of(Role.BESIDE, least=0))
+    """epochs between comparisons of the rule's gradient with BPTT's on the first batch; one more at
+    the start. 0: none
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing(_Fields):
+    """When checkpoints are written and how many are kept."""
+
+    prefix = "checkpoints."
+
+    every: int = field(default=0, metadata=_of(Role.FREE, least=0))
+    """steps between checkpoints, besides one at the end of each epoch; 0: none"""
+    minutes: float = field(default=10.0, metadata=_of(Role.FREE, least=0))
+    """longest time between checkpoints, in minutes; 0: no limit"""
+    keep: int = field(default=2, metadata=_of(Role.FREE, least=1))
+    """newest checkpoints that are kept, besides the best one"""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How one global batch falls on the workers: `batch_size = workers * micro_batch *
-    accumulation` samples.
-    """
+    """How one global batch is divided: `batch_size = workers * micro_batch * accumulation`."""
 
     workers: int
     micro_batch: int
@@ -72,12 +202,13 @@ class Split:
 
     @classmethod
     def of(cls, batch_size: int, *, workers: int, most: int | None) -> Split:
-        """The fewest accumulated micro-batches of at most so many samples (None: a worker's whole
-        share).
+        """The split with the fewest accumulated micro-batches of at most `most` samples.
+
+        Args:
+            most: None: a worker's whole share is one micro-batch.
 
         Raises:
-            ValueError: the batch does not divide; the message names the sizes nearest to it that
-            do.
+            ValueError: the batch does not divide; the message names the nearest sizes that do.
         """
         share, rest = divmod(batch_size, workers)
         if rest or share == 0:
@@ -92,250 +223,191 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(_Fields):
     """Everything that decides a run's result, and nothing about the machines that it runs on."""
 
-    name: str
-    model: Spec
+    name: str = field(metadata=_of(Role.BESIDE))
+    model: Spec = field(metadata=_of(Role.STUDY))
     """-> torch.nn.Module that maps [T,B,...] to logits [T,B,K]"""
-    rule: Spec
-    """-> pipeline.rules.base.Rule: what replaces `loss.backward()`"""
-    data: Spec
-    """-> pipeline.data.base.Data; with phases, what their tasks are made of"""
-    objective: Spec
+    rule: Spec = field(metadata=_of(Role.BESIDE))
+    """-> pipeline.rules.base.Rule, which replaces `loss.backward()`"""
+    data: Spec = field(metadata=_of(Role.STUDY))
+    """-> pipeline.data.base.Data; with phases, the data that their tasks are made of"""
+    objective: Spec = field(metadata=_of(Role.STUDY))
     """-> pipeline.train.objective.Loss: logits and targets to a scalar; with a teacher,
     pipeline.train.distillation.Distillation
     """
-    optimizer: Spec
-    """called with the model: timm's `create_optimizer_v2` or anything of its kind"""
-    schedule: Spec
-    """called with the optimizer, the steps of the run (of each phase) and those of an epoch:
-    pipeline.train.schedule
+    optimizer: Spec = field(metadata=_of(Role.STUDY))
+    """called with the model; timm's `create_optimizer_v2` or a function like it"""
+    schedule: Spec = field(metadata=_of(Role.STUDY | Role.NO_STEP_COST))
+    """called with the optimizer, the steps of the run (of each phase) and the steps of an epoch;
+    see pipeline.train.schedule
     """
-    time_steps: int
-    batch_size: int
+    time_steps: int = field(metadata=_of(Role.STUDY, least=1))
+    batch_size: int = field(metadata=_of(Role.STUDY | Role.TAG, least=1))
     """samples in one global batch, whatever the number of workers"""
-    epochs: int
-    mixing: Spec | None = None
-    """-> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None: samples as
-    they are
-    """
-    teacher: Spec | None = None
+    epochs: int = field(metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=1))
+    mixing: Spec | None = field(default=None, metadata=_of(Role.STUDY))
+    """-> pipeline.data.mixing.Mixing: Mixup and CutMix of the training batches; None: neither"""
+    teacher: Spec | None = field(default=None, metadata=_of(Role.STUDY))
     """called with the data -> pipeline.models.teachers.base.Teacher, whose answers the objective
-    distils;
-    None: labels alone
+    distils; None: labels only
     """
-    phases: tuple[Phase, ...] = ()
-    """tasks to learn one after another; none: the data as it is"""
-    family: str | None = None
-    """what its runs are kept under, an experiment in MLflow; None: the name. No part of the study,
-    as the name is none
+    phases: tuple[Phase, ...] = field(default=(), metadata=_of(Role.STUDY))
+    """tasks that are learnt one after another; empty: the data as it is"""
+    family: str | None = field(default=None, metadata=_of(Role.BESIDE | Role.TAG))
+    """the experiment in MLflow; None: the name"""
+    over_time: Literal["steps", "mean"] = field(default="steps", metadata=_of(Role.STUDY))
+    """"steps": the mean over time of each step's loss; "mean": one loss of the mean logits"""
+    micro_batch: int | None = field(
+        default=None, metadata=_of(Role.STUDY | Role.FREE | Role.TAG, least=1)
+    )
+    """most samples that a worker holds at a time; the gradients of a worker's share are
+    accumulated. None: the whole share
     """
-    over_time: Literal["steps", "mean"] = "steps"
-    """the loss is the mean over time of each step's loss, or one loss of the mean logits"""
-    micro_batch: int | None = None
-    """most samples that one worker holds at a time (None: its whole share); what is left is
-    accumulated
+    seed: int = field(default=0, metadata=_of(Role.BESIDE | Role.TAG, least=0))
+    precision: Literal["fp32", "tf32", "bf16"] = field(
+        default="fp32", metadata=_of(Role.STUDY | Role.TAG)
+    )
+    """of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32 needs an
+    NVIDIA card
     """
-    seed: int = 0
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32 on NVIDIA
-    cards alone
+    clip_norm: float = field(default=0.0, metadata=_of(Role.STUDY, least=0))
+    """largest gradient norm of a global batch; 0: no clipping"""
+    ema_decay: float = field(default=0.0, metadata=_of(Role.STUDY))
+    """decay of a running average of the weights, such as 0.9999. The average is what is evaluated
+    and published. 0: no average
     """
-    clip_norm: float = 0.0
-    """largest gradient norm of a global batch; 0 switches clipping off"""
-    ema_decay: float = 0.0
-    """of a running average of the weights, 0.9999 for example, which is then what is evaluated and
-    published; 0: no average
-    """
-    backend: Literal["deepspeed", "plain"] = "deepspeed"
-    zero: Literal[0, 1, 2] = 0
+    backend: Literal["deepspeed", "plain"] = field(default="deepspeed", metadata=_of(Role.STUDY))
+    zero: Literal[0, 1, 2] = field(default=0, metadata=_of(Role.STUDY | Role.TAG))
     """DeepSpeed's ZeRO stage"""
-    init: str | None = None
-    """a run's folder or a weights file (.safetensors, .pt) to start from, or in a suite "@NAME";
-    None: from scratch
+    init: str | None = field(default=None, metadata=_of(Role.BESIDE | Role.FREE))
+    """a run's folder or a weights file (.safetensors, .pt) to start from, or "@NAME" in a suite.
+    The study counts it by its content. None: from scratch
     """
-    skip: tuple[tuple[int, int], ...] = ()
-    """global batches that are passed over, counted from 0: from one up to and without another"""
-    max_skips: int = 3
-    """bad batches in a row that leave no trace, before the run goes back to its newest checkpoint
-    (pipeline/train/guards/anomaly.py)
-    """
-    max_rollbacks: int = 2
-    """times that it goes back, before it ends"""
-    loss_spike: float = 0.0
-    """a loss of more than so many times the median of its task's last 64 makes a batch bad; 0: only
-    one that is not finite
-    """
-    replicas_every: int = 500
-    """steps between comparisons of what workers have learnt, bit by bit, beside one at each
-    checkpoint; 0: none at all
-    """
-    evaluate_every: int = 1
-    """epochs between evaluations, beside the one after the last; 0: that one alone, which reads the
-    test set once
-    """
-    fidelity_every: int = 0
-    """epochs between comparisons of the rule's gradient with BPTT's on the first batch, beside one
-    at the start; 0: none
-    """
-    checkpoint_every: int = 0
-    """steps between checkpoints, beside the one at each epoch's end; 0: none"""
-    checkpoint_minutes: float = 10.0
-    """longest time between checkpoints, in minutes; 0: no limit"""
-    keep: int = 2
-    """newest checkpoints kept, the best one beside them"""
-    log_every: int = 10
+    policy: Policy = Policy()
+    evaluation: Evaluation = Evaluation()
+    checkpoints: Checkpointing = Checkpointing()
+    log_every: int = field(default=10, metadata=_of(Role.FREE, least=1))
     """steps between step events in the journal"""
-    stop_after: int | None = None
-    """end the run, or each of its phases, after this many global batches (None: after its last
-    epoch); so does the schedule
+    stop_after: int | None = field(
+        default=None, metadata=_of(Role.STUDY | Role.NO_STEP_COST, least=1)
+    )
+    """end the run, or each of its phases, and the schedule after this many global batches; None:
+    after the last epoch
     """
-    evaluate_samples: int | None = None
-    """evaluate on so many samples only (None: on all); for smoke runs"""
-    protocol: Literal["shared", "trial", "tuned"] = "shared"
-    """how the settings beside the rule came about: the same for every rule, being tried on a
-    held-out part, or chosen so
+    protocol: Literal["shared", "trial", "tuned"] = field(
+        default="shared", metadata=_of(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
+    )
+    """"shared": all rules have the same settings; "trial": the run tries one value on a held-out
+    part; "tuned": each rule has its own best value of such trials
     """
-    tuned: tuple[str, ...] = ()
-    """dotted keys of the fields that each rule has its own value of, by the same search; they leave
-    the study key
+    tuned: tuple[str, ...] = field(
+        default=(), metadata=_of(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
+    )
+    """dotted keys of the fields that each rule has its own value of, found by the same search; the
+    study key leaves these values out
     """
-    searched: tuple[str, ...] = ()
-    """the values that the search tried, as sorted text; they stay in the study key: no rule is set
-    beside one that had others
+    searched: tuple[str, ...] = field(default=(), metadata=_of(Role.STUDY | Role.NO_STEP_COST))
+    """the values that the search tried, as sorted text; part of the study key, so that rules are
+    compared only if they had the same ones
     """
-    published: tuple[tuple[int, float], ...] = ()
-    """epochs done and top-1 in 0..1 of a published log, which reports set a run beside; nothing
-    else reads it
+    published: tuple[tuple[int, float], ...] = field(default=(), metadata=_of(Role.BESIDE))
+    """points of a published log that reports show beside the run: (epochs done, top-1 in 0..1)"""
+    published_setting: tuple[tuple[str, int | float | str], ...] = field(
+        default=(), metadata=_of(Role.BESIDE)
+    )
+    """dotted keys of this recipe with their values in the published log, such as ("time_steps", 4).
+    If a run has another value, reports name the difference and do not judge the run by the log.
     """
-    published_setting: tuple[tuple[str, int | float | str], ...] = ()
-    """dotted keys of this recipe and their values in the published log, such as ("time_steps", 4).
-    Where a run has another value, reports show the log with that difference and do not judge the
-    run by it"""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if not admits(hints[each.name], value):
-                raise ValueError(
-                    f"recipe: {each.name} must be {type_name(hints[each.name])}; got {value!r}"
-                )
-        positive = ("time_steps", "batch_size", "epochs", "keep", "log_every")
-        for name in positive + tuple(
-            n
-            for n in ("micro_batch", "stop_after", "evaluate_samples")
-            if getattr(self, n) is not None
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} must be at least 1; got {getattr(self, name)}")
-        not_negative = (
-            "clip_norm",
-            "checkpoint_every",
-            "checkpoint_minutes",
-            "evaluate_every",
-            "fidelity_every",
-            "seed",
-            "max_skips",
-            "max_rollbacks",
+        super().__post_init__()
+        require(
+            0 <= self.ema_decay < 1,
+            f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}",
         )
-        for name in not_negative:
-            if getattr(self, name) < 0:
-                raise ValueError(f"recipe: {name} must not be negative; got {getattr(self, name)}")
-        if not all(0 <= first < end for first, end in self.skip):
-            raise ValueError(
-                "recipe: skip must be pairs of batches, 0 or more, the first below the second; got"
-                f" {self.skip!r}"
-            )
-        if self.loss_spike and self.loss_spike <= 1:
-            raise ValueError(f"recipe: loss_spike must be 0 or above 1; got {self.loss_spike}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"recipe: ema_decay must be in 0..1, 1 excluded; got {self.ema_decay}")
-        if not all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published):
-            raise ValueError(
-                "recipe: published must be pairs of epochs, from 1, and top-1 in 0..1; got"
-                f" {self.published!r}"
-            )
-        if self.published_setting and not self.published:
-            raise ValueError(
-                "recipe: published_setting needs published, the points of the log; it has none"
-            )
-        if self.backend == "plain" and self.zero:
-            raise ValueError(
-                f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'"
-            )
-        if (self.protocol == "shared") == bool(self.tuned):
-            raise ValueError(
-                f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of"
-                f" protocol {self.protocol}"
-            )
-        if self.searched and not self.tuned:
-            raise ValueError(
-                f"recipe: searched has the values of a field that is tuned; got {self.searched} and"
-                " no such field"
-            )
-        for key in self.tuned:
-            if key.split(".")[0] in BESIDE_THE_STUDY:
-                raise ValueError(
-                    f"recipe: tuned must be a setting beside the rule; got {key}, which no study is"
-                    " told apart by"
-                )
-            self.value_of(key)
+        require(
+            all(epochs >= 1 and 0 <= top1 <= 1 for epochs, top1 in self.published),
+            "recipe: published must be pairs of epochs, from 1, and top-1 in 0..1; got"
+            f" {self.published!r}",
+        )
+        require(
+            not self.published_setting or self.published,
+            "recipe: published_setting needs published, the points of the log; it has none",
+        )
+        require(
+            self.backend != "plain" or not self.zero,
+            f"recipe: zero={self.zero} needs backend='deepspeed'; got backend='plain'",
+        )
+        self._check_search()
         for name in ("name",) if self.family is None else ("name", "family"):
             text = getattr(self, name)
-            if not is_name(text):
-                raise ValueError(
-                    f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got"
-                    f" {text!r}"
-                )
+            require(
+                is_name(text),
+                f"recipe: {name} becomes a folder's name and must not hold {os.sep!r}; got"
+                f" {text!r}",
+            )
         object.__setattr__(self, "phases", tuple(self.phases))
         check_phases(self.phases)
 
+    def _check_search(self) -> None:
+        require(
+            (self.protocol == "shared") == (not self.tuned),
+            f"recipe: tuned names fields of a trial or of tuned runs; got {self.tuned} of"
+            f" protocol {self.protocol}",
+        )
+        require(
+            not self.searched or self.tuned,
+            f"recipe: searched has the values of a field that is tuned; got {self.searched} and"
+            " no such field",
+        )
+        for key in self.tuned:
+            role = roles().get(key) or roles().get(key.split(".")[0], Role.STUDY)
+            require(
+                Role.STUDY in role,
+                f"recipe: tuned must be a setting that the study key covers; got {key}",
+            )
+            self.value_of(key)
+
     def split(self, workers: int) -> Split:
-        """How the global batch falls on `workers`. Raises as `Split.of`."""
+        """How the global batch is divided among `workers`. Raises as `Split.of`."""
         return Split.of(self.batch_size, workers=workers, most=self.micro_batch)
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
-        """The recipe with dotted keys changed, `{"optimizer.lr": 0.05, "epochs": 3}`, and validated
-        again.
+        """The recipe with dotted keys changed, such as `{"optimizer.lr": 0.05, "epochs": 3}`.
 
         Raises:
-            ValueError: a key that does not exist, naming those that do, or a value of the wrong
-            type or not finite.
+            ValueError: a key that does not exist, or a value of the wrong type or not finite.
         """
         recipe = self
         for key, value in changes.items():
-            head, *rest = key.split(".")
-            if head not in _field_names(recipe):
-                raise ValueError(
-                    f"recipe: no field {head!r}; it has {', '.join(_field_names(recipe))}"
-                )
-            if head == "phases":
-                raise ValueError(
-                    f"recipe: phases are written in the recipe alone; got {key}; data, epochs and"
-                    " stop_after reach all of them"
-                )
+            require(
+                key.split(".")[0] != "phases",
+                f"recipe: phases are written in the recipe alone; got {key}; data, epochs and"
+                " stop_after reach all of them",
+            )
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"recipe: {key} must be finite; got {value}")
-            part = getattr(recipe, head)
-            recipe = dataclasses.replace(recipe, **{head: _changed(part, rest, value, key)})
+            recipe = _changed(recipe, key.split("."), value, key)
         return recipe
 
     def value_of(self, key: str) -> Any:
-        """The value under a dotted key, `optimizer.lr`.
+        """The value under a dotted key, such as `optimizer.lr`.
 
         Raises:
-            ValueError: nothing was written under it.
+            ValueError: the recipe has no value there.
         """
-        head, *rest = key.split(".")
-        value = getattr(self, head, None) if head in _field_names(self) else None
-        for name in rest:
-            value = value.kwargs.get(name) if isinstance(value, Spec) else None
-        if value is None:
-            raise ValueError(
-                f"recipe: {key} must be written in the recipe; {self.name} has no value for it"
-            )
+        value: Any = self
+        for name in key.split("."):
+            if isinstance(value, Spec):
+                value = value.kwargs.get(name)
+            else:
+                value = getattr(value, name) if name in _names(value) else None
+        require(
+            value is not None,
+            f"recipe: {key} must be written in the recipe; {self.name} has no value for it",
+        )
         return value
 
     @property
@@ -344,28 +416,22 @@ class Recipe:
         return remedy(self.optimizer.kwargs.get("lr"), self.clip_norm)
 
     def resolved(self) -> Recipe:
-        """The same recipe with every path absolute: workers start in folders of their own, and so
-        may whoever resumes.
-        """
+        """The same recipe with absolute paths: workers and later commands run in other folders."""
         return self.with_paths(
             lambda path: str(Path(path).absolute()) if referred(path) is None else path
         )
 
     def with_paths(self, change: Callable[[str], str]) -> Recipe:
         """The same recipe with `init` and every path among the keywords of its parts changed."""
-        parts = {
-            each.name: _with_paths(getattr(self, each.name), change)
-            for each in dataclasses.fields(self)
-        }
-        return dataclasses.replace(
-            self, **{**parts, "init": None if self.init is None else change(self.init)}
-        )
+        parts = {name: _with_paths(getattr(self, name), change) for name in _names(self)}
+        return replace(self, **{**parts, "init": None if self.init is None else change(self.init)})
 
     def tiny(self, *, data: Spec | None = None) -> Recipe:
-        """The same recipe shrunk to seconds on a CPU: 4 steps of small batches at T = 2, a small
-        evaluation, 2 phases at most.
+        """The same recipe shrunk to seconds on a CPU.
+
+        It takes 4 steps of 8 samples at T = 2, evaluates on 64 and has at most 2 phases.
         """
-        phases = tuple(dataclasses.replace(phase, epochs=None) for phase in self.phases[:2])
+        phases = tuple(replace(phase, epochs=None) for phase in self.phases[:2])
         steps = min(self.time_steps, 2)
         data = self.data if data is None else data
         rule = _tiny_part(self.rule)
@@ -373,7 +439,7 @@ class Recipe:
             rule = _changed_throughout(
                 rule, name, lambda value: value if value is None else min(value, steps)
             )
-        return dataclasses.replace(
+        return replace(
             self,
             name=f"{self.name}-tiny",
             model=_changed_throughout(self.model, "time_steps", lambda _: steps),
@@ -386,28 +452,23 @@ class Recipe:
             epochs=1,
             phases=phases,
             stop_after=4 // max(1, len(phases)),
-            evaluate_samples=64,
+            evaluation=replace(self.evaluation, samples=64),
             published=(),
             published_setting=(),
             log_every=1,
         )
 
     def with_untrained_teacher(self) -> Recipe:
-        """The same recipe with a teacher whose weights need not be had: to look at, not to
-        train.
-        """
-        return (
-            self
-            if self.teacher is None
-            else dataclasses.replace(self, teacher=_tiny_part(self.teacher))
-        )
+        """The same recipe with a teacher that needs no weights: to inspect, not to train."""
+        return replace(self, teacher=self.teacher and _tiny_part(self.teacher))
 
     def check_time_steps(self, shape: Sequence[int]) -> None:
-        """Refuse recordings (`shape` of a sample is (T, C, H, W)) and parts of the model that count
-        on another T.
+        """Check that recordings and parts of the model have the recipe's number of time steps.
 
-        A part that must know T, which slices do not show, is told by the keyword `time_steps`; data
-        by `steps`.
+        Parts whose computation needs T have a keyword `time_steps`; data has `steps`.
+
+        Args:
+            shape: of a sample; a recording's is (T, C, H, W).
 
         Raises:
             ValueError: a T that is not the recipe's `time_steps`.
@@ -416,83 +477,75 @@ class Recipe:
             raise ValueError(
                 f"recipe: data.steps must be time_steps={self.time_steps}; got {shape[0]}"
             )
-        for key, steps in _told_time_steps("model", self.model):
-            if steps != self.time_steps:
-                raise ValueError(
-                    f"recipe: {key} must be the recipe's time_steps={self.time_steps}; got {steps}"
-                )
+        for key, steps in _time_steps_in("model", self.model):
+            require(
+                steps == self.time_steps,
+                f"recipe: {key} must be the recipe's time_steps={self.time_steps}; got {steps}",
+            )
 
     def study_key(self, inputs: Mapping[str, str]) -> str:
-        """Runs with one key differ in the rule and the seed alone and may be compared: 16 hex
-        digits.
+        """16 hex digits of everything that all runs of a study share.
+
+        Runs with the same key differ in the rule, the seed and other fields of `Role.BESIDE` and
+        `Role.FREE` only, and may be compared.
 
         Args:
-            inputs: content hashes of what paths only point at: `data` (and `init`, where there is
-            one).
+            inputs: content hashes of what paths point at: `data` (and `init`, if there is one).
         """
-        value = self._encoded(paths=False)
-        for name in BESIDE_THE_STUDY:
-            value.pop(name, None)
+        value = select(_written(self, paths=False), lambda role: Role.STUDY in role)
         for key in self.tuned:
             *parts, last = key.split(".")
             holder = value
             for part in parts:
-                holder = holder[part]["kwargs"]
-            holder.pop(last, None)  # a field that is written only where it is not zero
-        return hashlib.sha256(
-            json.dumps([value, dict(inputs)], sort_keys=True).encode()
-        ).hexdigest()[:16]
+                holder = holder[part].get("kwargs", holder[part])
+            holder.pop(last, None)
+        text = json.dumps([value, dict(inputs)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value that `from_json` turns back into an equal recipe; callables are named by
-        dotted path.
+        """A JSON value that `from_json` turns back into an equal recipe. Callables become dotted
+        names.
         """
-        return {"version": FORMAT, "recipe": self._encoded(paths=True)}
+        return {"version": FORMAT, "recipe": _written(self, paths=True)}
 
     def decisive(self) -> dict[str, Any]:
-        """The JSON of what a run keeps from its first batch to its last: not where things lie, nor
-        how much memory holds.
-        """
-        value = json.loads(json.dumps(self._encoded(paths=False)))
-        return {name: item for name, item in value.items() if name not in ("init", "micro_batch")}
+        """The JSON of the fields that may not change between attempts of one run, without paths."""
+        value = json.loads(json.dumps(_written(self, paths=False)))
+        return select(value, lambda role: Role.FREE not in role)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], *, trust: Collection[str] = ()) -> Recipe:
-        """Read a recipe back, importing what is trusted alone.
+        """Read a recipe back. Only trusted names are imported.
 
         Raises:
-            ValueError: another format version, a target that is not trusted, or a recipe that no
-            longer fits.
+            ValueError: another format version, a target that is not trusted, or fields that are
+            damaged, missing or unknown.
         """
+        who = RunFolder("").recipe.name
         if not isinstance(value, Mapping) or value.get("version") != FORMAT:
             got = value.get("version") if isinstance(value, Mapping) else value
-            raise ValueError(
-                f"recipe.json: this spiketrain reads format version {FORMAT}; got {got!r}"
-            )
-        written = value.get("recipe")
-        if not isinstance(written, Mapping):
-            raise ValueError(
-                f"recipe.json: 'recipe' must hold the fields of a recipe; got {written!r}"
-            )
-        fields = {key: decode(item, (*TRUSTED, *trust)) for key, item in written.items()}
-        unknown = sorted(set(fields) - set(_field_names(cls)))
-        if unknown:
-            raise ValueError(
-                f"recipe.json: unknown fields {', '.join(unknown)}; a recipe has"
-                f" {', '.join(_field_names(cls))}"
-            )
-        needed = [
-            each.name for each in dataclasses.fields(cls) if each.default is dataclasses.MISSING
-        ]
-        missing = [name for name in needed if name not in fields]
-        if missing:
-            raise ValueError(f"recipe.json: fields {', '.join(missing)} are missing")
-        return cls(**fields)
+            raise ValueError(f"{who}: this spiketrain reads format version {FORMAT}; got {got!r}")
+        fields = decode(value.get("recipe"), (*TRUSTED, *trust))
+        groups = {
+            each.name: type(each.default)
+            for each in dataclasses.fields(cls)
+            if isinstance(each.default, _Fields)
+        }
+        if isinstance(fields, Mapping):
+            fields = {
+                name: groups[name](**arguments_of(groups[name], item, who=f"{who}: {name}"))
+                if name in groups
+                else item
+                for name, item in fields.items()
+            }
+        return cls(**arguments_of(cls, fields, who=who))
 
     @classmethod
     def read(cls, path: Path, *, trust: Collection[str] = ()) -> Recipe:
-        """The recipe of a run, from its recipe.json. Raises what `from_json` does, and where there
-        is no such file.
+        """The recipe in the file `recipe.json` of a run.
+
+        Raises:
+            ValueError: there is no such file, or as `from_json`.
         """
         try:
             written = read_json(path)
@@ -505,63 +558,103 @@ class Recipe:
 
     def flat(self) -> dict[str, str]:
         """Dotted keys to short text, for a tracker's table of parameters."""
-        return dict(flat(self._encoded(paths=True)))
-
-    def _encoded(self, *, paths: bool) -> dict[str, Any]:
-        fields = {
-            each.name: encode(getattr(self, each.name), paths=paths)
-            for each in dataclasses.fields(self)
-        }
-        # A recipe without them keeps its study key.
-        often_absent = (
-            "mixing",
-            "teacher",
-            "phases",
-            "family",
-            "ema_decay",
-            "tuned",
-            "searched",
-            "published",
-            "published_setting",
-        )
-        absent = [name for name in often_absent if not getattr(self, name)]
-        absent += ["protocol"] if self.protocol == "shared" else []
-        return {name: value for name, value in fields.items() if name not in absent}
+        return dict(flat(_written(self, paths=True)))
 
 
-def _field_names(recipe: Recipe | type[Recipe]) -> list[str]:
-    return [each.name for each in dataclasses.fields(recipe)]
+@functools.cache
+def roles() -> Mapping[str, Role]:
+    """The role of each field of a recipe, by its dotted name."""
+    return {
+        prefix + each.name: each.metadata["role"]
+        for outer in dataclasses.fields(Recipe)
+        for prefix, inner in [
+            (f"{outer.name}.", dataclasses.fields(outer.default))
+            if isinstance(outer.default, _Fields)
+            else ("", (outer,))
+        ]
+        for each in inner
+    }
 
 
-def _changed(part: Any, path: list[str], value: Any, key: str) -> Any:
+def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[str, Any]:
+    """The fields of a recipe's JSON whose role is accepted. Groups stay nested.
+
+    Fields that this version does not know are kept.
+    """
+    groups = {name.partition(".")[0] for name in roles() if "." in name}
+
+    def accepted(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found = {name: roles().get(prefix + name) for name in fields}
+        return {name: fields[name] for name, role in found.items() if role is None or accepts(role)}
+
+    return {
+        name: accepted(value, f"{name}.")
+        if name in groups and isinstance(value, Mapping)
+        else value
+        for name, value in accepted(encoded, "").items()
+    }
+
+
+def _written(fields: _Fields, *, paths: bool) -> dict[str, Any]:
+    """The JSON of fields. What is None or empty by default and left so is not written.
+
+    So a later version can add such a field without a change of study keys.
+    """
+    return {
+        each.name: _written(value, paths=paths)
+        if isinstance(value, _Fields)
+        else encode(value, paths=paths)
+        for each in dataclasses.fields(fields)
+        for value in [getattr(fields, each.name)]
+        if not (value == each.default and value in (None, ()))
+    }
+
+
+def _names(value: Any) -> list[str]:
+    return [each.name for each in dataclasses.fields(value)] if isinstance(value, _Fields) else []
+
+
+def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
     if not path:
         if isinstance(part, Spec):
             raise ValueError(
                 f"recipe: {key} is a part, {part.label}; change its keywords:"
                 f" {accepted_text(part.target, key + '.')}"
             )
+        if isinstance(part, _Fields):
+            raise ValueError(
+                f"recipe: {key} is a group; change its fields:"
+                f" {', '.join(f'{key}.{name}' for name in _names(part))}"
+            )
         return value
+    head, *rest = path
+    if isinstance(part, _Fields):
+        require(
+            head in _names(part),
+            f"recipe: no field {part.prefix + head!r}; it has"
+            f" {', '.join(part.prefix + name for name in _names(part))}",
+        )
+        return replace(part, **{head: _changed(getattr(part, head), rest, value, key)})
     if not isinstance(part, Spec):
         raise ValueError(f"recipe: {key!r} goes below a plain value, {part!r}")
-    head, *rest = path
-    if rest and head not in part.kwargs:
-        raise ValueError(
-            f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds"
-            f" {', '.join(part.kwargs)}"
-        )
+    require(
+        not rest or head in part.kwargs,
+        f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds"
+        f" {', '.join(part.kwargs)}",
+    )
     return part.with_(**{head: _changed(part.kwargs.get(head), rest, value, key)})
 
 
-def _told_time_steps(key: str, part: Spec) -> Iterator[tuple[str, int]]:
+def _time_steps_in(key: str, part: Spec) -> Iterator[tuple[str, int]]:
     for name, value in part.kwargs.items():
         if name == "time_steps":
             yield f"{key}.{name}", value
         elif isinstance(value, Spec):
-            yield from _told_time_steps(f"{key}.{name}", value)
+            yield from _time_steps_in(f"{key}.{name}", value)
 
 
 def _tiny_part(part: Spec) -> Spec:
-    """The part, and those inside it, with what they call tiny themselves."""
+    """The part and its inner parts, each with the keywords of its target's `tiny`."""
     inside = {
         key: _tiny_part(value) for key, value in part.kwargs.items() if isinstance(value, Spec)
     }
@@ -569,14 +662,16 @@ def _tiny_part(part: Spec) -> Spec:
 
 
 def _changed_throughout(part: Spec, name: str, change: Callable[[Any], Any]) -> Spec:
-    """The part with every keyword `name` changed, its own and those of the parts within it."""
-    inside = {
-        key: _changed_throughout(value, name, change)
-        for key, value in part.kwargs.items()
-        if isinstance(value, Spec)
-    }
+    """The part with the keyword `name` changed in it and in all of its inner parts."""
     return part.with_(
-        **inside, **{key: change(value) for key, value in part.kwargs.items() if key == name}
+        **{
+            key: change(value)
+            if key == name
+            else _changed_throughout(value, name, change)
+            if isinstance(value, Spec)
+            else value
+            for key, value in part.kwargs.items()
+        }
     )
 
 
@@ -584,14 +679,14 @@ def _with_paths(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, tuple):
         return tuple(_with_paths(item, change) for item in value)
     if isinstance(value, Phase):
-        return dataclasses.replace(value, data=_with_paths(value.data, change))
+        return replace(value, data=_with_paths(value.data, change))
     if not isinstance(value, Spec):
         return value
-    paths = {
-        key: change(os.fspath(item))
-        for key, item in value.kwargs.items()
-        if item is not None and is_path(value.target, key)
-    }
     return value.with_(
-        **{**{key: _with_paths(item, change) for key, item in value.kwargs.items()}, **paths}
+        **{
+            key: change(os.fspath(item))
+            if item is not None and is_path(value.target, key)
+            else _with_paths(item, change)
+            for key, item in value.kwargs.items()
+        }
     )

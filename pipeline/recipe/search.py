@@ -1,15 +1,14 @@
-"""Recipes made into a fair comparison: each with several seeds, and each with a learning rate that
-was searched for it.
+"""Recipes as a fair comparison: several seeds, and a search for each rule's learning rate.
 
     over_seeds(suite, 3)
         every recipe with seeds 0, 1, 2 (or from its own seed on)
     tuned(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
-        beside them, every rule with its own best of the five
+        the same, and every rule with its own best of the five
 
-Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline among
-them, gets the same values and as many trials, which never see the evaluation set: they train
-without a tenth of the training set and are judged by it. The values are part of the study
-(`Recipe.searched`): no rule is set beside one that was given others.
+Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline included,
+gets the same values and the same number of trials. Trials never see the evaluation set: they train
+on nine tenths of the training set and are judged by the last tenth. The values are part of the
+study (`Recipe.searched`), so rules with other values are not compared.
 """
 
 from __future__ import annotations
@@ -21,21 +20,40 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import reference_to
 from pipeline.recipe.suite import Choice, Report, Suite, filled, references
 
-__all__ = ["LEAST_VALUES", "joined", "over_seeds", "parse_search", "tuned"]
+__all__ = [
+    "BASELINE",
+    "LEAST_VALUES",
+    "is_baseline",
+    "joined",
+    "over_seeds",
+    "parse_search",
+    "tuned",
+]
 
+BASELINE = "BPTT"
+"""the rule that other rules are compared with"""
 LEAST_VALUES = 5
 HELD_OUT = 0.1
 
 
+def is_baseline(rule: str, against: str = BASELINE) -> bool:
+    """Whether `rule` is `against`, or BPTT that computes its gradient slice by slice.
+
+    Times are divided by the faster of the two.
+    """
+    return rule == against or (against == BASELINE and rule.startswith(f"{BASELINE}-chunk-"))
+
+
 def joined(suites: Sequence[Suite]) -> Suite:
-    """One suite of the recipes of several.
+    """One suite of the recipes of several suites.
 
     Raises:
-        ValueError: two recipes of one name, or several suites of which one has a report of its own.
+        ValueError: two recipes of one name, or a suite with a report of its own.
     """
     if len(suites) == 1:
         return suites[0]
@@ -45,11 +63,10 @@ def joined(suites: Sequence[Suite]) -> Suite:
 
 
 def parse_search(text: str) -> tuple[str, list[Any]]:
-    """`optimizer.lr=.03,.1,.3,1,3` as the field and its values, which may be lists:
-    `schedule.at=[.3],[.3,.6]`.
+    """The field and the values of `optimizer.lr=.03,.1,.3,1,3` or `schedule.at=[.3],[.3,.6]`.
 
     Raises:
-        ValueError: it does not look so, or a value is none of Python's.
+        ValueError: another form, or a value that is no Python literal.
     """
     field, _, values = text.partition("=")
     try:
@@ -68,14 +85,17 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
 
 
 def over_seeds(suite: Suite, count: int) -> Suite:
-    """The suite with `count` copies of each recipe, of seeds that follow one another; references
-    stay within a seed.
+    """The suite with `count` copies of each recipe, with consecutive seeds.
+
+    References stay within a seed.
 
     Raises:
-        ValueError: `count` below 1, or a suite whose report or choices know its recipes by name.
+        ValueError: `count` below 1, or a suite with a report or choices, which name its recipes.
     """
-    if count < 1:
-        raise ValueError(f"launch: --seeds must be at least 1; got {count}")
+    require(
+        count >= 1,
+        f"launch: --seeds must be at least 1; got {count}",
+    )
     if count == 1:
         return suite
     _refuse_unless_plain(suite, "--seeds")
@@ -88,25 +108,23 @@ def tuned(
     """The suite, then trials of each value for each rule, then each recipe with its rule's best
     value.
 
-    All are evaluated after their last epoch alone.
-
-    Recipes that differ in their seeds alone share trials, which have the seed of the first.
+    All are evaluated after their last epoch only. Recipes that differ only in their seeds share
+    trials, which have the seed of the first.
 
     Args:
-        report: what prints the results, `pipeline.report.protocols.print_protocols` for a table of
-            each protocol; see `Suite`.
+        report: prints the results, such as `pipeline.report.protocols.print_protocols`; see
+        `Suite`.
 
     Raises:
-        ValueError: fewer than 5 values or one twice, a recipe without that field, data that cannot
-            hold a part out, or recipes that take weights from one another.
+        ValueError: fewer than 5 values or one twice, a recipe without the field, data without
+            `held_out`, or recipes that refer to one another.
     """
     who = f"tuned: {field}"
     _refuse_unless_plain(suite, "--tune")
-    if len(values) < LEAST_VALUES or any(a == b for a, b in combinations(values, 2)):
-        raise ValueError(
-            f"{who} needs at least {LEAST_VALUES} different values; got"
-            f" {', '.join(map(str, values))}"
-        )
+    require(
+        len(values) >= LEAST_VALUES and not any(a == b for a, b in combinations(values, 2)),
+        f"{who} needs at least {LEAST_VALUES} different values; got {', '.join(map(str, values))}",
+    )
     search = {"tuned": (field,), "searched": tuple(sorted(map(_as_text, values)))}
     trials: dict[str, list[Recipe]] = {}
     finals: list[Recipe] = []
@@ -119,12 +137,11 @@ def tuned(
         tried = trials.setdefault(_but_for_its_seed(recipe), [])
         if not tried:
             tried += [_trial(recipe, field, value, search) for value in values]
-        about = {**search, "evaluate_every": 0}  # the test set is read once
-        final = replace(recipe, name=f"{recipe.name}-tuned", protocol="tuned", **about)
+        final = replace(_read_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search)
         choices[final.name] = Choice(field, tuple(trial.name for trial in tried))
         finals.append(final)
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
-    shared = (replace(recipe, evaluate_every=0) for recipe in suite.recipes)
+    shared = map(_read_once, suite.recipes)
     return Suite((*shared, *every_trial, *finals), report, choices)
 
 
@@ -133,9 +150,7 @@ def _but_for_its_seed(recipe: Recipe) -> str:
 
 
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
-    """One value, learnt on nine tenths of the training set and judged by the last, after the last
-    epoch.
-    """
+    """A run of one value: trained on nine tenths of the training set, judged by the last tenth."""
     if recipe.data.kwargs.get("held_out"):
         raise ValueError(
             f"tuned: {recipe.name} holds out a part of its own; got"
@@ -143,16 +158,21 @@ def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) ->
         )
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
-    return replace(trial, name=name, protocol="trial", **search, evaluate_every=0)
+    return replace(_read_once(trial), name=name, protocol="trial", **search)
+
+
+def _read_once(recipe: Recipe) -> Recipe:
+    """The recipe evaluated after its last epoch only."""
+    return recipe.override({"evaluation.every": 0})
 
 
 def _as_text(value: Any) -> str:
-    """Equal for 1 and 1.0, which are the same search."""
+    """The value as text; equal for 1 and 1.0."""
     return str(float(value)) if type(value) is int else str(value)
 
 
 def _in_a_name(value: Any) -> str:
-    """As a folder's name can hold it: 0.3_0.6 for [0.3, 0.6]."""
+    """The value as part of a folder's name: 0.3_0.6 for [0.3, 0.6]."""
     return "_".join(map(_in_a_name, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -165,8 +185,8 @@ def _seeded(recipe: Recipe, more: int) -> Recipe:
 
 
 def _refuse_unless_plain(suite: Suite, option: str) -> None:
-    if suite.report is not None or suite.choices:
-        raise ValueError(
-            f"launch: {option} makes a comparison of recipes; got a suite that is one, with a"
-            " report of its own"
-        )
+    require(
+        suite.report is None and not suite.choices,
+        f"launch: {option} makes a comparison of recipes; got a suite that is one, with a"
+        " report of its own",
+    )

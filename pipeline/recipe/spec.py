@@ -1,5 +1,5 @@
-"""A buildable part of a recipe: a callable and its keywords, checked against the real signature
-where they are written.
+"""A buildable part of a recipe: a callable with keywords, checked against its signature when
+written.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.checks import require
+
 
 @dataclass(frozen=True)
 class Spec:
-    """A callable and its keywords, checked against the real signature when written and called when
-    built.
+    """A callable and its keywords, checked against its signature when written and called by
+    `build`.
     """
 
     target: Callable[..., Any]
@@ -33,13 +35,18 @@ class Spec:
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
     def build(self, *args: Any, **more: Any) -> Any:
-        """Call the target; nested specs are built first. `args` and `more` are what only the
-        running process knows.
+        """Call the target. Nested specs are built first.
+
+        Args:
+            args, more: further arguments that only the running process knows.
 
         Raises:
-            ValueError: an argument that the target needs and nobody gave.
+            ValueError: an argument is missing.
         """
-        kwargs = {key: _built(value) for key, value in self.kwargs.items()} | more
+        kwargs = {
+            key: value.build() if isinstance(value, Spec) else value
+            for key, value in self.kwargs.items()
+        } | more
         try:
             inspect.signature(self.target).bind(*args, **kwargs)
         except TypeError as error:
@@ -54,9 +61,9 @@ class Spec:
 
     @property
     def label(self) -> str:
-        """`SLTT(k=1)`: the target's name and the keywords that were written."""
-        arguments = ", ".join(f"{key}={_shown(value)}" for key, value in self.kwargs.items())
-        return f"{self.target.__name__}({arguments})"
+        """The target's name with the written keywords: `SLTT(k=1)`."""
+        written = (f"{key}={_shown(value)}" for key, value in self.kwargs.items())
+        return f"{self.target.__name__}({', '.join(written)})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
         return Spec, (self.target, dict(self.kwargs))
@@ -76,44 +83,43 @@ def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:
     """Write a buildable part of a recipe: `rule=spec(SLTT, k=1)`.
 
     Raises:
-        ValueError: a keyword that the target's signature does not have, or a value its annotation
-        does not admit.
+        ValueError: an unknown keyword, or a value that its annotation does not admit.
     """
     return Spec(target, kwargs)
 
 
 def is_path(target: Callable[..., Any], key: str) -> bool:
-    """Whether a keyword is annotated as a path: it says where something lies, not what it is."""
+    """Whether a keyword is annotated as a path."""
     hint = _hints(target).get(key)
     return any(arm is Path or arm is os.PathLike for arm in (hint, *typing.get_args(hint)))
 
 
 def reference_to(name: str) -> str:
-    """`@NAME`, in the place of a path: what the run of recipe NAME, in the same suite, will have
-    learnt.
-    """
+    """`@NAME`: the weights that recipe NAME of the same suite will have learnt."""
     return f"@{name}"
 
 
 def referred(path: str | os.PathLike[str]) -> str | None:
-    """NAME of a path that is a reference; None of any other path."""
+    """The NAME of a reference `@NAME`; None for any other path."""
     text = os.fspath(path)
     return text[1:] if text.startswith("@") else None
 
 
 def _check_keywords(target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
-    if not callable(target):
-        raise ValueError(f"spec: the target must be callable; got {target!r}")
+    require(
+        callable(target),
+        f"spec: the target must be callable; got {target!r}",
+    )
     parameters = _parameters(target)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     hints = _hints(target)
     for key, value in kwargs.items():
         if key not in _accepted(parameters):
-            if not open_ended:
-                raise ValueError(
-                    f"{target.__name__}: unexpected keyword {key!r}; it accepts"
-                    f" {accepted_text(target)}"
-                )
+            require(
+                open_ended,
+                f"{target.__name__}: unexpected keyword {key!r}; it accepts"
+                f" {accepted_text(target)}",
+            )
         elif key in hints and not admits(hints[key], value):
             raise ValueError(
                 f"{target.__name__}: {key} must be {type_name(hints[key])}; got {_shown(value)}"
@@ -147,20 +153,24 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 def arguments_of(
     cls: type, value: Any, *, who: str, besides: Collection[str] = ()
 ) -> dict[str, Any]:
-    """What JSON holds of a dataclass of plain values; the fields `besides` are the caller's to
-    give.
+    """The fields of a dataclass of plain values, from JSON.
+
+    Args:
+        who: where the value comes from, for the message.
+        besides: fields that the caller gives.
 
     Raises:
-        ValueError: no object, a field that is missing or that there is not, or a value of another
-        type.
+        ValueError: no object, a missing or unknown field, or a value of another type.
     """
     if not isinstance(value, Mapping):
         raise ValueError(f"{who}: must be an object; got {value!r}")
     hints = typing.get_type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls) if each.name not in besides}
     for name, given in value.items():
-        if name not in known:
-            raise ValueError(f"{who}: unknown field {name!r}; it has {', '.join(known)}")
+        require(
+            name in known,
+            f"{who}: unknown field {name!r}; it has {', '.join(known)}",
+        )
         if not admits(hints[name], given):
             raise ValueError(f"{who}: {name} must be {type_name(hints[name])}; got {given!r}")
     needed = [name for name, each in known.items() if each.default is dataclasses.MISSING]
@@ -170,9 +180,7 @@ def arguments_of(
 
 
 def admits(hint: Any, value: Any) -> bool:
-    """Whether a value fits an annotation, as far as plain values go; a Spec fits wherever a built
-    object is asked for.
-    """
+    """Whether a value fits an annotation. A Spec fits wherever a built object is expected."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or isinstance(hint, typing.TypeVar):
         return True
@@ -222,10 +230,6 @@ def type_name(hint: Any) -> str:
     if origin is None and inspect.isclass(hint):
         return hint.__name__
     return str(hint).replace("typing.", "")
-
-
-def _built(value: Any) -> Any:
-    return value.build() if isinstance(value, Spec) else value
 
 
 def _shown(value: Any) -> str:

@@ -1,12 +1,13 @@
-"""Several recipes that are trained one after another and read together, as one value and as
-`suite.json`.
+"""Several recipes that are trained in order and reported together.
+
+A suite is written to suite.json.
 
     Suite(recipes=(first, replace(first, name="second", init="@first", rule=spec(SLTT))),
-    report=table)
+          report=table)
 
-`@NAME`, in `init` or in a path keyword of any part, is a reference: the weights that recipe NAME,
-which stands earlier in the suite, has learnt by then. A `Choice` leaves one field to trials that
-stand earlier. Children are runs like any others, beside the suite's folder.
+`@NAME`, in `init` or in a path keyword of a part, is a reference to an earlier recipe of the suite:
+it stands for that recipe's trained weights. A `Choice` takes one field from the best of earlier
+trials. Each recipe becomes a run of its own, beside the suite's folder.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.checks import require
 from pipeline.recipe import own_code
-from pipeline.recipe.json import dotted, imported, targets
-from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.json import dotted, imported, is_trusted, read_json, targets, walk, write_json
+from pipeline.recipe.recipe import TRUSTED as PARTS
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.spec import arguments_of, reference_to, referred
 
 __all__ = [
@@ -57,7 +60,7 @@ TRUSTED = ("recipes", "pipeline.report")
 
 @dataclass(frozen=True)
 class Choice:
-    """A field that a recipe takes from whichever of its trials did best on what it held out."""
+    """A field whose value comes from the best of several trials, judged on their held-out part."""
 
     field: str
     """dotted, such as optimizer.lr"""
@@ -72,7 +75,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Suite:
-    """Recipes in the order that they are trained in, and what prints what came out."""
+    """Recipes in training order, with a report of their results."""
 
     recipes: tuple[Recipe, ...]
     report: Report | None = None
@@ -86,16 +89,16 @@ class Suite:
             raise ValueError(f"suite: recipes must be Recipes, at least one; got {self.recipes!r}")
         names: list[str] = []
         for recipe in self.recipes:
-            if recipe.name in names:
-                raise ValueError(
-                    f"suite: recipes must have names of their own; got two of {recipe.name!r}"
-                )
+            require(
+                recipe.name not in names,
+                f"suite: recipes must have names of their own; got two of {recipe.name!r}",
+            )
             for reference in references(recipe):
-                if reference not in names:
-                    raise ValueError(
-                        f"suite: a reference must name an earlier recipe; got '@{reference}' in"
-                        f" {recipe.name}, before it stand {', '.join(names) or 'none'}"
-                    )
+                require(
+                    reference in names,
+                    f"suite: a reference must name an earlier recipe; got '@{reference}' in"
+                    f" {recipe.name}, before it stand {', '.join(names) or 'none'}",
+                )
             if choice := self.choices.get(recipe.name):
                 _check_choice(recipe, choice, earlier=names)
             names.append(recipe.name)
@@ -108,17 +111,17 @@ class Suite:
 
     @property
     def family(self) -> str:
-        """What all of its runs are kept under: MLflow shows runs under their parent within one
-        experiment alone.
+        """The MLflow experiment of all runs.
+
+        MLflow shows children only inside their parent's experiment.
         """
         return next((each.family for each in self.recipes if each.family), self.recipes[0].name)
 
     def override(self, changes: Mapping[str, Any]) -> Suite:
-        """The same suite with `Recipe.override` of each recipe.
+        """The same suite with `Recipe.override` applied to each recipe.
 
         Raises:
-            ValueError: changes that one of them cannot take, by its name, or of a field that trials
-            choose.
+            ValueError: a recipe cannot take the changes, or a field is chosen by trials.
         """
         if chosen := {choice.field for choice in self.choices.values()} & set(changes):
             raise ValueError(
@@ -127,9 +130,7 @@ class Suite:
         return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
 
     def tiny(self) -> Suite:
-        """The same suite of `Recipe.tiny` recipes, without its report, which is about the whole;
-        references follow the names.
-        """
+        """The same suite of `Recipe.tiny` recipes, without its report."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
         choices = {
             names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()
@@ -164,12 +165,12 @@ def references(recipe: Recipe) -> tuple[str, ...]:
 
 
 def sources(suite: Suite) -> set[str]:
-    """The names of the recipes whose weights others take."""
+    """The names of the recipes that others refer to."""
     return {name for recipe in suite.recipes for name in references(recipe)}
 
 
 def filled(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
-    """The recipe with the path `path_of(NAME)` in the place of each reference `@NAME`."""
+    """The recipe with each reference `@NAME` replaced by the path `path_of(NAME)`."""
 
     def fill(path: str) -> str:
         name = referred(path)
@@ -179,7 +180,7 @@ def filled(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
 
 
 def needed(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
-    """The names of the recipes that have to be trained before this one can be."""
+    """The names of the recipes that must be trained before this one."""
     choice = suite.choices.get(recipe.name)
     return references(recipe) + (choice.trials if choice else ())
 
@@ -197,22 +198,24 @@ def refuse_references(recipe: Recipe) -> None:
         )
 
 
-def targets_of(made: Recipe | Suite) -> list[str]:
-    """The dotted names of what reading it back imports: all parts of its recipes, and its
-    report.
+def targets_of(made: Recipe | Suite, *, but_trusted: bool = False) -> list[str]:
+    """The dotted names that reading it back imports: the parts of its recipes, and its report.
+
+    Args:
+        but_trusted: without the names that need no `--trust`.
     """
-    found = [
+    recipes, report = (made.recipes, made.report) if isinstance(made, Suite) else ((made,), None)
+    parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]
+    reports = [] if report is None else [(dotted(report), TRUSTED)]
+    return [
         name
-        for recipe in (made.recipes if isinstance(made, Suite) else [made])
-        for name in targets(recipe.to_json())
+        for name, trusted in parts + reports
+        if not but_trusted or not is_trusted(name, trusted)
     ]
-    return (
-        found if isinstance(made, Recipe) or made.report is None else [*found, dotted(made.report)]
-    )
 
 
 def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
-    """Refuse what whoever reads the suite back would not import.
+    """Refuse a suite that could not be read back with these trusted packages.
 
     Raises:
         ValueError: a part of a recipe, or the report, is not trusted.
@@ -228,7 +231,7 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteFile:
-    """What a suite's folder says of it: all that it takes to go on with it."""
+    """The content of suite.json: everything that a resume needs."""
 
     suite: Suite
     """paths absolute, references as they were written"""
@@ -240,32 +243,29 @@ class SuiteFile:
     """where and on how much it trains: fields of pipeline.launch.cluster.Cluster"""
 
     def to_json(self) -> dict[str, Any]:
+        choices = {name: {"choice": asdict(each)} for name, each in self.suite.choices.items()}
         children = [
-            {"run": run, "recipe": each.to_json()}
+            {"run": run, "recipe": each.to_json(), **choices.get(each.name, {})}
             for run, each in zip(self.runs, self.suite.recipes, strict=True)
         ]
-        for child, recipe in zip(children, self.suite.recipes, strict=True):
-            if choice := self.suite.choices.get(recipe.name):
-                child["choice"] = asdict(choice)
-        report = None if self.suite.report is None else dotted(self.suite.report)
-        head = {
+        return {
             "version": FORMAT,
             "parent": self.parent,
             "cluster": dict(self.cluster),
-            "report": report,
+            "report": None if self.suite.report is None else dotted(self.suite.report),
+            "children": children,
         }
-        return {**head, "children": children}
 
     @classmethod
     def from_json(cls, value: Any, *, own: str = "", trust: Collection[str] = ()) -> SuiteFile:
-        """Read a suite back, importing what is trusted alone.
+        """Read a suite back. Only trusted names are imported.
 
         Args:
-            own: the name of the suite's folder, which is none of a run.
+            own: the name of the suite's folder, which no run may have.
 
         Raises:
             ValueError: another format version, a damaged field, a run name that leaves the folder
-                of runs, a target that is not trusted, or recipes that no longer fit.
+            of runs, a target that is not trusted, or recipes that no longer fit.
         """
         children = list(_children(value, own=own))
         parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")
@@ -290,8 +290,10 @@ class SuiteFile:
 
     @classmethod
     def read(cls, folder: Path, *, trust: Collection[str] = ()) -> SuiteFile:
-        """What the folder of a suite says. Raises what `from_json` does, and where there is no such
-        file.
+        """The suite in a folder.
+
+        Raises:
+            ValueError: there is no suite.json, or as `from_json`.
         """
         try:
             written, name = read_json(folder / FILE), folder.absolute().name
@@ -306,50 +308,37 @@ def is_suite(folder: Path) -> bool:
 
 
 def has_report(folder: Path) -> bool:
-    """Whether a suite has a report of its own; nothing is imported."""
+    """Whether a suite has a report function. Nothing is imported."""
     return read_json(folder / FILE).get("report") is not None
 
 
 def runs_of(folder: Path) -> dict[str, Path]:
-    """The run folder of each recipe of a suite, by the recipe's name in their order; nothing is
-    imported.
+    """The run folder of each recipe, by the recipe's name, in order. Nothing is imported.
 
     Raises:
-        ValueError: suite.json is damaged, or where a run's folder should be lies a file.
+        ValueError: suite.json is damaged, or a run's folder is a file.
     """
     runs = {
         child["recipe"]["recipe"]["name"]: folder.parent / child["run"]
         for child in _children_in(folder)
     }
     for run in runs.values():
-        if run.exists() and not run.is_dir():
-            raise ValueError(f"{folder}: a run must be a folder; {run} is a file")
+        require(
+            not run.exists() or run.is_dir(),
+            f"{folder}: a run must be a folder; {run} is a file",
+        )
     return runs
 
 
 def sources_in(folder: Path) -> set[str]:
-    """As `sources`, of a suite's folder; nothing is imported.
+    """As `sources`, from a suite's folder. Nothing is imported.
 
     Raises:
         ValueError: suite.json is damaged.
     """
 
-    def strings(value: Any) -> Iterator[str]:
-        inner = (
-            value.values()
-            if isinstance(value, Mapping)
-            else value
-            if isinstance(value, list)
-            else ()
-        )
-        yield from (
-            [value]
-            if isinstance(value, str)
-            else [text for each in inner for text in strings(each)]
-        )
-
-    of_children = (strings(child["recipe"]) for child in _children_in(folder))
-    return {name for texts in of_children for text in texts if (name := referred(text)) is not None}
+    texts = (each for child in _children_in(folder) for each in walk(child["recipe"]))
+    return {name for text in texts if isinstance(text, str) and (name := referred(text))}
 
 
 def _children_in(folder: Path) -> list[dict[str, Any]]:
@@ -360,8 +349,9 @@ def _children_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
-    """What every use of suite.json rests on: its version, and names that stay in the folder of
-    runs.
+    """The children in suite.json.
+
+    Checks the version and that run names stay in the folder of runs.
     """
     if not isinstance(value, Mapping) or value.get("version") != FORMAT:
         got = value.get("version") if isinstance(value, Mapping) else value
@@ -399,25 +389,27 @@ def _choice(value: Any) -> Choice:
 
 def _check_choice(recipe: Recipe, choice: Choice, *, earlier: Collection[str]) -> None:
     recipe.value_of(choice.field)
-    if not choice.trials:
-        raise ValueError(f"suite: a choice needs trials; {recipe.name} has none for {choice.field}")
+    require(
+        choice.trials,
+        f"suite: a choice needs trials; {recipe.name} has none for {choice.field}",
+    )
     for trial in choice.trials:
-        if trial not in earlier:
-            raise ValueError(
-                f"suite: a trial must be an earlier recipe; got {trial!r} for {recipe.name}"
-            )
+        require(
+            trial in earlier,
+            f"suite: a trial must be an earlier recipe; got {trial!r} for {recipe.name}",
+        )
 
 
 def _check_report(report: Any) -> None:
     rule = (
         "suite: report must be a function at the top level of a module, called with (runs, console)"
     )
-    if (
-        not inspect.isfunction(report)
-        or report.__qualname__ != report.__name__
-        or not report.__name__.isidentifier()
-    ):
-        raise ValueError(f"{rule}; got {report!r}")
+    require(
+        inspect.isfunction(report)
+        and report.__qualname__ == report.__name__
+        and report.__name__.isidentifier(),
+        f"{rule}; got {report!r}",
+    )
     try:
         inspect.signature(report).bind({}, None)
     except TypeError as error:

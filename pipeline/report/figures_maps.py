@@ -11,6 +11,7 @@ import pandas as pd
 from pipeline.core.units import counted
 from pipeline.report.figure import SCALE, Figure, Missing, Table, drawing, plain, titled
 from pipeline.report.results import Run
+from pipeline.report.selection import written
 from pipeline.report.study import Group
 
 _ROW = 24  # pixels of a layer
@@ -71,7 +72,8 @@ def gradient_fidelity(group: Group) -> Figure | Missing:
     of_rule = {rule: cosines for rule in group.rules if (cosines := _cosines(group, rule))}
     if not of_rule:
         why = (
-            "no run compared its gradient with BPTT's; --set fidelity_every=1 does after each epoch"
+            "no run compared its gradient with BPTT's; --set evaluation.fidelity_every=1 does"
+            " after each epoch"
         )
         return Missing(
             title=title,
@@ -114,7 +116,7 @@ def temporal_share(group: Group) -> Figure | Missing:
         run for run in group.runs if any(each.temporal_share for each in run.history.fidelity)
     ]
     if not looked:
-        why = "no run compared gradients; --set fidelity_every=1 does after each epoch"
+        why = "no run compared gradients; --set evaluation.fidelity_every=1 does after each epoch"
         return Missing(title=title, why=_still_to_come(group.runs) or why)
     run = next((run for run in looked if run.rule == "SLTT"), looked[0])
     looks = run.history.fidelity
@@ -150,7 +152,11 @@ def temporal_share(group: Group) -> Figure | Missing:
 
 def _still_to_come(runs: Iterable[Run]) -> str:
     """Which of the runs compare gradients by their recipes, though none has done so yet."""
-    looking = [run.name for run in runs if str(run.recipe.get("fidelity_every") or 0) != "0"]
+    looking = [
+        run.name
+        for run in runs
+        if str(written(run.recipe, "evaluation.fidelity_every") or 0) != "0"
+    ]
     return f"not yet in {', '.join(looking)}" if looking else ""
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pipeline.measure.constants import PARTS, REST
-from pipeline.track.journal import OF_NONE, Event
+from pipeline.track import events as kinds
+from pipeline.track.events import OF_NONE, kind_of
+from pipeline.track.journal import Record
 
-_FROM_THREADS = ("checkpoint", "unwritten")  # written late, with the step that they are of
+_FROM_THREADS = (kinds.Checkpoint, kinds.Unwritten)  # written late, with the step that they are of
 
 
 class Point(NamedTuple):
@@ -53,7 +55,7 @@ class History:
         return self.starts[1:]
 
 
-def read_history(events: Sequence[Event], *, redone: Literal["dropped", "kept"]) -> History:
+def read_history(events: Sequence[Record], *, redone: Literal["dropped", "kept"]) -> History:
     """From a journal's events, oldest first.
 
     Args:
@@ -66,25 +68,25 @@ def read_history(events: Sequence[Event], *, redone: Literal["dropped", "kept"])
     fidelity: dict[int, Fidelity] = {}
     last = 0
     for seconds, event in _timed(events):
-        name, step = event["event"], count(event.get("step", event.get("steps")))
+        kind, step = kind_of(event), count(event.get("step", event.get("steps")))
         if step is None:
             continue
-        last = last if name in _FROM_THREADS else step
+        last = last if kind in _FROM_THREADS else step
         metrics = event.get("metrics") or {}
         top1, loss = number(metrics.get("top1")), number(metrics.get("loss"))
         point = Point(step, seconds, top1, loss, count(event.get("epoch")))
-        if name == "start":
+        if kind is kinds.Start:
             starts.append(point)
             known = _joined(curve, again)
             curve = [each for each in known if each.step <= step]
             again = [each for each in known if each.step > step and redone == "kept"]
             if redone == "dropped":
                 evaluations = {at: each for at, each in evaluations.items() if at <= step}
-        elif name == "step":
+        elif kind is kinds.Step:
             curve.append(point)
-        elif name == "evaluation":
+        elif kind is kinds.Evaluation:
             evaluations[step] = point  # of one that is repeated the newest
-        elif name == "fidelity":
+        elif kind is kinds.Fidelity:
             fidelity[step] = _fidelity(event, step)
     curve = _joined(curve, again)
     known = max(last, curve[-1].step) if curve and redone == "kept" else last
@@ -98,7 +100,7 @@ def read_history(events: Sequence[Event], *, redone: Literal["dropped", "kept"])
     )
 
 
-def parts(events: Iterable[Event]) -> dict[str, float]:
+def parts(events: Iterable[Record]) -> dict[str, float]:
     """Seconds of a batch in each part of the clock, of the batches whose parts are known.
 
     The first point of a start is left out: its first batch waits for imports and compilation.
@@ -107,17 +109,17 @@ def parts(events: Iterable[Event]) -> dict[str, float]:
     done = batches_known = 0
     is_first = True
     for event in events:
-        step = count(event.get("step"))
-        if event["event"] not in ("start", "step") or step is None:
+        kind, step = kind_of(event), count(event.get("step"))
+        if kind not in (kinds.Start, kinds.Step) or step is None:
             continue
-        metrics = {} if is_first or event["event"] == "start" else event.get("metrics") or {}
+        metrics = {} if is_first or kind is kinds.Start else event.get("metrics") or {}
         found = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
         means = {name: mean for name, mean in found.items() if mean is not None}
         batches = max(0, step - done) if means else 0
         batches_known += batches
         for name, mean in means.items():
             seconds[name] = seconds.get(name, 0.0) + mean * batches
-        done, is_first = step, event["event"] == "start"
+        done, is_first = step, kind is kinds.Start
     return {name: total / batches_known for name, total in seconds.items()} if batches_known else {}
 
 
@@ -133,7 +135,7 @@ def count(value: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
+def _timed(events: Iterable[Record]) -> Iterator[tuple[float, Record]]:
     """Each event with the seconds of the attempts up to it; time between attempts is left out."""
     paid = begun = now = last = 0.0
     attempt: Any = None
@@ -145,7 +147,7 @@ def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
         now = now if time is None else time
         if event.get("attempt") != attempt:
             paid, attempt, begun = paid + last - begun, event.get("attempt"), now
-        if event["event"] == "start" and (began := number(event.get("began"))) is not None:
+        if kind_of(event) is kinds.Start and (began := number(event.get("began"))) is not None:
             begun = began  # with what the process did before its first event
         last = now
         yield paid + now - begun, event
@@ -161,7 +163,7 @@ def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
     )
 
 
-def _fidelity(event: Event, step: int) -> Fidelity:
+def _fidelity(event: Record, step: int) -> Fidelity:
     shares = event.get("temporal_share") or {}
     cosines = event.get("cosines") or {}
     return Fidelity(

@@ -9,10 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.suite import FILE, runs_of
 from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
 from pipeline.report.runs import suite_folders
+from pipeline.track.events import Evaluation
 from pipeline.track.journal import last
 from pipeline.track.state import is_driven
 from pipeline.track.trials import over_in
@@ -67,7 +69,7 @@ def newest_top1(run: Run) -> float | None:
     """Of a finished run its result, of another its newest evaluation."""
     if run.state == "finished":
         return run.value("top1")
-    evaluation = last(run.folder / "journal.jsonl", "evaluation") or {}
+    evaluation = last(RunFolder(run.folder).journal, Evaluation.kind) or {}
     return evaluation.get("metrics", {}).get("top1")
 
 

@@ -7,32 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import hardware_differences
 from pipeline.recipe.json import differing, listed
-from pipeline.recipe.recipe import BESIDE_THE_STUDY, Recipe
+from pipeline.recipe.recipe import Recipe, Role, select
 from pipeline.report.results import read_run
 from pipeline.report.runs import ReportError, recipe_of
 from pipeline.report.selection import trained_apart
 from pipeline.track.journal import read
 from pipeline.track.provenance import told_in
-
-# What a batch costs does not depend on how many there are, nor on when a run looks up from them.
-_BESIDE = (
-    *BESIDE_THE_STUDY,
-    "epochs",
-    "schedule",
-    "stop_after",
-    "evaluate_every",
-    "evaluate_samples",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "keep",
-    "log_every",
-    "protocol",
-    "tuned",
-    "searched",
-)
 
 
 @dataclass(frozen=True)
@@ -108,7 +92,7 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
         differing(
             "",
             *(
-                {name: each[name] for name in each if name not in _BESIDE}
+                select(each, lambda role: Role.STUDY in role and Role.NO_STEP_COST not in role)
                 for each in (mine, theirs)
             ),
         )
@@ -164,7 +148,7 @@ def errors(found: Plan, folder: Path) -> Errors:
 
 def _trained_on(folder: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
     """What it was, from the first step to the last."""
-    first, *later = told_in(summary, read(folder / "journal.jsonl"))
+    first, *later = told_in(summary, read(RunFolder(folder).journal))
     if later:
         changed = listed(list(trained_apart([first], later)))
         raise ReportError(

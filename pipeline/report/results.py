@@ -18,12 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import History, count, number
 from pipeline.report.runs import ReportError, load, run_folders, summary_of
-from pipeline.track.journal import Event, every, last, read
+from pipeline.track.events import Finish, Start, Step, Stopped
+from pipeline.track.journal import Record, every, last, read
 from pipeline.track.provenance import told_in, trained_on
 from pipeline.track.state import State, state_of
 
@@ -251,7 +253,7 @@ class Run:
     damage: str = ""  # why the run cannot be used, of one with a damaged file
     curve_every: int = 1  # the curve has one of so many points of the journal
     redone: Literal["dropped", "kept"] = "dropped"
-    journal: Callable[[], Sequence[Event]] = field(default=list, repr=False, compare=False)
+    journal: Callable[[], Sequence[Record]] = field(default=list, repr=False, compare=False)
     layers: Callable[[], Sequence[Any] | None] = field(default=list, repr=False, compare=False)
 
     @property
@@ -301,7 +303,7 @@ def run_of(
     name: str,
     *,
     state: State,
-    starts: Sequence[Event],
+    starts: Sequence[Record],
     summary: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
     **about: Any,
@@ -342,7 +344,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         ReportError: summary.json or recipe.json is damaged.
     """
-    return _read(folder, summary=summary_of(folder), recipe=load(folder / "recipe.json"))
+    return _read(folder, summary=summary_of(folder), recipe=load(RunFolder(folder).recipe))
 
 
 def read_runs(runs_dir: Path) -> list[Run]:
@@ -357,10 +359,12 @@ def read_runs(runs_dir: Path) -> list[Run]:
 
 
 def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str = "") -> Run:
-    journal, state = folder / "journal.jsonl", state_of(folder)
-    starts = every(journal, "start")
-    progress = summary if state == "finished" else last(journal, "step", "start", "stopped")
-    finish = last(journal, "finish") if state == "finished" else None
+    files, state = RunFolder(folder), state_of(folder)
+    journal = files.journal
+    starts = every(journal, Start.kind)
+    kinds = (Step.kind, Start.kind, Stopped.kind)
+    progress = summary if state == "finished" else last(journal, *kinds)
+    finish = last(journal, Finish.kind) if state == "finished" else None
     return run_of(
         folder.name,
         state=state,
@@ -373,7 +377,7 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
         folder=folder,
         damage=damage,
         journal=lambda: read(journal),
-        layers=lambda: load(folder / "activity.json", list),
+        layers=lambda: load(files.activity, list),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.suite import is_suite
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -112,7 +113,7 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
     Raises:
         ReportError: it is damaged.
     """
-    path = folder / "summary.json"
+    path = RunFolder(folder).summary
     summary = load(path)
     refuse_damaged_summary(summary or {}, str(path))
     return summary
@@ -135,9 +136,10 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     Raises:
         ReportError: recipe.json is damaged.
     """
-    fields = (load(folder / "recipe.json") or {}).get("recipe") or {}
+    file = RunFolder(folder).recipe
+    fields = (load(file) or {}).get("recipe") or {}
     if not isinstance(fields, dict):
-        raise ReportError(f"{folder / 'recipe.json'}: recipe must be an object; got {fields!r}")
+        raise ReportError(f"{file}: recipe must be an object; got {fields!r}")
     return fields
 
 
@@ -171,4 +173,5 @@ def _visible(runs_dir: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "recipe.json").is_file() or (folder / "journal.jsonl").is_file()
+    files = RunFolder(folder)
+    return files.recipe.is_file() or files.journal.is_file()

@@ -11,11 +11,16 @@ from typing import Any
 from pipeline.core.units import counted
 from pipeline.recipe import is_baseline
 from pipeline.recipe.json import differing, listed
-from pipeline.recipe.recipe import BESIDE_THE_STUDY
+from pipeline.recipe.recipe import Role, select
 from pipeline.report.results import Run, read_run, refuse_damage
 from pipeline.report.runs import ReportError, find_run
 
-VARIED = tuple(name for name in BESIDE_THE_STUDY if name != "init")  # which counts by its content
+
+def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe as JSON that all runs of one study share."""
+    return select(recipe, lambda role: Role.STUDY in role)
+
+
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
 
@@ -193,7 +198,7 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _explained(a: Run, b: Run) -> list[Differing]:
-    recipes = [{k: v for k, v in run.recipe.items() if k not in VARIED} for run in (a, b)]
+    recipes = [{**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (a, b)]
     found = list(differing("", *recipes))
     paths = [one for one in found if all(_is_path(value) for value in one[1:])]
     found = [one for one in found if one not in paths]

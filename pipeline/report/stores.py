@@ -22,19 +22,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.report.results import Run, is_silent, run_of
 from pipeline.report.runs import ReportError
 from pipeline.track.connect import SQLITE, connect, reason, without_password
-from pipeline.track.files import JOURNAL, KNOWN
+from pipeline.track.events import KIND, Start, Step
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
-from pipeline.track.journal import Event, read, read_thinned
+from pipeline.track.journal import Record, read, read_thinned
 from pipeline.track.publish import REPORT, REPORT_DATA
 from pipeline.track.state import State
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
-ARTIFACTS = (*(name for name in KNOWN if not name.endswith(".npz")), REPORT_DATA, REPORT)
+FILES = RunFolder("")  # a run's artifacts have the names of its files
+JOURNAL = FILES.journal.name
+ARTIFACTS = (
+    *(
+        file.name
+        for file in (*FILES.early_artifacts, FILES.journal, *FILES.late_artifacts)
+        if file.suffix != ".npz"
+    ),
+    REPORT_DATA,
+    REPORT,
+)
 MOST_BYTES = 64 << 20  # of an artifact that is read whole, as a person looks at it
 LOCKED_S = 2.0
 _THINNED_BYTES = 8 << 20  # about so much of the curve of a longer journal is kept
@@ -114,7 +125,7 @@ class StoredStudy:
 class Sent:
     """A run's journal as it was sent; of the points of its curve one of `every` is here."""
 
-    events: Sequence[Event] = ()
+    events: Sequence[Record] = ()
     every: int = 1
 
 
@@ -178,13 +189,13 @@ def runs_of_store(store: Store) -> list[Run]:
     return [_run_of(stored) for stored in store.runs(None)]
 
 
-def start_of(stored: StoredRun) -> Event:
+def start_of(stored: StoredRun) -> Record:
     """The `start` event of a run, as far as its tags have it."""
     text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in numbers}
     about = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
-    return {"event": "start", "time": stored.started, **about}
+    return {KIND: Start.kind, "time": stored.started, **about}
 
 
 def hardware_of(stored: StoredRun) -> dict[str, str | int]:
@@ -255,7 +266,7 @@ def _sent_at(file: Path) -> Sent:
     if size <= MOST_BYTES:
         return Sent(events=read(file))
     every = math.ceil(size / _THINNED_BYTES)
-    return Sent(events=read_thinned(file, "step", every=every), every=every)
+    return Sent(events=read_thinned(file, Step.kind, every=every), every=every)
 
 
 def _refuse_unknown_artifact(name: str) -> None:

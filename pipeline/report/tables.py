@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from pipeline.report.results import (
     micro_batches,
     places,
 )
-from pipeline.report.selection import VARIED, trained_apart, tuned_in, written
+from pipeline.report.selection import of_the_study, trained_apart, tuned_in, written
 from pipeline.report.study import Group, Study, spread_of
 
 if TYPE_CHECKING:
@@ -426,7 +427,7 @@ def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
 
 def _evaluated(recipe: Mapping[str, Any]) -> str:
     """How often the evaluation set was read: a set that is read once has chosen nothing."""
-    every = written(recipe, "evaluate_every")
+    every = written(recipe, "evaluation.every")
     if every is None:
         return NOT_SAID
     return {"0": "once, at the end", "1": "after each epoch"}.get(
@@ -441,9 +442,7 @@ def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
 
 def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Without the fields in which runs of a group may differ, and without what was tuned."""
-    kept = json.loads(
-        json.dumps({name: value for name, value in recipe.items() if name not in VARIED})
-    )
+    kept = copy.deepcopy({**of_the_study(recipe), "init": recipe.get("init")})
     for key in (key for key in tuned_in(recipe) if written(recipe, key) is not None):
         *parts, last = key.split(".")
         inner: Any = kept

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.core.secrets import without_secrets
-from pipeline.track.base import TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
 _LOGIN = re.compile(r"//(?:[^/\s:]*:\S*|[^/\s]*)@")
+
+
+class TrackingError(RuntimeError):
+    """A tracking store could not be reached or read; the message is one line for a user."""
 
 
 def connect(uri: str) -> MlflowClient:

@@ -10,11 +10,15 @@ and value are their primary key.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.core.run_folder import RunFolder
+from pipeline.recipe.json import write_json
 from pipeline.track.connect import connect, without_password
-from pipeline.track.files import JOURNAL, JOURNAL_DUE, digests
+from pipeline.track.events import KIND, Start, kind_of
 from pipeline.track.hierarchy import (
     KIND_TAG,
     PARENT_OF,
@@ -25,17 +29,23 @@ from pipeline.track.hierarchy import (
     set_parent_status,
     suite_of,
 )
-from pipeline.track.journal import Event, Follower, first
-from pipeline.track.note import write_note
+from pipeline.track.journal import Follower, Record, first
 from pipeline.track.state import is_driven
-from pipeline.track.system import FILE as SYSTEM
-from pipeline.track.translate import STATUS, Translation, milliseconds, parameters
+from pipeline.track.translate import Translation, milliseconds, parameters
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
 _BLOCK = 4 << 20  # bytes of journal read at a time
+
+
+def read_note(run_dir: Path) -> Any:
+    """Where MLflow has the run, for people; None where the note is missing or damaged."""
+    try:
+        return json.loads(RunFolder(run_dir).mlflow.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 class Delivery:
@@ -46,9 +56,10 @@ class Delivery:
 
     def __init__(self, run_dir: Path, *, uri: str) -> None:
         self.run_dir = run_dir
+        self._files = RunFolder(run_dir)
         self.delivered = 0
         self._uri = uri
-        self._journal, self._system = Follower(run_dir / JOURNAL), Follower(run_dir / SYSTEM)
+        self._journal, self._system = Follower(self._files.journal), Follower(self._files.system)
         # The event up to which the journal is due as an artifact, and the last one read.
         self._journal_due = self._newest = ""
         self._translation = Translation()
@@ -87,9 +98,9 @@ class Delivery:
                 points += self._translation.points(event)
                 tags.update(self._translation.tags(event))
                 params = {**parameters(event), **params}  # those of the first start stay
-                status, ended = STATUS.get(event["event"], status), milliseconds(event)
-                self._newest = f"{event['event']} {event.get('time')}"
-                if event["event"] in JOURNAL_DUE:
+                status, ended = kind_of(event).status or status, milliseconds(event)
+                self._newest = f"{event[KIND]} {event.get('time')}"
+                if kind_of(event).sends_journal:
                     self._journal_due = self._newest
             self._send(points, tags, params)
         while samples := self._system.poll(limit_bytes=_BLOCK):
@@ -104,7 +115,7 @@ class Delivery:
         return True
 
     def _open(self) -> bool:
-        start = first(self.run_dir / JOURNAL, "start")
+        start = first(self._files.journal, Start.kind)
         if start is None:
             return False
         client = connect(self._uri)
@@ -113,19 +124,20 @@ class Delivery:
         self._suite = suite_of(self.run_dir, start)
         run = self._find_or_create(client, experiment_id, start)
         self._client, self._run_id, self._is_open = client, run.info.run_id, True
-        write_note(
-            self.run_dir,
-            uri=without_password(self._uri),
-            experiment_id=experiment_id,
-            run_id=self._run_id,
-        )
+        note = {
+            "uri": without_password(self._uri),
+            "experiment_id": experiment_id,
+            "run_id": self._run_id,
+        }
+        if read_note(self.run_dir) != note:
+            write_json(self._files.mlflow, note)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
         # The newest step of each metric: `run.data.metrics` (3.17.2) has values alone.
         self._translation.held = {metric.key: int(metric.step) for metric in run.data._metric_objs}
         return True
 
-    def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Event) -> Run:
+    def _find_or_create(self, client: MlflowClient, experiment_id: str, start: Record) -> Run:
         uuid = str(start["run_id"])
         found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{uuid}'")
         if found:
@@ -182,11 +194,16 @@ class Delivery:
 
         A deliverer that dies between the two has sent the file twice at worst, over itself.
         """
-        versions = digests(self.run_dir, is_finished=status == "FINISHED")
-        versions[JOURNAL] = self._journal_due if status == "RUNNING" else self._newest
-        for name, version in versions.items():
-            tag = f"spiketrain.artifact.{name}"
+        late = self._files.late_artifacts if status == "FINISHED" else ()
+        versions = {
+            file: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            for file in (*self._files.early_artifacts, *late)
+            if file.exists()
+        }
+        versions[self._files.journal] = self._journal_due if status == "RUNNING" else self._newest
+        for file, version in versions.items():
+            tag = f"spiketrain.artifact.{file.name}"
             if version and self._tags.get(tag) != version:
-                self._client.log_artifact(self._run_id, str(self.run_dir / name))
+                self._client.log_artifact(self._run_id, str(file))
                 self._client.set_tag(self._run_id, tag, version)
                 self._tags[tag] = version

@@ -5,9 +5,8 @@
                  report is its artifact
         child    one training run
 
-MLflow (3.17.2) makes experiments and runs in several steps: of two callers at once both can fail,
-or
-both make one. So callers hold `one_at_a_time` of the folder of runs.
+MLflow (3.17.2) makes experiments and runs in several steps. Of two callers at once both can fail,
+or both make one. So callers hold `one_at_a_time` of the folder of runs.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.files import is_name
 from pipeline.recipe.suite import is_suite, runs_of, sources_in
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import is_server, sqlite_file
-from pipeline.track.journal import Event
+from pipeline.track.connect import TrackingError, is_server, sqlite_file
+from pipeline.track.journal import Record
 from pipeline.track.state import is_driven
 from pipeline.track.translate import milliseconds
 
@@ -39,7 +37,7 @@ PATIENCE_S = 120.0
 """to wait for another delivery, which takes seconds unless it was stopped"""
 
 
-def experiment_of(client: MlflowClient, start: Event, *, uri: str, runs_dir: Path) -> str:
+def experiment_of(client: MlflowClient, start: Record, *, uri: str, runs_dir: Path) -> str:
     """The id of the experiment of a run, which is made if it is missing."""
     from mlflow.exceptions import MlflowException
 
@@ -74,7 +72,7 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
     return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
 
 
-def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | None:
+def parent_of(client: MlflowClient, experiment_id: str, start: Record) -> str | None:
     """The id of the parent of a run's suite, which is made if it is missing.
 
     A new one becomes the parent of all runs of the suite, as the old one may have been deleted.
@@ -95,7 +93,7 @@ def parent_of(client: MlflowClient, experiment_id: str, start: Event) -> str | N
     return made
 
 
-def suite_of(run_dir: Path, start: Event) -> Path | None:
+def suite_of(run_dir: Path, start: Record) -> Path | None:
     """The folder of the suite that a run was launched with; None: it was launched alone.
 
     Raises:

@@ -14,29 +14,49 @@ import mmap
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 from pipeline.core.files import sync_folder
-from pipeline.track.base import NullTracker
+from pipeline.track.events import KIND, OF_NONE, Event, from_dict
 
 __all__ = [
     "OF_NONE",
-    "Event",
     "Follower",
     "Journal",
     "NullTracker",
+    "Record",
+    "Tracker",
     "every",
     "first",
     "last",
+    "last_event",
+    "number",
     "read",
+    "read_events",
     "read_thinned",
 ]
 
-Event = dict[str, Any]
-OF_NONE = -1
-"""the attempt of events that a launcher writes between two attempts"""
-_RESERVED = ("event", "time", "attempt")
+Record = dict[str, Any]
+"""an event in its JSON form"""
+E_ = TypeVar("E_", bound=Event)
+_RESERVED = (KIND, *(field.name for field in fields(Event)))
+
+
+class Tracker(Protocol):
+    """Takes the events of one run. Rank 0 holds a `Journal`, the others a `NullTracker`."""
+
+    def write(self, event: Event, /) -> None:
+        """Take one event. It survives a power cut if its class is `durable`."""
+        ...
+
+
+class NullTracker:
+    """The tracker of ranks other than 0, which ignores events."""
+
+    def write(self, event: Event, /) -> None:
+        del event
 
 
 class Journal:
@@ -58,24 +78,33 @@ class Journal:
         size = os.fstat(self._fd).st_size
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
-    def event(self, kind: str, /, *, sync: bool = False, **fields: Any) -> None:
-        """Append one event. NaN and infinities become "nan", "inf", "-inf", which `float` reads
-        back.
+    def write(self, event: Event, /) -> None:
+        """Append one event, with the time and the attempt set.
+
+        NaN and infinities become "nan", "inf" and "-inf", which `from_dict` reads back.
 
         Raises:
-            ValueError: the journal is closed, or a field is called event, time or attempt.
+            ValueError: the journal is closed.
             TypeError: a field has no JSON form.
             OSError: the disk refused (part of) the line. Readers skip it; the next event begins
-            anew.
+                on a new line.
         """
-        if self._fd is None:
-            raise ValueError(f"journal {self.path} is closed; got event {kind!r}")
+        event = replace(event, time=time.time(), attempt=self.attempt)
+        self._append(event.to_dict(), sync=event.durable)
+
+    def event(self, kind: str, /, *, sync: bool = False, **values: Any) -> None:
+        """Append an event by its JSON form; see `write`."""
         for name in _RESERVED:
-            if name in fields:
+            if name in values:
                 raise ValueError(
                     f"journal: the field {name!r} is the journal's own; got it in event {kind!r}"
                 )
-        line = {"event": kind, "time": time.time(), "attempt": self.attempt, **fields}
+        line = {KIND: kind, "time": time.time(), "attempt": self.attempt, **values}
+        self._append(line, sync=sync)
+
+    def _append(self, line: Record, *, sync: bool) -> None:
+        if self._fd is None:
+            raise ValueError(f"journal {self.path} is closed; got event {line[KIND]!r}")
         data = json.dumps(_plain(line), allow_nan=False, default=_converted).encode() + b"\n"
         if self._torn:
             data = b"\n" + data
@@ -105,16 +134,35 @@ class Journal:
         self.close()
 
 
-def read(path: str | os.PathLike[str]) -> list[Event]:
+def read(path: str | os.PathLike[str]) -> list[Record]:
     """All whole events of a journal, in order; empty when there is no journal yet."""
     return Follower(path).poll()
 
 
-def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Event]:
-    """As `read`, but only every `every`-th event of one kind; the lines of the others are not
-    parsed.
+def read_events(path: str | os.PathLike[str]) -> list[Event]:
+    """As `read`, but typed.
 
-    The last of them before an event of another kind is kept, too: a curve ends where it ended.
+    Raises:
+        ValueError: the fields of an event are not those of its kind; one line.
+    """
+    return [from_dict(event) for event in read(path)]
+
+
+def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
+    """The newest event of these classes; see `last`.
+
+    Raises:
+        ValueError: its fields are not those of its kind; one line.
+    """
+    found = last(path, *(kind.kind for kind in kinds))
+    return None if found is None else cast("E_", from_dict(found))
+
+
+def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
+    """As `read`, but only every `every`-th event of one kind; the other lines are not parsed.
+
+    The last event of that kind before one of another kind is kept too, so that curves end where
+    they ended.
     """
     head, kept, count, skipped = _head(kind), [], 0, b""
     try:
@@ -139,19 +187,19 @@ def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list
 class Follower:
     """Reads a growing journal: `poll` returns the events completed since the last one.
 
-    `offset`, in bytes, may be any place in the file; a line that began before it is skipped. Once
-    events came, the attribute `offset` is the start of a line, for another follower.
+    `offset` is a byte position. A line that began before it is skipped. After a poll that returned
+    events, the attribute `offset` is the start of a line.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, offset: int = 0) -> None:
         self.path = Path(path)
         self.offset = offset
 
-    def poll(self, *, limit_bytes: int | None = None) -> list[Event]:
-        """New events, oldest first, of about `limit_bytes` of the file at most (lines stay whole).
+    def poll(self, *, limit_bytes: int | None = None) -> list[Record]:
+        """New events, oldest first, from about `limit_bytes` of the file at most.
 
-        A journal that does not exist has no events. One that is shorter than `offset` is another
-        file: it is read from its start.
+        A journal that does not exist has no events. A journal that is shorter than `offset` is a
+        new file, and is read from its start.
         """
         try:
             with self.path.open("rb") as file:
@@ -170,7 +218,7 @@ class Follower:
 
 
 def number(value: Any) -> float | None:
-    """A number of an event, where those that are not finite are text; None for anything else."""
+    """The number that a JSON value stands for ("nan", "inf" and "-inf" among them), or None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, (int, float)):
@@ -178,7 +226,7 @@ def number(value: Any) -> float | None:
     return float(value) if value in ("nan", "inf", "-inf") else None
 
 
-def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
+def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
     """The first event of one of these kinds; the lines of other kinds are not parsed."""
     heads = tuple(_head(kind) for kind in kinds)
     try:
@@ -191,7 +239,7 @@ def first(path: str | os.PathLike[str], *kinds: str) -> Event | None:
     return None
 
 
-def every(path: str | os.PathLike[str], kind: str) -> list[Event]:
+def every(path: str | os.PathLike[str], kind: str) -> list[Record]:
     """All events of one kind, oldest first; the lines of other kinds are not parsed."""
     try:
         text = Path(path).read_bytes()
@@ -202,8 +250,8 @@ def every(path: str | os.PathLike[str], kind: str) -> list[Event]:
     return [event for line in lines if (event := _parse(line)) is not None]
 
 
-def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
-    """The newest event of one of these kinds, found from the end: a journal may have 100 MB."""
+def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
+    """The newest event of one of these kinds. The search begins at the end of the file."""
     begin, found = 0, None
     try:
         with Path(path).open("rb") as file:
@@ -219,10 +267,8 @@ def last(path: str | os.PathLike[str], *kinds: str) -> Event | None:
     return found
 
 
-def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Event | None]:
-    """The newest event of a kind at or behind `begin`, and where it begins; torn lines are
-    skipped.
-    """
+def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Record | None]:
+    """The newest whole event of a kind from byte `begin` on, and where it begins."""
     at = text.rfind(_head(kind), begin)
     while at >= 0:
         end = text.find(b"\n", at)
@@ -233,11 +279,11 @@ def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Event | None]:
 
 
 def _head(kind: str) -> bytes:
-    """The beginning of a line of this kind: `event` is written first."""
-    return b'{"event": ' + json.dumps(kind).encode() + b","
+    """The beginning of a line of this kind: the kind is written first."""
+    return f'{{"{KIND}": {json.dumps(kind)},'.encode()
 
 
-def _parse(line: bytes) -> Event | None:
+def _parse(line: bytes) -> Record | None:
     """The event of a line; None for an empty line and for a part of one.
 
     A part without the beginning is never JSON: it closes a brace that it does not open.
@@ -248,7 +294,7 @@ def _parse(line: bytes) -> Event | None:
         event = json.loads(line)
     except ValueError:  # covers JSONDecodeError and UnicodeDecodeError
         return None
-    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+    return event if isinstance(event, dict) and isinstance(event.get(KIND), str) else None
 
 
 def _plain(value: Any) -> Any:

@@ -12,8 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import SQLITE, one_line, tracking_errors
+from pipeline.track.connect import SQLITE, TrackingError, one_line, tracking_errors
 from pipeline.track.delivery import Delivery
 from pipeline.track.system import Sampler
 
@@ -62,8 +61,7 @@ class Mirror:
     It raises nothing: failures are retried, each time later, and `warning` is the newest one in one
     line (None: none). A journal that does not exist yet is waited for. `interval` is the seconds
     between readings of the journal, `patience` the longest wait after failures. Meanwhile it
-    samples
-    the machine's load (`system`).
+    samples the machine's load (`system`).
     """
 
     def __init__(

@@ -1,10 +1,8 @@
-"""What a run was trained on: workers, micro-batch, machine and loaders of each of its starts that
-its result rests on.
+"""The conditions that a run was trained under: workers, micro-batch, machine and loaders.
 
-A run may go on with other workers, on another machine, with other loader threads, on cores of its
-own or beside others, or with half the micro-batch where memory ran out. What it adds up over its
-starts, seconds and peaks of memory, is then of all of them, and to be set beside that of no single
-one.
+A run may continue with other workers, on another machine, with other loader threads, with or
+without reserved cores, or with half the micro-batch after memory ran out. Its seconds and peaks of
+memory then belong to all of these conditions together. They compare with no single one of them.
 """
 
 from __future__ import annotations
@@ -12,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.track.events import Start, kind_of
+
 FIELDS = ("world_size", "micro_batch", "hardware", "loader_threads", "own_cores")
 
 
 def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> list[dict[str, Any]]:
-    """FIELDS of the starts in a journal whose steps count, oldest first, each combination once.
+    """The FIELDS of each start in a journal that the result depends on.
 
-    A start whose steps were all made again, because the next one began no later than it did, does
-    not count, nor one that found nothing left to train. `steps`: of the finished run; None: it goes
-    on, and its newest start counts.
+    Oldest first, each combination once. A start does not count if the next one began at its step or
+    before, as then all its steps were repeated. A start that had nothing left to train does not
+    count either. `steps` is the number of steps of the finished run; with None the run goes on, and
+    its newest start counts.
     """
     kept: list[Mapping[str, Any]] = []
-    for start in (event for event in events if event["event"] == "start"):
+    for start in (event for event in events if kind_of(event) is Start):
         kept = [*(earlier for earlier in kept if _first(earlier) < _first(start)), start]
     trained = [start for start in kept if steps is None or _first(start) < steps]
     found: list[dict[str, Any]] = []
@@ -37,10 +38,9 @@ def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> lis
 def told_in(
     summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """What the summary of a finished run says of it; of one that does not say, its journal, or the
-    last machine alone.
+    """The conditions of a finished run: of its summary, else of its journal, else the last alone.
 
-    What an entry does not tell, of a version that kept less of each start, is as it was at the end.
+    An entry that lacks a field has the value that the summary gives for the end of the run.
     """
     found = summary.get("trained_on") or trained_on(events, steps=summary.get("steps"))
     return [
@@ -50,12 +50,9 @@ def told_in(
 
 
 def _fields(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a start, which tells its own cores one by one, or of a summary, which says whether there
-    were any.
-    """
+    """FIELDS of a start or a summary. Only a start lists its reserved cores one by one."""
     return {**{name: told.get(name) for name in FIELDS}, "own_cores": bool(told.get("own_cores"))}
 
 
 def _first(start: Mapping[str, Any]) -> int:
-    """The step that it began at."""
     return start.get("step") or 0

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import connect, tracking_errors
+from pipeline.core.run_folder import RunFolder
+from pipeline.track.connect import TrackingError, connect, tracking_errors
 from pipeline.track.delivery import Delivery
+from pipeline.track.events import Start
 from pipeline.track.hierarchy import (
     experiment_of,
     one_at_a_time,
@@ -39,7 +40,9 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: s
         TrackingError: MLflow could not be reached or refused; one line.
     """
     starts = [
-        (run, start) for run in runs if (start := first(run / "journal.jsonl", "start")) is not None
+        (run, start)
+        for run in runs
+        if (start := first(RunFolder(run).journal, Start.kind)) is not None
     ]
     of_suites = {
         start["study_parent"]: (run, start) for run, start in starts if start.get("study_parent")

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
-from typing import Literal
 
+from pipeline.core.run_folder import RunFolder
+from pipeline.track.events import KINDS, State, kind_of
 from pipeline.track.journal import last
 
-__all__ = ["ENDS", "State", "is_driven", "state_of"]
-
-State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
-ENDS: dict[str, State] = {
-    "start": "interrupted",
-    "finish": "finished",
-    "stopped": "stopped",
-    "failed": "failed",
-    "diverged": "diverged",
-}
-"""the state after each kind of event that begins or ends an attempt, if no driver holds the run"""
+__all__ = ["State", "is_driven", "state_of"]
 
 
 def state_of(run_dir: Path) -> State:
@@ -26,11 +17,12 @@ def state_of(run_dir: Path) -> State:
 
     `interrupted`: the last attempt has no end (killed, power cut). `new`: no attempt has begun.
     """
-    newest = last(run_dir / "journal.jsonl", *ENDS)
+    files = RunFolder(run_dir)
+    newest = last(files.journal, *(name for name, kind in KINDS.items() if kind.state is not None))
     if newest is None:
-        state: State = "finished" if (run_dir / "summary.json").exists() else "new"
+        state: State = "finished" if files.summary.exists() else "new"
     else:
-        state = ENDS[newest["event"]]
+        state = kind_of(newest).state or "new"
     return "running" if state != "finished" and is_driven(run_dir) else state
 
 
@@ -40,7 +32,7 @@ def is_driven(run_dir: Path) -> bool:
     This takes the lock, shared, for an instant: a driver should try for it more than once.
     """
     try:
-        with (run_dir / "driver.lock").open("rb") as file:
+        with RunFolder(run_dir).driver_lock.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:

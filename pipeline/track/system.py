@@ -1,13 +1,13 @@
 """System metrics of the driver's machine while a run trains, from MLflow's own monitors.
 
-They are values of that whole machine, with everybody's processes and all cards, and of no other
-machine. What a run itself takes is measured by its workers (`pipeline.measure`).
+They include all processes and all GPUs of that machine. The use of the run itself is measured by
+its workers (`pipeline.measure`).
 
 MLflow's monitoring thread (3.17.2) writes to the store itself, ends for good at the first failed
 answer, and counts its steps by what the store holds. So only its monitors are used. Samples are
 appended to `RUN/system.jsonl` and delivered like everything else, with the time of the sample.
-After
-a resume the count of steps continues from the file.
+After a
+resume the count of steps continues from the file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.track.journal import Journal, last
+from pipeline.core.run_folder import RunFolder
+from pipeline.track.events import System
+from pipeline.track.journal import Journal, last_event
 
 if TYPE_CHECKING:
     from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
-FILE = "system.jsonl"
 INTERVAL_S = 10.0
 
 
@@ -38,7 +39,7 @@ class Sampler:
     """
 
     def __init__(self, run_dir: Path, *, interval: float | None = None) -> None:
-        self._file = run_dir / FILE
+        self._file = RunFolder(run_dir).system
         self._interval = (
             interval
             or _seconds(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"))
@@ -58,15 +59,15 @@ class Sampler:
             self._thread.join(1.0)
 
     def _sample(self) -> None:
-        if self._closing.wait(self._interval):  # a run that is over by then imports nothing for it
+        if self._closing.wait(self._interval):  # a run that ended needs no imports
             return
         try:
             monitors = _monitors()
-            newest = last(self._file, "system")
-            step = 0 if newest is None else int(newest["step"]) + 1
+            newest = last_event(self._file, System)
+            step = 0 if newest is None else newest.step + 1
             with Journal(self._file, attempt=0) as samples:
                 while not self._closing.wait(self._interval):
-                    samples.event("system", step=step, metrics=_collect(monitors))
+                    samples.write(System(step=step, metrics=_collect(monitors)))
                     step += 1
         except Exception as error:  # a full disk, a card's driver that failed
             warnings.warn(
@@ -76,7 +77,7 @@ class Sampler:
 
 
 def _monitors() -> list[BaseMetricsMonitor]:
-    """Of processors, memory, disk and network, and of cards where there are some."""
+    """Monitors of processors, memory, disk, network and GPUs."""
     import psutil
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor

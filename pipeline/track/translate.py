@@ -1,59 +1,27 @@
-"""What the events of a journal are in MLflow: metrics, tags, parameters and the status of a run."""
+"""The events of a journal in MLflow: metrics, tags, parameters and the status of a run.
+
+Which field is a metric or a tag is declared by the classes in `events.py`. Events come as the
+journal's JSON, so that those of another version are delivered as far as they are understood.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.track.journal import Event, number
+from pipeline.track import events
+from pipeline.track.events import Tag, kind_of, uses
+from pipeline.track.journal import Record, number
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-_COUNTED = {
-    "quarantine": "quarantined_checkpoints",
-    "unwritten": "unwritten_checkpoints",
-    "undeleted": "undeleted_checkpoints",
-    "skipped": "skipped_samples",
-    "preempted": "preemptions",
-    "rollback": "rollbacks",
-}
-"""kinds of events whose count is a tag; of `skipped` the count of samples"""
-_OF_WEIGHTS = ("evaluation", "fidelity")
-STATUS = {
-    "start": "RUNNING",
-    "finish": "FINISHED",
-    "stopped": "KILLED",
-    "failed": "FAILED",
-    "diverged": "FAILED",
-}
-_TAGGED = (
-    "recipe",
-    "rule",
-    "study",
-    "study_parent",
-    "seed",
-    "world_size",
-    "batch_size",
-    "micro_batch",
-    "precision",
-    "zero",
-    "commit",
-    "dirty",
-    "data_fingerprint",
-    "family",
-    "suite",
-)
-
-
 CHECKPOINT_TAG = "spiketrain.checkpoint"
 """the URI of a run's newest checkpoint"""
-_TAGGED_PARAMS = ("protocol", "tuned")
-"""parameters that are tags, too: a store can be asked for runs of one protocol"""
 
 
 class Translation:
@@ -61,9 +29,8 @@ class Translation:
 
     MLflow takes no second value of a step. So an evaluation or a fidelity measurement waits for a
     checkpoint at its step or later, or for the run to finish or diverge. Until then the run may
-    fail,
-    stop, or find that the ranks' weights differ, go back and measure again. Training metrics of
-    batches that are rolled back are sent and stay; a tag names their steps.
+    fail, stop, or find that the ranks' weights differ, go back and measure again. Training metrics
+    of batches that are rolled back are sent and stay; a tag names their steps.
 
     `held` has the newest step of each metric that MLflow had before; `already_there` counts the
     points that were left out for it.
@@ -74,34 +41,31 @@ class Translation:
         self.already_there = 0
         self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
         self._step = 0  # newest step of any event
-        self._waiting: dict[tuple[str, int], Event] = {}  # of each kind and step the newest
+        self._waiting: dict[tuple[str, int], Record] = {}  # newest of each kind and step
         self._counts: Counter[str] = Counter()
         self._rolled_back: list[str] = []
         self._of_ends: set[str] = set()  # tags of ended attempts, which the next start empties
 
-    def points(self, event: Event) -> Iterator[Metric]:
+    def points(self, event: Record) -> Iterator[Metric]:
         """The new metrics to send with this event: its own, or those that waited for it."""
-        kind, step = (
-            event["event"],
-            _integer(event.get("step"), _integer(event.get("steps"), self._step)),
-        )
-        if kind != "system":  # its steps count samples
+        kind = kind_of(event)
+        step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        if kind is not events.System:  # its steps count samples
             self._step = step
-        if kind in _OF_WEIGHTS:
-            self._waiting[kind, step] = event
+        if kind.measures_weights:
+            self._waiting[kind.kind, step] = event
             return
-        if kind == "start":
-            self._waiting = {
-                (of, at): each for (of, at), each in self._waiting.items() if at <= step
-            }
-        elif kind in ("checkpoint", "finish", "diverged"):
-            for of, at in sorted(
+        if kind is events.Start:
+            self._waiting = {key: each for key, each in self._waiting.items() if key[1] <= step}
+        elif kind.settles_weights:
+            settled = sorted(
                 (key for key in self._waiting if key[1] <= step), key=lambda key: key[1]
-            ):
-                yield from self._new(self._waiting.pop((of, at)), at)
+            )
+            for key in settled:
+                yield from self._new(self._waiting.pop(key), key[1])
         yield from self._new(event, step)
 
-    def _new(self, event: Event, step: int) -> Iterator[Metric]:
+    def _new(self, event: Record, step: int) -> Iterator[Metric]:
         from mlflow.entities import Metric
 
         for key, value in _metrics(event):
@@ -114,115 +78,66 @@ class Translation:
             else:
                 yield Metric(key, value, milliseconds(event), step)
 
-    def tags(self, event: Event) -> dict[str, str]:
-        kind = event["event"]
-        if kind == "start":
-            tags = {
-                f"spiketrain.{name}": str(event[name])
-                for name in _TAGGED
-                if event.get(name) is not None
-            }
-            params = event.get("params") or {}
-            tags |= {
-                f"spiketrain.{name}": str(params[name]) for name in _TAGGED_PARAMS if name in params
-            }
-            for group in ("hardware", "versions"):
-                tags |= {
-                    f"{group}.{_key(name)}": str(value)
-                    for name, value in (event.get(group) or {}).items()
-                }
-            if event.get("commit"):
-                tags["mlflow.source.git.commit"] = str(event["commit"])
-            tags |= dict.fromkeys(self._of_ends, "")
-            return tags | {
-                "spiketrain.attempt": str(event.get("attempt", 0)),
-                "mlflow.source.name": str(event.get("recipe", "")),
-            }
-        if kind == "checkpoint" and event.get("path"):
+    def tags(self, event: Record) -> dict[str, str]:
+        """The tags to set with this event."""
+        kind = kind_of(event)
+        tags = dict(kind.fixed_tags)
+        for tag, value in uses(event, Tag):
+            tags = _tags(tag, value) | tags  # the recipe's fields are last and replace none
+        if kind is events.Start:
+            return dict.fromkeys(self._of_ends, "") | tags
+        if kind.state is not None:
+            self._of_ends |= tags.keys()
+        if kind is events.Checkpoint and event.get("path"):
             address = str(event["path"])
-            return {
-                CHECKPOINT_TAG: address if "://" in address else Path(address).absolute().as_uri()
-            }
-        if ended := _ended(event):
-            self._of_ends |= ended.keys()
-            return ended
-        if (name := _COUNTED.get(kind)) is not None:
-            self._counts[name] += _integer(event.get("samples"), 0) if kind == "skipped" else 1
-            return {
-                f"spiketrain.{name}": str(self._counts[name]),
-                **(self._rolled_back_steps(event) if kind == "rollback" else {}),
-            }
-        return {}
-
-    def _rolled_back_steps(self, rollback: Event) -> dict[str, str]:
-        """The tag with the steps whose training metrics are of batches that were rolled back."""
-        self._rolled_back.append(
-            f"{_integer(rollback.get('to'), 0) + 1}-{_integer(rollback.get('step'), 0) + 1}"
-        )
-        return {"spiketrain.rolled_back": ", ".join(self._rolled_back)}
+            uri = address if "://" in address else Path(address).absolute().as_uri()
+            tags[CHECKPOINT_TAG] = uri
+        if name := kind.count_tag:
+            of = kind.counted_field
+            self._counts[name] += _integer(event.get(of), 0) if of else 1
+            tags[name] = str(self._counts[name])
+        if kind is events.Rollback:
+            # The steps whose training metrics are of batches that were rolled back.
+            first, last = _integer(event.get("to"), 0) + 1, _integer(event.get("step"), 0) + 1
+            self._rolled_back.append(f"{first}-{last}")
+            tags["spiketrain.rolled_back"] = ", ".join(self._rolled_back)
+        return tags
 
 
-def parameters(event: Event) -> dict[str, str]:
+def parameters(event: Record) -> dict[str, str]:
     """The recipe's values, from the start of an attempt."""
-    if event["event"] != "start":
+    if kind_of(event) is not events.Start:
         return {}
     return {_key(key): str(value)[:6000] for key, value in event.get("params", {}).items()}
 
 
-def milliseconds(event: Event) -> int:
+def milliseconds(event: Record) -> int:
     time = event.get("time", 0)
     return int(time * 1000) if isinstance(time, (int, float)) and math.isfinite(time) else 0
 
 
-def _ended(event: Event) -> dict[str, str]:
-    """The tags of an attempt that ended without finishing."""
-    kind = event["event"]
-    if kind in ("failed", "diverged"):
-        return {
-            "spiketrain.error": str(event.get("error", "")),
-            "spiketrain.diverged": str(kind == "diverged").lower(),
-        }
-    if kind == "stopped":
-        return {"spiketrain.stopped": str(event.get("reason", ""))}
-    return {}
+def _tags(tag: Tag, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        return {} if value is None else {tag.name: str(value)}
+    keys = value if tag.keys is None else [key for key in tag.keys if key in value]
+    return {f"{tag.name}.{_key(key)}": str(value[key]) for key in keys}
 
 
-def _metrics(event: Event) -> Iterator[tuple[str, float]]:
-    kind = event["event"]
-    prefix = {
-        "step": "train/",
-        "evaluation": "val/",
-        "epoch": "epoch/",
-        "fidelity": "fidelity/",
-        "checkpoint": "checkpoint/",
-        "finish": "summary/",
-        "system": "system/",
-    }.get(kind)
-    if prefix is None:
-        return
-    values: dict[str, Any] = dict(event.get("metrics") or {})
-    if kind == "step":
-        values["memory_bytes"] = event.get("memory_bytes")
-    elif kind == "checkpoint":
-        values |= {name: event.get(name) for name in ("stall_s", "write_s", "bytes")}
-    elif kind == "fidelity":
-        values |= {name: event.get(name) for name in ("temporal_share", "cosines")}
-    elif kind == "finish":
-        values |= {
-            name: value
-            for name, value in event.items()
-            if name not in ("time", "attempt", "seed", "steps", "epochs")
-        }
-    yield from _numbers(prefix, values)
+def _metrics(event: Record) -> Iterator[tuple[str, float]]:
+    for metric, value in uses(event, events.Metric):
+        yield from _numbers(metric.name, value, without=metric.without)
 
 
-def _numbers(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _numbers(
+    name: str, value: Any, *, without: Collection[str] = ()
+) -> Iterator[tuple[str, float]]:
     """`operations.forward.additions` of a summary is `summary/operations/forward/additions`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(f"{prefix}{name}/", value)
-        elif (found := number(value)) is not None:
-            yield _key(prefix + name), found
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in without:
+                yield from _numbers(f"{name}/{key}", item)
+    elif (found := number(value)) is not None:
+        yield _key(name), found
 
 
 def _integer(value: Any, otherwise: int) -> int:

@@ -1,6 +1,4 @@
-"""What a suite has done with: a run that diverged is an answer, and over like one that finished; as
-a trial it has lost.
-"""
+"""Which runs of a suite are done. A diverged run counts as done; a diverged trial ranks last."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import runs_of, sources_in
 from pipeline.track.state import state_of
@@ -16,18 +15,16 @@ __all__ = ["best", "is_over", "over_in", "top1_of"]
 
 
 def is_over(run: Path, *, is_needed: bool) -> bool:
-    """Whether a suite has nothing left to do for a run: it has finished, or it diverged, which it
-    would do again.
+    """Whether a suite has nothing left to do for a run.
 
-    That a rule diverges at the value which all share is told beside what the others did there, and
-    another value may suit it. `is_needed`: others take its weights, which must have learnt
-    something.
+    A run that diverged would diverge again, so it counts as done. With `is_needed` other runs take
+    its weights, and it must have finished.
     """
     return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 
 
 def over_in(suite: Path) -> dict[str, Path]:
-    """The runs of a suite's folder that are over, by their recipes' names in their order.
+    """The runs of a suite's folder that are done, by the names of their recipes, in their order.
 
     Raises:
         ValueError: suite.json is damaged.
@@ -39,13 +36,11 @@ def over_in(suite: Path) -> dict[str, Path]:
 
 
 def top1_of(run: Path) -> float | None:
-    """Its accuracy, of a trial on what it held out; None: it diverged."""
-    return None if state_of(run) == "diverged" else read_json(run / "summary.json")["top1"]
+    """The top-1 accuracy of a finished run in 0..1; None for a run that diverged."""
+    return None if state_of(run) == "diverged" else read_json(RunFolder(run).summary)["top1"]
 
 
 def best(top1: Mapping[str, float | None]) -> str:
-    """The name of the trial that a choice takes: the first of those that did best; one that
-    diverged did worst.
-    """
+    """The name of the best trial, the first of several. One that diverged (None) ranks last."""
     worth = {name: -math.inf if value is None else value for name, value in top1.items()}
     return max(worth, key=lambda name: worth[name])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.core.code_version import check_same_code, code_digest
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import compute_in
 from pipeline.data.base import Data
 from pipeline.data.ffcv.page_checks import ONE_IN
@@ -28,8 +29,8 @@ from pipeline.recipe.phases import timetable
 from pipeline.recipe.recipe import Recipe, Split
 from pipeline.rules.base import Rule, World
 from pipeline.spiking.encode import over_steps
-from pipeline.track.base import Tracker
-from pipeline.track.journal import read
+from pipeline.track import events
+from pipeline.track.journal import Tracker, read_events
 from pipeline.train.backend.averaged import Averaged
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
@@ -82,7 +83,7 @@ def compose(
     if ranks.size > 1:
         check_same_code(socket.gethostname(), code_digest(), each=ranks.all_gather_object)
     written = ranks.all_or_raise(
-        lambda: Recipe.read(folder / "recipe.json", trust=job.trust)
+        lambda: Recipe.read(RunFolder(folder).recipe, trust=job.trust)
     )  # a node may lack the user's package
     ranks.all_or_raise(lambda: compute_in(written.precision, ranks.device))
     if ranks.size > 1 and job.trust:
@@ -175,16 +176,14 @@ def _found(
     checkpoints = Checkpoints(
         kept,
         attempt=ranks.broadcast_object(lambda: f"{os.getpid()}-{time.time_ns():x}"),
-        keep=recipe.keep,
+        keep=recipe.checkpoints.keep,
         rank=ranks.rank,
         ranks=ranks.size,
         each=ranks.all_gather_object,
-        on_quarantine=lambda address, reason: tracker.event(
-            "quarantine", sync=True, path=address, reason=reason
+        on_quarantine=lambda address, reason: tracker.write(
+            events.Quarantine(path=address, reason=reason)
         ),
-        on_unwritten=lambda step, error: tracker.event(
-            "unwritten", sync=True, step=step, error=error
-        ),
+        on_unwritten=lambda step, error: tracker.write(events.Unwritten(step=step, error=error)),
         beat=watchdog.beat,
     )
     with watchdog.patient(
@@ -194,7 +193,7 @@ def _found(
 
 
 def _tell_waiting(tracker: Tracker, error: str) -> None:
-    tracker.event("waiting", sync=True, what="storage", error=error, most_s=PATIENCE_S)
+    tracker.write(events.Waiting(what="storage", error=error, most_s=PATIENCE_S))
 
 
 def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
@@ -214,7 +213,9 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
         trainer = read_trainer(found)
         refuse_another_recipe(trainer, recipe, trust=job.trust)
         adopt(folder, trainer.get("decided", {}))
-    elif (step := lost_step(read(folder / "journal.jsonl"), keep=recipe.keep)) is not None:
+    elif (
+        step := lost_step(read_events(RunFolder(folder).journal), keep=recipe.checkpoints.keep)
+    ) is not None:
         raise UserError(
             f"checkpoint: {checkpoints.place.address(step_name(step))} must be there, as the"
             " journal says; got no checkpoint: mount or restore its storage, or begin anew under"
@@ -245,7 +246,7 @@ def _own_parts(
     network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:
         start = load_start(network, Path(recipe.init))
-        tracker.event("init", file=start.file, fresh=list(start.fresh))
+        tracker.write(events.Init(file=str(start.file), fresh=list(start.fresh)))
     network.to(place.device)
     rule = attached_rule(recipe, network, world)
     recipe = steady(recipe, network, place.sizes or (world.size,))
@@ -330,7 +331,7 @@ def _opened(
         found = teaching.accuracy
         figures: dict[str, Any] = {"samples": found.samples, **found.metrics}
         figures.pop("firing_rate")  # a teacher need not spike
-        tracker.event("teacher", teacher=teaching.teacher.label, **figures)
+        tracker.write(events.Teacher(teacher=teaching.teacher.label, figures=figures))
     return teaching
 
 
@@ -338,7 +339,7 @@ def build_nearness(
     recipe: Recipe, loaders: Loaders, split: Split, world: World, device: torch.device
 ) -> Nearness | None:
     """What compares gradients, on rank 0 alone: the others wait for it where they next meet."""
-    if recipe.fidelity_every == 0 or world.rank:
+    if recipe.evaluation.fidelity_every == 0 or world.rank:
         return None
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
         batch = next(iter(batches))

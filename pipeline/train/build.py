@@ -51,7 +51,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
         build_mixing(recipe, cut.split(size))
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
-    if recipe.fidelity_every:
+    if recipe.evaluation.fidelity_every:
         Nearness.check(recipe, lambda: build_network(recipe, tasks))
     checked_schedule(
         recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100), recipe.schedule

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import Diverged
+from pipeline.core.run_folder import RunFolder
+from pipeline.track.events import Checkpoint, Preempted, Undeleted
 from pipeline.train.checkpoint import Saved, weights_of
 from pipeline.train.context import TrainContext
 from pipeline.train.evaluate_tasks import published
 from pipeline.train.guards.anomaly import Guard, Rollback
 from pipeline.train.guards.preemption import Departures
 from pipeline.train.guards.replica_check import drifted
-from pipeline.train.job import SAVE, STOP, Notice, was_stopped
+from pipeline.train.job import Notice, was_stopped
 from pipeline.train.metadata import told_in_checkpoint
 from pipeline.train.rule_metrics import Figures
 from pipeline.train.tasks import Learnt
@@ -56,6 +58,7 @@ class Saving:
         self.parts, self.learnt, self.guard, self.figures = parts, learnt, guard, figures
         self.ranks, self.checkpoints, self.meters = parts.ranks, parts.checkpoints, parts.meters
         self.folder = Path(parts.job.run)
+        self.files = RunFolder(self.folder)
         self.departures = Departures()
         self._begun, self._begun_at = _Begun(step), time.monotonic()
         """the last save, and when"""
@@ -67,7 +70,7 @@ class Saving:
         """that the last checkpoint took until it was whole; known to rank 0"""
         self._trains_since = time.monotonic()
         """when a batch last began, for all that is known here"""
-        self._heeded: tuple[str, ...] = (STOP, SAVE)
+        self._heeded = (self.files.stop, self.files.save)
         """the files by which somebody asks, that this rank looks for in an evaluation"""
 
     def between_batches(self, step: int, *, last: bool) -> bool:
@@ -81,18 +84,18 @@ class Saving:
             Rollback: the replicas have come apart.
         """
         recipe = self.parts.recipe
-        due = recipe.checkpoint_every > 0 and step % recipe.checkpoint_every == 0
+        due = recipe.checkpoints.every > 0 and step % recipe.checkpoints.every == 0
         batch_s = time.monotonic() - self._trains_since
         # Rank 0 decides, so it alone looks for files on shared storage: each look is a question to
         # the file server.
         looks = self.ranks.rank == 0
-        is_asked = looks and (self.folder / SAVE).exists()
+        is_asked = looks and self.files.save.exists()
         notice = self._notice() if is_asked else self.parts.notice()
         stops, asked, late, failed, noticed, leaves = self.ranks.decide(
             looks and was_stopped(self.folder),
             is_asked,
-            recipe.checkpoint_minutes > 0
-            and time.monotonic() - self._begun_at > 60 * recipe.checkpoint_minutes,
+            recipe.checkpoints.minutes > 0
+            and time.monotonic() - self._begun_at > 60 * recipe.checkpoints.minutes,
             self.checkpoints.failed(),  # the state at hand is saved in its place
             self.departures.is_new(notice),
             self.departures.is_last_call(batch_s=batch_s, write_s=self._write_s),
@@ -108,7 +111,7 @@ class Saving:
         elif (due or late or failed) and not last:
             self.save(step, score=None)
         elif (
-            recipe.replicas_every and step % recipe.replicas_every == 0 and not last
+            recipe.policy.replicas_every and step % recipe.policy.replicas_every == 0 and not last
         ):  # whoever saves compares
             self._compare_replicas(step)
         self._trains_since = time.monotonic()
@@ -118,7 +121,7 @@ class Saving:
         """Save without a score where much would be lost with the workers, or where they may not be
         there for long; collective.
         """
-        self._heeded = (STOP, SAVE)
+        self._heeded = (self.files.stop, self.files.save)
         is_old = time.monotonic() - self._begun_at > UNSAVED_S
         [is_due] = self.ranks.decide(
             is_old or self.checkpoints.failed() or bool(self.departures.machines)
@@ -131,9 +134,9 @@ class Saving:
         other.
         """
         self._tell_saved(self.checkpoints.done())
-        return any(
-            (self.folder / name).exists() for name in self._heeded
-        ) or self.departures.is_new(self.parts.notice())
+        return any(file.exists() for file in self._heeded) or self.departures.is_new(
+            self.parts.notice()
+        )
 
     def in_evaluation(self, step: int) -> bool:
         """Save for whoever asks, and may not have the time for the rest of it; collective. Whether
@@ -148,9 +151,8 @@ class Saving:
         self._save_without_score(step)
         self._answer(step)
         if self.ranks.rank:
-            self._heeded = (
-                STOP,
-            )  # NFS may show another machine for a minute what rank 0 has deleted
+            # NFS may show another machine for a minute what rank 0 has deleted.
+            self._heeded = (self.files.stop,)
         return stops
 
     def save(self, step: int, *, score: float | None, owes: bool = False) -> None:
@@ -202,13 +204,14 @@ class Saving:
 
     def _notice(self) -> Notice | None:
         """What this rank has heard, or can read from whoever asks for a save and was told first."""
-        return self.parts.notice() or Notice.in_file(self.folder / SAVE)
+        return self.parts.notice() or Notice.in_file(self.files.save)
 
     def _hear(self, notice: Notice | None, step: int) -> None:
         assert notice is not None, "it is new"
         self.departures.add(notice)
-        told = {"machines": list(notice.machines), "seconds_left": notice.seconds_left}
-        self.parts.tracker.event("preempted", sync=True, step=step, **told)
+        self.parts.tracker.write(
+            Preempted(step=step, machines=list(notice.machines), seconds_left=notice.seconds_left)
+        )
 
     # ---------------------------------------------------------------------------------------- saves
 
@@ -219,7 +222,7 @@ class Saving:
     def _answer(self, step: int) -> None:
         self.wait(step)
         if self.ranks.rank == 0:
-            (self.folder / SAVE).unlink(
+            self.files.save.unlink(
                 missing_ok=True
             )  # whoever asked ends the workers as soon as it is gone
 
@@ -228,7 +231,7 @@ class Saving:
         all that is done here.
         """
         began, parts = time.monotonic(), self.parts
-        if parts.recipe.replicas_every:
+        if parts.recipe.policy.replicas_every:
             self._compare_replicas(this.step)  # a checkpoint holds those of one rank
         self.ranks.all_or_raise(lambda: self._check_finite(this.step))
         totals = self.meters.over_ranks(self.ranks.max, self.ranks.mean)
@@ -284,12 +287,18 @@ class Saving:
     def _tell_saved(self, saved: Saved | None) -> None:
         if saved is not None:
             self._write_s = saved.write_s
-            figures = {"stall_s": self._stall_s, "write_s": saved.write_s, "bytes": saved.bytes}
-            self.parts.tracker.event(
-                "checkpoint", sync=True, step=saved.step, path=saved.address, **figures
+            tracker = self.parts.tracker
+            tracker.write(
+                Checkpoint(
+                    step=saved.step,
+                    path=saved.address,
+                    stall_s=self._stall_s,
+                    write_s=saved.write_s,
+                    bytes=saved.bytes,
+                )
             )
             if saved.untidy:
-                self.parts.tracker.event("undeleted", step=saved.step, error=saved.untidy)
+                tracker.write(Undeleted(step=saved.step, error=saved.untidy))
 
 
 def _are_finite(values: Iterable[Tensor]) -> bool:

@@ -15,7 +15,7 @@ from pipeline.measure.meters import Meters
 from pipeline.recipe.phases import Stretch
 from pipeline.recipe.recipe import Recipe, Split
 from pipeline.rules.base import Rule
-from pipeline.track.base import Tracker
+from pipeline.track.journal import Tracker
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import Checkpoints

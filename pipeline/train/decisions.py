@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import read_json, write_json
-from pipeline.train.guards.anomaly import FILE as SKIPPED
 from pipeline.train.guards.anomaly import Skipped
-from pipeline.train.guards.oom import FILE as MICRO_BATCH
 from pipeline.train.guards.oom import limit_of
-
-FILES = (SKIPPED, MICRO_BATCH)
 
 
 def decided(run: Path) -> dict[str, Any]:
     """What the files say that are there, by their names."""
-    return {name: read_json(run / name) for name in FILES if (run / name).exists()}
+    files = RunFolder(run)
+    return {
+        file.name: read_json(file) for file in (files.skipped, files.micro_batch) if file.exists()
+    }
 
 
 def adopt(run: Path, told: Mapping[str, Any]) -> None:
@@ -32,11 +32,12 @@ def adopt(run: Path, told: Mapping[str, Any]) -> None:
 
     Raises: UserError: a file in the folder is damaged.
     """
-    if SKIPPED in told:
+    files = RunFolder(run)
+    if files.skipped.name in told:
         skipped = Skipped.read(run)
-        if (further := skipped.further(Skipped.of(told[SKIPPED]))) != skipped:
+        if (further := skipped.further(Skipped.of(told[files.skipped.name]))) != skipped:
             further.write(run)
-    if MICRO_BATCH in told:
+    if (fits := told.get(files.micro_batch.name)) is not None:
         limit = limit_of(run)
-        if limit is None or told[MICRO_BATCH] < limit:
-            write_json(run / MICRO_BATCH, told[MICRO_BATCH])
+        if limit is None or fits < limit:
+            write_json(files.micro_batch, fits)

@@ -38,7 +38,7 @@ def assess(
     are compared with their checksums.
     """
     recipe, ranks, network = parts.recipe, parts.ranks, parts.backend.network
-    limit = recipe.evaluate_samples
+    limit = recipe.evaluation.samples
     most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
     loss_for = recipe.objective.build().labels
     found, joules = list[Evaluated](), EnergyCounter(parts.device)

@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
 from pipeline.recipe import own_code
@@ -98,12 +99,9 @@ def export_run(
         ValueError: the run has no network that can be loaded, `out` is there already or has no
             folder, or "packed" is asked for and no weight has 1 bit.
     """
-    recipe = Recipe.read(folder / "recipe.json", trust=trust)
-    out = (
-        folder / ("weights.safetensors" if layout == "plain" else f"weights-{layout}.safetensors")
-        if out is None
-        else out
-    )
+    files = RunFolder(folder)
+    recipe = Recipe.read(files.recipe, trust=trust)
+    out = files.weights(layout) if out is None else out
     if out.exists() or not out.parent.is_dir():
         why = "is there already" if out.exists() else f"has no folder {out.parent}"
         raise ValueError(

@@ -69,14 +69,15 @@ class Nearness:
         """
         if recipe.phases:
             raise ValueError(
-                f"recipe: fidelity_every is of one task; got {counted(len(recipe.phases), 'phase')}"
+                "recipe: evaluation.fidelity_every is of one task; got"
+                f" {counted(len(recipe.phases), 'phase')}"
             )
         try:
             for rule in (BPTT(), SLTT()):
                 rule.attach(fresh(), over_time=recipe.over_time)
         except ValueError as error:
             raise ValueError(
-                f"recipe: fidelity_every compares with BPTT and SLTT; {error}"
+                f"recipe: evaluation.fidelity_every compares with BPTT and SLTT; {error}"
             ) from None
 
     def _of(

@@ -10,20 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import read_json, write_json
-
-STOP = "stop"
-"""in a run's folder: somebody asks it to save after the step at hand and to stop; what it holds
-says who
-"""
-SAVE = "save"
-"""in a run's folder: somebody asks it to save after the step at hand, or in the middle of an
-evaluation, and to go on; where machines are about to be taken away it holds them and when, as
-JSON"""
-REFUSAL = "refusal.json"
-"""in a run's folder: why its last attempt cannot go on, found by one rank alone in the middle of
-training
-"""
 
 
 @dataclass(frozen=True)
@@ -113,20 +101,21 @@ class RankInfo:
 
 def asked_by(run: Path) -> str:
     """Who asked a run to stop, where that is known."""
-    by = (run / STOP).read_text().strip() if (run / STOP).exists() else ""
+    file = RunFolder(run).stop
+    by = file.read_text().strip() if file.exists() else ""
     return f"asked to stop by {by}" if by else "asked to stop"
 
 
 def was_stopped(run: Path) -> bool:
     """Whether somebody asked this run to stop since it was last launched or resumed."""
-    return (run / STOP).exists()
+    return RunFolder(run).stop.exists()
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
     """Write down, for the next attempt, what one rank found that a restart would only find
     again.
     """
-    write_json(run / REFUSAL, {"said": str(error)})
+    write_json(RunFolder(run).refusal, {"said": str(error)})
 
 
 def raise_refusal(run: Path) -> None:
@@ -136,5 +125,5 @@ def raise_refusal(run: Path) -> None:
     Raises:
         UserError: it is there.
     """
-    if (run / REFUSAL).exists():
-        raise UserError(read_json(run / REFUSAL)["said"])
+    if (file := RunFolder(run).refusal).exists():
+        raise UserError(read_json(file)["said"])

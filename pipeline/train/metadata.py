@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import hardware, hardware_over
 from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
@@ -25,8 +26,9 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
-from pipeline.track.journal import read
-from pipeline.track.note import read_note
+from pipeline.track.delivery import read_note
+from pipeline.track.events import Start
+from pipeline.track.journal import read, read_events
 from pipeline.track.provenance import trained_on
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.context import TrainContext
@@ -35,46 +37,46 @@ from pipeline.train.summary import summarise, versions
 from pipeline.train.tasks import Learnt
 
 
-def told_at_start(parts: TrainContext, *, step: int) -> dict[str, Any]:
-    """The journal's event "start" of an attempt that begins before `step`; collective."""
+def start_event(parts: TrainContext, *, step: int) -> Start:
+    """The event of an attempt that begins with batch `step`; collective."""
     job, recipe, split = parts.job, parts.recipe, parts.split
     samples, epoch_steps = parts.loaders.lengths[
         stretch_at(parts.stretches, step).index
     ]  # of the task at hand
-    return {
-        "run": Path(job.run).name,
-        "run_id": job.run_id,
-        "recipe": recipe.name,
-        "rule": parts.rule.label,
-        "study": job.study,
-        "study_parent": job.parent,
-        "suite": job.suite,
-        "family": job.family,
-        "seed": recipe.seed,
-        "world_size": split.workers,
-        "batch_size": recipe.batch_size,
-        "micro_batch": split.micro_batch,
-        "accumulation": split.accumulation,
-        "parameters": sum(p.numel() for p in parts.backend.network.parameters()),
-        "steps_per_epoch": epoch_steps,
-        "total_steps": parts.stretches[-1].end,
-        "epochs": sum(task.epochs for task in parts.loaders.tasks),
-        "samples": samples,
-        "dropped_per_epoch": samples - epoch_steps * recipe.batch_size,
-        "step": step,
-        "began": parts.began,
-        "time_steps": recipe.time_steps,
-        "precision": recipe.precision,
-        "zero": recipe.zero,
-        "commit": job.commit,
-        "hardware": hardware_of(parts.ranks),
-        "versions": versions(),
-        "data_fingerprint": job.data_fingerprint,
-        "params": recipe.flat(),
-        "loader_threads": job.loader_threads,
-        "own_cores": sorted(os.sched_getaffinity(0)) if _has_own_cores(parts) else None,
-        "resume_command": job.resume_command,
-    }
+    return Start(
+        run=Path(job.run).name,
+        run_id=job.run_id,
+        recipe=recipe.name,
+        rule=parts.rule.label,
+        study=job.study,
+        study_parent=job.parent,
+        suite=job.suite,
+        family=job.family,
+        seed=recipe.seed,
+        world_size=split.workers,
+        batch_size=recipe.batch_size,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        parameters=sum(p.numel() for p in parts.backend.network.parameters()),
+        steps_per_epoch=epoch_steps,
+        total_steps=parts.stretches[-1].end,
+        epochs=sum(task.epochs for task in parts.loaders.tasks),
+        samples=samples,
+        dropped_per_epoch=samples - epoch_steps * recipe.batch_size,
+        step=step,
+        began=parts.began,
+        time_steps=recipe.time_steps,
+        precision=recipe.precision,
+        zero=recipe.zero,
+        commit=job.commit,
+        hardware=hardware_of(parts.ranks),
+        versions=versions(),
+        data_fingerprint=job.data_fingerprint,
+        params=recipe.flat(),
+        loader_threads=job.loader_threads,
+        own_cores=sorted(os.sched_getaffinity(0)) if _has_own_cores(parts) else None,
+        resume_command=job.resume_command,
+    )
 
 
 def hardware_of(ranks: Ranks) -> dict[str, Any]:
@@ -193,10 +195,8 @@ def told_at_the_end(
     last batch.
     """
     folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
-    events, of_teacher = (
-        read(folder / "journal.jsonl"),
-        {} if taught is None else taught.accuracy.metrics,
-    )
+    journal = RunFolder(folder).journal
+    of_teacher = {} if taught is None else taught.accuracy.metrics
     return {
         "run": folder.name,
         "run_id": job.run_id,
@@ -207,8 +207,8 @@ def told_at_the_end(
         "world_size": parts.ranks.size,
         "steps": step,
         "epochs": stretch_at(parts.stretches, step).epoch(step - 1) + 1,
-        "trained_on": trained_on(events, steps=step),
-        **summarise(result, totals, events),
+        "trained_on": trained_on(read(journal), steps=step),
+        **summarise(result, totals, read_events(journal)),
         **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
         **{f"teacher_{name}": of_teacher[name] for name in ("top1", "top5") if name in of_teacher},
         "conditions": conditions(parts.backend.network, parts.rule, recipe, parts.device),

@@ -18,7 +18,7 @@ from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, Loader
 from pipeline.data.mixing import Mixing
 from pipeline.models.teachers.base import Teacher
-from pipeline.recipe.json import dotted, is_inside
+from pipeline.recipe.json import dotted, is_trusted
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
 from pipeline.rules.base import Rule
 from pipeline.spiking.encode import over_steps
@@ -66,7 +66,7 @@ def checked_data(data: Any, part: Spec) -> Data:
 def is_own(recipe: Recipe) -> bool:
     """Whether the data is of the user's own code: what the package brings is tried by its tests."""
     parts = (recipe.data, *(phase.data for phase in recipe.phases))
-    return not all(is_inside(dotted(part.target), TRUSTED) for part in parts)
+    return not all(is_trusted(dotted(part.target), TRUSTED) for part in parts)
 
 
 def checked_loader(loader: Any, data: Data, method: str) -> Loader:

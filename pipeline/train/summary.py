@@ -6,16 +6,16 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.measure.totals import Totals
-from pipeline.track.journal import OF_NONE
+from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start
 from pipeline.train.evaluation import Evaluation
 
+E_ = TypeVar("E_", bound=Event)
 
-def summarise(
-    result: Evaluation, totals: Totals, events: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
+
+def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> dict[str, Any]:
     """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares
     in 0..1.
 
@@ -26,8 +26,8 @@ def summarise(
     (imports, compilation, the first batch itself), without evaluations, checkpoints and the like.
     `net_s` is without start-up and without what was done again after restarts.
     """
-    starts = [event for event in events if event["event"] == "start"]
-    attempts = {event["attempt"] for event in events} - {OF_NONE}
+    starts = [event for event in events if isinstance(event, Start)]
+    attempts = {event.attempt for event in events} - {OF_NONE}
     return {
         **result.metrics,
         "evaluated_samples": result.samples,
@@ -54,9 +54,9 @@ def summarise(
         "not_counted": totals.not_counted,
         "backward_calls_per_batch": totals.backward_calls / max(1, totals.batches),
         "restarts": len(starts) - 1,
-        "rollbacks": sum(event["event"] == "rollback" for event in events),
-        "skipped_batches": len({event["step"] for event in events if event["event"] == "skipped"}),
-        "commits": sorted({event["commit"] for event in starts}),
+        "rollbacks": sum(isinstance(event, Rollback) for event in events),
+        "skipped_batches": len({event.step for event in events if isinstance(event, Skipped)}),
+        "commits": sorted({start.commit for start in starts}),
     }
 
 
@@ -67,30 +67,30 @@ def versions() -> dict[str, str]:
     }
 
 
-def _attempt_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
+def _attempt_seconds(events: Sequence[Event], attempt: int) -> float:
     """From the worker's first line of code to the attempt's last sign of life: what a killed
     attempt lost is paid for, too.
 
     A clock that was set back between two signs counts as no time at all, not as less.
     """
-    mine = [event for event in events if event["attempt"] == attempt]
-    begun = next((event["began"] for event in mine if event["event"] == "start"), mine[0]["time"])
-    times = [begun, *(event["time"] for event in mine)] + (
-        [time.time()] if attempt == events[-1]["attempt"] else []
-    )
+    mine = [event for event in events if event.attempt == attempt]
+    start = _first(Start, events, attempt)
+    times = [mine[0].time if start is None else start.began, *(event.time for event in mine)]
+    if attempt == events[-1].attempt:
+        times.append(time.time())
     return sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
 
 
-def _startup_seconds(events: Sequence[dict[str, Any]], attempt: int) -> float:
+def _startup_seconds(events: Sequence[Event], attempt: int) -> float:
     """Of an attempt that ended before its first batch did, what came before its event "start"."""
-    mine = {
-        event["event"]: event for event in reversed(events) if event["attempt"] == attempt
-    }  # of each kind the first
     wall = _attempt_seconds(events, attempt)
-    if "first_batch" in mine:
-        return min(mine["first_batch"]["startup_s"], wall)
-    return (
-        min(max(0.0, mine["start"]["time"] - mine["start"]["began"]), wall)
-        if "start" in mine
-        else wall
+    if first_batch := _first(FirstBatch, events, attempt):
+        return min(first_batch.startup_s, wall)
+    start = _first(Start, events, attempt)
+    return wall if start is None else min(max(0.0, start.time - start.began), wall)
+
+
+def _first(kind: type[E_], events: Sequence[Event], attempt: int) -> E_ | None:
+    return next(
+        (each for each in events if isinstance(each, kind) and each.attempt == attempt), None
     )

@@ -31,7 +31,8 @@ from pipeline.models.teachers.base import Teacher
 from pipeline.models.teachers.cache import CachedPredictions
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
-from pipeline.track.base import Tracker
+from pipeline.track.events import Probe
+from pipeline.track.journal import Tracker
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.evaluation import Evaluation, evaluate, inputs
 from pipeline.train.objective import CrossEntropy
@@ -171,12 +172,13 @@ def _fitted(
     temporary = place / f".probe.{os.getpid()}"  # another run may fit the same
     save_file(state, temporary)
     temporary.rename(place / f"probe-{_sha256(temporary)[:8]}.safetensors")
-    tracker.event(
-        "probe",
-        teacher=teacher.label,
-        views=len(target_N),
-        top1=top1,
-        seconds=time.monotonic() - begun,
+    tracker.write(
+        Probe(
+            teacher=teacher.label,
+            views=len(target_N),
+            top1=top1,
+            seconds=time.monotonic() - begun,
+        )
     )
     return state
 
@@ -245,7 +247,7 @@ def _accuracy(
     """The teacher's own, on the samples that the student is evaluated on: once in the life of
     `place`, shared by the ranks.
     """
-    limit = recipe.evaluate_samples
+    limit = recipe.evaluation.samples
     file = place / ("accuracy.json" if limit is None else f"accuracy-{limit}.json")
     known = ranks.broadcast_object(lambda: read_json(file) if file.exists() else None)
     if known is not None:

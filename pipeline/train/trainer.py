@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import Diverged, UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
 from pipeline.measure.constants import BETWEEN
 from pipeline.measure.energy import joules_per_sample
@@ -23,6 +24,7 @@ from pipeline.measure.memory import memory_now_bytes
 from pipeline.measure.totals import Totals
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import write_json
+from pipeline.track import events
 from pipeline.train.checkpointing import Saving
 from pipeline.train.context import TrainContext
 from pipeline.train.evaluate_tasks import assess
@@ -32,7 +34,7 @@ from pipeline.train.guards.oom import untold
 from pipeline.train.guards.replica_check import stragglers
 from pipeline.train.job import asked_by
 from pipeline.train.loop import MicroBatch, train
-from pipeline.train.metadata import hardware_of, held_without_zero, told_at_start, told_at_the_end
+from pipeline.train.metadata import hardware_of, held_without_zero, start_event, told_at_the_end
 from pipeline.train.microbatch import micro_batches
 from pipeline.train.predictions import write_answers
 from pipeline.train.rule_metrics import Figures
@@ -76,13 +78,13 @@ class Trainer:
         self.stop_asked = False
         self.watchdog = parts.watchdog
         self.told_data_wait = False
-        self.skipped = (*self.recipe.skip, *parts.skipped.batches)
+        self.skipped = (*self.recipe.policy.skip, *parts.skipped.batches)
         self.guard = Guard(
             self.backend,
             parts.rule,
             self.ranks,
-            spike=self.recipe.loss_spike,
-            skips=self.recipe.max_skips,
+            spike=self.recipe.policy.loss_spike,
+            skips=self.recipe.policy.max_skips,
             takes_back=takes_back(self.recipe, parts.rule),
             on_skip=self._tell_bad,
             state=None if parts.trainer is None else parts.trainer.get("guard"),
@@ -110,7 +112,7 @@ class Trainer:
 
     def _run(self) -> dict[str, Any] | None:
         self._tell_smaller()
-        self.tracker.event("start", sync=True, **told_at_start(self.parts, step=self.step))
+        self.tracker.write(start_event(self.parts, step=self.step))
         self._tell_nearness(epoch=None)
         self.meters.forget_peaks()
         if self.owes_epoch_end:
@@ -132,12 +134,8 @@ class Trainer:
         of it.
         """
         if self.ranks.rank == 0 and (samples := untold(self.folder)) is not None:
-            self.tracker.event(
-                "smaller",
-                step=self.step,
-                micro_batch=samples,
-                reason="memory ran out on another worker",
-            )
+            reason = "memory ran out on another worker"
+            self.tracker.write(events.Smaller(step=self.step, micro_batch=samples, reason=reason))
 
     def _train(self) -> None:
         """The rest of the task at hand."""
@@ -170,14 +168,16 @@ class Trainer:
         self.parts.rule.start_task(self.backend.network, stretch.index)
         self.guard.begin_task()
         if self.recipe.phases:
-            fields = {
-                "name": task.name,
-                "head": task.head,
-                "steps": stretch.steps,
-                "epochs": task.epochs,
-            }
-            self.tracker.event(
-                "phase", step=self.step, phase=stretch.index, of=len(self.tasks), **fields
+            self.tracker.write(
+                events.Phase(
+                    step=self.step,
+                    phase=stretch.index,
+                    of=len(self.tasks),
+                    name=task.name,
+                    head=task.head,
+                    steps=stretch.steps,
+                    epochs=task.epochs,
+                )
             )
 
     # -------------------------------------------------------------------------------------- batches
@@ -213,7 +213,7 @@ class Trainer:
         synchronize(self.parts.device)
         work = self._worked_s() - self.worked_before_s
         seconds = max(0.0, time.time() - self.parts.began - work)
-        self.tracker.event("first_batch", step=self.step + 1, startup_s=seconds)
+        self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=seconds))
 
     def _worked_s(self) -> float:
         return sum(self.meters.totals.seconds[name] for name in BETWEEN)
@@ -230,14 +230,16 @@ class Trainer:
     def _tell_bad(self, step: int, reason: str) -> None:
         self._tell_skipped(step, reason, advice=self.recipe.remedy)
 
-    def _tell_skipped(self, step: int, reason: str, **more: Any) -> None:
-        about = {
-            "epoch": self._epoch_of(step),
-            "reason": reason,
-            "samples": self.recipe.batch_size,
-            **more,
-        }
-        self.tracker.event("skipped", step=step, **about)
+    def _tell_skipped(self, step: int, reason: str, *, advice: str = "") -> None:
+        self.tracker.write(
+            events.Skipped(
+                step=step,
+                epoch=self._epoch_of(step),
+                reason=reason,
+                samples=self.recipe.batch_size,
+                advice=advice,
+            )
+        )
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         """Log, save where it is time, and hear whether somebody asks to stop; for an epoch's end
@@ -252,12 +254,13 @@ class Trainer:
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
             metrics |= {f"rule_{name}": value for name, value in self.figures.now().items()}
             with self.meters.between("tracking"):
-                self.tracker.event(
-                    "step",
-                    step=self.step,
-                    epoch=epoch,
-                    metrics=metrics,
-                    memory_bytes=memory_now_bytes(self.parts.device),
+                self.tracker.write(
+                    events.Step(
+                        step=self.step,
+                        epoch=epoch,
+                        metrics=metrics,
+                        memory_bytes=memory_now_bytes(self.parts.device),
+                    )
                 )
         self.stop_asked = self.saving.between_batches(self.step, last=last)
 
@@ -265,10 +268,10 @@ class Trainer:
         slow = stragglers(self.meters.busy_s, self.ranks)
         if slow:
             hosts = self.ranks.all_gather_object(socket.gethostname())
-            told = {
+            workers = {
                 str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()
             }
-            self.tracker.event("straggler", step=self.step, workers=told)
+            self.tracker.write(events.Straggler(step=self.step, workers=workers))
 
     def _tell_data_wait(self) -> None:
         """Once an attempt, where this rank waits for its data for much of the time."""
@@ -280,8 +283,9 @@ class Trainer:
             and share > MOST_DATA_WAIT
         ):
             self.told_data_wait = True
-            about = {"share": share, "loader_threads": self.job.loader_threads}
-            self.tracker.event("data_wait", step=self.step, **about)
+            self.tracker.write(
+                events.DataWait(step=self.step, share=share, loader_threads=self.job.loader_threads)
+            )
 
     # --------------------------------------------------------------------------------------- epochs
 
@@ -291,7 +295,7 @@ class Trainer:
 
         It is saved with the score of its evaluation, and before that without one where much would
         be lost with the workers."""
-        stretch, score, every = self.stretch, None, self.recipe.evaluate_every
+        stretch, score, every = self.stretch, None, self.recipe.evaluation.every
         is_learnt = self.step == stretch.end
         if is_learnt or (every and (epoch - stretch.first_epoch + 1) % every == 0):
             figures = self.figures.now()
@@ -317,7 +321,7 @@ class Trainer:
         due = (
             self.step == 0
             if epoch is None
-            else (epoch + 1) % max(1, self.recipe.fidelity_every) == 0
+            else (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0
         )
         if self.parts.nearness is None or not due:
             return
@@ -328,12 +332,13 @@ class Trainer:
             )
         # what the comparison held, BPTT's graph among it, is not what training needs
         self.meters.forget_peaks()
-        self.tracker.event(
-            "fidelity",
-            step=self.step,
-            epoch=epoch,
-            temporal_share=found.temporal_share,
-            cosines=found.cosines,
+        self.tracker.write(
+            events.Fidelity(
+                step=self.step,
+                epoch=epoch,
+                temporal_share=found.temporal_share,
+                cosines=found.cosines,
+            )
         )
 
     def _tell_results(self, epoch: int, results: list[Evaluation]) -> None:
@@ -341,13 +346,10 @@ class Trainer:
         metrics = self.result.metrics
         if self.recipe.phases:
             metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
-        self.tracker.event(
-            "evaluation",
-            sync=True,
-            step=self.step,
-            epoch=epoch,
-            samples=self.result.samples,
-            metrics=metrics,
+        self.tracker.write(
+            events.Evaluation(
+                step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics
+            )
         )
 
     def _evaluate(self) -> list[Evaluation]:
@@ -383,7 +385,7 @@ class Trainer:
     def _go_back(self, back: Rollback) -> None:
         """Write down what is skipped from now on; the next attempt reads it."""
         saved, done = self.saving.newest_step(), self.parts.skipped.rollbacks
-        if done == self.recipe.max_rollbacks:
+        if done == self.recipe.policy.max_rollbacks:
             where = f"batch {back.step} (epoch {self._epoch_of(back.step) + 1})"
             said = f"training: {where}: {back.reason}; it has gone back max_rollbacks={done} times"
             if back.skips:
@@ -393,18 +395,28 @@ class Trainer:
             ) from back
         decided = self.parts.skipped.after(back, saved=saved)
         self.ranks.broadcast_object(lambda: decided.write(self.folder))
-        about = {"epoch": self._epoch_of(back.step), "to": saved, "reason": back.reason}
-        if back.skips:
-            about["advice"] = self.recipe.remedy
-        self.tracker.event("rollback", sync=True, step=back.step, **about)
+        self.tracker.write(
+            events.Rollback(
+                step=back.step,
+                epoch=self._epoch_of(back.step),
+                to=saved,
+                reason=back.reason,
+                advice=self.recipe.remedy if back.skips else "",
+            )
+        )
 
     def _epoch_of(self, step: int) -> int:
         return stretch_at(self.parts.stretches, step).epoch(step)
 
     def _stopped(self) -> None:
         self.saving.wait(self.step)
-        about = {"reason": asked_by(self.folder), "resume_command": self.job.resume_command}
-        self.tracker.event("stopped", sync=True, step=self.step, **about)
+        self.tracker.write(
+            events.Stopped(
+                step=self.step,
+                reason=asked_by(self.folder),
+                resume_command=self.job.resume_command,
+            )
+        )
 
     def _finish(self) -> dict[str, Any]:
         self.saving.wait(self.step)
@@ -436,13 +448,11 @@ class Trainer:
                     else {**inference.to_dict(measured_j), "counted_on": COUNTED_ON}
                 ),
             }
-            write_json(
-                self.folder / "activity.json",
-                [asdict(layer) for layer in self.evaluated[-1].activity],
-            )
-            write_answers(self.folder / "answers.npz", answers, tasks=bool(self.recipe.phases))
-            write_json(self.folder / "summary.json", {**summary, "hardware": hardware})
-        self.tracker.event("finish", sync=True, step=self.step, **summary)
+            files = RunFolder(self.folder)
+            write_json(files.activity, [asdict(layer) for layer in self.evaluated[-1].activity])
+            write_answers(files.answers, answers, tasks=bool(self.recipe.phases))
+            write_json(files.summary, {**summary, "hardware": hardware})
+        self.tracker.write(events.Finish(step=self.step, summary=summary))
         return summary
 
 

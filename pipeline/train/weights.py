@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from pipeline.core.files import sync_file
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.qkformer_published import is_published, renamed
@@ -37,11 +38,12 @@ def load_run(
 ) -> nn.Module:
     """See `pipeline.load`."""
     folder = Path(run)
-    if not (folder / "recipe.json").is_file():
+    file = RunFolder(folder).recipe
+    if not file.is_file():
         raise ValueError(
-            f"load: {folder} must be a run's folder, which holds recipe.json; it does not"
+            f"load: {folder} must be a run's folder, which holds {file.name}; it does not"
         )
-    recipe = Recipe.read(folder / "recipe.json", trust=trust)
+    recipe = Recipe.read(file, trust=trust)
     network: nn.Module = recipe.model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
     return network.eval()
@@ -63,7 +65,7 @@ def load_weights(network: nn.Module, file: Path) -> nn.Module:
 
 def place_of(run: Path) -> Place:
     """Where a run keeps its checkpoints."""
-    job = run / "job.json"
+    job = RunFolder(run).job
     return place_at(read_json(job).get("checkpoints", "") if job.exists() else "", run)
 
 

@@ -19,7 +19,8 @@ from pipeline.core.torch_settings import configure_torch
 from pipeline.measure.clock import Clock, charge_collectives
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import Split
-from pipeline.track.base import Tracker
+from pipeline.track.events import Smaller
+from pipeline.track.journal import Tracker
 from pipeline.train.assemble import compose
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_mixing
@@ -118,7 +119,7 @@ def _run_in_memory(attempt: Trainer, ranks: Ranks, tracker: Tracker) -> dict[str
         samples = halve(
             Path(parts.job.run), parts.split, split_of=lambda limit: _split_of(parts, limit)
         )
-        tracker.event("smaller", step=attempt.step, micro_batch=samples, reason=str(error))
+        tracker.write(Smaller(step=attempt.step, micro_batch=samples, reason=str(error)))
         if ranks.size > 1:
             raise  # the others wait for this rank: only its death frees them
         raise HalveMicroBatch from None  # without the frames, which hold what has to go

@@ -15,8 +15,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.core.errors import Diverged, UserError
-from pipeline.track.base import NullTracker, Tracker
-from pipeline.track.journal import OF_NONE, Event, Journal, read
+from pipeline.core.run_folder import RunFolder
+from pipeline.track import events as track
+from pipeline.track.events import OF_NONE, Died, Event, Hung
+from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards.anomaly import Rollback
 from pipeline.train.guards.deaths import forget_death, noted
@@ -54,9 +56,9 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     if ranks.rank != 0:
         yield NullTracker()
         return
-    path = folder / "journal.jsonl"
-    events = read(path)
-    attempt = max((event["attempt"] for event in events), default=OF_NONE) + 1
+    path = RunFolder(folder).journal
+    events = read_events(path)
+    attempt = max((event.attempt for event in events), default=OF_NONE) + 1
     with Journal(path, attempt=attempt) as tracker:
         _tell_ends(folder, events, tracker)
         try:
@@ -64,13 +66,10 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         except Rollback:
             raise  # it has told
         except Exception as error:
-            how = "diverged" if isinstance(error, Diverged) else "failed"
-            told = {
-                "error": f"{type(error).__name__}: {error}",
-                "traceback": traceback.format_exc(),
-            }
+            kind = track.Diverged if isinstance(error, Diverged) else track.Failed
+            end = kind(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             try:
-                tracker.event(how, sync=True, **told)
+                tracker.write(end)
             except OSError as unwritten:  # a full disk, which may be the very error that is told
                 error.add_note(f"the journal could not be told of it: {unwritten}")
             raise
@@ -79,9 +78,9 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
 def _tell_ends(folder: Path, events: Sequence[Event], tracker: Tracker) -> None:
     hung = untold(folder, events)
     for stacks, worker in hung.items():
-        tracker.event("hung", sync=True, worker=worker, stacks=stacks)
+        tracker.write(Hung(worker=worker, stacks=stacks))
     if (death := noted(folder)) is not None and death["worker"] not in hung.values():
-        tracker.event("died", sync=True, **death)
+        tracker.write(Died(**death))
     if death is not None:
         forget_death(folder)
 
@@ -96,7 +95,7 @@ def _is_locked(folder: Path, held: ExitStack, *, is_last: bool) -> bool:
     """Whether it is ours now; storage that is away is looked for again, too."""
     try:
         with ExitStack() as tried:
-            handle = tried.enter_context((folder / "writer.lock").open("a"))
+            handle = tried.enter_context(RunFolder(folder).writer_lock.open("a"))
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held.enter_context(tried.pop_all())
     except BlockingIOError:

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid

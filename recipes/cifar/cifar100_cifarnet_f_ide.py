@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.spiking.neuron import IF
 from recipes.cifar.base import images
 from recipes.cifar.cifar10_cifarnet_f_ide import recipe as cifar10

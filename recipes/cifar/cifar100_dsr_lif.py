@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.cifar.base import CIFAR100, images
 from recipes.cifar.cifar10_dsr_lif import recipe as cifar10
 

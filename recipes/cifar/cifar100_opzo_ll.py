@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.transforms import with_readouts
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.opzo import OPZO
 from recipes.cifar.base import cifar
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.vgg import vgg_sws_f
-from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.recipe import Recipe, Spec
 from recipes.cifar.cifar100_ottt_a import recipe as without_feedback
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.feedback import alexnet_f
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.ide import IDE
 from pipeline.spiking.neuron import LIF
 from pipeline.train.objective import CrossEntropy

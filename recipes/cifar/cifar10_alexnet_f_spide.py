@@ -9,7 +9,7 @@ Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its co
           decay. Two differences: weights are drawn from a normal distribution here, and gradients
           of weights have the factor 1 / (1 - 0.2) of a current that is kept and 0 of one that is
           dropped, which the published code leaves out.
-Result:   not run (the published accuracies could not be had)
+Result:   not run (the published accuracies were not available)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.feedback import convnet_f
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.neuron import IF
 from recipes.cifar.cifar10_alexnet_f_ide import recipe as ide

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.feedback import cifarnet_f
-from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.recipe import Recipe, Spec
 from recipes.cifar.cifar10_alexnet_f_ide import recipe as alexnet
 
 

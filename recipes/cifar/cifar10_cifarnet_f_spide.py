@@ -4,14 +4,14 @@ Command:  spiketrain write folder --source cifar10 --out data/cifar10 --mode raw
           spiketrain launch recipes/cifar/cifar10_cifarnet_f_spide.py --workers 1
 Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its code, those of
           AlexNet-F with dropout 0.25.
-Result:   not run (the published accuracies could not be had)
+Result:   not run (the published accuracies were not available)
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.cifar.cifar10_alexnet_f_spide import recipe as alexnet
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateIF
 from recipes.cifar.cifar10_dsr_lif import recipe as by_lif

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.preact_resnet import preact_resnet18_small
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateLIF
 from pipeline.train.objective import CrossEntropy

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.spiking.rate import RateLIF
 from recipes.cifar.cifar10_dsr_lif import recipe as at_20
 

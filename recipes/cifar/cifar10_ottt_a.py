@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.cifar.base import cifar
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.cifar.cifar10_ottt_a import recipe as at_the_end_of_a_batch
 
 

@@ -1,82 +1,17 @@
-"""What SLTT and OTTT claim against BPTT, measured on Fashion-MNIST: memory, time, accuracy, and
-what they drop of its gradient.
+"""What SLTT and OTTT claim against BPTT, measured on Fashion-MNIST: memory, time, accuracy, and the
+part of the gradient that they drop.
 
 Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/claims_fashion.py
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; Xiao et al. 2022 (OTTT), arXiv:2210.04195; the
           network is one of ours.
-Result:   92 min, 42 runs in one launch, two at a time; commit a6afb978df11 (where that was still
-          asked for by --side-by-side auto), 2 cores of an AMD EPYC, torch 2.13, T = 6, one worker,
-          which holds 256 images
-            saved bytes of SLTT, of BPTT's           0.179 at both decays (at most 0.217); +0.0 %
-              from T = 2 to 16        hold and states, which no paper counts      0.422 at both
-              decays, and so OTTT-A's
-            compute time, of the faster BPTT's, with 95 % intervals: of three seeds, then of five
-              starts in turn of SLTT (at most 1)                    decay 1/11: 0.959 (0.928 to
-              0.989)                                 holds
-                                                     decay 1/2:  1.011 (0.993 to 1.028)
-                                                     fails, within the noise
-                in turn                              decay 1/11: 0.964 (0.959 to 0.970)
-                                                     holds decay 1/2:  0.967 (0.960 to 0.974)
-                                                     holds
-              of SLTT-1 (at most 0.526, 0.532)       0.490 (0.447 to 0.532); 0.513 (0.469 to 0.557)
-                hold, within the noise in turn (at most 0.535, 0.536)       0.471 (0.465 to 0.476);
-                0.477 (0.473 to 0.482)                     hold
-              of SLTT-2 (at most 0.641)              decay 1/11: 0.602 (0.581 to 0.624)
-                        holds (at most 0.646)              decay 1/2:  0.599 (0.527 to 0.671)
-                        holds, within the noise
-                in turn (at most 0.648, 0.649)       0.571 (0.566 to 0.575); 0.572 (0.564 to 0.580)
-                hold
-            BPTT's top-1 less the rule's, points     decay 1/11: SLTT +.12 (-.41 to +.66), SLTT-1
-            +.12 (-.77 to +1.01), and 95 % intervals of three seeds        SLTT-2 +.11 (+.03 to
-            +.20), OTTT-A +.07 (-.40 to +.54); decay 1/2: SLTT
-                                                     -.06 (-1.05 to +.93), SLTT-1 +.53 (-.14 to
-                                                     +1.20), SLTT-2 +.19 (-.90 to +1.28), OTTT-A
-                                                     -.33 (-.98 to +.31); BPTT .8888 and .8932
-            share of BPTT's gradient that comes      decay 1/11: .22, .15, .07 in the three
-            convolutions at the start, .21, .15, through time                             .08 after
-            each epoch; decay 1/2: .79, .66, .40, then .77, .63, .41 own largest batch in 100 MB,
-            images, and images/s of its forward and backward, at decay 1/11; 1/2 (commit
-            e52de55d1b9d, one process alone on that machine; a batch that fits or not is told by
-            resident memory, to some tenth)
-              BPTT folded 91, 1114; 96, 1157         step by step 125, 1169; 136, 1114    recomputed
-              145, 811; 146, 790 SLTT 287, 1169; 317, 1208              SLTT-1 350, 2393; 338, 2362
-              SLTT-2 262, 2006; 291, 1917 OTTT-A 265, 1164; 267, 1120
-          An interval of three seeds on both sides of a bound is told in the table as within the
-          noise, or as undecided (accuracies: 0.7 points hold at decay 1/11 for SLTT and OTTT-A, at
-          1/2 for OTTT-A). Two runs share the memory bus, whatever the rule of the other; in turn,
-          one process has the machine to itself. Text was edited beside it. Of two workers with 128
-          images each, one run at a time (commit 5708807b7084, that machine, 98 min), SLTT takes
-          1.012 (0.911 to 1.113) and 0.994 (0.986 to 1.001) of the faster BPTT's time: the fewer
-          images a worker holds, the more a time step costs beside them, and at 128 the two are even
-          (docs/LOG.md). Before neurons and pools took a sixth less time (commit af9e0b3027d8):
-          1.043 (1.023 to 1.063) and 1.020 (0.987 to 1.053). On 2 cores of an Intel Xeon, two
-          workers, 103 min (commit 0938e54ac260): 0.937 (0.842 to 1.033) and 0.946 (0.788 to 1.105)
-          of BPTT's step by step.
+Result:   SLTT saves 0.179 of BPTT's bytes at both decays and takes 0.96 and 1.01 of its compute
+          time; no rule loses 0.7 points on average; 42 runs, commit a6afb978df11, AMD EPYC. Tables:
+          docs/LOG.md, "Results that stood in the docstrings of recipes".
 
-Two studies, at the decays of the two papers (1/11 and 0.5), T = 6; in each seven rules with three
-seeds. BPTT is trained folded over time and step by step: the faster of the two is what the others'
-time is divided by. Only the rule differs, learning rate included: 0.3, which SLTT-1's rescaled
-gradient bears; it was chosen for all rules at decay 1/2, and is half of what was chosen at 1/11
-(recipes/fashion/base.py). Rules with rates of their own, BPTT, SLTT and SLTT-1 at 1/11, are
-compared in tuned_fashion.py. SLTT-K is rescaled by T/K, which the published rule is not, so that
-its expected gradient is SLTT's. After each epoch all runs compare gradients, for a run that has
-done so is some 2 % slower from then on (docs/LOG.md); SLTT's tell which share of BPTT's comes
-through time, which it drops.
-
-The report's claims: saved bytes at most 1/T + 0.05 of BPTT's, and within 3 % from T = 2 to 16 (on
-one batch, untrained); each rule's own largest batch in 100 MB, and its speed there (largest.json,
-beside the first run);
-compute time of SLTT-K at most 1.1 (T + K r) / (T (1 + r)) of the faster BPTT's, r its backward over
-its forward, and of SLTT at most as long; of OTTT-A at most half of BPTT's bytes; of BPTT recomputed
-at most 1.1 (2 + r) / (1 + r) of its time; top-1 at most 0.7 points below BPTT's, over paired seeds.
-Times are judged twice: of the runs, two at a time over hours, in which a machine drifts; and of
-rules that take turns, a few batches each, in as many processes as the runs had workers, started
-five times, which is kept beside the first run (turns.json). What the papers measured is named
-beside their figures: GPU memory and training hours, where ours are saved bytes and forward and
-backward. Rows of ImageNet have the published figures, of AMP, and what `plan` predicts in fp32, a
-model, which is kept beside the first sweep (plan.json). Runs of several machines are shown apart,
-and claims are judged on the one with most of the rules and runs.
+Two studies, at the decays of the two papers (1/11 and 0.5), T = 6, seven rules and three seeds in
+each. Only the rule differs; all share the learning rate 0.3. SLTT-K is rescaled by T/K, so that its
+expected gradient is SLTT's. The claims and their bounds are in the log, too.
 """
 
 from __future__ import annotations
@@ -96,8 +31,7 @@ from pipeline.forecast.interleaved import InterleavedTimes, measure_interleaved
 from pipeline.forecast.plan import Cluster, Planned, plan
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.memory import device_here, hardware, hardware_differences
-from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Evaluation, Recipe, Suite, spec
 from pipeline.report.claims import (
     Claim,
     accuracy,
@@ -166,8 +100,7 @@ def _of_study(study: str) -> Iterator[Recipe]:
         time_steps=T,
         batch_size=BATCH,
         epochs=EPOCHS,
-        evaluate_every=0,
-        fidelity_every=1,
+        evaluation=Evaluation(every=0, fidelity_every=1),
     )
     for seed in SEEDS:
         for name, rule in RULES.items():

@@ -39,7 +39,8 @@ from rich.console import Console
 from scipy import stats
 
 from pipeline.core.printing import number, print_table, prose, say
-from pipeline.recipe.recipe import Recipe, read_json
+from pipeline.recipe import Recipe
+from pipeline.recipe.json import read_json
 from pipeline.train.predictions import read_answers
 
 Levels = tuple[str, str]

@@ -1,22 +1,23 @@
-"""BPTT, SLTT and SLTT-1 on the same spiking network and the same batches of Fashion-MNIST, then a
-table.
+"""BPTT, SLTT and SLTT-1 on one spiking network and the same batches of Fashion-MNIST, then a table.
 
-Command:  spiketrain launch recipes/compare/fashion_demo.py --workers 2        (or: make demo, which
-          sets everything up); stopped, it goes on with: spiketrain resume fashion-demo-DATE-TIME
+Command:  spiketrain launch recipes/compare/fashion_demo.py --workers 2   (`make demo` sets up, too)
+          spiketrain resume fashion-demo-DATE-TIME      (after a stop)
 Source:   the rules as in Meng et al. 2023 (SLTT), arXiv:2302.14311; the network is a small one of
           ours.
-Result:   top-1 of BPTT 0.8956, SLTT 0.8962, SLTT-1 0.8975 on the 10,000 test images; peak saved
-          bytes of SLTT and SLTT-1 0.18 of BPTT's, compute time 1.03 and 0.54 of it; one seed, 7 min
-          in all; commit 5892d53e4eab, 2 cores of an Intel Xeon, idle
-SLTT-1 differentiates one random time step of the six; `rescale` multiplies its gradient by six, so
-that its expectation is SLTT's. As published there is no rescaling, which under SGD is a learning
-rate six times smaller than that of the rules beside it."""
+Result:   top-1 of BPTT 0.8956, SLTT 0.8962, SLTT-1 0.8975; peak saved bytes of SLTT and SLTT-1 0.18
+          of BPTT's, compute time 1.03 and 0.54 of it; one seed, 7 min; commit 5892d53e4eab, Intel
+          Xeon.
+
+SLTT-1 differentiates one random time step of the six. `rescale` multiplies its gradient by six, so
+that its expectation is SLTT's. The published rule is not rescaled: under SGD that is a learning
+rate six times smaller.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from recipes.fashion.base import fashion
@@ -27,6 +28,10 @@ def recipe() -> list[Recipe]:
     study = fashion()
     # Half the study's learning rate: SLTT-1 has to bear it times six.
     shared = replace(
-        study, optimizer=study.optimizer.with_(lr=0.3), time_steps=6, epochs=3, evaluate_every=1
+        study,
+        optimizer=study.optimizer.with_(lr=0.3),
+        time_steps=6,
+        epochs=3,
+        evaluation=Evaluation(every=1),
     )
     return [replace(shared, name=f"fashion-demo-{name}", rule=rule) for name, rule in rules.items()]

@@ -1,21 +1,15 @@
-"""Every rule on Fashion-MNIST, one study for each kind of network, a table for each; short runs, to
-see what each rule costs.
+"""Every rule on Fashion-MNIST in short runs: one study and one table for each kind of network.
 
-Command:  spiketrain launch recipes/compare/rules_fashion.py --workers 2; stopped, it goes on with:
-          spiketrain resume rules-fashion-DATE-TIME, whose tables so far spiketrain compare
-          rules-fashion-DATE-TIME prints
+Command:  spiketrain launch recipes/compare/rules_fashion.py --workers 2
+          spiketrain resume rules-fashion-DATE-TIME      (after a stop)
 Source:   the rules as their own recipes in recipes/fashion name them; the networks are small ones
           of ours.
-Result:   its three tables in 20 minutes, on two workers of one core each of an AMD EPYC, much other
-          work beside it; commit 4e0722d9b5a2. Top-1 on the 10,000 test images and saved bytes as a
-          share of BPTT's row:
-            feed-forward  BPTT .8874; recomputed .8853, .74; SLTT .8878, .52; SLTT-1 .8854, .52;
-                          OTTT-A .8861, .52; OTTT-O .8958, .52; OPZO .8636, .54; DFA .8218, .54
-            rates         BPTT .7854; DSR .8878, .42
-            feedback      BPTT .8580; IDE .8602, .23; SPIDE .8596, .23
-Within a study only the rule differs, learning rate included, and each study has its own BPTT row:
-nothing is divided across studies. The accuracies are those of two epochs with one learning rate for
-all; those of the rules at their best stand in recipes/fashion.
+Result:   saved bytes, of BPTT's: SLTT and OTTT .52, OPZO and DFA .54, DSR .42, IDE and SPIDE .23;
+          20 min, commit 4e0722d9b5a2, AMD EPYC. Accuracies: docs/LOG.md, "Results that stood in the
+          docstrings of recipes".
+
+Within a study only the rule differs, learning rate included. Each study has its own BPTT row.
+Accuracies are of two epochs; recipes/fashion has each rule at its best.
 """
 
 from __future__ import annotations
@@ -23,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe import Evaluation, Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.ide import IDE
@@ -66,5 +60,9 @@ def recipe() -> list[Recipe]:
 def _study(name: str, shared: Recipe, rules: dict[str, Spec]) -> Iterator[Recipe]:
     for rule_name, rule in rules.items():
         yield replace(
-            shared, name=f"rules-{name}-{rule_name}", rule=rule, epochs=2, evaluate_every=0
+            shared,
+            name=f"rules-{name}-{rule_name}",
+            rule=rule,
+            epochs=2,
+            evaluation=Evaluation(every=0),
         )

@@ -1,20 +1,16 @@
-"""The learning rate of recipes/stamps and of the stamps study: four cells of the study by labels,
-at four rates, on split 3.
+"""The learning rate of recipes/stamps and of the stamps study: four cells, trained on labels, at
+four rates, on split 3.
 
 Command:  spiketrain write stamps --out data/stamps-3 --size 160 --split 3 --workers 2
           spiketrain launch recipes/compare/sei_stamps_rates.py --workers 2
 Source:   ours; split 3 evaluates on objects that train in the splits of the study.
-Result:   unseen objects of split 3, one seed each     lr .003   .006    .012    .024
-                                     full, block       .1817  .2029  .2154  .2144
-                                     full, multiple    .1808  .2087  .2154  .1923
-                                     1-bit, block      .1865  .1750  .1827  .1615
-                                     1-bit, multiple   .2048  .1933  .1817  .1808
-                                     mean              .1885  .1950  .1988  .1873
-          commits 0e75b777cc84 and, for .024, eb0a1203d0de; 2 cores of an AMD EPYC, other work
-          beside; torch 2.13
+Result:   0.012 is best on the mean of the cells, .1988 top-1 (.003: .1885, .006: .1950, .024:
+          .1873); commits 0e75b777cc84 and eb0a1203d0de, AMD EPYC. Table: docs/LOG.md, "Results that
+          stood in the docstrings of recipes".
 
-One rate for all cells, the best on their mean, because the study compares networks and not rates.
-Half of the study's epochs."""
+All cells get one rate, because the study compares networks and not rates. Runs take half of the
+study's epochs.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.core.printing import number, print_table, prose
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Evaluation, Suite
 from pipeline.track.trials import top1_of
 from recipes.compare.sei_stamps import FACTORS, trained
 from recipes.stamps.base import pictures
@@ -41,7 +37,12 @@ def recipe() -> Suite:
     recipes = []
     for (weights, shortcuts), rate in product(CELLS, RATES):
         cell = trained(weights, shortcuts, "labels")
-        changes = {"data": pictures("3"), "seed": 3, "epochs": EPOCHS, "evaluate_every": 0}
+        changes = {
+            "data": pictures("3"),
+            "seed": 3,
+            "epochs": EPOCHS,
+            "evaluation": Evaluation(every=0),
+        }
         optimizer = cell.optimizer.with_(lr=rate)
         recipes.append(
             replace(cell, name=_name(weights, shortcuts, rate), optimizer=optimizer, **changes)

@@ -13,7 +13,7 @@ from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.tasks import Permuted, SplitClasses
 from pipeline.models.mlp import mlp
 from pipeline.models.transforms import multi_head
-from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
+from pipeline.recipe import Phase, Recipe, Spec, spec
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF

@@ -5,16 +5,16 @@ Command:  spiketrain launch recipes/continual/permuted_fashion_hlop_bptt.py --wo
 Source:   Xiao et al. 2024 (HLOP), arXiv:2402.11984: tasks, network and rows, with Fashion-MNIST for
           MNIST and T = 3. The optimizer is not the published one (base.py says why).
 Result:   ran with wrong rows, 70, 70, 50, 70, 70, 50, 70, 70, 50 after the first task (720 frozen
-          in layer 2 in task 10, published: 580), and was not run anew. On the 10,000 test images of
-          every task, one run: ACC 0.8398, BWT -2.0 points, last task 0.8399; with --inline: one
-          core of an AMD EPYC, much other work beside it, 20 minutes; commit 3321c9f2391e
+          in layer 2 in task 10, published: 580), and was not run again. On the 10,000 test images
+          of every task, one run: ACC 0.8398, BWT -2.0 points, last task 0.8399; with --inline: one
+          core of an AMD EPYC, under other load, 20 minutes; commit 3321c9f2391e
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.continual.base import permuted, protected
 

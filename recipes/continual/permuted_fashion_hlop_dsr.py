@@ -8,16 +8,16 @@ Source:   Xiao et al. 2024 (HLOP), arXiv:2402.11984: tasks, network, neuron and 
           (base.py says why), and the gradient is that of the rates, not the published code's
           (dsr.py).
 Result:   ran with wrong rows, 70, 70, 50, 70, 70, 50, 70, 70, 50 after the first task (720 frozen
-          in layer 2 in task 10, published: 580), and was not run anew. On the 10,000 test images of
-          every task, one run: ACC 0.8380, BWT -2.2 points, last task 0.8376; with --inline: one
-          core of an AMD EPYC, much other work beside it, 21 minutes; commit 3321c9f2391e
+          in layer 2 in task 10, published: 580), and was not run again. On the 10,000 test images
+          of every task, one run: ACC 0.8380, BWT -2.2 points, last task 0.8376; with --inline: one
+          core of an AMD EPYC, under other load, 21 minutes; commit 3321c9f2391e
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateLIF
 from recipes.continual.base import permuted, protected

@@ -15,7 +15,7 @@ from pipeline.data.datasets.events import Events
 from pipeline.models.convnet import convnet
 from pipeline.models.transforms import late
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe import Evaluation, Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
@@ -51,7 +51,7 @@ def moving(*, lr: float) -> Recipe:
         time_steps=STEPS,
         batch_size=64,
         epochs=6,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )
 
 
@@ -102,5 +102,5 @@ def sltt_k(
         batch_size=batch_size,
         epochs=300,
         precision="bf16",
-        evaluate_every=10,
+        evaluation=Evaluation(every=10),
     )

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from pipeline.data.datasets.events import Events
 from pipeline.models.convnet import convnet
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.spiking.rate import RateLIF
 from pipeline.train.schedule import cosine
 from recipes.cifar.cifar10_dsr_lif import WARMUP_STEPS

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from pipeline.data.datasets.events import Events
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.train.objective import CrossEntropy

@@ -15,7 +15,7 @@ Result:   not run (target, published for all ten steps: 77.30 % top-1)
 from __future__ import annotations
 
 from pipeline.data.datasets.events import Events
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from recipes.events.base import sltt_k
 
 

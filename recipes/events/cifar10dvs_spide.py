@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.data.datasets.events import Events
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.train.schedule import milestones
 from recipes.cifar.cifar10_alexnet_f_spide import recipe as cifar10
 

@@ -2,7 +2,8 @@
 DVS-Gesture.
 
 Command:  spiketrain write events gesture --source tonic --out data/gesture --slices 20 --size 48
-          --counts int16 spiketrain launch recipes/events/gesture_opzo_ll.py --workers 1
+              --counts int16
+          spiketrain launch recipes/events/gesture_opzo_ll.py --workers 1
 Source:   Xiao et al. 2024 (OPZO+LL+IGL, 9 layers), arXiv:2407.12516; its settings and code are not
           public. Network, T = 20, batch 16, 300 epochs, Adam 1e-3 with cosine and 0.1 % squared
           error are those that OTTT publishes for this set (Xiao et al. 2022, arXiv:2210.04195);
@@ -17,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.events import Events
 from pipeline.models.transforms import with_readouts
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
@@ -44,5 +45,5 @@ def recipe() -> Recipe:
         time_steps=20,
         batch_size=16,
         epochs=300,
-        evaluate_every=10,
+        evaluation=Evaluation(every=10),
     )

@@ -2,8 +2,8 @@
 differentiated.
 
 Command:  spiketrain write events gesture --source tonic --out data/gesture-128 --slices 20
-          --frames-by number --counts int16 spiketrain launch recipes/events/gesture_sltt_k.py
-          --workers 1
+              --frames-by number --counts int16
+          spiketrain launch recipes/events/gesture_sltt_k.py --workers 1
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311, and the defaults of its code: T = 20, 128
           pixels, batch 16, 300 epochs, SGD 0.1 with cosine, weight decay 5e-4, decay 1/11, 5 %
           squared error to the constant target, dropout 0.4 with one mask for all steps. The
@@ -15,7 +15,7 @@ Result:   not run (target, published for all twenty steps: 97.92 % top-1)
 from __future__ import annotations
 
 from pipeline.data.datasets.events import Events
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from recipes.events.base import sltt_k
 
 

@@ -5,7 +5,7 @@ Command:  spiketrain write events moving --out data/moving
 Source:   Neftci et al. 2019, arXiv:1901.09948 (surrogate gradients through time); set and network
           are ours.
 Result:   0.9977 top-1 on the 1,600 test recordings after 6 epochs, 3 seeds (0.9975, 0.9988,
-          0.9969), each with --inline: one core of an AMD EPYC, other work beside it, a minute and a
+          0.9969), each with --inline: one core of an AMD EPYC, under other load, a minute and a
           half a run; commit a3147a782acd
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.events.base import moving
 

@@ -4,7 +4,7 @@ Command:  spiketrain write events moving --out data/moving
           spiketrain launch recipes/events/moving_sltt.py --workers 2
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; set and network are ours.
 Result:   0.8431 top-1 on the 1,600 test recordings after 6 epochs, 3 seeds (0.8613, 0.8725,
-          0.7956), each with --inline: one core of an AMD EPYC, other work beside it, a minute and a
+          0.7956), each with --inline: one core of an AMD EPYC, under other load, a minute and a
           half a run; commit a3147a782acd
 Below BPTT's 0.9977. SLTT leaves out the gradient through the membrane. Whether that is the cause
 was not tested; docs/LOG.md."""
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from recipes.events.base import moving
 

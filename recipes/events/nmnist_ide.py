@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.events import Events
 from pipeline.models.feedback import conv_feedback
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.ide import IDE
 from pipeline.spiking.neuron import LIF
 from pipeline.train.objective import CrossEntropy
@@ -54,5 +54,5 @@ def recipe() -> Recipe:
         over_time="mean",
         batch_size=128,
         epochs=100,
-        evaluate_every=10,
+        evaluation=Evaluation(every=10),
     )

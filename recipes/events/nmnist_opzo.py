@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.events import Events
 from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
@@ -43,5 +43,5 @@ def recipe() -> Recipe:
         time_steps=30,
         batch_size=128,
         epochs=50,
-        evaluate_every=10,
+        evaluation=Evaluation(every=10),
     )

@@ -5,7 +5,7 @@ Command:  spiketrain launch recipes/fashion/ann.py --workers 2
 Source:   the network is a small one of ours, ended by rates as in Meng et al. 2022 (DSR),
           arXiv:2205.00459.
 Result:   0.9174 top-1 on the 10,000 test images after 8 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 2 minutes; commit 1c241ec47596
+          an AMD EPYC, under other load, 2 minutes; commit 1c241ec47596
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import nn
 
 from pipeline.models.convnet import convnet
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.fashion.base import fashion
 
@@ -42,5 +42,5 @@ def recipe() -> Recipe:
         time_steps=1,
         over_time="mean",
         epochs=8,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

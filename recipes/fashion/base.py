@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.vgg import vgg_sws
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.neuron import LIF
 from pipeline.train.objective import CrossEntropy
@@ -54,5 +54,5 @@ def fashion() -> Recipe:
         time_steps=4,
         batch_size=128,
         epochs=10,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

@@ -4,14 +4,14 @@ gradient, less memory.
 Command:  spiketrain launch recipes/fashion/bptt_recompute.py --workers 2
 Source:   Chen et al. 2016, arXiv:1604.06174, with one segment for each time step.
 Result:   0.9128 top-1 on the 10,000 test images after 10 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 11 minutes; commit cd65a7941c5d
+          an AMD EPYC, under other load, 11 minutes; commit cd65a7941c5d
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.fashion.base import fashion
 

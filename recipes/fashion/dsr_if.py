@@ -3,7 +3,7 @@
 Command:  spiketrain launch recipes/fashion/dsr_if.py --workers 2
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459; the network is a small one of ours.
 Result:   0.9161 top-1 on the 10,000 test images after 8 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 15 minutes; commit 1c241ec47596 (the ANN of the same
+          an AMD EPYC, under other load, 15 minutes; commit 1c241ec47596 (the ANN of the same
           layers: 0.9174)
 Batch norm gives every neuron currents of unit deviation, of which the threshold of 3 leaves one in
 a thousand above it; the published 6 suits T = 20.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateIF
 from recipes.fashion.ann import recipe as ann

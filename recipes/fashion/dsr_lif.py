@@ -5,7 +5,7 @@ Command:  spiketrain launch recipes/fashion/dsr_lif.py --workers 2
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459; the network is a small one of ours, and the
           gradient is that of the rates, not the published code's for LIF (pipeline/rules/dsr.py).
 Result:   0.9134 top-1 on the 10,000 test images after 8 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 15 minutes; commit 1c241ec47596 (the ANN of the same
+          an AMD EPYC, under other load, 15 minutes; commit 1c241ec47596 (the ANN of the same
           layers: 0.9174)
 The threshold of 0.15 is a height of 3, as dsr_if.py has it.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.spiking.rate import RateLIF
 from recipes.fashion.dsr_if import recipe as dsr_if
 

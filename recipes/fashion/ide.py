@@ -1,20 +1,15 @@
-"""IDE on Fashion-MNIST: 400 units that feed back to themselves, at T = 5.
-
-The published network is another one: it has batch norm on its input, and dropout on the currents of
-the units. Here are no norm and dropout before the classifier. `--set model.norm=batch --set
-model.dropout_on=currents` makes the published one.
-
-IDE and BPTT unrolled on this network form a study of their own; SPIDE needs the symmetric reset,
-and forms one with spide_ide.py. Learning rate, augmentation and length were chosen on a held-out
-tenth of the training set; of the latter two no figures are kept.
+"""IDE on Fashion-MNIST: 400 units with feedback to themselves, at T = 5.
 
 Command:  spiketrain launch recipes/fashion/ide.py --workers 2
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: F400, T = 5, threshold 2, batch 128, SGD 0.05,
           weight decay 5e-4, dropout 0.2; 100 epochs with steps there, fewer with a cosine here.
-Result:   0.8994 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 17 minutes; commit 2da429644653 (published: 0.9004,
-          mean of several runs). It ran
-          before weight decay reached biases and gains, as it does in the published code
+Result:   0.8994 top-1 after 60 epochs (published: 0.9004, mean of several runs); one core of an AMD
+          EPYC, 17 min, commit 2da429644653, before weight decay reached biases and gains.
+
+The published network has batch norm on its input and dropout on the currents of the units; `--set
+model.norm=batch --set model.dropout_on=currents` makes it. IDE and BPTT on this network form a
+study; SPIDE needs the symmetric reset and forms one with spide_ide.py. Learning rate, augmentation
+and length were chosen on a held-out tenth; the figures of the latter two were not kept.
 """
 
 from __future__ import annotations
@@ -22,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.feedback import fc_feedback
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.ide import IDE
 from pipeline.spiking.neuron import IF
 from recipes.fashion.base import fashion
@@ -43,5 +38,5 @@ def recipe() -> Recipe:
         time_steps=5,
         over_time="mean",
         epochs=60,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

@@ -4,15 +4,15 @@ later.
 Command:  spiketrain launch recipes/fashion/ide_bptt.py --workers 2
 Source:   the network and settings of recipes/fashion/ide.py, one loss of the mean logits as there.
 Result:   0.8981 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 9 minutes; commit cd65a7941c5d.
-          It ran before weight decay reached biases and gains (ide.py)
+          an AMD EPYC, under other load, 9 minutes; commit cd65a7941c5d. It ran before weight decay
+          reached biases and gains (ide.py)
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from recipes.fashion.ide import recipe as ide
 

@@ -4,9 +4,8 @@ trained by BPTT.
 Command:  spiketrain launch recipes/fashion/ide_feedforward.py --workers 2
 Source:   the neurons and settings of recipes/fashion/ide.py, without its dropout.
 Result:   0.8911 top-1 on the 10,000 test images after 60 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 10 minutes; commit 1c241ec47596 (IDE with as many
-          parameters: 0.8994).
-          It ran before weight decay reached biases and gains (ide.py)
+          an AMD EPYC, under other load, 10 minutes; commit 1c241ec47596 (IDE with as many
+          parameters: 0.8994). It ran before weight decay reached biases and gains (ide.py)
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.neuron import IF
 from recipes.fashion.ide import recipe as ide

@@ -1,4 +1,5 @@
 """OPZO on Fashion-MNIST: three convolutions whose errors come from above through matrices learnt
+from pipeline.recipe import Evaluation
 from noise.
 
 OPZO, OPZO+LL, DFA and backpropagation (recipes/fashion/opzo*.py, dfa.py) train this network with
@@ -8,7 +9,7 @@ Command:  spiketrain launch recipes/fashion/opzo.py --workers 2
 Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516, for the rule, which has no public code; the
           network is a small one of ours.
 Result:   top-1 0.9025 (0.9042, 0.9004, 0.9030) on the 10,000 test images after 10 epochs, three
-          seeds, each with --inline: one core of an AMD EPYC, other work beside it, 6 minutes a run;
+          seeds, each with --inline: one core of an AMD EPYC, under other load, 6 minutes a run;
           commit 15d3b0516162; paired intervals in docs/LOG.md
 """
 
@@ -19,7 +20,7 @@ from dataclasses import replace
 from timm.optim import create_optimizer_v2
 
 from pipeline.models.transforms import with_readouts
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.opzo import OPZO
 from pipeline.spiking.neuron import LIF
 from recipes.fashion.base import fashion
@@ -36,5 +37,5 @@ def recipe() -> Recipe:
         optimizer=spec(create_optimizer_v2, opt="adam", lr=0.01, weight_decay=0.0),
         time_steps=2,
         epochs=10,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

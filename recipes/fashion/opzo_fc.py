@@ -5,7 +5,7 @@ Command:  spiketrain launch recipes/fashion/opzo_fc.py --workers 2
 Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516, for the rule, which has no public code; the
           network is one of ours.
 Result:   top-1 0.8820 on the 10,000 test images after 10 epochs, one seed, with --inline: one core
-          of an AMD EPYC, other work beside it, 2 minutes; commit 15d3b0516162
+          of an AMD EPYC, under other load, 2 minutes; commit 15d3b0516162
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.spiking.neuron import LIF
 from recipes.fashion.opzo import recipe as opzo
 

@@ -6,16 +6,15 @@ Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, for the rule; the network 
           recipes/fashion/ide.py with threshold 1 and rest at -1, so that a spike takes 2 as there;
           its settings, and a third of its epochs.
 Result:   0.8920 top-1 on the 10,000 test images after 20 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 5 minutes; commit 1c241ec47596 (IDE on the same
-          network, spide_ide.py: 0.8930).
-          It ran before weight decay reached biases and gains (ide.py)
+          an AMD EPYC, under other load, 5 minutes; commit 1c241ec47596 (IDE on the same network,
+          spide_ide.py: 0.8930). It ran before weight decay reached biases and gains (ide.py)
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Evaluation, Recipe, spec
 from pipeline.rules.spide import SPIDE
 from pipeline.spiking.neuron import IF
 from recipes.fashion.ide import recipe as ide
@@ -29,5 +28,5 @@ def recipe() -> Recipe:
         model=shared.model.with_(neuron=spec(IF, threshold=1.0, subtract=2.0)),
         rule=spec(SPIDE, steps=100, scale=2.0),
         epochs=20,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )

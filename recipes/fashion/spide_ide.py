@@ -5,15 +5,15 @@ Command:  spiketrain launch recipes/fashion/spide_ide.py --workers 2
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247, on the network of recipes/fashion/spide.py with
           its symmetric reset.
 Result:   0.8930 top-1 on the 10,000 test images after 20 epochs, one run with --inline: one core of
-          an AMD EPYC, other work beside it, 4 minutes; commit 1c241ec47596.
-          It ran before weight decay reached biases and gains (ide.py)
+          an AMD EPYC, under other load, 4 minutes; commit 1c241ec47596. It ran before weight decay
+          reached biases and gains (ide.py)
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.ide import IDE
 from recipes.fashion.spide import recipe as spide
 

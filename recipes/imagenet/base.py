@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from pipeline.data.datasets.beton import Beton
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.train.objective import CrossEntropy

@@ -1,11 +1,12 @@
-"""SEI-BWSNN's ingredients on MS-ResNet-34: 1-bit weights with a shortcut round each, a teacher, T =
-2, SLTT.
+"""SEI-BWSNN's ingredients on MS-ResNet-34: 1-bit weights with a shortcut around each, a teacher, T
+= 2, SLTT.
 
 Real are the first and the last synapse, and those in the shortcuts where a stage changes shape.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/ms_resnet34_sei_bw.py --workers 8
-Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract alone is public: a
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/ms_resnet34_sei_bw.py --workers 8
+Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is public: a
           reconstruction on another network, after Hu et al. 2021 (MS-ResNet), arXiv:2112.08954, SGD
           0.1, 1e-5, batch 256, 125 epochs, and Liu et al. 2020 (ReActNet), arXiv:2003.03488, for
           the two stages, the teacher (a ResNet-34) and its loss.
@@ -19,8 +20,7 @@ from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.ms_resnet import ms_resnet
 from pipeline.models.teachers.timm import timm_teacher
-from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Recipe, Suite, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.schedule import cosine

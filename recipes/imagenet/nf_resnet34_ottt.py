@@ -1,7 +1,8 @@
 """NF-ResNet-34 on ImageNet by OTTT-A at T = 6, from scratch.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/nf_resnet34_ottt.py --workers 8
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/nf_resnet34_ottt.py --workers 8
 Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epochs, SGD 0.1, weight
           decay 2e-5 on biases and gains, too, decay 0.5, no trace at the first convolution and the
           classifier, cross-entropy alone, fp32. These are the defaults of the published code, the
@@ -14,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeline.models.nf_resnet import nf_resnet34
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid

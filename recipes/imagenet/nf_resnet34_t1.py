@@ -1,7 +1,8 @@
 """NF-ResNet-34 on ImageNet at T = 1: the first of SLTT's two stages.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/nf_resnet34_t1.py --workers 8 --name nf34-t1
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/nf_resnet34_t1.py --workers 8 --name nf34-t1
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 100 epochs, SGD 0.1, weight decay
           1e-5, decay 1/11.
 Result:   not run
@@ -10,7 +11,7 @@ Result:   not run
 from __future__ import annotations
 
 from pipeline.models.nf_resnet import nf_resnet34
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.imagenet.base import first_stage
 
 

@@ -1,7 +1,8 @@
 """PreAct-ResNet-18 with ReLU on ImageNet: the first of DSR's two stages.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: SGD 0.1, weight decay 1e-4, batch 256; epochs
           and schedule are not published with the method, 100 with a cosine are ours.
 Result:   not run
@@ -14,7 +15,7 @@ from torch import nn
 
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.preact_resnet import preact_resnet18
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine

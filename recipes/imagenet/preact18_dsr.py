@@ -1,10 +1,11 @@
 """PreAct-ResNet-18 on ImageNet by DSR, integrate-and-fire neurons at T = 50: the second stage, from
 the weights of the ANN.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
           spiketrain launch recipes/imagenet/preact18_dsr.py --workers 8 --set
-          init=runs/preact18-ann
+              init=runs/preact18-ann
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 50, Adam 1e-3, batch 144, 90 epochs, a
           cosine by epoch, 5000 steps of warm-up, alpha 0.5, the gradient of thresholds times 0.001,
           thresholds from the 99.9th percentiles of 5 batches. Those batches are training ones here;
@@ -18,7 +19,7 @@ from dataclasses import replace
 
 from timm.optim import create_optimizer_v2
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.rate import RateIF
 from pipeline.train.schedule import cosine

@@ -1,9 +1,10 @@
-"""Reading B of SEI-BWSNN on QKFormer-10-384: a 1-bit FFN, a shortcut round each of its synapses, a
+"""Reading B of SEI-BWSNN on QKFormer-10-384: a 1-bit FFN, a shortcut around each of its synapses, a
 teacher, T = 2, SLTT.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/qkformer_10_384_sei_bw_reading_b.py --workers 8
-Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract alone is public. A
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/qkformer_10_384_sei_bw_reading_b.py --workers 8
+Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is public. A
           reconstruction as qkformer_10_384_sei_bw.py is, but the stream holds sums of spikes and
           their means over groups.
 Result:   not run (target, none is published for this width)
@@ -11,7 +12,7 @@ Result:   not run (target, none is published for this width)
 
 from __future__ import annotations
 
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Suite
 from recipes.imagenet.qkformer_base import sei
 
 

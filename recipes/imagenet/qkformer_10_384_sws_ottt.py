@@ -1,8 +1,9 @@
-"""QKFormer-10-384 without batch norm, with a shortcut round every synapse of its FFN, on ImageNet
+"""QKFormer-10-384 without batch norm, with a shortcut around every synapse of its FFN, on ImageNet
 by OTTT-A at T = 6.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/qkformer_10_384_sws_ottt.py --workers 8
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/qkformer_10_384_sws_ottt.py --workers 8
 Source:   a construction of ours: Xiao et al. 2022 (OTTT), arXiv:2210.04195, for the rule and T; the
           network of Zhou et al. 2024 (QKFormer), arXiv:2403.16552, with the standardised weights of
           Brock et al. 2021, arXiv:2101.08692, for batch norm.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.ottt import OTTT
 from recipes.imagenet.qkformer_base import qkformer
 

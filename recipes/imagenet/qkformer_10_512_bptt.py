@@ -1,7 +1,8 @@
 """QKFormer-10-512 on ImageNet by BPTT at T = 2: the baseline of its study.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/qkformer_10_512_bptt.py --workers 8
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/qkformer_10_512_bptt.py --workers 8
 Source:   Zhou et al. 2024 (QKFormer), arXiv:2403.16552: AdamW 6e-4 for a batch of 256, weight decay
           0.05, 200 epochs, batch 512.
 Result:   not run (published of another setting, see qkformer_base.py: 82.04 % top-1)
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe import Recipe
 from recipes.imagenet.qkformer_base import SETTING, qkformer
 
 PUBLISHED = (

@@ -1,19 +1,20 @@
-"""SEI-BWSNN on QKFormer-10-512: an FFN of 1-bit weights, a shortcut round each of its synapses, a
+"""SEI-BWSNN on QKFormer-10-512: an FFN of 1-bit weights, a shortcut around each of its synapses, a
 timm teacher, T = 2, SLTT.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/qkformer_10_512_sei_bw.py --workers 8
-Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which the abstract alone is public. A
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/qkformer_10_512_sei_bw.py --workers 8
+Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is public. A
           reconstruction: backbone, place of the shortcuts (reading A: the membrane stream),
           binariser, teacher, stages, settings are ours, after Zhou et al. 2024 (QKFormer),
-          arXiv:2403.16552, and Liu et al. 2020 (ReActNet), arXiv:2003.03488.
-          Reading B: qkformer_10_384_sei_bw_reading_b.py.
+          arXiv:2403.16552, and Liu et al. 2020 (ReActNet), arXiv:2003.03488. Reading B:
+          qkformer_10_384_sei_bw_reading_b.py.
 Result:   not run (target, none is published for this width)
 """
 
 from __future__ import annotations
 
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Suite
 from recipes.imagenet.qkformer_base import sei
 
 

@@ -1,8 +1,9 @@
 """QKFormer-10-512 on ImageNet by SLTT-1 at T = 2: one of the two time steps, drawn anew for each
 batch, is differentiated.
 
-Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg --max-resolution
-          500 spiketrain launch recipes/imagenet/qkformer_10_512_sltt_k1.py --workers 8
+Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
+              --max-resolution 500
+          spiketrain launch recipes/imagenet/qkformer_10_512_sltt_k1.py --workers 8
 Source:   Meng et al. 2023 (SLTT-K), arXiv:2302.14311, for the rule; the rest as
           qkformer_10_512_bptt.py, whose study this is.
 Result:   not run (no target is published for this rule on this network)
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Recipe, spec
 from pipeline.rules.sltt import SLTT
 from recipes.imagenet.qkformer_10_512_bptt import recipe as bptt
 

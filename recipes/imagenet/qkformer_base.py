@@ -18,8 +18,7 @@ from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.qkformer import qkformer_10
 from pipeline.models.teachers.timm import timm_teacher
-from pipeline.recipe.recipe import Recipe, spec
-from pipeline.recipe.suite import Suite
+from pipeline.recipe import Recipe, Suite, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation

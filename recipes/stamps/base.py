@@ -21,7 +21,7 @@ from pipeline.models.teachers.cache import Cache
 from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.timm import timm_teacher
 from pipeline.models.teachers.weights import Package
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe import Evaluation, Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
@@ -79,7 +79,7 @@ def qkformer() -> Recipe:
         time_steps=2,
         batch_size=64,
         epochs=12,
-        evaluate_every=0,
+        evaluation=Evaluation(every=0),
     )
 
 

@@ -23,6 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.core.errors import UserError
 from pipeline.launch.in_process import Inline
+from pipeline.recipe import Checkpointing, Policy
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import background, step_folders, step_name
 from pipeline.train.guards import storage
@@ -45,7 +46,7 @@ STEPS = [
     12,
     15,
     16,
-]  # behind which checkpoints stand: checkpoint_every, and each epoch's end
+]  # of the checkpoints: checkpoints.every, and each epoch's end
 FILES = ["plain/state.pt", "rng_rank0.pt", "model.safetensors", "trainer.json", "manifest.json"]
 
 
@@ -246,7 +247,7 @@ def test_going_back_waits_for_the_checkpoint_that_is_being_written(
     tmp_path: Path, slow: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hit(monkeypatch, {6, 7})
-    train_inline(tmp_path / "hit", small_recipe(max_skips=1))
+    train_inline(tmp_path / "hit", small_recipe(policy=Policy(max_skips=1)))
     assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [6]
     assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 6]
 
@@ -268,13 +269,13 @@ def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
     with monkeypatch.context() as patch:
         patch.setattr(background, "_write", fails_once)
         hit(patch, {6})
-        train_inline(tmp_path / "hit", small_recipe(max_skips=0))
+        train_inline(tmp_path / "hit", small_recipe(policy=Policy(max_skips=0)))
     assert [event["step"] for event in events(tmp_path / "hit", "unwritten")] == [6]
     assert [(event["step"], event["to"]) for event in events(tmp_path / "hit", "rollback")] == [
         (6, 3)
     ]
     assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 3]
-    train_inline(tmp_path / "told", small_recipe(skip=((3, 7),)))
+    train_inline(tmp_path / "told", small_recipe(policy=Policy(skip=((3, 7),))))
     assert same_weights(tmp_path / "hit", tmp_path / "told") and not same_weights(
         tmp_path / "hit", whole
     )
@@ -309,7 +310,7 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
 
     monkeypatch.setattr(background, "_write", fails)
     monkeypatch.setattr(Trainer, "_between_batches", once_it_is_known)
-    train_inline(tmp_path / "run", small_recipe(checkpoint_every=step))
+    train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=step)))
     [event] = events(tmp_path / "run", "unwritten")
     assert (event["step"], event["error"]) == (
         step,
@@ -334,7 +335,7 @@ def test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_mor
         write(file, value)
 
     monkeypatch.setattr(background, "_write", fails_once)
-    recipe = small_recipe(checkpoint_every=0)
+    recipe = small_recipe(checkpoints=Checkpointing(every=0))
     if stops:
         between = Trainer._between_batches
 
@@ -421,9 +422,9 @@ def test_what_a_run_has_written_down_is_waited_for(
 
 
 def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: None) -> None:
-    make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
     (tmp_path / "run" / "stop").touch()
-    assert train_inline(tmp_path / "run", small_recipe(checkpoint_every=0)) is None
+    assert train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))) is None
     assert [event["event"] for event in read(tmp_path / "run" / "journal.jsonl")][-2:] == [
         "checkpoint",
         "stopped",
@@ -459,7 +460,7 @@ RECIPE = """
 from tests.small import small_recipe
 
 def recipe():
-    return small_recipe(checkpoint_every={every})
+    return small_recipe().override({{"checkpoints.every": {every}}})
 """
 
 
@@ -579,7 +580,7 @@ from tests.small import small_recipe
 
 def recipe():
     data = spec(Synthetic, samples=8 * 200, val_samples=20, shape=(1, 8, 8))
-    return small_recipe(data=data, checkpoint_every=0, backend="deepspeed")
+    return small_recipe(data=data, backend="deepspeed").override({"checkpoints.every": 0})
 """
 
 

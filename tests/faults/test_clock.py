@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.track.events import Event, Step
 from pipeline.track.journal import Journal, read
 from pipeline.track.state import state_of
 from pipeline.train.checkpoint import read_trainer, step_folders
@@ -28,16 +29,16 @@ def test_set_back_in_the_middle_and_before_a_resume(
     draw, recipe = random.Random(SEED), small_recipe()
     dies, turns = draw.randrange(4, 8), draw.randrange(10, 15)
     train_inline(tmp_path / "untouched", recipe)
-    clock, behind, told = time.time, [0.0], Journal.event
+    clock, behind, written = time.time, [0.0], Journal.write
 
-    def event(self: Journal, kind: str, /, **fields: object) -> None:
-        if kind == "step" and fields["step"] == turns:
+    def write(self: Journal, event: Event, /) -> None:
+        if isinstance(event, Step) and event.step == turns:
             behind[0] = 2 * HOUR
-        told(self, kind, **fields)  # type: ignore[arg-type]
+        written(self, event)
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: clock() - behind[0])
-        patch.setattr(Journal, "event", event)
+        patch.setattr(Journal, "write", write)
         with patch.context() as inside:
             die_at(inside, dies)
             with pytest.raises(Killed):

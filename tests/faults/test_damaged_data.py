@@ -32,7 +32,7 @@ from pipeline.data.order import permutation
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.recipe import Policy, Recipe, spec
 from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train import assemble
@@ -145,7 +145,9 @@ def recipe(data: Path, **changes: Any) -> Recipe:
         "mean": (0.5,),
         "std": (0.5,),
     }
-    return small_recipe(data=spec(Beton, folder=str(data), **how), replicas_every=0, **changes)
+    return small_recipe(
+        data=spec(Beton, folder=str(data), **how), policy=Policy(replicas_every=0), **changes
+    )
 
 
 def train(run: Path, recipe: Recipe, *, verify: Any = "full") -> dict[str, Any] | None:

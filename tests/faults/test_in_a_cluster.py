@@ -104,20 +104,22 @@ class FaultyLoader:
 '''
 RECIPE = """
 from dataclasses import replace
-from pipeline.recipe.recipe import spec
+from pipeline.recipe.recipe import Policy, spec
 from pipeline.rules.sltt import SLTT
 from tests.small import small_recipe
 from faulty_lab import Faulty, FaultyData
 
 def recipe():
-    made = small_recipe(
-        backend="deepspeed", epochs=6, checkpoint_every=5, replicas_every=5, evaluate_every=6
-    )
+    made = small_recipe(backend="deepspeed", epochs=6)
+    often = {"checkpoints.every": 5, "policy.replicas_every": 5, "evaluation.every": 6}
+    made = made.override(often)
     return replace(made, {change})
 """
 
 
-CHECKPOINTS = sorted({*range(0, 49, 5), *range(0, 49, 8)})  # checkpoint_every, and each epoch's end
+CHECKPOINTS = sorted(
+    {*range(0, 49, 5), *range(0, 49, 8)}
+)  # checkpoints.every, and each epoch's end
 
 
 def newest(step: int) -> int:
@@ -228,7 +230,7 @@ def runs(
         RECIPE.format(change="rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)")
     )
     (folder / "told.py").write_text(
-        RECIPE.format(change=f"rule=spec(SLTT), skip=(({step}, {step + 1}),)")
+        RECIPE.format(change=f"rule=spec(SLTT), policy=Policy(skip=(({step}, {step + 1}),))")
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)

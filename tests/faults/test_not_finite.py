@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.core.errors import Diverged, remedy
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.recipe import Checkpointing, Policy, Recipe, spec
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.encode import over_steps
 from pipeline.track.journal import read
@@ -37,7 +37,7 @@ SEED = 20261127  # of the batches
 STEPS = 16
 CHECKPOINTS = sorted(
     {*range(0, STEPS + 1, 3), *range(0, STEPS + 1, 8)}
-)  # checkpoint_every, and each epoch's end
+)  # checkpoints.every, and each epoch's end
 
 
 def newest(step: int) -> int:
@@ -64,12 +64,12 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def recipe(**changes: Any) -> Recipe:
-    return small_recipe(epochs=2, checkpoint_every=3, **changes)
+    return small_recipe(epochs=2, checkpoints=Checkpointing(every=3), **changes)
 
 
 def told(run: Path, skip: tuple[tuple[int, int], ...], **changes: Any) -> Path:
     """The run that meets nothing and was told to pass over the same batches."""
-    train_inline(run, recipe(skip=skip, **changes))
+    train_inline(run, recipe(policy=Policy(skip=skip), **changes))
     return run
 
 
@@ -102,7 +102,7 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(
     last, to = first + 3, newest(first + 3)
     with monkeypatch.context() as patch:
         hit(patch, range(first, last + 1))
-        summary = train_inline(tmp_path / "hit", recipe(max_skips=3))
+        summary = train_inline(tmp_path / "hit", recipe(policy=Policy(max_skips=3)))
     [back] = events(tmp_path / "hit", "rollback")
     assert (back["step"], back["to"], back["reason"]) == (last, to, REASON)
     assert back["advice"].startswith("lower optimizer.lr (0.1)")
@@ -149,13 +149,13 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
                 r" optimizer"
             ),
         ):
-            train_inline(run, recipe(max_rollbacks=1))
+            train_inline(run, recipe(policy=Policy(max_rollbacks=1)))
     assert [event["to"] for event in events(run, "rollback")] == [6]
     assert [steps[-1] for steps in found] == [6] and checkpoint_steps(checkpoints)[-1] == 6
     assert not events(run, "evaluation")  # no score to be best by
     quarantined = [event["reason"] for event in events(run, "quarantine")]
     assert quarantined == ["the loss of the evaluation after it is nan"] * 2 * is_saved_before
-    train_inline(run, recipe(max_rollbacks=2))  # resumed, it goes on from there
+    train_inline(run, recipe(policy=Policy(max_rollbacks=2)))  # resumed, it goes on from there
     assert [start["step"] for start in events(run, "start")] == [0, 6, 6]
 
 
@@ -193,8 +193,11 @@ def test_where_zero_holds_the_gradients_it_is_seen_all_the_same(tmp_path: Path, 
     Each keeps half of the momentum, and the summary tells what a worker without ZeRO would keep.
     """
     step = random.Random(SEED + zero).randrange(3, STEPS)
-    told = recipe(backend="deepspeed", zero=zero, skip=((newest(step), step + 1),))
-    jobs = make_run(tmp_path / "hit", replace(told, skip=())), make_run(tmp_path / "told", told)
+    told = recipe(backend="deepspeed", zero=zero, policy=Policy(skip=((newest(step), step + 1),)))
+    jobs = (
+        make_run(tmp_path / "hit", replace(told, policy=Policy(skip=()))),
+        make_run(tmp_path / "told", told),
+    )
     (tmp_path / "meeting").mkdir()
     run_ranks(_one_is_hit, 2, tmp_path / "meeting", *jobs, step)
     [back] = events(tmp_path / "hit", "rollback")
@@ -233,7 +236,7 @@ def test_at_the_end_of_the_ladder_it_gives_up(
                 r"times; lower optimizer.lr \(0.1\) or set clip_norm=1.0$"
             ),
         ):
-            train_inline(tmp_path / "hit", recipe(max_skips=1, max_rollbacks=1))
+            train_inline(tmp_path / "hit", recipe(policy=Policy(max_skips=1, max_rollbacks=1)))
     assert (
         state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
     )
@@ -242,21 +245,21 @@ def test_at_the_end_of_the_ladder_it_gives_up(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"skip": ((3, 3),)}, "recipe: skip must be pairs of batches"),
-        ({"skip": ((-1, 3),)}, "recipe: skip must be pairs of batches"),
-        ({"loss_spike": 0.5}, "recipe: loss_spike must be 0 or above 1; got 0.5"),
-        ({"max_skips": -1}, "recipe: max_skips must not be negative; got -1"),
+        ({"policy.skip": ((3, 3),)}, "recipe: policy.skip must be pairs of batches"),
+        ({"policy.skip": ((-1, 3),)}, "recipe: policy.skip must be pairs of batches"),
+        ({"policy.loss_spike": 0.5}, "recipe: policy.loss_spike must be 0 or above 1; got 0.5"),
+        ({"policy.max_skips": -1}, "recipe: policy.max_skips must be at least 0; got -1"),
     ],
 )
 def test_a_ladder_without_rungs_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        small_recipe(**changes)
+        small_recipe().override(changes)
 
 
 @pytest.mark.distributed
 def test_weights_that_are_not_finite_on_one_rank_end_all(tmp_path: Path) -> None:
     job = make_run(
-        tmp_path / "run", small_recipe(backend="deepspeed", replicas_every=0)
+        tmp_path / "run", small_recipe(backend="deepspeed", policy=Policy(replicas_every=0))
     )  # else the other's weights come back
     said = (
         "training: weights and what the rule learnt must be finite to be saved; they are not after"

@@ -28,7 +28,6 @@ from pipeline.rules.base import LossOf, LossTerm, Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
-from pipeline.train.guards.oom import FILE
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
@@ -106,7 +105,7 @@ def test_another_error_of_the_device_ends_the_run(
     )
     with pytest.raises(RuntimeError, match="illegal memory access"):
         train_inline(tmp_path / "hit", small_recipe(stop_after=1))
-    assert not (tmp_path / "hit" / FILE).exists()
+    assert not (tmp_path / "hit" / "micro_batch.json").exists()
 
 
 def of_20_steps(**changes: Any) -> Recipe:
@@ -331,7 +330,7 @@ def test_where_no_fewer_can_be_taken_it_says_why_and_notes_nothing(
         )
         with pytest.raises(UserError, match=said):
             train_inline(tmp_path / "hit", small_recipe(**changes))
-    assert not (tmp_path / "hit" / FILE).exists()
+    assert not (tmp_path / "hit" / "micro_batch.json").exists()
 
 
 @pytest.mark.distributed

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.models.feedback import fc_feedback
-from pipeline.recipe.recipe import Spec, spec, write_json
+from pipeline.recipe.recipe import Checkpointing, Spec, spec, write_json
 from pipeline.rules.base import Rule
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
@@ -28,7 +28,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.evaluation import Evaluation
 from pipeline.train.guards import preemption
-from pipeline.train.job import REFUSAL, SAVE, STOP, Job, Notice, RankInfo, no_notice
+from pipeline.train.job import Job, Notice, RankInfo, no_notice
 from pipeline.train.rule_metrics import Figures
 from pipeline.train.worker import run
 from tests.processes import run_ranks
@@ -44,7 +44,10 @@ def steps_of(folder: Path, kind: str) -> list[int]:
 
 @pytest.fixture
 def untouched(tmp_path: Path) -> Path:
-    run(make_run(tmp_path / "untouched", small_recipe(checkpoint_every=0)), RankInfo())
+    run(
+        make_run(tmp_path / "untouched", small_recipe(checkpoints=Checkpointing(every=0))),
+        RankInfo(),
+    )
     return tmp_path / "untouched"
 
 
@@ -58,7 +61,7 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouch
         return Notice(("node",), deadline) if asked >= told else None
 
     deadline = time.time() + 120
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
     assert run(job, RankInfo(notice=notice)) is not None
     [event] = [
         event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
@@ -92,7 +95,9 @@ def test_a_notice_is_saved_upon_once_more_before_its_deadline(
     monkeypatch.setattr(trainer.Trainer, "_micro_batches", slowly)
     monkeypatch.setattr(preemption, "MARGIN_S", 2.8)
     data = small_recipe().data.with_(samples=160)
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, data=data, stop_after=12))
+    job = make_run(
+        tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0), data=data, stop_after=12)
+    )
     assert run(job, RankInfo(notice=lambda: told[-1] if told else None)) is not None
     assert steps_of(tmp_path / "run", "preempted") == [step + 1]
     first, last, *others = [
@@ -115,11 +120,16 @@ def test_who_asks_for_a_save_may_know_of_a_notice_first(
 
     def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
         if self.step in asked:
-            write_json(self.folder / SAVE, asdict(Notice(("node",), time.time() + 60)))
+            write_json(self.folder / "save", asdict(Notice(("node",), time.time() + 60)))
         original(self, epoch, last=last)
 
     monkeypatch.setattr(trainer.Trainer, "_between_batches", between)
-    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), RankInfo()) is not None
+    assert (
+        run(
+            make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))), RankInfo()
+        )
+        is not None
+    )
     [event] = [
         event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
     ]  # told once
@@ -139,12 +149,17 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
 
     def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
         if self.step == step:
-            (self.folder / SAVE).write_text("2 workers become 3")
+            (self.folder / "save").write_text("2 workers become 3")
         original(self, epoch, last=last)
-        assert not (self.folder / SAVE).exists()
+        assert not (self.folder / "save").exists()
 
     monkeypatch.setattr(trainer.Trainer, "_between_batches", between)
-    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), RankInfo()) is not None
+    assert (
+        run(
+            make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))), RankInfo()
+        )
+        is not None
+    )
     assert steps_of(tmp_path / "run", "checkpoint") == sorted([step, 8, 16])
     events = [
         event["event"]
@@ -156,7 +171,7 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
 
 
 def ask_in_an_evaluation(
-    patch: pytest.MonkeyPatch, *, of: int, file: str = STOP, said: str = "SIGTERM"
+    patch: pytest.MonkeyPatch, *, of: int, file: str = "stop", said: str = "SIGTERM"
 ) -> None:
     """Somebody asks to stop, or to save, while the evaluation after `of` steps is under way, with
     batches of it to come.
@@ -176,7 +191,7 @@ def ask_in_an_evaluation(
 def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
     with monkeypatch.context() as patch:
         ask_in_an_evaluation(patch, of=step)
         assert run(job, RankInfo()) is None
@@ -186,7 +201,7 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
         == steps_of(tmp_path / "run", "stopped")[-1]
         == step
     )
-    (tmp_path / "run" / STOP).unlink()  # as whoever resumes does
+    (tmp_path / "run" / "stop").unlink()  # as whoever resumes does
     assert run(job, RankInfo()) is not None
     assert evaluations(tmp_path / "run") == evaluations(untouched)
     assert same_weights(tmp_path / "run", untouched)
@@ -198,13 +213,15 @@ def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_th
 ) -> None:
     """That attempt trains no batch: 0 would be a perfect solve, and a silent network."""
     network = spec(fc_feedback, in_features=64, hidden=12)
-    recipe = small_recipe(model=network, rule=rule, over_time="mean", checkpoint_every=0)
+    recipe = small_recipe(
+        model=network, rule=rule, over_time="mean", checkpoints=Checkpointing(every=0)
+    )
     whole = run(make_run(tmp_path / "whole", recipe), RankInfo())
     job = make_run(tmp_path / "run", recipe)
     with monkeypatch.context() as patch:
         ask_in_an_evaluation(patch, of=16)
         assert run(job, RankInfo()) is None
-    (tmp_path / "run" / STOP).unlink()
+    (tmp_path / "run" / "stop").unlink()
     resumed = run(job, RankInfo())
     assert whole is not None and resumed is not None
     assert resumed["rule_figures"] == whole["rule_figures"] != {}
@@ -222,9 +239,14 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notice = json.dumps(asdict(Notice(("node",), time.time() + 60)))
-    ask_in_an_evaluation(monkeypatch, of=8, file=SAVE, said=notice)
-    assert run(make_run(tmp_path / "run", small_recipe(checkpoint_every=0)), RankInfo()) is not None
-    assert not (tmp_path / "run" / SAVE).exists()
+    ask_in_an_evaluation(monkeypatch, of=8, file="save", said=notice)
+    assert (
+        run(
+            make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))), RankInfo()
+        )
+        is not None
+    )
+    assert not (tmp_path / "run" / "save").exists()
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert steps_of(tmp_path / "run", "checkpoint") == [
         8,
@@ -239,7 +261,7 @@ def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
 def test_a_notice_waits_for_no_evaluation(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
     assert run(job, RankInfo(notice=told_in_an_evaluation(monkeypatch, of=8))) is not None
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert steps_of(tmp_path / "run", "preempted") == [8]
@@ -279,7 +301,7 @@ class Killed(BaseException):
 def test_what_dies_in_an_evaluation_has_saved_before_it(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
     monkeypatch.setattr(checkpointing, "UNSAVED_S", -1.0)
 
     def dies(*args: object, **more: object) -> None:
@@ -308,8 +330,10 @@ def test_two_ranks_leave_an_evaluation_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where one of them alone has seen that it is to stop, or has no more batches."""
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
-    assert run_ranks(_asked_one, 2, tmp_path, job, STOP) == [None, None]
+    job = make_run(
+        tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0), backend="deepspeed")
+    )
+    assert run_ranks(_asked_one, 2, tmp_path, job, "stop") == [None, None]
     assert (steps_of(tmp_path / "run", "stopped"), steps_of(tmp_path / "run", "evaluation")) == (
         [8],
         [],
@@ -318,8 +342,10 @@ def test_two_ranks_leave_an_evaluation_together(
 
 @pytest.mark.distributed
 def test_two_ranks_save_in_an_evaluation_together(tmp_path: Path) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0, backend="deepspeed"))
-    run_ranks(_asked_one, 2, tmp_path, job, SAVE)
+    job = make_run(
+        tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0), backend="deepspeed")
+    )
+    run_ranks(_asked_one, 2, tmp_path, job, "save")
     assert (steps_of(tmp_path / "run", "checkpoint"), steps_of(tmp_path / "run", "evaluation")) == (
         [8, 8, 16],
         [8, 16],
@@ -337,7 +363,7 @@ def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
 
 @pytest.mark.distributed
 def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(tmp_path: Path) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoint_every=0))
+    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
     run_ranks(_told_to_one, 2, tmp_path, job)
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
     assert (steps_of(tmp_path / "run", "preempted"), steps_of(tmp_path / "run", "evaluation")) == (
@@ -359,7 +385,7 @@ def test_a_group_that_is_taken_from_workers_who_train_is_no_refusal(tmp_path: Pa
     (tmp_path / "meeting").mkdir()
     said = run_ranks(_without_a_group, 2, tmp_path / "meeting", job)
     assert said == ["worker: its process group was taken away while it trained"] * 2
-    assert not (tmp_path / "run" / REFUSAL).exists()
+    assert not (tmp_path / "run" / "refusal.json").exists()
 
 
 def _without_a_group(rank: int, ranks: int, job: Job) -> str:
@@ -393,7 +419,7 @@ def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
 )
 def test_a_run_that_stopped_says_who_asked(tmp_path: Path, said: str, reason: str) -> None:
     job = make_run(tmp_path / "run", small_recipe())
-    (tmp_path / "run" / STOP).write_text(said)
+    (tmp_path / "run" / "stop").write_text(said)
     assert run(job, RankInfo()) is None
     stopped = read(tmp_path / "run" / "journal.jsonl")[-1]
     assert stopped["reason"] == reason

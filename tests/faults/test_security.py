@@ -368,9 +368,7 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
     run, runs = tmp_path / "runs" / "it", ("--runs", str(tmp_path / "runs"))
     value = read_json(run / "recipe.json")
     write_json(run / "recipe.json", {**value, "recipe": {**value["recipe"], "model": model}})
-    said = (
-        f"{where}.load_state_dict is not in a trusted package; trusted are pipeline.data.datasets, "
-    )
+    said = f"{where}.load_state_dict is not in a trusted package; name its package with --trust"
     for words in (
         ("resume", "it"),
         ("evaluate", "it"),

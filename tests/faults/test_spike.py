@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
+from pipeline.recipe import Policy
 from pipeline.rules.base import LossOf
 from pipeline.track.journal import read
 from pipeline.train.guards.anomaly import WINDOW, Skipped
@@ -50,12 +52,11 @@ def test_it_is_passed_over_or_gone_back_for(
     changes: dict[str, Any] = {
         "epochs": 12,
         "stop_after": STEPS,
-        "loss_spike": 10.0,
-        "max_skips": max_skips,
     }
+    policy = Policy(loss_spike=10.0, max_skips=max_skips)
     with monkeypatch.context() as patch:
         leaping(patch, {step})
-        train_inline(tmp_path / "hit", small_recipe(**changes))
+        train_inline(tmp_path / "hit", small_recipe(**changes, policy=policy))
     events = read(tmp_path / "hit" / "journal.jsonl")
     if max_skips:
         first = step
@@ -65,5 +66,8 @@ def test_it_is_passed_over_or_gone_back_for(
         first, reason = back["to"], back["reason"]
         assert Skipped.read(tmp_path / "hit") == Skipped(1, ((first, step + 1),))
     assert "is more than 10 times the usual" in reason
-    train_inline(tmp_path / "told", small_recipe(**changes, skip=((first, step + 1),)))
+    train_inline(
+        tmp_path / "told",
+        small_recipe(**changes, policy=replace(policy, skip=((first, step + 1),))),
+    )
     assert same_weights(tmp_path / "hit", tmp_path / "told")

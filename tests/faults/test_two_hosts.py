@@ -46,8 +46,9 @@ from tests.small import small_recipe
 from slow_lab import Slow
 
 def recipe():
-    made = small_recipe(backend="deepspeed", epochs=15, checkpoint_every=10)
-    return replace(made, rule=spec(Slow))
+    return replace(small_recipe(backend="deepspeed", epochs=15), rule=spec(Slow)).override(
+        {"checkpoints.every": 10}
+    )
 """
 
 

@@ -18,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.train.objective import CrossEntropy
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Checkpointing, Recipe, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.train.schedule import cosine
 
@@ -34,7 +34,7 @@ def recipe():
         time_steps=4,
         batch_size=32,
         epochs=2,
-        checkpoint_every=5,
+        checkpoints=Checkpointing(every=5),
         log_every=1,
     )
 """

@@ -26,8 +26,7 @@ import pytest
 import yaml
 
 from pipeline.launch.ray_cluster import free_port
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import connect
+from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
 from tests.track.conftest import FakeRun, fake_run, steps
 

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from s3fs import S3FileSystem
 
-from pipeline.recipe.recipe import read_json, write_json
+from pipeline.recipe.recipe import Policy, read_json, write_json
 from pipeline.track.connect import connect
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import claim, place_at, step_folders
 from pipeline.train.guards.anomaly import Skipped
-from pipeline.train.job import STOP
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from tests.faults.test_not_finite import hit
@@ -104,12 +103,12 @@ def test_what_a_run_has_decided_outlives_its_folder(
     batches to be skipped.
     """
     one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
-    changes = ("--set", "max_skips=0", "--set", "max_rollbacks=1")
+    changes = ("--set", "policy.max_skips=0", "--set", "policy.max_rollbacks=1")
     between = Trainer._between_batches
 
     def stopped(self: Trainer, epoch: int, *, last: bool) -> None:
         if self.step == 4 and self.parts.skipped.rollbacks:
-            (self.folder / STOP).touch()
+            (self.folder / "stop").touch()
         between(self, epoch, last=last)
 
     hit(monkeypatch, {5})
@@ -130,7 +129,9 @@ def test_what_a_run_has_decided_outlives_its_folder(
     ] == [(4, 4)]
     assert [event["step"] for event in events if event["event"] == "skipped"] == [4, 5]
     assert Skipped.read(other) == Skipped(1, ((3, 6),))
-    train_inline(tmp_path / "told", small_recipe(epochs=1, micro_batch=4, skip=((3, 6),)))
+    train_inline(
+        tmp_path / "told", small_recipe(epochs=1, micro_batch=4, policy=Policy(skip=((3, 6),)))
+    )
     assert same_weights(other, tmp_path / "told")
 
 
@@ -157,7 +158,7 @@ def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_micro_batches", micro_batches)
-        code, _, said = run("--runs", str(tmp_path / "one"), "--set", "keep=1")
+        code, _, said = run("--runs", str(tmp_path / "one"), "--set", "checkpoints.keep=1")
     assert (code, len(said.strip().splitlines())) == (2, 1)
     assert said.startswith(
         f"checkpoint: cannot be written after step 6: checkpoints: the owner of {address} must be"
@@ -178,7 +179,7 @@ def test_a_driver_whose_place_another_has_taken_over_ends_at_its_next_save(
     ] == [3]
 
     code, _, said = run(
-        "--runs", str(tmp_path / "one"), "--set", "keep=1", "--or-resume"
+        "--runs", str(tmp_path / "one"), "--set", "checkpoints.keep=1", "--or-resume"
     )  # whoever begins last has it
     assert code == 0, said
     assert {path.name for path in address.iterdir()} == {"owner.json", "step_00000008"}
@@ -293,7 +294,9 @@ def test_a_run_whose_credentials_are_not_at_hand_asks_for_them_at_once(
     with s3_server() as bucket:
         with monkeypatch.context() as patch:
             patch.setattr(
-                Trainer, "_train", lambda attempt: (attempt.folder / STOP).touch() or train(attempt)
+                Trainer,
+                "_train",
+                lambda attempt: (attempt.folder / "stop").touch() or train(attempt),
             )
             code, _, said = run(*words, elsewhere=f"{bucket}/{key}")
         assert code == 130, said

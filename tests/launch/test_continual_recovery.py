@@ -41,8 +41,7 @@ def recipe():
         time_steps=6,
         backend="deepspeed",
         zero=1,
-        checkpoint_every=5,
-    )
+    ).override({"checkpoints.every": 5})
 """
 SECOND_TASK = range(64, 128)
 

@@ -23,12 +23,13 @@ from pipeline.launch import driver as driving
 from pipeline.launch.base import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive
 from pipeline.launch.signals import StopRequest
-from pipeline.track.journal import Event, Follower, Journal, read
+from pipeline.track.journal import Follower, Journal, Record, read
 from pipeline.train.checkpoint import owner_of, place_at
 from pipeline.train.checkpoint.folder import Folder
 from pipeline.train.guards import storage
 from pipeline.train.guards.deaths import note_death
-from pipeline.train.job import STOP, Job
+from pipeline.train.job import Job
+from tests.events import event
 
 START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
 
@@ -56,12 +57,12 @@ class Launcher:
 
     def run(self, job: Job, attempt: str) -> dict[str, Any]:
         with Journal(Path(job.run) / "journal.jsonl", attempt=0) as journal:
-            journal.event("start", **START)
+            journal.write(event("start", **START))
             for step in range(1, 4):
                 time.sleep(0.06)
                 self.meanwhile(step)
-                journal.event("evaluation", step=step, epoch=0, metrics={})
-            journal.event("finish", steps=3)
+                journal.write(event("evaluation", step=step))
+            journal.write(event("finish", step=3))
         return {"steps": 3}
 
 
@@ -142,7 +143,7 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 ) -> None:
     poll, failed = Follower.poll, []
 
-    def stale(self: Follower, **about: Any) -> list[Event]:
+    def stale(self: Follower, **about: Any) -> list[Record]:
         if self.offset and len(failed) < 3:
             failed.append(self)
             raise OSError(errno.ESTALE, "Stale file handle")
@@ -158,7 +159,7 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(self: Any, event: Event) -> None:
+    def mistaken(self: Any, event: Record) -> None:
         raise KeyError("top1")
 
     monkeypatch.setattr("pipeline.launch.progress.Watch._on_evaluation", mistaken)
@@ -249,7 +250,7 @@ def test_a_journal_that_takes_no_more_leaves_the_line_that_the_workers_ended_wit
 ) -> None:
     def end(step: int) -> None:
         note_death(tmp_path, worker=2, error="KeyError: 'cable'")
-        monkeypatch.setattr(Journal, "event", full)
+        monkeypatch.setattr(Journal, "write", full)
         raise LaunchError("worker 2: 'cable'")
 
     def full(*given: Any, **about: Any) -> None:
@@ -268,7 +269,7 @@ def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
     write, failed, there = Path.write_text, [], []
 
     def away(self: Path, text: str, *more: Any) -> int:
-        if self.name == STOP and len(failed) < 2:
+        if self.name == "stop" and len(failed) < 2:
             failed.append(text)
             raise OSError(errno.ESTALE, "Stale file handle")
         return write(self, text, *more)
@@ -279,7 +280,7 @@ def test_whoever_asks_to_stop_is_heard_and_told_so_on_storage_that_is_away(
         os.kill(os.getpid(), signal.SIGTERM)
         deadline = time.monotonic() + 20
         while not there and time.monotonic() < deadline:
-            there.extend(tmp_path.glob(STOP))
+            there.extend(tmp_path.glob("stop"))
             time.sleep(0.01)
 
     monkeypatch.setattr(Path, "write_text", away)
@@ -301,7 +302,7 @@ def test_at_once_is_at_once_where_nothing_can_be_said(
 
     request = StopRequest(tmp_path, reentrant)
     request.hear(signal.SIGTERM)
-    assert (tmp_path / STOP).read_text() == "SIGTERM" and ended == []
+    assert (tmp_path / "stop").read_text() == "SIGTERM" and ended == []
     with pytest.raises(RuntimeError):
         request.hear(signal.SIGTERM)
     assert ended == [130]

@@ -150,7 +150,7 @@ from mysnn.data import Stripes
 from mysnn.network import Striped
 from mysnn.rule import LastStep
 from pipeline.train.objective import CrossEntropy
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Checkpointing, Recipe, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.train.schedule import cosine
 
@@ -167,7 +167,7 @@ def recipe():
         time_steps=3,
         batch_size=8,
         epochs=3,
-        checkpoint_every=3,
+        checkpoints=Checkpointing(every=3),
     )
 """
 SPIKETRAIN = str(Path(sys.executable).with_name("spiketrain"))

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from pipeline.core.printing import NO_WIDTH
 from pipeline.launch.progress import Watch
+from tests.events import typed
 
 START = {
     "event": "start",
@@ -60,6 +61,10 @@ def watch(*, terminal: bool = False, width: int = 60) -> tuple[Watch, io.StringI
     )
 
 
+def show(view: Watch, records: list[dict[str, Any]]) -> None:
+    view.show([typed(record) for record in records])
+
+
 def test_what_can_be_copied_is_printed_at_once_and_whole():
     _, out, _ = watch()
     assert out.getvalue().splitlines() == [
@@ -73,10 +78,10 @@ def test_what_can_be_copied_is_printed_at_once_and_whole():
 def test_plain_lines_come_every_ten_seconds():
     view, out, clock = watch()
     out.truncate(0)
-    view.show([START])
+    show(view, [START])
     for number in range(1, 26):
         clock.now = float(number)
-        view.show([step(number)])
+        show(view, [step(number)])
     lines = out.getvalue().lstrip("\0").splitlines()
     assert (
         lines[0] == "start   SLTT on 2 workers, 100 steps of 64 samples, study 01234567, commit abc"
@@ -92,8 +97,8 @@ def test_plain_lines_come_every_ten_seconds():
 
 def test_the_time_that_is_left_has_no_start_up_in_it():
     view, out, _ = watch()
-    view.show([START, {"event": "first_batch", "time": 1030.0, "step": 1, "startup_s": 42.0}])
-    view.show([{**step(11), "time": 1040.0}])
+    show(view, [START, {"event": "first_batch", "time": 1030.0, "step": 1, "startup_s": 42.0}])
+    show(view, [{**step(11), "time": 1040.0}])
     lines = out.getvalue().splitlines()
     assert lines[-2] == "started after 42 s: imports, compilation and the first batch are done"
     assert lines[-1].endswith("  0:01:29 left")
@@ -101,17 +106,18 @@ def test_the_time_that_is_left_has_no_start_up_in_it():
 
 def test_of_many_steps_at_once_the_newest_is_drawn():
     view, out, _ = watch()
-    view.show([START, *(step(number) for number in range(1, 50))])
+    show(view, [START, *(step(number) for number in range(1, 50))])
     assert re.findall(r"step (\d+)/100", out.getvalue()) == ["49"]
 
 
 def test_everything_else_is_a_line_of_its_own_at_once():
     view, out, clock = watch()
-    view.show([START, step(10)])
+    show(view, [START, step(10)])
     out.truncate(0)
     clock.now = 1.0
     metrics = {"top1": 0.5, "top5": 1, "loss": "nan", "firing_rate": 0.1}
-    view.show(
+    show(
+        view,
         [
             {"event": "evaluation", "step": 10, "epoch": 0, "metrics": metrics},
             {
@@ -142,7 +148,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
             {"event": "undeleted", "step": 10, "error": "PermissionError: Access Denied"},
             {"event": "preempted", "step": 11, "machines": ["a", "b"], "seconds_left": 59.6},
             {"event": "preempted", "step": 12, "machines": ["a"], "seconds_left": None},
-            {"event": "skipped", "step": 7, "reason": "loss is nan", "samples": 64},
+            {"event": "skipped", "step": 7, "reason": "loss is nan", "samples": 64, "epoch": 1},
             {
                 "event": "skipped",
                 "step": 7,
@@ -166,7 +172,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
             {"event": "invented", "step": 1},
             {"event": "stopped", "step": 12, "reason": "asked to stop"},
             {"event": "finish", "step": 100, "steps": 100, "wall_s": 34.5, "top1": 0.61},
-        ]
+        ],
     )
     assert out.getvalue().lstrip("\0").splitlines() == [
         (
@@ -184,7 +190,7 @@ def test_everything_else_is_a_line_of_its_own_at_once():
         ),
         "2 machines are taken away in 60 s: a checkpoint at step 11 is begun",
         "1 machine is taken away soon: a checkpoint at step 12 is begun",
-        "skipped batch 7 of 64 samples: loss is nan",
+        "skipped batch 7 (epoch 2) of 64 samples: loss is nan",
         "skipped batch 7 (epoch 1) of 64 samples: its loss is nan; lower it",
         "batch 8 (epoch 1): its loss is nan; back to step 6; lower it",
         "failed: RuntimeError: worker died",
@@ -196,40 +202,42 @@ def test_everything_else_is_a_line_of_its_own_at_once():
         "finished: 100 steps in 34.5 s, top-1 61.00%",
     ]
     clock.now = 20.0
-    view.show([step(13)])
+    show(view, [step(13)])
     assert "top-1 25.00% (val 50.00%)" in out.getvalue()
 
 
 def test_time_left_counts_from_this_start():
     view, out, _ = watch()
-    view.show([{**START, "step": 50, "attempt": 1, "time": 1050.0}, step(60)])
+    show(view, [{**START, "step": 50, "attempt": 1, "time": 1050.0}, step(60)])
     assert "0:00:40 left" in out.getvalue()
 
 
 def test_nan_and_missing_values():
     view, out, _ = watch()
-    view.show(
+    show(
+        view,
         [
-            {**START, "total_steps": None, "epochs": None},
+            START,
             step(1, loss="nan", top1=None, images_per_s="inf"),
-        ]
+        ],
     )
     assert "inf images/s  loss nan  top-1 -" in out.getvalue()
-    view.show([{"event": "step", "time": 1.0, "attempt": 0, "step": 2}])
-    view.show([{"event": "finish"}])
+    show(view, [{"event": "step", "time": 1.0, "attempt": 0, "step": 2}])
+    show(view, [{"event": "finish"}])
     view.close()
 
 
 def test_a_terminal_gets_a_bar_and_lines_above_it():
     view, out, _ = watch(terminal=True, width=200)
-    view.show([START, step(25)])
+    show(view, [START, step(25)])
     assert view._bar is not None
     task = view._bar.tasks[0]
     assert (task.completed, task.total) == (25, 100)
     assert task.fields["text"] == "epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB"
-    view.show([{**START, "attempt": 1, "step": 20}])
+    show(view, [{**START, "attempt": 1, "step": 20}])
     assert (task.completed, task.total) == (20, 100)
-    view.show(
+    show(
+        view,
         [
             {
                 "event": "checkpoint",
@@ -239,10 +247,10 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
                 "write_s": 0.25,
                 "bytes": 1,
             }
-        ]
+        ],
     )
-    view.show([{"event": "evaluation", "step": 20, "epoch": 0, "metrics": {"top1": 0.5}}])
-    view.show([{"event": "finish", "steps": 100, "wall_s": 1.0, "top1": 0.5}])
+    show(view, [{"event": "evaluation", "step": 20, "epoch": 0, "metrics": {"top1": 0.5}}])
+    show(view, [{"event": "finish", "step": 100, "wall_s": 1.0, "top1": 0.5}])
     assert task.completed == 100
     view.close()
     view.close()
@@ -258,7 +266,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
 )
 def test_a_narrow_terminal_shows_what_it_has_room_for_and_cuts_nothing(width: int, told: str):
     view, out, _ = watch(terminal=True, width=width)
-    view.show([{**START, "rule": "SLTT-1", "total_steps": 14_070}, step(25)])
+    show(view, [{**START, "rule": "SLTT-1", "total_steps": 14_070}, step(25)])
     assert view._bar is not None
     view._bar.refresh()
     view.close()
@@ -274,7 +282,8 @@ def test_a_run_of_several_tasks_tells_each_of_them():
     view, out, _ = watch()
     out.truncate(0)
     metrics = {"top1": 0.8, "top1_a": 0.7, "top1_b": 0.9, "bwt": -0.125}
-    view.show(
+    show(
+        view,
         [
             START,
             {
@@ -295,7 +304,7 @@ def test_a_run_of_several_tasks_tells_each_of_them():
                 "top1": 0.8,
                 "bwt": -0.125,
             },
-        ]
+        ],
     )
     lines = out.getvalue().splitlines()
     assert "phase 2/2, b: from step 50, 50 steps, head 1" in lines
@@ -307,11 +316,12 @@ def test_a_run_of_several_tasks_tells_each_of_them():
 def test_a_run_that_diverged_on_its_way_says_so_where_it_ends() -> None:
     view, out, _ = watch()
     ended = {"event": "finish", "step": 8, "steps": 8, "wall_s": 17.6, "top1": 0.3333}
-    view.show(
+    show(
+        view,
         [
             {**ended, "rollbacks": 2, "skipped_batches": 6},
             {**ended, "rollbacks": 1, "skipped_batches": 0},
-        ]
+        ],
     )
     whole = "finished: 8 steps in 17.6 s, top-1 33.33%"
     assert out.getvalue().splitlines()[-2:] == [
@@ -337,11 +347,12 @@ def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(
 ):
     view, out, _ = watch()
     inference = {"energy_j": 1.43e-5, "prices": "45 nm, fp32", **measured}
-    view.show(
+    show(
+        view,
         [
             {**START, "hardware": {"gpu": gpu}},
             {"event": "finish", "steps": 100, "wall_s": 5.0, "inference": inference},
-        ]
+        ],
     )
     assert f"an inference: 14.3 µJ estimated (45 nm, fp32), {said}" in out.getvalue().splitlines()
 
@@ -358,13 +369,13 @@ def test_the_energy_of_an_inference_is_told_beside_what_a_card_measured(
 )
 def test_what_a_worker_with_a_gpu_gets_is_said(gpu: str, said: list[str]) -> None:
     view, out, _ = watch(width=200)
-    view.show([{**START, "hardware": {"gpu": gpu, "threads": 8}, "loader_threads": 6}])
+    show(view, [{**START, "hardware": {"gpu": gpu, "threads": 8}, "loader_threads": 6}])
     assert [line for line in out.getvalue().splitlines() if line.startswith("cores")] == said
 
 
 def test_a_wait_for_data_is_a_line() -> None:
     view, out, _ = watch(width=200)
-    view.show([START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}])
+    show(view, [START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}])
     said = (
         "training waits for data 34.50% of the time: take more --loader-threads, now 1, and more"
         " --cpus-per-worker"

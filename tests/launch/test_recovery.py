@@ -33,7 +33,7 @@ from timm.optim import create_optimizer_v2
 from pipeline.data.datasets.beton import Beton
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.train.objective import CrossEntropy
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe import Checkpointing, Recipe, spec
 from pipeline.rules.sltt import SLTT
 from recovery_lab import triangle
 
@@ -49,7 +49,7 @@ def recipe():
         time_steps=4,
         batch_size=32,  # a step of some 100 ms: time enough to be killed in
         epochs={epochs},
-        checkpoint_every=5,
+        checkpoints=Checkpointing(every=5),
         log_every=1,
     )
 """

@@ -21,6 +21,7 @@ from pipeline.launch import restarts
 from pipeline.launch.restarts import PLACES_S, Restarts
 from pipeline.track.journal import read
 from pipeline.train.guards.deaths import noted
+from tests.events import event
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
@@ -42,9 +43,9 @@ def finds_no_place(policy: Restarts) -> FailureDecision:
     return policy.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
 
 
-def tells(policy: Restarts, event: str, **about: object) -> None:
+def tells(policy: Restarts, kind: str, **about: object) -> None:
     with (policy.folder / "journal.jsonl").open("a") as journal:
-        journal.write(json.dumps({"event": event, **about}) + "\n")
+        journal.write(json.dumps(event(kind, **about).to_dict()) + "\n")
 
 
 def saves(policy: Restarts, step: int) -> None:
@@ -96,7 +97,9 @@ def test_who_allows_no_restart_has_such_a_run_go_on(tmp_path: Path) -> None:
 
 
 def test_what_was_there_when_it_began_is_nothing_new(tmp_path: Path) -> None:
-    (tmp_path / "journal.jsonl").write_text(json.dumps({"event": "checkpoint", "step": 7}) + "\n")
+    (tmp_path / "journal.jsonl").write_text(
+        json.dumps(event("checkpoint", step=7).to_dict()) + "\n"
+    )
     policy = Restarts(FailureConfig(max_failures=0), folder=tmp_path, awaits_nodes=False)
     assert dies(policy) == RAISE
 
@@ -231,7 +234,7 @@ def test_storage_that_is_away_as_a_worker_dies_ends_nothing(
     saves(policy, 5)
     assert dies(policy) == RETRY
     with monkeypatch.context() as patch:
-        patch.setattr(restarts, "last", away)
+        patch.setattr(restarts, "last_event", away)
         patch.setattr(restarts, "was_stopped", away)
         patch.setattr(restarts, "note_death", away)
         assert [dies(policy, worker=1), finds_no_place(policy)] == [RETRY, RETRY]

@@ -31,7 +31,7 @@ from pipeline.data.write.images import write_fashion
 from pipeline.launch import side_by_side
 from pipeline.launch.base import Launcher
 from pipeline.launch.in_process import Inline
-from pipeline.launch.side_by_side import LOG, parallel_runs, train_side_by_side
+from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import runs_of
 from pipeline.report.listing import list_suites
@@ -72,9 +72,9 @@ def recipe():
         mean=(0.5,), std=(0.5,),
     )
     recipe = small_recipe(
-        name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6, evaluate_samples=100
+        name="searched", rule=spec(BPTT), data=data, epochs=1, stop_after=6
     )
-    return recipe.override({"optimizer.lr": 1e38})
+    return recipe.override({"optimizer.lr": 1e38, "evaluation.samples": 100})
 """
 
 cores = pytest.mark.skipif(
@@ -197,7 +197,7 @@ def test_a_run_that_fails_lets_the_others_end_and_says_why(
     runs = runs_of(tmp_path / "bad")
     assert code == 2 and error == f"{runs['one'].name}: sabotage: must not be; got one\n"
     assert state_of(runs["other"]) == "finished" and not runs["after"].exists()
-    assert "sabotage" in (runs["one"] / LOG).read_text()
+    assert "sabotage" in (runs["one"] / "launch.log").read_text()
 
 
 @cores

@@ -21,7 +21,7 @@ from pipeline.measure.clock import COLLECTIVES, Clock, charge_collectives
 from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.measure.meters import Meters
 from pipeline.models.mlp import mlp
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.recipe import Checkpointing, Recipe, spec
 from pipeline.rules import sltt
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
@@ -123,7 +123,7 @@ def recipe_of_a_few_steps() -> Recipe:
     """4 batches of one time step, one evaluation, one checkpoint."""
     objective = spec(Distillation, label_weight=0.0, form="soft")
     recipe = taught(rule=spec(SLTT), objective=objective, micro_batch=None, time_steps=1)
-    return replace(recipe, stop_after=4, checkpoint_every=0)
+    return replace(recipe, stop_after=4, checkpoints=Checkpointing(every=0))
 
 
 IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in each batch
@@ -200,8 +200,8 @@ def test_a_sleep_between_batches_shows_in_its_part_alone(
     where, name, times = BETWEEN_BATCHES[part]
     monkeypatch.setattr("tests.measure.test_clock.SLEEP", TOTAL / times)
     plant(monkeypatch, where, name)
-    looks = {"fidelity_every": 2} if part == "fidelity" else {}
-    found = seconds_of(tmp_path, replace(recipe_of_a_few_steps(), **looks))
+    looks = {"evaluation.fidelity_every": 2} if part == "fidelity" else {}
+    found = seconds_of(tmp_path, recipe_of_a_few_steps().override(looks))
     more = {name: found[name] - undisturbed[name] for name in found}
     assert more.pop(part) > 0.9 * TOTAL
     assert max(more.values()) < 0.5 * TOTAL, more

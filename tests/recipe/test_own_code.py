@@ -55,7 +55,7 @@ def forget() -> None:
     ]:
         del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if not entry.endswith(("/lab", "/new"))]
-    own_code._said.clear()
+    own_code._printed.clear()
 
 
 @pytest.fixture

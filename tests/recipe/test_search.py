@@ -75,7 +75,7 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
         trials = [each for each in by_protocol["trial"] if each.rule.target is rule]
         assert [each.value_of("optimizer.lr") for each in trials] == list(RATES)
         assert {each.seed for each in trials} == {0} and {
-            each.evaluate_every for each in trials
+            each.evaluation.every for each in trials
         } == {0}
         assert {each.data.kwargs["held_out"] for each in trials} == {0.1}
         for final in (each for each in by_protocol["tuned"] if each.rule.target is rule):
@@ -106,7 +106,7 @@ def test_every_rule_gets_the_same_search_and_the_tuned_field_leaves_the_key() ->
     )  # the last as an int, and the others backwards
     assert keys["tuned"] == {key(each) for each in again.recipes if each.protocol == "tuned"}
     assert suite.report is print_protocols
-    assert {each.evaluate_every for each in suite.recipes} == {0}  # the test set is read once
+    assert {each.evaluation.every for each in suite.recipes} == {0}  # the test set is read once
 
 
 def test_a_tuned_field_may_be_one_that_is_written_only_where_it_is_not_zero() -> None:
@@ -189,7 +189,7 @@ def with_reference() -> Suite:
         ),
         (
             lambda: tuned(two_rules(), "seed", (1, 2, 3, 4, 5)),
-            "tuned must be a setting beside the rule; got seed",
+            "tuned must be a setting that the study key covers; got seed",
         ),
         (lambda: tuned(two_rules(), "rule.k", (1, 2, 3, 4, 5)), "k"),
         (lambda: parse_search("optimizer.lr"), "--tune: must look like optimizer.lr="),

@@ -237,8 +237,8 @@ def with_target(target: str) -> dict[str, Any]:
             "suite.json: a recipe's name must be text; got 3",
         ),
         (
-            with_child(recipe={"version": 1, "recipe": {"name": "x"}}),
-            "recipe.json: fields model, rule",
+            with_child(recipe={"version": 2, "recipe": {"name": "x"}}),
+            "recipe.json: needs name, model, rule",
         ),
         *(
             (
@@ -276,10 +276,7 @@ def with_target(target: str) -> dict[str, Any]:
         ),
         (
             suite_json(report="os.system"),
-            (
-                "suite.json: os.system is not in a trusted package; trusted are recipes,"
-                " pipeline.report, tests"
-            ),
+            "suite.json: os.system is not in a trusted package; name its package with --trust",
         ),
         (
             suite_json(report="pipeline.data.write.images.write_fashion"),

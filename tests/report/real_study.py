@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Checkpointing, Evaluation, Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
@@ -35,6 +35,6 @@ def _recipe(name: str, rule: Spec) -> Recipe:
         name=name,
         rule=rule,
         seed=int(name[-1]),
-        fidelity_every=looks,
-        checkpoint_every=0,
+        evaluation=Evaluation(fidelity_every=looks),
+        checkpoints=Checkpointing(every=0),
     )

@@ -332,11 +332,19 @@ def test_a_comparison_that_is_to_come_is_not_called_none(every: int | str):
         return [one.why for one in _maps(study(*more)) if isinstance(one, Missing)]
 
     looking = {
-        rule: run(rule, name=f"new-{rule}", recipe=recipe(rule, fidelity_every=every))
+        rule: run(
+            rule,
+            name=f"new-{rule}",
+            recipe=recipe(rule, evaluation={"fidelity_every": every}),
+        )
         for rule in ("BPTT", "SLTT")
     }
-    unasked = run("SLTT", name="none", recipe=recipe("SLTT", fidelity_every=type(every)(0)))
-    hint = "--set fidelity_every=1 does after each epoch"
+    unasked = run(
+        "SLTT",
+        name="none",
+        recipe=recipe("SLTT", evaluation={"fidelity_every": type(every)(0)}),
+    )
+    hint = "--set evaluation.fidelity_every=1 does after each epoch"
     assert why(unasked) == [
         f"no run compared its gradient with BPTT's; {hint}",
         f"no run compared gradients; {hint}",

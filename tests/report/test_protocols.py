@@ -36,7 +36,7 @@ def test_each_search_has_a_value_of_its_own_that_was_taken(make_run: Callable):
         make_run(f"{name}-{rate}", study=TRIALS, top1=top1, recipe=searched(rate, **about))
         for name, about in (
             ("plain", {}),
-            ("looked-at", {"fidelity_every": 1}),
+            ("looked-at", {"evaluation": {"fidelity_every": 1}}),
             ("other", {"family": "other"}),
         )
         for rate, top1 in {0.1: {"plain": 0.7}.get(name, 0.9), 0.3: 0.8}.items()

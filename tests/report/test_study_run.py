@@ -12,7 +12,7 @@ from pipeline.report.results import read_run
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
-from pipeline.track.journal import OF_NONE, Event
+from pipeline.track.journal import OF_NONE, Record
 from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
 
 
@@ -77,7 +77,7 @@ def test_waiting_for_places_between_attempts_costs_nothing():
         for event in told[again:]
     ]
 
-    def seconds(*events: Event) -> list[float]:
+    def seconds(*events: Record) -> list[float]:
         one = made("r", events, state="running")
         return [
             each.seconds

@@ -154,9 +154,9 @@ def test_of_a_run_without_recipe_json_its_flat_parameters_tell():
 
 def test_every_row_says_how_often_the_set_was_read_that_its_top_1_is_of():
     for parameters, said in (
-        (recipe(evaluate_every=0), "once, at the end"),
-        (recipe(evaluate_every=1), "after each epoch"),
-        ({"evaluate_every": "5"}, "every 5 epochs"),  # of MLflow, where all is text
+        (recipe(evaluation={"every": 0}), "once, at the end"),
+        (recipe(evaluation={"every": 1}), "after each epoch"),
+        ({"evaluation.every": "5"}, "every 5 epochs"),  # of MLflow, where all is text
         ({}, "not known"),
     ):
         table = tables.behind_the_rows(

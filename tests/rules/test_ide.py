@@ -480,7 +480,7 @@ def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
         skipped["reason"]
         == "its gradient is not finite on 1 of 1 worker: IDE could not solve for it on 1"
     )
-    train_inline(tmp_path / "told", replace(recipe, skip=((4, 5),)))
+    train_inline(tmp_path / "told", recipe.override({"policy.skip": ((4, 5),)}))
     assert same_weights(tmp_path / "hit", tmp_path / "told")
 
 

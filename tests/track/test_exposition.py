@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.track.exposition import _GAUGES, Exposed, exposition, newest
+from pipeline.track.events import KINDS, Gauge, declared
+from pipeline.track.exposition import Exposed, exposition, newest
 from pipeline.track.journal import Journal, read
 from tests.small import small_recipe, train_inline
 
@@ -117,7 +118,8 @@ def test_a_real_run_tells_every_figure_that_there_is(tmp_path: Path):
     train_inline(tmp_path / "run", small_recipe(epochs=1))
 
     told = values(exposition(read(tmp_path / "run" / "journal.jsonl")))
-    assert len(_GAUGES) >= 15 and _GAUGES.keys() <= told.keys()
+    gauges = {gauge.name for kind in KINDS.values() for _, gauge in declared(kind, Gauge)}
+    assert len(gauges) >= 15 and gauges <= told.keys()
 
 
 def test_a_restart_counts_and_goes_back_to_its_checkpoint():

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.track.base import NullTracker, Tracker
-from pipeline.track.journal import Follower, Journal, first, last, read, read_thinned
+from pipeline.track.journal import (
+    Follower,
+    Journal,
+    NullTracker,
+    Tracker,
+    first,
+    last,
+    read,
+    read_thinned,
+)
+from tests.events import event
 
 
 @pytest.fixture
@@ -232,8 +241,7 @@ def test_an_event_costs_less_than_a_millisecond(path: Path):
 def test_both_trackers_are_trackers(path: Path):
     trackers: list[Tracker] = [Journal(path, attempt=0), NullTracker()]
     for tracker in trackers:
-        tracker.event("checkpoint", sync=True, step=1)
-        tracker.close()
+        tracker.write(event("checkpoint", step=1))
     assert len(read(path)) == 1
 
 

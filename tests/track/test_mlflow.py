@@ -23,8 +23,7 @@ import pytest
 from pipeline.launch.ray_cluster import free_port
 from pipeline.report.stores import open_store
 from pipeline.track import hierarchy
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import connect
+from pipeline.track.connect import TrackingError, connect
 from pipeline.track.delivery import Delivery
 from pipeline.track.mlflow import Mirror, SyncReport, sync, tracking_uri
 from pipeline.track.publish import register
@@ -59,7 +58,6 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     with run.start(study_parent="f" * 32) as journal:
         steps(journal, 0, 3)
         journal.event("evaluation", step=2, epoch=0, metrics={"top1": 0.7, "loss": math.nan})
-        journal.event("epoch", step=2, epoch=0, metrics={"images_per_s": 100.0})
         journal.event(
             "checkpoint",
             step=2,
@@ -73,7 +71,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         journal.event("finish", steps=3, top1=0.7, peak_saved_bytes=4096, rule="SLTT", restarts=0)
     for name in ("summary.json", "activity.json", "answers.npz", "job.json"):
         (run.folder / name).write_text("{}")
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=18, already_there=0)
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=17, already_there=0)
 
     found = find(sqlite_store, run)
     assert found.info.status == "FINISHED"
@@ -99,7 +97,6 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert history(sqlite_store, run, "train/memory_bytes") == [(0, 1000), (1, 1000), (2, 1000)]
     assert history(sqlite_store, run, "val/top1") == [(2, 0.7)]
     assert math.isnan(history(sqlite_store, run, "val/loss")[0][1])
-    assert history(sqlite_store, run, "epoch/images_per_s") == [(2, 100.0)]
     assert history(sqlite_store, run, "checkpoint/bytes") == [(2, 12)]
     assert history(sqlite_store, run, "checkpoint/stall_s") == [(2, 0.1)]
     assert history(sqlite_store, run, "summary/peak_saved_bytes") == [(3, 4096)]
@@ -124,7 +121,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         "f" * 32,
     )
 
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=18)
+    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=17)
     assert find(sqlite_store, run).info.end_time == found.info.end_time
 
 
@@ -277,13 +274,12 @@ def test_every_point_has_the_time_of_its_event_and_not_of_its_delivery(
         steps(journal, 0, 2)
         journal.event("evaluation", step=1, metrics={"top1": 0.5})
         journal.event("fidelity", step=1, temporal_share={"0": 0.5}, cosines={"0": 0.5})
-        journal.event("epoch", step=1, metrics={"images_per_s": 1.0})
         journal.event("checkpoint", step=1, stall_s=0.1, write_s=0.1, bytes=1)
         journal.event("finish", step=2, top1=0.5)
     an_hour_ago(run.folder / "journal.jsonl")
-    assert sync(run.folder, uri=sqlite_store).delivered == 15
+    assert sync(run.folder, uri=sqlite_store).delivered == 14
     found = find(sqlite_store, run)
-    assert len({metric.key.split("/")[0] for metric in found.data._metric_objs}) == 6
+    assert len({metric.key.split("/")[0] for metric in found.data._metric_objs}) == 5
     for metric in found.data._metric_objs:
         assert abs(metric.timestamp - (time.time() - 3600) * 1000) < 60_000, metric.key
     assert abs(found.info.end_time - (time.time() - 3600) * 1000) < 60_000

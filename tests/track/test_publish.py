@@ -8,8 +8,7 @@ import pytest
 
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import ServerStore, open_store
-from pipeline.track.base import TrackingError
-from pipeline.track.connect import connect
+from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
 from pipeline.track.publish import log_report, register
 from tests.track.conftest import FakeRun, write_suite

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.recipe import Checkpointing, Evaluation, Policy
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpointing import Saving
-from pipeline.train.job import SAVE, STOP
 from tests.small import small_recipe, train_inline
 
 
@@ -20,7 +20,7 @@ def stalls(run: Path, **changes: Any) -> tuple[list[float], float]:
     """Of each checkpoint of a small run, and all seconds that the run has counted for
     checkpoints.
     """
-    summary = train_inline(run, small_recipe(evaluate_every=2, **changes))
+    summary = train_inline(run, small_recipe(evaluation=Evaluation(every=2), **changes))
     assert summary is not None
     told = [
         event["stall_s"] for event in read(run / "journal.jsonl") if event["event"] == "checkpoint"
@@ -53,7 +53,7 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(
         write(file, value)
 
     monkeypatch.setattr(background, "_write", slowly)
-    told, all_s = stalls(tmp_path / "run", stop_after=2, checkpoint_every=1)
+    told, all_s = stalls(tmp_path / "run", stop_after=2, checkpoints=Checkpointing(every=1))
     assert (
         len(told) == 2 and told[1] > 1.0
     )  # for its own; for the first as well, but for the time that the run has evaluated
@@ -61,7 +61,7 @@ def test_so_does_the_wait_for_the_one_before_and_at_the_end_for_the_last(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("asked", ["nothing", STOP, SAVE])
+@pytest.mark.parametrize("asked", ["nothing", "stop", "save"])
 def test_between_batches_rank_0_alone_looks_for_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, asked: str
 ) -> None:
@@ -81,9 +81,11 @@ def test_between_batches_rank_0_alone_looks_for_files(
 
     def decide(*mine: bool) -> list[bool]:
         flags.append(mine)
-        return [asked == STOP, asked == SAVE, *[False] * 4]  # rank 0's
+        return [asked == "stop", asked == "save", *[False] * 4]  # rank 0's
 
-    recipe = SimpleNamespace(checkpoint_every=0, checkpoint_minutes=0.0, replicas_every=0)
+    recipe = SimpleNamespace(
+        checkpoints=Checkpointing(every=0, minutes=0.0), policy=Policy(replicas_every=0)
+    )
     checkpoints = SimpleNamespace(failed=lambda: False, done=lambda: None)
     ranks, job = SimpleNamespace(rank=rank, decide=decide), SimpleNamespace(run=str(tmp_path))
     parts: Any = SimpleNamespace(
@@ -96,6 +98,6 @@ def test_between_batches_rank_0_alone_looks_for_files(
         tracker=None,
     )
     made = Saving(parts, step=0, learnt=Any, guard=Any, figures=Any)  # type: ignore[arg-type]
-    assert made.between_batches(1, last=False) is (asked == STOP)
-    assert set(looked) == ({STOP, SAVE} if rank == 0 else set())
-    assert flags[0][:2] == ((asked == STOP, asked == SAVE) if rank == 0 else (False, False))
+    assert made.between_batches(1, last=False) is (asked == "stop")
+    assert set(looked) == ({"stop", "save"} if rank == 0 else set())
+    assert flags[0][:2] == ((asked == "stop", asked == "save") if rank == 0 else (False, False))

@@ -26,7 +26,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.track.journal import read
 from pipeline.train.build import check_recipe
 from pipeline.train.elastic import check_sizes, draw_for, format_sizes, steady
-from pipeline.train.job import STOP, Job, RankInfo
+from pipeline.train.job import Job, RankInfo
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
@@ -235,14 +235,14 @@ class Stops(Trainer):
 
     def _micro_batches(self, source: Any) -> Any:
         if self.step == self.at:
-            (self.folder / STOP).touch()
+            (self.folder / "stop").touch()
         return super()._micro_batches(source)
 
 
 def part_of_a_run(rank: int, ranks: int, job: Job, at: int) -> None:
     stops = type("StopsThere", (Stops,), {"at": at})
     if rank == 0:
-        (Path(job.run) / STOP).unlink(missing_ok=True)
+        (Path(job.run) / "stop").unlink(missing_ok=True)
     run(job, RankInfo(rank, ranks, "cpu", rank, (1, 2, 3)), attempt_of=stops)
 
 

@@ -25,7 +25,7 @@ from pipeline.models.qkformer import QKFormer
 from pipeline.models.transforms import binarized
 from pipeline.recipe.files import load_recipe
 from pipeline.recipe.json import encode
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Checkpointing, Recipe, Spec, spec
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
@@ -44,7 +44,7 @@ def recipe(weights: str = "scaled", part: str = "all_but_ends", **network: objec
     return small_recipe(
         model=spec(binarized, network=inside, part=part, weights=weights),
         stop_after=2,
-        checkpoint_every=0,
+        checkpoints=Checkpointing(every=0),
     )
 
 
@@ -57,7 +57,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for weights in ("scaled", "centred", "ir", "learnable"):
         train_inline(folder / weights, recipe(weights))
     train_inline(folder / "bare", recipe(norm="none"))
-    train_inline(folder / "full", small_recipe(model=NET, stop_after=2, checkpoint_every=0))
+    train_inline(
+        folder / "full", small_recipe(model=NET, stop_after=2, checkpoints=Checkpointing(every=0))
+    )
     return folder
 
 
@@ -162,7 +164,7 @@ def test_streams_of_real_numbers_come_back_to_the_same_logits(
         model=spec(binarized, network=network, part=part),
         data=spec(Synthetic, samples=64, val_samples=20, shape=(1, 16, 16)),
         stop_after=1,
-        checkpoint_every=0,
+        checkpoints=Checkpointing(every=0),
     )
     train_inline(tmp_path / "run", trained_by)
     rewrite_weights(tmp_path / "run", awake(pipeline.load(tmp_path / "run")).state_dict())

@@ -15,7 +15,7 @@ from pipeline.measure.fidelity import fidelity, gradients
 from pipeline.models.convnet import convnet
 from pipeline.models.mlp import mlp
 from pipeline.models.transforms import synchronized
-from pipeline.recipe.recipe import Recipe, Spec, spec
+from pipeline.recipe.recipe import Evaluation, Recipe, Spec, spec
 from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.opzo import OPZO
@@ -38,7 +38,7 @@ def small(**changes: Any) -> Recipe:
 
 
 def compared() -> Recipe:
-    return small(fidelity_every=1)
+    return small(evaluation=Evaluation(fidelity_every=1))
 
 
 def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_bptt_is_near_itself(tmp_path: Path) -> None:
-    train_inline(tmp_path / "run", small(rule=spec(BPTT), fidelity_every=2))
+    train_inline(tmp_path / "run", small(rule=spec(BPTT), evaluation=Evaluation(fidelity_every=2)))
     start, end = told(tmp_path / "run")
     assert end["step"] == 16
     assert all(cosine == pytest.approx(1) for cosine in start["cosines"]["BPTT"].values())
@@ -82,7 +82,7 @@ def test_bptt_is_near_itself(tmp_path: Path) -> None:
 
 def test_what_a_rule_learns_by_itself_is_compared_as_it_trains(tmp_path: Path) -> None:
     """OPZO's matrices are 0 before the first batch, and so is what they hand to hidden layers."""
-    train_inline(tmp_path / "run", small(rule=spec(OPZO), fidelity_every=2))
+    train_inline(tmp_path / "run", small(rule=spec(OPZO), evaluation=Evaluation(fidelity_every=2)))
     hidden, *_ = told(tmp_path / "run")[0]["cosines"]["OPZO"]
     start, end = (event["cosines"]["OPZO"][hidden] for event in told(tmp_path / "run"))
     assert start == 0 and end > 0.05
@@ -128,9 +128,11 @@ def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
 
 def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched() -> None:
     with pytest.raises(
-        ValueError, match="recipe: fidelity_every compares with BPTT and SLTT; SLTT"
+        ValueError, match=r"recipe: evaluation.fidelity_every compares with BPTT and SLTT; SLTT"
     ):
-        check_recipe(small(rule=spec(BPTT), over_time="mean", fidelity_every=1), 1)
+        check_recipe(
+            small(rule=spec(BPTT), over_time="mean", evaluation=Evaluation(fidelity_every=1)), 1
+        )
 
 
 def test_what_the_comparison_holds_is_not_what_training_needs(
@@ -146,6 +148,8 @@ def test_what_the_comparison_holds_is_not_what_training_needs(
     alone = train_inline(tmp_path / "alone", recipe)
     original = Nearness.__call__
     monkeypatch.setattr(Nearness, "__call__", with_ballast)
-    beside = train_inline(tmp_path / "beside", replace(recipe, fidelity_every=1))
+    beside = train_inline(
+        tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1))
+    )
     assert alone is not None and beside is not None
     assert abs(beside["peak_rss_bytes"] - alone["peak_rss_bytes"]) < 150 << 20

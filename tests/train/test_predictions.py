@@ -22,7 +22,7 @@ from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.write.images import write_folder
 from pipeline.measure.energy import EnergyCounter
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.recipe.recipe import Recipe, read_json, spec
+from pipeline.recipe.recipe import Evaluation, Recipe, read_json, spec
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
 from pipeline.train import evaluate_tasks
@@ -202,7 +202,7 @@ def test_classes_that_tie_are_answered_as_they_are_counted(classes: int) -> None
 
 
 def test_an_evaluation_of_the_first_samples_writes_those(tmp_path: Path) -> None:
-    train_inline(tmp_path / "run", small_recipe(evaluate_samples=7))
+    train_inline(tmp_path / "run", small_recipe(evaluation=Evaluation(samples=7)))
     assert columns(read_answers(tmp_path / "run" / "answers.npz"))["index"] == list(range(7))
 
 
@@ -308,7 +308,9 @@ class Card(EnergyCounter):
 def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
     evaluate_tasks.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
     found: list[Any] = [
-        make_run(Path(folder) / "two", uneven(evaluate_samples=samples)) if rank == 0 else None
+        make_run(Path(folder) / "two", uneven(evaluation=Evaluation(samples=samples)))
+        if rank == 0
+        else None
     ]
     torch.distributed.broadcast_object_list(found, src=0)
     run(found[0], RankInfo(rank, ranks, "cpu", rank))
@@ -320,7 +322,7 @@ def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
 def test_two_processes_write_what_one_does(tmp_path: Path, samples: int | None) -> None:
     """With one sample to evaluate on the second rank has none."""
     run_ranks(_rank, 2, tmp_path, str(tmp_path), samples)
-    train_inline(tmp_path / "one", uneven(evaluate_samples=samples))
+    train_inline(tmp_path / "one", uneven(evaluation=Evaluation(samples=samples)))
     alone, both = (
         read_json(tmp_path / name / "summary.json")["inference"] for name in ("one", "two")
     )

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from pipeline.measure.totals import Totals
+from pipeline.track.events import Event
 from pipeline.train.evaluation import Evaluation
 from pipeline.train.summary import summarise
+from tests.events import event
 
 
-def told(attempt: int, kind: str, time: float, **fields: Any) -> dict[str, Any]:
-    return {"event": kind, "attempt": attempt, "time": time, **fields}
+def told(attempt: int, kind: str, time: float, **fields: Any) -> Event:
+    return event(kind, attempt=attempt, time=time, **fields)
 
 
 def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(

@@ -33,8 +33,7 @@ from pipeline.recipe.recipe import Recipe, spec
 from pipeline.report.show import show_recipe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.track.base import NullTracker
-from pipeline.track.journal import read
+from pipeline.track.journal import NullTracker, read
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.context import TrainContext

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.datasets.synthetic import SyntheticLoader
+from pipeline.recipe import Checkpointing
 from pipeline.track.journal import read
 from pipeline.train import trainer
 from tests.small import small_recipe, train_inline
@@ -27,7 +28,7 @@ def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
 
     monkeypatch.setattr(SyntheticLoader, "_batch", slow)
     monkeypatch.setattr(trainer, "STEADY_ENOUGH", batches)
-    train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoint_every=0))
+    train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoints=Checkpointing(every=0)))
     told = [
         event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "data_wait"
     ]

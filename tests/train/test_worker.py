@@ -22,7 +22,7 @@ from pipeline.data.mixing import Mixing
 from pipeline.launch.in_process import Inline
 from pipeline.measure.constants import PARTS
 from pipeline.models.nf_resnet import nf_resnet18_small
-from pipeline.recipe.recipe import Recipe, spec
+from pipeline.recipe.recipe import Checkpointing, Evaluation, Recipe, spec
 from pipeline.recipe.suite import filled
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
@@ -34,6 +34,7 @@ from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
+from tests.events import event
 from tests.processes import run_ranks
 from tests.recipe.test_recipe import RECIPES
 from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
@@ -113,7 +114,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
         "a"
     ) as journal:  # hours in which there was no place for it
         journal.writelines(
-            json.dumps({"event": "waiting", "time": time.time() - ago, "attempt": OF_NONE}) + "\n"
+            json.dumps(event("waiting", time=time.time() - ago, attempt=OF_NONE).to_dict()) + "\n"
             for ago in (7200, 3600)
         )
     resumed = train_inline(tmp_path / "broken", recipe)
@@ -217,7 +218,7 @@ def test_a_micro_batch_that_parts_neighbours_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stop_file_saves_after_the_step_and_the_run_goes_on(tmp_path: Path) -> None:
-    recipe = small_recipe(checkpoint_every=0)
+    recipe = small_recipe(checkpoints=Checkpointing(every=0))
     make_run(tmp_path / "run", recipe)
     (tmp_path / "run" / "stop").touch()
     assert train_inline(tmp_path / "run", recipe) is None
@@ -267,7 +268,7 @@ def test_each_epoch_trains_on_each_sample_once(
 def test_a_run_evaluates_as_often_as_it_is_told_and_after_its_last_epoch(
     every: int, at: list[int], tmp_path: Path
 ) -> None:
-    train_inline(tmp_path / "run", small_recipe(epochs=3, evaluate_every=every))
+    train_inline(tmp_path / "run", small_recipe(epochs=3, evaluation=Evaluation(every=every)))
     assert [
         event["step"]
         for event in read(tmp_path / "run" / "journal.jsonl")

@@ -14,13 +14,12 @@ from typing import IO
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.track.base import NullTracker
-from pipeline.track.journal import read
+from pipeline.track.journal import NullTracker, read
 from pipeline.train import writer_lock
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards.deaths import note_death
-from pipeline.train.guards.watchdog import FOLDER
 from pipeline.train.writer_lock import journal, only_writer
+from tests.events import event
 
 HOLD = """
 import fcntl, sys, time
@@ -128,9 +127,9 @@ def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same
 
 def test_what_ended_other_workers_is_told_once_by_the_next_attempt(tmp_path: Path) -> None:
     """And before anything that may end that one."""
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / "stacks").mkdir()
     for second in range(2):
-        (tmp_path / FOLDER / f"rank1-20260105-12000{second}.txt").write_text("Timeout (0:30:00)!")
+        (tmp_path / "stacks" / f"rank1-20260105-12000{second}.txt").write_text("Timeout (0:30:00)!")
         note_death(tmp_path, worker=2, error=f"KeyError: {second}")
         for _ in range(2):
             with pytest.raises(ZeroDivisionError), journal(tmp_path, Ranks()):
@@ -151,8 +150,8 @@ def test_what_ended_other_workers_is_told_once_by_the_next_attempt(tmp_path: Pat
 
 
 def test_of_a_worker_that_hung_its_end_is_not_told_twice(tmp_path: Path) -> None:
-    (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "rank1-20260105-120000.txt").write_text("Timeout (0:30:00)!")
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank1-20260105-120000.txt").write_text("Timeout (0:30:00)!")
     for death in (1, 2):
         note_death(tmp_path, worker=death, error="its process has died")
         with journal(tmp_path, Ranks()):
@@ -162,11 +161,11 @@ def test_of_a_worker_that_hung_its_end_is_not_told_twice(tmp_path: Path) -> None
 
 
 def test_notes_that_cannot_be_read_keep_nobody_from_training(tmp_path: Path) -> None:
-    (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "rankX-old.txt").write_text("somebody's own")
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rankX-old.txt").write_text("somebody's own")
     (tmp_path / "died.json").write_bytes(b"\xff{")
     with journal(tmp_path, Ranks()) as tracker:
-        tracker.event("start")
+        tracker.write(event("start"))
     assert [event["event"] for event in read(tmp_path / "journal.jsonl")] == ["start"]
 
 

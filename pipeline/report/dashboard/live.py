@@ -27,6 +27,8 @@ from pipeline.report.history import count
 from pipeline.report.results import Run, machine, run_of
 from pipeline.report.runs import ReportError, refuse_damaged_summary
 from pipeline.report.stores import (
+    FILES,
+    JOURNAL,
     ArtifactError,
     Point,
     Sent,
@@ -37,11 +39,14 @@ from pipeline.report.stores import (
     start_of,
 )
 from pipeline.report.study import Study
-from pipeline.track.files import JOURNAL
-from pipeline.track.journal import Event
+from pipeline.track.events import KIND, Evaluation, Start, Step
+from pipeline.track.journal import Record
 from pipeline.track.publish import REPORT_DATA
 
-_METRICS = {"step": ("train/", ("loss", "top1")), "evaluation": ("val/", ("top1", "loss"))}
+_METRICS = {
+    Step.kind: ("train/", ("loss", "top1")),
+    Evaluation.kind: ("val/", ("top1", "loss")),
+}
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # tags with the version of each artifact that was sent
 _KEPT = 512  # runs
@@ -166,15 +171,15 @@ class Live:
 
     def _read_ended(self, stored: StoredRun) -> Run:
         sent = self.store.journal(stored.id)
-        if not any(event["event"] == "start" for event in sent.events):
+        if not any(event[KIND] == Start.kind for event in sent.events):
             sent = self._with_metrics(stored, _Running())
-        summary = self._json(stored.id, "summary.json", dict)
-        refuse_damaged_summary(summary or {}, "its summary.json in MLflow")
-        layers = self._json(stored.id, "activity.json", list)
+        summary = self._json(stored.id, FILES.summary.name, dict)
+        refuse_damaged_summary(summary or {}, f"its {FILES.summary.name} in MLflow")
+        layers = self._json(stored.id, FILES.activity.name, list)
         run = _run(
             stored,
             sent,
-            self._json(stored.id, "recipe.json", dict),
+            self._json(stored.id, FILES.recipe.name, dict),
             summary=summary,
             layers=lambda: layers,
         )
@@ -185,7 +190,7 @@ class Live:
         running = self._running.setdefault(stored.id, _Running())
         _keep(self._running, stored.id, running)
         sent = self._with_metrics(stored, running)
-        recipe = self._json(stored.id, "recipe.json", dict)
+        recipe = self._json(stored.id, FILES.recipe.name, dict)
         # MLflow takes no second value of a step: it has nothing of the batches that a restart
         # repeats until the journal is sent again.
         return _run(stored, sent, recipe, redone="kept", heard=stored.newest)
@@ -205,7 +210,7 @@ class Live:
             running.seen = stored.newest
         events = list(running.sent.events) or [start_of(stored)]
         later = list(_after(events, running.points))
-        if newest := next((event for event in reversed(later) if event["event"] == "step"), None):
+        if newest := next((event for event in reversed(later) if event[KIND] == Step.kind), None):
             # The run's newest values, which cost no further question; earlier ones are not asked
             # for.
             keys = {name: f"train/{name}" for name in _PARTS}
@@ -246,26 +251,26 @@ class Live:
 
 
 def _run(stored: StoredRun, sent: Sent, recipe: Mapping[str, Any] | None, **about: Any) -> Run:
-    starts = [event for event in sent.events if event["event"] == "start"]
+    starts = [event for event in sent.events if event[KIND] == Start.kind]
     about |= {"recipe": recipe, "curve_every": sent.every, "journal": lambda: sent.events}
     return run_of(stored.name, state=stored.state, starts=starts, **about)
 
 
-def _after(events: Sequence[Event], points: Mapping[str, Sequence[Point]]) -> Iterator[Event]:
+def _after(events: Sequence[Record], points: Mapping[str, Sequence[Point]]) -> Iterator[Record]:
     """Points of steps that the journal does not have, as events in the order of their time."""
     attempt = events[-1].get("attempt")
-    found: list[Event] = []
+    found: list[Record] = []
     for kind, (prefix, names) in _METRICS.items():
         known = max(
-            (count(event.get("step")) or 0 for event in events if event["event"] == kind),
+            (count(event.get("step")) or 0 for event in events if event[KIND] == kind),
             default=-1,
         )
-        by_step: dict[int, Event] = {}
+        by_step: dict[int, Record] = {}
         for name in names:
             for point in points.get(prefix + name, ()):
                 if point.step > known:
                     about = {
-                        "event": kind,
+                        KIND: kind,
                         "time": point.time,
                         "attempt": attempt,
                         "step": point.step,

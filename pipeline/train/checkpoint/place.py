@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from pipeline.core.errors import UserError
 from pipeline.core.files import Unreadable
 from pipeline.core.safe_pickle import find_code
-from pipeline.track.journal import Event
+from pipeline.track.events import Checkpoint, Event, Quarantine, Start
 from pipeline.train.checkpoint.manifest import damage
 
 TRAINER = "trainer.json"
@@ -233,12 +233,12 @@ def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
     """
     there: set[int] = set()
     for event in events:
-        if event["event"] == "start":
-            there = {step for step in {*there, event["step"]} if 0 < step <= event["step"]}
-        elif event["event"] == "checkpoint":
-            there = set(sorted({*there, event["step"]})[-keep:])
-        elif event["event"] == "quarantine":
-            if name := re.match(r"step_(\d+)", PurePosixPath(event["path"]).name):
+        if isinstance(event, Start):
+            there = {step for step in {*there, event.step} if 0 < step <= event.step}
+        elif isinstance(event, Checkpoint):
+            there = set(sorted({*there, event.step})[-keep:])
+        elif isinstance(event, Quarantine):
+            if name := re.match(r"step_(\d+)", PurePosixPath(event.path).name):
                 # The event of its saving may be missing, and it has replaced an older one.
                 there = set(sorted({*there, int(name[1])})[-keep:]) - {int(name[1])}
     return max(there, default=None)

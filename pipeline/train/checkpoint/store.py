@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.train.checkpoint.address import folder_of, refuse_credentials
 from pipeline.train.checkpoint.folder import Folder
 from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
@@ -40,7 +41,7 @@ def place_at(address: str, run: Path) -> Folder | Store:
     Raises:
         CheckpointError: nothing opens the address, it is a chain of several, or has a password.
     """
-    inside = run / "checkpoints"
+    inside = RunFolder(run).checkpoints
     if not address:
         return Folder(inside)
     refuse_credentials(address)

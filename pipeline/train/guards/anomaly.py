@@ -1,17 +1,17 @@
 """Batches that a network must not learn from, and what happens in their place.
 
 Before the weights move every rank hears of every other's. A batch is bad whose loss or gradient is
-not finite on any of them, and where the recipe asks for it (`loss_spike`) one whose loss is so many
+not finite on any of them. With `policy.loss_spike` a batch is also bad if its loss is that many
 times the median of the last 64 good ones of its task.
 
     a bad batch                                  leaves no trace: running statistics, what the rule
                                                  learnt from it and the random numbers are put back,
                                                  as if the run had been told to skip it
-                                                 (`Recipe.skip`)
-    one more than `max_skips` of them in a row   Rollback: the run begins again at its newest
+                                                 (`Policy.skip`)
+    one more than `policy.max_skips` of them in a row   Rollback: the run begins again at its newest
                                                  checkpoint, and from there on skips everything up
                                                  to this batch
-    one more than `max_rollbacks` of these       Diverged
+    one more than `policy.max_rollbacks` of these       Diverged
 
 Where the weights have moved inside the batch (a rule that moves them at every time step), or ZeRO
 holds gradients of its own, a batch cannot be taken back: the first bad one leads to Rollback.
@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.rules.base import Rule
@@ -48,7 +49,6 @@ __all__ = ["Guard", "Rollback", "Skipped", "Unguarded", "is_in", "takes_back"]
 
 WINDOW = 64
 """good losses that a new one is held against, and that there must be before one is"""
-FILE = "skipped.json"
 """in a run's folder, once it went back"""
 
 
@@ -100,18 +100,17 @@ class Skipped:
 
     @classmethod
     def read(cls, run: Path) -> Skipped:
-        if not (run / FILE).exists():
+        file = RunFolder(run).skipped
+        if not file.exists():
             return cls()
-        value = read_json(run / FILE)
+        value = read_json(file)
         try:
             return cls.of(value)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{run / FILE}: must hold rollbacks and batches; got {value!r}"
-            ) from error
+            raise UserError(f"{file}: must hold rollbacks and batches; got {value!r}") from error
 
     def write(self, run: Path) -> None:
-        write_json(run / FILE, asdict(self))
+        write_json(RunFolder(run).skipped, asdict(self))
 
 
 def is_in(step: int, batches: Sequence[tuple[int, int]]) -> bool:

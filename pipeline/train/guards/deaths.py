@@ -10,25 +10,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import read_json, write_json
-
-FILE = "died.json"
-"""in a run's folder, until it is told"""
 
 
 def note_death(run: Path, *, worker: int, error: str) -> None:
-    write_json(run / FILE, {"worker": worker, "error": error})
+    write_json(RunFolder(run).died, {"worker": worker, "error": error})
 
 
 def noted(run: Path) -> dict[str, Any] | None:
     """The last death that nobody has told yet; None where what was noted cannot be read, which is
     no reason not to train.
     """
+    file = RunFolder(run).died
     with suppress(ValueError):
-        return read_json(run / FILE) if (run / FILE).exists() else None
+        return read_json(file) if file.exists() else None
     return None
 
 
 def forget_death(run: Path) -> None:
     """Once it is told."""
-    (run / FILE).unlink(missing_ok=True)
+    RunFolder(run).died.unlink(missing_ok=True)

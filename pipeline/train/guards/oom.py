@@ -12,11 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.core.errors import UserError
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
-from pipeline.track.journal import last
-
-FILE = "micro_batch.json"
-"""in a run's folder, once memory ran out"""
+from pipeline.track.events import Smaller, Start
+from pipeline.track.journal import last_event
 
 
 class HalveMicroBatch(Exception):
@@ -29,11 +28,12 @@ def limit_of(run: Path) -> int | None:
     Raises:
         UserError: the file is damaged.
     """
-    if not (run / FILE).exists():
+    file = RunFolder(run).micro_batch
+    if not file.exists():
         return None
-    found = read_json(run / FILE)
+    found = read_json(file)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise UserError(f"{run / FILE}: must hold a number of samples; got {found!r}")
+        raise UserError(f"{file}: must hold a number of samples; got {found!r}")
     return found
 
 
@@ -46,8 +46,8 @@ def untold(run: Path) -> int | None:
     limit = limit_of(run)
     if limit is None:
         return None
-    known = last(run / "journal.jsonl", "start", "smaller")
-    return limit if known is not None and limit < known["micro_batch"] else None
+    known = last_event(RunFolder(run).journal, Start, Smaller)
+    return limit if known is not None and limit < known.micro_batch else None
 
 
 def fitted(recipe: Recipe, limit: int | None) -> Recipe:
@@ -75,7 +75,7 @@ def halve(run: Path, split: Split, *, split_of: Callable[[int], Split]) -> int:
             refusal = refusal or error  # of the largest
             continue
         if is_one:
-            write_json(run / FILE, samples)
+            write_json(RunFolder(run).micro_batch, samples)
             return samples
     held = "one sample" if had == 1 else f"{had} samples"
     why = f", and fewer cannot be taken: {refusal}" if refusal else ""

@@ -16,10 +16,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
 
-from pipeline.track.journal import Event
+from pipeline.core.run_folder import RunFolder
+from pipeline.track.events import Event, Hung
 
-FOLDER = "stacks"
-"""in a run's folder: a file for each rank and attempt that hung"""
 _ARMED_ANEW = 0.1  # of the patience: to arm it costs a thread
 
 
@@ -27,14 +26,14 @@ def untold(run: Path, events: Sequence[Event]) -> dict[str, int]:
     """The files, beneath the run's folder, of hangs that its journal does not know, and the ranks
     that hung.
     """
-    told = {event["stacks"] for event in events if event["event"] == "hung"}
+    told = {event.stacks for event in events if isinstance(event, Hung)}
+    folder = RunFolder(run).stacks
     files = (
-        (re.match(r"rank(\d+)-.+\.txt$", file.name), file)
-        for file in sorted((run / FOLDER).glob("rank*"))
+        (re.match(r"rank(\d+)-.+\.txt$", file.name), file) for file in sorted(folder.glob("rank*"))
     )
     # One that was killed leaves its file empty.
     found = {
-        f"{FOLDER}/{file.name}": int(named[1])
+        f"{folder.name}/{file.name}": int(named[1])
         for named, file in files
         if named is not None and _size(file)
     }
@@ -56,7 +55,7 @@ class Watchdog:
     def __init__(self, run: Path, *, rank: int, patience_s: float) -> None:
         self._patience_s = patience_s
         """at the moment"""
-        self._path = run / FOLDER / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        self._path = RunFolder(run).stacks / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
         self._armed = 0
         """in which tenth of the patience, of those since 1970"""

@@ -19,6 +19,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.core import files as disk
+from pipeline.track.events import Event
 from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -32,6 +33,7 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.checkpoint.store import Store
+from tests.events import event
 from tests.train.checkpoint.few import TRAINER, Counting, backend, content, restore, save
 
 
@@ -387,27 +389,24 @@ def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path)
 # ------------------------------------------------------ what the journal knows, where none is found
 
 
-def start(step: int) -> dict[str, Any]:
-    return {"event": "start", "step": step}
+def start(step: int) -> Event:
+    return event("start", step=step)
 
 
-def told_saved(step: int) -> dict[str, Any]:
-    return {"event": "checkpoint", "step": step, "path": f"/runs/run/checkpoints/step_{step:08d}"}
+def told_saved(step: int) -> Event:
+    return event("checkpoint", step=step, path=f"/runs/run/checkpoints/step_{step:08d}")
 
 
-def quarantined(step: int, more: str = "") -> dict[str, Any]:
-    return {
-        "event": "quarantine",
-        "path": f"s3://bucket/run/quarantine/step_{step:08d}{more}-20261127-031500-7-a",
-        "reason": "r",
-    }
+def quarantined(step: int, more: str = "") -> Event:
+    path = f"s3://bucket/run/quarantine/step_{step:08d}{more}-20261127-031500-7-a"
+    return event("quarantine", path=path)
 
 
 @pytest.mark.parametrize(
     ("events", "step"),
     [
         ([], None),
-        ([start(0), {"event": "step", "step": 2}], None),
+        ([start(0), event("step", step=2)], None),
         ([start(0), told_saved(3)], 3),
         ([start(0), told_saved(3), told_saved(6), start(6)], 6),
         ([start(8)], 8),  # adopted from a run whose folder was lost
@@ -433,7 +432,5 @@ def quarantined(step: int, more: str = "") -> dict[str, Any]:
         ),  # 6 had been moved away by hand, and the run went on
     ],
 )
-def test_one_must_be_there_unless_it_was_quarantined(
-    events: list[dict[str, Any]], step: int | None
-) -> None:
+def test_one_must_be_there_unless_it_was_quarantined(events: list[Event], step: int | None) -> None:
     assert lost_step(events, keep=2) == step

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline.core.errors import Diverged, UserError
+from pipeline.recipe import Policy
 from pipeline.train import checkpointing
 from pipeline.train.backend.averaged import Averaged
 from pipeline.train.backend.collectives import Ranks
@@ -252,5 +253,7 @@ def test_weights_that_come_apart_again_and_again_are_no_matter_of_the_learning_r
         "a memory, a device or a network is at fault: look with spiketrain doctor"
     )
     with pytest.raises(UserError) as refusal:
-        train_inline(tmp_path / "run", small_recipe(replicas_every=1, max_rollbacks=1))
+        train_inline(
+            tmp_path / "run", small_recipe(policy=Policy(replicas_every=1, max_rollbacks=1))
+        )
     assert str(refusal.value) == said and not isinstance(refusal.value, Diverged)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.track.journal import read
-from pipeline.train.guards.watchdog import FOLDER, Watchdog, untold
+from pipeline.train.guards.watchdog import Watchdog, untold
+from tests.events import event
 
 HANGS = """
 import sys, threading, time
@@ -93,7 +94,7 @@ elif sys.argv[2] == "restores":
     compose._newest = lambda *given, **more: time.sleep(6.0) or newest(*given, **more)
 else:
     background._write = slowly
-job = make_run(Path(sys.argv[1]), small_recipe(epochs=1, checkpoint_every=0))
+job = make_run(Path(sys.argv[1]), small_recipe(epochs=1).override({"checkpoints.every": 0}))
 worker.run(replace(job, hang_minutes=patience_s / 60), RankInfo())
 """
 PROCESSES = {
@@ -124,7 +125,7 @@ class Ran(NamedTuple):
 
     @property
     def stacks(self) -> list[Path]:
-        return list((self.run / FOLDER).glob("*"))
+        return list((self.run / "stacks").glob("*"))
 
 
 def end_of(run: Path, code: str, *words: str) -> Ran:
@@ -153,11 +154,10 @@ def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
     assert hung.code == 1 and hung.out == "hangs now\n" and hung.seconds < 30
     [file] = hung.stacks
     assert file.name.startswith("rank3-") and "waits_for_ever" in file.read_text()
-    (hung.run / FOLDER / "rank0-20260105-120000.txt").touch()  # of one that was killed
-    named = f"{FOLDER}/{file.name}"
+    (hung.run / "stacks" / "rank0-20260105-120000.txt").touch()  # of one that was killed
+    named = f"stacks/{file.name}"
     assert (
-        untold(hung.run, []) == {named: 3}
-        and untold(hung.run, [{"event": "hung", "stacks": named}]) == {}
+        untold(hung.run, []) == {named: 3} and untold(hung.run, [event("hung", stacks=named)]) == {}
     )
 
 

@@ -1,0 +1,574 @@
+"""The events of a run's journal: one frozen dataclass for each kind.
+
+A class declares everything that depends on its kind: the fields, and what MLflow (`translate.py`)
+and Prometheus (`exposition.py`) take from them. `Event.to_dict` and `from_dict` are the two ways to
+JSON. The name of a kind is the name of its class, with underscores: `FirstBatch` is `first_batch`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+
+from pipeline.recipe.recipe import Role, roles
+
+State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
+"""of a run"""
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+"""of a run in MLflow"""
+Numbers = dict[str, float]
+_TAGS_OF_RECIPE = tuple(name for name, role in roles().items() if Role.TAG in role)
+OF_NONE = -1
+"""the attempt of events that a launcher writes between two attempts"""
+KIND = "event"
+"""the key of the kind in the JSON form"""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The field is a metric of MLflow. Each number in a mapping is a metric `name/key`."""
+
+    name: str
+    without: tuple[str, ...] = ()  # keys of the mapping that are not sent
+
+
+@dataclass(frozen=True)
+class Tag:
+    """The field is a tag of MLflow, unless it is None. A mapping has a tag for each key."""
+
+    name: str
+    keys: tuple[str, ...] | None = None  # the only keys of the mapping that are sent
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """The field, or the entry `key` of a mapping, is a gauge of Prometheus."""
+
+    name: str
+    help: str
+    key: str = ""
+
+
+class Rest:
+    """The field is a mapping. Its entries lie beside the other fields in the JSON form."""
+
+
+_Use = TypeVar("_Use", Metric, Tag, Gauge, Rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What every event has. The journal sets both fields when it writes the event."""
+
+    kind: ClassVar[str] = ""
+    durable: ClassVar[bool] = False  # the write returns once the event would survive a power cut
+    sends_journal: ClassVar[bool] = False  # MLflow is sent the journal while the run goes on
+    state: ClassVar[State | None] = None  # of a run that nobody drives, after this event
+    status: ClassVar[Status | None] = None  # in MLflow
+    count_tag: ClassVar[str] = ""  # a tag of MLflow that counts these events
+    counted_field: ClassVar[str] = ""  # the field that the tag sums up in place of the events
+    fixed_tags: ClassVar[tuple[tuple[str, str], ...]] = ()  # of MLflow, set by each event
+    measures_weights: ClassVar[bool] = False  # is void if the run goes back behind its step
+    settles_weights: ClassVar[bool] = False  # the run will not go back behind its step
+
+    time: float = 0.0  # Unix seconds
+    attempt: int = OF_NONE  # number of the start, from 0
+
+    def __init_subclass__(cls) -> None:
+        cls.kind = re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, with the kind first."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        rest = values.pop(_rest(type(self)) or "", {})
+        return {KIND: self.kind, **values, **rest}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unknown(Event):
+    """An event of a kind that this version does not have, such as one of a later version."""
+
+    name: str  # of the kind
+    values: Annotated[dict[str, Any], Rest()]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {KIND: self.name, "time": self.time, "attempt": self.attempt, **self.values}
+
+
+# ------------------------------------------------------------------------------ start of an attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Event):
+    """An attempt begins to train."""
+
+    durable = sends_journal = True
+    state, status = "interrupted", "RUNNING"
+
+    attempt: Annotated[int, Tag("spiketrain.attempt")] = OF_NONE  # number of the start, from 0
+    run: str  # name of the run's folder
+    run_id: str  # unique, chosen at the launch
+    recipe: Annotated[str, Tag("spiketrain.recipe"), Tag("mlflow.source.name")]  # name
+    rule: Annotated[str, Tag("spiketrain.rule")]  # label of the training rule
+    study: Annotated[str, Tag("spiketrain.study")]  # hash of what makes runs comparable
+    study_parent: Annotated[str | None, Tag("spiketrain.study_parent")]  # shared by a suite's runs
+    suite: Annotated[str | None, Tag("spiketrain.suite")]  # name of the suite's folder
+    family: Annotated[str | None, Tag("spiketrain.family")]  # name of the experiment in MLflow
+    seed: Annotated[int, Tag("spiketrain.seed")]  # of the recipe
+    world_size: Annotated[
+        int,
+        Tag("spiketrain.world_size"),
+        Gauge("spiketrain_workers", "Workers that train together."),
+    ]  # workers
+    batch_size: Annotated[int, Tag("spiketrain.batch_size")]  # samples of a global batch
+    micro_batch: Annotated[int, Tag("spiketrain.micro_batch")]  # samples that a worker holds
+    accumulation: int  # micro-batches of a worker in a global batch
+    parameters: int  # trainable numbers of the network
+    steps_per_epoch: int  # global batches, of the task at hand
+    total_steps: Annotated[
+        int, Gauge("spiketrain_total_steps", "Global batches of the whole run.")
+    ]  # global batches
+    epochs: int  # of all tasks
+    samples: int  # of the training set of the task at hand
+    dropped_per_epoch: int  # samples that do not fill a global batch
+    step: int  # global batches done before
+    began: float  # Unix seconds at the worker's first line of code
+    time_steps: int  # T
+    precision: Annotated[str, Tag("spiketrain.precision")]  # such as bf16
+    zero: Annotated[int, Tag("spiketrain.zero")]  # DeepSpeed's stage
+    commit: Annotated[str, Tag("spiketrain.commit"), Tag("mlflow.source.git.commit")]  # git
+    hardware: Annotated[dict[str, Any], Tag("hardware")]  # of all workers: cpu, gpu, threads
+    versions: Annotated[dict[str, str], Tag("versions")]  # of the libraries
+    data_fingerprint: Annotated[str, Tag("spiketrain.data_fingerprint")]  # hash of the data set
+    params: Annotated[dict[str, Any], Tag("spiketrain", keys=_TAGS_OF_RECIPE)]  # the recipe
+    loader_threads: int  # of each worker
+    own_cores: list[int] | None  # numbers of rank 0's reserved cores; None: none are reserved
+    resume_command: str  # for a shell
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstBatch(Event):
+    """The first batch of an attempt is done."""
+
+    step: int  # global batches done
+    startup_s: float  # seconds since the worker's first line of code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init(Event):
+    """The network begins with weights of a file."""
+
+    file: str  # path of the weights
+    fresh: list[str]  # names of the parameters that the file does not have
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher(Event):
+    """The teacher of a run was evaluated."""
+
+    teacher: str  # label
+    figures: Annotated[dict[str, Any], Rest()]  # samples, loss, and shares in 0..1: top1, top5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Event):
+    """A linear classifier was fitted to the teacher's features."""
+
+    teacher: str  # label
+    views: int  # augmented samples that it was fitted to
+    top1: float  # share in 0..1, on these views
+    seconds: float  # of the fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(Event):
+    """A task of a continual run begins."""
+
+    step: int  # global batches done
+    phase: int  # number of the task, from 0
+    of: int  # number of tasks
+    name: str  # of the task
+    head: int | None  # number of the task's output layer; None: all tasks share one
+    steps: int  # global batches of the task
+    epochs: int  # of the task
+
+
+# ------------------------------------------------------------------------------------- measurements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Event):
+    """Training metrics since the step event before, over all workers."""
+
+    step: int  # global batches done
+    epoch: int  # from 0, of the whole run
+    metrics: Annotated[
+        Numbers,
+        Metric("train"),
+        Gauge(
+            "spiketrain_images_per_second",
+            "Samples that all workers train per second.",
+            key="images_per_s",
+        ),
+        Gauge("spiketrain_loss", "Training loss, the mean since the step event before.", "loss"),
+        Gauge(
+            "spiketrain_top1_ratio",
+            "Top-1 accuracy on what was trained since the step event before.",
+            key="top1",
+        ),
+        Gauge("spiketrain_learning_rate", "Learning rate of the first parameter group.", "lr"),
+        Gauge("spiketrain_step_seconds", "Seconds of a global batch, on rank 0.", "step_s"),
+        Gauge(
+            "spiketrain_data_wait_seconds",
+            "Seconds of a global batch that rank 0 waited for the loader.",
+            key="data_wait_s",
+        ),
+    ]  # means: shares in 0..1, seconds of a global batch, samples per second
+    memory_bytes: Annotated[
+        int | None,
+        Metric("train/memory_bytes"),
+        Gauge(
+            "spiketrain_memory_bytes",
+            "What rank 0 holds: on its GPU, resident where it has none.",
+        ),
+    ]  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Event):
+    """The network was evaluated."""
+
+    durable = sends_journal = measures_weights = True
+
+    step: int  # global batches done
+    epoch: int  # from 0, that ended before
+    samples: int  # evaluated
+    metrics: Annotated[
+        Numbers,
+        Metric("val"),
+        Gauge(
+            "spiketrain_evaluation_top1_ratio", "Top-1 accuracy of the newest evaluation.", "top1"
+        ),
+        Gauge("spiketrain_evaluation_loss", "Loss of the newest evaluation.", "loss"),
+        Gauge(
+            "spiketrain_firing_rate",
+            "Spikes per neuron and time step in the newest evaluation.",
+            key="firing_rate",
+        ),
+    ]  # shares in 0..1, the mean loss, spikes per neuron and time step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Event):
+    """The rule's gradient was compared with that of BPTT."""
+
+    sends_journal = measures_weights = True
+
+    step: int  # global batches done
+    epoch: int | None  # from 0, that ended before; None: at the start of the run
+    temporal_share: Annotated[Numbers, Metric("fidelity/temporal_share")]  # 0..1, of each layer
+    cosines: Annotated[dict[str, Numbers], Metric("fidelity/cosines")]  # -1..1, of each layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class System(Event):
+    """The load of the driver's machine. These events have a file of their own."""
+
+    step: int  # number of the sample
+    metrics: Annotated[Numbers, Metric("system")]  # as MLflow names and measures them
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Event):
+    """A checkpoint is whole."""
+
+    durable = settles_weights = True
+
+    time: Annotated[
+        float,
+        Gauge(
+            "spiketrain_checkpoint_timestamp_seconds",
+            "When the newest checkpoint was whole, in Unix time.",
+        ),
+    ] = 0.0  # Unix seconds
+    step: Annotated[
+        int,
+        Gauge("spiketrain_checkpoint_step", "Global batches done at the newest checkpoint."),
+    ]  # global batches done
+    path: str  # the folder, or the address
+    stall_s: Annotated[float, Metric("checkpoint/stall_s")]  # seconds that training stood still
+    write_s: Annotated[
+        float,
+        Metric("checkpoint/write_s"),
+        Gauge(
+            "spiketrain_checkpoint_seconds",
+            "Seconds that the newest checkpoint was written for.",
+        ),
+    ]  # seconds from the save to the whole checkpoint
+    bytes: Annotated[int, Metric("checkpoint/bytes")]  # bytes of all files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarantine(Event):
+    """A damaged checkpoint was set aside."""
+
+    durable = True
+    count_tag = "spiketrain.quarantined_checkpoints"
+
+    path: str  # the folder, or the address
+    reason: str  # the check that failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unwritten(Event):
+    """A checkpoint could not be written."""
+
+    durable = True
+    count_tag = "spiketrain.unwritten_checkpoints"
+
+    step: int  # global batches done
+    error: str  # one line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undeleted(Event):
+    """A checkpoint that is no longer kept could not be deleted."""
+
+    count_tag = "spiketrain.undeleted_checkpoints"
+
+    step: int  # of the new checkpoint, which is whole
+    error: str  # one line
+
+
+# ------------------------------------------------------------------------------ faults and recovery
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped(Event):
+    """The run did not train on a batch."""
+
+    count_tag, counted_field = "spiketrain.skipped_samples", "samples"
+
+    step: int  # number of the batch, from 0
+    epoch: int  # from 0
+    reason: str  # one line
+    samples: int  # of the global batch
+    advice: str = ""  # what the user can change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback(Event):
+    """The run goes back to its newest checkpoint."""
+
+    durable = True
+    count_tag = "spiketrain.rollbacks"
+
+    step: int  # number of the batch that was at fault, from 0
+    epoch: int  # from 0
+    to: int  # step of the checkpoint
+    reason: str  # one line
+    advice: str = ""  # what the user can change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smaller(Event):
+    """Memory ran out. The run continues with a smaller micro-batch."""
+
+    step: int  # global batches done
+    micro_batch: int  # samples that a worker holds from now on
+    reason: str  # one line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting(Event):
+    """The run waits for storage or for workers."""
+
+    durable = True
+
+    what: str  # that is waited for
+    most_s: float  # seconds after which the run gives up
+    error: str = ""  # one line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preempted(Event):
+    """Machines will be taken away."""
+
+    durable = True
+    count_tag = "spiketrain.preemptions"
+
+    step: int  # global batches done
+    machines: list[str]  # their names
+    seconds_left: float | None  # seconds; None: not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Straggler(Event):
+    """Workers are slower than the others."""
+
+    step: int  # global batches done
+    workers: dict[str, dict[str, Any]]  # by rank: times (ratio to the median), host
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataWait(Event):
+    """Rank 0 waits for its data for much of the time."""
+
+    step: int  # global batches done
+    share: float  # 0..1, of the time of a batch
+    loader_threads: int  # of each worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hung(Event):
+    """A worker gave no sign of life and was ended."""
+
+    durable = True
+
+    worker: int  # rank
+    stacks: str  # file with the stacks of its threads, below the run's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Died(Event):
+    """A worker ended with an error that it could not write itself."""
+
+    durable = True
+
+    worker: int  # rank
+    error: str  # one line
+
+
+# -------------------------------------------------------------------------------- end of an attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish(Event):
+    """The run is complete."""
+
+    durable = sends_journal = settles_weights = True
+    state, status = "finished", "FINISHED"
+
+    step: Annotated[int, Metric("summary/step")]  # global batches done
+    summary: Annotated[
+        dict[str, Any], Rest(), Metric("summary", without=("seed", "steps", "epochs"))
+    ]  # of train/summary.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped(Event):
+    """The attempt ended because somebody asked for it."""
+
+    durable = sends_journal = True
+    state, status = "stopped", "KILLED"
+
+    step: int  # global batches done
+    reason: Annotated[str, Tag("spiketrain.stopped")]  # who asked
+    resume_command: str  # for a shell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """The attempt ended with an error."""
+
+    durable = sends_journal = True
+    state, status = "failed", "FAILED"
+    fixed_tags = (("spiketrain.diverged", "false"),)
+
+    error: Annotated[str, Tag("spiketrain.error")]  # one line
+    traceback: str  # of the error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverged(Event):
+    """The attempt ended because training diverged, as it would again."""
+
+    durable = sends_journal = settles_weights = True
+    state, status = "diverged", "FAILED"
+    fixed_tags = (("spiketrain.diverged", "true"),)
+
+    error: Annotated[str, Tag("spiketrain.error")]  # one line
+    traceback: str  # of the error
+
+
+KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
+del KINDS[Unknown.kind]
+
+
+def kind_of(record: Mapping[str, Any]) -> type[Event]:
+    """The class of an event in its JSON form; `Unknown` for a kind that this version lacks."""
+    return KINDS.get(record[KIND], Unknown)
+
+
+def from_dict(record: Mapping[str, Any]) -> Event:
+    """The event of a JSON form. "nan", "inf" and "-inf" become numbers where numbers belong.
+
+    Raises:
+        ValueError: fields are missing, or the kind does not have them; one line.
+    """
+    values = dict(record)
+    name = values.pop(KIND)
+    kind = kind_of(record)
+    if kind is Unknown:
+        values["name"] = name
+    own = {field.name: field for field in fields(kind)}
+    if rest := _rest(kind):
+        values[rest] = {key: values.pop(key) for key in [*values] if key not in own}
+    unknown = values.keys() - own.keys()
+    missing = [n for n, field in own.items() if field.default is MISSING and n not in values]
+    if unknown or missing:
+        wrong = ", ".join(
+            [*(f"no field {n}" for n in missing), *(f"{n} too" for n in sorted(unknown))]
+        )
+        raise ValueError(
+            f"journal: an event {name!r} must have the fields {', '.join(own)}; got {wrong}"
+        )
+    numeric = _numeric_fields(kind)
+    return kind(**{n: _finite_or_not(v) if n in numeric else v for n, v in values.items()})
+
+
+def uses(record: Mapping[str, Any], use: type[_Use]) -> Iterator[tuple[_Use, Any]]:
+    """The metrics, tags or gauges of an event, each with the value of its field or None."""
+    kind = kind_of(record)
+    for name, each in declared(kind, use):
+        if name != _rest(kind):
+            yield each, record.get(name)
+            continue
+        own = {KIND, *(field.name for field in fields(kind))}
+        yield each, {key: value for key, value in record.items() if key not in own}
+
+
+@cache
+def declared(kind: type[Event], use: type[_Use]) -> tuple[tuple[str, _Use], ...]:
+    """The metrics, tags or gauges of a class, each with the name of its field."""
+    return tuple(
+        (name, each)
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        for each in getattr(hint, "__metadata__", ())
+        if isinstance(each, use)
+    )
+
+
+@cache
+def _rest(kind: type[Event]) -> str | None:
+    """The name of the field whose entries lie beside the others."""
+    return next((name for name, _ in declared(kind, Rest)), None)
+
+
+@cache
+def _numeric_fields(kind: type[Event]) -> frozenset[str]:
+    numeric = (float, float | None, Numbers, dict[str, Numbers])
+    return frozenset(name for name, hint in get_type_hints(kind).items() if hint in numeric)
+
+
+def _finite_or_not(value: Any) -> Any:
+    """JSON has no numbers that are not finite: the journal writes them as text."""
+    if isinstance(value, dict):
+        return {key: _finite_or_not(item) for key, item in value.items()}
+    return float(value) if value in ("nan", "inf", "-inf") else value

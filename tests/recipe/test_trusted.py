@@ -1,0 +1,153 @@
+"""What recipe.json may import reads and writes no file of its own accord.
+
+Whoever writes a recipe.json chooses every keyword of its parts.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from pipeline.recipe.json import imported, is_inside, is_trusted
+from pipeline.recipe.recipe import TRUSTED
+from pipeline.recipe.spec import is_path
+
+READERS = {
+    "pipeline.models.teachers.cache.Cache",  # keeps answers in the folder that it is given
+    "pipeline.models.teachers.network.network_teacher",
+    "pipeline.models.teachers.timm.timm_teacher",  # by what its `weights` are
+    "pipeline.models.teachers.probe.Probe",  # trains a head on answers that a Cache keeps
+    "pipeline.models.teachers.weights.File",
+    "pipeline.models.teachers.weights.Hub",
+    "pipeline.models.teachers.weights.Package",
+    "pipeline.models.teachers.weights.Untrained",
+}
+BUILTINS = {"open", "eval", "exec", "compile", "__import__"}
+METHODS = {
+    "open", "load", "loads", "save", "savez", "dump", "fromfile", "tofile", "memmap", "loadtxt",
+    "savetxt", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink", "rmdir",
+    "touch", "symlink_to", "rename", "load_state_dict_from_url", "create_model", "import_module"
+}  # fmt: skip
+MODULES = {
+    "os", "pickle", "shutil", "subprocess", "socket", "urllib", "tempfile", "importlib",
+    "runpy", "safetensors", "huggingface_hub", "requests", "mmap", "timm.create_model",
+    "pipeline.core.files", "pipeline.core.tensor_file.read_state", "pipeline.core.safe_pickle",
+    "pipeline.recipe.json",
+}  # fmt: skip
+ITS_OWN = {"layer.open"}
+"""methods of ours that have the name of one that opens a file"""
+READER_OF_DATA = "pipeline.data.ffcv"
+"""what data sets may import: it reads the files that they name, for a loader"""
+
+
+def modules() -> list[ModuleType]:
+    """The modules of this package that are trusted whole."""
+    found = []
+    for name in (each for each in TRUSTED if each.startswith("pipeline.") and each not in READERS):
+        module = importlib.import_module(name)
+        found.append(module)
+        inner = pkgutil.walk_packages(getattr(module, "__path__", ()), f"{name}.")
+        names = [each.name for each in inner if is_trusted(each.name, TRUSTED)]
+        found += map(importlib.import_module, names)
+    return found
+
+
+def touches_files(source: str) -> Iterator[str]:
+    """The calls and imports in a source by which it could read or write a file, or run code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            name = called.rpartition(".")[2]
+            if called in BUILTINS or ("." in called and name in METHODS and called not in ITS_OWN):
+                yield f"calls {called}"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for name in (module + each.name for each in node.names):
+                if is_inside(name, MODULES | {READER_OF_DATA}):
+                    yield f"imports {name}"
+
+
+def test_trusted_modules_read_and_write_no_file() -> None:
+    found = modules()
+    rooms = {module.__name__.rsplit(".", 1)[0] for module in found}
+    assert {
+        "pipeline.data.datasets",
+        "pipeline.models",
+        "pipeline.rules",
+        "pipeline.spiking",
+    } <= rooms
+    said = {
+        module.__name__: [
+            text
+            for text in touches_files(Path(str(module.__file__)).read_text())
+            if READER_OF_DATA not in text or not is_inside(module.__name__, ["pipeline.data"])
+        ]
+        for module in found
+    }
+    assert {name: lines for name, lines in said.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("open('x')", "calls open"),
+        ("torch.load(path)", "calls torch.load"),
+        ("Path(folder).read_bytes()", "calls Path(folder).read_bytes"),
+        ("import os", "imports os"),
+        ("from os import path", "imports os.path"),
+        ("def f():\n    from pickle import loads", "imports pickle.loads"),
+        (
+            "from pipeline.core.tensor_file import misfits, read_state",
+            "imports pipeline.core.tensor_file.read_state",
+        ),
+        ("from pipeline.data.ffcv.reader import open_beton", "imports pipeline.data.ffcv.reader"),
+    ],
+)
+def test_a_reader_is_found(source: str, said: str) -> None:
+    [found] = touches_files(source)
+    assert found.startswith(said)
+
+
+def test_of_the_teachers_only_what_is_named_is_trusted() -> None:
+    assert {name for name in TRUSTED if name.startswith("pipeline.models.teachers.")} == READERS
+    assert not is_trusted("pipeline.models.teachers.cache.CachedPredictions", TRUSTED)
+    assert not is_trusted("pipeline.models.teachers", TRUSTED)
+    assert is_trusted("pipeline.models.vgg.vgg_sws", TRUSTED)
+
+
+def test_a_user_may_trust_what_is_refused_by_name() -> None:
+    name = "pipeline.models.teachers.cache.CachedPredictions"
+    assert is_trusted(name, (*TRUSTED, name))
+    assert is_trusted(name, (*TRUSTED, "pipeline.models.teachers"))
+
+
+def test_of_what_is_trusted_only_data_and_teachers_take_a_path() -> None:
+    named = [imported(name, TRUSTED) for name in READERS]
+    made = {
+        each
+        for module in modules()
+        for each in vars(module).values()
+        if getattr(each, "__module__", "") == module.__name__
+    }
+    takes = {
+        (each.__qualname__, key)
+        for each in {*made, *named}
+        for key in getattr(each.__init__ if isinstance(each, type) else each, "__annotations__", {})
+        if is_path(each, key)
+    }
+    assert len(made) > 200
+    assert takes == {
+        ("Beton", "folder"),
+        ("Events", "folder"),
+        ("Cache", "folder"),
+        ("File", "path"),
+        ("network_teacher", "weights"),
+        ("_stored", "path"),
+        ("_check_sides", "path"),  # of data sets
+    }
