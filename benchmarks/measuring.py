@@ -66,7 +66,7 @@ from pipeline.train.loop import Meters as LoopMeters
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
 from recipes.fashion.base import fashion
-from tests.silent import NoActivity, NoMeters
+from tests.helpers.silent import NoActivity, NoMeters
 
 LOG_EVERY = 10
 TAKES = 5

@@ -48,7 +48,7 @@ from pipeline.measure.memory import device_here, hardware
 from pipeline.report.stores import open_store, studies
 from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
-from tests.browser import chromium
+from tests.helpers.browser import chromium
 
 RUNS = 500
 RULES = ("BPTT", "SLTT", "SLTT-1", "OTTT-A", "OPZO")

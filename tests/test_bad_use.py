@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from tests.small import without_stages
+from tests.helpers.small import without_stages
 
 IMPORTS = """
 from dataclasses import replace

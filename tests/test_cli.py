@@ -17,13 +17,13 @@ import typer
 
 from pipeline.cli.app import app
 from pipeline.data.write.images import write_fashion
-from tests.small import command, same_weights, without_stages
+from tests.helpers.small import command, same_weights, without_stages
 
 RECIPE = """
 from dataclasses import replace
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     base = small_recipe(epochs=1).override({"checkpoints.every": 0})
@@ -344,7 +344,7 @@ from pipeline.recipe.recipe import spec
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.rules.bptt import BPTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 class Flat(nn.Module):
     def forward(self, x_TBCHW):
@@ -389,7 +389,7 @@ def test_a_network_of_the_recipe_files_own_trains_by_two_rules_with_deepspeed_in
 def test_what_does_not_fit_leaves_no_run_behind(
     tmp_path: Path, change: str, said: str, refused: UserError
 ) -> None:
-    (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
+    (tmp_path / "one.py").write_text("from tests.helpers.small import small_recipe as recipe\n")
     runs = tmp_path / "runs"
     assert said in refused(
         "launch", str(tmp_path / "one.py"), "--inline", "--runs", str(runs), "--set", change
@@ -400,7 +400,7 @@ def test_what_does_not_fit_leaves_no_run_behind(
 def test_a_cluster_that_is_not_there_is_refused_within_seconds(
     tmp_path: Path, refused: UserError
 ) -> None:
-    (tmp_path / "one.py").write_text("from tests.small import small_recipe as recipe\n")
+    (tmp_path / "one.py").write_text("from tests.helpers.small import small_recipe as recipe\n")
     begun = time.monotonic()
     said = refused(
         "launch",
@@ -434,7 +434,7 @@ def test_a_recipe_file_that_goes_wrong_names_its_line(
 
 def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: UserError) -> None:
     from pipeline.launch.prepare import write_job
-    from tests.small import make_run, small_recipe, train_inline
+    from tests.helpers.small import make_run, small_recipe, train_inline
     from tests.train.test_worker import Killed, die_at
 
     with pytest.MonkeyPatch.context() as patch:
@@ -544,7 +544,7 @@ main()
 def test_json_is_all_that_is_on_stdout(words: str, tmp_path: Path) -> None:
     file = tmp_path / "one.py"
     file.write_text(
-        "from tests.small import small_recipe\n\n"
+        "from tests.helpers.small import small_recipe\n\n"
         "def recipe():\n"
         "    return small_recipe(backend='deepspeed').override({'checkpoints.every': 0})\n"
     )

@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 
 from pipeline.data.base import Data
 from pipeline.spiking.state import fresh_state
-from tests.rules.small import batch, cross_entropy, learn, lif_network
-from tests.small import small_recipe, train_inline
+from tests.helpers.rule_networks import batch, cross_entropy, learn, lif_network
+from tests.helpers.small import small_recipe, train_inline
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()

@@ -17,7 +17,7 @@ from pipeline.recipe.recipe import Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.optimizer import build_optimizer
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 DECAY = 0.1
 

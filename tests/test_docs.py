@@ -40,7 +40,7 @@ from pipeline.track.journal import read
 from pipeline.train.distillation import Distillation
 from recipes.fashion.base import fashion
 from tests.data.conftest import small_fashion
-from tests.small import command, small_recipe, train_inline
+from tests.helpers.small import command, small_recipe, train_inline
 
 __all__ = ["small_fashion"]  # a fixture
 

@@ -12,7 +12,7 @@ import psutil
 OWNER = """
 import sys
 from pathlib import Path
-from tests.driver import Driver
+from tests.helpers.driver import Driver
 
 folder = Path(sys.argv[1])
 print(Driver("launch", run=folder / "run", folder=folder).process.pid, flush=True)

@@ -16,7 +16,7 @@ import torch
 import pipeline
 from pipeline.spiking.state import fresh_state
 from pipeline.train.export import export_run
-from tests.small import small_recipe, train_inline
+from tests.helpers.small import small_recipe, train_inline
 
 HIDE = """
 import sys
@@ -167,7 +167,7 @@ def test_a_command_names_the_extra_that_is_missing(
     """`hidden`: the extras that are not installed, but for what the other one brings too."""
     recipe = tmp_path / "one.py"
     recipe.write_text(
-        "from tests.small import small_recipe\n\ndef recipe():\n    return small_recipe()\n"
+        "from tests.helpers.small import small_recipe\n\ndef recipe():\n    return small_recipe()\n"
     )
     given = words.replace("RUNS", str(tmp_path)).replace("RECIPE", str(recipe)).split()
     kept = modules_of(*({"train", "report"} - set(hidden)))

@@ -17,7 +17,7 @@ import typer
 
 from pipeline.cli.app import app
 from tests.faults.test_rows import ROWS
-from tests.small import recipes_of
+from tests.helpers.small import recipes_of
 
 INVENTORY = tomllib.loads(Path("tests/inventory.toml").read_text())
 DROPPED = INVENTORY["dropped"]

@@ -26,9 +26,9 @@ from pipeline.train.checkpoint import Checkpoints, place_at
 from pipeline.train.job import RankInfo
 from pipeline.train.weights import lasting_weights, load_start, weights_file
 from pipeline.train.worker import run
-from tests.processes import run_ranks
-from tests.small import make_run, small_recipe, train_inline
-from tests.train.checkpoint.few import TRAINER, Counting, backend, save
+from tests.helpers.few import TRAINER, Counting, backend, save
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, small_recipe, train_inline
 
 STAGES: Any = ((4,), (6,))
 

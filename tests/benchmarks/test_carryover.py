@@ -25,8 +25,15 @@ from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from pipeline.train.evaluation import evaluate, inputs
 from pipeline.train.objective import CrossEntropy
-from tests.rules.small import batch, cross_entropy, difference, gradients, lif_network, spikes_of
-from tests.small import make_run, small_recipe, train_inline
+from tests.helpers.rule_networks import (
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    lif_network,
+    spikes_of,
+)
+from tests.helpers.small import make_run, small_recipe, train_inline
 
 KINDS = ["real", "zero", "shuffled", "gaussian"]
 DATA = Synthetic(samples=8, val_samples=41, shape=(1, 2, 2), noise=1.0)

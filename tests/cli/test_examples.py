@@ -15,7 +15,7 @@ from typer.main import get_command_name
 
 from pipeline.cli.app import app
 from pipeline.launch.cluster import Cluster
-from tests.small import command
+from tests.helpers.small import command
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,8 @@ from typer.main import get_command
 
 from pipeline.__main__ import main
 from pipeline.cli.app import app
+from tests.helpers.small import without_stages
 from tests.infra.rules import require_kustomize
-from tests.small import without_stages
 
 RECIPE = "recipes/imagenet/nf_resnet34_sltt.py"  # whose data nobody has here
 SMALL = "recipes/fashion/sltt.py"
@@ -253,7 +253,7 @@ def test_what_whoever_resumes_would_not_import_is_not_handed_over(
         "pipeline.recipe.recipe import spec",
         "pipeline.recipe.suite import Suite",
     )
-    lines = [f"from {each}" for each in (*imports, "tests.small import small_recipe")]
+    lines = [f"from {each}" for each in (*imports, "tests.helpers.small import small_recipe")]
     (tmp_path / "handed.py").write_text("\n".join([*lines, f"def recipe():\n    return {made}\n"]))
     words = (str(tmp_path / "handed.py"), "--cluster", "ray://h:1", "--name", "mine", "--dry-run")
     code, out, err = launch(*words)

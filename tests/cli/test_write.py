@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 
 pytest.importorskip("ffcv")
 
-from tests.small import command
+from tests.helpers.small import command
 
 
 def test_what_is_not_written_is_told(

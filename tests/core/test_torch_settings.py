@@ -13,7 +13,7 @@ from pipeline.models.teachers.base import Teacher
 from pipeline.models.teachers.timm import timm_teacher
 from pipeline.models.teachers.weights import Untrained
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from tests.data.made_pictures import make
+from tests.helpers.made_pictures import make
 
 TRAIN, VAL = 61, 13  # images: no multiple of any batch size used here
 

@@ -29,10 +29,10 @@ from pipeline.train.checkpoint import background, step_folders, step_name
 from pipeline.train.guards import storage
 from pipeline.train.guards.anomaly import Skipped
 from pipeline.train.trainer import Trainer
-from tests.driver import Driver
 from tests.faults.test_not_finite import hit
-from tests.small import Command, command, make_run, same_weights, small_recipe, train_inline
-from tests.train.checkpoint.s3 import s3_server
+from tests.helpers.driver import Driver
+from tests.helpers.s3 import s3_server
+from tests.helpers.small import Command, command, make_run, same_weights, small_recipe, train_inline
 from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(240)
@@ -68,7 +68,7 @@ from pathlib import Path
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint.store import Store
 from pipeline.launch.in_process import Inline
-from tests.small import make_run, small_recipe
+from tests.helpers.small import make_run, small_recipe
 
 run, address, step, name, how = sys.argv[1:6]
 run = Path(run)
@@ -457,7 +457,7 @@ def grow(disk: Path, size: int) -> None:
 
 
 RECIPE = """
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return small_recipe().override({{"checkpoints.every": {every}}})
@@ -576,7 +576,7 @@ def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
 LONG = """
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     data = spec(Synthetic, samples=8 * 200, val_samples=20, shape=(1, 8, 8))

@@ -37,8 +37,8 @@ from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train import assemble
 from pipeline.train.trainer import Trainer
-from tests.data import damage
-from tests.small import Command, command, job_of, make_run, same_weights, small_recipe
+from tests.helpers import damage
+from tests.helpers.small import Command, command, job_of, make_run, same_weights, small_recipe
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -17,8 +17,8 @@ import torch
 from pipeline.launch.ray_cluster import NODES
 from pipeline.track.journal import read
 from pipeline.train.weights import load_run
-from tests.faults.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab
-from tests.nodes import Nodes, nodes
+from tests.helpers.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab
+from tests.helpers.nodes import Nodes, nodes
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 

@@ -25,9 +25,9 @@ from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.stores import open_store
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import step_name
-from tests.driver import Driver
 from tests.faults.test_security import holders, plant
-from tests.small import same_weights
+from tests.helpers.driver import Driver
+from tests.helpers.small import same_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -106,7 +106,7 @@ RECIPE = """
 from dataclasses import replace
 from pipeline.recipe.recipe import Policy, spec
 from pipeline.rules.sltt import SLTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 from faulty_lab import Faulty, FaultyData
 
 def recipe():

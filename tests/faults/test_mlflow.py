@@ -18,8 +18,8 @@ from pipeline.launch.ray_cluster import free_port
 from pipeline.report.stores import open_store
 from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
-from tests.faults.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
-from tests.small import same_weights
+from tests.helpers.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
+from tests.helpers.small import same_weights
 from tests.track.test_mlflow import start_server
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]

@@ -27,8 +27,8 @@ from pipeline.train.guards.anomaly import Skipped
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
-from tests.processes import run_ranks
-from tests.small import make_run, same_weights, small_recipe, train_inline
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, same_weights, small_recipe, train_inline
 
 REASON = "its gradient is not finite on 1 of 1 worker"  # spikes hide it from the loss
 pytestmark = pytest.mark.timeout(120)

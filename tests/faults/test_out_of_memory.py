@@ -32,8 +32,8 @@ from pipeline.train.job import Job, RankInfo
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from pipeline.train.worker import run
-from tests.processes import run_ranks
-from tests.small import make_run, same_weights, small_recipe, train_inline
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -31,8 +31,8 @@ from pipeline.train.guards import preemption
 from pipeline.train.job import Job, Notice, RankInfo, no_notice
 from pipeline.train.rule_metrics import Figures
 from pipeline.train.worker import run
-from tests.processes import run_ranks
-from tests.small import make_run, same_weights, small_recipe
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, same_weights, small_recipe
 
 SEED = 20261127  # of the steps at which something happens
 ASKED = random.Random(SEED).randrange(1, 8)

@@ -44,8 +44,8 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.export import _digest
-from tests.processes import run_ranks
-from tests.small import Command, command, make_run, small_recipe, train_inline
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import Command, command, make_run, small_recipe, train_inline
 from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(120)
@@ -53,8 +53,8 @@ SECRET = "sesame-b41f0c"
 RECIPE = """
 from dataclasses import replace
 from pipeline.recipe.recipe import spec
-from tests.processes import run_ranks
-from tests.small import small_recipe
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import small_recipe
 
 def recipe():
     return replace(small_recipe(), {change})

@@ -17,8 +17,8 @@ import pytest
 from pipeline.launch.signals import ECHO_S
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import step_folders
-from tests.faults.lab import Driven, Lab
-from tests.small import same_weights
+from tests.helpers.lab import Driven, Lab
+from tests.helpers.small import same_weights
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 

@@ -19,7 +19,7 @@ from pipeline.track.journal import read
 from pipeline.train.guards.anomaly import WINDOW, Skipped
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.trainer import Trainer
-from tests.small import same_weights, small_recipe, train_inline
+from tests.helpers.small import same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 SEED = 20261127  # of the step at which it leaps

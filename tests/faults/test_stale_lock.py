@@ -12,8 +12,8 @@ import pytest
 from pipeline.train.backend.deepspeed import import_deepspeed
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.worker import run
-from tests.processes import run_ranks
-from tests.small import make_run, same_weights, small_recipe
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, same_weights, small_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.lab import Driven, Lab
-from tests.small import Command, command, same_weights
+from tests.helpers.lab import Driven, Lab
+from tests.helpers.small import Command, command, same_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

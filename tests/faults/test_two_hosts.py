@@ -20,7 +20,7 @@ import pytest
 
 from pipeline.launch.ray_cluster import NODES
 from pipeline.track.journal import last, read
-from tests.small import same_weights
+from tests.helpers.small import same_weights
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -42,7 +42,7 @@ class Slow(SLTT):
 RECIPE = """
 from dataclasses import replace
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 from slow_lab import Slow
 
 def recipe():

@@ -23,7 +23,7 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
 from tests.forecast.test_probe import recipe_with
-from tests.small import recipes_of, small_recipe, train_inline
+from tests.helpers.small import recipes_of, small_recipe, train_inline
 
 SOLVED = {"tolerance": 0.0, "iterations": 3}
 """of IDE: with values, too, every solve takes its most iterations"""

@@ -33,7 +33,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.teaching import build_teacher
 from tests.forecast.test_probe import RECIPE, TWO_NETWORKS, recipe_with
-from tests.small import command, recipes_of, train_inline
+from tests.helpers.small import command, recipes_of, train_inline
 from tests.train.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))

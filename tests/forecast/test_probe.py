@@ -31,7 +31,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
-from tests.small import command, small_recipe
+from tests.helpers.small import command, small_recipe
 from tests.train.test_teaching import taught
 
 
@@ -433,7 +433,7 @@ def test_what_was_not_compared_is_neither_near_nor_far() -> None:
 # ------------------------------------------------------------------------------------- command line
 
 RECIPE = """
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 from pipeline.recipe.recipe import spec
 from pipeline.models.mlp import mlp
 
@@ -465,7 +465,7 @@ from dataclasses import replace
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     one = small_recipe(model=spec(mlp, in_features=64, hidden=(8,)))

@@ -24,7 +24,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
 from tests.forecast.test_probe import RECIPE, TWO_NETWORKS, recipe_with
-from tests.small import command, small_recipe
+from tests.helpers.small import command, small_recipe
 from tests.train.test_teaching import taught
 
 RULES = (spec(BPTT), spec(SLTT))

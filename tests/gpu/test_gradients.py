@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pipeline.rules.base import World
-from tests.gpu.cards import device_of
-from tests.rules.cases import CASES, Case
-from tests.rules.small import batch, cross_entropy, gradients
+from tests.helpers.cards import device_of
+from tests.helpers.rule_cases import CASES, Case
+from tests.helpers.rule_networks import batch, cross_entropy, gradients
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """of the largest gradient; no spike of these networks is so near its threshold that float32 moves

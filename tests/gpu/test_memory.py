@@ -20,8 +20,8 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
 from pipeline.train.objective import CrossEntropy
-from tests.gpu.cards import device_of
-from tests.small import make_run, small_recipe
+from tests.helpers.cards import device_of
+from tests.helpers.small import make_run, small_recipe
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
-from tests.gpu.cards import CUDA, device_of
+from tests.helpers.cards import CUDA, device_of
 
 RULES = {
     "BPTT": lambda: BPTT(),

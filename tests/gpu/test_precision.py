@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from pipeline.launch.in_process import Inline
 from pipeline.track.journal import read
-from tests.gpu.cards import device_of
-from tests.small import make_run, small_recipe
+from tests.helpers.cards import device_of
+from tests.helpers.small import make_run, small_recipe
 
 pytestmark = pytest.mark.gpu
 

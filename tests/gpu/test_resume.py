@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.driver import Driver
-from tests.gpu.cards import device_of
-from tests.small import same_weights
+from tests.helpers.cards import device_of
+from tests.helpers.driver import Driver
+from tests.helpers.small import same_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.driver import workers_below
-from tests.faults.lab import Driven, Lab
+from tests.helpers.driver import workers_below
+from tests.helpers.lab import Driven, Lab
+from tests.helpers.nodes import TOKEN, nodes
 from tests.infra.rules import build, cluster_of
-from tests.nodes import TOKEN, nodes
 
 JOB = Path(__file__).parents[2] / "infra" / "k8s" / "base" / "job"
 PATH = f"{Path(sys.executable).parent}:/usr/bin:/bin"

@@ -18,7 +18,7 @@ import yaml
 
 from pipeline.cli.app import app
 from pipeline.launch.schedulers import Order, render_rayjob
-from tests.infra.crd import GOLDEN, misfits
+from tests.helpers.crd import GOLDEN, misfits
 from tests.infra.rules import RULES, build, cluster_of, versions
 
 ROOT = Path(__file__).parents[2]

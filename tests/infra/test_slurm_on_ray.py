@@ -26,7 +26,7 @@ STAND_IN = Path(__file__).parent / "stand_in"
 PROGRAMS = Path(sys.executable).parent
 
 RECIPE = """
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return small_recipe(name="sliced", epochs=40)

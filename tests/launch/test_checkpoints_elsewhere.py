@@ -21,13 +21,13 @@ from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from tests.faults.test_not_finite import hit
 from tests.faults.test_out_of_memory import room_for
-from tests.small import Command, command, same_weights, small_recipe, train_inline
-from tests.train.checkpoint.s3 import s3_server
+from tests.helpers.s3 import s3_server
+from tests.helpers.small import Command, command, same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 
 RECIPE = """
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return small_recipe(epochs=1)

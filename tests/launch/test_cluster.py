@@ -313,7 +313,7 @@ def cluster() -> Iterator[str]:
 @pytest.mark.timeout(240)
 def test_two_workers_on_a_cluster_that_was_there(cluster: str, tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text(
-        "from tests.small import small_recipe\n\ndef recipe():\n    return"
+        "from tests.helpers.small import small_recipe\n\ndef recipe():\n    return"
         " small_recipe(backend='deepspeed')\n"
     )
     words = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.track.journal import Follower, read
-from tests.small import same_weights
+from tests.helpers.small import same_weights
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -25,7 +25,7 @@ from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Phase, spec
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return small_recipe(

@@ -29,7 +29,7 @@ from pipeline.train.checkpoint.folder import Folder
 from pipeline.train.guards import storage
 from pipeline.train.guards.deaths import note_death
 from pipeline.train.job import Job
-from tests.events import event
+from tests.helpers.events import event
 
 START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}
 

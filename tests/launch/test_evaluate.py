@@ -27,12 +27,12 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.track.journal import read
 from pipeline.train.weights import load_start
-from tests.small import make_run, small_recipe, without_stages
+from tests.helpers.small import make_run, small_recipe, without_stages
 
 RECIPE = """
 from pipeline.models.qkformer import QKFormer
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 MODEL = spec(QKFormer, channels=32, depth=4, heads=1, in_channels=1, classes=10)
 
@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     three = as_published(to_published(network(classes=3)), tmp_path / "three.pth")
     two = "[small_recipe(), small_recipe(name='other')]"
     (tmp_path / "several.py").write_text(
-        f"from tests.small import small_recipe\ndef recipe():\n    return {two}\n"
+        f"from tests.helpers.small import small_recipe\ndef recipe():\n    return {two}\n"
     )
     for words, expected in (
         (

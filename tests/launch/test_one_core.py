@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.data.write.images import write_folder
 from pipeline.track.journal import read
-from tests.driver import Driver
+from tests.helpers.driver import Driver
 
 pytestmark = [pytest.mark.distributed, pytest.mark.full, pytest.mark.timeout(900)]
 

@@ -17,7 +17,7 @@ from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
 from pipeline.recipe.recipe import spec
 from pipeline.recipe.suite import Suite, SuiteFile
-from tests.small import Command, command, small_recipe
+from tests.helpers.small import Command, command, small_recipe
 
 MIXED = small_recipe(mixing=spec(Mixing, mixup=0.2))
 PARENT = "a" * 32

@@ -20,7 +20,7 @@ from pipeline.__main__ import main
 from pipeline.recipe.suite import is_suite, runs_of
 from pipeline.spiking.state import fresh_state
 from pipeline.track.journal import Follower, read
-from tests.small import without_stages
+from tests.helpers.small import without_stages
 
 PACKAGE = {
     # No __init__.py: most packages that lie beside a script have none.

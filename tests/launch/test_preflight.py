@@ -37,7 +37,7 @@ from pipeline.launch.preflight import (
 )
 from pipeline.launch.ray_cluster import free_port
 from pipeline.measure.driver import UnusableGPUs
-from tests.nodes import TOKEN, nodes
+from tests.helpers.nodes import TOKEN, nodes
 
 ONE = NodeReport("one", {"python": "3.11.7", **dict.fromkeys(PACKAGES, "1.0")})
 TWO = replace(ONE, name="two")

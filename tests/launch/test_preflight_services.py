@@ -29,8 +29,8 @@ from pipeline.launch.preflight_services import (
     of_token,
     try_store,
 )
-from tests.nodes import TOKEN, nodes
-from tests.train.checkpoint.s3 import s3_server
+from tests.helpers.nodes import TOKEN, nodes
+from tests.helpers.s3 import s3_server
 
 # ---------------------------------------------------------------------------------------- storage
 

@@ -13,7 +13,7 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import atomic_folder, prepare, read_job
 from pipeline.report.listing import list_runs
 from pipeline.track.state import state_of
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 
 class Killed(BaseException):

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pipeline.core.printing import NO_WIDTH
 from pipeline.launch.progress import Watch
-from tests.events import typed
+from tests.helpers.events import typed
 
 START = {
     "event": "start",

@@ -20,8 +20,8 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from pipeline.data.write.images import write_folder
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import step_folders
-from tests.driver import Driver
-from tests.small import same_weights
+from tests.helpers.driver import Driver
+from tests.helpers.small import same_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.full, pytest.mark.timeout(900)]
 

@@ -21,7 +21,7 @@ from pipeline.launch import restarts
 from pipeline.launch.restarts import PLACES_S, Restarts
 from pipeline.track.journal import read
 from pipeline.train.guards.deaths import noted
-from tests.events import event
+from tests.helpers.events import event
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 

@@ -21,12 +21,12 @@ from pipeline.recipe.suite import runs_of
 from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train.trainer import Trainer
-from tests.small import Command, command, same_weights
+from tests.helpers.small import Command, command, same_weights
 
 pytestmark = pytest.mark.timeout(120)  # a few runs and a new MLflow store
 
 ONE = """
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return small_recipe(name="one", epochs=1)

@@ -17,7 +17,7 @@ import yaml
 from pipeline.core.errors import UserError
 from pipeline.launch import schedulers
 from pipeline.launch.schedulers import OWN, Order, answer_of, render_rayjob, submit_rayjob
-from tests.infra.crd import GOLDEN, misfits
+from tests.helpers.crd import GOLDEN, misfits
 from tests.infra.rules import EXPORTER, RULES, containers, require_kustomize
 
 OVERLAYS = Path(__file__).parents[2] / "infra" / "k8s" / "overlays"

@@ -39,13 +39,13 @@ from pipeline.track.connect import connect
 from pipeline.track.journal import first, last, read
 from pipeline.track.state import is_driven, state_of
 from pipeline.train.job import Job
-from tests.small import Command, command, same_weights, small_recipe
+from tests.helpers.small import Command, command, same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     one = small_recipe(name="one", epochs=EPOCHS)
@@ -54,7 +54,7 @@ def recipe():
 
 UNEVEN = """
 from dataclasses import replace
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return [small_recipe(name="one", epochs=2000), small_recipe(name="other", epochs=1, seed=1)]
@@ -64,7 +64,7 @@ SEARCHED = """
 from pipeline.data.datasets.beton import Beton
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     data = spec(

@@ -34,7 +34,7 @@ from pipeline.track.connect import connect
 from pipeline.track.journal import Journal, read
 from pipeline.track.state import state_of
 from pipeline.train.trainer import Trainer
-from tests.small import Command, command, same_weights, small_recipe
+from tests.helpers.small import Command, command, same_weights, small_recipe
 
 RECIPES = """
 from dataclasses import replace
@@ -43,7 +43,7 @@ from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.recipe.suite import Suite
 from pipeline.models.teachers.network import network_teacher
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def table(runs, console):
     listed = " ".join(f"{name}:{run.name}" for name, run in runs.items())
@@ -495,7 +495,7 @@ from pipeline.recipe.recipe import spec
 from pipeline.train.distillation import Distillation
 from pipeline.recipe.suite import Suite
 from pipeline.models.teachers.network import network_teacher
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     a, b = small_recipe(name="a"), small_recipe(name="b", init="@a")
@@ -708,7 +708,7 @@ def test_tiny_follows_references_and_names_do_not_collide(
     name.
     """
     (tmp_path / "twin.py").write_text(
-        "from tests.small import small_recipe\n\ndef recipe():\n"
+        "from tests.helpers.small import small_recipe\n\ndef recipe():\n"
         "    return [small_recipe(name='twin'), small_recipe(name='after', init='@twin')]\n"
     )
     words = ("launch", str(tmp_path / "twin.py"), "--inline", "--runs", str(tmp_path / "runs"))

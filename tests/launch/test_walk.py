@@ -24,7 +24,7 @@ from torch import nn
 from pipeline.recipe.recipe import spec
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 
 class Traced(nn.Module):

@@ -36,9 +36,9 @@ from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.teaching import Teaching
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import train_inline
 from tests.measure.conftest import Host
-from tests.processes import run_ranks
-from tests.small import train_inline
 from tests.train.test_teaching import taught
 
 SLEEP = 0.05

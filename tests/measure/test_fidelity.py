@@ -12,8 +12,8 @@ from pipeline.measure.fidelity import fidelity, gradients
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from tests.rules.small import batch, cross_entropy, lif_network
-from tests.rules.small import gradients as reference
+from tests.helpers.rule_networks import batch, cross_entropy, lif_network
+from tests.helpers.rule_networks import gradients as reference
 
 
 def test_of_known_gradients() -> None:

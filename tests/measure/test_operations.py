@@ -33,8 +33,8 @@ from pipeline.spiking.op_scope import current_scope
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.rules.small import batch, cross_entropy, learn
-from tests.spiking.traces import traces_of
+from tests.helpers.rule_networks import batch, cross_entropy, learn
+from tests.helpers.traces import traces_of
 
 T, B, I, N, K = 4, 5, 6, 8, 3
 

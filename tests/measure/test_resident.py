@@ -19,7 +19,7 @@ from pipeline.measure.tensor_bytes import SavedBytes
 from pipeline.models.mlp import mlp
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from tests.rules.small import cross_entropy, learn
+from tests.helpers.rule_networks import cross_entropy, learn
 
 FEW, MANY = 2, 10  # time steps; each tensor of the hidden layer, 512 samples by 4096, takes 8 MB
 model, target_B = mlp(in_features=16, hidden=(4096,)), torch.arange(512) % 10

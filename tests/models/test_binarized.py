@@ -25,7 +25,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 
 class FeedForward(nn.Module):

@@ -13,7 +13,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateLIF
 from pipeline.spiking.state import fresh_state
-from tests.rules.small import cross_entropy, learn, spikes_of
+from tests.helpers.rule_networks import cross_entropy, learn, spikes_of
 
 
 def test_parameter_counts():

@@ -15,8 +15,8 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
-from tests.models.families import RESNETS, STREAMS, awake, small_qkformer
-from tests.rules.small import cross_entropy, learn
+from tests.helpers.families import RESNETS, STREAMS, awake, small_qkformer
+from tests.helpers.rule_networks import cross_entropy, learn
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     name: lambda build=build: awake(build()) for name, build in RESNETS.items()

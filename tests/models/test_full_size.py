@@ -20,7 +20,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from tests.small import recipes_of
+from tests.helpers.small import recipes_of
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "QKFormer-10-384": partial(qkformer_10, 384),

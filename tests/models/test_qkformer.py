@@ -15,7 +15,7 @@ from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
-from tests.models.families import small_qkformer
+from tests.helpers.families import small_qkformer
 
 
 @pytest.mark.parametrize("shortcut", ["membrane", "multiple"])

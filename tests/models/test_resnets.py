@@ -7,7 +7,7 @@ from pipeline.models.ms_resnet import ms_resnet
 from pipeline.models.sew_resnet import sew_resnet
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
-from tests.models.families import RESNETS
+from tests.helpers.families import RESNETS
 
 
 def test_ms_block_starts_as_its_shortcut():

@@ -15,7 +15,7 @@ from pipeline.models.preact_resnet import preact_resnet18_small
 from pipeline.models.transforms import synchronized
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.spiking.norm import BatchNorm
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convnet": lambda: convnet(3, in_channels=1, stages=((4,), (4,)), head="rate"),

@@ -11,7 +11,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Sigmoid, Triangle, spike
 from pipeline.spiking.synapse import Conv2d
-from tests.rules.small import cross_entropy, difference, gradients
+from tests.helpers.rule_networks import cross_entropy, difference, gradients
 
 
 def test_parameter_count():

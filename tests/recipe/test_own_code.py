@@ -24,7 +24,7 @@ from pipeline.recipe.own_code import needed
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.suite import Suite, SuiteFile
 from pipeline.train.export import export_run
-from tests.small import make_run, small_recipe
+from tests.helpers.small import make_run, small_recipe
 
 NETS = """
 from pipeline.spiking.neuron import LIF
@@ -41,7 +41,7 @@ def network(classes):
 RECIPE = """
 from own_nets.nets import network
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return small_recipe(model=spec(network, classes=10), epochs=1, stop_after=2)
@@ -253,7 +253,9 @@ def test_a_file_that_only_imports_values_asks_for_nothing(lab: Path) -> None:
     """A path or a name that begins as the file does is no part of it."""
     (lab / "own_nets" / "values.py").write_text("EPOCHS = 3\n")
     text = (
-        "from own_nets.values import EPOCHS\nfrom tests.small import small_recipe\ndef recipe():\n"
+        "from own_nets.values import EPOCHS\n"
+        "from tests.helpers.small import small_recipe\n"
+        "def recipe():\n"
     )
     file = lab / "own_recipe.py"
     file.write_text(

@@ -32,7 +32,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
-from tests.small import recipes_of
+from tests.helpers.small import recipes_of
 
 RECIPES = sorted(
     path
@@ -504,8 +504,8 @@ def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(
     (tmp_path / "own_experiments").mkdir()
     file = tmp_path / "own_experiments" / "mine.py"
     file.write_text(
-        "from torch import nn\nfrom pipeline.recipe.recipe import spec\nfrom tests.small import"
-        " small_recipe\n\nclass Mine(nn.Module):\n    pass\n\ndef recipe():\n    return"
+        "from torch import nn\nfrom pipeline.recipe.recipe import spec\n"
+        "from tests.helpers.small import small_recipe\n\nclass Mine(nn.Module):\n    pass\n\ndef recipe():\n    return"
         " small_recipe(model=spec(Mine))\n"
     )
     made = load_recipe(file)

@@ -19,7 +19,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.schedule import milestones
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 

@@ -23,7 +23,7 @@ from pipeline.recipe.suite import Suite, SuiteFile, filled, references, refuse_r
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
 from pipeline.train.placeholder_weights import with_stand_ins
-from tests.small import recipes_of, small_recipe
+from tests.helpers.small import recipes_of, small_recipe
 
 
 def taught(**changes: Any) -> Recipe:
@@ -334,7 +334,7 @@ def test_a_recipe_file_gives_a_recipe_a_list_or_a_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
-    head = "from pipeline.recipe.suite import Suite\nfrom tests.small import small_recipe\n"
+    head = "from pipeline.recipe.suite import Suite\nfrom tests.helpers.small import small_recipe\n"
     bodies = {
         "of_one": "return small_recipe()",
         "of_two": "return [small_recipe(name='a'), small_recipe(name='b', init='@a')]",

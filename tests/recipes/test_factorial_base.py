@@ -19,7 +19,7 @@ from scipy import stats
 from pipeline.recipe.recipe import spec, write_json
 from pipeline.train.predictions import Answers, write_answers
 from recipes.compare.factorial_base import all_effects, effect, factorial, read_right
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 FACTORS = {"weights": ("fp", "1-bit"), "shortcut": ("block", "multiple"), "teacher": ("none", "kd")}
 CELLS = list(itertools.product(*FACTORS.values()))

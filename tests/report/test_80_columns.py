@@ -30,7 +30,7 @@ from pipeline.report.probe import print_probe
 from pipeline.report.show import show_recipe
 from pipeline.report.sweep import print_sweep
 from pipeline.rules.sltt import SLTT
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 Print = Callable[[Console | None], None]
 

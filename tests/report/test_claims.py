@@ -27,7 +27,7 @@ from pipeline.report.study import COMPUTE, Group, Study
 from pipeline.track.journal import Journal
 from recipes.compare import claims_fashion
 from recipes.compare.claims_base import at_their_largest, flat_in_t, temporal_shares, time_in_turn
-from tests.report.hand_made import fidelity, run
+from tests.helpers.hand_made import fidelity, run
 
 
 def timed(rule: str, forward: float, backward: float, *, seed: int = 0, **changes: Any) -> Run:

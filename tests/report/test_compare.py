@@ -28,8 +28,8 @@ from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING
 from pipeline.track.journal import Journal
+from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY
-from tests.small import command
 
 
 def text_of(comparison: Comparison, *, width: int = 120) -> str:

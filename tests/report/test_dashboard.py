@@ -22,10 +22,10 @@ from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.place import VIEWS, Place
 from pipeline.report.stores import Store, StoredRun, open_store
-from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY, recipe, study
+from tests.helpers.fake_store import FakeStore
+from tests.helpers.hand_made import KEY, recipe, study
+from tests.helpers.small import command
 from tests.report.test_swept import LARGEST
-from tests.small import command
 
 spiketrain = pytest.fixture(command)
 OTHER = "f" * 16

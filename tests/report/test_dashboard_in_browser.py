@@ -27,10 +27,10 @@ from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.place import VIEWS, View
 from pipeline.track.journal import Journal, read
 from pipeline.track.mlflow import Mirror, sync
-from tests.browser import Watch, chromium, violations
-from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY
-from tests.report.real_study import train_real_study
+from tests.helpers.browser import Watch, chromium, violations
+from tests.helpers.fake_store import FakeStore
+from tests.helpers.hand_made import KEY
+from tests.helpers.real_study import train_real_study
 from tests.report.test_swept import LARGEST
 
 WIDE, PHONE = (1280, 900), (390, 844)

@@ -18,8 +18,8 @@ from pipeline.report.figures_time import time_parts
 from pipeline.report.results import Run
 from pipeline.report.study import Study
 from pipeline.report.tables import MEASURED_SAID
-from tests.report.hand_made import MACHINE, events, fidelity, recipe, run, study
-from tests.report.hand_made import made as written
+from tests.helpers.hand_made import MACHINE, events, fidelity, recipe, run, study
+from tests.helpers.hand_made import made as written
 
 SWEEP = {
     "recipe": "small",

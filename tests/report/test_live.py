@@ -11,8 +11,8 @@ import pytest
 from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import Point
-from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY, events, run
+from tests.helpers.fake_store import FakeStore
+from tests.helpers.hand_made import KEY, events, run
 from tests.report.test_figures import SWEEP
 
 

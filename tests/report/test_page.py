@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.report import page
 from pipeline.report.claims import Claim
 from pipeline.report.study import Study
-from tests.report.hand_made import MACHINE, on, recipe, run, study
+from tests.helpers.hand_made import MACHINE, on, recipe, run, study
 from tests.report.test_figures import SWEEP
 from tests.report.test_tables import tuned
 

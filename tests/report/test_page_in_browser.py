@@ -18,9 +18,9 @@ from pipeline.report.study import Study
 from pipeline.report.views import shown
 from pipeline.spiking.op_scope import OpScope
 from pipeline.track.journal import Journal
-from tests.browser import Watch, chromium, violations
-from tests.report.hand_made import fidelity, run, study
-from tests.report.real_study import train_real_study
+from tests.helpers.browser import Watch, chromium, violations
+from tests.helpers.hand_made import fidelity, run, study
+from tests.helpers.real_study import train_real_study
 
 WIDE, PHONE = (1280, 900), (390, 844)
 PAPER = 640  # pixels between the margins of A4 and of letter, as page.js has it

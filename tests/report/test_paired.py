@@ -8,7 +8,7 @@ from rich.console import Console
 
 from pipeline.report.compare import compare, print_studies
 from pipeline.report.study import Difference, Study
-from tests.report.hand_made import run
+from tests.helpers.hand_made import run
 
 
 def difference(

@@ -19,9 +19,9 @@ from pipeline.report.page import publish
 from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
 from pipeline.report.suite import own_report, print_suite
+from tests.helpers.small import command, small_recipe
 from tests.report.conftest import STUDY
 from tests.report.test_figures import SWEEP
-from tests.small import command, small_recipe
 
 
 def make_suite(runs_dir: Path, *runs: str, told: object = None) -> Path:

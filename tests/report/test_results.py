@@ -19,9 +19,9 @@ from pipeline.report.runs import ReportError
 from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.track.journal import Journal
 from pipeline.track.mlflow import sync
+from tests.helpers.fake_store import FakeStore
+from tests.helpers.hand_made import KEY
 from tests.report.conftest import STUDY
-from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY
 from tests.report.test_compare import text_of
 from tests.report.test_dashboard import Asking
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from pipeline.report.listing import how_to_go_on, list_runs, newest_top1, print_runs
 from pipeline.report.runs import ReportError, find_run
 from pipeline.track.mlflow import SyncReport
+from tests.helpers.small import command
 from tests.report.conftest import STUDY
-from tests.small import command
 
 
 def test_a_run_is_found_by_name_beginning_and_path(

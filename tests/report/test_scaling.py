@@ -10,9 +10,9 @@ from pipeline.report import page
 from pipeline.report.results import Run
 from pipeline.report.study import Study
 from pipeline.report.tables import SCALING_SAID, scaling
-from tests.report.fake_store import FakeStore
-from tests.report.hand_made import KEY, MACHINE, recipe, run
-from tests.report.hand_made import on as trained
+from tests.helpers.fake_store import FakeStore
+from tests.helpers.hand_made import KEY, MACHINE, recipe, run
+from tests.helpers.hand_made import on as trained
 from tests.report.test_dashboard import Asking
 from tests.report.test_page import body
 

@@ -9,7 +9,7 @@ from pipeline.report.results import SILENT_S, describe_state
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
 from pipeline.track.system import INTERVAL_S
-from tests.report.hand_made import run
+from tests.helpers.hand_made import run
 
 
 @pytest.mark.parametrize(

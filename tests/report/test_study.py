@@ -6,7 +6,7 @@ from pipeline.report.claims import accuracy
 from pipeline.report.results import COMPUTE
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Spread, Study, spread_of
 from pipeline.track.provenance import trained_on
-from tests.report.hand_made import MACHINE, events, on, recipe, run, study
+from tests.helpers.hand_made import MACHINE, events, on, recipe, run, study
 from tests.report.test_tables import tuned
 
 

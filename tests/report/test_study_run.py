@@ -13,7 +13,7 @@ from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
 from pipeline.track.journal import OF_NONE, Record
-from tests.report.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
+from tests.helpers.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
 
 
 def test_what_a_finished_run_has_written():

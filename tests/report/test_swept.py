@@ -20,7 +20,7 @@ from pipeline.report.sweeps import largest_batches, sweep_of, swept
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from tests.forecast.test_probe import recipe_with
-from tests.report.hand_made import study
+from tests.helpers.hand_made import study
 from tests.report.test_figures import SWEEP
 
 

@@ -14,7 +14,7 @@ from pipeline.report.figure import Figure
 from pipeline.report.page import render
 from pipeline.report.results import Run
 from pipeline.report.study import Study
-from tests.report.hand_made import on, recipe, run, study
+from tests.helpers.hand_made import on, recipe, run, study
 
 
 def test_costs_are_means_with_spread_and_ratio():

@@ -10,7 +10,14 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import is_static, repeat
-from tests.rules.small import FEATURES, batch, cross_entropy, difference, gradients, lif_network
+from tests.helpers.rule_networks import (
+    FEATURES,
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    lif_network,
+)
 
 
 def test_counter_hash_starts_as_splitmix64():

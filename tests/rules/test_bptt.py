@@ -14,7 +14,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import WeightedRates
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import (
+from tests.helpers.rule_networks import (
     batch,
     cross_entropy,
     difference,

@@ -1,7 +1,7 @@
 """What every rule promises, whoever wrote it. A new rule is under this contract as soon as its file
 exists.
 
-What a rule's own tests export for it is written at the head of `tests/rules/cases.py`.
+What a rule's own tests export for it is written at the head of `tests/helpers/rule_cases.py`.
 """
 
 import copy
@@ -23,9 +23,16 @@ from pipeline.rules.hlop import HLOP
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.state import SEAMS, fresh_state, state_bytes
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.rules.cases import CASES, FILES, Case, rule_classes
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, spikes_of
-from tests.spiking.saved import SavedBytes
+from tests.helpers.rule_cases import CASES, FILES, Case, rule_classes
+from tests.helpers.rule_networks import (
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    spikes_of,
+)
+from tests.helpers.saved import SavedBytes
 
 
 @pytest.fixture(params=CASES, ids=[case.name for case in CASES])

@@ -19,7 +19,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn
+from tests.helpers.rule_networks import batch, cross_entropy, difference, gradients, learn
 
 MEAN = {"over_time": "mean"}
 contract_exceptions = {

@@ -16,8 +16,8 @@ from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.rules.spide import SPIDE
+from tests.helpers.rule_networks import batch, cross_entropy, learn, lif_network
 from tests.rules import test_ide, test_spide
-from tests.rules.small import batch, cross_entropy, learn, lif_network
 
 ROWS = ((1, 1, 1),)
 

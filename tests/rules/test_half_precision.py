@@ -23,7 +23,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
 from pipeline.train.objective import CrossEntropy
-from tests.rules.small import spikes_of
+from tests.helpers.rule_networks import spikes_of
 
 ROWS = ((3, 4, 3), (1, 2, 2))
 RULES: dict[str, Callable[[], Rule]] = {

@@ -28,7 +28,7 @@ from pipeline.spiking.rate import RateIF, RateLIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import SecondMoments, orthonormal
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.rules.small import batch, cross_entropy, gradients, learn, lif_network
+from tests.helpers.rule_networks import batch, cross_entropy, gradients, learn, lif_network
 
 ROWS = ((3, 4, 3), (1, 2, 2))
 LEARNING = 160

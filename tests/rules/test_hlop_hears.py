@@ -19,7 +19,14 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.rate import RateLIF, WeightedRates
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
+from tests.helpers.rule_networks import (
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+)
 from tests.rules.test_hlop import ROWS, gradient, inputs_of, logits, moments_of, rows_of, train
 from tests.rules.test_opzo import smallest_model as with_readouts
 

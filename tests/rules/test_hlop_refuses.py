@@ -20,9 +20,9 @@ from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.train.build import check_recipe
-from tests.rules.small import batch, lif_network
+from tests.helpers.rule_networks import batch, lif_network
+from tests.helpers.small import small_recipe
 from tests.rules.test_hlop import ROWS, train
-from tests.small import small_recipe
 
 
 def sgd(**more: float) -> torch.optim.Optimizer:

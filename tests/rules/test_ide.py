@@ -29,7 +29,7 @@ from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.track.journal import read
-from tests.rules.small import (
+from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
     batch,
@@ -40,7 +40,7 @@ from tests.rules.small import (
     lif_network,
     saved_peak,
 )
-from tests.small import same_weights, small_recipe, train_inline
+from tests.helpers.small import same_weights, small_recipe, train_inline
 
 ITERATIONS = 400
 

@@ -30,7 +30,7 @@ from pipeline.spiking.surrogate import Triangle
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
 from pipeline.train.objective import CrossEntropy
-from tests.rules.small import (
+from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
     batch,

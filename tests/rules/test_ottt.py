@@ -19,8 +19,15 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
-from tests.spiking.traces import traces_of
+from tests.helpers.rule_networks import (
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+)
+from tests.helpers.traces import traces_of
 
 
 def smallest_model() -> nn.Sequential:

@@ -25,7 +25,7 @@ from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import cross_entropy, gradients, spikes_of
+from tests.helpers.rule_networks import cross_entropy, gradients, spikes_of
 
 NETWORKS, BATCH, INPUTS, HIDDEN, CLASSES = 30, 16, 12, 20, 5
 

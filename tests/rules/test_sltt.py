@@ -11,7 +11,14 @@ from pipeline.rules.base import World, slices
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT, selected_steps
 from pipeline.spiking.norm import BatchNorm
-from tests.rules.small import batch, cross_entropy, difference, gradients, learn, lif_network
+from tests.helpers.rule_networks import (
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+)
 
 
 def smallest_model() -> nn.Sequential:

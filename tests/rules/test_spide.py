@@ -24,7 +24,7 @@ from pipeline.spiking.equilibrium import Equilibrium, Linearized, find_equilibri
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import (
+from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
     batch,

@@ -27,8 +27,8 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
-from tests.rules.small import gradients
-from tests.spiking.saved import SavedBytes
+from tests.helpers.rule_networks import gradients
+from tests.helpers.saved import SavedBytes
 
 VARIANTS = ["scaled", "centred", "ir", "learnable"]
 SHAPES = {"linear": (2, 3, 20), "conv": (2, 3, 4, 6, 6), "groups": (2, 3, 4, 6, 6)}

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pipeline.spiking.neuron import IF, LIF, named_neurons
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid, Triangle
-from tests.rules.small import lif_network
-from tests.spiking.saved import SavedBytes
+from tests.helpers.rule_networks import lif_network
+from tests.helpers.saved import SavedBytes
 
 VARIANTS = list(itertools.product(("subtract", "zero"), ("detached", "kept")))
 

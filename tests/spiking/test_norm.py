@@ -6,7 +6,7 @@ from torch import distributed, nn
 
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm, foreign_norms
-from tests.processes import run_ranks
+from tests.helpers.processes import run_ranks
 
 SHAPES = [(4, 5, 3), (4, 5, 3, 2, 2)]
 

@@ -19,7 +19,14 @@ from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.rules.small import batch, cross_entropy, difference, gradients, lif_network, saved_peak
+from tests.helpers.rule_networks import (
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    lif_network,
+    saved_peak,
+)
 
 
 def learnt(**neuron) -> nn.Sequential:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.spiking.pool import MeanPool, spread_by_interpolation, spread_by_slices
-from tests.spiking.saved import SavedBytes
+from tests.helpers.saved import SavedBytes
 
 SHAPES = [(6, 6), (7, 9), (6, 11)]
 

@@ -31,7 +31,7 @@ from pipeline.spiking.state import State, fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
-from tests.rules.small import cross_entropy
+from tests.helpers.rule_networks import cross_entropy
 from tests.spiking.test_static_input import Head, distance, images, learn, lively, peaks
 
 STEPS = 4

@@ -36,8 +36,8 @@ from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.rules.small import cross_entropy
-from tests.spiking.saved import SavedBytes
+from tests.helpers.rule_networks import cross_entropy
+from tests.helpers.saved import SavedBytes
 
 STEPS = 4
 

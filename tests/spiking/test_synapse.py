@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight, folded
-from tests.spiking.saved import SavedBytes
+from tests.helpers.saved import SavedBytes
 
 GEOMETRIES = [
     {"kernel_size": 3},

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from pipeline.spiking.trace import Trace
-from tests.rules.small import batch
-from tests.spiking.traces import traces_of
+from tests.helpers.rule_networks import batch
+from tests.helpers.traces import traces_of
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])

@@ -16,7 +16,7 @@ import pipeline
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import KIND, KINDS, Event, Finish, Step, Unknown, from_dict
 from pipeline.track.journal import Journal, last_event, read, read_events
-from tests.events import event
+from tests.helpers.events import event
 
 VALUES: dict[Any, Any] = {
     str: "a name",

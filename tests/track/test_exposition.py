@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.track.events import KINDS, Gauge, declared
 from pipeline.track.exposition import Exposed, exposition, newest
 from pipeline.track.journal import Journal, read
-from tests.small import small_recipe, train_inline
+from tests.helpers.small import small_recipe, train_inline
 
 Event = dict[str, Any]
 

@@ -21,7 +21,7 @@ from pipeline.track.journal import (
     read,
     read_thinned,
 )
-from tests.events import event
+from tests.helpers.events import event
 
 
 @pytest.fixture

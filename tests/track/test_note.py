@@ -12,7 +12,7 @@ import pytest
 from pipeline.track.delivery import read_note
 from pipeline.track.mlflow import sync
 from pipeline.train.checkpoint import read_trainer, step_folders
-from tests.small import make_run, small_recipe, train_inline
+from tests.helpers.small import make_run, small_recipe, train_inline
 
 
 @pytest.mark.parametrize("torn", ["", '{"uri": "sqlite'])

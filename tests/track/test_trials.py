@@ -13,7 +13,7 @@ from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
 from pipeline.track.journal import Journal
 from pipeline.track.trials import best, over_in, top1_of
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 
 def run(folder: Path, *, end: str) -> Path:

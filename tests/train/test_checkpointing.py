@@ -13,7 +13,7 @@ from pipeline.recipe import Checkpointing, Evaluation, Policy
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpointing import Saving
-from tests.small import small_recipe, train_inline
+from tests.helpers.small import small_recipe, train_inline
 
 
 def stalls(run: Path, **changes: Any) -> tuple[list[float], float]:

@@ -24,8 +24,8 @@ from pipeline.spiking.state import fresh_state
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
 from pipeline.train.objective import CrossEntropy
-from tests.rules.small import CLASSES, batch, difference, gradients, learn, lif_network
-from tests.small import small_recipe
+from tests.helpers.rule_networks import CLASSES, batch, difference, gradients, learn, lif_network
+from tests.helpers.small import small_recipe
 
 ONLY_TEACHER: Any = {"label_weight": 0.0}
 TIME = 4

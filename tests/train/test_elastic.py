@@ -31,8 +31,8 @@ from pipeline.train.objective import CrossEntropy
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from pipeline.train.worker import run
-from tests.processes import run_ranks
-from tests.small import make_run, small_recipe
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, small_recipe
 
 BATCH = 24
 DIVISORS = tuple(size for size in range(1, BATCH + 1) if BATCH % size == 0)

@@ -33,7 +33,7 @@ from pipeline.spiking.synapse import effective_weight
 from pipeline.train.checkpoint import WEIGHTS, Folder, verified
 from pipeline.train.checkpoint.manifest import facts_of, read_manifest, seal
 from pipeline.train.export import _digest, export_run, load_export, pack_bits, unpack_bits
-from tests.small import make_run, small_recipe, train_inline, without_stages
+from tests.helpers.small import make_run, small_recipe, train_inline, without_stages
 
 NET = spec(convnet, classes=10, in_channels=1, stages=((5,), (6, 7), (7,)), kernel=3)
 
@@ -419,7 +419,7 @@ def network(classes):
 """
 MADE_OF_IT = """
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 def recipe():
     return small_recipe(model=spec(network, classes=10))

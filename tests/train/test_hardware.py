@@ -14,8 +14,8 @@ from pipeline.measure.memory import hardware, hardware_over
 from pipeline.track.journal import first
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.worker import run
-from tests.processes import run_ranks
-from tests.small import make_run, small_recipe
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, small_recipe
 
 
 def test_machines_that_are_alike_are_one() -> None:

@@ -17,7 +17,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.train.metadata import conditions
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 
 CPU = torch.device("cpu")
 

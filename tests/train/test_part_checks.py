@@ -26,11 +26,11 @@ from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.train.build import check_recipe
 from pipeline.train.distillation import Distillation
-from tests.small import command, small_recipe
+from tests.helpers.small import command, small_recipe
 
 RECIPE = """
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 from tests.train.test_part_checks import WithoutFingerprint
 
 def recipe():

@@ -34,8 +34,8 @@ from pipeline.train.tasks import tasks_of
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from tests import test_continual as continual
-from tests.processes import run_ranks
-from tests.small import make_run, small_recipe, train_inline
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, small_recipe, train_inline
 from tests.train.test_worker import Killed
 
 

@@ -10,7 +10,7 @@ from pipeline.measure.totals import Totals
 from pipeline.track.events import Event
 from pipeline.train.evaluation import Evaluation
 from pipeline.train.summary import summarise
-from tests.events import event
+from tests.helpers.events import event
 
 
 def told(attempt: int, kind: str, time: float, **fields: Any) -> Event:

@@ -12,7 +12,7 @@ from pipeline.data.datasets.synthetic import SyntheticLoader
 from pipeline.recipe import Checkpointing
 from pipeline.track.journal import read
 from pipeline.train import trainer
-from tests.small import small_recipe, train_inline
+from tests.helpers.small import small_recipe, train_inline
 
 
 @pytest.mark.parametrize(("batches", "times"), [(3, 1), (50, 0)])

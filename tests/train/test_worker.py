@@ -34,10 +34,10 @@ from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
-from tests.events import event
-from tests.processes import run_ranks
+from tests.helpers.events import event
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.recipe.test_recipe import RECIPES
-from tests.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 
 # Recipes that call the functions of a smaller or another one with other sizes, or many times, and
 # nothing else new: of 384 channels or 50 layers, of recipes/stamps, of ten classes in the place of

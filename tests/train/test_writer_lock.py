@@ -19,7 +19,7 @@ from pipeline.train import writer_lock
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards.deaths import note_death
 from pipeline.train.writer_lock import journal, only_writer
-from tests.events import event
+from tests.helpers.events import event
 
 HOLD = """
 import fcntl, sys, time

@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.augment import crop_box, lookup, ratio_table
-from tests.data.views import AREA, MEAN, RATIO, STD, crop_by_hand, epoch_of, normalised, resized
+from tests.helpers.views import AREA, MEAN, RATIO, STD, crop_by_hand, epoch_of, normalised, resized
 
 
 def test_crop_equals_plain_python():

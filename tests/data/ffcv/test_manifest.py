@@ -17,7 +17,7 @@ from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import format as beton_format
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.page_checks import check, verify
-from tests.data.damage import fail_reads
+from tests.helpers.damage import fail_reads
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pipeline.data.ffcv import format as beton_format
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv import page_checks
 from pipeline.data.ffcv.page_checks import SpotCheck, check, verify
-from tests.data.damage import fail_reads, flip
+from tests.helpers.damage import fail_reads, flip
 
 SIZES = {"rank": 0, "world": 1, "micro_batch": 5, "threads": 1}
 

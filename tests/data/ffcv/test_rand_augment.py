@@ -16,7 +16,7 @@ from timm.data import auto_augment
 from pipeline.core.random import COLOUR, below, bits, normal_table
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.rand_augment import OPERATIONS, apply
-from tests.data.views import MEAN, STD, crop_by_hand, epoch_of, normalised, resized
+from tests.helpers.views import MEAN, STD, crop_by_hand, epoch_of, normalised, resized
 
 TIMM = (
     *(

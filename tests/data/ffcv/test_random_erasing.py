@@ -14,7 +14,7 @@ pytest.importorskip("ffcv")
 from pipeline.core.random import ERASE, ERASE_PIXELS, below, bits, normal_table
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.augment import ratio_table
-from tests.data.views import MEAN, STD, epoch_of
+from tests.helpers.views import MEAN, STD, epoch_of
 
 SIDE, P = 24, 0.6
 

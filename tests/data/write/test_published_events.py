@@ -14,7 +14,7 @@ from pipeline.core.errors import DataError
 from pipeline.data.write.encode import Bad
 from pipeline.data.write.published_events import GESTURES, PublishedRecording, published_sets
 from pipeline.data.write.recordings import Framing
-from tests.data.recordings import TYXP, some_events, write_aedat4, write_bin, write_npy
+from tests.helpers.recordings import TYXP, some_events, write_aedat4, write_bin, write_npy
 
 pytest.importorskip("tonic")
 

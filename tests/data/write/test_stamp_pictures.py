@@ -26,7 +26,7 @@ from pipeline.data.write.stamp_pictures import (
     installed,
     parts,
 )
-from tests.data.made_pictures import EACH, STAMPS, real
+from tests.helpers.made_pictures import EACH, STAMPS, real
 
 
 def test_drawings_mirror_images_and_deeper_folders_are_no_objects(

@@ -24,7 +24,7 @@ from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write import stamp_pictures as pictures_module
 from pipeline.data.write.stamp_pictures import CLASSES, Picture, Pictures, installed, parts
 from pipeline.data.write.stamps import Rendering, render, scenes, write_stamps
-from tests.data.made_pictures import real
+from tests.helpers.made_pictures import real
 
 
 def some(

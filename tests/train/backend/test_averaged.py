@@ -19,8 +19,8 @@ from pipeline.train.backend.averaged import Averaged
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
-from tests.captured import write_captured
-from tests.processes import run_ranks
+from tests.helpers.captured import write_captured
+from tests.helpers.processes import run_ranks
 
 DECAY, STEPS, BATCH = 0.8, 5, 8
 

@@ -24,10 +24,10 @@ from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.optimizer import build_optimizer
-from tests.processes import run_ranks
-from tests.rules.small import batch, lif_network
-from tests.silent import NoMeters
-from tests.small import small_recipe
+from tests.helpers.processes import run_ranks
+from tests.helpers.rule_networks import batch, lif_network
+from tests.helpers.silent import NoMeters
+from tests.helpers.small import small_recipe
 
 pytestmark = pytest.mark.distributed
 

@@ -21,7 +21,7 @@ from pipeline.train.backend.collectives import Ranks, group_of_one
 from pipeline.train.evaluation import Evaluation, evaluate
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.predictions import Answers, read_answers, write_answers
-from tests.processes import run_ranks
+from tests.helpers.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
 

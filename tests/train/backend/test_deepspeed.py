@@ -28,9 +28,9 @@ from pipeline.train.backend.deepspeed import DeepSpeed, config, import_deepspeed
 from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
-from tests.captured import write_captured
-from tests.processes import run_ranks
-from tests.silent import NoMeters
+from tests.helpers.captured import write_captured
+from tests.helpers.processes import run_ranks
+from tests.helpers.silent import NoMeters
 
 pytestmark = pytest.mark.distributed
 

@@ -20,10 +20,10 @@ from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.guards.replica_check import drifted
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
-from tests.processes import run_ranks
-from tests.rules.cases import CASES, Case
-from tests.rules.small import batch
-from tests.silent import NoMeters
+from tests.helpers.processes import run_ranks
+from tests.helpers.rule_cases import CASES, Case
+from tests.helpers.rule_networks import batch
+from tests.helpers.silent import NoMeters
 
 pytestmark = pytest.mark.distributed
 

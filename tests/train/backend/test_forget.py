@@ -27,8 +27,8 @@ from pipeline.train.backend.plain import Plain
 from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
-from tests.processes import run_ranks
-from tests.silent import NoMeters
+from tests.helpers.processes import run_ranks
+from tests.helpers.silent import NoMeters
 
 TIME, BATCH, RANKS, STEPS, TASKS = 2, 8, 2, 3, 3
 OPTIMIZERS: dict[str, dict[str, Any]] = {

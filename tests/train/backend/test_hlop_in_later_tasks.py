@@ -27,9 +27,9 @@ from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
-from tests.processes import run_ranks
-from tests.rules.small import learn, lif_network
-from tests.silent import NoMeters
+from tests.helpers.processes import run_ranks
+from tests.helpers.rule_networks import learn, lif_network
+from tests.helpers.silent import NoMeters
 from tests.train.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, distance, global_batch
 
 pytestmark = pytest.mark.distributed

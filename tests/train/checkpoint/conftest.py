@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.train.checkpoint import Folder, place_at
 from pipeline.train.checkpoint.store import Store
-from tests.train.checkpoint.s3 import s3_server
+from tests.helpers.s3 import s3_server
 
 
 @pytest.fixture(scope="package")

@@ -21,8 +21,8 @@ from pipeline.core.errors import UserError
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.copies import copied
 from pipeline.train.checkpoint import Checkpoints, Folder, background, damage, step_folders
-from tests.processes import run_ranks
-from tests.train.checkpoint.few import TRAINER, Counting, backend, restore, save, step
+from tests.helpers.few import TRAINER, Counting, backend, restore, save, step
+from tests.helpers.processes import run_ranks
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.checkpoint.store import Store
-from tests.events import event
-from tests.train.checkpoint.few import TRAINER, Counting, backend, content, restore, save
+from tests.helpers.events import event
+from tests.helpers.few import TRAINER, Counting, backend, content, restore, save
 
 
 def flip_a_byte(file: Path) -> None:

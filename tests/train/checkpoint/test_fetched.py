@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.train.checkpoint import Checkpoints, damage, place_at
 from pipeline.train.checkpoint.store import sweep_fetched
-from tests.train.checkpoint.few import TRAINER, Counting, backend, save
+from tests.helpers.few import TRAINER, Counting, backend, save
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -24,7 +24,7 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint import background as thread
 from pipeline.train.checkpoint.store import Store
-from tests.train.checkpoint.few import TRAINER, Counting, backend, content, restore, save
+from tests.helpers.few import TRAINER, Counting, backend, content, restore, save
 
 pytestmark = pytest.mark.timeout(60)
 

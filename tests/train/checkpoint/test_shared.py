@@ -18,8 +18,8 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import Folder
 from pipeline.train.checkpoint import folder as shared
 from pipeline.train.job import RankInfo
-from tests.processes import run_ranks
-from tests.small import job_of, make_run, small_recipe
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import job_of, make_run, small_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 

@@ -25,7 +25,7 @@ from pipeline.train.checkpoint import CheckpointError, Checkpoints, Folder, plac
 from pipeline.train.checkpoint.place import prune
 from pipeline.train.checkpoint.store import Store
 from pipeline.train.guards.storage import may_pass
-from tests.train.checkpoint.few import TRAINER, Counting, backend, restore, save
+from tests.helpers.few import TRAINER, Counting, backend, restore, save
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -30,8 +30,8 @@ from pipeline.train.guards import anomaly as guard
 from pipeline.train.guards.anomaly import WINDOW, Guard, Rollback, Skipped, is_in
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
-from tests.processes import run_ranks
-from tests.silent import NoMeters
+from tests.helpers.processes import run_ranks
+from tests.helpers.silent import NoMeters
 
 
 class Norm(nn.Module):

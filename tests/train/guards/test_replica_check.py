@@ -23,9 +23,9 @@ from pipeline.train.guards import replica_check
 from pipeline.train.guards.anomaly import Rollback
 from pipeline.train.guards.replica_check import _ROW as ROW
 from pipeline.train.guards.replica_check import drifted, fingerprint, stragglers
-from tests.processes import run_ranks
-from tests.small import small_recipe, train_inline
-from tests.train.checkpoint.few import Counting
+from tests.helpers.few import Counting
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import small_recipe, train_inline
 
 
 def network() -> nn.Module:

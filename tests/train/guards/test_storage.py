@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards import storage
 from pipeline.train.guards.storage import patiently
-from tests.processes import run_ranks
+from tests.helpers.processes import run_ranks
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.track.journal import read
 from pipeline.train.guards.watchdog import Watchdog, untold
-from tests.events import event
+from tests.helpers.events import event
 
 HANGS = """
 import sys, threading, time
@@ -76,7 +76,7 @@ from pipeline.train import worker
 from pipeline.train import assemble as compose
 from pipeline.train.checkpoint import background
 from pipeline.train.job import RankInfo
-from tests.small import make_run, small_recipe
+from tests.helpers.small import make_run, small_recipe
 
 write, patience_s = background._write, 4.0
 

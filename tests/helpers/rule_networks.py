@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pipeline.rules.base import LossTerm, Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
-from tests.spiking.saved import SavedBytes
+from tests.helpers.saved import SavedBytes
 
 FEATURES, CLASSES, SEED = 6, 3, 8
 

@@ -11,7 +11,7 @@ from pipeline.recipe.recipe import Checkpointing, Evaluation, Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from tests.small import small_recipe, train_inline
+from tests.helpers.small import small_recipe, train_inline
 
 RUNS = {
     "bptt-0": spec(BPTT),

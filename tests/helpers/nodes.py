@@ -61,7 +61,7 @@ def nodes(environment: Mapping[str, str]) -> Iterator[Nodes]:
     """A head with room for one worker, in this environment beside the process's own."""
     with tempfile.TemporaryDirectory() as place:  # short: Ray's sockets lie in it
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.nodes"],
+            [sys.executable, "-m", "tests.helpers.nodes"],
             env={**os.environ, "RAY_TMPDIR": place, **TOKEN, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -22,7 +22,7 @@ def run_ranks(work: Callable[..., Any], ranks: int, folder: Path, *args: Any) ->
 
     They are forked by one that has imported what they need, which would take each of them 3 s, and
     does nothing else."""
-    get_context("forkserver").set_forkserver_preload(["tests.imported"])
+    get_context("forkserver").set_forkserver_preload(["tests.helpers.imported"])
     about = work, ranks, str(folder), args, dict(os.environ)
     multiprocessing.start_processes(_rank, about, nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(ranks)]

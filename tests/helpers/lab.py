@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.survived import survived
 from pipeline.track.journal import read
-from tests.driver import Driver
-from tests.nodes import TOKEN
+from tests.helpers.driver import Driver
+from tests.helpers.nodes import TOKEN
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 12, 10, 4
 LAB = '''
@@ -34,7 +34,7 @@ RECIPE = """
 from dataclasses import replace
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.recipe.recipe import spec
-from tests.small import small_recipe
+from tests.helpers.small import small_recipe
 from told_lab import Told
 
 def recipe():

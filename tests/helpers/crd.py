@@ -10,7 +10,7 @@ added here.
 After a new KubeRay, with its ray.io_rayjobs.yaml and ray.io_rayclusters.yaml
 (ray-operator/config/crd/bases) in one folder:
 
-    .venv/bin/python tests/infra/crd.py v1.7.0 FOLDER > tests/golden/kuberay.json
+    .venv/bin/python tests/helpers/crd.py v1.7.0 FOLDER > tests/golden/kuberay.json
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.report.stores import ArtifactError, Point, Sent, StoredRun, StoreError
 from pipeline.track.hierarchy import PARENT_OF
-from tests.report.hand_made import KEY, LAYERS, events, recipe, run
+from tests.helpers.hand_made import KEY, LAYERS, events, recipe, run
 
 
 @dataclass

@@ -1,5 +1,5 @@
 """What every rank of a test needs, imported once, by the process that forks them
-(tests/processes.py).
+(tests/helpers/processes.py).
 """
 
 from __future__ import annotations
