@@ -50,7 +50,7 @@ def rule_classes(stem: str) -> list[type[Rule]]:
 def cases() -> list[Case]:
     found = []
     for stem in FILES:
-        if not Path(__file__).with_name(f"test_{stem}.py").exists():
+        if not (Path(__file__).parents[1] / "rules" / f"test_{stem}.py").exists():
             continue  # test_discovery says so
         beside = importlib.import_module(f"tests.rules.test_{stem}")
         build = getattr(

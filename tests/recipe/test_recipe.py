@@ -505,8 +505,9 @@ def test_running_a_file_in_a_folder_of_ones_own_is_trusting_its_module(
     file = tmp_path / "own_experiments" / "mine.py"
     file.write_text(
         "from torch import nn\nfrom pipeline.recipe.recipe import spec\n"
-        "from tests.helpers.small import small_recipe\n\nclass Mine(nn.Module):\n    pass\n\ndef recipe():\n    return"
-        " small_recipe(model=spec(Mine))\n"
+        "from tests.helpers.small import small_recipe\n\n"
+        "class Mine(nn.Module):\n    pass\n\n"
+        "def recipe():\n    return small_recipe(model=spec(Mine))\n"
     )
     made = load_recipe(file)
     assert isinstance(made, Recipe)
