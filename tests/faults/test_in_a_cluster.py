@@ -111,7 +111,7 @@ from faulty_lab import Faulty, FaultyData
 
 def recipe():
     made = small_recipe(backend="deepspeed", epochs=6)
-    often = {"checkpoints.every": 5, "policy.replicas_every": 5, "evaluation.every": 6}
+    often = {{"checkpoints.every": 5, "policy.replicas_every": 5, "evaluation.every": 6}}
     made = made.override(often)
     return replace(made, {change})
 """
