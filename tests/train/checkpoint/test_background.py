@@ -20,7 +20,7 @@ from torch import distributed
 from pipeline.core.errors import UserError
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.copies import copied
-from pipeline.train.checkpoint import Checkpoints, Folder, background, damage, step_folders
+from pipeline.train.checkpoint import Checkpoints, Place, background, damage, step_folders
 from tests.helpers.few import TRAINER, Counting, backend, restore, save, step
 from tests.helpers.processes import run_ranks
 
@@ -57,7 +57,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Folder(tmp_path), attempt="a")
+    made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Place(tmp_path), attempt="a")
     then = copied(made.network.state_dict())
     momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
     assert checkpoints.save(1, made, rule, TRAINER) is None
@@ -77,7 +77,7 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
 
 
 def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     deadline = time.monotonic() + 20
     while (told := checkpoints.done()) is None:
@@ -88,7 +88,7 @@ def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path: Path, gate: threading.Event) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.2, gate.set).start()
     before = checkpoints.save(2, backend(), Counting(), TRAINER)
@@ -107,7 +107,7 @@ def has_failed(checkpoints: Checkpoints) -> bool:
 def test_a_full_disk_is_the_users_and_the_one_before_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
         failing(patch, errno.ENOSPC)
@@ -130,7 +130,7 @@ def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
 ) -> None:
     told: list[tuple[int, str]] = []
     checkpoints = Checkpoints(
-        Folder(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
+        Place(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
     )
     for number in (2, 4):  # never two in a row
         with monkeypatch.context() as patch:
@@ -148,7 +148,7 @@ def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
 def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
         failing(patch, errno.EIO)
@@ -164,34 +164,36 @@ def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
     assert checkpoints.wait() is None
 
 
-@pytest.mark.parametrize("steps", [(1, 2, 3, 4), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("steps", "last"), [((1, 2, 3, 4), "step_00000004"), ((1, 1, 1, 1), "step_00000001.3")]
+)
 def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], last: str
 ) -> None:
     """As where NFS keeps the name of a file that somebody has open."""
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
     save(checkpoints, steps[0], backend(0), Counting(0.0), TRAINER)
 
     def fails(path: Path, **how: Any) -> None:
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.train.checkpoint.folder.shutil.rmtree", fails)
+        patch.setattr("pipeline.train.checkpoint.place.shutil.rmtree", fails)
         for value, number in enumerate(steps[1:]):
             told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
             assert told.step == number and told.untidy.startswith(
                 "OSError: [Errno 39] Directory not empty: "
             )
     rule = Counting()
-    restore(Checkpoints(Folder(tmp_path), attempt="b"), backend(), rule)
+    restore(Checkpoints(Place(tmp_path), attempt="b"), backend(), rule)
     assert rule.feedback.tolist() == [3.0] * 3  # type: ignore[operator]
-    assert [path.name for path in tmp_path.iterdir()] == [f"step_{steps[-1]:08d}"]  # swept
+    assert [path.name for path in tmp_path.iterdir()] == [last]  # swept
 
 
 def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.1, gate.set).start()
     told = checkpoints.close(KeyError("training fails"))
@@ -201,7 +203,7 @@ def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(
 def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints, error = Checkpoints(Folder(tmp_path), attempt="a"), KeyError("training fails")
+    checkpoints, error = Checkpoints(Place(tmp_path), attempt="a"), KeyError("training fails")
     failing(monkeypatch, errno.EIO)
     checkpoints.save(1, backend(), Counting(), TRAINER)
     assert checkpoints.close(error) is None
@@ -220,7 +222,7 @@ def wait_for(file: Path) -> None:
 
 
 def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
-    ranks, place = Ranks(rank, size), Folder(Path(folder))
+    ranks, place = Ranks(rank, size), Place(Path(folder))
     about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.all_gather_object}
     checkpoints, write, found = Checkpoints(place, attempt="a", **about), background._write, {}
     held, made = threading.Event(), backend()
@@ -282,7 +284,7 @@ def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
         "each": ranks.all_gather_object,
         "on_unwritten": lambda *about: told.append(about),
     }
-    checkpoints, background._write = Checkpoints(Folder(Path(folder)), attempt="a", **about), fails
+    checkpoints, background._write = Checkpoints(Place(Path(folder)), attempt="a", **about), fails
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     heard = has_failed(checkpoints)
     distributed.barrier()
@@ -316,7 +318,7 @@ def _one_is_slow(rank: int, size: int, folder: str) -> int:
         "each": ranks.all_gather_object,
         "beat": lambda: beats.append(rank),
     }
-    checkpoints = Checkpoints(Folder(Path(folder)), attempt="a", **about)
+    checkpoints = Checkpoints(Place(Path(folder)), attempt="a", **about)
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     checkpoints.wait()
     return len(beats)
@@ -332,7 +334,7 @@ def test_so_does_one_that_ends(
 ) -> None:
     beats: list[int] = []
     monkeypatch.setattr(background, "WAIT_S", 0.02)
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", beat=lambda: beats.append(1))
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a", beat=lambda: beats.append(1))
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.3, gate.set).start()
     assert checkpoints.close() is not None and len(beats) >= 3
@@ -347,7 +349,7 @@ def test_a_thread_that_writes_for_long_is_no_sign_of_life(
     monkeypatch.setattr(background, "LONGEST_S", 0.5)
     beats: list[float] = []
     checkpoints = Checkpoints(
-        Folder(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
+        Place(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
     )
     checkpoints.save(1, backend(), Counting(), TRAINER)
     began = time.monotonic()
@@ -379,8 +381,8 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
-    about = {"attempt": "a", "rank": 0, "ranks": 2, "on_whole": lambda: None}
-    writing = background.Background(Folder(tmp_path), 1, {"config.json": "{}"}, **about)
+    about = {"attempt": "a", "rank": 0, "ranks": 2, "keep": 2}
+    writing = background.Background(Place(tmp_path), 1, {"config.json": "{}"}, **about)
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
     with pytest.raises(background.Abandoned, match="is gone, as if another driver"):
