@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,7 +15,6 @@ __all__ = [
     "Batch",
     "Data",
     "DataError",
-    "Grouped",
     "Loader",
     "LoaderError",
     "OnPages",
@@ -114,20 +113,6 @@ class Data(Protocol):
     def val(self, *, rank: int, world: int, micro_batch: int, threads: int) -> Loader:
         """The evaluation set, each sample once over all ranks: none is dropped or padded. The last
         batch may be short, and a rank may have none.
-        """
-        ...
-
-
-@runtime_checkable
-class Grouped(Protocol):
-    """A data set whose samples belong to groups."""
-
-    def fingerprint(self) -> str: ...
-
-    def groups(self, use: Literal["train", "val"], *, by: str) -> list[str]:
-        """The group of each sample, at its place in the file that `use` reads (`Batch.index`).
-
-        Raises: DataError if the samples have no such groups.
         """
         ...
 

@@ -1,6 +1,9 @@
 """The order of samples on each rank: pure functions of (seed, epoch) and sizes."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +134,60 @@ class ValOrder:
 
     def copies(self, *, start: int = 0) -> NDArray[np.int64]:
         return np.zeros(len(self.epoch(0, start=start)), np.int64)
+
+
+class Ordered:
+    """Base of data sets that are read in these orders."""
+
+    repeats: int  # views of each sample in a training batch
+    only: tuple[int, ...] | None = None  # the labels whose samples are used; None: all
+    _ids: Callable[..., NDArray[np.int64]]  # of the samples for "train" or "val", ascending
+    _loader: Callable[..., Any]  # of one rank, for "train" or "val", an order and the seed
+
+    def of_classes(self, classes: tuple[int, ...]) -> Self:
+        """The same sets without the samples of other classes; labels stay as they are."""
+        same = copy.copy(self)
+        same.only = classes
+        return same
+
+    def train(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
+    ) -> Any:
+        """See base.Data. `hang_s`: the longest wait for one batch in seconds (ffcv/reader.py)."""
+        ids = self._ids("train")
+        order = TrainOrder(
+            samples=len(ids),
+            ids=ids,
+            seed=seed,
+            rank=rank,
+            world=world,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            repeats=self.repeats,
+        )
+        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
+
+    def val(
+        self,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
+    ) -> Any:
+        """See base.Data."""
+        ids = self._ids("val")
+        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
+        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -31,9 +31,9 @@ class Beton(FileData):
     Args:
         flip: "random" mirrors a training image with probability 1/2, "never" none.
         colour: magnitude, up to 10, of RandAugment's colour operations on training images
-            (ffcv/rand_augment.py); 0: none.
+            (ffcv/strong_augment.py); 0: none.
         erase: probability that a rectangle of a training image becomes noise
-            (ffcv/random_erasing.py).
+            (ffcv/strong_augment.py).
         mean, std: one value per channel, of pixels scaled to 0..1.
         held_out: share of the training set that replaces the evaluation set and is not trained on.
             Choose learning rates on it, for example with `--set data.held_out=0.1`.

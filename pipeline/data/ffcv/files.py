@@ -17,7 +17,7 @@ from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import check
-from pipeline.data.order import TrainOrder, ValOrder, held_out
+from pipeline.data.order import Ordered, TrainOrder, ValOrder, held_out
 
 if TYPE_CHECKING:
     from pipeline.data.ffcv.reader import BetonLoader
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Name = Literal["train", "val"]
 
 
-class FileData:
+class FileData(Ordered):
     """Base of data sets in files; subclasses decode the samples.
 
     Args:
@@ -49,7 +49,6 @@ class FileData:
     ) -> None:
         self.folder, self.classes, self.shape = Path(folder), classes, shape
         self.held_out, self.repeats = held_out, repeats
-        self._only: tuple[int, ...] | None = None  # labels whose samples are used
         self._one_in = 0  # see page_checks.py
         if not 0 <= held_out < 1:
             raise DataError(
@@ -89,58 +88,11 @@ class FileData:
             )
         return groups[by]
 
-    def of_classes(self, classes: tuple[int, ...]) -> Self:
-        """The same sets without the samples of other classes; labels stay as they are."""
-        same = copy.copy(self)
-        same._only = classes
-        return same
-
     def with_page_checks(self, one_in: int) -> Self:
         """See base.OnPages."""
         same = copy.copy(self)
         same._one_in = one_in
         return same
-
-    def train(
-        self,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        batch_size: int,
-        micro_batch: int,
-        threads: int = 1,
-        hang_s: float | None = None,
-    ) -> "BetonLoader":
-        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: as in
-        reader.py.
-        """
-        ids = self._ids("train")
-        order = TrainOrder(
-            samples=len(ids),
-            ids=ids,
-            seed=seed,
-            rank=rank,
-            world=world,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-            repeats=self.repeats,
-        )
-        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
-
-    def val(
-        self,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        micro_batch: int,
-        threads: int = 1,
-        hang_s: float | None = None,
-    ) -> "BetonLoader":
-        """See base.Data. With a share held out, it is that share of the training file."""
-        ids = self._ids("val")
-        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
 
     def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
         """The `pipeline.data.ffcv.loops.Decoder` of the file at `path`."""
@@ -182,12 +134,12 @@ class FileData:
         ids = (
             held_out(samples, self.held_out)[use == "val"] if self.held_out else np.arange(samples)
         )
-        if self._only is None:
+        if self.only is None:
             return ids
-        ids = ids[np.isin(beton.samples(self._path(name)).labels[ids], self._only)]
+        ids = ids[np.isin(beton.samples(self._path(name)).labels[ids], self.only)]
         if not len(ids):
             raise DataError(
-                f"{self._who}: {self._path(name)} must hold samples of the classes {self._only} to"
+                f"{self._who}: {self._path(name)} must hold samples of the classes {self.only} to"
                 f" {use} on; got none"
             )
         return ids

@@ -148,6 +148,8 @@ class BetonWriter:
         if self._page:
             self._flush()
         table_offset = self._pages_offset + self._pages * self.page_bytes
+        self._file.truncate(table_offset)  # without samples, nothing has been written so far
+        self._file.seek(table_offset)
         self._file.write(self._table[: self.samples].tobytes())
         header = np.zeros((), _ffcv().HeaderType)
         for name, value in (

@@ -9,7 +9,7 @@ number of writers; studies are compared by it.
 import hashlib
 import json
 import os
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each
     # samples that could not be read, and why
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # other entries of a source folder: sources.LeftOut
+    # other entries of a source folder: writer.LeftOut
     left_out: list[dict[str, Any]] = field(default_factory=list)
     # Counts over the samples. Of images: those stored "as it is", as "jpg" and as "raw", and those
     # "not rotated" (encode.py).
@@ -88,31 +88,25 @@ def read(path: Path) -> Manifest:
         )
     try:
         body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
-        if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
-            raise DataError(f"data: {at} is not a manifest of a .beton")
-        if (version := body.pop("version", None)) != VERSION:
-            raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
-        checksum = body.pop("checksum", None)
-        known = {each.name for each in fields(Manifest)}
-        needed = {
-            each.name
-            for each in fields(Manifest)
-            if each.default is MISSING and each.default_factory is MISSING
-        }
-        whole = {"format": FORMAT, "version": VERSION, **body}
-        if checksum != _checksum(whole) or not needed <= set(body) <= known:
-            raise DataError(
-                f"data: {at} is damaged: its own checksum differs; restore it or write the data"
-                " again"
-            )
-        manifest = Manifest(**body)
     except Unreadable as error:
         probe_file(path)
         raise DataError(
             f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"data: {at} is damaged: not JSON ({error})") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise DataError(f"data: {at} is not a manifest of a .beton")
+    if (version := body.get("version")) != VERSION:
+        raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
+    try:
+        if body.pop("checksum", None) != _checksum(body):
+            raise TypeError
+        manifest = Manifest(**{key: body[key] for key in body.keys() - {"format", "version"}})
+    except TypeError:  # a field is missing, or unknown
+        raise DataError(
+            f"data: {at} is damaged: its own checksum differs; restore it or write the data again"
+        ) from None
     if manifest.file != path.name:
         raise DataError(f"data: {at} belongs to another file, {manifest.file}")
     if (size := path.stat().st_size) != manifest.bytes:

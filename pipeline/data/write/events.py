@@ -10,10 +10,10 @@ import numpy as np
 from pipeline.core.errors import DataError
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
-from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
+from pipeline.data.write.images import fashion
 from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
-from pipeline.data.write.sources import Source, fashion
+from pipeline.data.write.writer import Existing, Progress, Source, check_kept, write_sets
 
 Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
 SLICES = {"moving": 10, "saccades": 6}  # the defaults of generated sets

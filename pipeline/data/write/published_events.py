@@ -27,7 +27,7 @@ import numpy as np
 
 from pipeline.core.errors import DataError
 from pipeline.data.write.recordings import Stream, in_order
-from pipeline.data.write.sources import Source
+from pipeline.data.write.writer import Source
 
 Name = Literal["nmnist", "cifar10dvs", "gesture", "ncaltech101"]
 TRAIN_SHARE = 0.9  # of each class, where there is no test set

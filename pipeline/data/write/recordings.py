@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.core.errors import DataError
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.write.encode import Bad, Encoded
+from pipeline.data.write.writer import Bad, Encoded
 
 By = Literal["time", "number"]
 Resize = Literal["sum", "area"]

@@ -28,9 +28,7 @@ from pipeline.core.errors import DataError
 from pipeline.core.random import below, bits
 from pipeline.data.ffcv.format import Images
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.write.encode import Encoded, Encoding, Item, encode
-from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
-from pipeline.data.write.sources import Source
+from pipeline.data.write.encode import Encoding, Item
 from pipeline.data.write.stamp_pictures import (
     SHARE,
     Picture,
@@ -39,6 +37,14 @@ from pipeline.data.write.stamp_pictures import (
     ground,
     installed,
     parts,
+)
+from pipeline.data.write.writer import (
+    Encoded,
+    Existing,
+    Progress,
+    Source,
+    check_kept,
+    write_sets,
 )
 
 # S side of a scene, h w of a rotated object
@@ -134,10 +140,8 @@ class Rendering:
 
     def __call__(self, scene: Scene) -> Encoded:
         pixels_SS3 = render(scene, self.size, self.smallest)
-        encoded = encode(
-            Item(scene.number, pixels_SS3, scene.label),
-            Encoding(mode=self.mode, quality=self.quality),
-        )
+        how = Encoding(mode=self.mode, quality=self.quality)
+        encoded = how(Item(scene.number, pixels_SS3, scene.label))
         assert isinstance(encoded, Encoded), encoded  # pixels from memory can always be stored
         return replace(encoded, groups={"object": scene.object.name, "ground": scene.ground.name})
 

@@ -24,7 +24,8 @@ from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write.events import write_events
 from pipeline.data.write.generated_events import MovingShape
-from pipeline.data.write.recordings import frames
+from pipeline.data.write.recordings import Framing, frames
+from pipeline.data.write.writer import Source, write_sets
 from pipeline.spiking.encode import over_steps
 
 SIZE, SLICES, TRAIN, VAL = 16, 12, 61, 13  # recordings: no multiple of any batch size used here
@@ -188,10 +189,6 @@ def test_counts_of_other_types_and_cuts(
 
 def test_halves_are_read_as_they_were_stored(tmp_path: Path) -> None:
     """Mean counts of two pixels by two, float16, through the same files."""
-    from pipeline.data.write.images import write_sets
-    from pipeline.data.write.recordings import Framing
-    from pipeline.data.write.sources import Source
-
     sets = [
         Source(name, ["a"], [MovingShape(i * 16, 0, 32) for i in range(4)], "here")
         for name in ("train", "val")
