@@ -160,18 +160,8 @@ def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
     return np.rint(shown_SS3).astype(np.uint8)
 
 
-def object_of(picture: Picture, size: int) -> Image.Image:
-    """An object in the resolution for scenes of `size` pixels, premultiplied by alpha."""
-    return cut_out(picture, longest=2 * size)
-
-
-def ground_of(picture: Picture, size: int) -> Image.Image:
-    """A ground whose smallest piece has `size` pixels a side, if the picture is large enough."""
-    return ground(picture, shortest=round(size / SMALLEST_PIECE))
-
-
 def _piece(scene: Scene, size: int) -> Image.Image:
-    whole = ground_of(scene.ground, size)
+    whole = ground(scene.ground, round(size / SMALLEST_PIECE))
     side = round(min(whole.size) * (SMALLEST_PIECE + (1 - SMALLEST_PIECE) * scene.unit(_PIECE)))
     top = scene.below(_PIECE_Y, whole.height - side + 1)
     left = scene.below(_PIECE_X, whole.width - side + 1)
@@ -184,7 +174,7 @@ def _turned(scene: Scene, size: int, smallest: float) -> Image.Image:
     """The object after mirroring, scaling and rotation, premultiplied by alpha. It fits the
     scene.
     """
-    plain = object_of(scene.object, size)
+    plain = cut_out(scene.object, 2 * size)
     degrees = TURN * (2 * scene.unit(_TURN) - 1)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(abs(degrees)))
     # the longer side of the rectangle around the rotated object, before scaling
@@ -272,11 +262,11 @@ def _read_all(pictures: Pictures, size: int) -> str:
     sha256 of their names and bytes.
     """
     digest = hashlib.sha256()
-    for read, some in (
-        (object_of, chain(*pictures.objects.values())),
-        (ground_of, pictures.grounds),
+    for read, side, some in (
+        (cut_out, 2 * size, chain(*pictures.objects.values())),
+        (ground, round(size / SMALLEST_PIECE), pictures.grounds),
     ):
         for each in some:
-            read(each, size)
+            read(each, side)
             digest.update(each.name.encode() + hashlib.sha256(each.path.read_bytes()).digest())
     return digest.hexdigest()[:16]

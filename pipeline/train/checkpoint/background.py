@@ -5,8 +5,6 @@ each rank leaves a note in the checkpoint's folder of what it has written, and r
 for the notes, seals the folder and brings it to its place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

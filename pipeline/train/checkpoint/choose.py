@@ -1,7 +1,5 @@
 """Which checkpoint of a place is used, which ones go, and which one must be there."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath

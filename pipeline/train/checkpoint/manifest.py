@@ -1,7 +1,5 @@
 """A checkpoint's manifest: size and sha256 of every file. A folder without one is no checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
