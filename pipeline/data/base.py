@@ -17,7 +17,6 @@ __all__ = [
     "DataError",
     "Loader",
     "LoaderError",
-    "OnPages",
     "with_page_checks",
 ]
 
@@ -117,15 +116,10 @@ class Data(Protocol):
         ...
 
 
-@runtime_checkable
-class OnPages(Data, Protocol):
-    """A data set in files with a checksum for each page."""
-
-    def with_page_checks(self, one_in: int) -> Data:
-        """The same sets; one in `one_in` samples that are read has its page compared, 0: none."""
-        ...
-
-
 def with_page_checks(data: Data, one_in: int) -> Data:
-    """`data` with pages compared while they are read; data without pages is returned unchanged."""
-    return data.with_page_checks(one_in) if isinstance(data, OnPages) else data
+    """The same sets; one in `one_in` samples that are read has its page compared, 0: none.
+
+    Data without a method of this name has no pages, and is returned unchanged.
+    """
+    checked = getattr(data, "with_page_checks", None)
+    return data if checked is None else checked(one_in)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import HELD_OUT, ORDER, bits
 from pipeline.core.units import counted
 
@@ -41,13 +41,12 @@ class TrainOrder:
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
         _check_micro_batch(self.micro_batch)
-        if self.repeats < 1 or self.batch_size % self.repeats:
-            raise DataError(
-                f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got"
-                f" {self.repeats}"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise DataError(f"train: seed must be in 0..2^63-1; got {self.seed}")
+        require_data(
+            self.repeats >= 1 and self.batch_size % self.repeats == 0,
+            f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got"
+            f" {self.repeats}",
+        )
+        require_data(0 <= self.seed < 2**63, f"train: seed must be in 0..2^63-1; got {self.seed}")
         share = self.world * self.micro_batch
         if self.batch_size < 1 or self.batch_size % share:
             lower = self.batch_size // share * share
@@ -57,11 +56,11 @@ class TrainOrder:
                 f" {self.micro_batch} = {share}; got {self.batch_size}; {' or '.join(near)}"
                 " would do"
             )
-        if self.samples < self.batch_size:
-            raise DataError(
-                f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the"
-                f" set; got {self.batch_size}"
-            )
+        require_data(
+            self.samples >= self.batch_size,
+            f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the"
+            f" set; got {self.batch_size}",
+        )
 
     @property
     def steps(self) -> int:
@@ -73,14 +72,13 @@ class TrainOrder:
 
         Raises: DataError if `start` is not a multiple of the global batch size within the epoch.
         """
-        if epoch < 0:
-            raise DataError(f"train: epoch must be 0 or more; got {epoch}")
+        require_data(epoch >= 0, f"train: epoch must be 0 or more; got {epoch}")
         whole = self.steps * self.batch_size
-        if start % self.batch_size or not 0 <= start <= whole:
-            raise DataError(
-                f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole};"
-                f" got {start}"
-            )
+        require_data(
+            start % self.batch_size == 0 and 0 <= start <= whole,
+            f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole};"
+            f" got {start}",
+        )
         order = permutation(self.samples, seed=self.seed, epoch=epoch)
         if self.ids is not None:
             order = self.ids[order]
@@ -125,8 +123,7 @@ class ValOrder:
 
         Raises: DataError if `start` is not 0: an evaluation is repeated from its beginning.
         """
-        if start:
-            raise DataError(f"val: an evaluation starts at 0; got start={start}")
+        require_data(start == 0, f"val: an evaluation starts at 0; got start={start}")
         places = np.arange(
             self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world
         )
@@ -209,10 +206,10 @@ def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def _check_rank(rank: int, world: int) -> None:
-    if not 0 <= rank < world:
-        raise DataError(f"data: rank must be in 0..world-1; got rank={rank}, world={world}")
+    require_data(
+        0 <= rank < world, f"data: rank must be in 0..world-1; got rank={rank}, world={world}"
+    )
 
 
 def _check_micro_batch(micro_batch: int) -> None:
-    if micro_batch < 1:
-        raise DataError(f"data: micro_batch must be 1 or more; got {micro_batch}")
+    require_data(micro_batch >= 1, f"data: micro_batch must be 1 or more; got {micro_batch}")

@@ -2,6 +2,7 @@
 made of them.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,15 @@ def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("moving")
     write_events("moving", out, size=16, slices=12, samples=TRAIN, val_samples=VAL)
     return out
+
+
+@pytest.fixture
+def folder(photos: Path, tmp_path: Path) -> Path:
+    """A copy of `photos` that a test may damage."""
+    return shutil.copytree(photos, tmp_path / "copy")
+
+
+@pytest.fixture
+def copy(moving: Path, tmp_path: Path) -> Path:
+    """A copy of `moving` that a test may damage."""
+    return shutil.copytree(moving, tmp_path / "moving")

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.core.errors import require_data
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
-from pipeline.data.base import Batch, DataError
+from pipeline.data.base import Batch
 from pipeline.data.order import Ordered, TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
@@ -57,21 +58,21 @@ class Synthetic(Ordered):
         repeats: int = 1,
         content_seed: int = 0,
     ) -> None:
-        if min(samples, val_samples, classes, *shape) < 1 or len(shape) not in (3, 4):
-            raise DataError(
-                "Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1"
-                f" or more; got samples={samples}, val_samples={val_samples}, classes={classes},"
-                f" shape={shape}"
-            )
-        if augment not in ("shift-flip", "none"):
-            raise DataError(f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}")
-        if repeats < 1:
-            raise DataError(f"Synthetic: repeats must be 1 or more; got {repeats}")
-        if noise < 0 or content_seed < 0:
-            raise DataError(
-                f"Synthetic: noise and content_seed must be 0 or more; got {noise} and"
-                f" {content_seed}"
-            )
+        require_data(
+            min(samples, val_samples, classes, *shape) >= 1 and len(shape) in (3, 4),
+            "Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1"
+            f" or more; got samples={samples}, val_samples={val_samples}, classes={classes},"
+            f" shape={shape}",
+        )
+        require_data(
+            augment in ("shift-flip", "none"),
+            f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}",
+        )
+        require_data(repeats >= 1, f"Synthetic: repeats must be 1 or more; got {repeats}")
+        require_data(
+            noise >= 0 and content_seed >= 0,
+            f"Synthetic: noise and content_seed must be 0 or more; got {noise} and {content_seed}",
+        )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
         # A teacher, which needs pixels, takes the values for pixels normalised like this.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest
@@ -50,10 +50,10 @@ class FileData(Ordered):
         self.folder, self.classes, self.shape = Path(folder), classes, shape
         self.held_out, self.repeats = held_out, repeats
         self._one_in = 0  # see page_checks.py
-        if not 0 <= held_out < 1:
-            raise DataError(
-                f"{self._who}: held_out must be a share in 0..1, 1 excluded; got {held_out}"
-            )
+        require_data(
+            0 <= held_out < 1,
+            f"{self._who}: held_out must be a share in 0..1, 1 excluded; got {held_out}",
+        )
 
     def fingerprint(self) -> str:
         """See base.Data."""
@@ -65,11 +65,11 @@ class FileData(Ordered):
         read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
         for name in read:
             check(self._path(name))
-        if self._manifest("train").classes != self._manifest("val").classes:
-            raise DataError(
-                f"{self._who}: train and val in {self.folder} must have the same classes, in the"
-                " same order"
-            )
+        require_data(
+            self._manifest("train").classes == self._manifest("val").classes,
+            f"{self._who}: train and val in {self.folder} must have the same classes, in the"
+            " same order",
+        )
 
     def groups(self, use: Name, *, by: str) -> list[str]:
         """The group of each sample, at its place in the file (`Batch.index`).
@@ -89,7 +89,7 @@ class FileData(Ordered):
         return groups[by]
 
     def with_page_checks(self, one_in: int) -> Self:
-        """See base.OnPages."""
+        """See base.with_page_checks."""
         same = copy.copy(self)
         same._one_in = one_in
         return same
@@ -121,11 +121,11 @@ class FileData(Ordered):
     def _manifest(self, name: Name) -> Manifest:
         """Raises: DataError if the file is missing or has another number of classes."""
         manifest = manifests.read(self._path(name))
-        if len(manifest.classes) != self.classes:
-            raise DataError(
-                f"{self._who}: classes must be those of {self._path(name)},"
-                f" {len(manifest.classes)}; got {self.classes}"
-            )
+        require_data(
+            len(manifest.classes) == self.classes,
+            f"{self._who}: classes must be those of {self._path(name)},"
+            f" {len(manifest.classes)}; got {self.classes}",
+        )
         return manifest
 
     def _ids(self, use: Name) -> NDArray[np.int64]:
@@ -137,11 +137,11 @@ class FileData(Ordered):
         if self.only is None:
             return ids
         ids = ids[np.isin(beton.samples(self._path(name)).labels[ids], self.only)]
-        if not len(ids):
-            raise DataError(
-                f"{self._who}: {self._path(name)} must hold samples of the classes {self.only} to"
-                f" {use} on; got none"
-            )
+        require_data(
+            len(ids),
+            f"{self._who}: {self._path(name)} must hold samples of the classes {self.only} to"
+            f" {use} on; got none",
+        )
         return ids
 
 
@@ -160,14 +160,16 @@ def check_views(
         if value not in choices:
             *others, last = map(repr, choices)
             raise DataError(f"{who}: {name} must be {', '.join(others)} or {last}; got {value!r}")
-    if len(data.mean) != channels or len(data.std) != channels or min(data.std) <= 0:
-        raise DataError(
-            f"{who}: mean and std must have {channels} values (channels), std above 0; got"
-            f" mean={data.mean}, std={data.std}"
-        )
-    if reach is not None and data.crop != "shift":
-        raise DataError(
-            f"{who}: reach has no effect with crop={data.crop!r}; leave it out or set crop='shift'"
-        )
-    if reach is not None and not 0 <= reach <= size:
-        raise DataError(f"{who}: reach must be 0..size={size} pixels; got {reach}")
+    require_data(
+        len(data.mean) == channels and len(data.std) == channels and min(data.std) > 0,
+        f"{who}: mean and std must have {channels} values (channels), std above 0; got"
+        f" mean={data.mean}, std={data.std}",
+    )
+    require_data(
+        reach is None or data.crop == "shift",
+        f"{who}: reach has no effect with crop={data.crop!r}; leave it out or set crop='shift'",
+    )
+    require_data(
+        reach is None or 0 <= reach <= size,
+        f"{who}: reach must be 0..size={size} pixels; got {reach}",
+    )

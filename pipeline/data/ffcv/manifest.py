@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline.core.errors import DataError
-from pipeline.core.files import Unreadable, retry_read
+from pipeline.core.errors import DataError, require_data
+from pipeline.core.files import Unreadable, retry_read, write_whole
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
 
@@ -56,15 +56,9 @@ class Manifest:
     written_by: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Write the manifest to a temporary file and rename it to `path`."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         body["checksum"] = _checksum(body)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(body, indent=1) + "\n").encode())
 
 
 def read(path: Path) -> Manifest:
@@ -75,17 +69,17 @@ def read(path: Path) -> Manifest:
             file.
         OSError: the storage is unreachable.
     """
-    if not path.is_file():
-        raise DataError(
-            f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name"
-            " another folder"
-        )
+    require_data(
+        path.is_file(),
+        f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name"
+        " another folder",
+    )
     at = path.with_name(path.name + SUFFIX)
-    if not at.is_file():
-        raise DataError(
-            f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is"
-            " not trained on"
-        )
+    require_data(
+        at.is_file(),
+        f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is"
+        " not trained on",
+    )
     try:
         body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
     except Unreadable as error:
@@ -95,8 +89,10 @@ def read(path: Path) -> Manifest:
         ) from error
     except ValueError as error:
         raise DataError(f"data: {at} is damaged: not JSON ({error})") from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise DataError(f"data: {at} is not a manifest of a .beton")
+    require_data(
+        isinstance(body, dict) and body.get("format") == FORMAT,
+        f"data: {at} is not a manifest of a .beton",
+    )
     if (version := body.get("version")) != VERSION:
         raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
     try:
@@ -107,8 +103,7 @@ def read(path: Path) -> Manifest:
         raise DataError(
             f"data: {at} is damaged: its own checksum differs; restore it or write the data again"
         ) from None
-    if manifest.file != path.name:
-        raise DataError(f"data: {at} belongs to another file, {manifest.file}")
+    require_data(manifest.file == path.name, f"data: {at} belongs to another file, {manifest.file}")
     if (size := path.stat().st_size) != manifest.bytes:
         raise DataError(wrong_size(path, manifest, size))
     return manifest

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.files import UNREADABLE, Unreadable, retry_read
 from pipeline.core.random import PAGE, below, bits
 from pipeline.core.units import some
@@ -73,8 +73,7 @@ def verify(path: Path) -> list[Manifest]:
     """
     path = Path(path)
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"verify: no .beton in {path.absolute()}")
+    require_data(files, f"verify: no .beton in {path.absolute()}")
     return [_verify_file(file) for file in files]
 
 

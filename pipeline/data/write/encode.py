@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
 from pipeline.data.ffcv.format import JPG, RAW, Images
 from pipeline.data.write.writer import Bad, Encoded
@@ -56,16 +56,20 @@ class Encoding:
     jpg_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.mode not in ("jpg", "raw", "mixed"):
-            raise DataError(f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}")
-        if self.max_resolution is not None and self.max_resolution < 1:
-            raise DataError(
-                f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}"
-            )
-        if not 1 <= self.quality <= 100:
-            raise DataError(f"write: quality must be in 1..100; got {self.quality}")
-        if not 0 <= self.jpg_share <= 1:
-            raise DataError(f"write: jpg_share must be in 0..1; got {self.jpg_share}")
+        require_data(
+            self.mode in ("jpg", "raw", "mixed"),
+            f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}",
+        )
+        require_data(
+            self.max_resolution is None or self.max_resolution >= 1,
+            f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}",
+        )
+        require_data(
+            1 <= self.quality <= 100, f"write: quality must be in 1..100; got {self.quality}"
+        )
+        require_data(
+            0 <= self.jpg_share <= 1, f"write: jpg_share must be in 0..1; got {self.jpg_share}"
+        )
 
     @property
     def kind(self) -> Images:
@@ -155,11 +159,11 @@ def _ffcv_imdecode() -> Callable[..., int]:
     package = PathFinder.find_spec("ffcv")
     folders = list(package.submodule_search_locations or []) if package else []
     libraries = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
-    if not libraries:
-        raise DataError(
-            "write: FFCV must be installed, its decoder judges what it will read; got no"
-            " ffcv/_libffcv*.so"
-        )
+    require_data(
+        libraries,
+        "write: FFCV must be installed, its decoder judges what it will read; got no"
+        " ffcv/_libffcv*.so",
+    )
     function = ctypes.CDLL(str(libraries[0])).imdecode
     words = [ctypes.c_uint32] * 2
     # (bytes, size, height, width, pixels, crop height and width, offset x and y, scale as a

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.units import some
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.encode import Encoding, Item
@@ -87,13 +87,14 @@ def write_folder(
         LoaderError: a worker died or hung.
     No file remains after an error.
     """
-    if jpg_share is not None and mode != "mixed":
-        raise DataError(
-            f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose"
-            " 'mixed'"
-        )
-    if quality is not None and mode == "raw":
-        raise DataError(f"write_folder: quality has no effect in mode 'raw'; got {quality}")
+    require_data(
+        jpg_share is None or mode == "mixed",
+        f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose 'mixed'",
+    )
+    require_data(
+        quality is None or mode != "raw",
+        f"write_folder: quality has no effect in mode 'raw'; got {quality}",
+    )
     how = Encoding(
         mode=mode,
         max_resolution=max_resolution,
@@ -162,11 +163,11 @@ def _fashion_folder(source: Path | None) -> Path:
 def _fashion_set(folder: Path, name: str, prefix: str) -> Source[Item]:
     images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
     labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
-    if images_NHW.shape != (len(labels_N), 28, 28) or labels_N.max(initial=0) > 9:
-        raise DataError(
-            f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got"
-            f" {images_NHW.shape}"
-        )
+    require_data(
+        images_NHW.shape == (len(labels_N), 28, 28) and labels_N.max(initial=0) <= 9,
+        f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got"
+        f" {images_NHW.shape}",
+    )
     items = [
         Item(i, image_HW, int(label))
         for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True))
@@ -195,17 +196,15 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
 
 
 def _folder_set(folder: Path, name: str) -> Source[Item]:
-    if not folder.is_dir():
-        raise DataError(
-            f"write_folder: {folder.absolute()} must be a folder of class folders; it does not"
-            " exist"
-        )
+    require_data(
+        folder.is_dir(),
+        f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist",
+    )
     entries = _entries(folder)
     classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    if not classes:
-        raise DataError(
-            f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
-        )
+    require_data(
+        classes, f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
+    )
     items: list[Item] = []
     left_out: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for entry in entries:
@@ -220,11 +219,11 @@ def _folder_set(folder: Path, name: str) -> Source[Item]:
                 continue
             which = f"ending in {suffix}" if suffix else "whose name has no ending"
             left_out[_kind_left_out(entry, which)].append(entry.path)
-        if len(items) == before:
-            raise DataError(
-                f"write_folder: class folder {folder / class_name} must hold images"
-                f" ({' '.join(sorted(IMAGE_SUFFIXES))})"
-            )
+        require_data(
+            len(items) != before,
+            f"write_folder: class folder {folder / class_name} must hold images"
+            f" ({' '.join(sorted(IMAGE_SUFFIXES))})",
+        )
     listed = tuple(LeftOut(*kind, len(paths), paths[0]) for kind, paths in sorted(left_out.items()))
     return Source(name, classes, items, str(folder.absolute()), listed)
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import require_data
 from pipeline.core.random import below, bits
 from pipeline.data.ffcv.format import Images
 from pipeline.data.ffcv.manifest import Manifest
@@ -127,12 +127,14 @@ class Rendering:
 
     def __post_init__(self) -> None:
         low, high = SIZES
-        if not low <= self.size <= high:
-            raise DataError(f"write stamps: size must be in {low}..{high} pixels; got {self.size}")
-        if not 0.1 <= self.smallest <= LARGEST:
-            raise DataError(
-                f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}"
-            )
+        require_data(
+            low <= self.size <= high,
+            f"write stamps: size must be in {low}..{high} pixels; got {self.size}",
+        )
+        require_data(
+            0.1 <= self.smallest <= LARGEST,
+            f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}",
+        )
 
     @property
     def kind(self) -> Images:
@@ -225,13 +227,15 @@ def write_stamps(
         DataError: before anything is written, if an option is out of range, a package is missing or
             a picture cannot be read; and as `write_sets`.
     """
-    if mode == "raw" and quality is not None:
-        raise DataError(f"write stamps: quality has no effect in mode 'raw'; got {quality}")
-    if min(samples, val_samples) < 1 or not 0 <= content_seed < 2**63:
-        raise DataError(
-            "write stamps: samples and val_samples must be 1 or more, content_seed 0 to 2^63-1; "
-            f"got samples={samples}, val_samples={val_samples}, content_seed={content_seed}"
-        )
+    require_data(
+        mode != "raw" or quality is None,
+        f"write stamps: quality has no effect in mode 'raw'; got {quality}",
+    )
+    require_data(
+        min(samples, val_samples) >= 1 and 0 <= content_seed < 2**63,
+        "write stamps: samples and val_samples must be 1 or more, content_seed 0 to 2^63-1; "
+        f"got samples={samples}, val_samples={val_samples}, content_seed={content_seed}",
+    )
     how = Rendering(
         size=size,
         split=split,

@@ -23,7 +23,7 @@ from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
-from pipeline.core.errors import DataError, LoaderError
+from pipeline.core.errors import DataError, LoaderError, require_data
 from pipeline.core.files import sync_folder
 from pipeline.core.units import counted
 from pipeline.data.ffcv import manifest as manifests
@@ -134,21 +134,21 @@ def write_sets(
         LoaderError: a worker died or hung.
     No file remains after an error.
     """
-    if workers < 1 or max_bad < 0 or existing not in get_args(Existing):
-        raise DataError(
-            "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
-            f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}"
-        )
+    require_data(
+        workers >= 1 and max_bad >= 0 and existing in get_args(Existing),
+        "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
+        f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}",
+    )
     out = Path(out)
     finals = [out / f"{each.name}.beton" for each in sets]
     there = [str(final) for final in finals if final.exists()]
     if existing == "keep" and len(there) == len(finals):
         return [_kept(final, how) for final in finals]
-    if there and existing != "replace":
-        raise DataError(
-            f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
-            " replace"
-        )
+    require_data(
+        not there or existing == "replace",
+        f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
+        " replace",
+    )
     out.mkdir(parents=True, exist_ok=True)
     total, done = sum(len(each.items) for each in sets), count(1)
     report = lambda: progress(next(done), total) if progress else None
@@ -173,12 +173,12 @@ def check_kept(written: Sequence[Manifest], sets: Sequence[Source[Any]]) -> None
     """
     for manifest, each in zip(written, sets, strict=True):
         held = manifest.samples + len(manifest.skipped)
-        if (held, manifest.source) != (len(each.items), each.where):
-            raise DataError(
-                f"write: {manifest.file} was written from {counted(held, 'sample')} of"
-                f" {manifest.source}; got {len(each.items)} of {each.where}; ask with --existing"
-                " replace"
-            )
+        require_data(
+            (held, manifest.source) == (len(each.items), each.where),
+            f"write: {manifest.file} was written from {counted(held, 'sample')} of"
+            f" {manifest.source}; got {len(each.items)} of {each.where}; ask with --existing"
+            " replace",
+        )
 
 
 def encode_all(
@@ -229,11 +229,11 @@ def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
 def _kept(final: Path, how: Encoder[Any]) -> Manifest:
     """The manifest of an existing file, all of whose bytes were verified."""
     manifest = verify(final)[0]
-    if manifest.options != _options(how):
-        raise DataError(
-            f"write: {final} was written with {manifest.options}; got {_options(how)}; ask with"
-            " --existing replace"
-        )
+    require_data(
+        manifest.options == _options(how),
+        f"write: {final} was written with {manifest.options}; got {_options(how)}; ask with"
+        " --existing replace",
+    )
     return manifest
 
 

@@ -8,7 +8,6 @@ for the notes, seals the folder and brings it to its place.
 import contextlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from pipeline.core.files import sync_folder
+from pipeline.core.files import sync_folder, write_whole
 from pipeline.train.checkpoint.choose import prune, step_name
 from pipeline.train.checkpoint.manifest import Facts, facts_of, seal
 from pipeline.train.checkpoint.place import WRITING, Place
@@ -97,10 +96,6 @@ class Background:
             if self.makes_progress():
                 beat()
 
-    def discard(self) -> None:
-        """Delete what was written; for rank 0, once every rank has given up."""
-        shutil.rmtree(self.temp, ignore_errors=True)
-
     def _run(self, files: dict[str, Any]) -> None:
         try:
             facts = self._write(files)
@@ -122,9 +117,7 @@ class Background:
         for folder in {(self.temp / name).parent for name in names}:
             sync_folder(folder)
         if self.rank:
-            new = self._note("new")
-            new.write_text(json.dumps(facts))
-            new.rename(self._note("json"))
+            write_whole(self._note("json"), json.dumps(facts).encode())
         return facts
 
     def _finish(self, facts: Facts) -> Saved:

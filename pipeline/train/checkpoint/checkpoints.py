@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import wait
@@ -277,7 +278,7 @@ class Checkpoints:
             each for each in self.each(None if own is None else _described(own)) if each is not None
         ]
         if self.rank == 0:
-            writing.discard()
+            shutil.rmtree(writing.temp, ignore_errors=True)
         # Rank 0's own may only say that another rank failed: it has no number.
         number, reason = min(failures, key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:

@@ -2,15 +2,11 @@
 each evaluation sample once, and batches of the types that training takes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("ffcv")
 
 from pipeline.data.base import Data, Loader
 from pipeline.data.datasets.beton import Beton

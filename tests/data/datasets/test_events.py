@@ -2,17 +2,12 @@
 that move as one, damage.
 """
 
-from __future__ import annotations
-
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("ffcv")
 
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.base import Data, DataError
@@ -157,58 +152,6 @@ def test_ffcv_itself_reads_the_file(moving: Path) -> None:
     address = int(reader.metadata["f0"][6])
     stored = content[address : address + SLICES * 2 * SIZE**2].reshape(SLICES, 2, SIZE, SIZE)
     np.testing.assert_array_equal(stored, expected(6, SLICES))
-
-
-@pytest.fixture
-def copy(moving: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return shutil.copytree(moving, tmp_path / "copy")
-
-
-@pytest.mark.parametrize(
-    "name", ["header", "field descriptors", "metadata", "page 0", "allocation table"]
-)
-def test_a_flipped_byte_is_located(copy: Path, name: str) -> None:
-    path = copy / "train.beton"
-    layout = beton_format.layout(path)
-    region = next(
-        each for each in (*layout.front, *layout.pages, layout.table) if each.name == name
-    )
-    content = bytearray(path.read_bytes())
-    content[region.offset + region.size // 3] ^= 4
-    path.write_bytes(content)
-    with pytest.raises(
-        DataError,
-        match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest",
-    ):
-        Events(copy, **GOOD).check()
-
-
-def test_an_event_file_that_is_cut_short_is_refused_in_one_line(copy: Path) -> None:
-    path = copy / "train.beton"
-    whole = path.stat().st_size
-    with path.open("r+b") as file:
-        file.truncate(whole - 1)
-    for look in (Events(copy, **GOOD).check, lambda: Events(copy, **GOOD).train(**SIZES)):
-        with pytest.raises(
-            DataError,
-            match=(
-                rf"^data: \S*train\.beton must have {whole} bytes by its manifest; got {whole - 1}:"
-                r" truncated[^\n]*$"
-            ),
-        ):
-            look()
-
-
-def test_field_descriptors_that_say_nothing_are_refused(copy: Path) -> None:
-    path = copy / "train.beton"
-    layout = beton_format.layout(path)
-    descriptors = next(each for each in layout.front if each.name == "field descriptors")
-    content = bytearray(path.read_bytes())
-    content[descriptors.offset + 17 : descriptors.offset + 400] = bytes(383)
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"train\.beton: damaged field descriptors"):
-        beton_format.layout(path)
 
 
 @pytest.mark.parametrize(

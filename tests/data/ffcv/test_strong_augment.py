@@ -2,16 +2,11 @@
 where they should be by hand, and the rest is untouched.
 """
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("ffcv")
-
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment

@@ -1,7 +1,5 @@
 """Published sets, read by tonic from small files in the layout of each; nothing is downloaded."""
 
-from __future__ import annotations
-
 import sys
 import urllib.error
 from pathlib import Path
