@@ -1,4 +1,3 @@
-
 import uuid
 from collections.abc import Iterator
 from pathlib import Path

@@ -104,24 +104,39 @@ def has_failed(checkpoints: Checkpoints) -> bool:
     return checkpoints.failed()
 
 
-def test_a_full_disk_is_the_users_and_the_one_before_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "last", "error", "said"),
+    [
+        (
+            errno.ENOSPC,
+            2,
+            UserError,
+            "checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
+            " whole one is",
+        ),
+        (errno.EIO, 3, OSError, "checkpoint after step 3 was not written: Input/output error"),
+    ],
+    ids=["a full disk", "two failures in a row"],
+)
+def test_what_cannot_be_written_ends_training_and_the_one_before_stays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    last: int,
+    error: type[Exception],
+    said: str,
 ) -> None:
     checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
-        failing(patch, errno.ENOSPC)
-        checkpoints.save(2, backend(), Counting(), TRAINER)
-        assert has_failed(checkpoints)
-        said = (
-            r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
-            r" whole one is"
-        )
-        with pytest.raises(UserError, match=said):
-            checkpoints.save(3, backend(), Counting(), TRAINER)
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "step_00000001"
-    ]  # what there was of it makes room
+        failing(patch, number)
+        for step in range(2, last + 1):
+            checkpoints.save(step, backend(), Counting(), TRAINER)
+            assert has_failed(checkpoints)
+        with pytest.raises(error, match=said):
+            checkpoints.save(last + 1, backend(), Counting(), TRAINER)
+    # What there was of it makes room.
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert checkpoints.wait() is None
 
 
@@ -143,25 +158,6 @@ def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
     assert [step for step, _ in told] == [2, 4]
     assert told[0][1].startswith("checkpoint after step 2 was not written: Input/output error")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000005"]
-
-
-def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
-    save(checkpoints, 1, backend(), Counting(), TRAINER)
-    with monkeypatch.context() as patch:
-        failing(patch, errno.EIO)
-        checkpoints.save(2, backend(), Counting(), TRAINER)
-        checkpoints.save(3, backend(), Counting(), TRAINER)
-        with pytest.raises(
-            OSError, match=r"checkpoint after step 3 was not written: Input/output error"
-        ):
-            checkpoints.save(4, backend(), Counting(), TRAINER)
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "step_00000001"
-    ]  # what there was of it makes room
-    assert checkpoints.wait() is None
 
 
 @pytest.mark.parametrize(
@@ -239,11 +235,11 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
             held.set()
             wait_for(checkpoints._writing.temp / (f".{rank}.json" if rank else "trainer.json"))  # type: ignore[union-attr]
         distributed.barrier()
-        found[f"half {writer}"] = (place.folder / f"step_0000000{1 + writer}").exists()
+        found[f"half {writer}"] = (place.staging / f"step_0000000{1 + writer}").exists()
         distributed.barrier()
         held.set()
         checkpoints.wait()
-        found[f"whole {writer}"] = damage(place.folder / f"step_0000000{1 + writer}")
+        found[f"whole {writer}"] = damage(place.staging / f"step_0000000{1 + writer}")
 
     def fails(file: Path, value: Any) -> None:
         if rank == slow_rank:
@@ -266,7 +262,7 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
         error = RuntimeError("connection reset by peer")
         alone.close(error)
         found["alone"] = error.__notes__
-        found["left"] = sorted(path.name for path in place.folder.glob("*step*"))
+        found["left"] = sorted(path.name for path in place.staging.glob("*step*"))
     return found
 
 

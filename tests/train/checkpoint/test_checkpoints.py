@@ -27,13 +27,21 @@ from pipeline.train.checkpoint import (
     damage,
     lost_step,
     pin,
-    read_trainer,
     step_folders,
     verified,
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from tests.helpers.events import event
 from tests.helpers.few import TRAINER, Counting, backend, content, restore, save
+
+FILES = [
+    "model.safetensors",
+    "plain/state.pt",
+    "rng_rank0.pt",
+    "rule.pt",
+    "trainer.json",
+    "manifest.json",
+]
 
 
 def flip_a_byte(file: Path) -> None:
@@ -49,8 +57,8 @@ def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
     return made
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    original, checkpoints = backend(1), Checkpoints(Place(tmp_path), attempt="a")
+def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
+    original, checkpoints = backend(1), Checkpoints(place, attempt="a")
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
@@ -59,8 +67,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     other, rule = backend(2), Counting()
     trainer = restore(checkpoints, other, rule)
     assert trainer["step"] == 7
-    assert told.address == str(tmp_path / "step_00000007")
-    assert told.bytes > 0
+    made = "step_00000007" if place.folder else "step_00000007-a"
+    assert told.address == f"{place.url}/{made}" and told.bytes > 0
+    assert content(place) == {f"{made}/{name}" for name in FILES}
+    assert place.folder or not [*place.staging.iterdir()]  # the run's own disk keeps nothing
     for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(a, b)
     momenta = [
@@ -72,16 +82,6 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     again = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
     assert torch.equal(drawn[0], again[0])
     assert drawn[1:] == again[1:]
-
-
-FILES = [
-    "model.safetensors",
-    "plain/state.pt",
-    "rng_rank0.pt",
-    "rule.pt",
-    "trainer.json",
-    "manifest.json",
-]
 
 
 @pytest.mark.parametrize(
@@ -249,10 +249,18 @@ def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
     assert verified(Place(tmp_path), "best").name == "step_00000003"
 
 
-def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [3])
-    save(checkpoints, 3, backend(8), Counting(), {**TRAINER, "score": 0.25})
-    assert read_trainer(verified(Place(tmp_path)))["score"] == 0.25
+def test_a_step_that_is_saved_again_is_found_where_its_event_says(place: Place) -> None:
+    checkpoints, attempt = Checkpoints(place, attempt="a", keep=2), "" if place.folder else "-a"
+    told = [save(checkpoints, 1, backend(), Counting(value), TRAINER) for value in range(12)]
+    names = ["step_00000001", *(f"step_00000001.{number}" for number in range(1, 12))]
+    assert [each.address for each in told] == [f"{place.url}/{name}{attempt}" for name in names]
+    assert place.names() == names[:1] and place.address(names[0]) == told[-1].address
+    assert content(place) == {f"{names[-1]}{attempt}/{name}" for name in FILES}
+    rule = Counting()
+    restore(Checkpoints(place, attempt="b"), backend(), rule)
+    assert rule.feedback[0] == 11  # type: ignore[index]
+    checkpoints.discard(1, "for a test")
+    assert {file.split("-")[0] for file in content(place)} == {f"quarantine/{names[-1]}"}
 
 
 class Killed(BaseException):

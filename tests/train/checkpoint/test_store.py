@@ -14,7 +14,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
 from botocore.exceptions import ClientError
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
@@ -52,23 +51,6 @@ FILES = {
     "trainer.json",
     "manifest.json",
 }
-
-
-def test_what_is_saved_comes_back_in_a_fresh_folder(address: str, tmp_path: Path) -> None:
-    made = backend(1)
-    told = save(checkpoints(address, tmp_path / "one"), 7, made, Counting(2.5), TRAINER)
-    assert told.address == f"{address}/step_00000007-a"
-    assert paths(address) == {f"step_00000007-a/{name}" for name in FILES}
-    assert (
-        list((tmp_path / "one" / "checkpoints").iterdir()) == []
-    )  # the run's own disk keeps nothing
-    other, rule = backend(2), Counting()
-    trainer = restore(checkpoints(address, tmp_path / "other"), other, rule)
-    assert trainer["step"] == 7 and rule.feedback.tolist() == [2.5] * 3  # type: ignore[operator]
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(made.network.parameters(), other.network.parameters(), strict=True)
-    )
 
 
 def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
@@ -139,26 +121,6 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
     assert folders == {
         "step_00000002.1-a" if is_new else "step_00000002-a"
     }  # nothing is left of the other
-
-
-def test_a_step_that_is_saved_again_is_found_where_its_event_says(
-    address: str, tmp_path: Path
-) -> None:
-    saving = checkpoints(address, tmp_path, keep=2)
-    told = [save(saving, 1, backend(), Counting(value), TRAINER).address for value in range(12)]
-    assert told == [
-        f"{address}/step_00000001-a",
-        *(f"{address}/step_00000001.{number}-a" for number in range(1, 12)),
-    ]
-    place, rule = store(address, tmp_path), Counting()
-    assert place.names() == ["step_00000001"] and place.address("step_00000001") == told[-1]
-    assert paths(address) == {f"step_00000001.11-a/{name}" for name in FILES}
-    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
-    assert rule.feedback[0] == 11  # type: ignore[index]
-    path = f"{place.root}/step_00000001.11-a/model.safetensors"
-    place.fs.pipe_file(path, place.fs.cat_file(path)[:-7])
-    assert checkpoints(address, tmp_path / "fresh").newest() is None
-    assert {found.split("-")[0] for found in paths(address)} == {"quarantine/step_00000001.11"}
 
 
 def test_one_of_which_only_the_manifest_is_there_can_be_deleted(
