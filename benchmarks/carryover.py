@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from pipeline.core.checks import parse_time_steps
 from pipeline.core.random import DONOR, bits, counter_hash
 from pipeline.core.torch_settings import computing
-from pipeline.data.base import Data, Grouped
+from pipeline.data.base import Data
 from pipeline.measure.memory import device_here
 from pipeline.models.attention import OverSamples
 from pipeline.recipe import Recipe
@@ -79,9 +79,10 @@ def main() -> None:
     device = device_here()
     network = load_run(chosen.run, which=chosen.which, trust=tuple(chosen.trust)).to(device)
     batches = shuffled(data, size=chosen.batch, seed=recipe.seed)
-    if chosen.by and not isinstance(data, Grouped):
+    find_groups = getattr(data, "groups", None)
+    if chosen.by and find_groups is None:
         parser.error(f"--by needs data that groups its samples; got {type(data).__name__}")
-    groups = data.groups("val", by=chosen.by) if isinstance(data, Grouped) and chosen.by else None
+    groups = find_groups("val", by=chosen.by) if find_groups and chosen.by else None
     with computing(device, recipe.precision):
         samples = carried_over(network, batches, steps=steps, seed=recipe.seed, device=device)
     table = means(samples, groups)

@@ -34,7 +34,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.core.code_version import commit
-from pipeline.data.write.sources import fashion
+from pipeline.data.write.images import fashion
 from pipeline.measure.memory import device_here, hardware
 
 PAGE = Path(__file__).parents[1] / "docs/recipes.md"

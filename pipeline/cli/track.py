@@ -66,12 +66,12 @@ def register(
     from pipeline.report.runs import find_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import register as register_run
-    from pipeline.train.checkpoint import Folder, pin, verified
+    from pipeline.train.checkpoint import pin, verified
     from pipeline.train.weights import place_of
 
     folder = find_run(runs, run)
     place = place_of(folder)
-    if not isinstance(place, Folder):
+    if place.folder is None:
         raise ValueError(
             "register: a checkpoint must be in a folder, where it can be pinned; got"
             f" {place.address('')}"

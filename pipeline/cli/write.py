@@ -15,7 +15,7 @@ from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.data.ffcv.manifest import Manifest
-    from pipeline.data.write.images import Progress as OnProgress
+    from pipeline.data.write.writer import Progress as OnProgress
 
 write_app = Commands(
     no_args_is_help=True,
@@ -264,7 +264,7 @@ def _progress(name: str) -> Iterator[OnProgress]:
         TimeRemainingColumn,
     )
 
-    from pipeline.data.write.images import TooManyUnreadable
+    from pipeline.data.write.writer import TooManyUnreadable
 
     console = Console(stderr=True)
     columns = (
@@ -283,7 +283,7 @@ def _progress(name: str) -> Iterator[OnProgress]:
 
 
 def _report(manifests: list[Manifest]) -> None:
-    from pipeline.data.write.sources import LeftOut
+    from pipeline.data.write.writer import LeftOut
 
     for manifest in manifests:
         samples, classes = (

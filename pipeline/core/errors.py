@@ -42,5 +42,11 @@ class DataError(ValueError):
     """Data, or a size requested of it, that cannot be used. A retry does not help."""
 
 
+def require_data(holds: object, rule: str) -> None:
+    """As `core.checks.require`, for data: raises DataError where the rule is broken."""
+    if not holds:
+        raise DataError(rule)
+
+
 class LoaderError(RuntimeError):
     """A loader or writer that failed or hung for a reason of the machine. A retry may help."""

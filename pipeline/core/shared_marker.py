@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import UserError
+from pipeline.core.files import FOR_THE_USER
+
+MARKER = ".shared-"
+LOOKS, LOOK_S = 60, 1.0  # NFS caches names for 60 s by default (acdirmax; Linux 6, nfs(5))
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,54 @@ class Marker:
             return False
 
 
-@contextmanager
-def placed_marker(folder: Path, *, prefix: str) -> Iterator[Marker]:
-    """Write a marker into `folder`, and remove it at the end. Its name begins with `prefix`."""
-    marker = Marker(f"{prefix}{secrets.token_hex(8)}", secrets.token_hex(16))
+def check_shared(
+    folder: Path,
+    *,
+    rank: int,
+    each: Callable[[Any], list[Any]],
+    beat: Callable[[], None] = lambda: None,
+) -> None:
+    """Check that all ranks see the same folder for checkpoints; collective.
+
+    Rank 0 puts a marker there, and every rank looks for it. Rank 0 would wait for ever for the
+    files of a rank that writes to another disk.
+
+    Args:
+        each: gathers every rank's value, in the order of ranks, on every rank.
+        beat: called again and again by a rank that waits.
+
+    Raises:
+        UserError: a rank does not see the marker, or rank 0 may not write there.
+        OSError: rank 0 cannot write there now; on every rank.
+    """
+    marker, number, reason = each(_put_marker(folder) if rank == 0 else None)[0]
     try:
-        (folder / marker.name).write_text(marker.content)
-        yield marker
+        if number:
+            message = f"checkpoints: worker 0 must be able to write to {folder}; got {reason}"
+            raise UserError(message) if number in FOR_THE_USER else OSError(number, message)
+        for _ in range(LOOKS):
+            if all(each(marker.is_in(folder))):
+                return
+            beat()
+            time.sleep(LOOK_S)
+        seen, hosts = each(marker.is_in(folder)), each(socket.gethostname())
     finally:
-        (folder / marker.name).unlink(missing_ok=True)
+        if rank == 0:
+            with suppress(OSError):  # a marker that stays is swept
+                (folder / marker.name).unlink()
+    blind = ", ".join(f"{at} on {hosts[at]}" for at, sees in enumerate(seen) if not sees)
+    raise UserError(
+        f"checkpoints: all workers must see {folder} as worker 0 on {hosts[0]} does; worker"
+        f" {blind} does not: name storage that the nodes share with --checkpoints, or --runs"
+    )
+
+
+def _put_marker(folder: Path) -> tuple[Marker, int, str]:
+    """A marker in `folder`; number and text of the error, 0 for none."""
+    marker = Marker(f"{MARKER}{secrets.token_hex(8)}", secrets.token_hex(16))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / marker.name).write_text(marker.content)
+    except OSError as error:
+        return marker, error.errno or errno.EIO, f"{error.strerror or error}"
+    return marker, 0, ""

@@ -55,3 +55,9 @@ def shown(value: float, *, kind: str) -> str:
         return f"×{value:.2f}" if value >= 0.1 else f"×{value:.2g}"
     scale, unit = unit_of(kind, [value])
     return f"{rounded(value / scale, digits=3)} {unit}".rstrip()
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

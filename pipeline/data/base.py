@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,10 +15,8 @@ __all__ = [
     "Batch",
     "Data",
     "DataError",
-    "Grouped",
     "Loader",
     "LoaderError",
-    "OnPages",
     "with_page_checks",
 ]
 
@@ -118,29 +116,10 @@ class Data(Protocol):
         ...
 
 
-@runtime_checkable
-class Grouped(Protocol):
-    """A data set whose samples belong to groups."""
-
-    def fingerprint(self) -> str: ...
-
-    def groups(self, use: Literal["train", "val"], *, by: str) -> list[str]:
-        """The group of each sample, at its place in the file that `use` reads (`Batch.index`).
-
-        Raises: DataError if the samples have no such groups.
-        """
-        ...
-
-
-@runtime_checkable
-class OnPages(Data, Protocol):
-    """A data set in files with a checksum for each page."""
-
-    def with_page_checks(self, one_in: int) -> Data:
-        """The same sets; one in `one_in` samples that are read has its page compared, 0: none."""
-        ...
-
-
 def with_page_checks(data: Data, one_in: int) -> Data:
-    """`data` with pages compared while they are read; data without pages is returned unchanged."""
-    return data.with_page_checks(one_in) if isinstance(data, OnPages) else data
+    """The same sets; one in `one_in` samples that are read has its page compared, 0: none.
+
+    Data without a method of this name has no pages, and is returned unchanged.
+    """
+    checked = getattr(data, "with_page_checks", None)
+    return data if checked is None else checked(one_in)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import require_data
 from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits
 
 
@@ -54,29 +54,35 @@ class Mixing:
     per: Literal["batch", "pair", "sample"] = "batch"
 
     def __post_init__(self) -> None:
-        if min(self.mixup, self.cutmix) < 0 or self.mixup == self.cutmix == 0:
-            raise DataError(
-                f"Mixing: mixup or cutmix must be above 0; got mixup={self.mixup},"
-                f" cutmix={self.cutmix}"
-            )
-        if not 0 < self.probability <= 1:
-            raise DataError(f"Mixing: probability must be in 0..1, above 0; got {self.probability}")
-        if self.switch is not None and 0 in (self.mixup, self.cutmix):
-            raise DataError(
-                f"Mixing: switch has no effect without both mixup and cutmix; got {self.switch}"
-            )
-        if self.switch is not None and not 0 < self.switch < 1:
-            raise DataError(f"Mixing: switch must be between 0 and 1; got {self.switch}")
-        if self.per not in ("batch", "pair", "sample"):
-            raise DataError(f"Mixing: per must be 'batch', 'pair' or 'sample'; got {self.per!r}")
+        require_data(
+            min(self.mixup, self.cutmix) >= 0 and self.mixup + self.cutmix > 0,
+            f"Mixing: mixup or cutmix must be above 0; got mixup={self.mixup},"
+            f" cutmix={self.cutmix}",
+        )
+        require_data(
+            0 < self.probability <= 1,
+            f"Mixing: probability must be in 0..1, above 0; got {self.probability}",
+        )
+        require_data(
+            self.switch is None or 0 not in (self.mixup, self.cutmix),
+            f"Mixing: switch has no effect without both mixup and cutmix; got {self.switch}",
+        )
+        require_data(
+            self.switch is None or 0 < self.switch < 1,
+            f"Mixing: switch must be between 0 and 1; got {self.switch}",
+        )
+        require_data(
+            self.per in ("batch", "pair", "sample"),
+            f"Mixing: per must be 'batch', 'pair' or 'sample'; got {self.per!r}",
+        )
 
     def check(self, *, micro_batch: int) -> None:
         """Raises: DataError for a micro-batch that would separate neighbours."""
-        if micro_batch % 2:
-            raise DataError(
-                "Mixing: a micro-batch must be even, for samples are mixed in pairs; got"
-                f" {micro_batch}"
-            )
+        require_data(
+            micro_batch % 2 == 0,
+            "Mixing: a micro-batch must be even, for samples are mixed in pairs; got"
+            f" {micro_batch}",
+        )
 
     def __call__(
         self, x_B: Tensor, target_B: Tensor, *, classes: int, seed: int, step: int, rows: range

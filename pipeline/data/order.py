@@ -1,11 +1,14 @@
 """The order of samples on each rank: pure functions of (seed, epoch) and sizes."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import HELD_OUT, ORDER, bits
 from pipeline.core.units import counted
 
@@ -38,13 +41,12 @@ class TrainOrder:
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world)
         _check_micro_batch(self.micro_batch)
-        if self.repeats < 1 or self.batch_size % self.repeats:
-            raise DataError(
-                f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got"
-                f" {self.repeats}"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise DataError(f"train: seed must be in 0..2^63-1; got {self.seed}")
+        require_data(
+            self.repeats >= 1 and self.batch_size % self.repeats == 0,
+            f"train: repeats must be 1 or more and divide batch_size={self.batch_size}; got"
+            f" {self.repeats}",
+        )
+        require_data(0 <= self.seed < 2**63, f"train: seed must be in 0..2^63-1; got {self.seed}")
         share = self.world * self.micro_batch
         if self.batch_size < 1 or self.batch_size % share:
             lower = self.batch_size // share * share
@@ -54,11 +56,11 @@ class TrainOrder:
                 f" {self.micro_batch} = {share}; got {self.batch_size}; {' or '.join(near)}"
                 " would do"
             )
-        if self.samples < self.batch_size:
-            raise DataError(
-                f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the"
-                f" set; got {self.batch_size}"
-            )
+        require_data(
+            self.samples >= self.batch_size,
+            f"train: batch_size must be at most the {counted(self.samples, 'sample')} of the"
+            f" set; got {self.batch_size}",
+        )
 
     @property
     def steps(self) -> int:
@@ -70,14 +72,13 @@ class TrainOrder:
 
         Raises: DataError if `start` is not a multiple of the global batch size within the epoch.
         """
-        if epoch < 0:
-            raise DataError(f"train: epoch must be 0 or more; got {epoch}")
+        require_data(epoch >= 0, f"train: epoch must be 0 or more; got {epoch}")
         whole = self.steps * self.batch_size
-        if start % self.batch_size or not 0 <= start <= whole:
-            raise DataError(
-                f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole};"
-                f" got {start}"
-            )
+        require_data(
+            start % self.batch_size == 0 and 0 <= start <= whole,
+            f"train: start must be a multiple of batch_size={self.batch_size} in 0..{whole};"
+            f" got {start}",
+        )
         order = permutation(self.samples, seed=self.seed, epoch=epoch)
         if self.ids is not None:
             order = self.ids[order]
@@ -122,8 +123,7 @@ class ValOrder:
 
         Raises: DataError if `start` is not 0: an evaluation is repeated from its beginning.
         """
-        if start:
-            raise DataError(f"val: an evaluation starts at 0; got start={start}")
+        require_data(start == 0, f"val: an evaluation starts at 0; got start={start}")
         places = np.arange(
             self.samples * self.rank // self.world, self.samples * (self.rank + 1) // self.world
         )
@@ -131,6 +131,60 @@ class ValOrder:
 
     def copies(self, *, start: int = 0) -> NDArray[np.int64]:
         return np.zeros(len(self.epoch(0, start=start)), np.int64)
+
+
+class Ordered:
+    """Base of data sets that are read in these orders."""
+
+    repeats: int  # views of each sample in a training batch
+    only: tuple[int, ...] | None = None  # the labels whose samples are used; None: all
+    _ids: Callable[..., NDArray[np.int64]]  # of the samples for "train" or "val", ascending
+    _loader: Callable[..., Any]  # of one rank, for "train" or "val", an order and the seed
+
+    def of_classes(self, classes: tuple[int, ...]) -> Self:
+        """The same sets without the samples of other classes; labels stay as they are."""
+        same = copy.copy(self)
+        same.only = classes
+        return same
+
+    def train(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        batch_size: int,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
+    ) -> Any:
+        """See base.Data. `hang_s`: the longest wait for one batch in seconds (ffcv/reader.py)."""
+        ids = self._ids("train")
+        order = TrainOrder(
+            samples=len(ids),
+            ids=ids,
+            seed=seed,
+            rank=rank,
+            world=world,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            repeats=self.repeats,
+        )
+        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
+
+    def val(
+        self,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int,
+        threads: int = 1,
+        hang_s: float | None = None,
+    ) -> Any:
+        """See base.Data."""
+        ids = self._ids("val")
+        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
+        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -152,10 +206,10 @@ def held_out(samples: int, share: float) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def _check_rank(rank: int, world: int) -> None:
-    if not 0 <= rank < world:
-        raise DataError(f"data: rank must be in 0..world-1; got rank={rank}, world={world}")
+    require_data(
+        0 <= rank < world, f"data: rank must be in 0..world-1; got rank={rank}, world={world}"
+    )
 
 
 def _check_micro_batch(micro_batch: int) -> None:
-    if micro_batch < 1:
-        raise DataError(f"data: micro_batch must be 1 or more; got {micro_batch}")
+    require_data(micro_batch >= 1, f"data: micro_batch must be 1 or more; got {micro_batch}")

@@ -24,7 +24,7 @@ from pipeline.core.secrets import without_secrets
 from pipeline.core.shared_marker import Marker
 from pipeline.launch.ray_auth import refused_token
 from pipeline.track.connect import sqlite_file, without_password
-from pipeline.train.checkpoint.address import folder_of
+from pipeline.train.checkpoint import folder_of
 
 MLFLOW_S = 10.0
 STRANGER_S = 60.0

@@ -21,8 +21,7 @@ from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.recipe.spec import arguments_of
 from pipeline.recipe.suite import targets_of
-from pipeline.train.checkpoint import absolute, owner_of, place_at
-from pipeline.train.checkpoint.owner import Owner
+from pipeline.train.checkpoint import Owner, absolute, owner_of, place_at
 from pipeline.train.job import Job
 from pipeline.train.part_checks import fingerprint_of
 from pipeline.train.tasks import build_data

@@ -26,7 +26,7 @@ from pipeline.core.checks import is_count
 from pipeline.core.errors import UserError
 from pipeline.core.units import counted
 from pipeline.launch.ray_auth import offer_token
-from pipeline.train.checkpoint.address import folder_of
+from pipeline.train.checkpoint import folder_of
 from pipeline.train.elastic import format_sizes
 
 OWN = ("--name", "--runs", "--address", "--workers", "--or-resume")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.core.code_version import check_same_code, code_digest
 from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
+from pipeline.core.shared_marker import check_shared
 from pipeline.core.torch_settings import compute_in
 from pipeline.data.base import Data
 from pipeline.data.ffcv.page_checks import ONE_IN
@@ -36,15 +37,7 @@ from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import attached_rule, build_mixing, build_network
-from pipeline.train.checkpoint import (
-    Checkpoints,
-    Owned,
-    check_shared,
-    lost_step,
-    place_at,
-    read_trainer,
-    step_name,
-)
+from pipeline.train.checkpoint import Checkpoints, lost_step, place_at, read_trainer, step_name
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.context import TrainContext
 from pipeline.train.decisions import adopt, decided
@@ -165,8 +158,9 @@ def _found(
     job: Job, recipe: Recipe, ranks: Ranks, tracker: Tracker, watchdog: Watchdog
 ) -> tuple[Checkpoints, Path | None]:
     """The run's checkpoints, and the one to go on from; storage that is away is waited for."""
-    found = ranks.all_or_raise(lambda: place_at(job.checkpoints, Path(job.run)))
-    kept = Owned(found, job.place_token) if job.place_token else found
+    kept = ranks.all_or_raise(
+        lambda: place_at(job.checkpoints, Path(job.run), token=job.place_token)
+    )
     patient = partial(patiently, ranks, beat=watchdog.beat, on_wait=partial(_tell_waiting, tracker))
     if ranks.size > 1:
         patient(kept.sweep)  # first: what a killed attempt left may fill the disk

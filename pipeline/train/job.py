@@ -46,7 +46,7 @@ class Job:
     checkpoints: str = ""
     """where its checkpoints are: a folder or an address of its own; "": in the run's folder"""
     place_token: str = ""
-    """by which its workers write there (pipeline/train/checkpoint/owner.py); "": in the run's
+    """by which its workers write there (pipeline/train/checkpoint/place.py); "": in the run's
     folder,
     whose locks are enough
     """

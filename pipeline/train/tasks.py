@@ -44,7 +44,7 @@ class Task:
 
 
 def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
-    """In the order that they are learnt in; opens no file. `one_in`: see base.OnPages."""
+    """In the order that they are learnt in; opens no file. `one_in`: see base.with_page_checks."""
     data = with_page_checks(build_data(recipe), one_in)
     if not recipe.phases:
         return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)

@@ -2,6 +2,7 @@
 made of them.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +94,25 @@ def fashion(small_fashion: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree of small pictures in place of /usr/share; a test that changes it takes a copy."""
     return make(tmp_path_factory.mktemp("share"))
+
+
+@pytest.fixture(scope="session")
+def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings of moving shapes in 12 slices of 16 x 16 pixels."""
+    from pipeline.data.write.events import write_events
+
+    out = tmp_path_factory.mktemp("moving")
+    write_events("moving", out, size=16, slices=12, samples=TRAIN, val_samples=VAL)
+    return out
+
+
+@pytest.fixture
+def folder(photos: Path, tmp_path: Path) -> Path:
+    """A copy of `photos` that a test may damage."""
+    return shutil.copytree(photos, tmp_path / "copy")
+
+
+@pytest.fixture
+def copy(moving: Path, tmp_path: Path) -> Path:
+    """A copy of `moving` that a test may damage."""
+    return shutil.copytree(moving, tmp_path / "moving")

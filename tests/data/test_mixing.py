@@ -2,8 +2,6 @@
 ranks and micro-batches.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

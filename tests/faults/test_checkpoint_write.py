@@ -66,13 +66,13 @@ import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from pipeline.train.checkpoint import background
-from pipeline.train.checkpoint.store import Store
+from pipeline.train.checkpoint import Place
 from pipeline.launch.in_process import Inline
 from tests.helpers.small import make_run, small_recipe
 
 run, address, step, name, how = sys.argv[1:6]
 run = Path(run)
-write, seal, put = background._write, background.seal, Store._put
+write, seal, put = background._write, background.seal, Place._put
 
 def die(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -96,7 +96,7 @@ def brought(self, file, path):
 if how == "written":
     background._write, background.seal = written, sealed
 else:
-    Store._put = brought
+    Place._put = brought
 with Inline() as launcher:
     launcher.run(replace(make_run(run, small_recipe()), checkpoints=address), "test")
 """

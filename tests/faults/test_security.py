@@ -37,7 +37,7 @@ from pipeline.train.checkpoint import (
     WEIGHTS,
     CheckpointError,
     Checkpoints,
-    Folder,
+    Place,
     damage,
     place,
     step_folders,
@@ -295,7 +295,7 @@ def tampered_with(rank: int, ranks: int) -> None:
         backend = DeepSpeed(
             network, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), micro_batch=1, zero=zero
         )
-        checkpoints, rule = Checkpoints(Folder(here / str(zero)), attempt="a"), nn.Module()
+        checkpoints, rule = Checkpoints(Place(here / str(zero)), attempt="a"), nn.Module()
         checkpoints.save(1, backend, rule, {"world_size": 1, "zero": zero, "score": None})
         whole = checkpoints.wait()
         assert whole is not None

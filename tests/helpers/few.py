@@ -10,8 +10,7 @@ from torch import nn
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.plain import Plain
-from pipeline.train.checkpoint import Checkpoints, Folder, Saved
-from pipeline.train.checkpoint.store import Store
+from pipeline.train.checkpoint import Checkpoints, Place, Saved
 
 TRAINER: dict[str, Any] = {"world_size": 1, "zero": 0, "score": None}
 
@@ -59,9 +58,9 @@ def restore(checkpoints: Checkpoints, backend: Plain, rule: nn.Module) -> dict[s
     return checkpoints.load(path, backend, rule)
 
 
-def content(place: Folder | Store) -> set[str]:
+def content(place: Place) -> set[str]:
     """The files in a place, without the owner's."""
-    if isinstance(place, Folder):
+    if place.folder is not None:
         files = {
             str(path.relative_to(place.folder))
             for path in place.folder.rglob("*")

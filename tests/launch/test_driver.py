@@ -24,8 +24,7 @@ from pipeline.launch.base import LaunchError, WorkersEnded
 from pipeline.launch.driver import drive
 from pipeline.launch.signals import StopRequest
 from pipeline.track.journal import Follower, Journal, Record, read
-from pipeline.train.checkpoint import owner_of, place_at
-from pipeline.train.checkpoint.folder import Folder
+from pipeline.train.checkpoint import Place, owner_of, place_at
 from pipeline.train.guards import storage
 from pipeline.train.guards.deaths import note_death
 from pipeline.train.job import Job
@@ -311,15 +310,15 @@ def test_at_once_is_at_once_where_nothing_can_be_said(
 def test_a_place_of_checkpoints_that_does_not_answer_is_waited_for_and_then_owned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, failed, said = Folder.read, list[str](), list[str]()
+    read, failed, said = Place.read, list[str](), list[str]()
 
-    def away(self: Folder, file: str) -> bytes:
+    def away(self: Place, file: str) -> bytes:
         if len(failed) < 2:
             failed.append(file)
             raise OSError(errno.EIO, "Input/output error")
         return read(self, file)
 
-    monkeypatch.setattr(Folder, "read", away)
+    monkeypatch.setattr(Place, "read", away)
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
     job = Job(
         run=str(tmp_path / "run"),

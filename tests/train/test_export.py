@@ -30,7 +30,7 @@ from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import effective_weight
-from pipeline.train.checkpoint import WEIGHTS, Folder, verified
+from pipeline.train.checkpoint import WEIGHTS, Place, verified
 from pipeline.train.checkpoint.manifest import facts_of, read_manifest, seal
 from pipeline.train.export import _digest, export_run, load_export, pack_bits, unpack_bits
 from tests.helpers.small import make_run, small_recipe, train_inline, without_stages
@@ -71,7 +71,7 @@ def logits(network: nn.Module, *, pixels: int = 8) -> torch.Tensor:
 
 def rewrite_weights(run: Path, state: dict[str, torch.Tensor]) -> None:
     """Exchange the weights in the checkpoint of `run`."""
-    checkpoint = verified(Folder(run / "checkpoints"))
+    checkpoint = verified(Place(run / "checkpoints"))
     save_file(state, checkpoint / WEIGHTS)
     files = read_manifest((checkpoint / "manifest.json").read_bytes())
     seal(checkpoint, facts_of(checkpoint, files))
@@ -220,7 +220,7 @@ def test_a_scale_that_no_norm_can_take_lies_beside_its_bits(runs: Path, tmp_path
     """A filter of zeros has a scale of 0, which cannot be divided by."""
     run = tmp_path / "run"
     train_inline(run, recipe().override({"optimizer.lr": 0.0, "optimizer.weight_decay": 0.0}))
-    state = load_file(verified(Folder(run / "checkpoints")) / WEIGHTS)
+    state = load_file(verified(Place(run / "checkpoints")) / WEIGHTS)
     state["stages.1.1.conv.weight"][2] = 0
     rewrite_weights(run, state)
     told = export_run(run, layout="packed")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import require_data
 from pipeline.data.ffcv.files import FileData, Name, check_views
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ class Beton(FileData):
     Args:
         flip: "random" mirrors a training image with probability 1/2, "never" none.
         colour: magnitude, up to 10, of RandAugment's colour operations on training images
-            (ffcv/rand_augment.py); 0: none.
+            (ffcv/strong_augment.py); 0: none.
         erase: probability that a rectangle of a training image becomes noise
-            (ffcv/random_erasing.py).
+            (ffcv/strong_augment.py).
         mean, std: one value per channel, of pixels scaled to 0..1.
         held_out: share of the training set that replaces the evaluation set and is not trained on.
             Choose learning rates on it, for example with `--set data.held_out=0.1`.
@@ -111,44 +111,41 @@ def _check_options(
     reach: int | None,
 ) -> None:
     channels, size, _ = data.shape
-    if data.classes < 1 or size < 1 or channels not in (1, 3):
-        raise DataError(
-            "Beton: classes and size must be 1 or more, channels 1 or 3; "
-            f"got classes={data.classes}, size={size}, channels={channels}"
-        )
-    if not 0 <= data.colour <= 10 or not 0 <= data.erase <= 1:
-        raise DataError(
-            f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour},"
-            f" erase={data.erase}"
-        )
-    if data.colour and channels == 1:
-        raise DataError(
-            f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}"
-        )
-    if data.repeats < 1:
-        raise DataError(f"Beton: repeats must be 1 or more; got {data.repeats}")
+    require_data(
+        data.classes >= 1 and size >= 1 and channels in (1, 3),
+        "Beton: classes and size must be 1 or more, channels 1 or 3; "
+        f"got classes={data.classes}, size={size}, channels={channels}",
+    )
+    require_data(
+        0 <= data.colour <= 10 and 0 <= data.erase <= 1,
+        f"Beton: colour must be in 0..10, erase in 0..1; got colour={data.colour},"
+        f" erase={data.erase}",
+    )
+    require_data(
+        not data.colour or channels != 1,
+        f"Beton: colour has no effect on images of 1 channel; got colour={data.colour}",
+    )
+    require_data(data.repeats >= 1, f"Beton: repeats must be 1 or more; got {data.repeats}")
     check_views(data, channels, size, crops=("resized", "shift", "centre"), reach=reach)
     for name, value in (("area", area), ("ratio", ratio)):
-        if value is not None and data.crop != "resized":
-            raise DataError(
-                f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set"
-                " crop='resized'"
-            )
-        if value is not None and not (
-            0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)
-        ):
-            raise DataError(
-                f"Beton: {name} must be (low, high) with 0 < low <="
-                f" high{' <= 1' * (name == 'area')}; got {value}"
-            )
+        require_data(
+            value is None or data.crop == "resized",
+            f"Beton: {name} has no effect with crop={data.crop!r}; leave it out or set"
+            " crop='resized'",
+        )
+        require_data(
+            value is None or (0 < value[0] <= value[1] and (name == "ratio" or value[1] <= 1)),
+            f"Beton: {name} must be (low, high) with 0 < low <="
+            f" high{' <= 1' * (name == 'area')}; got {value}",
+        )
 
 
 def _check_sides(path: Path, records: Any, size: int) -> None:
     sides = np.concatenate([records["width"], records["height"]])
     shortest, longest = int(sides.min()), int(sides.max())
-    if max(size - shortest, longest - size) > size // 4:
-        raise DataError(
-            f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of"
-            f" size={size}; got {shortest} to {longest}; choose crop='resized' or write the data"
-            " with max_resolution"
-        )
+    require_data(
+        max(size - shortest, longest - size) <= size // 4,
+        f"Beton: crop='shift' does not resize: the sides of {path} must be within a quarter of"
+        f" size={size}; got {shortest} to {longest}; choose crop='resized' or write the data"
+        " with max_resolution",
+    )

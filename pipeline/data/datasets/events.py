@@ -13,7 +13,7 @@ Tests and `tiny()` use `Synthetic(shape=(T, C, H, W))` instead, counts of the sa
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv.files import FileData, Name, check_views
 from pipeline.data.ffcv.format import Arrays, layout
 
@@ -58,11 +58,11 @@ class Events(FileData):
         self.crop, self.flip = crop, flip
         self.mean = (0.0,) * channels if mean is None else tuple(mean)
         self.std = (1.0,) * channels if std is None else tuple(std)
-        if min(classes, steps, size) < 1 or channels not in (1, 2):
-            raise DataError(
-                "Events: classes, steps and size must be 1 or more, channels 1 or 2; "
-                f"got classes={classes}, steps={steps}, size={size}, channels={channels}"
-            )
+        require_data(
+            min(classes, steps, size) >= 1 and channels in (1, 2),
+            "Events: classes, steps and size must be 1 or more, channels 1 or 2; "
+            f"got classes={classes}, steps={steps}, size={size}, channels={channels}",
+        )
         check_views(self, channels, size, crops=("shift", "none"), reach=reach)
         self.reach = 4 if reach is None else reach
 
@@ -96,10 +96,10 @@ def _stored(path: Path, shape: tuple[int, ...]) -> Arrays:
             " Beton"
         )
     slices, _, *sides = stored.shape
-    if sides != [size, size]:
-        raise DataError(
-            f"Events: size must be the file's, {sides[0]}x{sides[1]} in {path}; got {size}"
-        )
+    require_data(
+        sides == [size, size],
+        f"Events: size must be the file's, {sides[0]}x{sides[1]} in {path}; got {size}",
+    )
     if slices % steps:
         near = [str(each) for each in range(1, slices + 1) if slices % each == 0]
         raise DataError(

@@ -9,26 +9,26 @@ stands for event data, with T patterns of counts per class.
 # N samples of a set, B batch, K classes, T time, C channels (of a recording T x C of them), H W
 # pixels
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.core.errors import require_data
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
-from pipeline.data.base import Batch, DataError
-from pipeline.data.order import TrainOrder, ValOrder
+from pipeline.data.base import Batch
+from pipeline.data.order import Ordered, TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
 _FIELDS = 61  # noise fields; a sample adds two of them, which makes 61 x 61 combinations
 _TRAIN, _VAL = 0, 1
 
 
-class Synthetic:
+class Synthetic(Ordered):
     """Synthetic images or recordings. Sample i is of class `i % classes`.
 
     Args:
@@ -58,28 +58,27 @@ class Synthetic:
         repeats: int = 1,
         content_seed: int = 0,
     ) -> None:
-        if min(samples, val_samples, classes, *shape) < 1 or len(shape) not in (3, 4):
-            raise DataError(
-                "Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1"
-                f" or more; got samples={samples}, val_samples={val_samples}, classes={classes},"
-                f" shape={shape}"
-            )
-        if augment not in ("shift-flip", "none"):
-            raise DataError(f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}")
-        if repeats < 1:
-            raise DataError(f"Synthetic: repeats must be 1 or more; got {repeats}")
-        if noise < 0 or content_seed < 0:
-            raise DataError(
-                f"Synthetic: noise and content_seed must be 0 or more; got {noise} and"
-                f" {content_seed}"
-            )
+        require_data(
+            min(samples, val_samples, classes, *shape) >= 1 and len(shape) in (3, 4),
+            "Synthetic: samples, val_samples, classes and the 3 or 4 sizes of shape must be 1"
+            f" or more; got samples={samples}, val_samples={val_samples}, classes={classes},"
+            f" shape={shape}",
+        )
+        require_data(
+            augment in ("shift-flip", "none"),
+            f"Synthetic: augment must be 'shift-flip' or 'none'; got {augment!r}",
+        )
+        require_data(repeats >= 1, f"Synthetic: repeats must be 1 or more; got {repeats}")
+        require_data(
+            noise >= 0 and content_seed >= 0,
+            f"Synthetic: noise and content_seed must be 0 or more; got {noise} and {content_seed}",
+        )
         self.samples, self.val_samples, self.classes = samples, val_samples, classes
         self.shape = tuple(int(size) for size in shape)
         # A teacher, which needs pixels, takes the values for pixels normalised like this.
         self.mean, self.std = (0.5,) * shape[-3], (0.2,) * shape[-3]
         self.noise, self.augment = float(noise), augment
         self.content_seed, self.repeats = content_seed, repeats
-        self._only: tuple[int, ...] | None = None
 
     def fingerprint(self) -> str:
         """A hash of everything that determines the samples."""
@@ -97,45 +96,15 @@ class Synthetic:
     def check(self) -> None:
         """Does nothing: there is no file."""
 
-    def of_classes(self, classes: tuple[int, ...]) -> "Synthetic":
-        """The same sets without the samples of other classes; labels stay as they are."""
-        narrowed = copy.copy(self)
-        narrowed._only = classes
-        return narrowed
+    def _ids(self, use: Literal["train", "val"]) -> NDArray[np.int64]:
+        ids = np.arange(self.samples if use == "train" else self.val_samples)
+        return ids if self.only is None else ids[np.isin(ids % self.classes, self.only)]
 
-    def train(
-        self,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        batch_size: int,
-        micro_batch: int,
-        threads: int = 1,
+    def _loader(
+        self, use: str, order: TrainOrder | ValOrder, *, seed: int, **how: Any
     ) -> "SyntheticLoader":
-        ids = self._ids(self.samples)
-        order = TrainOrder(
-            samples=len(ids),
-            ids=ids,
-            seed=seed,
-            rank=rank,
-            world=world,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-            repeats=self.repeats,
-        )
-        return SyntheticLoader(self, order, seed=seed if self.augment == "shift-flip" else None)
-
-    def val(
-        self, *, rank: int = 0, world: int = 1, micro_batch: int, threads: int = 1
-    ) -> "SyntheticLoader":
-        ids = self._ids(self.val_samples)
-        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
-        return SyntheticLoader(self, order)
-
-    def _ids(self, samples: int) -> NDArray[np.int64]:
-        ids = np.arange(samples)
-        return ids if self._only is None else ids[np.isin(ids % self.classes, self._only)]
+        is_moved = use == "train" and self.augment == "shift-flip"
+        return SyntheticLoader(self, order, seed=seed if is_moved else None)
 
 
 class SyntheticLoader:

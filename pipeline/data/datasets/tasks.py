@@ -17,9 +17,10 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import numpy as np
 import torch
 
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
 from pipeline.core.units import counted
-from pipeline.data.base import Batch, Data, DataError, Loader, with_page_checks
+from pipeline.data.base import Batch, Data, Loader, with_page_checks
 
 _PIXELS = 80  # a draw, see random.py
 
@@ -42,7 +43,7 @@ class _Task:
         self.data.check()
 
     def with_page_checks(self, one_in: int) -> Self:
-        """See base.OnPages."""
+        """See base.with_page_checks."""
         return self._over(with_page_checks(self.data, one_in))
 
     def train(self, **sizes: Any) -> Loader:
@@ -90,11 +91,11 @@ class Permuted(_Task):
         seed: int = 0,
         first: Literal["permuted", "plain"] = "permuted",
     ) -> None:
-        if min(task, seed) < 0 or first not in ("permuted", "plain"):
-            raise DataError(
-                "Permuted: task and seed must be 0 or more, first 'permuted' or 'plain'; "
-                f"got task={task}, seed={seed}, first={first!r}"
-            )
+        require_data(
+            min(task, seed) >= 0 and first in ("permuted", "plain"),
+            "Permuted: task and seed must be 0 or more, first 'permuted' or 'plain'; "
+            f"got task={task}, seed={seed}, first={first!r}",
+        )
         self.data, self.classes, self.shape = data, data.classes, data.shape
         pixels = np.arange(data.shape[-2] * data.shape[-1])
         is_plain = task == 0 and first == "plain"
@@ -140,18 +141,20 @@ class SplitClasses(_Task):
         order: tuple[int, ...] | None = None,
     ) -> None:
         ordered = tuple(range(data.classes)) if order is None else tuple(order)
-        if sorted(ordered) != list(range(data.classes)):
-            raise DataError(
-                f"SplitClasses: order must hold each of 0..{data.classes - 1} once; got {ordered}"
-            )
-        if labels not in ("task", "data"):
-            raise DataError(f"SplitClasses: labels must be 'task' or 'data'; got {labels!r}")
+        require_data(
+            sorted(ordered) == list(range(data.classes)),
+            f"SplitClasses: order must hold each of 0..{data.classes - 1} once; got {ordered}",
+        )
+        require_data(
+            labels in ("task", "data"),
+            f"SplitClasses: labels must be 'task' or 'data'; got {labels!r}",
+        )
         tasks = data.classes // classes_per_task if classes_per_task >= 1 else 0
-        if not 0 <= task < tasks:
-            raise DataError(
-                f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make"
-                f" {counted(tasks, 'task')}, from 0; got task={task}"
-            )
+        require_data(
+            0 <= task < tasks,
+            f"SplitClasses: {data.classes} classes in tasks of {classes_per_task} make"
+            f" {counted(tasks, 'task')}, from 0; got task={task}",
+        )
         self.data, self.labels = _by_class("SplitClasses", data), labels
         self.chosen = ordered[task * classes_per_task : (task + 1) * classes_per_task]
         self.classes = classes_per_task if labels == "task" else data.classes

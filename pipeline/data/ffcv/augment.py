@@ -1,6 +1,6 @@
 """Decodes stored images [H,W,C] to normalised float32 [C,H,W] in one compiled loop:
 
-    decode, crop, recolour (rand_augment.py), mirror, normalise, erase (random_erasing.py)
+    decode, crop, recolour (strong_augment.py), mirror, normalise, erase (strong_augment.py)
 
 Each random number is a pure function of (seed, epoch, copy, sample, draw), so a view is the same,
 bit for bit, in any thread, batch, rank and process. The loop is compiled without fastmath. Ratios
@@ -21,8 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core.random import CROP, normal_table
-from pipeline.data.ffcv import rand_augment as colours
-from pipeline.data.ffcv import random_erasing as erasing
+from pipeline.data.ffcv import strong_augment as strongly
 from pipeline.data.ffcv.api import imdecode, resize_crop
 from pipeline.data.ffcv.format import JPG, Images
 from pipeline.data.ffcv.loops import Decoder, below, bits, compiled, mirrored, shifted, unit
@@ -62,7 +61,7 @@ class Decode(Decoder):
         assert strong or colour == erase == 0
         # Arrays, because numba would compile the loop again for each type of number.
         options, limits = np.array([kind, reach, int(flip)], np.int64), np.array(area, np.float64)
-        strength, ratios = np.array([colour, erase], np.float64), ratio_table(erasing.RATIO)
+        strength, ratios = np.array([colour, erase], np.float64), ratio_table(strongly.RATIO)
         how = (
             options,
             limits,
@@ -138,7 +137,7 @@ def put(out_CSS, pixels_hw3, top, left, is_mirrored, table):
                 for c in range(3):
                     out_CSS[c, y, x] = table[c, pixels_hw3[row, column, c] if inside else 0]
             else:
-                out_CSS[0, y, x] = table[0, colours.luma(pixels_hw3[row, column]) if inside else 0]
+                out_CSS[0, y, x] = table[0, strongly.luma(pixels_hw3[row, column]) if inside else 0]
 
 
 @compiled
@@ -164,7 +163,7 @@ def viewer(strong: bool) -> Any:
     Without strong augmentation it compiles in 3 s instead of 7 s.
     """
     resize: Any = njit(nogil=True)(resize_crop)
-    recolour, erase = (colours.recolour, erasing.erase) if strong else (nothing, nothing)
+    recolour, erase = (strongly.recolour, strongly.erase) if strong else (nothing, nothing)
 
     @compiled
     def view(out_CSS, pixels_hw3, seed, epoch, index, how):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import check
-from pipeline.data.order import TrainOrder, ValOrder, held_out
+from pipeline.data.order import Ordered, TrainOrder, ValOrder, held_out
 
 if TYPE_CHECKING:
     from pipeline.data.ffcv.reader import BetonLoader
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Name = Literal["train", "val"]
 
 
-class FileData:
+class FileData(Ordered):
     """Base of data sets in files; subclasses decode the samples.
 
     Args:
@@ -49,12 +49,11 @@ class FileData:
     ) -> None:
         self.folder, self.classes, self.shape = Path(folder), classes, shape
         self.held_out, self.repeats = held_out, repeats
-        self._only: tuple[int, ...] | None = None  # labels whose samples are used
         self._one_in = 0  # see page_checks.py
-        if not 0 <= held_out < 1:
-            raise DataError(
-                f"{self._who}: held_out must be a share in 0..1, 1 excluded; got {held_out}"
-            )
+        require_data(
+            0 <= held_out < 1,
+            f"{self._who}: held_out must be a share in 0..1, 1 excluded; got {held_out}",
+        )
 
     def fingerprint(self) -> str:
         """See base.Data."""
@@ -66,11 +65,11 @@ class FileData:
         read: tuple[Name, ...] = ("train",) if self.held_out else ("train", "val")
         for name in read:
             check(self._path(name))
-        if self._manifest("train").classes != self._manifest("val").classes:
-            raise DataError(
-                f"{self._who}: train and val in {self.folder} must have the same classes, in the"
-                " same order"
-            )
+        require_data(
+            self._manifest("train").classes == self._manifest("val").classes,
+            f"{self._who}: train and val in {self.folder} must have the same classes, in the"
+            " same order",
+        )
 
     def groups(self, use: Name, *, by: str) -> list[str]:
         """The group of each sample, at its place in the file (`Batch.index`).
@@ -89,58 +88,11 @@ class FileData:
             )
         return groups[by]
 
-    def of_classes(self, classes: tuple[int, ...]) -> Self:
-        """The same sets without the samples of other classes; labels stay as they are."""
-        same = copy.copy(self)
-        same._only = classes
-        return same
-
     def with_page_checks(self, one_in: int) -> Self:
-        """See base.OnPages."""
+        """See base.with_page_checks."""
         same = copy.copy(self)
         same._one_in = one_in
         return same
-
-    def train(
-        self,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        batch_size: int,
-        micro_batch: int,
-        threads: int = 1,
-        hang_s: float | None = None,
-    ) -> "BetonLoader":
-        """See base.Data. `hang_s`: the longest wait for one batch in seconds; None: as in
-        reader.py.
-        """
-        ids = self._ids("train")
-        order = TrainOrder(
-            samples=len(ids),
-            ids=ids,
-            seed=seed,
-            rank=rank,
-            world=world,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-            repeats=self.repeats,
-        )
-        return self._loader("train", order, seed=seed, threads=threads, hang_s=hang_s)
-
-    def val(
-        self,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        micro_batch: int,
-        threads: int = 1,
-        hang_s: float | None = None,
-    ) -> "BetonLoader":
-        """See base.Data. With a share held out, it is that share of the training file."""
-        ids = self._ids("val")
-        order = ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch)
-        return self._loader("val", order, seed=0, threads=threads, hang_s=hang_s)
 
     def _decoder(self, use: Name, path: Path, *, parallel: bool) -> Any:
         """The `pipeline.data.ffcv.loops.Decoder` of the file at `path`."""
@@ -169,11 +121,11 @@ class FileData:
     def _manifest(self, name: Name) -> Manifest:
         """Raises: DataError if the file is missing or has another number of classes."""
         manifest = manifests.read(self._path(name))
-        if len(manifest.classes) != self.classes:
-            raise DataError(
-                f"{self._who}: classes must be those of {self._path(name)},"
-                f" {len(manifest.classes)}; got {self.classes}"
-            )
+        require_data(
+            len(manifest.classes) == self.classes,
+            f"{self._who}: classes must be those of {self._path(name)},"
+            f" {len(manifest.classes)}; got {self.classes}",
+        )
         return manifest
 
     def _ids(self, use: Name) -> NDArray[np.int64]:
@@ -182,14 +134,14 @@ class FileData:
         ids = (
             held_out(samples, self.held_out)[use == "val"] if self.held_out else np.arange(samples)
         )
-        if self._only is None:
+        if self.only is None:
             return ids
-        ids = ids[np.isin(beton.samples(self._path(name)).labels[ids], self._only)]
-        if not len(ids):
-            raise DataError(
-                f"{self._who}: {self._path(name)} must hold samples of the classes {self._only} to"
-                f" {use} on; got none"
-            )
+        ids = ids[np.isin(beton.samples(self._path(name)).labels[ids], self.only)]
+        require_data(
+            len(ids),
+            f"{self._who}: {self._path(name)} must hold samples of the classes {self.only} to"
+            f" {use} on; got none",
+        )
         return ids
 
 
@@ -208,14 +160,16 @@ def check_views(
         if value not in choices:
             *others, last = map(repr, choices)
             raise DataError(f"{who}: {name} must be {', '.join(others)} or {last}; got {value!r}")
-    if len(data.mean) != channels or len(data.std) != channels or min(data.std) <= 0:
-        raise DataError(
-            f"{who}: mean and std must have {channels} values (channels), std above 0; got"
-            f" mean={data.mean}, std={data.std}"
-        )
-    if reach is not None and data.crop != "shift":
-        raise DataError(
-            f"{who}: reach has no effect with crop={data.crop!r}; leave it out or set crop='shift'"
-        )
-    if reach is not None and not 0 <= reach <= size:
-        raise DataError(f"{who}: reach must be 0..size={size} pixels; got {reach}")
+    require_data(
+        len(data.mean) == channels and len(data.std) == channels and min(data.std) > 0,
+        f"{who}: mean and std must have {channels} values (channels), std above 0; got"
+        f" mean={data.mean}, std={data.std}",
+    )
+    require_data(
+        reach is None or data.crop == "shift",
+        f"{who}: reach has no effect with crop={data.crop!r}; leave it out or set crop='shift'",
+    )
+    require_data(
+        reach is None or 0 <= reach <= size,
+        f"{who}: reach must be 0..size={size} pixels; got {reach}",
+    )

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes of the storage of an image
@@ -148,6 +148,8 @@ class BetonWriter:
         if self._page:
             self._flush()
         table_offset = self._pages_offset + self._pages * self.page_bytes
+        self._file.truncate(table_offset)  # without samples, nothing has been written so far
+        self._file.seek(table_offset)
         self._file.write(self._table[: self.samples].tobytes())
         header = np.zeros((), _ffcv().HeaderType)
         for name, value in (
@@ -195,19 +197,22 @@ def layout(path: Path) -> Layout:
     by this writer or by FFCV.
     """
     size, header_size = path.stat().st_size, _ffcv().HeaderType.itemsize
-    if size < header_size:
-        raise DataError(f"{path}: not a .beton: {size} bytes are less than its header")
+    require_data(
+        size >= header_size, f"{path}: not a .beton: {size} bytes are less than its header"
+    )
     record = np.fromfile(path, _ffcv().HeaderType, count=1)[0]
     # FFCV's counts are NumPy scalars of 16 bits, which overflow in arithmetic under NumPy 2.
     header = {name: int(record[name]) for name in record.dtype.names}
     samples, page_bytes = header["num_samples"], header["page_size"]
-    if header["version"] != _ffcv().CURRENT_VERSION:
-        raise DataError(
-            f"{path}: not a .beton of version {_ffcv().CURRENT_VERSION}; got version"
-            f" {header['version']}"
-        )
-    if page_bytes < 1 or page_bytes & (page_bytes - 1):
-        raise DataError(f"{path}: damaged header: page size must be a power of 2; got {page_bytes}")
+    require_data(
+        header["version"] == _ffcv().CURRENT_VERSION,
+        f"{path}: not a .beton of version {_ffcv().CURRENT_VERSION}; got version"
+        f" {header['version']}",
+    )
+    require_data(
+        page_bytes.bit_count() == 1,
+        f"{path}: damaged header: page size must be a power of 2; got {page_bytes}",
+    )
     fields = np.fromfile(
         path, _ffcv().FieldDescType, count=header["num_fields"], offset=header_size
     )
@@ -216,11 +221,11 @@ def layout(path: Path) -> Layout:
     metadata_end = _metadata_offset() + metadata_size
     lowest = -(-metadata_end // page_bytes) * page_bytes
     table, table_size = header["alloc_table_ptr"], samples * _ffcv().ALLOC_TABLE_TYPE.itemsize
-    if table % page_bytes or table < lowest or table + table_size != size:
-        raise DataError(
-            f"{path}: truncated or damaged: {size} bytes, but its header places a table of"
-            f" {samples} samples at {table}"
-        )
+    require_data(
+        table % page_bytes == 0 and table >= lowest and table + table_size == size,
+        f"{path}: truncated or damaged: {size} bytes, but its header places a table of"
+        f" {samples} samples at {table}",
+    )
     first = _first_page(path, kind, samples, page_bytes, lowest)
     front = (
         Region("header", 0, header_size),
@@ -265,15 +270,15 @@ def samples(path: Path) -> Samples:
     table = np.fromfile(path, _ffcv().ALLOC_TABLE_TYPE, offset=where.table.offset)
     table = table[np.argsort(table["sample_id"], kind="stable")]
     start, end = where.table.offset - where.page_bytes * len(where.pages), where.table.offset
-    if (
-        not np.array_equal(table["sample_id"], np.arange(where.samples))
-        or not np.array_equal(table["ptr"], addresses)
-        or (
-            where.samples
-            and (table["ptr"].min() < start or (table["ptr"] + table["size"]).max() > end)
-        )
-    ):
-        raise DataError(f"{path}: damaged: metadata and allocation table contradict each other")
+    require_data(
+        np.array_equal(table["sample_id"], np.arange(where.samples))
+        and np.array_equal(table["ptr"], addresses)
+        and (
+            not where.samples
+            or (table["ptr"].min() >= start and (table["ptr"] + table["size"]).max() <= end)
+        ),
+        f"{path}: damaged: metadata and allocation table contradict each other",
+    )
     return Samples(where.kind, metadata["f0"], addresses, metadata["f1"], table["size"])
 
 
@@ -300,10 +305,10 @@ def _kind(path: Path, fields: np.ndarray[Any, Any]) -> Kind:
     ]
     if found == [(Images.name, Images.type_id), _LABEL]:
         return Images()
-    if found != [(Arrays.name, Arrays.type_id), _LABEL]:
-        raise DataError(
-            f"{path}: must hold the fields image or array, and label, in this order; got {found}"
-        )
+    require_data(
+        found == [(Arrays.name, Arrays.type_id), _LABEL],
+        f"{path}: must hold the fields image or array, and label, in this order; got {found}",
+    )
     try:
         field: Any = _ffcv().NDArrayField.from_binary(fields[0]["arguments"])
         return Arrays(field.dtype.name, tuple(int(side) for side in field.shape))

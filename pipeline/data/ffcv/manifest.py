@@ -9,15 +9,15 @@ number of writers; studies are compared by it.
 import hashlib
 import json
 import os
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from pipeline.core.errors import DataError
-from pipeline.core.files import Unreadable, retry_read
+from pipeline.core.errors import DataError, require_data
+from pipeline.core.files import Unreadable, retry_read, write_whole
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv.format import Arrays, Images, Kind
 
@@ -43,7 +43,7 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each
     # samples that could not be read, and why
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # other entries of a source folder: sources.LeftOut
+    # other entries of a source folder: writer.LeftOut
     left_out: list[dict[str, Any]] = field(default_factory=list)
     # Counts over the samples. Of images: those stored "as it is", as "jpg" and as "raw", and those
     # "not rotated" (encode.py).
@@ -56,15 +56,9 @@ class Manifest:
     written_by: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Write the manifest to a temporary file and rename it to `path`."""
         body = {"format": FORMAT, "version": VERSION, **asdict(self)}
         body["checksum"] = _checksum(body)
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, (json.dumps(body, indent=1) + "\n").encode())
 
 
 def read(path: Path) -> Manifest:
@@ -75,46 +69,41 @@ def read(path: Path) -> Manifest:
             file.
         OSError: the storage is unreachable.
     """
-    if not path.is_file():
-        raise DataError(
-            f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name"
-            " another folder"
-        )
+    require_data(
+        path.is_file(),
+        f"data: {path.absolute()} does not exist; write it first (`spiketrain write`), or name"
+        " another folder",
+    )
     at = path.with_name(path.name + SUFFIX)
-    if not at.is_file():
-        raise DataError(
-            f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is"
-            " not trained on"
-        )
+    require_data(
+        at.is_file(),
+        f"data: {path} has no manifest {at.name}; write the data again, an unchecked file is"
+        " not trained on",
+    )
     try:
         body = json.loads(retry_read(lambda: at.read_text(encoding="utf-8")))
-        if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
-            raise DataError(f"data: {at} is not a manifest of a .beton")
-        if (version := body.pop("version", None)) != VERSION:
-            raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
-        checksum = body.pop("checksum", None)
-        known = {each.name for each in fields(Manifest)}
-        needed = {
-            each.name
-            for each in fields(Manifest)
-            if each.default is MISSING and each.default_factory is MISSING
-        }
-        whole = {"format": FORMAT, "version": VERSION, **body}
-        if checksum != _checksum(whole) or not needed <= set(body) <= known:
-            raise DataError(
-                f"data: {at} is damaged: its own checksum differs; restore it or write the data"
-                " again"
-            )
-        manifest = Manifest(**body)
     except Unreadable as error:
         probe_file(path)
         raise DataError(
             f"data: {at} cannot be read: {error.strerror}; restore it or write the data again"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DataError(f"data: {at} is damaged: not JSON ({error})") from error
-    if manifest.file != path.name:
-        raise DataError(f"data: {at} belongs to another file, {manifest.file}")
+    require_data(
+        isinstance(body, dict) and body.get("format") == FORMAT,
+        f"data: {at} is not a manifest of a .beton",
+    )
+    if (version := body.get("version")) != VERSION:
+        raise DataError(f"data: {at} is of version {version!r}; this program reads {VERSION}")
+    try:
+        if body.pop("checksum", None) != _checksum(body):
+            raise TypeError
+        manifest = Manifest(**{key: body[key] for key in body.keys() - {"format", "version"}})
+    except TypeError:  # a field is missing, or unknown
+        raise DataError(
+            f"data: {at} is damaged: its own checksum differs; restore it or write the data again"
+        ) from None
+    require_data(manifest.file == path.name, f"data: {at} belongs to another file, {manifest.file}")
     if (size := path.stat().st_size) != manifest.bytes:
         raise DataError(wrong_size(path, manifest, size))
     return manifest

@@ -15,9 +15,10 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.files import UNREADABLE, Unreadable, retry_read
 from pipeline.core.random import PAGE, below, bits
+from pipeline.core.units import some
 from pipeline.data.ffcv import format as beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.manifest import Manifest
@@ -28,7 +29,6 @@ ONE_IN: dict[Verify, int] = {"sampled": 256, "full": 1}
 # Threads. Reading and hashing release the interpreter's lock, and a disk is faster with several
 # requests.
 CHECKERS = 4
-NAMED = 5  # pages, and ranges of samples, that an error names at most
 
 
 def check(path: Path) -> Manifest:
@@ -73,8 +73,7 @@ def verify(path: Path) -> list[Manifest]:
     """
     path = Path(path)
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"verify: no .beton in {path.absolute()}")
+    require_data(files, f"verify: no .beton in {path.absolute()}")
     return [_verify_file(file) for file in files]
 
 
@@ -137,7 +136,7 @@ def damaged_pages(
     """The error for a file. `faults`: by damaged page. `page_of`: the page of each sample."""
 
     def named(number: int) -> str:
-        samples = _some(_ranges(np.flatnonzero(page_of == number).tolist()))
+        samples = some(_ranges(np.flatnonzero(page_of == number).tolist()))
         offset = manifest.pages_offset + number * manifest.page_bytes
         return (
             f"page {number} ({_bytes(offset, manifest.page_bytes)}, samples {samples})"
@@ -149,7 +148,7 @@ def damaged_pages(
 
 def _damaged(path: Path, parts: list[str]) -> DataError:
     return DataError(
-        f"data: {path}: {_some(parts)}: damaged; restore the file or write the data again"
+        f"data: {path}: {some(parts)}: damaged; restore the file or write the data again"
     )
 
 
@@ -213,8 +212,3 @@ def _ranges(numbers: Iterable[int]) -> list[str]:
         else:
             ranges.append([number, number])
     return [str(first) if first == last else f"{first} to {last}" for first, last in ranges]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.core.errors import require_data
 from pipeline.data.base import Batch, DataError, LoaderError
 from pipeline.data.ffcv import api
 from pipeline.data.ffcv.api import (
@@ -49,15 +50,14 @@ def usable_threads(threads: int) -> int:
         DataError: below 1, above numba's number (CPU affinity, or NUMBA_NUM_THREADS), or above 1
             without TBB.
     """
-    if threads < 1:
-        raise DataError(f"data: threads must be 1 or more; got {threads}")
+    require_data(threads >= 1, f"data: threads must be 1 or more; got {threads}")
     # the CPU affinity, unless the environment overrides it (0.68.1)
     most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
-    if threads > most:
-        raise DataError(
-            f"data: threads must be at most {most} here (its cores, or NUMBA_NUM_THREADS); got"
-            f" {threads}"
-        )
+    require_data(
+        threads <= most,
+        f"data: threads must be at most {most} here (its cores, or NUMBA_NUM_THREADS); got"
+        f" {threads}",
+    )
     if threads > 1:
         require_tbb()
     return threads
@@ -176,11 +176,6 @@ class _Loader(api.Loader):
             Compiler.set_enabled(True)
 
 
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
 class _Reading(EpochIterator):
     """One pass through an order, in a thread that reads ahead."""
 
@@ -210,7 +205,7 @@ class _Reading(EpochIterator):
         try:
             super().run()
         except BaseException as error:  # every error must reach the consumer
-            self.output_queue.put(_Failure(error))
+            self.output_queue.put(error)
 
     def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
         if self._check is None:
@@ -250,7 +245,8 @@ class _Reading(EpochIterator):
             self.terminate_event.set()
             patience = time.monotonic() + PATIENCE_S
             while self.is_alive() and time.monotonic() < patience:
-                _drain(self.output_queue)
+                while not self.output_queue.empty():  # the thread may wait for room in it
+                    self.output_queue.get_nowait()
                 self.join(0.02)
             self.memory_context.__exit__(None, None, None)
 
@@ -262,30 +258,19 @@ class _Reading(EpochIterator):
             if self.closed:
                 raise LoaderError(f"data: the loader of {self.loader.fname} was closed")
             try:
-                item = self.output_queue.get(timeout=0.2)
+                item: Any = self.output_queue.get(timeout=0.2)
             except Empty:
                 if not self.is_alive() and self.output_queue.empty():
-                    item = _Failure(RuntimeError("its thread ended without an error"))
+                    item = RuntimeError("its thread ended without an error")
                 elif time.monotonic() > give_up:
-                    item = _Failure(TimeoutError(f"no batch for {patience:g} s"))
+                    item = TimeoutError(f"no batch for {patience:g} s")
                 else:
                     continue
-            if item is None:
-                item = _Failure(RuntimeError("it ended early"))
-            if isinstance(item, _Failure):
-                error = item.error
-                if isinstance(error, DataError):
-                    raise error
+            item = RuntimeError("it ended early") if item is None else item
+            if isinstance(item, DataError):
+                raise item
+            if isinstance(item, BaseException):
                 raise LoaderError(
-                    f"data: the loader of {self.loader.fname} failed: {type(error).__name__}:"
-                    f" {error}"
-                ) from error
+                    f"data: the loader of {self.loader.fname} failed: {type(item).__name__}: {item}"
+                ) from item
             return item
-
-
-def _drain(queue: Any) -> None:
-    try:
-        while True:
-            queue.get_nowait()
-    except Empty:
-        pass

@@ -1,5 +1,4 @@
-"""Encodes samples to the bytes that a .beton stores, in this process or in several; and the encoder
-of images.
+"""Encodes images to the bytes that a .beton stores.
 
 In mode "jpg" a JPEG that fits `max_resolution` is stored unchanged, a progressive or grey one too,
 if FFCV's decoder accepts it without a warning. All others (PNG, CMYK, a JPEG with stray bytes or
@@ -11,64 +10,35 @@ as "not rotated".
 import ctypes
 import io
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.core.errors import DataError, LoaderError
+from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
-from pipeline.data.ffcv.format import JPG, RAW, Images, Kind
+from pipeline.data.ffcv.format import JPG, RAW, Images
+from pipeline.data.write.writer import Bad, Encoded
 
-CHUNK = 32  # samples that a worker takes at a time
 # Pillow 13.0 raises these for damaged files.
 DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-class Sample(Protocol):
-    """A sample to store. `str` names it in error messages."""
-
-    @property
-    def label(self) -> int: ...
-
-
-S = TypeVar("S", bound=Sample)
-S_contra = TypeVar("S_contra", bound=Sample, contravariant=True)
-
-
-class Encoder(Protocol[S_contra]):
-    """Encodes samples. A frozen dataclass, whose fields are kept in the manifest; worker processes
-    get a copy.
-    """
-
-    @property
-    def kind(self) -> Kind: ...
-
-    def __call__(self, sample: S_contra, /) -> "Encoded | Bad": ...
-
-
 @dataclass(frozen=True)
-class Encoded:
-    payload: bytes
-    attributes: dict[str, int]  # recorded in the file beside the label (format.py)
-    counted: dict[str, int]  # summed over the samples in the manifest
-    groups: dict[str, str] = field(default_factory=dict)  # kept for each sample in the manifest
+class Item:
+    """An image to encode: a file, or pixels uint8 [H,W] or [H,W,3]."""
 
+    number: int  # its place in the set
+    image: Path | np.ndarray
+    label: int
 
-@dataclass(frozen=True)
-class Bad:
-    reason: str
+    def __str__(self) -> str:
+        return str(self.image) if isinstance(self.image, Path) else f"image {self.number}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,88 +56,39 @@ class Encoding:
     jpg_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.mode not in ("jpg", "raw", "mixed"):
-            raise DataError(f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}")
-        if self.max_resolution is not None and self.max_resolution < 1:
-            raise DataError(
-                f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}"
-            )
-        if not 1 <= self.quality <= 100:
-            raise DataError(f"write: quality must be in 1..100; got {self.quality}")
-        if not 0 <= self.jpg_share <= 1:
-            raise DataError(f"write: jpg_share must be in 0..1; got {self.jpg_share}")
+        require_data(
+            self.mode in ("jpg", "raw", "mixed"),
+            f"write: mode must be 'jpg', 'raw' or 'mixed'; got {self.mode!r}",
+        )
+        require_data(
+            self.max_resolution is None or self.max_resolution >= 1,
+            f"write: max_resolution must be 1 or more pixels; got {self.max_resolution}",
+        )
+        require_data(
+            1 <= self.quality <= 100, f"write: quality must be in 1..100; got {self.quality}"
+        )
+        require_data(
+            0 <= self.jpg_share <= 1, f"write: jpg_share must be in 0..1; got {self.jpg_share}"
+        )
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Images:
         return Images()
 
-    def __call__(self, item: "Item") -> Encoded | Bad:
-        return encode(item, self)
-
-
-@dataclass(frozen=True)
-class Item:
-    """An image to encode: a file, or pixels uint8 [H,W] or [H,W,3]."""
-
-    number: int  # its place in the set
-    image: "Path | np.ndarray"
-    label: int
-
-    def __str__(self) -> str:
-        return str(self.image) if isinstance(self.image, Path) else f"image {self.number}"
-
-
-def encode_all(
-    items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: float = 300.0
-) -> Iterator[tuple[S, Encoded | Bad]]:
-    """Encode in order, in `workers` processes (1: in this one).
-
-    Raises: LoaderError if a worker process dies, or no result arrives for `stall_s` seconds.
-    """
-    if workers == 1:
-        for item in items:
-            yield item, how(item)
-        return
-    # Spawned, because a fork would leave the threads of this process (torch, numba) in an unknown
-    # state.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN)
-    )
-    pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]] = deque()
-    try:
-        samples = iter(items)
-        while chunk := list(islice(samples, CHUNK)):
-            pending.append((chunk, pool.submit(_encode_chunk, chunk, how)))
-            if len(pending) > 2 * workers:
-                yield from _next(pending, stall_s)
-        while pending:
-            yield from _next(pending, stall_s)
-    except BrokenProcessPool as error:  # from a result, or from submitting the next chunk
-        waiting = f" while samples from {pending[0][0][0]} on were encoded" if pending else ""
-        raise LoaderError(f"write: a worker process died{waiting}") from error
-    finally:
-        # CPython 3.11 to 3.13 have no public method to end a worker that hangs; 3.14 has
-        # terminate_workers().
-        for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.kill()  # a stopped process would not receive SIGTERM
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def encode(item: Item, how: Encoding) -> Encoded | Bad:
-    """Encode one image; `Bad` has the reason if it cannot be read."""
-    as_jpg = how.mode == "jpg" or (
-        how.mode == "mixed" and int(bits(0, 0, item.number, 0)) < how.jpg_share * 2.0**64
-    )
-    try:
-        if isinstance(item.image, Path):
-            return _encode_file(item.image, how, as_jpg)
-        return _encode_picture(Image.fromarray(item.image), how, as_jpg)
-    except DataError:
-        raise
-    except UnidentifiedImageError:  # whose text contains the address of an object
-        return Bad("it is no picture that Pillow can read")
-    except DAMAGED as error:
-        return Bad(f"{type(error).__name__}: {error}")
+    def __call__(self, item: Item) -> Encoded | Bad:
+        as_jpg = self.mode == "jpg" or (
+            self.mode == "mixed" and int(bits(0, 0, item.number, 0)) < self.jpg_share * 2.0**64
+        )
+        try:
+            if isinstance(item.image, Path):
+                return _encode_file(item.image, self, as_jpg)
+            return _encode_picture(Image.fromarray(item.image), self, as_jpg)
+        except DataError:
+            raise
+        except UnidentifiedImageError:  # whose text contains the address of an object
+            return Bad("it is no picture that Pillow can read")
+        except DAMAGED as error:
+            return Bad(f"{type(error).__name__}: {error}")
 
 
 def _encode_file(path: Path, how: Encoding, as_jpg: bool) -> Encoded | Bad:
@@ -238,11 +159,11 @@ def _ffcv_imdecode() -> Callable[..., int]:
     package = PathFinder.find_spec("ffcv")
     folders = list(package.submodule_search_locations or []) if package else []
     libraries = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
-    if not libraries:
-        raise DataError(
-            "write: FFCV must be installed, its decoder judges what it will read; got no"
-            " ffcv/_libffcv*.so"
-        )
+    require_data(
+        libraries,
+        "write: FFCV must be installed, its decoder judges what it will read; got no"
+        " ffcv/_libffcv*.so",
+    )
     function = ctypes.CDLL(str(libraries[0])).imdecode
     words = [ctypes.c_uint32] * 2
     # (bytes, size, height, width, pixels, crop height and width, offset x and y, scale as a
@@ -257,21 +178,3 @@ def _ffcv_imdecode() -> Callable[..., int]:
         ctypes.c_bool,
     ]
     return function
-
-
-def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
-    return [how(item) for item in chunk]
-
-
-def _next(
-    pending: deque[tuple[list[S], Future[list[Encoded | Bad]]]], stall_s: float
-) -> Iterator[tuple[S, Encoded | Bad]]:
-    chunk, future = pending.popleft()
-    try:
-        results = future.result(timeout=stall_s)
-    except TimeoutError as error:
-        raise LoaderError(
-            f"write: no worker finished for {stall_s:g} s; waiting for samples {chunk[0]} to"
-            f" {chunk[-1]}"
-        ) from error
-    yield from zip(chunk, results, strict=True)

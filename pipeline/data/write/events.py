@@ -7,13 +7,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
-from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
+from pipeline.data.write.images import fashion
 from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
-from pipeline.data.write.sources import Source, fashion
+from pipeline.data.write.writer import Existing, Progress, Source, check_kept, write_sets
 
 Name = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
 SLICES = {"moving": 10, "saccades": 6}  # the defaults of generated sets
@@ -65,11 +65,11 @@ def write_events(
     elif name in SLICES:
         _refuse(name, "is generated in the size asked for", resize=framing.get("resize"))
         counts = {key: value for key, value in generated.items() if value is not None}
-        if min(counts.get("samples", 1), counts.get("val_samples", 1)) < 1:
-            raise DataError(
-                f"write events: samples and val_samples must be 1 or more; got {samples} and"
-                f" {val_samples}"
-            )
+        require_data(
+            min(counts.get("samples", 1), counts.get("val_samples", 1)) >= 1,
+            f"write events: samples and val_samples must be 1 or more; got {samples} and"
+            f" {val_samples}",
+        )
         slices = SLICES[name] if slices is None else slices
         size = 34 if size is None else size
         sets = (_moving if name == "moving" else _saccades)(source, size, **counts)
@@ -117,11 +117,11 @@ def _saccades(
     sets: list[Source[Any]] = []
     found = fashion(None if source in (None, "fashion") else Path(source))
     for part, (each, count) in enumerate(zip(found, (samples, val_samples), strict=True)):
-        if count is not None and count > len(each.items):
-            raise DataError(
-                f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to"
-                " be seen"
-            )
+        require_data(
+            count is None or count <= len(each.items),
+            f"write events: saccades: {each.name} has {len(each.items)} images; got {count} to"
+            " be seen",
+        )
         items = [
             Saccades(np.asarray(item.image), item.label, item.number, part, size, content_seed)
             for item in each.items[:count]
@@ -133,7 +133,7 @@ def _saccades(
 
 def _refuse(name: str, why: str, **given: Any) -> None:
     for option, value in given.items():
-        if value is not None:
-            raise DataError(
-                f"write events: {option} has no effect: {name} {why}; got {option}={value}"
-            )
+        require_data(
+            value is None,
+            f"write events: {option} has no effect: {name} {why}; got {option}={value}",
+        )

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import require_data
 from pipeline.core.random import below, bits
 from pipeline.data.write.recordings import Stream, in_order
 
@@ -69,10 +69,10 @@ class MovingShape:
     content_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < SMALLEST:
-            raise DataError(
-                f"moving events: size must be {SMALLEST} or more pixels; got {self.size}"
-            )
+        require_data(
+            self.size >= SMALLEST,
+            f"moving events: size must be {SMALLEST} or more pixels; got {self.size}",
+        )
 
     @property
     def label(self) -> int:
@@ -218,11 +218,11 @@ class Saccades:
     content_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < max(self.image_hw.shape):
-            raise DataError(
-                f"saccades: size must be the picture's {max(self.image_hw.shape)} pixels or more;"
-                f" got {self.size}"
-            )
+        require_data(
+            self.size >= max(self.image_hw.shape),
+            f"saccades: size must be the picture's {max(self.image_hw.shape)} pixels or more;"
+            f" got {self.size}",
+        )
 
     def events(self) -> Stream:
         stream = film_to_events(

@@ -1,32 +1,35 @@
-"""Writes samples to `train.beton` and `val.beton`, with a manifest beside each.
+"""Sets of images: Fashion-MNIST in its four files, or a folder of class folders as for ImageNet."""
 
-A file appears under its final name complete or not at all. Its bytes do not depend on the number of
-workers.
-"""
-
-import errno
+import gzip
+import math
 import os
-import shlex
-import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from pipeline.core.errors import DataError
-from pipeline.core.units import counted
-from pipeline.data.ffcv import manifest as manifests
-from pipeline.data.ffcv.format import BetonWriter
-from pipeline.data.ffcv.manifest import ContentHash, Manifest
-from pipeline.data.ffcv.page_checks import verify
-from pipeline.data.write import sources
-from pipeline.data.write.encode import Bad, Encoder, Encoding, S, encode_all
+import numpy as np
+from numpy.typing import NDArray
 
-Existing = Literal["refuse", "replace", "keep"]
-Progress = Callable[[int, int], None]  # samples done, samples in all, over both sets
+from pipeline.core.errors import DataError, require_data
+from pipeline.core.units import some
+from pipeline.data.ffcv.manifest import Manifest
+from pipeline.data.write.encode import Encoding, Item
+from pipeline.data.write.writer import Existing, LeftOut, Progress, Source, write_sets
+
+FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
+FASHION_CLASSES = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 def write_fashion(
@@ -50,7 +53,7 @@ def write_fashion(
         DataError: no source, `out` is already written, or the disk is full.
         LoaderError: a worker died or hung.
     """
-    sets, how = sources.fashion(source), Encoding(mode="raw")
+    sets, how = fashion(source), Encoding(mode="raw")
     return write_sets(sets, Path(out), how, workers=workers, progress=progress, existing=existing)
 
 
@@ -84,231 +87,155 @@ def write_folder(
         LoaderError: a worker died or hung.
     No file remains after an error.
     """
-    if jpg_share is not None and mode != "mixed":
-        raise DataError(
-            f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose"
-            " 'mixed'"
-        )
-    if quality is not None and mode == "raw":
-        raise DataError(f"write_folder: quality has no effect in mode 'raw'; got {quality}")
+    require_data(
+        jpg_share is None or mode == "mixed",
+        f"write_folder: jpg_share has no effect in mode {mode!r}; leave it out or choose 'mixed'",
+    )
+    require_data(
+        quality is None or mode != "raw",
+        f"write_folder: quality has no effect in mode 'raw'; got {quality}",
+    )
     how = Encoding(
         mode=mode,
         max_resolution=max_resolution,
         quality=90 if quality is None else quality,
         jpg_share=0.5 if jpg_share is None else jpg_share,
     )
-    sets = sources.image_folder(Path(source))
+    sets = image_folder(Path(source))
     return write_sets(
         sets, Path(out), how, workers=workers, max_bad=max_bad, progress=progress, existing=existing
     )
 
 
-def write_sets(
-    sets: Sequence[sources.Source[S]],
-    out: Path,
-    how: Encoder[S],
-    *,
-    workers: int = 1,
-    max_bad: int = 0,
-    progress: Progress | None = None,
-    existing: Existing = "refuse",
-) -> list[Manifest]:
-    """Write each set to `out/<its name>.beton`, encoded by `how`. Arguments and errors as in
-    `write_folder`.
+def fashion(source: Path | None = None) -> list[Source[Item]]:
+    """Fashion-MNIST from `source`, from Debian's package, or downloaded by torchvision.
+
+    Raises: DataError if it is in none of these.
+    Source: Xiao, Rasul, Vollgraf 2017, arXiv:1708.07747.
     """
-    if workers < 1 or max_bad < 0 or existing not in get_args(Existing):
-        raise DataError(
-            "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
-            f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}"
-        )
-    finals = [out / f"{each.name}.beton" for each in sets]
-    there = [str(final) for final in finals if final.exists()]
-    if existing == "keep" and len(there) == len(finals):
-        kept = [verify(final)[0] for final in finals]
-        for manifest, final in zip(kept, finals, strict=True):
-            if manifest.options != _options(how):
-                raise DataError(
-                    f"write: {final} was written with {manifest.options}; got {_options(how)}; ask"
-                    " with --existing replace"
-                )
-        return kept
-    if there and existing != "replace":
-        raise DataError(
-            f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
-            " replace"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    total, done, stored = sum(len(each.items) for each in sets), 0, list[_Stored]()
-    with ExitStack() as held:  # the files get their names together, once all are complete
-        for each, final in zip(sets, finals, strict=True):
+    folder = _fashion_folder(source)
+    return [_fashion_set(folder, "train", "train"), _fashion_set(folder, "val", "t10k")]
 
-            def report(in_set: int, before: int = done) -> None:
-                if progress is not None:
-                    progress(before + in_set, total)
 
-            path = held.enter_context(_whole_or_nothing(final))
-            stored.append(_store(each, path, how, workers, report))
-            done += len(each.items)
-        _refuse_unreadable(sets, stored, kind=how.kind.name, max_bad=max_bad)
-        written = [
-            _described(each, found, final.name, how)
-            for each, found, final in zip(sets, stored, finals, strict=True)
+def image_folder(source: Path) -> list[Source[Item]]:
+    """`source/train/<class>/*` and `source/val/<class>/*`. Labels follow the sorted names of the
+    class folders; images are sorted by name.
+
+    Hidden files and folders, folders inside a class folder, files beside the class folders, and
+    files without the ending of an image (`IMAGE_SUFFIXES`) are left out.
+
+    Raises: DataError if a folder is missing or empty, or the classes of the two sets differ.
+    """
+    sets = [_folder_set(source / name, name) for name in ("train", "val")]
+    train, val = (set(each.classes) for each in sets)
+    if train != val:
+        lines = [
+            f"only in {name}: {some(sorted(names))}"
+            for name, names in (("train", train - val), ("val", val - train))
+            if names
         ]
-        for final in finals:
-            # An old manifest must not vouch for a new file, nor a new one for an old file.
-            final.with_name(final.name + manifests.SUFFIX).unlink(missing_ok=True)
-    for manifest, final in zip(written, finals, strict=True):
-        manifest.write(final.with_name(final.name + manifests.SUFFIX))
-    return written
-
-
-class TooManyUnreadable(DataError):
-    """More unreadable samples than allowed. `unreadable` lists them, as `Manifest.skipped` does."""
-
-    def __init__(self, message: str, unreadable: list[dict[str, str]]) -> None:
-        super().__init__(message)
-        self.unreadable = unreadable
-
-
-def _refuse_unreadable(
-    sets: Sequence[sources.Source[Any]], stored: Sequence["_Stored"], *, kind: str, max_bad: int
-) -> None:
-    counts = {each.name: len(found.skipped) for each, found in zip(sets, stored, strict=True)}
-    unreadable = [bad for found in stored for bad in found.skipped]
-    if max(counts.values()) > max_bad:
-        got = " and ".join(f"{count} in {name}" for name, count in counts.items() if count)
-        message = (
-            f"write: at most {counted(max_bad, kind)} of each set may be unreadable; got {got}; "
-            "mend or remove what is listed, or allow more with --max-bad"
-        )
-        raise TooManyUnreadable(message, unreadable)
-    for each, found in zip(sets, stored, strict=True):
-        if not found.labels:
-            raise TooManyUnreadable(
-                f"write: {each.name} must have a readable {kind}; got none", unreadable
-            )
-
-
-def check_kept(written: Sequence[Manifest], sets: Sequence[sources.Source[Any]]) -> None:
-    """Check that kept files were written from the requested sets.
-
-    Raises: DataError that names the samples of the files.
-    """
-    for manifest, each in zip(written, sets, strict=True):
-        held = manifest.samples + len(manifest.skipped)
-        if (held, manifest.source) != (len(each.items), each.where):
-            raise DataError(
-                f"write: {manifest.file} was written from {counted(held, 'sample')} of"
-                f" {manifest.source}; got {len(each.items)} of {each.where}; ask with --existing"
-                " replace"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stored:
-    """The samples of a set that were written to `path`."""
-
-    path: Path
-    content: str
-    labels: list[int]
-    skipped: list[dict[str, str]]
-    counted: dict[str, int]
-    groups: dict[str, list[str]]
-
-
-def _store(
-    source: sources.Source[S],
-    path: Path,
-    how: Encoder[S],
-    workers: int,
-    report: Callable[[int], None],
-) -> _Stored:
-    content, labels, skipped, counted = ContentHash(source.classes, how.kind), [], [], Counter()
-    groups: defaultdict[str, list[str]] = defaultdict(list)
-    with closing(BetonWriter(path, capacity=len(source.items), kind=how.kind)) as writer:
-        for done, (item, result) in enumerate(encode_all(source.items, how, workers=workers), 1):
-            if isinstance(result, Bad):
-                skipped.append({"image": str(item), "reason": result.reason})
-            else:
-                try:
-                    writer.add(result.payload, label=item.label, **result.attributes)
-                except DataError as error:
-                    raise DataError(f"{item}: {error}") from error
-                content.add(result.payload, label=item.label, **result.attributes)
-                labels.append(item.label)
-                counted.update(result.counted)
-                for by, group in result.groups.items():
-                    groups[by].append(group)
-            report(done)
-        writer.finish()
-    return _Stored(
-        path=path,
-        content=content.hexdigest(),
-        labels=labels,
-        skipped=skipped,
-        counted=dict(counted),
-        groups=dict(groups),
-    )
-
-
-def _described(
-    source: sources.Source[Any], stored: _Stored, name: str, how: Encoder[Any]
-) -> Manifest:
-    """The manifest of a written set, whose final name is `name`."""
-    return manifests.describe(
-        stored.path,
-        name=name,
-        content=stored.content,
-        classes=source.classes,
-        labels=stored.labels,
-        skipped=stored.skipped,
-        left_out=[asdict(each) for each in source.left_out],
-        stored=stored.counted,
-        groups=stored.groups,
-        source=source.where,
-        command=shlex.join(sys.argv),
-        options=_options(how),
-        written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
-    )
-
-
-@contextmanager
-def _whole_or_nothing(final: Path) -> Iterator[Path]:
-    """Yield a temporary path, which is renamed to `final` if the block succeeds and removed if it
-    fails or is interrupted.
-
-    Raises: DataError if the disk is full or cannot be written.
-    """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, final)
-        folder = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise DataError(
-            f"write: {final} {'does not fit the disk' if full else 'cannot be written'}:"
-            f" {error.strerror}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+            f"write_folder: train and val of {source} must have the same classes;"
+            f" {'; '.join(lines)}"
+        )
+    return sets
 
 
-def _options(how: Encoder[Any]) -> dict[str, Any]:
-    """The fields of an encoder in the manifest, with lists for tuples, as in JSON."""
-    assert is_dataclass(how) and not isinstance(how, type)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(how).items()
-    }
-
-
-def _version(package: str) -> str:
+def _fashion_folder(source: Path | None) -> Path:
+    if source is not None:
+        return Path(source)
+    if FASHION_PACKAGE.is_dir():
+        return FASHION_PACKAGE
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+        from torchvision.datasets import FashionMNIST
+
+        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spiketrain"
+        return Path(FashionMNIST(str(root), download=True).raw_folder)
+    # No torchvision, no network, a full disk: the user has the same choice after each.
+    except Exception as error:
+        raise DataError(
+            f"write_fashion: Fashion-MNIST is neither in {FASHION_PACKAGE} (`apt install"
+            f" dataset-fashion-mnist`) nor could torchvision download it ({type(error).__name__}:"
+            f" {error}); or pass source="
+        ) from error
+
+
+def _fashion_set(folder: Path, name: str, prefix: str) -> Source[Item]:
+    images_NHW = _idx(folder, f"{prefix}-images-idx3-ubyte")
+    labels_N = _idx(folder, f"{prefix}-labels-idx1-ubyte")
+    require_data(
+        images_NHW.shape == (len(labels_N), 28, 28) and labels_N.max(initial=0) <= 9,
+        f"write_fashion: {folder}: {prefix} must hold 28x28 images with labels 0..9; got"
+        f" {images_NHW.shape}",
+    )
+    items = [
+        Item(i, image_HW, int(label))
+        for i, (image_HW, label) in enumerate(zip(images_NHW, labels_N, strict=True))
+    ]
+    return Source(name, FASHION_CLASSES, items, str(folder))
+
+
+def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
+    """Read an array in MNIST's format: two zero bytes, 8 (uint8), the number of axes, their lengths
+    (big-endian uint32), the values.
+    """
+    packed, plain = folder / f"{name}.gz", folder / name
+    try:
+        content = gzip.decompress(packed.read_bytes()) if packed.is_file() else plain.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(
+            f"write_fashion: cannot read {packed} or {plain.name} beside it ({error})"
+        ) from error
+    axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    begin = 4 + 4 * axes
+    is_headed = axes > 0 and len(content) >= begin
+    shape = np.frombuffer(content[4:begin], ">u4").tolist() if is_headed else []
+    if not is_headed or len(content) != begin + math.prod(shape):
+        raise DataError(f"write_fashion: {folder / name} is not a whole file of MNIST's format")
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+
+
+def _folder_set(folder: Path, name: str) -> Source[Item]:
+    require_data(
+        folder.is_dir(),
+        f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist",
+    )
+    entries = _entries(folder)
+    classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    require_data(
+        classes, f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
+    )
+    items: list[Item] = []
+    left_out: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for entry in entries:
+        if entry.name not in classes:
+            left_out[_kind_left_out(entry, "beside the class folders")].append(entry.path)
+    for label, class_name in enumerate(classes):
+        before = len(items)
+        for entry in _entries(folder / class_name):
+            is_hidden, suffix = entry.name.startswith("."), Path(entry.name).suffix.lower()
+            if entry.is_file() and suffix in IMAGE_SUFFIXES and not is_hidden:
+                items.append(Item(len(items), folder / class_name / entry.name, label))
+                continue
+            which = f"ending in {suffix}" if suffix else "whose name has no ending"
+            left_out[_kind_left_out(entry, which)].append(entry.path)
+        require_data(
+            len(items) != before,
+            f"write_folder: class folder {folder / class_name} must hold images"
+            f" ({' '.join(sorted(IMAGE_SUFFIXES))})",
+        )
+    listed = tuple(LeftOut(*kind, len(paths), paths[0]) for kind, paths in sorted(left_out.items()))
+    return Source(name, classes, items, str(folder.absolute()), listed)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+
+
+def _kind_left_out(entry: os.DirEntry[str], which: str) -> tuple[str, str]:
+    """Noun and addition of an entry that is neither a class folder nor an image. `which`: the
+    addition for a file that is not hidden.
+    """
+    if entry.name.startswith("."):
+        return ("hidden folder" if entry.is_dir() else "hidden file"), ""
+    return ("folder", "inside a class folder") if entry.is_dir() else ("file", which)

@@ -25,9 +25,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.data.write.recordings import Stream, in_order
-from pipeline.data.write.sources import Source
+from pipeline.data.write.writer import Source
 
 Name = Literal["nmnist", "cifar10dvs", "gesture", "ncaltech101"]
 TRAIN_SHARE = 0.9  # of each class, where there is no test set
@@ -83,10 +83,8 @@ class PublishedRecording:
             np.asarray(values_N).astype(np.int64)
             for values_N in _READERS[self.path.suffix](self.path)
         )
-        if not len(t_N):
-            raise DataError("it holds no event")
-        order_N = np.argsort(t_N, kind="stable")
-        span = (int(t_N[order_N[0]]), int(t_N[order_N[-1]]) + 1)
+        require_data(len(t_N), "it holds no event")
+        span = (int(t_N.min()), int(t_N.max()) + 1)
         return in_order(t_N, y_N, x_N, p_N, sensor=self.sensor, span=span)
 
     def __str__(self) -> str:
@@ -121,16 +119,15 @@ def published_sets(name: Name, source: Path) -> list[Source[PublishedRecording]]
 def _files(
     name: Name, known: Published, source: Path, folder: Path, *, is_train: bool
 ) -> list[Path]:
-    def present() -> list[Path]:
-        return sorted(folder.rglob(f"*{known.suffix}"), key=_natural)
-
-    if not present():
+    find = lambda: sorted(folder.rglob(f"*{known.suffix}"), key=_natural)
+    if not (paths := find()):
         _download(name, known, source, is_train=is_train)
-    if not (paths := present()):
-        raise DataError(
-            f"write events: {name}: {folder.absolute()} must hold recordings *{known.suffix}; it"
-            " has none"
-        )
+        paths = find()
+    require_data(
+        paths,
+        f"write events: {name}: {folder.absolute()} must hold recordings *{known.suffix}; it has"
+        " none",
+    )
     return paths
 
 
@@ -168,8 +165,9 @@ def _label(path: Path, known: Published, classes: list[str]) -> int:
     else:
         name, accepted = path.parent.name, f"one of {', '.join(classes[:10])}"
         label = classes.index(name) if name in classes else len(classes)
-    if label >= len(classes):
-        raise DataError(f"write events: {path} must name its class, {accepted}; got {name!r}")
+    require_data(
+        label < len(classes), f"write events: {path} must name its class, {accepted}; got {name!r}"
+    )
     return label
 
 
@@ -179,11 +177,11 @@ def _first_share(items: list[PublishedRecording], classes: int) -> list[list[Pub
     cuts = [round(TRAIN_SHARE * len(each)) for each in of_class]
     train = [item for each, cut in zip(of_class, cuts, strict=True) for item in each[:cut]]
     val = [item for each, cut in zip(of_class, cuts, strict=True) for item in each[cut:]]
-    if not train or not val:
-        raise DataError(
-            f"write events: each class must have 10 recordings or so, to be split; got {len(items)}"
-            " in all"
-        )
+    require_data(
+        train and val,
+        f"write events: each class must have 10 recordings or so, to be split; got {len(items)}"
+        " in all",
+    )
     return [train, val]
 
 
@@ -228,8 +226,10 @@ def _read_npy(path: Path) -> tuple[Any, ...]:
         events_N4 = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise DataError(f"it is cut short or damaged ({error})") from error
-    if events_N4.ndim != 2 or events_N4.shape[1] != 4:
-        raise DataError(f"it must hold events of 4 numbers; got shape {events_N4.shape}")
+    require_data(
+        events_N4.ndim == 2 and events_N4.shape[1] == 4,
+        f"it must hold events of 4 numbers; got shape {events_N4.shape}",
+    )
     x_N, y_N, p_N, ms_N = events_N4.T
     return ms_N.astype(np.int64) * 1000, y_N, x_N, p_N
 

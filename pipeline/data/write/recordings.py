@@ -21,9 +21,9 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import require_data
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.write.encode import Bad, Encoded
+from pipeline.data.write.writer import Bad, Encoded
 
 By = Literal["time", "number"]
 Resize = Literal["sum", "area"]
@@ -83,21 +83,21 @@ class Framing:
             ("counts", ("uint8", "int16")),
             ("overflow", ("refuse", "saturate")),
         ):
-            if getattr(self, name) not in choices:
-                raise DataError(
-                    f"write events: {name} must be {' or '.join(map(repr, choices))}; got"
-                    f" {getattr(self, name)!r}"
-                )
-        if not 1 <= self.slices <= MOST_SLICES or self.size < 1:
-            raise DataError(
-                f"write events: slices must be in 1..{MOST_SLICES}, size 1 or more; got"
-                f" slices={self.slices}, size={self.size}"
+            require_data(
+                getattr(self, name) in choices,
+                f"write events: {name} must be {' or '.join(map(repr, choices))}; got"
+                f" {getattr(self, name)!r}",
             )
-        if self.resize == "area" and (self.counts, self.overflow) != ("uint8", "refuse"):
-            raise DataError(
-                "write events: counts and overflow have no effect with resize='area', which stores"
-                " float16"
-            )
+        require_data(
+            1 <= self.slices <= MOST_SLICES and self.size >= 1,
+            f"write events: slices must be in 1..{MOST_SLICES}, size 1 or more; got"
+            f" slices={self.slices}, size={self.size}",
+        )
+        require_data(
+            self.resize != "area" or (self.counts, self.overflow) == ("uint8", "refuse"),
+            "write events: counts and overflow have no effect with resize='area', which stores"
+            " float16",
+        )
 
     @property
     def kind(self) -> Arrays:
@@ -168,8 +168,7 @@ def in_order(
 
 
 def _check(stream: Stream) -> None:
-    if not len(stream.t_N):
-        raise DataError("it holds no event")
+    require_data(len(stream.t_N), "it holds no event")
     (height, width), (begin, end) = stream.sensor, stream.span
     for name, values_N, low, high in (
         ("x", stream.x_N, 0, width - 1),
@@ -177,13 +176,12 @@ def _check(stream: Stream) -> None:
         ("p", stream.p_N, 0, 1),
         ("t", stream.t_N, begin, end - 1),
     ):
-        if values_N.min() < low or values_N.max() > high:
-            raise DataError(
-                f"{name} of its events must be in {low}..{high}; got {values_N.min()} to"
-                f" {values_N.max()}"
-            )
-    if np.any(np.diff(stream.t_N) < 0):
-        raise DataError("its events must be in order of time")
+        require_data(
+            values_N.min() >= low and values_N.max() <= high,
+            f"{name} of its events must be in {low}..{high}; got {values_N.min()} to"
+            f" {values_N.max()}",
+        )
+    require_data(not np.any(np.diff(stream.t_N) < 0), "its events must be in order of time")
 
 
 def _covered(sensor: int, size: int) -> NDArray[np.float64]:

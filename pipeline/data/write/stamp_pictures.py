@@ -28,7 +28,7 @@ from pathlib import Path
 import xxhash
 from PIL import Image
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 from pipeline.data.write.encode import DAMAGED
 
 SHARE = Path("/usr/share")
@@ -174,8 +174,7 @@ def parts(pictures: Pictures, split: int) -> tuple[Pictures, Pictures]:
 
     Raises: DataError for an unknown split, or a class with too few objects.
     """
-    if not 0 <= split <= CHOICE:
-        raise DataError(f"write stamps: split must be in 0..{CHOICE}; got {split}")
+    require_data(0 <= split <= CHOICE, f"write stamps: split must be in 0..{CHOICE}; got {split}")
     both = {name: _divided(name, found, split) for name, found in pictures.objects.items()}
     train_grounds, val_grounds = _divided("grounds", pictures.grounds, split)
     return (
@@ -205,19 +204,19 @@ def ground(picture: Picture, shortest: int) -> Image.Image:
 def _divided(
     what: str, pictures: Sequence[Picture], split: int
 ) -> tuple[list[Picture], list[Picture]]:
-    if len(pictures) < IN_SO_MANY:
-        raise DataError(
-            f"write stamps: {what} must have {IN_SO_MANY} pictures or more to be divided; got"
-            f" {len(pictures)}"
-        )
+    require_data(
+        len(pictures) >= IN_SO_MANY,
+        f"write stamps: {what} must have {IN_SO_MANY} pictures or more to be divided; got"
+        f" {len(pictures)}",
+    )
     ordered = sorted(pictures, key=lambda picture: xxhash.xxh3_64_intdigest(picture.name.encode()))
     held = round(len(ordered) / IN_SO_MANY)
     val = ordered[split * held : None if split == CHOICE else (split + 1) * held]
-    if not val:
-        raise DataError(
-            f"write stamps: {what} must have pictures that no other split evaluates on; got"
-            f" {len(pictures)}"
-        )
+    require_data(
+        val,
+        f"write stamps: {what} must have pictures that no other split evaluates on; got"
+        f" {len(pictures)}",
+    )
     return [each for each in ordered if each not in val], val
 
 

@@ -24,13 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import require_data
 from pipeline.core.random import below, bits
 from pipeline.data.ffcv.format import Images
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.write.encode import Encoded, Encoding, Item, encode
-from pipeline.data.write.images import Existing, Progress, check_kept, write_sets
-from pipeline.data.write.sources import Source
+from pipeline.data.write.encode import Encoding, Item
 from pipeline.data.write.stamp_pictures import (
     SHARE,
     Picture,
@@ -39,6 +37,14 @@ from pipeline.data.write.stamp_pictures import (
     ground,
     installed,
     parts,
+)
+from pipeline.data.write.writer import (
+    Encoded,
+    Existing,
+    Progress,
+    Source,
+    check_kept,
+    write_sets,
 )
 
 # S side of a scene, h w of a rotated object
@@ -121,12 +127,14 @@ class Rendering:
 
     def __post_init__(self) -> None:
         low, high = SIZES
-        if not low <= self.size <= high:
-            raise DataError(f"write stamps: size must be in {low}..{high} pixels; got {self.size}")
-        if not 0.1 <= self.smallest <= LARGEST:
-            raise DataError(
-                f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}"
-            )
+        require_data(
+            low <= self.size <= high,
+            f"write stamps: size must be in {low}..{high} pixels; got {self.size}",
+        )
+        require_data(
+            0.1 <= self.smallest <= LARGEST,
+            f"write stamps: smallest must be a share in 0.1..{LARGEST}; got {self.smallest}",
+        )
 
     @property
     def kind(self) -> Images:
@@ -134,10 +142,8 @@ class Rendering:
 
     def __call__(self, scene: Scene) -> Encoded:
         pixels_SS3 = render(scene, self.size, self.smallest)
-        encoded = encode(
-            Item(scene.number, pixels_SS3, scene.label),
-            Encoding(mode=self.mode, quality=self.quality),
-        )
+        how = Encoding(mode=self.mode, quality=self.quality)
+        encoded = how(Item(scene.number, pixels_SS3, scene.label))
         assert isinstance(encoded, Encoded), encoded  # pixels from memory can always be stored
         return replace(encoded, groups={"object": scene.object.name, "ground": scene.ground.name})
 
@@ -156,18 +162,8 @@ def render(scene: Scene, size: int, smallest: float = 0.5) -> NDArray[np.uint8]:
     return np.rint(shown_SS3).astype(np.uint8)
 
 
-def object_of(picture: Picture, size: int) -> Image.Image:
-    """An object in the resolution for scenes of `size` pixels, premultiplied by alpha."""
-    return cut_out(picture, longest=2 * size)
-
-
-def ground_of(picture: Picture, size: int) -> Image.Image:
-    """A ground whose smallest piece has `size` pixels a side, if the picture is large enough."""
-    return ground(picture, shortest=round(size / SMALLEST_PIECE))
-
-
 def _piece(scene: Scene, size: int) -> Image.Image:
-    whole = ground_of(scene.ground, size)
+    whole = ground(scene.ground, round(size / SMALLEST_PIECE))
     side = round(min(whole.size) * (SMALLEST_PIECE + (1 - SMALLEST_PIECE) * scene.unit(_PIECE)))
     top = scene.below(_PIECE_Y, whole.height - side + 1)
     left = scene.below(_PIECE_X, whole.width - side + 1)
@@ -180,7 +176,7 @@ def _turned(scene: Scene, size: int, smallest: float) -> Image.Image:
     """The object after mirroring, scaling and rotation, premultiplied by alpha. It fits the
     scene.
     """
-    plain = object_of(scene.object, size)
+    plain = cut_out(scene.object, 2 * size)
     degrees = TURN * (2 * scene.unit(_TURN) - 1)
     cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(abs(degrees)))
     # the longer side of the rectangle around the rotated object, before scaling
@@ -231,13 +227,15 @@ def write_stamps(
         DataError: before anything is written, if an option is out of range, a package is missing or
             a picture cannot be read; and as `write_sets`.
     """
-    if mode == "raw" and quality is not None:
-        raise DataError(f"write stamps: quality has no effect in mode 'raw'; got {quality}")
-    if min(samples, val_samples) < 1 or not 0 <= content_seed < 2**63:
-        raise DataError(
-            "write stamps: samples and val_samples must be 1 or more, content_seed 0 to 2^63-1; "
-            f"got samples={samples}, val_samples={val_samples}, content_seed={content_seed}"
-        )
+    require_data(
+        mode != "raw" or quality is None,
+        f"write stamps: quality has no effect in mode 'raw'; got {quality}",
+    )
+    require_data(
+        min(samples, val_samples) >= 1 and 0 <= content_seed < 2**63,
+        "write stamps: samples and val_samples must be 1 or more, content_seed 0 to 2^63-1; "
+        f"got samples={samples}, val_samples={val_samples}, content_seed={content_seed}",
+    )
     how = Rendering(
         size=size,
         split=split,
@@ -268,11 +266,11 @@ def _read_all(pictures: Pictures, size: int) -> str:
     sha256 of their names and bytes.
     """
     digest = hashlib.sha256()
-    for read, some in (
-        (object_of, chain(*pictures.objects.values())),
-        (ground_of, pictures.grounds),
+    for read, side, some in (
+        (cut_out, 2 * size, chain(*pictures.objects.values())),
+        (ground, round(size / SMALLEST_PIECE), pictures.grounds),
     ):
         for each in some:
-            read(each, size)
+            read(each, side)
             digest.update(each.name.encode() + hashlib.sha256(each.path.read_bytes()).digest())
     return digest.hexdigest()[:16]

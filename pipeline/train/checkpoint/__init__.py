@@ -12,47 +12,51 @@ The newest one that verifies counts, whatever a scheduler's own list says. A dam
 `quarantine/`, and the one before it is used.
 
 In reading order: `checkpoints` saves and restores, `background` is the thread that writes, `place`
-is what every place of checkpoints can do, `folder` and `store` are the two kinds, `owner` guards
-one outside of the run's folder, `address` checks its address, `sealed` is the manifest and
-`random_state` the generators.
+is a folder or an address of checkpoints and its owner, `remote` serves addresses, `choose` selects
+a checkpoint, and `manifest` detects damage.
 """
 
-from pipeline.train.checkpoint.address import absolute, refuse_credentials
 from pipeline.train.checkpoint.background import Saved
-from pipeline.train.checkpoint.checkpoints import WEIGHTS, Checkpoints, weights_of
-from pipeline.train.checkpoint.folder import Folder, check_shared, pin, step_folders
+from pipeline.train.checkpoint.checkpoints import (
+    WEIGHTS,
+    Checkpoints,
+    read_trainer,
+    rng_state,
+    set_rng_state,
+    weights_of,
+)
+from pipeline.train.checkpoint.choose import lost_step, pin, prune, step_name, verified
 from pipeline.train.checkpoint.manifest import damage
-from pipeline.train.checkpoint.owner import Owned, claim, owner_of
 from pipeline.train.checkpoint.place import (
     CheckpointError,
+    Owner,
     Place,
-    lost_step,
-    newest,
-    read_trainer,
-    step_name,
+    absolute,
+    claim,
+    folder_of,
+    owner_of,
+    place_at,
+    refuse_credentials,
+    step_folders,
     trainer_of,
-    verified,
 )
-from pipeline.train.checkpoint.random_state import rng_state, set_rng_state
-from pipeline.train.checkpoint.store import place_at
 
 __all__ = [
     "WEIGHTS",
     "CheckpointError",
     "Checkpoints",
-    "Folder",
-    "Owned",
+    "Owner",
     "Place",
     "Saved",
     "absolute",
-    "check_shared",
     "claim",
     "damage",
+    "folder_of",
     "lost_step",
-    "newest",
     "owner_of",
     "pin",
     "place_at",
+    "prune",
     "read_trainer",
     "refuse_credentials",
     "rng_state",

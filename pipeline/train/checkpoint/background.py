@@ -5,12 +5,9 @@ each rank leaves a note in the checkpoint's folder of what it has written, and r
 for the notes, seals the folder and brings it to its place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -22,15 +19,15 @@ from typing import Any
 import torch
 from safetensors import torch as safetensors
 
-from pipeline.core.files import sync_folder
+from pipeline.core.files import sync_folder, write_whole
+from pipeline.train.checkpoint.choose import prune, step_name
 from pipeline.train.checkpoint.manifest import Facts, facts_of, seal
-from pipeline.train.checkpoint.place import WRITING, Place, step_name
+from pipeline.train.checkpoint.place import WRITING, Place
 
 POLL_S = 0.05
-WAIT_S = 1.0
-"""between two signs of life of a rank that waits for a thread"""
+WAIT_S = 1.0  # between two signs of life of a rank that waits for a thread
+# A thread that lives counts as making progress for so long, because an upload shows none.
 LONGEST_S = 1800.0
-"""a thread that lives counts as making progress for so long: an upload shows none"""
 
 
 class Abandoned(RuntimeError):
@@ -43,11 +40,9 @@ class Saved:
 
     address: str
     step: int
-    write_s: float
-    """from the copy of its state until it was whole"""
+    write_s: float  # from the copy of its state until it was whole
     bytes: int
-    untidy: str = ""
-    """why an older one, which should go, could not be deleted"""
+    untidy: str = ""  # why an older one, which should go, could not be deleted
 
 
 class Background:
@@ -56,8 +51,8 @@ class Background:
     Args:
         files: what to write, by name: text, tensors by name (`.safetensors`), or what `torch.save`
             takes. The dict is emptied meanwhile.
-        on_whole: rank 0 calls it in the thread when the checkpoint is whole. What it raises is
-            noted in `Saved.untidy`.
+        keep: the older checkpoints that stay once this one is whole, see `prune`. An error of it
+            is noted in `Saved.untidy`.
     """
 
     def __init__(
@@ -69,13 +64,13 @@ class Background:
         attempt: str,
         rank: int,
         ranks: int,
-        on_whole: Callable[[], None],
+        keep: int,
     ) -> None:
         self.place, self.step, self.name = place, step, step_name(step)
-        self.rank, self.ranks, self.on_whole = rank, ranks, on_whole
+        self.rank, self.ranks, self.keep = rank, ranks, keep
         self.temp = place.staging / f"{WRITING}{attempt}-{self.name}"
+        # On rank 0 the whole checkpoint, on another rank None: its part is written.
         self.outcome: Future[Saved | None] = Future()
-        """on rank 0 the whole checkpoint, on another rank None: its part is written"""
         self._nobody_waits = threading.Event()
         self._began = time.monotonic()
         self._thread = threading.Thread(
@@ -101,10 +96,6 @@ class Background:
             if self.makes_progress():
                 beat()
 
-    def discard(self) -> None:
-        """Delete what was written; for rank 0, once every rank has given up."""
-        shutil.rmtree(self.temp, ignore_errors=True)
-
     def _run(self, files: dict[str, Any]) -> None:
         try:
             facts = self._write(files)
@@ -126,9 +117,7 @@ class Background:
         for folder in {(self.temp / name).parent for name in names}:
             sync_folder(folder)
         if self.rank:
-            new = self._note("new")
-            new.write_text(json.dumps(facts))
-            new.rename(self._note("json"))
+            write_whole(self._note("json"), json.dumps(facts).encode())
         return facts
 
     def _finish(self, facts: Facts) -> Saved:
@@ -138,7 +127,8 @@ class Background:
         seal(self.temp, facts)
         address, untidy = self.place.finish(self.temp, self.name), ""
         try:
-            self.on_whole()
+            self.place.tidy(self.name)
+            prune(self.place, self.name, keep=self.keep)
         except Exception as error:
             untidy = f"{type(error).__name__}: {error}"
         size = sum(fact["bytes"] for fact in facts.values())

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import errno
 import json
+import random
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import wait
-from functools import cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import FOR_THE_USER
+from pipeline.core.safe_pickle import find_code
 from pipeline.core.units import counted
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.copies import copied
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint.background import Background, Saved
-from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
-from pipeline.train.checkpoint.place import (
-    TRAINER,
-    CheckpointError,
-    Place,
-    newest,
-    prune,
-    quarantine,
-    read_trainer,
-    step_name,
-    step_of,
-)
-from pipeline.train.checkpoint.random_state import rng_state, set_rng_state
+from pipeline.train.checkpoint.choose import step_name
+from pipeline.train.checkpoint.manifest import MANIFEST, damage, read_manifest
+from pipeline.train.checkpoint.place import TRAINER, CheckpointError, Place
 
 WEIGHTS = "model.safetensors"
 
@@ -47,8 +40,8 @@ class Checkpoints:
         keep: the newest checkpoints that stay, beside the best by score and the pinned ones.
         ranks: the number of ranks.
         each: gathers every rank's value, in the order of ranks, on every rank; see
-        `Ranks.all_gather_object`. on_quarantine: called with address and reason of a damaged
-        checkpoint before it is moved.
+            `Ranks.all_gather_object`.
+        on_quarantine: called with address and reason of a damaged checkpoint before it is moved.
         on_unwritten: called with step and error, on every rank, of a checkpoint that could not be
             written, where saving goes on.
         beat: called again and again by a rank that waits for a thread.
@@ -72,11 +65,10 @@ class Checkpoints:
         self.on_quarantine, self.on_unwritten, self.beat = on_quarantine, on_unwritten, beat
         self._writing: Background | None = None
         self._is_reported = True
-        self._search: Callable[[], Path | None] | None = None
-        """for the newest one, which an error of the storage has interrupted"""
+        self._asides: dict[str, str] = {}  # reported, and not yet moved, as storage failed
         self._failures, self._is_retry = 0, False
+        # Of the newest checkpoint that is whole on every rank; 0: the run's beginning.
         self.newest_step = 0
-        """of the newest checkpoint that is whole on every rank; 0: the run's beginning"""
 
     def save(
         self,
@@ -119,7 +111,7 @@ class Checkpoints:
             attempt=attempt,
             rank=self.rank,
             ranks=self.ranks,
-            on_whole=lambda: self._tidy(step_name(step)),
+            keep=self.keep,
         )
         return before
 
@@ -188,15 +180,24 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest one that verifies; damaged ones are quarantined. For rank 0.
 
-        A call after an error of the storage continues the search: nothing is reported twice.
+        Raises:
+            CheckpointError: it verifies, and one of its files would run code when it is loaded.
+            OSError: the storage failed. A later call continues: nothing is reported twice.
         """
-        if self._search is None:
-            self._search = partial(
-                newest, self.place, suffix=self._suffix(), on_quarantine=cache(self.on_quarantine)
-            )
-        found = self._search()
-        self._search = None
-        return found
+        self.place.sweep()
+        for name in reversed(self.place.names()):
+            path = self.place.fetch(name)
+            reason = damage(path)
+            if reason is not None:
+                self._quarantine(name, reason)
+            elif code := find_code(path):
+                raise CheckpointError(
+                    f"checkpoint {path}: must hold data alone; {code}; move it away if it is not"
+                    " yours"
+                )
+            else:
+                return path
+        return None
 
     def discard(self, step: int, reason: str) -> None:
         """Quarantine the checkpoint of `step`, if there is one; collective, without a save in
@@ -205,17 +206,22 @@ class Checkpoints:
         names = self.place.names() if self.rank == 0 else []
         if step_name(step) in names:
             names.remove(step_name(step))
-            quarantine(
-                self.place,
-                step_name(step),
-                reason,
-                suffix=self._suffix(),
-                on_quarantine=self.on_quarantine,
-            )
-        self.newest_step = self.each(step_of(names[-1]) if names else 0)[0]
+            self._quarantine(step_name(step), reason)
+        newest = int(names[-1].removeprefix("step_")) if names else 0
+        self.newest_step = self.each(newest)[0]
 
-    def _suffix(self) -> str:
-        return f"{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+    def _quarantine(self, name: str, reason: str) -> None:
+        """Report a checkpoint by its new address and the reason, then move it there.
+
+        In this order: the journal says that it was saved, and would miss it for ever.
+        """
+        if name not in self._asides:
+            found = PurePosixPath(self.place.address(name)).name
+            aside = f"quarantine/{found}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
+            self.on_quarantine(self.place.address(aside), reason)
+            self._asides[name] = aside
+        self.place.set_aside(name, self._asides[name])
+        del self._asides[name]
 
     def load(self, path: Path, backend: Backend, rule: nn.Module) -> dict[str, Any]:
         """Load a verified checkpoint into this rank; collective. Returns its trainer.json.
@@ -252,10 +258,6 @@ class Checkpoints:
         self.newest_step = trainer["step"]
         return trainer
 
-    def _tidy(self, name: str) -> None:
-        self.place.tidy(name)
-        prune(self.place, name, keep=self.keep)
-
     def _agree(self, writing: Background) -> None:
         """Wait until every rank has written, or delete what was written and raise on every rank.
 
@@ -276,21 +278,18 @@ class Checkpoints:
             each for each in self.each(None if own is None else _described(own)) if each is not None
         ]
         if self.rank == 0:
-            writing.discard()
+            shutil.rmtree(writing.temp, ignore_errors=True)
         # Rank 0's own may only say that another rank failed: it has no number.
-        number, said = min(failures, key=lambda failure: failure[0] is None)
+        number, reason = min(failures, key=lambda failure: failure[0] is None)
         if number in FOR_THE_USER:
+            names = self.place.names()
+            left = f"the newest whole one is {self.place.address(names[-1])}" if names else ""
             raise UserError(
-                f"checkpoint: cannot be written after step {writing.step}: {said}; {self._left()}"
+                f"checkpoint: cannot be written after step {writing.step}: {reason};"
+                f" {left or 'there is no whole one yet'}"
             ) from own
-        said = f"checkpoint after step {writing.step} was not written: {said}"
-        raise OSError(number or errno.EIO, said) from own
-
-    def _left(self) -> str:
-        names = self.place.names()
-        if not names:
-            return "there is no whole one yet"
-        return f"the newest whole one is {self.place.address(names[-1])}"
+        message = f"checkpoint after step {writing.step} was not written: {reason}"
+        raise OSError(number or errno.EIO, message) from own
 
     def _report(self, writing: Background) -> Saved | None:
         """The checkpoint, once."""
@@ -323,3 +322,42 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in network.state_dict().items()
     }
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    """The content of trainer.json in a checkpoint's folder.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return json.loads((path / TRAINER).read_bytes())
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random number generator of this process, as a checkpoint holds it."""
+    numpy: Any = np.random.get_state(legacy=False)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": {
+            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
+        },
+    }
+    if torch.cuda.is_initialized():  # else asking would make a context on a card
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the state that `rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy = state["numpy"]
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, numpy["pos"], numpy["has_gauss"], numpy["gauss"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,7 +1,5 @@
 """A checkpoint's manifest: size and sha256 of every file. A folder without one is no checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -9,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.core.files import Unreadable, retry_read, sync_file, sync_folder
+from pipeline.core.files import Unreadable, retry_read, write_whole
 
 MANIFEST = "manifest.json"
 
@@ -18,20 +16,13 @@ Facts = dict[str, dict[str, Any]]
 
 
 def facts_of(folder: Path, names: Iterable[str]) -> Facts:
-    """The facts of files, which are written through to disk first."""
-    facts = {}
-    for name in names:
-        sync_file(folder / name)
-        facts[name] = _fact_of(folder / name)
-    return facts
+    return {name: _fact_of(folder / name) for name in names}
 
 
 def seal(folder: Path, facts: Facts) -> None:
     """Write the manifest, the last of the files."""
     manifest = {"version": 1, "files": facts, "sha256": _digest(facts)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    sync_file(folder / MANIFEST)
-    sync_folder(folder)
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def damage(path: Path) -> str | None:

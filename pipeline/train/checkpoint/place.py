@@ -1,64 +1,161 @@
-"""The place of a run's checkpoints: what every kind of place can do, and what is asked of any.
+"""The place of a run's checkpoints: a folder, or an address that fsspec knows (s3://bucket/prefix).
 
-`Folder` and `Store` implement `Place`; `Owned` guards one of them.
+A checkpoint is a folder with the name of its step, `step_00000120`. If the step is saved again,
+`step_00000120.1` replaces it, then `.2`: the highest number counts, and the others are deleted.
+
+In a folder, one rename makes a checkpoint whole. A store has no rename. There the manifest is the
+last file that is put, and the first that is deleted: a folder without one does not count. There the
+names end in the attempt's, as in `step_00000120.1-ATTEMPT`, so that late uploads of an abandoned
+attempt reach no other checkpoint. Uploads are compared by size; sha256 is compared after a fetch.
+
+A place outside of its run's folder has an owner, because the lock of the run's folder ends there. A
+driver writes `owner.json` with a token of its own before it changes anything. Every change checks
+the token first. Of two drivers, the later one has the place, and the earlier one ends at its next
+save, wherever it runs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import json
 import re
-from collections.abc import Callable, Iterable
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import Unreadable
-from pipeline.core.safe_pickle import find_code
-from pipeline.track.events import Checkpoint, Event, Quarantine, Start
-from pipeline.train.checkpoint.manifest import damage
+from pipeline.core.files import Unreadable, retry_read, sync_folder, write_whole
+from pipeline.core.run_folder import RunFolder
+from pipeline.core.shared_marker import MARKER
+from pipeline.recipe.spec import arguments_of
+from pipeline.train.checkpoint.manifest import MANIFEST, read_manifest
+from pipeline.train.checkpoint.remote import WithOSErrors, own_folder, sweep_fetched
 
-TRAINER = "trainer.json"
-WRITING = ".writing-"
-"""begins the name of the folder in which an attempt writes a checkpoint"""
+TRAINER, OWNER = "trainer.json", "owner.json"
+WRITING = ".writing-"  # begins the name of the folder in which an attempt writes a checkpoint
+_DELETING = ".deleting-"
+_FOLDER = re.compile(r"(step_\d+)(?:\.(\d+))?(-.+)?")  # name, how often saved before, attempt
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used, in one line."""
 
 
-class Place(Protocol):
-    """The checkpoints of one run. A checkpoint is whole under its name, or it is absent."""
+def _change(
+    method: Callable[Concatenate[Place, P], R],
+) -> Callable[Concatenate[Place, P], R]:
+    """A method that changes a place, and checks its owner first."""
 
-    @property
-    def staging(self) -> Path:
-        """A folder that every rank sees, in which the files of a checkpoint are written first."""
-        ...
+    @functools.wraps(method)
+    def checked(place: Place, *args: P.args, **more: P.kwargs) -> R:
+        place.check_owner()
+        return method(place, *args, **more)
+
+    return checked
+
+
+class Place:
+    """The checkpoints of one run. A checkpoint is whole under its name, or it is absent.
+
+    Args:
+        address: a path, or an address of fsspec. Credentials come from the environment.
+        staging: a folder that every rank sees, in which checkpoints are written first and to which
+            they are fetched; None: `address` is such a folder.
+        token: of the owner that every change requires; "": no owner is checked.
+
+    Raises:
+        CheckpointError: nothing opens the address, it is a chain of several, or has a password.
+    """
+
+    def __init__(
+        self, address: str | Path, staging: Path | None = None, *, token: str = ""
+    ) -> None:
+        refuse_credentials(str(address))
+        self.folder, self.url, self.token = folder_of(str(address)), str(address), token
+        if self.folder is not None:
+            self.folder = self.staging = self.folder.absolute()
+            self.url = str(self.folder)
+            return
+        assert staging is not None, address
+        import fsspec
+
+        self.url, self.staging = self.url.rstrip("/"), staging
+        try:
+            fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:  # "Install s3fs to ..."
+            raise CheckpointError(
+                f"checkpoints: an address must be one that fsspec can open; got {address}: {error}"
+            ) from error
+        self.fs = WithOSErrors(fs)
 
     def names(self) -> list[str]:
         """The checkpoints, oldest first; `damage` says whether their bytes are intact."""
-        ...
+        return list(self._whole())
 
     def address(self, name: str) -> str:
         """The path or URI of a checkpoint or file, for people."""
-        ...
+        return f"{self.url}/{self._folder(name)}".rstrip("/")
 
+    @_change
     def finish(self, temp: Path, name: str) -> str:
-        """Make the sealed folder `temp` the checkpoint `name`; its address. It replaces an older
-        one.
+        """Make the sealed folder `temp` the checkpoint `name`; its address.
 
-        A process that dies at any point leaves the older one or the new one, found after a `sweep`.
+        A process that dies at any point leaves the older one or the new one.
         """
-        ...
+        before = self._whole().get(name)
+        made = name if before is None else f"{name}.{int(before[2] or 0) + 1}"
+        if self.folder is not None:
+            temp.rename(self.folder / made)
+            sync_folder(self.folder)
+        else:
+            made += f"-{temp.name.removeprefix(WRITING).removesuffix(f'-{name}')}"
+            for file in temp.rglob("*"):
+                if file.is_file() and file.name != MANIFEST:
+                    self._put(file, f"{made}/{file.relative_to(temp).as_posix()}")
+            self.check_owner()
+            self._put(temp / MANIFEST, f"{made}/{MANIFEST}")
+            shutil.rmtree(temp, ignore_errors=True)  # the next attempt sweeps what stays
+        self.check_owner()  # a driver that took over before the last step has swept the parts
+        return f"{self.url}/{made}"
 
+    @_change
     def tidy(self, name: str) -> None:
         """Delete what the checkpoint `name` has replaced."""
+        counts = self._folder(name)
+        for found in self._folders():
+            if found[1] == name and found[0] != counts:
+                self._remove(found[0])
 
     def fetch(self, name: str) -> Path:
         """A folder with the checkpoint, intact or not, that every rank sees.
 
         It stays until this process fetches the next one or ends.
         """
-        ...
+        counts = self._folder(name)
+        if self.folder is not None:
+            return self.folder / counts
+        fetched = own_folder(self.staging) / name
+        fetched.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # `damage` finds what is missing
+            self._get(f"{counts}/{MANIFEST}", fetched / MANIFEST)
+            try:
+                files = read_manifest((fetched / MANIFEST).read_bytes())
+            except ValueError:
+                return fetched  # `damage` finds that, too
+            for file in files:
+                self._get(f"{counts}/{file}", fetched / file)
+        return fetched
 
     def read(self, file: str) -> bytes:
         """A file beside the checkpoints, or NAME/FILE of a checkpoint, unverified.
@@ -67,131 +164,171 @@ class Place(Protocol):
             FileNotFoundError: there is none.
             Unreadable: its medium fails.
         """
-        ...
+        name, slash, rest = file.partition("/")
+        path = f"{self._folder(name)}/{rest}" if slash else file
+        if self.folder is not None:
+            return retry_read((self.folder / path).read_bytes)
+        return self.fs.cat_file(f"{self.root}/{path}")
 
+    @_change
     def write(self, file: str, content: bytes) -> None:
         """Replace a file beside the checkpoints; readers see the older content or the new."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / file, content)
+        else:
+            self.fs.pipe_file(f"{self.root}/{file}", content)
 
+    @_change
     def delete(self, name: str) -> None:
         """Delete a checkpoint. A process that dies in between leaves nothing that looks whole."""
+        for found in self._folders():  # oldest first, or one that was replaced would count again
+            if found[1] == name:
+                self._remove(found[0])
 
+    @_change
     def set_aside(self, name: str, aside: str) -> None:
         """Move a checkpoint to the path `aside` in this place."""
+        counts = self._folder(name)
+        if self.folder is not None:
+            (self.folder / aside).parent.mkdir(exist_ok=True)
+            (self.folder / counts).rename(self.folder / aside)
+        else:
+            self.fs.copy(f"{self.root}/{counts}/", f"{self.root}/{aside}/", recursive=True)
+        self.delete(name)
 
+    @_change
     def sweep(self) -> None:
-        """Delete what dead writers left; a replaced checkpoint without its successor comes back.
+        """Delete what dead writers left.
 
-        Only for the holder of the run's lock (pipeline/train/writer_lock.py) and owner of the
-        place.
+        Only for the holder of the run's lock (train/writer_lock.py) and owner of the place.
         """
+        for prefix in (WRITING, _DELETING):
+            for abandoned in self.staging.glob(f"{prefix}*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+        for marker in self.staging.glob(f"{MARKER}*"):
+            marker.unlink(missing_ok=True)
+        sweep_fetched(self.staging)
+        counting = {found[0] for found in self._whole().values()}
+        for found in self._folders():
+            if found[0] not in counting:
+                with contextlib.suppress(OSError):
+                    self._remove(found[0])
+
+    def check_owner(self) -> None:
+        """Raises: CheckpointError once another driver than this one owns the place."""
+        owner = owner_of(self) if self.token else None
+        if self.token and (owner is None or owner.token != self.token):
+            raise CheckpointError(
+                f"checkpoints: the owner of {self.address('')} must be this driver; got"
+                f" {owner or 'none'}: it writes nothing more there"
+            )
+
+    def _folders(self) -> list[re.Match[str]]:
+        """The folders of checkpoints, whole or not, oldest first, as `_FOLDER` matches them."""
+        if self.folder is not None:
+            names = [path.name for path in step_folders(self.folder)]
+        else:
+            try:
+                paths = self.fs.ls(self.root, detail=False)
+            except FileNotFoundError:
+                return []
+            names = [PurePosixPath(path).name for path in paths]
+        found = (_FOLDER.fullmatch(name) for name in names)
+        ours = (each for each in found if each and bool(each[3]) == (self.folder is None))
+        return sorted(ours, key=lambda each: (each[1], int(each[2] or 0), each[0]))
+
+    def _whole(self) -> dict[str, re.Match[str]]:
+        """The folder that counts of each checkpoint, by its name, oldest first."""
+        return {found[1]: found for found in self._folders() if self._is_whole(found[0])}
+
+    def _folder(self, name: str) -> str:
+        found = self._whole().get(name)
+        return name if found is None else found[0]
+
+    def _is_whole(self, folder: str) -> bool:
+        """Not by fsspec's `exists`, which is False after a failed request (2026.9; sftp, webhdfs).
+
+        Raises:
+            OSError: the store does not answer.
+        """
+        if self.folder is None:
+            try:
+                self.fs.info(f"{self.root}/{folder}/{MANIFEST}")
+            except FileNotFoundError:
+                return False
+        return True
+
+    def _remove(self, folder: str) -> None:
+        """Half of a checkpoint never has its name."""
+        if self.folder is not None:
+            doomed = self.folder / f"{_DELETING}{time.time_ns():x}-{folder}"
+            (self.folder / folder).rename(doomed)
+            shutil.rmtree(doomed)
+            return
+        if self._is_whole(folder):
+            self.fs.rm_file(f"{self.root}/{folder}/{MANIFEST}")
+        with contextlib.suppress(FileNotFoundError):  # it held nothing else
+            self.fs.rm(f"{self.root}/{folder}", recursive=True)
+
+    def _put(self, file: Path, path: str) -> None:
+        self.fs.put_file(str(file), f"{self.root}/{path}")
+        there, here = self.fs.info(f"{self.root}/{path}")["size"], file.stat().st_size
+        if there != here:
+            raise OSError(errno.EIO, f"{there} of {here} bytes arrived", path)
+
+    def _get(self, path: str, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get_file(f"{self.root}/{path}", str(file))
 
 
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
+def place_at(address: str, run: Path, *, token: str = "") -> Place:
+    """The place of a run's checkpoints, by path or address; an empty one is RUN/checkpoints."""
+    inside = RunFolder(run).checkpoints
+    return Place(address or inside, inside, token=token)
 
 
-def step_of(name: str) -> int:
-    """The step of a checkpoint by its name."""
-    return int(name.removeprefix("step_"))
-
-
-def newest(place: Place, *, suffix: str, on_quarantine: Callable[[str, str], None]) -> Path | None:
-    """The newest checkpoint that verifies; damaged ones are quarantined, see `quarantine`.
-
-    Raises:
-        CheckpointError: it verifies, and one of its files would run code when it is loaded.
-    """
-    place.sweep()
-    for name in reversed(place.names()):
-        path = place.fetch(name)
-        reason = damage(path)
-        if reason is None:
-            if said := find_code(path):
-                raise CheckpointError(
-                    f"checkpoint {path}: must hold data alone; {said}; move it away if it is not"
-                    " yours"
-                )
-            return path
-        quarantine(place, name, reason, suffix=suffix, on_quarantine=on_quarantine)
-    return None
-
-
-def quarantine(
-    place: Place, name: str, reason: str, *, suffix: str, on_quarantine: Callable[[str, str], None]
-) -> None:
-    """Report a checkpoint by its new address and the reason, then move it there.
-
-    In this order: the journal says that it was saved, and would miss it for ever.
-    """
-    aside = f"quarantine/{PurePosixPath(place.address(name)).name}-{suffix}"
-    on_quarantine(place.address(aside), reason)
-    place.set_aside(name, aside)
-
-
-def verified(place: Place, which: str = "last") -> Path:
-    """The newest checkpoint that verifies, or with "best" the one with the best score.
-
-    Raises:
-        CheckpointError: there is none.
-        OSError: one cannot be looked at now, and may be the one.
-    """
-    names = place.names()
-    if which == "best":
-        scores = {name: score for name in names if (score := _score(place, name)) is not None}
-        names = sorted(scores, key=lambda name: (scores[name], name))
-    for name in reversed(names):
-        path = place.fetch(name)
-        if damage(path) is None:
-            return path
-    kind = "with a score that verifies" if which == "best" else "that verifies"
-    raise CheckpointError(f"{place.address('')}: needs a checkpoint {kind}; got none")
-
-
-def prune(place: Place, saved: str, *, keep: int) -> None:
-    """Delete old checkpoints, except the newest `keep`, the best by score and the pinned ones.
-
-    Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
-
-    Raises:
-        OSError: the score of one cannot be read now. It stays, as it may be the best.
-    """
-    names = [name for name in place.names() if name <= saved]
-    if len(names) <= keep:
-        return
-    scores: dict[str, float] = {}
-    unread: dict[str, OSError] = {}
-    for name in names:
-        try:
-            if (score := _score(place, name)) is not None:
-                scores[name] = score
-        except OSError as error:
-            unread[name] = error
-    best = max(scores, key=lambda name: (scores[name], name), default=None)
-    for name in names[:-keep]:
-        if name != best and name not in unread and not _is_pinned(place, name):
-            place.delete(name)
-    for error in unread.values():
-        raise error
-
-
-def _is_pinned(place: Place, name: str) -> bool:
-    try:
-        place.read(f"{name}.pinned")
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _score(place: Place, name: str) -> float | None:
-    """The score of a checkpoint; None where it has none or is damaged.
+def refuse_credentials(address: str) -> None:
+    """Refuse an address that has or may have a password, because it is written into run folders,
+    journals and job files. Nothing is opened.
 
     Raises:
-        OSError: it cannot be looked at, and may be whole.
+        CheckpointError: an address with credentials, or of several stores in a chain.
     """
-    try:
-        return trainer_of(place, name)["score"]
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+    if "://" in address and "::" in address:  # each address of a chain may hold credentials
+        raise CheckpointError(
+            "checkpoints: an address must be of one store, without fsspec's '::'; got a chain of"
+            " several"
+        )
+    parts = urlsplit(address if "://" in address else "")
+    if "@" in parts.netloc or parts.query:
+        raise CheckpointError(
+            "checkpoints: an address holds no credentials, which are the environment's; got one"
+            " with some"
+        )
+
+
+def folder_of(address: str) -> Path | None:
+    """The folder of an address that is a path or begins with file://; None for any other."""
+    if "://" not in address:
+        return Path(address)
+    parts = urlsplit(address)
+    return Path(parts.path) if parts.scheme in ("file", "local") else None
+
+
+def absolute(address: str) -> str:
+    """The address, with a path made absolute.
+
+    Raises:
+        CheckpointError: see `refuse_credentials`.
+    """
+    refuse_credentials(address)
+    return address if "://" in address else str(Path(address).absolute())
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def trainer_of(place: Place, name: str) -> dict[str, Any]:
@@ -203,42 +340,72 @@ def trainer_of(place: Place, name: str) -> dict[str, Any]:
         OSError: it cannot be looked at, and may be whole.
     """
     try:
-        return _parsed(place.read(f"{name}/{TRAINER}"))
+        value = json.loads(place.read(f"{name}/{TRAINER}"))
     except Unreadable as error:
-        where = place.address(name)
-        raise ValueError(f"{where}/{TRAINER} cannot be read: {error.strerror}") from error
-
-
-def read_trainer(path: Path) -> dict[str, Any]:
-    """The content of trainer.json in a checkpoint's folder.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    return _parsed((path / TRAINER).read_bytes())
-
-
-def _parsed(trainer: bytes) -> dict[str, Any]:
-    value = json.loads(trainer)
+        raise ValueError(f"{name}/{TRAINER} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{TRAINER} must hold an object; got {value!r}")
+        raise ValueError(f"{name}/{TRAINER} must hold an object; got {value!r}")
     return value
 
 
-def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
-    """The step of the newest checkpoint that must exist by the journal's events; None: none must.
+@dataclass(frozen=True)
+class Owner:
+    """A run, and the driver that trains it."""
 
-    Each start names the newest one at that time. Of those saved since, the newest `keep` exist,
-    except those in quarantine.
+    run_id: str
+    study: str
+    run: str  # its folder
+    # of one start of a driver; "": known from a checkpoint, no driver has claimed the place
+    token: str = ""
+    host: str = ""
+    since: str = ""
+
+    def __str__(self) -> str:
+        driver = f", driven on {self.host} since {self.since}" if self.token else ""
+        return f"run {self.run_id[:8]} ({self.run}{driver})"
+
+
+def owner_of(place: Place) -> Owner | None:
+    """The owner by owner.json, else by the newest intact trainer.json; None: nobody has the place.
+
+    Raises:
+        CheckpointError: owner.json is damaged.
+        OSError: the place cannot be looked at.
     """
-    there: set[int] = set()
-    for event in events:
-        if isinstance(event, Start):
-            there = {step for step in {*there, event.step} if 0 < step <= event.step}
-        elif isinstance(event, Checkpoint):
-            there = set(sorted({*there, event.step})[-keep:])
-        elif isinstance(event, Quarantine):
-            if name := re.match(r"step_(\d+)", PurePosixPath(event.path).name):
-                # The event of its saving may be missing, and it has replaced an older one.
-                there = set(sorted({*there, int(name[1])})[-keep:]) - {int(name[1])}
-    return max(there, default=None)
+    try:
+        content = place.read(OWNER)
+    except FileNotFoundError:
+        for name in reversed(place.names()):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                trainer = trainer_of(place, name)
+                return Owner(*(str(trainer.get(key, "unknown")) for key in _OF_TRAINER))
+        return None
+    try:
+        return Owner(**arguments_of(Owner, json.loads(content), who=OWNER))
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoints: {place.address(OWNER)} must say whose they are; it is damaged: {error};"
+            " move it away if nobody trains there"
+        ) from error
+
+
+_OF_TRAINER = ("run_id", "study", "run")
+
+
+def claim(place: Place, *, run: str, run_id: str, study: str) -> str:
+    """Write a run down as the owner of a place that is free or its own; the token of its workers.
+
+    Raises:
+        CheckpointError: another run owns it, or owner.json is damaged. Nothing was changed.
+        OSError: the place cannot be looked at, or written to.
+    """
+    owner = owner_of(place)
+    if owner is not None and owner.run_id != run_id:
+        raise CheckpointError(
+            f"checkpoints: {place.address('')} must be of run {run_id[:8]} ({run}); got those of"
+            f" {owner}"
+        )
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    new = Owner(run_id, study, run, uuid.uuid4().hex, socket.gethostname(), since)
+    place.write(OWNER, json.dumps(asdict(new), indent=1).encode())
+    return new.token

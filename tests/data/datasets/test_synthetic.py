@@ -5,54 +5,23 @@ import sys
 import pytest
 import torch
 
-from pipeline.data.base import Data, DataError, Loader
+from pipeline.data.base import Data, DataError
 from pipeline.data.datasets.synthetic import Synthetic
+from tests.helpers.loaders import by_index, read
 
 SIZES = {"seed": 5, "world": 1, "rank": 0, "batch_size": 12, "micro_batch": 12, "threads": 1}
 
 
-def read(loader, epoch=0, start=0):
-    with loader.epoch(epoch, start=start) as batches:
-        return list(batches)
-
-
 def test_fulfils_the_contract():
     data = Synthetic(50, classes=3, shape=(3, 8, 8), val_samples=10)
-    loader = data.train(**SIZES)
-    assert isinstance(data, Data) and isinstance(loader, Loader)
-    batch = read(loader)[0]
-    assert batch.x.shape == (12, *data.shape) and batch.x.dtype == torch.float32
-    assert (
-        batch.target.dtype == batch.index.dtype == torch.int64
-        and loader.steps_per_epoch == 4
-        and loader.samples == 50
-    )
-    assert torch.equal(batch.target, batch.index % 3)
-    data.check()
+    batch = read(data.train(**SIZES))[0]
+    assert isinstance(data, Data) and torch.equal(batch.target, batch.index % 3)
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone():
+def test_a_sample_is_moved_anew_in_each_epoch():
     data = Synthetic(50, shape=(1, 8, 8))
-    alone = {
-        int(i): x
-        for b in read(data.train(**SIZES), epoch=2)
-        for i, x in zip(b.index, b.x, strict=True)
-    }
-    for rank in range(3):
-        for batch in read(
-            data.train(**SIZES | {"world": 3, "rank": rank, "micro_batch": 2}), epoch=2
-        ):
-            assert all(
-                torch.equal(x, alone[int(i)]) for i, x in zip(batch.index, batch.x, strict=True)
-            )
-    for batch in read(data.train(**SIZES), epoch=2, start=24):
-        assert all(torch.equal(x, alone[int(i)]) for i, x in zip(batch.index, batch.x, strict=True))
-    later = {
-        int(i): x
-        for b in read(data.train(**SIZES), epoch=3)
-        for i, x in zip(b.index, b.x, strict=True)
-    }
-    assert sum(not torch.equal(alone[i], later[i]) for i in alone.keys() & later.keys()) > 20
+    first, later = (by_index(read(data.train(**SIZES), epoch)) for epoch in (2, 3))
+    assert sum(not torch.equal(first[i], later[i]) for i in first.keys() & later.keys()) > 20
 
 
 def test_recordings_are_counts_that_change_with_time_and_move_as_one():
@@ -83,10 +52,7 @@ def window(x, down, right, turned):
 
 def test_augment_none_repeats_the_samples():
     data = Synthetic(50, shape=(1, 8, 8), augment="none")
-    first, second = (
-        {int(i): x for b in read(data.train(**SIZES), e) for i, x in zip(b.index, b.x, strict=True)}
-        for e in (0, 1)
-    )
+    first, second = (by_index(read(data.train(**SIZES), epoch)) for epoch in (0, 1))
     assert all(torch.equal(first[i], second[i]) for i in first.keys() & second.keys())
 
 
@@ -100,13 +66,6 @@ def test_the_copies_of_a_sample_are_views_of_their_own():
             not torch.equal(one, other) for one, other in zip(batch.x[:5], batch.x[5:], strict=True)
         ]
         assert sum(moved) >= 3  # 1 of 50 has the same shift and flip twice
-
-
-def test_evaluation_over_ranks_takes_each_sample_once():
-    data = Synthetic(50, val_samples=4)
-    ids = [read(data.val(rank=rank, world=5, micro_batch=2, threads=1)) for rank in range(5)]
-    assert sorted(int(i) for rank in ids for batch in rank for i in batch.index) == [0, 1, 2, 3]
-    assert [] in ids
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (4, 2, 8, 8)], ids=["images", "recordings"])

@@ -1,7 +1,5 @@
 """What importing FFCV must leave alone."""
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("ffcv")
-
-from pipeline.core import files
 from pipeline.data.base import DataError, with_page_checks
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.synthetic import Synthetic
@@ -24,12 +21,6 @@ from pipeline.data.ffcv.page_checks import SpotCheck, check, verify
 from tests.helpers.damage import fail_reads, flip
 
 SIZES = {"rank": 0, "world": 1, "micro_batch": 5, "threads": 1}
-
-
-@pytest.fixture
-def folder(photos, tmp_path) -> Path:
-    """A copy that a test may damage."""
-    return shutil.copytree(photos, tmp_path / "copy")
 
 
 @pytest.fixture
@@ -48,70 +39,6 @@ def read_all(data, epoch: int = 0) -> list[torch.Tensor]:
     loader = data.train(seed=5, batch_size=5, **SIZES)
     with loader.epoch(epoch) as batches:
         return [batch.index for batch in batches]
-
-
-def test_whole_files_pass(photos):
-    Beton(photos, classes=2, size=8).check()
-    train, val = verify(photos)
-    assert (train.samples, val.samples, train.classes, sum(train.histogram)) == (
-        61,
-        13,
-        ["china", "flower"],
-        61,
-    )
-    assert verify(photos / "val.beton") == [val]
-
-
-@pytest.mark.parametrize(
-    "name", ["header", "field descriptors", "metadata", "padding", "page 0", "allocation table"]
-)
-def test_a_flipped_bit_is_located(folder, name):
-    path = folder / "train.beton"
-    layout = beton_format.layout(path)
-    region = next(
-        each for each in (*layout.front, *layout.pages, layout.table) if each.name == name
-    )
-    flip(path, region.offset + region.size // 2)
-    for look in (Beton(folder, classes=2, size=8).check, lambda: verify(folder)):
-        with pytest.raises(
-            DataError,
-            match=rf"train\.beton: {name} \(bytes {region.offset} to .* differs from its manifest",
-        ):
-            look()
-
-
-@pytest.mark.parametrize(
-    "times", [files.TRIES, 1 + files.TRIES]
-)  # of the open file once, and of fresh ones
-@pytest.mark.parametrize("name", ["header", "page 0", "allocation table"])
-def test_a_bad_sector_is_located_once_it_stays_one(folder, name, times, monkeypatch):
-    path, pread, left = (
-        folder / "train.beton",
-        os.pread,
-        [OSError(errno.EIO, os.strerror(errno.EIO))] * times,
-    )
-    layout = beton_format.layout(path)
-    region = next(
-        each for each in (*layout.front, *layout.pages, layout.table) if each.name == name
-    )
-
-    def fails(file, length, offset):
-        if offset == region.offset and left:
-            raise left.pop()
-        return pread(file, length, offset)
-
-    monkeypatch.setattr(os, "pread", fails)
-    monkeypatch.setattr(files, "TRY_S", 0.0)
-    if times <= files.TRIES:
-        verify(path)
-        assert not left
-        return
-    said = (
-        rf"train\.beton: {name} \(bytes {region.offset} to .* cannot be read \(Input/output"
-        r" error\): damaged"
-    )
-    with pytest.raises(DataError, match=said):
-        verify(path)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])

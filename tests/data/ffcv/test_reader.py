@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.base import DataError, Loader, LoaderError
+from pipeline.data.base import DataError, LoaderError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import format as beton_format
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv import reader, tbb
+from tests.helpers.loaders import by_index, read
 
 SIZES = {"seed": 5, "batch_size": 12, "micro_batch": 12}
 
@@ -75,74 +76,18 @@ def test_batches_are_bit_identical_in_another_process(data):
     assert run.stdout.split() == [*digests(data.train(**SIZES)), "3"], run.stderr
 
 
-def test_resumed_in_mid_epoch_is_the_rest_of_it(data):
-    loader = data.train(**SIZES)
-    whole = digests(loader)
-    assert digests(data.train(**SIZES), start=24) == whole[2:]
-    assert digests(loader, start=60) == []
-    assert digests(loader) == whole  # the same loader, after a short epoch
-
-
-def test_epochs_differ_in_order_and_augmentation(data):
+def test_epochs_differ_in_augmentation(data):
     loader = data.train(**SIZES)
 
-    def samples(epoch):
-        with loader.epoch(epoch) as batches:
-            return {
-                int(i): x for batch in batches for i, x in zip(batch.index, batch.x, strict=True)
-            }
-
-    first, second = samples(0), samples(1)
-    assert list(first) != list(second)
+    first, second = (by_index(read(loader, epoch)) for epoch in (0, 1))
     both = first.keys() & second.keys()
     assert len(both) > 50 and not any(torch.equal(first[i], second[i]) for i in both)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_global_batches_of_one(data, world):
-    with data.train(**SIZES).epoch(2) as batches:
-        alone = [dict(zip(batch.index.tolist(), batch.x, strict=True)) for batch in batches]
-    together = [{} for _ in alone]
-    for rank in range(world):
-        loader = data.train(seed=5, rank=rank, world=world, batch_size=12, micro_batch=2)
-        with loader.epoch(2) as batches:
-            for i, batch in enumerate(batches):
-                together[i * 2 * world // 12].update(
-                    zip(batch.index.tolist(), batch.x, strict=True)
-                )
-    assert [set(each) for each in together] == [set(each) for each in alone]
-    assert all(
-        torch.equal(mine[i], one[i]) for mine, one in zip(together, alone, strict=True) for i in one
-    )
-
-
-def test_evaluation_over_ranks_takes_each_sample_once(data):
-    ids, lengths = [], []
-    for rank in range(3):
-        loader = data.val(rank=rank, world=3, micro_batch=3)
-        with loader.epoch(0) as batches:
-            read = list(batches)
-        assert len(read) == loader.steps_per_epoch
-        lengths += [len(batch.x) for batch in read]
-        ids += [i for batch in read for i in batch.index.tolist()]
-    assert sorted(ids) == list(range(13)) and set(lengths) == {3, 1, 2}
-    alone = data.val(micro_batch=3)
-    assert digests(alone, epoch=0) == digests(alone, epoch=1000)  # a step, see assess.py
-    with data.val(rank=0, world=20, micro_batch=3).epoch(0) as batches:
-        assert list(batches) == []
-
-
 def test_targets_belong_to_their_samples(data):
-    assert isinstance(data.train(**SIZES), Loader)
     labels = beton_format.samples(data.folder / "train.beton").labels
-    with data.train(**SIZES).epoch(0) as batches:
-        for batch in batches:
-            assert batch.target.tolist() == labels[batch.index.numpy()].tolist()
-            assert (batch.x.dtype, batch.target.dtype, batch.index.dtype) == (
-                torch.float32,
-                torch.int64,
-                torch.int64,
-            )
+    for batch in read(data.train(**SIZES)):
+        assert batch.target.tolist() == labels[batch.index.numpy()].tolist()
 
 
 def test_batches_can_be_kept(data):

@@ -1,7 +1,5 @@
 """An interpreter that has read with FFCV ends on one core."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

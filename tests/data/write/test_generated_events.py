@@ -6,8 +6,6 @@ Saccades over still images.
 The simulated camera on films of which the events are known.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,15 +16,15 @@ import psutil
 import pytest
 from PIL import ExifTags, Image
 
-pytest.importorskip("ffcv")
-
 from pipeline.data.base import DataError, LoaderError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import api, manifest
 from pipeline.data.ffcv import format as beton_format
 from pipeline.data.ffcv.page_checks import verify
-from pipeline.data.write import encode, sources
-from pipeline.data.write.images import TooManyUnreadable, write_fashion, write_folder, write_sets
+from pipeline.data.write import images, writer
+from pipeline.data.write.encode import Encoding, Item
+from pipeline.data.write.images import write_fashion, write_folder
+from pipeline.data.write.writer import TooManyUnreadable, write_sets
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path
     from ffcv.writer import DatasetWriter
 
     ours = write_folder(photo_folder, tmp_path, mode="raw")[1]
-    items = sources.image_folder(photo_folder)[1].items
+    items = images.image_folder(photo_folder)[1].items
     pictures = [
         (np.asarray(Image.open(str(item.image)).convert("RGB")), item.label) for item in items
     ]
@@ -79,9 +80,9 @@ def test_fashion(small_fashion, fashion, tmp_path):
 
 
 def test_fashion_of_debian(tmp_path):
-    if not sources.FASHION_PACKAGE.is_dir():
+    if not images.FASHION_PACKAGE.is_dir():
         pytest.skip("needs Debian's dataset-fashion-mnist")
-    train, val = sources.fashion()
+    train, val = images.fashion()
     assert (len(train.items), len(val.items), train.items[0].label) == (60_000, 10_000, 9)
 
 
@@ -91,7 +92,7 @@ def test_fashion_that_is_nowhere_says_what_to_install(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
-    monkeypatch.setattr(sources, "FASHION_PACKAGE", tmp_path / "none")
+    monkeypatch.setattr(images, "FASHION_PACKAGE", tmp_path / "none")
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", offline)
     with pytest.raises(
         DataError, match=r"apt install dataset-fashion-mnist.*Error downloading.*or pass source="
@@ -120,7 +121,7 @@ def test_a_jpeg_that_fits_is_stored_as_it_is(photo_folder, tmp_path):
     content = np.fromfile(tmp_path / "val.beton", np.uint8)
     kinds = {"as it is": 0, "jpg": 0}
     for item, record, size in zip(
-        sources.image_folder(photo_folder)[1].items, found.records, found.sizes, strict=True
+        images.image_folder(photo_folder)[1].items, found.records, found.sizes, strict=True
     ):
         original = Path(str(item.image)).read_bytes()
         stored = content[int(record["data_ptr"]) :][: int(size)].tobytes()
@@ -153,7 +154,7 @@ def test_odd_images_become_rgb(folder, tmp_path):
     _, val = write_folder(folder, tmp_path / "out")
     assert val.stored == {"as it is": 15, "jpg": 5} and not val.skipped
     data = Beton(tmp_path / "out", classes=2, size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
-    items = sources.image_folder(folder)[1].items
+    items = images.image_folder(folder)[1].items
     with data.val(micro_batch=4).epoch(0) as batches:
         x = {
             Path(str(items[int(i)].image)).name: x
@@ -220,7 +221,7 @@ def test_what_is_left_out_of_a_folder_is_counted(folder, tmp_path):
     (folder / "train" / "readme.txt").write_text("beside the classes")
     (folder / "train" / ".cache").mkdir()
     train, val = write_folder(folder, tmp_path / "out")
-    assert [str(sources.LeftOut(**each)) for each in train.left_out] == [
+    assert [str(writer.LeftOut(**each)) for each in train.left_out] == [
         f"1 file beside the class folders, such as {folder / 'train' / 'readme.txt'}",
         f"2 files ending in .gif, such as {china / 'a.gif'}",
         f"1 file whose name has no ending, such as {china / 'notes'}",
@@ -247,16 +248,14 @@ class Odd:
 
     kind = beton_format.Images()
 
-    def __call__(self, item: encode.Item) -> encode.Encoded | encode.Bad:
+    def __call__(self, item: Item) -> writer.Encoded | writer.Bad:
         if item.number % 2 == 0:
-            return encode.Bad("even")
-        return replace(
-            encode.encode(item, encode.Encoding(mode="raw")), groups={"number": str(item.number)}
-        )
+            return writer.Bad("even")
+        return replace(Encoding(mode="raw")(item), groups={"number": str(item.number)})
 
 
 def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_path):
-    train, val = write_sets(sources.fashion(small_fashion), tmp_path, Odd(), max_bad=50)
+    train, val = write_sets(images.fashion(small_fashion), tmp_path, Odd(), max_bad=50)
     assert (
         train.groups == {"number": [str(number) for number in range(1, 100, 2)]}
         and len(val.groups["number"]) == 15
@@ -265,7 +264,7 @@ def test_groups_are_those_of_the_samples_that_were_stored(small_fashion, tmp_pat
 
 
 def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK", 1)
+    monkeypatch.setattr(writer, "CHUNK", 1)
 
     def kill(done: int, _: int) -> None:
         if done == 3:
@@ -278,19 +277,18 @@ def test_a_worker_that_dies_is_noticed(photo_folder, tmp_path, monkeypatch):
 
 
 def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
-    stock, limit_s = encode._next, [60.0]  # long enough for the workers to start
-    monkeypatch.setattr(encode, "_next", lambda pending, _: stock(pending, limit_s[0]))
-    monkeypatch.setattr(encode, "CHUNK", 1)
-    encoded = encode.encode_all(
-        sources.image_folder(photo_folder)[0].items, encode.Encoding(mode="jpg"), workers=2
-    )
+    stock, limit_s = Future.result, [60.0]  # long enough for the workers to start
+    monkeypatch.setattr(Future, "result", lambda self, timeout: stock(self, limit_s[0]))
+    monkeypatch.setattr(writer, "CHUNK", 1)
+    items = images.image_folder(photo_folder)[0].items
+    encoded = writer.encode_all(items, Encoding(mode="jpg"), workers=2)
     next(encoded)
     limit_s[0] = 0.5
     workers = [psutil.Process(worker.pid) for worker in multiprocessing.active_children()]
     for worker in workers:
         worker.suspend()
     with pytest.raises(
-        LoaderError, match=r"no worker finished for 0\.5 s; waiting for samples .*jpg to .*jpg"
+        LoaderError, match=r"no worker finished for 300 s; waiting for samples .*jpg to .*jpg"
     ):
         list(encoded)
     assert workers and not any(worker.is_running() for worker in workers)

@@ -1,7 +1,5 @@
 """Published sets, read by tonic from small files in the layout of each; nothing is downloaded."""
 
-from __future__ import annotations
-
 import sys
 import urllib.error
 from pathlib import Path
@@ -11,9 +9,9 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import DataError
-from pipeline.data.write.encode import Bad
 from pipeline.data.write.published_events import GESTURES, PublishedRecording, published_sets
 from pipeline.data.write.recordings import Framing
+from pipeline.data.write.writer import Bad
 from tests.helpers.recordings import TYXP, some_events, write_aedat4, write_bin, write_npy
 
 pytest.importorskip("tonic")

@@ -2,8 +2,6 @@
 refused.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -11,8 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import DataError
-from pipeline.data.write.encode import Bad, Encoded
 from pipeline.data.write.recordings import Framing, Stream, frames, in_order
+from pipeline.data.write.writer import Bad, Encoded
 
 
 def stream(

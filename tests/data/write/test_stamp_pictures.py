@@ -4,8 +4,6 @@ What evaluates was never trained on, in each split; three splits evaluate on dif
 objects.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

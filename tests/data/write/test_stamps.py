@@ -5,8 +5,6 @@ A written set reads back as it was made, and says which object each of its image
 ends in one line.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -186,9 +184,6 @@ def test_scenes_of_the_real_pictures() -> None:
     seen = [render(scene, 96) for scene in some(installed(), 26)]
     assert len({pixels.tobytes() for pixels in seen}) == 26
     assert min(pixels.std() for pixels in seen) > 5
-
-
-pytest.importorskip("ffcv")
 
 
 def write(share: Path, out: Path, **options) -> list[Manifest]:

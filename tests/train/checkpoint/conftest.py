@@ -1,13 +1,10 @@
-from __future__ import annotations
-
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.train.checkpoint import Folder, place_at
-from pipeline.train.checkpoint.store import Store
+from pipeline.train.checkpoint import Place, place_at
 from tests.helpers.s3 import s3_server
 
 
@@ -26,7 +23,7 @@ def address(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder | Store:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """A place of each kind."""
     base = {"folder": str(tmp_path / "elsewhere"), "memory": "memory://checkpoints"}
     address = base.get(request.param) or request.getfixturevalue("bucket")

@@ -20,7 +20,7 @@ from torch import distributed
 from pipeline.core.errors import UserError
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.copies import copied
-from pipeline.train.checkpoint import Checkpoints, Folder, background, damage, step_folders
+from pipeline.train.checkpoint import Checkpoints, Place, background, damage, step_folders
 from tests.helpers.few import TRAINER, Counting, backend, restore, save, step
 from tests.helpers.processes import run_ranks
 
@@ -57,7 +57,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Folder(tmp_path), attempt="a")
+    made, rule, checkpoints = backend(1), Counting(1.0), Checkpoints(Place(tmp_path), attempt="a")
     then = copied(made.network.state_dict())
     momenta = copied([state["momentum_buffer"] for state in made.optimizer.state.values()])
     assert checkpoints.save(1, made, rule, TRAINER) is None
@@ -77,7 +77,7 @@ def test_training_goes_on_meanwhile_and_what_was_there_is_what_is_saved(
 
 
 def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     deadline = time.monotonic() + 20
     while (told := checkpoints.done()) is None:
@@ -88,7 +88,7 @@ def test_it_is_told_once_as_soon_as_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_the_next_one_waits_for_the_one_before(tmp_path: Path, gate: threading.Event) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.2, gate.set).start()
     before = checkpoints.save(2, backend(), Counting(), TRAINER)
@@ -104,24 +104,39 @@ def has_failed(checkpoints: Checkpoints) -> bool:
     return checkpoints.failed()
 
 
-def test_a_full_disk_is_the_users_and_the_one_before_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "last", "error", "said"),
+    [
+        (
+            errno.ENOSPC,
+            2,
+            UserError,
+            "checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
+            " whole one is",
+        ),
+        (errno.EIO, 3, OSError, "checkpoint after step 3 was not written: Input/output error"),
+    ],
+    ids=["a full disk", "two failures in a row"],
+)
+def test_what_cannot_be_written_ends_training_and_the_one_before_stays(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    last: int,
+    error: type[Exception],
+    said: str,
 ) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
-        failing(patch, errno.ENOSPC)
-        checkpoints.save(2, backend(), Counting(), TRAINER)
-        assert has_failed(checkpoints)
-        said = (
-            r"checkpoint: cannot be written after step 2: No space left on device: .*; the newest"
-            r" whole one is"
-        )
-        with pytest.raises(UserError, match=said):
-            checkpoints.save(3, backend(), Counting(), TRAINER)
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "step_00000001"
-    ]  # what there was of it makes room
+        failing(patch, number)
+        for step in range(2, last + 1):
+            checkpoints.save(step, backend(), Counting(), TRAINER)
+            assert has_failed(checkpoints)
+        with pytest.raises(error, match=said):
+            checkpoints.save(last + 1, backend(), Counting(), TRAINER)
+    # What there was of it makes room.
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert checkpoints.wait() is None
 
 
@@ -130,7 +145,7 @@ def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
 ) -> None:
     told: list[tuple[int, str]] = []
     checkpoints = Checkpoints(
-        Folder(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
+        Place(tmp_path), attempt="a", on_unwritten=lambda *about: told.append(about)
     )
     for number in (2, 4):  # never two in a row
         with monkeypatch.context() as patch:
@@ -145,53 +160,36 @@ def test_storage_that_failed_once_is_told_of_and_the_next_one_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000005"]
 
 
-def test_two_that_fail_in_a_row_are_told_to_training_and_the_one_before_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
-    save(checkpoints, 1, backend(), Counting(), TRAINER)
-    with monkeypatch.context() as patch:
-        failing(patch, errno.EIO)
-        checkpoints.save(2, backend(), Counting(), TRAINER)
-        checkpoints.save(3, backend(), Counting(), TRAINER)
-        with pytest.raises(
-            OSError, match=r"checkpoint after step 3 was not written: Input/output error"
-        ):
-            checkpoints.save(4, backend(), Counting(), TRAINER)
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "step_00000001"
-    ]  # what there was of it makes room
-    assert checkpoints.wait() is None
-
-
-@pytest.mark.parametrize("steps", [(1, 2, 3, 4), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("steps", "last"), [((1, 2, 3, 4), "step_00000004"), ((1, 1, 1, 1), "step_00000001.3")]
+)
 def test_an_old_one_that_cannot_be_deleted_is_told_and_costs_no_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[int, ...], last: str
 ) -> None:
     """As where NFS keeps the name of a file that somebody has open."""
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
     save(checkpoints, steps[0], backend(0), Counting(0.0), TRAINER)
 
     def fails(path: Path, **how: Any) -> None:
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.train.checkpoint.folder.shutil.rmtree", fails)
+        patch.setattr("pipeline.train.checkpoint.place.shutil.rmtree", fails)
         for value, number in enumerate(steps[1:]):
             told = save(checkpoints, number, backend(), Counting(value + 1.0), TRAINER)
             assert told.step == number and told.untidy.startswith(
                 "OSError: [Errno 39] Directory not empty: "
             )
     rule = Counting()
-    restore(Checkpoints(Folder(tmp_path), attempt="b"), backend(), rule)
+    restore(Checkpoints(Place(tmp_path), attempt="b"), backend(), rule)
     assert rule.feedback.tolist() == [3.0] * 3  # type: ignore[operator]
-    assert [path.name for path in tmp_path.iterdir()] == [f"step_{steps[-1]:08d}"]  # swept
+    assert [path.name for path in tmp_path.iterdir()] == [last]  # swept
 
 
 def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(
     tmp_path: Path, gate: threading.Event
 ) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.1, gate.set).start()
     told = checkpoints.close(KeyError("training fails"))
@@ -201,7 +199,7 @@ def test_an_attempt_that_ends_by_an_error_finishes_what_it_was_writing(
 def test_an_error_that_ends_the_attempt_says_that_the_checkpoint_failed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints, error = Checkpoints(Folder(tmp_path), attempt="a"), KeyError("training fails")
+    checkpoints, error = Checkpoints(Place(tmp_path), attempt="a"), KeyError("training fails")
     failing(monkeypatch, errno.EIO)
     checkpoints.save(1, backend(), Counting(), TRAINER)
     assert checkpoints.close(error) is None
@@ -220,7 +218,7 @@ def wait_for(file: Path) -> None:
 
 
 def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
-    ranks, place = Ranks(rank, size), Folder(Path(folder))
+    ranks, place = Ranks(rank, size), Place(Path(folder))
     about: dict[str, Any] = {"rank": rank, "ranks": size, "each": ranks.all_gather_object}
     checkpoints, write, found = Checkpoints(place, attempt="a", **about), background._write, {}
     held, made = threading.Event(), backend()
@@ -237,11 +235,11 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
             held.set()
             wait_for(checkpoints._writing.temp / (f".{rank}.json" if rank else "trainer.json"))  # type: ignore[union-attr]
         distributed.barrier()
-        found[f"half {writer}"] = (place.folder / f"step_0000000{1 + writer}").exists()
+        found[f"half {writer}"] = (place.staging / f"step_0000000{1 + writer}").exists()
         distributed.barrier()
         held.set()
         checkpoints.wait()
-        found[f"whole {writer}"] = damage(place.folder / f"step_0000000{1 + writer}")
+        found[f"whole {writer}"] = damage(place.staging / f"step_0000000{1 + writer}")
 
     def fails(file: Path, value: Any) -> None:
         if rank == slow_rank:
@@ -264,7 +262,7 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
         error = RuntimeError("connection reset by peer")
         alone.close(error)
         found["alone"] = error.__notes__
-        found["left"] = sorted(path.name for path in place.folder.glob("*step*"))
+        found["left"] = sorted(path.name for path in place.staging.glob("*step*"))
     return found
 
 
@@ -282,7 +280,7 @@ def _one_cannot_write(rank: int, size: int, folder: str) -> dict[str, Any]:
         "each": ranks.all_gather_object,
         "on_unwritten": lambda *about: told.append(about),
     }
-    checkpoints, background._write = Checkpoints(Folder(Path(folder)), attempt="a", **about), fails
+    checkpoints, background._write = Checkpoints(Place(Path(folder)), attempt="a", **about), fails
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     heard = has_failed(checkpoints)
     distributed.barrier()
@@ -316,7 +314,7 @@ def _one_is_slow(rank: int, size: int, folder: str) -> int:
         "each": ranks.all_gather_object,
         "beat": lambda: beats.append(rank),
     }
-    checkpoints = Checkpoints(Folder(Path(folder)), attempt="a", **about)
+    checkpoints = Checkpoints(Place(Path(folder)), attempt="a", **about)
     checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
     checkpoints.wait()
     return len(beats)
@@ -332,7 +330,7 @@ def test_so_does_one_that_ends(
 ) -> None:
     beats: list[int] = []
     monkeypatch.setattr(background, "WAIT_S", 0.02)
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", beat=lambda: beats.append(1))
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a", beat=lambda: beats.append(1))
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.3, gate.set).start()
     assert checkpoints.close() is not None and len(beats) >= 3
@@ -347,7 +345,7 @@ def test_a_thread_that_writes_for_long_is_no_sign_of_life(
     monkeypatch.setattr(background, "LONGEST_S", 0.5)
     beats: list[float] = []
     checkpoints = Checkpoints(
-        Folder(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
+        Place(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
     )
     checkpoints.save(1, backend(), Counting(), TRAINER)
     began = time.monotonic()
@@ -379,8 +377,8 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
-    about = {"attempt": "a", "rank": 0, "ranks": 2, "on_whole": lambda: None}
-    writing = background.Background(Folder(tmp_path), 1, {"config.json": "{}"}, **about)
+    about = {"attempt": "a", "rank": 0, "ranks": 2, "keep": 2}
+    writing = background.Background(Place(tmp_path), 1, {"config.json": "{}"}, **about)
     wait_for(writing.temp / "config.json")
     shutil.rmtree(writing.temp)
     with pytest.raises(background.Abandoned, match="is gone, as if another driver"):

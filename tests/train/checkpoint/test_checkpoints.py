@@ -23,18 +23,25 @@ from pipeline.track.events import Event
 from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
-    Folder,
+    Place,
     damage,
     lost_step,
     pin,
-    read_trainer,
     step_folders,
     verified,
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
-from pipeline.train.checkpoint.store import Store
 from tests.helpers.events import event
 from tests.helpers.few import TRAINER, Counting, backend, content, restore, save
+
+FILES = [
+    "model.safetensors",
+    "plain/state.pt",
+    "rng_rank0.pt",
+    "rule.pt",
+    "trainer.json",
+    "manifest.json",
+]
 
 
 def flip_a_byte(file: Path) -> None:
@@ -44,14 +51,14 @@ def flip_a_byte(file: Path) -> None:
 
 
 def saved(folder: Path, steps: list[int], **checkpoints: Any) -> Checkpoints:
-    made = Checkpoints(Folder(folder), attempt="a", **checkpoints)
+    made = Checkpoints(Place(folder), attempt="a", **checkpoints)
     for step in steps:
         save(made, step, backend(step), Counting(step), {**TRAINER, "score": None})
     return made
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    original, checkpoints = backend(1), Checkpoints(Folder(tmp_path), attempt="a")
+def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
+    original, checkpoints = backend(1), Checkpoints(place, attempt="a")
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
@@ -60,8 +67,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     other, rule = backend(2), Counting()
     trainer = restore(checkpoints, other, rule)
     assert trainer["step"] == 7
-    assert told.address == str(tmp_path / "step_00000007")
-    assert told.bytes > 0
+    made = "step_00000007" if place.folder else "step_00000007-a"
+    assert told.address == f"{place.url}/{made}" and told.bytes > 0
+    assert content(place) == {f"{made}/{name}" for name in FILES}
+    assert place.folder or not [*place.staging.iterdir()]  # the run's own disk keeps nothing
     for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(a, b)
     momenta = [
@@ -75,16 +84,6 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert drawn[1:] == again[1:]
 
 
-FILES = [
-    "model.safetensors",
-    "plain/state.pt",
-    "rng_rank0.pt",
-    "rule.pt",
-    "trainer.json",
-    "manifest.json",
-]
-
-
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -93,14 +92,14 @@ FILES = [
     ],
 )
 def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
-    place: Folder | Store, name: str, how: str
+    place: Place, name: str, how: str
 ) -> None:
     told: list[tuple[str, str]] = []
     checkpoints = Checkpoints(place, attempt="a", on_quarantine=lambda *about: told.append(about))
     for step in (1, 2):
         save(checkpoints, step, backend(step), Counting(step), TRAINER)
-    files = LocalFileSystem() if isinstance(place, Folder) else place.fs
-    root = place.folder if isinstance(place, Folder) else place.root
+    files = LocalFileSystem() if place.folder is not None else place.fs
+    root = place.folder if place.folder is not None else place.root
     path = f"{root}/{Path(place.address('step_00000002')).name}/{name}"
     data = bytearray(files.cat_file(path))
     data[len(data) // 2] ^= 1
@@ -110,7 +109,7 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
         files.pipe_file(path, bytes(data[:-7] if how == "cut" else data))
     assert restore(checkpoints, backend(9), Counting())["step"] == 1
     assert place.names() == ["step_00000001"]
-    if isinstance(place, Store) and (name, how) == ("manifest.json", "gone"):
+    if place.folder is None and (name, how) == ("manifest.json", "gone"):
         assert told == [] and not any(
             "step_00000002" in file for file in content(place)
         )  # it never was one
@@ -120,14 +119,14 @@ def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     assert any(file.startswith("quarantine/step_00000002") for file in content(place))
 
 
-def test_the_newest_the_best_and_the_pinned_are_kept(place: Folder | Store) -> None:
+def test_the_newest_the_best_and_the_pinned_are_kept(place: Place) -> None:
     checkpoints = Checkpoints(place, attempt="a", keep=2)
     for step, score in [(1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, 0.4)]:
         save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
         if step == 1:
             (
                 pin(place.folder / "step_00000001")
-                if isinstance(place, Folder)
+                if place.folder is not None
                 else place.write("step_00000001.pinned", b"")
             )
     assert [name[-1] for name in place.names()] == ["1", "2", "4", "5"]
@@ -148,14 +147,14 @@ def test_a_damaged_one_is_told_before_it_is_moved(
     flip_a_byte(tmp_path / "step_00000001" / "rule.pt")
     dying, next_one = (
         Checkpoints(
-            Folder(tmp_path),
+            Place(tmp_path),
             attempt=name,
             on_quarantine=lambda address, reason: told.append(address),
         )
         for name in "bc"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "set_aside", lambda self, name, aside: sys.exit("killed"))
+        patch.setattr(Place, "set_aside", lambda self, name, aside: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             dying.newest()
     assert len(told) == 1 and not Path(told[0]).exists()
@@ -171,7 +170,7 @@ def test_one_that_storage_does_not_let_go_at_once_is_told_once(
     for step in (1, 2):  # and one that is damaged later is another
         flip_a_byte(tmp_path / f"step_{step:08d}" / "rule.pt")
         with monkeypatch.context() as patch:
-            patch.setattr(Folder, "set_aside", stale)
+            patch.setattr(Place, "set_aside", stale)
             for _ in range(3):
                 with pytest.raises(OSError, match="Stale"):
                     checkpoints.newest()
@@ -180,7 +179,7 @@ def test_one_that_storage_does_not_let_go_at_once_is_told_once(
         save(checkpoints, 2, backend(), Counting(), TRAINER)
 
 
-def stale(self: Folder, name: str, aside: str) -> None:
+def stale(self: Place, name: str, aside: str) -> None:
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
@@ -216,15 +215,15 @@ def test_a_score_that_cannot_be_read_now_costs_nobody_the_best(
         return read(self)
 
     monkeypatch.setattr(Path, "read_bytes", fails)
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a", keep=1)
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a", keep=1)
     for step, score, left in [(1, 0.3, "1"), (2, 0.9, "12"), (3, 0.2, "123"), (4, 0.1, "124")]:
         told = save(checkpoints, step, backend(), Counting(), {**TRAINER, "score": score})
         assert [path.name[-1] for path in step_folders(tmp_path)] == list(left)
         assert ("Stale file handle" in told.untidy) == (step > 1)
     with pytest.raises(OSError, match="Stale file handle"):
-        verified(Folder(tmp_path), "best")
+        verified(Place(tmp_path), "best")
     away.clear()
-    assert verified(Folder(tmp_path), "best").name == "step_00000002"
+    assert verified(Place(tmp_path), "best").name == "step_00000002"
     told = save(checkpoints, 5, backend(), Counting(), {**TRAINER, "score": 0.4})
     assert ([path.name[-1] for path in step_folders(tmp_path)], told.untidy) == (["2", "5"], "")
 
@@ -247,20 +246,28 @@ def test_one_on_a_bad_sector_is_nobodys_best_and_does_not_stay_for_good(
     monkeypatch.setattr(disk, "TRY_S", 0.0)
     assert save(checkpoints, 3, backend(), Counting(), {**TRAINER, "score": 0.1}).untidy == ""
     assert [path.name[-1] for path in step_folders(tmp_path)] == ["2", "3"]
-    assert verified(Folder(tmp_path), "best").name == "step_00000003"
+    assert verified(Place(tmp_path), "best").name == "step_00000003"
 
 
-def test_a_step_that_is_redone_replaces_its_checkpoint(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [3])
-    save(checkpoints, 3, backend(8), Counting(), {**TRAINER, "score": 0.25})
-    assert read_trainer(verified(Folder(tmp_path)))["score"] == 0.25
+def test_a_step_that_is_saved_again_is_found_where_its_event_says(place: Place) -> None:
+    checkpoints, attempt = Checkpoints(place, attempt="a", keep=2), "" if place.folder else "-a"
+    told = [save(checkpoints, 1, backend(), Counting(value), TRAINER) for value in range(12)]
+    names = ["step_00000001", *(f"step_00000001.{number}" for number in range(1, 12))]
+    assert [each.address for each in told] == [f"{place.url}/{name}{attempt}" for name in names]
+    assert place.names() == names[:1] and place.address(names[0]) == told[-1].address
+    assert content(place) == {f"{names[-1]}{attempt}/{name}" for name in FILES}
+    rule = Counting()
+    restore(Checkpoints(place, attempt="b"), backend(), rule)
+    assert rule.feedback[0] == 11  # type: ignore[index]
+    checkpoints.discard(1, "for a test")
+    assert {file.split("-")[0] for file in content(place)} == {f"quarantine/{names[-1]}"}
 
 
 class Killed(BaseException):
     """Stands for a process that dies: nothing in the product catches it."""
 
 
-@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize("call", range(4))
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
@@ -292,19 +299,18 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_old_or_the_new(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", renamed)
-        patch.setattr("pipeline.train.checkpoint.folder.shutil.rmtree", removed)
+        patch.setattr("pipeline.train.checkpoint.place.shutil.rmtree", removed)
         try:
-            Folder(tmp_path).finish(made, "step_00000003")
-            Folder(tmp_path).tidy("step_00000003")
-            assert call == 4  # after two renames, one to the name of what goes, and its end
+            Place(tmp_path).finish(made, "step_00000003")
+            Place(tmp_path).tidy("step_00000003")
+            assert call == 3  # after a rename, one to the name of what goes, and its end
         except Killed:
-            assert call < 4
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="b")
-    assert checkpoints.newest() == tmp_path / "step_00000003"
-    assert (tmp_path / "step_00000003" / "model.safetensors").read_bytes() == (
-        old if call < 2 else new
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+            assert call < 3
+    checkpoints = Checkpoints(Place(tmp_path), attempt="b")
+    path = tmp_path / ("step_00000003" if call == 0 else "step_00000003.1")
+    assert checkpoints.newest() == path
+    assert (path / "model.safetensors").read_bytes() == (new if call else old)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step_00000001", path.name]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
@@ -326,7 +332,7 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
     monkeypatch.setattr(Path, "open", fails)
     monkeypatch.setattr(disk, "TRY_S", 0.0)
     checkpoints = Checkpoints(
-        Folder(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1])
+        Place(tmp_path), attempt="b", on_quarantine=lambda *about: told.append(about[1])
     )
     if number in (errno.EACCES, errno.ESTALE):
         with pytest.raises(OSError, match=os.strerror(number)):
@@ -339,7 +345,7 @@ def test_one_whose_medium_fails_is_quarantined_and_the_one_before_is_used(
 
 
 def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(Folder(tmp_path), attempt="a")
+    checkpoints = Checkpoints(Place(tmp_path), attempt="a")
     save(checkpoints, 1, backend(), Counting(), {"world_size": 2, "zero": 1, "score": None})
     with pytest.raises(
         CheckpointError, match="ZeRO-1 state of 2 workers loads on as many only; got 1"
@@ -348,9 +354,9 @@ def test_zero_state_of_other_workers_is_refused_with_the_reason(tmp_path: Path) 
 
 
 def test_nothing_to_restore_is_no_error(tmp_path: Path) -> None:
-    assert Checkpoints(Folder(tmp_path / "none"), attempt="a").newest() is None
+    assert Checkpoints(Place(tmp_path / "none"), attempt="a").newest() is None
     with pytest.raises(CheckpointError, match="got none"):
-        verified(Folder(tmp_path))
+        verified(Place(tmp_path))
 
 
 def test_a_kill_while_an_old_checkpoint_is_deleted_is_survived(tmp_path: Path) -> None:
@@ -372,18 +378,18 @@ def test_each_rank_gets_its_own_running_statistics_back(tmp_path: Path) -> None:
     made = backend(1)
     made.network.register_buffer("running_mean", torch.tensor([3.0]))
     own = {"running_mean": torch.tensor([1.0])}
-    save(Checkpoints(Folder(tmp_path), attempt="a"), 1, made, Counting(), TRAINER, buffers=own)
-    restore(Checkpoints(Folder(tmp_path), attempt="b"), made, Counting())
+    save(Checkpoints(Place(tmp_path), attempt="a"), 1, made, Counting(), TRAINER, buffers=own)
+    restore(Checkpoints(Place(tmp_path), attempt="b"), made, Counting())
     assert made.network.running_mean.item() == 1.0  # type: ignore[union-attr, operator]
 
 
 def test_one_that_is_newer_than_what_is_saved_takes_nobodys_room(tmp_path: Path) -> None:
     """Its manifest came late, of a driver whose place was taken over."""
-    save(Checkpoints(Folder(tmp_path), attempt="a", keep=1), 5, backend(), Counting(), TRAINER)
-    later = Checkpoints(Folder(tmp_path), attempt="b", keep=1)
+    save(Checkpoints(Place(tmp_path), attempt="a", keep=1), 5, backend(), Counting(), TRAINER)
+    later = Checkpoints(Place(tmp_path), attempt="b", keep=1)
     for step in (1, 2):
         save(later, step, backend(), Counting(), TRAINER)
-    assert Folder(tmp_path).names() == ["step_00000002", "step_00000005"]
+    assert Place(tmp_path).names() == ["step_00000002", "step_00000005"]
 
 
 # ------------------------------------------------------ what the journal knows, where none is found

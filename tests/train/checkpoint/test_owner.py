@@ -16,14 +16,12 @@ from pipeline.core.errors import UserError
 from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
-    Folder,
-    Owned,
+    Place,
     claim,
     owner_of,
     place_at,
 )
 from pipeline.train.checkpoint import background as thread
-from pipeline.train.checkpoint.store import Store
 from tests.helpers.few import TRAINER, Counting, backend, content, restore, save
 
 pytestmark = pytest.mark.timeout(60)
@@ -32,7 +30,7 @@ OF_A = {**TRAINER, "run_id": "a" * 32, "study": "s", "run": "first"}
 
 
 @pytest.fixture(params=["folder", "memory"])
-def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Folder | Store]:
+def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Place]:
     """The one place, as a run of each name knows it."""
     address = (
         str(tmp_path / "elsewhere")
@@ -42,12 +40,13 @@ def place_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], 
     return lambda run: place_at(address, tmp_path / run)
 
 
-def claimed(place: Folder | Store, run: str = "first") -> Owned:
-    return Owned(place, claim(place, run=run, run_id="a" * 32, study="s"))
+def claimed(place: Place, run: str = "first") -> Place:
+    token = claim(place, run=run, run_id="a" * 32, study="s")
+    return Place(place.url, place.staging, token=token)
 
 
 def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
-    place_of: Callable[[str], Folder | Store],
+    place_of: Callable[[str], Place],
 ) -> None:
     place = place_of("first")
     save(Checkpoints(place, attempt="a"), 1, backend(), Counting(), OF_A)
@@ -77,7 +76,7 @@ def test_a_place_that_is_anothers_is_not_claimed_and_nothing_in_it_is_touched(
 def test_a_full_disk_leaves_the_owner_that_there_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Folder(tmp_path)
+    place = Place(tmp_path)
     token = claimed(place).token
 
     def full(file: Path) -> None:
@@ -96,7 +95,7 @@ def test_a_full_disk_leaves_the_owner_that_there_was(
 
 @pytest.mark.parametrize("when", ["before its manifest", "with its manifest"])
 def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
-    place_of: Callable[[str], Folder | Store], monkeypatch: pytest.MonkeyPatch, when: str
+    place_of: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     first, told = claimed(place_of("first")), list[str]()
     one = Checkpoints(first, attempt="a", keep=1)
@@ -107,7 +106,7 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
         second.sweep()
         save(Checkpoints(second, attempt="b", keep=3), 2, backend(2), Counting(2), OF_A)
 
-    seal, finish = thread.seal, first.place.finish
+    seal, check = thread.seal, first.check_owner
 
     def sealed(*given: object) -> None:
         seal(*given)  # type: ignore[arg-type]
@@ -115,19 +114,16 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
             told.append("sealed")
             taken_over()
 
-    def finished(*given: object) -> str:
-        address = finish(*given)  # type: ignore[arg-type]
-        claimed(place_of("second"), "second")
-        return address
+    def checked() -> None:
+        if "step_00000002" in first.names() and not told:  # after its last step
+            told.append("finished")
+            claimed(place_of("second"), "second")
+        check()
 
     if when == "before its manifest":
         monkeypatch.setattr(thread, "seal", sealed)
     else:
-        monkeypatch.setattr(
-            Folder if isinstance(first.place, Folder) else Store,
-            "finish",
-            lambda self, *given: finished(*given),
-        )
+        monkeypatch.setattr(first, "check_owner", checked)
     one.save(2, backend(3), Counting(3), OF_A)
     with pytest.raises(
         UserError,
@@ -152,17 +148,17 @@ def test_the_earlier_of_two_drivers_stops_at_its_save_and_tells_nothing_whole(
 def test_what_an_abandoned_attempt_still_uploads_reaches_no_checkpoint_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, put = place_at(f"memory://owned/{uuid.uuid4().hex}", tmp_path), Store._put
+    place, put = place_at(f"memory://owned/{uuid.uuid4().hex}", tmp_path), Place._put
     late = tmp_path / ".writing-a-step_00000001"
     late.mkdir()
     (late / "model.safetensors").write_bytes(b"late")
 
-    def meanwhile(self: Store, file: Path, path: str) -> None:
-        monkeypatch.setattr(Store, "_put", put)
+    def meanwhile(self: Place, file: Path, path: str) -> None:
+        monkeypatch.setattr(Place, "_put", put)
         save(Checkpoints(place, attempt="b"), 1, backend(2), Counting(2), OF_A)
         put(self, file, path)
 
-    monkeypatch.setattr(Store, "_put", meanwhile)
+    monkeypatch.setattr(Place, "_put", meanwhile)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):  # it is not sealed
         place.finish(late, "step_00000001")
     rule = Counting()

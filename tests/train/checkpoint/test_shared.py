@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.core import shared_marker as shared
 from pipeline.core.errors import UserError
 from pipeline.core.shared_marker import Marker
 from pipeline.train import assemble, worker
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.checkpoint import Folder
-from pipeline.train.checkpoint import folder as shared
+from pipeline.train.checkpoint import Place
 from pipeline.train.job import RankInfo
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import job_of, make_run, small_recipe
@@ -31,7 +31,7 @@ def _each_on_its_own_disk(rank: int, ranks: int, folder: str) -> str:
         make_run(run, small_recipe(backend="deepspeed"))
     Ranks(rank, ranks).all_gather_object(None)
     job = job_of(run, small_recipe())
-    assemble.place_at = lambda address, run: Folder(Path(folder) / f"disk{rank}")
+    assemble.place_at = lambda address, run, token: Place(Path(folder) / f"disk{rank}")
     try:
         worker.run(job, RankInfo(rank, ranks))
     except UserError as error:
@@ -103,5 +103,5 @@ def test_storage_that_fails_for_a_while_ends_the_attempt_and_not_the_run(tmp_pat
 
 def test_a_marker_that_a_killed_worker_left_is_swept(tmp_path: Path) -> None:
     (tmp_path / f"{shared.MARKER}1234").write_text("x")
-    Folder(tmp_path).sweep()
+    Place(tmp_path).sweep()
     assert not [*tmp_path.iterdir()]

@@ -14,25 +14,22 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
 from botocore.exceptions import ClientError
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 from s3fs.errors import translate_boto_error
 
 from pipeline.core.errors import UserError
-from pipeline.train.checkpoint import CheckpointError, Checkpoints, Folder, place_at, verified
-from pipeline.train.checkpoint.place import prune
-from pipeline.train.checkpoint.store import Store
+from pipeline.train.checkpoint import CheckpointError, Checkpoints, Place, place_at, prune, verified
 from pipeline.train.guards.storage import may_pass
 from tests.helpers.few import TRAINER, Counting, backend, restore, save
 
 pytestmark = pytest.mark.timeout(120)
 
 
-def store(address: str, run: Path) -> Store:
+def store(address: str, run: Path) -> Place:
     place = place_at(address, run)
-    assert isinstance(place, Store)
+    assert place.folder is None
     return place
 
 
@@ -56,37 +53,20 @@ FILES = {
 }
 
 
-def test_what_is_saved_comes_back_in_a_fresh_folder(address: str, tmp_path: Path) -> None:
-    made = backend(1)
-    told = save(checkpoints(address, tmp_path / "one"), 7, made, Counting(2.5), TRAINER)
-    assert told.address == f"{address}/step_00000007-a"
-    assert paths(address) == {f"step_00000007-a/{name}" for name in FILES}
-    assert (
-        list((tmp_path / "one" / "checkpoints").iterdir()) == []
-    )  # the run's own disk keeps nothing
-    other, rule = backend(2), Counting()
-    trainer = restore(checkpoints(address, tmp_path / "other"), other, rule)
-    assert trainer["step"] == 7 and rule.feedback.tolist() == [2.5] * 3  # type: ignore[operator]
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(made.network.parameters(), other.network.parameters(), strict=True)
-    )
-
-
 def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saving = checkpoints(address, tmp_path)
     save(saving, 1, backend(), Counting(), TRAINER)
     with monkeypatch.context() as patch:
-        put = Store._put
+        put = Place._put
 
-        def cut(self: Store, file: Path, path: str) -> None:
+        def cut(self: Place, file: Path, path: str) -> None:
             if file.name == "manifest.json":
                 raise OSError(errno.ECONNRESET, "Connection reset by peer")
             put(self, file, path)
 
-        patch.setattr(Store, "_put", cut)
+        patch.setattr(Place, "_put", cut)
         saving.save(2, backend(), Counting(), TRAINER)
         with pytest.raises(
             OSError, match="checkpoint after step 2 was not written: Connection reset by peer"
@@ -108,9 +88,9 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
     saving = checkpoints(address, tmp_path, keep=1)
     save(saving, 1, backend(1), Counting(1), TRAINER)
     save(saving, 2, backend(2), Counting(2), TRAINER)
-    put, fs = Store._put, saving.place.fs  # type: ignore[attr-defined]
+    put, fs = Place._put, saving.place.fs  # type: ignore[attr-defined]
 
-    def cut(self: Store, file: Path, path: str) -> None:
+    def cut(self: Place, file: Path, path: str) -> None:
         if path.endswith(f"/{at}"):
             raise OSError(errno.ECONNRESET, "Connection reset by peer")
         put(self, file, path)
@@ -123,7 +103,7 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
 
     with monkeypatch.context() as patch:
         if how == "put":
-            patch.setattr(Store, "_put", cut)
+            patch.setattr(Place, "_put", cut)
         else:
             patch.setattr(fs, "rm", remove)
         saving.save(2, backend(3), Counting(3), {**TRAINER, "score": 0.5})
@@ -141,26 +121,6 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
     assert folders == {
         "step_00000002.1-a" if is_new else "step_00000002-a"
     }  # nothing is left of the other
-
-
-def test_a_step_that_is_saved_again_is_found_where_its_event_says(
-    address: str, tmp_path: Path
-) -> None:
-    saving = checkpoints(address, tmp_path, keep=2)
-    told = [save(saving, 1, backend(), Counting(value), TRAINER).address for value in range(12)]
-    assert told == [
-        f"{address}/step_00000001-a",
-        *(f"{address}/step_00000001.{number}-a" for number in range(1, 12)),
-    ]
-    place, rule = store(address, tmp_path), Counting()
-    assert place.names() == ["step_00000001"] and place.address("step_00000001") == told[-1]
-    assert paths(address) == {f"step_00000001.11-a/{name}" for name in FILES}
-    restore(checkpoints(address, tmp_path / "fresh"), backend(), rule)
-    assert rule.feedback[0] == 11  # type: ignore[index]
-    path = f"{place.root}/step_00000001.11-a/model.safetensors"
-    place.fs.pipe_file(path, place.fs.cat_file(path)[:-7])
-    assert checkpoints(address, tmp_path / "fresh").newest() is None
-    assert {found.split("-")[0] for found in paths(address)} == {"quarantine/step_00000001.11"}
 
 
 def test_one_of_which_only_the_manifest_is_there_can_be_deleted(
@@ -306,12 +266,13 @@ def test_a_manifest_reaches_no_file_outside(tmp_path: Path) -> None:
 
 
 def test_an_address_is_a_folder_or_something_that_can_be_opened(tmp_path: Path) -> None:
-    assert place_at("", tmp_path) == Folder(tmp_path / "checkpoints")
-    assert (
-        place_at("/big/run", tmp_path)
-        == place_at("file:///big/run", tmp_path)
-        == Folder(Path("/big/run"))
-    )
+    for address, folder in (
+        ("", tmp_path / "checkpoints"),
+        ("/big/run", Path("/big/run")),
+        ("file:///big/run", Path("/big/run")),
+    ):
+        place = place_at(address, tmp_path)
+        assert place.folder == place.staging == folder and place.url == str(folder)
     with pytest.raises(
         CheckpointError,
         match=r"must be one that fsspec can open; got nowhere://x/run: Protocol not known: nowhere",

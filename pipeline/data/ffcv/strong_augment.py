@@ -1,5 +1,7 @@
-"""RandAugment's colour operations, compiled. Two of ten are drawn for a view, independently, and
-each is applied with probability 1/2.
+"""Strong augmentation, compiled: RandAugment's colour operations, and random erasing.
+
+Of ten colour operations two are drawn for a view, independently, and each is applied with
+probability 1/2.
 
     magnitude ~ N(m, 1/2), clipped to 0..10
 
@@ -14,16 +16,23 @@ each is applied with probability 1/2.
 
 These are timm's "rand-m9-mstd0.5-inc1" without rotations, shears and shifts, which a crop replaces.
 
-Source: Cubuk et al. 2020, arXiv:1909.13719. For the same draws the result equals that of timm
-1.0.31 with Pillow 13.0 to the bit.
+Random erasing replaces a rectangle of a normalised view by noise of mean 0 and standard deviation
+1. The rectangle's area is a share 0.02 to 1/3 of the view. Its ratio of height to width is 0.3 to
+1/0.3, uniform in the logarithm. Of ten attempts the first that fits is used.
+
+Source: Cubuk et al. 2020, arXiv:1909.13719; for the same draws the colours equal those of timm
+1.0.31 with Pillow 13.0 to the bit. Zhong et al. 2020, arXiv:1708.04896; the ranges of erasing are
+those of timm 1.0.31 in its mode "pixel".
 """
 
-# S side of a view
+# C channels, S side of a view
+
+import math
 
 import numpy as np
 
-from pipeline.core.random import COLOUR
-from pipeline.data.ffcv.loops import below, bits, compiled
+from pipeline.core.random import COLOUR, ERASE, ERASE_PIXELS
+from pipeline.data.ffcv.loops import below, bits, compiled, unit
 
 OPERATIONS = (
     *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add"),
@@ -181,3 +190,55 @@ def recolour(pixels_SS3, seed, epoch, index, strength, ratios, normals):
         level = strength[0] + SPREAD * normals[bits(seed, epoch, index, _DRAWS[layer, 2]) >> _S48]
         sign = 1.0 if bits(seed, epoch, index, _DRAWS[layer, 3]) >> _S63 == 0 else -1.0
         apply(pixels_SS3, operation, min(max(level, 0.0), MOST), sign)
+
+
+# ------------------------------------------------------------------------------------------ erasing
+
+AREA, RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
+_ATTEMPTS = 10
+_ERASE_DRAWS = np.arange(ERASE + 8, ERASE + 8 + 4 * _ATTEMPTS, dtype=np.uint64).reshape(
+    _ATTEMPTS, 4
+)
+_WHETHER, _PIXELS = np.uint64(ERASE), np.uint64(ERASE_PIXELS)
+_FOUR, _S16, _S52 = np.uint64(4), np.uint64(16), np.uint64(52)
+
+
+@compiled
+def fill(out_Chw, seed, epoch, index, normals):
+    """Fill with noise: four values from each draw, of 16 bits each."""
+    place, random_bits = np.uint64(0), np.uint64(0)
+    for c in range(out_Chw.shape[0]):
+        for y in range(out_Chw.shape[1]):
+            for x in range(out_Chw.shape[2]):
+                if place % _FOUR == 0:
+                    random_bits = bits(seed, epoch, index, _PIXELS + place // _FOUR)
+                out_Chw[c, y, x] = normals[random_bits >> _S48]
+                random_bits = random_bits << _S16
+                place += np.uint64(1)
+
+
+@compiled
+def erase(out_CSS, seed, epoch, index, strength, ratios, normals):
+    """Erase in place. `strength`: (colour, erase). `ratios`, `normals`: tables of RATIO and of
+    normal quantiles.
+    """
+    if unit(bits(seed, epoch, index, _WHETHER)) >= strength[1]:
+        return
+    side = out_CSS.shape[1]
+    for attempt in range(_ATTEMPTS):
+        area = (
+            (
+                AREA[0]
+                + (AREA[1] - AREA[0]) * unit(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 0]))
+            )
+            * side
+            * side
+        )
+        ratio = ratios[bits(seed, epoch, index, _ERASE_DRAWS[attempt, 1]) >> _S52]
+        height = np.int64(math.floor(math.sqrt(area * ratio) + 0.5))
+        width = np.int64(math.floor(math.sqrt(area / ratio) + 0.5))
+        if height < side and width < side:
+            top = below(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 2]), side - height + 1)
+            left = below(bits(seed, epoch, index, _ERASE_DRAWS[attempt, 3]), side - width + 1)
+            fill(out_CSS[:, top : top + height, left : left + width], seed, epoch, index, normals)
+            return

@@ -1,0 +1,337 @@
+"""Writes sets of samples to `train.beton` and `val.beton`, with a manifest beside each.
+
+    open a source, encode its samples in this process or in several, store them in order, report
+
+A file appears under its final name complete or not at all. Its bytes do not depend on the number of
+workers.
+"""
+
+import errno
+import os
+import shlex
+import sys
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count, islice
+from multiprocessing import get_context
+from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
+
+from pipeline.core.errors import DataError, LoaderError, require_data
+from pipeline.core.files import sync_folder
+from pipeline.core.units import counted
+from pipeline.data.ffcv import manifest as manifests
+from pipeline.data.ffcv.format import BetonWriter, Kind
+from pipeline.data.ffcv.manifest import ContentHash, Manifest
+from pipeline.data.ffcv.page_checks import verify
+
+CHUNK = 32  # samples that a worker takes at a time
+Existing = Literal["refuse", "replace", "keep"]
+Progress = Callable[[int, int], None]  # samples done, samples in all, over both sets
+
+
+class Sample(Protocol):
+    """A sample to store. `str` names it in error messages."""
+
+    @property
+    def label(self) -> int: ...
+
+
+S = TypeVar("S", bound=Sample)
+S_contra = TypeVar("S_contra", bound=Sample, contravariant=True)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files or folders of a source that are not samples. `which` follows the noun, as in "file"
+    "ending in .gif".
+    """
+
+    noun: str
+    which: str
+    count: int
+    example: str
+
+    def __str__(self) -> str:
+        return (
+            f"{counted(self.count, self.noun)}{self.which and ' '}{self.which}, such as"
+            f" {self.example}"
+        )
+
+
+@dataclass(frozen=True)
+class Source(Generic[S]):
+    """The samples of one set in the order of the file."""
+
+    name: str  # train or val
+    classes: list[str]  # the place of a name is its label
+    items: Sequence[S]
+    where: str
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    payload: bytes
+    attributes: dict[str, int]  # recorded in the file beside the label (format.py)
+    counted: dict[str, int]  # summed over the samples in the manifest
+    groups: dict[str, str] = field(default_factory=dict)  # kept for each sample in the manifest
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Why a sample cannot be encoded."""
+
+    reason: str
+
+
+class Encoder(Protocol[S_contra]):
+    """Encodes samples. A frozen dataclass, whose fields are kept in the manifest; worker processes
+    get a copy.
+    """
+
+    @property
+    def kind(self) -> Kind: ...
+
+    def __call__(self, sample: S_contra, /) -> Encoded | Bad: ...
+
+
+class TooManyUnreadable(DataError):
+    """More unreadable samples than allowed. `unreadable` lists them, as `Manifest.skipped` does."""
+
+    def __init__(self, message: str, unreadable: list[dict[str, str]]) -> None:
+        super().__init__(message)
+        self.unreadable = unreadable
+
+
+def write_sets(
+    sets: Sequence[Source[S]],
+    out: Path,
+    how: Encoder[S],
+    *,
+    workers: int = 1,
+    max_bad: int = 0,
+    progress: Progress | None = None,
+    existing: Existing = "refuse",
+) -> list[Manifest]:
+    """Write each set to `out/<its name>.beton`, encoded by `how`.
+
+    Args:
+        max_bad: samples of each set that may be unreadable. They are left out and listed in the
+            manifest.
+        existing: "refuse" or "replace" existing files, or "keep" them after all their bytes were
+            verified.
+
+    Raises:
+        DataError: more samples than `max_bad` are unreadable (after all samples of both sets were
+            tried), `out` is already written, or the disk is full.
+        LoaderError: a worker died or hung.
+    No file remains after an error.
+    """
+    require_data(
+        workers >= 1 and max_bad >= 0 and existing in get_args(Existing),
+        "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
+        f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}",
+    )
+    out = Path(out)
+    finals = [out / f"{each.name}.beton" for each in sets]
+    there = [str(final) for final in finals if final.exists()]
+    if existing == "keep" and len(there) == len(finals):
+        return [_kept(final, how) for final in finals]
+    require_data(
+        not there or existing == "replace",
+        f"write: {' and '.join(there)} must not exist yet; remove them, or ask with --existing"
+        " replace",
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    total, done = sum(len(each.items) for each in sets), count(1)
+    report = lambda: progress(next(done), total) if progress else None
+    written: list[Manifest] = []
+    with ExitStack() as held:  # the files get their names together, once all are complete
+        for each, final in zip(sets, finals, strict=True):
+            part = held.enter_context(_whole_or_nothing(final))
+            written.append(_store(each, part, final.name, how, workers, report))
+        _refuse_unreadable(sets, written, kind=how.kind.name, max_bad=max_bad)
+        for final in finals:
+            # An old manifest must not vouch for a new file, nor a new one for an old file.
+            final.with_name(final.name + manifests.SUFFIX).unlink(missing_ok=True)
+    for manifest, final in zip(written, finals, strict=True):
+        manifest.write(final.with_name(final.name + manifests.SUFFIX))
+    return written
+
+
+def check_kept(written: Sequence[Manifest], sets: Sequence[Source[Any]]) -> None:
+    """Check that kept files were written from the requested sets.
+
+    Raises: DataError that names the samples of the files.
+    """
+    for manifest, each in zip(written, sets, strict=True):
+        held = manifest.samples + len(manifest.skipped)
+        require_data(
+            (held, manifest.source) == (len(each.items), each.where),
+            f"write: {manifest.file} was written from {counted(held, 'sample')} of"
+            f" {manifest.source}; got {len(each.items)} of {each.where}; ask with --existing"
+            " replace",
+        )
+
+
+def encode_all(
+    items: Iterable[S], how: Encoder[S], *, workers: int, stall_s: float = 300.0
+) -> Iterator[tuple[S, Encoded | Bad]]:
+    """Encode in order, in `workers` processes (1: in this one).
+
+    Raises: LoaderError if a worker process dies, or no result arrives for `stall_s` seconds.
+    """
+    if workers == 1:
+        yield from ((item, how(item)) for item in items)
+        return
+    # Spawned, because a fork would leave the threads of this process (torch, numba) in an unknown
+    # state.
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=signal, initargs=(SIGINT, SIG_IGN)
+    )
+    samples, chunk, pending = iter(items), [], deque[tuple[list[S], Future[list[Encoded | Bad]]]]()
+    try:
+        while True:
+            while len(pending) <= 2 * workers and (chunk := list(islice(samples, CHUNK))):
+                pending.append((chunk, pool.submit(_encode_chunk, chunk, how)))
+            if not pending:
+                return
+            chunk, future = pending.popleft()
+            yield from zip(chunk, future.result(timeout=stall_s), strict=True)
+    except BrokenProcessPool as error:  # from a result, or from submitting the next chunk
+        raise LoaderError(
+            f"write: a worker process died while samples from {chunk[0]} on were encoded"
+        ) from error
+    except TimeoutError as error:
+        raise LoaderError(
+            f"write: no worker finished for {stall_s:g} s; waiting for samples {chunk[0]} to"
+            f" {chunk[-1]}"
+        ) from error
+    finally:
+        # CPython 3.11 to 3.13 have no public method to end a worker that hangs; 3.14 has
+        # terminate_workers().
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.kill()  # a stopped process would not receive SIGTERM
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode_chunk(chunk: list[S], how: Encoder[S]) -> list[Encoded | Bad]:
+    return [how(item) for item in chunk]
+
+
+def _kept(final: Path, how: Encoder[Any]) -> Manifest:
+    """The manifest of an existing file, all of whose bytes were verified."""
+    manifest = verify(final)[0]
+    require_data(
+        manifest.options == _options(how),
+        f"write: {final} was written with {manifest.options}; got {_options(how)}; ask with"
+        " --existing replace",
+    )
+    return manifest
+
+
+def _refuse_unreadable(
+    sets: Sequence[Source[Any]], written: Sequence[Manifest], *, kind: str, max_bad: int
+) -> None:
+    counts = {each.name: len(found.skipped) for each, found in zip(sets, written, strict=True)}
+    unreadable = [bad for found in written for bad in found.skipped]
+    if max(counts.values()) > max_bad:
+        got = " and ".join(f"{count} in {name}" for name, count in counts.items() if count)
+        message = (
+            f"write: at most {counted(max_bad, kind)} of each set may be unreadable; got {got}; "
+            "mend or remove what is listed, or allow more with --max-bad"
+        )
+        raise TooManyUnreadable(message, unreadable)
+    for each, found in zip(sets, written, strict=True):
+        if not found.samples:
+            raise TooManyUnreadable(
+                f"write: {each.name} must have a readable {kind}; got none", unreadable
+            )
+
+
+def _store(
+    source: Source[S],
+    path: Path,
+    name: str,
+    how: Encoder[S],
+    workers: int,
+    report: Callable[[], None],
+) -> Manifest:
+    """Write a set to `path`; the manifest of the file, whose final name is `name`."""
+    content, labels, skipped, stored = ContentHash(source.classes, how.kind), [], [], Counter()
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    with closing(BetonWriter(path, capacity=len(source.items), kind=how.kind)) as writer:
+        for item, result in encode_all(source.items, how, workers=workers):
+            if isinstance(result, Bad):
+                skipped.append({"image": str(item), "reason": result.reason})
+            else:
+                try:
+                    writer.add(result.payload, label=item.label, **result.attributes)
+                except DataError as error:
+                    raise DataError(f"{item}: {error}") from error
+                content.add(result.payload, label=item.label, **result.attributes)
+                labels.append(item.label)
+                stored.update(result.counted)
+                for by, group in result.groups.items():
+                    groups[by].append(group)
+            report()
+        writer.finish()
+    return manifests.describe(
+        path,
+        name=name,
+        content=content.hexdigest(),
+        classes=source.classes,
+        labels=labels,
+        skipped=skipped,
+        left_out=[asdict(each) for each in source.left_out],
+        stored=dict(stored),
+        groups=dict(groups),
+        source=source.where,
+        command=shlex.join(sys.argv),
+        options=_options(how),
+        written_by={name: _version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")},
+    )
+
+
+@contextmanager
+def _whole_or_nothing(final: Path) -> Iterator[Path]:
+    """Yield a temporary path, which is renamed to `final` if the block succeeds and removed if it
+    fails or is interrupted.
+
+    Raises: DataError if the disk is full or cannot be written.
+    """
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise DataError(
+            f"write: {final} {'does not fit the disk' if full else 'cannot be written'}:"
+            f" {error.strerror}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _options(how: Any) -> dict[str, Any]:
+    """The fields of an encoder in the manifest, with lists for tuples, as in JSON."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(how).items()
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

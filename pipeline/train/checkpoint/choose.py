@@ -1,0 +1,103 @@
+"""Which checkpoint of a place is used, which ones go, and which one must be there."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from pipeline.track.events import Checkpoint, Event, Quarantine, Start
+from pipeline.train.checkpoint.manifest import damage
+from pipeline.train.checkpoint.place import CheckpointError, Place, trainer_of
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def pin(path: Path) -> None:
+    """Keep a checkpoint from being pruned: somebody outside of the run knows its address."""
+    path.with_name(f"{path.name.split('.')[0]}.pinned").touch()
+
+
+def verified(place: Place, which: str = "last") -> Path:
+    """The newest checkpoint that verifies, or with "best" the one with the best score.
+
+    Raises:
+        CheckpointError: there is none.
+        OSError: one cannot be looked at now, and may be the one.
+    """
+    names = place.names()
+    if which == "best":
+        scores = {name: score for name in names if (score := _score(place, name)) is not None}
+        names = sorted(scores, key=lambda name: (scores[name], name))
+    for name in reversed(names):
+        path = place.fetch(name)
+        if damage(path) is None:
+            return path
+    kind = "with a score that verifies" if which == "best" else "that verifies"
+    raise CheckpointError(f"{place.address('')}: needs a checkpoint {kind}; got none")
+
+
+def prune(place: Place, saved: str, *, keep: int) -> None:
+    """Delete old checkpoints, except the newest `keep`, the best by score and the pinned ones.
+
+    Checkpoints newer than `saved` belong to another attempt: they stay and do not count.
+
+    Raises:
+        OSError: the score of one cannot be read now. It stays, as it may be the best.
+    """
+    names = [name for name in place.names() if name <= saved]
+    if len(names) <= keep:
+        return
+    scores: dict[str, float] = {}
+    unread: dict[str, OSError] = {}
+    for name in names:
+        try:
+            if (score := _score(place, name)) is not None:
+                scores[name] = score
+        except OSError as error:
+            unread[name] = error
+    best = max(scores, key=lambda name: (scores[name], name), default=None)
+    for name in names[:-keep]:
+        if name != best and name not in unread and not _is_pinned(place, name):
+            place.delete(name)
+    for error in unread.values():
+        raise error
+
+
+def lost_step(events: Iterable[Event], *, keep: int) -> int | None:
+    """The step of the newest checkpoint that must exist by the journal's events; None: none must.
+
+    Each start names the newest one at that time. Of those saved since, the newest `keep` exist,
+    except those in quarantine.
+    """
+    there: set[int] = set()
+    for event in events:
+        if isinstance(event, Start):
+            there = {step for step in {*there, event.step} if 0 < step <= event.step}
+        elif isinstance(event, Checkpoint):
+            there = set(sorted({*there, event.step})[-keep:])
+        elif isinstance(event, Quarantine):
+            if name := re.match(r"step_(\d+)", PurePosixPath(event.path).name):
+                # The event of its saving may be missing, and it has replaced an older one.
+                there = set(sorted({*there, int(name[1])})[-keep:]) - {int(name[1])}
+    return max(there, default=None)
+
+
+def _is_pinned(place: Place, name: str) -> bool:
+    try:
+        place.read(f"{name}.pinned")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _score(place: Place, name: str) -> float | None:
+    """The score of a checkpoint; None where it has none or is damaged.
+
+    Raises:
+        OSError: it cannot be looked at, and may be whole.
+    """
+    try:
+        return trainer_of(place, name)["score"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
