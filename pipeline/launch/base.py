@@ -23,8 +23,6 @@ class Launcher(Protocol):
     A launcher is entered and left in the main thread of its process.
     """
 
-    workers: int
-
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...

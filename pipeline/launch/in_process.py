@@ -25,8 +25,6 @@ from pipeline.train.worker import run
 class Inline:
     """Runs the only worker of a job in the calling thread."""
 
-    workers = 1
-
     def __init__(self, *, device: Device = "auto", loader_threads: CountOrAuto = "auto") -> None:
         refuse_unusable_cards(device)
         self.device = "cuda" if takes_gpus(device, 1, torch.cuda.device_count()) else "cpu"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.ray_cluster import free_port
+from tests.helpers.nodes import free_port
 from pipeline.report.stores import open_store
 from pipeline.track.journal import read
 from pipeline.track.mlflow import sync

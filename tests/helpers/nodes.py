@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,12 @@ class Nodes:
             if line.startswith("nodes: "):
                 return line.removeprefix("nodes: ").strip()
         raise AssertionError("the cluster's process ended")
+
+
+def free_port() -> int:
+    """A port at which nothing listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.launch.ray_cluster import free_port
+from tests.helpers.nodes import free_port
 from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
 from tests.track.conftest import FakeRun, fake_run, steps

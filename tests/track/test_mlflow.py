@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch.ray_cluster import free_port
+from tests.helpers.nodes import free_port
 from pipeline.report.stores import open_store
 from pipeline.track import hierarchy
 from pipeline.track.connect import TrackingError, connect
