@@ -29,8 +29,7 @@ from pipeline.recipe.command_line import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
-from pipeline.track.state import is_driven, state_of
-from pipeline.track.trials import over_in
+from pipeline.track.state import is_driven, over_in, state_of
 from pipeline.train.job import was_stopped
 from pipeline.train.placeholder_weights import with_stand_ins
 

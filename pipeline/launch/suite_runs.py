@@ -15,7 +15,7 @@ from pipeline.launch.driver import check
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, filled, needed, sources
-from pipeline.track.trials import best, is_over, top1_of
+from pipeline.track.state import best, is_over, top1_of
 from pipeline.train.job import Job
 from pipeline.train.weights import lasting_weights
 

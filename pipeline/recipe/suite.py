@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 Report = Callable[[Mapping[str, Path], Any], object]
-"""called with the folder of each recipe's run, all finished or diverged (pipeline/track/trials.py),
+"""called with the folder of each recipe's run, all finished or diverged (pipeline/track/state.py),
 by
 the recipe's name in their order, and rich's Console; prints, and may return what `compare --format
 json` prints: JSON values. Of an object `report` shows "claims", as report/claims.py tells them, and

@@ -20,8 +20,7 @@ from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.sweeps import LARGEST_SAID, swept
 from pipeline.report.views import WEB, drawn, environment, plotly_script, section_of
-from pipeline.track.mlflow import tracking_uri
-from pipeline.track.publish import log_report
+from pipeline.track.mlflow import log_report, tracking_uri
 
 _NO_SWEEP = (
     "Memory and time against time steps",

@@ -9,8 +9,7 @@ import pytest
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import ServerStore, open_store
 from pipeline.track.connect import TrackingError, connect
-from pipeline.track.mlflow import sync
-from pipeline.track.publish import log_report, register
+from pipeline.track.mlflow import log_report, register, sync
 from tests.track.conftest import FakeRun, write_suite
 from tests.track.test_mlflow import artifacts, find, free_port
 

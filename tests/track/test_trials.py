@@ -11,14 +11,14 @@ import pytest
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
-from pipeline.track.journal import Journal
-from pipeline.track.trials import best, over_in, top1_of
+from pipeline.track.state import best, over_in, top1_of
+from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe
 
 
 def run(folder: Path, *, end: str) -> Path:
     folder.mkdir(parents=True)
-    with Journal(folder / "journal.jsonl", attempt=0) as journal:
+    with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
         journal.event("start")
         journal.event(end)
     (folder / "summary.json").write_text('{"top1": 0.75}') if end == "finish" else None
