@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.core.checks import require
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
@@ -50,11 +51,11 @@ def resume_run(
     if state_of(folder) == "finished":
         say(new_console(), f"{folder.name} has finished")
         return folder
-    if options.get("side_by_side", 1) != 1:
-        raise ValueError(
-            f"resume: --side-by-side is for a suite; got {options['side_by_side']} with"
-            f" {folder.name} alone"
-        )
+    require(
+        options.get("side_by_side", 1) == 1,
+        f"resume: --side-by-side is for a suite; got {options.get('side_by_side')} with"
+        f" {folder.name} alone",
+    )
     launched = Cluster.from_json(read_json(RunFolder(folder).cluster))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     say_stage("checking the run and where it continues")
@@ -83,11 +84,11 @@ def check_resumed(
         check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
     if zero := recipe_fields(folder).get("zero"):
         wrote = _workers_of_newest(place_of(folder))
-        if wrote is not None and cluster.sizes != (wrote,):
-            raise ValueError(
-                f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
-                f" {wrote}; got {format_sizes(cluster.sizes)}"
-            )
+        require(
+            wrote is None or cluster.sizes == (wrote,),
+            f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
+            f" {wrote}; got {format_sizes(cluster.sizes)}",
+        )
 
 
 def _workers_of_newest(place: Place) -> int | None:
@@ -119,8 +120,7 @@ def refuse_unless_launched_so(
         there, asked = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
         raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")
     found = list(_differences(folder, made, trust=trust))
-    if found:
-        raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
+    require(not found, f"{rule}; its recipe differs now: {listed(found)}")
     there = (
         read_json(RunFolder(folder).cluster)
         if isinstance(made, Recipe)
@@ -128,8 +128,7 @@ def refuse_unless_launched_so(
     )
     was, now = Cluster.from_json(there), cluster
     changed = [text for name, text in differences(was, now).items() if name not in MAY_DIFFER]
-    if changed:
-        raise ValueError(f"{rule}; its options differ now: {', '.join(changed)}")
+    require(not changed, f"{rule}; its options differ now: {', '.join(changed)}")
 
 
 def _differences(

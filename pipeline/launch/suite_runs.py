@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.core.checks import require
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check
@@ -99,8 +100,8 @@ def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
             f"suite: {run.name} must be a whole run; it has no {file.name}: move it away, resume"
         )
     job = read_job(run, trust=trust)
-    if job.parent != parent:
-        raise ValueError(
-            f"suite: {run.name} must be a run of this suite; got one of another launch"
-        )
+    require(
+        job.parent == parent,
+        f"suite: {run.name} must be a run of this suite; got one of another launch",
+    )
     return job

@@ -49,14 +49,10 @@ def load_recipe(path: Path) -> Recipe | Suite:
         raise ValueError(f"{path}:{_line(error, path)} {_one_line(error)}") from error
     if isinstance(made, (Recipe, Suite)):
         return made
-    if (
-        not isinstance(made, (list, tuple))
-        or not made
-        or not all(isinstance(each, Recipe) for each in made)
-    ):
-        raise ValueError(
-            f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {made!r}"
-        )
+    require(
+        isinstance(made, (list, tuple)) and made and all(isinstance(each, Recipe) for each in made),
+        f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {made!r}",
+    )
     try:
         return Suite(tuple(made))
     except ValueError as error:

@@ -33,13 +33,15 @@ class Phase:
     """which head of a multi-head classifier answers; None: the network has one for all"""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise ValueError(f"phase: name must be text; got {self.name!r}")
-        if not isinstance(self.data, Spec):
-            raise ValueError(
-                f"phase {self.name}: data must be spec(...), as in pipeline.data.datasets.tasks;"
-                f" got {self.data!r}"
-            )
+        require(
+            isinstance(self.name, str) and self.name.strip(),
+            f"phase: name must be text; got {self.name!r}",
+        )
+        require(
+            isinstance(self.data, Spec),
+            f"phase {self.name}: data must be spec(...), as in pipeline.data.datasets.tasks;"
+            f" got {self.data!r}",
+        )
         [first, *_] = [*inspect.signature(self.data.target).parameters, ""]
         require(
             first not in self.data.kwargs,

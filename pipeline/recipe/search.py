@@ -79,8 +79,10 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
         RecursionError,
     ):  # all that literal_eval may raise
         found = []
-    if not field.strip() or not isinstance(found, list) or not found:
-        raise ValueError(f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}")
+    require(
+        field.strip() and isinstance(found, list) and found,
+        f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}",
+    )
     return field.strip(), found
 
 
@@ -151,11 +153,11 @@ def _but_for_its_seed(recipe: Recipe) -> str:
 
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
     """A run of one value: trained on nine tenths of the training set, judged by the last tenth."""
-    if recipe.data.kwargs.get("held_out"):
-        raise ValueError(
-            f"tuned: {recipe.name} holds out a part of its own; got"
-            f" data.held_out={recipe.data.kwargs['held_out']}"
-        )
+    require(
+        not recipe.data.kwargs.get("held_out"),
+        f"tuned: {recipe.name} holds out a part of its own; got"
+        f" data.held_out={recipe.data.kwargs.get('held_out')}",
+    )
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
     return replace(_read_once(trial), name=name, protocol="trial", **search)

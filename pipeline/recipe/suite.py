@@ -85,8 +85,10 @@ class Suite:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", tuple(self.recipes))
-        if not self.recipes or not all(isinstance(each, Recipe) for each in self.recipes):
-            raise ValueError(f"suite: recipes must be Recipes, at least one; got {self.recipes!r}")
+        require(
+            self.recipes and all(isinstance(each, Recipe) for each in self.recipes),
+            f"suite: recipes must be Recipes, at least one; got {self.recipes!r}",
+        )
         names: list[str] = []
         for recipe in self.recipes:
             require(
@@ -269,10 +271,13 @@ class SuiteFile:
         """
         children = list(_children(value, own=own))
         parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")
-        if not isinstance(parent, str) or not re.fullmatch("[0-9a-f]{32}", parent):
-            raise ValueError(f"suite.json: parent must be 32 hex digits; got {parent!r}")
-        if not isinstance(cluster, Mapping):
-            raise ValueError(f"suite.json: cluster must be an object; got {cluster!r}")
+        require(
+            isinstance(parent, str) and re.fullmatch("[0-9a-f]{32}", parent),
+            f"suite.json: parent must be 32 hex digits; got {parent!r}",
+        )
+        require(
+            isinstance(cluster, Mapping), f"suite.json: cluster must be an object; got {cluster!r}"
+        )
         function = None if report is None else _imported_report(report, trust)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         runs = tuple(child["run"] for child in children)
@@ -367,12 +372,11 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
             raise ValueError(
                 f"suite.json: a child must have a run and a recipe; got {child!r}"
             ) from None
-        if not isinstance(name, str):
-            raise ValueError(f"suite.json: a recipe's name must be text; got {name!r}")
-        if not isinstance(run, str) or run in ("", "..", *seen) or Path(run).name != run:
-            raise ValueError(
-                f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}"
-            )
+        require(isinstance(name, str), f"suite.json: a recipe's name must be text; got {name!r}")
+        require(
+            isinstance(run, str) and run not in ("", "..", *seen) and Path(run).name == run,
+            f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}",
+        )
         seen.add(run)
         yield child
 
