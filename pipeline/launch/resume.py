@@ -20,10 +20,11 @@ from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
-from pipeline.launch.driver import driver_lock, train_to_end
+from pipeline.launch.driver import driver_lock, train_alone
 from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.suite import FILE as SUITE
 from pipeline.recipe.suite import Suite, SuiteFile, is_suite
 from pipeline.track.state import state_of
 from pipeline.train.build import check_recipe
@@ -63,9 +64,9 @@ def resume_run(
     with driver_lock(folder):
         pass  # refuses a second driver before a cluster is started in vain
     with cluster.launcher() as launcher:
-        change_run(folder, options, new_console())
+        save_options(folder, [folder], options, new_console())
         job = read_job(folder, trust=trust)
-        return train_to_end(job, launcher, folder.parent, address=cluster.resume_address(launched))
+        return train_alone(job, launcher, address=cluster.resume_address(launched))
 
 
 def check_resumed(
@@ -153,58 +154,35 @@ def _as_read(recipe: Recipe) -> Any:
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 
-def change_run(folder: Path, options: Mapping[str, Any], console: Console) -> None:
-    """Write fields of OPERATIONAL into a run's cluster.json and job.json, and print what differs.
+def save_options(
+    folder: Path, runs: Iterable[Path], options: Mapping[str, Any], console: Console
+) -> None:
+    """Save fields of OPERATIONAL with the runs of `folder`, a run or a suite; print what differs.
+
+    Later runs of a suite are made from its suite.json. job.json is written before cluster.json: a
+    driver killed between the two leaves cluster.json as it was, and the same command writes both
+    again.
 
     Raises:
-        UserError: another process trains the run.
+        UserError: another process trains the run or suite.
         ValueError: a file is damaged.
     """
     if not options:
         return
+    changes: dict[str, str] = {}
     with driver_lock(folder):
-        was = _write(folder, options)
-    _say(folder, was, replace(was, **options), console)
-
-
-def change_suite(
-    folder: Path,
-    suite_file: SuiteFile,
-    options: Mapping[str, Any],
-    begun: Iterable[Path],
-    console: Console,
-) -> SuiteFile:
-    """Write fields of OPERATIONAL into suite.json and the folders of the runs that have `begun`.
-
-    Later runs are made from suite.json.
-    """
-    if not options:
-        return suite_file
-    was = Cluster.from_json(suite_file.cluster)
-    now = replace(was, **options)
-    changed = replace(suite_file, cluster=asdict(now))
-    with driver_lock(folder):
-        for run in begun:
-            _write(run, options)
-        changed.write(folder)
-    _say(folder, was, now, console)
-    return changed
-
-
-def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
-    """Write the options into a run's files, and return its cluster before.
-
-    job.json is written first: a driver killed between the two files leaves cluster.json as it was,
-    and the same command writes both again.
-    """
-    file = RunFolder(run).cluster
-    was = Cluster.from_json(read_json(file))
-    now = replace(was, **options)
-    write_job(replace(read_job(run), **now.worker_settings))
-    write_json(file, asdict(now))
-    return was
-
-
-def _say(folder: Path, was: Cluster, now: Cluster, console: Console) -> None:
-    if changes := ", ".join(differences(was, now).values()):
-        say(console, f"{folder.name}: {changes} from here on")
+        for run in runs:
+            file = RunFolder(run).cluster
+            was = Cluster.from_json(read_json(file))
+            now = replace(was, **options)
+            write_job(replace(read_job(run), **now.worker_settings))
+            write_json(file, asdict(now))
+            changes |= differences(was, now)
+        if is_suite(folder):
+            written = read_json(folder / SUITE)
+            was = Cluster.from_json(written["cluster"])
+            now = replace(was, **options)
+            write_json(folder / SUITE, {**written, "cluster": asdict(now)})
+            changes = differences(was, now)
+    if changes:
+        say(console, f"{folder.name}: {', '.join(changes.values())} from here on")

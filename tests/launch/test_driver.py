@@ -75,8 +75,7 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
     job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
 
     def run(file: Any, launcher: Launcher | None = None) -> dict[str, Any] | None:
-        about = {"uri": "sqlite:///nowhere.db", "resume_command": "spiketrain resume run"}
-        return drive(job, launcher or Launcher(), Console(file=file, width=200), **about)  # type: ignore[arg-type]
+        return drive(job, launcher or Launcher(), Console(file=file, width=200))  # type: ignore[arg-type]
 
     return run
 
@@ -162,7 +161,7 @@ def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     def mistaken(self: Any, event: Record) -> None:
         raise KeyError("top1")
 
-    monkeypatch.setattr("pipeline.launch.progress.Watch._on_evaluation", mistaken)
+    monkeypatch.setattr("pipeline.launch.progress.Shown._on_evaluation", mistaken)
     file = io.StringIO()
     assert driven(file) == {"steps": 3} and Mirror.is_closed
     assert (

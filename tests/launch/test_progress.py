@@ -195,7 +195,10 @@ def test_everything_else_is_a_line_of_its_own_at_once():
         "skipped batch 7 (epoch 1) of 64 samples: its loss is nan; lower it",
         "batch 8 (epoch 1): its loss is nan; back to step 6; lower it",
         "failed: RuntimeError: worker died",
-        "worker 1 gave no sign of life: the stacks of its threads are in stacks/rank1-20260105-120000.txt",
+        (
+            "worker 1 gave no sign of life: the stacks of its threads are in"
+            " stacks/rank1-20260105-120000.txt"
+        ),
         "worker 1 ended: KeyError: 'cable'",
         "start 2: goes on at step 8/100 on 1 worker",
         "waiting for the first batch, which compiles what reads the data",

@@ -383,7 +383,7 @@ def stand_ins(folder: Path, *, job: Any = None) -> Any:
     run.mkdir()
     about = {
         "trust": (),
-        "runs": folder,
+        "folder": folder / "suite",
         "where": {recipe.name: run},
         "can_begin": lambda recipe: True,
     }

@@ -44,7 +44,7 @@ def suite(folder: Path, **ends: str) -> SuiteRuns:
     made.write(folder / "suite")
     for name, end in ends.items():
         run(folder / name, end=end)
-    return SuiteRuns("suite", made, Cluster(inline=True), {name: folder / name for name in names})
+    return SuiteRuns(folder / "suite", made, Cluster(inline=True))
 
 
 @pytest.mark.parametrize("name", ["shared", "trial", "tuned"])
