@@ -1,10 +1,8 @@
-"""Ray's TorchTrainer with our policies (`restarts.py`), and with torch's store on loopback.
+"""Ray's TorchTrainer with our policies for restarts and sizes, and with torch's store on loopback.
 
 A cluster that a launch starts itself must not be reachable from other machines. A setting makes Ray
 listen on loopback, the name of the interface does so for gloo and NCCL. torch's store takes no host
 (2.13) and no token, so it gets a socket that we open.
-
-When the workers of a run are restarted, and how many: the policies of Ray Train's controller.
 
 Ray's own policies (2.60) do not fit long runs:
 
