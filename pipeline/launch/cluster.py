@@ -25,8 +25,7 @@ OPERATIONAL = (
     "verify",
     "node_loss",
     "side_by_side",
-)
-"""Fields that `resume` may change for good: a run may continue on other machines."""
+)  # Fields that `resume` may change for good: a run may continue on other machines
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 """Fields without effect on one worker in this process."""
 MOST_WORKERS = 65_536

@@ -51,8 +51,7 @@ from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
-INSTANT_S = 1.0
-"""`spiketrain runs` takes a lock for an instant, to see whether a driver holds it."""
+INSTANT_S = 1.0  # `spiketrain runs` takes a lock for an instant, to see whether a driver holds it
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _STDERR = 2
 

@@ -40,8 +40,7 @@ from pipeline.train.checkpoint.address import folder_of
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
 MOUNTS = Path("/proc/mounts")
-NODE_S = 300.0
-"""For the checks on a node. The first time, FFCV and numba compile."""
+NODE_S = 300.0  # For the checks on a node. The first time, FFCV and numba compile.
 MLFLOW_S = 10.0
 
 
@@ -50,8 +49,7 @@ class Finding:
     """The result of one check."""
 
     check: str
-    state: Literal["ok", "warn", "bad"]
-    """`bad`: a training would fail."""
+    state: Literal["ok", "warn", "bad"]  # `bad`: a training would fail
     text: str
     advice: str = ""
 
@@ -62,8 +60,7 @@ class NodeReport:
 
     name: str
     versions: Mapping[str, str]
-    gpus: tuple[str, ...] = ()
-    """Their names. Findings name the GPUs that cannot be used."""
+    gpus: tuple[str, ...] = ()  # Their names. Findings name the GPUs that cannot be used.
     trains: bool = True
     """Whether workers may run there. The head of a cluster may have no cores for them."""
     findings: tuple[Finding, ...] = ()
@@ -74,8 +71,7 @@ class Store:
     """A place for runs or checkpoints: a folder, or an address such as s3://bucket/prefix."""
 
     address: str
-    marker: Marker | None = None
-    """The object that the driver has put there, if it could."""
+    marker: Marker | None = None  # The object that the driver has put there, if it could
 
 
 def preflight(

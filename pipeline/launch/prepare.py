@@ -28,8 +28,7 @@ from pipeline.train.part_checks import fingerprint_of
 from pipeline.train.tasks import build_data
 from pipeline.train.weights import study_inputs
 
-NOT_SAVED = ("run", "trust", "place_token")
-"""Fields of a job that job.json does not hold."""
+NOT_SAVED = ("run", "trust", "place_token")  # Fields of a job that job.json does not hold
 
 
 def prepare(

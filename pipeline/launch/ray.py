@@ -77,10 +77,8 @@ OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 nowhere else (2.60).
 """
 
-ANSWER_S = 30.0
-"""In which each node has to answer a question."""
-MEETING_S = 600
-"""In which starting workers have to connect. No watchdog runs yet."""
+ANSWER_S = 30.0  # In which each node has to answer a question
+MEETING_S = 600  # In which starting workers have to connect. No watchdog runs yet.
 AFTER_WATCHDOG_S = 600
 """How long a healthy worker waits on, after a watchdog should have ended the worker that it waits
 for.
@@ -99,16 +97,12 @@ class Ray:
     """Of an existing cluster (`auto`, `host:6379`, `ray://...`). None starts one here."""
     cpus_per_worker: CountOrAuto = "auto"
     """Cores that Ray reserves for a worker; torch gets one thread for each (`share_of`)."""
-    loader_threads: CountOrAuto = "auto"
-    """Threads that read data in each worker (`share_of`)."""
-    device: Device = "auto"
-    """Whether each worker gets a GPU (`takes_gpus`)."""
+    loader_threads: CountOrAuto = "auto"  # Threads that read data in each worker (`share_of`)
+    device: Device = "auto"  # Whether each worker gets a GPU (`takes_gpus`)
     max_restarts: int = 3
     """How often dead workers are restarted without progress between (`ray_trainer.py`)."""
-    node_loss: NodeLoss = "fast"
-    """How long a node that does not answer is waited for."""
-    work: Work = run
-    """What a worker does with its job. Benchmarks measure inside it."""
+    node_loss: NodeLoss = "fast"  # How long a node that does not answer is waited for
+    work: Work = run  # What a worker does with its job. Benchmarks measure inside it.
 
     def __post_init__(self) -> None:
         self.sizes = self.workers if isinstance(self.workers, tuple) else (self.workers,)

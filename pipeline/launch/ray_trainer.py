@@ -63,8 +63,7 @@ from pipeline.train.job import Notice, was_stopped
 
 HOST = "127.0.0.1"
 
-_store: list[TCPStore] = []
-"""The store of worker 0. Its server ends with its last client."""
+_store: list[TCPStore] = []  # The store of worker 0. Its server ends with its last client.
 
 
 class Trainer(TorchTrainer):
@@ -141,14 +140,12 @@ def _set_address(port: int) -> None:
     os.environ |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(port)}
 
 
-PLACES_S = 3600.0
-"""How long workers wait for room, if a node may come back or be replaced."""
+PLACES_S = 3600.0  # How long workers wait for room, if a node may come back or be replaced
 LOOK_S = 10.0
 """Between two looks at whether there is room for another number of workers. A new node has to stay
 for so long.
 """
-PATIENCE_S = 300.0
-"""For the checkpoint before a change of size. The next step may take long."""
+PATIENCE_S = 300.0  # For the checkpoint before a change of size. The next step may take long.
 
 
 class NoPlace(Exception):
@@ -254,8 +251,7 @@ class Resizing(ElasticScalingPolicy):
         self.sizes, self.folder, self.files = tuple(sizes), folder, RunFolder(folder)
         self._wanted: ResizeDecision | None = None
         self._asked = self._ticked = 0.0
-        self._none_since: float | None = None
-        """The time since which there has been no worker."""
+        self._none_since: float | None = None  # The time since which there has been no worker
         self._is_journalled = self._is_tried_late = False
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:

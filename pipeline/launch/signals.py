@@ -19,8 +19,7 @@ from types import FrameType
 from pipeline.core.run_folder import RunFolder
 from pipeline.train.job import was_stopped
 
-PATIENT = (signal.SIGUSR1, signal.SIGHUP)
-"""Signals that never mean "at once"."""
+PATIENT = (signal.SIGUSR1, signal.SIGHUP)  # Signals that never mean "at once"
 ECHO_S = 0.3
 """One request may come as several signals: to a process and to its group, or for each thread of a
 parent that dies (Linux 6).

@@ -24,8 +24,7 @@ from pipeline.train.weights import lasting_weights
 class SuiteRuns:
     """The runs of one launch or resume of a suite."""
 
-    folder: Path
-    """Of the suite."""
+    folder: Path  # Of the suite
     suite_file: SuiteFile
     cluster: Cluster
     trust: tuple[str, ...] = ()

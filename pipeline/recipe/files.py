@@ -17,8 +17,7 @@ from pipeline.recipe import own_code
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
 
-_UNNAMED = "recipe_file_"
-"""begins the name of a module whose file has none that can be imported"""
+_UNNAMED = "recipe_file_"  # begins the name of a module whose file has none that can be imported
 
 
 def load_recipe(path: Path) -> Recipe | Suite:

@@ -36,8 +36,7 @@ _printed: set[tuple[str, ...]] = set()
 class Package:
     """One trusted name, as it was at the launch."""
 
-    folder: str | None
-    """that holds it, absolute; None: it is of this installation"""
+    folder: str | None  # that holds it, absolute; None: it is of this installation
     files: Mapping[str, str]
     """sha256 of each module that was imported, 16 hex digits, by its path in the folder"""
 

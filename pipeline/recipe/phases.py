@@ -27,8 +27,7 @@ class Phase:
     name: str
     data: Spec
     """-> pipeline.data.base.Data: called with the recipe's data; pipeline.data.datasets.tasks"""
-    epochs: int | None = None
-    """None: the recipe's"""
+    epochs: int | None = None  # None: the recipe's
     head: int | None = None
     """which head of a multi-head classifier answers; None: the network has one for all"""
 
@@ -84,12 +83,10 @@ class Stretch:
     """The steps and epochs of one phase, or of a run without phases."""
 
     index: int
-    first: int
-    """its first step"""
+    first: int  # its first step
     steps: int
     first_epoch: int
-    epoch_steps: int
-    """steps of one epoch"""
+    epoch_steps: int  # steps of one epoch
 
     @property
     def end(self) -> int:

@@ -84,16 +84,11 @@ FORMAT = 2
 class Role(enum.Flag):
     """What a field of a recipe decides. Each field has `STUDY`, `BESIDE` or `FREE`."""
 
-    STUDY = enum.auto()
-    """All runs of one study have the same value. The study key covers it."""
-    BESIDE = enum.auto()
-    """Runs of one study may differ in it."""
-    FREE = enum.auto()
-    """It may change between two attempts of one run."""
-    NO_STEP_COST = enum.auto()
-    """The time and memory of one training step do not depend on it."""
-    TAG = enum.auto()
-    """It is a tag in MLflow, by which a store can be searched."""
+    STUDY = enum.auto()  # All runs of one study have the same value. The study key covers it.
+    BESIDE = enum.auto()  # Runs of one study may differ in it
+    FREE = enum.auto()  # It may change between two attempts of one run
+    NO_STEP_COST = enum.auto()  # The time and memory of one training step do not depend on it
+    TAG = enum.auto()  # It is a tag in MLflow, by which a store can be searched
 
 
 def _of(role: Role, *, least: float | None = None) -> dict[str, Any]:

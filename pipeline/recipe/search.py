@@ -35,8 +35,7 @@ __all__ = [
     "tuned",
 ]
 
-BASELINE = "BPTT"
-"""the rule that other rules are compared with"""
+BASELINE = "BPTT"  # the rule that other rules are compared with
 LEAST_VALUES = 5
 HELD_OUT = 0.1
 

@@ -62,8 +62,7 @@ TRUSTED = ("recipes", "pipeline.report")
 class Choice:
     """A field whose value comes from the best of several trials, judged on their held-out part."""
 
-    field: str
-    """dotted, such as optimizer.lr"""
+    field: str  # dotted, such as optimizer.lr
     trials: tuple[str, ...]
     """names of earlier recipes, each with its own value of the field; of equals the first is
     taken
@@ -78,8 +77,7 @@ class Suite:
     """Recipes in training order, with a report of their results."""
 
     recipes: tuple[Recipe, ...]
-    report: Report | None = None
-    """None: a table for each study"""
+    report: Report | None = None  # None: a table for each study
     choices: Mapping[str, Choice] = field(default_factory=dict)
     """by the name of the recipe that waits for it"""
 
@@ -235,12 +233,9 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
 class SuiteFile:
     """The content of suite.json: everything that a resume needs."""
 
-    suite: Suite
-    """paths absolute, references as they were written"""
-    runs: tuple[str, ...]
-    """the name of each recipe's run folder, which lies beside the suite's"""
-    parent: str
-    """what MLflow holds the runs together by: 32 hex digits"""
+    suite: Suite  # paths absolute, references as they were written
+    runs: tuple[str, ...]  # the name of each recipe's run folder, which lies beside the suite's
+    parent: str  # what MLflow holds the runs together by: 32 hex digits
     cluster: Mapping[str, Any]
     """where and on how much it trains: fields of pipeline.launch.cluster.Cluster"""
 

@@ -107,8 +107,7 @@ RUN_TAG = "spiketrain.run_id"
 PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 PARENT_OF = "mlflow.parentRunId"
-PATIENCE_S = 120.0
-"""to wait for another delivery, which takes seconds unless it was stopped"""
+PATIENCE_S = 120.0  # to wait for another delivery, which takes seconds unless it was stopped
 
 
 def experiment_of(client: MlflowClient, start: Record, *, uri: str, runs_dir: Path) -> str:

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
-CHECKPOINT_TAG = "spiketrain.checkpoint"
-"""the URI of a run's newest checkpoint"""
+CHECKPOINT_TAG = "spiketrain.checkpoint"  # the URI of a run's newest checkpoint
 _BLOCK = 4 << 20  # bytes of journal read at a time
 
 

@@ -17,14 +17,11 @@ from pipeline.recipe.recipe import Role, roles
 
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
 """of a run"""
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-"""of a run in MLflow"""
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # of a run in MLflow
 Numbers = dict[str, float]
 _TAGS_OF_RECIPE = tuple(name for name, role in roles().items() if Role.TAG in role)
-OF_NONE = -1
-"""the attempt of events that a launcher writes between two attempts"""
-KIND = "event"
-"""the key of the kind in the JSON form"""
+OF_NONE = -1  # the attempt of events that a launcher writes between two attempts
+KIND = "event"  # the key of the kind in the JSON form
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,7 @@ class Gauge:
     key: str = ""
 
 
-KINDS: dict[str, type[Event]] = {}
-"""the class of each kind"""
+KINDS: dict[str, type[Event]] = {}  # the class of each kind
 
 
 class Rest:

@@ -21,8 +21,7 @@ from typing import Any, Protocol, TypeVar, cast
 from pipeline.core.files import sync_folder
 from pipeline.track.events import KIND, Event, from_dict
 
-Record = dict[str, Any]
-"""an event in its JSON form"""
+Record = dict[str, Any]  # an event in its JSON form
 E_ = TypeVar("E_", bound=Event)
 
 

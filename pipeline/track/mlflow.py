@@ -146,10 +146,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-REPORT = "report.html"
-"""of a suite"""
-REPORT_DATA = "report.json"
-"""the content of the report as data, for the dashboard"""
+REPORT = "report.html"  # of a suite
+REPORT_DATA = "report.json"  # the content of the report as data, for the dashboard
 
 
 def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> list[str]:
