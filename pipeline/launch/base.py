@@ -3,8 +3,6 @@
 Worker processes import this file, so it needs nothing that only the driver has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self

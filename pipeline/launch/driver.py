@@ -5,8 +5,6 @@ It holds `RUN/driver.lock`, follows the journal of the run to show progress and 
 passes on what signals ask (`signals.py`) through files in the run's folder.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

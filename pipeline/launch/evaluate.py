@@ -1,7 +1,5 @@
 """`spiketrain evaluate`: the accuracy of a trained network on the whole evaluation set."""
 
-from __future__ import annotations
-
 import time
 from contextlib import closing
 from pathlib import Path

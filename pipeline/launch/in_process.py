@@ -1,7 +1,5 @@
 """One worker in this process, without Ray (`--inline`), for debugging."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self

@@ -5,8 +5,6 @@ and their locks, reading images with FFCV. Versions and GPUs are also compared b
 the nodes connect to one another, and MLflow is asked.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import platform

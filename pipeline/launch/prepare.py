@@ -1,7 +1,5 @@
 """Make the folder of a run, with everything that a resume needs, and read it again."""
 
-from __future__ import annotations
-
 import shutil
 import time
 import uuid

@@ -1,7 +1,5 @@
 """Shows a run while it trains, from its journal: a bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby

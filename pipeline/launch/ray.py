@@ -5,8 +5,6 @@ through it: what Ray 2.60 remembers of them lags behind the disk, and one trunca
 The run's own folder counts.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

@@ -2,8 +2,6 @@
 a cluster did not let this process in.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

@@ -20,8 +20,6 @@ cluster that a launch starts by itself is one machine, and needs neither. Source
 to the next step `fast` took 16 s, Ray's defaults 40 s.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Mapping

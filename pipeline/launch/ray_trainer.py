@@ -15,8 +15,6 @@ Ray's own policies (2.60) do not fit long runs:
 that stay, and asks the run to save first.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time

@@ -4,8 +4,6 @@
 of operation (`cluster.OPERATIONAL`), which are saved with the run or suite and hold from then on.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress

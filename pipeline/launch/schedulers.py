@@ -5,8 +5,6 @@ infra/k8s/overlays/cpu/job and applies it, `sbatch` takes infra/slurm/train.sbat
 `ray job submit` takes a command line. This module needs neither the data nor the cluster.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

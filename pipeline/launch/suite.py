@@ -2,8 +2,6 @@
 different cores.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Mapping

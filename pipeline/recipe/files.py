@@ -1,7 +1,5 @@
 """Recipe files, and `--set` options such as `--set optimizer.lr=0.05`."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

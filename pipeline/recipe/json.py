@@ -5,8 +5,6 @@ A part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...
 Names are dotted paths. Reading a recipe imports them, so only trusted names are accepted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect

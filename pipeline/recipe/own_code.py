@@ -10,8 +10,6 @@ because a run's folder may come from somebody else. A package that is already on
 instead, as at the launch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json

@@ -7,8 +7,6 @@ A run without phases is one stretch. Steps (global batches) and epochs are count
 run, so the step alone determines phase, epoch and sample. A resume needs nothing else.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass

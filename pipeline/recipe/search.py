@@ -11,8 +11,6 @@ on nine tenths of the training set and are judged by the last tenth. The values 
 study (`Recipe.searched`), so rules with other values are not compared.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Mapping, Sequence

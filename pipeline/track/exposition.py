@@ -3,8 +3,6 @@
 Which field is a gauge is declared by the classes in `events.py`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

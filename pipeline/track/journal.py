@@ -5,8 +5,6 @@ may be killed at any byte: readers skip what is not a whole line, and a new atte
 fresh one.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -16,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from pipeline.core.files import sync_folder
 from pipeline.track.events import KIND, Event, from_dict
@@ -92,7 +90,7 @@ class Journal:
             os.close(self._fd)
             self._fd = None
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -5,8 +5,6 @@ without reserved cores, or with half the micro-batch after memory ran out. Its s
 memory then belong to all of these conditions together. They compare with no single one of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

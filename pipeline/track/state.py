@@ -4,8 +4,6 @@ From the states follows which runs of a suite are done. A diverged run counts as
 trial ranks last.
 """
 
-from __future__ import annotations
-
 import fcntl
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Whatever becomes of what shows a run, it trains to its end, and MLflow is told."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """`spiketrain doctor`: each check finds what it is about, and one sick node hides no other."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

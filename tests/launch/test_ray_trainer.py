@@ -1,7 +1,5 @@
 """Deaths of workers are counted from the last time that the run got on."""
 
-from __future__ import annotations
-
 import errno
 import json
 import time

@@ -1,7 +1,5 @@
 """A run gets another number of workers once it has saved, and storage that is away ends nothing."""
 
-from __future__ import annotations
-
 import errno
 import math
 import time

@@ -2,8 +2,6 @@
 saved when the suite dies.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io

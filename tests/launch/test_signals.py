@@ -1,7 +1,5 @@
 """What whoever drives makes of signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -2,8 +2,6 @@
 one that nobody touched.
 """
 
-from __future__ import annotations
-
 import csv
 import errno
 import io

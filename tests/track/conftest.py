@@ -2,8 +2,6 @@
 takes seconds).
 """
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The events of a journal: both ways to JSON, and their names in one place."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math

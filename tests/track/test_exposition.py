@@ -1,7 +1,5 @@
 """What Prometheus is told of a run."""
 
-from __future__ import annotations
-
 import os
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which of a run's starts its result rests on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

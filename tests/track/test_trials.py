@@ -1,7 +1,5 @@
 """Which trial a choice takes, and when a suite has done with a run."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
