@@ -16,6 +16,7 @@ from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import format_sizes
 
+# Fields that `resume` may change for good: a run may continue on other machines.
 OPERATIONAL = (
     "device",
     "cpus_per_worker",
@@ -25,7 +26,7 @@ OPERATIONAL = (
     "verify",
     "node_loss",
     "side_by_side",
-)  # Fields that `resume` may change for good: a run may continue on other machines
+)
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 """Fields without effect on one worker in this process."""
 MOST_WORKERS = 65_536

@@ -133,7 +133,8 @@ def tuned(
             raise ValueError(
                 f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{found[0]}'"
             )
-        tried = trials.setdefault(_but_for_its_seed(recipe), [])
+        but_for_its_seed = replace(recipe, name="-", seed=0).to_json()
+        tried = trials.setdefault(json.dumps(but_for_its_seed, sort_keys=True), [])
         if not tried:
             tried += [_trial(recipe, field, value, search) for value in values]
         final = replace(_read_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search)
@@ -142,10 +143,6 @@ def tuned(
     every_trial = tuple(trial for tried in trials.values() for trial in tried)
     shared = map(_read_once, suite.recipes)
     return Suite((*shared, *every_trial, *finals), report, choices)
-
-
-def _but_for_its_seed(recipe: Recipe) -> str:
-    return json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
 
 
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:

@@ -117,4 +117,4 @@ def publish(found: Found, page: Path) -> list[str]:
             f"report: what {study.title} reports by itself must be JSON values; {error}"
         ) from error
     uri = tracking_uri(found.folders[0].parent)
-    return log_report(page, found.folders, name=found.place.name, told=text, uri=uri)
+    return log_report(page, found.folders, name=found.place.name, data=text, uri=uri)

@@ -1,6 +1,6 @@
 """The events of a run's journal: one frozen dataclass for each kind.
 
-A class declares everything that depends on its kind: the fields, and what MLflow (`translate.py`)
+A class declares everything that depends on its kind: the fields, and what MLflow (`delivery.py`)
 and Prometheus (`exposition.py`) take from them. `Event.to_dict` and `from_dict` are the two ways to
 JSON. The name of a kind is the name of its class, with underscores: `FirstBatch` is `first_batch`.
 """

@@ -150,11 +150,11 @@ REPORT = "report.html"  # of a suite
 REPORT_DATA = "report.json"  # the content of the report as data, for the dashboard
 
 
-def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: str) -> list[str]:
+def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: str) -> list[str]:
     """Put an HTML page as the artifact `name` on the parents of these runs in MLflow; their ids.
 
     It replaces an older one. Runs that were launched alone have no parent. With `report.html`, a
-    suite's own, its data `told` (JSON) are put beside it as `report.json`.
+    suite's own, its `data` (JSON) are put beside it as `report.json`.
 
     Raises:
         TrackingError: MLflow could not be reached or refused; one line.
@@ -176,7 +176,7 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, told: str, uri: s
             )
             assert parent is not None, "its start names one"
             if name == REPORT:
-                client.log_text(parent, told, REPORT_DATA)
+                client.log_text(parent, data, REPORT_DATA)
             client.log_text(parent, page.read_text(), name)
             set_parent_status(client, parent, suite=suite_of(run, start))  # it may be a new one
         parents.append(parent)
