@@ -79,10 +79,12 @@ def trust_of(
         )
     targets = targets_of(made, but_trusted=True)
     files = {path.resolve() for path in paths}
+    stems = {path.stem for path in paths}
     modules = [
         name
         for name, module in list(sys.modules.items())
-        if (file := getattr(module, "__file__", None)) and Path(file).resolve() in files
+        if name.rpartition(".")[2] in stems
+        and Path(getattr(module, "__file__", None) or "").resolve() in files
     ]
     return own_code.needed((*named, *modules), targets)
 

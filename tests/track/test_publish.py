@@ -77,7 +77,7 @@ def test_a_report_is_an_artifact_of_the_parent(
         parent
     ]
     assert log_report(
-        page, folders, name="report-study-x.html", told="another", uri=sqlite_store
+        page, folders, name="report-study-x.html", data="another", uri=sqlite_store
     ) == [parent]
     client = connect(sqlite_store)
     assert {file.path for file in client.list_artifacts(parent)} == {
