@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import distributed
@@ -284,16 +284,15 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
             total = torch.ones(1024, device=f"cuda:{index}").sum().item()
             require(total == 1024, f"the sum of 1024 ones must be 1024; got {total:g}")
         findings += bad
-    promised = _device_files() if resources is None else int(resources.get("GPU", 0))
+    if resources is not None:
+        promised = int(resources.get("GPU", 0))
+    else:  # files of NVIDIA's driver, unless the user has chosen some GPUs
+        is_chosen = "CUDA_VISIBLE_DEVICES" in os.environ
+        promised = 0 if is_chosen else len(list(DEVICES.glob("nvidia[0-9]*")))
     if count < promised:
         advice += "; without Ray, CUDA_VISIBLE_DEVICES names the GPUs to use"
         findings.append(Finding("gpus", "bad", f"torch finds {count} of {promised} GPUs", advice))
     return tuple(names), findings
-
-
-def _device_files() -> int:
-    """How many GPUs NVIDIA's driver has made files for; 0 where the user has chosen some."""
-    return 0 if "CUDA_VISIBLE_DEVICES" in os.environ else len(list(DEVICES.glob("nvidia[0-9]*")))
 
 
 def _reading() -> list[Finding]:
@@ -393,7 +392,10 @@ def try_store(store: Store) -> Finding:
         advice = "mount the same storage at the same path on every node, or name such storage"
         return Finding("storage", "bad", text, f"{advice} with --runs or --checkpoints")
     with _using(address, node) as bad:
-        fs, root = _open(address)
+        import fsspec
+
+        url = address.rstrip("/") if folder is None else f"file://{folder}"
+        fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
         name, content = f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(16)
         fs.pipe_file(f"{root}/{name}", content)
         try:
@@ -415,15 +417,6 @@ def _using(address: str, node: str) -> AbstractContextManager[list[Finding]]:
         advice = "see its rights, and the keys in the environment there (AWS_ACCESS_KEY_ID; for "
         advice += "another store than Amazon's also AWS_ENDPOINT_URL)"
     return _failing("storage", f"{node} cannot use {address}", advice)
-
-
-def _open(address: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it."""
-    import fsspec
-
-    if (folder := folder_of(address)) is not None:
-        return fsspec.filesystem("file"), str(folder)
-    return fsspec.url_to_fs(address.rstrip("/"), use_listings_cache=False)
 
 
 # ---------------------------------------------------------------------------------------- MLflow
