@@ -29,7 +29,7 @@ from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
-from pipeline.launch.signals import stops_on_signal
+from pipeline.launch.signals import StopRequest, on_stop_signals
 from pipeline.recipe.command_line import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import refuse_references
@@ -120,9 +120,10 @@ def drive(
             message.unlink(missing_ok=True)
         write_job(job)
         shown = Shown(folder, console, store=uri, resume_command=resume, also=exposed.show)
+        request = StopRequest(folder, print_line)
         with _mirrored(folder, uri, print_line), closing(shown):
             try:
-                with stops_on_signal(folder, print_line) as request:
+                with on_stop_signals(request.hear):
                     return _in_thread(
                         lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
                         meanwhile=(request.report, shown.look),

@@ -51,16 +51,8 @@ def on_stop_signals(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def stops_on_signal(folder: Path, say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Meanwhile signals ask the run in this folder to stop."""
-    request = StopRequest(folder, say)
-    with on_stop_signals(request.hear):
-        yield request
-
-
 class StopRequest:
-    """Passes signals on to the workers, as a file in the run's folder."""
+    """Passes signals on to the workers, as a file in the run's folder. For `on_stop_signals`."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
