@@ -117,7 +117,7 @@ def test_of_what_a_folder_says_the_trusted_package_alone_joins_the_path(
 
 
 def test_a_suite_finds_it_too(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_train_the_rest", lambda folder, *_, **__: folder)
+    monkeypatch.setattr(launch, "_train", lambda suite, *_: suite.folder)
     suite = Suite((load(lab), small_recipe(name="plain")))
     folder = launch.launch_suite(
         suite, Cluster(inline=True), tmp_path, stem="s", name="s", trust=("own_nets",)
