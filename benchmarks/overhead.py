@@ -41,12 +41,10 @@ from pipeline.launch.prepare import prepare
 from pipeline.launch.ray import Ray
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe, spec
-from pipeline.recipe.command_line import command
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
-from pipeline.track.mlflow import tracking_uri
 from pipeline.train.context import TrainContext
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.loop import MicroBatch
@@ -174,13 +172,7 @@ def main() -> None:
         runs, out = Path(folder), Path(folder) / "seconds.json"
         job = prepare(recipe, Cluster(), runs)
         with Ray(workers=1, work=partial(work, rule_name=arguments.rule, out=str(out))) as launcher:
-            drive(
-                job,
-                launcher,
-                new_console(),
-                uri=tracking_uri(runs),
-                resume_command=command("resume", Path(job.run)),
-            )
+            drive(job, launcher, new_console())
         seconds = json.loads(out.read_text())
     ours, bare = (torch.tensor(seconds[key][WARM_UP:]) for key in ("ours_s", "bare_s"))
     report(recipe, arguments.rule, ours, bare)

@@ -15,7 +15,7 @@ from pipeline.core.printing import new_console, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pipeline.launch.preflight_services import Finding
+    from pipeline.launch.preflight import Finding
 
 Address = Annotated[
     str | None,

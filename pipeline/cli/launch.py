@@ -280,7 +280,7 @@ def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
         return
     from pipeline.launch.suite import resume_suite
     from pipeline.recipe.suite import runs_of
-    from pipeline.track.trials import over_in
+    from pipeline.track.state import over_in
 
     had_ended = len(over_in(folder)) == len(runs_of(folder))
     _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
@@ -315,7 +315,7 @@ def _end_suite(folder: Path | None, trust: tuple[str, ...], *, had_ended: bool =
         sys.exit(130)
     from pipeline.recipe.suite import runs_of
     from pipeline.report.suite import print_suite
-    from pipeline.track.publish import REPORT
+    from pipeline.track.mlflow import REPORT
     from pipeline.track.state import state_of
 
     reported = print_suite(folder, trust=trust)

@@ -64,8 +64,8 @@ def register(
     nothing is uploaded.
     """
     from pipeline.report.runs import find_run
+    from pipeline.track.mlflow import register as register_run
     from pipeline.track.mlflow import tracking_uri
-    from pipeline.track.publish import register as register_run
     from pipeline.train.checkpoint import pin, verified
     from pipeline.train.weights import place_of
 

@@ -3,8 +3,6 @@
 Worker processes import this file, so it needs nothing that only the driver has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, Self
@@ -22,8 +20,6 @@ class Launcher(Protocol):
 
     A launcher is entered and left in the main thread of its process.
     """
-
-    workers: int
 
     def __enter__(self) -> Self: ...
 

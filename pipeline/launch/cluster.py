@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pipeline.core.checks import is_count, refuse_unless_counts
+from pipeline.core.checks import is_count, refuse_unless_counts, require
 from pipeline.launch.base import Device, Launcher
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
@@ -16,6 +16,7 @@ from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import format_sizes
 
+# Fields that `resume` may change for good: a run may continue on other machines.
 OPERATIONAL = (
     "device",
     "cpus_per_worker",
@@ -26,7 +27,6 @@ OPERATIONAL = (
     "node_loss",
     "side_by_side",
 )
-"""Fields that `resume` may change for good: a run may continue on other machines."""
 _OF_RAY = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
 """Fields without effect on one worker in this process."""
 MOST_WORKERS = 65_536
@@ -87,13 +87,15 @@ class Cluster:
         refuse_unless_watchable("cluster", self.hang_minutes)
         if self.side_by_side != "auto":
             refuse_unless_counts("cluster", {"side_by_side": self.side_by_side})
-        if list(self.sizes) != sorted(set(self.sizes)):
-            raise ValueError(f"cluster: numbers of workers must ascend; got {self.workers!r}")
-        if len(self.sizes) > 1 and self.side_by_side != 1:
-            raise ValueError(
-                "cluster: runs side by side need one number of workers; got"
-                f" {format_sizes(self.sizes)}"
-            )
+        require(
+            list(self.sizes) == sorted(set(self.sizes)),
+            f"cluster: numbers of workers must ascend; got {self.workers!r}",
+        )
+        require(
+            len(self.sizes) <= 1 or self.side_by_side == 1,
+            "cluster: runs side by side need one number of workers; got"
+            f" {format_sizes(self.sizes)}",
+        )
 
     @property
     def worker_settings(self) -> dict[str, Any]:
@@ -152,11 +154,11 @@ class Cluster:
                 in the folder is not used: the folder may be from another person, and a cluster that
                 this process joins gets the token and can run code here.
         """
-        if address is None and self.address is not None and not inline:
-            raise ValueError(
-                "resume: a run that was launched on a Ray cluster needs --address anew; got"
-                f" none, it was {self.address}; --address local starts a cluster here"
-            )
+        require(
+            address is not None or self.address is None or inline,
+            "resume: a run that was launched on a Ray cluster needs --address anew; got"
+            f" none, it was {self.address}; --address local starts a cluster here",
+        )
         if inline or (self.inline and workers is None and address is None):
             of_ray = {name: getattr(Cluster, name) for name in _OF_RAY}
             in_turn = self._in_turn(is_asked=inline and not self.inline)
@@ -185,11 +187,11 @@ class Cluster:
 
 
 def refuse_unless_watchable(who: str, hang_minutes: float) -> None:
-    if not 0 <= hang_minutes <= MOST_HANG_MINUTES:
-        raise ValueError(
-            f"{who}: hang_minutes must be in 0..{MOST_HANG_MINUTES:.0f}, a week, where 0 is never;"
-            f" got {hang_minutes:g}"
-        )
+    require(
+        0 <= hang_minutes <= MOST_HANG_MINUTES,
+        f"{who}: hang_minutes must be in 0..{MOST_HANG_MINUTES:.0f}, a week, where 0 is never;"
+        f" got {hang_minutes:g}",
+    )
 
 
 def option_name(field: str) -> str:
@@ -216,15 +218,13 @@ def parse_workers(text: str) -> int | tuple[int, ...]:
         int(each) if each.isdecimal() else 0
         for each in ((least, most) if colon else text.split(","))
     ]
-    if (
-        not all(is_count(each) for each in numbers)
-        or numbers != sorted(set(numbers))
-        or numbers[-1] > MOST_WORKERS
-    ):
-        raise ValueError(
-            "launch: --workers must be a number, a range such as 2:4 or ascending numbers such as"
-            f" 2,4,8, none above {MOST_WORKERS}; got {text}"
-        )
+    require(
+        all(is_count(each) for each in numbers)
+        and numbers == sorted(set(numbers))
+        and numbers[-1] <= MOST_WORKERS,
+        "launch: --workers must be a number, a range such as 2:4 or ascending numbers such as"
+        f" 2,4,8, none above {MOST_WORKERS}; got {text}",
+    )
     if colon:
         return tuple(range(numbers[0], numbers[1] + 1))
     return numbers[0] if len(numbers) == 1 else tuple(numbers)

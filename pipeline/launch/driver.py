@@ -5,8 +5,6 @@ It holds `RUN/driver.lock`, follows the journal of the run to show progress and 
 passes on what signals ask (`signals.py`) through files in the run's folder.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket
@@ -31,7 +29,7 @@ from pipeline.launch.base import Launcher, LaunchError, WorkersEnded
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import Shown
-from pipeline.launch.signals import stops_on_signal
+from pipeline.launch.signals import StopRequest, on_stop_signals
 from pipeline.recipe.command_line import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import refuse_references
@@ -51,8 +49,7 @@ from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
 MLFLOW_PATIENCE_S = 30.0
-INSTANT_S = 1.0
-"""`spiketrain runs` takes a lock for an instant, to see whether a driver holds it."""
+INSTANT_S = 1.0  # `spiketrain runs` takes a lock for an instant, to see whether a driver holds it
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _STDERR = 2
 
@@ -76,7 +73,7 @@ def launch_run(
     check(recipe, cluster, trust=trust)
     with launcher:
         job = prepare(recipe, cluster, runs, name=name, adopts=adopts, trust=trust)
-        return train_to_end(job, launcher, runs, address=cluster.address)
+        return train_alone(job, launcher, address=cluster.address)
 
 
 def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
@@ -87,55 +84,46 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
     Loaders(tasks_of(recipe), recipe, recipe.split(cluster.sizes[-1]))
 
 
-def train_to_end(job: Job, launcher: Launcher, runs: Path, *, address: str | None) -> Path | None:
+def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path | None:
     """Train a run that the user has asked for alone. Returns its folder, or None if it was asked to
     stop; then the command that resumes it is printed.
     """
     console, folder = new_console(), Path(job.run)
-    if train(job, launcher, runs, console, address=address):
+    if drive(job, launcher, console, address=address) is not None:
         return folder
-    resume = command("resume", runs / folder.name, address=address)
-    say(console, f"stopped; resume with: {resume}", whole=[resume])
+    say_stopped(console, command("resume", folder, address=address))
     return None
 
 
-def train(
-    job: Job, launcher: Launcher, runs: Path, console: Console, *, address: str | None
-) -> bool:
-    """Train a run to its end. Returns False if it was asked to stop before.
-
-    `address` is the `--address` of the command that resumes it.
-    """
-    resume = command("resume", runs / Path(job.run).name, address=address)
-    return drive(job, launcher, console, uri=tracking_uri(runs), resume_command=resume) is not None
+def say_stopped(console: Console, resume: str) -> None:
+    say(console, f"stopped; resume with: {resume}", whole=[resume])
 
 
 def drive(
-    job: Job, launcher: Launcher, console: Console, *, uri: str, resume_command: str
+    job: Job, launcher: Launcher, console: Console, *, address: str | None = None
 ) -> dict[str, Any] | None:
-    """Run one job to its end. It is shown, mirrored to MLflow at `uri`, and stops on signals.
+    """Run one job to its end. It is shown, mirrored to MLflow, and stops on signals.
 
-    Returns and raises what `Launcher.run` does.
+    Returns and raises what `Launcher.run` does. `address` is the `--address` of the command that
+    resumes it.
     """
     folder = Path(job.run)
-    job = replace(job, resume_command=resume_command, commit=commit())
+    uri, resume = tracking_uri(folder.parent), command("resume", folder, address=address)
+    job = replace(job, resume_command=resume, commit=commit())
     ignore_lost_terminal(console)
-    tell = partial(say, console)
-    exposed = Exposed(folder, tell)
+    print_line = partial(say, console)
+    exposed = Exposed(folder, print_line)
     with driver_lock(folder):
-        job = _with_checkpoint_token(job, tell)
+        job = _with_checkpoint_token(job, print_line)
         files = RunFolder(folder)
         for message in (files.stop, files.save, files.refusal):
             message.unlink(missing_ok=True)
         write_job(job)
-        with (
-            _mirrored(folder, uri, tell),
-            closing(
-                Shown(folder, console, store=uri, resume_command=resume_command, also=exposed.show)
-            ) as shown,
-        ):
+        shown = Shown(folder, console, store=uri, resume_command=resume, also=exposed.show)
+        request = StopRequest(folder, print_line)
+        with _mirrored(folder, uri, print_line), closing(shown):
             try:
-                with stops_on_signal(folder, tell) as request:
+                with on_stop_signals(request.hear):
                     return _in_thread(
                         lambda: launcher.run(job, attempt=uuid.uuid4().hex[:8]),
                         meanwhile=(request.report, shown.look),
@@ -267,22 +255,17 @@ def this_machine() -> str:
 
 def _take(handle: IO[str], folder: Path) -> None:
     begun, is_said = time.monotonic(), False
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waited_s = time.monotonic() - begun
+    while not _is_locked(handle):
+        waited_s = time.monotonic() - begun
         if waited_s > INSTANT_S:
-            host = _other_machine(handle)
-            if host is None:
-                raise UserError(
-                    f"{folder.name}: is being trained by another process on this machine"
-                )
+            handle.seek(0)
+            holder = handle.read()
+            host = holder.partition(" ")[0]
+            rule = f"{folder.name}: is being trained by another process on"
+            if holder == this_machine() or not host:
+                raise UserError(f"{rule} this machine")
             if waited_s > PATIENCE_S:
-                raise UserError(
-                    f"{folder.name}: is being trained by another process on {host}, which still"
-                    f" holds it after {waited_s:.0f} s"
-                )
+                raise UserError(f"{rule} {host}, which still holds it after {waited_s:.0f} s")
             if not is_said:
                 print(
                     f"{folder.name}: is held by {host}: waiting for up to {PATIENCE_S:.0f} s, in"
@@ -293,11 +276,13 @@ def _take(handle: IO[str], folder: Path) -> None:
         time.sleep(0.5 if is_said else 0.05)
 
 
-def _other_machine(handle: IO[str]) -> str | None:
-    """The host that holds the lock; None if it is this one or unknown."""
-    handle.seek(0)
-    holder = handle.read()
-    return None if holder == this_machine() else holder.partition(" ")[0] or None
+def _is_locked(handle: IO[str]) -> bool:
+    """Try to lock a file. Returns whether this process holds the lock."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # ------------------------------------------------------------------------------------ the terminal
@@ -339,19 +324,10 @@ class _LosableFile:
             act()
         except OSError as error:
             self._is_lost = True
-            line = (
-                f"shown no more: {error.strerror or error}; training goes on, and its journal"
-                " has everything\n"
-            )
+            reason = error.strerror or error
+            line = f"shown no more: {reason}; training goes on, and its journal has everything\n"
             with suppress(OSError):
                 os.write(_STDERR, line.encode())
-            self._discard_buffer()
-
-    def _discard_buffer(self) -> None:
-        """Send the buffered text to /dev/null. Python 3.11 would try to write it at exit, and end
-        with exit code 120.
-        """
-        with suppress(OSError, ValueError):  # the file may have no descriptor
-            descriptor, nowhere = self._file.fileno(), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            # Python 3.11 would try to write the buffered text at exit, and end with exit code 120.
+            with suppress(OSError, ValueError):  # the file may have no descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())

@@ -1,13 +1,12 @@
 """`spiketrain evaluate`: the accuracy of a trained network on the whole evaluation set."""
 
-from __future__ import annotations
-
 import time
 from contextlib import closing
 from pathlib import Path
 
 from torch import nn
 
+from pipeline.core.checks import require
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
@@ -39,11 +38,11 @@ def evaluate_run(
 
     The weights are those of the file `weights`, or of the checkpoint `which` ("last" by default).
     """
-    if which is not None and weights is not None:
-        raise ValueError(
-            "evaluate: --weights takes the place of a checkpoint, so --which has no effect; got"
-            f" --which {which}"
-        )
+    require(
+        which is None or weights is None,
+        "evaluate: --weights takes the place of a checkpoint, so --which has no effect; got"
+        f" --which {which}",
+    )
     recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
     if weights is None:
         which = which or "last"

@@ -1,7 +1,5 @@
 """One worker in this process, without Ray (`--inline`), for debugging."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Self
@@ -24,8 +22,6 @@ from pipeline.train.worker import run
 
 class Inline:
     """Runs the only worker of a job in the calling thread."""
-
-    workers = 1
 
     def __init__(self, *, device: Device = "auto", loader_threads: CountOrAuto = "auto") -> None:
         refuse_unusable_cards(device)

@@ -1,50 +1,54 @@
 """`spiketrain doctor`: finds what would stop a training, before it begins.
 
-Each check runs on the node that it is about. Versions and GPUs are also compared between nodes.
-Arithmetic is checked by the tests, bandwidth by NVIDIA's nccl-tests.
+Each check runs on the node that it is about: versions, GPUs and their driver, the shared folders
+and their locks, reading images with FFCV. Versions and GPUs are also compared between nodes. Then
+the nodes connect to one another, and MLflow is asked.
 """
-
-from __future__ import annotations
 
 import fcntl
 import os
 import platform
+import secrets
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import torch
 from torch import distributed
 
+from pipeline.core.checks import require
 from pipeline.core.code_version import code_digest
-from pipeline.launch.base import LaunchError, NoAnswer
-from pipeline.launch.preflight_services import (
-    Finding,
-    Store,
-    error_line,
-    marker_in_store,
-    of_mlflow,
-    of_token,
-    try_store,
-)
+from pipeline.core.secrets import without_secrets
+from pipeline.core.shared_marker import Marker, placed_marker
+from pipeline.core.units import counted
 from pipeline.launch.ray import Ray
+from pipeline.launch.ray_cluster import alive_nodes, innermost, run_on_each, worker_environment
 from pipeline.measure.driver import unusable_gpus
+from pipeline.track.connect import connect, is_server, reason, sqlite_file, without_password
 from pipeline.track.mlflow import tracking_uri
-from pipeline.train.checkpoint import absolute
+from pipeline.train.checkpoint import absolute, folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
 DEVICES = Path("/dev")
 MOUNTS = Path("/proc/mounts")
-NODE_S = 300.0
-"""For the checks on a node. The first time, FFCV and numba compile."""
-STORE_S = 120.0
-MEETING_S = 300.0
-"""For processes that meet (`Meeting.patience_s`) and their start, on up to about 100 GPUs."""
+NODE_S = 300.0  # For the checks on a node. The first time, FFCV and numba compile.
+MLFLOW_S = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check."""
+
+    check: str
+    state: Literal["ok", "warn", "bad"]  # `bad`: a training would fail
+    text: str
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,18 @@ class NodeReport:
 
     name: str
     versions: Mapping[str, str]
-    gpus: tuple[str, ...] = ()
-    """Their names. Findings name the GPUs that cannot be used."""
+    gpus: tuple[str, ...] = ()  # Their names. Findings name the GPUs that cannot be used.
     trains: bool = True
     """Whether workers may run there. The head of a cluster may have no cores for them."""
     findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A place for runs or checkpoints: a folder, or an address such as s3://bucket/prefix."""
+
+    address: str
+    marker: Marker | None = None  # The object that the driver has put there, if it could
 
 
 def preflight(
@@ -73,125 +84,130 @@ def preflight(
         UserError: no cluster let us in, or the address of checkpoints holds credentials.
         OSError: the folder of runs cannot be made.
     """
-    place = None if checkpoints is None else absolute(checkpoints)
-    runs = runs.absolute()
+    places = [str(runs.absolute())] + ([] if checkpoints is None else [absolute(checkpoints)])
     runs.mkdir(parents=True, exist_ok=True)
-    kept = [] if place is None else [Store(place)]
-    with marker_in_store(str(runs)) as marker:
-        if isinstance(marker, Finding):
-            return [replace(marker, text=f"{marker.text}; nothing else was examined")]
-        folder = Store(str(runs), marker)
-        with _locked(runs / marker.name):
-            if address in (None, "local"):  # a launch starts a cluster here, with its own token
-                report = examine(folder)
-                found = [*compare([report]), *report.findings, *map(try_store, kept)]
-            else:
-                with Ray(workers=0, device="cpu", address=address) as cluster:
-                    found = [*_nodes(cluster, folder), *_stores(cluster, kept), _network(cluster)]
-                    at = cluster.address_for_others()
-                found.append(of_token(at))
+    with ExitStack() as stack:
+        stores: list[Store] = []
+        for place in places:
+            with _using(place, "this machine") as bad:
+                stores.append(Store(place, stack.enter_context(_marker_in(place))))
+            if bad:
+                return [replace(bad[0], text=f"{bad[0].text}; nothing else was examined")]
+        stack.enter_context(_locked(runs, stores[0].marker))
+        if address in (None, "local"):  # a launch starts a cluster here
+            report = examine(*stores)
+            found = [*compare([report]), *report.findings]
+        else:
+            stack.enter_context(Ray(workers=0, device="cpu", address=address))
+            found = [*_nodes(stores), _network(runs.absolute())]
     return [*found, of_mlflow(tracking_uri(runs))]
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Lock a file as the driver of a run does."""
-    with file.open("a") as handle:
+def _marker_in(place: str) -> Iterator[Marker | None]:
+    """A marker that nodes look for in a folder; None at an address, which is one for all nodes."""
+    folder = folder_of(place)
+    if folder is None:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with placed_marker(folder, prefix=".doctor-") as marker:
+        yield marker
+
+
+@contextmanager
+def _locked(runs: Path, marker: Marker | None) -> Iterator[None]:
+    """Lock the marker in the folder of runs, as a driver locks its run."""
+    assert marker is not None, "runs are in a folder"
+    with (runs / marker.name).open("a") as handle:
         with suppress(OSError):  # storage without locks: each node reports it
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
+@contextmanager
+def _failing(check: str, what: str, advice: str) -> Iterator[list[Finding]]:
+    """Turn an exception into a finding: missing libraries, stores and GPUs raise many kinds."""
+    found: list[Finding] = []
+    try:
+        yield found
+    except Exception as error:
+        text = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        found.append(Finding(check, "bad", f"{what}: {text}", advice))
+
+
 # ---------------------------------------------------------------------------------- of a cluster
 
 
-def _nodes(cluster: Ray, folder: Store) -> list[Finding]:
-    answers = cluster.nodes.run_on_each(
-        lambda resources: examine(folder, resources), lambda resources: resources, within_s=NODE_S
+def _nodes(stores: Sequence[Store]) -> Iterator[Finding]:
+    answers = run_on_each(
+        lambda has: examine(*stores, resources=has), lambda has: has, within_s=NODE_S
     )
-    found = list(compare([each for each in answers if isinstance(each, NodeReport)]))
+    yield from compare([each for each in answers if isinstance(each, NodeReport)])
+    advice = "see that it is up, has what the other nodes have installed, and reaches the storage"
     for each in answers:
-        found += [_silent("node", each)] if isinstance(each, NoAnswer) else each.findings
-    return found
+        if isinstance(each, NodeReport):
+            yield from each.findings
+        else:
+            text = f"{each.address} cannot be examined: {each.why}"
+            yield Finding("node", "bad", text, advice)
 
 
-def _stores(cluster: Ray, stores: Sequence[Store]) -> Iterator[Finding]:
-    for store in stores:
-        with marker_in_store(store.address) as marker:
-            if isinstance(marker, Finding):
-                yield marker
-                marker = None
-            given = replace(store, marker=marker)
-            for each in cluster.nodes.run_on_each(
-                try_store, lambda has, g=given: g, within_s=STORE_S
-            ):
-                yield _silent("storage", each) if isinstance(each, NoAnswer) else each
+def _network(runs: Path) -> Finding:
+    """Whether the processes of a training reach one another's ports.
 
+    There is one process for each GPU of the cluster; in a cluster without GPUs, one for each node
+    with cores.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-def _silent(check: str, node: NoAnswer) -> Finding:
-    advice = "see that it is up, has what the other nodes have installed, and reaches the store"
-    return Finding(check, "bad", f"{node.address} cannot be examined: {node.why}", advice)
-
-
-def _network(cluster: Ray) -> Finding:
-    """Whether the processes of a training reach one another's ports."""
-    try:
-        met = cluster.nodes.run_together(meet, Meeting, within_s=MEETING_S)
-    except LaunchError as error:
-        advice = (
-            "open all ports between the nodes, name the network's interface with "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and see that no GPU is in use"
+    nodes = [node["Resources"] for node in alive_nodes()]
+    gpus = sum(int(has.get("GPU", 0)) for has in nodes)
+    count = gpus or sum(has.get("CPU", 0) > 0 for has in nodes)
+    environment = worker_environment(threads=1, loader_threads=1, gpus=gpus > 0, alone=False)
+    advice = (
+        "open all ports between the nodes, name the network's interface with GLOO_SOCKET_IFNAME"
+        " and NCCL_SOCKET_IFNAME, and see that no GPU is in use"
+    )
+    with tempfile.TemporaryDirectory(dir=runs, prefix=".doctor-") as storage:
+        trainer = TorchTrainer(
+            add_up,
+            torch_config=TorchConfig("nccl" if gpus else "gloo", timeout_s=30 + 2 * count),
+            scaling_config=ScalingConfig(
+                num_workers=count, use_gpu=gpus > 0, placement_strategy="SPREAD"
+            ),
+            run_config=RunConfig(
+                storage_path=storage,
+                failure_config=FailureConfig(controller_failure_limit=0),
+                worker_runtime_env={"env_vars": environment},
+            ),
         )
-        text = f"the processes of a training do not reach one another: {error}"
-        return Finding("network", "bad", text, advice)
-    if not met:
-        return Finding("network", "ok", "there is room for one process, which needs no other")
-    return Finding("network", "ok", f"{len(met)} processes reach one another")
+        try:
+            trainer.fit()
+        except Exception as error:  # Ray wraps what a process raised in several layers
+            text = f"the processes of a training do not reach one another: {innermost(error)}"
+            return Finding("network", "bad", text, advice)
+    return Finding("network", "ok", f"{counted(count, 'process')} reached one another")
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """The address of the first of `size` processes, to which the others connect."""
-
-    host: str
-    port: int
-    size: int
-    gpus: bool
-    """Whether each process has a GPU."""
-
-    @property
-    def patience_s(self) -> float:
-        """The time in which all have to connect. Each loads torch, perhaps from shared storage."""
-        return 30.0 + 2.0 * self.size
-
-
-def meet(meeting: Meeting, rank: int) -> None:
+def add_up() -> None:
     """Add up a number with all other processes.
 
     Workers with GPUs average gradients over NCCL and exchange everything else over gloo. gloo has
     ports of its own and may choose another network interface, so both are tried.
 
     Raises:
-        RuntimeError: a process did not connect in time, or the sum is wrong.
+        RuntimeError: a process did not answer in time, or a sum is wrong.
     """
-    distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if meeting.gpus else "gloo",
-        init_method=f"tcp://{meeting.host}:{meeting.port}",
-        rank=rank,
-        world_size=meeting.size,
-        timeout=timedelta(seconds=meeting.patience_s),
-    )
-    try:
-        for device, over in (("cuda", "NCCL"), ("cpu", "gloo"))[not meeting.gpus :]:
-            number = torch.tensor(rank + 1, device=device)
-            try:
-                distributed.all_reduce(number)
-            except RuntimeError as error:
-                raise RuntimeError(f"over {over}: {' '.join(str(error).split())}") from error
-            if int(number) != (wanted := meeting.size * (meeting.size + 1) // 2):
-                raise RuntimeError(f"the sum over {over} must be {wanted}; got {int(number)}")
-    finally:
-        distributed.destroy_process_group()
+    size = distributed.get_world_size()
+    gloo = distributed.new_group(backend="gloo")
+    on_gpu = distributed.get_backend() == "nccl"
+    for device, group in ([("cuda", None)] if on_gpu else []) + [("cpu", gloo)]:
+        number = torch.tensor(distributed.get_rank() + 1, device=device)
+        distributed.all_reduce(number, group=group)
+        if int(number) != (wanted := size * (size + 1) // 2):
+            raise RuntimeError(f"the sum on {device} must be {wanted}; got {int(number)}")
 
 
 def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
@@ -222,20 +238,24 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
 # ------------------------------------------------------------------------------------ on a node
 
 
-def examine(folder: Store, resources: Mapping[str, float] | None = None) -> NodeReport:
+def examine(
+    runs: Store, *others: Store, resources: Mapping[str, float] | None = None
+) -> NodeReport:
     """Examine the machine that this runs on.
 
     Args:
-        folder: the folder of runs.
+        runs: the folder of runs.
+        others: other places to write to.
         resources: of the node, as Ray counts them. None: this machine, without Ray.
     """
     name = socket.gethostname()
     gpus, findings = _gpus(resources)
     findings = [replace(each, text=f"{name}: {each.text}") for each in (*findings, *_reading())]
-    findings.append(storage := try_store(folder))
-    if storage.state == "ok" and folder.marker is not None:
-        runs = Path(folder.address)
-        findings += [*_run_lock(name, runs / folder.marker.name), *_nfs(name, runs)]
+    findings.append(storage := try_store(runs))
+    if storage.state == "ok" and runs.marker is not None:
+        folder = Path(runs.address)
+        findings += [*_run_lock(name, folder / runs.marker.name), *_nfs(name, folder)]
+    findings += map(try_store, others)
     versions = {package: _version(package) for package in PACKAGES}
     versions |= {"python": platform.python_version(), "spiketrain's code": code_digest()}
     trains = resources is None or resources.get("CPU", 0) > 0
@@ -253,85 +273,89 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
     """The names of the GPUs here, and what is wrong with them."""
     if (unusable := unusable_gpus()) is not None:
         return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
-    names, findings, count = [], [], torch.cuda.device_count()
-    advice = "see nvidia-smi and the kernel's log there; mend the GPU, or leave the node out"
+    names: list[str] = []
+    findings: list[Finding] = []
+    count = torch.cuda.device_count()
+    advice = "see nvidia-smi and the kernel's log there; repair the GPU, or leave the node out"
     for index in range(count):
-        try:
+        with _failing("gpus", f"GPU {index} fails", advice) as bad:
             names.append(torch.cuda.get_device_name(index))
-            if (total := torch.ones(1024, device=f"cuda:{index}").sum().item()) != 1024:
-                raise RuntimeError(f"the sum of 1024 ones must be 1024; got {total:g}")
-        except Exception as error:  # a broken GPU raises errors of many kinds
-            text = f"GPU {index} fails: {error_line(error)}"
-            findings.append(Finding("gpus", "bad", text, advice))
-    promised = _device_files() if resources is None else int(resources.get("GPU", 0))
+            total = torch.ones(1024, device=f"cuda:{index}").sum().item()
+            require(total == 1024, f"the sum of 1024 ones must be 1024; got {total:g}")
+        findings += bad
+    if resources is not None:
+        promised = int(resources.get("GPU", 0))
+    else:  # files of NVIDIA's driver, unless the user has chosen some GPUs
+        is_chosen = "CUDA_VISIBLE_DEVICES" in os.environ
+        promised = 0 if is_chosen else len(list(DEVICES.glob("nvidia[0-9]*")))
     if count < promised:
         advice += "; without Ray, CUDA_VISIBLE_DEVICES names the GPUs to use"
         findings.append(Finding("gpus", "bad", f"torch finds {count} of {promised} GPUs", advice))
     return tuple(names), findings
 
 
-def _device_files() -> int:
-    """How many GPUs NVIDIA's driver has made files for; 0 where the user has chosen some."""
-    return 0 if "CUDA_VISIBLE_DEVICES" in os.environ else len(list(DEVICES.glob("nvidia[0-9]*")))
-
-
-def _reading() -> Iterator[Finding]:
+def _reading() -> list[Finding]:
     """Write a few images and read them as a training does: with FFCV, its library and numba."""
-    try:
-        import numpy as np
-        from PIL import Image
-
-        from pipeline.data.datasets.beton import Beton
+    advice = "infra/setup.sh builds FFCV and what it needs"
+    with _failing("ffcv", "images cannot be written and read", advice) as bad:
+        shades = _read_written((41, 201))
+        require(shades == [41, 201], f"shades 41 and 201 were read as {shades}")
+    if bad:
+        return bad
+    advice = "`pip install tbb`, or `infra/setup.sh --system`"
+    with _failing("threads", "--loader-threads must be 1 here", advice) as bad:
         from pipeline.data.ffcv.tbb import require_tbb
-        from pipeline.data.write.images import write_folder
 
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for index, part in enumerate(("train", "val")):
-                (folder / "pictures" / part / "grey").mkdir(parents=True)
-                for shade in (40, 200):
-                    pixels = np.full((8, 8, 3), shade + index, dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"pictures/{part}/grey/{shade}.png")
-            write_folder(folder / "pictures", folder / "written", mode="raw")
-            mean, std = (0.0,) * 3, (1.0,) * 3
-            data = Beton(folder / "written", classes=1, size=8, crop="shift", mean=mean, std=std)
-            loader = data.val(rank=0, world=1, micro_batch=2, threads=1)
-            with closing(loader), loader.epoch(0) as batches:
-                shades = sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
-        if shades != [41, 201]:
-            raise ValueError(f"shades 41 and 201 were read as {shades}")
-    except Exception as error:  # missing libraries raise errors of many kinds
-        text = f"images cannot be written and read: {error_line(error)}"
-        yield Finding("ffcv", "bad", text, "infra/setup.sh builds FFCV and what it needs")
-        return
-    yield Finding("ffcv", "ok", "images were written and read")
-    try:
         require_tbb()
-    except ValueError as error:
-        text = f"--loader-threads must be 1 here: {error_line(error)}"
-        yield Finding("threads", "warn", text, "`pip install tbb`, or `infra/setup.sh --system`")
+    ok = Finding("ffcv", "ok", "images were written and read")
+    return [ok, *(replace(each, state="warn") for each in bad)]
 
 
-def _run_lock(name: str, file: Path) -> Iterator[Finding]:
-    """Whether this node sees the driver's lock, by which two drivers are kept off one run.
+def _read_written(shades: Sequence[int]) -> list[int]:
+    """The grey levels of images that have been written in FFCV's format and read again."""
+    import numpy as np
+    from PIL import Image
+
+    from pipeline.data.datasets.beton import Beton
+    from pipeline.data.write.images import write_folder
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("train", "val"):
+            pictures = folder / "pictures" / part / "grey"
+            pictures.mkdir(parents=True)
+            for shade in shades:
+                pixels = np.full((8, 8, 3), shade, dtype=np.uint8)
+                Image.fromarray(pixels).save(pictures / f"{shade}.png")
+        write_folder(folder / "pictures", folder / "written", mode="raw")
+        mean, std = (0.0,) * 3, (1.0,) * 3
+        data = Beton(folder / "written", classes=1, size=8, crop="shift", mean=mean, std=std)
+        loader = data.val(rank=0, world=1, micro_batch=2, threads=1)
+        with closing(loader), loader.epoch(0) as batches:
+            return sorted(round(float(x.mean()) * 255) for batch in batches for x in batch.x)
+
+
+def _run_lock(name: str, file: Path) -> list[Finding]:
+    """Whether this node sees the driver's lock, which keeps a second driver off a run.
 
     Some storage keeps locks to each machine (Lustre mounted with localflock, NFS with local_lock,
     some of FUSE), and some has no locks.
     """
-    try:
-        with file.open("r+b") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = f"could lock a file in {file.parent} that the driver has locked"
-    except BlockingIOError:
-        return
-    except OSError as error:
-        found = f"cannot lock a file in {file.parent}: {error_line(error)}"
     advice = (
         "two drivers could train one run at once: mount it with locks that all nodes share "
         "(Lustre: flock, not localflock; NFS: neither nolock nor local_lock), or launch and resume "
         "from one machine alone"
     )
-    yield Finding("storage", "bad", f"{name} {found}", advice)
+    with (
+        _failing(
+            "storage", f"{name} does not see the driver's lock in {file.parent}", advice
+        ) as bad,
+        suppress(BlockingIOError),
+        file.open("r+b") as handle,
+    ):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise OSError("a second lock was granted")
+    return bad
 
 
 def _nfs(name: str, folder: Path) -> Iterator[Finding]:
@@ -353,3 +377,93 @@ def _nfs(name: str, folder: Path) -> Iterator[Finding]:
         text = f"{name}: the NFS at {at} may hide a new file for a minute"
         advice = "mount it with lookupcache=positive, so that a run sees a request to stop at once"
         yield Finding("storage", "warn", text, advice)
+
+
+# --------------------------------------------------------------------------------------- storage
+
+
+def try_store(store: Store) -> Finding:
+    """Find the driver's marker. Write, list, read and delete an object of this node."""
+    node, address = socket.gethostname(), store.address
+    folder = folder_of(address)
+    if folder is not None and store.marker is not None and not store.marker.is_in(folder):
+        text = f"{node} does not see {address} as the driver does"
+        advice = "mount the same storage at the same path on every node, or name such storage"
+        return Finding("storage", "bad", text, f"{advice} with --runs or --checkpoints")
+    with _using(address, node) as bad:
+        import fsspec
+
+        url = address.rstrip("/") if folder is None else f"file://{folder}"
+        fs, root = fsspec.url_to_fs(url, use_listings_cache=False)
+        name, content = f".doctor-{secrets.token_hex(8)}", secrets.token_bytes(16)
+        fs.pipe_file(f"{root}/{name}", content)
+        try:
+            names = {PurePosixPath(each).name for each in fs.ls(root, detail=False)}
+            is_whole = name in names and fs.cat_file(f"{root}/{name}") == content
+        finally:
+            fs.rm_file(f"{root}/{name}")
+        require(is_whole, "it does not give back what was written")
+    if bad:
+        return bad[0]
+    free = "" if folder is None else f"; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free"
+    text = f"{node}: an object was written to {address}, read and deleted{free}"
+    return Finding("storage", "ok", text)
+
+
+def _using(address: str, node: str) -> AbstractContextManager[list[Finding]]:
+    advice = "see its owner, rights and mount, and make room if the disk or a quota is full"
+    if folder_of(address) is None:
+        advice = "see its rights, and the keys in the environment there (AWS_ACCESS_KEY_ID; for "
+        advice += "another store than Amazon's also AWS_ENDPOINT_URL)"
+    return _failing("storage", f"{node} cannot use {address}", advice)
+
+
+# ---------------------------------------------------------------------------------------- MLflow
+
+
+def of_mlflow(uri: str) -> Finding:
+    """A file must be writable. A server must answer, and should ask for a password."""
+    if (file := sqlite_file(uri)) is not None:
+        return _of_sqlite(file)
+    if not is_server(uri):
+        text = "MLFLOW_TRACKING_URI must be http://HOST:PORT, https://HOST or sqlite:///FILE"
+        advice = "unset it to use mlflow.db in the folder of runs"
+        return Finding("mlflow", "bad", f"{text}; got another kind of store", advice)
+    shown = without_password(uri).rstrip("/")
+    advice = (
+        "see MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training goes on without"
+        " the server, and `spiketrain sync` delivers later"
+    )
+    try:
+        connect(uri).search_experiments(max_results=1)
+    except Exception as error:  # of MLflow, or of its transport
+        return Finding("mlflow", "bad", f"{shown}: {reason(uri, error)}", advice)
+    if _lets_everybody_in(uri):
+        advice = "let it ask for a password: `mlflow server --app-name basic-auth` (infra/mlflow)"
+        return Finding("mlflow", "warn", f"{shown} answers without a password", advice)
+    return Finding("mlflow", "ok", f"{shown} answers, and asks for a password")
+
+
+def _lets_everybody_in(uri: str) -> bool:
+    """Whether the server answers a request without a login."""
+    import requests
+
+    scheme, _, rest = uri.partition("://")
+    page = "api/2.0/mlflow/experiments/search?max_results=1"
+    address = f"{scheme}://{rest.rpartition('@')[2].rstrip('/')}/{page}"
+    # `auth` keeps requests from using a login in ~/.netrc.
+    options = {"auth": lambda request: request, "timeout": MLFLOW_S, "allow_redirects": False}
+    with suppress(requests.RequestException):
+        return requests.get(address, **options).status_code == 200
+    return False
+
+
+def _of_sqlite(file: Path) -> Finding:
+    """Whether MLflow can make the file and its folder. SQLite keeps a journal beside the file."""
+    advice = "see its owner and rights, or MLFLOW_TRACKING_URI"
+    with _failing("mlflow", f"the store {file} cannot be written", advice) as bad:
+        with tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())):
+            pass
+        if file.exists():
+            file.open("r+b").close()
+    return bad[0] if bad else Finding("mlflow", "ok", f"the store is the file {file}")

@@ -1,7 +1,5 @@
 """Make the folder of a run, with everything that a resume needs, and read it again."""
 
-from __future__ import annotations
-
 import shutil
 import time
 import uuid
@@ -11,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.code_version import commit
 from pipeline.core.files import is_name
 from pipeline.core.run_folder import RunFolder
@@ -27,8 +25,7 @@ from pipeline.train.part_checks import fingerprint_of
 from pipeline.train.tasks import build_data
 from pipeline.train.weights import study_inputs
 
-NOT_SAVED = ("run", "trust", "place_token")
-"""Fields of a job that job.json does not hold."""
+NOT_SAVED = ("run", "trust", "place_token")  # Fields of a job that job.json does not hold
 
 
 def prepare(
@@ -96,19 +93,19 @@ def _own_place(place: str, run: Path, study: str, *, adopts: bool) -> tuple[str,
             address cannot be opened.
     """
     address, names, owner = open_place(place, run)
-    if not adopts and (names or owner):
-        raise ValueError(
-            f"launch: {address} must hold no checkpoints yet; got"
-            f" {names[-1] if names else f'those to come of {owner}'}: another --name, or"
-            " --or-resume to continue from them"
-        )
+    require(
+        adopts or (not names and not owner),
+        f"launch: {address} must hold no checkpoints yet; got"
+        f" {names[-1] if names else f'those to come of {owner}'}: another --name, or"
+        " --or-resume to continue from them",
+    )
     if owner is None:
         return address, None
-    if owner.study != study:
-        raise ValueError(
-            "launch: --or-resume continues from checkpoints of the same study; got"
-            f" {owner.study} in {address}"
-        )
+    require(
+        owner.study == study,
+        "launch: --or-resume continues from checkpoints of the same study; got"
+        f" {owner.study} in {address}",
+    )
     return address, owner.run_id
 
 
@@ -152,14 +149,14 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     refuse_unless_watchable(str(file), job.hang_minutes)
-    if job.suite is not None and not is_name(job.suite):
-        raise ValueError(
-            f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}"
-        )
-    if job.family is not None and not is_name(job.family):
-        raise ValueError(
-            f"{file}: family becomes a folder's name and must be one; got {job.family!r}"
-        )
+    require(
+        job.suite is None or is_name(job.suite),
+        f"{file}: suite must be the name of a folder beside this one; got {job.suite!r}",
+    )
+    require(
+        job.family is None or is_name(job.family),
+        f"{file}: family becomes a folder's name and must be one; got {job.family!r}",
+    )
     return job
 
 
@@ -193,8 +190,7 @@ def named(runs: Path, name: str) -> Path:
     Raises:
         ValueError: the name would lead elsewhere.
     """
-    if not is_name(name):
-        raise ValueError(f"launch: --name must be a name in {runs}; got {name!r}")
+    require(is_name(name), f"launch: --name must be a name in {runs}; got {name!r}")
     return runs / name
 
 

@@ -5,14 +5,12 @@ through it: what Ray 2.60 remembers of them lags behind the disk, and one trunca
 The run's own folder counts.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import platform
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -46,9 +44,9 @@ from pipeline.launch.ray_auth import (
 )
 from pipeline.launch.ray_cluster import (
     NodeLoss,
-    Nodes,
     alive_nodes,
     innermost,
+    run_on_each,
     worker_environment,
     worker_start_timeout,
 )
@@ -77,54 +75,36 @@ OWN_CLUSTER = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 nowhere else (2.60).
 """
 
-ANSWER_S = 30.0
-"""In which each node has to answer a question."""
-MEETING_S = 600
-"""In which starting workers have to connect. No watchdog runs yet."""
+ANSWER_S = 30.0  # In which each node has to answer a question
+MEETING_S = 600  # In which starting workers have to connect. No watchdog runs yet.
 AFTER_WATCHDOG_S = 600
 """How long a healthy worker waits on, after a watchdog should have ended the worker that it waits
 for.
 """
 
 
+@dataclass
 class Ray:
-    """Workers on a Ray cluster: an existing one, or one of our own on this machine.
+    """Workers on a Ray cluster: an existing one, or one of our own on this machine."""
 
-    Args:
-        workers: processes that train together. Of several numbers (ascending) the largest that
-            there is room for; it may change during the run.
-        address: of an existing cluster (`auto`, `host:6379`, `ray://...`). None starts one here.
-        device: whether each worker gets a GPU (`takes_gpus`).
-        cpus_per_worker: cores that Ray reserves for a worker; torch gets one thread for each.
-            `share_of` explains `auto`.
-        loader_threads: threads that read data in each worker; likewise.
-        max_restarts: how often dead workers are restarted without progress between (`restarts.py`).
-        node_loss: how long a node that does not answer is waited for.
-        work: what a worker does with its job. Benchmarks measure inside it.
+    workers: int | tuple[int, ...]
+    """Processes that train together. Of several numbers (ascending) the largest that there is room
+    for; it may change during the run.
     """
+    address: str | None = None
+    """Of an existing cluster (`auto`, `host:6379`, `ray://...`). None starts one here."""
+    cpus_per_worker: CountOrAuto = "auto"
+    """Cores that Ray reserves for a worker; torch gets one thread for each (`share_of`)."""
+    loader_threads: CountOrAuto = "auto"  # Threads that read data in each worker (`share_of`)
+    device: Device = "auto"  # Whether each worker gets a GPU (`takes_gpus`)
+    max_restarts: int = 3
+    """How often dead workers are restarted without progress between (`ray_trainer.py`)."""
+    node_loss: NodeLoss = "fast"  # How long a node that does not answer is waited for
+    work: Work = run  # What a worker does with its job. Benchmarks measure inside it.
 
-    def __init__(
-        self,
-        *,
-        workers: int | tuple[int, ...],
-        address: str | None = None,
-        cpus_per_worker: CountOrAuto = "auto",
-        loader_threads: CountOrAuto = "auto",
-        device: Device = "auto",
-        max_restarts: int = 3,
-        node_loss: NodeLoss = "fast",
-        work: Work = run,
-    ) -> None:
-        self.work = work
-        self.sizes = workers if isinstance(workers, tuple) else (workers,)
-        self.workers = self.sizes[0]
-        self.node_loss: NodeLoss = node_loss
-        self.address = address
-        self.cpus_per_worker: CountOrAuto = cpus_per_worker
-        self.loader_threads: CountOrAuto = loader_threads
-        self.device: Device = device
-        self.max_restarts = max_restarts
-        self.nodes = Nodes()
+    def __post_init__(self) -> None:
+        self.sizes = self.workers if isinstance(self.workers, tuple) else (self.workers,)
+        self.least = self.sizes[0]
         self._owned = False
 
     def __enter__(self) -> Self:
@@ -165,7 +145,7 @@ class Ray:
         try:
             if self.address is None:
                 per_worker = 1 if self.cpus_per_worker == "auto" else self.cpus_per_worker
-                cores = max(self.workers * per_worker, cores_here())
+                cores = max(self.least * per_worker, cores_here())
                 # A terminal that closes sends SIGHUP to all its processes. Workers have to save
                 # first. "local": Ray would otherwise join a cluster that runs on this machine.
                 with blocked_signal(signal.SIGHUP):
@@ -196,13 +176,13 @@ class Ray:
 
         gpus, cores = self._takes_gpus(), ray.cluster_resources().get("CPU", 0)
         share = self._share(gpus=gpus)
-        if cores < (wanted := self.workers * share.cores):
-            each = f"{counted(self.workers, 'worker')} x {counted(share.cores, 'cpu')}"
+        if cores < (wanted := self.least * share.cores):
+            each = f"{counted(self.least, 'worker')} x {counted(share.cores, 'cpu')}"
             raise UserError(
                 f"launch: {each} need {counted(wanted, 'core')}; the cluster has {cores:.0f}"
             )
         if gpus and self.address is not None:  # this machine was checked before
-            answers = self.nodes.run_on_each(
+            answers = run_on_each(
                 _unusable_cards, lambda has: int(has.get("GPU", 0)), within_s=ANSWER_S
             )
             for found in answers:  # a node without an answer is noticed once it gets a worker
@@ -212,7 +192,7 @@ class Ray:
     def _takes_gpus(self) -> bool:
         import ray
 
-        return takes_gpus(self.device, self.workers, int(ray.cluster_resources().get("GPU", 0)))
+        return takes_gpus(self.device, self.least, int(ray.cluster_resources().get("GPU", 0)))
 
     def _share(self, *, gpus: bool) -> Share:
         """What a worker gets on the nodes that are up now."""
@@ -225,9 +205,9 @@ class Ray:
         import ray
 
         has, gpus = ray.cluster_resources(), self._takes_gpus()
-        cores_of_a_run = self.workers * self._share(gpus=gpus).cores
+        cores_of_a_run = self.least * self._share(gpus=gpus).cores
         if gpus:
-            return min(int(has.get("CPU", 0)) // cores_of_a_run, int(has["GPU"]) // self.workers)
+            return min(int(has.get("CPU", 0)) // cores_of_a_run, int(has["GPU"]) // self.least)
         return self._cores() // cores_of_a_run
 
     def _cores(self) -> int:
@@ -236,7 +216,7 @@ class Ray:
         """
         if self.address is None:
             return cores_here()
-        answers = self.nodes.run_on_each(
+        answers = run_on_each(
             cores_of_a_node, lambda has: int(has.get("CPU", 0)), within_s=ANSWER_S
         )
         # A node without an answer is given no run.
@@ -247,7 +227,7 @@ class Ray:
             "--address",
             self.address or self.address_for_others(),
             "--workers",
-            str(self.workers),
+            str(self.least),
         ]
 
     def address_for_others(self) -> str:
@@ -259,7 +239,7 @@ class Ray:
         return ray.get_runtime_context().gcs_address
 
     def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
-        from pipeline.launch.restarts import has_no_place, needs_the_user, no_place
+        from pipeline.launch.ray_trainer import has_no_place, needs_the_user, no_place
 
         try:
             outcome = self._trainer(job, attempt).fit().return_value
@@ -267,7 +247,7 @@ class Ray:
             if has_no_place(error):
                 if was_stopped(Path(job.run)):
                     return _stopped_without_workers(job)
-                raise LaunchError(no_place(self.workers)) from error
+                raise LaunchError(no_place(self.least)) from error
             raise WorkersEnded(innermost(error), is_for_the_user=needs_the_user(error)) from error
         if outcome is not None and "refused" in outcome:
             raise UserError(outcome["refused"])
@@ -278,8 +258,7 @@ class Ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
-        from pipeline.launch.ray_trainer import HOST, OnLoopback, Trainer
-        from pipeline.launch.restarts import LOOK_S
+        from pipeline.launch.ray_trainer import HOST, LOOK_S, OnLoopback, Trainer
 
         gpus = self._takes_gpus()
         share = self._share(gpus=gpus)
@@ -302,7 +281,7 @@ class Ray:
                 backend="nccl" if gpus else "gloo", timeout_s=MEETING_S
             ),
             scaling_config=ScalingConfig(
-                num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.workers,
+                num_workers=(self.sizes[0], self.sizes[-1]) if elastic else self.least,
                 elastic_resize_monitor_interval_s=LOOK_S,
                 use_gpu=gpus,
                 resources_per_worker={"CPU": share.cores, **({"GPU": 1} if gpus else {})},

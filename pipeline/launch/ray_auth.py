@@ -2,14 +2,12 @@
 a cluster did not let this process in.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,12 +69,7 @@ def reason(error: Exception, stderr: Sequence[str]) -> str:
 
     Ray 2.60 raises "no cluster found" also if a cluster refused the token.
     """
-    if refused_token(stderr):
+    if any("InvalidAuthToken" in line for line in stderr):  # of Ray's C++ code
         shown = "shows another" if os.environ.get("RAY_AUTH_MODE") == "token" else "shows none"
         return f"it wants its token and this client {shown}; {TOKEN_ADVICE}"
     return f"{str(error).splitlines()[0]}; is it running?"
-
-
-def refused_token(stderr: Iterable[str]) -> bool:
-    """Whether the lines of Ray's C++ code say that a token was missing or wrong (2.60)."""
-    return any("InvalidAuthToken" in line for line in stderr)

@@ -20,10 +20,7 @@ cluster that a launch starts by itself is one machine, and needs neither. Source
 to the next step `fast` took 16 s, Ray's defaults 40 s.
 """
 
-from __future__ import annotations
-
 import os
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +29,7 @@ from typing import Any, Literal, TypeVar
 from pipeline.core.allocator import environment
 from pipeline.core.secrets import is_secret
 from pipeline.core.torch_settings import EXACT
-from pipeline.launch.base import LaunchError, NoAnswer
+from pipeline.launch.base import NoAnswer
 
 G = TypeVar("G")
 R = TypeVar("R")
@@ -66,74 +63,20 @@ def worker_start_timeout(node_loss: NodeLoss, *, sizes: int) -> dict[str, str]:
     return {} if seconds is None else {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": seconds}
 
 
-class Nodes:
-    """Runs tasks of ours on the nodes of the cluster."""
+def run_on_each(
+    work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float
+) -> list[R | NoAnswer]:
+    """Run `work(given(resources))` on each node that is up, the head first."""
+    import ray
 
-    def run_on_each(
-        self, work: Callable[[G], R], given: Callable[[Mapping[str, float]], G], *, within_s: float
-    ) -> list[R | NoAnswer]:
-        """Run `work(given(resources))` on each node that is up, the head first."""
-        import ray
-
-        run, nodes = ray.remote(work), alive_nodes()
-        options = {"num_cpus": 0, "max_retries": 0}
-        tasks = [
-            run.options(**options, scheduling_strategy=_on(node)).remote(given(node["Resources"]))
-            for node in nodes
-        ]
-        ray.wait(tasks, num_returns=len(tasks), timeout=within_s)
-        return [_answer(task, node) for task, node in zip(tasks, nodes, strict=True)]
-
-    def run_together(
-        self,
-        work: Callable[[G, int], R],
-        given: Callable[[str, int, int, bool], G],
-        *,
-        within_s: float,
-    ) -> list[R]:
-        """Run `work(given(...), rank)` in processes that run at the same time, as in a training.
-
-        There is one process for each GPU of the cluster; in a cluster without GPUs, one for each
-        node with cores. `given` takes the address and a free port of the first process's node, the
-        number of processes, and whether each has a GPU.
-
-        Returns: the results in the order of ranks; an empty list if there would be one process.
-
-        Raises:
-            LaunchError: a process failed, or there was no room for all of them in time.
-        """
-        import ray
-        from ray.exceptions import RayError
-
-        nodes = [(_on(node), node["Resources"]) for node in alive_nodes()]
-        gpus = any(has.get("GPU") for _, has in nodes)
-        places = [
-            on
-            for on, has in nodes
-            for _ in range(int(has.get("GPU", 0)) if gpus else int(has.get("CPU", 0) > 0))
-        ]
-        if len(places) < 2:
-            return []
-        run = ray.remote(work).options(
-            num_cpus=0,
-            num_gpus=int(gpus),
-            runtime_env={"env_vars": passed_on()},
-            max_retries=0,
-        )
-        started: list[Any] = []
-        try:
-            address = ray.remote(_free_address).options(num_cpus=0, scheduling_strategy=places[0])
-            host, port = ray.get(address.remote(), timeout=within_s)
-            argument = given(host, port, len(places), gpus)
-            started += [
-                run.options(scheduling_strategy=each).remote(argument, rank)
-                for rank, each in enumerate(places)
-            ]
-            return ray.get(started, timeout=within_s)
-        except RayError as error:
-            for each in started:
-                ray.cancel(each, force=True)
-            raise LaunchError(innermost(getattr(error, "cause", None) or error)) from error
+    run, nodes = ray.remote(work), alive_nodes()
+    options = {"num_cpus": 0, "max_retries": 0}
+    tasks = [
+        run.options(**options, scheduling_strategy=_on(node)).remote(given(node["Resources"]))
+        for node in nodes
+    ]
+    ray.wait(tasks, num_returns=len(tasks), timeout=within_s)
+    return [_answer(task, node) for task, node in zip(tasks, nodes, strict=True)]
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -164,23 +107,6 @@ def _answer(task: Any, node: dict[str, Any]) -> Any:
     except RayError as error:
         why = innermost(getattr(error, "cause", None) or error)
     return NoAnswer(node["NodeManagerAddress"], why)
-
-
-def _free_address() -> tuple[str, int]:
-    """The address of this node and a free port there."""
-    import ray
-
-    return ray.util.get_node_ip_address(), free_port("")
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port of `host` at which nothing listens now; "" stands for all addresses of this machine.
-
-    Another process may take the port before the caller does.
-    """
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]
 
 
 def worker_environment(

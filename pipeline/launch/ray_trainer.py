@@ -1,33 +1,67 @@
-"""Ray's TorchTrainer with our policies (`restarts.py`), and with torch's store on loopback.
+"""Ray's TorchTrainer with our policies for restarts and sizes, and with torch's store on loopback.
 
 A cluster that a launch starts itself must not be reachable from other machines. A setting makes Ray
 listen on loopback, the name of the interface does so for gloo and NCCL. torch's store takes no host
 (2.13) and no token, so it gets a socket that we open.
-"""
 
-from __future__ import annotations
+Ray's own policies (2.60) do not fit long runs:
+
+- They count restarts over the whole run, so that a fourth death in days of training ends it.
+- They end a run whose workers find no room for two minutes. Replacing a machine may take ten.
+- They take any number of workers between two, count nodes that are gone for up to 20 s, and end
+  the workers of a run that is to grow at once.
+
+`Restarts` counts deaths without progress. `Resizing` takes numbers that the run may have, on nodes
+that stay, and asks the run to save first.
+"""
 
 import os
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import (
     _set_torch_distributed_env_vars,
     _setup_torch_process_group,
     _TorchBackend,
 )
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+from ray.train.v2.api.exceptions import ControllerError
 from torch.distributed import TCPStore
 
-from pipeline.launch.restarts import Resizing, Restarts
+from pipeline.core.files import is_permanent
+from pipeline.core.run_folder import RunFolder
+from pipeline.core.units import counted
+from pipeline.launch.ray_cluster import cause, innermost
+from pipeline.measure.memory import is_out_of_memory
+from pipeline.recipe.recipe import write_json
+from pipeline.track.events import OF_NONE, Checkpoint, Start, Waiting
+from pipeline.track.journal import Journal, last_event
+from pipeline.train.guards.deaths import note_death
+from pipeline.train.job import Notice, was_stopped
 
 HOST = "127.0.0.1"
 
-_store: list[TCPStore] = []
-"""The store of worker 0. Its server ends with its last client."""
+_store: list[TCPStore] = []  # The store of worker 0. Its server ends with its last client.
 
 
 class Trainer(TorchTrainer):
@@ -102,3 +136,234 @@ def _open_store() -> int:
 
 def _set_address(port: int) -> None:
     os.environ |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(port)}
+
+
+PLACES_S = 3600.0  # How long workers wait for room, if a node may come back or be replaced
+LOOK_S = 10.0
+"""Between two looks at whether there is room for another number of workers. A new node has to stay
+for so long.
+"""
+PATIENCE_S = 300.0  # For the checkpoint before a change of size. The next step may take long.
+
+
+class NoPlace(Exception):
+    """There was no room for the workers within PLACES_S."""
+
+
+class Restarts(DefaultFailurePolicy):
+    """Ends the run in `folder` after more than `max_failures` deaths of workers without progress.
+
+    Progress is a checkpoint of a later step, or a smaller micro-batch. The death that makes the
+    micro-batch smaller does not count: several workers restart for it, where a single one continues
+    by itself (worker.py). A death whose cause only the user can remove ends the run at once.
+
+    Workers that have started before and now find no room, because their node is gone, do not count
+    if `awaits_nodes`: they wait for up to an hour.
+    """
+
+    def __init__(self, config: FailureConfig, *, folder: Path, awaits_nodes: bool) -> None:
+        super().__init__(config)
+        self.folder, self.awaits_nodes = folder, awaits_nodes
+        self._saved = self._last_checkpoint()
+        self._micro_batch = self._read_micro_batch()
+        self._start = self._first_start = self._last_start()
+        self._waits: tuple[str | None, float] | None = None
+        """The start after which there was no room for the workers, and the time of that."""
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        with suppress(OSError):  # storage is away: the journal lacks this death
+            self._note_death(getattr(training_failed_error, "worker_failures", None))
+        if needs_the_user(training_failed_error):
+            return FailureDecision.RAISE
+        has_saved, is_smaller = self._progress()
+        if has_saved or is_smaller:
+            self._worker_group_failures = self._controller_failures = 0
+        if has_no_place(training_failed_error):
+            with suppress(OSError):
+                if was_stopped(self.folder):  # no worker is left to save
+                    return FailureDecision.RAISE
+            if self._may_wait(training_failed_error.controller_failure):
+                return FailureDecision.RETRY
+        else:
+            self._waits = None
+            if is_smaller:
+                return FailureDecision.RETRY
+        return super().make_decision(training_failed_error)
+
+    def _note_death(self, failures: Mapping[int, Exception] | None) -> None:
+        """Leave a note for the journal, which the workers write. Worker 0 writes its own errors."""
+        if failures:
+            worker, error = cause(failures)
+            # Refusals and too large micro-batches have notes of their own.
+            is_noted = isinstance(error, ValueError) or is_out_of_memory(error)
+            if isinstance(error, WorkerHealthCheckFailedError) or (worker and not is_noted):
+                note_death(self.folder, worker=worker, error=innermost(error))
+
+    def _progress(self) -> tuple[bool, bool]:
+        """Whether there is a later checkpoint, and another micro-batch, since the last call.
+
+        Neither if storage is away.
+        """
+        try:
+            saved, micro_batch = self._last_checkpoint(), self._read_micro_batch()
+            self._start = self._last_start()
+        except OSError:
+            return False, False
+        progress = saved > self._saved, micro_batch != self._micro_batch
+        self._saved, self._micro_batch = max(saved, self._saved), micro_batch
+        return progress
+
+    def _may_wait(self, failure: Any) -> bool:
+        """Whether workers still wait for room. Never before the first start: the launch has counted
+        the cores and refuses at once.
+        """
+        if not self.awaits_nodes or self._start == self._first_start:
+            return False
+        if self._waits is None or self._waits[0] != self._start:
+            self._waits = (self._start, time.monotonic())
+            with suppress(OSError):  # storage is away for a moment: the node may come all the same
+                journal_waiting(self.folder, failure.num_workers)
+        return time.monotonic() - self._waits[1] < PLACES_S
+
+    def _last_start(self) -> str | None:
+        """An identity of the workers' last start."""
+        event = last_event(RunFolder(self.folder).journal, Start)
+        return None if event is None else f"{event.attempt} {event.time}"
+
+    def _last_checkpoint(self) -> int:
+        event = last_event(RunFolder(self.folder).journal, Checkpoint)
+        return -1 if event is None else event.step
+
+    def _read_micro_batch(self) -> bytes:
+        file = RunFolder(self.folder).micro_batch
+        return file.read_bytes() if file.exists() else b""
+
+
+class Resizing(ElasticScalingPolicy):
+    """Gives the run in `folder` the largest number of workers of `sizes` that there is room for."""
+
+    def __init__(
+        self, scaling_config: ScalingConfig, *, sizes: Sequence[int], folder: Path
+    ) -> None:
+        super().__init__(scaling_config)
+        self.sizes, self.folder, self.files = tuple(sizes), folder, RunFolder(folder)
+        self._wanted: ResizeDecision | None = None
+        self._asked = self._ticked = 0.0
+        self._none_since: float | None = None  # The time since which there has been no worker
+        self._is_journalled = self._is_tried_late = False
+
+    def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
+        leaving = state.get_draining_nodes()
+        staying = {
+            node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in leaving
+        }
+        room = super()._count_possible_workers(
+            {node: has for node, has in reserved_resources.items() if node in staying}
+        )
+        return max((size for size in self.sizes if size <= room), default=0)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """A request to stop ends the wait for nodes as if its time were over (`Restarts`).
+
+        Raises:
+            NoPlace: no workers have started within an hour, whether there was room for them
+                now and then or not. Room that comes later is tried once.
+        """
+        self._wanted = None
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision) and _exists(self.files.stop, if_away=False):
+            raise WorkerGroupStartupTimeoutError(self.sizes[0])
+        if self._none_since is None:
+            self._none_since = time.monotonic()
+            self._is_journalled = self._is_tried_late = False
+        without_s = time.monotonic() - self._none_since
+        if without_s > PLACES_S:
+            if isinstance(decision, NoopDecision) or self._is_tried_late:
+                raise NoPlace(no_place(self.sizes[0]))
+            self._is_tried_late = True
+        if isinstance(decision, NoopDecision) and without_s > LOOK_S and not self._is_journalled:
+            with suppress(OSError):  # tried again at the next look
+                journal_waiting(self.folder, self.sizes[0])
+                self._is_journalled = True
+        return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Ask the run for a checkpoint first. The decision follows once that is there."""
+        self._none_since = None
+        if self._wanted is None:
+            if time.monotonic() - self._ticked > LOOK_S / 2:
+                # The coordinator looks at the cluster now instead of in up to 20 s.
+                self._ticked = time.monotonic()
+                coordinator: Any = self._autoscaling_coordinator
+                coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+            decision = super().make_decision_for_running_worker_group(
+                worker_group_state, worker_group_status
+            )
+            if not isinstance(decision, ResizeDecision):
+                return decision
+            with suppress(OSError):  # asked for again at the next look
+                write_json(self.files.save, asdict(_leaving(worker_group_state)))
+                self._wanted, self._asked = decision, time.monotonic()
+            return NoopDecision()
+        if _exists(self.files.save, if_away=True) and time.monotonic() - self._asked < PATIENCE_S:
+            return NoopDecision()
+        decision, self._wanted = self._wanted, None
+        with suppress(OSError):  # a request that stays is answered by the next workers
+            self.files.save.unlink(missing_ok=True)
+        return decision
+
+
+def _exists(file: Path, *, if_away: bool) -> bool:
+    """Whether a file exists; `if_away` while its storage does not answer.
+
+    An exception here would end the launch: Ray (2.60) takes it for a failure of its controller.
+    """
+    try:
+        return file.exists()
+    except OSError:
+        return if_away
+
+
+def _leaving(worker_group_state: Any) -> Notice:
+    """The nodes of the run that are being drained."""
+    nodes = {worker.metadata.node_id for worker in worker_group_state.workers}
+    leaving = {node: ms for node, ms in state.get_draining_nodes().items() if node in nodes}
+    return Notice(
+        tuple(sorted(leaving)), min((ms / 1e3 for ms in leaving.values() if ms), default=None)
+    )
+
+
+def has_no_place(error: Exception) -> bool:
+    """Whether Ray Train or `Resizing` gave up because there was no room for the workers in time."""
+    return isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, (WorkerGroupStartupTimeoutError, NoPlace)
+    )
+
+
+def no_place(workers: int) -> str:
+    """The message of a launch that found no room."""
+    found = f"launch: {counted(workers, 'worker')} found no place in time"
+    return f"{found}: others have it, or a node is gone and none came in its stead"
+
+
+def needs_the_user(error: Exception) -> bool:
+    """Whether a worker died of a full disk or a missing right, which a restart would meet again."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return False
+    _, found = cause(failures)
+    return isinstance(found, OSError) and is_permanent(found)
+
+
+def journal_waiting(folder: Path, workers: int) -> None:
+    """Journal that no worker of the run in `folder` is left, and what it waits for. The driver
+    shows it.
+
+    Raises: OSError.
+    """
+    with Journal(RunFolder(folder).journal, attempt=OF_NONE) as journal:
+        journal.write(Waiting(what=f"a place for {counted(workers, 'worker')}", most_s=PLACES_S))

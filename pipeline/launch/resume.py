@@ -4,8 +4,6 @@
 of operation (`cluster.OPERATIONAL`), which are saved with the run or suite and hold from then on.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -15,14 +13,16 @@ from typing import Any
 
 from rich.console import Console
 
+from pipeline.core.checks import require
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.launch.cluster import OPERATIONAL, Cluster, differences
-from pipeline.launch.driver import driver_lock, train_to_end
+from pipeline.launch.driver import driver_lock, train_alone
 from pipeline.launch.prepare import read_job, write_job
 from pipeline.recipe.json import differing, listed, recipe_fields
 from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.suite import FILE as SUITE
 from pipeline.recipe.suite import Suite, SuiteFile, is_suite
 from pipeline.track.state import state_of
 from pipeline.train.build import check_recipe
@@ -50,11 +50,11 @@ def resume_run(
     if state_of(folder) == "finished":
         say(new_console(), f"{folder.name} has finished")
         return folder
-    if options.get("side_by_side", 1) != 1:
-        raise ValueError(
-            f"resume: --side-by-side is for a suite; got {options['side_by_side']} with"
-            f" {folder.name} alone"
-        )
+    require(
+        options.get("side_by_side", 1) == 1,
+        f"resume: --side-by-side is for a suite; got {options.get('side_by_side')} with"
+        f" {folder.name} alone",
+    )
     launched = Cluster.from_json(read_json(RunFolder(folder).cluster))
     cluster = launched.resumed(workers=workers, inline=inline, address=address, options=options)
     say_stage("checking the run and where it continues")
@@ -62,9 +62,9 @@ def resume_run(
     with driver_lock(folder):
         pass  # refuses a second driver before a cluster is started in vain
     with cluster.launcher() as launcher:
-        change_run(folder, options, new_console())
+        save_options(folder, [folder], options, new_console())
         job = read_job(folder, trust=trust)
-        return train_to_end(job, launcher, folder.parent, address=cluster.resume_address(launched))
+        return train_alone(job, launcher, address=cluster.resume_address(launched))
 
 
 def check_resumed(
@@ -83,11 +83,11 @@ def check_resumed(
         check_recipe(replace(recipe.with_untrained_teacher(), init=None), *cluster.sizes)
     if zero := recipe_fields(folder).get("zero"):
         wrote = _workers_of_newest(place_of(folder))
-        if wrote is not None and cluster.sizes != (wrote,):
-            raise ValueError(
-                f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
-                f" {wrote}; got {format_sizes(cluster.sizes)}"
-            )
+        require(
+            wrote is None or cluster.sizes == (wrote,),
+            f"resume: ZeRO-{zero} needs the number of workers of its newest checkpoint,"
+            f" {wrote}; got {format_sizes(cluster.sizes)}",
+        )
 
 
 def _workers_of_newest(place: Place) -> int | None:
@@ -119,8 +119,7 @@ def refuse_unless_launched_so(
         there, asked = ("a suite", "one recipe") if is_suite(folder) else ("one run", "a suite")
         raise ValueError(f"{rule}; it is {there}, and now {asked} is asked for")
     found = list(_differences(folder, made, trust=trust))
-    if found:
-        raise ValueError(f"{rule}; its recipe differs now: {listed(found)}")
+    require(not found, f"{rule}; its recipe differs now: {listed(found)}")
     there = (
         read_json(RunFolder(folder).cluster)
         if isinstance(made, Recipe)
@@ -128,8 +127,7 @@ def refuse_unless_launched_so(
     )
     was, now = Cluster.from_json(there), cluster
     changed = [text for name, text in differences(was, now).items() if name not in MAY_DIFFER]
-    if changed:
-        raise ValueError(f"{rule}; its options differ now: {', '.join(changed)}")
+    require(not changed, f"{rule}; its options differ now: {', '.join(changed)}")
 
 
 def _differences(
@@ -154,58 +152,35 @@ def _as_read(recipe: Recipe) -> Any:
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 
-def change_run(folder: Path, options: Mapping[str, Any], console: Console) -> None:
-    """Write fields of OPERATIONAL into a run's cluster.json and job.json, and print what differs.
+def save_options(
+    folder: Path, runs: Iterable[Path], options: Mapping[str, Any], console: Console
+) -> None:
+    """Save fields of OPERATIONAL with the runs of `folder`, a run or a suite; print what differs.
+
+    Later runs of a suite are made from its suite.json. job.json is written before cluster.json: a
+    driver killed between the two leaves cluster.json as it was, and the same command writes both
+    again.
 
     Raises:
-        UserError: another process trains the run.
+        UserError: another process trains the run or suite.
         ValueError: a file is damaged.
     """
     if not options:
         return
+    changes: dict[str, str] = {}
     with driver_lock(folder):
-        was = _write(folder, options)
-    _say(folder, was, replace(was, **options), console)
-
-
-def change_suite(
-    folder: Path,
-    suite_file: SuiteFile,
-    options: Mapping[str, Any],
-    begun: Iterable[Path],
-    console: Console,
-) -> SuiteFile:
-    """Write fields of OPERATIONAL into suite.json and the folders of the runs that have `begun`.
-
-    Later runs are made from suite.json.
-    """
-    if not options:
-        return suite_file
-    was = Cluster.from_json(suite_file.cluster)
-    now = replace(was, **options)
-    changed = replace(suite_file, cluster=asdict(now))
-    with driver_lock(folder):
-        for run in begun:
-            _write(run, options)
-        changed.write(folder)
-    _say(folder, was, now, console)
-    return changed
-
-
-def _write(run: Path, options: Mapping[str, Any]) -> Cluster:
-    """Write the options into a run's files, and return its cluster before.
-
-    job.json is written first: a driver killed between the two files leaves cluster.json as it was,
-    and the same command writes both again.
-    """
-    file = RunFolder(run).cluster
-    was = Cluster.from_json(read_json(file))
-    now = replace(was, **options)
-    write_job(replace(read_job(run), **now.worker_settings))
-    write_json(file, asdict(now))
-    return was
-
-
-def _say(folder: Path, was: Cluster, now: Cluster, console: Console) -> None:
-    if changes := ", ".join(differences(was, now).values()):
-        say(console, f"{folder.name}: {changes} from here on")
+        for run in runs:
+            file = RunFolder(run).cluster
+            was = Cluster.from_json(read_json(file))
+            now = replace(was, **options)
+            write_job(replace(read_job(run), **now.worker_settings))
+            write_json(file, asdict(now))
+            changes |= differences(was, now)
+        if is_suite(folder):
+            written = read_json(folder / SUITE)
+            was = Cluster.from_json(written["cluster"])
+            now = replace(was, **options)
+            write_json(folder / SUITE, {**written, "cluster": asdict(now)})
+            changes = differences(was, now)
+    if changes:
+        say(console, f"{folder.name}: {', '.join(changes.values())} from here on")

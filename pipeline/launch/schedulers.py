@@ -5,8 +5,6 @@ infra/k8s/overlays/cpu/job and applies it, `sbatch` takes infra/slurm/train.sbat
 `ray job submit` takes a command line. This module needs neither the data nor the cluster.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -22,7 +20,7 @@ from uuid import uuid4
 
 import yaml
 
-from pipeline.core.checks import is_count
+from pipeline.core.checks import is_count, require
 from pipeline.core.errors import UserError
 from pipeline.core.units import counted
 from pipeline.launch.ray_auth import offer_token
@@ -60,22 +58,27 @@ class Order:
     runs: str
 
     def __post_init__(self) -> None:
-        if not self.words or self.words[0].startswith("-"):
-            got = " ".join(self.words) or "none"
-            raise ValueError(f"order: words must begin with a recipe; got {got}")
+        require(
+            self.words and not self.words[0].startswith("-"),
+            f"order: words must begin with a recipe; got {' '.join(self.words) or 'none'}",
+        )
         for name, texts in (("words", self.words), ("runs", [self.runs]), ("image", [self.image])):
             for text in texts:
-                if any(ord(character) < 32 or ord(character) == 127 for character in text):
-                    raise ValueError(
-                        f"order: {name} must be free of control characters; got {text!r}"
-                    )
-        for option in (word.partition("=")[0] for word in self.words):
-            if option in OWN:
-                raise ValueError(f"order: {option} follows from the job; got it among the words")
-            if option == "--inline":
-                raise ValueError("order: a job trains with workers of Ray; got --inline")
-        if self.workers is not None and not (self.sizes and all(map(is_count, self.sizes))):
-            raise ValueError(f"order: workers must be 1 or more; got {self.workers!r}")
+                require(
+                    not any(ord(character) < 32 or ord(character) == 127 for character in text),
+                    f"order: {name} must be free of control characters; got {text!r}",
+                )
+        options = [word.partition("=")[0] for word in self.words]
+        require("--inline" not in options, "order: a job trains with workers of Ray; got --inline")
+        for option in OWN:
+            require(
+                option not in options,
+                f"order: {option} follows from the job; got it among the words",
+            )
+        require(
+            self.workers is None or (self.sizes and all(map(is_count, self.sizes))),
+            f"order: workers must be 1 or more; got {self.workers!r}",
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -94,19 +97,24 @@ class Order:
                 value = word.partition("=")[2]
         return value
 
-    @property
-    def side_by_side(self) -> int:
-        """The number of runs that need room at the same time; 1 for `auto`.
+    def count(self, name: str) -> int:
+        """The number that an option has among the words; 1 for `auto` and without the option.
 
         Raises:
-            ValueError: --side-by-side is neither a count nor `auto`.
+            ValueError: it is neither a count nor `auto`.
         """
-        asked = self.option("--side-by-side") or "1"
-        if asked == "auto":
-            return 1
-        if not asked.isdecimal() or int(asked) < 1:
-            raise ValueError(f"order: --side-by-side must be a number of runs or auto; got {asked}")
-        return int(asked)
+        asked = self.option(name) or "auto"
+        count = "1" if asked == "auto" else asked
+        require(
+            count.isdecimal() and int(count) >= 1,
+            f"order: {name} must be a whole number >= 1 or auto; got {asked}",
+        )
+        return int(count)
+
+    @property
+    def side_by_side(self) -> int:
+        """The number of runs that need room at the same time."""
+        return self.count("--side-by-side")
 
     def describe(self, workers: int) -> str:
         """`4 workers`, or `2 runs side by side of 4 workers`."""
@@ -181,19 +189,17 @@ def render_rayjob(order: Order, folder: Path) -> str:
         ValueError: Kubernetes would not take the name or image; the folder has no RayJob, or is too
             small for so many workers; runs or checkpoints would lie on a pod's own disk.
     """
-    if len(order.name) > LONGEST_NAME or not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", order.name):
-        raise ValueError(
-            "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be "
-            f"at most {LONGEST_NAME} long (RFC 1123, KubeRay); got {order.name!r}"
-        )
-    if not _is_fixed(order.image):
-        raise ValueError(
-            "k8s: image must be a name with a tag or a digest, other than latest; got"
-            f" {order.image!r}"
-        )
+    require(
+        len(order.name) <= LONGEST_NAME and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", order.name),
+        "k8s: name must be lower-case letters, digits and inner -, begin with a letter, and be "
+        f"at most {LONGEST_NAME} long (RFC 1123, KubeRay); got {order.name!r}",
+    )
+    require(
+        _is_fixed(order.image),
+        f"k8s: image must be a name with a tag or a digest, other than latest; got {order.image!r}",
+    )
     jobs = [each for each in manifests_of(folder) if each["kind"] == "RayJob"]
-    if len(jobs) != 1:
-        raise ValueError(f"k8s: {folder} must hold one RayJob; got {len(jobs)}")
+    require(len(jobs) == 1, f"k8s: {folder} must hold one RayJob; got {len(jobs)}")
     try:
         _fill_rayjob(jobs[0], order, folder)
     except (KeyError, IndexError, TypeError) as error:
@@ -240,10 +246,10 @@ def _is_fixed(image: str) -> bool:
 def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
     cluster = job["spec"]["rayClusterSpec"]
     groups = cluster["workerGroupSpecs"]
-    if len(groups) != 1:
-        raise ValueError(
-            f"k8s: the RayJob of {folder} must have one group of workers; got {len(groups)}"
-        )
+    require(
+        len(groups) == 1,
+        f"k8s: the RayJob of {folder} must have one group of workers; got {len(groups)}",
+    )
     group = groups[0]
     pods = [part["template"]["spec"] for part in (cluster["headGroupSpec"], group)]
     _refuse_unless_shared(order, pods)
@@ -261,20 +267,16 @@ def _fill_rayjob(job: dict[str, Any], order: Order, folder: Path) -> None:
 
 def _pods(order: Order, workers: int, limits: dict[str, Any], most: int, folder: Path) -> int:
     """The number of pods for the runs. Each worker takes its cores, and a GPU if pods have any."""
-    asked = order.option("--cpus-per-worker") or "auto"
-    asked = "1" if asked == "auto" else asked  # with a GPU for each worker, as many as fit
-    if not asked.isdecimal() or int(asked) < 1:
-        rule = "k8s: --cpus-per-worker must be a whole number >= 1 or auto"
-        raise ValueError(f"{rule}; got {asked!r}")
+    asked = order.count("--cpus-per-worker")  # auto: with a GPU for each worker, as many as fit
     cores, gpus = _cores(limits), _gpus(limits)
-    room = cores // int(asked)
+    room = cores // asked
     if gpus and order.option("--device") != "cpu":
         room = min(room, gpus)
     pods = math.ceil(order.side_by_side * workers / room) if room else None
     if pods is None or pods > most:
         each = counted(cores, "core") + (f" and {counted(gpus, 'GPU')}" if gpus else "")
         raise ValueError(
-            f"k8s: {order.describe(workers)} x {counted(int(asked), 'cpu')} must fit into pods of "
+            f"k8s: {order.describe(workers)} x {counted(asked, 'cpu')} must fit into pods of "
             f"{each}, of which {folder} has {most}: room for {counted(most * room, 'worker')}"
         )
     return pods
@@ -284,8 +286,10 @@ def _cores(limits: dict[str, Any]) -> int:
     """The cores of a pod, rounded up as KubeRay does for Ray."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(limits.get("cpu", "")))
     if found is None:
-        rule = "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m"
-        raise ValueError(f"{rule}; got {limits.get('cpu')!r}")
+        raise ValueError(
+            "k8s: a worker's limit of cpu must be a number of cores, or of thousandths with m; got"
+            f" {limits.get('cpu')!r}"
+        )
     return math.ceil(float(found[1]) / (1000 if found[2] else 1))
 
 
@@ -301,11 +305,11 @@ def _refuse_unless_shared(order: Order, pods: Sequence[dict[str, Any]]) -> None:
     if kept is not None and (folder := folder_of(kept)) is not None:
         folders.append(("--checkpoints", kept, folder))
     for name, given, folder in folders:
-        if ".." in folder.parts or not any(folder.is_relative_to(mount) for mount in shared):
-            raise ValueError(
-                f"k8s: {name} must lie where every pod writes to a shared volume"
-                f" ({', '.join(shared)}), without ..; got {given!r}"
-            )
+        require(
+            ".." not in folder.parts and any(folder.is_relative_to(mount) for mount in shared),
+            f"k8s: {name} must lie where every pod writes to a shared volume"
+            f" ({', '.join(shared)}), without ..; got {given!r}",
+        )
 
 
 def _shared_mounts(pod: dict[str, Any]) -> set[str]:
@@ -331,19 +335,24 @@ def render_sbatch(
     Raises:
         ValueError: a value that Slurm would not take, too few GPUs, or no script in the folder.
     """
-    if nodes < 1 or gpus_per_node < 0:
-        rule = "slurm: nodes must be 1 or more, gpus_per_node 0 or more"
-        raise ValueError(f"{rule}; got {nodes} and {gpus_per_node}")
-    if len(order.sizes) > 1:
-        rule = "slurm: the number of nodes of a job is fixed, so workers must be one number"
-        raise ValueError(f"{rule}; got {format_sizes(order.sizes)}")
+    require(
+        nodes >= 1 and gpus_per_node >= 0,
+        f"slurm: nodes must be 1 or more, gpus_per_node 0 or more; got {nodes} and {gpus_per_node}",
+    )
+    require(
+        len(order.sizes) <= 1,
+        "slurm: the number of nodes of a job is fixed, so workers must be one number; got"
+        f" {format_sizes(order.sizes)}",
+    )
     gpus = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
-    if gpus and order.option("--device") != "cpu" and order.side_by_side * workers > gpus:
-        room = f"{counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}"
-        raise ValueError(f"slurm: each worker takes a GPU; got {order.describe(workers)} on {room}")
-    if not (script := folder / "train.sbatch").is_file():
-        raise ValueError(f"slurm: the script of the job must be a file; got {script}")
+    require(
+        not gpus or order.option("--device") == "cpu" or order.side_by_side * workers <= gpus,
+        f"slurm: each worker takes a GPU; got {order.describe(workers)} on"
+        f" {counted(nodes, 'node')} x {counted(gpus_per_node, 'GPU')}",
+    )
+    script = folder / "train.sbatch"
+    require(script.is_file(), f"slurm: the script of the job must be a file; got {script}")
     options = {
         "job-name": _matching("name", order.name, _NAME),
         "nodes": str(nodes),
@@ -385,8 +394,9 @@ def submit_sbatch(command: str) -> str:
 
 
 def _matching(name: str, value: str, pattern: str) -> str:
-    if not re.fullmatch(pattern, value, re.ASCII):
-        raise ValueError(f"slurm: {name} must match {pattern}; got {value!r}")
+    require(
+        re.fullmatch(pattern, value, re.ASCII), f"slurm: {name} must match {pattern}; got {value!r}"
+    )
     return value
 
 
@@ -403,14 +413,18 @@ def render_ray_job(order: Order, address: str) -> str:
         ValueError: another address, a name that a run cannot have, or an image, which a cluster
             that is up has already.
     """
-    if not re.fullmatch(r"ray://[A-Za-z0-9.-]+:\d{1,5}", address, re.ASCII):
-        rule = "ray: a cluster must be ray://HOST:PORT, with the port of its dashboard"
-        raise ValueError(f"{rule}; got {address!r}")
-    if not re.fullmatch(_NAME, order.name, re.ASCII):
-        raise ValueError(f"ray: name must be letters, digits and inner . _ -; got {order.name!r}")
-    if order.image:
-        rule = "ray: a cluster that is up trains with what is installed there"
-        raise ValueError(f"{rule}; got --image {order.image}")
+    require(
+        re.fullmatch(r"ray://[A-Za-z0-9.-]+:\d{1,5}", address, re.ASCII),
+        f"ray: a cluster must be ray://HOST:PORT, with the port of its dashboard; got {address!r}",
+    )
+    require(
+        re.fullmatch(_NAME, order.name, re.ASCII),
+        f"ray: name must be letters, digits and inner . _ -; got {order.name!r}",
+    )
+    require(
+        not order.image,
+        f"ray: a cluster that is up trains with what is installed there; got --image {order.image}",
+    )
     # The name of a job can be used once, the name of a run many times.
     job = f"{order.name}-{uuid4().hex[:8]}"
     http = "http://" + address.removeprefix("ray://")
@@ -425,7 +439,7 @@ def submit_ray_job(command: str) -> str:
         UserError: there is no cluster, or it wants a token that RAY_AUTH_TOKEN and
             RAY_AUTH_TOKEN_PATH do not name.
     """
-    ray, *words = shlex.split(command)
+    words = shlex.split(command)
     offer_token()
-    answer_of(ray, *words)
+    answer_of(*words)
     return words[words.index("--submission-id") + 1]

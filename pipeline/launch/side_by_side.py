@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from pipeline.launch.progress import Shown
 from pipeline.launch.signals import PATIENT, on_stop_signals
 from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.command_line import trust_words
-from pipeline.recipe.recipe import Recipe
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.state import is_driven
 from pipeline.train.job import Job, was_stopped
@@ -59,9 +59,7 @@ def parallel_runs(launcher: Launcher, wanted: CountOrAuto) -> int:
     return wanted
 
 
-def train_side_by_side(
-    children: SuiteRuns, launcher: Launcher, slots: int, console: Console
-) -> bool:
+def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
     """Train the runs that are left, `slots` at a time. Returns False if asked to stop.
 
     After the first failure no further run begins. The error is raised once the others have ended.
@@ -70,86 +68,77 @@ def train_side_by_side(
         LaunchError: a run failed; the line is the last one of its driver.
         UserError: a run was refused.
     """
-    running: dict[str, _ChildDriver] = {}
-    others = _OtherDrivers(console)
-    failed: Exception | None = None
-    stopped = False
-    with _stop_requests() as requests:
-        while True:
-            if requests():
-                for each in running.values():
-                    each.stop(at_once=requests() > 1)
-            for name, each in list(running.items()):
-                if not each.ended():
-                    continue
-                del running[name]
-                failed = failed or each.failure()
-                stopped = stopped or not children.is_over(name)  # the run alone was asked to stop
-            is_waiting = False
-            if not requests() and failed is None and not stopped:
-                try:
-                    is_waiting = _begin_more(children, launcher, slots, running, others, console)
-                except (OSError, ValueError) as error:
-                    failed = error
-            if not running and not is_waiting:
-                break
-            time.sleep(_POLL_S)
-    if failed is not None:
-        raise failed
-    return not children.left()
+    return _SideBySide(suite, launcher, slots, console).train()
 
 
-def _begin_more(
-    children: SuiteRuns,
-    launcher: Launcher,
-    slots: int,
-    running: dict[str, _ChildDriver],
-    others: _OtherDrivers,
-    console: Console,
-) -> bool:
-    """Fill the free slots, in the suite's order. Returns whether other processes still drive runs.
-
-    Raises: OSError or ValueError if a run cannot begin.
-    """
-    elsewhere = 0
-    for recipe in children.left():
-        if len(running) + elsewhere == slots:
-            break
-        if recipe.name in running or not children.can_begin(recipe):
-            continue
-        if others.drive(children.where[recipe.name], recipe.name):
-            elsewhere += 1
-        else:
-            job = children.job(recipe)
-            running[recipe.name] = _ChildDriver(recipe, job, children, launcher, console)
-    return elsewhere > 0
-
-
-class _OtherDrivers:
-    """Drivers that this suite has not started: most likely of a suite that was killed, which save
-    their runs and end.
+@dataclass
+class _SideBySide:
+    suite: SuiteRuns
+    launcher: Launcher
+    slots: int
+    console: Console
+    running: dict[str, _ChildDriver] = field(default_factory=dict)
+    driven_since: dict[str, float] = field(default_factory=dict)
+    """When it was noticed that another process drives a run: most likely the driver of a suite that
+    was killed, which saves its run and ends.
     """
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._since: dict[str, float] = {}
+    def train(self) -> bool:
+        failed: Exception | None = None
+        stopped = False
+        with _stop_requests() as requests:
+            while True:
+                if requests():
+                    for each in self.running.values():
+                        each.stop(at_once=requests() > 1)
+                for name, each in list(self.running.items()):
+                    if each.ended():
+                        del self.running[name]
+                        failed = failed or each.failure()
+                        stopped = stopped or not self.suite.is_over(name)  # the run alone was
+                is_waiting = False
+                if not requests() and failed is None and not stopped:
+                    try:
+                        is_waiting = self._begin_more()
+                    except (OSError, ValueError) as error:
+                        failed = error
+                if not self.running and not is_waiting:
+                    break
+                time.sleep(_POLL_S)
+        if failed is not None:
+            raise failed
+        return not self.suite.left()
 
-    def drive(self, run: Path, name: str) -> bool:
-        """Whether another process drives this run.
+    def _begin_more(self) -> bool:
+        """Fill the free slots, in the suite's order. Returns whether others still drive runs.
 
-        Raises:
-            UserError: it has done so for more than LEAVING_S.
+        Raises: OSError or ValueError if a run cannot begin.
         """
+        elsewhere = 0
+        for recipe in self.suite.left():
+            if len(self.running) + elsewhere == self.slots:
+                break
+            if recipe.name in self.running or not self.suite.can_begin(recipe):
+                continue
+            if self._is_driven_elsewhere(recipe.name):
+                elsewhere += 1
+            else:
+                job = self.suite.job(recipe)
+                child = _ChildDriver(recipe.name, job, self.suite, self.launcher, self.console)
+                self.running[recipe.name] = child
+        return elsewhere > 0
+
+    def _is_driven_elsewhere(self, name: str) -> bool:
+        """Raises: UserError if another process has driven the run for more than LEAVING_S."""
+        run = self.suite.where[name]
         if not is_driven(run):
-            self._since.pop(name, None)
+            self.driven_since.pop(name, None)
             return False
-        if name not in self._since:
-            self._since[name] = time.monotonic()
-            say(
-                self._console,
-                f"{name}  another process still trains it: waiting for up to {LEAVING_S:.0f} s",
-            )
-        if time.monotonic() - self._since[name] > LEAVING_S:
+        if name not in self.driven_since:
+            self.driven_since[name] = time.monotonic()
+            text = f"another process still trains it: waiting for up to {LEAVING_S:.0f} s"
+            say(self.console, f"{name}  {text}")
+        if time.monotonic() - self.driven_since[name] > LEAVING_S:
             raise UserError(
                 f"{run.name}: is being trained by another process, which still does after"
                 f" {LEAVING_S:.0f} s"
@@ -161,16 +150,15 @@ class _ChildDriver:
     """The process that drives one run of the suite."""
 
     def __init__(
-        self, recipe: Recipe, job: Job, children: SuiteRuns, launcher: Launcher, console: Console
+        self, name: str, job: Job, suite: SuiteRuns, launcher: Launcher, console: Console
     ) -> None:
-        self.folder, self._is_over = Path(job.run), partial(children.is_over, recipe.name)
+        self.folder, self._is_over = Path(job.run), partial(suite.is_over, name)
         self._files = RunFolder(self.folder)
         self._files.stop.unlink(missing_ok=True)
-        self._shown = Shown(
-            self.folder, console, store=tracking_uri(children.runs), name=recipe.name
-        )
-        words = ["resume", str(self.folder), "--runs", str(children.runs)]
-        words += [*launcher.resume_options(), *trust_words(children.trust)]
+        runs = suite.folder.parent
+        self._shown = Shown(self.folder, console, store=tracking_uri(runs), name=name)
+        words = ["resume", str(self.folder), "--runs", str(runs)]
+        words += [*launcher.resume_options(), *trust_words(suite.trust)]
         self._log = self._files.launch_log.open("ab")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *words],

@@ -19,8 +19,7 @@ from types import FrameType
 from pipeline.core.run_folder import RunFolder
 from pipeline.train.job import was_stopped
 
-PATIENT = (signal.SIGUSR1, signal.SIGHUP)
-"""Signals that never mean "at once"."""
+PATIENT = (signal.SIGUSR1, signal.SIGHUP)  # Signals that never mean "at once"
 ECHO_S = 0.3
 """One request may come as several signals: to a process and to its group, or for each thread of a
 parent that dies (Linux 6).
@@ -52,16 +51,8 @@ def on_stop_signals(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def stops_on_signal(folder: Path, say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Meanwhile signals ask the run in this folder to stop."""
-    request = StopRequest(folder, say)
-    with on_stop_signals(request.hear):
-        yield request
-
-
 class StopRequest:
-    """Passes signals on to the workers, as a file in the run's folder."""
+    """Passes signals on to the workers, as a file in the run's folder. For `on_stop_signals`."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say

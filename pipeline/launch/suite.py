@@ -2,8 +2,6 @@
 different cores.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Mapping
@@ -19,18 +17,16 @@ from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.driver import check, driver_lock, ignore_lost_terminal, train
+from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_terminal, say_stopped
 from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
-from pipeline.launch.resume import change_run, change_suite, check_resumed
+from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
 from pipeline.launch.suite_runs import SuiteRuns, begun_job
 from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command
-from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
-from pipeline.track.state import is_driven, state_of
-from pipeline.track.trials import over_in
+from pipeline.track.state import is_driven, over_in, state_of
 from pipeline.train.job import was_stopped
 from pipeline.train.placeholder_weights import with_stand_ins
 
@@ -64,7 +60,7 @@ def launch_suite(
         with atomic_folder(folder) as hidden:  # nothing can be refused after this
             suite_file.write(hidden)
             own_code.write(hidden, trust)
-        return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
+        return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
 
 
 def resume_suite(
@@ -99,107 +95,88 @@ def resume_suite(
     _check_ahead(suite_file.suite, cluster, trust=trust, begun=frozenset(begun))
     with launcher:
         slots = parallel_runs(launcher, cluster.side_by_side)
-        suite_file = change_suite(folder, suite_file, options, left, new_console())
-        return _train_the_rest(folder, suite_file, cluster, launcher, slots, trust=trust)
+        save_options(folder, left, options, new_console())
+        suite_file = SuiteFile.read(folder, trust=trust)
+        return _train(SuiteRuns(folder, suite_file, cluster, trust), launcher, slots)
 
 
-def _train_the_rest(
-    folder: Path,
-    suite_file: SuiteFile,
-    cluster: Cluster,
-    launcher: Launcher,
-    slots: int,
-    *,
-    trust: tuple[str, ...],
-) -> Path | None:
+def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
     """Train every recipe whose run is not over, `slots` at a time."""
-    console, runs, where = new_console(), folder.parent, runs_of(folder)
+    console, folder = new_console(), suite.folder
     ignore_lost_terminal(console)
-    address = cluster.resume_address(Cluster.from_json(suite_file.cluster))
-    resume = command("resume", runs / folder.name, address=address)
+    resume = command("resume", folder, address=suite.resume_address)
     say(console, str(folder), label="suite   ", whole=[str(folder)])
     say(console, resume, label="resume  ", whole=[resume])
     if slots > 1:
         say(console, f"{slots} runs at a time, each on cores and cards of its own (--side-by-side)")
     else:  # one run at a time needs no cores of its own
-        cluster = replace(cluster, side_by_side=1)
-    children = SuiteRuns(folder.name, suite_file, cluster, where, trust=trust)
+        suite = replace(suite, cluster=replace(suite.cluster, side_by_side=1))
     is_ours = False
     try:
         with driver_lock(folder):
             is_ours = True
-            _update_cores(children, console)
+            _update_cores(suite, console)
             if slots > 1:
-                done = train_side_by_side(children, launcher, slots, console)
+                done = train_side_by_side(suite, launcher, slots, console)
             else:
-                done = _train_in_turn(children, launcher, console)
+                done = _train_in_turn(suite, launcher, console)
     finally:
         if is_ours:
-            _sync_states(children, console)
+            _sync_states(suite, console)
     if not done:
-        say(console, f"stopped; resume with: {resume}", whole=[resume])
+        say_stopped(console, resume)
     return folder if done else None
 
 
-def _update_cores(children: SuiteRuns, console: Console) -> None:
-    """Runs that have begun share cores as those do that begin now.
+def _update_cores(suite: SuiteRuns, console: Console) -> None:
+    """Let runs that have begun share cores as those do that begin now.
 
     They may have begun with another number of runs side by side.
     """
-    cluster = children.cluster
-    for run in (children.where[recipe.name] for recipe in children.left()):
+    for run in (suite.where[recipe.name] for recipe in suite.left()):
         # A process that still drives a run, after its suite was killed, saves it and ends.
         if not run.exists() or is_driven(run):
             continue
-        job = begun_job(run, children.suite_file.parent, trust=children.trust)
-        if job.own_cores != cluster.worker_settings["own_cores"]:
-            change_run(run, {"side_by_side": cluster.side_by_side}, console)
+        job = begun_job(run, suite.suite_file.parent, trust=suite.trust)
+        if job.own_cores != suite.cluster.worker_settings["own_cores"]:
+            save_options(run, [run], {"side_by_side": suite.cluster.side_by_side}, console)
 
 
-def _sync_states(children: SuiteRuns, console: Console) -> None:
+def _sync_states(suite: SuiteRuns, console: Console) -> None:
     """Deliver to MLflow the states of the suite and its runs, once no process drives them.
 
     A process that was killed has not delivered its run's state. Between two runs MLflow has been
     informed that the suite runs.
     """
     try:
-        begun = {name: run for name, run in children.where.items() if state_of(run) != "new"}
-        if not begun or not children.left():  # the last run has delivered it
+        begun = {name: run for name, run in suite.where.items() if state_of(run) != "new"}
+        if not begun or not suite.left():  # the last run has delivered it
             return
-        unfinished = [run for name, run in begun.items() if not children.is_over(name)]
+        unfinished = [run for name, run in begun.items() if not suite.is_over(name)]
         for run in unfinished or [*begun.values()][-1:]:
-            sync(run, uri=tracking_uri(children.runs))
+            sync(run, uri=tracking_uri(suite.folder.parent))
     except (TrackingError, OSError, ValueError) as error:
         say(console, str(error))  # not raised: the caller may be raising another error
 
 
-def _train_in_turn(children: SuiteRuns, launcher: Launcher, console: Console) -> bool:
-    """Returns False if the suite was asked to stop."""
-    left = children.left()
+def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bool:
+    """Returns False if the suite was asked to stop. A run that diverged counts as trained."""
+    left = suite.left()
     try:
         for recipe in left:
-            finished = _train_one(children, recipe, launcher, console)
+            try:
+                job = suite.job(recipe)
+                if drive(job, launcher, console, address=suite.resume_address) is None:
+                    return False
+            except UserError:
+                if not suite.is_over(recipe.name):
+                    raise
             # A request during a run's last batch comes too late for the run, and stops the suite.
-            if not finished or (
-                was_stopped(children.where[recipe.name]) and recipe is not left[-1]
-            ):
+            if was_stopped(suite.where[recipe.name]) and recipe is not left[-1]:
                 return False
     except KeyboardInterrupt:  # between two runs
         return False
     return True
-
-
-def _train_one(children: SuiteRuns, recipe: Recipe, launcher: Launcher, console: Console) -> bool:
-    """Returns False if the run was asked to stop. A run that diverged counts as trained."""
-    job, launched = children.job(recipe), Cluster.from_json(children.suite_file.cluster)
-    try:
-        return train(
-            job, launcher, children.runs, console, address=children.cluster.resume_address(launched)
-        )
-    except UserError:
-        if not children.is_over(recipe.name):
-            raise
-        return True
 
 
 def _check_ahead(

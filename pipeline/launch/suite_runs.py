@@ -2,20 +2,18 @@
 depends on are over.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.core.checks import require
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check
 from pipeline.launch.prepare import prepare, read_job
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.suite import SuiteFile, filled, needed, sources
-from pipeline.track.trials import best, is_over, top1_of
+from pipeline.recipe.suite import SuiteFile, filled, needed, runs_of, sources
+from pipeline.track.state import best, is_over, top1_of
 from pipeline.train.job import Job
 from pipeline.train.weights import lasting_weights
 
@@ -24,17 +22,20 @@ from pipeline.train.weights import lasting_weights
 class SuiteRuns:
     """The runs of one launch or resume of a suite."""
 
-    name: str
-    """Of the suite and its folder."""
+    folder: Path  # Of the suite
     suite_file: SuiteFile
     cluster: Cluster
-    where: Mapping[str, Path]
-    """The folder of each recipe's run, by the recipe's name. It may not exist yet."""
     trust: tuple[str, ...] = ()
 
+    @cached_property
+    def where(self) -> dict[str, Path]:
+        """The folder of each recipe's run, by the recipe's name. It may not exist yet."""
+        return runs_of(self.folder)
+
     @property
-    def runs(self) -> Path:
-        return next(iter(self.where.values())).parent
+    def resume_address(self) -> str | None:
+        """The `--address` of the command that resumes the suite or one of its runs."""
+        return self.cluster.resume_address(Cluster.from_json(self.suite_file.cluster))
 
     def is_over(self, name: str) -> bool:
         """Whether the run of the recipe of this name needs no more training."""
@@ -62,21 +63,18 @@ class SuiteRuns:
         run, parent = self.where[recipe.name], self.suite_file.parent
         if run.exists():
             return begun_job(run, parent, trust=self.trust)
-        ready = filled(self._chosen(recipe), self._weights_of)
+        ready = filled(self._chosen(recipe), lambda name: lasting_weights(self.where[name]))
         check(ready, self.cluster, trust=self.trust)
         return prepare(
             ready,
             self.cluster,
-            self.runs,
+            self.folder.parent,
             name=run.name,
             parent=parent,
-            suite=self.name,
+            suite=self.folder.name,
             family=self.suite_file.suite.family,
             trust=self.trust,
         )
-
-    def _weights_of(self, name: str) -> Path:
-        return lasting_weights(self.where[name])
 
     def _chosen(self, recipe: Recipe) -> Recipe:
         """The recipe with the value that did best in its trials, if it has trials."""
@@ -99,8 +97,8 @@ def begun_job(run: Path, parent: str, *, trust: tuple[str, ...]) -> Job:
             f"suite: {run.name} must be a whole run; it has no {file.name}: move it away, resume"
         )
     job = read_job(run, trust=trust)
-    if job.parent != parent:
-        raise ValueError(
-            f"suite: {run.name} must be a run of this suite; got one of another launch"
-        )
+    require(
+        job.parent == parent,
+        f"suite: {run.name} must be a run of this suite; got one of another launch",
+    )
     return job

@@ -1,7 +1,5 @@
 """Commands that are printed for the user to type. All of them are formed here."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Sequence

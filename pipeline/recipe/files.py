@@ -1,7 +1,5 @@
 """Recipe files, and `--set` options such as `--set optimizer.lr=0.05`."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util
@@ -17,8 +15,7 @@ from pipeline.recipe import own_code
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
 
-_UNNAMED = "recipe_file_"
-"""begins the name of a module whose file has none that can be imported"""
+_UNNAMED = "recipe_file_"  # begins the name of a module whose file has none that can be imported
 
 
 def load_recipe(path: Path) -> Recipe | Suite:
@@ -46,17 +43,15 @@ def load_recipe(path: Path) -> Recipe | Suite:
             )
         made = make()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{path}:{_line(error, path)} {_one_line(error)}") from error
+        text = " ".join(str(error).split())
+        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{path}:{_line(error, path)} {text}") from error
     if isinstance(made, (Recipe, Suite)):
         return made
-    if (
-        not isinstance(made, (list, tuple))
-        or not made
-        or not all(isinstance(each, Recipe) for each in made)
-    ):
-        raise ValueError(
-            f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {made!r}"
-        )
+    require(
+        isinstance(made, (list, tuple)) and made and all(isinstance(each, Recipe) for each in made),
+        f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {made!r}",
+    )
     try:
         return Suite(tuple(made))
     except ValueError as error:
@@ -83,15 +78,15 @@ def trust_of(
             f"--trust: must name a package or module that can be imported; got {', '.join(unknown)}"
         )
     targets = targets_of(made, but_trusted=True)
+    files = {path.resolve() for path in paths}
+    stems = {path.stem for path in paths}
     modules = [
-        (name, path)
-        for path in paths
-        for name in list(sys.modules)
-        if name.rpartition(".")[2] == path.stem
+        name
+        for name, module in list(sys.modules.items())
+        if name.rpartition(".")[2] in stems
+        and Path(getattr(module, "__file__", None) or "").resolve() in files
     ]
-    return own_code.needed(
-        (*named, *(name for name, path in modules if _is_of(path, sys.modules[name]))), targets
-    )
+    return own_code.needed((*named, *modules), targets)
 
 
 def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
@@ -107,11 +102,6 @@ def refuse_unnamed(made: Recipe | Suite, paths: Sequence[Path]) -> None:
             f"{path}: a file that defines parts must have a name that Python can import and no"
             f" other module has: letters, digits and _; got {path.name}",
         )
-
-
-def _is_of(path: Path, module: ModuleType) -> bool:
-    file = getattr(module, "__file__", None)
-    return file is not None and Path(file).resolve() == path.resolve()
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
@@ -195,8 +185,3 @@ def _line(error: BaseException, path: Path) -> str:
         if Path(frame.filename).resolve() == path.resolve()
     ]
     return f"{lines[-1]}:" if lines else ""
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

@@ -5,8 +5,6 @@ A part is `{"target": name, "kwargs": ...}`, a frozen value `{"value": name, ...
 Names are dotted paths. Reading a recipe imports them, so only trusted names are accepted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import inspect
@@ -75,14 +73,15 @@ def decode(value: Any, trusted: Collection[str]) -> Any:
     if kind is None:
         return {key: decode(item, trusted) for key, item in value.items()}
     made, kwargs = imported(value[kind], trusted), value["kwargs"]
-    if not isinstance(kwargs, Mapping):
-        raise ValueError(f"recipe.json: kwargs must be an object; got {kwargs!r}")
+    require(isinstance(kwargs, Mapping), f"recipe.json: kwargs must be an object; got {kwargs!r}")
     kwargs = {key: decode(item, trusted) for key, item in kwargs.items()}
     if kind == "target":
         return Spec(made, kwargs)
     # Reading a recipe constructs it, so nothing but a dataclass is allowed.
-    if not (isinstance(made, type) and dataclasses.is_dataclass(made)):
-        raise ValueError(f"recipe.json: {value[kind]} must be a dataclass to be a value; it is not")
+    require(
+        isinstance(made, type) and dataclasses.is_dataclass(made),
+        f"recipe.json: {value[kind]} must be a dataclass to be a value; it is not",
+    )
     return made(**kwargs)
 
 
@@ -181,8 +180,7 @@ def imported(name: Any, trusted: Collection[str], *, who: str = _RECIPE) -> Call
     Raises:
         ValueError: the name is not trusted, does not exist, or is no class or function.
     """
-    if not isinstance(name, str):
-        raise ValueError(f"{who}: what is imported is named by text; got {name!r}")
+    require(isinstance(name, str), f"{who}: what is imported is named by text; got {name!r}")
     refusal = f"{who}: {name} is not in a trusted package; name its package with --trust"
     require(
         is_trusted(name, trusted),

@@ -10,8 +10,6 @@ because a run's folder may come from somebody else. A package that is already on
 instead, as at the launch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import json
@@ -26,6 +24,7 @@ from typing import Any
 from pipeline.core.checks import require
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.json import is_inside, read_json, write_json
+from pipeline.recipe.spec import arguments_of
 
 _printed: set[tuple[str, ...]] = set()
 """notices of this process: worker and driver are one in an inline run, and one line is enough"""
@@ -35,8 +34,7 @@ _printed: set[tuple[str, ...]] = set()
 class Package:
     """One trusted name, as it was at the launch."""
 
-    folder: str | None
-    """that holds it, absolute; None: it is of this installation"""
+    folder: str | None  # that holds it, absolute; None: it is of this installation
     files: Mapping[str, str]
     """sha256 of each module that was imported, 16 hex digits, by its path in the folder"""
 
@@ -100,23 +98,17 @@ def packages(value: Any, *, who: str) -> dict[str, Package]:
         ValueError: the value has another form.
     """
     rule = f"{who}: must name the folder and the files of each package"
-    if not isinstance(value, dict):
-        raise ValueError(f"{rule}; got {value!r}")
+    require(isinstance(value, dict), f"{rule}; got {value!r}")
     found = {}
     for name, about in value.items():
-        folder, files = (
-            (about.get("folder"), about.get("files")) if isinstance(about, dict) else (None, None)
+        package = Package(**arguments_of(Package, about, who=f"{who}: {name}"))
+        require(
+            all(part.isidentifier() for part in name.split("."))
+            and (package.folder is None or Path(package.folder).is_absolute())
+            and all(isinstance(digest, str) for digest in package.files.values()),
+            f"{rule}; got {json.dumps({name: about})}",
         )
-        is_name = all(part.isidentifier() for part in name.split("."))
-        is_folder = folder is None or (isinstance(folder, str) and Path(folder).is_absolute())
-        if (
-            not is_name
-            or not is_folder
-            or not isinstance(files, dict)
-            or not all(isinstance(h, str) for h in files.values())
-        ):
-            raise ValueError(f"{rule}; got {json.dumps({name: about})}")
-        found[name] = Package(folder, files)
+        found[name] = package
     return found
 
 

@@ -7,8 +7,6 @@ A run without phases is one stretch. Steps (global batches) and epochs are count
 run, so the step alone determines phase, epoch and sample. A resume needs nothing else.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,19 +25,20 @@ class Phase:
     name: str
     data: Spec
     """-> pipeline.data.base.Data: called with the recipe's data; pipeline.data.datasets.tasks"""
-    epochs: int | None = None
-    """None: the recipe's"""
+    epochs: int | None = None  # None: the recipe's
     head: int | None = None
     """which head of a multi-head classifier answers; None: the network has one for all"""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise ValueError(f"phase: name must be text; got {self.name!r}")
-        if not isinstance(self.data, Spec):
-            raise ValueError(
-                f"phase {self.name}: data must be spec(...), as in pipeline.data.datasets.tasks;"
-                f" got {self.data!r}"
-            )
+        require(
+            isinstance(self.name, str) and self.name.strip(),
+            f"phase: name must be text; got {self.name!r}",
+        )
+        require(
+            isinstance(self.data, Spec),
+            f"phase {self.name}: data must be spec(...), as in pipeline.data.datasets.tasks;"
+            f" got {self.data!r}",
+        )
         [first, *_] = [*inspect.signature(self.data.target).parameters, ""]
         require(
             first not in self.data.kwargs,
@@ -82,12 +81,10 @@ class Stretch:
     """The steps and epochs of one phase, or of a run without phases."""
 
     index: int
-    first: int
-    """its first step"""
+    first: int  # its first step
     steps: int
     first_epoch: int
-    epoch_steps: int
-    """steps of one epoch"""
+    epoch_steps: int  # steps of one epoch
 
     @property
     def end(self) -> int:

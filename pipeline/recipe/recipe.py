@@ -84,16 +84,11 @@ FORMAT = 2
 class Role(enum.Flag):
     """What a field of a recipe decides. Each field has `STUDY`, `BESIDE` or `FREE`."""
 
-    STUDY = enum.auto()
-    """All runs of one study have the same value. The study key covers it."""
-    BESIDE = enum.auto()
-    """Runs of one study may differ in it."""
-    FREE = enum.auto()
-    """It may change between two attempts of one run."""
-    NO_STEP_COST = enum.auto()
-    """The time and memory of one training step do not depend on it."""
-    TAG = enum.auto()
-    """It is a tag in MLflow, by which a store can be searched."""
+    STUDY = enum.auto()  # All runs of one study have the same value. The study key covers it.
+    BESIDE = enum.auto()  # Runs of one study may differ in it
+    FREE = enum.auto()  # It may change between two attempts of one run
+    NO_STEP_COST = enum.auto()  # The time and memory of one training step do not depend on it
+    TAG = enum.auto()  # It is a tag in MLflow, by which a store can be searched
 
 
 def _of(role: Role, *, least: float | None = None) -> dict[str, Any]:
@@ -387,8 +382,10 @@ class Recipe(_Fields):
                 f"recipe: phases are written in the recipe alone; got {key}; data, epochs and"
                 " stop_after reach all of them",
             )
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"recipe: {key} must be finite; got {value}")
+            require(
+                not isinstance(value, float) or math.isfinite(value),
+                f"recipe: {key} must be finite; got {value}",
+            )
             recipe = _changed(recipe, key.split("."), value, key)
         return recipe
 
@@ -473,10 +470,10 @@ class Recipe(_Fields):
         Raises:
             ValueError: a T that is not the recipe's `time_steps`.
         """
-        if len(shape) == 4 and shape[0] != self.time_steps:
-            raise ValueError(
-                f"recipe: data.steps must be time_steps={self.time_steps}; got {shape[0]}"
-            )
+        require(
+            len(shape) != 4 or shape[0] == self.time_steps,
+            f"recipe: data.steps must be time_steps={self.time_steps}; got {shape[0]}",
+        )
         for key, steps in _time_steps_in("model", self.model):
             require(
                 steps == self.time_steps,
@@ -621,11 +618,11 @@ def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
                 f"recipe: {key} is a part, {part.label}; change its keywords:"
                 f" {accepted_text(part.target, key + '.')}"
             )
-        if isinstance(part, _Fields):
-            raise ValueError(
-                f"recipe: {key} is a group; change its fields:"
-                f" {', '.join(f'{key}.{name}' for name in _names(part))}"
-            )
+        require(
+            not isinstance(part, _Fields),
+            f"recipe: {key} is a group; change its fields:"
+            f" {', '.join(f'{key}.{name}' for name in _names(part))}",
+        )
         return value
     head, *rest = path
     if isinstance(part, _Fields):
@@ -635,8 +632,7 @@ def _changed(part: Any, path: Sequence[str], value: Any, key: str) -> Any:
             f" {', '.join(part.prefix + name for name in _names(part))}",
         )
         return replace(part, **{head: _changed(getattr(part, head), rest, value, key)})
-    if not isinstance(part, Spec):
-        raise ValueError(f"recipe: {key!r} goes below a plain value, {part!r}")
+    require(isinstance(part, Spec), f"recipe: {key!r} goes below a plain value, {part!r}")
     require(
         not rest or head in part.kwargs,
         f"recipe: {key}: {part.target.__name__} was not given a part {head!r}; it holds"

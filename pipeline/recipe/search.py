@@ -11,8 +11,6 @@ on nine tenths of the training set and are judged by the last tenth. The values 
 study (`Recipe.searched`), so rules with other values are not compared.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Mapping, Sequence
@@ -35,8 +33,7 @@ __all__ = [
     "tuned",
 ]
 
-BASELINE = "BPTT"
-"""the rule that other rules are compared with"""
+BASELINE = "BPTT"  # the rule that other rules are compared with
 LEAST_VALUES = 5
 HELD_OUT = 0.1
 
@@ -79,8 +76,10 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
         RecursionError,
     ):  # all that literal_eval may raise
         found = []
-    if not field.strip() or not isinstance(found, list) or not found:
-        raise ValueError(f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}")
+    require(
+        field.strip() and isinstance(found, list) and found,
+        f"--tune: must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got {text!r}",
+    )
     return field.strip(), found
 
 
@@ -134,7 +133,8 @@ def tuned(
             raise ValueError(
                 f"{who} is searched for recipes that stand alone; {recipe.name} takes '@{found[0]}'"
             )
-        tried = trials.setdefault(_but_for_its_seed(recipe), [])
+        but_for_its_seed = replace(recipe, name="-", seed=0).to_json()
+        tried = trials.setdefault(json.dumps(but_for_its_seed, sort_keys=True), [])
         if not tried:
             tried += [_trial(recipe, field, value, search) for value in values]
         final = replace(_read_once(recipe), name=f"{recipe.name}-tuned", protocol="tuned", **search)
@@ -145,17 +145,13 @@ def tuned(
     return Suite((*shared, *every_trial, *finals), report, choices)
 
 
-def _but_for_its_seed(recipe: Recipe) -> str:
-    return json.dumps(replace(recipe, name="-", seed=0).to_json(), sort_keys=True)
-
-
 def _trial(recipe: Recipe, field: str, value: Any, search: Mapping[str, Any]) -> Recipe:
     """A run of one value: trained on nine tenths of the training set, judged by the last tenth."""
-    if recipe.data.kwargs.get("held_out"):
-        raise ValueError(
-            f"tuned: {recipe.name} holds out a part of its own; got"
-            f" data.held_out={recipe.data.kwargs['held_out']}"
-        )
+    require(
+        not recipe.data.kwargs.get("held_out"),
+        f"tuned: {recipe.name} holds out a part of its own; got"
+        f" data.held_out={recipe.data.kwargs.get('held_out')}",
+    )
     trial = recipe.override({field: value, "data.held_out": HELD_OUT})
     name = f"{recipe.name}-{field.rpartition('.')[2]}-{_in_a_name(value)}"
     return replace(_read_once(trial), name=name, protocol="trial", **search)

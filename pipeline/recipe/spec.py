@@ -162,8 +162,7 @@ def arguments_of(
     Raises:
         ValueError: no object, a missing or unknown field, or a value of another type.
     """
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{who}: must be an object; got {value!r}")
+    require(isinstance(value, Mapping), f"{who}: must be an object; got {value!r}")
     hints = typing.get_type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls) if each.name not in besides}
     for name, given in value.items():
@@ -171,8 +170,10 @@ def arguments_of(
             name in known,
             f"{who}: unknown field {name!r}; it has {', '.join(known)}",
         )
-        if not admits(hints[name], given):
-            raise ValueError(f"{who}: {name} must be {type_name(hints[name])}; got {given!r}")
+        require(
+            admits(hints[name], given),
+            f"{who}: {name} must be {type_name(hints[name])}; got {given!r}",
+        )
     needed = [name for name, each in known.items() if each.default is dataclasses.MISSING]
     if missing := [name for name in needed if name not in value]:
         raise ValueError(f"{who}: needs {', '.join(needed)}; there is no {missing[0]}")

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 Report = Callable[[Mapping[str, Path], Any], object]
-"""called with the folder of each recipe's run, all finished or diverged (pipeline/track/trials.py),
+"""called with the folder of each recipe's run, all finished or diverged (pipeline/track/state.py),
 by
 the recipe's name in their order, and rich's Console; prints, and may return what `compare --format
 json` prints: JSON values. Of an object `report` shows "claims", as report/claims.py tells them, and
@@ -62,8 +62,7 @@ TRUSTED = ("recipes", "pipeline.report")
 class Choice:
     """A field whose value comes from the best of several trials, judged on their held-out part."""
 
-    field: str
-    """dotted, such as optimizer.lr"""
+    field: str  # dotted, such as optimizer.lr
     trials: tuple[str, ...]
     """names of earlier recipes, each with its own value of the field; of equals the first is
     taken
@@ -78,15 +77,16 @@ class Suite:
     """Recipes in training order, with a report of their results."""
 
     recipes: tuple[Recipe, ...]
-    report: Report | None = None
-    """None: a table for each study"""
+    report: Report | None = None  # None: a table for each study
     choices: Mapping[str, Choice] = field(default_factory=dict)
     """by the name of the recipe that waits for it"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", tuple(self.recipes))
-        if not self.recipes or not all(isinstance(each, Recipe) for each in self.recipes):
-            raise ValueError(f"suite: recipes must be Recipes, at least one; got {self.recipes!r}")
+        require(
+            self.recipes and all(isinstance(each, Recipe) for each in self.recipes),
+            f"suite: recipes must be Recipes, at least one; got {self.recipes!r}",
+        )
         names: list[str] = []
         for recipe in self.recipes:
             require(
@@ -233,12 +233,9 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
 class SuiteFile:
     """The content of suite.json: everything that a resume needs."""
 
-    suite: Suite
-    """paths absolute, references as they were written"""
-    runs: tuple[str, ...]
-    """the name of each recipe's run folder, which lies beside the suite's"""
-    parent: str
-    """what MLflow holds the runs together by: 32 hex digits"""
+    suite: Suite  # paths absolute, references as they were written
+    runs: tuple[str, ...]  # the name of each recipe's run folder, which lies beside the suite's
+    parent: str  # what MLflow holds the runs together by: 32 hex digits
     cluster: Mapping[str, Any]
     """where and on how much it trains: fields of pipeline.launch.cluster.Cluster"""
 
@@ -269,10 +266,13 @@ class SuiteFile:
         """
         children = list(_children(value, own=own))
         parent, cluster, report = value.get("parent"), value.get("cluster"), value.get("report")
-        if not isinstance(parent, str) or not re.fullmatch("[0-9a-f]{32}", parent):
-            raise ValueError(f"suite.json: parent must be 32 hex digits; got {parent!r}")
-        if not isinstance(cluster, Mapping):
-            raise ValueError(f"suite.json: cluster must be an object; got {cluster!r}")
+        require(
+            isinstance(parent, str) and re.fullmatch("[0-9a-f]{32}", parent),
+            f"suite.json: parent must be 32 hex digits; got {parent!r}",
+        )
+        require(
+            isinstance(cluster, Mapping), f"suite.json: cluster must be an object; got {cluster!r}"
+        )
         function = None if report is None else _imported_report(report, trust)
         recipes = tuple(Recipe.from_json(child["recipe"], trust=trust) for child in children)
         runs = tuple(child["run"] for child in children)
@@ -367,12 +367,11 @@ def _children(value: Any, *, own: str) -> Iterator[dict[str, Any]]:
             raise ValueError(
                 f"suite.json: a child must have a run and a recipe; got {child!r}"
             ) from None
-        if not isinstance(name, str):
-            raise ValueError(f"suite.json: a recipe's name must be text; got {name!r}")
-        if not isinstance(run, str) or run in ("", "..", *seen) or Path(run).name != run:
-            raise ValueError(
-                f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}"
-            )
+        require(isinstance(name, str), f"suite.json: a recipe's name must be text; got {name!r}")
+        require(
+            isinstance(run, str) and run not in ("", "..", *seen) and Path(run).name == run,
+            f"suite.json: a run must be a name of its own in the folder of runs; got {run!r}",
+        )
         seen.add(run)
         yield child
 

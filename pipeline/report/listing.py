@@ -16,8 +16,7 @@ from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
 from pipeline.report.runs import suite_folders
 from pipeline.track.events import Evaluation
 from pipeline.track.journal import last
-from pipeline.track.state import is_driven
-from pipeline.track.trials import over_in
+from pipeline.track.state import is_driven, over_in
 
 _OVER = ("finished", "running", "diverged")  # states of runs that cannot be resumed
 

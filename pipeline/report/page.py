@@ -20,8 +20,7 @@ from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.sweeps import LARGEST_SAID, swept
 from pipeline.report.views import WEB, drawn, environment, plotly_script, section_of
-from pipeline.track.mlflow import tracking_uri
-from pipeline.track.publish import log_report
+from pipeline.track.mlflow import log_report, tracking_uri
 
 _NO_SWEEP = (
     "Memory and time against time steps",
@@ -118,4 +117,4 @@ def publish(found: Found, page: Path) -> list[str]:
             f"report: what {study.title} reports by itself must be JSON values; {error}"
         ) from error
     uri = tracking_uri(found.folders[0].parent)
-    return log_report(page, found.folders, name=found.place.name, told=text, uri=uri)
+    return log_report(page, found.folders, name=found.place.name, data=text, uri=uri)

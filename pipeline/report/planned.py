@@ -16,7 +16,7 @@ from pipeline.report.results import read_run
 from pipeline.report.runs import ReportError, recipe_of
 from pipeline.report.selection import trained_apart
 from pipeline.track.journal import read
-from pipeline.track.provenance import told_in
+from pipeline.track.provenance import conditions_of
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def errors(found: Plan, folder: Path) -> Errors:
 
 def _trained_on(folder: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
     """What it was, from the first step to the last."""
-    first, *later = told_in(summary, read(RunFolder(folder).journal))
+    first, *later = conditions_of(summary, read(RunFolder(folder).journal))
     if later:
         changed = listed(list(trained_apart([first], later)))
         raise ReportError(

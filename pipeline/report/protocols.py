@@ -17,7 +17,7 @@ from pipeline.recipe.json import flat
 from pipeline.report.compare import comparisons, unfinished_to_json
 from pipeline.report.results import Run, read_run
 from pipeline.report.selection import written
-from pipeline.track.trials import best
+from pipeline.track.state import best
 
 TITLES = {
     "shared": "shared: only the rule differs",

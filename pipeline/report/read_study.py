@@ -26,8 +26,8 @@ from pipeline.report.selection import named, newest_study, with_baseline
 from pipeline.report.study import WITHIN, Study
 from pipeline.report.suite import Reported, own_report, suite_named
 from pipeline.report.sweeps import sweep_of
-from pipeline.track.publish import REPORT
-from pipeline.track.trials import over_in
+from pipeline.track.mlflow import REPORT
+from pipeline.track.state import over_in
 
 _WIDTH = 120  # characters of what a suite's own report prints
 

@@ -26,7 +26,7 @@ from pipeline.report.history import History, count, number
 from pipeline.report.runs import ReportError, load, run_folders, summary_of
 from pipeline.track.events import Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, every, last, read
-from pipeline.track.provenance import told_in, trained_on
+from pipeline.track.provenance import conditions_of, trained_on
 from pipeline.track.state import State, state_of
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def run_of(
     finished = summary if state == "finished" else None
     newest = {**(starts[-1] if starts else {}), **(finished or {})}
     fields = (recipe or {}).get("recipe", recipe)
-    on = told_in(finished, starts) if finished else trained_on(starts, steps=None)
+    on = conditions_of(finished, starts) if finished else trained_on(starts, steps=None)
     commits = [event["commit"] for event in starts if event.get("commit")]
     if finished and not commits:
         commits = finished.get("commits") or [finished.get("commit")]

@@ -25,11 +25,10 @@ from urllib.parse import quote, unquote, urlparse
 from pipeline.core.run_folder import RunFolder
 from pipeline.report.results import Run, is_silent, run_of
 from pipeline.report.runs import ReportError
-from pipeline.track.connect import SQLITE, connect, reason, without_password
+from pipeline.track.connect import KIND_TAG, PARENT_OF, SQLITE, connect, reason, without_password
 from pipeline.track.events import KIND, Start, Step
-from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
 from pipeline.track.journal import Record, read, read_thinned
-from pipeline.track.publish import REPORT, REPORT_DATA
+from pipeline.track.mlflow import REPORT, REPORT_DATA
 from pipeline.track.state import State
 
 if TYPE_CHECKING:

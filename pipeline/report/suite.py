@@ -25,8 +25,7 @@ from pipeline.report.runs import (
 )
 from pipeline.report.selection import is_study
 from pipeline.report.study import WITHIN
-from pipeline.track.state import is_driven, state_of
-from pipeline.track.trials import over_in
+from pipeline.track.state import is_driven, over_in, state_of
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:

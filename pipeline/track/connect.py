@@ -1,16 +1,32 @@
-"""A client of MLflow without telemetry, which gives up on a dead server in seconds."""
+"""A store of MLflow: its client, its errors, and the experiment and the parent of a run.
+
+    experiment   the family, such as fashion: MLflow shows parents and runs within one experiment
+      parent     one launch of several recipes; its status follows from its runs', and the suite's
+                 report is its artifact
+        child    one training run
+
+MLflow (3.17.2) makes experiments and runs in several steps. Of two callers at once both can fail,
+or both make one. So callers hold `one_at_a_time` of the folder of runs.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.core.files import is_name
 from pipeline.core.secrets import without_secrets
+from pipeline.recipe.suite import is_suite, runs_of, sources_in
+from pipeline.track.journal import Record, number
+from pipeline.track.state import is_driven
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,3 +97,144 @@ def tracking_errors(uri: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise TrackingError(one_line(uri, error)) from error
+
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RUN_TAG = "spiketrain.run_id"
+PARENT_TAG = "spiketrain.study_parent"
+KIND_TAG = "spiketrain.kind"
+PARENT_OF = "mlflow.parentRunId"
+PATIENCE_S = 120.0  # to wait for another delivery, which takes seconds unless it was stopped
+
+
+def experiment_of(client: MlflowClient, start: Record, *, uri: str, runs_dir: Path) -> str:
+    """The id of the experiment of a run, which is made if it is missing."""
+    from mlflow.exceptions import MlflowException
+
+    name = str(start.get("family") or start.get("recipe") or "spiketrain")
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=_artifacts(uri, runs_dir, name))
+        except MlflowException:
+            # Made meanwhile, from another folder of runs.
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLflow experiment {name!r} was deleted; restore it: mlflow experiments restore"
+            f" {found.experiment_id}"
+        )
+    return found.experiment_id
+
+
+def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
+    """The artifacts' URI, beside a local store (whose default is the working directory)."""
+    if is_server(uri):
+        return None
+    file, folder = sqlite_file(uri), name.replace("/", "-")
+    if not is_name(folder):
+        raise TrackingError(
+            f"{runs_dir}: the family of a run becomes a folder's name and must be one; got {name!r}"
+        )
+    return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
+
+
+def parent_of(client: MlflowClient, experiment_id: str, start: Record) -> str | None:
+    """The id of the parent of a run's suite, which is made if it is missing.
+
+    A new one becomes the parent of all runs of the suite, as the old one may have been deleted.
+    """
+    uuid = start.get("study_parent")
+    if not uuid:
+        return None
+    of_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
+    if found := client.search_runs([experiment_id], f"{of_suite}'suite'"):
+        return found[0].info.run_id
+    tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
+    name = str(start.get("suite") or f"suite {str(uuid)[:8]}")
+    made = client.create_run(
+        experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
+    ).info.run_id
+    for run in client.search_runs([experiment_id], f"{of_suite}'run'"):
+        client.set_tag(run.info.run_id, PARENT_OF, made)
+    return made
+
+
+def suite_of(run_dir: Path, start: Record) -> Path | None:
+    """The folder of the suite that a run was launched with; None: it was launched alone.
+
+    Raises:
+        TrackingError: the name in the journal, which may come from elsewhere, is no folder's name.
+    """
+    name = start.get("suite")
+    if not name:
+        return None
+    if not is_name(str(name)):
+        raise TrackingError(
+            f"{run_dir}: its suite must be the name of a folder beside it; the journal says"
+            f" {name!r}"
+        )
+    return run_dir.parent / str(name)
+
+
+def set_parent_status(client: MlflowClient, parent_id: str, *, suite: Path | None) -> None:
+    """Set a parent's status from its runs, and from the suite's folder, which lists all of them."""
+    parent = client.get_run(parent_id)
+    runs = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_OF}` = '{parent_id}'")
+    folders: dict[str, Path] = {}
+    needed: set[str] = set()
+    if suite is not None and is_suite(suite):
+        folders = runs_of(suite)
+        needed = {folders[name].name for name in sources_in(suite)}
+    states = {_status_in_suite(run, needed) for run in runs}
+    status = next((each for each in ("RUNNING", "FAILED", "KILLED") if each in states), "FINISHED")
+    if status == "FINISHED" and suite is not None and len(runs) < len(folders):
+        status = "RUNNING" if is_driven(suite) else "KILLED"
+    if status == parent.info.status:
+        return
+    if status == "RUNNING":
+        client.update_run(parent_id, status=status)
+    else:
+        client.set_terminated(parent_id, status=status)
+
+
+def _status_in_suite(run: Run, needed: Collection[str]) -> str:
+    """A diverged run counts as finished, unless other runs need its weights."""
+    is_result = (
+        run.info.run_name not in needed and run.data.tags.get("spiketrain.diverged") == "true"
+    )
+    return "FINISHED" if is_result and run.info.status == "FAILED" else run.info.status
+
+
+@contextmanager
+def one_at_a_time(runs_dir: Path) -> Iterator[None]:
+    """Hold the lock of all deliveries from this folder of runs.
+
+    Raises:
+        TrackingError: another process still holds it after two minutes.
+    """
+    path, deadline = runs_dir / ".mlflow.lock", time.monotonic() + PATIENCE_S
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrackingError(
+                        f"{path}: another process still delivers to MLflow after {PATIENCE_S:.0f}"
+                        " s; see who it is"
+                    ) from None
+            time.sleep(0.1)
+        yield
+
+
+def milliseconds(event: Record) -> int:
+    """The time of an event as MLflow counts it; 0 if the event has none."""
+    time_s = number(event.get("time"))
+    return int(time_s * 1000) if time_s is not None and math.isfinite(time_s) else 0

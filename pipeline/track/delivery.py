@@ -3,40 +3,49 @@
 There is no state file; MLflow itself holds the state. The run is found by its tag
 `spiketrain.run_id`. The newest step of a metric says how far it was delivered, because points are
 sent in the order of their steps. A journal repeats steps after a rollback; which value counts
-follows from the journal alone (translate.py). So all deliverers send the same points from the same
+follows from the journal alone (`Translation`). So all deliverers send the same points from the same
 lines. Two at once send identical points, which MLflow's SQL stores keep once: run, key, step, time
 and value are their primary key.
+
+Which field of an event is a metric or a tag is declared by the classes in `events.py`. Events are
+read in the journal's JSON, so those of another version are delivered as far as they are understood.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.json import write_json
-from pipeline.track.connect import connect, without_password
-from pipeline.track.events import KIND, Start, kind_of
-from pipeline.track.hierarchy import (
+from pipeline.track import events
+from pipeline.track.connect import (
     KIND_TAG,
     PARENT_OF,
     RUN_TAG,
+    connect,
     experiment_of,
+    milliseconds,
     one_at_a_time,
     parent_of,
     set_parent_status,
     suite_of,
+    without_password,
 )
-from pipeline.track.journal import Follower, Record, first
+from pipeline.track.events import KIND, Start, Tag, kind_of, uses
+from pipeline.track.journal import Follower, Record, first, number
 from pipeline.track.state import is_driven
-from pipeline.track.translate import Translation, milliseconds, parameters
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
+CHECKPOINT_TAG = "spiketrain.checkpoint"  # the URI of a run's newest checkpoint
 _BLOCK = 4 << 20  # bytes of journal read at a time
 
 
@@ -82,37 +91,27 @@ class Delivery:
         a driver is looked for under the lock: one may have begun while another process delivered.
         """
         with one_at_a_time(self.run_dir.parent):
-            return self._advance(
-                leaving=not is_driven(self.run_dir) if leaving == "unless driven" else leaving
-            )
-
-    def _advance(self, *, leaving: bool) -> bool:
-        if not self._is_open and not self._open():
-            return False
-        status, ended = "", 0
-        while events := self._journal.poll(limit_bytes=_BLOCK):
-            points: list[Metric] = []
-            tags: dict[str, str] = {}
-            params: dict[str, str] = {}
-            for event in events:
-                points += self._translation.points(event)
-                tags.update(self._translation.tags(event))
-                params = {**parameters(event), **params}  # those of the first start stay
-                status, ended = kind_of(event).status or status, milliseconds(event)
-                self._newest = f"{event[KIND]} {event.get('time')}"
-                if kind_of(event).sends_journal:
-                    self._journal_due = self._newest
-            self._send(points, tags, params)
-        while samples := self._system.poll(limit_bytes=_BLOCK):
-            self._send(
-                [point for each in samples for point in self._translation.points(each)], {}, {}
-            )
-        status = status or self._status[0]
-        if status == "RUNNING" and leaving:
-            status = "KILLED"
-        self._set_status(status, ended)
-        self._send_files(status)
-        return True
+            if not self._is_open and not self._open():
+                return False
+            status, ended = "", 0
+            while new := self._journal.poll(limit_bytes=_BLOCK):
+                self._send(new)
+                ended = milliseconds(new[-1])
+                for event in new:
+                    status = kind_of(event).status or status
+                    self._newest = f"{event[KIND]} {event.get('time')}"
+                    if kind_of(event).sends_journal:
+                        self._journal_due = self._newest
+            while samples := self._system.poll(limit_bytes=_BLOCK):
+                self._send(samples)
+            status = status or self._status[0]
+            if leaving == "unless driven":
+                leaving = not is_driven(self.run_dir)
+            if status == "RUNNING" and leaving:
+                status = "KILLED"
+            self._set_status(status, ended)
+            self._send_files(status)
+            return True
 
     def _open(self) -> bool:
         start = first(self._files.journal, Start.kind)
@@ -145,10 +144,8 @@ class Delivery:
             for twin in twins:  # a server that hung may have made it late, after a retry
                 client.delete_run(twin)
             run = client.get_run(kept)
-            if self._parent_id not in (
-                None,
-                run.data.tags.get(PARENT_OF),
-            ):  # the process that made the parent died
+            if self._parent_id not in (None, run.data.tags.get(PARENT_OF)):
+                # The process that made the parent died.
                 client.set_tag(kept, PARENT_OF, self._parent_id)
             return run
         tags = {RUN_TAG: uuid, KIND_TAG: "run"}
@@ -159,20 +156,28 @@ class Delivery:
             experiment_id, start_time=milliseconds(start), tags=tags, run_name=name
         )
 
-    def _send(self, points: list[Metric], tags: dict[str, str], params: dict[str, str]) -> None:
+    def _send(self, events: list[Record]) -> None:
         from mlflow.entities import Param, RunTag
 
-        new_tags = [
-            RunTag(key, value[:5000])
-            for key, value in tags.items()
-            if self._tags.get(key) != value[:5000]
-        ]
+        points = [point for event in events for point in self._translation.points(event)]
+        tags: dict[str, str] = {}
+        params: dict[str, str] = {}
+        for event in events:
+            tags.update(self._translation.tags(event))
+            params = {**parameters(event), **params}  # those of the first start stay
+        tags = {key: value[:5000] for key, value in tags.items()}
+        tags = {key: value for key, value in tags.items() if self._tags.get(key) != value}
         # MLflow takes a parameter once; what a restart changed is in the tags.
-        new_params = [Param(key, value) for key, value in params.items() if key not in self._params]
+        params = {key: value for key, value in params.items() if key not in self._params}
         # One call: the client (3.17.2) cuts it to the limits of a request, and keeps the order.
-        self._client.log_batch(self._run_id, metrics=points, tags=new_tags, params=new_params)
-        self._tags |= {tag.key: tag.value for tag in new_tags}
-        self._params |= {param.key: param.value for param in new_params}
+        self._client.log_batch(
+            self._run_id,
+            metrics=points,
+            tags=[RunTag(*tag) for tag in tags.items()],
+            params=[Param(*param) for param in params.items()],
+        )
+        self._tags |= tags
+        self._params |= params
         self.delivered += len(points)
 
     def _set_status(self, status: str, ended: int) -> None:
@@ -207,3 +212,123 @@ class Delivery:
                 self._client.log_artifact(self._run_id, str(file))
                 self._client.set_tag(self._run_id, tag, version)
                 self._tags[tag] = version
+
+
+class Translation:
+    """Translates one run's events, in the journal's order. The first value of a step counts.
+
+    MLflow takes no second value of a step. So an evaluation or a fidelity measurement waits for a
+    checkpoint at its step or later, or for the run to finish or diverge. Until then the run may
+    fail, stop, or find that the ranks' weights differ, go back and measure again. Training metrics
+    of batches that are rolled back are sent and stay; a tag names their steps.
+
+    `held` has the newest step of each metric that MLflow had before; `already_there` counts the
+    points that were left out for it.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, int] = {}
+        self.already_there = 0
+        self._seen: dict[str, int] = {}  # metric -> newest step read from the journal
+        self._step = 0  # newest step of any event
+        self._waiting: dict[tuple[str, int], Record] = {}  # newest of each kind and step
+        self._counts: Counter[str] = Counter()
+        self._rolled_back: list[str] = []
+        self._of_ends: set[str] = set()  # tags of ended attempts, which the next start empties
+
+    def points(self, event: Record) -> Iterator[Metric]:
+        """The new metrics to send with this event: its own, or those that waited for it."""
+        kind = kind_of(event)
+        step = _integer(event.get("step"), _integer(event.get("steps"), self._step))
+        if kind is not events.System:  # its steps count samples
+            self._step = step
+        if kind.measures_weights:
+            self._waiting[kind.kind, step] = event
+            return
+        if kind is events.Start:
+            self._waiting = {key: each for key, each in self._waiting.items() if key[1] <= step}
+        elif kind.settles_weights:
+            settled = sorted(
+                (key for key in self._waiting if key[1] <= step), key=lambda key: key[1]
+            )
+            for key in settled:
+                yield from self._new(self._waiting.pop(key), key[1])
+        yield from self._new(event, step)
+
+    def _new(self, event: Record, step: int) -> Iterator[Metric]:
+        from mlflow.entities import Metric
+
+        for key, value in _metrics(event):
+            newest = self._seen.get(key, -1)
+            if step <= newest:
+                continue  # a step that is done again after a rollback
+            self._seen[key] = step
+            if step <= self.held.get(key, -1):
+                self.already_there += 1
+            else:
+                yield Metric(key, value, milliseconds(event), step)
+
+    def tags(self, event: Record) -> dict[str, str]:
+        """The tags to set with this event."""
+        kind = kind_of(event)
+        tags = dict(kind.fixed_tags)
+        for tag, value in uses(event, Tag):
+            tags = _tags(tag, value) | tags  # the recipe's fields are last and replace none
+        if kind is events.Start:
+            return dict.fromkeys(self._of_ends, "") | tags
+        if kind.state is not None:
+            self._of_ends |= tags.keys()
+        if kind is events.Checkpoint and event.get("path"):
+            address = str(event["path"])
+            uri = address if "://" in address else Path(address).absolute().as_uri()
+            tags[CHECKPOINT_TAG] = uri
+        if name := kind.count_tag:
+            of = kind.counted_field
+            self._counts[name] += _integer(event.get(of), 0) if of else 1
+            tags[name] = str(self._counts[name])
+        if kind is events.Rollback:
+            # The steps whose training metrics are of batches that were rolled back.
+            first, last = _integer(event.get("to"), 0) + 1, _integer(event.get("step"), 0) + 1
+            self._rolled_back.append(f"{first}-{last}")
+            tags["spiketrain.rolled_back"] = ", ".join(self._rolled_back)
+        return tags
+
+
+def parameters(event: Record) -> dict[str, str]:
+    """The recipe's values, from the start of an attempt."""
+    if kind_of(event) is not events.Start:
+        return {}
+    return {_key(key): str(value)[:6000] for key, value in event.get("params", {}).items()}
+
+
+def _tags(tag: Tag, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        return {} if value is None else {tag.name: str(value)}
+    keys = value if tag.keys is None else [key for key in tag.keys if key in value]
+    return {f"{tag.name}.{_key(key)}": str(value[key]) for key in keys}
+
+
+def _metrics(event: Record) -> Iterator[tuple[str, float]]:
+    for metric, value in uses(event, events.Metric):
+        yield from _numbers(metric.name, value, without=metric.without)
+
+
+def _numbers(
+    name: str, value: Any, *, without: Collection[str] = ()
+) -> Iterator[tuple[str, float]]:
+    """`operations.forward.additions` of a summary is `summary/operations/forward/additions`."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in without:
+                yield from _numbers(f"{name}/{key}", item)
+    elif (found := number(value)) is not None:
+        yield _key(name), found
+
+
+def _integer(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
+
+
+def _key(name: str) -> str:
+    """MLflow takes letters, digits and `_-. :/` in names, 250 characters."""
+    return re.sub(r"[^\w\-. :/]", "_", str(name))[:250]

@@ -1,6 +1,6 @@
 """The events of a run's journal: one frozen dataclass for each kind.
 
-A class declares everything that depends on its kind: the fields, and what MLflow (`translate.py`)
+A class declares everything that depends on its kind: the fields, and what MLflow (`delivery.py`)
 and Prometheus (`exposition.py`) take from them. `Event.to_dict` and `from_dict` are the two ways to
 JSON. The name of a kind is the name of its class, with underscores: `FirstBatch` is `first_batch`.
 """
@@ -17,14 +17,11 @@ from pipeline.recipe.recipe import Role, roles
 
 State = Literal["new", "running", "finished", "stopped", "failed", "diverged", "interrupted"]
 """of a run"""
-Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-"""of a run in MLflow"""
+Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]  # of a run in MLflow
 Numbers = dict[str, float]
 _TAGS_OF_RECIPE = tuple(name for name, role in roles().items() if Role.TAG in role)
-OF_NONE = -1
-"""the attempt of events that a launcher writes between two attempts"""
-KIND = "event"
-"""the key of the kind in the JSON form"""
+OF_NONE = -1  # the attempt of events that a launcher writes between two attempts
+KIND = "event"  # the key of the kind in the JSON form
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,9 @@ class Gauge:
     name: str
     help: str
     key: str = ""
+
+
+KINDS: dict[str, type[Event]] = {}  # the class of each kind
 
 
 class Rest:
@@ -78,7 +78,9 @@ class Event:
     attempt: int = OF_NONE  # number of the start, from 0
 
     def __init_subclass__(cls) -> None:
-        cls.kind = re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).lower()
+        if not cls.__name__.startswith("_"):  # that is a base of several kinds
+            cls.kind = re.sub(r"(?<=.)(?=[A-Z])", "_", cls.__name__).lower()
+            KINDS[cls.kind] = cls
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with the kind first."""
@@ -98,11 +100,18 @@ class Unknown(Event):
         return {KIND: self.name, "time": self.time, "attempt": self.attempt, **self.values}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _AtStep(Event):
+    """An event at a step of the run."""
+
+    step: int  # global batches done
+
+
 # ------------------------------------------------------------------------------ start of an attempt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start(Event):
+class Start(_AtStep):
     """An attempt begins to train."""
 
     durable = sends_journal = True
@@ -134,7 +143,6 @@ class Start(Event):
     epochs: int  # of all tasks
     samples: int  # of the training set of the task at hand
     dropped_per_epoch: int  # samples that do not fill a global batch
-    step: int  # global batches done before
     began: float  # Unix seconds at the worker's first line of code
     time_steps: int  # T
     precision: Annotated[str, Tag("spiketrain.precision")]  # such as bf16
@@ -150,10 +158,9 @@ class Start(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstBatch(Event):
+class FirstBatch(_AtStep):
     """The first batch of an attempt is done."""
 
-    step: int  # global batches done
     startup_s: float  # seconds since the worker's first line of code
 
 
@@ -184,10 +191,9 @@ class Probe(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase(Event):
+class Phase(_AtStep):
     """A task of a continual run begins."""
 
-    step: int  # global batches done
     phase: int  # number of the task, from 0
     of: int  # number of tasks
     name: str  # of the task
@@ -200,10 +206,9 @@ class Phase(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step(Event):
+class Step(_AtStep):
     """Training metrics since the step event before, over all workers."""
 
-    step: int  # global batches done
     epoch: int  # from 0, of the whole run
     metrics: Annotated[
         Numbers,
@@ -238,12 +243,11 @@ class Step(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Event):
+class Evaluation(_AtStep):
     """The network was evaluated."""
 
     durable = sends_journal = measures_weights = True
 
-    step: int  # global batches done
     epoch: int  # from 0, that ended before
     samples: int  # evaluated
     metrics: Annotated[
@@ -262,12 +266,11 @@ class Evaluation(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity(Event):
+class Fidelity(_AtStep):
     """The rule's gradient was compared with that of BPTT."""
 
     sends_journal = measures_weights = True
 
-    step: int  # global batches done
     epoch: int | None  # from 0, that ended before; None: at the start of the run
     temporal_share: Annotated[Numbers, Metric("fidelity/temporal_share")]  # 0..1, of each layer
     cosines: Annotated[dict[str, Numbers], Metric("fidelity/cosines")]  # -1..1, of each layer
@@ -326,23 +329,21 @@ class Quarantine(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unwritten(Event):
+class Unwritten(_AtStep):
     """A checkpoint could not be written."""
 
     durable = True
     count_tag = "spiketrain.unwritten_checkpoints"
 
-    step: int  # global batches done
     error: str  # one line
 
 
 @dataclass(frozen=True, kw_only=True)
-class Undeleted(Event):
-    """A checkpoint that is no longer kept could not be deleted."""
+class Undeleted(_AtStep):
+    """A checkpoint that is no longer kept could not be deleted. The one of this step is whole."""
 
     count_tag = "spiketrain.undeleted_checkpoints"
 
-    step: int  # of the new checkpoint, which is whole
     error: str  # one line
 
 
@@ -350,37 +351,38 @@ class Undeleted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipped(Event):
-    """The run did not train on a batch."""
-
-    count_tag, counted_field = "spiketrain.skipped_samples", "samples"
+class _BadBatch(Event):
+    """A batch was at fault."""
 
     step: int  # number of the batch, from 0
     epoch: int  # from 0
     reason: str  # one line
-    samples: int  # of the global batch
     advice: str = ""  # what the user can change
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollback(Event):
+class Skipped(_BadBatch):
+    """The run did not train on a batch."""
+
+    count_tag, counted_field = "spiketrain.skipped_samples", "samples"
+
+    samples: int  # of the global batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback(_BadBatch):
     """The run goes back to its newest checkpoint."""
 
     durable = True
     count_tag = "spiketrain.rollbacks"
 
-    step: int  # number of the batch that was at fault, from 0
-    epoch: int  # from 0
     to: int  # step of the checkpoint
-    reason: str  # one line
-    advice: str = ""  # what the user can change
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smaller(Event):
+class Smaller(_AtStep):
     """Memory ran out. The run continues with a smaller micro-batch."""
 
-    step: int  # global batches done
     micro_batch: int  # samples that a worker holds from now on
     reason: str  # one line
 
@@ -397,30 +399,27 @@ class Waiting(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preempted(Event):
+class Preempted(_AtStep):
     """Machines will be taken away."""
 
     durable = True
     count_tag = "spiketrain.preemptions"
 
-    step: int  # global batches done
     machines: list[str]  # their names
     seconds_left: float | None  # seconds; None: not known
 
 
 @dataclass(frozen=True, kw_only=True)
-class Straggler(Event):
+class Straggler(_AtStep):
     """Workers are slower than the others."""
 
-    step: int  # global batches done
     workers: dict[str, dict[str, Any]]  # by rank: times (ratio to the median), host
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataWait(Event):
+class DataWait(_AtStep):
     """Rank 0 waits for its data for much of the time."""
 
-    step: int  # global batches done
     share: float  # 0..1, of the time of a batch
     loader_threads: int  # of each worker
 
@@ -462,42 +461,44 @@ class Finish(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stopped(Event):
+class Stopped(_AtStep):
     """The attempt ended because somebody asked for it."""
 
     durable = sends_journal = True
     state, status = "stopped", "KILLED"
 
-    step: int  # global batches done
     reason: Annotated[str, Tag("spiketrain.stopped")]  # who asked
     resume_command: str  # for a shell
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failed(Event):
-    """The attempt ended with an error."""
+class _Error(Event):
+    """An attempt ended with an error."""
 
     durable = sends_journal = True
-    state, status = "failed", "FAILED"
-    fixed_tags = (("spiketrain.diverged", "false"),)
+    status = "FAILED"
 
     error: Annotated[str, Tag("spiketrain.error")]  # one line
     traceback: str  # of the error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diverged(Event):
+class Failed(_Error):
+    """The attempt ended with an error."""
+
+    state = "failed"
+    fixed_tags = (("spiketrain.diverged", "false"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diverged(_Error):
     """The attempt ended because training diverged, as it would again."""
 
-    durable = sends_journal = settles_weights = True
-    state, status = "diverged", "FAILED"
+    settles_weights = True
+    state = "diverged"
     fixed_tags = (("spiketrain.diverged", "true"),)
 
-    error: Annotated[str, Tag("spiketrain.error")]  # one line
-    traceback: str  # of the error
 
-
-KINDS: dict[str, type[Event]] = {kind.kind: kind for kind in Event.__subclasses__()}
 del KINDS[Unknown.kind]
 
 

@@ -3,8 +3,6 @@
 Which field is a gauge is declared by the classes in `events.py`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from prometheus_client import generate_latest, write_to_textfile
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pipeline.core.checks import require
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import KIND, KINDS, Gauge, Start, kind_of, uses
 from pipeline.track.journal import Record, number, read
@@ -100,10 +99,10 @@ class Exposed:
 
     def __init__(self, run: Path, say: Callable[[str], None]) -> None:
         folder = os.environ.get("SPIKETRAIN_METRICS")
-        if folder and not Path(folder).is_dir():
-            raise ValueError(
-                f"metrics: SPIKETRAIN_METRICS must be a folder that is there; got {folder}"
-            )
+        require(
+            not folder or Path(folder).is_dir(),
+            f"metrics: SPIKETRAIN_METRICS must be a folder that is there; got {folder}",
+        )
         self._file = Path(folder) / f"{run.name}.prom" if folder else None
         self._say = say
         self._newest = newest(read(RunFolder(run).journal)) if self._file else []

@@ -5,43 +5,22 @@ may be killed at any byte: readers skip what is not a whole line, and a new atte
 fresh one.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math
 import mmap
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from pipeline.core.files import sync_folder
-from pipeline.track.events import KIND, OF_NONE, Event, from_dict
+from pipeline.track.events import KIND, Event, from_dict
 
-__all__ = [
-    "OF_NONE",
-    "Follower",
-    "Journal",
-    "NullTracker",
-    "Record",
-    "Tracker",
-    "every",
-    "first",
-    "last",
-    "last_event",
-    "number",
-    "read",
-    "read_events",
-    "read_thinned",
-]
-
-Record = dict[str, Any]
-"""an event in its JSON form"""
+Record = dict[str, Any]  # an event in its JSON form
 E_ = TypeVar("E_", bound=Event)
-_RESERVED = (KIND, *(field.name for field in fields(Event)))
 
 
 class Tracker(Protocol):
@@ -90,36 +69,20 @@ class Journal:
                 on a new line.
         """
         event = replace(event, time=time.time(), attempt=self.attempt)
-        self._append(event.to_dict(), sync=event.durable)
-
-    def event(self, kind: str, /, *, sync: bool = False, **values: Any) -> None:
-        """Append an event by its JSON form; see `write`."""
-        for name in _RESERVED:
-            if name in values:
-                raise ValueError(
-                    f"journal: the field {name!r} is the journal's own; got it in event {kind!r}"
-                )
-        line = {KIND: kind, "time": time.time(), "attempt": self.attempt, **values}
-        self._append(line, sync=sync)
-
-    def _append(self, line: Record, *, sync: bool) -> None:
         if self._fd is None:
-            raise ValueError(f"journal {self.path} is closed; got event {line[KIND]!r}")
-        data = json.dumps(_plain(line), allow_nan=False, default=_converted).encode() + b"\n"
-        if self._torn:
-            data = b"\n" + data
+            raise ValueError(f"journal {self.path} is closed; got event {event.kind!r}")
+        line = _plain(event.to_dict())
+        data = b"\n" * self._torn
+        data += json.dumps(line, allow_nan=False, default=_converted).encode() + b"\n"
         try:
             written = os.write(self._fd, data)
         except OSError as error:
             raise OSError(error.errno, f"journal: {error.strerror}", str(self.path)) from error
         self._torn = written < len(data)
         if self._torn:
-            raise OSError(
-                errno.ENOSPC,
-                f"journal: only {written} of {len(data)} bytes were written",
-                str(self.path),
-            )
-        if sync:
+            text = f"journal: only {written} of {len(data)} bytes were written"
+            raise OSError(errno.ENOSPC, text, str(self.path))
+        if event.durable:
             os.fsync(self._fd)
 
     def close(self) -> None:
@@ -127,7 +90,7 @@ class Journal:
             os.close(self._fd)
             self._fd = None
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -136,7 +99,7 @@ class Journal:
 
 def read(path: str | os.PathLike[str]) -> list[Record]:
     """All whole events of a journal, in order; empty when there is no journal yet."""
-    return Follower(path).poll()
+    return list(_parsed(_lines(path)))
 
 
 def read_events(path: str | os.PathLike[str]) -> list[Event]:
@@ -148,14 +111,16 @@ def read_events(path: str | os.PathLike[str]) -> list[Event]:
     return [from_dict(event) for event in read(path)]
 
 
-def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
-    """The newest event of these classes; see `last`.
+def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
+    """The first event of one of these kinds; the lines of other kinds are not parsed."""
+    heads = tuple(map(_head, kinds))
+    return next(_parsed(line for line in _lines(path) if line.startswith(heads)), None)
 
-    Raises:
-        ValueError: its fields are not those of its kind; one line.
-    """
-    found = last(path, *(kind.kind for kind in kinds))
-    return None if found is None else cast("E_", from_dict(found))
+
+def every(path: str | os.PathLike[str], kind: str) -> list[Record]:
+    """All events of one kind, oldest first; the lines of other kinds are not parsed."""
+    head = _head(kind)
+    return list(_parsed(line for line in _lines(path) if line.startswith(head)))
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
@@ -164,24 +129,47 @@ def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list
     The last event of that kind before one of another kind is kept too, so that curves end where
     they ended.
     """
-    head, kept, count, skipped = _head(kind), [], 0, b""
+    head, kept, count, skipped = _head(kind), list[bytes](), 0, b""
+    for line in _lines(path):
+        is_thinned = line.startswith(head)
+        count += is_thinned
+        if is_thinned and count % every:
+            skipped = line
+            continue
+        kept += [line] if is_thinned else [skipped, line]
+        skipped = b""
+    return list(_parsed([*kept, skipped]))
+
+
+def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
+    """The newest event of one of these kinds. The search begins at the end of the file."""
+    heads = [_head(kind) for kind in kinds]
     try:
         with Path(path).open("rb") as file:
-            for line in file:
-                if not line.endswith(b"}\n"):
-                    continue  # the remains of a killed writer
-                if line.startswith(head):
-                    count += 1
-                    if count % every:
-                        skipped = line
-                        continue
-                elif skipped:
-                    kept.append(skipped)
-                kept.append(line)
-                skipped = b""
+            if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
+                return None
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                begin, found = 0, None
+                for head in heads:  # of the other kinds only a newer one counts
+                    at = len(text)
+                    while (at := text.rfind(head, begin, at)) >= 0:
+                        line = text[at : text.find(b"\n", at) + 1]
+                        if (event := next(_parsed([line]), None)) is not None:
+                            begin, found = at, event
+                            break
+                return found
     except FileNotFoundError:
-        return []
-    return [event for line in (*kept, skipped) if (event := _parse(line)) is not None]
+        return None
+
+
+def last_event(path: str | os.PathLike[str], *kinds: type[E_]) -> E_ | None:
+    """The newest event of these classes; see `last`.
+
+    Raises:
+        ValueError: its fields are not those of its kind; one line.
+    """
+    found = last(path, *(kind.kind for kind in kinds))
+    return None if found is None else cast("E_", from_dict(found))
 
 
 class Follower:
@@ -214,7 +202,7 @@ class Follower:
             return []
         whole = block[: block.rfind(b"\n") + 1]
         self.offset += len(whole)
-        return [event for line in whole.split(b"\n") if (event := _parse(line)) is not None]
+        return list(_parsed(whole.splitlines(keepends=True)))
 
 
 def number(value: Any) -> float | None:
@@ -226,56 +214,13 @@ def number(value: Any) -> float | None:
     return float(value) if value in ("nan", "inf", "-inf") else None
 
 
-def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
-    """The first event of one of these kinds; the lines of other kinds are not parsed."""
-    heads = tuple(_head(kind) for kind in kinds)
+def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The whole lines of a journal; none when there is no journal yet."""
     try:
         with Path(path).open("rb") as file:
-            for line in file:
-                if line.startswith(heads) and line.endswith(b"\n") and (event := _parse(line)):
-                    return event
+            yield from (line for line in file if line.endswith(b"}\n"))
     except FileNotFoundError:
-        pass
-    return None
-
-
-def every(path: str | os.PathLike[str], kind: str) -> list[Record]:
-    """All events of one kind, oldest first; the lines of other kinds are not parsed."""
-    try:
-        text = Path(path).read_bytes()
-    except FileNotFoundError:
-        return []
-    head = _head(kind)
-    lines = [head + rest.partition(b"\n")[0] for rest in text.split(head)[1:]]
-    return [event for line in lines if (event := _parse(line)) is not None]
-
-
-def last(path: str | os.PathLike[str], *kinds: str) -> Record | None:
-    """The newest event of one of these kinds. The search begins at the end of the file."""
-    begin, found = 0, None
-    try:
-        with Path(path).open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:  # mmap refuses an empty file
-                return None
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                for kind in kinds:
-                    at, event = _newest(text, kind, begin)
-                    if event is not None:  # of the other kinds only a newer one counts
-                        begin, found = at, event
-    except FileNotFoundError:
-        pass
-    return found
-
-
-def _newest(text: mmap.mmap, kind: str, begin: int) -> tuple[int, Record | None]:
-    """The newest whole event of a kind from byte `begin` on, and where it begins."""
-    at = text.rfind(_head(kind), begin)
-    while at >= 0:
-        end = text.find(b"\n", at)
-        if end >= 0 and (event := _parse(text[at:end])):
-            return at, event
-        at = text.rfind(_head(kind), begin, at)
-    return at, None
+        return
 
 
 def _head(kind: str) -> bytes:
@@ -283,18 +228,18 @@ def _head(kind: str) -> bytes:
     return f'{{"{KIND}": {json.dumps(kind)},'.encode()
 
 
-def _parse(line: bytes) -> Record | None:
-    """The event of a line; None for an empty line and for a part of one.
+def _parsed(lines: Iterable[bytes]) -> Iterator[Record]:
+    """The events of lines; of parts of lines nothing.
 
-    A part without the beginning is never JSON: it closes a brace that it does not open.
+    A part of a line is not JSON: without its beginning it closes a brace that it does not open.
     """
-    if not line:
-        return None
-    try:
-        event = json.loads(line)
-    except ValueError:  # covers JSONDecodeError and UnicodeDecodeError
-        return None
-    return event if isinstance(event, dict) and isinstance(event.get(KIND), str) else None
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:  # covers JSONDecodeError and UnicodeDecodeError
+            continue
+        if isinstance(event, dict) and isinstance(event.get(KIND), str):
+            yield event
 
 
 def _plain(value: Any) -> Any:

@@ -5,8 +5,6 @@ without reserved cores, or with half the micro-batch after memory ran out. Its s
 memory then belong to all of these conditions together. They compare with no single one of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +33,7 @@ def trained_on(events: Sequence[Mapping[str, Any]], *, steps: int | None) -> lis
     return found
 
 
-def told_in(
+def conditions_of(
     summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """The conditions of a finished run: of its summary, else of its journal, else the last alone.
@@ -49,9 +47,10 @@ def told_in(
     ]
 
 
-def _fields(told: Mapping[str, Any]) -> dict[str, Any]:
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """FIELDS of a start or a summary. Only a start lists its reserved cores one by one."""
-    return {**{name: told.get(name) for name in FIELDS}, "own_cores": bool(told.get("own_cores"))}
+    found = {name: values.get(name) for name in FIELDS}
+    return {**found, "own_cores": bool(found["own_cores"])}
 
 
 def _first(start: Mapping[str, Any]) -> int:

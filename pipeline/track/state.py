@@ -1,15 +1,21 @@
-"""The state of a run, derived from its journal and the driver's lock: no process keeps it."""
+"""The state of a run, derived from its journal and the driver's lock: no process keeps it.
 
-from __future__ import annotations
+From the states follows which runs of a suite are done. A diverged run counts as done; a diverged
+trial ranks last.
+"""
 
 import fcntl
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.core.run_folder import RunFolder
+from pipeline.recipe.recipe import read_json
+from pipeline.recipe.suite import runs_of, sources_in
 from pipeline.track.events import KINDS, State, kind_of
 from pipeline.track.journal import last
 
-__all__ = ["State", "is_driven", "state_of"]
+_ENDS = tuple(name for name, kind in KINDS.items() if kind.state is not None)
 
 
 def state_of(run_dir: Path) -> State:
@@ -18,7 +24,7 @@ def state_of(run_dir: Path) -> State:
     `interrupted`: the last attempt has no end (killed, power cut). `new`: no attempt has begun.
     """
     files = RunFolder(run_dir)
-    newest = last(files.journal, *(name for name, kind in KINDS.items() if kind.state is not None))
+    newest = last(files.journal, *_ENDS)
     if newest is None:
         state: State = "finished" if files.summary.exists() else "new"
     else:
@@ -33,10 +39,41 @@ def is_driven(run_dir: Path) -> bool:
     """
     try:
         with RunFolder(run_dir).driver_lock.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False  # closing the file lets the shared lock go
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
+    except BlockingIOError:
+        return True
+    return False  # closing the file has let the shared lock go
+
+
+def is_over(run: Path, *, is_needed: bool) -> bool:
+    """Whether a suite has nothing left to do for a run.
+
+    A run that diverged would diverge again, so it counts as done. With `is_needed` other runs take
+    its weights, and it must have finished.
+    """
+    return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
+
+
+def over_in(suite: Path) -> dict[str, Path]:
+    """The runs of a suite's folder that are done, by the names of their recipes, in their order.
+
+    Raises:
+        ValueError: suite.json is damaged.
+    """
+    needed = sources_in(suite)
+    return {
+        name: run for name, run in runs_of(suite).items() if is_over(run, is_needed=name in needed)
+    }
+
+
+def top1_of(run: Path) -> float | None:
+    """The top-1 accuracy of a finished run in 0..1; None for a run that diverged."""
+    return None if state_of(run) == "diverged" else read_json(RunFolder(run).summary)["top1"]
+
+
+def best(top1: Mapping[str, float | None]) -> str:
+    """The name of the best trial, the first of several. One that diverged (None) ranks last."""
+    worth = {name: -math.inf if value is None else value for name, value in top1.items()}
+    return max(worth, key=lambda name: worth[name])

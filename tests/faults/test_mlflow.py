@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.ray_cluster import free_port
 from pipeline.report.stores import open_store
 from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
 from tests.helpers.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
+from tests.helpers.nodes import free_port
 from tests.helpers.small import same_weights
 from tests.track.test_mlflow import start_server
 

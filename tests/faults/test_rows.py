@@ -38,7 +38,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{CLUSTER}::test_a_worker_that_is_killed_in_the_middle_of_a_step",
         HUNTED,
         *("launch/test_ray_cluster.py::test_who_has_lost_another_one_is_not_the_cause",),
-        *("launch/test_restarts.py::test_what_ended_the_workers_is_noted_for_the_journal",),
+        *("launch/test_ray_trainer.py::test_what_ended_the_workers_is_noted_for_the_journal",),
         *(
             "train/test_writer_lock.py::test_what_ended_other_workers_is_told_once_by_the_next_attempt",
         ),
@@ -80,7 +80,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         f"{WRITE}::test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on",
         *(f"{WRITE}::test_a_full_disk_that_holds_the_whole_run_costs_no_bit",),
         *(f"{WRITE}::test_workers_that_a_full_disk_ends_are_not_started_again",),
-        *("launch/test_restarts.py::test_what_the_user_alone_can_change_is_not_met_again",),
+        *("launch/test_ray_trainer.py::test_what_the_user_alone_can_change_is_not_met_again",),
         *(
             "train/test_writer_lock.py::test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same",
         ),
@@ -102,7 +102,7 @@ ROWS: dict[str, tuple[str, ...]] = {
             f"{AWAY}::test_of_two_ranks_one_tries_and_both_live",
         ),
         *("train/test_writer_lock.py::test_storage_that_is_away_is_looked_for_again",),
-        *("launch/test_restarts.py::test_storage_that_is_away_as_a_worker_dies_ends_nothing",),
+        *("launch/test_ray_trainer.py::test_storage_that_is_away_as_a_worker_dies_ends_nothing",),
         *("launch/test_resizing.py::test_storage_that_is_away_as_a_run_grows_ends_nothing",),
         *(f"{WRITE}::test_what_a_run_has_written_down_is_waited_for",),
     ),

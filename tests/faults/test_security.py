@@ -101,15 +101,15 @@ def holders(folder: Path) -> list[str]:
 OF_OUR_OWN = """
 import os
 from pathlib import Path
-from pipeline.launch.preflight_services import join_without_token
 from pipeline.launch.ray import Ray
+from tests.helpers.nodes import join_without_token
 with Ray(workers=1, device="cpu") as launcher:
     import ray
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     files = [path for path in session.rglob("*") if path.is_file()]
     token = os.environ.get("RAY_AUTH_TOKEN", "none was drawn")
     holders = [path for path in files if token.encode() in path.read_bytes()]
-    said = join_without_token(launcher.address_for_others())[0]
+    said = join_without_token(launcher.address_for_others())
     print(said, len(files) > 5, holders, Path("~/.ray").expanduser().exists())
 """
 

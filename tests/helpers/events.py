@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from pipeline.track.events import Event, Rest, declared, from_dict, kind_of
+from pipeline.track.events import Event, Rest, Unknown, declared, from_dict, kind_of
+from pipeline.track.journal import Journal
 
 _PLAIN: dict[Any, Any] = {str: "", int: 0, float: 0.0}
 
@@ -28,3 +29,10 @@ def typed(record: dict[str, Any]) -> Event:
 def _plain(hint: Any) -> Any:
     origin = getattr(hint, "__origin__", None)
     return origin() if origin in (dict, list) else _PLAIN.get(hint)
+
+
+class RawJournal(Journal):
+    """A journal that takes any fields, whatever the kind of the event has."""
+
+    def event(self, kind: str, /, **values: Any) -> None:
+        self.write(Unknown(name=kind, values=values))

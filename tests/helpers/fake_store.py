@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.report.stores import ArtifactError, Point, Sent, StoredRun, StoreError
-from pipeline.track.hierarchy import PARENT_OF
+from pipeline.track.connect import PARENT_OF
 from tests.helpers.hand_made import KEY, LAYERS, events, recipe, run
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,32 @@ class Nodes:
             if line.startswith("nodes: "):
                 return line.removeprefix("nodes: ").strip()
         raise AssertionError("the cluster's process ended")
+
+
+def free_port() -> int:
+    """A port at which nothing listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def join_without_token(address: str) -> str:
+    """Try to join a Ray cluster from a process without its token: refused, joined or no answer."""
+    join = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile() as stderr:
+        environment = kept | {"HOME": home, "RAY_AUTH_MODE": "disabled"}  # no token in that home
+        command = [sys.executable, "-c", join, address]
+        with subprocess.Popen(command, env=environment, stderr=stderr) as process:
+            deadline, code, said = time.monotonic() + 60, None, b""
+            # Ray would go on trying for a minute after a refusal.
+            while code is None and b"InvalidAuthToken" not in said and time.monotonic() < deadline:
+                time.sleep(0.2)
+                code = process.poll()
+                said = os.pread(stderr.fileno(), 1 << 20, 0)
+            process.kill()
+    if b"InvalidAuthToken" in said:
+        return "refused"
+    return "joined" if code == 0 else f"no answer: {said.decode(errors='replace')}"
 
 
 @contextmanager

@@ -25,9 +25,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.launch.ray_cluster import free_port
 from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
+from tests.helpers.nodes import free_port
 from tests.track.conftest import FakeRun, fake_run, steps
 
 __all__ = ["fake_run"]  # a fixture

@@ -4,8 +4,6 @@ Cores and loader threads of a worker: its share of a node with GPUs, one on a CP
 somebody has said.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

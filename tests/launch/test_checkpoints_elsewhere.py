@@ -2,8 +2,6 @@
 where a run's folder is lost.
 """
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path

@@ -2,8 +2,6 @@
 already, with its token.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -28,7 +26,8 @@ from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL, Cluster, parse_workers
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray
-from pipeline.launch.ray_cluster import NODES, free_port, worker_start_timeout
+from pipeline.launch.ray_cluster import NODES, worker_start_timeout
+from tests.helpers.nodes import free_port
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 the same bits.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

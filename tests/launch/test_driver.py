@@ -1,7 +1,5 @@
 """Whatever becomes of what shows a run, it trains to its end, and MLflow is told."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os
@@ -74,8 +72,7 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
     job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
 
     def run(file: Any, launcher: Launcher | None = None) -> dict[str, Any] | None:
-        about = {"uri": "sqlite:///nowhere.db", "resume_command": "spiketrain resume run"}
-        return drive(job, launcher or Launcher(), Console(file=file, width=200), **about)  # type: ignore[arg-type]
+        return drive(job, launcher or Launcher(), Console(file=file, width=200))  # type: ignore[arg-type]
 
     return run
 
@@ -158,10 +155,10 @@ def test_a_journal_that_cannot_be_read_for_a_moment_is_read_again(
 def test_a_mistake_in_what_is_shown_ends_the_showing_alone(
     driven: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mistaken(self: Any, event: Record) -> None:
+    def mistaken(event: Any) -> None:
         raise KeyError("top1")
 
-    monkeypatch.setattr("pipeline.launch.progress.Watch._on_evaluation", mistaken)
+    monkeypatch.setattr("pipeline.launch.progress._evaluation", mistaken)
     file = io.StringIO()
     assert driven(file) == {"steps": 3} and Mirror.is_closed
     assert (

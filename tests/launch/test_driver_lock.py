@@ -2,8 +2,6 @@
 machine that may be dead.
 """
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys

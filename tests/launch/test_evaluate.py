@@ -2,8 +2,6 @@
 line where they do not fit.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 before Ray starts.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -2,8 +2,6 @@
 from another folder.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import signal

@@ -1,7 +1,5 @@
 """A launch that is killed leaves a run that can be resumed, or none."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

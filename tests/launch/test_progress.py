@@ -1,12 +1,13 @@
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pipeline.core.printing import NO_WIDTH
-from pipeline.launch.progress import Watch
+from pipeline.launch.progress import Shown
 from tests.helpers.events import typed
 
 START = {
@@ -44,14 +45,14 @@ class Clock:
         return self.now
 
 
-def watch(*, terminal: bool = False, width: int = 60) -> tuple[Watch, io.StringIO, Clock]:
+def watch(*, terminal: bool = False, width: int = 60) -> tuple[Shown, io.StringIO, Clock]:
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, force_terminal=terminal, width=width if terminal else NO_WIDTH)
     command = "spiketrain resume a-run-with-a-name --runs /a/long/path/to/the/runs/of/somebody"
     return (
-        Watch(
+        Shown(
+            Path("/runs/[b]a"),
             console,
-            run_dir="/runs/[b]a",
             store="sqlite:////runs/mlflow.db",
             resume_command=command,
             clock=clock,
@@ -61,7 +62,7 @@ def watch(*, terminal: bool = False, width: int = 60) -> tuple[Watch, io.StringI
     )
 
 
-def show(view: Watch, records: list[dict[str, Any]]) -> None:
+def show(view: Shown, records: list[dict[str, Any]]) -> None:
     view.show([typed(record) for record in records])
 
 
@@ -194,7 +195,10 @@ def test_everything_else_is_a_line_of_its_own_at_once():
         "skipped batch 7 (epoch 1) of 64 samples: its loss is nan; lower it",
         "batch 8 (epoch 1): its loss is nan; back to step 6; lower it",
         "failed: RuntimeError: worker died",
-        "worker 1 gave no sign of life: what it was at is in stacks/rank1-20260105-120000.txt",
+        (
+            "worker 1 gave no sign of life: the stacks of its threads are in"
+            " stacks/rank1-20260105-120000.txt"
+        ),
         "worker 1 ended: KeyError: 'cable'",
         "start 2: goes on at step 8/100 on 1 worker",
         "waiting for the first batch, which compiles what reads the data",

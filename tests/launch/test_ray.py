@@ -1,7 +1,5 @@
 """What Ray is asked for, without any."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess
@@ -27,8 +25,7 @@ from pipeline.launch import ray_trainer
 from pipeline.launch.base import LaunchError, NoAnswer, WorkersEnded
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import Ray, _train
-from pipeline.launch.ray_trainer import OnLoopback
-from pipeline.launch.restarts import NoPlace
+from pipeline.launch.ray_trainer import NoPlace, OnLoopback
 from pipeline.measure.driver import UnusableGPUs
 from pipeline.train.job import Job, RankInfo
 
@@ -89,7 +86,7 @@ def test_runs_side_by_side_find_as_much_room_as_there_are_physical_cores(
     here = len(physical_cores(os.sched_getaffinity(0)))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0})
     launcher = Ray(workers=1, address="10.0.0.1:6379", device="cpu")
-    monkeypatch.setattr(launcher.nodes, "run_on_each", run_on_each)
+    monkeypatch.setattr("pipeline.launch.ray.run_on_each", run_on_each)
     assert launcher.room() == min(64, here) and Ray(workers=1, device="cpu").room() == here
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 128.0, "GPU": 8.0})
     monkeypatch.setattr(ray, "nodes", lambda: NODES)
@@ -178,7 +175,7 @@ def test_so_are_those_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> Non
             "two: torch is built without CUDA; install another",
         ]
 
-    monkeypatch.setattr(launcher.nodes, "run_on_each", run_on_each)
+    monkeypatch.setattr("pipeline.launch.ray.run_on_each", run_on_each)
     with (
         pytest.raises(
             UserError, match=r"^launch: two: torch is built without CUDA; install another$"

@@ -3,8 +3,6 @@
 Of workers that failed together the one is told that the others have failed of.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

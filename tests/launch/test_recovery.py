@@ -2,8 +2,6 @@
 run that nobody touched.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import signal

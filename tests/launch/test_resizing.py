@@ -1,7 +1,5 @@
 """A run gets another number of workers once it has saved, and storage that is away ends nothing."""
 
-from __future__ import annotations
-
 import errno
 import math
 import time
@@ -20,9 +18,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.exceptions import ControllerError
 
-from pipeline.launch import restarts as resizing
-from pipeline.launch.ray_trainer import Trainer
-from pipeline.launch.restarts import LOOK_S, PATIENCE_S, PLACES_S, NoPlace, Resizing
+from pipeline.launch import ray_trainer as resizing
+from pipeline.launch.ray_trainer import LOOK_S, PATIENCE_S, PLACES_S, NoPlace, Resizing, Trainer
 from pipeline.recipe.recipe import read_json
 from pipeline.track.journal import read
 from pipeline.train.job import Notice

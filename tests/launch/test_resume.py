@@ -4,8 +4,6 @@ begun, if it is the same recipe.
 What it, or `resume`, says of how it trains holds from then on.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import replace

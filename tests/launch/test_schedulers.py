@@ -2,8 +2,6 @@
 line.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -280,11 +278,11 @@ def test_words_reach_the_command_as_they_are() -> None:
         ({"words": ("a.py", "--cpus-per-worker", "65")}, "job has 4: room for 0 workers"),
         (
             {"words": ("a.py", "--cpus-per-worker", "x")},
-            "k8s: --cpus-per-worker must be a whole number >= 1 or auto; got 'x'",
+            "order: --cpus-per-worker must be a whole number >= 1 or auto; got x",
         ),
         (
             {"words": ("a.py", "--side-by-side", "none")},
-            "order: --side-by-side must be a number of runs or auto; got none",
+            "order: --side-by-side must be a whole number >= 1 or auto; got none",
         ),
         ({"runs": "/tmp/runs"}, f"k8s: runs {SHARED}; got '/tmp/runs'"),
         ({"runs": "/shared/runs2"}, f"k8s: runs {SHARED}; got '/shared/runs2'"),

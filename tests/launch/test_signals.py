@@ -1,7 +1,5 @@
 """What whoever drives makes of signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -14,7 +12,7 @@ import pytest
 
 from pipeline.launch import signals
 from pipeline.launch.side_by_side import _stop_requests
-from pipeline.launch.signals import ECHO_S, blocked_signal, on_stop_signals, stops_on_signal
+from pipeline.launch.signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
 
 
 class AtOnce(Exception):
@@ -43,7 +41,8 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
     tmp_path: Path, send: Callable[[int], None], number: int
 ) -> None:
     said: list[str] = []
-    with stops_on_signal(tmp_path, said.append) as request:
+    request = StopRequest(tmp_path, said.append)
+    with on_stop_signals(request.hear):
         request.report()
         assert said == []
         send(number)
@@ -63,7 +62,7 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
 def test_the_signals_of_schedulers_and_lost_terminals_never_mean_at_once(
     tmp_path: Path, send: Callable[[int], None], number: int
 ) -> None:
-    with stops_on_signal(tmp_path, print):
+    with on_stop_signals(StopRequest(tmp_path, print).hear):
         for _ in range(2):
             send(number)
         assert (tmp_path / "stop").read_text() == signal.Signals(number).name
@@ -82,7 +81,7 @@ def ignored() -> Iterator[None]:
 def test_a_lost_terminal_that_was_ignored_before_stays_so(
     tmp_path: Path, send: Callable[[int], None], ignored: None
 ) -> None:
-    with stops_on_signal(tmp_path, print):
+    with on_stop_signals(StopRequest(tmp_path, print).hear):
         send(signal.SIGHUP)
         assert not (tmp_path / "stop").exists()
         send(signal.SIGTERM)

@@ -2,8 +2,6 @@
 one that nobody touched.
 """
 
-from __future__ import annotations
-
 import csv
 import errno
 import io
@@ -24,16 +22,17 @@ from rich.console import Console
 from pipeline.__main__ import main
 from pipeline.core.printing import NO_WIDTH
 from pipeline.launch.driver import driver_lock
-from pipeline.launch.ray_cluster import free_port
 from pipeline.launch.suite import _sync_states
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import SuiteFile, runs_of
 from pipeline.report.listing import list_suites, print_runs
 from pipeline.report.suite import print_suite
 from pipeline.track.connect import connect
-from pipeline.track.journal import Journal, read
+from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train.trainer import Trainer
+from tests.helpers.events import RawJournal
+from tests.helpers.nodes import free_port
 from tests.helpers.small import Command, command, same_weights, small_recipe
 
 RECIPES = """
@@ -790,7 +789,7 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
     def away() -> list[Recipe]:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    with Journal(tmp_path / "journal.jsonl", attempt=0) as journal:
+    with RawJournal(tmp_path / "journal.jsonl", attempt=0) as journal:
         journal.event("start")
     console = Console(file=io.StringIO())
     children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)

@@ -2,8 +2,6 @@
 that CONTRIBUTING.md lists, and at most ten.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

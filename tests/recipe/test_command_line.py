@@ -1,7 +1,5 @@
 """Commands that are printed have all the words that they need."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 for.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -119,7 +117,7 @@ def test_of_what_a_folder_says_the_trusted_package_alone_joins_the_path(
 
 
 def test_a_suite_finds_it_too(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_train_the_rest", lambda folder, *_, **__: folder)
+    monkeypatch.setattr(launch, "_train", lambda suite, *_: suite.folder)
     suite = Suite((load(lab), small_recipe(name="plain")))
     folder = launch.launch_suite(
         suite, Cluster(inline=True), tmp_path, stem="s", name="s", trust=("own_nets",)
@@ -236,7 +234,7 @@ def test_a_damaged_file_is_refused_in_one_line(run: Path, text: str) -> None:
     (run / "code.json").write_text(text)
     with pytest.raises(ValueError) as refusal:
         Recipe.read(run / "recipe.json", trust=["own_nets"])
-    assert str(refusal.value).startswith(f"{run}: {run / 'code.json'}: must ") and "\n" not in str(
+    assert str(refusal.value).startswith(f"{run}: {run / 'code.json'}: ") and "\n" not in str(
         refusal.value
     )
     assert own_code.names(run) == ()

@@ -1,7 +1,5 @@
 """Phases: written in a recipe, kept through JSON, and a clock that needs the step alone."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recipes made into comparisons: over seeds, and with a search that is the same for every rule."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace

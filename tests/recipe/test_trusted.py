@@ -3,8 +3,6 @@
 Whoever writes a recipe.json chooses every keyword of its parts.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import pkgutil

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.journal import Journal
+from tests.helpers.events import RawJournal
 
 RECIPE = {
     "name": "a",
@@ -84,7 +84,7 @@ def make_run(runs_dir: Path) -> Callable[..., Path]:
         begun = {
             name: whole[name] for name in ("run", "rule", "study", "seed", "world_size", "hardware")
         }
-        with Journal(folder / "journal.jsonl", attempt=0) as journal:
+        with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
             journal.event("start", **begun, **(start or {}), step=0, total_steps=100)
             journal.event("step", step=30, metrics={"loss": 1.0, "top1": 0.1})
             journal.event("evaluation", step=30, metrics={"top1": 0.5})

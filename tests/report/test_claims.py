@@ -24,9 +24,9 @@ from pipeline.report.claims import (
 )
 from pipeline.report.results import Run
 from pipeline.report.study import COMPUTE, Group, Study
-from pipeline.track.journal import Journal
 from recipes.compare import claims_fashion
 from recipes.compare.claims_base import at_their_largest, flat_in_t, temporal_shares, time_in_turn
+from tests.helpers.events import RawJournal
 from tests.helpers.hand_made import fidelity, run
 
 
@@ -430,7 +430,7 @@ def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict
         )
         write_json(run / "recipe.json", recipe.to_json())
         if rule == "SLTT":
-            with Journal(run / "journal.jsonl", attempt=0) as journal:
+            with RawJournal(run / "journal.jsonl", attempt=0) as journal:
                 journal.event("fidelity", step=0, epoch=None, temporal_share={"first": 0.25})
                 journal.event("finish", step=40)
     return runs

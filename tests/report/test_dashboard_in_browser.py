@@ -25,9 +25,10 @@ from pipeline.report.claims import Claim, Returned
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.place import VIEWS, View
-from pipeline.track.journal import Journal, read
+from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
 from tests.helpers.browser import Watch, chromium, violations
+from tests.helpers.events import RawJournal
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY
 from tests.helpers.real_study import train_real_study
@@ -68,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         journal.write_text("".join(json.dumps(event) + "\n" for event in told))
     (runs_dir / "failed-0").mkdir()
-    with Journal(runs_dir / "failed-0" / "journal.jsonl", attempt=0) as journal:
+    with RawJournal(runs_dir / "failed-0" / "journal.jsonl", attempt=0) as journal:
         about = {"study": "f" * 16, "run_id": "failed", "family": "cifar"}
         journal.event("start", run="failed-0", rule="OPZO", seed=0, step=0, **about)
         journal.event("failed", step=3, error="it did not fit")
@@ -446,7 +447,7 @@ def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
     folder.mkdir()
     page.get_by_role("button", name="Learning curves", exact=True).click()
     drawn(page, 1)
-    with Journal(folder / "journal.jsonl", attempt=0) as journal:
+    with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
         about = {
             "study": "s",
             "run_id": "going",

@@ -17,8 +17,8 @@ from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
 from pipeline.report.views import shown
 from pipeline.spiking.op_scope import OpScope
-from pipeline.track.journal import Journal
 from tests.helpers.browser import Watch, chromium, violations
+from tests.helpers.events import RawJournal
 from tests.helpers.hand_made import fidelity, run, study
 from tests.helpers.real_study import train_real_study
 
@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs_dir = tmp_path_factory.mktemp("real") / "runs"
     train_real_study(runs_dir)
-    with Journal(
+    with RawJournal(
         runs_dir / "ottt-0" / "journal.jsonl", attempt=1
     ) as journal:  # killed after its end, and started again
         journal.event("start", rule="OTTT-A", study="s", step=16, steps_per_epoch=8, total_steps=16)

@@ -319,7 +319,7 @@ def test_on_the_command_line(
     (runs_dir / "sweep.json").write_text(json.dumps(lost))
     sent: list[str] = []
     monkeypatch.setattr(
-        "pipeline.report.page.log_report", lambda *_, told, **__: [sent.append(told)]
+        "pipeline.report.page.log_report", lambda *_, data, **__: [sent.append(data)]
     )
     assert (
         spiketrain("report", "--runs", str(runs_dir), "--sweep", str(runs_dir / "sweep.json"))[0]

@@ -17,8 +17,8 @@ from pipeline.report.read_study import read_study
 from pipeline.report.results import METRICS, Metric, expanded, frame
 from pipeline.report.runs import ReportError
 from pipeline.report.stores import ServerStore, runs_of_store
-from pipeline.track.journal import Journal
 from pipeline.track.mlflow import sync
+from tests.helpers.events import RawJournal
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY
 from tests.report.conftest import STUDY
@@ -103,7 +103,7 @@ def test_a_folder_and_a_store_have_the_same_rows(make_run: Callable, runs_dir: P
         (folder / "journal.jsonl").write_text(
             "".join(json.dumps(event) + "\n" for event in told[:-1])
         )
-        with Journal(folder / "journal.jsonl", attempt=0) as journal:
+        with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
             summary = folder / "summary.json"
             whole = json.loads(summary.read_text()) if summary.exists() else {}
             journal.event(

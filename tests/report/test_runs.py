@@ -65,7 +65,7 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
         return "1"
 
     monkeypatch.setattr("pipeline.track.mlflow.sync", sync)
-    monkeypatch.setattr("pipeline.track.publish.register", register)
+    monkeypatch.setattr("pipeline.track.mlflow.register", register)
     monkeypatch.setattr("pipeline.train.checkpoint.verified", lambda place, which: place.folder)
     monkeypatch.setattr("pipeline.train.checkpoint.pin", lambda checkpoint: None)
     assert (

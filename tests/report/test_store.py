@@ -29,8 +29,8 @@ from pipeline.report.stores import (
     studies,
 )
 from pipeline.track.connect import connect
-from pipeline.track.journal import Journal
 from pipeline.track.mlflow import sync
+from tests.helpers.events import RawJournal
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = runs / name
         folder.mkdir()
         (folder / "recipe.json").write_text('{"é": 1}')
-        with Journal(folder / "journal.jsonl", attempt=0) as journal:
+        with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
             about = {"run_id": name * 8, "study_parent": "f" * 32, "suite": "a-suite"}
             journal.event(
                 "start",

@@ -12,7 +12,8 @@ from pipeline.report.results import read_run
 from pipeline.report.runs import ReportError
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
-from pipeline.track.journal import OF_NONE, Record
+from pipeline.track.events import OF_NONE
+from pipeline.track.journal import Record
 from tests.helpers.hand_made import KEY, LAYERS, MACHINE, events, fidelity, made, recipe, run
 
 

@@ -2,8 +2,6 @@
 takes seconds).
 """
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.journal import Journal
+from tests.helpers.events import RawJournal
 
 
 @dataclass
@@ -26,9 +24,9 @@ class FakeRun:
     family: str = field(default_factory=lambda: uuid.uuid4().hex)
     attempt: int = -1
 
-    def start(self, step: int = 0, **fields: Any) -> Journal:
+    def start(self, step: int = 0, **fields: Any) -> RawJournal:
         self.attempt += 1
-        journal = Journal(self.folder / "journal.jsonl", attempt=self.attempt)
+        journal = RawJournal(self.folder / "journal.jsonl", attempt=self.attempt)
         event = {
             "run": self.folder.name,
             "run_id": self.run_id,
@@ -64,7 +62,7 @@ def write_suite(folder: Path, *runs: Path) -> None:
     (folder / "suite.json").write_text(json.dumps({"version": 1, "children": children}))
 
 
-def steps(journal: Journal, first: int, after: int, *, scale: float = 1.0) -> None:
+def steps(journal: RawJournal, first: int, after: int, *, scale: float = 1.0) -> None:
     for step in range(first, after):
         journal.event(
             "step",

@@ -1,7 +1,5 @@
 """What Prometheus is told of a run."""
 
-from __future__ import annotations
-
 import os
 import threading
 from pathlib import Path
@@ -12,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.track.events import KINDS, Gauge, declared
 from pipeline.track.exposition import Exposed, exposition, newest
-from pipeline.track.journal import Journal, read
+from pipeline.track.journal import read
+from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe, train_inline
 
 Event = dict[str, Any]
@@ -224,7 +223,7 @@ def test_a_file_is_replaced_at_once_and_readable_for_the_collector(
 
 def test_a_run_that_goes_on_tells_what_its_journal_had_said(tmp_path: Path, folder: Path) -> None:
     (run := tmp_path / "a-run").mkdir()
-    journal = Journal(run / "journal.jsonl", attempt=0)
+    journal = RawJournal(run / "journal.jsonl", attempt=0)
     journal.event("start", run="a-run", total_steps=40)
     exposed = Exposed(run, pytest.fail)
     journal.event("step", step=3, metrics={"loss": 0.5})

@@ -13,7 +13,6 @@ import torch
 
 from pipeline.track.journal import (
     Follower,
-    Journal,
     NullTracker,
     Tracker,
     first,
@@ -21,7 +20,7 @@ from pipeline.track.journal import (
     read,
     read_thinned,
 )
-from tests.helpers.events import event
+from tests.helpers.events import RawJournal, event
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_an_event_is_one_line_with_its_kind_first(path: Path):
-    with Journal(path, attempt=2) as journal:
+    with RawJournal(path, attempt=2) as journal:
         before = time.time()
         journal.event("step", step=7, metrics={"loss": 0.5})
     (line,) = path.read_text().splitlines()
@@ -44,7 +43,7 @@ def test_what_json_has_no_word_for(path: Path):
     def refuse(constant: str) -> float:
         raise AssertionError(f"not JSON: {constant}")
 
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         journal.event(
             "step",
             metrics={
@@ -69,9 +68,7 @@ def test_what_json_has_no_word_for(path: Path):
 
 
 def test_misuse_is_refused_and_writes_nothing(path: Path):
-    journal = Journal(path, attempt=0)
-    with pytest.raises(ValueError, match="'time' is the journal's own"):
-        journal.event("step", time=3)
+    journal = RawJournal(path, attempt=0)
     with pytest.raises(TypeError, match="no JSON form for a object"):
         journal.event("step", what=object())
     journal.close()
@@ -82,14 +79,14 @@ def test_misuse_is_refused_and_writes_nothing(path: Path):
 
 
 def test_a_torn_last_line_is_skipped_and_the_next_attempt_begins_on_a_fresh_one(path: Path):
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         journal.event("step", step=0)
         journal.event("step", step=1)
     whole = path.read_bytes()
     for cut in range(1, 30):
         path.write_bytes(whole[:-cut])
         assert [event["step"] for event in read(path)] == [0]
-        with Journal(path, attempt=1) as journal:
+        with RawJournal(path, attempt=1) as journal:
             journal.event("step", step=2)
             journal.event("step", step=3)
         # Without its newline alone the line was whole: it counts once another attempt has ended it.
@@ -100,7 +97,7 @@ def test_a_torn_last_line_is_skipped_and_the_next_attempt_begins_on_a_fresh_one(
 def test_a_short_write_is_an_error_and_spoils_one_line_only(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    journal = Journal(path, attempt=0)
+    journal = RawJournal(path, attempt=0)
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda fd, data: write(fd, data[:10]))
@@ -112,8 +109,8 @@ def test_a_short_write_is_an_error_and_spoils_one_line_only(
 
 def test_killed_while_writing_every_line_but_the_last_is_whole(path: Path):
     code = (
-        "import sys; from pipeline.track.journal import Journal\n"
-        "j = Journal(sys.argv[1], attempt=0); i = 0\n"
+        "import sys; from tests.helpers.events import RawJournal\n"
+        "j = RawJournal(sys.argv[1], attempt=0); i = 0\n"
         "while True: j.event('step', step=i, text='x' * 5000); i += 1"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
@@ -129,8 +126,8 @@ def test_killed_while_writing_every_line_but_the_last_is_whole(path: Path):
 
 def test_two_writers_do_not_mix_their_lines(path: Path):
     code = (
-        "import sys; from pipeline.track.journal import Journal\n"
-        "j = Journal(sys.argv[1], attempt=int(sys.argv[2]))\n"
+        "import sys; from tests.helpers.events import RawJournal\n"
+        "j = RawJournal(sys.argv[1], attempt=int(sys.argv[2]))\n"
         "for i in range(500): j.event('step', step=i, text=sys.argv[2] * 3000)"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in "12"]
@@ -143,7 +140,7 @@ def test_two_writers_do_not_mix_their_lines(path: Path):
 def test_follower_returns_each_event_once_while_the_file_grows(path: Path):
     follower = Follower(path)
     assert follower.poll() == []  # no journal yet
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         for step in range(20):
             journal.event("step", step=step, text="é")
     whole = path.read_bytes()
@@ -162,7 +159,7 @@ def test_follower_returns_each_event_once_while_the_file_grows(path: Path):
 
 
 def test_follower_starts_at_any_byte(path: Path):
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         for step in range(3):
             journal.event("step", step=step)
     whole = path.read_bytes()
@@ -184,7 +181,7 @@ def test_follower_inside_an_unfinished_line_waits_for_its_end(path: Path):
 
 
 def test_follower_reads_in_bounded_blocks(path: Path):
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         for step in range(100):
             journal.event("step", step=step)
     follower = Follower(path)
@@ -196,7 +193,7 @@ def test_follower_reads_in_bounded_blocks(path: Path):
 
 
 def test_follower_begins_again_when_the_file_was_replaced(path: Path):
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         for step in range(5):
             journal.event("step", step=step)
     follower = Follower(path)
@@ -209,7 +206,7 @@ def test_first_and_last_of_a_kind(path: Path):
     assert first(path, "start") is None
     path.touch()
     assert last(path, "start") is None
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         for step in range(3):
             journal.event("step", step=step, text='{"event": "evaluation", "step": 99}')
             journal.event("evaluation", step=step)
@@ -223,7 +220,7 @@ def test_first_and_last_of_a_kind(path: Path):
 
 
 def test_an_event_costs_less_than_a_millisecond(path: Path):
-    journal = Journal(path, attempt=0)
+    journal = RawJournal(path, attempt=0)
     times = []
     for step in range(200):
         before = time.perf_counter()
@@ -239,7 +236,7 @@ def test_an_event_costs_less_than_a_millisecond(path: Path):
 
 
 def test_both_trackers_are_trackers(path: Path):
-    trackers: list[Tracker] = [Journal(path, attempt=0), NullTracker()]
+    trackers: list[Tracker] = [RawJournal(path, attempt=0), NullTracker()]
     for tracker in trackers:
         tracker.write(event("checkpoint", step=1))
     assert len(read(path)) == 1
@@ -247,12 +244,12 @@ def test_both_trackers_are_trackers(path: Path):
 
 def test_a_long_journal_is_thinned_and_what_came_before_another_event_stays(path: Path):
     assert read_thinned(path, "step", every=4) == []
-    with Journal(path, attempt=0) as journal:
+    with RawJournal(path, attempt=0) as journal:
         journal.event("start", step=0)
         for step in range(1, 11):
             journal.event("step", step=step)
     path.write_bytes(path.read_bytes() + b'{"event": "step", "ti')  # killed
-    with Journal(path, attempt=1) as journal:
+    with RawJournal(path, attempt=1) as journal:
         journal.event("start", step=8)
         for step in range(9, 14):
             journal.event("step", step=step)

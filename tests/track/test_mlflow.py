@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import fcntl
 import json
 import math
@@ -20,13 +18,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.launch.ray_cluster import free_port
 from pipeline.report.stores import open_store
-from pipeline.track import hierarchy
+from pipeline.track import connect as hierarchy
 from pipeline.track.connect import TrackingError, connect
 from pipeline.track.delivery import Delivery
-from pipeline.track.mlflow import Mirror, SyncReport, sync, tracking_uri
-from pipeline.track.publish import register
+from pipeline.track.mlflow import Mirror, SyncReport, register, sync, tracking_uri
+from tests.helpers.nodes import free_port
 from tests.track.conftest import FakeRun, steps, write_suite
 
 

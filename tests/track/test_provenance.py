@@ -1,12 +1,10 @@
 """Which of a run's starts its result rests on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 
-from pipeline.track.provenance import told_in, trained_on
+from pipeline.track.provenance import conditions_of, trained_on
 
 
 def start(
@@ -81,8 +79,8 @@ def test_a_summary_that_does_not_say_has_its_journal_or_the_last_machine() -> No
     said = [
         {"world_size": 4, "micro_batch": 2, "hardware": {}, "loader_threads": 2, "own_cores": True}
     ]
-    assert told_in({**summary, "trained_on": said}, [start(0)]) == said
-    assert told_in(summary, [start(0)]) == trained_on([start(0)], steps=20)
+    assert conditions_of({**summary, "trained_on": said}, [start(0)]) == said
+    assert conditions_of(summary, [start(0)]) == trained_on([start(0)], steps=20)
     last = {
         "world_size": 2,
         "micro_batch": None,
@@ -90,7 +88,7 @@ def test_a_summary_that_does_not_say_has_its_journal_or_the_last_machine() -> No
         "loader_threads": None,
         "own_cores": False,
     }
-    assert told_in(summary) == [last]
+    assert conditions_of(summary) == [last]
 
 
 def test_what_an_entry_does_not_tell_is_as_it_was_at_the_end() -> None:
@@ -104,6 +102,6 @@ def test_what_an_entry_does_not_tell_is_as_it_was_at_the_end() -> None:
         "own_cores": True,
         "trained_on": [before, later],
     }
-    assert told_in(summary) == [
+    assert conditions_of(summary) == [
         {**each, "loader_threads": 2, "own_cores": True} for each in (before, later)
     ]

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +7,11 @@ import pytest
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import ServerStore, open_store
 from pipeline.track.connect import TrackingError, connect
-from pipeline.track.mlflow import sync
-from pipeline.track.publish import log_report, register
+from pipeline.track.mlflow import log_report, register, sync
 from tests.track.conftest import FakeRun, write_suite
 from tests.track.test_mlflow import artifacts, find, free_port
 
-TOLD = '{"claims": []}'
+DATA = '{"claims": []}'
 
 
 def finished(run: FakeRun, **fields: str) -> None:
@@ -67,20 +64,20 @@ def test_a_report_is_an_artifact_of_the_parent(
     page, folders = tmp_path / "anything.html", [run.folder for run in runs]
     page.write_text("<html>é</html>")
     assert (
-        log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store) == []
+        log_report(page, folders, name="report.html", data=DATA, uri=sqlite_store) == []
     )  # none of them began
     finished(runs[1], **about)
     [parent] = log_report(
-        page, folders, name="report.html", told=TOLD, uri=sqlite_store
+        page, folders, name="report.html", data=DATA, uri=sqlite_store
     )  # before anything else was delivered
     sync(runs[1].folder, uri=sqlite_store)
     assert find(sqlite_store, runs[1]).data.tags["mlflow.parentRunId"] == parent
     page.write_text("<html>newer</html>")
-    assert log_report(page, folders[1:], name="report.html", told=TOLD, uri=sqlite_store) == [
+    assert log_report(page, folders[1:], name="report.html", data=DATA, uri=sqlite_store) == [
         parent
     ]
     assert log_report(
-        page, folders, name="report-study-x.html", told="another", uri=sqlite_store
+        page, folders, name="report-study-x.html", data="another", uri=sqlite_store
     ) == [parent]
     client = connect(sqlite_store)
     assert {file.path for file in client.list_artifacts(parent)} == {
@@ -90,11 +87,11 @@ def test_a_report_is_an_artifact_of_the_parent(
     }
     kept = artifacts(client.get_run(parent)) / "report.html"
     assert (
-        kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == TOLD
+        kept.read_text() == "<html>newer</html>" and kept.with_suffix(".json").read_text() == DATA
     )
     with pytest.raises(TrackingError, match="cannot be filled"):
         log_report(
-            page, folders, name="report.html", told=TOLD, uri=f"http://127.0.0.1:{free_port()}"
+            page, folders, name="report.html", data=DATA, uri=f"http://127.0.0.1:{free_port()}"
         )
 
 
@@ -112,12 +109,12 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
         sync(run.folder, uri=sqlite_store)
 
     def report() -> str:
-        [parent] = log_report(page, folders, name="report.html", told=TOLD, uri=sqlite_store)
+        [parent] = log_report(page, folders, name="report.html", data=DATA, uri=sqlite_store)
         return parent
 
     client, first = connect(sqlite_store), report()
     store = open_store(sqlite_store)
-    assert store.text(first, "report.json") == TOLD
+    assert store.text(first, "report.json") == DATA
     client.delete_run(first)
     assert (
         store.text(first, "report.json")
@@ -141,7 +138,7 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
     } == {again}
     assert client.get_run(again).info.status == "FINISHED"
     told = Live(store).reports(store.runs(runs[0].study))
-    assert [read.key for read in told] == [again[:8]] and store.text(again, "report.json") == TOLD
+    assert [read.key for read in told] == [again[:8]] and store.text(again, "report.json") == DATA
 
 
 def test_a_report_is_an_artifact_of_each_suite_that_its_runs_are_of(
@@ -152,7 +149,7 @@ def test_a_report_is_an_artifact_of_each_suite_that_its_runs_are_of(
     for run in runs[:2]:
         finished(run, study_parent=uuid.uuid4().hex, suite="a-suite")
     finished(runs[2])
-    about = {"name": "report-study-x.html", "told": TOLD, "uri": sqlite_store}
+    about = {"name": "report-study-x.html", "data": DATA, "uri": sqlite_store}
     parents = log_report(page, [run.folder for run in runs], **about)
     assert len(set(parents)) == 2
     client = connect(sqlite_store)

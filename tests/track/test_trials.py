@@ -1,7 +1,5 @@
 """Which trial a choice takes, and when a suite has done with a run."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +9,14 @@ import pytest
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.suite_runs import SuiteRuns
 from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
-from pipeline.track.journal import Journal
-from pipeline.track.trials import best, over_in, top1_of
+from pipeline.track.state import best, over_in, top1_of
+from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe
 
 
 def run(folder: Path, *, end: str) -> Path:
     folder.mkdir(parents=True)
-    with Journal(folder / "journal.jsonl", attempt=0) as journal:
+    with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
         journal.event("start")
         journal.event(end)
     (folder / "summary.json").write_text('{"top1": 0.75}') if end == "finish" else None
@@ -44,7 +42,7 @@ def suite(folder: Path, **ends: str) -> SuiteRuns:
     made.write(folder / "suite")
     for name, end in ends.items():
         run(folder / name, end=end)
-    return SuiteRuns("suite", made, Cluster(inline=True), {name: folder / name for name in names})
+    return SuiteRuns(folder / "suite", made, Cluster(inline=True))
 
 
 @pytest.mark.parametrize("name", ["shared", "trial", "tuned"])

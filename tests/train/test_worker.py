@@ -27,7 +27,8 @@ from pipeline.recipe.suite import filled
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
-from pipeline.track.journal import OF_NONE, read
+from pipeline.track.events import OF_NONE
+from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train import assemble, worker
 from pipeline.train.checkpoint import read_trainer, step_folders

@@ -41,7 +41,7 @@ from pipeline.report.stores import (
 from pipeline.report.study import Study
 from pipeline.track.events import KIND, Evaluation, Start, Step
 from pipeline.track.journal import Record
-from pipeline.track.publish import REPORT_DATA
+from pipeline.track.mlflow import REPORT_DATA
 
 _METRICS = {
     Step.kind: ("train/", ("loss", "top1")),

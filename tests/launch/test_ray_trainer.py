@@ -1,7 +1,5 @@
 """Deaths of workers are counted from the last time that the run got on."""
 
-from __future__ import annotations
-
 import errno
 import json
 import time
@@ -17,8 +15,8 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from pipeline.launch import restarts
-from pipeline.launch.restarts import PLACES_S, Restarts
+from pipeline.launch import ray_trainer
+from pipeline.launch.ray_trainer import PLACES_S, Restarts
 from pipeline.track.journal import read
 from pipeline.train.guards.deaths import noted
 from tests.helpers.events import event
@@ -234,9 +232,9 @@ def test_storage_that_is_away_as_a_worker_dies_ends_nothing(
     saves(policy, 5)
     assert dies(policy) == RETRY
     with monkeypatch.context() as patch:
-        patch.setattr(restarts, "last_event", away)
-        patch.setattr(restarts, "was_stopped", away)
-        patch.setattr(restarts, "note_death", away)
+        patch.setattr(ray_trainer, "last_event", away)
+        patch.setattr(ray_trainer, "was_stopped", away)
+        patch.setattr(ray_trainer, "note_death", away)
         assert [dies(policy, worker=1), finds_no_place(policy)] == [RETRY, RETRY]
     saves(policy, 10)
     assert [dies(policy) for _ in range(3)] == [RETRY, RETRY, RAISE]

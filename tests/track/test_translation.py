@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.translate import Translation, milliseconds, parameters
+from pipeline.track.connect import milliseconds
+from pipeline.track.delivery import Translation, parameters
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:
