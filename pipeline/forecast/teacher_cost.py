@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.measure.clock import seconds_of
+from pipeline.measure.memory import device_here
 from pipeline.measure.tensor_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe
@@ -62,6 +63,13 @@ def untrained_teacher(recipe: Recipe) -> Teacher:
             features = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
             teacher.head = nn.Linear(features, data.classes)
     return teacher
+
+
+def teacher_seconds(recipe: Recipe, samples: int) -> float:
+    """Median seconds in which the recipe's teacher answers for random samples."""
+    device = device_here()
+    x_B = torch.rand(samples, *tasks_of(recipe)[0].data.shape, device=device)
+    return answer_seconds(untrained_teacher(recipe).to(device), x_B)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ class Meters:
             is not completed, the next one is counted instead.
         operations_every: operations are counted likewise, but at the third step of the run and
             every so many steps after it: they depend on what the network has learnt, not on how
-            warm the machine is.
+            warm the machine is. None counts nothing; so does None of `memory_every`.
     """
 
     def __init__(
@@ -117,8 +117,8 @@ class Meters:
         batch_size: int,
         device: torch.device,
         clock: Clock | None = None,
-        memory_every: int = MEMORY_EVERY,
-        operations_every: int = OPERATIONS_EVERY,
+        memory_every: int | None = MEMORY_EVERY,
+        operations_every: int | None = OPERATIONS_EVERY,
     ) -> None:
         self.network = network
         self.batch_size = batch_size
@@ -324,9 +324,9 @@ class Meters:
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
         """The one quantity that is counted on this batch of the attempt and step of the run."""
-        if batch % self.memory_every == 1:
+        if self.memory_every is not None and batch % self.memory_every == 1:
             self._due.add("bytes")
-        if step % self.operations_every == 2:
+        if self.operations_every is not None and step % self.operations_every == 2:
             self._due.add("operations")
         return min(self._due, default=None)  # "bytes" first
 

@@ -1,23 +1,15 @@
 """The work of one batch on a device: floating-point operations, moved bytes, and kernels.
 
     with Traffic() as traffic: ...       # one batch
-    traffic.busy(device, precision="bf16")
+    traffic.flops, traffic.bytes, traffic.kernels
 
 For each operation that torch calls below autograd this counts the multiply-adds of a product, zeros
-included (a GPU multiplies them), and the bytes of inputs and outputs. By the roofline model an
-operation takes the longer of both:
-
-    seconds = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
-
-The model has no caches: the output of one kernel is read again by the next. Kernels that fuse
-several operations are faster.
-
-Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
+included (a GPU multiplies them), and the bytes of inputs and outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,23 +19,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """A card by its data sheet."""
-
-    name: str
-    flops: Mapping[str, float]  # dense, per second, by precision; a multiply-add counts as two
-    bandwidth: float  # of its memory, bytes per second
-    memory: float  # bytes
-    link: float  # to the other cards of its node, bytes per second and direction
-    watts: float
-    # Share of the roofline that training reaches: an assumption for a data sheet's figures.
-    efficiency: float = 0.4
-    launch: float = 5e-6  # seconds from one kernel launch to the next, from Python
-    driver: str  # the name that the driver, and so torch, reports; it differs by board and memory
-    source: str
 
 
 @dataclass(frozen=True)
@@ -72,9 +47,9 @@ class Pausable:
 class Traffic(Pausable, TorchDispatchMode):
     """Records every operation while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Iterable[Operation] = ()) -> None:
         super().__init__()
-        self.operations: list[Operation] = []
+        self.operations = list(operations)
 
     def __torch_dispatch__(
         self,
@@ -91,13 +66,6 @@ class Traffic(Pausable, TorchDispatchMode):
             moved = _bytes(args) + _bytes(kwargs) + _bytes(result)
             self.operations.append(Operation(int(flops), moved))
         return result
-
-    def busy(self, device: Device, *, precision: str) -> float:
-        """Seconds by the roofline at an efficiency of 1."""
-        peak = device.flops[precision]
-        return sum(
-            max(each.flops / peak, each.bytes / device.bandwidth) for each in self.operations
-        )
 
     @property
     def flops(self) -> int:

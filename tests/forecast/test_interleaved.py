@@ -50,7 +50,7 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 
     monkeypatch.setattr(bench, "build_backend", noted)
     with group_of_one("cpu"):
-        interleaved._seconds(
+        interleaved.rule_seconds(
             torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1
         )
     assert len(made) == 4  # two rounds of two rules
