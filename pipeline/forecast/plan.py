@@ -63,7 +63,7 @@ from pipeline.train.build import check_recipe
 
 # Floating-point operations of the larger batch that is timed on machines like this one.
 LIMIT = {"cpu": 3e9, "cuda": 3e12}
-TIMED = (3, 100)  # batches, at least and at most; 10 of them at the limit
+TIMED = (3, 50)  # batches, at least and at most; 10 of them at the limit
 
 
 @dataclass(frozen=True, kw_only=True)

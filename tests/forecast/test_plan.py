@@ -24,7 +24,7 @@ from pipeline.forecast.counts import counted, counted_optimizer
 from pipeline.forecast.devices import DEVICES, Device
 from pipeline.forecast.plan import LIMIT, Cluster, Plan, Planned, _at, _Planner, plan
 from pipeline.measure.traffic import Operation, Traffic
-from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
+from pipeline.recipe.recipe import Evaluation, Recipe, Spec, spec, write_json
 from pipeline.report.plan import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -402,7 +402,9 @@ def test_a_plan_against_what_was_launched(
     file, runs = tmp_path / "mine.py", tmp_path / "runs"
     file.write_text(RECIPE)
     (recipe,) = recipes_of(file)
-    summary = train_inline(runs / "launched", replace(recipe, epochs=3))
+    # 240 batches: one that the machine delays weighs little
+    long = replace(recipe, epochs=30, evaluation=Evaluation(every=0))
+    summary = train_inline(runs / "launched", long)
     assert summary is not None
     run = command(monkeypatch, capsys)
     words = ("plan", str(file), "--runs", str(runs), "--against", "launched")
