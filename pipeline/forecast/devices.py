@@ -16,7 +16,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pipeline.core.torch_settings import Precision
-from pipeline.measure.traffic import Operation
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel."""
+
+    flops: int
+    bytes: int  # that it reads and writes
 
 
 @dataclass(frozen=True, kw_only=True)

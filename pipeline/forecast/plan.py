@@ -47,6 +47,7 @@ from pipeline.forecast.counts import (
     Counts,
     FakeBench,
     TeacherCounts,
+    Traffic,
     counted,
     counted_optimizer,
     counted_teacher,
@@ -55,7 +56,6 @@ from pipeline.forecast.devices import Device
 from pipeline.forecast.interleaved import mean_over, rule_seconds, run_processes
 from pipeline.forecast.teacher_cost import teacher_seconds
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
-from pipeline.measure.traffic import Traffic
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.backend.collectives import group_of_one

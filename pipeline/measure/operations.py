@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.measure.pairs import Convolution, Pairs, batches, is_even, matrices
-from pipeline.measure.traffic import Pausable
 from pipeline.spiking.error_feedback import FixedFeedback
 from pipeline.spiking.op_scope import current_scope
 
@@ -56,6 +56,21 @@ class Work:
             self.additions + other.additions,
             self.dense + other.dense,
         )
+
+
+class Pausable:
+    """Base of instruments that ignore the work of a teacher or an optimizer."""
+
+    is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is recorded."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
 
 
 class Operations(Pausable):

@@ -20,10 +20,9 @@ from torch import nn
 from pipeline.core.errors import DataError
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.forecast.bench import RESERVE, Bench
-from pipeline.forecast.counts import counted, counted_optimizer
-from pipeline.forecast.devices import DEVICES, Device
+from pipeline.forecast.counts import Traffic, counted, counted_optimizer
+from pipeline.forecast.devices import DEVICES, Device, Operation
 from pipeline.forecast.plan import LIMIT, Cluster, Plan, Planned, _at, _Planner, plan
-from pipeline.measure.traffic import Operation, Traffic
 from pipeline.recipe.recipe import Evaluation, Recipe, Spec, spec, write_json
 from pipeline.report.plan import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT

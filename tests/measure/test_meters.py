@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.measure.constants import PARTS, REST
 from pipeline.measure.meters import Meters
 from pipeline.measure.totals import Totals
-from pipeline.measure.traffic import Traffic
+from pipeline.forecast.counts import Traffic
 from pipeline.rules.base import LossTerm, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT

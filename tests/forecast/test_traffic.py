@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.forecast.devices import DEVICES
-from pipeline.measure.traffic import Device, Operation, Traffic
+from pipeline.forecast.counts import Traffic
+from pipeline.forecast.devices import DEVICES, Device, Operation
 
 CARD = Device(
     name="made up",
