@@ -123,9 +123,9 @@ class SliceCache:
         if not new:
             return
         leaves = (*(copy for _, copy in copies), *self.parameters())
-        places = Counter(_storage(leaf.grad) for leaf in leaves if leaf.grad is not None)
+        places = Counter(_storage_id(leaf.grad) for leaf in leaves if leaf.grad is not None)
         for state, copy, gradient in new:
-            if places[_storage(gradient)] > 1:
+            if places[_storage_id(gradient)] > 1:
                 gradient = copy.grad = gradient.clone()
             state.write("gradient", gradient)
 
@@ -156,7 +156,7 @@ class _AddGradients(torch.autograd.Function):
         return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
 
 
-def _storage(value: Tensor) -> int:
+def _storage_id(value: Tensor) -> int:
     return value.untyped_storage()._cdata  # not the address, which a meta tensor lacks
 
 
