@@ -2,11 +2,11 @@
 
 Every rule gets a copy of the network, with the weights that training starts from, and the same
 batch. It trains in the loop of a run, at a learning rate of 0. A recipe with a teacher is tried on
-its labels alone (`teacher_cost.py` measures the teacher), and a recipe of several tasks on its
-first.
-"""
+its labels alone, and a recipe of several tasks on its first.
 
-# T time, B batch
+The cost of a teacher is the same for every rule and T: one answer per batch, without a graph. It is
+measured apart, with random weights, so that nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.core.allocator import release_freed_memory
-from pipeline.core.torch_settings import compute_in, configure_torch
+from pipeline.core.torch_settings import compute_in, configure_torch, release_freed_memory
 from pipeline.core.units import counted
 from pipeline.data.base import Batch, Data, DataError, Loader
-from pipeline.measure.clock import charge_collectives
+from pipeline.measure.clock import charge_collectives, seconds_of
 from pipeline.measure.constants import REST
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.memory import (
@@ -40,6 +39,7 @@ from pipeline.measure.memory import (
 )
 from pipeline.measure.meters import Meters
 from pipeline.measure.tensor_bytes import HeldBytes, bytes_of, held_bytes
+from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
@@ -64,7 +64,11 @@ from pipeline.train.objective import Loss
 from pipeline.train.optimizer import build_optimizer
 from pipeline.train.part_checks import check_batch, checked_loader
 from pipeline.train.tasks import tasks_of
+from pipeline.train.teaching import build_teacher
 from pipeline.train.weights import load_start
+
+# T time, B batch
+
 
 RULES = (
     spec(BPTT),
@@ -525,3 +529,65 @@ def _labels(of: Loss) -> Loss:
 
 def _resting(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=0.0)
+
+
+# B batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCost:
+    """The cost of a teacher's answers for one batch."""
+
+    teacher: str
+    bytes: int  # of its weights and statistics
+    seconds: float  # median, without a cache
+
+    def describe(self) -> str:
+        """One line under a table of rules."""
+        return (
+            f"the teacher, {self.teacher}, is in no row: beside every rule it holds "
+            f"{self.bytes / 1e6:.4g} MB of weights "
+            f"and answers for a batch in {self.seconds * 1e3:.4g} ms"
+        )
+
+
+def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
+    """Measure the recipe's teacher on a batch from the loader; None without a teacher."""
+    if recipe.teacher is None:
+        return None
+    teacher = untrained_teacher(recipe).to(x_B.device)
+    seconds = answer_seconds(teacher, x_B)
+    return TeacherCost(teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=seconds)
+
+
+def untrained_teacher(recipe: Recipe) -> Teacher:
+    """The recipe's teacher with random weights, and with a random head where one would be fitted.
+
+    Raises: ValueError as `build_teacher`.
+    """
+    data = tasks_of(recipe)[0].data
+    teacher = build_teacher(recipe.with_untrained_teacher(), data)
+    if teacher.probe is not None:
+        with torch.random.fork_rng(devices=[]):
+            features = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
+            teacher.head = nn.Linear(features, data.classes)
+    return teacher
+
+
+def teacher_seconds(recipe: Recipe, samples: int) -> float:
+    """Median seconds in which the recipe's teacher answers for random samples."""
+    device = device_here()
+    x_B = torch.rand(samples, *tasks_of(recipe)[0].data.shape, device=device)
+    return answer_seconds(untrained_teacher(recipe).to(device), x_B)
+
+
+@torch.no_grad()
+def answer_seconds(teacher: Teacher, x_B: Tensor) -> float:
+    """Median seconds of one answer."""
+    teacher(x_B)  # warms up
+    return statistics.median(seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED))
+
+
+def teacher_bytes(teacher: Teacher) -> int:
+    """Bytes of the teacher's weights and statistics."""
+    return bytes_of((*teacher.parameters(), *teacher.buffers()))

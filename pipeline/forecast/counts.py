@@ -36,12 +36,17 @@ from torch.utils.flop_counter import flop_registry
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted as count_of
-from pipeline.forecast.bench import Bench, bytes_of_batch, step_inputs
+from pipeline.forecast.bench import (
+    Bench,
+    bytes_of_batch,
+    step_inputs,
+    teacher_bytes,
+    untrained_teacher,
+)
 from pipeline.forecast.devices import Operation
-from pipeline.forecast.teacher_cost import teacher_bytes, untrained_teacher
 from pipeline.measure.meters import Meters
-from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
 from pipeline.measure.operations import Pausable
+from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.rules.base import Rule
 from pipeline.train.tasks import tasks_of

@@ -42,7 +42,14 @@ from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision, check_precision
 from pipeline.core.units import counted as count_of
 from pipeline.data.base import DataError
-from pipeline.forecast.bench import RESERVE, RULES, rules_by_label, samples_per_epoch, step_inputs
+from pipeline.forecast.bench import (
+    RESERVE,
+    RULES,
+    rules_by_label,
+    samples_per_epoch,
+    step_inputs,
+    teacher_seconds,
+)
 from pipeline.forecast.counts import (
     Counts,
     FakeBench,
@@ -54,7 +61,6 @@ from pipeline.forecast.counts import (
 )
 from pipeline.forecast.devices import Device
 from pipeline.forecast.interleaved import mean_over, rule_seconds, run_processes
-from pipeline.forecast.teacher_cost import teacher_seconds
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec

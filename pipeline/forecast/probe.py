@@ -13,12 +13,13 @@ from pipeline.forecast.bench import (
     RULES,
     Bench,
     Cost,
+    TeacherCost,
     fastest_baseline,
     measure_costs,
+    measure_teacher,
     median_cost,
     rules_by_label,
 )
-from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import BASELINE, is_baseline

@@ -22,13 +22,14 @@ from pipeline.forecast.bench import (
     Bench,
     Cost,
     DoesNotFit,
+    TeacherCost,
     fastest_baseline,
     measure_costs,
+    measure_teacher,
     median_cost,
     rules_by_label,
     samples_per_epoch,
 )
-from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.measure.tensor_bytes import HeldBytes
 from pipeline.recipe.recipe import Recipe, Spec

@@ -16,11 +16,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from pipeline.core.checks import are_counts, is_count, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, RateHead, copy_neuron
+from pipeline.models.parts import MeanPool, Over, RateHead, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.pool import MeanPool
 from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import copy_neuron, standardized_conv, variance_gain
+from pipeline.models.parts import MeanPool, copy_neuron, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF, identity
-from pipeline.spiking.pool import MeanPool
+from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.state import State
-from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 

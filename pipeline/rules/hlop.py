@@ -21,15 +21,17 @@ from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.linear_layers import is_inside, named_parameters, plain_synapses
 from pipeline.spiking.local_learning import run_readouts
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.presynaptic_inputs import InputRecorder, RecordedFactor, recording
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import (
+    InputRecorder,
     Moments,
+    RecordedFactor,
     RowBudget,
     SecondMoments,
     SpikingMoments,
     Subspace,
     fan_in,
+    recording,
 )
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.trace import shared_decay

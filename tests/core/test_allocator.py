@@ -11,11 +11,11 @@ import sys
 
 import pytest
 
-from pipeline.core.allocator import environment
+from pipeline.core.torch_settings import environment
 
 TURNS = """
 import ctypes, resource, sys, threading
-from pipeline.core.allocator import keep_freed_memory
+from pipeline.core.torch_settings import keep_freed_memory
 if sys.argv[1] == "told":
     assert keep_freed_memory()
 libc = ctypes.CDLL(None)
@@ -66,7 +66,7 @@ def test_freed_memory_causes_no_page_faults_when_it_is_used_again() -> None:
 def test_freed_memory_can_be_released_to_the_kernel() -> None:
     code = """
 import ctypes
-from pipeline.core.allocator import keep_freed_memory, release_freed_memory
+from pipeline.core.torch_settings import keep_freed_memory, release_freed_memory
 from pipeline.measure.memory import rss_bytes
 keep_freed_memory()
 libc = ctypes.CDLL(None)

@@ -277,7 +277,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(
     def full(teacher: Teacher, x_B: torch.Tensor) -> float:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("pipeline.forecast.teacher_cost.answer_seconds", full)
+    monkeypatch.setattr("pipeline.forecast.bench.answer_seconds", full)
     monkeypatch.delattr(Bench, "cost")
     why = r"^small's teacher: a batch must fit into memory; \d samples at T = 4 do not$"
     for forecast in (probe, partial(sweep, steps=(4,))):

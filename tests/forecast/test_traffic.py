@@ -49,10 +49,8 @@ def test_a_backward_is_noted_too() -> None:
 
 
 def test_the_roofline_takes_the_longer_of_both() -> None:
-    traffic = Traffic()
-    traffic.operations = [Operation(1000, 10), Operation(10, 50)]
-    assert traffic.busy(CARD, precision="fp32") == pytest.approx(1000 / 100 + 50 / 10)
-    assert traffic.kernels == 2
+    operations = [Operation(1000, 10), Operation(10, 50)]
+    assert CARD.busy_s(operations, "fp32") == pytest.approx(1000 / 100 + 50 / 10)
 
 
 def test_cards_name_their_source() -> None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.measure.pairs import Convolution, batches, is_even, matrices
+from pipeline.measure.operations import Convolution, batches, is_even, matrices
 
 
 def sparse(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -4,8 +4,7 @@ from torch.nn import functional as F
 
 from pipeline.measure.activity import Activity
 from pipeline.models.attention import SelfAttention, TokenQK
-from pipeline.models.qkformer import Block, qkformer_10
-from pipeline.models.qkformer_published import to_published
+from pipeline.models.qkformer import Block, qkformer_10, to_published
 from pipeline.models.residual import BlockFactory
 from pipeline.models.transforms import binarized
 from pipeline.spiking.binary import binary_synapses

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from pipeline.models.attention import OverSamples, SelfAttention
-from pipeline.models.qkformer import QKFormer, qkformer_10
-from pipeline.models.qkformer_published import IGNORED, from_published, published_name, to_published
+from pipeline.models.qkformer import (
+    IGNORED,
+    QKFormer,
+    from_published,
+    published_name,
+    qkformer_10,
+    to_published,
+)
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import Unreadable
-from pipeline.core.safe_pickle import find_code
+from pipeline.core.tensor_file import find_code
 from pipeline.track.events import Checkpoint, Event, Quarantine, Start
 from pipeline.train.checkpoint.manifest import damage
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.spiking.pool import MeanPool, spread_by_interpolation, spread_by_slices
+from pipeline.models.parts import MeanPool, spread_by_interpolation, spread_by_slices
 from tests.helpers.saved import SavedBytes
 
 SHAPES = [(6, 6), (7, 9), (6, 11)]
