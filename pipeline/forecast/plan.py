@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision, check_precision
 from pipeline.core.units import counted as count_of
@@ -203,11 +204,11 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         check_precision("recipe", recipe.precision, device_here())
     if card is None and device_here().type == "cuda":
         cards = torch.cuda.device_count()
-        if cluster.workers > cards:
-            raise ValueError(
-                f"plan: every worker takes a card, of which machines like this one have {cards}; "
-                f"got {workers}; name the card with --device, or fewer"
-            )
+        require(
+            cluster.workers <= cards,
+            f"plan: every worker takes a card, of which machines like this one have {cards}; "
+            f"got {workers}; name the card with --device, or fewer",
+        )
     elif card is None and cluster.workers * cluster.threads > cores:
         raise ValueError(
             f"plan: machines like this one have {count_of(cores, 'core')}, of which every worker "
@@ -260,10 +261,11 @@ class _Planner:
             if here.type == "cpu":
                 memory //= cluster.workers
         else:
-            if self.teacher is not None and self.teacher.precision not in card.flops:
-                raise ValueError(
+            if self.teacher is not None:
+                require(
+                    self.teacher.precision in card.flops,
                     f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)};"
-                    f" got {self.teacher.precision}"
+                    f" got {self.teacher.precision}",
                 )
             self.device, memory = card.name, card.memory
         self.memory = (1 - RESERVE) * memory

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
 from pipeline.forecast.bench import (
     RULES,
@@ -87,8 +88,7 @@ def probe(
     tried = rules_by_label(rules, recipe.rule)
     say_stage(f"measuring {', '.join(tried)}")
     rounds, refused = measure_costs(bench, tried)
-    if not rounds:
-        raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
+    require(rounds, "probe: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
     found: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}

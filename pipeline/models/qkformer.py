@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.models.attention import Attention, ProjectionNeuron, SelfAttention, TokenQK
 from pipeline.models.parts import Over, Pool
@@ -100,11 +100,11 @@ class QKFormer(nn.Module):
         refuse_unless_counts("QKFormer", numbers)
         self.shrink = shrink
         _check_sizes(channels, heads, depth)
-        if shortcut == "post_activation":
-            raise ValueError(
-                "QKFormer: shortcut must not be 'post_activation', which has no published form for"
-                " attention"
-            )
+        require(
+            shortcut != "post_activation",
+            "QKFormer: shortcut must not be 'post_activation', which has no published form for"
+            " attention",
+        )
         if neuron is None:
             neuron = SWS_NEURON if norm == "sws" else NEURON
         blocks = BlockFactory(shortcut=shortcut, neuron=neuron, norm=norm, over=over)
@@ -136,16 +136,15 @@ class QKFormer(nn.Module):
 
 
 def _check_sizes(channels: int, heads: int, depth: int) -> None:
-    if channels % (4 * heads):
-        raise ValueError(
-            f"QKFormer: channels must be a multiple of 4 heads; got channels={channels},"
-            f" heads={heads}"
-        )
-    if depth < 4:
-        raise ValueError(
-            "QKFormer: depth must be >= 4, one block for the first stage and two for the"
-            f" second; got {depth=}"
-        )
+    require(
+        not channels % (4 * heads),
+        f"QKFormer: channels must be a multiple of 4 heads; got channels={channels}, heads={heads}",
+    )
+    require(
+        depth >= 4,
+        "QKFormer: depth must be >= 4, one block for the first stage and two for the"
+        f" second; got {depth=}",
+    )
 
 
 class Embed(nn.Module):
@@ -307,11 +306,10 @@ def from_published(
     classes, channels = _sizes(published, "head.weight", 2)
     in_channels = _sizes(published, "patch_embed1.proj_conv.weight", 4)[1]
     expansion = _sizes(published, "stage1.0.mlp.fc1_conv.weight", 4)[0] * 4 // channels
-    if heads is None and channels < 64:
-        raise ValueError(
-            f"from_published: heads must be given for fewer than 64 channels; got {channels}"
-            " channels"
-        )
+    require(
+        heads is not None or channels >= 64,
+        f"from_published: heads must be given for fewer than 64 channels; got {channels} channels",
+    )
     depth = len({name.rsplit(".mlp.", 1)[0] for name in published if ".mlp." in name})
     with torch.device("meta"):
         network = QKFormer(
@@ -335,17 +333,16 @@ def from_published(
 
 
 def _sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
-    if name not in published:
-        raise ValueError(
-            "from_published: the weights must be those of a published QKFormer; got none named"
-            f" '{name}'"
-        )
+    require(
+        name in published,
+        "from_published: the weights must be those of a published QKFormer; got none named"
+        f" '{name}'",
+    )
     shape = published[name].shape
-    if len(shape) != dimensions:
-        raise ValueError(
-            f"from_published: {name} must have {dimensions} dimensions; got the shape"
-            f" {tuple(shape)}"
-        )
+    require(
+        len(shape) == dimensions,
+        f"from_published: {name} must have {dimensions} dimensions; got the shape {tuple(shape)}",
+    )
     return shape
 
 
@@ -361,11 +358,11 @@ def renamed(published: Mapping[str, Tensor], network: QKFormer) -> dict[str, Ten
 
     Raises: ValueError for a network with a real-valued stream, for which nothing was published.
     """
-    if not isinstance(network.last, nn.Identity):
-        raise ValueError(
-            "QKFormer: published weights are those of shortcut='sew'; got a network with a stream"
-            " of real numbers"
-        )
+    require(
+        isinstance(network.last, nn.Identity),
+        "QKFormer: published weights are those of shortcut='sew'; got a network with a stream"
+        " of real numbers",
+    )
     left = {
         name: tensor for name, tensor in published.items() if name.rsplit(".", 1)[-1] not in IGNORED
     }

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import are_counts
+from pipeline.core.checks import are_counts, require
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.rate import rate_weights
@@ -224,15 +224,13 @@ class RowBudget:
     """
 
     def __init__(self, who: str, counts: Sequence[Sequence[int]]) -> None:
-        if (
-            not isinstance(counts, Sequence)
-            or not counts
-            or not all(are_counts(each, least=0) for each in counts)
-        ):
-            raise ValueError(
-                f"{who}: rows must hold, for each task, a number >= 0 for each synapse; got"
-                f" rows={counts!r}"
-            )
+        require(
+            isinstance(counts, Sequence)
+            and counts
+            and all(are_counts(each, least=0) for each in counts),
+            f"{who}: rows must hold, for each task, a number >= 0 for each synapse; got"
+            f" rows={counts!r}",
+        )
         self.counts = tuple(tuple(each) for each in counts)
 
     def of(self, task: int) -> tuple[int, ...]:
@@ -245,18 +243,17 @@ class RowBudget:
         Raises: ValueError otherwise.
         """
         for each in self.counts:
-            if len(each) != len(synapses):
-                raise ValueError(
-                    f"{who}: rows must name one for each of {', '.join(synapses)}; got {each}"
-                )
+            require(
+                len(each) == len(synapses),
+                f"{who}: rows must name one for each of {', '.join(synapses)}; got {each}",
+            )
         what = "rows" if tasks == 1 else f"rows of all {tasks} tasks"
         for index, (name, synapse) in enumerate(synapses.items()):
             asked = sum(self.of(task)[index] for task in range(tasks))
-            if asked > fan_in(synapse):
-                raise ValueError(
-                    f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got"
-                    f" {asked}"
-                )
+            require(
+                asked <= fan_in(synapse),
+                f"{who}: {what} must fit into the {fan_in(synapse)} inputs of {name}; got {asked}",
+            )
 
     def grow(
         self, who: str, subspaces: Sequence[Subspace], *, task: int, key_of: Callable[[int], int]
@@ -267,11 +264,11 @@ class RowBudget:
         Raises: ValueError if a synapse has too few directions left.
         """
         for index, (subspace, count) in enumerate(zip(subspaces, self.of(task), strict=True)):
-            if count > subspace.free:
-                raise ValueError(
-                    f"{who}: rows must fit into the inputs of a synapse; got {count} more for task"
-                    f" {task}, where synapse {index} has {subspace.free} directions left"
-                )
+            require(
+                count <= subspace.free,
+                f"{who}: rows must fit into the inputs of a synapse; got {count} more for task"
+                f" {task}, where synapse {index} has {subspace.free} directions left",
+            )
             subspace.grow(count, key=key_of(index))
 
 
@@ -313,11 +310,11 @@ class InputRecorder:
         """
         if self.steps is None:
             return
-        if self.decay is not None and len(x_TB) != self.steps:
-            raise ValueError(
-                "HLOP: learn_from='rates' needs a rule that gives all T steps to the model at"
-                f" once; got {len(x_TB)} of {self.steps} steps at {self.name}"
-            )
+        require(
+            self.decay is None or len(x_TB) == self.steps,
+            "HLOP: learn_from='rates' needs a rule that gives all T steps to the model at"
+            f" once; got {len(x_TB)} of {self.steps} steps at {self.name}",
+        )
         if self.pending is None:
             self.pending = self.moments(self.subspace)
         with torch.autocast(x_TB.device.type, enabled=False), op_scope("lateral"):
