@@ -107,7 +107,8 @@ def _set(precisions: Sequence[str]) -> None:
 
 def _operations() -> tuple[Any, ...]:
     """The fp32 operations on CUDA whose precision can be chosen. A CPU's settings stay."""
-    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 EXACT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

@@ -80,7 +80,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             bias=False,
         )
 
-    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         weight = self.weight if weight is None else weight
         stride, padding, output_padding = (
             self.stride[0],

@@ -177,7 +177,9 @@ class Recomputation:
         kept = [
             tensor for moment in self.moments for tensor in (*moment.membranes, *moment.buffers)
         ]
-        return _Scalar.apply(loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt)  # type: ignore[return-value]
+        return _Scalar.apply(  # type: ignore[return-value]
+            loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt
+        )
 
     def gradients(self, error_TBK: Tensor, kept: Sequence[Tensor]) -> list[Tensor | None]:
         """sum over slices, newest first, of error^T dlogits/dW and of the gradient through the
@@ -209,7 +211,8 @@ class Recomputation:
                 found = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
                 for index, gradient in enumerate(found[: len(self.learnt)]):
                     if gradient is not None:
-                        total[index] = gradient if total[index] is None else total[index] + gradient  # type: ignore[operator]
+                        so_far = total[index]
+                        total[index] = gradient if so_far is None else so_far + gradient
                 carried = [
                     place
                     for place, leaf in zip(moment.places, leaves, strict=True)

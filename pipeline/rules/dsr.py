@@ -150,7 +150,9 @@ def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
 
 def published_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """The same spikes, with the derivative of the published code."""
-    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, lif.decay < 1)  # type: ignore[return-value]
+    return _RateMap.apply(  # type: ignore[return-value]
+        x_TB, lif.clamped_threshold(), lif, lif.decay < 1
+    )
 
 
 class _RateMap(torch.autograd.Function):

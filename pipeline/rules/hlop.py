@@ -209,8 +209,8 @@ class HLOP(Rule):
             for synapse in synapses.values()
         )
         self._begin_rows()
-        for index, (name, synapse) in enumerate(synapses.items()):
-            self._attach_synapse(name, synapse, self.subspaces[index], decay)  # type: ignore[arg-type]
+        for (name, synapse), subspace in zip(synapses.items(), self._subspaces, strict=True):
+            self._attach_synapse(name, synapse, subspace, decay)
         self._set_error_path(model)
         projected = {id(synapse.weight) for synapse in synapses.values()}
         for _, parameter in named_parameters(model, skip=self.skip):

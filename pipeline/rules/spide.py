@@ -95,7 +95,9 @@ class SPIDE(Rule):
             self.forward_rate = counted.spikes / counted.places
             self.adjoint.samples = len(logits_BK)
             loss = loss_of(logits_BK)
-            backward: Tensor = _RecordLossScale.apply(loss, self.adjoint)  # type: ignore[assignment]
+            backward: Tensor = _RecordLossScale.apply(  # type: ignore[assignment]
+                loss, self.adjoint
+            )
             yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
 
 

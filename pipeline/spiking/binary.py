@@ -91,7 +91,7 @@ class Binarizer(nn.Module):
             weights not in ("centred", "ir") or weight[0].numel() >= 2,
             f"binarize: weights={weights!r} need a fan-in of at least 2; got {weight[0].numel()}",
         )
-        self.weights = weights
+        self.weights: Binarization = weights
         self.scale = nn.Parameter(weight.new_empty(len(weight))) if weights == "learnable" else None
         self.reset(weight)
 
@@ -103,7 +103,8 @@ class Binarizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         V = self._latent(weight)
-        return _ScaledSign.apply(V, self._scale(V), WINDOWS[self.weights])  # type: ignore[return-value]
+        window = WINDOWS[self.weights]
+        return _ScaledSign.apply(V, self._scale(V), window)  # type: ignore[return-value]
 
     @torch.no_grad()
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -160,7 +160,9 @@ class Equilibrium(nn.Module):
         z_1B = self.rate(0, current_1B + self.feedback(a_1B))
         for layer, synapse in enumerate(self.synapses, start=1):
             z_1B = self.rate(layer, synapse(_LayerGradient.apply(z_1B, betas, layer - 1)))
-        return _ImplicitGradient.apply(z_1B, a_1B, current_1B, self, adjoint, betas)  # type: ignore[return-value]
+        return _ImplicitGradient.apply(  # type: ignore[return-value]
+            z_1B, a_1B, current_1B, self, adjoint, betas
+        )
 
 
 def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:

@@ -269,7 +269,9 @@ def fire(
     Raises: RuntimeError in a backward with `create_graph`.
     """
     # apply is untyped
-    return _Fire.apply(u_B, threshold, subtract, keeps_gradient, surrogate)  # type: ignore[return-value]
+    return _Fire.apply(  # type: ignore[return-value]
+        u_B, threshold, subtract, keeps_gradient, surrogate
+    )
 
 
 class _Fire(torch.autograd.Function):

@@ -88,7 +88,9 @@ class RateNeuron(LIF):
 
     def clamped_threshold(self) -> Tensor:
         """max(threshold, bound), with the scaled gradient."""
-        return _ClampedThreshold.apply(self.threshold, self.bound, self.threshold_gradient)  # type: ignore[return-value]
+        return _ClampedThreshold.apply(  # type: ignore[return-value]
+            self.threshold, self.bound, self.threshold_gradient
+        )
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""

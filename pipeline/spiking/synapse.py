@@ -93,7 +93,9 @@ class Linear(nn.Linear, _Synapse):
                 return repeat(F.linear(input[0], weight, self.bias), len(input))
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
-        return _LinearWithSeams.apply(x_TB, factor_TB, weight, bias, self.backward_weight)  # type: ignore[return-value]
+        return _LinearWithSeams.apply(  # type: ignore[return-value]
+            x_TB, factor_TB, weight, bias, self.backward_weight
+        )
 
 
 class Conv2d(nn.Conv2d, _Synapse):
@@ -146,7 +148,9 @@ class Conv2d(nn.Conv2d, _Synapse):
             geometry,
         )
         # apply is untyped
-        return _ConvWithSeams.apply(*operands).unflatten(0, input.shape[:2])  # type: ignore[union-attr]
+        return _ConvWithSeams.apply(  # type: ignore[union-attr]
+            *operands
+        ).unflatten(0, input.shape[:2])
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:

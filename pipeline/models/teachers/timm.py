@@ -64,7 +64,9 @@ class TimmTeacher(Teacher):
         with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
             seen_BCHW = self._seen(x_BCHW)
             features = self.body.forward_features(seen_BCHW)  # type: ignore[operator]
-            return self.body.forward_head(features, pre_logits=True).float()  # type: ignore[operator]
+            return self.body.forward_head(  # type: ignore[operator]
+                features, pre_logits=True
+            ).float()
 
     @torch.no_grad()
     def forward(self, x_BCHW: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import timm
 import torch
@@ -157,7 +157,8 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
     A key that is in neither map keeps its name, so it is later reported as not fitting.
     """
-    nested = [f"blocks.{s}.{i}" for s, stage in enumerate(model.blocks) for i in range(len(stage))]  # type: ignore[arg-type]
+    stages: Any = model.blocks
+    nested = [f"blocks.{s}.{i}" for s, stage in enumerate(stages) for i in range(len(stage))]
     expanding = {key.split(".")[1] for key in state if "._expand_conv." in key}
     renamed = {}
     for key, value in state.items():
