@@ -176,7 +176,7 @@ def test_a_packed_headline_network_is_half_its_size():
         ),
     ],
 )
-def test_refuses(call, message):
+def test_binarized_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -78,7 +78,7 @@ def test_every_network_with_a_classifier_may_have_heads(network: nn.Module) -> N
     assert answer(several, torch.randn(2, 3, channels, 8, 8)).shape == (2, 3, 2)
 
 
-def test_refuses() -> None:
+def test_heads_refuses() -> None:
     for said, refused in (
         (r"module `classifier`; got heads=2, Linear", lambda: multi_head(nn.Linear(2, 2), heads=2)),
         ("got heads=0, MLP", lambda: multi_head(mlp(3, in_features=4, hidden=(5,)), heads=0)),

@@ -109,6 +109,6 @@ def test_of_a_picture_that_is_not_square_it_sees_the_middle() -> None:
     ("kwargs", "said"),
     [({"crop": 0.0}, "crop must be a share"), ({"interpolation": "lanczos"}, "bilinear")],
 )
-def test_refuses(kwargs: dict, said: str) -> None:
+def test_view_refuses(kwargs: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         view(**kwargs)
