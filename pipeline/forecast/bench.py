@@ -551,13 +551,17 @@ class TeacherCost:
         )
 
 
+@torch.no_grad()
 def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
-    """Measure the recipe's teacher on a batch from the loader; None without a teacher."""
+    """Measure the recipe's teacher on a batch of images; None without a teacher."""
     if recipe.teacher is None:
         return None
     teacher = untrained_teacher(recipe).to(x_B.device)
-    seconds = answer_seconds(teacher, x_B)
-    return TeacherCost(teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=seconds)
+    teacher(x_B)  # warms up
+    seconds = [seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED)]
+    return TeacherCost(
+        teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=statistics.median(seconds)
+    )
 
 
 def untrained_teacher(recipe: Recipe) -> Teacher:
@@ -572,20 +576,6 @@ def untrained_teacher(recipe: Recipe) -> Teacher:
             features = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
             teacher.head = nn.Linear(features, data.classes)
     return teacher
-
-
-def teacher_seconds(recipe: Recipe, samples: int) -> float:
-    """Median seconds in which the recipe's teacher answers for random samples."""
-    device = device_here()
-    x_B = torch.rand(samples, *tasks_of(recipe)[0].data.shape, device=device)
-    return answer_seconds(untrained_teacher(recipe).to(device), x_B)
-
-
-@torch.no_grad()
-def answer_seconds(teacher: Teacher, x_B: Tensor) -> float:
-    """Median seconds of one answer."""
-    teacher(x_B)  # warms up
-    return statistics.median(seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED))
 
 
 def teacher_bytes(teacher: Teacher) -> int:

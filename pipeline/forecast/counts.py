@@ -52,7 +52,7 @@ from pipeline.rules.base import Rule
 from pipeline.train.tasks import tasks_of
 
 
-class Traffic(Pausable, TorchDispatchMode):
+class Traffic(TorchDispatchMode, Pausable):
     """Records every operation that torch calls below autograd while it is entered.
 
     It counts the multiply-adds of a product, zeros included (a GPU multiplies them), and the bytes

@@ -46,10 +46,10 @@ from pipeline.data.base import DataError
 from pipeline.forecast.bench import (
     RESERVE,
     RULES,
+    measure_teacher,
     rules_by_label,
     samples_per_epoch,
     step_inputs,
-    teacher_seconds,
 )
 from pipeline.forecast.counts import (
     Counts,
@@ -254,7 +254,10 @@ class _Planner:
         self.wanted = recipe.split(cluster.workers).micro_batch
         self.bench: Callable[[int], FakeBench] = cache(lambda size: FakeBench(recipe, size))
         self.held, self.optimizer = counted_optimizer(self.bench(self.wanted))
-        self.teacher = self._teacher(self.wanted)
+        self.teacher_of: Callable[[int], TeacherCounts | None] = cache(
+            lambda size: counted_teacher(recipe, self.bench(size))
+        )
+        self.teacher = self.teacher_of(self.wanted)
         if (card := cluster.device) is None:
             here = device_here()
             self.device, memory = format_hardware(hardware(here)), free_bytes(here)
@@ -311,7 +314,7 @@ class _Planner:
             busy = card.busy_s(traffic.operations, precision)
             return max(busy / card.efficiency, traffic.kernels * card.launch)
 
-        teacher = self._teacher(fit.micro_batch)
+        teacher = self.teacher_of(fit.micro_batch)
         teacher_s = 0.0 if teacher is None else seconds(teacher.traffic, teacher.precision)
         # A card's optimizer updates many parameters in one kernel: no launch for each of them.
         optimizer_s = card.busy_s(self.optimizer.operations, self.recipe.precision)
@@ -335,7 +338,9 @@ class _Planner:
         for size in sizes:
             say_stage(f"timing batches of {count_of(size, 'sample')} with {', '.join(rules)}")
             of_size.append(self._time(rules, size, batches))
-            of_teacher.append(teacher_seconds(self.recipe, size) if self.teacher else 0.0)
+            x_B = torch.rand(size, *self.bench(size).x_B.shape[1:], device=device_here())
+            teacher = measure_teacher(self.recipe, x_B)
+            of_teacher.append(0.0 if teacher is None else teacher.seconds)
         return sizes, {
             label: self._extrapolated(fit, sizes, [each[label] for each in of_size], of_teacher)
             for label, fit in fits.items()
@@ -448,9 +453,6 @@ class _Planner:
         gradients = held.gradients / (workers if zero == 2 else 1)
         master = (held.optimizer + held.parameters) / workers
         return bytes_ + gradients + master + held.gradients
-
-    def _teacher(self, micro: int) -> TeacherCounts | None:
-        return counted_teacher(self.recipe, self.bench(micro))
 
     def _moved(self, zero: int, backward_calls: int) -> float:
         """Bytes that a worker sends for one update."""

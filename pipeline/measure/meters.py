@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from pipeline.measure.memory import (
     reset_peak_rss,
     rss_bytes,
 )
-from pipeline.measure.operations import Operations, Work
+from pipeline.measure.operations import Operations, Pausable, Work
 from pipeline.measure.tensor_bytes import SavedBytes
 from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes
@@ -97,14 +97,6 @@ class _Window:
     seconds: Counter[str] = field(default_factory=Counter)
 
 
-class Instrument(Protocol):
-    """Observes the operations of one batch, without those of a teacher or an optimizer."""
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> Any: ...
-    def paused(self) -> AbstractContextManager[None]: ...
-
-
 class Meters:
     """The meters of the training loop on one rank.
 
@@ -145,8 +137,8 @@ class Meters:
         self._kinds: deque[Literal["first", "counted", "steady"]] = deque()
         self._due: set[Counted] = set()  # counts that wait for a completed batch
         self._counting: SavedBytes | None = None
-        self._watching: Instrument | None = None
-        self._next_instrument: Instrument | None = None
+        self._watching: Pausable | None = None
+        self._next_instrument: Pausable | None = None
         self._inside_s = 0.0  # seconds of sections inside the open section between batches
         self._loss_terms: list[tuple[Tensor, Tensor]] = []  # loss and logits, of this micro-batch
         self._window, self._batch = _Window(), _Batch()
@@ -199,7 +191,7 @@ class Meters:
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 
-    def watch(self, instrument: Instrument) -> None:
+    def watch(self, instrument: Pausable) -> None:
         """Let an instrument observe the next batch, unless its operations are counted."""
         self._next_instrument = instrument
 
@@ -210,7 +202,7 @@ class Meters:
         return self.clock.part(name)
 
     @contextmanager
-    def _unseen(self, name: Part, instrument: Instrument) -> Iterator[None]:
+    def _unseen(self, name: Part, instrument: Pausable) -> Iterator[None]:
         with self.clock.part(name), instrument.paused():
             yield
 

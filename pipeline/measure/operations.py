@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,8 +66,8 @@ class Work:
         )
 
 
-class Pausable:
-    """Base of instruments that ignore the work of a teacher or an optimizer."""
+class Pausable(AbstractContextManager[Any]):
+    """Base of instruments that observe a batch without its teacher and its optimizer."""
 
     is_paused = False
 
@@ -219,33 +219,16 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 # -------------------------------------------------------------------------------- torch's operators
 
 
-def _mm(operations: Operations, a: Tensor, b: Tensor, **_: Any) -> None:
-    hands_down = operations.is_weight(a) or operations.is_weight(b)
-    operations.add(matrices(a, b), even=operations.has_even(a, b), hands_down=hands_down)
-
-
-def _addmm(operations: Operations, _bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
-    _mm(operations, a, b)
-
-
-def _mv(operations: Operations, a: Tensor, x: Tensor) -> None:
-    _mm(operations, a, x.unsqueeze(1))
-
-
-def _addmv(operations: Operations, _bias: Tensor, a: Tensor, x: Tensor, **_: Any) -> None:
-    _mv(operations, a, x)
-
-
-def _dot(operations: Operations, a: Tensor, b: Tensor) -> None:
-    _mm(operations, a.unsqueeze(0), b.unsqueeze(1))
-
-
-def _bmm(operations: Operations, a: Tensor, b: Tensor, **_: Any) -> None:
-    operations.add(batches(a, b), even=operations.has_even(a, b), hands_down=True)
-
-
-def _baddbmm(operations: Operations, _bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
-    _bmm(operations, a, b)
+def _product(
+    sides: Callable[..., tuple[Tensor, Tensor]], operations: Operations, *args: Any, **_: Any
+) -> None:
+    a, b = sides(*args)
+    is_batch = a.dim() == 3
+    operations.add(
+        batches(a, b) if is_batch else matrices(a, b),
+        even=operations.has_even(a, b),
+        hands_down=is_batch or operations.is_weight(a) or operations.is_weight(b),
+    )
 
 
 def _convolution(
@@ -328,16 +311,20 @@ def _embedding_bag(
     operations.add(pairs, even=even, hands_down=True)
 
 
+# The two sides of each product, as matrices or batches of them, from the arguments of an operation.
+_SIDES: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
+    aten.mm: lambda a, b: (a, b),
+    aten.addmm: lambda _, a, b: (a, b),
+    aten.addmm_: lambda _, a, b: (a, b),
+    aten.mv: lambda a, x: (a, x.unsqueeze(1)),
+    aten.addmv: lambda _, a, x: (a, x.unsqueeze(1)),
+    aten.dot: lambda a, b: (a.unsqueeze(0), b.unsqueeze(1)),
+    aten.vdot: lambda a, b: (a.unsqueeze(0), b.unsqueeze(1)),
+    aten.bmm: lambda a, b: (a, b),
+    aten.baddbmm: lambda _, a, b: (a, b),
+}
 _COUNTED: dict[Any, Callable[..., None]] = {
-    aten.mm: _mm,
-    aten.addmm: _addmm,
-    aten.addmm_: _addmm,
-    aten.mv: _mv,
-    aten.addmv: _addmv,
-    aten.dot: _dot,
-    aten.vdot: _dot,
-    aten.bmm: _bmm,
-    aten.baddbmm: _baddbmm,
+    **{op: functools.partial(_product, sides) for op, sides in _SIDES.items()},
     aten.convolution: _convolution,
     aten.convolution_backward: _convolution_backward,
     aten._embedding_bag: _embedding_bag,

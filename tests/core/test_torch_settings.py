@@ -1,7 +1,5 @@
-"""One place decides how fp32 products and convolutions are computed on a card.
-
-Page faults of a thread that frees memory and allocates it again, measured in processes of their
-own.
+"""The precision of fp32 products and convolutions on a card, and page faults of a thread that frees
+memory and allocates it again, measured in processes of their own.
 """
 
 from __future__ import annotations

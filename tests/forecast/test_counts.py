@@ -1,6 +1,5 @@
-"""Counts without values against the same step with values: bytes, FLOP and kernels to the unit.
-
-Operations and bytes of known products, and their roofline.
+"""Counts without values against the same step with values: bytes, FLOP and kernels to the unit; and
+the operations, bytes and roofline of known products.
 """
 
 from __future__ import annotations

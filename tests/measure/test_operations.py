@@ -1,7 +1,5 @@
-"""Operations of training, against counts by hand: of each rule on Linear(6 -> 8), neurons, Linear(8
--> 3).
-
-Pairs counted from counts, against loops over every pair.
+"""Operations of training against counts by hand, of each rule on Linear(6 -> 8), neurons,
+Linear(8 -> 3); and pairs against loops over every pair.
 """
 
 from __future__ import annotations

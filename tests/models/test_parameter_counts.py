@@ -3,10 +3,11 @@ and never uses.
 
 `published` counts the parameters of the module of
 
-    QKFormer               zhouchenlin2096/QKFormer, commit c2a00e8, imagenet/qkformer.py; 16.47,
-    29.08, 64.96 M in its README SEW, Spiking ResNet    fangwei123456/Spike-Element-Wise-ResNet,
-    commit cfc547c, imagenet/; as many as torchvision's ResNets MS-ResNet
-    Ariande1/MS-ResNet, commit 7c5f006, models/MS_ResNet.py
+    QKFormer               zhouchenlin2096/QKFormer, commit c2a00e8, imagenet/qkformer.py;
+                           16.47, 29.08, 64.96 M in its README
+    SEW, Spiking ResNet    fangwei123456/Spike-Element-Wise-ResNet, commit cfc547c, imagenet/;
+                           as many as torchvision's ResNets
+    MS-ResNet              Ariande1/MS-ResNet, commit 7c5f006, models/MS_ResNet.py
 
 made at 1000 classes with nothing in the place of its neurons, and `dead` names those of them that
 one forward and backward in training mode left without a gradient, with their numbers. There were

@@ -1,14 +1,6 @@
-"""Readouts behind every neuron: nothing of the network changes.
+"""Transforms of a network: readouts, late readouts, 1-bit parts, heads, synchronised norms.
 
-A readout that listens late: the equation, slices that continue one another, every rule's
-contract.
-
-Parts of a network by name, and what cannot be 1-bit.
-
-Heads: the selected one answers and learns; the weights on disk do not tell which it was.
-
-Any network with batch norm by the samples of all workers; that two ranks equal one is in
-tests/spiking/test_norm.py.
+That two synchronised ranks equal one is in tests/spiking/test_norm.py.
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
-"""HLOP the rule: what it holds still, and how tasks follow one another.
+"""HLOP: what it protects, how tasks follow one another, what it learns from, other weights that
+carry errors down, and what it refuses.
 
-Its lateral neurons are in tests/spiking/test_subspace.py, what they record in test_hlop_hears.py,
-what it refuses in test_hlop_refuses.py.
-
-What HLOP learns from, what it reports of it, and the other weights that may carry errors
-down.
-
-What HLOP does not train, in one line each.
+Its lateral neurons are in tests/spiking/test_subspace.py.
 """
 
 import copy

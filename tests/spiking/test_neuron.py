@@ -1,8 +1,5 @@
-"""A learnt decay: its gradient written out, under rules that let the membrane's graph through time
-and that cut it.
-
-Spike and reset as one operation, against the expressions that autograd differentiates by itself:
-bit by bit.
+"""Neurons: spike and reset as one operation, bit by bit against the expressions that autograd
+differentiates by itself; and a learnt decay, whose gradient is written out.
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """A timm model as a teacher: frozen, in eval, in fp32 or bf16, with its own head or a probe's.
 
-The teacher's view: a normalisation undone exactly, cut and resized as Pillow does it.
+Its view undoes the normalisation exactly, and is cut and resized as Pillow does it.
 """
 
 from __future__ import annotations
