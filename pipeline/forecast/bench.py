@@ -58,7 +58,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import build_network, check_recipe
 from pipeline.train.elastic import seed_everything
-from pipeline.train.guards.anomaly import Guard, Unguarded, takes_back
+from pipeline.train.guards.anomaly import Guard, Rollback, Unguarded, takes_back
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import Loss
 from pipeline.train.optimizer import build_optimizer
@@ -270,10 +270,12 @@ class Bench:
             if as_in_a_run:
                 with charge_collectives(meters.clock):
                     backend = self._own_backend(network, made)
-                    guard = Guard(
-                        backend, made, self.ranks, takes_back=takes_back(self.recipe, made)
-                    )
-                    train(made, backend, lambda step: None, steps(), self.loss, meters, guard)
+                    can_skip = takes_back(self.recipe, made)
+                    guard = Guard(backend, made, self.ranks, skips=0, takes_back=can_skip)
+                    try:
+                        train(made, backend, lambda step: None, steps(), self.loss, meters, guard)
+                    except Rollback as bad:
+                        raise ValueError(f"{made.label}: cannot be timed; {bad}") from bad
             else:
                 plain = Plain(network, _resting, precision=self.recipe.precision)
                 train(made, plain, lambda step: None, steps(), self.loss, meters, Unguarded())

@@ -20,11 +20,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed, multiprocessing
 
+from pipeline.core.checks import require
 from pipeline.core.code_version import commit
 from pipeline.forecast.bench import TIMED, Bench, rotated, rules_by_label
 from pipeline.measure.clock import synchronize
@@ -33,6 +33,8 @@ from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.backend.collectives import BACKENDS
 
 STARTS = 5
+# Seconds by rule and part of a batch, and why the other rules cannot train the network.
+Timed = tuple[dict[str, dict[str, float]], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ def measure_interleaved(
     most = torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
     processes = min(workers, most)
     given = recipe, labelled, samples, threads
-    seconds = [
-        mean_over(run_processes("interleaved", rule_seconds, *given, processes=processes))
-        for _ in range(starts)
-    ]
+    seconds: list[Mapping[str, Mapping[str, float]]] = []
+    for _ in range(starts):
+        found, refused = run_processes("interleaved", rule_seconds, *given, processes=processes)
+        require(not refused, f"interleaved: {'; '.join(refused.values())}")
+        seconds.append(found)
 
     def means(label: str, part: str) -> tuple[float, ...]:
         return tuple(start[label][part] for start in seconds)
@@ -110,8 +113,8 @@ def rule_seconds(
     rounds: int | None = None,
     batches: int = TIMED,
     needs_data: bool = True,
-) -> dict[str, dict[str, float]]:
-    """Mean seconds of `Bench.seconds` over rounds, by rule and part of a batch. Collective.
+) -> Timed:
+    """Mean seconds of `Bench.seconds` over rounds. Collective.
 
     Args:
         rounds: None takes as many as there are rules.
@@ -120,18 +123,18 @@ def rule_seconds(
     """
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
     found: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
+    refused: dict[str, str] = {}
     for order in rotated(rules, rounds or len(rules)):
         for label in order:
             # DeepSpeed's engines are reference cycles: the previous rule's would stay in memory.
             gc.collect()
             _wait_for_all(device)
-            found[label].append(bench.seconds(rules[label], batches=batches))
-    return {label: _mean_of_parts(of_rule) for label, of_rule in found.items()}
-
-
-def mean_over(ranks: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """The mean of what `rule_seconds` returned on each rank."""
-    return {label: _mean_of_parts([each[label] for each in ranks]) for label in ranks[0]}
+            try:
+                found[label].append(bench.seconds(rules[label], batches=batches))
+            except ValueError as error:  # on every rank
+                refused[label] = str(error)
+    means = {label: _mean_of_parts(each) for label, each in found.items() if label not in refused}
+    return means, refused
 
 
 def _mean_of_parts(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -142,17 +145,17 @@ def _mean_of_parts(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def run_processes(
-    who: str, work: Callable[..., object], *arguments: object, processes: int
-) -> list[Any]:
-    """Run `work(device, *arguments)` in new processes; return its results in the order of ranks.
+    who: str, work: Callable[..., Timed], *arguments: object, processes: int
+) -> Timed:
+    """Run `work(device, *arguments)` in new processes; return the mean of their seconds.
 
     They share a process group: of gloo, or of nccl with one GPU for each process where there are
     GPUs.
 
     Args:
         who: begins the message of an error.
-        work: a function at the top of a module. Its result must be serialisable as JSON. The
-            environment variables of a launch (RANK, LOCAL_RANK, WORLD_SIZE) are set.
+        work: a function at the top of a module. The environment variables of a launch (RANK,
+            LOCAL_RANK, WORLD_SIZE) are set.
 
     Raises:
         ValueError: a process failed; the message is its last line. The others are ended.
@@ -165,13 +168,15 @@ def run_processes(
             multiprocessing.ProcessExitedException,
         ) as error:
             raise ValueError(f"{who}: {str(error).strip().splitlines()[-1]}") from error
-        return [json.loads(_result_of(folder, rank).read_text()) for rank in range(processes)]
+        ranks = [json.loads(_result_of(folder, rank).read_text()) for rank in range(processes)]
+    first, refused = ranks[0]
+    return {label: _mean_of_parts([each[label] for each, _ in ranks]) for label in first}, refused
 
 
 def _rank(
     rank: int,
     processes: int,
-    work: Callable[..., object],
+    work: Callable[..., Timed],
     arguments: tuple[object, ...],
     folder: str,
 ) -> None:

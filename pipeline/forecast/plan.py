@@ -61,7 +61,7 @@ from pipeline.forecast.counts import (
     counted_teacher,
 )
 from pipeline.forecast.devices import Device
-from pipeline.forecast.interleaved import mean_over, rule_seconds, run_processes
+from pipeline.forecast.interleaved import Timed, rule_seconds, run_processes
 from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
@@ -168,7 +168,8 @@ def plan(
             refused[label] = str(error)
     timed: tuple[int, ...] = ()
     if cluster.device is None:
-        timed, seconds = planner.seconds_here(fits)
+        timed, seconds, untimed = planner.seconds_here(fits)
+        refused |= untimed
     else:
         seconds = {label: planner.seconds_on(cluster.device, fit) for label, fit in fits.items()}
     teacher = planner.teacher
@@ -180,7 +181,7 @@ def plan(
         samples=samples,
         teacher=None if teacher is None else teacher.teacher,
         teacher_bytes=0 if teacher is None else teacher.bytes,
-        rules=tuple(planner.planned(fit, seconds[label], samples) for label, fit in fits.items()),
+        rules=tuple(planner.planned(fits[label], each, samples) for label, each in seconds.items()),
         refused=refused,
     )
 
@@ -325,26 +326,33 @@ class _Planner:
             optimizer=fit.updates * optimizer_s / card.efficiency,
         )
 
-    def seconds_here(self, fits: Mapping[str, _Fit]) -> tuple[tuple[int, ...], dict[str, _Seconds]]:
-        """The sizes of the timed batches, and the seconds of a batch of each rule.
+    def seconds_here(
+        self, fits: Mapping[str, _Fit]
+    ) -> tuple[tuple[int, ...], dict[str, _Seconds], dict[str, str]]:
+        """The sizes of the timed batches, the seconds of a batch of each rule, and why other rules
+        could not be timed.
 
         Raises: ValueError where a process failed.
         """
         if not fits:
-            return (), {}
+            return (), {}, {}
         sizes, batches = self._timed_sizes(fits.values())
         rules = {label: fit.rule for label, fit in fits.items()}
-        of_size, of_teacher = [], []
+        of_size, of_teacher, refused = [], [], {}
         for size in sizes:
             say_stage(f"timing batches of {count_of(size, 'sample')} with {', '.join(rules)}")
-            of_size.append(self._time(rules, size, batches))
-            x_B = torch.rand(size, *self.bench(size).x_B.shape[1:], device=device_here())
+            seconds, why = self._time(rules, size, batches)
+            of_size.append(seconds)
+            refused |= why
+            x_B = torch.rand(size, *self.bench(self.wanted).x_B.shape[1:], device=device_here())
             teacher = measure_teacher(self.recipe, x_B)
             of_teacher.append(0.0 if teacher is None else teacher.seconds)
-        return sizes, {
+        found = {
             label: self._extrapolated(fit, sizes, [each[label] for each in of_size], of_teacher)
             for label, fit in fits.items()
+            if label not in refused
         }
+        return sizes, found, refused
 
     def _timed_sizes(self, fits: Iterable[_Fit]) -> tuple[tuple[int, ...], int]:
         """Samples of the batches that are timed, and how many batches."""
@@ -354,16 +362,14 @@ class _Planner:
         batches = int(10 * limit / (large * of_a_sample))
         return tuple(sorted({max(1, large // 4), large})), min(max(least, batches), most)
 
-    def _time(
-        self, rules: Mapping[str, Spec], size: int, batches: int
-    ) -> dict[str, dict[str, float]]:
+    def _time(self, rules: Mapping[str, Spec], size: int, batches: int) -> Timed:
         cluster, how = self.cluster, {"rounds": 1, "batches": batches, "needs_data": False}
         given = self.recipe, rules, size, cluster.threads
         if cluster.workers == 1:
             with group_of_one(device_here().type):
                 return rule_seconds(device_here(), *given, **how)
         work = partial(rule_seconds, **how)
-        return mean_over(run_processes("plan", work, *given, processes=cluster.workers))
+        return run_processes("plan", work, *given, processes=cluster.workers)
 
     def _extrapolated(
         self,

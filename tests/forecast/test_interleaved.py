@@ -63,7 +63,7 @@ def test_what_a_process_ended_in_is_a_line() -> None:
     """DSR has neurons of its own, which this network has not."""
     with pytest.raises(
         ValueError,
-        match=r"^interleaved: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$",
+        match=r"^interleaved: DSR: every neuron must be a RateIF or RateLIF.*$",
     ):
         measure_interleaved(recipe_with(0.5), (spec(DSR),), workers=1)
 

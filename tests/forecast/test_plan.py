@@ -258,6 +258,17 @@ def test_sums_here_grow_with_the_bytes_that_are_moved() -> None:
     assert seconds.communication == pytest.approx(3 * (2 * 2 + 1) / (2 + 1))
 
 
+def test_a_rule_that_cannot_be_timed_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose gradient is not finite; the other rules are planned."""
+    monkeypatch.setattr(
+        "pipeline.train.guards.anomaly.Guard.verdict",
+        lambda guard: "its loss is nan" if guard.rule.label == "BPTT" else None,
+    )
+    found = plan(replace(made(), backend="plain"), Cluster(workers=1), rules=RULES)
+    assert [each.rule for each in found.rules] == ["SLTT"]
+    assert found.refused == {"BPTT": "BPTT: cannot be timed; batch 0: its loss is nan"}
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_workers_here_are_timed_together() -> None:
