@@ -18,9 +18,9 @@ Xeon: -7.4, +6.5, -24.3, -3.4, -10.9 % at ec331f07da8b. On 2026-11-28, when a st
 65 ms there: -23.0, +3.7, -8.8, +3.9, -10.9 % at 3ec7d575fab8; with the engine's own step in the
 plan -5.2, +7.0, -22.5, +26.0, +11.1 % at 9779fdce236c, of which DSR's is too much.
 
-All seconds above are of plans that timed small batches. Since then plans count a step without
-running it, and take seconds from a roofline with measured rates, which is not measured yet on an
-idle machine.
+The plans above timed small batches on one process, and measured separately how workers slow each
+other down. Plans now time two small batches of each rule in as many processes as workers. Under the
+load of other programs, at 06de4c1e1d09: VGG -8.1 % (planned after it +5.1), IDE +51.9 % (+20.2).
 
 Five recipes of different families, each trained by its own rule on this machine. The plan is made
 before the launch, which decides. The error of a plan made after it shows how far the machine

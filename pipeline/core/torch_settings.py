@@ -10,10 +10,18 @@ The precisions, for matrix products and convolutions alike:
 By default torch (2.13) computes fp32 convolutions in TF32 and fp32 products in IEEE single
 precision. Both are set here by torch's `fp32_precision`, and before that by the older `allow_tf32`:
 torch.compile still reads the older one, and the read fails if the two disagree.
+
+The process keeps freed memory, as torch's caching allocator keeps a GPU's memory. By default
+glibc's malloc returns the memory of a batch's graph to the kernel and asks for it again at the next
+batch. That is thousands of page faults a batch, which cost a small network up to an eighth of its
+time (docs/LOG.md). All threads share the main heap, because malloc trims the heap of a single
+thread whatever the thresholds are, and Ray trains in a thread. The resident set size (RSS) of a
+process is therefore the most memory that it has needed since `release_freed_memory`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import warnings
@@ -22,8 +30,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-
-from pipeline.core.allocator import keep_freed_memory
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -101,7 +107,8 @@ def _set(precisions: Sequence[str]) -> None:
 
 def _operations() -> tuple[Any, ...]:
     """The fp32 operations on CUDA whose precision can be chosen. A CPU's settings stay."""
-    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 EXACT = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -159,3 +166,50 @@ def _note_inexact() -> None:
 
     if getattr(show, "__module__", "") != __name__:  # set by an earlier run in this process
         warnings.showwarning = note
+
+
+_LARGEST = 2**31 - 1
+# glibc before 2.35 refuses more than 32 MiB, and then returns every block of 128 KiB to the kernel.
+_LARGEST_BEFORE_2_35 = 32 * 2**20
+
+
+def _options() -> dict[str, tuple[int, int]]:
+    """Environment variables of the options, with their numbers in malloc.h and values."""
+    largest_mapped = _LARGEST if _glibc() >= (2, 35) else _LARGEST_BEFORE_2_35
+    return {
+        "MALLOC_ARENA_MAX": (-8, 1),
+        "MALLOC_TRIM_THRESHOLD_": (-1, _LARGEST),
+        "MALLOC_MMAP_THRESHOLD_": (-3, largest_mapped),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Environment variables for a process to be started; values that the user has set stay."""
+    return {name: os.environ.get(name, str(value)) for name, (_, value) in _options().items()}
+
+
+def keep_freed_memory() -> bool:
+    """Set the options in this process, best before it has threads.
+
+    Returns whether malloc accepted all of them. A malloc other than glibc's is left as it is.
+    """
+    if not _glibc():
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    accepted = [mallopt(number, value) == 1 for number, value in _options().values()]
+    return all(accepted)
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the kernel once, so that a measurement that follows excludes it."""
+    if _glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _glibc() -> tuple[int, ...]:
+    """The version of glibc; `()` with another C library."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except ValueError:
+        return ()
+    return tuple(int(part) for part in version.split(".")[:2]) if name == "glibc" else ()

@@ -2,11 +2,11 @@
 
 Every rule gets a copy of the network, with the weights that training starts from, and the same
 batch. It trains in the loop of a run, at a learning rate of 0. A recipe with a teacher is tried on
-its labels alone (`teacher_cost.py` measures the teacher), and a recipe of several tasks on its
-first.
-"""
+its labels alone, and a recipe of several tasks on its first.
 
-# T time, B batch
+The cost of a teacher is the same for every rule and T: one answer per batch, without a graph. It is
+measured apart, with random weights, so that nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from pipeline.core.allocator import release_freed_memory
-from pipeline.core.torch_settings import compute_in, configure_torch
+from pipeline.core.torch_settings import compute_in, configure_torch, release_freed_memory
 from pipeline.core.units import counted
-from pipeline.data.base import Batch, Data, Loader
+from pipeline.data.base import Batch, Data, DataError, Loader
+from pipeline.measure.clock import charge_collectives, seconds_of
 from pipeline.measure.constants import REST
 from pipeline.measure.fidelity import gradients
 from pipeline.measure.memory import (
@@ -39,6 +39,7 @@ from pipeline.measure.memory import (
 )
 from pipeline.measure.meters import Meters
 from pipeline.measure.tensor_bytes import HeldBytes, bytes_of, held_bytes
+from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules.base import Rule, World
@@ -53,16 +54,21 @@ from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import over_steps
 from pipeline.train.assemble import build_backend
 from pipeline.train.backend.base import Backend
+from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
 from pipeline.train.build import build_network, check_recipe
 from pipeline.train.elastic import seed_everything
-from pipeline.train.guards.anomaly import Unguarded
+from pipeline.train.guards.anomaly import Guard, Rollback, Unguarded, takes_back
 from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import Loss
 from pipeline.train.optimizer import build_optimizer
 from pipeline.train.part_checks import check_batch, checked_loader
 from pipeline.train.tasks import tasks_of
+from pipeline.train.teaching import build_teacher
 from pipeline.train.weights import load_start
+
+# T time, B batch
+
 
 RULES = (
     spec(BPTT),
@@ -77,6 +83,7 @@ RULES = (
     spec(SPIDE),
 )
 UNTIMED = 3  # batches: the first warms up, the second counts bytes, the third operations
+WARM_UP = 2  # batches of which nothing is counted
 TIMED = 5
 # Share of memory that is left free for fragments, workspaces, the driver, and the difference
 # between a small batch and a large one.
@@ -84,7 +91,6 @@ RESERVE = 0.1
 WARM_UP_BATCHES = 16  # that a rule with trained matrices sees before its gradient is taken
 DRAWS = 8
 ROUNDS = 3  # rounds in which rules alternate, where their times are compared
-Behind = Literal["plain torch", "own backend"]
 T_ = TypeVar("T_")
 
 
@@ -132,7 +138,9 @@ class DoesNotFit(ValueError):
 class Bench:
     """`recipe` with a batch of `batch_size` samples, as one worker would have it.
 
-    `batch_size`: None takes the micro-batch of a single worker.
+    Args:
+        batch_size: None takes the micro-batch of a single worker.
+        needs_data: False takes random samples where the data cannot be read.
 
     Raises:
         ValueError: the network does not fit the data, or the weights that it starts from.
@@ -140,7 +148,14 @@ class Bench:
         DataError: the data cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, *, batch_size: int | None = None, threads: int = 1) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        batch_size: int | None = None,
+        threads: int = 1,
+        needs_data: bool = True,
+    ) -> None:
         device = device_here()
         configure_torch(threads, device)
         compute_in(recipe.precision, device)
@@ -148,7 +163,12 @@ class Bench:
         self._describe(recipe, batch_size or recipe.split(1).micro_batch)
         self.network = self._fresh_network().to(device)
         with self.in_memory(recipe.name):
-            batch = first_batch(recipe, self.samples)
+            try:
+                batch = first_batch(recipe, self.samples)
+            except DataError:
+                if needs_data:
+                    raise
+                batch = _random_batch(recipe, self.samples)
             self._set_batch(batch.x.to(device), batch.target.to(device))
 
     def _describe(self, recipe: Recipe, samples: int) -> None:
@@ -173,9 +193,8 @@ class Bench:
     def batch_bytes(self) -> int:
         return bytes_of([self.x_TB, self.target_B])
 
-    def cost(self, rule: Spec, *, behind: Behind = "plain torch") -> Cost:
-        """Measure a rule in plain torch, or behind the backend that the recipe names, whose process
-        group must exist.
+    def cost(self, rule: Spec) -> Cost:
+        """Measure a rule in plain torch.
 
         Raises:
             ValueError: the rule cannot train the network.
@@ -192,35 +211,44 @@ class Bench:
                 if reset_peak_rss() or self.x_B.is_cuda:
                     before = memory_now_bytes(self.x_B.device)
 
-        made, meters = self.train(rule, UNTIMED + TIMED, begin_peak, behind=behind)
+        made, meters = self.train(rule, UNTIMED + TIMED, begin_peak)
         peak = peak_device_bytes(self.x_B.device) if self.x_B.is_cuda else peak_rss_bytes()
-        timed = meters.clock.take()[UNTIMED:]
-
-        def median_s(*parts: str) -> float:
-            return statistics.median(sum(seconds[part] for part in parts) for seconds in timed)
-
+        seconds = _seconds(meters.clock.take()[UNTIMED:], statistics.median)
         return Cost(
             **bytes_of_batch(made, meters),
             peak_memory_bytes=None if before is None else peak - before,
-            forward_s=median_s("forward"),
-            backward_s=median_s("backward"),
-            loop_s=median_s("transfer", "metrics", REST),
+            forward_s=seconds["forward"],
+            backward_s=seconds["backward"],
+            loop_s=seconds["loop"],
             operations=meters.totals.operations_per_sample(),
             not_counted=tuple(meters.totals.not_counted),
         )
+
+    def seconds(self, rule: Spec, *, batches: int = TIMED) -> dict[str, float]:
+        """Mean seconds of "forward", "backward", "loop" (the rest of the loop), "communication" and
+        "optimizer", as in a run: behind the recipe's own backend, whose process group must exist.
+
+        They are means, because a delayed batch delays training, however rare it is.
+
+        Raises: as `cost`.
+        """
+        _, meters = self.train(rule, WARM_UP + batches, as_in_a_run=True)
+        return _seconds(meters.clock.take()[WARM_UP:], statistics.fmean)
 
     def train(
         self,
         rule: Spec,
         batches: int,
-        before_batch: Callable[[int, Meters], None],
+        before_batch: Callable[[int, Meters], None] = lambda step, meters: None,
         *,
-        behind: Behind = "plain torch",
+        as_in_a_run: bool = False,
     ) -> tuple[Rule, Meters]:
         """Train on the batch `batches` times, at a learning rate of 0, and call
         `before_batch(step, meters)` before each.
 
-        The meters count bytes on the second batch and operations on the third.
+        It trains in plain torch, and the meters count bytes on the second batch and operations on
+        the third. `as_in_a_run` trains behind the recipe's own backend with the guard of a run, and
+        the meters measure time alone.
 
         Raises: as `cost`.
         """
@@ -230,23 +258,39 @@ class Bench:
                 network,
                 batch_size=self.samples,
                 device=self.x_TB.device,
-                memory_every=10**9,
-                operations_every=10**9,
+                memory_every=None if as_in_a_run else 10**9,
+                operations_every=None if as_in_a_run else 10**9,
             )
-            if behind == "plain torch":
-                backend: Backend = Plain(network, _resting, precision=self.recipe.precision)
-            else:
-                backend = build_backend(self.recipe, network, made, self.recipe.split(1))
-                for group in backend.optimizer.param_groups:
-                    group["lr"] = 0.0
 
             def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
                 for step in range(batches):
                     before_batch(step, meters)
                     yield step, [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
 
-            train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
+            if as_in_a_run:
+                with charge_collectives(meters.clock):
+                    backend = self._own_backend(network, made)
+                    can_skip = takes_back(self.recipe, made)
+                    guard = Guard(backend, made, self.ranks, skips=0, takes_back=can_skip)
+                    try:
+                        train(made, backend, lambda step: None, steps(), self.loss, meters, guard)
+                    except Rollback as bad:
+                        raise ValueError(f"{made.label}: cannot be timed; {bad}") from bad
+            else:
+                plain = Plain(network, _resting, precision=self.recipe.precision)
+                train(made, plain, lambda step: None, steps(), self.loss, meters, Unguarded())
         return made, meters
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        return Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
+
+    def _own_backend(self, network: nn.Module, rule: Rule) -> Backend:
+        """The backend of a run, at a learning rate of 0."""
+        backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
+        for group in backend.optimizer.param_groups:
+            group["lr"] = 0.0
+        return backend
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
         """The rule's gradient of each synapse in fp32, in several draws if it draws time steps.
@@ -338,6 +382,16 @@ def first_batch(recipe: Recipe, size: int) -> Batch:
         batch = next(iter(batches))
         check_batch(batch, _data(recipe), "train")
         return batch
+
+
+def _random_batch(recipe: Recipe, size: int) -> Batch:
+    """Samples and classes of the data's shape and number of classes."""
+    data, draw = _data(recipe), torch.Generator().manual_seed(recipe.seed)
+    return Batch(
+        torch.rand(size, *data.shape, generator=draw),
+        torch.randint(data.classes, (size,), generator=draw),
+        torch.arange(size),
+    )
 
 
 def samples_per_epoch(recipe: Recipe) -> int:
@@ -459,9 +513,73 @@ def bytes_of_batch(made: Rule, meters: Meters) -> dict[str, Any]:
     }
 
 
+def _seconds(
+    batches: Sequence[Mapping[str, float]], average: Callable[[Iterable[float]], float]
+) -> dict[str, float]:
+    """Average seconds of each part of a batch, and of the rest of the loop as "loop"."""
+
+    def of(*parts: str) -> float:
+        return average(sum(seconds[part] for part in parts) for seconds in batches)
+
+    parts = ("forward", "backward", "communication", "optimizer")
+    return {**{part: of(part) for part in parts}, "loop": of("transfer", "metrics", REST)}
+
+
 def _labels(of: Loss) -> Loss:
     return of.labels
 
 
 def _resting(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr=0.0)
+
+
+# B batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCost:
+    """The cost of a teacher's answers for one batch."""
+
+    teacher: str
+    bytes: int  # of its weights and statistics
+    seconds: float  # median, without a cache
+
+    def describe(self) -> str:
+        """One line under a table of rules."""
+        return (
+            f"the teacher, {self.teacher}, is in no row: beside every rule it holds "
+            f"{self.bytes / 1e6:.4g} MB of weights "
+            f"and answers for a batch in {self.seconds * 1e3:.4g} ms"
+        )
+
+
+@torch.no_grad()
+def measure_teacher(recipe: Recipe, x_B: Tensor) -> TeacherCost | None:
+    """Measure the recipe's teacher on a batch of images; None without a teacher."""
+    if recipe.teacher is None:
+        return None
+    teacher = untrained_teacher(recipe).to(x_B.device)
+    teacher(x_B)  # warms up
+    seconds = [seconds_of(lambda: teacher(x_B), x_B.device) for _ in range(TIMED)]
+    return TeacherCost(
+        teacher=teacher.label, bytes=teacher_bytes(teacher), seconds=statistics.median(seconds)
+    )
+
+
+def untrained_teacher(recipe: Recipe) -> Teacher:
+    """The recipe's teacher with random weights, and with a random head where one would be fitted.
+
+    Raises: ValueError as `build_teacher`.
+    """
+    data = tasks_of(recipe)[0].data
+    teacher = build_teacher(recipe.with_untrained_teacher(), data)
+    if teacher.probe is not None:
+        with torch.random.fork_rng(devices=[]):
+            features = teacher.features(torch.zeros(1, *data.shape)).shape[-1]
+            teacher.head = nn.Linear(features, data.classes)
+    return teacher
+
+
+def teacher_bytes(teacher: Teacher) -> int:
+    """Bytes of the teacher's weights and statistics."""
+    return bytes_of((*teacher.parameters(), *teacher.buffers()))

@@ -20,28 +20,76 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted as count_of
-from pipeline.forecast.bench import Bench, bytes_of_batch, step_inputs
-from pipeline.forecast.teacher_cost import teacher_bytes, untrained_teacher
+from pipeline.forecast.bench import (
+    Bench,
+    bytes_of_batch,
+    step_inputs,
+    teacher_bytes,
+    untrained_teacher,
+)
+from pipeline.forecast.devices import Operation
 from pipeline.measure.meters import Meters
+from pipeline.measure.operations import Pausable
 from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
-from pipeline.measure.traffic import Traffic
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.rules.base import Rule
 from pipeline.train.tasks import tasks_of
+
+
+class Traffic(TorchDispatchMode, Pausable):
+    """Records every operation that torch calls below autograd while it is entered.
+
+    It counts the multiply-adds of a product, zeros included (a GPU multiplies them), and the bytes
+    of inputs and outputs.
+    """
+
+    def __init__(self, operations: Iterable[Operation] = ()) -> None:
+        super().__init__()
+        self.operations = list(operations)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.is_paused and not _moves_nothing(func):
+            count = flop_registry.get(func.overloadpacket)
+            flops = count(*args, **kwargs, out_val=result) if count is not None else 0
+            moved = _bytes(args) + _bytes(kwargs) + _bytes(result)
+            self.operations.append(Operation(int(flops), moved))
+        return result
+
+    @property
+    def flops(self) -> int:
+        return sum(each.flops for each in self.operations)
+
+    @property
+    def bytes(self) -> int:
+        return sum(each.bytes for each in self.operations)
+
+    @property
+    def kernels(self) -> int:
+        return len(self.operations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,3 +272,24 @@ def describe_steps(recipes: Sequence[Recipe], workers: int) -> list[str]:
                 line = f"not counted: {error}"
         known.append((key, line))
     return [line for _, line in known]
+
+
+def _moves_nothing(func: Any) -> bool:
+    """Whether an operation is a view or a query of a tensor's properties."""
+    if func.is_view or func.namespace == "prim":
+        return True
+    aten = torch.ops.aten
+    return func.overloadpacket in (aten.detach, aten._unsafe_view, aten.as_strided_, aten.empty)
+
+
+def _bytes(values: Any) -> int:
+    """Bytes of the numbers that are read or written; an expanded tensor's numbers count once."""
+    found = 0
+    for value in tree_leaves(values):
+        if isinstance(value, Tensor):
+            own = value.numel()
+            for size, stride in zip(value.shape, value.stride(), strict=True):
+                if stride == 0 and size > 1:
+                    own //= size
+            found += own * value.element_size()
+    return found

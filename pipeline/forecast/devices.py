@@ -1,21 +1,51 @@
-"""Devices that a plan can be made for: cards by their data sheets, and the device here.
+"""Cards that a plan can be made for, by their data sheets: dense, without structured sparsity.
 
-The figures of data sheets are dense, without structured sparsity. Those of the device here are
-measured.
+By the roofline model an operation takes the longer of its products and its traffic:
+
+    seconds = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
+
+The model has no caches: the output of one kernel is read again by the next. Kernels that fuse
+several operations are faster.
+
+Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-import torch
-from torch.nn import functional as F
+from pipeline.core.torch_settings import Precision
 
-from pipeline.core.torch_settings import Precision, computing, configure_torch
-from pipeline.measure.clock import seconds_of
-from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
-from pipeline.measure.traffic import Device
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel."""
+
+    flops: int
+    bytes: int  # that it reads and writes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A card by its data sheet."""
+
+    name: str
+    flops: Mapping[str, float]  # dense, per second, by precision; a multiply-add counts as two
+    bandwidth: float  # of its memory, bytes per second
+    memory: float  # bytes
+    link: float  # to the other cards of its node, bytes per second and direction
+    watts: float
+    efficiency: float = 0.4  # share of the roofline that training reaches: an assumption
+    launch: float = 5e-6  # seconds from one kernel launch to the next, from Python
+    driver: str  # the name that the driver, and so torch, reports; it differs by board and memory
+    source: str
+
+    def busy_s(self, operations: Iterable[Operation], precision: Precision) -> float:
+        """Seconds by the roofline at an efficiency of 1."""
+        peak = self.flops[precision]
+        return sum(max(each.flops / peak, each.bytes / self.bandwidth) for each in operations)
+
 
 DEVICES = {
     "h100": Device(
@@ -69,47 +99,3 @@ DEVICES = {
         source="NVIDIA Ada GPU architecture white paper; the link is PCIe 4.0 x16",
     ),
 }
-
-TIMED = 7
-TOGETHER = 50  # small operations in one measurement
-
-
-def measured_here(precisions: Collection[Precision], *, threads: int) -> Device:
-    """Measure the device here by three operations of a training step, in about a second.
-
-    They are a 3x3 convolution, a sum of two tensors larger than a cache, and a small operation.
-    The rates are achieved ones, so the efficiency is 1; other shapes are slower.
-    """
-    device = device_here()
-    configure_torch(threads, device)
-    x, weight = torch.rand(32, 64, 28, 28, device=device), torch.rand(64, 64, 3, 3, device=device)
-    large, small = torch.rand(2**24, device=device), torch.rand(1, device=device)
-
-    def launches() -> None:
-        for _ in range(TOGETHER):
-            torch.add(small, small)
-
-    def median_s(act: Callable[[], object]) -> float:
-        act()
-        return statistics.median(seconds_of(act, device) for _ in range(TIMED))
-
-    flops: dict[str, float] = {}
-    for precision in precisions:
-        with torch.no_grad(), computing(device, precision):
-            convolution_s = median_s(lambda: F.conv2d(x, weight, padding=1))
-        flops[precision] = 2 * x.numel() * weight[0].numel() / convolution_s
-    with torch.no_grad():
-        sum_s = median_s(lambda: torch.add(large, large, out=large))
-        launch_s = median_s(launches) / TOGETHER
-    return Device(
-        name=format_hardware(hardware(device)),
-        flops=flops,
-        bandwidth=3 * large.nbytes / sum_s,
-        memory=free_bytes(device),
-        link=0.0,
-        watts=0.0,
-        efficiency=1.0,
-        launch=launch_s,
-        driver=str(hardware(device)["gpu"]),
-        source="measured",
-    )

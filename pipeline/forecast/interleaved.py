@@ -1,29 +1,40 @@
-"""Rules timed in alternation on one batch, in as many processes as a run has workers.
+"""Steps of training timed in as many processes as a run has workers, with rules in alternation.
 
 The runs of a study take hours, in which the speed of a machine varies by more than some rules
 differ. Here each round trains a few batches with every rule, behind the backend that the recipe
 names and on a copy of the network whose weights do not change. Each round begins with the next
 rule, so drift affects all rules equally. Differences between processes, such as the location of
 their memory, are averaged over several starts.
+
+Cores share caches, memory and clock rates, so processes that compute at the same time are slower
+than one alone, as the workers of a run are.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 import torch
+from torch import distributed, multiprocessing
 
+from pipeline.core.checks import require
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import Bench, rotated, rules_by_label
-from pipeline.measure.processes import run_processes, wait_for_all
+from pipeline.forecast.bench import TIMED, Bench, rotated, rules_by_label
+from pipeline.measure.clock import synchronize
+from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.backend.collectives import BACKENDS
 
 STARTS = 5
+# Seconds by rule and part of a batch, and why the other rules cannot train the network.
+Timed = tuple[dict[str, dict[str, float]], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -64,26 +75,24 @@ def measure_interleaved(
     Raises:
         ValueError: the batch does not divide, or a process failed.
     """
-    labelled, samples = (
-        rules_by_label(rules, rules[0]),
-        samples or recipe.split(workers).micro_batch,
-    )
-    on: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    labelled = rules_by_label(rules, rules[0])
+    samples = samples or recipe.split(workers).micro_batch
     most = torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
     processes = min(workers, most)
     given = recipe, labelled, samples, threads
-    seconds = [
-        run_processes("interleaved", _seconds, *given, processes=processes, on=on)
-        for _ in range(starts)
-    ]
+    seconds: list[Mapping[str, Mapping[str, float]]] = []
+    for _ in range(starts):
+        found, refused = run_processes("interleaved", rule_seconds, *given, processes=processes)
+        require(not refused, f"interleaved: {'; '.join(refused.values())}")
+        seconds.append(found)
 
     def means(label: str, part: str) -> tuple[float, ...]:
-        return tuple(statistics.fmean(each[label][part] for each in start) for start in seconds)
+        return tuple(start[label][part] for start in seconds)
 
     return {
         label: InterleavedTimes(
-            means(label, "forward_s"),
-            means(label, "backward_s"),
+            means(label, "forward"),
+            means(label, "backward"),
             processes=processes,
             samples=samples,
             threads=threads,
@@ -94,23 +103,106 @@ def measure_interleaved(
     }
 
 
-def _seconds(
-    device: torch.device, recipe: Recipe, rules: Mapping[str, Spec], samples: int, threads: int
-) -> dict[str, dict[str, float]]:
-    """Mean seconds over rounds, by rule and part of a batch."""
-    bench = Bench(recipe, batch_size=samples, threads=threads)
-    seconds: dict[str, dict[str, list[float]]] = {
-        label: {"forward_s": [], "backward_s": []} for label in rules
-    }
-    for order in rotated(rules, len(rules)):
+def rule_seconds(
+    device: torch.device,
+    recipe: Recipe,
+    rules: Mapping[str, Spec],
+    samples: int,
+    threads: int,
+    *,
+    rounds: int | None = None,
+    batches: int = TIMED,
+    needs_data: bool = True,
+) -> Timed:
+    """Mean seconds of `Bench.seconds` over rounds. Collective.
+
+    Args:
+        rounds: None takes as many as there are rules.
+        batches: timed ones of a rule in each round.
+        needs_data: as `Bench`.
+    """
+    bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
+    found: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
+    refused: dict[str, str] = {}
+    for order in rotated(rules, rounds or len(rules)):
         for label in order:
             # DeepSpeed's engines are reference cycles: the previous rule's would stay in memory.
             gc.collect()
-            wait_for_all(device)
-            cost = bench.cost(rules[label], behind="own backend")
-            for part, values in seconds[label].items():
-                values.append(getattr(cost, part))
-    return {
-        label: {part: statistics.fmean(each) for part, each in of_rule.items()}
-        for label, of_rule in seconds.items()
-    }
+            _wait_for_all(device)
+            try:
+                found[label].append(bench.seconds(rules[label], batches=batches))
+            except ValueError as error:  # on every rank
+                refused[label] = str(error)
+    means = {label: _mean_of_parts(each) for label, each in found.items() if label not in refused}
+    return means, refused
+
+
+def _mean_of_parts(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {part: statistics.fmean(each[part] for each in seconds) for part in seconds[0]}
+
+
+# --------------------------------------------------------------------------------------- processes
+
+
+def run_processes(
+    who: str, work: Callable[..., Timed], *arguments: object, processes: int
+) -> Timed:
+    """Run `work(device, *arguments)` in new processes; return the mean of their seconds.
+
+    They share a process group: of gloo, or of nccl with one GPU for each process where there are
+    GPUs.
+
+    Args:
+        who: begins the message of an error.
+        work: a function at the top of a module. The environment variables of a launch (RANK,
+            LOCAL_RANK, WORLD_SIZE) are set.
+
+    Raises:
+        ValueError: a process failed; the message is its last line. The others are ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            multiprocessing.spawn(_rank, (processes, work, arguments, folder), nprocs=processes)
+        except (
+            multiprocessing.ProcessRaisedException,
+            multiprocessing.ProcessExitedException,
+        ) as error:
+            raise ValueError(f"{who}: {str(error).strip().splitlines()[-1]}") from error
+        ranks = [json.loads(_result_of(folder, rank).read_text()) for rank in range(processes)]
+    first, refused = ranks[0]
+    return {label: _mean_of_parts([each[label] for each, _ in ranks]) for label in first}, refused
+
+
+def _rank(
+    rank: int,
+    processes: int,
+    work: Callable[..., Timed],
+    arguments: tuple[object, ...],
+    folder: str,
+) -> None:
+    on = device_here().type
+    device = torch.device("cpu") if on == "cpu" else torch.device("cuda", rank)
+    if on == "cuda":
+        torch.cuda.set_device(device)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ["DS_ACCELERATOR"] = on  # DeepSpeed reads it
+    distributed.init_process_group(
+        BACKENDS[on],
+        store=distributed.FileStore(f"{folder}/rendezvous", processes),
+        rank=rank,
+        world_size=processes,
+    )
+    _result_of(folder, rank).write_text(json.dumps(work(device, *arguments)))
+    _wait_for_all(device)
+    distributed.destroy_process_group()
+
+
+def _result_of(folder: str, rank: int) -> Path:
+    return Path(folder) / f"{rank}.json"
+
+
+def _wait_for_all(device: torch.device) -> None:
+    """Wait at a barrier for all other processes."""
+    distributed.barrier()
+    synchronize(device)  # a barrier on a GPU is a kernel, for which the host does not wait

@@ -3,10 +3,17 @@
     step = compute + teacher + communication + optimizer
 
 It is a model, not a measurement. Work and memory are counted at full size on tensors without
-values (`counts.py`); no data set is read. A device takes the longer of two times: its roofline
-(`measure/traffic.py`) over its efficiency, and the launches of all kernels. For machines like this
-one the rates are measured (`devices.py`), and so is the contention between workers
-(`measure/processes.py`). The model assumes that loaders keep up.
+values (`counts.py`); no data set is needed. The model assumes that loaders keep up.
+
+A card takes the longer of two times: its roofline (`devices.py`) over its efficiency, and the
+launches of all kernels. For machines like this one, small batches of every rule are timed, behind
+the recipe's own backend and in as many processes as workers. The seconds of a batch grow linearly
+with its samples, so two sizes determine them:
+
+    t(B) = t(b) + (t(b) - t(a)) / (b - a) (B - b)
+
+Both sizes are small, because the operations of `b` samples are limited. If a step of one sample is
+beyond that limit, its seconds are multiplied by B. The teacher is timed likewise.
 
 DeepSpeed 0.19.8 holds and moves the following bytes of parameters P, gradients G and the
 optimizer's state O on a ring of N workers, with n backward calls in a batch:
@@ -24,33 +31,46 @@ worker's part. A rule that updates the weights at every time step communicates a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 
+from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import Precision, check_precision
 from pipeline.core.units import counted as count_of
 from pipeline.data.base import DataError
-from pipeline.forecast.bench import RESERVE, RULES, rules_by_label, samples_per_epoch, step_inputs
+from pipeline.forecast.bench import (
+    RESERVE,
+    RULES,
+    measure_teacher,
+    rules_by_label,
+    samples_per_epoch,
+    step_inputs,
+)
 from pipeline.forecast.counts import (
     Counts,
     FakeBench,
     TeacherCounts,
+    Traffic,
     counted,
     counted_optimizer,
     counted_teacher,
 )
-from pipeline.forecast.devices import measured_here
-from pipeline.measure.memory import device_here
-from pipeline.measure.processes import measure_contention
-from pipeline.measure.traffic import Device, Traffic
+from pipeline.forecast.devices import Device
+from pipeline.forecast.interleaved import Timed, rule_seconds, run_processes
+from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
+from pipeline.train.backend.collectives import group_of_one
 from pipeline.train.build import check_recipe
+
+# Floating-point operations of the larger batch that is timed on machines like this one.
+LIMIT = {"cpu": 3e9, "cuda": 3e12}
+TIMED = (3, 50)  # batches, at least and at most; 10 of them at the limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +129,8 @@ class Plan:
 
     recipe: str
     cluster: Cluster
-    device: Device  # the cluster's, or the measured device here
+    device: str  # the cluster's, or the device here
+    timed: tuple[int, ...]  # samples of the batches that were timed here; none for a card
     samples: int | None  # of an epoch; None where the data are not here and no number is given
     teacher: str | None  # whose time and bytes are part of every rule's figures
     teacher_bytes: int
@@ -136,23 +157,31 @@ def plan(
     if samples is not None and samples < recipe.batch_size:
         least = count_of(recipe.batch_size, "sample")
         raise ValueError(f"plan: an epoch must have a batch of {least} at least; got {samples}")
-    planner = _Planner(recipe, cluster, samples)
-    planned, refused = [], {}
+    planner = _Planner(recipe, cluster)
+    fits: dict[str, _Fit] = {}
+    refused: dict[str, str] = {}
     for label, rule in rules_by_label(rules, recipe.rule).items():
         say_stage(f"counting a step of {label}")
         try:
-            planned.append(planner.planned(rule))
+            fits[label] = planner.fit(rule)
         except ValueError as error:
             refused[label] = str(error)
+    timed: tuple[int, ...] = ()
+    if cluster.device is None:
+        timed, seconds, untimed = planner.seconds_here(fits)
+        refused |= untimed
+    else:
+        seconds = {label: planner.seconds_on(cluster.device, fit) for label, fit in fits.items()}
     teacher = planner.teacher
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
         device=planner.device,
+        timed=timed,
         samples=samples,
         teacher=None if teacher is None else teacher.teacher,
         teacher_bytes=0 if teacher is None else teacher.bytes,
-        rules=tuple(planned),
+        rules=tuple(planner.planned(fits[label], each, samples) for label, each in seconds.items()),
         refused=refused,
     )
 
@@ -176,11 +205,11 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         check_precision("recipe", recipe.precision, device_here())
     if card is None and device_here().type == "cuda":
         cards = torch.cuda.device_count()
-        if cluster.workers > cards:
-            raise ValueError(
-                f"plan: every worker takes a card, of which machines like this one have {cards}; "
-                f"got {workers}; name the card with --device, or fewer"
-            )
+        require(
+            cluster.workers <= cards,
+            f"plan: every worker takes a card, of which machines like this one have {cards}; "
+            f"got {workers}; name the card with --device, or fewer",
+        )
     elif card is None and cluster.workers * cluster.threads > cores:
         raise ValueError(
             f"plan: machines like this one have {count_of(cores, 'core')}, of which every worker "
@@ -195,93 +224,192 @@ def _samples(recipe: Recipe) -> int | None:
         return None
 
 
-class _Planner:
-    """The device, the batch, and the bytes that a worker holds and moves, shared by all rules."""
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """How a rule's training fits a worker."""
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, samples: int | None) -> None:
-        self.recipe, self.cluster, self.samples = recipe, cluster, samples
+    rule: Spec
+    counts: Counts  # of a micro-batch
+    micro_batch: int
+    accumulation: int
+    zero: int
+    updates: int  # of the weights, in one batch
+    sums: int  # of gradients over all workers, for one update, if each backward sums them
+
+
+class _Seconds(NamedTuple):
+    """Seconds of one batch."""
+
+    compute: float
+    teacher: float
+    communication: float
+    optimizer: float
+
+
+class _Planner:
+    """The batch, and the bytes that a worker holds and moves, shared by all rules."""
+
+    def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
+        self.recipe, self.cluster = recipe, cluster
         self.whole = recipe.batch_size // cluster.workers
         self.wanted = recipe.split(cluster.workers).micro_batch
         self.bench: Callable[[int], FakeBench] = cache(lambda size: FakeBench(recipe, size))
-        bench = self.bench(self.wanted)
-        self.held, optimizer = counted_optimizer(bench)
-        self._teachers: Callable[[int], TeacherCounts | None] = cache(
+        self.held, self.optimizer = counted_optimizer(self.bench(self.wanted))
+        self.teacher_of: Callable[[int], TeacherCounts | None] = cache(
             lambda size: counted_teacher(recipe, self.bench(size))
         )
-        self.teacher = self._teachers(self.wanted)
-        precisions: set[Precision] = {recipe.precision}
-        if self.teacher is not None:
-            precisions.add(self.teacher.precision)
-        self.slowdown, self.word_s = 1.0, 0.0
+        self.teacher = self.teacher_of(self.wanted)
         if (card := cluster.device) is None:
-            say_stage("measuring this machine")
-            self.device = measured_here(precisions, threads=cluster.threads)
-            self.memory = (1 - RESERVE) * self.device.memory
-            on = "cuda" if device_here().type == "cuda" else "cpu"
-            found = measure_contention(
-                cluster.workers, self.held.gradients, threads=cluster.threads, on=on
-            )
-            if on == "cpu":  # cards share neither caches, clocks nor memory
-                self.slowdown = found.slowdown
-                self.memory /= cluster.workers
-            self.word_s = found.word_s
-            self.s_of_a_byte = found.ring_s / max(1.0, self._ring(self.held.gradients))
-            self.optimizer_s = self._seconds(optimizer) * self.slowdown
+            here = device_here()
+            self.device, memory = format_hardware(hardware(here)), free_bytes(here)
+            if here.type == "cpu":
+                memory //= cluster.workers
         else:
-            if self.teacher is not None and self.teacher.precision not in card.flops:
-                raise ValueError(
+            if self.teacher is not None:
+                require(
+                    self.teacher.precision in card.flops,
                     f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)};"
-                    f" got {self.teacher.precision}"
+                    f" got {self.teacher.precision}",
                 )
-            self.device, self.memory = card, (1 - RESERVE) * card.memory
-            self.s_of_a_byte = 1 / cluster.bandwidth
-            # A card's optimizer updates many parameters in one kernel: no launch for each of them.
-            self.optimizer_s = optimizer.busy(card, precision=recipe.precision) / card.efficiency
+            self.device, memory = card.name, card.memory
+        self.memory = (1 - RESERVE) * memory
 
-    def planned(self, rule: Spec) -> Planned:
-        """The prediction for a rule, with the recipe's micro-batch at the lowest ZeRO stage that
-        fits, or else with the largest micro-batch that fits at any stage.
-
-        Raises: ValueError where the rule cannot train the network, or no micro-batch fits.
-        """
-        recipe, cluster = self.recipe, self.cluster
-        updates_each_step = rule.build().update == "step"
-        counts, micro, zero = self._fitting(rule, updates_each_step)
-        accumulation = self.whole // micro
-        updates = counts.backward_calls if updates_each_step else 1
-        sums = 1 if updates_each_step else counts.backward_calls * accumulation
-        compute_s = self._seconds(counts.traffic) * accumulation * self.slowdown
-        teacher_s = self._teacher_s(micro) * accumulation
-        communication_s = updates * self._communication_s(zero, sums)
-        optimizer_s = updates * self.optimizer_s
-        step_s = compute_s + teacher_s + communication_s + optimizer_s
+    def planned(self, fit: _Fit, seconds: _Seconds, samples: int | None) -> Planned:
+        recipe, cluster, counts = self.recipe, self.cluster, fit.counts
+        step_s = sum(seconds)
         hours = kwh = cost = None
-        if self.samples is not None:
-            steps = self.samples // recipe.batch_size * recipe.epochs
+        if samples is not None:
+            steps = samples // recipe.batch_size * recipe.epochs
             hours = min(steps, recipe.stop_after or steps) * step_s / 3600
             worker_hours = hours * cluster.workers
             kwh = None if cluster.device is None else cluster.device.watts * worker_hours / 1e3
             cost = None if cluster.price is None else cluster.price * worker_hours
         return Planned(
             rule=counts.rule,
-            written=encode(rule, paths=True),
-            zero=zero,
-            micro_batch=micro,
-            accumulation=accumulation,
+            written=encode(fit.rule, paths=True),
+            zero=fit.zero,
+            micro_batch=fit.micro_batch,
+            accumulation=fit.accumulation,
             saved_bytes=counts.peak_saved_bytes,
-            memory_bytes=self._needed(counts.kept_bytes, micro, zero),
+            memory_bytes=self._needed(counts.kept_bytes, fit.micro_batch, fit.zero),
             flops=counts.traffic.flops,
             moved_bytes=counts.traffic.bytes,
             kernels=counts.traffic.kernels,
             forecast_note=counts.forecast_note,
-            compute_s=compute_s,
-            teacher_s=teacher_s,
-            communication_s=communication_s,
-            optimizer_s=optimizer_s,
+            compute_s=seconds.compute,
+            teacher_s=seconds.teacher,
+            communication_s=seconds.communication,
+            optimizer_s=seconds.optimizer,
             images_per_s=recipe.batch_size / step_s,
             hours=hours,
             kwh=kwh,
             cost=cost,
+        )
+
+    # ------------------------------------------------------------------------------------- seconds
+
+    def seconds_on(self, card: Device, fit: _Fit) -> _Seconds:
+        """Seconds of a batch by a card's data sheet."""
+
+        def seconds(traffic: Traffic, precision: Precision) -> float:
+            busy = card.busy_s(traffic.operations, precision)
+            return max(busy / card.efficiency, traffic.kernels * card.launch)
+
+        teacher = self.teacher_of(fit.micro_batch)
+        teacher_s = 0.0 if teacher is None else seconds(teacher.traffic, teacher.precision)
+        # A card's optimizer updates many parameters in one kernel: no launch for each of them.
+        optimizer_s = card.busy_s(self.optimizer.operations, self.recipe.precision)
+        return _Seconds(
+            compute=seconds(fit.counts.traffic, self.recipe.precision) * fit.accumulation,
+            teacher=teacher_s * fit.accumulation,
+            communication=fit.updates * self._moved(fit.zero, fit.sums) / self.cluster.bandwidth,
+            optimizer=fit.updates * optimizer_s / card.efficiency,
+        )
+
+    def seconds_here(
+        self, fits: Mapping[str, _Fit]
+    ) -> tuple[tuple[int, ...], dict[str, _Seconds], dict[str, str]]:
+        """The sizes of the timed batches, the seconds of a batch of each rule, and why other rules
+        could not be timed.
+
+        Raises: ValueError where a process failed.
+        """
+        if not fits:
+            return (), {}, {}
+        sizes, batches = self._timed_sizes(fits.values())
+        rules = {label: fit.rule for label, fit in fits.items()}
+        of_size, of_teacher, refused = [], [], {}
+        for size in sizes:
+            say_stage(f"timing batches of {count_of(size, 'sample')} with {', '.join(rules)}")
+            seconds, why = self._time(rules, size, batches)
+            of_size.append(seconds)
+            refused |= why
+            x_B = torch.rand(size, *self.bench(self.wanted).x_B.shape[1:], device=device_here())
+            teacher = measure_teacher(self.recipe, x_B)
+            of_teacher.append(0.0 if teacher is None else teacher.seconds)
+        found = {
+            label: self._extrapolated(fit, sizes, [each[label] for each in of_size], of_teacher)
+            for label, fit in fits.items()
+            if label not in refused
+        }
+        return sizes, found, refused
+
+    def _timed_sizes(self, fits: Iterable[_Fit]) -> tuple[tuple[int, ...], int]:
+        """Samples of the batches that are timed, and how many batches."""
+        of_a_sample = max(1, *(fit.counts.traffic.flops / fit.micro_batch for fit in fits))
+        limit, (least, most) = LIMIT[device_here().type], TIMED
+        large = min(max(1, int(limit // of_a_sample)), self.wanted)
+        batches = int(10 * limit / (large * of_a_sample))
+        return tuple(sorted({max(1, large // 4), large})), min(max(least, batches), most)
+
+    def _time(self, rules: Mapping[str, Spec], size: int, batches: int) -> Timed:
+        cluster, how = self.cluster, {"rounds": 1, "batches": batches, "needs_data": False}
+        given = self.recipe, rules, size, cluster.threads
+        if cluster.workers == 1:
+            with group_of_one(device_here().type):
+                return rule_seconds(device_here(), *given, **how)
+        work = partial(rule_seconds, **how)
+        return run_processes("plan", work, *given, processes=cluster.workers)
+
+    def _extrapolated(
+        self,
+        fit: _Fit,
+        sizes: Sequence[int],
+        measured: Sequence[Mapping[str, float]],
+        teacher: Sequence[float],
+    ) -> _Seconds:
+        micro = fit.micro_batch
+        compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
+        # What is measured has one backward sum its gradients, or one update do so.
+        timed_sums = fit.sums // fit.accumulation if fit.updates == 1 else 1
+        once = self._moved(self.recipe.zero, timed_sums)
+        more = self._moved(fit.zero, fit.sums) / once if once else 1.0
+        return _Seconds(
+            compute=_at(micro, sizes, compute) * fit.accumulation,
+            teacher=_at(micro, sizes, teacher) * fit.accumulation,
+            communication=measured[-1]["communication"] * more,
+            optimizer=measured[-1]["optimizer"],
+        )
+
+    # ------------------------------------------------------------------------------- bytes, by ZeRO
+
+    def fit(self, rule: Spec) -> _Fit:
+        """The recipe's micro-batch at the lowest ZeRO stage that fits, or else the largest
+        micro-batch that fits at any stage.
+
+        Raises: ValueError where the rule cannot train the network, or no micro-batch fits.
+        """
+        updates_each_step = rule.build().update == "step"
+        counts, micro, zero = self._fitting(rule, updates_each_step)
+        accumulation = self.whole // micro
+        return _Fit(
+            rule=rule,
+            counts=counts,
+            micro_batch=micro,
+            accumulation=accumulation,
+            zero=zero,
+            updates=counts.backward_calls if updates_each_step else 1,
+            sums=1 if updates_each_step else counts.backward_calls * accumulation,
         )
 
     def _fitting(self, rule: Spec, updates_each_step: bool) -> tuple[Counts, int, int]:
@@ -332,25 +460,22 @@ class _Planner:
         master = (held.optimizer + held.parameters) / workers
         return bytes_ + gradients + master + held.gradients
 
-    def _teacher_s(self, micro: int) -> float:
-        """Seconds of the teacher on a micro-batch."""
-        if (teacher := self._teachers(micro)) is None:
-            return 0.0
-        return self._seconds(teacher.traffic, teacher.precision) * self.slowdown
-
-    def _seconds(self, traffic: Traffic, precision: str | None = None) -> float:
-        device = self.device
-        busy = traffic.busy(device, precision=precision or self.recipe.precision)
-        return max(busy / device.efficiency, traffic.kernels * device.launch)
-
-    def _communication_s(self, zero: int, backward_calls: int) -> float:
-        """Seconds of one update, with the exchange of whether all gradients are finite."""
+    def _moved(self, zero: int, backward_calls: int) -> float:
+        """Bytes that a worker sends for one update."""
         sums = backward_calls if zero == 2 else 1
         gathered = 0.0 if zero == 0 else self._ring(self.held.parameters) / 2
-        moved = sums * self._ring(self.held.gradients) + gathered
-        return self.word_s + moved * self.s_of_a_byte
+        return sums * self._ring(self.held.gradients) + gathered
 
     def _ring(self, size: float) -> float:
         """Bytes that a worker sends to sum `size` bytes over all workers."""
         workers = self.cluster.workers
         return 2 * (workers - 1) / workers * size
+
+
+def _at(samples: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """Seconds of a batch of `samples`, from the seconds of one or two sizes."""
+    if len(sizes) == 1:
+        return seconds[0] * samples / sizes[0]
+    (small, large), (first, last) = sizes, seconds
+    of_a_sample = max(0.0, (last - first) / (large - small))
+    return last + of_a_sample * (samples - large)

@@ -8,17 +8,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
 from pipeline.forecast.bench import (
     RULES,
     Bench,
     Cost,
+    TeacherCost,
     fastest_baseline,
     measure_costs,
+    measure_teacher,
     median_cost,
     rules_by_label,
 )
-from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.fidelity import Fidelity, Gradients, fidelity
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import BASELINE, is_baseline
@@ -86,8 +88,7 @@ def probe(
     tried = rules_by_label(rules, recipe.rule)
     say_stage(f"measuring {', '.join(tried)}")
     rounds, refused = measure_costs(bench, tried)
-    if not rounds:
-        raise ValueError("probe: no rule can train this network; " + "; ".join(refused.values()))
+    require(rounds, "probe: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
     found: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}

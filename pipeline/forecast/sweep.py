@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.core.checks import are_counts
+from pipeline.core.checks import are_counts, require
 from pipeline.core.stages import say_stage
 from pipeline.forecast.bench import (
     RESERVE,
@@ -22,13 +22,14 @@ from pipeline.forecast.bench import (
     Bench,
     Cost,
     DoesNotFit,
+    TeacherCost,
     fastest_baseline,
     measure_costs,
+    measure_teacher,
     median_cost,
     rules_by_label,
     samples_per_epoch,
 )
-from pipeline.forecast.teacher_cost import TeacherCost, measure_teacher
 from pipeline.measure.memory import device_here, free_bytes, hardware
 from pipeline.measure.tensor_bytes import HeldBytes
 from pipeline.recipe.recipe import Recipe, Spec
@@ -163,15 +164,16 @@ def sweep(
 
 def _check(recipe: Recipe, steps: Sequence[int], memory_bytes: object, at_largest: bool) -> None:
     check_recipe(recipe.with_untrained_teacher(), 1)
-    if not are_counts(steps):
-        raise ValueError(f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
+    require(are_counts(steps), f"sweep: steps must be numbers of time steps, from 1; got {steps!r}")
     if len(shape := build_data(recipe).shape) == 4:
         raise ValueError(
             "sweep: a recording has time steps of its own, so the data must be still images; got"
             f" shape {shape}"
         )
-    if at_largest and memory_bytes is None:
-        raise ValueError("sweep: at_largest needs memory_bytes, to find a largest batch; got None")
+    require(
+        not at_largest or memory_bytes is not None,
+        "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
+    )
 
 
 def _points(
@@ -201,11 +203,11 @@ class _Room:
     """The memory that batches of a bench's recipe must fit into."""
 
     def __init__(self, bench: Bench, size: int, threads: int) -> None:
-        if bench.samples < 2:
-            raise ValueError(
-                "sweep: a largest batch is found from two sizes, so the batch must be 2 or more;"
-                f" got {bench.samples}"
-            )
+        require(
+            bench.samples >= 2,
+            "sweep: a largest batch is found from two sizes, so the batch must be 2 or more;"
+            f" got {bench.samples}",
+        )
         self.bench, self.bytes, self.threads = bench, size, threads
         self.half = self._bench_of(bench.samples // 2)
         self.held: HeldBytes = bench.held()

@@ -6,8 +6,8 @@ from typing import Any, Self
 
 import torch
 
-from pipeline.core.allocator import keep_freed_memory
 from pipeline.core.cores import cores_here
+from pipeline.core.torch_settings import keep_freed_memory
 from pipeline.launch.base import (
     CountOrAuto,
     Device,

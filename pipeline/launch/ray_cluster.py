@@ -26,9 +26,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline.core.allocator import environment
 from pipeline.core.secrets import is_secret
-from pipeline.core.torch_settings import EXACT
+from pipeline.core.torch_settings import EXACT, environment
 from pipeline.launch.base import NoAnswer
 
 G = TypeVar("G")

@@ -1,21 +1,33 @@
-"""Meters of training, batch by batch: seconds by part, saved bytes, operations, loss and hits."""
+"""Meters of training, batch by batch: seconds by part, saved bytes, operations, loss and hits.
+
+`Totals` are the costs of a run's training so far: sums, counts and peaks, which its checkpoints
+keep.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.allocator import release_freed_memory
+from pipeline.core.torch_settings import release_freed_memory
 from pipeline.measure.clock import Clock, synchronize
-from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY, PARTS, REST, Between, Part
+from pipeline.measure.constants import (
+    BETWEEN,
+    MEMORY_EVERY,
+    OPERATIONS_EVERY,
+    PARTS,
+    REST,
+    Between,
+    Part,
+)
 from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.memory import (
     peak_device_bytes,
@@ -28,9 +40,8 @@ from pipeline.measure.memory import (
     reset_peak_rss,
     rss_bytes,
 )
-from pipeline.measure.operations import Operations
+from pipeline.measure.operations import Operations, Pausable, Work
 from pipeline.measure.tensor_bytes import SavedBytes
-from pipeline.measure.totals import Totals
 from pipeline.rules.base import LossTerm
 from pipeline.spiking.state import state_bytes
 
@@ -86,14 +97,6 @@ class _Window:
     seconds: Counter[str] = field(default_factory=Counter)
 
 
-class Instrument(Protocol):
-    """Observes the operations of one batch, without those of a teacher or an optimizer."""
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> Any: ...
-    def paused(self) -> AbstractContextManager[None]: ...
-
-
 class Meters:
     """The meters of the training loop on one rank.
 
@@ -107,7 +110,7 @@ class Meters:
             is not completed, the next one is counted instead.
         operations_every: operations are counted likewise, but at the third step of the run and
             every so many steps after it: they depend on what the network has learnt, not on how
-            warm the machine is.
+            warm the machine is. None counts nothing; so does None of `memory_every`.
     """
 
     def __init__(
@@ -117,8 +120,8 @@ class Meters:
         batch_size: int,
         device: torch.device,
         clock: Clock | None = None,
-        memory_every: int = MEMORY_EVERY,
-        operations_every: int = OPERATIONS_EVERY,
+        memory_every: int | None = MEMORY_EVERY,
+        operations_every: int | None = OPERATIONS_EVERY,
     ) -> None:
         self.network = network
         self.batch_size = batch_size
@@ -134,8 +137,8 @@ class Meters:
         self._kinds: deque[Literal["first", "counted", "steady"]] = deque()
         self._due: set[Counted] = set()  # counts that wait for a completed batch
         self._counting: SavedBytes | None = None
-        self._watching: Instrument | None = None
-        self._next_instrument: Instrument | None = None
+        self._watching: Pausable | None = None
+        self._next_instrument: Pausable | None = None
         self._inside_s = 0.0  # seconds of sections inside the open section between batches
         self._loss_terms: list[tuple[Tensor, Tensor]] = []  # loss and logits, of this micro-batch
         self._window, self._batch = _Window(), _Batch()
@@ -188,7 +191,7 @@ class Meters:
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
 
-    def watch(self, instrument: Instrument) -> None:
+    def watch(self, instrument: Pausable) -> None:
         """Let an instrument observe the next batch, unless its operations are counted."""
         self._next_instrument = instrument
 
@@ -199,7 +202,7 @@ class Meters:
         return self.clock.part(name)
 
     @contextmanager
-    def _unseen(self, name: Part, instrument: Instrument) -> Iterator[None]:
+    def _unseen(self, name: Part, instrument: Pausable) -> Iterator[None]:
         with self.clock.part(name), instrument.paused():
             yield
 
@@ -324,9 +327,9 @@ class Meters:
 
     def _counted_on(self, batch: int, step: int) -> Counted | None:
         """The one quantity that is counted on this batch of the attempt and step of the run."""
-        if batch % self.memory_every == 1:
+        if self.memory_every is not None and batch % self.memory_every == 1:
             self._due.add("bytes")
-        if step % self.operations_every == 2:
+        if self.operations_every is not None and step % self.operations_every == 2:
             self._due.add("operations")
         return min(self._due, default=None)  # "bytes" first
 
@@ -355,3 +358,89 @@ def _peaks(device: torch.device) -> dict[str, int]:
         "peak_device_bytes": peak_device_bytes(device),
         "peak_reserved_bytes": peak_reserved_bytes(device),
     }
+
+
+def _no_seconds(*names: str) -> Any:
+    return field(default_factory=lambda: dict.fromkeys(names, 0.0))
+
+
+@dataclass
+class Totals:
+    """Seconds, bytes and operations of one rank.
+
+    A batch is timed unless it is the first of an attempt, which compiles and warms up. A timed
+    batch is steady unless its bytes or operations were counted.
+    """
+
+    # of each part of the timed batches, and of the work between batches
+    seconds: dict[str, float] = _no_seconds(*PARTS, REST, *BETWEEN)
+    timed_batches: int = 0
+    steady_batches: int = 0
+    steady_samples: int = 0
+    steady_seconds: dict[str, float] = _no_seconds(*PARTS, REST)
+    # None until a batch has ended whose bytes are counted
+    peak_saved_bytes: int | None = None
+    state_bytes: int | None = None  # of states that backward does not save as well
+    peak_rss_bytes: int = 0
+    # The largest value that was read at the end of a measured section; the kernel keeps no peak.
+    peak_pss_bytes: int = 0
+    peak_device_bytes: int = 0
+    peak_reserved_bytes: int = 0
+    # during evaluations, without the memory that training keeps free for reuse
+    evaluation_peak_rss_bytes: int = 0
+    evaluation_peak_device_bytes: int = 0
+    evaluation_peak_reserved_bytes: int = 0
+    device_j: float | None = None  # energy of training, the mean over ranks; None without a counter
+    backward_calls: int = 0
+    batches: int = 0
+    # by purpose: multiplications, additions and dense, of this rank in the counted batches
+    operations: dict[str, dict[str, int]] = field(default_factory=dict)
+    operation_samples: int = 0
+    not_counted: list[str] = field(default_factory=list)  # operations with products, not counted
+
+    PEAKS = (
+        "peak_saved_bytes",
+        "state_bytes",
+        "peak_rss_bytes",
+        "peak_pss_bytes",
+        "peak_device_bytes",
+        "peak_reserved_bytes",
+        "evaluation_peak_rss_bytes",
+        "evaluation_peak_device_bytes",
+        "evaluation_peak_reserved_bytes",
+    )
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of all timed batches."""
+        return sum(self.seconds[name] for name in (*PARTS, REST))
+
+    def of_a_steady_batch(self, part: Part) -> float | None:
+        """Mean seconds of a part; None without a steady batch."""
+        return self.steady_seconds[part] / self.steady_batches if self.steady_batches else None
+
+    def share_of_steady_time(self, part: Part) -> float:
+        """A part's share of the steady time, in 0..1; 0 without a steady batch."""
+        return self.steady_seconds[part] / self.steady_s if self.steady_s else 0.0
+
+    @property
+    def steady_s(self) -> float:
+        """Seconds of all steady batches."""
+        return sum(self.steady_seconds.values())
+
+    def add_operations(
+        self, work: Mapping[str, Work], samples: int, not_counted: Collection[str] = ()
+    ) -> None:
+        """Add the operations of one batch, by purpose."""
+        for purpose, more in work.items():
+            so_far = Work(**self.operations.get(purpose, {}))
+            self.operations[purpose] = asdict(so_far + more)
+        self.operation_samples += samples
+        self.not_counted = sorted({*self.not_counted, *not_counted})
+
+    def operations_per_sample(self) -> dict[str, dict[str, float]]:
+        """Operations of training on one sample, by purpose."""
+        return {
+            purpose: {name: count / self.operation_samples for name, count in work.items()}
+            for purpose, work in self.operations.items()
+        }

@@ -26,7 +26,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.models.residual import BlockFactory, Layer
 from pipeline.spiking.neuron import LIF
 
@@ -97,11 +97,11 @@ class Attention(nn.Module):
         self, blocks: BlockFactory, channels: int, *, heads: int, projections: tuple[str, ...]
     ) -> None:
         super().__init__()
-        if heads < 1 or channels % heads:
-            raise ValueError(
-                f"{type(self).__name__}: the channels must divide into heads; got {channels} and"
-                f" heads={heads}"
-            )
+        require(
+            heads >= 1 and not channels % heads,
+            f"{type(self).__name__}: the channels must divide into heads; got {channels} and"
+            f" heads={heads}",
+        )
         self.heads = heads
         self.has_shortcuts = blocks.shortcut == "multiple_all"
         self.first = nn.Identity() if blocks.carries_spikes else blocks.stream_spikes()
@@ -161,11 +161,11 @@ class SelfAttention(Attention):
             "SelfAttention", ("over_time", "over_samples"), projection_neuron=projection_neuron
         )
         if projection_neuron == "over_samples":
-            if not blocks.carries_spikes:
-                raise ValueError(
-                    "SelfAttention: projection_neuron='over_samples' needs a neuron behind the"
-                    f" attention, as shortcut='sew' has; got shortcut={blocks.shortcut!r}"
-                )
+            require(
+                blocks.carries_spikes,
+                "SelfAttention: projection_neuron='over_samples' needs a neuron behind the"
+                f" attention, as shortcut='sew' has; got shortcut={blocks.shortcut!r}",
+            )
             self.last = OverSamples.of(self.last)
 
     def _mix(self, *heads_TBhdN: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -15,12 +15,17 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.core.checks import are_counts, is_count, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import Over, RateHead, copy_neuron
+from pipeline.core.checks import (
+    are_counts,
+    is_count,
+    refuse_unless_counts,
+    refuse_unless_one_of,
+    require,
+)
+from pipeline.models.parts import MeanPool, Over, RateHead, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.pool import MeanPool
 from pipeline.spiking.rate import rate_readout
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
@@ -96,8 +101,10 @@ class ConvNet(nn.Module):
         refuse_unless_counts("ConvNet", numbers)
         refuse_unless_one_of("ConvNet", ("batch", "none"), norm=norm)
         refuse_unless_one_of("ConvNet", ("linear", "rate"), head=head)
-        if norm == "none" and head == "linear" and over != "step":
-            raise ValueError(f"ConvNet: over must be 'step' without batch norm; got {over=}")
+        require(
+            norm != "none" or head != "linear" or over == "step",
+            f"ConvNet: over must be 'step' without batch norm; got {over=}",
+        )
         _check_dropout(dropout, mask)
         self.stages = nn.ModuleList()
         channels = in_channels
@@ -146,24 +153,26 @@ class ConvNet(nn.Module):
 
 
 def _check_stages(stages: Sequence[Sequence[int]], kernel: int) -> None:
-    if not stages or not all(are_counts(widths) for widths in stages):
-        raise ValueError(
-            f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}"
-        )
-    if not is_count(kernel) or kernel % 2 == 0:
-        raise ValueError(
-            f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}"
-        )
+    require(
+        stages and all(are_counts(widths) for widths in stages),
+        f"ConvNet: each stage must hold at least one width >= 1; got stages={stages}",
+    )
+    require(
+        is_count(kernel) and kernel % 2 != 0,
+        f"ConvNet: kernel must be odd, to keep the size of the image; got kernel={kernel}",
+    )
 
 
 def _check_dropout(dropout: float, mask: Mask) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(
-            f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}"
-        )
+    require(
+        0 <= dropout < 1,
+        f"ConvNet: dropout is a probability in 0..1, below 1; got dropout={dropout}",
+    )
     refuse_unless_one_of("ConvNet", ("batch", "step"), mask=mask)
-    if mask != "batch" and dropout == 0:
-        raise ValueError(f"ConvNet: mask must be 'batch' without dropout; got {mask=}")
+    require(
+        mask == "batch" or dropout != 0,
+        f"ConvNet: mask must be 'batch' without dropout; got {mask=}",
+    )
 
 
 def convnet(

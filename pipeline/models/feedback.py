@@ -26,7 +26,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.models.parts import Pool, copy_neuron
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.equilibrium import Equilibrium
@@ -80,7 +80,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             bias=False,
         )
 
-    def forward(self, input: Tensor, weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         weight = self.weight if weight is None else weight
         stride, padding, output_padding = (
             self.stride[0],
@@ -165,17 +167,17 @@ def conv_feedback(
         "conv_feedback",
         {"classes": classes, "in_channels": in_channels, "size": size, "kernel": kernel},
     )
-    if not layers or not all(are_counts(layer) and len(layer) == 3 for layer in layers):
-        raise ValueError(
-            f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}"
-        )
+    require(
+        layers and all(are_counts(layer) and len(layer) == 3 for layer in layers),
+        f"conv_feedback: layers must be (width, kernel, stride), each >= 1; got {tuple(layers)}",
+    )
     total = 1
     for _, _, stride in layers:
         total *= stride
-    if size % total:
-        raise ValueError(
-            f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}"
-        )
+    require(
+        not size % total,
+        f"conv_feedback: the strides must divide the image; got size={size}, strides to {total}",
+    )
     widths = [in_channels, *(width for width, _, _ in layers)]
     inside, outside = _shares(dropout, dropout_on)
     synapses = [
@@ -295,8 +297,7 @@ def lenet_f(
     Raises: ValueError for an image that two pools do not divide.
     """
     refuse_unless_counts("lenet_f", {"classes": classes, "in_channels": in_channels, "size": size})
-    if size % 4:
-        raise ValueError(f"lenet_f: size must be a multiple of 4; got size={size}")
+    require(not size % 4, f"lenet_f: size must be a multiple of 4; got size={size}")
     first, second, features = (max(1, round(channels * width)) for channels in (15, 40, 300))
     flat = second * (size // 4) ** 2
     inside, outside = _shares(dropout, dropout_on)
@@ -378,8 +379,8 @@ def _with_norm(synapse: nn.Module, channels: int, norm: Norm) -> nn.Module:
 def _with_limit(synapse: nn.Module, limit: Limit) -> nn.Module:
     if isinstance(limit, int | float):
         return FrobeniusLimit(synapse, limit)
-    if limit not in ("spectral", "none"):
-        raise ValueError(
-            f"feedback: limit must be 'spectral', 'none' or a number; got limit={limit!r}"
-        )
+    require(
+        limit in ("spectral", "none"),
+        f"feedback: limit must be 'spectral', 'none' or a number; got limit={limit!r}",
+    )
     return synapse if limit == "none" else SpectralLimit(synapse)

@@ -26,7 +26,7 @@ from pipeline.models.parts import Over
 from pipeline.models.residual import BlockFactory, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.static_input import StaticInput
+from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import Rectangle
 from pipeline.spiking.synapse import Linear
 

@@ -24,7 +24,7 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, standardized_conv
 from pipeline.models.residual import BlockFactory, resnet_stages
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.static_input import StaticInput
+from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Linear
 
 

@@ -23,7 +23,7 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Over, Pool, RateHead, copy_neuron
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
-from pipeline.spiking.static_input import StaticInput
+from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Stem = Literal["imagenet", "small"]

@@ -42,7 +42,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.models.parts import Over, Pool, copy_neuron, standardized_conv, variance_gain
 from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.neuron import LIF
@@ -94,16 +94,16 @@ class BlockFactory:
     ) -> None:
         refuse_unless_one_of("BlockFactory", get_args(Shortcut), shortcut=shortcut)
         refuse_unless_one_of("BlockFactory", get_args(Norm), norm=norm)
-        if norm == "sws" and shortcut not in ("membrane", "multiple"):
-            raise ValueError(
-                "norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got"
-                f" {shortcut=}"
-            )
-        if norm == "sws" and getattr(neuron, "scale_input", False):
-            raise ValueError(
-                "norm='sws' counts on currents of unit variance, which scale_input shrinks; got a"
-                " neuron with scale_input"
-            )
+        require(
+            norm != "sws" or shortcut in ("membrane", "multiple"),
+            "norm='sws' needs shortcut='membrane' or 'multiple', whose streams it scales; got"
+            f" {shortcut=}",
+        )
+        require(
+            norm != "sws" or not getattr(neuron, "scale_input", False),
+            "norm='sws' counts on currents of unit variance, which scale_input shrinks; got a"
+            " neuron with scale_input",
+        )
         self.shortcut: Shortcut = shortcut
         self.prototype = neuron
         self.is_sws = norm == "sws"

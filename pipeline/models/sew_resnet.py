@@ -20,7 +20,7 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Over, Pool, init_kaiming
 from pipeline.models.residual import BlockFactory, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
-from pipeline.spiking.static_input import StaticInput
+from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import ATan
 from pipeline.spiking.synapse import Linear
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.spiking.binary import Binarization, binarize
 from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.linear_layers import is_inside
@@ -52,16 +52,16 @@ def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled"
         if part == ALL_BUT_ENDS
         else _inside_part(network, part, layers)
     )
-    if not chosen:
-        raise ValueError(
-            f"binarized: part must hold layers with weights; {part!r} of {type(network).__name__}"
-            " holds none"
-        )
+    require(
+        chosen,
+        f"binarized: part must hold layers with weights; {part!r} of {type(network).__name__}"
+        " holds none",
+    )
     for name in chosen:
-        if is_inside(name, limited):
-            raise ValueError(
-                f"binarized: weights that are limited in their norm cannot be 1-bit; got {name}"
-            )
+        require(
+            not is_inside(name, limited),
+            f"binarized: weights that are limited in their norm cannot be 1-bit; got {name}",
+        )
         try:
             binarize(modules[name], weights)  # type: ignore[arg-type]
         except ValueError as error:
@@ -80,11 +80,11 @@ def _inside_part(network: nn.Module, part: str, layers: list[str]) -> list[str]:
     for name, module in network.named_modules():
         if isinstance(getattr(module, "part", None), str):
             parts.setdefault(module.part, []).append(name)  # type: ignore[arg-type]
-    if part not in parts:
-        raise ValueError(
-            f"binarized: part must be one that the network has; {type(network).__name__} has "
-            f"{', '.join([ALL_BUT_ENDS, *parts])}; got part={part!r}"
-        )
+    require(
+        part in parts,
+        f"binarized: part must be one that the network has; {type(network).__name__} has "
+        f"{', '.join([ALL_BUT_ENDS, *parts])}; got part={part!r}",
+    )
     return [name for name in layers if is_inside(name, parts[part])]
 
 
@@ -103,8 +103,7 @@ class MultiHead(nn.Module):
     def __init__(self, heads: Iterable[nn.Module]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
-        if not len(self.heads):
-            raise ValueError("MultiHead: needs at least one head; got none")
+        require(len(self.heads), "MultiHead: needs at least one head; got none")
         self.selected = 0
 
     def forward(self, x_TB: Tensor) -> Tensor:
@@ -137,14 +136,16 @@ def select_head(network: nn.Module, head: int) -> None:
     Raises: ValueError for a network without several heads, or a head that it does not have.
     """
     found = [module for module in network.modules() if isinstance(module, MultiHead)]
-    if not found:
-        raise ValueError(
-            "select_head: the network must have several heads, see multi_head; got"
-            f" {type(network).__name__}"
-        )
+    require(
+        found,
+        "select_head: the network must have several heads, see multi_head; got"
+        f" {type(network).__name__}",
+    )
     for module in found:
-        if not 0 <= head < len(module.heads):
-            raise ValueError(f"select_head: head must be in 0..{len(module.heads) - 1}; got {head}")
+        require(
+            0 <= head < len(module.heads),
+            f"select_head: head must be in 0..{len(module.heads) - 1}; got {head}",
+        )
         module.selected = head
 
 
@@ -164,8 +165,9 @@ class LateReadout(nn.Module):
     def __init__(self, *, share: float, time_steps: int) -> None:
         super().__init__()
         refuse_unless_counts("LateReadout", {"time_steps": time_steps})
-        if not 0 < share <= 1:
-            raise ValueError(f"LateReadout: share must be in 0..1, 0 excluded; got share={share}")
+        require(
+            0 < share <= 1, f"LateReadout: share must be in 0..1, 0 excluded; got share={share}"
+        )
         self.time_steps = time_steps
         self.late = max(1, round(share * time_steps))
         self.state = State("LateReadout")
@@ -250,11 +252,10 @@ def synchronized(network: nn.Module) -> nn.Module:
     Raises: ValueError for a network without batch norm.
     """
     norms = batch_norms(network)
-    if not norms:
-        raise ValueError(
-            f"synchronized: the network must have batch norm; got {type(network).__name__}"
-            " without any"
-        )
+    require(
+        norms,
+        f"synchronized: the network must have batch norm; got {type(network).__name__} without any",
+    )
     for norm in norms:
         norm.between = "world"
     return network

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of
-from pipeline.models.parts import copy_neuron, standardized_conv, variance_gain
+from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of, require
+from pipeline.models.parts import MeanPool, copy_neuron, standardized_conv, variance_gain
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF, identity
-from pipeline.spiking.pool import MeanPool
+from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.state import State
-from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear, folded
 
 
@@ -142,20 +141,22 @@ class VGG(nn.Module):
         neuron: nn.Module,
     ) -> None:
         super().__init__()
-        if not stages or not all(are_counts(widths) for widths in stages):
-            raise ValueError(
-                f"VGG: each stage must hold at least one width >= 1; got stages={stages}"
-            )
+        require(
+            stages and all(are_counts(widths) for widths in stages),
+            f"VGG: each stage must hold at least one width >= 1; got stages={stages}",
+        )
         refuse_unless_counts("VGG", {"classes": classes, "in_channels": in_channels})
         refuse_unless_one_of("VGG", ("none", "last"), feedback=feedback)
-        if not are_counts(stem) or len(stem) != 2 or stem[0] % 2 == 0:
-            raise ValueError(f"VGG: stem must be an odd kernel and a stride >= 1; got stem={stem}")
+        require(
+            are_counts(stem) and len(stem) == 2 and stem[0] % 2 != 0,
+            f"VGG: stem must be an odd kernel and a stride >= 1; got stem={stem}",
+        )
         kernel, stride = stem
-        if feedback == "last" and stride > 1:
-            raise ValueError(
-                "VGG: stem must keep the size of the image with feedback='last', so its stride must"
-                f" be 1; got {stem}"
-            )
+        require(
+            feedback != "last" or stride <= 1,
+            "VGG: stem must keep the size of the image with feedback='last', so its stride must"
+            f" be 1; got {stem}",
+        )
         self.stages = nn.ModuleList()
         channels = in_channels
         for widths in stages:

@@ -63,7 +63,8 @@ def plan_as_json(plan: Plan, against: Errors | None = None) -> dict[str, Any]:
 
 def basis(plan: Plan) -> str:
     """What the figures were made from, and what is not in them."""
-    device, workers = plan.device, plan.cluster.workers
+    cluster = plan.cluster
+    card, workers = cluster.device, cluster.workers
     said = (
         "Saved bytes, operations and kernels (saved, TFLOP, kernels) are of one micro-batch,"
         " counted at full size without running it, as a CPU would compute them."
@@ -72,22 +73,18 @@ def basis(plan: Plan) -> str:
         if planned.forecast_note:
             said += f" {planned.rule} is counted {planned.forecast_note}."
     left = f"{RESERVE:.0%} of the memory is left free"
-    if plan.cluster.device is None:
-        rates = ", ".join(
-            f"{rate / 1e9:.3g} GFLOP/s in {name}" for name, rate in device.flops.items()
-        )
-        neighbours = "" if workers == 1 else f", and what {workers} local workers do to one another"
+    if card is None:
+        sizes = " and ".join(map(str, plan.timed))
+        together = f", by {workers} workers at the same time," if workers > 1 else ""
         said += (
-            f" Seconds are of a roofline measured on this machine ({rates},"
-            f" {device.bandwidth / 1e9:.3g} GB/s, {device.launch * 1e6:.2g} us a"
-            f" kernel){neighbours}; {left}; loaders keep up."
+            f" Seconds grow linearly with the batch from those of batches of {sizes} that were"
+            f" trained{together} on this machine ({plan.device}); {left}; loaders keep up."
         )
     else:
-        cluster = plan.cluster
         link = f", {cluster.node_link * 8 / 1e9:.0f} Gb/s from node to node"
         said += (
-            f" {device.name}: roofline at {device.efficiency:.0%} ({device.source}); {left}; "
-            f"{device.link / 1e9:.0f} GB/s from card to card{link * (workers > cluster.per_node)}; "
+            f" {card.name}: roofline at {card.efficiency:.0%} ({card.source}); {left}; "
+            f"{card.link / 1e9:.0f} GB/s from card to card{link * (workers > cluster.per_node)}; "
             "loaders keep up; sums at the bandwidth of links, without their latency; "
             "kWh: the cards' rated watts all the time, hosts left out."
         )

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import identity
 from pipeline.spiking.norm import BatchNorm, foreign_norms
@@ -125,8 +125,9 @@ class Rule(nn.Module):
                 f"{self.label}: {why}, so over_time must be {self.over_time_choices[0]!r}; got"
                 f" over_time={over_time!r}"
             )
-        if self._attached:
-            raise ValueError(f"{self.label}: release the first model before attaching another")
+        require(
+            not self._attached, f"{self.label}: release the first model before attaching another"
+        )
         for name, module in model.named_modules():
             carried = getattr(module, "carried_rule", None)
             if carried is not None:
@@ -140,12 +141,12 @@ class Rule(nn.Module):
             (name for name, module in model.named_modules() if isinstance(module, WeightedRates)),
             None,
         )
-        if weighted is not None and over_time == "steps":
-            raise ValueError(
-                f"{self.label}: logits that weigh the steps by their distance to the last, as"
-                f" {weighted}, are a rate only as their mean, so over_time must be 'mean'; got"
-                " over_time='steps'"
-            )
+        require(
+            weighted is None or over_time != "steps",
+            f"{self.label}: logits that weigh the steps by their distance to the last, as"
+            f" {weighted}, are a rate only as their mean, so over_time must be 'mean'; got"
+            " over_time='steps'",
+        )
         self.world = world
         self.over_time = over_time
         self._attached.append(model)
@@ -158,10 +159,10 @@ class Rule(nn.Module):
 
         Raises: ValueError that names the argument.
         """
-        if self.chunk is not None and self.chunk > steps:
-            raise ValueError(
-                f"{type(self).__name__}: chunk must be in 1..T; got chunk={self.chunk}, T={steps}"
-            )
+        require(
+            self.chunk is None or self.chunk <= steps,
+            f"{type(self).__name__}: chunk must be in 1..T; got chunk={self.chunk}, T={steps}",
+        )
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Check that the rule's guarantees hold with this optimizer. Called before a run is

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import (
     LossOf,
     LossTerm,
@@ -57,11 +57,11 @@ class BPTT(Rule):
             if value is not None
         }
         refuse_unless_counts("BPTT", given, up_to="T")
-        if truncate is not None and (recompute or chunk is not None):
-            raise ValueError(
-                "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
-                f"got truncate={truncate}, recompute={recompute}, chunk={chunk}"
-            )
+        require(
+            truncate is None or (not recompute and chunk is None),
+            "BPTT: truncate excludes recompute and chunk: a piece is one forward, and short; "
+            f"got truncate={truncate}, recompute={recompute}, chunk={chunk}",
+        )
         self.chunk = (
             truncate if truncate is not None else 1 if recompute and chunk is None else chunk
         )
@@ -78,18 +78,18 @@ class BPTT(Rule):
         return "BPTT" if self.chunk is None else f"BPTT-chunk-{self.chunk}"
 
     def attach(self, model: nn.Module, *, over_time: OverTime = "steps", **more: Any) -> None:
-        if self.truncate is not None and over_time == "mean":
-            raise ValueError(
-                f"{self.label}: the loss of the mean logits needs all T steps in one graph; got"
-                " over_time='mean'"
-            )
+        require(
+            self.truncate is None or over_time != "mean",
+            f"{self.label}: the loss of the mean logits needs all T steps in one graph; got"
+            " over_time='mean'",
+        )
         super().attach(model, over_time=over_time, **more)
 
     def check_steps(self, steps: int) -> None:
-        if self.truncate is not None and self.truncate > steps:
-            raise ValueError(
-                f"BPTT: truncate must be in 1..T; got truncate={self.truncate}, T={steps}"
-            )
+        require(
+            self.truncate is None or self.truncate <= steps,
+            f"BPTT: truncate must be in 1..T; got truncate={self.truncate}, T={steps}",
+        )
         super().check_steps(steps)
 
     def _loss_terms(
@@ -177,7 +177,9 @@ class Recomputation:
         kept = [
             tensor for moment in self.moments for tensor in (*moment.membranes, *moment.buffers)
         ]
-        return _Scalar.apply(loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt)  # type: ignore[return-value]
+        return _Scalar.apply(  # type: ignore[return-value]
+            loss.detach(), self, len(kept), error_TBK, *kept, *self.learnt
+        )
 
     def gradients(self, error_TBK: Tensor, kept: Sequence[Tensor]) -> list[Tensor | None]:
         """sum over slices, newest first, of error^T dlogits/dW and of the gradient through the
@@ -209,7 +211,8 @@ class Recomputation:
                 found = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True)
                 for index, gradient in enumerate(found[: len(self.learnt)]):
                     if gradient is not None:
-                        total[index] = gradient if total[index] is None else total[index] + gradient  # type: ignore[operator]
+                        so_far = total[index]
+                        total[index] = gradient if so_far is None else so_far + gradient
                 carried = [
                     place
                     for place, leaf in zip(moment.places, leaves, strict=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import named_neurons
@@ -76,10 +76,10 @@ class DSR(Rule):
         super().__init__()
         refuse_unless_counts("DSR", {"calibrate": calibrate}, least=0)
         refuse_unless_one_of("DSR", ("spikes", "activations"), calibrate_on=calibrate_on)
-        if calibrate_on == "activations" and calibrate == 0:
-            raise ValueError(
-                "DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0"
-            )
+        require(
+            calibrate_on != "activations" or calibrate != 0,
+            "DSR: calibrate_on='activations' needs batches to calibrate on; got calibrate=0",
+        )
         refuse_unless_one_of("DSR", ("rates", "published"), backward=backward)
         self.calibration_batches = calibrate
         self.calibrate_on: Literal["spikes", "activations"] = calibrate_on
@@ -89,11 +89,11 @@ class DSR(Rule):
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
         neurons = named_neurons(model)
-        if not neurons:
-            raise ValueError(
-                "DSR: the model must have rate-coded neurons, RateIF or RateLIF; got"
-                f" {type(model).__name__}"
-            )
+        require(
+            neurons,
+            "DSR: the model must have rate-coded neurons, RateIF or RateLIF; got"
+            f" {type(model).__name__}",
+        )
         for name, neuron in neurons:
             if not isinstance(neuron, RateNeuron):
                 where = name or "the model itself"
@@ -101,10 +101,10 @@ class DSR(Rule):
                     f"DSR: every neuron must be a RateIF or RateLIF; got {type(neuron).__name__} at"
                     f" {where}"
                 )
-        if self.backward == "published" and all(neuron.decay == 1 for _, neuron in neurons):
-            raise ValueError(
-                "DSR: backward='published' changes RateLIF alone; got a model with RateIF alone"
-            )
+        require(
+            self.backward != "published" or not all(neuron.decay == 1 for _, neuron in neurons),
+            "DSR: backward='published' changes RateLIF alone; got a model with RateIF alone",
+        )
         super().attach(model, world=world, over_time=over_time)
         for _, neuron in neurons:
             self.set_seam(
@@ -150,7 +150,9 @@ def rate_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
 
 def published_gradient(lif: RateNeuron, x_TB: Tensor) -> Tensor:
     """The same spikes, with the derivative of the published code."""
-    return _RateMap.apply(x_TB, lif.clamped_threshold(), lif, lif.decay < 1)  # type: ignore[return-value]
+    return _RateMap.apply(  # type: ignore[return-value]
+        x_TB, lif.clamped_threshold(), lif, lif.decay < 1
+    )
 
 
 class _RateMap(torch.autograd.Function):

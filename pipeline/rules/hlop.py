@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.core.random import counter_hash
 from pipeline.recipe.spec import admits
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World
@@ -21,15 +21,17 @@ from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
 from pipeline.spiking.linear_layers import is_inside, named_parameters, plain_synapses
 from pipeline.spiking.local_learning import run_readouts
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.presynaptic_inputs import InputRecorder, RecordedFactor, recording
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import (
+    InputRecorder,
     Moments,
+    RecordedFactor,
     RowBudget,
     SecondMoments,
     SpikingMoments,
     Subspace,
     fan_in,
+    recording,
 )
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.trace import shared_decay
@@ -111,27 +113,30 @@ class HLOP(Rule):
         skip: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if not isinstance(inner, Rule) or isinstance(inner, HLOP):
-            raise ValueError(f"HLOP: inner must be a rule other than HLOP; got {inner!r}")
+        require(
+            isinstance(inner, Rule) and not isinstance(inner, HLOP),
+            f"HLOP: inner must be a rule other than HLOP; got {inner!r}",
+        )
         self.rows = RowBudget("HLOP", rows)
         rates = tuple(learning_rate) if isinstance(learning_rate, Sequence) else (learning_rate,)
-        if not rates or not all(admits(float, rate) and rate > 0 for rate in rates):
-            raise ValueError(
-                f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}"
-            )
+        require(
+            rates and all(admits(float, rate) and rate > 0 for rate in rates),
+            f"HLOP: learning_rate must be numbers > 0; got learning_rate={learning_rate!r}",
+        )
         counts = {"inner_iterations": inner_iterations}
         refuse_unless_counts(
             "HLOP", counts if lateral_steps is None else {**counts, "lateral_steps": lateral_steps}
         )
-        if not 0 <= momentum < 1:
-            raise ValueError(f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}")
+        require(
+            0 <= momentum < 1, f"HLOP: momentum must be in 0..1, below 1; got momentum={momentum}"
+        )
         refuse_unless_one_of("HLOP", ("spikes", "traces", "rates"), learn_from=learn_from)
         refuse_unless_one_of("HLOP", ("backprop", "sign_symmetric", "feedback"), error=error)
-        if error != "backprop" and not inner.backpropagates_errors:
-            raise ValueError(
-                f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
-                f" 'backprop'; got {error=}"
-            )
+        require(
+            error == "backprop" or inner.backpropagates_errors,
+            f"HLOP: {inner.label} hands no error from layer to layer, so error must be"
+            f" 'backprop'; got {error=}",
+        )
         self.inner = inner
         self.forecast_note = inner.forecast_note
         self.memory, self.update = inner.memory, inner.update
@@ -169,16 +174,16 @@ class HLOP(Rule):
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        if self._attached:
-            raise ValueError(f"{self.label}: release the first model before attaching another")
+        require(
+            not self._attached, f"{self.label}: release the first model before attaching another"
+        )
         synapses = self._synapses_of(model)
-        if self.learn_from == "rates" and any(
-            isinstance(module, Equilibrium) for module in model.modules()
-        ):
-            raise ValueError(
-                f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be"
-                " 'rates'"
-            )
+        require(
+            self.learn_from != "rates"
+            or not any(isinstance(module, Equilibrium) for module in model.modules()),
+            f"{self.label}: an equilibrium is run one step at a time, so learn_from must not be"
+            " 'rates'",
+        )
         decay = shared_decay(self.label, model) if self.learn_from == "rates" else None
         # Not super().attach: the inner rule checks that no rule is attached to the model.
         self.inner.attach(model, world=world, over_time=over_time)
@@ -204,8 +209,8 @@ class HLOP(Rule):
             for synapse in synapses.values()
         )
         self._begin_rows()
-        for index, (name, synapse) in enumerate(synapses.items()):
-            self._attach_synapse(name, synapse, self.subspaces[index], decay)  # type: ignore[arg-type]
+        for (name, synapse), subspace in zip(synapses.items(), self._subspaces, strict=True):
+            self._attach_synapse(name, synapse, subspace, decay)
         self._set_error_path(model)
         projected = {id(synapse.weight) for synapse in synapses.values()}
         for _, parameter in named_parameters(model, skip=self.skip):
@@ -276,11 +281,11 @@ class HLOP(Rule):
         self.inner.start_task(model, task)
         if task == int(self.task) == 0:
             return
-        if task != int(self.task) + 1:
-            raise ValueError(
-                f"{self.label}: tasks come one after another; got task {task} after task"
-                f" {int(self.task)}"
-            )
+        require(
+            task == int(self.task) + 1,
+            f"{self.label}: tasks come one after another; got task {task} after task"
+            f" {int(self.task)}",
+        )
         self.task += 1
         self._begin_rows()
         for norm in self._moving_norms():  # frozen statistics are equal on every rank
@@ -289,11 +294,11 @@ class HLOP(Rule):
         self._freeze_norms()
 
     def check_tasks(self, model: nn.Module, tasks: int) -> None:
-        if tasks < 2:
-            raise ValueError(
-                f"{self.label}: to protect earlier tasks, a recipe must have 2 phases or more;"
-                f" got {tasks}"
-            )
+        require(
+            tasks >= 2,
+            f"{self.label}: to protect earlier tasks, a recipe must have 2 phases or more;"
+            f" got {tasks}",
+        )
         self.rows.check(self.label, self._synapses_of(model), tasks=tasks)
 
     def _begin_rows(self) -> None:
@@ -401,28 +406,28 @@ class HLOP(Rule):
 
     def check_steps(self, steps: int) -> None:
         self.inner.check_steps(steps)
-        if self.learn_from == "rates" and (self.chunk or steps) < steps:
-            raise ValueError(
-                f"{self.label}: learn_from='rates' needs a rule that gives all T steps to the model"
-                f" at once; {self.inner.label} gives {self.chunk} of {steps}"
-            )
+        require(
+            self.learn_from != "rates" or (self.chunk or steps) >= steps,
+            f"{self.label}: learn_from='rates' needs a rule that gives all T steps to the model"
+            f" at once; {self.inner.label} gives {self.chunk} of {steps}",
+        )
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         self.inner.calibrate(model, batches)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         self.inner.check_optimizer(optimizer)
-        if not isinstance(optimizer, torch.optim.SGD):
-            raise ValueError(
-                f"{self.label}: the optimizer must be SGD, whose steps are sums of projected"
-                f" gradients; got {type(optimizer).__name__}"
-            )
+        require(
+            isinstance(optimizer, torch.optim.SGD),
+            f"{self.label}: the optimizer must be SGD, whose steps are sums of projected"
+            f" gradients; got {type(optimizer).__name__}",
+        )
         decay = max(group["weight_decay"] for group in optimizer.param_groups)
-        if decay != 0:
-            raise ValueError(
-                f"{self.label}: weight_decay must be 0, because it also shrinks weights in the"
-                f" directions of old tasks; got weight_decay={decay}"
-            )
+        require(
+            decay == 0,
+            f"{self.label}: weight_decay must be 0, because it also shrinks weights in the"
+            f" directions of old tasks; got weight_decay={decay}",
+        )
 
     # --------------------------------------------------------------------------------------- checks
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Linearized, find_equilibrium
 from pipeline.spiking.state import fresh_state
@@ -82,11 +82,11 @@ class IDE(Rule):
         super().__init__()
         refuse_unless_one_of("IDE", ("broyden", "fixed_point"), solver=solver)
         refuse_unless_counts("IDE", {"iterations": iterations})
-        if not 0 <= tolerance < 1:
-            raise ValueError(
-                "IDE: tolerance is relative to the gradient and must be in 0..1; got"
-                f" tolerance={tolerance}"
-            )
+        require(
+            0 <= tolerance < 1,
+            "IDE: tolerance is relative to the gradient and must be in 0..1; got"
+            f" tolerance={tolerance}",
+        )
         self.forecast_note = f"at its most solver iterations, {iterations}"
         self.adjoint = _Adjoint(solver, iterations, tolerance)
 

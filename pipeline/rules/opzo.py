@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import are_counts, refuse_unless_one_of
+from pipeline.core.checks import are_counts, refuse_unless_one_of, require
 from pipeline.core.random import counter_hash
 from pipeline.rules.base import (
     LossOf,
@@ -128,22 +128,22 @@ class OPZO(Rule):
         inert = {} if feedback == "momentum" else {"momentum": momentum}
         inert |= {} if noise > 0 else settings
         for name, value in inert.items():
-            if value is not None:
-                raise ValueError(
-                    f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got"
-                    f" {name}={value!r}"
-                )
+            require(
+                value is None,
+                f"OPZO: {name} has no effect with {feedback=} and noise={noise}; got"
+                f" {name}={value!r}",
+            )
         momentum = 0.999 if momentum is None else momentum
-        if not 0 <= momentum < 1:
-            raise ValueError(
-                f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}"
-            )
+        require(
+            0 <= momentum < 1,
+            f"OPZO: momentum must be at least 0 and below 1; got momentum={momentum}",
+        )
         are_places = are_counts(intermediate) and list(intermediate) == sorted(set(intermediate))
-        if not are_places and intermediate not in ((), []):
-            raise ValueError(
-                "OPZO: intermediate must be increasing indices of hidden layers, 1 or more, because"
-                f" no layer is below layer 0; got intermediate={intermediate!r}"
-            )
+        require(
+            are_places or intermediate in ((), []),
+            "OPZO: intermediate must be increasing indices of hidden layers, 1 or more, because"
+            f" no layer is below layer 0; got intermediate={intermediate!r}",
+        )
         self.feedback = feedback
         self.noise = noise
         self.adds_noise = noise > 0
@@ -198,11 +198,11 @@ class OPZO(Rule):
 
     def check_steps(self, steps: int) -> None:
         super().check_steps(steps)
-        if self.antithetic and steps < 2:
-            raise ValueError(
-                "OPZO: antithetic pairs need two time steps, so T must be >= 2; got"
-                f" antithetic=True, T={steps}"
-            )
+        require(
+            not self.antithetic or steps >= 2,
+            "OPZO: antithetic pairs need two time steps, so T must be >= 2; got"
+            f" antithetic=True, T={steps}",
+        )
 
     def start_task(self, model: nn.Module, task: int) -> None:
         if task > 0 and any(getattr(module, "has_task_heads", False) for module in model.modules()):
@@ -308,12 +308,12 @@ class OPZO(Rule):
                 found[place] = module
         wanted = range(place + 1) if self.local_readouts else self.intermediate
         lacking = [index for index in wanted if index not in found]
-        if lacking:
-            raise ValueError(
-                f"{self.label}: the model must have a Readout behind each hidden layer that learns"
-                f" from one (models/transforms.py); got none at layer"
-                f" {', '.join(map(str, lacking))} of 0..{place}"
-            )
+        require(
+            not lacking,
+            f"{self.label}: the model must have a Readout behind each hidden layer that learns"
+            f" from one (models/transforms.py); got none at layer"
+            f" {', '.join(map(str, lacking))} of 0..{place}",
+        )
         return {index: found[index] for index in wanted}
 
     def _checked(self, model: nn.Module, x_1B: Tensor) -> Tensor:
@@ -324,16 +324,16 @@ class OPZO(Rule):
         with running_order(synapses) as ran, running_order(neurons) as fired:
             logits_1BK = model(x_1B)
         twice = [name for name in (*synapses, *neurons) if ran.count(name) + fired.count(name) > 1]
-        if twice:
-            raise ValueError(
-                f"{self.label}: a layer must run once in a time step, because it takes one signal;"
-                f" got {', '.join(twice)} twice"
-            )
-        if ran[0] != next(iter(synapses)):
-            raise ValueError(
-                f"{self.label}: the first synapse in order of registration must run first, because"
-                f" it has no trace; got {ran[0]} before {next(iter(synapses))}"
-            )
+        require(
+            not twice,
+            f"{self.label}: a layer must run once in a time step, because it takes one signal;"
+            f" got {', '.join(twice)} twice",
+        )
+        require(
+            ran[0] == next(iter(synapses)),
+            f"{self.label}: the first synapse in order of registration must run first, because"
+            f" it has no trace; got {ran[0]} before {next(iter(synapses))}",
+        )
         ends = dict(zip(neurons, (layer.recorded("spikes") for layer in self._layers), strict=True))
         refuse_skip_connections(self.label, network, {**ends, "the output": logits_1BK})
         self._paths_are_known = True
@@ -344,11 +344,11 @@ def _check_noise(feedback: Feedback, noise: float | None) -> float:
     """The scale of the noise, by default that of the feedback."""
     if noise is None:
         return 0.0 if feedback == "random" else NOISE
-    if not 0 <= noise < math.inf or (noise == 0 and feedback != "random"):
-        raise ValueError(
-            "OPZO: noise must be > 0, because the feedback is learnt from it; got"
-            f" noise={noise}, {feedback=}"
-        )
+    require(
+        0 <= noise < math.inf and (noise != 0 or feedback == "random"),
+        "OPZO: noise must be > 0, because the feedback is learnt from it; got"
+        f" noise={noise}, {feedback=}",
+    )
     return noise
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
 from pipeline.rules.base import (
     LossOf,
     LossTerm,
@@ -76,11 +76,11 @@ class OTTT(Rule):
         refuse_unless_one_of("OTTT", ("batch", "step"), update=update)
         refuse_unless_one_of("OTTT", ("plain", "traced"), first=first, readout=readout)
         refuse_unless_counts("OTTT", {"chunk": chunk}, up_to="T")
-        if update == "step" and chunk > 1:
-            raise ValueError(
-                "OTTT: update='step' moves the weights at every step, so chunk must be 1; got"
-                f" chunk={chunk}"
-            )
+        require(
+            update != "step" or chunk <= 1,
+            "OTTT: update='step' moves the weights at every step, so chunk must be 1; got"
+            f" chunk={chunk}",
+        )
         self.decay = decay
         self.update = update
         self.first = first
@@ -149,11 +149,11 @@ class OTTT(Rule):
                     f" one input; got {name}, which ran {count} times in {len(x_cB)}"
                 )
         for what, choice, place in (("first", self.first, 0), ("readout", self.readout, -1)):
-            if choice == "plain" and ran[place] != names[place]:
-                raise ValueError(
-                    f"{self.label}: {what}='plain' means {names[place]}, by order of registration,"
-                    f" but {ran[place]} ran in its place; register the synapses in the order in"
-                    f" which they run, or set {what}='traced'"
-                )
+            require(
+                choice != "plain" or ran[place] == names[place],
+                f"{self.label}: {what}='plain' means {names[place]}, by order of registration,"
+                f" but {ran[place]} ran in its place; register the synapses in the order in"
+                f" which they run, or set {what}='traced'",
+            )
         self._order_is_known = True
         return logits_TBK

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.random import counter_hash
 from pipeline.rules.base import (
     LossOf,
@@ -53,8 +53,10 @@ class SLTT(Rule):
         refuse_unless_counts(
             "SLTT", {"chunk": chunk} if k is None else {"k": k, "chunk": chunk}, up_to="T"
         )
-        if rescale and k is None:
-            raise ValueError("SLTT: rescale multiplies by T/k, so it needs a k; got k=None")
+        require(
+            not rescale or k is not None,
+            "SLTT: rescale multiplies by T/k, so it needs a k; got k=None",
+        )
         self.k = k
         self.chunk = chunk
         self.rescale = rescale
@@ -67,24 +69,23 @@ class SLTT(Rule):
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
         neurons = named_neurons(model)
-        if not neurons:
-            raise ValueError(
-                f"{self.label}: the model must have LIF neurons, whose membrane is cut; got"
-                f" {type(model).__name__}"
-            )
+        require(
+            neurons,
+            f"{self.label}: the model must have LIF neurons, whose membrane is cut; got"
+            f" {type(model).__name__}",
+        )
         super().attach(model, world=world, over_time=over_time)
         detach_between_steps(self, model)
 
     def check_steps(self, steps: int) -> None:
         k = steps if self.k is None else self.k
-        if k > steps:
-            raise ValueError(f"SLTT: k must be in 1..T; got k={k}, T={steps}")
+        require(k <= steps, f"SLTT: k must be in 1..T; got k={k}, T={steps}")
         super().check_steps(steps)
-        if k < steps and self.chunk != 1:
-            raise ValueError(
-                f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps},"
-                f" chunk={self.chunk}"
-            )
+        require(
+            k >= steps or self.chunk == 1,
+            f"SLTT: k < T selects single steps, so chunk must be 1; got k={k}, T={steps},"
+            f" chunk={self.chunk}",
+        )
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.rules.base import LossOf, LossTerm, OverTime, Rule, World, refuse_foreign_norms
 from pipeline.spiking.equilibrium import Equilibrium, Linearized, find_equilibrium
 from pipeline.spiking.limit import LimitedSynapse
@@ -69,12 +69,9 @@ class SPIDE(Rule):
     ) -> None:
         super().__init__()
         refuse_unless_counts("SPIDE", {"steps": steps})
-        if not 0 < scale < math.inf:
-            raise ValueError(f"SPIDE: scale must be > 0 and finite; got scale={scale}")
-        if not threshold > 0:
-            raise ValueError(f"SPIDE: threshold must be > 0; got threshold={threshold}")
-        if not 0 < decay <= 1:
-            raise ValueError(f"SPIDE: decay must be > 0 and at most 1; got decay={decay}")
+        require(0 < scale < math.inf, f"SPIDE: scale must be > 0 and finite; got scale={scale}")
+        require(threshold > 0, f"SPIDE: threshold must be > 0; got threshold={threshold}")
+        require(0 < decay <= 1, f"SPIDE: decay must be > 0 and at most 1; got decay={decay}")
         self.adjoint = _Adjoint(steps, scale, threshold, decay)
         self.forward_rate = math.nan
 
@@ -98,7 +95,9 @@ class SPIDE(Rule):
             self.forward_rate = counted.spikes / counted.places
             self.adjoint.samples = len(logits_BK)
             loss = loss_of(logits_BK)
-            backward: Tensor = _RecordLossScale.apply(loss, self.adjoint)  # type: ignore[assignment]
+            backward: Tensor = _RecordLossScale.apply(  # type: ignore[assignment]
+                loss, self.adjoint
+            )
             yield LossTerm(backward=backward, loss=loss.detach(), logits=logits_BK.detach())
 
 

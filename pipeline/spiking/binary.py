@@ -40,7 +40,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear
 
@@ -65,16 +65,15 @@ def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None
     replaces the network's batch norm; their signs have neither.
     """
     refuse_unless_one_of("binarize", WINDOWS, weights=weights)
-    if not isinstance(synapse, (Linear, Conv2d)):
-        raise ValueError(
-            "binarize: the synapse must be a Linear or Conv2d of pipeline.spiking.synapse; got"
-            f" {type(synapse).__name__}"
-        )
-    if synapse.weights != "plain":
-        raise ValueError(
-            f"binarize: the weights must be plain before they are 1-bit; got {synapse.weights}"
-            " weights"
-        )
+    require(
+        isinstance(synapse, (Linear, Conv2d)),
+        "binarize: the synapse must be a Linear or Conv2d of pipeline.spiking.synapse; got"
+        f" {type(synapse).__name__}",
+    )
+    require(
+        synapse.weights == "plain",
+        f"binarize: the weights must be plain before they are 1-bit; got {synapse.weights} weights",
+    )
     synapse.binarizer = Binarizer(synapse.weight, weights)
     synapse.state = State(type(synapse).__name__)
     synapse.weights = "1-bit"
@@ -88,12 +87,11 @@ class Binarizer(nn.Module):
 
     def __init__(self, weight: Tensor, weights: Binarization) -> None:
         super().__init__()
-        if weights in ("centred", "ir") and weight[0].numel() < 2:
-            raise ValueError(
-                f"binarize: weights={weights!r} need a fan-in of at least 2; got"
-                f" {weight[0].numel()}"
-            )
-        self.weights = weights
+        require(
+            weights not in ("centred", "ir") or weight[0].numel() >= 2,
+            f"binarize: weights={weights!r} need a fan-in of at least 2; got {weight[0].numel()}",
+        )
+        self.weights: Binarization = weights
         self.scale = nn.Parameter(weight.new_empty(len(weight))) if weights == "learnable" else None
         self.reset(weight)
 
@@ -105,7 +103,8 @@ class Binarizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         V = self._latent(weight)
-        return _ScaledSign.apply(V, self._scale(V), WINDOWS[self.weights])  # type: ignore[return-value]
+        window = WINDOWS[self.weights]
+        return _ScaledSign.apply(V, self._scale(V), window)  # type: ignore[return-value]
 
     @torch.no_grad()
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.spiking.state import State
 
 
@@ -21,10 +22,10 @@ class Dropout(nn.Module):
 
     def __init__(self, share: float) -> None:
         super().__init__()
-        if not 0 <= share < 1:
-            raise ValueError(
-                f"{type(self).__name__}: the share must be in 0..1, 1 excluded; got share={share}"
-            )
+        require(
+            0 <= share < 1,
+            f"{type(self).__name__}: the share must be in 0..1, 1 excluded; got share={share}",
+        )
         self.share = share
         self.state = State(type(self).__name__)
 

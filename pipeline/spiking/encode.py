@@ -4,7 +4,7 @@
 
 from torch import Tensor
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 
 
 def over_steps(x_B: Tensor, steps: int) -> Tensor:
@@ -15,11 +15,11 @@ def over_steps(x_B: Tensor, steps: int) -> Tensor:
     """
     if x_B.dim() == 4:
         return repeat(x_B, steps)
-    if x_B.dim() != 5 or x_B.shape[1] != steps:
-        raise ValueError(
-            f"over_steps: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got"
-            f" {tuple(x_B.shape[1:])}"
-        )
+    require(
+        x_B.dim() == 5 and x_B.shape[1] == steps,
+        f"over_steps: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got"
+        f" {tuple(x_B.shape[1:])}",
+    )
     return x_B.transpose(0, 1).contiguous()
 
 

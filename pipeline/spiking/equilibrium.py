@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.core.checks import require
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import LIF, PLIF, identity, named_neurons
 from pipeline.spiking.norm import batch_norms
@@ -81,11 +82,11 @@ class Equilibrium(nn.Module):
         synapses: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
-        if len(neurons) < 1 or len(synapses) != len(neurons) - 1:
-            raise ValueError(
-                f"Equilibrium: N neurons need N - 1 synapses between them; got {len(neurons)}"
-                f" neurons, {len(synapses)} synapses"
-            )
+        require(
+            len(neurons) >= 1 and len(synapses) == len(neurons) - 1,
+            f"Equilibrium: N neurons need N - 1 synapses between them; got {len(neurons)}"
+            f" neurons, {len(synapses)} synapses",
+        )
         self.decay, self.divisors = _check_neurons(neurons)
         _check_linear(feedback)
         self.inject = inject
@@ -159,7 +160,9 @@ class Equilibrium(nn.Module):
         z_1B = self.rate(0, current_1B + self.feedback(a_1B))
         for layer, synapse in enumerate(self.synapses, start=1):
             z_1B = self.rate(layer, synapse(_LayerGradient.apply(z_1B, betas, layer - 1)))
-        return _ImplicitGradient.apply(z_1B, a_1B, current_1B, self, adjoint, betas)  # type: ignore[return-value]
+        return _ImplicitGradient.apply(  # type: ignore[return-value]
+            z_1B, a_1B, current_1B, self, adjoint, betas
+        )
 
 
 def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:
@@ -181,11 +184,10 @@ def find_equilibrium(who: str, model: nn.Module) -> Equilibrium:
         )
     inside = {id(neuron) for _, neuron in named_neurons(found[0][1])}
     outside = [name for name, neuron in named_neurons(model) if id(neuron) not in inside]
-    if outside:
-        raise ValueError(
-            f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)}"
-            " outside it"
-        )
+    require(
+        not outside,
+        f"{who}: every neuron must be part of the equilibrium; got {', '.join(outside)} outside it",
+    )
     return found[0][1]
 
 
@@ -312,23 +314,23 @@ def _check_neurons(neurons: Sequence[nn.Module]) -> tuple[float, list[float]]:
     """The decay that all neurons share, and the `subtract` of each."""
     decays, divisors = set(), []
     for neuron in neurons:
-        if not isinstance(neuron, LIF) or isinstance(neuron, (RateNeuron, PLIF)):
-            raise ValueError(
-                "Equilibrium: the neurons must be LIF or IF, whose rate is known; got"
-                f" {type(neuron).__name__}"
-            )
-        if neuron.reset != "subtract" or neuron.scale_input:
-            raise ValueError(
-                "Equilibrium: neurons must reset by subtraction and not scale their input; "
-                f"got reset={neuron.reset!r}, scale_input={neuron.scale_input}"
-            )
+        require(
+            isinstance(neuron, LIF) and not isinstance(neuron, (RateNeuron, PLIF)),
+            "Equilibrium: the neurons must be LIF or IF, whose rate is known; got"
+            f" {type(neuron).__name__}",
+        )
+        require(
+            neuron.reset == "subtract" and not neuron.scale_input,
+            "Equilibrium: neurons must reset by subtraction and not scale their input; "
+            f"got reset={neuron.reset!r}, scale_input={neuron.scale_input}",
+        )
         decays.add(neuron.decay)
         divisors.append(neuron.subtract)
-    if len(decays) > 1:
-        raise ValueError(
-            "Equilibrium: one weighted mean is the rate of all layers, so they have one decay; got"
-            f" {sorted(decays)}"
-        )
+    require(
+        len(decays) <= 1,
+        "Equilibrium: one weighted mean is the rate of all layers, so they have one decay; got"
+        f" {sorted(decays)}",
+    )
     return decays.pop(), divisors
 
 

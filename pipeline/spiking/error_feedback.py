@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.spiking.noise import noise
 from pipeline.spiking.op_scope import op_scope
 
@@ -119,10 +120,10 @@ class MeanJacobian(ErrorFeedback):
 
     def __init__(self, *, momentum: float, scale: float) -> None:
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise ValueError(
-                f"MeanJacobian: momentum must be at least 0 and below 1; got momentum={momentum}"
-            )
+        require(
+            0 <= momentum < 1,
+            f"MeanJacobian: momentum must be at least 0 and below 1; got momentum={momentum}",
+        )
         self.momentum = momentum
         self.scale = scale
         # Stays on the CPU, because its value is read at every step.

@@ -28,6 +28,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.state import State
 
@@ -45,11 +46,11 @@ class LimitedSynapse(nn.Module):
         super().__init__()
         takes_weight = "weight" in inspect.signature(synapse.forward).parameters
         plain = takes_weight and getattr(synapse, "weights", "plain") == "plain"
-        if not plain or getattr(synapse, "bias", None) is not None:
-            raise ValueError(
-                f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain"
-                f" and without bias; got {synapse}"
-            )
+        require(
+            plain and getattr(synapse, "bias", None) is None,
+            f"{type(self).__name__}: the synapse must be one of pipeline.spiking.synapse, plain"
+            f" and without bias; got {synapse}",
+        )
         self.synapse = synapse
 
     @property
@@ -108,8 +109,7 @@ class FrobeniusLimit(LimitedSynapse):
 
     def __init__(self, synapse: nn.Module, largest: float) -> None:
         super().__init__(synapse)
-        if not largest > 0:
-            raise ValueError(f"FrobeniusLimit: the largest norm must be > 0; got largest={largest}")
+        require(largest > 0, f"FrobeniusLimit: the largest norm must be > 0; got largest={largest}")
         self.largest = largest
 
     def weight(self) -> Tensor:

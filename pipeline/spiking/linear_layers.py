@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from pipeline.core.checks import require
 from pipeline.spiking.limit import LimitedSynapse
 from pipeline.spiking.norm import is_foreign_norm
 from pipeline.spiking.synapse import Conv2d, Linear
@@ -24,31 +25,30 @@ def plain_synapses(
     """
     modules = dict(model.named_modules())
     for name in skip:
-        if name not in modules:
-            raise ValueError(f"{who}: skip must name modules of the model; got {name!r}")
+        require(name in modules, f"{who}: skip must name modules of the model; got {name!r}")
     found: dict[str, Linear | Conv2d] = {}
     for name, module in modules.items():
         if is_inside(name, skip):
             continue
         why = _why_not(module)
-        if why is not None:
-            raise ValueError(
-                f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the"
-                f" parameter itself; got {why} at {name or 'the model itself'}"
-            )
+        require(
+            why is None,
+            f"{who}: every layer must be a plain Linear or Conv2d, whose weight is the"
+            f" parameter itself; got {why} at {name or 'the model itself'}",
+        )
         if isinstance(module, (Linear, Conv2d)):
             found[name] = module
     weights = {id(synapse.weight) for synapse in found.values()}
     for name, parameter in named_parameters(model, skip=skip):
-        if parameter.dim() > 1 and id(parameter) not in weights:
-            raise ValueError(
-                f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}"
-            )
-    if not found or len(weights) < len(found):
-        raise ValueError(
-            f"{who}: the model must have synapses, each with a weight of its own; got"
-            f" {', '.join(found) or 'none'}"
+        require(
+            parameter.dim() <= 1 or id(parameter) in weights,
+            f"{who}: every matrix must be the weight of a Linear or Conv2d; got {name}",
         )
+    require(
+        found and len(weights) >= len(found),
+        f"{who}: the model must have synapses, each with a weight of its own; got"
+        f" {', '.join(found) or 'none'}",
+    )
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.noise import Distribution, noise
 from pipeline.spiking.state import State, hooked
@@ -52,13 +52,12 @@ class Readout(nn.Module):
         return s_TB
 
     def logits(self, s_TB: Tensor) -> Tensor:
-        if s_TB.shape[2] != self.channels or s_TB.dim() not in (
-            (3, 5) if self.cells == 1 else (5,)
-        ):
-            raise ValueError(
-                f"Readout: needs {self.channels} channels on {self.cells} x {self.cells} places;"
-                f" got shape {tuple(s_TB.shape)}"
-            )
+        dimensions = (3, 5) if self.cells == 1 else (5,)
+        require(
+            s_TB.shape[2] == self.channels and s_TB.dim() in dimensions,
+            f"Readout: needs {self.channels} channels on {self.cells} x {self.cells} places;"
+            f" got shape {tuple(s_TB.shape)}",
+        )
         if s_TB.dim() == 5:
             s_TB = folded(lambda s_NCHW: F.adaptive_avg_pool2d(s_NCHW, self.cells), s_TB).flatten(2)
         return self.linear(s_TB)
@@ -217,12 +216,12 @@ def refuse_skip_connections(who: str, model: nn.Module, ends: Mapping[str, Tenso
         # In the model's order, so that repeated runs name the same parameter.
         for parameter in [*filter(leaves.__contains__, names), *leaves - names.keys()]:
             other = reached.setdefault(parameter, end)
-            if other != end:
-                raise ValueError(
-                    f"{who}: a stream that passes by the neurons would carry gradients between"
-                    f" layers; got {names.get(parameter, 'a tensor')} with a path to {other} and to"
-                    f" {end}"
-                )
+            require(
+                other == end,
+                f"{who}: a stream that passes by the neurons would carry gradients between"
+                f" layers; got {names.get(parameter, 'a tensor')} with a path to {other} and to"
+                f" {end}",
+            )
 
 
 def _leaves(value: Tensor) -> set[int]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
@@ -70,27 +70,25 @@ class LIF(nn.Module):
         surrogate: Surrogate = Triangle(),
     ) -> None:
         super().__init__()
-        if not 0 <= decay <= 1:
-            raise ValueError(f"LIF: decay must be in 0..1; got decay={decay}")
-        if not threshold > 0:
-            raise ValueError(f"LIF: threshold must be > 0; got threshold={threshold}")
+        require(0 <= decay <= 1, f"LIF: decay must be in 0..1; got decay={decay}")
+        require(threshold > 0, f"LIF: threshold must be > 0; got threshold={threshold}")
         refuse_unless_one_of("LIF", ("subtract", "zero"), reset=reset)
-        if subtract is not None and (reset != "subtract" or not subtract > 0):
-            raise ValueError(
-                f"LIF: subtract must be > 0 and needs reset='subtract'; got subtract={subtract},"
-                f" reset={reset!r}"
-            )
+        require(
+            subtract is None or (reset == "subtract" and subtract > 0),
+            f"LIF: subtract must be > 0 and needs reset='subtract'; got subtract={subtract},"
+            f" reset={reset!r}",
+        )
         refuse_unless_one_of("LIF", ("detached", "kept"), reset_gradient=reset_gradient)
-        if scale_input and decay == 1:
-            raise ValueError(
-                "LIF: scale_input scales the current by 1 - decay, so decay must be < 1; got"
-                " decay=1"
-            )
-        if isinstance(surrogate, nn.Module) or not callable(getattr(surrogate, "derivative", None)):
-            raise ValueError(
-                "LIF: surrogate must be a value with a derivative and without parameters; got"
-                f" {surrogate}"
-            )
+        require(
+            not scale_input or decay != 1,
+            "LIF: scale_input scales the current by 1 - decay, so decay must be < 1; got decay=1",
+        )
+        require(
+            not isinstance(surrogate, nn.Module)
+            and callable(getattr(surrogate, "derivative", None)),
+            "LIF: surrogate must be a value with a derivative and without parameters; got"
+            f" {surrogate}",
+        )
         self.decay = decay
         self.threshold = threshold
         self.reset = reset
@@ -188,11 +186,11 @@ class PLIF(LIF):
         scale_input: bool = False,
         surrogate: Surrogate = Triangle(),
     ) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(
-                "PLIF: decay must be in 0..1, both excluded, for a sigmoid reaches neither; got"
-                f" decay={decay}"
-            )
+        require(
+            0 < decay < 1,
+            "PLIF: decay must be in 0..1, both excluded, for a sigmoid reaches neither; got"
+            f" decay={decay}",
+        )
         super().__init__(
             decay,
             threshold=threshold,
@@ -271,7 +269,9 @@ def fire(
     Raises: RuntimeError in a backward with `create_graph`.
     """
     # apply is untyped
-    return _Fire.apply(u_B, threshold, subtract, keeps_gradient, surrogate)  # type: ignore[return-value]
+    return _Fire.apply(  # type: ignore[return-value]
+        u_B, threshold, subtract, keeps_gradient, surrogate
+    )
 
 
 class _Fire(torch.autograd.Function):

@@ -202,7 +202,9 @@ def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row = torch.cat([mean_C, var_C * count, mean_C.new_tensor([float(count)])])
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
     table_R = _SumOverRanks.apply(F.pad(row.unsqueeze(0), (0, 0, rank, ranks - 1 - rank)))
-    mean_RC, deviation_RC, count_R1 = table_R.split([channels, channels, 1], dim=1)  # type: ignore[union-attr]
+    mean_RC, deviation_RC, count_R1 = table_R.split(  # type: ignore[union-attr]
+        [channels, channels, 1], dim=1
+    )
     total = count_R1.detach().sum()
     world_mean_C = (count_R1 * mean_RC).sum(0) / total
     world_deviation_C = (deviation_RC + count_R1 * (mean_RC - world_mean_C).square()).sum(0)

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, spike
@@ -66,18 +67,16 @@ class RateNeuron(LIF):
         surrogate: Surrogate,
     ) -> None:
         who = "RateIF" if decay == 1 else "RateLIF"
-        if not 0 < alpha <= 1:
-            raise ValueError(f"{who}: alpha must be above 0 and at most 1; got alpha={alpha}")
-        if not 0 < bound <= threshold:
-            raise ValueError(
-                f"{who}: bound must be above 0 and at most the threshold; got bound={bound},"
-                f" threshold={threshold}"
-            )
-        if not threshold_gradient >= 0:
-            raise ValueError(
-                f"{who}: threshold_gradient must be >= 0; got"
-                f" threshold_gradient={threshold_gradient}"
-            )
+        require(0 < alpha <= 1, f"{who}: alpha must be above 0 and at most 1; got alpha={alpha}")
+        require(
+            0 < bound <= threshold,
+            f"{who}: bound must be above 0 and at most the threshold; got bound={bound},"
+            f" threshold={threshold}",
+        )
+        require(
+            threshold_gradient >= 0,
+            f"{who}: threshold_gradient must be >= 0; got threshold_gradient={threshold_gradient}",
+        )
         super().__init__(decay, scale_input=decay < 1, surrogate=surrogate)
         del self.threshold, self.subtract  # LIF's numbers: here one parameter replaces both
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
@@ -89,7 +88,9 @@ class RateNeuron(LIF):
 
     def clamped_threshold(self) -> Tensor:
         """max(threshold, bound), with the scaled gradient."""
-        return _ClampedThreshold.apply(self.threshold, self.bound, self.threshold_gradient)  # type: ignore[return-value]
+        return _ClampedThreshold.apply(  # type: ignore[return-value]
+            self.threshold, self.bound, self.threshold_gradient
+        )
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: (x[t], v[t-1]) -> (out[t], v[t])."""
@@ -148,8 +149,7 @@ def RateLIF(
 
     Raises: ValueError unless tau and dt are positive.
     """
-    if not (tau > 0 and dt > 0):
-        raise ValueError(f"RateLIF: tau and dt must be > 0; got tau={tau}, dt={dt}")
+    require(tau > 0 and dt > 0, f"RateLIF: tau and dt must be > 0; got tau={tau}, dt={dt}")
     return RateNeuron(
         threshold=threshold,
         decay=math.exp(-dt / tau),

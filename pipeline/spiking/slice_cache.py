@@ -15,11 +15,15 @@ factor (its weight in the batch, a loss scale).
 
 The result is exact if the weights do not change within the batch and each slice's gradient is
 linear in dL[t]/dy with the same factor for all t.
+
+`StaticInput` holds the layers before the first neuron. A call on several steps of a static input
+(`encode.is_static`) computes them once, and slices of a batch share the result of the first slice.
+With a `presynaptic` seam, whose factor changes from step to step, they are computed at each step.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -27,6 +31,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.norm import repeated_steps
 from pipeline.spiking.state import State, attribute_set
 
 Backwards = Literal["one", "several"]
@@ -123,9 +129,9 @@ class SliceCache:
         if not new:
             return
         leaves = (*(copy for _, copy in copies), *self.parameters())
-        places = Counter(_storage(leaf.grad) for leaf in leaves if leaf.grad is not None)
+        places = Counter(_storage_id(leaf.grad) for leaf in leaves if leaf.grad is not None)
         for state, copy, gradient in new:
-            if places[_storage(gradient)] > 1:
+            if places[_storage_id(gradient)] > 1:
                 gradient = copy.grad = gradient.clone()
             state.write("gradient", gradient)
 
@@ -156,7 +162,7 @@ class _AddGradients(torch.autograd.Function):
         return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
 
 
-def _storage(value: Tensor) -> int:
+def _storage_id(value: Tensor) -> int:
     return value.untyped_storage()._cdata  # not the address, which a meta tensor lacks
 
 
@@ -171,3 +177,60 @@ def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterat
     modules = [module for module in model.modules() if hasattr(module, "slice_cache")]
     with attribute_set(modules, "slice_cache", cache):
         yield cache
+
+
+# T time, B batch
+
+
+class StaticInput(nn.Sequential):
+    """Stateless layers before the first neuron, such as synapse, norm and pool.
+
+    The running statistics are updated at the first slice, by as much as all T steps would update
+    them.
+    """
+
+    def __init__(self, *modules: Any) -> None:
+        super().__init__(*modules)
+        self.slice_cache: SliceCache | None = None
+        self.state = State("StaticInput")
+
+    @classmethod
+    def of(cls, sequence: nn.Sequential) -> StaticInput:
+        """A StaticInput with the modules of `sequence` under the same names."""
+        return cls(OrderedDict(sequence.named_children()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        cache = self.slice_cache
+        if (
+            cache is None
+            or not _is_slice_of_static_frame(input, cache)
+            or self._has_presynaptic_seam
+        ):
+            return super().forward(input)
+
+        def compute() -> Tensor:
+            with repeated_steps(self, cache.steps):
+                return super(StaticInput, self).forward(input)[0]
+
+        return repeat(cache.once(self.state, compute), len(input))
+
+    @property
+    def _has_presynaptic_seam(self) -> bool:
+        return any(getattr(module, "presynaptic", None) is not None for module in self.modules())
+
+
+def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:
+    """Whether `x_TB` is a slice of the batch's static frame. The frame is kept alive so that its
+    storage is not reused.
+    """
+    if not is_static(x_TB) or len(x_TB) == cache.steps:
+        return False
+    if cache.frame_B is None:
+        cache.frame_B = x_TB[0]
+    return _storage(x_TB) == _storage(cache.frame_B) and x_TB.shape[1:] == cache.frame_B.shape
+
+
+def _storage(x: Tensor) -> tuple[int, int]:
+    """Storage and offset; not the address, which a meta tensor lacks."""
+    # torch's stub says Tensor
+    return x.untyped_storage()._cdata, x.storage_offset()  # type: ignore[return-value]

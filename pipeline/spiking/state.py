@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pipeline.core.checks import require
+
 # Attributes that a rule sets on modules. A seam with memory (a trace) holds a `State` as `state`.
 SEAMS = ("presynaptic", "backward_weight", "carry", "gradient", "adjoint")
 
@@ -57,11 +59,11 @@ def fresh_state(model: nn.Module) -> Iterator[None]:
     """
     states = states_of(model)
     for state in states:
-        if state.is_open:
-            raise ValueError(
-                "fresh_state: leave the first fresh_state before entering another; got a"
-                f" {state.owner} already open"
-            )
+        require(
+            not state.is_open,
+            "fresh_state: leave the first fresh_state before entering another; got a"
+            f" {state.owner} already open",
+        )
     for state in states:
         state.is_open = True
     try:

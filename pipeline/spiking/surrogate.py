@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.core.checks import require
+
 
 class Surrogate(Protocol):
     """The interface that a neuron needs from a surrogate."""
@@ -122,5 +124,4 @@ class _Spike(torch.autograd.Function):
 
 
 def _check_alpha(surrogate: object, alpha: float) -> None:
-    if not alpha > 0:
-        raise ValueError(f"{type(surrogate).__name__}: alpha must be > 0; got alpha={alpha}")
+    require(alpha > 0, f"{type(surrogate).__name__}: alpha must be > 0; got alpha={alpha}")

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.core.checks import require
 from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State
@@ -92,7 +93,9 @@ class Linear(nn.Linear, _Synapse):
                 return repeat(F.linear(input[0], weight, self.bias), len(input))
             return F.linear(input, weight, self.bias)
         x_TB, factor_TB, weight, bias = _operands(input, self.presynaptic, weight, self.bias)
-        return _LinearWithSeams.apply(x_TB, factor_TB, weight, bias, self.backward_weight)  # type: ignore[return-value]
+        return _LinearWithSeams.apply(  # type: ignore[return-value]
+            x_TB, factor_TB, weight, bias, self.backward_weight
+        )
 
 
 class Conv2d(nn.Conv2d, _Synapse):
@@ -116,8 +119,10 @@ class Conv2d(nn.Conv2d, _Synapse):
         *,
         weights: Weights = "plain",
     ) -> None:
-        if isinstance(padding, str):
-            raise ValueError(f"Conv2d: padding must be a number of pixels; got padding={padding!r}")
+        require(
+            not isinstance(padding, str),
+            f"Conv2d: padding must be a number of pixels; got padding={padding!r}",
+        )
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias
         )
@@ -143,7 +148,9 @@ class Conv2d(nn.Conv2d, _Synapse):
             geometry,
         )
         # apply is untyped
-        return _ConvWithSeams.apply(*operands).unflatten(0, input.shape[:2])  # type: ignore[union-attr]
+        return _ConvWithSeams.apply(  # type: ignore[union-attr]
+            *operands
+        ).unflatten(0, input.shape[:2])
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
@@ -278,12 +285,12 @@ def _operands(
 def _gain(name: str, weight: Tensor, weights: str) -> nn.Parameter | None:
     if weights == "plain":
         return None
-    if weights != "standardized":
-        raise ValueError(
-            f"{name}: weights must be 'plain' or 'standardized'; got weights={weights!r}"
-        )
-    if weight[0].numel() < 2:
-        raise ValueError(
-            f"{name}: standardized weights need a fan-in of at least 2; got {weight[0].numel()}"
-        )
+    require(
+        weights == "standardized",
+        f"{name}: weights must be 'plain' or 'standardized'; got weights={weights!r}",
+    )
+    require(
+        weight[0].numel() >= 2,
+        f"{name}: standardized weights need a fan-in of at least 2; got {weight[0].numel()}",
+    )
     return nn.Parameter(torch.ones(weight.shape[0], *[1] * (weight.dim() - 1)))

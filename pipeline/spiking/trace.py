@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from pipeline.core.checks import require
 from pipeline.spiking.neuron import learnt_decays, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.state import State, hooked
@@ -56,19 +57,21 @@ def shared_decay(who: str, model: nn.Module, decay: float | None = None) -> floa
             f" PLIF at {', '.join(learnt)}"
         )
     decays = {name or "the model itself": neuron.decay for name, neuron in named_neurons(model)}
-    if not decays:
-        raise ValueError(
-            f"{who}: the model must have LIF neurons, whose decay traces and rates share; got"
-            f" {type(model).__name__}"
-        )
+    require(
+        decays,
+        f"{who}: the model must have LIF neurons, whose decay traces and rates share; got"
+        f" {type(model).__name__}",
+    )
     others = {name: each for name, each in decays.items() if each != decay}
-    if decay is not None and others:
-        raise ValueError(
-            f"{who}: decay must be that of the neurons, which the traces feed; got {decay} and"
-            f" {_listed(others)}"
-        )
-    if len(set(decays.values())) > 1:
-        raise ValueError(f"{who}: the neurons must share one decay; got {_listed(decays)}")
+    require(
+        decay is None or not others,
+        f"{who}: decay must be that of the neurons, which the traces feed; got {decay} and"
+        f" {_listed(others)}",
+    )
+    require(
+        len(set(decays.values())) <= 1,
+        f"{who}: the neurons must share one decay; got {_listed(decays)}",
+    )
     return next(iter(decays.values()))
 
 
@@ -87,11 +90,10 @@ def traceable_synapses(who: str, model: nn.Module) -> dict[str, Linear | Conv2d]
                 f"{who}: the layers with weights must be of pipeline.spiking.synapse, which holds"
                 f" the traces; got torch's {type(module).__name__} at {name}"
             )
-    if not found:
-        raise ValueError(
-            f"{who}: the model must have synapses, which hold the traces; got"
-            f" {type(model).__name__}"
-        )
+    require(
+        found,
+        f"{who}: the model must have synapses, which hold the traces; got {type(model).__name__}",
+    )
     return found
 
 
@@ -106,11 +108,11 @@ def refuse_batch_norm(who: str, model: nn.Module) -> None:
         for name, module in model.named_modules()
         if isinstance(module, BatchNorm) or is_foreign_norm(module)
     ]
-    if names:
-        raise ValueError(
-            f"{who}: a trace cannot pass batch norm; standardise the weights instead"
-            f" (weights='standardized'); got batch norm at {', '.join(names)}"
-        )
+    require(
+        not names,
+        f"{who}: a trace cannot pass batch norm; standardise the weights instead"
+        f" (weights='standardized'); got batch norm at {', '.join(names)}",
+    )
 
 
 @contextmanager

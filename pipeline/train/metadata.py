@@ -18,8 +18,8 @@ from torch import nn
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import hardware, hardware_over
+from pipeline.measure.meters import Totals
 from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
-from pipeline.measure.totals import Totals
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import Recipe

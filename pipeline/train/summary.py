@@ -8,7 +8,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from pipeline.measure.totals import Totals
+from pipeline.measure.meters import Totals
 from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start
 from pipeline.train.evaluation import Evaluation
 

@@ -21,7 +21,7 @@ from pipeline.measure.clock import synchronize
 from pipeline.measure.constants import BETWEEN
 from pipeline.measure.energy import joules_per_sample
 from pipeline.measure.memory import memory_now_bytes
-from pipeline.measure.totals import Totals
+from pipeline.measure.meters import Totals
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import write_json
 from pipeline.track import events

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from pipeline.core.files import sync_file
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
-from pipeline.models.qkformer import QKFormer
-from pipeline.models.qkformer_published import is_published, renamed
+from pipeline.models.qkformer import QKFormer, is_published, renamed
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses

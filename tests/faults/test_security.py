@@ -515,7 +515,7 @@ def test_nothing_here_opens_an_archive_or_a_pickle_without_care() -> None:
                     else []
                 )
     assert len(files) > 200 and loads >= 6
-    assert found == ["pipeline/core/safe_pickle.py: pickle"]  # the name of an error
+    assert found == ["pipeline/core/tensor_file.py: pickle"]  # the name of an error
 
 
 def test_every_package_of_the_lock_has_a_hash() -> None:

@@ -50,7 +50,7 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
 
     monkeypatch.setattr(bench, "build_backend", noted)
     with group_of_one("cpu"):
-        interleaved._seconds(
+        interleaved.rule_seconds(
             torch.device("cpu"), recipe_with(0.5), {"BPTT": spec(BPTT), "SLTT": spec(SLTT)}, 4, 1
         )
     assert len(made) == 4  # two rounds of two rules
@@ -63,7 +63,7 @@ def test_what_a_process_ended_in_is_a_line() -> None:
     """DSR has neurons of its own, which this network has not."""
     with pytest.raises(
         ValueError,
-        match=r"^interleaved: ValueError: DSR: every neuron must be a RateIF or RateLIF.*$",
+        match=r"^interleaved: DSR: every neuron must be a RateIF or RateLIF.*$",
     ):
         measure_interleaved(recipe_with(0.5), (spec(DSR),), workers=1)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,6 @@ from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.fidelity import Fidelity, gradients
 from pipeline.models.mlp import mlp
-from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.report.probe import print_probe
 from pipeline.rules.bptt import BPTT
@@ -274,10 +274,10 @@ def test_without_bptts_gradient_none_is_compared_and_why_is_told(
 def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(teacher: Teacher, x_B: torch.Tensor) -> float:
+    def full(act: Callable[[], object], device: torch.device) -> float:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("pipeline.forecast.teacher_cost.answer_seconds", full)
+    monkeypatch.setattr("pipeline.forecast.bench.seconds_of", full)
     monkeypatch.delattr(Bench, "cost")
     why = r"^small's teacher: a batch must fit into memory; \d samples at T = 4 do not$"
     for forecast in (probe, partial(sweep, steps=(4,))):

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pipeline.core.allocator import release_freed_memory
+from pipeline.core.torch_settings import release_freed_memory
 from pipeline.forecast.bench import Bench, Cost
 from pipeline.forecast.sweep import COARSE, Sweep, sweep
 from pipeline.measure.memory import memory_now_bytes, peak_rss_bytes, reset_peak_rss

@@ -18,8 +18,7 @@ from pipeline.__main__ import main
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
-from pipeline.models.qkformer import QKFormer
-from pipeline.models.qkformer_published import to_published
+from pipeline.models.qkformer import QKFormer, to_published
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state

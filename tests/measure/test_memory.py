@@ -1,14 +1,20 @@
-"""Hand-computed bytes: float32 is 4 bytes, and what each node saves is read from derivatives.yaml
-of torch 2.13.
+"""Saved bytes, resident memory, room in control groups, and errors of memory that ran out.
+
+Saved bytes are computed by hand: float32 is 4 bytes, and what each node saves is read from
+derivatives.yaml of torch 2.13. The files of control groups are planted, as Linux shows those of
+containers, pods and jobs.
 """
 
 from __future__ import annotations
 
 import gc
+import json
+import os
 import subprocess
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +26,7 @@ from pipeline.measure.memory import (
     free_bytes,
     hardware,
     hardware_differences,
+    is_out_of_memory,
     memory_now_bytes,
     peak_device_bytes,
     peak_reserved_bytes,
@@ -27,6 +34,7 @@ from pipeline.measure.memory import (
     reserved_bytes,
     reset_peak_device_bytes,
     reset_peak_rss,
+    room_bytes,
 )
 from pipeline.measure.tensor_bytes import SavedBytes
 
@@ -435,3 +443,192 @@ def test_hardware_is_flat_and_the_same_twice():
     assert found["memory_gib"] > 0
     assert found["torch"] == torch.__version__
     assert found["gpu"] == "none"
+
+
+def plant(folder: Path, *, limit: str, used: int, cache: int, version: int = 2) -> None:
+    names = {
+        1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+        2: ("max", "current", "inactive_file"),
+    }
+    limits, uses, caches = names[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        (limits, limit),
+        (uses, str(used)),
+        ("stat", f"anon {used}\n{caches} {cache}\nactive_file 50"),
+    ):
+        file = folder / f"memory.{name}"
+        file.write_text(f"{text}\n")
+        file.chmod(0o444)
+
+
+def room(mount: Path, groups: str) -> int | None:
+    file = mount / "groups"
+    file.write_text(groups)
+    return room_bytes(mount=mount, groups=file)
+
+
+@pytest.mark.parametrize("group", ["/", "/kubepods/of/the/host"])
+def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path, group: str) -> None:
+    plant(tmp_path, limit="1000", used=700, cache=200)
+    assert (
+        room(tmp_path, f"0::{group}\n") == 1000 - 700 + 200
+    )  # the cache that is not in use can be given back
+
+
+def test_the_least_of_a_group_and_those_above_it(tmp_path: Path) -> None:
+    """Slurm limits the job, systemd the slice that it is in; a group beside it does not count."""
+    plant(tmp_path / "slice", limit="2000", used=1000, cache=0)
+    plant(tmp_path / "slice/job", limit="900", used=600, cache=100)
+    plant(tmp_path / "slice/job/step", limit="max", used=600, cache=100)
+    plant(tmp_path / "slice/other", limit="100", used=100, cache=0)
+    assert room(tmp_path, "0::/slice/job/step\n") == 400
+    plant(tmp_path / "tight", limit="1200", used=1000, cache=0)
+    plant(tmp_path / "tight/job", limit="900", used=600, cache=100)
+    assert room(tmp_path, "0::/tight/job\n") == 200
+
+
+def test_the_first_version_has_files_of_its_own(tmp_path: Path) -> None:
+    plant(
+        tmp_path / "memory", limit=str(2**63 - 4096), used=10**9, cache=0, version=1
+    )  # which stands for none
+    plant(tmp_path / "memory" / "docker" / "one", limit="1000", used=900, cache=300, version=1)
+    groups = "9:name=systemd:/\n4:memory:/docker/one\n1:cpu:/\n0::/\n"
+    assert room(tmp_path, groups) == 400
+    plant(tmp_path / "full" / "memory", limit="1000", used=1001, cache=0, version=1)
+    assert room(tmp_path / "full", groups) == 0
+
+
+def test_without_a_limit_there_is_nothing_to_say(tmp_path: Path) -> None:
+    plant(tmp_path, limit="max", used=700, cache=200)
+    assert room(tmp_path, "0::/\n") is None
+    assert room_bytes(mount=tmp_path, groups=tmp_path / "absent") is None
+
+
+def test_what_is_free_is_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.measure.memory.room_bytes", lambda: None)
+    assert free_bytes(torch.device("cpu")) > 10**6
+    for left in (4096, 0):
+        monkeypatch.setattr("pipeline.measure.memory.room_bytes", lambda left=left: left)
+        assert free_bytes(torch.device("cpu")) == left
+    monkeypatch.setattr("pipeline.measure.memory.room_bytes", lambda: 2**63)
+    assert 10**6 < free_bytes(torch.device("cpu")) < 2**60
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+    ),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    torch.distributed.DistBackendError(
+        "NCCL error, ncclUnhandledCudaError\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4503599627370496 bytes."
+    ),
+    RuntimeError("unable to mmap 800 bytes from file </f>: Cannot allocate memory (12)"),
+    MemoryError("Unable to allocate 8.00 EiB for an array"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_memory_that_ran_out_is_known_whoever_says_so(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+def test_torchs_own_allocator_on_a_cpu_is_known() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(refused.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("The size of tensor a (2) must match the size of tensor b (3)"),
+        RuntimeError("[rank1]: Connection closed by peer"),
+        ValueError("training: out of memory"),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_other_errors_are_not(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_what_has_other_causes_too_is_of_memory_on_a_full_card_alone(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_out_of_memory(RuntimeError(said))  # no card
+    for free, is_memory in ((2, True), (40, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free << 30, 80 << 30))
+        assert is_out_of_memory(RuntimeError(said)) == is_memory
+
+    def dead() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", dead)
+    assert not is_out_of_memory(RuntimeError(said))
+
+
+GROWTH = """
+import json
+import torch
+from pipeline.measure.memory import peak_rss_bytes
+from pipeline.measure.tensor_bytes import SavedBytes
+from pipeline.models.mlp import mlp
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from tests.helpers.rule_networks import cross_entropy, learn
+
+FEW, MANY = 2, 10  # time steps; each tensor of the hidden layer, 512 samples by 4096, takes 8 MB
+model, target_B = mlp(in_features=16, hidden=(4096,)), torch.arange(512) % 10
+
+def peaks(rule, steps):
+    rule.attach(model)
+    with SavedBytes(model) as saved:
+        learn(rule.loss_terms(model, torch.rand(steps, 512, 16), cross_entropy(target_B), step=0))
+    rule.release()
+    return saved.peak, peak_rss_bytes()
+
+peaks(SLTT(), FEW)  # what is loaded and allocated once
+# The rule with the smaller peak comes first, as the peak of a process never falls. BPTT goes step
+# by step: a forward over all steps at once needs more beside what it saves.
+rules = SLTT(), BPTT(chunk=1)
+found = {rule.label: [peaks(rule, steps) for steps in (FEW, MANY)] for rule in rules}
+print(json.dumps({rule: [many - few for few, many in zip(*each)] for rule, each in found.items()}))
+"""
+
+
+def test_resident_memory_grows_with_time_steps_as_saved_bytes_do() -> None:
+    at_once = {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20)
+    }  # glibc gives back what was freed, rather than keep it for the next
+    words = [sys.executable, "-c", GROWTH]
+    ran = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env={**os.environ, **at_once},
+    )
+    grown = json.loads(ran.stdout)
+    (of_sltt, resident_of_sltt), (of_bptt, resident_of_bptt) = grown["SLTT"], grown["BPTT-chunk-1"]
+    assert of_sltt == 0 and of_bptt > 1e8
+    assert resident_of_bptt == pytest.approx(of_bptt, rel=0.1)
+    assert resident_of_sltt < 0.1 * of_bptt

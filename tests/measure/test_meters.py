@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.forecast.counts import Traffic
 from pipeline.measure.constants import PARTS, REST
-from pipeline.measure.meters import Meters
-from pipeline.measure.totals import Totals
-from pipeline.measure.traffic import Traffic
+from pipeline.measure.meters import Meters, Totals
 from pipeline.rules.base import LossTerm, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -376,7 +375,7 @@ def test_what_training_keeps_free_for_itself_is_no_peak_of_an_evaluation() -> No
 
 KEPT_FREE = """
 import torch
-from pipeline.core.allocator import keep_freed_memory
+from pipeline.core.torch_settings import keep_freed_memory
 assert keep_freed_memory()
 from pipeline.measure.meters import Meters
 meters = Meters(torch.nn.Linear(1, 1), batch_size=1, device=torch.device("cpu"))

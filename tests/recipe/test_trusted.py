@@ -35,8 +35,8 @@ METHODS = {
 MODULES = {
     "os", "pickle", "shutil", "subprocess", "socket", "urllib", "tempfile", "importlib",
     "runpy", "safetensors", "huggingface_hub", "requests", "mmap", "timm.create_model",
-    "pipeline.core.files", "pipeline.core.tensor_file.read_state", "pipeline.core.safe_pickle",
-    "pipeline.recipe.json",
+    "pipeline.core.files", "pipeline.recipe.json",
+    "pipeline.core.tensor_file.read_state", "pipeline.core.tensor_file.load_data",
 }  # fmt: skip
 ITS_OWN = {"layer.open"}
 """methods of ours that have the name of one that opens a file"""

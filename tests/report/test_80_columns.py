@@ -13,12 +13,11 @@ from rich.console import Console
 
 from pipeline.cli.doctor import print_findings
 from pipeline.core.printing import new_console
-from pipeline.forecast.bench import Cost
+from pipeline.forecast.bench import Cost, TeacherCost
 from pipeline.forecast.devices import DEVICES
 from pipeline.forecast.plan import Cluster, Plan, Planned
 from pipeline.forecast.probe import Probe
 from pipeline.forecast.sweep import Point, Sweep
-from pipeline.forecast.teacher_cost import TeacherCost
 from pipeline.launch.preflight import Finding
 from pipeline.measure.fidelity import Fidelity
 from pipeline.recipe.recipe import spec

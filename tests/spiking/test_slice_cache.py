@@ -26,9 +26,8 @@ from pipeline.spiking import synapse
 from pipeline.spiking.binary import Binarization, binarize, unbinarize
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.slice_cache import SliceCache
+from pipeline.spiking.slice_cache import SliceCache, StaticInput
 from pipeline.spiking.state import State, fresh_state, state_bytes
-from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
 from tests.helpers.rule_networks import cross_entropy

@@ -31,9 +31,8 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
-from pipeline.spiking.slice_cache import slice_cache
+from pipeline.spiking.slice_cache import StaticInput, slice_cache
 from pipeline.spiking.state import fresh_state, state_bytes
-from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.helpers.rule_networks import cross_entropy

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.measure.totals import Totals
+from pipeline.measure.meters import Totals
 from pipeline.track.events import Event
 from pipeline.train.evaluation import Evaluation
 from pipeline.train.summary import summarise

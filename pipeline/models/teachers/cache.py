@@ -24,6 +24,8 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.core.checks import require
+
 Storage = Literal["fp32", "fp16", "bf16"]
 _TYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -49,12 +51,11 @@ class Cache:
     storage: Storage = "fp32"
 
     def __post_init__(self) -> None:
-        if not self.limit_gb > 0:
-            raise ValueError(f"Cache: limit_gb must be above 0; got {self.limit_gb}")
-        if self.storage not in _TYPES:
-            raise ValueError(
-                f"Cache: storage must be one of {', '.join(_TYPES)}; got {self.storage!r}"
-            )
+        require(self.limit_gb > 0, f"Cache: limit_gb must be above 0; got {self.limit_gb}")
+        require(
+            self.storage in _TYPES,
+            f"Cache: storage must be one of {', '.join(_TYPES)}; got {self.storage!r}",
+        )
 
     def check(self, kept: Path, *, answers: int, classes: int) -> None:
         """Check that `answers` predictions of a run fit; `kept` may hold some of them already.
@@ -64,12 +65,12 @@ class Cache:
         planned = answers * record(classes, self.storage).itemsize
         there, whole = _bytes(kept), _bytes(Path(self.folder))
         needed = whole + max(0, planned - there)
-        if needed > self.limit_gb * 1e9:
-            raise ValueError(
-                f"Cache: {self.folder} must hold {needed / 1e9:.3g} GB, {whole / 1e9:.3g} of them"
-                f" there already, for the {answers} answers of this run; got"
-                f" limit_gb={self.limit_gb:g}"
-            )
+        require(
+            needed <= self.limit_gb * 1e9,
+            f"Cache: {self.folder} must hold {needed / 1e9:.3g} GB, {whole / 1e9:.3g} of them"
+            f" there already, for the {answers} answers of this run; got"
+            f" limit_gb={self.limit_gb:g}",
+        )
 
 
 class CachedPredictions:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.checks import refuse_unless_counts
+from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.core.torch_settings import Precision, computing
 from pipeline.models.teachers.base import Teacher, content_hash
@@ -100,11 +100,11 @@ def network_teacher(
     refuse_unless_counts("network_teacher", {"time_steps": time_steps})
     state = read_state(Path(weights), who="network_teacher")
     wrong = describe_mismatch(state, model.state_dict())
-    if wrong:
-        raise ValueError(
-            f"network_teacher: the weights in {weights} must fit the model to the last key; got"
-            f" {wrong}"
-        )
+    require(
+        not wrong,
+        f"network_teacher: the weights in {weights} must fit the model to the last key; got"
+        f" {wrong}",
+    )
     model.load_state_dict(state)
     teacher = NetworkTeacher(model, time_steps=time_steps, cache=cache, precision=precision)
     try:
@@ -115,9 +115,9 @@ def network_teacher(
             f"network_teacher: the model must take the data's samples, {shape}; it does not:"
             f" {error}"
         ) from error
-    if found != data.classes:
-        raise ValueError(
-            f"network_teacher: model and data must have the same classes; got {found} and"
-            f" {data.classes}"
-        )
+    require(
+        found == data.classes,
+        f"network_teacher: model and data must have the same classes; got {found} and"
+        f" {data.classes}",
+    )
     return teacher

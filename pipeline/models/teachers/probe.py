@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
+
 ITERATIONS = 2000
 TOLERANCE = 1e-5
 """largest entry of the final gradient"""
@@ -44,12 +46,12 @@ class Probe:
     tiny: ClassVar[Mapping[str, Any]] = {"views": 64}
 
     def __post_init__(self) -> None:
-        if not self.l2 > 0:
-            raise ValueError(f"Probe: l2 must be above 0; got {self.l2}")
-        if self.views is not None and self.views < 1:
-            raise ValueError(f"Probe: views must be 1 or more; got {self.views}")
-        if self.seed < 0:
-            raise ValueError(f"Probe: seed must not be negative; got {self.seed}")
+        require(self.l2 > 0, f"Probe: l2 must be above 0; got {self.l2}")
+        require(
+            self.views is None or self.views >= 1,
+            f"Probe: views must be 1 or more; got {self.views}",
+        )
+        require(self.seed >= 0, f"Probe: seed must not be negative; got {self.seed}")
 
     def fit(self, features_ND: Tensor, target_N: Tensor, classes: int) -> nn.Linear:
         """The head, in fp32.
@@ -90,11 +92,11 @@ class Probe:
         }
         found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
         steepest = float(np.abs(found.jac).max())
-        if not steepest <= TOLERANCE:
-            raise ValueError(
-                f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is"
-                f" still {steepest:.1e}; raise l2={self.l2}"
-            )
+        require(
+            steepest <= TOLERANCE,
+            f"Probe: the fit must reach its minimum in {ITERATIONS} iterations; the gradient is"
+            f" still {steepest:.1e}; raise l2={self.l2}",
+        )
         w_KD = found.x[:-classes].reshape(shape) / std_D
         # Created on the meta device, so that no random numbers are drawn.
         head = nn.Linear(shape[1], classes, device="meta").to_empty(device="cpu")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.checks import refuse_unless_one_of
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.core.torch_settings import Precision, products_in
 from pipeline.models.teachers.base import ImageData, Teacher, content_hash
 from pipeline.models.teachers.cache import Cache
@@ -64,7 +64,9 @@ class TimmTeacher(Teacher):
         with products_in(self.precision), torch.autocast(x_BCHW.device.type, enabled=False):
             seen_BCHW = self._seen(x_BCHW)
             features = self.body.forward_features(seen_BCHW)  # type: ignore[operator]
-            return self.body.forward_head(features, pre_logits=True).float()  # type: ignore[operator]
+            return self.body.forward_head(  # type: ignore[operator]
+                features, pre_logits=True
+            ).float()
 
     @torch.no_grad()
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -111,25 +113,27 @@ def timm_teacher(
     _check_images(data, name)
     body = weights.load(name)
     own = timm.data.resolve_data_config(model=body)
-    if own["input_size"][0] != 3:
-        raise ValueError(
-            f"timm_teacher: {name} must see RGB; it sees {own['input_size'][0]} channels"
-        )
+    require(
+        own["input_size"][0] == 3,
+        f"timm_teacher: {name} must see RGB; it sees {own['input_size'][0]} channels",
+    )
     own_size = tuple(own["input_size"][1:])
     config: dict[str, Any] = body.pretrained_cfg  # type: ignore[assignment]
     is_fixed = config.get("fixed_input_size") and (size, size) != own_size
-    if size is not None and (size < 1 or is_fixed):
-        raise ValueError(
-            f"timm_teacher: size must be 1 or more, and {own_size[0]} if {name} has a fixed size;"
-            f" got {size}"
-        )
-    if isinstance(crop, str) and crop != "own":
-        raise ValueError(f"timm_teacher: crop must be a share or 'own'; got {crop!r}")
-    if probe is None and body.num_classes != data.classes:
-        raise ValueError(
-            f"timm_teacher: {name} has {body.num_classes} classes and the data {data.classes}, so"
-            " it needs a probe, probe=spec(Probe); got None"
-        )
+    require(
+        size is None or (size >= 1 and not is_fixed),
+        f"timm_teacher: size must be 1 or more, and {own_size[0]} if {name} has a fixed size;"
+        f" got {size}",
+    )
+    require(
+        not isinstance(crop, str) or crop == "own",
+        f"timm_teacher: crop must be a share or 'own'; got {crop!r}",
+    )
+    require(
+        probe is not None or body.num_classes == data.classes,
+        f"timm_teacher: {name} has {body.num_classes} classes and the data {data.classes}, so"
+        " it needs a probe, probe=spec(Probe); got None",
+    )
     view = TeacherView(
         mean=data.mean,
         std=data.std,
@@ -144,11 +148,11 @@ def timm_teacher(
 
 def _check_images(data: object, name: str) -> None:
     shape = getattr(data, "shape", None)
-    if not isinstance(data, ImageData) or len(data.shape) != 3 or data.shape[0] not in (1, 3):
-        raise ValueError(
-            f"timm_teacher: {name} needs images, RGB or grey, and the data set's mean and std; got"
-            f" {type(data).__name__} of shape {shape}"
-        )
+    require(
+        isinstance(data, ImageData) and len(data.shape) == 3 and data.shape[0] in (1, 3),
+        f"timm_teacher: {name} needs images, RGB or grey, and the data set's mean and std; got"
+        f" {type(data).__name__} of shape {shape}",
+    )
 
 
 class TeacherView(nn.Module):
@@ -182,8 +186,7 @@ class TeacherView(nn.Module):
     ) -> None:
         super().__init__()
         refuse_unless_one_of("TeacherView", ("bicubic", "bilinear"), interpolation=interpolation)
-        if not 0 < crop <= 1:
-            raise ValueError(f"TeacherView: crop must be a share in 0..1, 0 excluded; got {crop}")
+        require(0 < crop <= 1, f"TeacherView: crop must be a share in 0..1, 0 excluded; got {crop}")
         self.size, self.crop, self.interpolation = size, crop, interpolation
         for name, values in (
             ("mean", mean),

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.core.tensor_file import describe_mismatch, read_state
 
 
@@ -156,7 +157,8 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
     A key that is in neither map keeps its name, so it is later reported as not fitting.
     """
-    nested = [f"blocks.{s}.{i}" for s, stage in enumerate(model.blocks) for i in range(len(stage))]  # type: ignore[arg-type]
+    stages: Any = model.blocks
+    nested = [f"blocks.{s}.{i}" for s, stage in enumerate(stages) for i in range(len(stage))]
     expanding = {key.split(".")[1] for key in state if "._expand_conv." in key}
     renamed = {}
     for key, value in state.items():
@@ -173,16 +175,16 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 def _check_hash(path: Path, package: str) -> None:
     """Check that the hex at the end of the file's name is the start of its sha256."""
     wanted = path.stem.rpartition("-")[2]
-    if not path.is_file():
-        raise ValueError(
-            f"Package: {package} must hold {path.name}; {path} does not exist; install it again"
-        )
+    require(
+        path.is_file(),
+        f"Package: {package} must hold {path.name}; {path} does not exist; install it again",
+    )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(wanted):
-        raise ValueError(
-            f"Package: the sha256 of {path} must begin with {wanted}, as its name says; got"
-            f" {found[:8]}: damaged, install {package} again"
-        )
+    require(
+        found.startswith(wanted),
+        f"Package: the sha256 of {path} must begin with {wanted}, as its name says; got"
+        f" {found[:8]}: damaged, install {package} again",
+    )
 
 
 def _check_name(name: str) -> None:
@@ -194,11 +196,11 @@ def _check_name(name: str) -> None:
         )
     model, _, tag = name.partition(".")
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{model}.*")]
-    if tag and tag not in tags:
-        raise ValueError(
-            f"timm_teacher: {model} must have the tag {tag!r}; timm {timm.__version__} knows"
-            f" {', '.join(tags) or 'none'}"
-        )
+    require(
+        not tag or tag in tags,
+        f"timm_teacher: {model} must have the tag {tag!r}; timm {timm.__version__} knows"
+        f" {', '.join(tags) or 'none'}",
+    )
 
 
 def _build(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
@@ -215,12 +217,14 @@ def _build(name: str, state: Mapping[str, Tensor], source: str) -> nn.Module:
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> nn.Module:
     wrong = describe_mismatch(state, model.state_dict())
-    if wrong:
-        raise ValueError(
-            f"timm_teacher: the weights in {source} must fit {type(model).__name__} to the last"
-            f" key; got {wrong}"
-        )
-    if not all(bool(value.isfinite().all()) for value in state.values()):
-        raise ValueError(f"timm_teacher: the weights in {source} must be finite; they are not")
+    require(
+        not wrong,
+        f"timm_teacher: the weights in {source} must fit {type(model).__name__} to the last"
+        f" key; got {wrong}",
+    )
+    require(
+        all(bool(value.isfinite().all()) for value in state.values()),
+        f"timm_teacher: the weights in {source} must be finite; they are not",
+    )
     model.load_state_dict(state)
     return model

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.core.safe_pickle import load_data
+from pipeline.core.tensor_file import load_data
 from pipeline.train.backend.base import OptimizerOf, forgetter
 from pipeline.train.backend.copies import copied
 

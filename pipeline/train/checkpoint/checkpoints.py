@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import FOR_THE_USER
-from pipeline.core.safe_pickle import find_code
+from pipeline.core.tensor_file import find_code
 from pipeline.core.units import counted
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.copies import copied

@@ -21,7 +21,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.static_input import StaticInput
+from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.guards.anomaly import Unguarded
