@@ -70,7 +70,7 @@ class Counting(SLTT):
         super().start_task(model, task)
         self.begun[task] += 1
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"begun": float(self.begun.sum())}
 
     def _loss_terms(
@@ -242,8 +242,8 @@ def test_a_killed_hlop_run_goes_on_in_the_right_task(
     resumed = train(tmp_path / "run", protected())
     assert outcome(resumed) == outcome(untouched)
     assert same_weights(tmp_path / "run", tmp_path / "whole")
-    assert [phase["figures"]["free_classifier"] for phase in resumed["phases"]] == [18, 15, 12]
-    assert all(0 < phase["figures"]["energy_layers.0"] <= 1 for phase in resumed["phases"])
+    assert [phase["rule_metrics"]["free_classifier"] for phase in resumed["phases"]] == [18, 15, 12]
+    assert all(0 < phase["rule_metrics"]["energy_layers.0"] <= 1 for phase in resumed["phases"])
     first, other = (
         torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "rule.pt", weights_only=True)
         for name in ("whole", "run")
@@ -464,7 +464,7 @@ def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(
     assert [phase["top1"] for phase in summary["phases"]] == [
         rows[index][index] for index in range(3)
     ]
-    assert [phase["figures"] for phase in summary["phases"]] == [
+    assert [phase["rule_metrics"] for phase in summary["phases"]] == [
         {"begun": 1},
         {"begun": 2},
         {"begun": 3},

@@ -217,7 +217,7 @@ def told_at_the_end(
             "rule": parts.rule.bytes(),
             "teacher": 0 if taught is None else taught.bytes,
         },
-        "rule_figures": dict(figures),
+        "rule_metrics": dict(figures),
         "loader_threads": job.loader_threads,
         "own_cores": _has_own_cores(parts),
         "commit": job.commit,

@@ -22,7 +22,7 @@ class Figures:
 
     def now(self) -> dict[str, float]:
         """The mean over ranks; without what no batch has given. Collective."""
-        figures = self.parts.rule.figures()
+        figures = self.parts.rule.metrics()
         if not figures:
             return {}
         means = self.parts.ranks.mean(

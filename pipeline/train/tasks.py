@@ -165,7 +165,7 @@ class Learnt:
             "acc": sum(last) / len(last),
             "bwt": self.forgotten(last),
             "phases": [
-                {"name": task.name, "head": task.head, "top1": row[-1], "figures": figures}
+                {"name": task.name, "head": task.head, "top1": row[-1], "rule_metrics": figures}
                 for task, row, figures in zip(tasks, self.rows, self.figures, strict=True)
             ],
         }

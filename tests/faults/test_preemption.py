@@ -224,14 +224,14 @@ def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_th
     (tmp_path / "run" / "stop").unlink()
     resumed = run(job, RankInfo())
     assert whole is not None and resumed is not None
-    assert resumed["rule_figures"] == whole["rule_figures"] != {}
+    assert resumed["rule_metrics"] == whole["rule_metrics"] != {}
 
 
 @pytest.mark.parametrize("rule", [IDE(), SPIDE()])
 def test_of_no_batch_nothing_is_told(rule: Rule) -> None:
     parts: Any = SimpleNamespace(rule=rule, ranks=Ranks(), device=torch.device("cpu"), trainer=None)
-    assert rule.figures() and Figures(parts).now() == {}
-    parts.trainer = {"figures": dict.fromkeys(rule.figures(), 0.5)}
+    assert rule.metrics() and Figures(parts).now() == {}
+    parts.trainer = {"figures": dict.fromkeys(rule.metrics(), 0.5)}
     assert Figures(parts).now() == parts.trainer["figures"]
 
 

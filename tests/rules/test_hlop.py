@@ -366,10 +366,10 @@ def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
     go_on(whole, whole_model, range(2))
     whole.start_task(whole_model, 1)
     go_on(whole, whole_model, range(2, 4))
-    whole.figures()
+    whole.metrics()
     second_model.load_state_dict(copy.deepcopy(whole_model.state_dict()))
     second.load_state_dict(copy.deepcopy(whole.state_dict()))
-    assert second.figures() == whole.figures()
+    assert second.metrics() == whole.metrics()
     for rule, model in ((whole, whole_model), (second, second_model)):
         go_on(rule, model, range(4, 6))
         rule.start_task(model, 2)
