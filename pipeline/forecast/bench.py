@@ -54,12 +54,10 @@ from pipeline.spiking.encode import over_steps
 from pipeline.train.assemble import build_backend
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.plain import Plain
-from pipeline.train.build import build_network, check_recipe
+from pipeline.train.build import build_network, build_optimizer, check_recipe
 from pipeline.train.elastic import seed_everything
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.loop import Guard, MicroBatch, train_batch
 from pipeline.train.objective import Loss
-from pipeline.train.optimizer import build_optimizer
 from pipeline.train.part_checks import check_batch, checked_loader
 from pipeline.train.tasks import tasks_of
 from pipeline.train.weights import load_start
@@ -240,12 +238,11 @@ class Bench:
                 for group in backend.optimizer.param_groups:
                     group["lr"] = 0.0
 
-            def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
-                for step in range(batches):
-                    before_batch(step, meters)
-                    yield step, [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-
-            train(made, backend, lambda step: None, steps(), self.loss, meters, Unguarded())
+            batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+            schedule = lambda step: None
+            for step in range(batches):
+                before_batch(step, meters)
+                train_batch(made, backend, schedule, step, batch, self.loss, meters, Guard())
         return made, meters
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:

@@ -31,8 +31,8 @@ from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import is_driven, state_of
 from pipeline.track.trials import over_in
+from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
-from pipeline.train.placeholder_weights import with_stand_ins
 
 
 def launch_suite(
@@ -209,7 +209,7 @@ def _check_ahead(
 
     Each run is checked again before it begins, with the weights that it starts from.
     """
-    with with_stand_ins(suite) as recipes:
+    with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:
             if recipe.name not in begun:
                 check(recipe, cluster, trust=trust)

@@ -5,7 +5,7 @@ T time, B batch, K classes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from pipeline.measure.operations import Operations, Work
 from pipeline.measure.sample_evenly import EvenSample
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
+from pipeline.train.backend.collectives import Ranks
 from pipeline.train.objective import Loss
 from pipeline.train.predictions import Answers, answers_of
 
@@ -206,3 +207,23 @@ def inputs(
                 yield over_steps(x_B.to(device), time_steps), target_B.to(device), index_B
             if left == 0:
                 return
+
+
+def share_of(samples: int | None, ranks: Ranks) -> int | None:
+    """How many of the first `samples` this rank evaluates; None: its whole share of the set."""
+    return None if samples is None else len(range(ranks.rank, samples, ranks.size))
+
+
+def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
+
+    return Evaluation(
+        samples=sum(each.samples for each in evaluations),
+        top1=mean("top1"),
+        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
+        loss=mean("loss"),
+        firing_rate=mean("firing_rate"),
+    )

@@ -16,7 +16,6 @@ from torch import nn
 from pipeline.data.base import Data, Loader, with_page_checks
 from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.recipe import Recipe, Split
-from pipeline.train.evaluation import Evaluation
 from pipeline.train.part_checks import check_first_batch, checked_data, checked_loader, is_own
 
 
@@ -169,18 +168,3 @@ class Learnt:
                 for task, row, figures in zip(tasks, self.rows, self.figures, strict=True)
             ],
         }
-
-
-def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
-
-    def mean(name: str) -> float:
-        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
-
-    return Evaluation(
-        samples=sum(each.samples for each in evaluations),
-        top1=mean("top1"),
-        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
-        loss=mean("loss"),
-        firing_rate=mean("firing_rate"),
-    )

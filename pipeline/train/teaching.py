@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.core.torch_settings import check_precision
 from pipeline.data.base import Batch, Data
 from pipeline.measure.tensor_bytes import bytes_of
@@ -36,7 +37,7 @@ from pipeline.track.journal import Tracker
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.evaluation import Evaluation, evaluate, inputs
 from pipeline.train.objective import CrossEntropy
-from pipeline.train.part_checks import checked_teacher
+from pipeline.train.part_checks import build_part, require_members
 
 TOGETHER = 32
 """pictures that a probe's features are computed for at a time"""
@@ -82,7 +83,12 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
             f" {len(recipe.phases)}"
         )
     with torch.random.fork_rng(devices=[]):
-        teacher = checked_teacher(recipe.teacher.build(data), recipe.teacher)
+        teacher = build_part("teacher", recipe.teacher, Teacher, data)
+    who = f"teacher: {recipe.teacher.target.__name__}"
+    require_members(who, teacher, ("label",))
+    for name in ("forward", "identity"):
+        is_overridden = getattr(type(teacher), name) is not getattr(Teacher, name)
+        require(is_overridden, f"{who} must override {name}; it does not")
     repeats = recipe.data.kwargs.get("repeats", 1)
     if teacher.cache is not None and (recipe.mixing is not None or repeats > 1):
         mixing = None if recipe.mixing is None else recipe.mixing.label

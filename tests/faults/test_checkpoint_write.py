@@ -27,7 +27,7 @@ from pipeline.recipe import Checkpointing, Policy
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import background, step_folders, step_name
 from pipeline.train.guards import storage
-from pipeline.train.guards.anomaly import Skipped
+from pipeline.train.recovery import Decisions
 from pipeline.train.trainer import Trainer
 from tests.faults.test_not_finite import hit
 from tests.helpers.driver import Driver
@@ -302,7 +302,7 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
         deadline = time.monotonic() + 20
         while (
             self.step == step + 1
-            and not self.parts.checkpoints.failed()
+            and not self.context.checkpoints.failed()
             and time.monotonic() < deadline
         ):
             time.sleep(0.01)
@@ -403,7 +403,7 @@ def test_what_a_run_has_written_down_is_waited_for(
     """By the same attempt: a note that storage does not give is not damaged."""
     run, recipe = tmp_path / "run", small_recipe(epochs=1)
     make_run(run, recipe)
-    Skipped(batches=((2, 3),)).write(run)
+    Decisions(batches=((2, 3),)).write(run)
     (run / "micro_batch.json").write_text("4")
     read_text, failed = Path.read_text, []
 

@@ -13,6 +13,7 @@ from pipeline.recipe import Checkpointing, Evaluation, Policy
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpointing import Saving
+from pipeline.train.job import RankInfo
 from tests.helpers.small import small_recipe, train_inline
 
 
@@ -87,17 +88,15 @@ def test_between_batches_rank_0_alone_looks_for_files(
         checkpoints=Checkpointing(every=0, minutes=0.0), policy=Policy(replicas_every=0)
     )
     checkpoints = SimpleNamespace(failed=lambda: False, done=lambda: None)
-    ranks, job = SimpleNamespace(rank=rank, decide=decide), SimpleNamespace(run=str(tmp_path))
-    parts: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         recipe=recipe,
-        ranks=ranks,
-        job=job,
+        ranks=SimpleNamespace(rank=rank, decide=decide),
+        job=SimpleNamespace(run=str(tmp_path)),
+        place=RankInfo(),
         checkpoints=checkpoints,
         meters=None,
-        notice=lambda: None,
-        tracker=None,
     )
-    made = Saving(parts, step=0, learnt=Any, guard=Any, figures=Any)  # type: ignore[arg-type]
+    made = Saving(context, step=0, state=dict)
     assert made.between_batches(1, last=False) is (asked == "stop")
     assert set(looked) == ({"stop", "save"} if rank == 0 else set())
     assert flags[0][:2] == ((asked == "stop", asked == "save") if rank == 0 else (False, False))

@@ -9,7 +9,7 @@ import pytest
 from pipeline.measure.totals import Totals
 from pipeline.track.events import Event
 from pipeline.train.evaluation import Evaluation
-from pipeline.train.summary import summarise
+from pipeline.train.metadata import summarise
 from tests.helpers.events import event
 
 
@@ -33,7 +33,7 @@ def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(
         told(2, "first_batch", 309.0, step=1, startup_s=9.0),
         told(2, "step", 387.0, step=9),
     ]
-    monkeypatch.setattr("pipeline.train.summary.time.time", lambda: 390.0)
+    monkeypatch.setattr("pipeline.train.metadata.time.time", lambda: 390.0)
     totals = Totals(batches=9, timed_batches=7, operation_samples=1)
     totals.seconds |= {"forward": 60.0, "evaluation": 20.0}
     result = Evaluation(samples=1, top1=1.0, top5=1.0, loss=0.0, firing_rate=0.0)

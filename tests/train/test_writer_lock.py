@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.track.journal import NullTracker, read
 from pipeline.train import writer_lock
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.guards.deaths import note_death
+from pipeline.train.job import note_death
 from pipeline.train.writer_lock import journal, only_writer
 from tests.helpers.events import event
 

@@ -20,13 +20,11 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend, OptimizerOf
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
-from pipeline.train.objective import CrossEntropy
-from pipeline.train.optimizer import build_optimizer
+from pipeline.train.build import build_optimizer
+from pipeline.train.loop import MicroBatch
 from tests.helpers.processes import run_ranks
 from tests.helpers.rule_networks import batch, lif_network
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import train
 from tests.helpers.small import small_recipe
 
 pytestmark = pytest.mark.distributed
@@ -58,7 +56,7 @@ def trained(
         )
 
     batches = ((step, [micro_batch(step)]) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+    train(rule, backend, batches)
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 

@@ -25,12 +25,11 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.deepspeed import DeepSpeed, config, import_deepspeed
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.captured import write_captured
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import train
 
 pytestmark = pytest.mark.distributed
 
@@ -132,7 +131,7 @@ def ours(
             )
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+    train(rule, backend, batches)
     return model
 
 
@@ -332,9 +331,7 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
                 (step, [MicroBatch(batch(step)[0][:, half], batch(step)[1][half], rows, 0.5)])
                 for step in range(first, last)
             )
-            train(
-                rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded()
-            )
+            train(rule, backend, batches)
             rule.release()
 
         whole, first, second = network(), network(), network()

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from pipeline.rules.base import Rule, World
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
-from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.guards.replica_check import drifted
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
 from tests.helpers.rule_cases import CASES, Case
 from tests.helpers.rule_networks import batch
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import train
 
 pytestmark = pytest.mark.distributed
 
@@ -76,7 +75,7 @@ def on_deepspeed(case: Case, rank: int, *, zero: int, accumulation: int) -> tupl
             )
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+    train(rule, backend, batches)
     return model, rule
 
 

@@ -24,11 +24,10 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import train
 
 TIME, BATCH, RANKS, STEPS, TASKS = 2, 8, 2, 3, 3
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -99,7 +98,7 @@ def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> n
         if task:
             backend.forget()
         batches = ((step, micro_batches(step)) for step in range(task * STEPS, (task + 1) * STEPS))
-        train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+        train(rule, backend, batches)
     return model
 
 

@@ -24,12 +24,11 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
 from tests.helpers.rule_networks import learn, lif_network
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import train
 from tests.train.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, distance, global_batch
 
 pytestmark = pytest.mark.distributed
@@ -84,15 +83,7 @@ def on_deepspeed(
         before = begin(rule, model, step)
         if step == SECOND_TASK:
             backend.forget()
-        train(
-            rule,
-            backend,
-            lambda step: None,
-            [(step, micro_batches(step))],
-            CrossEntropy(),
-            NoMeters(),
-            Unguarded(),
-        )
+        train(rule, backend, [(step, micro_batches(step))])
     return model, rule, moved_where_it_must_not(model, rule, before)
 
 

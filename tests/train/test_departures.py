@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.train.guards import preemption
-from pipeline.train.guards.preemption import MARGIN_S, Departures
+from pipeline.train import checkpointing
+from pipeline.train.checkpointing import MARGIN_S, Departures
 from pipeline.train.job import Notice
 
 
@@ -32,7 +32,7 @@ def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 50.0
-    monkeypatch.setattr(preemption, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now))
     known = Departures()
     for machine, left in (("a", 100.0), ("b", 300.0)):  # the first to leave counts
         known.add(Notice((machine,), time.time() + left))
@@ -41,5 +41,5 @@ def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
     assert not known.is_last_call(batch_s=3.0, write_s=4.0)
     now = latest + 1
     assert known.is_last_call(batch_s=3.0, write_s=4.0)
-    known.saved()
+    known.end()
     assert not known.is_last_call(batch_s=3.0, write_s=4.0)
