@@ -40,10 +40,11 @@ from pipeline.spiking.state import fresh_state
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders
 from pipeline.train.checkpointing import Saving
+from pipeline.train.evaluation import Evaluation, mean_of
 from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
-from pipeline.train.tasks import Learnt, Loaders, Task, mean_of, tasks_of
+from pipeline.train.tasks import Learnt, Loaders, Task, tasks_of
 from pipeline.train.trainer import Trainer
 from tests.helpers.small import job_of, same_weights, small_recipe
 from tests.train.test_worker import Killed, die_at
@@ -587,8 +588,6 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 
 def test_the_mean_over_tasks_counts_each_once() -> None:
-    from pipeline.train.evaluation import Evaluation
-
     mean = mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)])
     assert mean == Evaluation(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))
     assert not math.isnan(mean.loss)

@@ -77,11 +77,9 @@ class Process:
     place: RankInfo
     ranks: Ranks
     tracker: Tracker
-    watchdog: Watchdog
-    """armed"""
+    watchdog: Watchdog  # armed
     clock: Clock
-    began: float
-    """unix seconds at the attempt's first line of work"""
+    began: float  # unix seconds at the attempt's first line of work
 
     def patiently(self, act: Callable[[], T_]) -> T_:
         """Rank 0's result of `act`, which may wait for storage that is away. Collective."""
@@ -101,17 +99,15 @@ class TrainContext(Process):
     backend: Backend
     schedule: Callable[[int], None]
     loaders: Loaders
-    stretches: tuple[Stretch, ...]
-    """the steps of each task"""
+    stretches: tuple[Stretch, ...]  # the steps of each task
     mixing: Mixing | None
     teaching: Teaching | None
-    nearness: Nearness | None
-    """on rank 0, if the recipe asks for gradient fidelity"""
+    nearness: Nearness | None  # on rank 0, if the recipe asks for gradient fidelity
     meters: Meters
     checkpoints: Checkpoints
     decisions: Decisions
+    # `trainer.json` of the checkpoint that was restored; None if the run begins
     restored: dict[str, Any] | None
-    """`trainer.json` of the checkpoint that was restored; None if the run begins"""
 
 
 def assemble(process: Process) -> TrainContext:

@@ -27,10 +27,9 @@ from pipeline.train.job import Notice
 from pipeline.train.metadata import checkpoint_metadata
 from pipeline.train.recovery import Rollback
 
+# seconds of training that an evaluation may leave unsaved; more is saved before it
 UNSAVED_S = 30.0
-"""seconds of training that an evaluation may leave unsaved; more is saved before it"""
-MARGIN_S = 2.0
-"""seconds before a deadline that the last save has beside its expected time"""
+MARGIN_S = 2.0  # seconds before a deadline that the last save has beside its expected time
 
 
 class Departures:
@@ -38,8 +37,8 @@ class Departures:
 
     def __init__(self) -> None:
         self.machines: frozenset[str] = frozenset()
+        # of the last save, on the monotonic clock; None: there is no deadline, or it was made
         self._deadline: float | None = None
-        """of the last save, on the monotonic clock; None: there is no deadline, or it was made"""
 
     def is_new(self, notice: Notice | None) -> bool:
         """Whether a notice names a machine that no notice before has named."""
@@ -69,10 +68,9 @@ class Save(NamedTuple):
     """A save that was begun after `step` batches."""
 
     step: int
-    score: float | None = None
-    """of its evaluation"""
+    score: float | None = None  # of its evaluation
+    # an epoch has ended, and its evaluation is left to the attempt that continues from here
     is_epoch_end_due: bool = False
-    """an epoch has ended, and its evaluation is left to the attempt that continues from here"""
 
 
 class Saving:
@@ -97,15 +95,13 @@ class Saving:
         )
         self.files = RunFolder(context.job.run)
         self.departures = Departures()
+        # the save that was begun last, and when
         self._last, self._last_at = Save(step), time.monotonic()
-        """the save that was begun last, and when"""
-        self._stall_s = 0.0
-        """seconds that training has stood still for the last save"""
-        self._write_s = 0.0
-        """seconds until the last checkpoint was whole; known to rank 0"""
+        self._stall_s = 0.0  # seconds that training has stood still for the last save
+        self._write_s = 0.0  # seconds until the last checkpoint was whole; known to rank 0
         self._batch_began = time.monotonic()
+        # the requests that this rank looks for during an evaluation
         self._watched = (self.files.stop, self.files.save)
-        """the requests that this rank looks for during an evaluation"""
 
     def __enter__(self) -> Saving:
         return self

@@ -16,8 +16,7 @@ from pipeline.measure.energy import EnergyCounter
 from pipeline.train.assemble import TrainContext
 from pipeline.train.evaluation import Evaluated, evaluate, inputs, share_of
 
-LOOK_S = 1.0
-"""seconds between two looks whether somebody asks for something"""
+LOOK_S = 1.0  # seconds between two looks whether somebody asks for something
 
 
 def evaluate_tasks(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,34 +21,31 @@ from pipeline.measure.operations import Operations, Work
 from pipeline.measure.sample_evenly import EvenSample
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
-from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.collectives import Ranks, world
 from pipeline.train.objective import Loss
 from pipeline.train.predictions import Answers, answers_of
 
-TOP = 5
-"""how many of the best classes top-5 looks at"""
-COUNTED = 64
-"""samples at most of which operations are counted"""
+TOP = 5  # classes of the top-5 accuracy
+COUNTED = 64  # the most samples whose operations are counted
+# the samples whose operations a summary has
 COUNTED_ON = "from all over the first worker's share of the evaluation set"
-"""for a summary, which has the operations of that worker"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares in 0..1; the firing rate is spikes per neuron and time step, of the samples on which
-    they are counted.
+    """Shares in 0..1. The firing rate is spikes per neuron and time step, of the samples on which
+    spikes are counted.
     """
 
     samples: int
     top1: float
-    top5: float | None
-    """None under six classes, where it would say nothing"""
+    top5: float | None  # None if there are fewer than six classes
     loss: float
     firing_rate: float
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By name, without what was not measured; the number of samples is none of them."""
+        """By name, without the number of samples and what was not measured."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -56,22 +54,15 @@ class Evaluation:
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation gives beside its figures."""
+    """An evaluation and the data behind it."""
 
-    result: Evaluation
-    """of all ranks together"""
-    answers: Answers
-    """of this rank"""
+    result: Evaluation  # of all ranks together
+    answers: Answers  # of this rank
+    # of all ranks together, on one sample in `ACTIVITY_EVERY`; () without neurons
     activity: tuple[LayerActivity, ...]
-    """of all ranks together, on one sample in `ACTIVITY_EVERY`; none for a network without
-    neurons
-    """
+    # of samples spread over this rank's share; None if operations were not counted
     inference: Inference | None
-    """of samples spread over this rank's share; None without one, or where operations were not
-    counted
-    """
-    readings: EnergyReadings
-    """of this rank's card"""
+    readings: EnergyReadings  # of this rank's card
 
 
 @torch.no_grad()
@@ -86,15 +77,17 @@ def evaluate(
     joules: EnergyCounter | None = None,
     when_answered: Callable[[], None] = lambda: None,
 ) -> Evaluated:
-    """Run the model over this rank's share of a set; collective.
+    """Run the model over this rank's share of a set. Collective.
 
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
-        network: the bare network inside, by whose names the layers of neurons are told; None: the
-        model itself. joules: of the card that it runs on, read before the first batch is asked for
-        and after the last one's answers are there,
-            so without the counting of operations; None: not measured.
-        when_answered: called at that moment, too.
+        network: the bare network inside, whose names the layers have; None: the model itself.
+        joules: the energy counter of the model's card. It is read before the first batch is read
+            and after the last answer, so without the counting of operations. None: not measured.
+        when_answered: called after the last answer, too.
+
+    Raises:
+        ValueError: there is no sample on any rank.
     """
     network, joules = network or model, joules or EnergyCounter(torch.device("cpu"))
     was_training = model.training
@@ -119,7 +112,7 @@ def evaluate(
                 loss = loss_of(mean_BK)
             else:
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
-            best_B5 = best(mean_BK)
+            best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
             found = [samples, float(hits_B5[:, 0].sum()), float(loss.double() * samples)]
             found += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
@@ -131,12 +124,15 @@ def evaluate(
     when_answered()
     inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
     model.train(was_training)
-    samples, top1, loss, ranked, top5 = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
+    device = next(model.parameters()).device
+    total, largest_of = (
+        partial(_over_ranks, device=device, how=how)
+        for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)
+    )
+    samples, top1, loss, ranked, top5 = total(sums).tolist()
     if samples == 0:
         raise ValueError("evaluate: needs at least one sample; got none on any rank")
-    layers = activity.layers(
-        *(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX))
-    )
+    layers = activity.layers(total, largest_of)
     share_top5 = top5 / ranked if ranked else None
     result = Evaluation(
         int(samples), top1 / samples, share_top5, loss / samples, firing_rate(layers)
@@ -147,41 +143,24 @@ def evaluate(
 def _inference(
     model: nn.Module, network: nn.Module, counted: EvenSample, *, batch_size: int
 ) -> Inference:
-    """Counted in batches no larger than those that were evaluated, which fit."""
+    """Operations, in batches no larger than those of the evaluation, which fit in memory."""
     with Operations(network) as operations:
         for x_TB in counted.batches(batch_size):
             with fresh_state(model):
                 model(x_TB)
-    # Of the forward alone: what a rule or a limit adds to it is no inference's.
+    # The forward alone: inference has no rule.
     return Inference(
         operations.work.get("forward", Work()), len(counted), tuple(sorted(operations.not_counted))
     )
 
 
-def _over_ranks(
-    model: nn.Module, how: distributed.ReduceOp.RedOpType
-) -> Callable[[Tensor], Tensor]:
-    """A reduction of vectors on the CPU."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return lambda value: value
-    device = next(model.parameters()).device
-
-    def reduce(value: Tensor) -> Tensor:
-        shared = value.to(device, copy=True)
-        distributed.all_reduce(shared, op=how)
-        return shared.cpu()
-
-    return reduce
-
-
-def best(logits_BK: Tensor) -> Tensor:
-    """The best class, the second best, ...: `[B, 5]`, narrower where there are fewer classes."""
-    return logits_BK.topk(min(TOP, logits_BK.shape[-1])).indices
-
-
-def hits(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Whether the label is the best class, the second best, ...: `[B, 5]`, as `best`."""
-    return best(logits_BK) == target_B[:, None]
+def _over_ranks(value: Tensor, device: torch.device, how: Any) -> Tensor:
+    """A reduction of a vector on the CPU."""
+    if world()[1] == 1:
+        return value
+    shared = value.to(device, copy=True)
+    distributed.all_reduce(shared, op=how)
+    return shared.cpu()
 
 
 def inputs(
@@ -192,11 +171,11 @@ def inputs(
     most: int | None = None,
     epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """What `evaluate` takes, from this rank's batches: all of them, or the first `most` samples.
-    Close it if you leave early.
+    """The batches for `evaluate`: all of this rank's, or the first `most` samples. Close it if you
+    leave early.
 
-    `epoch`: the same samples whichever it is; who evaluates again with another has other pages of
-    the data compared."""
+    `epoch` does not change the samples, but which pages of the data are checked.
+    """
     left = most
     with loader.epoch(epoch) as batches:
         for batch in batches:

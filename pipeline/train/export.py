@@ -65,8 +65,7 @@ class Exported:
     bits: int = 0
     synapses: int = 0
     folded: int = 0
-    trust: tuple[str, ...] = ()
-    """packages of the user's own that the network is made of"""
+    trust: tuple[str, ...] = ()  # packages of the user's own that the network is made of
 
     @property
     def loading(self) -> str:

@@ -24,37 +24,29 @@ from pipeline.recipe.recipe import read_json, write_json
 class Job:
     """One run, as its workers need to know it."""
 
-    run: str
-    """the run's folder, absolute, on storage that every worker and the driver see"""
+    run: str  # the run's folder, absolute, on storage that every worker and the driver see
     study: str
     data_fingerprint: str
     commit: str
-    recipe: dict[str, Any]
-    """the recipe of the launch as JSON, which recipe.json still has to hold"""
-    parent: str | None = None
-    """shared by the runs of one suite"""
-    suite: str | None = None
-    """the name of its folder"""
-    family: str | None = None
-    """the MLflow experiment; all runs of a suite share one"""
+    recipe: dict[str, Any]  # the recipe of the launch as JSON, which recipe.json still has to hold
+    parent: str | None = None  # shared by the runs of one suite
+    suite: str | None = None  # the name of its folder
+    family: str | None = None  # the MLflow experiment; all runs of a suite share one
     run_id: str = ""
     resume_command: str = ""
     trust: tuple[str, ...] = ()
-    threads: int = 1
-    """torch's threads in each worker"""
+    threads: int = 1  # torch's threads in each worker
     loader_threads: int = 1
+    # minutes without a sign of life after which a worker counts as hung; 0: never
     hang_minutes: float = 0.0
-    """minutes without a sign of life after which a worker counts as hung; 0: never"""
+    # of which samples the pages are compared with their checksums: data/ffcv/page_checks.py
     verify: Literal["sampled", "full"] = "sampled"
-    """of which samples the pages are compared with their checksums: data/ffcv/page_checks.py"""
+    # where its checkpoints are: a folder or an address; "": in the run's folder
     checkpoints: str = ""
-    """where its checkpoints are: a folder or an address; "": in the run's folder"""
+    # by which its workers may write there (checkpoint/owner.py); "": in the run's folder, whose
+    # locks are enough
     place_token: str = ""
-    """by which its workers may write there (checkpoint/owner.py); "": in the run's folder, whose
-    locks are enough
-    """
-    own_cores: bool = False
-    """whether each worker on a CPU keeps to cores that no other run uses"""
+    own_cores: bool = False  # whether each worker on a CPU keeps to cores that no other run uses
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,7 @@ class Notice:
     """Machines that are about to be taken away."""
 
     machines: tuple[str, ...]
-    deadline: float | None
-    """unix seconds; None: unknown"""
+    deadline: float | None  # unix seconds; None: unknown
 
     @property
     def seconds_left(self) -> float | None:
@@ -91,12 +82,11 @@ class RankInfo:
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
-    local_rank: int = 0
-    """among the workers of its machine"""
+    local_rank: int = 0  # among the workers of its machine
+    # every number of workers that the run may have, ascending; (): only `workers`
     sizes: tuple[int, ...] = ()
-    """every number of workers that the run may have, ascending; (): only `workers`"""
+    # the last notice that reached this worker; not collective
     notice: Callable[[], Notice | None] = no_notice
-    """the last notice that reached this worker; not collective"""
 
     @property
     def possible_sizes(self) -> tuple[int, ...]:

@@ -21,16 +21,12 @@ class MicroBatch(NamedTuple):
     """The samples of a global batch that one worker holds at a time."""
 
     x_TB: Tensor
-    target_B: Tensor
-    """a class [B], or shares of the classes [B,K]"""
+    target_B: Tensor  # a class [B], or shares of the classes [B,K]
+    # place of each sample in the global batch. A rule's random draws for a sample depend on it, so
+    # they do not depend on the number of ranks
     rows: range
-    """place of each sample in the global batch. A rule's random draws for a sample depend on it, so
-    they do not depend on the number of ranks
-    """
-    share: float
-    """weight of this micro-batch; shares sum to 1 over ranks and micro-batches"""
-    teacher_BK: Tensor | None = None
-    """the teacher's logits, if there is a teacher"""
+    share: float  # weight of this micro-batch; shares sum to 1 over ranks and micro-batches
+    teacher_BK: Tensor | None = None  # the teacher's logits, if there is a teacher
 
 
 class Guard:

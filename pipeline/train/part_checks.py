@@ -24,16 +24,16 @@ from pipeline.spiking.state import fresh_state
 
 T_ = TypeVar("T_")
 
+# of pipeline.data.base.Data, and the keywords that each is called with
 _DATA_METHODS: Mapping[str, tuple[str, ...]] = {
     "fingerprint": (),
     "check": (),
     "train": ("seed", "rank", "world", "batch_size", "micro_batch", "threads"),
     "val": ("rank", "world", "micro_batch", "threads"),
 }
-"""of pipeline.data.base.Data, and the keywords that each is called with"""
 
+# networks that `check_network` has accepted; the runs of a suite share them
 _fits: list[tuple[Spec, tuple[int, ...], int, int]] = []
-"""networks that `check_network` has accepted; the runs of a suite share them"""
 
 
 def build_part(what: str, part: Spec, kind: type[T_], *arguments: Any, name: str = "") -> T_:

@@ -25,15 +25,12 @@ Ints = NDArray[np.int64]
 class Answers:
     """int64 `[N]` each, one entry a sample."""
 
-    index: Ints
-    """the sample's place in the evaluation file, as `Batch.index` counts"""
+    index: Ints  # the sample's place in the evaluation file, as `Batch.index` counts
     target: Ints
-    answer: Ints
-    """the class with the highest mean logit"""
+    answer: Ints  # the class with the highest mean logit
+    # whose evaluation set the sample stands in, and its index counts in; None: the run has no
+    # phases
     task: Ints | None = None
-    """whose evaluation set the sample stands in, and its index counts in; None: the run has no
-    phases
-    """
 
     @property
     def right(self) -> NDArray[np.bool_]:

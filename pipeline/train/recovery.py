@@ -55,10 +55,9 @@ class Decisions:
     """What recovery has decided so far. No decision is taken back."""
 
     rollbacks: int = 0
-    skipped: tuple[tuple[int, int], ...] = ()
-    """batches [first, end) that rollbacks left out"""
+    skipped: tuple[tuple[int, int], ...] = ()  # batches [first, end) that rollbacks left out
+    # the most samples that a worker holds at a time; None: memory has not run out
     micro_batch: int | None = None
-    """the most samples that a worker holds at a time; None: memory has not run out"""
 
     @classmethod
     def read(cls, run: Path) -> Decisions:

@@ -24,8 +24,7 @@ class Task:
     name: str
     data: Data
     epochs: int
-    head: int | None = None
-    """which head of the network answers; None: it has one"""
+    head: int | None = None  # which head of the network answers; None: it has one
 
     def choose_head(self, network: nn.Module) -> None:
         """Let the task's head answer, where the network has several.
@@ -104,8 +103,8 @@ class Loaders:
             "threads": threads,
         }
         self._training = {"seed": recipe.seed, "batch_size": recipe.batch_size}
+        # (samples, global batches an epoch) of each training set
         self.lengths = tuple(self._measured(index) for index in range(len(self.tasks)))
-        """(samples, global batches an epoch) of each training set"""
 
     def train(self, task: int) -> Loader:
         data = self.tasks[task].data

@@ -39,10 +39,8 @@ from pipeline.train.predictions import write_answers
 from pipeline.train.recovery import Rollback, is_in
 from pipeline.train.tasks import Learnt
 
-MOST_DATA_WAIT = 0.2
-"""share of the time of steady batches; a longer wait for data is reported"""
-STEADY_ENOUGH = 50
-"""batches before that is judged"""
+MOST_DATA_WAIT = 0.2  # share of the time of steady batches; a longer wait for data is reported
+STEADY_ENOUGH = 50  # batches before that is judged
 
 
 class StopAsked(Exception):
@@ -66,8 +64,7 @@ class Trainer:
             self.learnt = Learnt(**restored["learnt"])
             self.is_epoch_end_due = restored["is_epoch_end_due"]
             self.meters.totals = _totals(restored)
-        self.stretch = stretch_at(context.stretches, self.step)
-        """the steps of the current task"""
+        self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
         self.skipped = (*self.recipe.policy.skip, *context.decisions.skipped)
         self.guard = AnomalyGuard(
             self.backend,
@@ -80,13 +77,11 @@ class Trainer:
             state=restored.get("guard"),
         )
         self.saving = Saving(context, step=self.step, state=self._state)
+        # seconds of work between batches of earlier attempts; None once a batch has ended
         self.worked_before_s: float | None = self._worked_s()
-        """seconds of work between batches of earlier attempts; None once a batch has ended"""
         self.has_reported_data_wait = False
-        self.evaluated: list[Evaluated] = []
-        """the last evaluation, of each task so far"""
-        self.result: Evaluation | None = None
-        """their mean"""
+        self.evaluated: list[Evaluated] = []  # the last evaluation, of each task so far
+        self.result: Evaluation | None = None  # their mean
 
     # ------------------------------------------------------------------------- the training program
 

@@ -26,10 +26,9 @@ from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import read_death
 from pipeline.train.recovery import StartAgain
 
+# for a writer whose machine is dead: the file system releases its lock (CephFS after 5 minutes,
+# NFSv4 after 1.5)
 PATIENCE_S = 600.0
-"""for a writer whose machine is dead: the file system releases its lock (CephFS after 5 minutes,
-NFSv4 after 1.5)
-"""
 
 
 @contextmanager

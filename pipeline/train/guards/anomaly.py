@@ -38,8 +38,7 @@ from pipeline.train.checkpoint import rng_state, set_rng_state
 from pipeline.train.loop import Guard
 from pipeline.train.recovery import Rollback, SkipBatch
 
-WINDOW = 64
-"""good losses that a new one is compared with; with fewer it is not compared"""
+WINDOW = 64  # good losses that a new one is compared with; with fewer it is not compared
 
 
 def can_undo(recipe: Recipe, rule: Rule) -> bool:

@@ -15,8 +15,7 @@ from torch import Tensor
 from pipeline.train.backend.collectives import Ranks
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ROW = 4096
-"""values of a row: sums of rows and columns are hashed, not the values"""
+_ROW = 4096  # values of a row: sums of rows and columns are hashed, not the values
 
 
 def fingerprint(values: Iterable[Tensor]) -> str:

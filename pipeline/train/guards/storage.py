@@ -12,10 +12,9 @@ from pipeline.train.backend.collectives import Ranks
 
 T_ = TypeVar("T_")
 
-PATIENCE_S = 600.0
-"""for storage that fails: the restart of a file server takes minutes"""
+PATIENCE_S = 600.0  # for storage that fails: the restart of a file server takes minutes
+# between two tries; each pause is twice as long as the one before
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-"""between two tries; each pause is twice as long as the one before"""
 BEAT_S = 1.0
 
 

@@ -19,8 +19,7 @@ from typing import IO
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Event, Hung
 
-_PART = 0.1
-"""of the patience: the timer is set anew so often, which costs a thread"""
+_PART = 0.1  # of the patience: the timer is set anew so often, which costs a thread
 
 
 def unreported_hangs(run: Path, events: Sequence[Event]) -> dict[str, int]:
@@ -49,12 +48,10 @@ class Watchdog:
     """
 
     def __init__(self, run: Path, *, rank: int, patience_s: float) -> None:
-        self._patience_s = patience_s
-        """at the moment"""
+        self._patience_s = patience_s  # at the moment
         self._path = RunFolder(run).stacks / f"rank{rank}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
         self._file: IO[str] | None = None
-        self._set_in = 0
-        """the part of the patience, counted from 1970, in which the timer was set"""
+        self._set_in = 0  # the part of the patience, counted from 1970, in which the timer was set
 
     def __enter__(self) -> Watchdog:
         if self._patience_s > 0:
