@@ -311,7 +311,7 @@ class OPZO(Rule):
         if lacking:
             raise ValueError(
                 f"{self.label}: the model must have a Readout behind each hidden layer that learns"
-                f" from one (models/transforms.py); got none at layer"
+                " from one (models/transforms.py); got none at layer"
                 f" {', '.join(map(str, lacking))} of 0..{place}"
             )
         return {index: found[index] for index in wanted}

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.core.code_version import check_same_code, code_digest
 from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
@@ -250,11 +251,10 @@ def _refuse_other_recipe(
     differences = [*differing("", was.decisive(), recipe.decisive())]
     if when == "the run was launched":
         differences += differing("init", was.init, recipe.init)
-    if differences:
-        raise ValueError(
-            f"resume: recipe.json must be as it was when {when}; it differs now:"
-            f" {listed(differences)}"
-        )
+    require(
+        not differences,
+        f"resume: recipe.json must be as it was when {when}; it differs now: {listed(differences)}",
+    )
 
 
 def _check_data(recipe: Recipe, job: Job, place: RankInfo) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.checks import require
 from pipeline.rules.base import LossOf, OverTime
 from pipeline.train.objective import CrossEntropy, widened
 
@@ -71,18 +72,19 @@ class Distillation:
             for name in ("label_weight", "teacher_weight", "ensemble_weight")
         }
         for name, weight in weights.items():
-            if not weight >= 0:
-                raise ValueError(f"Distillation: {name} must not be negative; got {weight}")
-        if self.teacher_weight == 0 and self.ensemble_weight == 0:
-            raise ValueError(
-                "Distillation: teacher_weight or ensemble_weight must be above 0; got 0 for both"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"Distillation: temperature must be above 0; got {self.temperature}")
-        if self.form not in ("soft", "kl", "hard"):
-            raise ValueError(
-                f"Distillation: form must be 'soft', 'kl' or 'hard'; got {self.form!r}"
-            )
+            require(weight >= 0, f"Distillation: {name} must not be negative; got {weight}")
+        require(
+            self.teacher_weight or self.ensemble_weight,
+            "Distillation: teacher_weight or ensemble_weight must be above 0; got 0 for both",
+        )
+        require(
+            self.temperature > 0,
+            f"Distillation: temperature must be above 0; got {self.temperature}",
+        )
+        require(
+            self.form in ("soft", "kl", "hard"),
+            f"Distillation: form must be 'soft', 'kl' or 'hard'; got {self.form!r}",
+        )
         is_soft = self.ensemble_weight > 0 or self.form != "hard"
         for name, value, acts in (
             ("temperature", self.temperature, is_soft),
@@ -102,21 +104,21 @@ class Distillation:
         return self.ensemble_weight > 0
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
-        if self.teacher_weight > 0 and not taught:
-            raise ValueError(
-                f"Distillation: teacher_weight={self.teacher_weight} needs a teacher,"
-                " teacher=spec(timm_teacher, ...); got None"
-            )
-        if self.teacher_weight == 0 and taught:
-            raise ValueError(
-                "Distillation: a teacher has no effect with teacher_weight=0; leave it out"
-            )
-        if self.remembers and (over_time != "steps" or time_steps < 2):
-            raise ValueError(
-                "Distillation: ensemble_weight teaches steps what they answer together, so it"
-                " needs over_time='steps' and time_steps of 2 or more; got"
-                f" over_time={over_time!r}, time_steps={time_steps}"
-            )
+        require(
+            taught or self.teacher_weight == 0,
+            f"Distillation: teacher_weight={self.teacher_weight} needs a teacher,"
+            " teacher=spec(timm_teacher, ...); got None",
+        )
+        require(
+            not taught or self.teacher_weight > 0,
+            "Distillation: a teacher has no effect with teacher_weight=0; leave it out",
+        )
+        require(
+            not self.remembers or (over_time == "steps" and time_steps >= 2),
+            "Distillation: ensemble_weight teaches steps what they answer together, so it needs"
+            f" over_time='steps' and time_steps of 2 or more; got over_time={over_time!r},"
+            f" time_steps={time_steps}",
+        )
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
         assert (teacher_BK is not None) == (self.teacher_weight > 0), (

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
+from pipeline.core.checks import require
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
@@ -130,8 +131,7 @@ def evaluate(
         for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)
     )
     samples, top1, loss, ranked, top5 = total(sums).tolist()
-    if samples == 0:
-        raise ValueError("evaluate: needs at least one sample; got none on any rank")
+    require(samples != 0, "evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(total, largest_of)
     share_top5 = top5 / ranked if ranked else None
     result = Evaluation(

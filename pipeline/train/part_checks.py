@@ -145,8 +145,10 @@ def check_batch(batch: Any, data: Data, method: str) -> None:
     of no class.
     """
     who = f"data: a batch of {type(data).__name__}.{method}"
-    if not isinstance(batch, Batch):
-        raise ValueError(f"{who}: must be a pipeline.data.base.Batch; got {type(batch).__name__}")
+    require(
+        isinstance(batch, Batch),
+        f"{who}: must be a pipeline.data.base.Batch; got {type(batch).__name__}",
+    )
     samples = len(batch.x) if isinstance(batch.x, Tensor) and batch.x.dim() else 0
     require(
         not isinstance(batch.x, Tensor) or batch.x.numel() > 0,

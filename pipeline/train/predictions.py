@@ -1,7 +1,6 @@
-"""What a network answered, sample by sample: of a run's last evaluation `RUN/answers.npz`.
+"""Predictions for each sample of a run's last evaluation: `RUN/answers.npz`.
 
-Two runs that were evaluated on one set can be compared sample by sample, and the samples grouped by
-what they show.
+Two runs that were evaluated on one set can be compared sample by sample.
 
 B batch, N samples
 """
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pipeline.core.checks import require
 
 Ints = NDArray[np.int64]
 
@@ -45,10 +46,10 @@ def answers_of(batches_3B: Iterable[Tensor]) -> Answers:
 
 
 def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: bool) -> None:
-    """Write, whole or not at all, what every rank has of each task (`shares[rank][task]`), sorted
-    by task and index.
+    """Write the answers of every rank for each task (`shares[rank][task]`), sorted by task and
+    index. The file is whole or absent.
 
-    `tasks`: whether the file says which task a sample belongs to.
+    `tasks`: whether the file has a column with the task of each sample.
     """
     sorted_3N = [_sorted(of_task) for of_task in zip(*shares, strict=True)]
     columns: dict[str, Ints] = dict(
@@ -66,7 +67,7 @@ def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: boo
 
 
 def read_answers(file: Path) -> Answers:
-    """Raises: ValueError for a file that is missing or holds something else."""
+    """Raises: ValueError if the file is missing or is no such file."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             found = Answers(**arrays)
@@ -84,17 +85,17 @@ def read_answers(file: Path) -> Answers:
     if any(column.ndim != 1 or not np.issubdtype(column.dtype, np.integer) for column in columns):
         raise ValueError(
             f"answers: {file} must hold columns of whole numbers; got"
-            f" {', '.join(map(_told, columns))}"
+            f" {', '.join(map(_describe, columns))}"
         )
-    if len({len(column) for column in columns}) > 1:
-        raise ValueError(
-            f"answers: {file} must hold an entry a sample in each column; got"
-            f" {', '.join(map(_told, columns))}"
-        )
+    require(
+        len({len(column) for column in columns}) <= 1,
+        f"answers: {file} must hold an entry a sample in each column; got"
+        f" {', '.join(map(_describe, columns))}",
+    )
     return found
 
 
-def _told(column: NDArray[np.generic]) -> str:
+def _describe(column: NDArray[np.generic]) -> str:
     return f"{column.dtype} {list(column.shape)}"
 
 

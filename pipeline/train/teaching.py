@@ -165,11 +165,11 @@ def _fitted(
 ) -> dict[str, Tensor]:
     """The head's weights: kept ones, or fitted and kept now. For rank 0."""
     if kept := sorted(place.glob("probe-*.safetensors")):
-        if not _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")):
-            raise ValueError(
-                f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
-                " fitted again"
-            )
+        require(
+            _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")),
+            f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
+            " fitted again",
+        )
         return load_file(kept[0])
     begun = time.monotonic()
     features_ND, target_N = _features(teacher, probe, data, threads)

@@ -305,7 +305,7 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "assess", dies)
+        patch.setattr(trainer, "evaluate_tasks", dies)
         with pytest.raises(Killed):
             run(job, RankInfo())
     assert run(job, RankInfo()) is not None

@@ -230,8 +230,10 @@ def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
     code, _, said = run("--runs", str(tmp_path / "runs"), "--or-resume")
     assert (code, said.strip()) == (
         2,
-        "launch: --or-resume continues from checkpoints of the same study; got another in"
-        f" {address}",
+        (
+            "launch: --or-resume continues from checkpoints of the same study; got another in"
+            f" {address}"
+        ),
     )
     assert (
         read_json(address / "owner.json")["token"] == token

@@ -308,9 +308,11 @@ class Card(EnergyCounter):
 def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
     evaluate_tasks.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
     found: list[Any] = [
-        make_run(Path(folder) / "two", uneven(evaluation=Evaluation(samples=samples)))
-        if rank == 0
-        else None
+        (
+            make_run(Path(folder) / "two", uneven(evaluation=Evaluation(samples=samples)))
+            if rank == 0
+            else None
+        )
     ]
     torch.distributed.broadcast_object_list(found, src=0)
     run(found[0], RankInfo(rank, ranks, "cpu", rank))

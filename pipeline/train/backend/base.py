@@ -38,6 +38,7 @@ class Backend(Protocol):
 
         If ZeRO divides the gradients among ranks, each rank has some of their sums.
         """
+        ...
 
     def discard(self) -> None:
         """Forget the gradients; the weights stay. Not possible if ZeRO holds gradients of its
@@ -68,6 +69,7 @@ class Backend(Protocol):
         """A copy on the CPU of weights and optimizer state: what this rank has to write, by the
         name of its file for `torch.save`. A name may hold folders. Collective.
         """
+        ...
 
     def load(self, folder: Path) -> None:
         """Read the files of every rank's `capture`. Collective."""

@@ -53,11 +53,15 @@ def patiently(
             is_reported = True
             with suppress(OSError):  # the journal may lie on the same storage
                 on_wait(failure)
-        until = time.monotonic() + pause_s
-        while (left := until - time.monotonic()) > 0:
-            beat()
-            time.sleep(min(left, BEAT_S))
+        _pause(pause_s, beat)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _pause(seconds: float, beat: Callable[[], None]) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        beat()
+        time.sleep(min(left, BEAT_S))
 
 
 def may_pass(error: OSError) -> bool:
