@@ -226,7 +226,7 @@ class Saving:
         self.checkpoints.discard(step, reason)
 
     def _notice(self) -> Notice | None:
-        """What this rank was told, or what the process that asks for a save wrote down."""
+        """The notice that reached this rank, or the one that a request to save holds."""
         return self.context.place.notice() or Notice.in_file(self.files.save)
 
     def _add_notice(self, notice: Notice | None, step: int) -> None:
@@ -241,7 +241,7 @@ class Saving:
             self.save(step, score=None, is_epoch_end_due=True)
 
     def _answer(self, step: int) -> None:
-        """Delete the request once the checkpoint is whole: whoever asked ends the workers then."""
+        """Delete the request once the checkpoint is whole. The asking process ends the workers then."""
         self.wait(step)
         if self.ranks.rank == 0:
             self.files.save.unlink(missing_ok=True)

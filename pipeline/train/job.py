@@ -1,6 +1,6 @@
 """What a worker knows of its run: values that travel to it, and messages in the run's folder.
 
-The driver, the workers and whoever asks for something leave messages there. A worker that dies
+The driver, the workers and commands leave messages there. A worker that dies
 cannot write to the journal, which rank 0 holds. Its launcher leaves a note of the death for the
 process that opens the journal next.
 """

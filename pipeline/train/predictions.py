@@ -29,8 +29,7 @@ class Answers:
     index: Ints  # the sample's place in the evaluation file, as `Batch.index` counts
     target: Ints
     answer: Ints  # the class with the highest mean logit
-    # whose evaluation set the sample stands in, and its index counts in; None: the run has no
-    # phases
+    # the task to whose evaluation set sample and index belong; None: the run has no phases
     task: Ints | None = None
 
     @property

@@ -155,7 +155,7 @@ class Trainer:
         if is_in(self.step, self.skipped):
             for _ in range(self.context.split.accumulation):
                 next(source)
-            self._report_skip(self.step, "as it was told to")
+            self._report_skip(self.step, "left out by the recipe or a rollback")
             return
         train_batch(
             self.context.rule,

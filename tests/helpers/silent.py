@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +33,17 @@ class NoMeters(Meters):
 
     def end_of_micro_batch(self, target_B: Tensor, share: float) -> None:
         pass
+
+
+def micro_batches(
+    x_TB: Tensor, target_B: Tensor, *, rank: int = 0, ranks: int = 1, accumulation: int = 1
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a global batch."""
+    size = len(target_B) // ranks // accumulation
+    for index in range(accumulation):
+        rows = range((index * ranks + rank) * size, (index * ranks + rank + 1) * size)
+        part = slice(rows.start, rows.stop)
+        yield MicroBatch(x_TB[:, part], target_B[part], rows, size / len(target_B))
 
 
 def train(

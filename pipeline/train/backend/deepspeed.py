@@ -155,8 +155,8 @@ class DeepSpeed(Backend):
         ):
             warnings.simplefilter("ignore", FutureWarning)
 
-            def keep(state: Any, path: str) -> None:
-                files[Path(path).relative_to(folder).as_posix()] = copied(state)
+            def keep(state_dict: Any, path: str) -> None:
+                files[Path(path).relative_to(folder).as_posix()] = copied(state_dict)
 
             with patch.object(self._engine.checkpoint_engine, "save", keep):
                 self._engine.save_checkpoint(
