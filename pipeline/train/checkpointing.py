@@ -241,7 +241,7 @@ class Saving:
             self.save(step, score=None, is_epoch_end_due=True)
 
     def _answer(self, step: int) -> None:
-        """Delete the request once the checkpoint is whole. The asking process ends the workers then."""
+        """Delete the request once the checkpoint is whole: then its author ends the workers."""
         self.wait(step)
         if self.ranks.rank == 0:
             self.files.save.unlink(missing_ok=True)

@@ -403,7 +403,7 @@ def test_what_a_run_has_written_down_is_waited_for(
     """By the same attempt: a note that storage does not give is not damaged."""
     run, recipe = tmp_path / "run", small_recipe(epochs=1)
     make_run(run, recipe)
-    Decisions(batches=((2, 3),)).write(run)
+    Decisions(skipped=((2, 3),)).write(run)
     (run / "micro_batch.json").write_text("4")
     read_text, failed = Path.read_text, []
 

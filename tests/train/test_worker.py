@@ -1,6 +1,4 @@
-"""One worker, composed from a recipe: resumption to the bit, stopping, refusals, and every recipe
-of the product in small.
-"""
+"""One worker: a resume to the bit, stops, refusals, what it reports, and every recipe in small."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
 from pipeline.track.journal import OF_NONE, read
 from pipeline.track.state import state_of
-from pipeline.train import assemble, worker
+from pipeline.train import assemble, trainer, worker
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
@@ -584,3 +582,24 @@ def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
     ):
         worker.run(replace(job, threads=1, loader_threads=3), RankInfo())
     assert asked == [("cpu", 3)]
+
+
+@pytest.mark.parametrize(("batches", "times"), [(3, 1), (50, 0)])
+def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
+    batches: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it has seen so many steady batches; this run has fewer than 50."""
+    made = SyntheticLoader._batch
+
+    def slow(self: SyntheticLoader, *which: Any) -> Any:
+        time.sleep(0.5)
+        return made(self, *which)
+
+    monkeypatch.setattr(SyntheticLoader, "_batch", slow)
+    monkeypatch.setattr(trainer, "STEADY_ENOUGH", batches)
+    train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoints=Checkpointing(every=0)))
+    told = [
+        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "data_wait"
+    ]
+    assert len(told) == times
+    assert all(0.2 < each["share"] <= 1 and each["loader_threads"] == 1 for each in told)
