@@ -58,7 +58,7 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint.background import LONGEST_S
 from pipeline.train.elastic import check_accumulation, check_sizes, seed_everything, steady
-from pipeline.train.gradient_fidelity import Nearness
+from pipeline.train.gradient_fidelity import FidelityCheck
 from pipeline.train.guards.storage import PATIENCE_S, patiently
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
@@ -103,7 +103,7 @@ class TrainContext(Process):
     stretches: tuple[Stretch, ...]  # the steps of each task
     mixing: Mixing | None
     teaching: Teaching | None
-    nearness: Nearness | None  # on rank 0, if the recipe asks for gradient fidelity
+    fidelity: FidelityCheck | None  # on rank 0, if the recipe asks for gradient fidelity
     meters: Meters
     checkpoints: Checkpoints
     decisions: Decisions
@@ -160,7 +160,7 @@ def assemble(process: Process) -> TrainContext:
         stretches=stretches,
         mixing=mixing,
         teaching=teaching,
-        nearness=ranks.all_or_raise(lambda: _build_nearness(recipe, loaders, world, ranks.device)),
+        fidelity=ranks.all_or_raise(lambda: _build_fidelity(recipe, loaders, world, ranks.device)),
         meters=Meters(
             network, batch_size=recipe.batch_size, device=ranks.device, clock=process.clock
         ),
@@ -360,9 +360,9 @@ def _open_teaching(
     return teaching
 
 
-def _build_nearness(
+def _build_fidelity(
     recipe: Recipe, loaders: Loaders, world: World, device: torch.device
-) -> Nearness | None:
+) -> FidelityCheck | None:
     """Compares gradients, on rank 0 alone. The others wait for it where they next meet."""
     if recipe.evaluation.fidelity_every == 0 or world.rank:
         return None
@@ -370,4 +370,6 @@ def _build_nearness(
         batch = next(iter(batches))
     fresh = lambda: build_network(recipe, loaders.tasks).to(device)
     x_TB = over_steps(batch.x.to(device), recipe.time_steps)
-    return Nearness(recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device))
+    return FidelityCheck(
+        recipe, fresh, recipe.objective.build().labels, x_TB, batch.target.to(device)
+    )

@@ -24,7 +24,7 @@ from pipeline.rules.base import Rule, World
 from pipeline.spiking.binary import latent_parameters
 from pipeline.train.checkpoint import weights_of
 from pipeline.train.elastic import check_accumulation, check_sizes, steady
-from pipeline.train.gradient_fidelity import Nearness
+from pipeline.train.gradient_fidelity import FidelityCheck
 from pipeline.train.objective import Loss
 from pipeline.train.part_checks import (
     build_part,
@@ -62,7 +62,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
-        Nearness.check(recipe, lambda: build_network(recipe, tasks))
+        FidelityCheck.check(recipe, lambda: build_network(recipe, tasks))
     optimizer = build_optimizer(recipe, network, rule)
     check_schedule(recipe.schedule.build(optimizer, 1000, 100), recipe.schedule)
     return network

@@ -20,7 +20,7 @@ from pipeline.spiking.norm import local_statistics
 from pipeline.train.objective import Loss
 
 
-class Nearness:
+class FidelityCheck:
     """Compares the gradients of a recipe's rule, and of SLTT, with BPTT's.
 
     Args:

@@ -29,13 +29,12 @@ from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpointing import Saving
 from pipeline.train.elastic import draw_for
 from pipeline.train.evaluate_tasks import evaluate_tasks
-from pipeline.train.evaluation import COUNTED_ON, Evaluated, Evaluation, mean_of
+from pipeline.train.evaluation import COUNTED_ON, Evaluated, Evaluation, mean_of, write_answers
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.guards.replica_check import stragglers
 from pipeline.train.job import asked_by
 from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of
-from pipeline.train.predictions import write_answers
 from pipeline.train.recovery import Rollback, is_in
 from pipeline.train.tasks import Learnt
 
@@ -399,11 +398,11 @@ class Trainer:
         """The rule's gradient against BPTT's, with the weights that train, not an average of them.
         `epoch`: that has ended; None at the start.
         """
-        if self.context.nearness is None:
+        if self.context.fidelity is None:
             return
         self.meters.note_peaks()
         with self.meters.between("fidelity"):
-            found = self.context.nearness(
+            found = self.context.fidelity(
                 self.backend.network.state_dict(), self.context.rule.state_dict(), step=self.step
             )
         self.meters.forget_peaks()  # memory of the comparison, such as BPTT's graph

@@ -31,7 +31,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
 from pipeline.train.distillation import Distillation
-from pipeline.train.gradient_fidelity import Nearness
+from pipeline.train.gradient_fidelity import FidelityCheck
 from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.teaching import Teaching
@@ -140,7 +140,7 @@ BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run
     "checkpoint": (checkpointing, "weights_of", 1),
     "tracking": (trainer, "memory_now_bytes", 4),
     "coordination": (Ranks, "decide", 4),
-    "fidelity": (Nearness, "__call__", 1),
+    "fidelity": (FidelityCheck, "__call__", 1),
 }
 
 
