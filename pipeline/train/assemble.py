@@ -84,10 +84,14 @@ class Process:
 
     def patiently(self, act: Callable[[], T_]) -> T_:
         """Rank 0's result of `act`, which may wait for storage that is away. Collective."""
-        return patiently(self.ranks, act, beat=self.watchdog.beat, on_wait=self._report_wait)
-
-    def _report_wait(self, error: str) -> None:
-        self.tracker.write(events.Waiting(what="storage", error=error, most_s=PATIENCE_S))
+        return patiently(
+            self.ranks,
+            act,
+            beat=self.watchdog.beat,
+            on_wait=lambda error: self.tracker.write(
+                events.Waiting(what="storage", error=error, most_s=PATIENCE_S)
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +131,14 @@ def assemble(process: Process) -> TrainContext:
         checkpoint = process.patiently(lambda: _newest(checkpoints, written, job))
     decisions = process.patiently(lambda: Decisions.read(Path(job.run)))
     recipe, is_fresh = decisions.fit(written), checkpoint is None
-    with watchdog.off():  # one worker of each machine reads all of the data
-        ranks.all_or_raise(lambda: _check_data(recipe, job, place))
+    # One worker of each machine reads every page: machines may hold copies of their own.
+    reads_all = place.local_rank == 0
+    with watchdog.off():
+        ranks.all_or_raise(
+            lambda: check_data(
+                build_data(recipe), fingerprint=job.data_fingerprint, every_page=reads_all
+            )
+        )
     world = World(recipe.seed, ranks.rank, ranks.size, ranks.mean)
     # What one machine alone can refuse comes first. No rank waits for another in it.
     recipe, network, rule, loaders = ranks.all_or_raise(
@@ -254,13 +264,6 @@ def _refuse_other_recipe(
     require(
         not differences,
         f"resume: recipe.json must be as it was when {when}; it differs now: {listed(differences)}",
-    )
-
-
-def _check_data(recipe: Recipe, job: Job, place: RankInfo) -> None:
-    """One worker of each machine reads every page: machines may hold copies of their own."""
-    check_data(
-        build_data(recipe), fingerprint=job.data_fingerprint, every_page=place.local_rank == 0
     )
 
 

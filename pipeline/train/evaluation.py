@@ -99,7 +99,7 @@ def evaluate(
     network, joules = network or model, joules or EnergyCounter(torch.device("cpu"))
     was_training = model.training
     model.eval()
-    answered: list[Tensor] = []  # index, target and answer of each batch
+    answered = [torch.zeros(3, 0, dtype=torch.int64)]  # index, target, answer of each batch
     sums = torch.zeros(
         5, dtype=torch.float64
     )  # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
@@ -143,7 +143,9 @@ def evaluate(
     result = Evaluation(
         int(samples), top1 / samples, share_top5, loss / samples, firing_rate(layers)
     )
-    return Evaluated(result, answers_of(answered), layers, inference, readings)
+    index, target, answer = torch.cat(answered, dim=1).numpy()
+    answers = Answers(index=index, target=target, answer=answer)
+    return Evaluated(result, answers, layers, inference, readings)
 
 
 def _inference(
@@ -230,13 +232,6 @@ class Answers:
     @property
     def right(self) -> NDArray[np.bool_]:
         return self.answer == self.target
-
-
-def answers_of(batches_3B: Iterable[Tensor]) -> Answers:
-    """From the index, target and answer of each batch, in their order."""
-    parts = [np.zeros((3, 0), np.int64), *(batch_3B.numpy() for batch_3B in batches_3B)]
-    index, target, answer = np.concatenate(parts, axis=1)
-    return Answers(index=index, target=target, answer=answer)
 
 
 def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: bool) -> None:

@@ -114,14 +114,7 @@ class AnomalyGuard(Guard):
         self._losses.append(loss.detach() * share)
 
     def check(self) -> None:
-        why = self.verdict()
-        if why is not None:
-            raise SkipBatch(why)
-
-    def verdict(self) -> str | None:
-        """Why the batch is bad, by the losses and gradients of all ranks; None: it is good.
-        Collective.
-        """
+        """By the losses and gradients of all ranks. Raises: SkipBatch."""
         loss = torch.stack(self._losses).sum(dtype=torch.float64)
         gradients = self.backend.gradients()
         if not gradients:
@@ -132,10 +125,10 @@ class AnomalyGuard(Guard):
         bad, unsolved = (~size.isfinite()).to(loss), loss.new_tensor(self.rule.is_unsolved())
         self._loss, ranks, gave_up = self.ranks.sum(torch.stack([loss, bad, unsolved])).tolist()
         if not math.isfinite(self._loss):
-            return f"its loss is {self._loss}"
+            raise SkipBatch(f"its loss is {self._loss}")
         if ranks:
             why = f": {self.rule.label} could not solve for it on {gave_up:.0f}" if gave_up else ""
-            return (
+            raise SkipBatch(
                 f"its gradient is not finite on {ranks:.0f} of"
                 f" {counted(self.ranks.size, 'worker')}{why}"
             )
@@ -144,11 +137,10 @@ class AnomalyGuard(Guard):
             and len(self._good) == WINDOW
             and self._loss > self.spike * (usual := statistics.median(self._good))
         ):
-            return (
+            raise SkipBatch(
                 f"its loss of {self._loss:.4g} is more than {self.spike:g} times the usual"
                 f" {usual:.4g}"
             )
-        return None
 
 
 class _Before:
