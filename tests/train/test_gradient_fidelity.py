@@ -24,7 +24,7 @@ from pipeline.track.journal import read
 from pipeline.train.build import check_recipe
 from pipeline.train.gradient_fidelity import FidelityCheck
 from tests.helpers.small import same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
+from tests.train.test_worker import train_and_die
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -58,10 +58,7 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
 
 def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_inline(tmp_path / "whole", compared())
-    with monkeypatch.context() as patch:
-        die_at(patch, 5)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", compared())
+    train_and_die(monkeypatch, 5, tmp_path / "broken", compared())
     train_inline(tmp_path / "broken", compared())
     whole, broken = (
         [
