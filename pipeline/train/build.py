@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.data.mixing import Mixing
 from pipeline.recipe.phases import Stretch, stretch_at
 from pipeline.recipe.recipe import Recipe, Spec, Split
@@ -106,11 +107,11 @@ def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
     objective.check(
         taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps
     )
-    if objective.remembers and not rule.one_loss_per_step:
-        raise ValueError(
-            f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
-            f" between them; got {recipe.objective.label}"
-        )
+    require(
+        rule.one_loss_per_step or not objective.remembers,
+        f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
+        f" between them; got {recipe.objective.label}",
+    )
     return rule
 
 
@@ -157,11 +158,11 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
     spare_from_decay(optimizer, latent_parameters(network))
     rule.check_optimizer(optimizer)
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
-    if decay and any(phase.head is not None for phase in recipe.phases):
-        raise ValueError(
-            "recipe: weight_decay must be 0 where phases have heads, for it shrinks the others"
-            f" too; got {decay}"
-        )
+    require(
+        not decay or all(phase.head is None for phase in recipe.phases),
+        "recipe: weight_decay must be 0 where phases have heads, for it shrinks the others too; got"
+        f" {decay}",
+    )
     return optimizer
 
 

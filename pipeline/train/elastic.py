@@ -29,6 +29,7 @@ from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from pipeline.core.checks import require
 from pipeline.core.random import counter_hash
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe
@@ -56,12 +57,12 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
     Raises:
         ValueError: a size does not divide the global batch, or ZeRO needs one size.
     """
-    if len(sizes) > 1 and recipe.zero:
-        raise ValueError(
-            f"launch: ZeRO-{recipe.zero} needs one number of workers, for DeepSpeed's checkpoints"
-            " of it load on as many only and its universal ones hold Adam alone (0.19.8); got"
-            f" {format_sizes(sizes)}; take one number, or zero=0"
-        )
+    require(
+        len(sizes) == 1 or not recipe.zero,
+        f"launch: ZeRO-{recipe.zero} needs one number of workers, for DeepSpeed's checkpoints of it"
+        " load on as many only and its universal ones hold Adam alone (0.19.8); got"
+        f" {format_sizes(sizes)}; take one number, or zero=0",
+    )
     odd = [size for size in sizes if recipe.batch_size % size]
     if not odd:
         return
@@ -118,11 +119,11 @@ def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
 def check_accumulation(recipe: Recipe, rule: Rule, sizes: Sequence[int]) -> None:
     """Raises: ValueError if a rule moves the weights within a batch that is accumulated."""
     for split in map(recipe.split, sizes):
-        if rule.update == "step" and split.accumulation > 1:
-            raise ValueError(
-                f"{recipe.rule.label}: moves the weights at every time step and refuses"
-                f" accumulation; got {split}"
-            )
+        require(
+            rule.update != "step" or split.accumulation == 1,
+            f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation;"
+            f" got {split}",
+        )
 
 
 def seed_everything(seed: int) -> None:

@@ -266,26 +266,18 @@ def read_answers(file: Path) -> Answers:
         raise ValueError(
             f"answers: {file} must hold index, target and answer; it could not be read: {error}"
         ) from error
-    columns = [
-        column
-        for column in (found.index, found.target, found.answer, found.task)
-        if column is not None
-    ]
-    if any(column.ndim != 1 or not np.issubdtype(column.dtype, np.integer) for column in columns):
-        raise ValueError(
-            f"answers: {file} must hold columns of whole numbers; got"
-            f" {', '.join(map(_describe, columns))}"
-        )
+    columns = [getattr(found, name) for name in ("index", "target", "answer", "task")]
+    columns = [column for column in columns if column is not None]
+    got = ", ".join(f"{column.dtype} {list(column.shape)}" for column in columns)
     require(
-        len({len(column) for column in columns}) <= 1,
-        f"answers: {file} must hold an entry a sample in each column; got"
-        f" {', '.join(map(_describe, columns))}",
+        all(column.ndim == 1 and np.issubdtype(column.dtype, np.integer) for column in columns),
+        f"answers: {file} must hold columns of whole numbers; got {got}",
+    )
+    require(
+        len({len(column) for column in columns}) == 1,
+        f"answers: {file} must hold an entry a sample in each column; got {got}",
     )
     return found
-
-
-def _describe(column: NDArray[np.generic]) -> str:
-    return f"{column.dtype} {list(column.shape)}"
 
 
 def _sorted(shares: Sequence[Answers]) -> Ints:

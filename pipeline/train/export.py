@@ -267,12 +267,12 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         f"{file}: must be a file of spiketrain export; its metadata say format"
         f" {metadata.get('format')!r}",
     )
-    if metadata.get("version") != VERSION or metadata.get("layout") not in ("plain", "packed"):
-        got = f"version {metadata.get('version')!r}, layout {metadata.get('layout')!r}"
-        raise ValueError(
-            f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got"
-            f" {got}"
-        )
+    version, layout = metadata.get("version"), metadata.get("layout")
+    require(
+        version == VERSION and layout in ("plain", "packed"),
+        f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got"
+        f" version {version!r}, layout {layout!r}",
+    )
     require(
         metadata.pop("sha256", None) == _digest(metadata, tensors),
         f"{file}: is damaged; its tensors or metadata differ from what was written",

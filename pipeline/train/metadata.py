@@ -136,7 +136,7 @@ def checkpoint_metadata(
         "score": score,
         "is_epoch_end_due": is_epoch_end_due,
         "recipe": recipe.to_json(),
-        "decisions": context.decisions.to_dict(),
+        "decisions": asdict(context.decisions),
         **state,
     }
 

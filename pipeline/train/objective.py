@@ -67,8 +67,10 @@ class CrossEntropy:
                 0 <= getattr(self, name) <= 1,
                 f"CrossEntropy: {name} must be in 0..1; got {getattr(self, name)}",
             )
-        if self.goal != "ones" and self.mse == 0:
-            raise ValueError(f"CrossEntropy: goal={self.goal!r} has no effect with mse=0")
+        require(
+            self.goal == "ones" or self.mse > 0,
+            f"CrossEntropy: goal={self.goal!r} has no effect with mse=0",
+        )
 
     @property
     def labels(self) -> CrossEntropy:

@@ -14,7 +14,7 @@ is lost with the folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,9 @@ class Decisions:
         if self.micro_batch is not None:
             write_json(files.micro_batch, self.micro_batch)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def adopt(cls, run: Path, saved: Mapping[str, Any]) -> None:
-        """Write down what a checkpoint holds (`to_dict`) and the run's folder lacks.
+        """Write down what a checkpoint holds (as `asdict` gives it) and the run's folder lacks.
 
         Either may be ahead: the folder of its newest checkpoint, or the checkpoint of an old copy
         of the folder.

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
 
 from pipeline.core.checks import require
@@ -86,14 +85,12 @@ def staircase(
     factor: float = 0.1,
 ) -> Schedule:
     """The learning rate times `factor` after each `every` of the run (a share in 0..1)."""
-    return _by_step(
-        StepLRScheduler(
-            optimizer,
-            decay_t=max(1, _share("staircase", "every", every, steps)),
-            decay_rate=factor,
-            t_in_epochs=False,
-        )
-    )
+    return StepLRScheduler(
+        optimizer,
+        decay_t=max(1, _share("staircase", "every", every, steps)),
+        decay_rate=factor,
+        t_in_epochs=False,
+    ).step_update
 
 
 def milestones(
@@ -110,17 +107,14 @@ def milestones(
     """
     places = [_share("milestones", "at", share, steps) for share in at]
     require(places == sorted(places), f"milestones: at must rise; got at={tuple(at)}")
-    scheduler = MultiStepLRScheduler(
+    return MultiStepLRScheduler(
         optimizer,
-        decay_t=[
-            place + 1 for place in places
-        ],  # timm 1.0.31 lets a milestone m apply from step m - 1
+        decay_t=[place + 1 for place in places],  # timm 1.0.31 applies m from step m - 1
         decay_rate=factor,
         warmup_t=_share("milestones", "warmup", warmup, steps),
         warmup_prefix=False,
         t_in_epochs=False,
-    )
-    return _by_step(scheduler)
+    ).step_update
 
 
 def _share(who: str, name: str, share: float, steps: int) -> int:
@@ -128,10 +122,3 @@ def _share(who: str, name: str, share: float, steps: int) -> int:
         0 <= share <= 1, f"{who}: {name} is a share of the run and must be in 0..1; got {share}"
     )
     return round(share * steps)
-
-
-def _by_step(scheduler: Scheduler) -> Schedule:
-    def schedule(step: int) -> None:
-        scheduler.step_update(step)
-
-    return schedule

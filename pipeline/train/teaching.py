@@ -78,11 +78,11 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
         ValueError: teacher and recipe do not fit together.
     """
     assert recipe.teacher is not None
-    if recipe.phases:
-        raise ValueError(
-            "recipe: a teacher knows the classes of one data set, so it takes no phases; got"
-            f" {len(recipe.phases)}"
-        )
+    require(
+        not recipe.phases,
+        "recipe: a teacher knows the classes of one data set, so it takes no phases; got"
+        f" {len(recipe.phases)}",
+    )
     with torch.random.fork_rng(devices=[]):
         teacher = build_part("teacher", recipe.teacher, Teacher, data)
     who = f"teacher: {recipe.teacher.target.__name__}"
@@ -91,13 +91,12 @@ def build_teacher(recipe: Recipe, data: Data) -> Teacher:
         is_overridden = getattr(type(teacher), name) is not getattr(Teacher, name)
         require(is_overridden, f"{who} must override {name}; it does not")
     repeats = recipe.data.kwargs.get("repeats", 1)
-    if teacher.cache is not None and (recipe.mixing is not None or repeats > 1):
-        mixing = None if recipe.mixing is None else recipe.mixing.label
-        raise ValueError(
-            "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither"
-            f" mixed nor repeated samples; leave teacher.cache out; got mixing={mixing},"
-            f" repeats={repeats}"
-        )
+    mixing = None if recipe.mixing is None else recipe.mixing.label
+    require(
+        teacher.cache is None or (mixing is None and repeats == 1),
+        "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither mixed"
+        f" nor repeated samples; leave teacher.cache out; got mixing={mixing}, repeats={repeats}",
+    )
     return teacher
 
 

@@ -128,7 +128,7 @@ def test_what_a_run_has_decided_outlives_its_folder(
         (event["step"], event["micro_batch"]) for event in events if event["event"] == "start"
     ] == [(4, 4)]
     assert [event["step"] for event in events if event["event"] == "skipped"] == [4, 5]
-    assert Decisions.read(other) == Decisions(1, ((3, 6),))
+    assert Decisions.read(other) == Decisions(1, ((3, 6),), micro_batch=4)
     train_inline(
         tmp_path / "told", small_recipe(epochs=1, micro_batch=4, policy=Policy(skip=((3, 6),)))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def of(rollbacks: int, micro_batch: int | None) -> Decisions:
 
 def saved(decisions: Decisions) -> dict[str, Any]:
     """As a checkpoint holds them: JSON has no tuples."""
-    return {**decisions.to_dict(), "skipped": [list(each) for each in decisions.skipped]}
+    return {**asdict(decisions), "skipped": [list(each) for each in decisions.skipped]}
 
 
 def test_a_folder_takes_the_decisions_that_it_lacks(tmp_path: Path) -> None:
