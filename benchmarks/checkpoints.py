@@ -49,9 +49,8 @@ from pipeline.recipe import Checkpointing, Recipe, Spec, spec
 from pipeline.rules.sltt import SLTT
 from pipeline.track.events import Checkpoint, Event
 from pipeline.track.journal import Tracker
-from pipeline.train.context import TrainContext
+from pipeline.train.assemble import TrainContext
 from pipeline.train.job import RankInfo
-from pipeline.train.loop import train
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
 from pipeline.train.trainer import Trainer
@@ -123,9 +122,9 @@ class Told:
 class InTurn(Trainer):
     """The product's attempt at a run, which saves in the one way and the other in turn."""
 
-    def __init__(self, parts: TrainContext, *, saves: int, found: dict[str, Found]) -> None:
-        self.told = Told(parts.tracker)
-        super().__init__(replace(parts, tracker=self.told))
+    def __init__(self, context: TrainContext, *, saves: int, found: dict[str, Found]) -> None:
+        self.told = Told(context.tracker)
+        super().__init__(replace(context, tracker=self.told))
         self.saves, self.found = saves, found
 
     def run(self) -> None:
@@ -133,7 +132,7 @@ class InTurn(Trainer):
             "waited for": self._waited_for,
             "beside": self._beside,
         }
-        with closing(self.parts.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
+        with closing(self.context.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
             self.source = iter(loader)
             for index in range(self.saves + 1):
                 for name in sorted(
@@ -164,16 +163,7 @@ class InTurn(Trainer):
         a checkpoint is whole.
         """
         began = time.perf_counter()
-        batches = [(self.step, self._micro_batches(self.source))]
-        train(
-            self.parts.rule,
-            self.backend,
-            self.parts.schedule,
-            batches,
-            CrossEntropy(),
-            self.meters,
-            self.guard,
-        )
+        self._train_batch(self.source)
         self.step += 1
         with self.meters.between("coordination"):
             self._between_batches(0, last=False)
@@ -185,7 +175,7 @@ def measure(model: Spec, folder: Path, saves: int) -> dict[str, Found]:
     run(
         prepare(recipe(model), Cluster(), folder),
         RankInfo(),
-        attempt_of=partial(InTurn, saves=saves, found=found),
+        trainer_of=partial(InTurn, saves=saves, found=found),
     )
     return found
 

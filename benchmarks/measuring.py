@@ -61,12 +61,10 @@ from pipeline.measure.meters import Meters
 from pipeline.spiking.encode import repeat
 from pipeline.train.backend.plain import Plain
 from pipeline.train.evaluation import evaluate
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import Meters as LoopMeters
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from recipes.fashion.base import fashion
-from tests.helpers.silent import NoActivity, NoMeters
+from tests.helpers.silent import NoActivity, NoMeters, train
 
 LOG_EVERY = 10
 TAKES = 5
@@ -93,21 +91,14 @@ class Trained:
 class Measured:
     """What is done with it under some meters."""
 
-    def __init__(self, trained: Trained, meters: LoopMeters) -> None:
+    def __init__(self, trained: Trained, meters: Meters) -> None:
         self.trained, self.meters = trained, meters
         self.steps = 0
 
     def step(self) -> None:
         """Train on one batch."""
-        train(
-            self.trained.rule,
-            self.trained.backend,
-            lambda step: None,
-            [(self.steps, self.trained.micro_batches)],
-            CrossEntropy(),
-            self.meters,
-            Unguarded(),
-        )
+        batch = (self.steps, self.trained.micro_batches)
+        train(self.trained.rule, self.trained.backend, [batch], self.meters)
         self.steps += 1
 
     def steps_of(self, batches: int) -> None:
@@ -119,8 +110,8 @@ class Measured:
         x_TB, target_B, *_ = self.trained.micro_batches[0]
         ids = torch.arange(EVALUATED_ON).split(len(target_B))
         batches = ((x_TB[:, : len(index_B)], target_B[: len(index_B)], index_B) for index_B in ids)
-        measures = isinstance(self.meters, Meters)
-        if isinstance(self.meters, Meters):
+        measures = not isinstance(self.meters, NoMeters)
+        if measures:
             peak_bytes = self.meters.totals.peak_rss_bytes
             self.meters.note_peaks()
             self.meters.totals.peak_rss_bytes = (
@@ -128,7 +119,7 @@ class Measured:
             )
         with nullcontext() if measures else patch("pipeline.train.evaluation.Activity", NoActivity):
             evaluate(self.trained.network, batches, CrossEntropy(), counts_operations=is_last)
-        if isinstance(self.meters, Meters):
+        if measures:
             self.meters.forget_peaks()
         self.step()
 

@@ -22,7 +22,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -45,9 +45,8 @@ from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
-from pipeline.train.context import TrainContext
+from pipeline.train.assemble import TrainContext
 from pipeline.train.job import Job, RankInfo
-from pipeline.train.loop import MicroBatch
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from recipes.fashion.base import fashion
@@ -101,36 +100,35 @@ class Bare:
 class Interleaved(Trainer):
     """The product's attempt at a run, with one bare step between every two of its own."""
 
-    def __init__(self, parts: TrainContext, *, rule_name: str, out: str) -> None:
-        super().__init__(parts)
+    def __init__(self, context: TrainContext, *, rule_name: str, out: str) -> None:
+        super().__init__(context)
         network = copy.deepcopy(self.recipe.model.build())
-        with closing(parts.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
+        with closing(context.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
             read = [(batch.x, batch.target) for batch in itertools.islice(loader, PRE_READ)]
         self.bare = Bare(network, rule_name, read, self.recipe.time_steps)
         self.out = Path(out)
         self.ours_s: list[float] = []
         self.bare_s: list[float] = []
 
-    def batches(self, epoch: int) -> Generator[tuple[int, Iterator[MicroBatch]]]:
-        source = super().batches(epoch)
-        while True:
-            began = time.perf_counter()
-            batch = next(
-                source, None
-            )  # what happens after the last step and before this one belongs to the product
-            if batch is None:
-                break
-            yield batch
-            self.ours_s.append(time.perf_counter() - began)
-            self.bare.follow(self.backend.network)
-            began = time.perf_counter()
-            self.bare.step()
-            self.bare_s.append(time.perf_counter() - began)
-        self.out.write_text(json.dumps({"ours_s": self.ours_s, "bare_s": self.bare_s}))
+    def _train_batch(self, source: Iterator[Any]) -> None:
+        began = time.perf_counter()
+        super()._train_batch(source)
+        self.batch_s = time.perf_counter() - began
+
+    def _between_batches(self, epoch: int, *, last: bool) -> None:
+        began = time.perf_counter()
+        super()._between_batches(epoch, last=last)
+        self.ours_s.append(self.batch_s + time.perf_counter() - began)
+        self.bare.follow(self.backend.network)
+        began = time.perf_counter()
+        self.bare.step()
+        self.bare_s.append(time.perf_counter() - began)
+        if last:
+            self.out.write_text(json.dumps({"ours_s": self.ours_s, "bare_s": self.bare_s}))
 
 
 def work(job: Job, place: RankInfo, *, rule_name: str, out: str) -> dict[str, Any] | None:
-    return run(job, place, attempt_of=partial(Interleaved, rule_name=rule_name, out=out))
+    return run(job, place, trainer_of=partial(Interleaved, rule_name=rule_name, out=out))
 
 
 def tuned_batch(recipe: Recipe, rule_name: str) -> int:

@@ -40,10 +40,11 @@ from pipeline.spiking.state import fresh_state
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders
 from pipeline.train.checkpointing import Saving
+from pipeline.train.evaluation import Evaluation, mean_of
 from pipeline.train.guards import anomaly as guard
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
-from pipeline.train.tasks import Learnt, Loaders, Task, mean_of, tasks_of
+from pipeline.train.tasks import Learnt, Loaders, Task, tasks_of
 from pipeline.train.trainer import Trainer
 from tests.helpers.small import job_of, same_weights, small_recipe
 from tests.train.test_worker import Killed, die_at
@@ -70,7 +71,7 @@ class Counting(SLTT):
         super().start_task(model, task)
         self.begun[task] += 1
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"begun": float(self.begun.sum())}
 
     def _loss_terms(
@@ -242,8 +243,8 @@ def test_a_killed_hlop_run_goes_on_in_the_right_task(
     resumed = train(tmp_path / "run", protected())
     assert outcome(resumed) == outcome(untouched)
     assert same_weights(tmp_path / "run", tmp_path / "whole")
-    assert [phase["figures"]["free_classifier"] for phase in resumed["phases"]] == [18, 15, 12]
-    assert all(0 < phase["figures"]["energy_layers.0"] <= 1 for phase in resumed["phases"])
+    assert [phase["rule_metrics"]["free_classifier"] for phase in resumed["phases"]] == [18, 15, 12]
+    assert all(0 < phase["rule_metrics"]["energy_layers.0"] <= 1 for phase in resumed["phases"])
     first, other = (
         torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "rule.pt", weights_only=True)
         for name in ("whole", "run")
@@ -464,7 +465,7 @@ def test_the_accuracy_matrix_is_what_each_task_was_evaluated_to(
     assert [phase["top1"] for phase in summary["phases"]] == [
         rows[index][index] for index in range(3)
     ]
-    assert [phase["figures"] for phase in summary["phases"]] == [
+    assert [phase["rule_metrics"] for phase in summary["phases"]] == [
         {"begun": 1},
         {"begun": 2},
         {"begun": 3},
@@ -587,8 +588,6 @@ def test_what_does_not_fit_is_refused_in_one_line(
 
 
 def test_the_mean_over_tasks_counts_each_once() -> None:
-    from pipeline.train.evaluation import Evaluation
-
     mean = mean_of([Evaluation(10, 0.5, 0.9, 1.0, 0.1), Evaluation(30, 0.7, 1.0, 2.0, 0.3)])
     assert mean == Evaluation(40, pytest.approx(0.6), pytest.approx(0.95), 1.5, pytest.approx(0.2))
     assert not math.isnan(mean.loss)

@@ -16,7 +16,7 @@ from pipeline.models.transforms import binarized, late
 from pipeline.recipe.recipe import Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.binary import latent_parameters
-from pipeline.train.optimizer import build_optimizer
+from pipeline.train.build import build_optimizer
 from tests.helpers.small import small_recipe
 
 DECAY = 0.1

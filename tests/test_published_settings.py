@@ -10,7 +10,7 @@ import torch
 
 from pipeline.recipe.phases import timetable
 from pipeline.recipe.recipe import Recipe
-from pipeline.train.optimizer import build_optimizer, build_schedule
+from pipeline.train.build import build_optimizer, build_schedule
 
 # SLTT, IDE and SPIDE: torch.optim.SGD(net.parameters(), weight_decay=...). DSR's optimizers decay
 # everything, too.

@@ -82,13 +82,13 @@ def show(
     from pipeline.recipe.recipe import Recipe
     from pipeline.recipe.suite import refuse_references
     from pipeline.report.show import show_recipe
-    from pipeline.train.placeholder_weights import with_stand_ins
+    from pipeline.train.build import with_placeholder_weights
 
     if isinstance(made, Recipe):
         refuse_references(made)
         show_recipe(made, workers, steps=describe_steps([made], workers))
         return
-    with with_stand_ins(made) as recipes:
+    with with_placeholder_weights(made) as recipes:
         steps = describe_steps(recipes, workers)
     show_recipe(made, workers, steps=steps)
 
@@ -289,7 +289,7 @@ def _print(
     from pipeline.core.printing import new_console
     from pipeline.forecast.bench import RULES, group_by_network
     from pipeline.recipe.recipe import Recipe
-    from pipeline.train.placeholder_weights import with_stand_ins
+    from pipeline.train.build import with_placeholder_weights
 
     console = new_console()
 
@@ -301,7 +301,7 @@ def _print(
         if as_json:
             print_json(shown)
         return
-    with with_stand_ins(made) as recipes:
+    with with_placeholder_weights(made) as recipes:
         networks = group_by_network(recipes, alike)
         forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
         if as_json:

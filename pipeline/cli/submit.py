@@ -141,14 +141,13 @@ def _check(made: Recipe | Suite, sizes: tuple[int, ...], *, trust: tuple[str, ..
     from dataclasses import replace
 
     from pipeline.recipe.suite import Suite, refuse_references, refuse_untrusted
-    from pipeline.train.build import check_recipe
-    from pipeline.train.placeholder_weights import with_stand_ins
+    from pipeline.train.build import check_recipe, with_placeholder_weights
 
     if not isinstance(made, Suite):
         refuse_references(made)
     suite = made if isinstance(made, Suite) else Suite((made,))
     refuse_untrusted(suite, trust)
-    with with_stand_ins(suite) as recipes:
+    with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:
             is_there = recipe.init is not None and Path(recipe.init).exists()
             init = recipe.init if is_there else None

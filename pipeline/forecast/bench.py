@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -56,13 +56,13 @@ from pipeline.train.assemble import build_backend
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
-from pipeline.train.build import build_network, check_recipe
+from pipeline.train.build import build_network, build_optimizer, check_recipe
 from pipeline.train.elastic import seed_everything
-from pipeline.train.guards.anomaly import Guard, Rollback, Unguarded, takes_back
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
+from pipeline.train.loop import Guard, MicroBatch, train_batch
 from pipeline.train.objective import Loss
-from pipeline.train.optimizer import build_optimizer
 from pipeline.train.part_checks import check_batch, checked_loader
+from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import tasks_of
 from pipeline.train.teaching import build_teacher
 from pipeline.train.weights import load_start
@@ -262,35 +262,33 @@ class Bench:
                 operations_every=None if as_in_a_run else 10**9,
             )
 
-            def steps() -> Iterator[tuple[int, list[MicroBatch]]]:
-                for step in range(batches):
-                    before_batch(step, meters)
-                    yield step, [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-
-            if as_in_a_run:
-                with charge_collectives(meters.clock):
-                    backend = self._own_backend(network, made)
-                    can_skip = takes_back(self.recipe, made)
-                    guard = Guard(backend, made, self.ranks, skips=0, takes_back=can_skip)
-                    try:
-                        train(made, backend, lambda step: None, steps(), self.loss, meters, guard)
-                    except Rollback as bad:
-                        raise ValueError(f"{made.label}: cannot be timed; {bad}") from bad
-            else:
-                plain = Plain(network, _resting, precision=self.recipe.precision)
-                train(made, plain, lambda step: None, steps(), self.loss, meters, Unguarded())
+            with charge_collectives(meters.clock) if as_in_a_run else nullcontext():
+                backend, guard = self._backend_and_guard(network, made, as_in_a_run=as_in_a_run)
+                batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+                schedule = lambda step: None
+                try:
+                    for step in range(batches):
+                        before_batch(step, meters)
+                        train_batch(made, backend, schedule, step, batch, self.loss, meters, guard)
+                except Rollback as bad:
+                    raise ValueError(f"{made.label}: cannot be timed; {bad}") from bad
         return made, meters
 
     @cached_property
     def ranks(self) -> Ranks:
         return Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
 
-    def _own_backend(self, network: nn.Module, rule: Rule) -> Backend:
-        """The backend of a run, at a learning rate of 0."""
+    def _backend_and_guard(
+        self, network: nn.Module, rule: Rule, *, as_in_a_run: bool
+    ) -> tuple[Backend, Guard]:
+        """Plain torch without a guard, or those of a run; at a learning rate of 0."""
+        if not as_in_a_run:
+            return Plain(network, _resting, precision=self.recipe.precision), Guard()
         backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
         for group in backend.optimizer.param_groups:
             group["lr"] = 0.0
-        return backend
+        undo = can_undo(self.recipe, rule)
+        return backend, AnomalyGuard(backend, rule, self.ranks, max_skips=0, can_undo=undo)
 
     def gradients(self, rule: Spec) -> list[dict[str, Tensor]]:
         """The rule's gradient of each synapse in fp32, in several draws if it draws time steps.

@@ -41,7 +41,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, place_at
 from pipeline.train.guards.storage import patiently
-from pipeline.train.guards.watchdog import untold
+from pipeline.train.guards.watchdog import unreported_hangs
 from pipeline.train.job import Job, raise_refusal
 from pipeline.train.part_checks import fingerprint_of
 from pipeline.train.tasks import Loaders, build_data, tasks_of
@@ -171,14 +171,14 @@ def _mirrored(folder: Path, uri: str, say: Callable[[str], None]) -> Iterator[No
 
 
 def _journal_failure(folder: Path, failure: LaunchError) -> dict[str, int]:
-    """Write to the journal what ended the workers. Returns the hangs among it (`untold`).
+    """Write to the journal what ended the workers. Returns the hangs among it (`unreported_hangs`).
 
     Raises:
         UserError: a worker refused to continue, for a reason that the user can change.
     """
     hung: dict[str, int] = {}
     try:
-        hung = untold(folder, read_events(RunFolder(folder).journal))
+        hung = unreported_hangs(folder, read_events(RunFolder(folder).journal))
         with journal(folder, Ranks()):  # the workers are gone: nobody else writes it
             raise_refusal(folder)
     except OSError as error:  # a full disk, which may have caused the failure itself

@@ -19,10 +19,10 @@ from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
 from pipeline.train.build import build_network
-from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, inputs
+from pipeline.train.evaluation import Evaluated, Evaluation, evaluate, inputs, mean_of
 from pipeline.train.export import is_export, load_export
 from pipeline.train.part_checks import check_network
-from pipeline.train.tasks import Loaders, build_data, check_data, mean_of, tasks_of
+from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
 from pipeline.train.weights import load_run, load_weights
 
 

@@ -25,7 +25,7 @@ from torch import distributed
 from pipeline.core.checks import require
 from pipeline.core.code_version import code_digest
 from pipeline.core.secrets import without_secrets
-from pipeline.core.shared_marker import Marker, placed_marker
+from pipeline.core.shared_marker import Marker
 from pipeline.core.units import counted
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import alive_nodes, innermost, run_on_each, worker_environment
@@ -111,8 +111,12 @@ def _marker_in(place: str) -> Iterator[Marker | None]:
         yield None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with placed_marker(folder, prefix=".doctor-") as marker:
+    marker = Marker(f".doctor-{secrets.token_hex(8)}", secrets.token_hex(16))
+    (folder / marker.name).write_text(marker.content)
+    try:
         yield marker
+    finally:
+        (folder / marker.name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -56,8 +56,7 @@ from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import write_json
 from pipeline.track.events import OF_NONE, Checkpoint, Start, Waiting
 from pipeline.track.journal import Journal, last_event
-from pipeline.train.guards.deaths import note_death
-from pipeline.train.job import Notice, was_stopped
+from pipeline.train.job import Notice, note_death, was_stopped
 
 HOST = "127.0.0.1"
 

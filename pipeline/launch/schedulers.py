@@ -364,9 +364,9 @@ def render_sbatch(
         options["partition"] = _matching("partition", partition, r"[\w.-]+(,[\w.-]+)*")
     variables = {
         "RUNS": order.runs,
-        "WORKERS": format_sizes(order.sizes)
-        if order.sizes
-        else "",  # empty: one for each GPU, or node
+        "WORKERS": (
+            format_sizes(order.sizes) if order.sizes else ""
+        ),  # empty: one for each GPU, or node
         "IMAGE": order.image,
     }
     return shlex.join(

@@ -27,8 +27,8 @@ from pipeline.recipe.command_line import command
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import is_driven, over_in, state_of
+from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
-from pipeline.train.placeholder_weights import with_stand_ins
 
 
 def launch_suite(
@@ -186,7 +186,7 @@ def _check_ahead(
 
     Each run is checked again before it begins, with the weights that it starts from.
     """
-    with with_stand_ins(suite) as recipes:
+    with with_placeholder_weights(suite) as recipes:
         for recipe in recipes:
             if recipe.name not in begun:
                 check(recipe, cluster, trust=trust)

@@ -146,9 +146,11 @@ class Operations(Pausable):
         before the sum.)
         """
         return any(
-            is_even(side.flatten(1)) or is_even(side.transpose(0, 1).flatten(1))
-            if self.is_weight(side)
-            else is_even(side.reshape(1, -1))
+            (
+                is_even(side.flatten(1)) or is_even(side.transpose(0, 1).flatten(1))
+                if self.is_weight(side)
+                else is_even(side.reshape(1, -1))
+            )
             for side in sides
         )
 

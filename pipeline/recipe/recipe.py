@@ -530,9 +530,11 @@ class Recipe(_Fields):
         }
         if isinstance(fields, Mapping):
             fields = {
-                name: groups[name](**arguments_of(groups[name], item, who=f"{who}: {name}"))
-                if name in groups
-                else item
+                name: (
+                    groups[name](**arguments_of(groups[name], item, who=f"{who}: {name}"))
+                    if name in groups
+                    else item
+                )
                 for name, item in fields.items()
             }
         return cls(**arguments_of(cls, fields, who=who))
@@ -565,9 +567,11 @@ def roles() -> Mapping[str, Role]:
         prefix + each.name: each.metadata["role"]
         for outer in dataclasses.fields(Recipe)
         for prefix, inner in [
-            (f"{outer.name}.", dataclasses.fields(outer.default))
-            if isinstance(outer.default, _Fields)
-            else ("", (outer,))
+            (
+                (f"{outer.name}.", dataclasses.fields(outer.default))
+                if isinstance(outer.default, _Fields)
+                else ("", (outer,))
+            )
         ]
         for each in inner
     }
@@ -585,9 +589,9 @@ def select(encoded: Mapping[str, Any], accepts: Callable[[Role], bool]) -> dict[
         return {name: fields[name] for name, role in found.items() if role is None or accepts(role)}
 
     return {
-        name: accepted(value, f"{name}.")
-        if name in groups and isinstance(value, Mapping)
-        else value
+        name: (
+            accepted(value, f"{name}.") if name in groups and isinstance(value, Mapping) else value
+        )
         for name, value in accepted(encoded, "").items()
     }
 
@@ -598,9 +602,11 @@ def _written(fields: _Fields, *, paths: bool) -> dict[str, Any]:
     So a later version can add such a field without a change of study keys.
     """
     return {
-        each.name: _written(value, paths=paths)
-        if isinstance(value, _Fields)
-        else encode(value, paths=paths)
+        each.name: (
+            _written(value, paths=paths)
+            if isinstance(value, _Fields)
+            else encode(value, paths=paths)
+        )
         for each in dataclasses.fields(fields)
         for value in [getattr(fields, each.name)]
         if not (value == each.default and value in (None, ()))
@@ -661,11 +667,13 @@ def _changed_throughout(part: Spec, name: str, change: Callable[[Any], Any]) -> 
     """The part with the keyword `name` changed in it and in all of its inner parts."""
     return part.with_(
         **{
-            key: change(value)
-            if key == name
-            else _changed_throughout(value, name, change)
-            if isinstance(value, Spec)
-            else value
+            key: (
+                change(value)
+                if key == name
+                else _changed_throughout(value, name, change)
+                if isinstance(value, Spec)
+                else value
+            )
             for key, value in part.kwargs.items()
         }
     )
@@ -680,9 +688,11 @@ def _with_paths(value: Any, change: Callable[[str], str]) -> Any:
         return value
     return value.with_(
         **{
-            key: change(os.fspath(item))
-            if item is not None and is_path(value.target, key)
-            else _with_paths(item, change)
+            key: (
+                change(os.fspath(item))
+                if item is not None and is_path(value.target, key)
+                else _with_paths(item, change)
+            )
             for key, item in value.kwargs.items()
         }
     )

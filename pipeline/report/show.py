@@ -13,9 +13,8 @@ from pipeline.data.base import DataError
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.train.backend.deepspeed import config
-from pipeline.train.build import check_recipe
+from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.part_checks import fingerprint_of
-from pipeline.train.placeholder_weights import with_stand_ins
 from pipeline.train.tasks import build_data
 from pipeline.train.weights import study_inputs
 
@@ -40,7 +39,7 @@ def show_recipe(
         refuse_references(made)
         _print(made.name, *_resolved(made, made, workers, steps[0] if steps else None), console)
         return
-    with with_stand_ins(made) as recipes:
+    with with_placeholder_weights(made) as recipes:
         of_each = zip(made.recipes, recipes, steps or [None] * len(recipes), strict=True)
         found = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
     fields, lines = (_shared(each) for each in zip(*found, strict=True))

@@ -196,7 +196,7 @@ class Rule(nn.Module):
         that average over ranks.
         """
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The rule's own metrics of its last batch, such as the residual of a solve.
 
         The journal reports their means over ranks, so the names must be the same on every rank. A

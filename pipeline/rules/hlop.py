@@ -382,11 +382,11 @@ class HLOP(Rule):
                     moments, rate=rate, momentum=self.momentum, iterations=self.inner_iterations
                 )
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The inner rule's metrics, and per synapse the energy that its rows keep and its free
         directions.
         """
-        found = dict(self.inner.figures())
+        found = dict(self.inner.metrics())
         for recorder in self._recorders:
             found[f"energy_{recorder.name}"] = recorder.energy()
             found[f"free_{recorder.name}"] = float(recorder.subspace.free)

@@ -98,8 +98,8 @@ class IDE(Rule):
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 
-    def figures(self) -> dict[str, float]:
-        return self.adjoint.figures()
+    def metrics(self) -> dict[str, float]:
+        return self.adjoint.metrics()
 
     def is_unsolved(self) -> bool:
         return self.adjoint.is_unsolved
@@ -160,7 +160,7 @@ class _Adjoint:
         self.evaluations = solution.iterations_B.double().mean().item()
         return solution.beta_B
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Mean relative residual and evaluations of J^T over the samples of the last solved
         micro-batch.
         """

@@ -83,8 +83,8 @@ class SPIDE(Rule):
         super().attach(model, world=world, over_time=over_time)
         self.set_seam(equilibrium, "adjoint", self.adjoint)
 
-    def figures(self) -> dict[str, float]:
-        return {"forward_rate": self.forward_rate, **self.adjoint.figures()}
+    def metrics(self) -> dict[str, float]:
+        return {"forward_rate": self.forward_rate, **self.adjoint.metrics()}
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_of: LossOf, step: int, rows: Sequence[int]
@@ -139,7 +139,7 @@ class _Adjoint:
         self._warn(gain * g_B.abs().max().item())
         return [beta_B / gain for beta_B in found.beta]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"backward_rate": self.backward_rate, "saturated": self.saturated}
 
     def _warn(self, largest: float) -> None:

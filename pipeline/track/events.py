@@ -457,7 +457,7 @@ class Finish(Event):
     step: Annotated[int, Metric("summary/step")]  # global batches done
     summary: Annotated[
         dict[str, Any], Rest(), Metric("summary", without=("seed", "steps", "epochs"))
-    ]  # of train/summary.py
+    ]  # of train/metadata.py
 
 
 @dataclass(frozen=True, kw_only=True)

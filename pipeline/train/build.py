@@ -1,30 +1,38 @@
-"""What a recipe names, built and refused on one machine alone: its network, its rule on the
-network, how it mixes samples.
+"""What a recipe names, built and refused on one machine alone: network, rule, mixing, optimizer and
+schedule.
 
 Nothing here reads a data file or speaks to another process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.data.mixing import Mixing
+from pipeline.recipe.phases import Stretch, stretch_at
 from pipeline.recipe.recipe import Recipe, Spec, Split
+from pipeline.recipe.suite import Suite, filled, references
 from pipeline.rules.base import Rule, World
+from pipeline.spiking.binary import latent_parameters
+from pipeline.train.checkpoint import weights_of
 from pipeline.train.elastic import check_accumulation, check_sizes, steady
-from pipeline.train.gradient_fidelity import Nearness
+from pipeline.train.gradient_fidelity import FidelityCheck
 from pipeline.train.objective import Loss
-from pipeline.train.optimizer import build_optimizer
 from pipeline.train.part_checks import (
+    build_part,
     check_network,
-    checked_mixing,
-    checked_network,
-    checked_objective,
-    checked_rule,
-    checked_schedule,
+    check_objective,
+    check_rule,
+    check_schedule,
 )
 from pipeline.train.tasks import Task, tasks_of
 from pipeline.train.teaching import build_teacher
@@ -32,10 +40,13 @@ from pipeline.train.weights import load_start
 
 
 def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
-    """Refuse what does not fit together, before anything is launched; needs no data file. The
-    network that was made for it.
+    """The recipe's network, once everything in the recipe was found to fit together. Needs no data
+    file.
 
     `sizes` are the numbers of workers that the run may have.
+
+    Raises:
+        ValueError: what does not fit.
     """
     check_sizes(recipe, sizes)
     tasks = tasks_of(recipe)
@@ -43,7 +54,7 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     if recipe.init is not None:
         load_start(network, Path(recipe.init))
     check_network(network, recipe, tasks[0].data)
-    checked_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
+    check_objective(recipe.objective.build(), recipe.objective, classes=tasks[0].data.classes)
     rule = attached_rule(recipe, network, World(recipe.seed, size=sizes[-1]))
     cut = steady(recipe, network, sizes)
     check_accumulation(cut, rule, sizes)
@@ -52,10 +63,9 @@ def check_recipe(recipe: Recipe, *sizes: int) -> nn.Module:
     if recipe.teacher is not None:
         build_teacher(recipe, tasks[0].data)
     if recipe.evaluation.fidelity_every:
-        Nearness.check(recipe, lambda: build_network(recipe, tasks))
-    checked_schedule(
-        recipe.schedule.build(build_optimizer(recipe, network, rule), 1000, 100), recipe.schedule
-    )
+        FidelityCheck.check(recipe, lambda: build_network(recipe, tasks))
+    optimizer = build_optimizer(recipe, network, rule)
+    check_schedule(recipe.schedule.build(optimizer, 1000, 100), recipe.schedule)
     return network
 
 
@@ -70,44 +80,132 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
                 f"recipe: model and data must have the same classes; got {classes} and"
                 f" {task.data.classes}{where}"
             )
-    network = checked_network(recipe.model.build(), recipe.model)
+    network = build_part("model", recipe.model, nn.Module, name="torch.nn.Module")
     for task in reversed(tasks):
         task.choose_head(network)
     return network
 
 
 def _written_classes(part: Spec) -> int | None:
-    """What a model, or the model that it is built around, is told about classes."""
+    """The keyword `classes` of a model, or of the model that it is built around."""
     inside = [_written_classes(value) for value in part.kwargs.values() if isinstance(value, Spec)]
     return part.kwargs.get("classes") or next(filter(None, inside), None)
 
 
 def attached_rule(recipe: Recipe, network: nn.Module, world: World) -> Rule:
-    """The recipe's rule on its network; refuses what does not fit together."""
-    rule = checked_rule(recipe.rule.build(), recipe.rule)
+    """The recipe's rule on its network.
+
+    Raises:
+        ValueError: rule, network, tasks, objective and teacher do not fit together.
+    """
+    rule = build_part("rule", recipe.rule, Rule)
+    check_rule(rule, recipe.rule)
     rule.check_steps(recipe.time_steps)
     rule.attach(network, world=world, over_time=recipe.over_time)
     rule.check_tasks(network, max(1, len(recipe.phases)))
-    check_objective(recipe, rule)
-    return rule
-
-
-def check_objective(recipe: Recipe, rule: Rule) -> None:
-    """Whether the objective fits the teacher, the rule, and how the rule asks for losses."""
     objective: Loss = recipe.objective.build()
     objective.check(
         taught=recipe.teacher is not None, over_time=recipe.over_time, time_steps=recipe.time_steps
     )
-    if objective.remembers and not rule.one_loss_per_step:
-        raise ValueError(
-            f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
-            f" between them; got {recipe.objective.label}"
-        )
+    require(
+        rule.one_loss_per_step or not objective.remembers,
+        f"{rule.label}: asks for more than one loss a step, so the objective must keep nothing"
+        f" between them; got {recipe.objective.label}",
+    )
+    return rule
 
 
 def build_mixing(recipe: Recipe, split: Split) -> Mixing | None:
     if recipe.mixing is None:
         return None
-    mixing = checked_mixing(recipe.mixing.build(), recipe.mixing)
+    mixing = build_part("mixing", recipe.mixing, Mixing)
     mixing.check(micro_batch=split.micro_batch)
     return mixing
+
+
+@contextmanager
+def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
+    """The recipes of a suite before its first run has trained. A file of fresh weights stands for
+    each reference to another run's weights; the files are gone afterwards.
+
+    They have the names and shapes of the weights to come. So everything can be checked in advance
+    but what depends on the values.
+
+    Raises:
+        ValueError: a network that is referred to cannot be built.
+    """
+    wanted = {name for recipe in suite.recipes for name in references(recipe)}
+    files: dict[str, Path] = {}
+    recipes: list[Recipe] = []
+    with tempfile.TemporaryDirectory(prefix="spiketrain-") as place:
+        for recipe in suite.recipes:
+            recipes.append(filled(recipe, files.__getitem__))
+            if recipe.name in wanted:
+                files[recipe.name] = Path(place) / f"{len(recipes)}.safetensors"
+                network = build_network(recipes[-1], tasks_of(recipes[-1]))
+                save_file(weights_of(network), files[recipe.name])
+        yield tuple(recipes)
+
+
+def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
+    kind = torch.optim.Optimizer
+    try:
+        optimizer = build_part(
+            "optimizer", recipe.optimizer, kind, network, name="torch.optim.Optimizer"
+        )
+    except (TypeError, AssertionError, RuntimeError) as error:  # timm's ways to refuse a keyword
+        raise ValueError(f"{recipe.optimizer.label}: {error}") from error
+    spare_from_decay(optimizer, latent_parameters(network))
+    rule.check_optimizer(optimizer)
+    decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
+    require(
+        not decay or all(phase.head is None for phase in recipe.phases),
+        "recipe: weight_decay must be 0 where phases have heads, for it shrinks the others too; got"
+        f" {decay}",
+    )
+    return optimizer
+
+
+def spare_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Take `parameters` out of weight decay: they get groups of their own.
+
+    timm (1.0.31) can do this only for groups that it makes itself, by names that the outermost
+    network lists in `no_weight_decay`.
+    """
+    spared = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        is_spared = [id(parameter) in spared for parameter in group["params"]]
+        if not group.get("weight_decay") or not any(is_spared):
+            continue
+        if all(is_spared):
+            group["weight_decay"] = 0.0
+            continue
+        columns = {name: list(group[name]) for name in ("params", "param_names") if name in group}
+        inside = {
+            name: list(itertools.compress(column, is_spared)) for name, column in columns.items()
+        }
+        group.update(
+            {
+                name: [x for x, out in zip(column, is_spared, strict=True) if not out]
+                for name, column in columns.items()
+            }
+        )
+        optimizer.add_param_group({**group, **inside, "weight_decay": 0.0})
+
+
+def build_schedule(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, stretches: Sequence[Stretch]
+) -> Callable[[int], None]:
+    """The recipe's schedule of learning rates. It begins anew in each phase."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedules = []
+    for stretch in stretches:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # a schedule with a warm-up sets it as soon as it is made
+        schedules.append(recipe.schedule.build(optimizer, stretch.steps, stretch.epoch_steps))
+
+    def schedule(step: int) -> None:
+        stretch = stretch_at(stretches, step)
+        schedules[stretch.index](step - stretch.first)
+
+    return schedule

@@ -1,5 +1,5 @@
-"""Distillation as an objective: from the logits of a teacher (recipe.teacher), and from the
-network's own mean over time.
+"""Distillation as an objective: from the logits of a teacher (recipe.teacher), and from the mean of
+the network's own logits over time.
 
 T time (steps 1..T), B batch, K classes
 """
@@ -13,44 +13,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.checks import require
 from pipeline.rules.base import LossOf, OverTime
 from pipeline.train.objective import CrossEntropy, widened
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """A weighted sum, in fp32 or better, for the logits z_t of a step, or for their mean over time
-    where the recipe says so:
+    """A weighted sum, in fp32 or better, for the logits z_t of a step, or for their mean over time:
 
-        label_weight labels(z_t, y)  +  teacher_weight D(teacher, z_t)  +  ensemble_weight tau^2
-        KL(m_t || z_t)
+        label_weight labels(z_t, y)
+        + teacher_weight D(teacher, z_t)
+        + ensemble_weight tau^2 KL(m_t || z_t)
 
-        "soft"   D = -tau^2 sum_k p_k log q_k     at least tau^2 H(p), the entropy of the teacher's
-        answer
-        "kl"     D =  tau^2 KL(p || q)            the same gradient, at least 0
+        "soft"   D = -tau^2 sum_k p_k log q_k   at least tau^2 H(p), the entropy of the answer
+        "kl"     D =  tau^2 KL(p || q)          the same gradient, at least 0
         "hard"   D =  CE(z_t, argmax teacher)
 
-    with p and q the softmax of the teacher's logits and of z_t, divided by tau; tau^2 keeps
-    gradients as large as at tau = 1 (Hinton et al.). m_t = (z_1 + ... + z_t) / t is a constant:
-    what the steps so far answer together teaches each of them.
+    p and q are the softmax of the teacher's logits and of z_t, divided by tau. tau^2 keeps
+    gradients as large as at tau = 1 (Hinton et al.). m_t = (z_1 + ... + z_t) / t is a constant: the
+    mean of the steps so far teaches each of them.
 
-    With `over_time="steps"` every step learns the teacher's answer, under any rule.
-    `over_time="mean"` distils into the mean logits instead, where the rule can differentiate that;
-    by convexity it is never more than the mean over the steps.
+    With `over_time="steps"` every step learns the teacher's answer, under any rule. With
+    `over_time="mean"` the mean logits learn it, if the rule can differentiate that. By convexity
+    that loss is never more than the mean over the steps.
 
-        Published                     label_weight   teacher_weight   ensemble_weight   form
-        temperature ReActNet, BinaryViT           0              1                0
-        "soft"   1
-        DeiT, hard                    1/2            1/2              0                 "hard"   -
-        DeiT, soft                    1 - w          w                0                 "kl"     tau
-        (its code: w/K for w) temporal decoupling           1              a                b
-        "kl"     1 (ImageNet), 3 (CIFAR)
+        Published               label_weight  teacher_weight  ensemble_weight  form    temperature
+        ReActNet, BinaryViT     0             1               0                "soft"  1
+        DeiT, hard              1/2           1/2             0                "hard"  -
+        DeiT, soft              1 - w         w               0                "kl"    tau
+        temporal decoupling     1             a               b                "kl"    1 or 3
 
-    The last has for m_t the mean over those of all T steps that are right, which a rule that learns
-    while time runs cannot know.
+    DeiT's code has w/K for w. Temporal decoupling has temperature 1 on ImageNet, 3 on CIFAR. Its
+    m_t is the mean over those of all T steps that are right, which a rule that learns while time
+    runs cannot know.
 
     Args:
-        labels: the loss on labels; evaluation reports it whatever its weight.
+        labels: the loss on labels. Evaluation reports it whatever its weight.
         temperature: tau > 0, of both soft terms.
 
     Source: Hinton et al. 2015, arXiv:1503.02531; Liu et al. 2020 (ReActNet), arXiv:2003.03488;
@@ -66,57 +65,53 @@ class Distillation:
     labels: CrossEntropy = CrossEntropy()
 
     def __post_init__(self) -> None:
-        weights = {
-            name: getattr(self, name)
-            for name in ("label_weight", "teacher_weight", "ensemble_weight")
-        }
-        for name, weight in weights.items():
-            if not weight >= 0:
-                raise ValueError(f"Distillation: {name} must not be negative; got {weight}")
-        if self.teacher_weight == 0 and self.ensemble_weight == 0:
-            raise ValueError(
-                "Distillation: teacher_weight or ensemble_weight must be above 0; got 0 for both"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"Distillation: temperature must be above 0; got {self.temperature}")
-        if self.form not in ("soft", "kl", "hard"):
-            raise ValueError(
-                f"Distillation: form must be 'soft', 'kl' or 'hard'; got {self.form!r}"
-            )
+        for name in ("label_weight", "teacher_weight", "ensemble_weight"):
+            weight = getattr(self, name)
+            require(weight >= 0, f"Distillation: {name} must not be negative; got {weight}")
+        require(
+            self.teacher_weight or self.ensemble_weight,
+            "Distillation: teacher_weight or ensemble_weight must be above 0; got 0 for both",
+        )
+        require(
+            self.temperature > 0,
+            f"Distillation: temperature must be above 0; got {self.temperature}",
+        )
+        require(
+            self.form in ("soft", "kl", "hard"),
+            f"Distillation: form must be 'soft', 'kl' or 'hard'; got {self.form!r}",
+        )
         is_soft = self.ensemble_weight > 0 or self.form != "hard"
-        for name, value, acts in (
-            ("temperature", self.temperature, is_soft),
-            ("form", self.form, self.teacher_weight > 0),
-            ("labels", self.labels, self.label_weight > 0),
+        for name, acts, rest in (
+            ("temperature", is_soft, "form='hard'"),
+            ("form", self.teacher_weight > 0, "teacher_weight=0"),
+            ("labels", self.label_weight > 0, "label_weight=0"),
         ):
-            if value != getattr(Distillation, name) and not acts:
-                rest = {
-                    "temperature": "form='hard'",
-                    "form": "teacher_weight=0",
-                    "labels": "label_weight=0",
-                }[name]
-                raise ValueError(f"Distillation: {name}={value!r} has no effect with {rest}")
+            value = getattr(self, name)
+            require(
+                acts or value == getattr(Distillation, name),
+                f"Distillation: {name}={value!r} has no effect with {rest}",
+            )
 
     @property
     def remembers(self) -> bool:
         return self.ensemble_weight > 0
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
-        if self.teacher_weight > 0 and not taught:
-            raise ValueError(
-                f"Distillation: teacher_weight={self.teacher_weight} needs a teacher,"
-                " teacher=spec(timm_teacher, ...); got None"
-            )
-        if self.teacher_weight == 0 and taught:
-            raise ValueError(
-                "Distillation: a teacher has no effect with teacher_weight=0; leave it out"
-            )
-        if self.remembers and (over_time != "steps" or time_steps < 2):
-            raise ValueError(
-                "Distillation: ensemble_weight teaches steps what they answer together, so it"
-                " needs over_time='steps' and time_steps of 2 or more; got"
-                f" over_time={over_time!r}, time_steps={time_steps}"
-            )
+        require(
+            taught or self.teacher_weight == 0,
+            f"Distillation: teacher_weight={self.teacher_weight} needs a teacher,"
+            " teacher=spec(timm_teacher, ...); got None",
+        )
+        require(
+            not taught or self.teacher_weight > 0,
+            "Distillation: a teacher has no effect with teacher_weight=0; leave it out",
+        )
+        require(
+            not self.remembers or (over_time == "steps" and time_steps >= 2),
+            "Distillation: ensemble_weight teaches steps what they answer together, so it needs"
+            f" over_time='steps' and time_steps of 2 or more; got over_time={over_time!r},"
+            f" time_steps={time_steps}",
+        )
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
         assert (teacher_BK is not None) == (self.teacher_weight > 0), (
@@ -156,7 +151,7 @@ class Distillation:
 def soft_loss(
     form: Literal["soft", "kl"], teacher_BK: Tensor, logits_BK: Tensor, temperature: float
 ) -> Tensor:
-    """`tau^2` times the cross-entropy ("soft") or the divergence ("kl") of two answers at the same
+    """`tau^2` times the cross-entropy ("soft") or the divergence ("kl") of two distributions at one
     temperature.
     """
     log_p_BK, log_q_BK = (

@@ -1,18 +1,19 @@
-"""A run whose number of workers changes while it trains: what stays the same at every size, and
+"""Runs whose number of workers changes while they train: what stays the same at every size, and
 what is refused.
 
-The global batch stays, and with it learning rate, schedule and steps. Row r of batch b is the same
-sample, in the same view, at every size, as the order is a function of (seed, epoch) alone: whatever
-the sequence of sizes, an epoch sees each sample once. What comes out differs by the order of sums,
-if nothing else looks at how the batch was cut:
+Global batch, learning rate, schedule and steps stay. Row r of batch b is the same sample in the
+same view at every size, because the order depends on (seed, epoch) alone. So an epoch sees each
+sample once, whatever the sizes. Results differ by the order of sums, if nothing else depends on the
+cut:
 
-    norms and dropout       look at a micro-batch as one; it then holds the same rows at every size,
-                            those of the largest common share of a worker, and only how many of them
-                            a worker accumulates changes
-    dropout and its like    is drawn from (seed, step, first row of the micro-batch), not from a
-    stream of each rank running statistics      are each rank's own and saved as their mean, which
-    all ranks begin from at another size a rule's own state      is averaged over ranks by every
-    rule: what rank 0 saves is everybody's
+    norms and dropout     depend on the samples of a micro-batch. It holds the same rows at every
+                          size, those of the largest common share of a worker; only the number of
+                          micro-batches that a worker accumulates changes
+    dropout               is drawn from (seed, step, first row of the micro-batch), not from a
+                          stream of each rank
+    running statistics    are saved as their mean over ranks, with which all ranks of another size
+                          begin
+    a rule's own state    is averaged over ranks by every rule
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from pipeline.core.checks import require
 from pipeline.core.random import counter_hash
 from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe
@@ -35,11 +37,11 @@ from pipeline.rules.base import Rule
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 
-_DRAW = 0x656C6173746963  # sets these draws apart from a rule's own
+_DRAW = 0x656C6173746963  # separates these draws from a rule's
 
 
 def format_sizes(sizes: Sequence[int]) -> str:
-    """As a user writes them: 4, 2:4, or 2,4,8."""
+    """As a user writes them: 4, 2:4 or 2,4,8."""
     if len(sizes) == 1:
         return str(sizes[0])
     return (
@@ -50,23 +52,22 @@ def format_sizes(sizes: Sequence[int]) -> str:
 
 
 def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
-    """Whether the recipe trains on any of these numbers of workers, and goes on at another.
+    """Whether the recipe can train with each of these numbers of workers, and change between them.
 
     Raises:
-        ValueError: a size that does not divide the global batch, with those that do; or a stage of
-        ZeRO.
+        ValueError: a size does not divide the global batch, or ZeRO needs one size.
     """
-    if len(sizes) > 1 and recipe.zero:
-        raise ValueError(
-            f"launch: ZeRO-{recipe.zero} needs one number of workers, for DeepSpeed's checkpoints"
-            " of it load on as many only and its universal ones hold Adam alone (0.19.8); got"
-            f" {format_sizes(sizes)}; take one number, or zero=0"
-        )
+    require(
+        len(sizes) == 1 or not recipe.zero,
+        f"launch: ZeRO-{recipe.zero} needs one number of workers, for DeepSpeed's checkpoints of it"
+        " load on as many only and its universal ones hold Adam alone (0.19.8); got"
+        f" {format_sizes(sizes)}; take one number, or zero=0",
+    )
     odd = [size for size in sizes if recipe.batch_size % size]
     if not odd:
         return
     if len(sizes) == 1:
-        recipe.split(sizes[0])  # which says which batches would do
+        recipe.split(sizes[0])  # names the batches that are possible
     fit = [size for size in range(1, sizes[-1] + 1) if recipe.batch_size % size == 0]
     inside = [size for size in fit if size >= sizes[0]]
     advice = (
@@ -83,12 +84,11 @@ def check_sizes(recipe: Recipe, sizes: Sequence[int]) -> None:
 
 
 def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
-    """The recipe with micro-batches that every size cuts from the same rows, where the network
-    looks at one as a whole.
+    """The recipe with micro-batches that hold the same rows at every size, if the network depends
+    on the cut.
 
     Raises:
-        ValueError: statistics over all workers of micro-batches that are accumulated: they are of
-        more rows at a larger size.
+        ValueError: statistics over all workers and accumulation: a larger size has more rows.
     """
     if len(sizes) == 1:
         return recipe
@@ -117,25 +117,22 @@ def steady(recipe: Recipe, network: nn.Module, sizes: Sequence[int]) -> Recipe:
 
 
 def check_accumulation(recipe: Recipe, rule: Rule, sizes: Sequence[int]) -> None:
-    """Raises: ValueError where a rule moves the weights within a batch, and the batch does not come
-    at once.
-    """
+    """Raises: ValueError if a rule moves the weights within a batch that is accumulated."""
     for split in map(recipe.split, sizes):
-        if rule.update == "step" and split.accumulation > 1:
-            raise ValueError(
-                f"{recipe.rule.label}: moves the weights at every time step and refuses"
-                f" accumulation; got {split}"
-            )
+        require(
+            rule.update != "step" or split.accumulation == 1,
+            f"{recipe.rule.label}: moves the weights at every time step and refuses accumulation;"
+            f" got {split}",
+        )
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (what a user's own parts may draw from)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (for a user's own parts)
     torch.manual_seed(seed)
 
 
 def draw_for(seed: int, *, step: int, row: int) -> None:
-    """From here on the global generators draw what belongs to the micro-batch that begins at this
-    row of this batch.
-    """
+    """Seed the global generators for the micro-batch that begins at this row of this batch."""
     seed_everything(counter_hash(_DRAW, seed, step, row) >> 1)

@@ -1,17 +1,26 @@
-"""Exact evaluation over ranks: sums are reduced, nothing is padded, no sample counts twice.
+"""Exact evaluation over ranks: sums are reduced, nothing is padded, no sample counts twice. The
+predictions of a run's last evaluation are in `RUN/answers.npz`, so two runs that were evaluated on
+one set can be compared sample by sample.
 
-T time, B batch, K classes
+T time, B batch, N samples, K classes
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+import os
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 
+from pipeline.core.checks import require
 from pipeline.data.base import Loader
 from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
@@ -20,33 +29,30 @@ from pipeline.measure.operations import Operations, Work
 from pipeline.measure.sample_evenly import EvenSample
 from pipeline.spiking.encode import over_steps
 from pipeline.spiking.state import fresh_state
+from pipeline.train.backend.collectives import Ranks, world
 from pipeline.train.objective import Loss
-from pipeline.train.predictions import Answers, answers_of
 
-TOP = 5
-"""how many of the best classes top-5 looks at"""
-COUNTED = 64
-"""samples at most of which operations are counted"""
+TOP = 5  # classes of the top-5 accuracy
+COUNTED = 64  # the most samples whose operations are counted
+# the samples whose operations a summary has
 COUNTED_ON = "from all over the first worker's share of the evaluation set"
-"""for a summary, which has the operations of that worker"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Shares in 0..1; the firing rate is spikes per neuron and time step, of the samples on which
-    they are counted.
+    """Shares in 0..1. The firing rate is spikes per neuron and time step, of the samples on which
+    spikes are counted.
     """
 
     samples: int
     top1: float
-    top5: float | None
-    """None under six classes, where it would say nothing"""
+    top5: float | None  # None if there are fewer than six classes
     loss: float
     firing_rate: float
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By name, without what was not measured; the number of samples is none of them."""
+        """By name, without the number of samples and what was not measured."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -55,22 +61,15 @@ class Evaluation:
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation gives beside its figures."""
+    """An evaluation and the data behind it."""
 
-    result: Evaluation
-    """of all ranks together"""
-    answers: Answers
-    """of this rank"""
+    result: Evaluation  # of all ranks together
+    answers: Answers  # of this rank
+    # of all ranks together, on one sample in `ACTIVITY_EVERY`; () without neurons
     activity: tuple[LayerActivity, ...]
-    """of all ranks together, on one sample in `ACTIVITY_EVERY`; none for a network without
-    neurons
-    """
+    # of samples spread over this rank's share; None if operations were not counted
     inference: Inference | None
-    """of samples spread over this rank's share; None without one, or where operations were not
-    counted
-    """
-    readings: EnergyReadings
-    """of this rank's card"""
+    readings: EnergyReadings  # of this rank's card
 
 
 @torch.no_grad()
@@ -85,20 +84,22 @@ def evaluate(
     joules: EnergyCounter | None = None,
     when_answered: Callable[[], None] = lambda: None,
 ) -> Evaluated:
-    """Run the model over this rank's share of a set; collective.
+    """Run the model over this rank's share of a set. Collective.
 
     Args:
         batches: (x_TB, target_B, index_B); ranks may hold different numbers of them, or none.
-        network: the bare network inside, by whose names the layers of neurons are told; None: the
-        model itself. joules: of the card that it runs on, read before the first batch is asked for
-        and after the last one's answers are there,
-            so without the counting of operations; None: not measured.
-        when_answered: called at that moment, too.
+        network: the bare network inside, whose names the layers have; None: the model itself.
+        joules: the energy counter of the model's card. It is read before the first batch is read
+            and after the last answer, so without the counting of operations. None: not measured.
+        when_answered: called after the last answer, too.
+
+    Raises:
+        ValueError: there is no sample on any rank.
     """
     network, joules = network or model, joules or EnergyCounter(torch.device("cpu"))
     was_training = model.training
     model.eval()
-    answered: list[Tensor] = []  # index, target and answer of each batch
+    answered = [torch.zeros(3, 0, dtype=torch.int64)]  # index, target, answer of each batch
     sums = torch.zeros(
         5, dtype=torch.float64
     )  # samples, top-1 hits, loss; samples of six classes or more, top-5 hits
@@ -118,7 +119,7 @@ def evaluate(
                 loss = loss_of(mean_BK)
             else:
                 loss = torch.stack([loss_of(logits_BK) for logits_BK in logits_TBK]).mean()
-            best_B5 = best(mean_BK)
+            best_B5 = mean_BK.topk(min(TOP, mean_BK.shape[-1])).indices
             hits_B5 = best_B5 == target_B[:, None]
             found = [samples, float(hits_B5[:, 0].sum()), float(loss.double() * samples)]
             found += [samples, float(hits_B5.sum())] if mean_BK.shape[-1] > TOP else [0, 0]
@@ -130,57 +131,44 @@ def evaluate(
     when_answered()
     inference = _inference(model, network, counted, batch_size=largest) if len(counted) else None
     model.train(was_training)
-    samples, top1, loss, ranked, top5 = _over_ranks(model, distributed.ReduceOp.SUM)(sums).tolist()
-    if samples == 0:
-        raise ValueError("evaluate: needs at least one sample; got none on any rank")
-    layers = activity.layers(
-        *(_over_ranks(model, how) for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX))
+    device = next(model.parameters()).device
+    total, largest_of = (
+        partial(_over_ranks, device=device, how=how)
+        for how in (distributed.ReduceOp.SUM, distributed.ReduceOp.MAX)
     )
+    samples, top1, loss, ranked, top5 = total(sums).tolist()
+    require(samples != 0, "evaluate: needs at least one sample; got none on any rank")
+    layers = activity.layers(total, largest_of)
     share_top5 = top5 / ranked if ranked else None
     result = Evaluation(
         int(samples), top1 / samples, share_top5, loss / samples, firing_rate(layers)
     )
-    return Evaluated(result, answers_of(answered), layers, inference, readings)
+    index, target, answer = torch.cat(answered, dim=1).numpy()
+    answers = Answers(index=index, target=target, answer=answer)
+    return Evaluated(result, answers, layers, inference, readings)
 
 
 def _inference(
     model: nn.Module, network: nn.Module, counted: EvenSample, *, batch_size: int
 ) -> Inference:
-    """Counted in batches no larger than those that were evaluated, which fit."""
+    """Operations, in batches no larger than those of the evaluation, which fit in memory."""
     with Operations(network) as operations:
         for x_TB in counted.batches(batch_size):
             with fresh_state(model):
                 model(x_TB)
-    # Of the forward alone: what a rule or a limit adds to it is no inference's.
+    # The forward alone: inference has no rule.
     return Inference(
         operations.work.get("forward", Work()), len(counted), tuple(sorted(operations.not_counted))
     )
 
 
-def _over_ranks(
-    model: nn.Module, how: distributed.ReduceOp.RedOpType
-) -> Callable[[Tensor], Tensor]:
-    """A reduction of vectors on the CPU."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return lambda value: value
-    device = next(model.parameters()).device
-
-    def reduce(value: Tensor) -> Tensor:
-        shared = value.to(device, copy=True)
-        distributed.all_reduce(shared, op=how)
-        return shared.cpu()
-
-    return reduce
-
-
-def best(logits_BK: Tensor) -> Tensor:
-    """The best class, the second best, ...: `[B, 5]`, narrower where there are fewer classes."""
-    return logits_BK.topk(min(TOP, logits_BK.shape[-1])).indices
-
-
-def hits(logits_BK: Tensor, target_B: Tensor) -> Tensor:
-    """Whether the label is the best class, the second best, ...: `[B, 5]`, as `best`."""
-    return best(logits_BK) == target_B[:, None]
+def _over_ranks(value: Tensor, device: torch.device, how: Any) -> Tensor:
+    """A reduction of a vector on the CPU."""
+    if world()[1] == 1:
+        return value
+    shared = value.to(device, copy=True)
+    distributed.all_reduce(shared, op=how)
+    return shared.cpu()
 
 
 def inputs(
@@ -191,11 +179,11 @@ def inputs(
     most: int | None = None,
     epoch: int = 0,
 ) -> Generator[tuple[Tensor, Tensor, Tensor]]:
-    """What `evaluate` takes, from this rank's batches: all of them, or the first `most` samples.
-    Close it if you leave early.
+    """The batches for `evaluate`: all of this rank's, or the first `most` samples. Close it if you
+    leave early.
 
-    `epoch`: the same samples whichever it is; who evaluates again with another has other pages of
-    the data compared."""
+    `epoch` does not change the samples, but which pages of the data are checked.
+    """
     left = most
     with loader.epoch(epoch) as batches:
         for batch in batches:
@@ -206,3 +194,95 @@ def inputs(
                 yield over_steps(x_B.to(device), time_steps), target_B.to(device), index_B
             if left == 0:
                 return
+
+
+def share_of(samples: int | None, ranks: Ranks) -> int | None:
+    """How many of the first `samples` this rank evaluates; None: its whole share of the set."""
+    return None if samples is None else len(range(ranks.rank, samples, ranks.size))
+
+
+def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
+
+    return Evaluation(
+        samples=sum(each.samples for each in evaluations),
+        top1=mean("top1"),
+        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
+        loss=mean("loss"),
+        firing_rate=mean("firing_rate"),
+    )
+
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answers:
+    """int64 `[N]` each, one entry a sample."""
+
+    index: Ints  # the sample's place in the evaluation file, as `Batch.index` counts
+    target: Ints
+    answer: Ints  # the class with the highest mean logit
+    # the task to whose evaluation set sample and index belong; None: the run has no phases
+    task: Ints | None = None
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        return self.answer == self.target
+
+
+def write_answers(file: Path, shares: Sequence[Sequence[Answers]], *, tasks: bool) -> None:
+    """Write the answers of every rank for each task (`shares[rank][task]`), sorted by task and
+    index. The file is whole or absent.
+
+    `tasks`: whether the file has a column with the task of each sample.
+    """
+    sorted_3N = [_sorted(of_task) for of_task in zip(*shares, strict=True)]
+    columns: dict[str, Ints] = dict(
+        zip(("index", "target", "answer"), np.concatenate(sorted_3N, axis=1), strict=True)
+    )
+    if tasks:
+        columns["task"] = np.repeat(
+            np.arange(len(sorted_3N)), [each.shape[1] for each in sorted_3N]
+        )
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:  # a stream, as savez would add its own suffix to a name
+        # numpy's own keyword, allow_pickle, is none of them
+        np.savez(stream, **columns)  # type: ignore[arg-type]
+    temporary.rename(file)
+
+
+def read_answers(file: Path) -> Answers:
+    """Raises: ValueError if the file is missing or is no such file."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = Answers(**arrays)
+    except FileNotFoundError:
+        raise ValueError(f"answers: {file} must be there; a run writes it at its end") from None
+    except (TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"answers: {file} must hold index, target and answer; it could not be read: {error}"
+        ) from error
+    columns = [getattr(found, name) for name in ("index", "target", "answer", "task")]
+    columns = [column for column in columns if column is not None]
+    got = ", ".join(f"{column.dtype} {list(column.shape)}" for column in columns)
+    require(
+        all(column.ndim == 1 and np.issubdtype(column.dtype, np.integer) for column in columns),
+        f"answers: {file} must hold columns of whole numbers; got {got}",
+    )
+    require(
+        len({len(column) for column in columns}) == 1,
+        f"answers: {file} must hold an entry a sample in each column; got {got}",
+    )
+    return found
+
+
+def _sorted(shares: Sequence[Answers]) -> Ints:
+    """`[3,N]`: the shares of all ranks in the order of their samples."""
+    all_3N = np.concatenate(
+        [np.stack([each.index, each.target, each.answer]) for each in shares], axis=1
+    )
+    return all_3N[:, np.argsort(all_3N[0])]

@@ -1,21 +1,21 @@
-"""A trained network as one safetensors file that says itself what network it is; and the way back.
+"""A trained network as one safetensors file that describes the network itself, and the way back.
 
     layout      tensors
-    "plain"     the network's `state_dict`: 1-bit synapses with their latent weights, fit to train
-    on
-    "packed"    the same, but of each 1-bit synapse X the signs alone and, where it has one, its
-    scale:
-                    X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in the
-                    lowest bit X.scale    [out], unless the batch norm that directly follows X took
-                    it over (`spiking/fold.py`)
+    "plain"     the network's `state_dict`; 1-bit synapses have their latent weights and can train
+    "packed"    the same, but each 1-bit synapse X has its signs alone and, if it has one, its scale
+                    X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in
+                               the lowest bit
+                    X.scale    [out], unless the batch norm that directly follows X includes it
+                               (`spiking/fold.py`)
 
 The metadata hold format, version, layout, the recipe's `model` as JSON, its `time_steps`, where the
-user's own code of the model lies (`code`, see own_code.py), and the sha256 of all this and the
+user's own code of the model is (`code`, see own_code.py), and the sha256 of all this and the
 tensors.
 
-A packed network computes what the trained one does up to rounding, which a fold changes. Rounding
-may make another decision of a potential that lies on its threshold to the last bits, as another
-batch size or another machine may, too."""
+A packed network computes the same as the trained one up to rounding, which folding changes.
+Rounding may change a spike if a potential equals its threshold to the last bits. Another batch size
+or another machine may, too.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
@@ -54,23 +55,20 @@ Layout = Literal["plain", "packed"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `folded` counts the 1-bit synapses whose scales a norm took over, `whole`
-    the bytes before packing.
-    """
+    """The file of an export."""
 
     file: Path
     bytes: int
-    whole: int
+    whole: int  # bytes before packing
     parameters: int
     bits: int = 0
     synapses: int = 0
-    folded: int = 0
-    trust: tuple[str, ...] = ()
-    """packages of the user's own that the network is made of"""
+    folded: int = 0  # synapses whose scales a norm includes
+    trust: tuple[str, ...] = ()  # the user's own packages that the network needs
 
     @property
     def loading(self) -> str:
-        """The line of Python that makes the network again."""
+        """The line of Python that loads the network."""
         trust = f", trust={list(self.trust)}" if self.trust else ""
         return f"pipeline.load({str(self.file.absolute())!r}{trust})"
 
@@ -93,11 +91,11 @@ def export_run(
     which: str = "last",
     trust: Collection[str] = (),
 ) -> Exported:
-    """Write the trained network of a run, by default into its folder.
+    """Write the trained network of a run, by default into the run's folder.
 
     Raises:
-        ValueError: the run has no network that can be loaded, `out` is there already or has no
-            folder, or "packed" is asked for and no weight has 1 bit.
+        ValueError: the run's network cannot be loaded, `out` exists or its folder does not, or the
+            layout is "packed" and no weight has 1 bit.
     """
     files = RunFolder(folder)
     recipe = Recipe.read(files.recipe, trust=trust)
@@ -109,14 +107,15 @@ def export_run(
         )
     network = load_run(folder, which=which, trust=trust)
     state, packed = network.state_dict(), {}
-    parameters, whole = sum(p.numel() for p in network.parameters()), _bytes(state)
+    parameters = sum(p.numel() for p in network.parameters())
+    whole = sum(value.nbytes for value in state.values())
     if layout == "packed":
         synapses = binary_synapses(network)
-        if not synapses:
-            raise ValueError(
-                "export: --packed stores 1-bit weights, and the network has none; leave --packed"
-                " out, or train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
-            )
+        require(
+            synapses,
+            "export: --packed stores 1-bit weights, and the network has none; leave --packed"
+            " out, or train a model of spec(binarized, ...) (pipeline/models/transforms.py)",
+        )
         state, folded = pack(network, following_norms(network, synapses, _silence(network, recipe)))
         bits = sum(synapse.weight.numel() for synapse in synapses.values())
         packed = {"bits": bits, "synapses": len(synapses), "folded": folded}
@@ -137,7 +136,7 @@ def export_run(
 
 
 def is_export(file: Path) -> bool:
-    """Whether `export_run` wrote the file, by what its metadata say; not whether it is whole."""
+    """Whether the metadata say that `export_run` wrote the file. It may be damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             return (opened.metadata() or {}).get("format") == FORMAT
@@ -146,14 +145,13 @@ def is_export(file: Path) -> bool:
 
 
 def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str] = ()) -> nn.Module:
-    """The network of a file that `export_run` wrote, ready for evaluation. The 1-bit weights of a
+    """The network of a file that `export_run` wrote, in evaluation mode. The 1-bit weights of a
     packed one are plain numbers.
 
-    `model`, where given, is the one that the file must be of.
+    `model`: the model that the file must hold; None: any.
 
     Raises:
-        ValueError: another file or format, a byte that is not as it was written, or weights that do
-        not fit the model.
+        ValueError: another file or format, a byte has changed, or the weights do not fit the model.
     """
     metadata, tensors = _read(file)
     try:
@@ -167,14 +165,16 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
         network: nn.Module = found.build()
         if metadata["layout"] == "packed":
             tensors = unpack(network, tensors)
-        _fill(network, tensors)
+        wrong = describe_mismatch(tensors, network.state_dict())
+        require(not wrong, f"the weights must fit the model; got {wrong}")
+        network.load_state_dict(tensors)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return network.eval()
 
 
 def _silence(network: nn.Module, recipe: Recipe) -> Tensor:
-    """One sample of the first task's data without its values, `[T, 1, ...]`; its head answers."""
+    """A sample of zeros for the first task, `[T, 1, ...]`. The task's head is selected."""
     task = tasks_of(recipe)[0]
     task.choose_head(network)
     return over_steps(torch.zeros(1, *task.data.shape), recipe.time_steps)
@@ -184,8 +184,8 @@ def _silence(network: nn.Module, recipe: Recipe) -> Tensor:
 
 
 def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
-    """The packed tensors of `network`, and in how many synapses its norm (of `norms`, by name) took
-    the scales over.
+    """The packed tensors of `network`, and the number of synapses whose scales the norm behind them
+    includes. `norms`: names of synapses to names of norms.
     """
     network = copy.deepcopy(network)
     packed, folded = {}, 0
@@ -209,10 +209,10 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
 
 
 def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The `state_dict` that `network` has once its 1-bit synapses are plain, which they are made
-    here.
+    """Make the 1-bit synapses of `network` plain. Returns its `state_dict` then.
 
-    Raises: ValueError for bits or scales that are missing or not of their shape.
+    Raises:
+        ValueError: bits or scales are missing or have another shape.
     """
     state = dict(tensors)
     for name, synapse in binary_synapses(network).items():
@@ -234,14 +234,14 @@ def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def pack_bits(is_set: Tensor) -> Tensor:
-    """A tensor of bool of any shape as uint8 `[ceil(numel / 8)]`, the first in the lowest bit of
-    the first byte.
+    """A bool tensor as uint8 `[ceil(numel / 8)]`. The first is in the lowest bit of the first
+    byte.
     """
     return torch.from_numpy(np.packbits(is_set.flatten().numpy(), bitorder="little"))
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
-    """What `pack_bits` made of a tensor of `shape`."""
+    """The inverse of `pack_bits` for a tensor of `shape`."""
     return (
         torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel(), bitorder="little"))
         .bool()
@@ -253,7 +253,7 @@ def unpack_bits(bits: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file that is whole and ours."""
+    """Metadata and tensors of a whole file of `export_run`."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -262,28 +262,22 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(
             f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{file}: must be a file of spiketrain export; its metadata say format"
-            f" {metadata.get('format')!r}"
-        )
-    if metadata.get("version") != VERSION or metadata.get("layout") not in ("plain", "packed"):
-        got = f"version {metadata.get('version')!r}, layout {metadata.get('layout')!r}"
-        raise ValueError(
-            f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got"
-            f" {got}"
-        )
-    if metadata.pop("sha256", None) != _digest(metadata, tensors):
-        raise ValueError(
-            f"{file}: is damaged; its tensors or metadata differ from what was written"
-        )
+    require(
+        metadata.get("format") == FORMAT,
+        f"{file}: must be a file of spiketrain export; its metadata say format"
+        f" {metadata.get('format')!r}",
+    )
+    version, layout = metadata.get("version"), metadata.get("layout")
+    require(
+        version == VERSION and layout in ("plain", "packed"),
+        f"{file}: this spiketrain reads version {VERSION}, layouts 'plain' and 'packed'; got"
+        f" version {version!r}, layout {layout!r}",
+    )
+    require(
+        metadata.pop("sha256", None) == _digest(metadata, tensors),
+        f"{file}: is damaged; its tensors or metadata differ from what was written",
+    )
     return metadata, tensors
-
-
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    if wrong := describe_mismatch(tensors, network.state_dict()):
-        raise ValueError(f"the weights must fit the model; got {wrong}")
-    network.load_state_dict(tensors)
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -293,7 +287,3 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}\n".encode())
         digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in tensors.values())

@@ -1,5 +1,5 @@
-"""How near the rule of a run is to BPTT while it trains: their gradients on one batch, with the
-weights of the moment.
+"""Gradient fidelity while a run trains: its rule's gradient against BPTT's, on one batch, with the
+current weights.
 """
 
 # T time, B batch
@@ -20,12 +20,12 @@ from pipeline.spiking.norm import local_statistics
 from pipeline.train.objective import Loss
 
 
-class Nearness:
+class FidelityCheck:
     """Compares the gradients of a recipe's rule, and of SLTT, with BPTT's.
 
     Args:
-        fresh: a network of the recipe, which no rule is attached to.
-        loss: on labels alone, as no teacher is asked.
+        fresh: makes a network of the recipe without a rule.
+        loss: on labels alone, without a teacher.
     """
 
     def __init__(
@@ -36,24 +36,19 @@ class Nearness:
         x_TB: Tensor,
         target_B: Tensor,
     ) -> None:
-        self.recipe, self.fresh, self.loss, self.x_TB, self.target_B = (
-            recipe,
-            fresh,
-            loss,
-            x_TB,
-            target_B,
-        )
+        self.recipe, self.fresh, self.loss = recipe, fresh, loss
+        self.x_TB, self.target_B = x_TB, target_B
 
     def __call__(
         self, weights: Mapping[str, Tensor], learnt: Mapping[str, Tensor], *, step: int
     ) -> Fidelity:
-        """With state dicts: `weights`, what the rule has `learnt` by itself. The rule draws what it
-        would for batch `step`.
+        """With the state dicts of the network and the rule. The rule draws the random numbers of
+        batch `step`.
         """
         network = self.fresh()
         network.load_state_dict(weights)
         own: Rule = self.recipe.rule.build()
-        with local_statistics(network):  # the other ranks do not compare
+        with local_statistics(network):  # only this rank compares
             bptt, sltt = self._of(network, BPTT(), step), self._of(network, SLTT(), step)
             known = {"BPTT": bptt, "SLTT": sltt}
             others = {
@@ -64,8 +59,8 @@ class Nearness:
 
     @staticmethod
     def check(recipe: Recipe, fresh: Callable[[], nn.Module]) -> None:
-        """Raises: ValueError for tasks, or where BPTT or SLTT cannot train the network: there is
-        nothing to compare with.
+        """Raises: ValueError if there are several tasks, or BPTT or SLTT cannot train the
+        network.
         """
         if recipe.phases:
             raise ValueError(
@@ -83,11 +78,13 @@ class Nearness:
     def _of(
         self, network: nn.Module, rule: Rule, step: int, learnt: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        # Of one rank: it alone compares, and a mean over ranks would wait for the others.
-        about = {
-            "world": World(self.recipe.seed),
-            "over_time": self.recipe.over_time,
-            "learnt": learnt,
-            "step": step,
-        }
-        return gradients(network, rule, self.x_TB, lambda: self.loss(self.target_B), **about)
+        return gradients(
+            network,
+            rule,
+            self.x_TB,
+            lambda: self.loss(self.target_B),
+            world=World(self.recipe.seed),  # of one rank: a mean over ranks would wait
+            over_time=self.recipe.over_time,
+            learnt=learnt,
+            step=step,
+        )

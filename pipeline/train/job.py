@@ -1,10 +1,16 @@
-"""What every worker of a run is told: as plain values that travel, and by files in its folder."""
+"""What a worker knows of its run: values that travel to it, and messages in the run's folder.
+
+The driver, the workers and commands leave messages there. A worker that dies
+cannot write to the journal, which rank 0 holds. Its launcher leaves a note of the death for the
+process that opens the journal next.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,40 +24,29 @@ from pipeline.recipe.recipe import read_json, write_json
 class Job:
     """One run, as its workers need to know it."""
 
-    run: str
-    """the run's folder, absolute, on storage that every worker and the driver see"""
+    run: str  # the run's folder, absolute, on storage that every worker and the driver see
     study: str
     data_fingerprint: str
     commit: str
-    recipe: dict[str, Any]
-    """the JSON of the recipe that was launched, which recipe.json has to hold still"""
-    parent: str | None = None
-    """shared by the runs of one suite"""
-    suite: str | None = None
-    """the name of its folder"""
-    family: str | None = None
-    """what its runs are kept under in MLflow; all of a suite under one"""
+    recipe: dict[str, Any]  # the recipe of the launch as JSON, which recipe.json still has to hold
+    parent: str | None = None  # shared by the runs of one suite
+    suite: str | None = None  # the name of its folder
+    family: str | None = None  # the MLflow experiment; all runs of a suite share one
     run_id: str = ""
     resume_command: str = ""
     trust: tuple[str, ...] = ()
-    threads: int = 1
-    """torch's threads in each worker"""
+    threads: int = 1  # torch's threads in each worker
     loader_threads: int = 1
+    # minutes without a sign of life after which a worker counts as hung; 0: never
     hang_minutes: float = 0.0
-    """between two signs of life of a worker, after which it is taken to hang; 0: nobody watches"""
+    # of which samples the pages are compared with their checksums: data/ffcv/page_checks.py
     verify: Literal["sampled", "full"] = "sampled"
-    """for which of the samples that are read the page that holds them is compared with its
-    checksum: see data/ffcv/page_checks.py
-    """
+    # where its checkpoints are: a folder or an address; "": in the run's folder
     checkpoints: str = ""
-    """where its checkpoints are: a folder or an address of its own; "": in the run's folder"""
+    # by which its workers may write there (checkpoint/place.py); "": in the run's folder, whose
+    # locks are enough
     place_token: str = ""
-    """by which its workers write there (pipeline/train/checkpoint/place.py); "": in the run's
-    folder,
-    whose locks are enough
-    """
-    own_cores: bool = False
-    """whether each worker on a CPU keeps to cores that no other run's computes on"""
+    own_cores: bool = False  # whether each worker on a CPU keeps to cores that no other run uses
 
 
 @dataclass(frozen=True)
@@ -59,48 +54,47 @@ class Notice:
     """Machines that are about to be taken away."""
 
     machines: tuple[str, ...]
-    deadline: float | None
-    """unix seconds; None: nobody has said"""
+    deadline: float | None  # unix seconds; None: unknown
 
     @property
     def seconds_left(self) -> float | None:
-        """From now on."""
         return None if self.deadline is None else self.deadline - time.time()
 
     @classmethod
     def in_file(cls, save: Path) -> Notice | None:
-        """What whoever asks for a save knows of it; None where that is nothing."""
+        """The notice that a request to save holds; None if it holds none."""
         try:
-            told = json.loads(save.read_text())
-            return cls(tuple(told["machines"]), told["deadline"]) if told["machines"] else None
-        except (OSError, ValueError, KeyError, TypeError):  # gone, or asked for by hand
+            value = json.loads(save.read_text())
+            return cls(tuple(value["machines"]), value["deadline"]) if value["machines"] else None
+        except (OSError, ValueError, KeyError, TypeError):  # gone, or written by hand
             return None
 
 
 def no_notice() -> Notice | None:
-    """Where nobody takes machines away, or nobody tells."""
+    """No machine is about to be taken away, or nobody reports it."""
     return None
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where this worker stands among the others; the process group exists when there are
-    several.
-    """
+    """The place of this worker among the others. With several the process group exists."""
 
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
-    local_rank: int = 0
-    """among the workers of its machine"""
+    local_rank: int = 0  # among the workers of its machine
+    # every number of workers that the run may have, ascending; (): only `workers`
     sizes: tuple[int, ...] = ()
-    """every number of workers that the run may have, ascending; none: `workers`"""
+    # the last notice that reached this worker; not collective
     notice: Callable[[], Notice | None] = no_notice
-    """what this worker has been told of machines that are about to be taken away; asks nobody"""
+
+    @property
+    def possible_sizes(self) -> tuple[int, ...]:
+        return self.sizes or (self.workers,)
 
 
 def asked_by(run: Path) -> str:
-    """Who asked a run to stop, where that is known."""
+    """Who asked a run to stop, if that is known."""
     file = RunFolder(run).stop
     by = file.read_text().strip() if file.exists() else ""
     return f"asked to stop by {by}" if by else "asked to stop"
@@ -112,18 +106,29 @@ def was_stopped(run: Path) -> bool:
 
 
 def note_refusal(run: Path, error: ValueError) -> None:
-    """Write down, for the next attempt, what one rank found that a restart would only find
-    again.
-    """
-    write_json(RunFolder(run).refusal, {"said": str(error)})
+    """Leave a note of an error that one rank met and a restart would meet again."""
+    write_json(RunFolder(run).refusal, {"error": str(error)})
 
 
 def raise_refusal(run: Path) -> None:
-    """Raise what the last attempt wrote down. The driver clears it when the user launches or
-    resumes.
+    """Raise the error of `note_refusal`, if there is one. A launch or resume deletes the note.
 
     Raises:
         UserError: it is there.
     """
     if (file := RunFolder(run).refusal).exists():
-        raise UserError(read_json(file)["said"])
+        raise UserError(read_json(file)["error"])
+
+
+def note_death(run: Path, *, worker: int, error: str) -> None:
+    write_json(RunFolder(run).died, {"worker": worker, "error": error})
+
+
+def read_death(run: Path) -> dict[str, Any] | None:
+    """The last death that is not in the journal yet. None if the note cannot be read, which is no
+    reason not to train.
+    """
+    file = RunFolder(run).died
+    with suppress(ValueError):
+        return read_json(file) if file.exists() else None
+    return None

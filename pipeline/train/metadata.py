@@ -1,16 +1,19 @@
-"""What a run says of itself: at the start of an attempt, in each checkpoint, and at its end.
+"""What a run writes about itself: when an attempt starts, in each checkpoint, and at its end.
 
-Under which conditions a run's figures hold, read off what was built: a reader should not have to
-trust a recipe's silence.
+The conditions of a run are read off what was built, so that a reader need not trust what a recipe
+leaves out.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, replace
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,35 +22,37 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import hardware, hardware_over
 from pipeline.measure.meters import Totals
-from pipeline.measure.tensor_bytes import HeldBytes, held_bytes
-from pipeline.recipe.json import differing, listed
+from pipeline.measure.tensor_bytes import held_bytes
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.track.delivery import read_note
-from pipeline.track.events import Start
+from pipeline.track.events import OF_NONE, Event, FirstBatch, Rollback, Skipped, Start
 from pipeline.track.journal import read, read_events
 from pipeline.track.provenance import trained_on
+from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.context import TrainContext
 from pipeline.train.evaluation import Evaluation
-from pipeline.train.summary import summarise, versions
 from pipeline.train.tasks import Learnt
 
+E_ = TypeVar("E_", bound=Event)
 
-def start_event(parts: TrainContext, *, step: int) -> Start:
-    """The event of an attempt that begins with batch `step`; collective."""
-    job, recipe, split = parts.job, parts.recipe, parts.split
-    samples, epoch_steps = parts.loaders.lengths[
-        stretch_at(parts.stretches, step).index
+PACKAGES = ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")
+
+
+def start_event(context: TrainContext, *, step: int) -> Start:
+    """The event of an attempt that starts with batch `step`. Collective."""
+    job, recipe, split = context.job, context.recipe, context.split
+    samples, epoch_steps = context.loaders.lengths[
+        stretch_at(context.stretches, step).index
     ]  # of the task at hand
     return Start(
         run=Path(job.run).name,
         run_id=job.run_id,
         recipe=recipe.name,
-        rule=parts.rule.label,
+        rule=context.rule.label,
         study=job.study,
         study_parent=job.parent,
         suite=job.suite,
@@ -57,51 +62,63 @@ def start_event(parts: TrainContext, *, step: int) -> Start:
         batch_size=recipe.batch_size,
         micro_batch=split.micro_batch,
         accumulation=split.accumulation,
-        parameters=sum(p.numel() for p in parts.backend.network.parameters()),
+        parameters=sum(p.numel() for p in context.backend.network.parameters()),
         steps_per_epoch=epoch_steps,
-        total_steps=parts.stretches[-1].end,
-        epochs=sum(task.epochs for task in parts.loaders.tasks),
+        total_steps=context.stretches[-1].end,
+        epochs=sum(task.epochs for task in context.loaders.tasks),
         samples=samples,
         dropped_per_epoch=samples - epoch_steps * recipe.batch_size,
         step=step,
-        began=parts.began,
+        began=context.began,
         time_steps=recipe.time_steps,
         precision=recipe.precision,
         zero=recipe.zero,
         commit=job.commit,
-        hardware=hardware_of(parts.ranks),
-        versions=versions(),
+        hardware=hardware_of(context.ranks),
+        versions={name: version(name) for name in PACKAGES},
         data_fingerprint=job.data_fingerprint,
         params=recipe.flat(),
         loader_threads=job.loader_threads,
-        own_cores=sorted(os.sched_getaffinity(0)) if _has_own_cores(parts) else None,
+        own_cores=sorted(os.sched_getaffinity(0)) if _has_own_cores(context) else None,
         resume_command=job.resume_command,
     )
 
 
 def hardware_of(ranks: Ranks) -> dict[str, Any]:
-    """Of all workers; collective."""
+    """The hardware of all workers. Collective."""
     return hardware_over(ranks.all_gather_object(hardware(ranks.device)))
 
 
-def told_in_checkpoint(
-    parts: TrainContext,
+def rule_metrics(rule: Rule, ranks: Ranks, saved: Mapping[str, float]) -> dict[str, float]:
+    """The rule's metrics of its last batch: their means over ranks. Collective.
+
+    A metric that no batch of this attempt has set has its value in `saved`, those of the checkpoint
+    that was restored, or is left out.
+    """
+    own = rule.metrics()
+    if not own:
+        return {}
+    values = torch.tensor(list(own.values()), dtype=torch.float64, device=ranks.device)
+    means = dict(zip(own, ranks.mean(values).tolist(), strict=True))
+    known = {**saved, **{name: mean for name, mean in means.items() if mean == mean}}
+    return {name: known[name] for name in own if name in known}
+
+
+def checkpoint_metadata(
+    context: TrainContext,
     *,
     step: int,
     score: float | None,
-    owes: bool,
-    totals: Totals,
-    figures: Mapping[str, float],
-    learnt: Learnt,
-    guard: Mapping[str, Any],
+    is_epoch_end_due: bool,
+    state: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`trainer.json`: where the run stands after `step` steps, and whose run it is.
 
-    `owes`: these steps end an epoch, and what comes after one, its evaluation first, is still to
-    come. `figures` are the rule's, of its last batch.
+    `is_epoch_end_due`: an epoch has ended, and its evaluation is still to come. `state` is the
+    trainer's.
     """
-    folder, job, recipe = Path(parts.job.run), parts.job, parts.recipe
-    stretch = stretch_at(parts.stretches, step)
+    folder, job, recipe = Path(context.job.run), context.job, context.recipe
+    stretch = stretch_at(context.stretches, step)
     epoch = stretch.epoch(step)
     return {
         "run": folder.name,
@@ -113,132 +130,160 @@ def told_in_checkpoint(
         "epoch": epoch,
         "sample": (step - stretch.epoch_start(epoch)) * recipe.batch_size,
         "seed": recipe.seed,
-        "world_size": parts.ranks.size,
+        "world_size": context.ranks.size,
         "zero": recipe.zero,
         "data_fingerprint": job.data_fingerprint,
         "score": score,
-        "owes_epoch_end": owes,
+        "is_epoch_end_due": is_epoch_end_due,
         "recipe": recipe.to_json(),
-        "totals": asdict(totals),
-        "figures": dict(figures),
-        "learnt": asdict(learnt),
-        "guard": dict(guard),
-        "decided": parts.decided,
+        "decisions": asdict(context.decisions),
+        **state,
     }
 
 
-def refuse_another_recipe(
-    trainer: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]
-) -> None:
-    """Refuse to go on from a checkpoint with another recipe than led to it: recipe.json was changed
-    meanwhile.
-
-    Raises:
-        ValueError: the fields that differ, as they were and as they are now.
-    """
-    if "recipe" not in trainer:  # written by a version that did not tell
-        return
-    was = Recipe.from_json(trainer["recipe"], trust=trust)
-    _refuse(
-        differing("", was.decisive(), recipe.decisive()), when=f"step {trainer['step']} was saved"
-    )
-
-
-def refuse_another_start(
-    launched: Mapping[str, Any], recipe: Recipe, *, trust: Collection[str]
-) -> None:
-    """Refuse to begin with another recipe than was launched, by which the run is known and
-    compared; likewise.
-
-    What it begins from counts too, as long as no checkpoint has taken its place.
-
-    Raises:
-        ValueError: see `refuse_another_recipe`.
-    """
-    was = Recipe.from_json(launched, trust=trust)
-    inits = differing("init", was.init, recipe.init)
-    _refuse(
-        [*differing("", was.decisive(), recipe.decisive()), *inits], when="the run was launched"
-    )
-
-
-def _refuse(differences: Iterable[tuple[str, Any, Any]], *, when: str) -> None:
-    if found := list(differences):
-        raise ValueError(
-            f"resume: recipe.json must be as it was when {when}; it differs now: {listed(found)}"
-        )
-
-
-def held_without_zero(parts: TrainContext) -> HeldBytes:
-    """What a worker would hold if ZeRO gave it no share of the optimizer's state, but all of it;
-    collective.
-    """
-    found = held_bytes(parts.backend.network, parts.backend.optimizer)
-    return (
-        replace(found, optimizer=sum(parts.ranks.all_gather_object(found.optimizer)))
-        if parts.recipe.zero
-        else found
-    )
-
-
-def told_at_the_end(
-    parts: TrainContext,
+def summary_of(
+    context: TrainContext,
     *,
     step: int,
     result: Evaluation,
     totals: Totals,
-    kept: HeldBytes,
     learnt: Learnt,
-    figures: Mapping[str, float],
+    rule_metrics: Mapping[str, float],
+    inference: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """`summary.json` without the hardware, and the event "finish"; `figures` are the rule's, of its
-    last batch.
-    """
-    folder, job, recipe, taught = Path(parts.job.run), parts.job, parts.recipe, parts.teaching
+    """`summary.json` without the hardware, and the event "finish". Collective."""
+    folder, job, recipe, teaching = (
+        Path(context.job.run),
+        context.job,
+        context.recipe,
+        context.teaching,
+    )
+    held = asdict(held_bytes(context.backend.network, context.backend.optimizer))
+    if recipe.zero:  # what a worker would hold if it held the whole state of the optimizer
+        held["optimizer"] = sum(context.ranks.all_gather_object(held["optimizer"]))
+    if context.ranks.rank:
+        return {}
     journal = RunFolder(folder).journal
-    of_teacher = {} if taught is None else taught.accuracy.metrics
+    of_teacher = {} if teaching is None else teaching.accuracy.metrics
     return {
         "run": folder.name,
         "run_id": job.run_id,
         "study": job.study,
-        "rule": parts.rule.label,
+        "rule": context.rule.label,
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "world_size": parts.ranks.size,
+        "world_size": context.ranks.size,
         "steps": step,
-        "epochs": stretch_at(parts.stretches, step).epoch(step - 1) + 1,
+        "epochs": stretch_at(context.stretches, step).epoch(step - 1) + 1,
         "trained_on": trained_on(read(journal), steps=step),
         **summarise(result, totals, read_events(journal)),
-        **(learnt.summary(parts.loaders.tasks) if recipe.phases else {}),
+        **(learnt.summary(context.loaders.tasks) if recipe.phases else {}),
         **{f"teacher_{name}": of_teacher[name] for name in ("top1", "top5") if name in of_teacher},
-        "conditions": conditions(parts.backend.network, parts.rule, recipe, parts.device),
+        "conditions": conditions(
+            context.backend.network, context.rule, recipe, context.ranks.device
+        ),
         "held": {
-            **asdict(kept),
-            "rule": parts.rule.bytes(),
-            "teacher": 0 if taught is None else taught.bytes,
+            **held,
+            "rule": context.rule.bytes(),
+            "teacher": 0 if teaching is None else teaching.bytes,
         },
-        "rule_figures": dict(figures),
+        "rule_metrics": dict(rule_metrics),
         "loader_threads": job.loader_threads,
-        "own_cores": _has_own_cores(parts),
+        "own_cores": _has_own_cores(context),
         "commit": job.commit,
         "data_fingerprint": job.data_fingerprint,
+        "inference": inference,
     }
 
 
-def _has_own_cores(parts: TrainContext) -> bool:
-    """On a GPU it has a card of its own in their place."""
-    return parts.job.own_cores and parts.device.type == "cpu"
+def _has_own_cores(context: TrainContext) -> bool:
+    """A worker on a GPU has a card of its own instead."""
+    return context.job.own_cores and context.ranks.device.type == "cpu"
+
+
+def summarise(result: Evaluation, totals: Totals, events: Sequence[Event]) -> dict[str, Any]:
+    """Accuracy, speed, memory and time; `events` is the run's whole journal. Seconds, bytes, shares
+    in 0..1.
+
+    `steady_*` averages exclude each attempt's first batch and batches whose bytes or operations
+    were counted; None if there was no other batch. Saved bytes and states are None if no batch on
+    which they are counted was completed. `wall_s` is all time from a worker's first line of code to
+    the run's end. `startup_s` is the part of it up to the end of each attempt's first batch
+    (imports, compilation, the first batch itself), without work between batches such as
+    evaluations. `net_s` excludes start-up and work that was repeated after restarts.
+    """
+    starts = [event for event in events if isinstance(event, Start)]
+    attempts = {event.attempt for event in events} - {OF_NONE}
+    return {
+        **result.metrics,
+        "evaluated_samples": result.samples,
+        "images_per_s": totals.steady_samples / totals.steady_s if totals.steady_s else None,
+        "steady_forward_s": totals.of_a_steady_batch("forward"),
+        "steady_backward_s": totals.of_a_steady_batch("backward"),
+        "wall_s": sum(_attempt_seconds(events, attempt) for attempt in attempts),
+        "startup_s": sum(_startup_seconds(events, attempt) for attempt in attempts),
+        "net_s": sum(totals.seconds.values()),
+        "timed_batches": totals.timed_batches,
+        "train_s": totals.train_s,
+        **{f"{name}_s": value for name, value in totals.seconds.items()},
+        "peak_saved_bytes": totals.peak_saved_bytes,
+        "state_bytes": totals.state_bytes,
+        "peak_device_bytes": totals.peak_device_bytes,
+        "peak_reserved_bytes": totals.peak_reserved_bytes,
+        "peak_rss_bytes": totals.peak_rss_bytes,
+        "peak_pss_bytes": totals.peak_pss_bytes,
+        "evaluation_peak_rss_bytes": totals.evaluation_peak_rss_bytes,
+        "evaluation_peak_device_bytes": totals.evaluation_peak_device_bytes,
+        "evaluation_peak_reserved_bytes": totals.evaluation_peak_reserved_bytes,
+        "device_j": totals.device_j,
+        "operations": totals.operations_per_sample(),
+        "not_counted": totals.not_counted,
+        "backward_calls_per_batch": totals.backward_calls / max(1, totals.batches),
+        "restarts": len(starts) - 1,
+        "rollbacks": sum(isinstance(event, Rollback) for event in events),
+        "skipped_batches": len({event.step for event in events if isinstance(event, Skipped)}),
+        "commits": sorted({start.commit for start in starts}),
+    }
+
+
+def _attempt_seconds(events: Sequence[Event], attempt: int) -> float:
+    """From the worker's first line of code to the attempt's last event. The time that a killed
+    attempt lost is included.
+
+    If the clock was set back between two events, no time counts between them.
+    """
+    mine = [event for event in events if event.attempt == attempt]
+    start = _first(Start, events, attempt)
+    times = [mine[0].time if start is None else start.began, *(event.time for event in mine)]
+    if attempt == events[-1].attempt:
+        times.append(time.time())
+    return sum(max(0.0, later - earlier) for earlier, later in pairwise(times))
+
+
+def _startup_seconds(events: Sequence[Event], attempt: int) -> float:
+    """If an attempt ended before its first batch, the time before its event "start"."""
+    wall = _attempt_seconds(events, attempt)
+    if first_batch := _first(FirstBatch, events, attempt):
+        return min(first_batch.startup_s, wall)
+    start = _first(Start, events, attempt)
+    return wall if start is None else min(max(0.0, start.time - start.began), wall)
+
+
+def _first(kind: type[E_], events: Sequence[Event], attempt: int) -> E_ | None:
+    return next(
+        (each for each in events if isinstance(each, kind) and each.attempt == attempt), None
+    )
 
 
 def conditions(
     network: nn.Module, rule: Rule, recipe: Recipe, device: torch.device
 ) -> dict[str, str | int]:
-    """For a summary; `none` where the network has no such part, and `a, b` where it has parts of
-    several kinds.
+    """For a summary: `none` if the network has no such part, `a, b` for parts of several kinds.
 
-    `norm_over` of a norm that is not this project's is "time" with its class, as it sees time steps
-    folded into the batch. `steps_per_forward` is T for what is folded over time, 1 for what goes
-    step by step. `exact`: see `exactness`."""
+    `norm_over` of a norm that is not this project's is "time" with its class, because it sees time
+    steps folded into the batch. `steps_per_forward` is T for a rule that folds time into the batch,
+    1 for one that goes step by step. `exact`: see `exactness`.
+    """
     modules = list(network.modules())
     return {
         "reset_gradient": _kinds(

@@ -1,8 +1,8 @@
 """From logits to the scalar that is minimised.
 
-A recipe's objective is a value: called with the targets of one micro-batch it gives a fresh
-`loss_of`, which a rule then calls on logits, once per time step in time order (`over_time="steps"`)
-or once on the mean (`"mean"`). Objectives that distil are in distill.py.
+A recipe's objective is a value. Called with the targets of one micro-batch it gives a fresh
+`loss_of`, which a rule calls on logits: once per time step in time order (`over_time="steps"`) or
+once on the mean (`"mean"`). Distillation is in distillation.py.
 
 A target is a class, int64 [B], or, of samples that were mixed, each class's share, float [B,K].
 """
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.core.checks import require
 from pipeline.rules.base import LossOf, OverTime
 
 
 class Loss(Protocol):
-    """Targets [B], and a teacher's logits [B,K] where there is one -> (logits [B,K] -> scalar, the
+    """Targets [B], and a teacher's logits [B,K] if there is one -> (logits [B,K] -> scalar, the
     mean over the batch).
     """
 
@@ -28,21 +29,18 @@ class Loss(Protocol):
 
     @property
     def labels(self) -> Loss:
-        """The loss on labels alone, which evaluation reports: no teacher is asked there."""
+        """The loss on labels alone, which evaluation reports."""
         ...
 
     @property
     def remembers(self) -> bool:
-        """Whether a `loss_of` keeps something of one call for the next, and so must be called once
-        per step, in time order.
+        """Whether a `loss_of` depends on its earlier calls, so that it must be called once per
+        step, in time order.
         """
         ...
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
-        """Whether the objective fits the rest of a recipe, asked before anything is launched.
-
-        Raises: ValueError that names what does not fit.
-        """
+        """Raises: ValueError if the objective does not fit the rest of a recipe."""
         ...
 
 
@@ -65,10 +63,14 @@ class CrossEntropy:
 
     def __post_init__(self) -> None:
         for name in ("label_smoothing", "mse"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"CrossEntropy: {name} must be in 0..1; got {getattr(self, name)}")
-        if self.goal != "ones" and self.mse == 0:
-            raise ValueError(f"CrossEntropy: goal={self.goal!r} has no effect with mse=0")
+            require(
+                0 <= getattr(self, name) <= 1,
+                f"CrossEntropy: {name} must be in 0..1; got {getattr(self, name)}",
+            )
+        require(
+            self.goal == "ones" or self.mse > 0,
+            f"CrossEntropy: goal={self.goal!r} has no effect with mse=0",
+        )
 
     @property
     def labels(self) -> CrossEntropy:
@@ -80,11 +82,11 @@ class CrossEntropy:
 
     def check(self, *, taught: bool, over_time: OverTime, time_steps: int) -> None:
         del over_time, time_steps
-        if taught:
-            raise ValueError(
-                "CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use"
-                " Distillation"
-            )
+        require(
+            not taught,
+            "CrossEntropy: knows labels alone, so a teacher has no effect; leave it out, or use"
+            " Distillation",
+        )
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
         assert teacher_BK is None, "check refuses a teacher"
@@ -99,7 +101,7 @@ class CrossEntropy:
                 goal_BK = torch.ones_like(logits_BK)
             elif wanted.dim() == 2:
                 goal_BK = wanted
-            else:  # F.one_hot looks at the values, for which a card is waited for
+            else:  # F.one_hot reads the values, which waits for a GPU
                 goal_BK = logits_BK.new_zeros(logits_BK.shape).scatter_(1, wanted[:, None], 1.0)
             return (1 - self.mse) * loss + self.mse * F.mse_loss(logits_BK, goal_BK)
 
@@ -107,5 +109,5 @@ class CrossEntropy:
 
 
 def widened(logits: Tensor) -> Tensor:
-    """In fp32, or in float64 where they are."""
+    """In fp32, or in float64 if they are float64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,9 +1,8 @@
-"""Learning rates as pure functions of the step: `Schedule(step)` sets them, so that resuming needs
-no state.
+"""Schedules of the learning rate. `Schedule(step)` sets the rate as a function of the step, so
+a resume needs no state.
 
-Each is called with the optimizer, the global batches of the run (of a phase, where it has phases)
-and those of one epoch. timm's schedulers do the arithmetic. DeepSpeed is never handed one: it would
-step it by its own count.
+Each is made with the optimizer, the global batches of the run (or of a phase), and those of one
+epoch. timm's schedulers do the arithmetic. DeepSpeed gets no schedule: it would count steps itself.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from typing import Literal
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.step_lr import StepLRScheduler
+
+from pipeline.core.checks import require
 
 Schedule = Callable[[int], None]
 
@@ -43,22 +43,22 @@ def cosine(
     Args:
         warmup: share of the run spent warming up, in 0..1.
         floor: the learning rate that the cosine ends in.
-        by: "epoch" holds s at the first step of its epoch, as codes do that set the rate once an
-            epoch. The warm-up goes by step in either case.
-        starts: "at_once" has s0 = 0, so that the cosine has begun when the warm-up ends;
-        "after_warmup" has s0 = its end.
+        by: "epoch" keeps s at the first step of its epoch, as code does that sets the rate once an
+            epoch. The warm-up goes by step in both cases.
+        starts: "at_once" has s0 = 0: the cosine begins during the warm-up; "after_warmup" has s0
+            at the end of the warm-up.
 
     Raises:
-        ValueError: a share that is none, or another word.
+        ValueError: a share outside 0..1, or another word.
     """
-    if by not in ("step", "epoch"):
-        raise ValueError(f"cosine: by must be 'step' or 'epoch'; got {by!r}")
-    if starts not in ("at_once", "after_warmup"):
-        raise ValueError(f"cosine: starts must be 'at_once' or 'after_warmup'; got {starts!r}")
+    require(by in ("step", "epoch"), f"cosine: by must be 'step' or 'epoch'; got {by!r}")
+    require(
+        starts in ("at_once", "after_warmup"),
+        f"cosine: starts must be 'at_once' or 'after_warmup'; got {starts!r}",
+    )
     warmup_steps = _share("cosine", "warmup", warmup, steps)
     first = warmup_steps if starts == "after_warmup" else 0
-    # Without timm's own warm-up, which would hold in the rest of an epoch whose first step lies in
-    # it.
+    # timm's own warm-up would last to the end of the epoch in which it ends.
     scheduler = CosineLRScheduler(
         optimizer, t_initial=max(1, steps - first), lr_min=floor, t_in_epochs=False
     )
@@ -85,14 +85,12 @@ def staircase(
     factor: float = 0.1,
 ) -> Schedule:
     """The learning rate times `factor` after each `every` of the run (a share in 0..1)."""
-    return _by_step(
-        StepLRScheduler(
-            optimizer,
-            decay_t=max(1, _share("staircase", "every", every, steps)),
-            decay_rate=factor,
-            t_in_epochs=False,
-        )
-    )
+    return StepLRScheduler(
+        optimizer,
+        decay_t=max(1, _share("staircase", "every", every, steps)),
+        decay_rate=factor,
+        t_in_epochs=False,
+    ).step_update
 
 
 def milestones(
@@ -104,33 +102,23 @@ def milestones(
     factor: float = 0.1,
     warmup: float = 0.0,
 ) -> Schedule:
-    """Linear warm-up from 0, then the learning rate times `factor` at each of the places `at` in
-    the run (shares in 0..1).
+    """Linear warm-up from 0, then the learning rate times `factor` at each place `at` in the run
+    (shares in 0..1).
     """
     places = [_share("milestones", "at", share, steps) for share in at]
-    if places != sorted(places):
-        raise ValueError(f"milestones: at must rise; got at={tuple(at)}")
-    scheduler = MultiStepLRScheduler(
+    require(places == sorted(places), f"milestones: at must rise; got at={tuple(at)}")
+    return MultiStepLRScheduler(
         optimizer,
-        decay_t=[
-            place + 1 for place in places
-        ],  # timm 1.0.31 lets a milestone m apply from step m - 1
+        decay_t=[place + 1 for place in places],  # timm 1.0.31 applies m from step m - 1
         decay_rate=factor,
         warmup_t=_share("milestones", "warmup", warmup, steps),
         warmup_prefix=False,
         t_in_epochs=False,
-    )
-    return _by_step(scheduler)
+    ).step_update
 
 
 def _share(who: str, name: str, share: float, steps: int) -> int:
-    if not 0 <= share <= 1:
-        raise ValueError(f"{who}: {name} is a share of the run and must be in 0..1; got {share}")
+    require(
+        0 <= share <= 1, f"{who}: {name} is a share of the run and must be in 0..1; got {share}"
+    )
     return round(share * steps)
-
-
-def _by_step(scheduler: Scheduler) -> Schedule:
-    def schedule(step: int) -> None:
-        scheduler.step_update(step)
-
-    return schedule

@@ -1,7 +1,5 @@
-"""The tasks of a run, as one of its processes sees them: their data, opened while it is needed, and
-what is known of them.
-
-A recipe without phases is one task.
+"""The tasks of a run: their data, and the accuracy on each after each. A recipe without phases is
+one task.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from pipeline.core.checks import require
 from pipeline.data.base import Data, Loader, with_page_checks
 from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.recipe import Recipe, Split
-from pipeline.train.evaluation import Evaluation
 from pipeline.train.part_checks import check_first_batch, checked_data, checked_loader, is_own
 
 
@@ -25,14 +23,13 @@ class Task:
     name: str
     data: Data
     epochs: int
-    head: int | None = None
-    """which head of the network answers; None: it has one"""
+    head: int | None = None  # the head of the network that answers; None: it has one head
 
     def choose_head(self, network: nn.Module) -> None:
-        """Let the task's head answer, where the network has several.
+        """Select the task's head, if the network has several.
 
         Raises:
-            ValueError: a head that is not there, or several of which none is named.
+            ValueError: the head does not exist, or the network has several and none is named.
         """
         if self.head is not None:
             select_head(network, self.head)
@@ -44,7 +41,7 @@ class Task:
 
 
 def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
-    """In the order that they are learnt in; opens no file. `one_in`: see base.with_page_checks."""
+    """In the order of training. Opens no file. `one_in`: see `data.base.with_page_checks`."""
     data = with_page_checks(build_data(recipe), one_in)
     if not recipe.phases:
         return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
@@ -60,32 +57,31 @@ def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
 
 
 def build_data(recipe: Recipe) -> Data:
-    """The recipe's data; opens no file.
+    """The recipe's data. Opens no file.
 
     Raises:
-        ValueError: it is no `pipeline.data.base.Data`.
+        ValueError: it is not as `pipeline.data.base.Data` asks.
     """
     return checked_data(recipe.data.build(), recipe.data)
 
 
 def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
-    """Compare the content of a data set with a fingerprint, and each page of its files with its
-    checksum.
+    """Compare the content of a data set with a fingerprint, and every page with its checksum.
 
     Raises:
-        ValueError: the content is another, or a page is damaged.
+        ValueError: the content differs, or a page is damaged.
     """
-    if data.fingerprint() != fingerprint:
-        raise ValueError(
-            f"data: this run was launched on content {fingerprint[:12]}; got"
-            f" {data.fingerprint()[:12]}: another file lies where the recipe points"
-        )
+    require(
+        data.fingerprint() == fingerprint,
+        f"data: this run was launched on content {fingerprint[:12]}; got"
+        f" {data.fingerprint()[:12]}: another file lies where the recipe points",
+    )
     if every_page:
         data.check()
 
 
 class Loaders:
-    """The sets of every task for one rank; whoever opens one closes it."""
+    """Opens the training and evaluation set of each task for one rank. The caller closes them."""
 
     def __init__(
         self,
@@ -105,8 +101,8 @@ class Loaders:
             "threads": threads,
         }
         self._training = {"seed": recipe.seed, "batch_size": recipe.batch_size}
+        # (samples, global batches an epoch) of each training set
         self.lengths = tuple(self._measured(index) for index in range(len(self.tasks)))
-        """(samples, global batches an epoch) of each training set"""
 
     def train(self, task: int) -> Loader:
         data = self.tasks[task].data
@@ -117,9 +113,7 @@ class Loaders:
         return checked_loader(data.val(**self._sizes), data, "val")
 
     def _measured(self, task: int) -> tuple[int, int]:
-        """Both sets are opened for an instant: what is wrong with one is said before anything is
-        trained.
-        """
+        """Opens both sets for an instant, so that errors are found before anything is trained."""
         with closing(self.train(task)) as train_set, closing(self.val(task)) as val_set:
             if self._tries_batches:
                 check_first_batch(train_set, self.tasks[task].data, "train")
@@ -129,20 +123,20 @@ class Loaders:
 
 @dataclass
 class Learnt:
-    """What was known after each task: top-1 on it and on those before it, the accuracy matrix, and
-    the rule's figures.
+    """After each task: top-1 on it and on those before it (the accuracy matrix), and the rule's
+    metrics.
     """
 
     rows: list[list[float]] = field(default_factory=list)
-    figures: list[dict[str, float]] = field(default_factory=list)
+    rule_metrics: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, row: list[float], figures: dict[str, float]) -> None:
+    def add(self, row: list[float], rule_metrics: dict[str, float]) -> None:
         self.rows.append(row)
-        self.figures.append(figures)
+        self.rule_metrics.append(rule_metrics)
 
     def forgotten(self, row: Sequence[float]) -> float | None:
-        """BWT: how much better `row`, top-1 on the tasks so far, is on old ones than what each had
-        when it was learnt.
+        """BWT (backward transfer): how much better `row`, top-1 on the tasks so far, is on earlier
+        tasks than directly after each.
 
             1/(k-1) sum_{i<k} (row[i] - rows[i][i]),      None for the first task
 
@@ -152,35 +146,20 @@ class Learnt:
         return sum(gains) / len(gains) if gains else None
 
     def metrics(self, row: Sequence[float], tasks: Sequence[Task]) -> dict[str, float]:
-        """Of an evaluation on the tasks so far, for the journal."""
+        """For the journal, of an evaluation on the tasks so far."""
         found = {f"top1_{task.name}": top1 for task, top1 in zip(tasks, row, strict=False)}
         bwt = self.forgotten(row)
         return found if bwt is None else {**found, "bwt": bwt}
 
     def summary(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """ACC is the mean of the last row; shares in 0..1, BWT in -1..1."""
+        """ACC is the mean of the last row. Shares in 0..1, BWT in -1..1."""
         last = self.rows[-1]
         return {
             "accuracy_matrix": self.rows,
             "acc": sum(last) / len(last),
             "bwt": self.forgotten(last),
             "phases": [
-                {"name": task.name, "head": task.head, "top1": row[-1], "figures": figures}
-                for task, row, figures in zip(tasks, self.rows, self.figures, strict=True)
+                {"name": task.name, "head": task.head, "top1": row[-1], "rule_metrics": metrics}
+                for task, row, metrics in zip(tasks, self.rows, self.rule_metrics, strict=True)
             ],
         }
-
-
-def mean_of(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Over tasks, each counting as one however many samples it has; ACC is the top-1 of this."""
-
-    def mean(name: str) -> float:
-        return sum(getattr(each, name) for each in evaluations) / len(evaluations)
-
-    return Evaluation(
-        samples=sum(each.samples for each in evaluations),
-        top1=mean("top1"),
-        top5=None if any(each.top5 is None for each in evaluations) else mean("top5"),
-        loss=mean("loss"),
-        firing_rate=mean("firing_rate"),
-    )

@@ -1,8 +1,8 @@
-"""The teacher of a run, as one of its processes asks it: built, its probe fitted once, its own
-accuracy known, its answers kept.
+"""The teacher of a run in one of its processes: built, its probe fitted, its accuracy measured, its
+answers cached.
 
-Whatever is learnt about a teacher is stored under a key of all that decides it, in the folder of
-its cache or, without one, in the run's, so that a resume neither fits nor evaluates again.
+Results about a teacher are stored under a key of all that decides them, in the folder of its cache
+or, without a cache, in the run's folder. So a resume neither fits nor evaluates again.
 
 B batch, K classes, N samples, D features
 """
@@ -18,33 +18,33 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.core.torch_settings import check_precision
 from pipeline.data.base import Batch, Data
 from pipeline.measure.tensor_bytes import bytes_of
 from pipeline.models.teachers.base import Teacher
 from pipeline.models.teachers.cache import CachedPredictions
+from pipeline.models.teachers.probe import Probe
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
-from pipeline.track.events import Probe
+from pipeline.track import events
 from pipeline.track.journal import Tracker
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.evaluation import Evaluation, evaluate, inputs
+from pipeline.train.evaluation import Evaluation, evaluate, inputs, share_of
 from pipeline.train.objective import CrossEntropy
-from pipeline.train.part_checks import checked_teacher
+from pipeline.train.part_checks import build_part, require_members
 
-TOGETHER = 32
-"""pictures that a probe's features are computed for at a time"""
+TOGETHER = 32  # images whose features are computed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """Asks the teacher about a micro-batch, or the cache where it knows."""
+    """Answers for a micro-batch, from the cache or the teacher."""
 
     teacher: Teacher
     accuracy: Evaluation
@@ -52,15 +52,16 @@ class Teaching:
 
     @property
     def bytes(self) -> int:
-        """What its weights and statistics take."""
+        """Of its weights and statistics."""
         return bytes_of((*self.teacher.parameters(), *self.teacher.buffers()))
 
     def __call__(self, x_B: Tensor, index_B: Tensor, epoch: int) -> Tensor:
         """The teacher's logits `[B,K]` for one epoch's views of the samples `index_B`, fp32 and
         without a graph.
 
-        Where one answer is missing all of them are asked for: what others sit in a batch changes
-        the last bits of an answer."""
+        If one answer is missing, the teacher computes all of them: the other samples of a batch
+        change the last bits of an answer.
+        """
         if self.kept is None:
             return self.teacher(x_B)
         found_BK = self.kept.find(epoch, index_B)
@@ -70,27 +71,32 @@ class Teaching:
 
 
 def build_teacher(recipe: Recipe, data: Data) -> Teacher:
-    """The recipe's teacher with its weights; no random number is drawn that the student's weights
-    would be drawn from.
+    """The recipe's teacher with its weights. The random numbers of the student's weights are not
+    touched.
 
-    Raises: ValueError for what does not fit together.
+    Raises:
+        ValueError: teacher and recipe do not fit together.
     """
     assert recipe.teacher is not None
-    if recipe.phases:
-        raise ValueError(
-            "recipe: a teacher knows the classes of one data set, so it takes no phases; got"
-            f" {len(recipe.phases)}"
-        )
+    require(
+        not recipe.phases,
+        "recipe: a teacher knows the classes of one data set, so it takes no phases; got"
+        f" {len(recipe.phases)}",
+    )
     with torch.random.fork_rng(devices=[]):
-        teacher = checked_teacher(recipe.teacher.build(data), recipe.teacher)
+        teacher = build_part("teacher", recipe.teacher, Teacher, data)
+    who = f"teacher: {recipe.teacher.target.__name__}"
+    require_members(who, teacher, ("label",))
+    for name in ("forward", "identity"):
+        is_overridden = getattr(type(teacher), name) is not getattr(Teacher, name)
+        require(is_overridden, f"{who} must override {name}; it does not")
     repeats = recipe.data.kwargs.get("repeats", 1)
-    if teacher.cache is not None and (recipe.mixing is not None or repeats > 1):
-        mixing = None if recipe.mixing is None else recipe.mixing.label
-        raise ValueError(
-            "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither"
-            f" mixed nor repeated samples; leave teacher.cache out; got mixing={mixing},"
-            f" repeats={repeats}"
-        )
+    mixing = None if recipe.mixing is None else recipe.mixing.label
+    require(
+        teacher.cache is None or (mixing is None and repeats == 1),
+        "recipe: a teacher's cache keeps one answer a sample and epoch, so it takes neither mixed"
+        f" nor repeated samples; leave teacher.cache out; got mixing={mixing}, repeats={repeats}",
+    )
     return teacher
 
 
@@ -105,18 +111,30 @@ def open_teaching(
     tracker: Tracker,
     threads: int,
 ) -> Teaching:
-    """Everything that comes before the first question; collective. `steps` are the global batches
+    """Everything that comes before the first question. Collective. `steps` are the global batches
     of the whole run.
     """
-    teacher = ranks.all_or_raise(lambda: _on_device(build_teacher(recipe, data), ranks.device))
+
+    def on_device() -> Teacher:
+        teacher = build_teacher(recipe, data)
+        check_precision("teacher", teacher.precision, ranks.device)
+        return teacher.to(ranks.device)
+
+    teacher = ranks.all_or_raise(on_device)
     place = _place(recipe, data, teacher, folder)
     if teacher.probe is not None:
-        state = ranks.broadcast_object(lambda: _fitted(teacher, data, place, tracker, threads))
-        teacher.head = _head(state).to(ranks.device)
+        probe = teacher.probe
+        state = ranks.broadcast_object(
+            lambda: _fitted(teacher, probe, data, place, tracker, threads)
+        )
+        classes, features = state["weight"].shape
+        head = nn.Linear(features, classes, device="meta")
+        head.load_state_dict(state, assign=True)
+        teacher.head = head.requires_grad_(False).to(ranks.device)
     accuracy = _accuracy(recipe, data, split, teacher, place, ranks, threads)
-    kept = None
-    if teacher.cache is not None:
-        cache, answers = teacher.cache, place / f"seed-{recipe.seed}-{teacher.cache.storage}"
+    kept, cache = None, teacher.cache
+    if cache is not None:
+        answers = place / f"seed-{recipe.seed}-{cache.storage}"
         ranks.broadcast_object(
             lambda: cache.check(answers, answers=steps * recipe.batch_size, classes=data.classes)
         )
@@ -126,13 +144,8 @@ def open_teaching(
     return Teaching(teacher=teacher, accuracy=accuracy, kept=kept)
 
 
-def _on_device(teacher: Teacher, device: torch.device) -> Teacher:
-    check_precision("teacher", teacher.precision, device)
-    return teacher.to(device)
-
-
 def _place(recipe: Recipe, data: Data, teacher: Teacher, folder: Path) -> Path:
-    """Where what is known of this teacher on this data set is kept."""
+    """The folder of what is known about this teacher on this data set."""
     probe = None if teacher.probe is None else asdict(teacher.probe)
     key = {
         "data": data.fingerprint(),
@@ -146,82 +159,59 @@ def _place(recipe: Recipe, data: Data, teacher: Teacher, folder: Path) -> Path:
     return place
 
 
-# -------------------------------------------------------------------------------------------- probe
-
-
 def _fitted(
-    teacher: Teacher, data: Data, place: Path, tracker: Tracker, threads: int
+    teacher: Teacher, probe: Probe, data: Data, place: Path, tracker: Tracker, threads: int
 ) -> dict[str, Tensor]:
-    """The head's weights, from where they are kept or fitted now and kept; rank 0 alone does
-    this.
-    """
-    assert teacher.probe is not None
-    kept = sorted(place.glob("probe-*.safetensors"))
-    if kept:
-        if not _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")):
-            raise ValueError(
-                f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
-                " fitted again"
-            )
+    """The head's weights: kept ones, or fitted and kept now. For rank 0."""
+    if kept := sorted(place.glob("probe-*.safetensors")):
+        require(
+            _sha256(kept[0]).startswith(kept[0].stem.removeprefix("probe-")),
+            f"Probe: {kept[0]} must be what its name says; it is damaged: delete it, and it is"
+            " fitted again",
+        )
         return load_file(kept[0])
     begun = time.monotonic()
-    features_ND, target_N = _features(teacher, data, threads)
-    head = teacher.probe.fit(features_ND, target_N, data.classes)
+    features_ND, target_N = _features(teacher, probe, data, threads)
+    head = probe.fit(features_ND, target_N, data.classes)
     top1 = float((head(features_ND).argmax(-1) == target_N).float().mean())
     state = dict(head.state_dict())
     temporary = place / f".probe.{os.getpid()}"  # another run may fit the same
     save_file(state, temporary)
     temporary.rename(place / f"probe-{_sha256(temporary)[:8]}.safetensors")
+    seconds = time.monotonic() - begun
     tracker.write(
-        Probe(
-            teacher=teacher.label,
-            views=len(target_N),
-            top1=top1,
-            seconds=time.monotonic() - begun,
-        )
+        events.Probe(teacher=teacher.label, views=len(target_N), top1=top1, seconds=seconds)
     )
     return state
 
 
-def _features(teacher: Teacher, data: Data, threads: int) -> tuple[Tensor, Tensor]:
+def _features(teacher: Teacher, probe: Probe, data: Data, threads: int) -> tuple[Tensor, Tensor]:
     """Of the probe's views of the training part: one of each sample, in one epoch after another
     until there are enough.
     """
-    assert teacher.probe is not None
     device = next(teacher.parameters()).device
-    # Batches of one, so that no tail of the epoch is left out.
+    # Batches of one, so that no rest of an epoch is left out.
     loader = data.train(
-        seed=teacher.probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads
+        seed=probe.seed, rank=0, world=1, batch_size=1, micro_batch=1, threads=threads
     )
+
+    def samples() -> Iterator[Batch]:
+        for epoch in itertools.count():
+            with loader.epoch(epoch) as batches:
+                yield from batches
+
     with closing(loader):
-        views = itertools.islice(_samples(loader), teacher.probe.views or loader.samples)
+        views = itertools.islice(samples(), probe.views or loader.samples)
         features, targets = [], []
         while chunk := list(itertools.islice(views, TOGETHER)):
-            features.append(
-                teacher.features(torch.cat([each.x for each in chunk]).to(device)).cpu()
-            )
+            x_B = torch.cat([each.x for each in chunk])
+            features.append(teacher.features(x_B.to(device)).cpu())
             targets.append(torch.cat([each.target for each in chunk]))
     return torch.cat(features), torch.cat(targets)
 
 
-def _samples(loader: Any) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        with loader.epoch(epoch) as batches:
-            yield from batches
-
-
-def _head(state: dict[str, Tensor]) -> nn.Linear:
-    classes, features = state["weight"].shape
-    head = nn.Linear(features, classes, device="meta")
-    head.load_state_dict(state, assign=True)
-    return head.requires_grad_(False)
-
-
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-# ----------------------------------------------------------------------------------------- accuracy
 
 
 class _AsNetwork(nn.Module):
@@ -244,20 +234,19 @@ def _accuracy(
     ranks: Ranks,
     threads: int,
 ) -> Evaluation:
-    """The teacher's own, on the samples that the student is evaluated on: once in the life of
-    `place`, shared by the ranks.
+    """The teacher's own, on the samples that the student is evaluated on. It is kept in `place`.
+    Collective.
     """
     limit = recipe.evaluation.samples
     file = place / ("accuracy.json" if limit is None else f"accuracy-{limit}.json")
     known = ranks.broadcast_object(lambda: read_json(file) if file.exists() else None)
     if known is not None:
         return Evaluation(**known)
-    most = None if limit is None else len(range(ranks.rank, limit, ranks.size))
     loader = data.val(
         rank=ranks.rank, world=ranks.size, micro_batch=split.micro_batch, threads=threads
     )
     with closing(loader):
-        batches = inputs(loader, 1, ranks.device, most=most)
+        batches = inputs(loader, 1, ranks.device, most=share_of(limit, ranks))
         result = evaluate(_AsNetwork(teacher), batches, CrossEntropy()).result
     if ranks.rank == 0:
         write_json(file, asdict(result))

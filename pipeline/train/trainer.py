@@ -1,21 +1,19 @@
-"""One attempt at a run, from where its newest checkpoint stands to its end.
-
-Between two global batches a worker looks up from the loop: `Trainer._between_batches` logs, saves,
-and stops when asked; in an evaluation, which may be long, it looks up for whoever asks. All ranks
-do the same after the same step: see saving.py."""
+"""One attempt at a run, from its newest checkpoint to its end: `Trainer.run` is the training
+program.
+"""
 
 from __future__ import annotations
 
 import math
 import socket
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import Diverged, UserError
+from pipeline.core.errors import UserError
 from pipeline.core.run_folder import RunFolder
 from pipeline.measure.clock import synchronize
 from pipeline.measure.constants import BETWEEN
@@ -24,148 +22,119 @@ from pipeline.measure.memory import memory_now_bytes
 from pipeline.measure.meters import Totals
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import write_json
+from pipeline.spiking.encode import over_steps
 from pipeline.track import events
+from pipeline.track.journal import last_event
+from pipeline.train.assemble import TrainContext
 from pipeline.train.checkpointing import Saving
-from pipeline.train.context import TrainContext
-from pipeline.train.evaluate_tasks import assess
-from pipeline.train.evaluation import COUNTED_ON, Evaluated, Evaluation
-from pipeline.train.guards.anomaly import Guard, Rollback, is_in, takes_back
-from pipeline.train.guards.oom import untold
+from pipeline.train.elastic import draw_for
+from pipeline.train.evaluate_tasks import evaluate_tasks
+from pipeline.train.evaluation import COUNTED_ON, Evaluated, Evaluation, mean_of, write_answers
+from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
 from pipeline.train.guards.replica_check import stragglers
 from pipeline.train.job import asked_by
-from pipeline.train.loop import MicroBatch, train
-from pipeline.train.metadata import hardware_of, held_without_zero, start_event, told_at_the_end
-from pipeline.train.microbatch import micro_batches
-from pipeline.train.predictions import write_answers
-from pipeline.train.rule_metrics import Figures
-from pipeline.train.tasks import Learnt, mean_of
+from pipeline.train.loop import MicroBatch, train_batch
+from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of
+from pipeline.train.recovery import Rollback, is_in
+from pipeline.train.tasks import Learnt
 
-MOST_DATA_WAIT = 0.2
-"""of the time of steady batches: a loader that takes more is told of"""
-STEADY_ENOUGH = 50
-"""batches, before that is judged"""
+MOST_DATA_WAIT = 0.2  # share of the time of steady batches; a longer wait for data is reported
+STEADY_ENOUGH = 50  # batches before that is judged
+
+
+class StopAsked(Exception):
+    """Somebody asked the run to stop, and it is saved. Every rank raises it."""
 
 
 class Trainer:
     """Trains the rest of a run with the parts of this process."""
 
-    def __init__(self, parts: TrainContext) -> None:
-        self.parts = parts
-        self.job, self.ranks, self.tracker, self.recipe = (
-            parts.job,
-            parts.ranks,
-            parts.tracker,
-            parts.recipe,
-        )
-        self.meters, self.backend = parts.meters, parts.backend
-        self.folder = Path(parts.job.run)
-        self.tasks, self.steps = parts.loaders.tasks, parts.stretches[-1].end
-        self.step, self.learnt = 0, Learnt()
-        if parts.trainer is not None:
-            self.step = parts.trainer["step"]
-            self.meters.totals = _totals(parts.trainer)
-            self.learnt = Learnt(**parts.trainer["learnt"])
-        self.owes_epoch_end = parts.trainer is not None and parts.trainer.get(
-            "owes_epoch_end", False
-        )
-        """an epoch has ended, and whoever saved had no time for its evaluation"""
-        self.stretch = stretch_at(parts.stretches, self.step)
-        self.is_starting, self.worked_before_s = True, self._worked_s()
-        """until its first batch has ended; and what earlier attempts did between batches"""
-        self.result: Evaluation | None = None
-        self.evaluated: list[Evaluated] = []
-        """in the last evaluation, on each task so far"""
-        self.stop_asked = False
-        self.watchdog = parts.watchdog
-        self.told_data_wait = False
-        self.skipped = (*self.recipe.policy.skip, *parts.skipped.batches)
-        self.guard = Guard(
+    def __init__(self, context: TrainContext) -> None:
+        self.context = context
+        self.job, self.ranks, self.tracker = context.job, context.ranks, context.tracker
+        self.recipe, self.meters, self.backend = context.recipe, context.meters, context.backend
+        self.folder = Path(context.job.run)
+        self.tasks, self.steps = context.loaders.tasks, context.stretches[-1].end
+        self.loss_for = context.recipe.objective.build()
+        self.step, self.learnt, self.is_epoch_end_due = 0, Learnt(), False
+        restored = context.restored or {}
+        if restored:
+            self.step = restored["step"]
+            self.learnt = Learnt(**restored["learnt"])
+            self.is_epoch_end_due = restored["is_epoch_end_due"]
+            self.meters.totals = _totals(restored)
+        self.stretch = stretch_at(context.stretches, self.step)  # the steps of the current task
+        self.skipped = (*self.recipe.policy.skip, *context.decisions.skipped)
+        self.guard = AnomalyGuard(
             self.backend,
-            parts.rule,
+            context.rule,
             self.ranks,
             spike=self.recipe.policy.loss_spike,
-            skips=self.recipe.policy.max_skips,
-            takes_back=takes_back(self.recipe, parts.rule),
-            on_skip=self._tell_bad,
-            state=None if parts.trainer is None else parts.trainer.get("guard"),
+            max_skips=self.recipe.policy.max_skips,
+            can_undo=can_undo(self.recipe, context.rule),
+            on_skip=lambda step, reason: self._report_skip(step, reason, self.recipe.remedy),
+            state=restored.get("guard"),
         )
-        self.figures = Figures(parts)
-        self.saving = Saving(
-            parts, step=self.step, learnt=self.learnt, guard=self.guard, figures=self.figures
-        )
+        self.saving = Saving(context, step=self.step, state=self._state)
+        # seconds of work between batches of earlier attempts; None once a batch has ended
+        self.worked_before_s: float | None = self._worked_s()
+        self.has_reported_data_wait = False
+        self.evaluated: list[Evaluated] = []  # the last evaluation, of each task so far
+        self.result: Evaluation | None = None  # their mean
+
+    # ------------------------------------------------------------------------- the training program
 
     def run(self) -> dict[str, Any] | None:
-        """The summary (on rank 0), or None when somebody asked to stop.
+        """Train to the end. The summary (on rank 0), or None if somebody asked to stop.
 
         Raises:
-            Rollback: on every rank, once it is written down: the run has to begin again at its
-            newest checkpoint.
+            Rollback: the run has to start again at its newest checkpoint; on every rank.
         """
-        try:
-            return self._run()
-        except Rollback as back:
-            self._go_back(back)
-            raise
-        except BaseException as error:
-            self.saving.close(error)
-            raise
+        with self.saving:
+            try:
+                self._start()
+                while self.step < self.steps:
+                    self._train()
+                return self._finish()
+            except StopAsked:
+                return self._stop()
 
-    def _run(self) -> dict[str, Any] | None:
-        self._tell_smaller()
-        self.tracker.write(start_event(self.parts, step=self.step))
-        self._tell_nearness(epoch=None)
+    def _start(self) -> None:
+        if self.ranks.rank == 0:
+            self._report_smaller_micro_batch()
+        self.tracker.write(start_event(self.context, step=self.step))
+        if self.step == 0:
+            self._compare_gradients(epoch=None)
         self.meters.forget_peaks()
-        if self.owes_epoch_end:
-            self.stretch = stretch_at(self.parts.stretches, self.step - 1)
-            self._end_of_epoch(self.stretch.epoch(self.step - 1))
-        while self.step < self.steps and not self.stop_asked:
-            self.stretch = stretch_at(self.parts.stretches, self.step)
-            with closing(self.parts.loaders.train(self.stretch.index)) as self.train_set:
-                self._train()
-        if (
-            self.result is None and not self.stop_asked
-        ):  # this attempt found nothing left but to tell of it
-            results = self._evaluate()
-            self.result = mean_of(results) if results else None
-        return self._stopped() if self.stop_asked else self._finish()
-
-    def _tell_smaller(self) -> None:
-        """By rank 0, before the start that says what is tried next: another one has met it and died
-        of it.
-        """
-        if self.ranks.rank == 0 and (samples := untold(self.folder)) is not None:
-            reason = "memory ran out on another worker"
-            self.tracker.write(events.Smaller(step=self.step, micro_batch=samples, reason=reason))
+        if self.is_epoch_end_due:
+            self.stretch = stretch_at(self.context.stretches, self.step - 1)
+            self._end_epoch(self.stretch.epoch(self.step - 1))
 
     def _train(self) -> None:
-        """The rest of the task at hand."""
-        stretch = self.stretch
-        self.tasks[stretch.index].choose_head(self.backend.network)
-        if (
-            self.step == stretch.first
-        ):  # a checkpoint at a boundary was saved before the next task began
-            self._begin_task()
-        while self.step < stretch.end and not self.stop_asked:
-            epoch = stretch.epoch(self.step)
-            with closing(self.batches(epoch)) as batches:
-                loss_for = self.recipe.objective.build()
-                train(
-                    self.parts.rule,
-                    self.backend,
-                    self.parts.schedule,
-                    batches,
-                    loss_for,
-                    self.meters,
-                    self.guard,
-                )
-            if self.step == stretch.epoch_end(epoch) and not self.stop_asked:
-                self._end_of_epoch(epoch)
+        """The rest of a task: its epochs and their batches."""
+        self.stretch = stretch = stretch_at(self.context.stretches, self.step)
+        with closing(self.context.loaders.train(stretch.index)) as train_set:
+            self.tasks[stretch.index].choose_head(self.backend.network)
+            if self.step == stretch.first:  # its checkpoint was saved before this task began
+                self._begin_task()
+            while self.step < stretch.end:
+                epoch = stretch.epoch(self.step)
+                end = stretch.epoch_end(epoch)
+                start = (self.step - stretch.epoch_start(epoch)) * self.recipe.batch_size
+                with train_set.epoch(epoch, start=start) as loader:
+                    source = iter(loader)
+                    while self.step < end:
+                        self._train_batch(source)
+                        self.step += 1
+                        with self.meters.between("coordination"):
+                            self._between_batches(epoch, last=self.step == end)
+                self._end_epoch(epoch)
 
     def _begin_task(self) -> None:
         task, stretch = self.tasks[self.stretch.index], self.stretch
         if stretch.index:
             self.backend.forget()
-        self.parts.rule.start_task(self.backend.network, stretch.index)
+        self.context.rule.start_task(self.backend.network, stretch.index)
         self.guard.begin_task()
         if self.recipe.phases:
             self.tracker.write(
@@ -180,235 +149,118 @@ class Trainer:
                 )
             )
 
-    # -------------------------------------------------------------------------------------- batches
-
-    def batches(self, epoch: int) -> Generator[tuple[int, Iterator[MicroBatch]]]:
-        """The rest of an epoch; what happens between two batches happens here, after the loop asked
-        for the next.
-        """
-        end = self.stretch.epoch_end(epoch)
-        start = (self.step - self.stretch.epoch_start(epoch)) * self.recipe.batch_size
-        with self.train_set.epoch(epoch, start=start) as loader:
-            source = iter(loader)
-            while self.step < end:
-                if is_in(self.step, self.skipped):
-                    self._pass_over(source)
-                else:
-                    yield self.step, self._micro_batches(source)
-                    if self.is_starting:
-                        self._tell_startup()
-                self.step += 1
-                with self.meters.between("coordination"):
-                    self._between_batches(epoch, last=self.step == end)
-                if self.stop_asked:
-                    return
-
-    def _tell_startup(self) -> None:
-        """How long this attempt took until its first batch had ended: imports, compilation and that
-        batch.
-
-        What was done between batches meanwhile, such as an evaluation that was owed, is left out.
-        """
-        self.is_starting = False
-        synchronize(self.parts.device)
-        work = self._worked_s() - self.worked_before_s
-        seconds = max(0.0, time.time() - self.parts.began - work)
-        self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=seconds))
-
-    def _worked_s(self) -> float:
-        return sum(self.meters.totals.seconds[name] for name in BETWEEN)
+    def _train_batch(self, source: Iterator[Any]) -> None:
+        """Train on the next global batch, unless the recipe or a rollback leaves it out."""
+        if is_in(self.step, self.skipped):
+            for _ in range(self.context.split.accumulation):
+                next(source)
+            self._report_skip(self.step, "left out by the recipe or a rollback")
+            return
+        train_batch(
+            self.context.rule,
+            self.backend,
+            self.context.schedule,
+            self.step,
+            self._micro_batches(source),
+            self.loss_for,
+            self.meters,
+            self.guard,
+        )
+        if self.worked_before_s is not None:
+            self._report_startup(self.worked_before_s)
 
     def _micro_batches(self, source: Iterator[Any]) -> Iterator[MicroBatch]:
-        return micro_batches(self.parts, source, step=self.step, stretch=self.stretch)
-
-    def _pass_over(self, source: Iterator[Any]) -> None:
-        """A batch that is not learnt from: the recipe says so, or going back did."""
-        for _ in range(self.parts.split.accumulation):
-            next(source)
-        self._tell_skipped(self.step, "as it was told to")
-
-    def _tell_bad(self, step: int, reason: str) -> None:
-        self._tell_skipped(step, reason, advice=self.recipe.remedy)
-
-    def _tell_skipped(self, step: int, reason: str, *, advice: str = "") -> None:
-        self.tracker.write(
-            events.Skipped(
-                step=step,
-                epoch=self._epoch_of(step),
-                reason=reason,
-                samples=self.recipe.batch_size,
-                advice=advice,
+        """This rank's micro-batches of the next global batch: on the device, mixed, laid out over
+        time, and with the teacher's logits.
+        """
+        context, recipe, split = self.context, self.recipe, self.context.split
+        device, stretch = self.ranks.device, self.stretch
+        for index in range(split.accumulation):
+            with self.meters.part("data_wait"):
+                batch = next(source)
+            with self.meters.part("transfer"):
+                x_B = batch.x.to(device, non_blocking=True)
+                target_B = batch.target.to(device, non_blocking=True)
+                first = (index * split.workers + self.ranks.rank) * split.micro_batch
+                if len(context.place.possible_sizes) > 1:
+                    draw_for(recipe.seed, step=self.step, row=first)
+                rows = range(first, first + split.micro_batch)
+                if context.mixing is not None:
+                    classes = self.tasks[stretch.index].data.classes
+                    x_B, target_B = context.mixing(
+                        x_B, target_B, classes=classes, seed=recipe.seed, step=self.step, rows=rows
+                    )
+                x_TB = over_steps(x_B, recipe.time_steps)
+            teacher_BK = None
+            if context.teaching is not None:
+                with self.meters.part("teacher"):
+                    teacher_BK = context.teaching(x_B, batch.index, stretch.epoch(self.step))
+            yield MicroBatch(
+                x_TB, target_B, rows, split.micro_batch / recipe.batch_size, teacher_BK
             )
-        )
 
     def _between_batches(self, epoch: int, *, last: bool) -> None:
-        """Log, save where it is time, and hear whether somebody asks to stop; for an epoch's end
-        see `_end_of_epoch`.
+        """Log, save and compare replicas where it is time.
+
+        Raises:
+            StopAsked: the run is saved.
         """
-        recipe = self.recipe
-        self.watchdog.beat()
-        if self.step % recipe.log_every == 0 or last:
-            metrics = self.meters.take(self.ranks.sum)
-            self._tell_stragglers()
-            self._tell_data_wait()
-            metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
-            metrics |= {f"rule_{name}": value for name, value in self.figures.now().items()}
-            with self.meters.between("tracking"):
-                self.tracker.write(
-                    events.Step(
-                        step=self.step,
-                        epoch=epoch,
-                        metrics=metrics,
-                        memory_bytes=memory_now_bytes(self.parts.device),
-                    )
-                )
-        self.stop_asked = self.saving.between_batches(self.step, last=last)
+        self.context.watchdog.beat()
+        if self.step % self.recipe.log_every == 0 or last:
+            self._log(epoch)
+        if self.saving.between_batches(self.step, last=last):
+            raise StopAsked
 
-    def _tell_stragglers(self) -> None:
-        slow = stragglers(self.meters.busy_s, self.ranks)
-        if slow:
-            hosts = self.ranks.all_gather_object(socket.gethostname())
-            workers = {
-                str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()
-            }
-            self.tracker.write(events.Straggler(step=self.step, workers=workers))
+    def _end_epoch(self, epoch: int) -> None:
+        """Evaluate, compare gradients and save, each where it is time.
 
-    def _tell_data_wait(self) -> None:
-        """Once an attempt, where this rank waits for its data for much of the time."""
-        totals = self.meters.totals
-        share = totals.share_of_steady_time("data_wait")
-        if (
-            not self.told_data_wait
-            and totals.steady_batches >= STEADY_ENOUGH
-            and share > MOST_DATA_WAIT
-        ):
-            self.told_data_wait = True
-            self.tracker.write(
-                events.DataWait(step=self.step, share=share, loader_threads=self.job.loader_threads)
-            )
-
-    # --------------------------------------------------------------------------------------- epochs
-
-    def _end_of_epoch(self, epoch: int) -> None:
-        """Evaluate, compare gradients and save, each where it is time; in vain where somebody asks
-        to stop meanwhile.
-
-        It is saved with the score of its evaluation, and before that without one where much would
-        be lost with the workers."""
+        The checkpoint has the score of the evaluation. One without a score comes before the
+        evaluation if much training is unsaved.
+        """
         stretch, score, every = self.stretch, None, self.recipe.evaluation.every
         is_learnt = self.step == stretch.end
         if is_learnt or (every and (epoch - stretch.first_epoch + 1) % every == 0):
-            figures = self.figures.now()
+            metrics = self._rule_metrics()
             self.saving.before_evaluation(self.step)
             with self.meters.between("evaluation"):
                 results = self._evaluate()
-            if self.stop_asked:
-                return
+            # With tasks to come the mean is one of other tasks, and cannot rank checkpoints.
             self.result = mean_of(results)
-            # With tasks to come the mean is one of other tasks: no score to find the best
-            # checkpoint by.
             score = self.result.top1 if stretch.index + 1 == len(self.tasks) else None
-            self._tell_results(epoch, results)
+            self._report_evaluation(epoch, self.result, results)
             if is_learnt:
-                self.learnt.add([result.top1 for result in results], figures)
-        self._tell_nearness(epoch=epoch)
+                self.learnt.add([result.top1 for result in results], metrics)
+        if (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0:
+            self._compare_gradients(epoch=epoch)
         self.saving.save(self.step, score=score)
 
-    def _tell_nearness(self, *, epoch: int | None) -> None:
-        """On the weights that train, not on an average of them; `epoch`: that has ended, None at
-        the start.
-        """
-        due = (
-            self.step == 0
-            if epoch is None
-            else (epoch + 1) % max(1, self.recipe.evaluation.fidelity_every) == 0
-        )
-        if self.parts.nearness is None or not due:
-            return
-        self.meters.note_peaks()
-        with self.meters.between("fidelity"):
-            found = self.parts.nearness(
-                self.backend.network.state_dict(), self.parts.rule.state_dict(), step=self.step
-            )
-        # what the comparison held, BPTT's graph among it, is not what training needs
-        self.meters.forget_peaks()
-        self.tracker.write(
-            events.Fidelity(
-                step=self.step,
-                epoch=epoch,
-                temporal_share=found.temporal_share,
-                cosines=found.cosines,
-            )
-        )
-
-    def _tell_results(self, epoch: int, results: list[Evaluation]) -> None:
-        assert self.result is not None
-        metrics = self.result.metrics
-        if self.recipe.phases:
-            metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
-        self.tracker.write(
-            events.Evaluation(
-                step=self.step, epoch=epoch, samples=self.result.samples, metrics=metrics
-            )
-        )
-
     def _evaluate(self) -> list[Evaluation]:
-        """On each task so far, the one at hand last; nothing where somebody asked to stop
-        meanwhile.
+        """The results on each task so far, the current one last.
+
+        Raises:
+            StopAsked: the run is saved.
+            Rollback: a loss is not finite. Finite weights can answer with numbers that are not.
         """
-        about = {
-            "step": self.step,
-            "tasks": self.stretch.index + 1,
-            "counts_operations": self.step == self.steps,
-        }
-        self.evaluated = []
-        while (found := assess(self.parts, **about, is_asked=self.saving.is_asked)) is None:
-            self.stop_asked = self.saving.in_evaluation(self.step)
-            if self.stop_asked:
-                return []
+        found = None
+        while found is None:
+            found = evaluate_tasks(
+                self.context,
+                step=self.step,
+                tasks=self.stretch.index + 1,
+                counts_operations=self.step == self.steps,
+                is_interrupted=self.saving.is_interrupted,
+            )
+            if found is None and self.saving.in_evaluation(self.step):
+                raise StopAsked
         self.evaluated = found
         results = [each.result for each in found]
-        self._check_evaluation(results)
-        return results
-
-    def _check_evaluation(self, results: list[Evaluation]) -> None:
-        """Weights that are finite can answer with numbers that are not: training has diverged, and
-        does not go on from there.
-        """
         if bad := [result.loss for result in results if not math.isfinite(result.loss)]:
             reason = f"the loss of the evaluation after it is {bad[0]}"
             self.saving.discard(self.step, reason)
             raise Rollback(self.step - 1, reason)
+        return results
 
-    # ----------------------------------------------------------------------------------------- ends
-
-    def _go_back(self, back: Rollback) -> None:
-        """Write down what is skipped from now on; the next attempt reads it."""
-        saved, done = self.saving.newest_step(), self.parts.skipped.rollbacks
-        if done == self.recipe.policy.max_rollbacks:
-            where = f"batch {back.step} (epoch {self._epoch_of(back.step) + 1})"
-            said = f"training: {where}: {back.reason}; it has gone back max_rollbacks={done} times"
-            if back.skips:
-                raise Diverged(f"{said}; {self.recipe.remedy}") from back
-            raise UserError(
-                f"{said}; a memory, a device or a network is at fault: look with spiketrain doctor"
-            ) from back
-        decided = self.parts.skipped.after(back, saved=saved)
-        self.ranks.broadcast_object(lambda: decided.write(self.folder))
-        self.tracker.write(
-            events.Rollback(
-                step=back.step,
-                epoch=self._epoch_of(back.step),
-                to=saved,
-                reason=back.reason,
-                advice=self.recipe.remedy if back.skips else "",
-            )
-        )
-
-    def _epoch_of(self, step: int) -> int:
-        return stretch_at(self.parts.stretches, step).epoch(step)
-
-    def _stopped(self) -> None:
+    def _stop(self) -> None:
         self.saving.wait(self.step)
         self.tracker.write(
             events.Stopped(
@@ -419,48 +271,156 @@ class Trainer:
         )
 
     def _finish(self) -> dict[str, Any]:
+        if self.result is None:  # an earlier attempt has trained everything
+            self.result = mean_of(self._evaluate())
         self.saving.wait(self.step)
-        assert self.result is not None
-        totals, figures = (
-            self.meters.over_ranks(self.ranks.max, self.ranks.mean),
-            self.figures.now(),
-        )
-        kept = held_without_zero(self.parts)
+        last, inference = self.evaluated[-1], None
+        totals, metrics = self._totals_over_ranks(), self._rule_metrics()
         answers = self.ranks.gather([each.answers for each in self.evaluated])
-        measured_j = joules_per_sample(self.ranks.gather(self.evaluated[-1].readings))
+        measured_j = joules_per_sample(self.ranks.gather(last.readings))
+        if last.inference is not None:
+            inference = {**last.inference.to_dict(measured_j), "counted_on": COUNTED_ON}
+        summary = summary_of(
+            self.context,
+            step=self.step,
+            result=self.result,
+            totals=totals,
+            learnt=self.learnt,
+            rule_metrics=metrics,
+            inference=inference,
+        )
         hardware = hardware_of(self.ranks)
-        summary: dict[str, Any] = {}
         if self.ranks.rank == 0:
-            inference = self.evaluated[-1].inference
-            summary = {
-                **told_at_the_end(
-                    self.parts,
-                    step=self.step,
-                    result=self.result,
-                    totals=totals,
-                    kept=kept,
-                    learnt=self.learnt,
-                    figures=figures,
-                ),
-                "inference": (
-                    None
-                    if inference is None
-                    else {**inference.to_dict(measured_j), "counted_on": COUNTED_ON}
-                ),
-            }
             files = RunFolder(self.folder)
-            write_json(files.activity, [asdict(layer) for layer in self.evaluated[-1].activity])
+            write_json(files.activity, [asdict(layer) for layer in last.activity])
             write_answers(files.answers, answers, tasks=bool(self.recipe.phases))
             write_json(files.summary, {**summary, "hardware": hardware})
         self.tracker.write(events.Finish(step=self.step, summary=summary))
         return summary
 
+    # ---------------------------------------------------------------------------- state and metrics
 
-def _totals(trainer: Mapping[str, Any]) -> Totals:
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this object; `__init__` restores it. Collective."""
+        return {
+            "totals": asdict(self._totals_over_ranks()),
+            "rule_metrics": self._rule_metrics(),
+            "learnt": asdict(self.learnt),
+            "guard": self.guard.state_dict(),
+        }
+
+    def _totals_over_ranks(self) -> Totals:
+        return self.meters.over_ranks(self.ranks.max, self.ranks.mean)
+
+    def _rule_metrics(self) -> dict[str, float]:
+        saved = (self.context.restored or {}).get("rule_metrics", {})
+        return rule_metrics(self.context.rule, self.ranks, saved)
+
+    def _worked_s(self) -> float:
+        return sum(self.meters.totals.seconds[name] for name in BETWEEN)
+
+    def epoch_of(self, step: int) -> int:
+        return stretch_at(self.context.stretches, step).epoch(step)
+
+    # -------------------------------------------------------------------------------------- reports
+
+    def _log(self, epoch: int) -> None:
+        metrics = self.meters.take(self.ranks.sum)
+        self._report_stragglers()
+        self._report_data_wait()
+        metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
+        metrics |= {f"rule_{name}": value for name, value in self._rule_metrics().items()}
+        with self.meters.between("tracking"):
+            self.tracker.write(
+                events.Step(
+                    step=self.step,
+                    epoch=epoch,
+                    metrics=metrics,
+                    memory_bytes=memory_now_bytes(self.ranks.device),
+                )
+            )
+
+    def _report_smaller_micro_batch(self) -> None:
+        """Journal a micro-batch that was halved by another worker, which died of it."""
+        limit = self.context.decisions.micro_batch
+        known = last_event(RunFolder(self.folder).journal, events.Start, events.Smaller)
+        if limit is not None and known is not None and limit < known.micro_batch:
+            reason = "memory ran out on another worker"
+            self.tracker.write(events.Smaller(step=self.step, micro_batch=limit, reason=reason))
+
+    def _report_startup(self, worked_before_s: float) -> None:
+        """The seconds until the attempt's first batch has ended: imports, compilation and that
+        batch, without work between batches such as an evaluation that was due.
+        """
+        synchronize(self.ranks.device)
+        work = self._worked_s() - worked_before_s
+        seconds = max(0.0, time.time() - self.context.began - work)
+        self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=seconds))
+        self.worked_before_s = None
+
+    def _report_skip(self, step: int, reason: str, advice: str = "") -> None:
+        self.tracker.write(
+            events.Skipped(
+                step=step,
+                epoch=self.epoch_of(step),
+                reason=reason,
+                samples=self.recipe.batch_size,
+                advice=advice,
+            )
+        )
+
+    def _report_stragglers(self) -> None:
+        if slow := stragglers(self.meters.busy_s, self.ranks):
+            hosts = self.ranks.all_gather_object(socket.gethostname())
+            workers = {
+                str(rank): {"times": times, "host": hosts[rank]} for rank, times in slow.items()
+            }
+            self.tracker.write(events.Straggler(step=self.step, workers=workers))
+
+    def _report_data_wait(self) -> None:
+        """Once an attempt, if this rank waits for its data for much of the time."""
+        totals, threads = self.meters.totals, self.job.loader_threads
+        share = totals.share_of_steady_time("data_wait")
+        is_long = totals.steady_batches >= STEADY_ENOUGH and share > MOST_DATA_WAIT
+        if is_long and not self.has_reported_data_wait:
+            self.has_reported_data_wait = True
+            self.tracker.write(events.DataWait(step=self.step, share=share, loader_threads=threads))
+
+    def _report_evaluation(self, epoch: int, mean: Evaluation, results: list[Evaluation]) -> None:
+        metrics = mean.metrics
+        if self.recipe.phases:
+            metrics |= self.learnt.metrics([result.top1 for result in results], self.tasks)
+        self.tracker.write(
+            events.Evaluation(step=self.step, epoch=epoch, samples=mean.samples, metrics=metrics)
+        )
+
+    def _compare_gradients(self, *, epoch: int | None) -> None:
+        """The rule's gradient against BPTT's, with the weights that train, not an average of them.
+        `epoch`: that has ended; None at the start.
+        """
+        if self.context.fidelity is None:
+            return
+        self.meters.note_peaks()
+        with self.meters.between("fidelity"):
+            found = self.context.fidelity(
+                self.backend.network.state_dict(), self.context.rule.state_dict(), step=self.step
+            )
+        self.meters.forget_peaks()  # memory of the comparison, such as BPTT's graph
+        self.tracker.write(
+            events.Fidelity(
+                step=self.step,
+                epoch=epoch,
+                temporal_share=found.temporal_share,
+                cosines=found.cosines,
+            )
+        )
+
+
+def _totals(restored: Mapping[str, Any]) -> Totals:
     try:
-        return Totals(**trainer["totals"])
+        return Totals(**restored["totals"])
     except TypeError as error:
         raise UserError(
-            "checkpoint: what was measured must be of this version's kind; it was written at"
-            f" commit {trainer.get('commit')}: go on there ({error})"
+            "checkpoint: its measurements must be of this version's kind; it was written at commit"
+            f" {restored.get('commit')}: resume there ({error})"
         ) from None

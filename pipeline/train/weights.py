@@ -1,4 +1,4 @@
-"""Weights that leave a run: loaded for evaluation, or as the start of another run."""
+"""Weights of a run or a file, loaded for evaluation or as the start of another run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from pipeline.core.checks import require
 from pipeline.core.files import sync_file
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
@@ -26,7 +27,7 @@ from pipeline.train.checkpoint import WEIGHTS, Place, place_at, verified
 
 @dataclass(frozen=True)
 class Start:
-    """What `load_start` did: the file, and the keys that were left as they were initialised."""
+    """The result of `load_start`: the file, and the keys that keep their initial values."""
 
     file: Path
     fresh: tuple[str, ...] = ()
@@ -38,10 +39,10 @@ def load_run(
     """See `pipeline.load`."""
     folder = Path(run)
     file = RunFolder(folder).recipe
-    if not file.is_file():
-        raise ValueError(
-            f"load: {folder} must be a run's folder, which holds {file.name}; it does not"
-        )
+    require(
+        file.is_file(),
+        f"load: {folder} must be a run's folder, which holds {file.name}; it does not",
+    )
     recipe = Recipe.read(file, trust=trust)
     network: nn.Module = recipe.model.build()
     network.load_state_dict(read_state(verified(place_of(folder), which) / WEIGHTS, who="load"))
@@ -49,11 +50,11 @@ def load_run(
 
 
 def load_weights(network: nn.Module, file: Path) -> nn.Module:
-    """Load every weight of a network from one file, for evaluation; the network. Published names
-    are known for QKFormer.
+    """Load all weights of a network from a file. Returns the network in evaluation mode. QKFormer's
+    published names are known.
 
     Raises:
-        ValueError: a file that cannot be read, or weights that do not fit, the first of them named.
+        ValueError: the file cannot be read, or names the first weight that does not fit.
     """
     found = _read(file, network, who="evaluate")
     if wrong := describe_mismatch(found, network.state_dict()):
@@ -63,27 +64,27 @@ def load_weights(network: nn.Module, file: Path) -> nn.Module:
 
 
 def place_of(run: Path) -> Place:
-    """Where a run keeps its checkpoints."""
+    """The place of a run's checkpoints."""
     job = RunFolder(run).job
     return place_at(read_json(job).get("checkpoints", "") if job.exists() else "", run)
 
 
 def weights_file(start: Path) -> Path:
-    """The weights that `init` names: a file, or the newest verified checkpoint of a run's
+    """The file of `init`: itself, or the weights in the newest verified checkpoint of a run's
     folder.
     """
     if start.is_dir():
         return verified(place_of(start)) / WEIGHTS
-    if not start.is_file():
-        raise ValueError(
-            f"init: must be a run's folder or a weights file; got {start}, which does not exist"
-        )
+    require(
+        start.is_file(),
+        f"init: must be a run's folder or a weights file; got {start}, which does not exist",
+    )
     return start
 
 
 def lasting_weights(run: Path) -> Path:
-    """The weights of a run that is over, in a file of its folder that a recipe.json may name: what
-    is fetched goes again.
+    """The weights of a finished run, in a file of its folder that a recipe.json may name. The copy
+    of a fetched checkpoint is deleted again.
     """
     found, lasting = weights_file(run), run / WEIGHTS
     if not lasting.exists():
@@ -97,15 +98,14 @@ def lasting_weights(run: Path) -> Path:
 def load_start(network: nn.Module, start: Path) -> Start:
     """Load weights into a network that may have other time steps and another number of classes.
 
-    Only the head (the network's `classifier`) may differ in shape: it keeps its fresh weights and
-    is named in the answer. So are the thresholds of rate-coded neurons and learnt decays, where the
-    file has none: it may come from the ANN of the same layers, or a network of plain neurons. The
-    learnable scales of 1-bit weights, where the file has none, begin anew from the weights: it is
-    of full precision.
-    Published names are known for QKFormer.
+    Only the head (the network's `classifier`) may differ in shape. It keeps its fresh weights and
+    is listed in the result. So are thresholds of rate-coded neurons and learnt decays if the file
+    has none: it may hold an ANN with the same layers, or plain neurons. Learnable scales of 1-bit
+    weights are computed from the weights if the file has none: it has full precision. QKFormer's
+    published names are known.
 
     Raises:
-        ValueError: a file that cannot be read, or keys that do not match, the first of them named.
+        ValueError: the file cannot be read, or names the first key that does not match.
     """
     file = weights_file(start)
     found = _read(file, network, who="init")
@@ -140,9 +140,7 @@ def load_start(network: nn.Module, start: Path) -> Start:
 
 
 def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
-    """The tensors of a file, under the network's own names where they are those of a published
-    QKFormer.
-    """
+    """The tensors of a file. The names of a published QKFormer become the network's own."""
     found = read_state(file, who=who)
     if not (isinstance(network, QKFormer) and is_published(found)):
         return found
@@ -153,8 +151,8 @@ def _read(file: Path, network: nn.Module, *, who: str) -> Mapping[str, Tensor]:
 
 
 def _head(network: nn.Module) -> str:
-    """`classifier`, or in a network without one the last module with weights of its own; thresholds
-    and the like are none.
+    """`classifier`, or the last module with weights of its own, without thresholds and the
+    like.
     """
     if isinstance(getattr(network, "classifier", None), nn.Module):
         return "classifier"
@@ -169,7 +167,7 @@ def _head(network: nn.Module) -> str:
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
-    """Content hashes of what the recipe only points at."""
+    """Content hashes of the files that a recipe names."""
     inputs = {"data": fingerprint}
     if recipe.init is not None:
         inputs["init"] = hashlib.sha256(weights_file(Path(recipe.init)).read_bytes()).hexdigest()
@@ -182,7 +180,7 @@ def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:
 
 
 def _files(part: Spec, prefix: str = "") -> Iterator[tuple[str, Path]]:
-    """The files that keywords of a part, and of the parts inside it, point at; not the folders."""
+    """The files that the keywords of a part, and of parts inside it, name; not the folders."""
     for key, value in part.kwargs.items():
         if isinstance(value, Spec):
             yield from _files(value, f"{prefix}{key}.")

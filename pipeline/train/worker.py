@@ -1,5 +1,5 @@
-"""One process of a run: it composes its parts and trains with them, again where it can go on by
-itself, to the end.
+"""One process of a run: it trains from the newest checkpoint to the end, and starts again after a
+fault that the run survives (recovery.py).
 """
 
 from __future__ import annotations
@@ -19,118 +19,130 @@ from pipeline.core.torch_settings import configure_torch
 from pipeline.measure.clock import Clock, charge_collectives
 from pipeline.measure.memory import is_out_of_memory
 from pipeline.recipe.recipe import Split
-from pipeline.track.events import Smaller
-from pipeline.track.journal import Tracker
-from pipeline.train.assemble import compose
+from pipeline.track import events
+from pipeline.train.assemble import Process, TrainContext, assemble
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import build_mixing
-from pipeline.train.context import TrainContext
 from pipeline.train.elastic import check_accumulation, steady
-from pipeline.train.guards.anomaly import Rollback
-from pipeline.train.guards.oom import HalveMicroBatch, fitted, halve
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo, note_refusal, raise_refusal
+from pipeline.train.recovery import Decisions, HalveMicroBatch, Rollback, StartAgain
 from pipeline.train.trainer import Trainer
 from pipeline.train.writer_lock import journal, only_writer
 
 
 def run(
-    job: Job, place: RankInfo, *, attempt_of: Callable[[TrainContext], Trainer] = Trainer
+    job: Job, place: RankInfo, *, trainer_of: Callable[[TrainContext], Trainer] = Trainer
 ) -> dict[str, Any] | None:
-    """Train a run from wherever its folder stands to its end; the summary (on rank 0), or None when
-    it was asked to stop.
-
-    `attempt_of` makes the attempt; benchmarks look over its shoulder.
+    """Train a run to its end. The summary (on rank 0), or None if somebody asked to stop.
 
     Raises:
         UserError: something that the user has to change.
     """
-    began = time.time()
+    began, folder = time.time(), Path(job.run)
     configure_torch(job.threads, torch.device(place.device))
     ranks = Ranks(place.rank, place.workers, place.device)
     clock = Clock(ranks.device)
+    watchdog = Watchdog(folder, rank=ranks.rank, patience_s=60 * job.hang_minutes)
     with ExitStack() as held:
         if job.own_cores and ranks.device.type == "cpu":
             ranks.all_or_raise(lambda: held.enter_context(own_cores(job.threads)))
         held.enter_context(near_cores(ranks.device, at_least=max(job.threads, job.loader_threads)))
-        return _run(job, place, ranks, clock, began, attempt_of)
-
-
-def _run(
-    job: Job,
-    place: RankInfo,
-    ranks: Ranks,
-    clock: Clock,
-    began: float,
-    attempt_of: Callable[[TrainContext], Trainer],
-) -> dict[str, Any] | None:
-    folder = Path(job.run)
-    watchdog = Watchdog(folder, rank=ranks.rank, patience_s=60 * job.hang_minutes)
-    with only_writer(folder, ranks), charge_collectives(clock), watchdog:
+        held.enter_context(only_writer(folder, ranks))
+        held.enter_context(charge_collectives(clock))
+        held.enter_context(watchdog)
         while True:
             try:
                 with journal(folder, ranks) as tracker:
                     ranks.all_or_raise(lambda: raise_refusal(folder))
-                    return _attempt(job, place, ranks, tracker, watchdog, clock, began, attempt_of)
-            except (Rollback, HalveMicroBatch):
-                pass  # every rank begins again
-            clock.take()  # batches that are rolled back, and that nobody has asked for yet
-            gc.collect()  # the attempt that ended goes, and what it held
+                    process = Process(
+                        job=job,
+                        place=place,
+                        ranks=ranks,
+                        tracker=tracker,
+                        watchdog=watchdog,
+                        clock=clock,
+                        began=began,
+                    )
+                    return _attempt(process, trainer_of)
+            except StartAgain:
+                pass
+            clock.take()  # seconds of batches that are rolled back
+            gc.collect()  # the memory of the attempt that ended
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
             began = time.time()
 
 
 def _attempt(
-    job: Job,
-    place: RankInfo,
-    ranks: Ranks,
-    tracker: Tracker,
-    watchdog: Watchdog,
-    clock: Clock,
-    began: float,
-    attempt_of: Callable[[TrainContext], Trainer],
+    process: Process, trainer_of: Callable[[TrainContext], Trainer]
 ) -> dict[str, Any] | None:
     try:
-        return _run_in_memory(
-            attempt_of(compose(job, place, ranks, tracker, watchdog, clock, began)), ranks, tracker
-        )
+        trainer = trainer_of(assemble(process))
+        try:
+            return trainer.run()
+        except Rollback as back:
+            _note_rollback(trainer, back)
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _note_halving(trainer, str(error))
+            if process.ranks.size > 1:
+                raise  # the others wait for this rank, and only its death frees them
+            raise HalveMicroBatch from None
     except UserError:
         raise  # every rank knows
     except ValueError as error:
-        ranks.raise_if_gone(error)
-        if (
-            ranks.size > 1
-            # the others wait for this rank: only its death frees them, and then the note speaks to
-            # all
-        ):
-            note_refusal(Path(job.run), error)
-            raise
-        raise as_user_error(error) from error
+        process.ranks.raise_if_gone(error)
+        if process.ranks.size == 1:
+            raise as_user_error(error) from error
+        # The others wait for this rank. Its death frees them, and the next attempt reads the note.
+        note_refusal(Path(process.job.run), error)
+        raise
 
 
-def _run_in_memory(attempt: Trainer, ranks: Ranks, tracker: Tracker) -> dict[str, Any] | None:
-    try:
-        return attempt.run()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        parts = attempt.parts
-        samples = halve(
-            Path(parts.job.run), parts.split, split_of=lambda limit: _split_of(parts, limit)
-        )
-        tracker.write(Smaller(step=attempt.step, micro_batch=samples, reason=str(error)))
-        if ranks.size > 1:
-            raise  # the others wait for this rank: only its death frees them
-        raise HalveMicroBatch from None  # without the frames, which hold what has to go
+def _note_rollback(trainer: Trainer, back: Rollback) -> None:
+    """Decide what is left out from now on, for the next attempt. Collective.
 
-
-def _split_of(parts: TrainContext, limit: int) -> Split:
-    """As the next attempt will cut a batch, or refuse to, where at most so many samples may be held
-    at a time.
+    Raises:
+        UserError: the recipe allows no more rollbacks; Diverged if batches are to blame.
     """
-    recipe = steady(fitted(parts.recipe, limit), parts.backend.network, parts.sizes)
-    check_accumulation(recipe, parts.rule, parts.sizes)
-    for size in parts.sizes:
+    recipe, epoch = trainer.recipe, trainer.epoch_of(back.step)
+    to = trainer.saving.newest_step()
+    decided = trainer.context.decisions.after_rollback(back, recipe, to=to, epoch=epoch)
+    trainer.ranks.broadcast_object(lambda: decided.write(trainer.folder))
+    trainer.tracker.write(
+        events.Rollback(
+            step=back.step,
+            epoch=epoch,
+            to=to,
+            reason=back.reason,
+            advice=recipe.remedy if back.skips else "",
+        )
+    )
+
+
+def _note_halving(trainer: Trainer, reason: str) -> None:
+    """Decide on a smaller micro-batch for the next attempt.
+
+    Raises:
+        ValueError: no smaller one is possible.
+    """
+    context = trainer.context
+    decided = context.decisions.halve(context.split, lambda smaller: _split(context, smaller))
+    decided.write(trainer.folder)
+    assert decided.micro_batch is not None
+    trainer.tracker.write(
+        events.Smaller(step=trainer.step, micro_batch=decided.micro_batch, reason=reason)
+    )
+
+
+def _split(context: TrainContext, decisions: Decisions) -> Split:
+    """How the next attempt cuts a batch. Raises: ValueError if it refuses to."""
+    sizes = context.place.possible_sizes
+    recipe = steady(decisions.fit(context.recipe), context.backend.network, sizes)
+    check_accumulation(recipe, context.rule, sizes)
+    for size in sizes:
         build_mixing(recipe, recipe.split(size))
-    return recipe.split(parts.ranks.size)
+    return recipe.split(context.ranks.size)

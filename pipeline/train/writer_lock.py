@@ -1,9 +1,10 @@
-"""One writer for a run's folder, however many processes once trained it.
+"""One writer for a run's folder.
 
-Rank 0 holds an exclusive lock on `RUN/writer.lock` for as long as it lives, and the kernel lets go
-of it when the process dies: a run can be resumed only after the last rank 0 is gone, and nothing of
-an abandoned attempt can reach the journal or a finished checkpoint. (The other ranks write into
-folders that carry the attempt's name, in a bucket too.)"""
+Rank 0 holds an exclusive lock on `RUN/writer.lock` as long as it lives; the kernel releases it when
+the process dies. So a run can be resumed only after the last rank 0 is gone, and an abandoned
+attempt cannot write to the journal or a finished checkpoint. (The other ranks write into folders
+with the name of the attempt, also in a bucket.)
+"""
 
 from __future__ import annotations
 
@@ -20,25 +21,24 @@ from pipeline.track import events as track
 from pipeline.track.events import OF_NONE, Died, Event, Hung
 from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.guards.anomaly import Rollback
-from pipeline.train.guards.deaths import forget_death, noted
 from pipeline.train.guards.storage import may_pass
-from pipeline.train.guards.watchdog import untold
+from pipeline.train.guards.watchdog import unreported_hangs
+from pipeline.train.job import read_death
+from pipeline.train.recovery import StartAgain
 
+# for a writer whose machine is dead: the file system releases its lock (CephFS after 5 minutes,
+# NFSv4 after 1.5)
 PATIENCE_S = 600.0
-"""for a writer whose machine is dead: its lock goes when the file system gives it up (CephFS after
-5 minutes, NFSv4 after 1.5)
-"""
 
 
 @contextmanager
 def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 waits until the last writer of this run is gone, then holds the run until it goes
-    itself; collective.
+    """Rank 0 waits until the last writer of this run is gone, and then holds the lock.
+    Collective.
 
     Raises:
-        UserError: the other one is still there after ten minutes.
-        OSError: so is what keeps rank 0 from looking; on rank 0, which the others wait for.
+        UserError: the other writer is still there after ten minutes.
+        OSError: the lock file cannot be opened, even after ten minutes; on rank 0.
     """
     with ExitStack() as held:
         ranks.broadcast_object(lambda: _lock(folder, held))
@@ -47,11 +47,8 @@ def only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
-    """Rank 0's journal of a new attempt, to which an exception that ends it is told; the others
-    tell nobody.
-
-    It begins with what has ended workers since the last one, where they could not tell it
-    themselves.
+    """Rank 0's journal of a new attempt. It records an exception that ends the attempt, and first
+    the deaths and hangs of workers since the last attempt. The other ranks have no journal.
     """
     if ranks.rank != 0:
         yield NullTracker()
@@ -60,29 +57,29 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     events = read_events(path)
     attempt = max((event.attempt for event in events), default=OF_NONE) + 1
     with Journal(path, attempt=attempt) as tracker:
-        _tell_ends(folder, events, tracker)
+        _report_ends(folder, events, tracker)
         try:
             yield tracker
-        except Rollback:
-            raise  # it has told
+        except StartAgain:
+            raise  # it is in the journal
         except Exception as error:
             kind = track.Diverged if isinstance(error, Diverged) else track.Failed
             end = kind(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             try:
                 tracker.write(end)
-            except OSError as unwritten:  # a full disk, which may be the very error that is told
-                error.add_note(f"the journal could not be told of it: {unwritten}")
+            except OSError as unwritten:  # a full disk, which may be this very error
+                error.add_note(f"it could not be journaled: {unwritten}")
             raise
 
 
-def _tell_ends(folder: Path, events: Sequence[Event], tracker: Tracker) -> None:
-    hung = untold(folder, events)
+def _report_ends(folder: Path, events: Sequence[Event], tracker: Tracker) -> None:
+    """Journal the ends of workers that could not do it themselves."""
+    hung, death = unreported_hangs(folder, events), read_death(folder)
     for stacks, worker in hung.items():
         tracker.write(Hung(worker=worker, stacks=stacks))
-    if (death := noted(folder)) is not None and death["worker"] not in hung.values():
+    if death is not None and death["worker"] not in hung.values():
         tracker.write(Died(**death))
-    if death is not None:
-        forget_death(folder)
+    RunFolder(folder).died.unlink(missing_ok=True)
 
 
 def _lock(folder: Path, held: ExitStack) -> None:
@@ -92,7 +89,7 @@ def _lock(folder: Path, held: ExitStack) -> None:
 
 
 def _is_locked(folder: Path, held: ExitStack, *, is_last: bool) -> bool:
-    """Whether it is ours now; storage that is away is looked for again, too."""
+    """Whether this process has the lock now. Storage that is away is no error yet."""
     try:
         with ExitStack() as tried:
             handle = tried.enter_context(RunFolder(folder).writer_lock.open("a"))

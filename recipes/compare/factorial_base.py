@@ -41,7 +41,7 @@ from scipy import stats
 from pipeline.core.printing import number, print_table, prose, say
 from pipeline.recipe import Recipe
 from pipeline.recipe.json import read_json
-from pipeline.train.predictions import read_answers
+from pipeline.train.evaluation import read_answers
 
 Levels = tuple[str, str]
 Weights = dict[tuple[str, ...], float]

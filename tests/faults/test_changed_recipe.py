@@ -17,7 +17,7 @@ from pipeline.recipe.recipe import read_json, spec, write_json
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import WEIGHTS, step_folders
 from tests.helpers.small import Command, command, same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
+from tests.train.test_worker import Killed, die_at, train_and_die
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -98,10 +98,7 @@ def test_the_fields_that_differ_are_named(
     write_json(run / "recipe.json", value)
     assert spiketrain(*words)[0] == 0
     assert read_json(run / "summary.json")["restarts"] == 1
-    with monkeypatch.context() as patch:
-        die_at(patch, 7)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "untouched", recipe)
+    train_and_die(monkeypatch, 7, tmp_path / "untouched", recipe)
     write_json(tmp_path / "untouched" / "recipe.json", value)
     train_inline(tmp_path / "untouched", recipe)
     assert same_weights(run, tmp_path / "untouched")

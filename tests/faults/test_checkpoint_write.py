@@ -27,13 +27,13 @@ from pipeline.recipe import Checkpointing, Policy
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import background, step_folders, step_name
 from pipeline.train.guards import storage
-from pipeline.train.guards.anomaly import Skipped
+from pipeline.train.recovery import Decisions
 from pipeline.train.trainer import Trainer
 from tests.faults.test_not_finite import hit
 from tests.helpers.driver import Driver
 from tests.helpers.s3 import s3_server
 from tests.helpers.small import Command, command, make_run, same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
+from tests.train.test_worker import Killed, die_at, train_and_die
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -173,10 +173,7 @@ def test_the_newest_is_damaged(
     damage: Callable[[Path, str], None],
 ) -> None:
     run, draw = tmp_path / "run", random.Random(f"{SEED} {damage.__name__}")
-    with monkeypatch.context() as patch:
-        die_at(patch, draw.randrange(STEPS[1], STEPS[-1]))
-        with pytest.raises(Killed):
-            train_inline(run, small_recipe())
+    train_and_die(monkeypatch, draw.randrange(STEPS[1], STEPS[-1]), run, small_recipe())
     older, newest = step_folders(run / "checkpoints")[-2:]
     damage(newest, draw.choice(FILES))
     train_inline(run, small_recipe())
@@ -191,10 +188,7 @@ def test_all_are_damaged_and_the_run_begins_anew(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, draw = tmp_path / "run", random.Random(SEED)
-    with monkeypatch.context() as patch:
-        die_at(patch, 7)
-        with pytest.raises(Killed):
-            train_inline(run, small_recipe())
+    train_and_die(monkeypatch, 7, run, small_recipe())
     for checkpoint in step_folders(run / "checkpoints"):
         flipped(checkpoint, draw.choice(FILES))
     train_inline(run, small_recipe())
@@ -208,10 +202,7 @@ def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        die_at(patch, 7)
-        with pytest.raises(Killed):
-            train_inline(run, small_recipe())
+    train_and_die(monkeypatch, 7, run, small_recipe())
     away = (run / "checkpoints").rename(tmp_path / "away")
     for _ in range(2):
         with pytest.raises(UserError) as refusal:
@@ -302,7 +293,7 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
         deadline = time.monotonic() + 20
         while (
             self.step == step + 1
-            and not self.parts.checkpoints.failed()
+            and not self.context.checkpoints.failed()
             and time.monotonic() < deadline
         ):
             time.sleep(0.01)
@@ -403,7 +394,7 @@ def test_what_a_run_has_written_down_is_waited_for(
     """By the same attempt: a note that storage does not give is not damaged."""
     run, recipe = tmp_path / "run", small_recipe(epochs=1)
     make_run(run, recipe)
-    Skipped(batches=((2, 3),)).write(run)
+    Decisions(skipped=((2, 3),)).write(run)
     (run / "micro_batch.json").write_text("4")
     read_text, failed = Path.read_text, []
 

@@ -16,7 +16,7 @@ from pipeline.track.journal import Journal, read
 from pipeline.track.state import state_of
 from pipeline.train.checkpoint import read_trainer, step_folders
 from tests.helpers.small import same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
+from tests.train.test_worker import train_and_die
 
 pytestmark = pytest.mark.timeout(120)
 SEED = 20261128  # of the steps
@@ -39,10 +39,7 @@ def test_set_back_in_the_middle_and_before_a_resume(
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: clock() - behind[0])
         patch.setattr(Journal, "write", write)
-        with patch.context() as inside:
-            die_at(inside, dies)
-            with pytest.raises(Killed):
-                train_inline(tmp_path / "hit", recipe)
+        train_and_die(patch, dies, tmp_path / "hit", recipe)
         behind[0] = HOUR
         summary = train_inline(tmp_path / "hit", recipe)
     assert same_weights(tmp_path / "hit", tmp_path / "untouched")

@@ -21,10 +21,10 @@ from pipeline.rules.ottt import OTTT
 from pipeline.spiking.encode import over_steps
 from pipeline.track.journal import read
 from pipeline.track.state import state_of
-from pipeline.train import checkpointing, trainer
+from pipeline.train import checkpointing, trainer, worker
 from pipeline.train.checkpointing import Saving
-from pipeline.train.guards.anomaly import Skipped
 from pipeline.train.job import Job, RankInfo
+from pipeline.train.recovery import Decisions
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from tests.helpers.processes import run_ranks
@@ -106,7 +106,7 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(
     [back] = events(tmp_path / "hit", "rollback")
     assert (back["step"], back["to"], back["reason"]) == (last, to, REASON)
     assert back["advice"].startswith("lower optimizer.lr (0.1)")
-    assert Skipped.read(tmp_path / "hit") == Skipped(1, ((to, last + 1),))
+    assert Decisions.read(tmp_path / "hit") == Decisions(1, ((to, last + 1),))
     assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, to]
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((first, last + 1),)))
     assert summary is not None
@@ -115,15 +115,15 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(
 
 def answers_nothing(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
     """Evaluations after these steps have a loss that is not finite, though all weights are."""
-    original = trainer.assess
+    original = trainer.evaluate_tasks
 
-    def assess(parts: Any, *, step: int, **about: Any) -> Any:
-        found = original(parts, step=step, **about)
+    def evaluate(context: Any, *, step: int, **about: Any) -> Any:
+        found = original(context, step=step, **about)
         if step not in steps or found is None:
             return found
         return [each._replace(result=replace(each.result, loss=math.nan)) for each in found]
 
-    patch.setattr(trainer, "assess", assess)
+    patch.setattr(trainer, "evaluate_tasks", evaluate)
 
 
 @pytest.mark.parametrize("is_saved_before", [False, True])
@@ -136,12 +136,13 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
         answers_nothing(patch, {end})
         if is_saved_before:  # a long evaluation is preceded by a checkpoint without a score
             patch.setattr(checkpointing, "UNSAVED_S", 0.0)
-        original = Trainer._go_back
-        patch.setattr(
-            Trainer,
-            "_go_back",
-            lambda self, back: (original(self, back), found.append(checkpoint_steps(checkpoints))),
-        )
+        original = worker._note_rollback
+
+        def noted(*about: Any) -> None:
+            original(*about)
+            found.append(checkpoint_steps(checkpoints))
+
+        patch.setattr(worker, "_note_rollback", noted)
         with pytest.raises(
             Diverged,
             match=(
@@ -238,7 +239,7 @@ def test_at_the_end_of_the_ladder_it_gives_up(
         ):
             train_inline(tmp_path / "hit", recipe(policy=Policy(max_skips=1, max_rollbacks=1)))
     assert (
-        state_of(tmp_path / "hit") == "diverged" and Skipped.read(tmp_path / "hit").rollbacks == 1
+        state_of(tmp_path / "hit") == "diverged" and Decisions.read(tmp_path / "hit").rollbacks == 1
     )
 
 
@@ -273,7 +274,7 @@ def _damaged_on_one(rank: int, ranks: int, job: Job) -> str:
 
     def damaged(self: Saving, step: int, **about: Any) -> None:
         if rank == 1:
-            next(self.parts.backend.network.parameters()).data.fill_(torch.nan)
+            next(self.context.backend.network.parameters()).data.fill_(torch.nan)
         save(self, step, **about)
 
     with pytest.MonkeyPatch.context() as patch:

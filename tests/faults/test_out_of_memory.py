@@ -385,7 +385,7 @@ def _without_room_on_one(rank: int, ranks: int, job: Job) -> None:
         if rank == 1:
             room_for(patch, 0)
         try:
-            run(job, RankInfo(rank, ranks), attempt_of=InStep)
+            run(job, RankInfo(rank, ranks), trainer_of=InStep)
         except Exception as error:
             (Path(job.run) / f"ended{rank}").write_text(type(error).__name__)
             raise

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,9 +26,8 @@ from pipeline.train import checkpointing, evaluate_tasks, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.evaluation import Evaluation
-from pipeline.train.guards import preemption
 from pipeline.train.job import Job, Notice, RankInfo, no_notice
-from pipeline.train.rule_metrics import Figures
+from pipeline.train.metadata import rule_metrics
 from pipeline.train.worker import run
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, same_weights, small_recipe
@@ -93,7 +91,7 @@ def test_a_notice_is_saved_upon_once_more_before_its_deadline(
         return original(self, source)
 
     monkeypatch.setattr(trainer.Trainer, "_micro_batches", slowly)
-    monkeypatch.setattr(preemption, "MARGIN_S", 2.8)
+    monkeypatch.setattr(checkpointing, "MARGIN_S", 2.8)
     data = small_recipe().data.with_(samples=160)
     job = make_run(
         tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0), data=data, stop_after=12)
@@ -224,15 +222,14 @@ def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_th
     (tmp_path / "run" / "stop").unlink()
     resumed = run(job, RankInfo())
     assert whole is not None and resumed is not None
-    assert resumed["rule_figures"] == whole["rule_figures"] != {}
+    assert resumed["rule_metrics"] == whole["rule_metrics"] != {}
 
 
 @pytest.mark.parametrize("rule", [IDE(), SPIDE()])
 def test_of_no_batch_nothing_is_told(rule: Rule) -> None:
-    parts: Any = SimpleNamespace(rule=rule, ranks=Ranks(), device=torch.device("cpu"), trainer=None)
-    assert rule.figures() and Figures(parts).now() == {}
-    parts.trainer = {"figures": dict.fromkeys(rule.figures(), 0.5)}
-    assert Figures(parts).now() == parts.trainer["figures"]
+    saved = dict.fromkeys(rule.metrics(), 0.5)
+    assert saved and rule_metrics(rule, Ranks(), {}) == {}
+    assert rule_metrics(rule, Ranks(), saved) == saved
 
 
 def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
@@ -308,7 +305,7 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "assess", dies)
+        patch.setattr(trainer, "evaluate_tasks", dies)
         with pytest.raises(Killed):
             run(job, RankInfo())
     assert run(job, RankInfo()) is not None
@@ -320,7 +317,7 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(
         16,
     ]  # without a score before each evaluation, and with it
     *_, last = step_folders(tmp_path / "run" / "checkpoints")
-    assert read_trainer(last)["score"] is not None and not read_trainer(last)["owes_epoch_end"]
+    assert read_trainer(last)["score"] is not None and not read_trainer(last)["is_epoch_end_due"]
     assert evaluations(tmp_path / "run") == evaluations(untouched)
     assert same_weights(tmp_path / "run", untouched)
 

@@ -46,7 +46,7 @@ from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.export import _digest
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import Command, command, make_run, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
+from tests.train.test_worker import train_and_die
 
 pytestmark = pytest.mark.timeout(120)
 SECRET = "sesame-b41f0c"
@@ -242,10 +242,7 @@ def reseal(folder: Path) -> None:
 
 def broken_off(run: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
     """A run that died in batch 5, and its newest checkpoint."""
-    with patch.context() as inside:
-        die_at(inside, 5)
-        with pytest.raises(Killed):
-            train_inline(run, recipe)
+    train_and_die(patch, 5, run, recipe)
     return step_folders(run / "checkpoints")[-1]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from pipeline.recipe import Policy
 from pipeline.rules.base import LossOf
 from pipeline.track.journal import read
-from pipeline.train.guards.anomaly import WINDOW, Skipped
+from pipeline.train.guards.anomaly import WINDOW
 from pipeline.train.objective import CrossEntropy
+from pipeline.train.recovery import Decisions
 from pipeline.train.trainer import Trainer
 from tests.helpers.small import same_weights, small_recipe, train_inline
 
@@ -64,7 +65,7 @@ def test_it_is_passed_over_or_gone_back_for(
     else:
         [back] = [event for event in events if event["event"] == "rollback"]
         first, reason = back["to"], back["reason"]
-        assert Skipped.read(tmp_path / "hit") == Skipped(1, ((first, step + 1),))
+        assert Decisions.read(tmp_path / "hit") == Decisions(1, ((first, step + 1),))
     assert "is more than 10 times the usual" in reason
     train_inline(
         tmp_path / "told",

@@ -14,7 +14,7 @@ from pipeline.recipe.recipe import Policy, read_json, write_json
 from pipeline.track.connect import connect
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import claim, place_at, step_folders
-from pipeline.train.guards.anomaly import Skipped
+from pipeline.train.recovery import Decisions
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from tests.faults.test_not_finite import hit
@@ -105,7 +105,7 @@ def test_what_a_run_has_decided_outlives_its_folder(
     between = Trainer._between_batches
 
     def stopped(self: Trainer, epoch: int, *, last: bool) -> None:
-        if self.step == 4 and self.parts.skipped.rollbacks:
+        if self.step == 4 and self.context.decisions.rollbacks:
             (self.folder / "stop").touch()
         between(self, epoch, last=last)
 
@@ -126,7 +126,7 @@ def test_what_a_run_has_decided_outlives_its_folder(
         (event["step"], event["micro_batch"]) for event in events if event["event"] == "start"
     ] == [(4, 4)]
     assert [event["step"] for event in events if event["event"] == "skipped"] == [4, 5]
-    assert Skipped.read(other) == Skipped(1, ((3, 6),))
+    assert Decisions.read(other) == Decisions(1, ((3, 6),), micro_batch=4)
     train_inline(
         tmp_path / "told", small_recipe(epochs=1, micro_batch=4, policy=Policy(skip=((3, 6),)))
     )
@@ -228,8 +228,10 @@ def test_a_place_whose_run_has_not_saved_yet_is_that_runs_all_the_same(
     code, _, said = run("--runs", str(tmp_path / "runs"), "--or-resume")
     assert (code, said.strip()) == (
         2,
-        "launch: --or-resume continues from checkpoints of the same study; got another in"
-        f" {address}",
+        (
+            "launch: --or-resume continues from checkpoints of the same study; got another in"
+            f" {address}"
+        ),
     )
     assert (
         read_json(address / "owner.json")["token"] == token

@@ -257,8 +257,7 @@ def test_a_cluster_is_joined_by_the_users_word_alone() -> None:
     with pytest.raises(
         ValueError,
         match=(
-            r"needs --address anew; got none, it was 10\.0\.0\.1:6379; --address local"
-            r" starts"
+            r"needs --address anew; got none, it was 10\.0\.0\.1:6379; --address local" r" starts"
         ),
     ):
         launched.resumed(workers=2, inline=False, address=None)

@@ -24,8 +24,7 @@ from pipeline.launch.signals import StopRequest
 from pipeline.track.journal import Follower, Journal, Record, read
 from pipeline.train.checkpoint import Place, owner_of, place_at
 from pipeline.train.guards import storage
-from pipeline.train.guards.deaths import note_death
-from pipeline.train.job import Job
+from pipeline.train.job import Job, note_death
 from tests.helpers.events import event
 
 START = {"step": 0, "total_steps": 3, "world_size": 1, "rule": "SLTT"}

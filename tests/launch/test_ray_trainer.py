@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from pipeline.launch import ray_trainer
 from pipeline.launch.ray_trainer import PLACES_S, Restarts
 from pipeline.track.journal import read
-from pipeline.train.guards.deaths import noted
+from pipeline.train.job import read_death
 from tests.helpers.events import event
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
@@ -133,7 +133,7 @@ def test_what_ended_the_workers_is_noted_for_the_journal(
         RETRY,
         RAISE,
     ]
-    assert noted(policy.folder) == told
+    assert read_death(policy.folder) == told
 
 
 def test_places_that_were_there_are_waited_for(policy: Restarts) -> None:
@@ -280,4 +280,4 @@ def test_a_death_that_nobody_else_tells_is_noted(
     policy: Restarts, failure: Exception, worker: int, is_noted: bool
 ) -> None:
     policy.make_decision(WorkerGroupError("died", {worker: failure}))
-    assert (noted(policy.folder) is not None) == is_noted
+    assert (read_death(policy.folder) is not None) == is_noted

@@ -26,17 +26,17 @@ from pipeline.rules import sltt
 from pipeline.rules.base import World
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
-from pipeline.train import checkpointing, evaluate_tasks, microbatch, trainer
+from pipeline.train import checkpointing, evaluate_tasks, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
 from pipeline.train.distillation import Distillation
-from pipeline.train.gradient_fidelity import Nearness
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.gradient_fidelity import FidelityCheck
+from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.teaching import Teaching
 from tests.helpers.processes import run_ranks
+from tests.helpers.silent import train
 from tests.helpers.small import train_inline
 from tests.measure.conftest import Host
 from tests.train.test_teaching import taught
@@ -127,8 +127,8 @@ def recipe_of_a_few_steps() -> Recipe:
 
 
 IN_A_BATCH: dict[str, tuple[Any, str]] = {  # where and what is slow, once in each batch
-    "data_wait": (microbatch, "next"),
-    "transfer": (microbatch, "over_steps"),
+    "data_wait": (trainer, "next"),
+    "transfer": (trainer, "over_steps"),
     "teacher": (Teaching, "__call__"),
     "forward": (sltt, "slice_loss"),
     "backward": (Plain, "backward"),
@@ -140,7 +140,7 @@ BETWEEN_BATCHES: dict[str, tuple[Any, str, int]] = {  # and how many times a run
     "checkpoint": (checkpointing, "weights_of", 1),
     "tracking": (trainer, "memory_now_bytes", 4),
     "coordination": (Ranks, "decide", 4),
-    "fidelity": (Nearness, "__call__", 1),
+    "fidelity": (FidelityCheck, "__call__", 1),
 }
 
 
@@ -281,7 +281,7 @@ def _four_batches(
     meters = Meters(
         network, batch_size=8, device=torch.device("cpu"), clock=clock, memory_every=10**9
     )
-    train(rule, backend, lambda step: None, batches(), CrossEntropy(), meters, Unguarded())
+    train(rule, backend, batches(), meters)
     return clock.take()
 
 

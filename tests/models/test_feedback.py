@@ -111,7 +111,7 @@ def test_the_networks_without_norm_fire_and_train_under_spide(build):
     assert objective.backward is not None
     objective.backward.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-    assert rule.figures()["forward_rate"] > 0.05 and rule.figures()["backward_rate"] > 0.001
+    assert rule.metrics()["forward_rate"] > 0.05 and rule.metrics()["backward_rate"] > 0.001
     assert all(
         p.grad is not None and p.grad.norm() > 0
         for name, p in model.named_parameters()

@@ -352,9 +352,15 @@ def test_each_field_says_whether_a_study_covers_it_and_whether_it_may_change() -
     main = Role.STUDY | Role.BESIDE | Role.FREE
     assert [name for name, role in roles().items() if not role & main] == []
     assert {name for name, role in roles().items() if Role.FREE in role} == {
-        "micro_batch", "init", "policy.max_rollbacks", "policy.replicas_every",
-        "checkpoints.every", "checkpoints.minutes", "checkpoints.keep", "log_every",
-    }  # fmt: skip
+        "micro_batch",
+        "init",
+        "policy.max_rollbacks",
+        "policy.replicas_every",
+        "checkpoints.every",
+        "checkpoints.minutes",
+        "checkpoints.keep",
+        "log_every",
+    }
     for name in ("policy.skip", "policy.loss_spike", "evaluation.samples"):  # decide results
         assert Role.STUDY in roles()[name]
     assert [

@@ -18,9 +18,8 @@ from pipeline.recipe.files import load_recipe, trust_of
 from pipeline.recipe.phases import Phase
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.suite import Suite, SuiteFile, filled, references, refuse_references, runs_of
-from pipeline.train.build import check_recipe
+from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.distillation import Distillation
-from pipeline.train.placeholder_weights import with_stand_ins
 from tests.helpers.small import recipes_of, small_recipe
 
 
@@ -156,7 +155,7 @@ def test_what_is_no_suite_is_refused_in_one_line(make: Callable[[], Any], said: 
 
 
 def test_stand_ins_have_the_shapes_of_what_will_be_learnt_and_are_gone_afterwards() -> None:
-    with with_stand_ins(three()) as recipes:
+    with with_placeholder_weights(three()) as recipes:
         assert recipes[:2] == three().recipes[:2]
         files = [
             Path(recipes[2].init or ""),
@@ -180,7 +179,7 @@ def test_a_teacher_that_will_not_fit_is_known_before_anything_trains() -> None:
     )
     suite = Suite((*three().recipes[:2], taught(teacher=other)))
     with (
-        with_stand_ins(suite) as recipes,
+        with_placeholder_weights(suite) as recipes,
         pytest.raises(ValueError, match=r"network_teacher: .* must fit the model"),
     ):
         check_recipe(recipes[2], 1)

@@ -28,10 +28,31 @@ READERS = {
 }
 BUILTINS = {"open", "eval", "exec", "compile", "__import__"}
 METHODS = {
-    "open", "load", "loads", "save", "savez", "dump", "fromfile", "tofile", "memmap", "loadtxt",
-    "savetxt", "read_text", "read_bytes", "write_text", "write_bytes", "mkdir", "unlink", "rmdir",
-    "touch", "symlink_to", "rename", "load_state_dict_from_url", "create_model", "import_module"
-}  # fmt: skip
+    "open",
+    "load",
+    "loads",
+    "save",
+    "savez",
+    "dump",
+    "fromfile",
+    "tofile",
+    "memmap",
+    "loadtxt",
+    "savetxt",
+    "read_text",
+    "read_bytes",
+    "write_text",
+    "write_bytes",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "touch",
+    "symlink_to",
+    "rename",
+    "load_state_dict_from_url",
+    "create_model",
+    "import_module",
+}
 MODULES = {
     "os", "pickle", "shutil", "subprocess", "socket", "urllib", "tempfile", "importlib",
     "runpy", "safetensors", "huggingface_hub", "requests", "mmap", "timm.create_model",

@@ -17,7 +17,7 @@ from rich.console import Console
 from scipy import stats
 
 from pipeline.recipe.recipe import spec, write_json
-from pipeline.train.predictions import Answers, write_answers
+from pipeline.train.evaluation import Answers, write_answers
 from recipes.compare.factorial_base import all_effects, effect, factorial, read_right
 from tests.helpers.small import small_recipe
 

@@ -15,8 +15,8 @@ from rich.console import Console
 from pipeline.recipe.recipe import Recipe, write_json
 from pipeline.recipe.suite import Suite, references
 from pipeline.train.distillation import Distillation
+from pipeline.train.evaluation import Answers, write_answers
 from pipeline.train.export import pack
-from pipeline.train.predictions import Answers, write_answers
 from recipes.compare import sei_stamps
 
 SPLITS, REST = sei_stamps.SPLITS, ("multiple-teacher", "block-labels")

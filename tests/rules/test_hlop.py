@@ -384,10 +384,10 @@ def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
     go_on(whole, whole_model, range(2))
     whole.start_task(whole_model, 1)
     go_on(whole, whole_model, range(2, 4))
-    whole.figures()
+    whole.metrics()
     second_model.load_state_dict(copy.deepcopy(whole_model.state_dict()))
     second.load_state_dict(copy.deepcopy(whole.state_dict()))
-    assert second.figures() == whole.figures()
+    assert second.metrics() == whole.metrics()
     for rule, model in ((whole, whole_model), (second, second_model)):
         go_on(rule, model, range(4, 6))
         rule.start_task(model, 2)
@@ -542,21 +542,21 @@ def test_every_synapse_with_rows_is_heard(options):
 def test_figures_say_what_is_kept_and_what_is_free():
     rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
     rule.attach(model)
-    assert {name for name in rule.figures() if name.startswith("free")} == {
+    assert {name for name in rule.metrics() if name.startswith("free")} == {
         "free_0",
         "free_2",
         "free_4",
     }
     for step in range(50):
         train(rule, model, *batch(4), step=step)
-    figures, x_NC = rule.figures(), batch(4)[0].flatten(0, 1)
+    figures, x_NC = rule.metrics(), batch(4)[0].flatten(0, 1)
     rows = rows_of(rule, 0, name="new")
     assert figures["energy_0"] == pytest.approx(
         float((x_NC @ rows.T).square().sum() / x_NC.square().sum()), abs=1e-12
     )
     assert 0.5 < figures["energy_0"] < 1 and figures["free_0"] == 3
     rule.start_task(model, 1)
-    assert rule.figures()["free_0"] == 2
+    assert rule.metrics()["free_0"] == 2
 
 
 # -------------------------------------------------------------------------------------- error paths

@@ -377,7 +377,7 @@ def test_convergence_is_reported():
     model, rule = fully_connected(), IDE(tolerance=1e-6)
     x_B, target = image((FEATURES,))
     ide(rule, model, x_B, target, steps=20)
-    figures = rule.figures()
+    figures = rule.metrics()
     assert figures.keys() == {"residual", "iterations"}
     assert 0 < figures["residual"] < 1e-6 and 1 < figures["iterations"] < 30
 
@@ -550,7 +550,7 @@ def test_bf16_solves_in_fp32():
     rule = IDE(tolerance=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         half = ide(rule, model, x_B.float(), target, steps=6)
-    assert rule.figures()["residual"] < 1e-6
+    assert rule.metrics()["residual"] < 1e-6
     assert all(0 < (half[name] - full[name]).norm() < 0.05 * full[name].norm() for name in full)
 
 

@@ -270,7 +270,7 @@ def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
                 gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean"), exact
             )
         )
-        assert rule.figures()["saturated"] == 0 < rule.figures()["backward_rate"] < 0.5
+        assert rule.metrics()["saturated"] == 0 < rule.metrics()["backward_rate"] < 0.5
     assert max(g.abs().max() for g in exact.values()) > 0.1
     assert errors[0] < 0.02
     assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
@@ -445,9 +445,9 @@ def test_figures_are_of_both_phases():
     x_TBC, target = batch(12)
     learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
     spikes = torch.cat([torch.cat(layer).flatten() for layer in record.values()])
-    assert rule.figures()["forward_rate"] == pytest.approx(spikes.mean().item(), abs=1e-12)
-    assert 0.01 < rule.figures()["backward_rate"] < 0.5
-    assert rule.figures()["saturated"] == 0
+    assert rule.metrics()["forward_rate"] == pytest.approx(spikes.mean().item(), abs=1e-12)
+    assert 0.01 < rule.metrics()["backward_rate"] < 0.5
+    assert rule.metrics()["saturated"] == 0
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,9 @@ def test_a_kind_of_another_version_is_kept() -> None:
 def test_wrong_fields_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError) as refused:
         from_dict({KIND: "init", "time": 1.0, "attempt": 0, "file": "x", "files": 2})
-    assert str(refused.value) == (
-        "journal: an event 'init' must have the fields time, attempt, file, fresh;"
+    assert (
+        str(refused.value)
+        == "journal: an event 'init' must have the fields time, attempt, file, fresh;"
         " got no field fresh, files too"
     )
 

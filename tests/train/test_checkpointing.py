@@ -1,4 +1,4 @@
-"""How long a save lets training stand still, as its event tells."""
+"""How long a save stops training, and when machines that will leave need a save."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 
 from pipeline.recipe import Checkpointing, Evaluation, Policy
 from pipeline.track.journal import read
+from pipeline.train import checkpointing
 from pipeline.train.checkpoint import background
-from pipeline.train.checkpointing import Saving
+from pipeline.train.checkpointing import MARGIN_S, Departures, Saving
+from pipeline.train.job import Notice, RankInfo
 from tests.helpers.small import small_recipe, train_inline
 
 
@@ -87,17 +89,48 @@ def test_between_batches_rank_0_alone_looks_for_files(
         checkpoints=Checkpointing(every=0, minutes=0.0), policy=Policy(replicas_every=0)
     )
     checkpoints = SimpleNamespace(failed=lambda: False, done=lambda: None)
-    ranks, job = SimpleNamespace(rank=rank, decide=decide), SimpleNamespace(run=str(tmp_path))
-    parts: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         recipe=recipe,
-        ranks=ranks,
-        job=job,
+        ranks=SimpleNamespace(rank=rank, decide=decide),
+        job=SimpleNamespace(run=str(tmp_path)),
+        place=RankInfo(),
         checkpoints=checkpoints,
         meters=None,
-        notice=lambda: None,
-        tracker=None,
     )
-    made = Saving(parts, step=0, learnt=Any, guard=Any, figures=Any)  # type: ignore[arg-type]
+    made = Saving(context, step=0, state=dict)
     assert made.between_batches(1, last=False) is (asked == "stop")
     assert set(looked) == ({"stop", "save"} if rank == 0 else set())
     assert flags[0][:2] == ((asked == "stop", asked == "save") if rank == 0 else (False, False))
+
+
+def test_a_notice_is_new_where_it_names_a_machine_that_none_has_named() -> None:
+    known = Departures()
+    for machines, is_new in (
+        (("a",), True),
+        (("a",), False),
+        (("a", "b"), True),
+        (("b",), False),
+        (("c",), True),
+    ):
+        notice = Notice(machines, None)
+        assert known.is_new(notice) is is_new
+        known.add(notice)
+    assert known.machines == {"a", "b", "c"} and not known.is_new(None)
+    assert not known.is_last_call(batch_s=1e9, write_s=1e9)  # nobody knows when
+
+
+def test_a_last_save_comes_while_there_is_time_for_twice_a_batch_and_a_write(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 50.0
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now))
+    known = Departures()
+    for machine, left in (("a", 100.0), ("b", 300.0)):  # the first to leave counts
+        known.add(Notice((machine,), time.time() + left))
+    latest = 50.0 + 100.0 - 2 * (3.0 + 4.0) - MARGIN_S
+    now = latest - 1
+    assert not known.is_last_call(batch_s=3.0, write_s=4.0)
+    now = latest + 1
+    assert known.is_last_call(batch_s=3.0, write_s=4.0)
+    known.end()
+    assert not known.is_last_call(batch_s=3.0, write_s=4.0)

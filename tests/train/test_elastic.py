@@ -243,7 +243,7 @@ def part_of_a_run(rank: int, ranks: int, job: Job, at: int) -> None:
     stops = type("StopsThere", (Stops,), {"at": at})
     if rank == 0:
         (Path(job.run) / "stop").unlink(missing_ok=True)
-    run(job, RankInfo(rank, ranks, "cpu", rank, (1, 2, 3)), attempt_of=stops)
+    run(job, RankInfo(rank, ranks, "cpu", rank, (1, 2, 3)), trainer_of=stops)
 
 
 @pytest.mark.distributed

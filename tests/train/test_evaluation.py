@@ -1,19 +1,51 @@
-"""What an inference is counted on, and when top-5 is measured; the figures of an evaluation are in
-test_ranks.py.
+"""An evaluation: what is counted and when top-5 is measured, and `RUN/answers.npz`, which has each
+sample once. backend/test_collectives.py tests its figures over ranks.
 """
 
 from __future__ import annotations
 
+import itertools
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+import pipeline
+from pipeline.data.base import Data
+from pipeline.data.datasets.beton import Beton
+from pipeline.data.datasets.synthetic import Synthetic
+from pipeline.data.write.images import write_folder
+from pipeline.measure.energy import EnergyCounter
 from pipeline.measure.operations import Operations
+from pipeline.models.nf_resnet import nf_resnet18_small
+from pipeline.recipe.recipe import Evaluation, Recipe, read_json, spec
+from pipeline.spiking.encode import over_steps
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from pipeline.train.evaluation import COUNTED, Evaluated, evaluate
+from pipeline.train import evaluate_tasks
+from pipeline.train.evaluation import (
+    COUNTED,
+    Answers,
+    Evaluated,
+    evaluate,
+    read_answers,
+    write_answers,
+)
+from pipeline.train.job import RankInfo
 from pipeline.train.objective import CrossEntropy
+from pipeline.train.tasks import tasks_of
+from pipeline.train.trainer import Trainer
+from pipeline.train.worker import run
+from tests import test_continual as continual
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, small_recipe, train_inline
+from tests.train.test_worker import Killed
 
 T, B, I, K = 3, 192, 4, 7
 
@@ -87,3 +119,301 @@ def test_counting_adds_nothing_to_what_is_evaluated() -> None:
         and plain.result == counted.result
         and plain.activity == counted.activity
     )
+
+
+def columns(found: Answers) -> dict[str, list[int] | None]:
+    parts = {
+        "index": found.index,
+        "target": found.target,
+        "answer": found.answer,
+        "task": found.task,
+    }
+    assert all(part is None or part.dtype == np.int64 for part in parts.values())
+    return {name: None if part is None else part.tolist() for name, part in parts.items()}
+
+
+def asked(network: nn.Module, data: Data, steps: int) -> dict[str, list[int]]:
+    """What a network answers about the evaluation set, one sample at a time."""
+    rows = []
+    with (
+        closing(data.val(rank=0, world=1, micro_batch=1, threads=1)) as loader,
+        loader.epoch(0) as batches,
+        torch.no_grad(),
+    ):
+        for batch in batches:
+            with fresh_state(network):
+                logits_TBK = network(over_steps(batch.x, steps))
+            rows.append((int(batch.index), int(batch.target), int(logits_TBK.sum(0).argmax())))
+    index, target, answer = map(list, zip(*sorted(rows), strict=True))
+    return {"index": index, "target": target, "answer": answer}
+
+
+# ----------------------------------------------------------------------------------------- the file
+
+
+def share(*rows: tuple[int, int, int]) -> Answers:
+    index, target, answer = np.array(rows, np.int64).reshape(-1, 3).T
+    return Answers(index=index, target=target, answer=answer)
+
+
+def test_shares_of_any_size_are_joined_in_the_order_of_samples(tmp_path: Path) -> None:
+    shares = [[share((4, 1, 1), (0, 2, 0))], [share()], [share((3, 0, 0))]]
+    write_answers(tmp_path / "answers.npz", shares, tasks=False)
+    found = read_answers(tmp_path / "answers.npz")
+    assert columns(found) == {
+        "index": [0, 3, 4],
+        "target": [2, 0, 1],
+        "answer": [0, 0, 1],
+        "task": None,
+    }
+    assert found.right.tolist() == [False, True, True]
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.npz"]
+
+
+def test_of_several_tasks_each_is_sorted_for_itself(tmp_path: Path) -> None:
+    shares = [[share((5, 1, 1)), share((2, 0, 1))], [share((1, 1, 0), (0, 0, 0)), share()]]
+    write_answers(tmp_path / "answers.npz", shares, tasks=True)
+    expected = {
+        "index": [0, 1, 5, 2],
+        "target": [0, 1, 1, 0],
+        "answer": [0, 0, 1, 1],
+        "task": [0, 0, 0, 1],
+    }
+    assert columns(read_answers(tmp_path / "answers.npz")) == expected
+
+
+def test_a_write_that_dies_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "answers.npz"
+    write_answers(file, [[share((0, 1, 1))]], tasks=False)
+
+    def die(stream: Any, **arrays: Any) -> None:
+        stream.write(b"half")
+        raise Killed
+
+    monkeypatch.setattr(np, "savez", die)
+    with pytest.raises(Killed):
+        write_answers(file, [[share((0, 1, 0))]], tasks=False)
+    assert columns(read_answers(file))["answer"] == [1]
+
+
+def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^answers: .*nothing\.npz must be there; a run writes it at its end$"
+    ):
+        read_answers(tmp_path / "nothing.npz")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    (tmp_path / "text.npz").write_text("answers")
+    whole = tmp_path / "whole.npz"
+    write_answers(whole, [[share((0, 1, 1))]], tasks=False)
+    (tmp_path / "torn.npz").write_bytes(whole.read_bytes()[:-40])
+    for name in ("other.npz", "text.npz", "torn.npz"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^answers: .*{name} must hold index, target and answer; it could not be read: ",
+        ):
+            read_answers(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"answer": [1]},
+            (
+                r"must hold an entry a sample in each column; got int64 \[2\], int64 \[2\], int64"
+                r" \[1\]$"
+            ),
+        ),
+        ({"task": [0, 0, 0]}, r"must hold an entry a sample in each column; got .*, int64 \[3\]$"),
+        ({"index": [0.0, 1.0]}, r"must hold columns of whole numbers; got float64 \[2\], "),
+        ({"answer": [True, False]}, r"must hold columns of whole numbers; got .*, bool \[2\]$"),
+        ({"target": [[0], [1]]}, r"must hold columns of whole numbers; got .*, int64 \[2, 1\], "),
+        ({"target": 1}, r"must hold columns of whole numbers; got .*, int64 \[\], "),
+    ],
+)
+def test_columns_that_do_not_belong_together_are_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    written = {"index": [0, 1], "target": [1, 0], "answer": [1, 1], **change}
+    np.savez(
+        tmp_path / "answers.npz", **{name: np.array(column) for name, column in written.items()}
+    )
+    with pytest.raises(ValueError, match=rf"^answers: .*answers\.npz {said}") as refused:
+        read_answers(tmp_path / "answers.npz")
+    assert "\n" not in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------------ of runs
+
+
+def test_a_run_writes_what_its_network_answers(tmp_path: Path) -> None:
+    recipe = small_recipe()
+    summary = train_inline(tmp_path / "run", recipe)
+    assert summary is not None
+    found = read_answers(tmp_path / "run" / "answers.npz")
+    assert columns(found) == {
+        **asked(pipeline.load(tmp_path / "run"), recipe.data.build(), 3),
+        "task": None,
+    }
+    assert found.index.tolist() == list(range(20))
+    assert summary["top1"] == found.right.mean() and 0 < summary["top1"] < 1
+
+
+class Undecided(nn.Module):
+    """Says the same of every class, or of the ten that it likes best of many."""
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return (torch.arange(x_TB.shape[-1]) % 2).expand(*x_TB.shape[:2], -1).float()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_classes_that_tie_are_answered_as_they_are_counted(classes: int) -> None:
+    target_B = torch.arange(classes).repeat_interleave(
+        torch.arange(classes) + 1
+    )  # each another number of times
+    batches = [(torch.zeros(1, len(target_B), classes), target_B, torch.arange(len(target_B)))]
+    network = nn.Sequential(
+        Undecided(), nn.Linear(classes, classes)
+    )  # a parameter says where the network is
+    nn.init.eye_(network[1].weight), nn.init.zeros_(network[1].bias)  # type: ignore[arg-type]
+    result, answers, *_ = evaluate(network, batches, CrossEntropy())
+    assert result.top1 == answers.right.mean() > 0
+    assert (answers.answer % 2 == 1).all()
+
+
+def test_an_evaluation_of_the_first_samples_writes_those(tmp_path: Path) -> None:
+    train_inline(tmp_path / "run", small_recipe(evaluation=Evaluation(samples=7)))
+    assert columns(read_answers(tmp_path / "run" / "answers.npz"))["index"] == list(range(7))
+
+
+def test_a_run_that_died_before_its_end_evaluates_again_and_writes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_inline(tmp_path / "whole", small_recipe())
+    with monkeypatch.context() as patch:
+        continual.at_the_end(patch)
+        with pytest.raises(Killed):
+            train_inline(tmp_path / "broken", small_recipe())
+    assert not (tmp_path / "broken" / "answers.npz").exists()
+    evaluated: list[int] = []
+    evaluate = Trainer._evaluate
+    monkeypatch.setattr(
+        Trainer, "_evaluate", lambda self: evaluated.append(self.step) or evaluate(self)
+    )
+    train_inline(tmp_path / "broken", small_recipe())
+    assert evaluated == [16]
+    whole, broken = (tmp_path / name / "answers.npz" for name in ("whole", "broken"))
+    assert columns(read_answers(broken)) == columns(read_answers(whole))
+
+
+def test_of_several_tasks_index_counts_in_the_set_of_each(tmp_path: Path) -> None:
+    recipe = continual.split()
+    summary = continual.train(tmp_path / "run", recipe)
+    found = read_answers(tmp_path / "run" / "answers.npz")
+    assert found.task is not None and found.task.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+    network = pipeline.load(tmp_path / "run", trust=["tests"])
+    for number, task in enumerate(tasks_of(recipe)):
+        task.choose_head(network)
+        here = found.task == number
+        mine = {
+            name: part[here].tolist()
+            for name, part in zip(("index", "target", "answer"), parts_of(found), strict=True)
+        }
+        assert mine == asked(network, task.data, 3)
+        assert summary["accuracy_matrix"][-1][number] == found.right[here].mean()
+    assert found.index[10:14].tolist() == [
+        2,
+        3,
+        8,
+        9,
+    ]  # classes 2 and 3 of six, in the file's count
+
+
+def parts_of(found: Answers) -> tuple[np.ndarray, ...]:
+    return found.index, found.target, found.answer
+
+
+@pytest.mark.timeout(300)
+def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
+    data = spec(
+        Beton, folder=str(pictures(tmp_path)), classes=2, size=16, crop="shift", held_out=0.25
+    )
+    model = spec(nf_resnet18_small, classes=2, width=4, blocks=(1, 1))
+    summary = train_inline(tmp_path / "run", small_recipe(data=data, model=model, epochs=1))
+    found = read_answers(tmp_path / "run" / "answers.npz")
+    assert (
+        len(found.index) == 10 and found.index.max() >= 4
+    )  # the evaluation file has four pictures
+    with closing(data.build().val(micro_batch=1)) as loader, loader.epoch(0) as batches:
+        expected = sorted((int(batch.index), int(batch.target)) for batch in batches)
+    assert list(zip(found.index, found.target, strict=True)) == expected
+    assert summary is not None and summary["top1"] == found.right.mean()
+
+
+def pictures(folder: Path) -> Path:
+    """40 and 4 of two classes."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 2)):
+        for label in range(2):
+            (folder / part / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / f"class{label}" / f"{number}.png")
+    write_folder(folder, folder / "beton", mode="raw")
+    return folder / "beton"
+
+
+# ------------------------------------------------------------------------------------ two processes
+
+
+def uneven(**changes: Any) -> Recipe:
+    """21 samples to evaluate on: one rank has 11 of them, the other 10."""
+    return small_recipe(
+        data=spec(Synthetic, samples=64, val_samples=21, shape=(1, 8, 8)), epochs=1, **changes
+    )
+
+
+class Card(EnergyCounter):
+    """A rank's own: between the two readings of an evaluation the first uses 5 J, the second 10."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(torch.device("cpu"))
+        self.card, self._used = f"GPU-{rank}", itertools.count(1000 * rank, 5 * (rank + 1))
+
+    def read(self) -> float:
+        return float(next(self._used))
+
+
+def _rank(rank: int, ranks: int, folder: str, samples: int | None) -> None:
+    evaluate_tasks.EnergyCounter = lambda device: Card(rank)  # type: ignore[misc, assignment]
+    found: list[Any] = [
+        (
+            make_run(Path(folder) / "two", uneven(evaluation=Evaluation(samples=samples)))
+            if rank == 0
+            else None
+        )
+    ]
+    torch.distributed.broadcast_object_list(found, src=0)
+    run(found[0], RankInfo(rank, ranks, "cpu", rank))
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("samples", [None, 1])
+def test_two_processes_write_what_one_does(tmp_path: Path, samples: int | None) -> None:
+    """With one sample to evaluate on the second rank has none."""
+    run_ranks(_rank, 2, tmp_path, str(tmp_path), samples)
+    train_inline(tmp_path / "one", uneven(evaluation=Evaluation(samples=samples)))
+    alone, both = (
+        read_json(tmp_path / name / "summary.json")["inference"] for name in ("one", "two")
+    )
+    assert both["measured_j"] == pytest.approx(
+        15 / 21 if samples is None else 5
+    )  # a card that evaluated nothing does not count
+    assert "measured_j" not in alone and both["energy_j"] > 0
+    one, two = (read_answers(tmp_path / name / "answers.npz") for name in ("one", "two"))
+    assert len(two.index) == (samples or 21)
+    assert columns(two) == columns(one)

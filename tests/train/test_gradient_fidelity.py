@@ -22,9 +22,9 @@ from pipeline.rules.opzo import OPZO
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
 from pipeline.train.build import check_recipe
-from pipeline.train.gradient_fidelity import Nearness
+from pipeline.train.gradient_fidelity import FidelityCheck
 from tests.helpers.small import same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
+from tests.train.test_worker import train_and_die
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -58,10 +58,7 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
 
 def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_inline(tmp_path / "whole", compared())
-    with monkeypatch.context() as patch:
-        die_at(patch, 5)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", compared())
+    train_and_die(monkeypatch, 5, tmp_path / "broken", compared())
     train_inline(tmp_path / "broken", compared())
     whole, broken = (
         [
@@ -102,8 +99,8 @@ def test_what_a_rule_draws_it_draws_with_the_seed_of_the_recipe(rule: Spec) -> N
         )
         return fidelity(bptt, None, {"own": [own]}).cosines["own"]
 
-    nearness = Nearness(recipe, recipe.model.build, loss, x_TB, target_B)
-    found = nearness(network.state_dict(), rule.build().state_dict(), step=0)
+    check = FidelityCheck(recipe, recipe.model.build, loss, x_TB, target_B)
+    found = check(network.state_dict(), rule.build().state_dict(), step=0)
     assert found.cosines[rule.build().label] == cosines(3) != cosines(0)
 
 
@@ -118,11 +115,12 @@ def test_a_norm_that_asks_all_workers_is_not_asked_by_the_one_that_compares(
     torch.manual_seed(0)
     weights, loss = recipe.model.build().state_dict(), recipe.objective.build()
     x_TB, target_B = 4 * torch.randn(3, 8, 1, 8, 8), torch.arange(8)
-    expected = Nearness(recipe, normed.build, loss, x_TB, target_B)(weights, {}, step=0)
+    expected = FidelityCheck(recipe, normed.build, loss, x_TB, target_B)(weights, {}, step=0)
     monkeypatch.setattr("pipeline.spiking.norm.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("pipeline.spiking.norm.moments_over_ranks", nobody_answers)
     assert (
-        Nearness(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0) == expected
+        FidelityCheck(recipe, recipe.model.build, loss, x_TB, target_B)(weights, {}, step=0)
+        == expected
     )
 
 
@@ -138,7 +136,7 @@ def test_what_bptt_or_sltt_cannot_train_is_refused_before_anything_is_launched()
 def test_what_the_comparison_holds_is_not_what_training_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def with_ballast(self: Nearness, *words: Any, **more: Any) -> Any:
+    def with_ballast(self: FidelityCheck, *words: Any, **more: Any) -> Any:
         ballast = bytearray(b"x") * (300 << 20)
         found = original(self, *words, **more)
         assert len(ballast) > 0
@@ -146,8 +144,8 @@ def test_what_the_comparison_holds_is_not_what_training_needs(
 
     recipe = small_recipe(model=spec(mlp, in_features=64, hidden=(16,)), epochs=1)
     alone = train_inline(tmp_path / "alone", recipe)
-    original = Nearness.__call__
-    monkeypatch.setattr(Nearness, "__call__", with_ballast)
+    original = FidelityCheck.__call__
+    monkeypatch.setattr(FidelityCheck, "__call__", with_ballast)
     beside = train_inline(
         tmp_path / "beside", replace(recipe, evaluation=Evaluation(fidelity_every=1))
     )

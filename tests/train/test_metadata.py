@@ -1,7 +1,9 @@
-"""What a summary says of the conditions that its figures hold under."""
+"""What a run writes about itself: conditions, times, machines."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
+from pipeline.measure.memory import hardware, hardware_over
+from pipeline.measure.meters import Totals
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import spec
 from pipeline.rules.base import Rule
@@ -16,8 +20,15 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.train.metadata import conditions
-from tests.helpers.small import small_recipe
+from pipeline.track.events import Event
+from pipeline.track.journal import first
+from pipeline.train.evaluation import Evaluation
+from pipeline.train.job import Job, RankInfo
+from pipeline.train.metadata import conditions, summarise
+from pipeline.train.worker import run
+from tests.helpers.events import event
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import make_run, small_recipe
 
 CPU = torch.device("cpu")
 
@@ -56,3 +67,80 @@ def test_they_are_read_off_the_network() -> None:
         "none",
         "fp32",
     ]
+
+
+def told(attempt: int, kind: str, time: float, **fields: Any) -> Event:
+    return event(kind, attempt=attempt, time=time, **fields)
+
+
+def test_start_up_is_told_apart_from_the_wall_clock_that_it_is_part_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first attempt's first batch ends after 12 s, 2 of which an evaluation took, and it is
+    lost after 25. The second is lost before its first batch, 4 s after it began and 3 after its
+    start. The third's first batch ends after 9 s."""
+    events = [
+        told(0, "start", 105.0, began=100.0, commit="a"),
+        told(0, "first_batch", 112.0, step=1, startup_s=10.0),
+        told(0, "step", 125.0, step=3),
+        told(1, "start", 201.0, began=200.0, commit="a"),
+        told(1, "died", 204.0),
+        told(2, "start", 307.0, began=300.0, commit="a"),
+        told(2, "first_batch", 309.0, step=1, startup_s=9.0),
+        told(2, "step", 387.0, step=9),
+    ]
+    monkeypatch.setattr("pipeline.train.metadata.time.time", lambda: 390.0)
+    totals = Totals(batches=9, timed_batches=7, operation_samples=1)
+    totals.seconds |= {"forward": 60.0, "evaluation": 20.0}
+    result = Evaluation(samples=1, top1=1.0, top5=1.0, loss=0.0, firing_rate=0.0)
+    found = summarise(result, totals, events)
+    assert (found["wall_s"], found["startup_s"]) == (25 + 4 + 90, 10 + 1 + 9)
+    assert (found["net_s"], found["timed_batches"]) == (80, 7)
+
+
+def test_net_time_has_nothing_of_starts() -> None:
+    """The first attempt sets up for 5 s and is lost after 25, the second sets up for 7; checkpoints
+    remember 80 s of both.
+    """
+    events = [
+        told(0, "start", 105.0, began=100.0, commit="a"),
+        told(0, "step", 125.0, step=3),
+        told(1, "start", 207.0, began=200.0, commit="a"),
+        told(1, "step", 287.0, step=9),
+    ]
+    totals = Totals(batches=9, operation_samples=1)
+    totals.seconds |= {"forward": 60.0, "evaluation": 20.0}
+    result = Evaluation(samples=1, top1=1.0, top5=1.0, loss=0.0, firing_rate=0.0)
+    assert summarise(result, totals, events)["net_s"] == 80
+
+
+def test_machines_that_are_alike_are_one() -> None:
+    here = hardware(torch.device("cpu"))
+    assert hardware_over([here]) == hardware_over([here] * 3) == here
+
+
+def test_what_they_differ_in_is_told_with_how_many_have_it_whoever_is_rank_0() -> None:
+    h100, a100 = {"gpu": "H100", "cores": 16}, {"gpu": "A100", "cores": 16}
+    told = {"gpu": "A100 (1 of 3 workers) + H100 (2 of 3 workers)", "cores": 16}
+    assert hardware_over([h100, a100, h100]) == hardware_over([a100, h100, h100]) == told
+    assert hardware_over([a100, h100, a100]) != told
+
+
+@pytest.mark.distributed
+def test_a_run_tells_of_both_its_workers_machines(tmp_path: Path) -> None:
+    job = make_run(tmp_path / "run", small_recipe(backend="deepspeed", micro_batch=4, stop_after=1))
+    run_ranks(_on_its_own, 2, tmp_path, job)
+    start = first(tmp_path / "run" / "journal.jsonl", "start")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert start is not None
+    for told in (start["hardware"], summary["hardware"], summary["trained_on"][0]["hardware"]):
+        assert (
+            told["cpu"] == "cpu 0 (1 of 2 workers) + cpu 1 (1 of 2 workers)"
+            and told["gpu"] == "none"
+        )
+
+
+def _on_its_own(rank: int, ranks: int, job: Job) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.measure.memory._cpu_model", lambda: f"cpu {rank}")
+        run(job, RankInfo(rank, ranks))

@@ -34,9 +34,9 @@ from pipeline.report.show import show_recipe
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import NullTracker, read
+from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.build import check_recipe
-from pipeline.train.context import TrainContext
 from pipeline.train.distillation import Distillation
 from pipeline.train.job import RankInfo
 from pipeline.train.teaching import build_teacher, open_teaching
@@ -45,7 +45,7 @@ from pipeline.train.weights import study_inputs
 from pipeline.train.worker import run
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
+from tests.train.test_worker import train_and_die
 
 
 def taught(*, cache: Any = None, **changes: Any) -> Recipe:
@@ -141,13 +141,13 @@ def test_evaluation_reports_the_loss_on_labels(tmp_path: Path) -> None:
 def test_the_teacher_is_no_part_of_what_is_trained_or_saved(tmp_path: Path) -> None:
     seen: list[TrainContext] = []
 
-    def attempt_of(parts: TrainContext) -> Trainer:
+    def trainer_of(parts: TrainContext) -> Trainer:
         seen.append(parts)
         return Trainer(parts)
 
     recipe = taught(backend="deepspeed", zero=1)
     with Inline():
-        run(make_run(tmp_path / "run", recipe), RankInfo(), attempt_of=attempt_of)
+        run(make_run(tmp_path / "run", recipe), RankInfo(), trainer_of=trainer_of)
     (parts,) = seen
     assert parts.teaching is not None
     teacher = parts.teaching.teacher
@@ -181,10 +181,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits_with_the_probe_it_had(
         taught(cache=tmp_path / f"cache-{name}" if cached else None) for name in ("whole", "broken")
     )
     train_inline(tmp_path / "whole", whole)
-    with monkeypatch.context() as patch:
-        die_at(patch, 5)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", broken)
+    train_and_die(monkeypatch, 5, tmp_path / "broken", broken)
     train_inline(tmp_path / "broken", broken)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     assert len(fits) == 2  # once for each run
@@ -352,11 +349,11 @@ def _rank(rank: int, ranks: int, folder: str) -> torch.Tensor:
     torch.distributed.broadcast_object_list(found, src=0)
     seen: list[TrainContext] = []
 
-    def attempt_of(parts: TrainContext) -> Trainer:
+    def trainer_of(parts: TrainContext) -> Trainer:
         seen.append(parts)
         return Trainer(parts)
 
-    run(found[0], RankInfo(rank, ranks, "cpu", rank), attempt_of=attempt_of)
+    run(found[0], RankInfo(rank, ranks, "cpu", rank), trainer_of=trainer_of)
     assert seen[0].teaching is not None and seen[0].teaching.teacher.head is not None
     return seen[0].teaching.teacher.head.weight
 

@@ -1,6 +1,4 @@
-"""One worker, composed from a recipe: resumption to the bit, stopping, refusals, and every recipe
-of the product in small.
-"""
+"""One worker: a resume to the bit, stops, refusals, what it reports, and every recipe in small."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from pipeline.spiking.state import fresh_state
 from pipeline.track.events import OF_NONE
 from pipeline.track.journal import read
 from pipeline.track.state import state_of
-from pipeline.train import assemble, worker
+from pipeline.train import assemble, trainer, worker
 from pipeline.train.checkpoint import read_trainer, step_folders
 from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
@@ -101,16 +99,21 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(Trainer, "_micro_batches", micro_batches)
 
 
+def train_and_die(monkeypatch: pytest.MonkeyPatch, step: int, run: Path, recipe: Recipe) -> None:
+    """Train a run whose process dies in a batch."""
+    with monkeypatch.context() as patch:
+        die_at(patch, step)
+        with pytest.raises(Killed):
+            train_inline(run, recipe)
+
+
 @pytest.mark.parametrize("step", [1, 5, 8, 11])
 def test_a_run_that_died_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     recipe = small_recipe()
     whole = train_inline(tmp_path / "whole", recipe)
-    with monkeypatch.context() as patch:
-        die_at(patch, step)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", recipe)
+    train_and_die(monkeypatch, step, tmp_path / "broken", recipe)
     with (tmp_path / "broken" / "journal.jsonl").open(
         "a"
     ) as journal:  # hours in which there was no place for it
@@ -175,10 +178,7 @@ def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(
 ) -> None:
     recipe = small_recipe(mixing=spec(Mixing, mixup=0.5, cutmix=1.0))
     train_inline(tmp_path / "whole", recipe)
-    with monkeypatch.context() as patch:
-        die_at(patch, 5)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", recipe)
+    train_and_die(monkeypatch, 5, tmp_path / "broken", recipe)
     train_inline(tmp_path / "broken", recipe)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     train_inline(tmp_path / "micro", replace(recipe, micro_batch=2))
@@ -195,10 +195,7 @@ def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_th
 ) -> None:
     recipe = small_recipe(ema_decay=0.8)
     train_inline(tmp_path / "whole", recipe)
-    with monkeypatch.context() as patch:
-        die_at(patch, 5)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", recipe)
+    train_and_die(monkeypatch, 5, tmp_path / "broken", recipe)
     train_inline(tmp_path / "broken", recipe)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     train_inline(tmp_path / "plain", small_recipe())
@@ -451,10 +448,7 @@ def test_a_resumed_run_needs_the_weights_it_started_from_no_more(
     train_inline(tmp_path / "first", small_recipe())
     recipe = small_recipe(init=str(tmp_path / "first"))
     train_inline(tmp_path / "whole", recipe)
-    with monkeypatch.context() as patch:
-        die_at(patch, 7)
-        with pytest.raises(Killed):
-            train_inline(tmp_path / "broken", recipe)
+    train_and_die(monkeypatch, 7, tmp_path / "broken", recipe)
     (tmp_path / "first").rename(tmp_path / "moved")
     train_inline(tmp_path / "broken", recipe)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
@@ -585,3 +579,24 @@ def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
     ):
         worker.run(replace(job, threads=1, loader_threads=3), RankInfo())
     assert asked == [("cpu", 3)]
+
+
+@pytest.mark.parametrize(("batches", "times"), [(3, 1), (50, 0)])
+def test_a_worker_that_waits_for_data_much_of_the_time_says_so_once(
+    batches: int, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it has seen so many steady batches; this run has fewer than 50."""
+    made = SyntheticLoader._batch
+
+    def slow(self: SyntheticLoader, *which: Any) -> Any:
+        time.sleep(0.5)
+        return made(self, *which)
+
+    monkeypatch.setattr(SyntheticLoader, "_batch", slow)
+    monkeypatch.setattr(trainer, "STEADY_ENOUGH", batches)
+    train_inline(tmp_path / "run", small_recipe(stop_after=7, checkpoints=Checkpointing(every=0)))
+    told = [
+        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "data_wait"
+    ]
+    assert len(told) == times
+    assert all(0.2 < each["share"] <= 1 and each["loader_threads"] == 1 for each in told)

@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.track.journal import NullTracker, read
 from pipeline.train import writer_lock
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.guards.deaths import note_death
+from pipeline.train.job import note_death
 from pipeline.train.writer_lock import journal, only_writer
 from tests.helpers.events import event
 
@@ -120,7 +120,7 @@ def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same
             fail(tmp_path)
     [note] = raised.value.__notes__
     assert note.startswith(
-        "the journal could not be told of it: [Errno 28] journal: No space left on device: "
+        "it could not be journaled: [Errno 28] journal: No space left on device: "
     )
     assert read(tmp_path / "journal.jsonl") == []
 

@@ -1,19 +1,17 @@
-"""A running average of the weights around any backend: EMA, Polyak averaging with a memory that
-fades.
+"""An exponential moving average (EMA) of the weights, around any backend.
 
-    a <- d a + (1 - d) w         after every move of the weights w; of parameters, and of running
-    statistics
+    a <- d a + (1 - d) w         after every step; w are parameters and running statistics
 
-What is evaluated and published is the average; what trains, and what a checkpoint's backend state
-holds, are the weights.
+The average is evaluated and published. The weights train, and are the backend's state in a
+checkpoint.
 
-At every ZeRO stage up to 2 each rank holds all weights after a step, so that each keeps the whole
-average, in their own precision (fp32), and none has to ask another. Running statistics are a rank's
-own, and so is their average: a checkpoint holds each rank's, for as many ranks, and the mean over
-them, from which all ranks of another number begin.
+At every ZeRO stage up to 2 each rank holds all weights after a step, so each keeps the whole
+average, in the weights' precision (fp32). Running statistics differ between ranks, and so do their
+averages. A checkpoint holds each rank's, and their mean for a resume with another number of ranks.
 
-Source: Polyak and Juditsky 1992; the form is that of timm's ModelEmaV3 (1.0.31) without warm-up,
-held to it by a test."""
+Source: Polyak and Juditsky 1992. The form is that of timm's ModelEmaV3 (1.0.31) without warm-up; a
+test compares the two.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.train.backend.base import Backend
+from pipeline.train.backend.collectives import world
 from pipeline.train.backend.copies import copied
 
 WHOLE = "average.pt"
 
 
 class Averaged:
-    """`backend`, with an average that begins at the weights it has now. `decay`: d, between 0 and
-    1.
-    """
+    """`backend`, with an average that begins at its weights now. `decay`: d, between 0 and 1."""
 
     def __init__(self, backend: Backend, *, decay: float) -> None:
         self.backend, self.decay = backend, decay
-        self.name, self.network, self.optimizer = backend.name, backend.network, backend.optimizer
+        self.name, self.network, self.model = backend.name, backend.network, backend.model
+        self.optimizer = backend.optimizer
         self.average = {name: value.clone() for name, value in self._values().items()}
         self._update = get_ema_multi_avg_fn(decay)
-
-    @property
-    def model(self) -> nn.Module:
-        return self.backend.model
 
     def backward(self, loss: Tensor, share: float) -> None:
         self.backend.backward(loss, share)
@@ -62,7 +56,7 @@ class Averaged:
         self._update([self.average[name] for name in values], list(values.values()), 0)
 
     def forget(self) -> None:
-        """Begins the average anew, too: a task is not evaluated with the weights of the one
+        """The average begins anew, too: a task is not evaluated with the weights of the one
         before.
         """
         self.backend.forget()
@@ -89,7 +83,7 @@ class Averaged:
 
     def capture(self) -> dict[str, Any]:
         files = self.backend.capture()
-        rank, ranks = _place()
+        rank, ranks = world()
         own = {name: self.average[name] for name in self._buffers()}
         mean = {name: _mean(value, ranks) for name, value in own.items()}
         if rank == 0:
@@ -99,7 +93,7 @@ class Averaged:
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
-        rank, ranks = _place()
+        rank, ranks = world()
         wrote = len([*folder.glob("average_rank*.pt")])
         for file in (WHOLE, f"average_rank{rank}.pt") if wrote == ranks else (WHOLE,):
             for name, value in torch.load(
@@ -108,7 +102,7 @@ class Averaged:
                 self.average[name].copy_(value)
 
     def _values(self) -> dict[str, Tensor]:
-        """What is averaged, by name: a parameter that has two names has one here."""
+        """The averaged values by name. A parameter with two names has one of them."""
         return {
             **{name: value.detach() for name, value in self.network.named_parameters()},
             **self._buffers(),
@@ -120,15 +114,6 @@ class Averaged:
             for name, buffer in self.network.named_buffers()
             if buffer.is_floating_point()
         }
-
-
-def _place() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    return (
-        (distributed.get_rank(), distributed.get_world_size())
-        if distributed.is_initialized()
-        else (0, 1)
-    )
 
 
 def _mean(value: Tensor, ranks: int) -> Tensor:

@@ -1,6 +1,4 @@
-"""What the workers of one run say to one another about anything but gradients. One worker talks to
-nobody.
-"""
+"""Communication between the workers of one run about anything but gradients."""
 
 from __future__ import annotations
 
@@ -22,79 +20,71 @@ PATIENCE = timedelta(days=2)
 ALONE_PATIENCE = timedelta(minutes=30)
 
 
+# of a process group, by the device that computes: gloo would copy a GPU's tensors to the host and
+# back
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-"""of a process group, by the device that computes: gloo would copy a GPU's tensors to the host and
-back
-"""
+
+
+def world() -> tuple[int, int]:
+    """This process's rank, and the number of ranks."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 @contextmanager
 def group_of_one(device: str) -> Iterator[None]:
-    """Inside, this process is the only worker of a process group, without which DeepSpeed makes no
-    engine.
-
-    One that is there already is taken, and stays.
+    """Inside, this process is the only worker of a process group, which DeepSpeed needs. A group
+    that exists already is used, and stays.
     """
-    told = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "DS_ACCELERATOR": device,
-    }  # DeepSpeed reads all of them
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+    # DeepSpeed reads all of them.
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": device}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     owned = not distributed.is_initialized()
     try:
         if owned:
-            about = {
-                "store": distributed.HashStore(),
-                "rank": 0,
-                "world_size": 1,
-                "timeout": ALONE_PATIENCE,
-            }
-            distributed.init_process_group(BACKENDS[device], **about)
+            distributed.init_process_group(
+                BACKENDS[device],
+                store=distributed.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=ALONE_PATIENCE,
+            )
         yield
     finally:
         if owned and distributed.is_initialized():
-            _end_group()
-        for (
-            name,
-            value,
-        ) in before.items():  # whatever is started from here next is told by others who it is
+            # DeepSpeed (0.19.8) keeps copies of a group that it has used, and has to end it. It is
+            # not imported for this.
+            owner: Any = sys.modules.get("deepspeed.comm")
+            if owner is None or not owner.is_initialized():
+                owner = distributed
+            owner.destroy_process_group()
+        for name, value in before.items():  # a process started next has its own
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
 
 
-def _end_group() -> None:
-    """As DeepSpeed (0.19.8) does where it has met the group, copies of which it keeps: its next
-    engine would ask an ended one.
-    """
-    met_by = sys.modules.get("deepspeed.comm")  # not imported for this
-    (
-        met_by if met_by is not None and met_by.is_initialized() else distributed
-    ).destroy_process_group()
-
-
 class Ranks:
-    """This process's voice among the workers; the process group exists when there are several."""
+    """This process among the workers of a run. With several the process group exists."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu") -> None:
         self.rank, self.size = rank, size
         self.device = torch.device(device)
-        # Decisions travel beside the GPUs' own stream: asking each other must not wait for kernels.
-        # Nor may it end by itself: one rank reads all pages, or fits a teacher's head, while the
-        # others wait; that somebody hangs is the watchdog's business.
+        # A group beside the GPUs' stream, so that decisions do not wait for kernels. Its timeout is
+        # long: one rank reads all pages, or fits a teacher's head, while the others wait. The
+        # watchdog finds hangs.
         self.control: Any = (
             distributed.new_group(backend="gloo", timeout=PATIENCE) if self.size > 1 else None
         )
 
     def raise_if_gone(self, error: ValueError) -> None:
-        """`error` is nobody's mistake where the process group is gone: Ray (2.60) takes it from
-        workers that it is about to end.
+        """Ray (2.60) takes the process group from workers that it is about to end. An error then
+        means nothing.
 
         Raises:
-            RuntimeError: it is gone.
+            RuntimeError: the group is gone.
         """
         if self.size > 1 and not distributed.is_initialized():
             raise RuntimeError(
@@ -119,7 +109,7 @@ class Ranks:
         return [bool(flag) for flag in decision]
 
     def broadcast_object(self, act: Callable[[], T_]) -> T_:
-        """Rank 0 acts; every rank has its result, or raises what it raised."""
+        """The result of `act` on rank 0, on every rank; a ValueError is raised on every rank."""
         if self.size == 1:
             return act()
         outcome: list[Any] = [None, None]
@@ -134,7 +124,7 @@ class Ranks:
         return outcome[0]
 
     def gather(self, value: T_) -> list[T_]:
-        """On rank 0 every rank's value, in the order of ranks; nothing on the others."""
+        """Every rank's value, in the order of ranks, on rank 0; [] on the others."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
@@ -150,10 +140,8 @@ class Ranks:
         return values
 
     def all_or_raise(self, act: Callable[[], T_]) -> T_:
-        """Every rank acts; where one of them is refused, all are, with what the first of those
-        said.
-
-        A rank that gave up alone would leave the others waiting for it in their next collective.
+        """This rank's result of `act`. If ranks raise ValueError, every rank raises the first one:
+        else the other ranks would wait for that rank in their next collective.
         """
         result, said = None, None
         try:
@@ -167,10 +155,8 @@ class Ranks:
 
     @contextmanager
     def averaged(self, network: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Inside, running statistics are their mean over ranks, to be evaluated and saved; after
-        it, each rank has its own again.
-
-        Gives this rank's own.
+        """Inside, running statistics are their mean over ranks; after it, each rank has its own
+        again. Yields this rank's own.
         """
         floating = {
             name: buffer

@@ -1,5 +1,5 @@
-"""Copies of a state that goes on changing: on the CPU for a checkpoint, and where it lies for a
-batch that may be undone.
+"""Copies of a state that changes: on the CPU for a checkpoint, on its device for a batch that may
+be undone.
 """
 
 from __future__ import annotations
@@ -15,16 +15,12 @@ T_ = TypeVar("T_")
 
 
 def copied(value: Any) -> Any:
-    """`value` with every tensor and everything else that can change copied; a tensor that is in it
-    twice is copied once.
-    """
+    """A deep copy of `value` on the CPU. A tensor that occurs twice is copied once."""
     return _copied(value, {})
 
 
 def cloned(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor copied on its own device, with one kernel for all of a dtype: on a GPU each
-    kernel costs a launch.
-    """
+    """Each tensor copied on its own device. One kernel copies all tensors of a dtype."""
     clones = {name: torch.empty_like(value) for name, value in values.items()}
     for names in alike(values):
         torch._foreach_copy_(
@@ -43,11 +39,11 @@ def alike(values: Mapping[T_, Tensor]) -> Iterable[list[T_]]:
 
 def _copied(value: Any, seen: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        if id(value) not in seen:  # which lives for as long as the whole that is copied
+        if id(value) not in seen:  # ids stay unique while `value` lives
             seen[id(value)] = value.detach().to("cpu", copy=True)
         return seen[id(value)]
     if isinstance(value, MutableMapping):
-        made = copy.copy(value)  # with its attributes: a module's state_dict carries versions
+        made = copy.copy(value)  # with attributes, such as the versions of a state_dict
         for key, inside in value.items():
             made[key] = _copied(inside, seen)
         return made

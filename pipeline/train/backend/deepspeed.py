@@ -1,10 +1,9 @@
 """DeepSpeed's ZeRO-0/1/2 under rules that call backward several times per optimizer step.
 
 Checked on deepspeed 0.19.8. In its default configuration ZeRO-1 and ZeRO-2 keep only the *last*
-backward call's gradient, without an error; `managed_gradient_accumulation: false` makes
+backward call's gradient, without an error. `managed_gradient_accumulation: false` makes
 `engine.step()` the only boundary, and every call counts. `tests/train/backend/test_deepspeed.py`
-pins
-both facts.
+pins both facts.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.tensor_file import load_data
-from pipeline.train.backend.base import OptimizerOf, forgetter
+from pipeline.train.backend.base import Backend, OptimizerOf, forgetter
 from pipeline.train.backend.copies import copied
 
 CHECKED = "0.19.8"
@@ -41,7 +40,7 @@ def config(
     precision: str = "fp32",
     clip_norm: float = 0.0,
 ) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run. Accumulation is the training loop's: DeepSpeed sees one long
+    """The DeepSpeed JSON of a run. The training loop accumulates; DeepSpeed sees one long
     micro-batch.
     """
     return {
@@ -49,12 +48,11 @@ def config(
         "train_batch_size": micro_batch * workers,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": (
-            clip_norm
-        ),  # DeepSpeed's own default is 1.0, which would colour every comparison
+        # DeepSpeed's own default is 1.0, which would change every comparison.
+        "gradient_clipping": clip_norm,
         "zero_allow_untested_optimizer": True,
-        # A bucket is allocated whole at each backward: DeepSpeed's own default of 5e8 numbers is 2
-        # GB, whatever the network.
+        # A bucket is allocated whole at each backward. DeepSpeed's own default of 5e8 numbers takes
+        # 2 GB for every network.
         "zero_optimization": {
             "stage": zero,
             "reduce_bucket_size": min(parameters, LARGEST_BUCKET),
@@ -77,10 +75,8 @@ def config(
     }
 
 
-class DeepSpeed:
-    """A DeepSpeed engine behind the `Backend` protocol. The process group must exist before it is
-    built.
-    """
+class DeepSpeed(Backend):
+    """A DeepSpeed engine as a `Backend`. The process group must exist before."""
 
     name = "deepspeed"
 
@@ -126,8 +122,8 @@ class DeepSpeed:
         self._engine.backward(loss * (share * self.workers), scale_wrt_gas=False)
 
     def gradients(self) -> list[Tensor]:
-        # Where ZeRO (0.19.8) has moved them to: an attribute of its own at stage 1, at stage 2 this
-        # rank's share of their sum.
+        # ZeRO (0.19.8) moves them: at stage 1 to an attribute of its own, at stage 2 to this rank's
+        # share of their sum.
         if self.zero == 2:
             shares = (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors)  # type: ignore[attr-defined]
             found = (
@@ -151,150 +147,92 @@ class DeepSpeed:
     def step(self) -> None:
         self._engine.step()
 
-    def published(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def replicated(self) -> list[Tensor]:
-        return list(self.network.parameters())
-
     def capture(self) -> dict[str, Any]:
+        files: dict[str, Any] = {}
         with (
             warnings.catch_warnings(),
-            tempfile.TemporaryDirectory() as folder,
-        ):  # where a stage above 0 copies its scripts to
+            tempfile.TemporaryDirectory() as folder,  # a stage above 0 copies its scripts there
+        ):
             warnings.simplefilter("ignore", FutureWarning)
-            kept, writing = _Kept(Path(folder)), self._engine.checkpoint_engine
-            self._engine.checkpoint_engine = kept
-            try:
+
+            def keep(state_dict: Any, path: str) -> None:
+                files[Path(path).relative_to(folder).as_posix()] = copied(state_dict)
+
+            with patch.object(self._engine.checkpoint_engine, "save", keep):
                 self._engine.save_checkpoint(
                     folder, tag=CHECKPOINT_TAG, save_latest=False, exclude_frozen_parameters=False
                 )
-            finally:
-                self._engine.checkpoint_engine = writing
-        return kept.files
+        return files
 
     def load(self, folder: Path) -> None:
         # DeepSpeed's own `load` (0.19.8) runs whatever code a pickle asks for.
         self._engine.checkpoint_engine.load = load_data
         path, _ = self._engine.load_checkpoint(str(folder), tag=CHECKPOINT_TAG)
-        if (
-            path is None
-        ):  # 0.19.8 answers a missing checkpoint with (None, None) and trains on from scratch
+        if path is None:  # 0.19.8 returns None for a missing checkpoint and trains from scratch
             raise FileNotFoundError(f"deepspeed: no checkpoint {CHECKPOINT_TAG!r} in {folder}")
 
 
-class _Kept:
-    """Stands in for what writes DeepSpeed's checkpoints (0.19.8), and keeps a copy of each file's
-    content instead.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, Any] = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.files[Path(path).relative_to(self.folder).as_posix()] = copied(state_dict)
-
-    def create(self, info: Any) -> None: ...
-    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
-    def commit(self, info: Any) -> None: ...
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def preserves_storage_sharing(self) -> bool:
-        return False
-
-
 def _wait_as_long_as_the_others(engine: Any) -> None:
-    """Give the group that DeepSpeed (0.19.8) reduces in, a copy of all workers' own, the patience
-    of that one.
+    """Give DeepSpeed's own process group (0.19.8) the timeout of the group of all workers.
 
-    It is made with torch's default, 10 minutes under NCCL: gradients would give up on a worker
-    before its watchdog does."""
+    It is made with torch's default, 10 minutes under NCCL. Reductions of gradients would give up on
+    a worker before its watchdog does.
+    """
     of_all: Any = distributed.group.WORLD
     options = of_all._get_backend(engine.device).options
     distributed.distributed_c10d._set_pg_timeout(options._timeout, engine.data_parallel_group)
 
 
-@contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Inside, it cannot be imported, unless it was before."""
-    absent = module not in sys.modules
-    if absent:
-        sys.modules[module] = None  # type: ignore[assignment]  # how Python says so
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules[module]
-
-
-class _OwnLines:
-    """Stands for `sys.stdout` while this thread imports something: what the thread prints goes to
-    stderr.
-
-    The other threads keep their stdout: the main thread shows the run meanwhile.
+class _StderrOfThisThread:
+    """Replaces `sys.stdout`: this thread prints to stderr, the others to stdout. The main thread
+    shows the run meanwhile.
     """
 
-    def __init__(self, stdout: TextIO) -> None:
-        self._stdout, self._thread = stdout, threading.get_ident()
-
-    def write(self, text: str) -> int:
-        return self._of_this_thread().write(text)
+    def __init__(self) -> None:
+        self._stdout, self._thread = sys.stdout, threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._of_this_thread(), name)
-
-    def _of_this_thread(self) -> TextIO:
-        return sys.stderr if threading.get_ident() == self._thread else self._stdout
-
-
-@contextmanager
-def _printing_to_stderr() -> Iterator[None]:
-    """Inside, what this thread prints goes to stderr: stdout may be JSON that a program reads."""
-    before = sys.stdout
-    sys.stdout = _OwnLines(before)
-    try:
-        yield
-    finally:
-        sys.stdout = before
+        is_this = threading.get_ident() == self._thread
+        return getattr(sys.stderr if is_this else self._stdout, name)
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed quietly, without the build of an extension that training does not use, and
-    without MLflow.
+    """Import DeepSpeed quietly, without an extension that training does not use, and without
+    MLflow.
 
-    Its autotuner, which training does not use either, imports MLflow where there is one: eight
-    times as long as all the rest of it, in every worker, at every start.
+    Its autotuner, which training does not use, imports MLflow if it is installed. That takes eight
+    times as long as the rest of DeepSpeed, in every worker and at every start.
 
     Raises:
-        RuntimeError: a DeepSpeed that would drop gradients in silence.
+        RuntimeError: this DeepSpeed would drop gradients without an error.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with (
-        _without("mlflow"),
-        _printing_to_stderr(),
-    ):  # without nvcc 0.19.8 prints 7 lines on a machine with a GPU
-        import deepspeed
+    hides_mlflow = "mlflow" not in sys.modules
+    if hides_mlflow:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # makes its import fail
+    try:
+        # Stdout may be JSON for a program; without nvcc 0.19.8 prints 7 lines if there is a GPU.
+        with redirect_stdout(cast(TextIO, _StderrOfThisThread())):
+            import deepspeed
+    finally:
+        if hides_mlflow:
+            del sys.modules["mlflow"]
     from deepspeed.runtime import constants
 
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
-        if (
-            type(handler) is logging.StreamHandler
-        ):  # its own, which writes to stdout, as commands do that print JSON
+        if type(handler) is logging.StreamHandler:  # its own, which writes to stdout
             handler.setStream(sys.stderr)
     if not hasattr(constants, "MANAGED_GRADIENT_ACCUMULATION"):
         raise RuntimeError(
             f"deepspeed: needs managed_gradient_accumulation (deepspeed >= {CHECKED}); got"
             f" {deepspeed.__version__}, whose ZeRO-1/2 keep only the last of several backward calls"
         )
-    # Only an inference all-reduce needs this extension; building it inside init_distributed takes a
-    # minute and a compiler.
+    # Only an all-reduce for inference needs this extension. Its build inside init_distributed takes
+    # a minute and a compiler.
     from deepspeed.ops import __compatible_ops__ as extensions
 
     extensions["deepspeed_shm_comm"] = False

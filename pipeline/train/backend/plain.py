@@ -1,10 +1,9 @@
-"""Plain torch without DeepSpeed: for tests, debugging and the reference that DeepSpeed is held to.
-Any number of ranks.
+"""Plain torch without DeepSpeed, on any number of ranks: for tests, debugging, and as the reference
+for DeepSpeed.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pipeline.core.torch_settings import autocast
-from pipeline.train.backend.base import OptimizerOf, forgetter
+from pipeline.train.backend.base import Backend, OptimizerOf, forgetter
+from pipeline.train.backend.collectives import world
 from pipeline.train.backend.copies import alike, copied
 
 STATE = "state.pt"
 
 
 class _Autocast(nn.Module):
-    """The network under the recipe's precision; a module, so that `fresh_state` finds the neurons
-    inside.
-    """
+    """The network in the recipe's precision. `fresh_state` finds the neurons of a module."""
 
     def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()
@@ -33,7 +31,7 @@ class _Autocast(nn.Module):
             return self.network(x_TB)
 
 
-class Plain:
+class Plain(Backend):
     """The network and its optimizer in one process, gradients summed over ranks where there are
     several.
     """
@@ -53,7 +51,7 @@ class Plain:
         self.optimizer = optimizer_of(network)
         self.forget = forgetter(self.optimizer)
         self.clip_norm = clip_norm
-        if _ranks() > 1:
+        if world()[1] > 1:
             for tensor in (*network.parameters(), *network.buffers()):
                 distributed.broadcast(tensor.detach(), src=0)
 
@@ -68,22 +66,14 @@ class Plain:
 
     def step(self) -> None:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        if _ranks() > 1:
-            for p in (
-                parameters
-            ):  # a rank without a gradient takes part all the same: the others wait for it
+        if world()[1] > 1:
+            for p in parameters:  # the other ranks wait for one without a gradient, too
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             _sum_over_ranks([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm > 0:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def published(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def replicated(self) -> list[Tensor]:
-        return list(self.network.parameters())
 
     def capture(self) -> dict[str, Any]:
         if distributed.is_initialized() and distributed.get_rank() > 0:
@@ -101,9 +91,7 @@ class Plain:
 
 
 def _sum_over_ranks(tensors: list[Tensor]) -> None:
-    """Sum each tensor over ranks, in place, by one collective for all of a dtype: each collective
-    costs a launch.
-    """
+    """Sum each tensor over ranks, in place. One collective sums all tensors of a dtype."""
     for places in alike(dict(enumerate(tensors))):
         mine = [tensors[place] for place in places]
         flat = torch.cat([tensor.flatten() for tensor in mine])
@@ -112,7 +100,3 @@ def _sum_over_ranks(tensors: list[Tensor]) -> None:
         torch._foreach_copy_(
             mine, [sum_.view_as(tensor) for sum_, tensor in zip(sums, mine, strict=True)]
         )
-
-
-def _ranks() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1

@@ -1,3 +1,1 @@
-"""What stands between a run and what could spoil it: batches, data, replicas, memory, storage,
-machines that are taken away.
-"""
+"""What protects a run: against bad batches, replicas that differ, hangs, storage that is away."""

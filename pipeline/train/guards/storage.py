@@ -1,6 +1,4 @@
-"""Storage that is away for a while: all ranks wait for it together, as a start that fails would be
-one of few.
-"""
+"""Storage that is away for a while: all ranks wait for it together."""
 
 from __future__ import annotations
 
@@ -14,10 +12,9 @@ from pipeline.train.backend.collectives import Ranks
 
 T_ = TypeVar("T_")
 
-PATIENCE_S = 600.0
-"""for storage that fails: a server of it that is started anew takes minutes"""
+PATIENCE_S = 600.0  # for storage that fails: the restart of a file server takes minutes
+# between two tries; each pause is twice as long as the one before
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-"""between two tries; each pause is twice the one before"""
 BEAT_S = 1.0
 
 
@@ -28,45 +25,36 @@ def patiently(
     beat: Callable[[], None] = lambda: None,
     on_wait: Callable[[str], None] = lambda error: None,
 ) -> T_:
-    """Rank 0 acts, as in `Ranks.broadcast_object`, and again and again while storage fails for no
-    fault of the user's; collective.
+    """`Ranks.broadcast_object(act)`, tried again while storage fails for no fault of the user's.
+    Collective.
 
-    Meanwhile every rank calls `beat`, again and again; rank 0 tells `on_wait` once what has failed.
+    Meanwhile every rank calls `beat` again and again. Rank 0 calls `on_wait` once with the error.
 
     Raises:
-        OSError: it failed for ten minutes, or as only the user can change; on rank 0, which the
-        others wait for. UserError: see `Ranks.broadcast_object`.
+        OSError: it failed for ten minutes, or only the user can change it; on rank 0, for which the
+            others wait.
+        UserError: see `Ranks.broadcast_object`.
     """
-    begun, pause_s, is_told = time.monotonic(), FIRST_PAUSE_S, False
+    begun, pause_s, is_reported = time.monotonic(), FIRST_PAUSE_S, False
+
+    def attempt() -> tuple[Any, str | None]:
+        try:
+            return act(), None
+        except OSError as error:
+            if not may_pass(error) or time.monotonic() - begun > PATIENCE_S:
+                raise
+            return None, str(error)
+
     while True:
-        result, failure = ranks.broadcast_object(
-            lambda: _tried(act, is_last=time.monotonic() - begun > PATIENCE_S)
-        )
+        result, failure = ranks.broadcast_object(attempt)
         if failure is None:
             return result
-        if ranks.rank == 0 and not is_told:
-            is_told = True
-            with suppress(OSError):  # the journal, which may lie on the same storage
+        if ranks.rank == 0 and not is_reported:
+            is_reported = True
+            with suppress(OSError):  # the journal may lie on the same storage
                 on_wait(failure)
         _pause(pause_s, beat)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-
-def may_pass(error: OSError) -> bool:
-    """Whether it may be gone without anything that the user does: not where something is gone, or
-    closed to them.
-    """
-    return not isinstance(error, FileNotFoundError) and not is_for_the_user(error)
-
-
-def _tried(act: Callable[[], Any], *, is_last: bool) -> tuple[Any, str | None]:
-    """What it gave, or why it has to be tried again."""
-    try:
-        return act(), None
-    except OSError as error:
-        if is_last or not may_pass(error):
-            raise
-        return None, str(error)
 
 
 def _pause(seconds: float, beat: Callable[[], None]) -> None:
@@ -74,3 +62,8 @@ def _pause(seconds: float, beat: Callable[[], None]) -> None:
     while (left := until - time.monotonic()) > 0:
         beat()
         time.sleep(min(left, BEAT_S))
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the error may go away by itself: not if a file is missing or access is denied."""
+    return not isinstance(error, FileNotFoundError) and not is_for_the_user(error)

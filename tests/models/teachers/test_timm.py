@@ -109,10 +109,7 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
     [
         (
             {"classes": 13},
-            (
-                "test_efficientnet has 1000 classes and the data 13, so it needs a probe, .*;"
-                " got None"
-            ),
+            "test_efficientnet has 1000 classes and the data 13, so it needs a probe, .*; got None",
         ),
         (
             {"name": "test_efficientnett"},
@@ -130,10 +127,7 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
         ({"crop": 1.5}, "crop must be a share"),
         (
             {"shape": (4, 2, 16, 16)},
-            (
-                r"needs images, RGB or grey, .*; got Synthetic of shape \(4, 2, 16,"
-                r" 16\)"
-            ),
+            (r"needs images, RGB or grey, .*; got Synthetic of shape \(4, 2, 16," r" 16\)"),
         ),
     ],
 )

@@ -20,13 +20,10 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend, OptimizerOf
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
-from pipeline.train.objective import CrossEntropy
-from pipeline.train.optimizer import build_optimizer
+from pipeline.train.build import build_optimizer
 from tests.helpers.processes import run_ranks
 from tests.helpers.rule_networks import batch, lif_network
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import micro_batches, train
 from tests.helpers.small import small_recipe
 
 pytestmark = pytest.mark.distributed
@@ -45,20 +42,14 @@ def trained(
     model: nn.Module, backend: Backend, rule: SLTT, *, rank: int = 0, ranks: int = 1
 ) -> dict[str, Tensor]:
     rule.attach(model)
-    share = BATCH // ranks
-
-    def micro_batch(step: int) -> MicroBatch:
-        x_TBC, target_B = batch(TIME, size=BATCH * STEPS)
-        mine = slice(step * BATCH + rank * share, step * BATCH + (rank + 1) * share)
-        return MicroBatch(
-            x_TBC[:, mine].float(),
-            target_B[mine],
-            range(rank * share, (rank + 1) * share),
-            1 / ranks,
+    x_TBC, target_B = batch(TIME, size=BATCH * STEPS)
+    batches = (
+        (step, micro_batches(x_TB.float(), target, rank=rank, ranks=ranks))
+        for step, (x_TB, target) in enumerate(
+            zip(x_TBC.split(BATCH, 1), target_B.split(BATCH), strict=True)
         )
-
-    batches = ((step, [micro_batch(step)]) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+    )
+    train(rule, backend, batches)
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 

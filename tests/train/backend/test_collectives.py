@@ -18,9 +18,8 @@ from pipeline.measure.activity import LayerActivity
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.collectives import Ranks, group_of_one
-from pipeline.train.evaluation import Evaluation, evaluate
+from pipeline.train.evaluation import Answers, Evaluation, evaluate, read_answers, write_answers
 from pipeline.train.objective import CrossEntropy
-from pipeline.train.predictions import Answers, read_answers, write_answers
 from tests.helpers.processes import run_ranks
 
 pytestmark = pytest.mark.distributed

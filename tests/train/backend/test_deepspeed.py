@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,10 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.deepspeed import DeepSpeed, config, import_deepspeed
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.captured import write_captured
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import micro_batches, train
 
 pytestmark = pytest.mark.distributed
 
@@ -122,17 +119,8 @@ def ours(
         model, sgd, micro_batch=micro, zero=zero, clip_norm=clip, precision=precision
     )
 
-    def micro_batches(step: int) -> Iterator[MicroBatch]:
-        x_TB, target_B = batch(step)
-        for index in range(accumulation):
-            first = (index * RANKS + rank) * micro
-            rows = range(first, first + micro)
-            yield MicroBatch(
-                x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH
-            )
-
-    batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+    split = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
+    train(rule, backend, ((step, micro_batches(*batch(step), **split)) for step in range(STEPS)))
     return model
 
 
@@ -326,15 +314,11 @@ def _resumed(rank: int, ranks: int, folder: str) -> dict[int, bool]:
         def steps(backend: DeepSpeed, model: nn.Module, first: int, last: int) -> None:
             rule = SLTT()
             rule.attach(model, world=World(seed=7, rank=rank, size=RANKS))
-            half = slice(rank * BATCH // RANKS, (rank + 1) * BATCH // RANKS)
-            rows = range(half.start, half.stop)
             batches = (
-                (step, [MicroBatch(batch(step)[0][:, half], batch(step)[1][half], rows, 0.5)])
+                (step, micro_batches(*batch(step), rank=rank, ranks=RANKS))
                 for step in range(first, last)
             )
-            train(
-                rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded()
-            )
+            train(rule, backend, batches)
             rule.release()
 
         whole, first, second = network(), network(), network()

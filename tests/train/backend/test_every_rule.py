@@ -6,7 +6,6 @@ and the rule's own state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,12 @@ from torch import Tensor, nn
 from pipeline.rules.base import Rule, World
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
-from pipeline.train.guards.anomaly import Unguarded
 from pipeline.train.guards.replica_check import drifted
-from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
 from tests.helpers.rule_cases import CASES, Case
 from tests.helpers.rule_networks import batch
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import micro_batches, train
 
 pytestmark = pytest.mark.distributed
 
@@ -66,17 +63,9 @@ def on_deepspeed(case: Case, rank: int, *, zero: int, accumulation: int) -> tupl
     micro = BATCH // RANKS // accumulation
     backend = DeepSpeed(model, sgd, micro_batch=micro, zero=zero)
 
-    def micro_batches(step: int) -> Iterator[MicroBatch]:
-        x_TB, target_B = global_batch(step)
-        for index in range(accumulation):
-            first = (index * RANKS + rank) * micro
-            rows = range(first, first + micro)
-            yield MicroBatch(
-                x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH
-            )
-
-    batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+    split = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
+    batches = ((step, micro_batches(*global_batch(step), **split)) for step in range(STEPS))
+    train(rule, backend, batches)
     return model, rule
 
 

@@ -7,7 +7,7 @@ ranks; unused heads stay.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,9 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.base import Backend
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.backend.plain import Plain
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import micro_batches, train
 
 TIME, BATCH, RANKS, STEPS, TASKS = 2, 8, 2, 3, 3
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -85,21 +83,13 @@ def ours(backend_of: Callable[[nn.Module], Backend], rank: int, ranks: int) -> n
     model, rule = network(), SLTT()
     rule.attach(model, world=World(rank=rank, size=ranks))
     backend = backend_of(model)
-    share = BATCH // ranks
-
-    def micro_batches(step: int) -> Iterator[MicroBatch]:
-        x_TB, target_B = batch(step)
-        rows = range(rank * share, (rank + 1) * share)
-        yield MicroBatch(
-            x_TB[:, rows.start : rows.stop], target_B[rows.start : rows.stop], rows, 1 / ranks
-        )
-
     for task in range(TASKS):
         select_head(model, task)
         if task:
             backend.forget()
-        batches = ((step, micro_batches(step)) for step in range(task * STEPS, (task + 1) * STEPS))
-        train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+        steps = range(task * STEPS, (task + 1) * STEPS)
+        batches = ((step, micro_batches(*batch(step), rank=rank, ranks=ranks)) for step in steps)
+        train(rule, backend, batches)
     return model
 
 

@@ -10,7 +10,6 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +23,10 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.deepspeed import DeepSpeed
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
 from tests.helpers.rule_networks import learn, lif_network
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import micro_batches, train
 from tests.train.backend.test_every_rule import BATCH, RANKS, STAGES, STEPS, distance, global_batch
 
 pytestmark = pytest.mark.distributed
@@ -71,28 +68,12 @@ def on_deepspeed(
     micro, before = BATCH // RANKS // accumulation, {}
     backend = DeepSpeed(model, sgd, micro_batch=micro, zero=zero)
 
-    def micro_batches(step: int) -> Iterator[MicroBatch]:
-        x_TB, target_B = global_batch(step)
-        for index in range(accumulation):
-            first = (index * RANKS + rank) * micro
-            rows = range(first, first + micro)
-            yield MicroBatch(
-                x_TB[:, first : first + micro], target_B[first : first + micro], rows, micro / BATCH
-            )
-
+    split = {"rank": rank, "ranks": RANKS, "accumulation": accumulation}
     for step in range(STEPS):
         before = begin(rule, model, step)
         if step == SECOND_TASK:
             backend.forget()
-        train(
-            rule,
-            backend,
-            lambda step: None,
-            [(step, micro_batches(step))],
-            CrossEntropy(),
-            NoMeters(),
-            Unguarded(),
-        )
+        train(rule, backend, [(step, micro_batches(*global_batch(step), **split))])
     return model, rule, moved_where_it_must_not(model, rule, before)
 
 

@@ -34,7 +34,7 @@ def test_gradients_are_summed_by_one_collective_for_each_dtype(
                 parameter.shape, generator=torch.Generator().manual_seed(1)
             ).to(parameter)
     Plain(alone, lambda model: torch.optim.SGD(model.parameters(), lr=0.2)).step()
-    monkeypatch.setattr(plain, "_ranks", lambda: 2)
+    monkeypatch.setattr(plain, "world", lambda: (0, 2))
     monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: None)
     monkeypatch.setattr(distributed, "all_reduce", doubled)
     Plain(joined, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)).step()

@@ -24,11 +24,10 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.deepspeed import DeepSpeed
-from pipeline.train.guards.anomaly import Unguarded
-from pipeline.train.loop import MicroBatch, train
+from pipeline.train.loop import MicroBatch
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import train
 
 pytestmark = pytest.mark.distributed
 
@@ -96,7 +95,7 @@ def ours(rule: Rule, rank: int, *, zero: int) -> tuple[nn.Module, Counter[str]]:
         )
 
     batches = ((step, micro_batches(step)) for step in range(STEPS))
-    train(rule, backend, lambda step: None, batches, CrossEntropy(), NoMeters(), Unguarded())
+    train(rule, backend, batches)
     return model, calls
 
 

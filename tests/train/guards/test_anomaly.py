@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.core.errors import UserError
 from pipeline.measure.clock import Clock
 from pipeline.rules.base import Rule
 from pipeline.rules.hlop import HLOP
@@ -27,11 +26,11 @@ from pipeline.spiking.synapse import Linear
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
 from pipeline.train.guards import anomaly as guard
-from pipeline.train.guards.anomaly import WINDOW, Guard, Rollback, Skipped, is_in
-from pipeline.train.loop import MicroBatch, train
-from pipeline.train.objective import CrossEntropy
+from pipeline.train.guards.anomaly import WINDOW, AnomalyGuard
+from pipeline.train.loop import MicroBatch
+from pipeline.train.recovery import Rollback
 from tests.helpers.processes import run_ranks
-from tests.helpers.silent import NoMeters
+from tests.helpers.silent import NoMeters, train
 
 
 class Norm(nn.Module):
@@ -61,7 +60,7 @@ class Trained:
         )
         self.told: list[tuple[int, str]] = []
         torch.manual_seed(1)  # of dropout
-        self.guard = Guard(
+        self.guard = AnomalyGuard(
             self.backend, self.rule, ranks, on_skip=lambda *told: self.told.append(told), **guard
         )
 
@@ -72,9 +71,7 @@ class Trained:
         x_BC, target_B = torch.randn(8, 4, generator=draw), torch.randint(3, (8,), generator=draw)
         x_BC = x_BC.fill_(math.nan) if bad else x_BC * scale
         batches = [(step, [MicroBatch(repeat(x_BC, 3), target_B, range(8), 1.0)])]
-        train(
-            self.rule, self.backend, lambda step: None, batches, CrossEntropy(), meters, self.guard
-        )
+        train(self.rule, self.backend, batches, meters, self.guard)
 
     def values(self) -> dict[str, Tensor]:
         momentum = self.backend.optimizer.state_dict()["state"]
@@ -107,11 +104,11 @@ def test_a_bad_batch_leaves_no_trace(rule: str, bad: int) -> None:
         whole.batch(step)
     hit = Trained(rule=RULES[rule]())
     for step in range(6):
-        before = hit.rule.figures()
+        before = hit.rule.metrics()
         hit.batch(step, bad=step == bad)
-        assert step != bad or hit.rule.figures() == before
+        assert step != bad or hit.rule.metrics() == before
     for trained in (hit, whole):
-        trained.rule.figures()  # HLOP writes down what it is asked for
+        trained.rule.metrics()  # HLOP writes down what it is asked for
     assert same(hit.values(), whole.values())
     assert hit.told == [
         (bad, "its gradient is not finite on 1 of 1 worker")
@@ -159,7 +156,7 @@ def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:
 
 
 def test_too_many_in_a_row_lead_back() -> None:
-    hit = Trained(skips=2)
+    hit = Trained(max_skips=2)
     for step in (0, 1):
         hit.batch(step, bad=True)
     hit.batch(2)  # a good one in between
@@ -171,7 +168,7 @@ def test_too_many_in_a_row_lead_back() -> None:
 
 
 def test_where_nothing_can_be_taken_back_the_first_leads_back() -> None:
-    hit = Trained(takes_back=False)
+    hit = Trained(can_undo=False)
     hit.batch(0)
     with pytest.raises(Rollback, match="batch 1"):
         hit.batch(1, bad=True)
@@ -194,22 +191,25 @@ def test_a_loss_that_leaps_is_bad_once_there_is_something_to_hold_it_against() -
 
 
 def test_what_it_has_seen_is_part_of_a_checkpoint() -> None:
-    one = Trained(skips=2)
+    one = Trained(max_skips=2)
     one.batch(0)
     one.batch(1, bad=True)
-    other = Trained(skips=2, state=one.guard.told())
-    assert other.guard.told() == one.guard.told() and len(one.guard.told()["losses"]) == 1
+    other = Trained(max_skips=2, state=one.guard.state_dict())
+    assert (
+        other.guard.state_dict() == one.guard.state_dict()
+        and len(one.guard.state_dict()["losses"]) == 1
+    )
     other.batch(2, bad=True)
     with pytest.raises(Rollback):
         other.batch(3, bad=True)
 
 
 def test_a_task_begins_with_nothing_against_it() -> None:
-    hit = Trained(skips=1)
+    hit = Trained(max_skips=1)
     hit.batch(0)
     hit.batch(1, bad=True)
     hit.guard.begin_task()
-    assert hit.guard.told() == {"in_a_row": 0, "losses": []}
+    assert hit.guard.state_dict() == {"in_a_row": 0, "losses": []}
     hit.batch(2, bad=True)  # the first of its own
     assert [step for step, _ in hit.told] == [1, 2]
 
@@ -225,15 +225,3 @@ def test_every_rank_skips_what_one_rank_met(tmp_path: Path) -> None:
     one, other = run_ranks(_one_rank_meets_it, 2, tmp_path)
     assert one["told"] == other["told"] == [(1, "its gradient is not finite on 1 of 2 workers")]
     assert one["weights"] == other["weights"]
-
-
-def test_what_going_back_decided_is_kept_in_the_runs_folder(tmp_path: Path) -> None:
-    assert Skipped.read(tmp_path) == Skipped()
-    decided = Skipped().after(Rollback(7, ""), saved=4).after(Rollback(12, ""), saved=10)
-    decided.write(tmp_path)
-    assert Skipped.read(tmp_path) == decided == Skipped(2, ((4, 8), (10, 13)))
-    assert decided.after(Rollback(15, "", skips=False), saved=15) == Skipped(3, decided.batches)
-    assert [step for step in range(20) if is_in(step, decided.batches)] == [4, 5, 6, 7, 10, 11, 12]
-    (tmp_path / "skipped.json").write_text('{"rollbacks": 1}')
-    with pytest.raises(UserError, match=r"skipped\.json: must hold rollbacks and batches; got"):
-        Skipped.read(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.backend.plain import Plain
 from pipeline.train.checkpointing import Saving
 from pipeline.train.guards import replica_check
-from pipeline.train.guards.anomaly import Rollback
 from pipeline.train.guards.replica_check import _ROW as ROW
 from pipeline.train.guards.replica_check import drifted, fingerprint, stragglers
+from pipeline.train.recovery import Rollback
 from tests.helpers.few import Counting
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import small_recipe, train_inline
@@ -177,9 +177,7 @@ def _damaged(rank: int, size: int) -> dict[str, str]:
         checkpoints=None,
         meters=None,
     )
-    checkpointing = Saving(
-        parts, step=0, learnt=cast(Any, None), guard=cast(Any, None), figures=cast(Any, None)
-    )
+    checkpointing = Saving(parts, step=0, state=dict)
     found = {}
     for name, value in {
         "nothing": torch.zeros(1),

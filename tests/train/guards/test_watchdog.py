@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.track.journal import read
-from pipeline.train.guards.watchdog import Watchdog, untold
+from pipeline.train.guards.watchdog import Watchdog, unreported_hangs
 from tests.helpers.events import event
 
 HANGS = """
@@ -157,7 +157,8 @@ def test_a_hang_is_written_down_and_ended(ran: dict[str, Ran]) -> None:
     (hung.run / "stacks" / "rank0-20260105-120000.txt").touch()  # of one that was killed
     named = f"stacks/{file.name}"
     assert (
-        untold(hung.run, []) == {named: 3} and untold(hung.run, [event("hung", stacks=named)]) == {}
+        unreported_hangs(hung.run, []) == {named: 3}
+        and unreported_hangs(hung.run, [event("hung", stacks=named)]) == {}
     )
 
 

@@ -1,0 +1,162 @@
+"""Recovery: how a run survives a fault by itself.
+
+    SkipBatch         the batch leaves no trace, and training takes the next one
+    Rollback          the run starts again at its newest checkpoint; if batches are to blame, it
+                      leaves out those from there up to the fault
+    HalveMicroBatch   memory ran out: the run starts again with half as many samples at a time
+
+`guards/anomaly.py` and `checkpointing.py` raise the first two; `worker.py` catches the others and
+starts again. `Decisions` hold for the rest of the run. They are files in its folder, and a part of
+each checkpoint in case the folder is lost. A decision that is younger than the newest checkpoint
+is lost with the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.checks import is_count
+from pipeline.core.errors import Diverged, UserError
+from pipeline.core.run_folder import RunFolder
+from pipeline.recipe.recipe import Recipe, Split, read_json, write_json
+
+
+class Recovery(Exception):
+    """A fault that the run survives by itself."""
+
+
+class SkipBatch(Recovery):
+    """The batch must not move the weights. Every rank raises it."""
+
+
+class StartAgain(Recovery):
+    """The attempt ends. The worker starts the next one at the newest checkpoint."""
+
+
+class Rollback(StartAgain):
+    """Every rank raises it. `skips`: the batches since the checkpoint are left out from now on."""
+
+    def __init__(self, step: int, reason: str, *, skips: bool = True) -> None:
+        super().__init__(f"batch {step}: {reason}")
+        self.step, self.reason, self.skips = step, reason, skips
+
+
+class HalveMicroBatch(StartAgain):
+    """Raised by a run's only worker. Of several the one without memory dies, and all are started
+    again.
+    """
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What recovery has decided so far. No decision is taken back."""
+
+    rollbacks: int = 0
+    skipped: tuple[tuple[int, int], ...] = ()  # batches [first, end) that rollbacks left out
+    # the most samples that a worker holds at a time; None: memory has not run out
+    micro_batch: int | None = None
+
+    @classmethod
+    def read(cls, run: Path) -> Decisions:
+        """Raises: UserError if a file is damaged."""
+        files, decided = RunFolder(run), cls()
+        if files.skipped.exists():
+            value = read_json(files.skipped)
+            try:
+                decided = cls(int(value["rollbacks"]), _pairs(value["batches"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{files.skipped}: must hold rollbacks and batches; got {value!r}"
+                ) from error
+        if files.micro_batch.exists():
+            value = read_json(files.micro_batch)
+            if not is_count(value):
+                raise UserError(f"{files.micro_batch}: must hold a number of samples; got {value}")
+            decided = replace(decided, micro_batch=value)
+        return decided
+
+    def write(self, run: Path) -> None:
+        files = RunFolder(run)
+        if self.rollbacks or self.skipped:
+            write_json(files.skipped, {"rollbacks": self.rollbacks, "batches": self.skipped})
+        if self.micro_batch is not None:
+            write_json(files.micro_batch, self.micro_batch)
+
+    @classmethod
+    def adopt(cls, run: Path, saved: Mapping[str, Any]) -> None:
+        """Write down what a checkpoint holds (as `asdict` gives it) and the run's folder lacks.
+
+        Either may be ahead: the folder of its newest checkpoint, or the checkpoint of an old copy
+        of the folder.
+        """
+        own = cls.read(run)
+        other = cls(saved["rollbacks"], _pairs(saved["skipped"]), saved["micro_batch"])
+        limits = [each.micro_batch for each in (own, other) if each.micro_batch is not None]
+        further = max(own, other, key=lambda each: each.rollbacks)
+        joined = replace(further, micro_batch=min(limits, default=None))
+        if joined != own:
+            joined.write(run)
+
+    def fit(self, recipe: Recipe) -> Recipe:
+        """The recipe with micro-batches that fit in memory."""
+        limits = [size for size in (self.micro_batch, recipe.micro_batch) if size is not None]
+        return replace(recipe, micro_batch=min(limits, default=None))
+
+    def after_rollback(self, back: Rollback, recipe: Recipe, *, to: int, epoch: int) -> Decisions:
+        """The decisions after one more rollback, to the checkpoint after `to` batches.
+
+        Raises:
+            Diverged: `policy.max_rollbacks` are used up, and batches are to blame.
+            UserError: they are used up, and batches are not to blame.
+        """
+        if self.rollbacks == recipe.policy.max_rollbacks:
+            message = (
+                f"training: batch {back.step} (epoch {epoch + 1}): {back.reason}; it has gone back"
+                f" max_rollbacks={self.rollbacks} times"
+            )
+            if back.skips:
+                raise Diverged(f"{message}; {recipe.remedy}")
+            raise UserError(
+                f"{message}; a memory, a device or a network is at fault: look with spiketrain"
+                " doctor"
+            )
+        skipped = (*self.skipped, (to, back.step + 1)) if back.skips else self.skipped
+        return replace(self, rollbacks=self.rollbacks + 1, skipped=skipped)
+
+    def halve(self, split: Split, split_of: Callable[[Decisions], Split]) -> Decisions:
+        """The decisions after memory ran out with `split`: half as many samples at a time, or the
+        next fewer that the recipe takes.
+
+        `split_of` gives the split under other decisions; it raises ValueError if the recipe
+        refuses that size. The global batch stays. Results differ by the order of sums, unless
+        something looks at a whole micro-batch, as batch norm does.
+
+        Raises:
+            ValueError: no smaller micro-batch is possible. The other ranks do not know of it.
+        """
+        had, refusal = split.micro_batch, None
+        for samples in range(had // 2, 0, -1):
+            halved = replace(self, micro_batch=samples)
+            try:
+                if split_of(halved).micro_batch == samples:  # else it does not divide the batch
+                    return halved
+            except ValueError as error:
+                refusal = refusal or error  # of the largest
+        held = "one sample" if had == 1 else f"{had} samples"
+        why = f", and fewer cannot be taken: {refusal}" if refusal else ""
+        raise ValueError(
+            f"training: the device's memory runs out with {held} at a time{why}; take a smaller"
+            " network, or more memory"
+        ) from refusal
+
+
+def is_in(step: int, batches: Sequence[tuple[int, int]]) -> bool:
+    """Whether one of the ranges [first, end) contains `step`."""
+    return any(first <= step < end for first, end in batches)
+
+
+def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(first), int(end)) for first, end in value)

@@ -1,0 +1,67 @@
+"""Decisions of recovery are kept in the run's folder and in its checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import Diverged, UserError
+from pipeline.recipe import Policy
+from pipeline.train.recovery import Decisions, Rollback, is_in
+from tests.helpers.small import small_recipe
+
+
+def of(rollbacks: int, micro_batch: int | None) -> Decisions:
+    return Decisions(rollbacks, ((0, rollbacks),), micro_batch)
+
+
+def saved(decisions: Decisions) -> dict[str, Any]:
+    """As a checkpoint holds them: JSON has no tuples."""
+    return {**asdict(decisions), "skipped": [list(each) for each in decisions.skipped]}
+
+
+def test_a_folder_takes_the_decisions_that_it_lacks(tmp_path: Path) -> None:
+    Decisions.adopt(tmp_path, saved(of(1, 4)))
+    assert Decisions.read(tmp_path) == of(1, 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"skipped.json", "micro_batch.json"}
+
+
+def test_the_further_decision_stands_of_a_folder_and_a_checkpoint(tmp_path: Path) -> None:
+    """The folder is ahead of its newest checkpoint, or an old copy that was left behind."""
+    of(2, 4).write(tmp_path)
+    Decisions.adopt(tmp_path, saved(of(1, 8)))
+    assert Decisions.read(tmp_path) == of(2, 4)
+    Decisions.adopt(tmp_path, saved(of(3, 2)))
+    assert Decisions.read(tmp_path) == of(3, 2)
+
+
+def test_without_a_decision_nothing_is_written(tmp_path: Path) -> None:
+    Decisions.adopt(tmp_path, saved(Decisions.read(tmp_path)))
+    assert Decisions.read(tmp_path) == Decisions() and not list(tmp_path.iterdir())
+
+
+def test_each_rollback_leaves_out_the_batches_since_its_checkpoint() -> None:
+    recipe = small_recipe(policy=Policy(max_rollbacks=3))
+    decided = Decisions().after_rollback(Rollback(7, ""), recipe, to=4, epoch=0)
+    decided = decided.after_rollback(Rollback(12, ""), recipe, to=10, epoch=0)
+    assert decided == Decisions(2, ((4, 8), (10, 13)))
+    assert [step for step in range(20) if is_in(step, decided.skipped)] == [4, 5, 6, 7, 10, 11, 12]
+    apart = Rollback(15, "apart", skips=False)
+    decided = decided.after_rollback(apart, recipe, to=15, epoch=0)
+    assert decided == Decisions(3, ((4, 8), (10, 13)))
+    for back, error in ((apart, UserError), (Rollback(15, "nan"), Diverged)):
+        with pytest.raises(error, match=rf"^training: batch 15 \(epoch 3\): {back.reason}; it"):
+            decided.after_rollback(back, recipe, to=15, epoch=2)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "skipped.json").write_text('{"rollbacks": 1}')
+    with pytest.raises(UserError, match=r"skipped\.json: must hold rollbacks and batches; got"):
+        Decisions.read(tmp_path)
+    (tmp_path / "skipped.json").unlink()
+    (tmp_path / "micro_batch.json").write_text("0")
+    with pytest.raises(UserError, match=r"micro_batch\.json: must hold a number of samples; got 0"):
+        Decisions.read(tmp_path)
