@@ -27,12 +27,12 @@ def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
     by_rule: dict[str, list[_Point]] = {}
     for point in sweep["points"]:
         by_rule.setdefault(str(point["cost"]["rule"]), []).append(
-            _point(point["time_steps"], point["cost"])
+            _plotted(point["time_steps"], point["cost"])
         )
     return _memory(sweep, by_rule), _time(sweep, by_rule)
 
 
-def _point(time_steps: int, cost: Mapping[str, Any]) -> _Point:
+def _plotted(time_steps: int, cost: Mapping[str, Any]) -> _Point:
     saved, states = float(cost["peak_saved_bytes"]), cost.get("state_bytes")
     kept = None if states is None else saved + float(states)
     return _Point(
