@@ -368,6 +368,6 @@ def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
     )
     if tune is None:
         return suite
-    from pipeline.report.protocols import print_protocols
+    from pipeline.report.suite import print_protocols
 
     return tuned(suite, *parse_search(tune), report=print_protocols)

@@ -131,6 +131,6 @@ def dashboard(
             f"dashboard: --store names the store, so --runs has no effect; got --runs {runs}"
             " beside it"
         )
-    from pipeline.report.dashboard.serve import serve
+    from pipeline.report.dashboard.app import serve
 
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)

@@ -47,7 +47,7 @@ WORK = {
     "probe": "pipeline.forecast.probe.probe",
     "sweep": "pipeline.forecast.sweep.sweep",
     "plan": "pipeline.forecast.plan.plan",
-    "dashboard": "pipeline.report.dashboard.serve.serve",
+    "dashboard": "pipeline.report.dashboard.app.serve",
 }
 
 

@@ -13,9 +13,9 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from pipeline.report import page as pages
+from pipeline.report.page import shown
 from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
-from pipeline.report.views import shown
 from pipeline.spiking.op_scope import OpScope
 from pipeline.track.journal import Journal
 from tests.helpers.browser import Watch, chromium, violations
