@@ -171,8 +171,9 @@ def sweep(
     times = parse_time_steps("sweep", steps)
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.bench import step_inputs
+    from pipeline.forecast.sweep import Sweep
     from pipeline.forecast.sweep import sweep as sweep_recipe
-    from pipeline.report.sweep import print_sweep, told_sweep
+    from pipeline.report.sweep import print_sweep
 
     limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
     about: dict[str, Any] = {
@@ -186,7 +187,7 @@ def sweep(
         made,
         partial(sweep_recipe, **about),
         step_inputs,
-        print_sweep if format_ == "table" else told_sweep,
+        print_sweep if format_ == "table" else Sweep.to_json,
         as_json=format_ == "json",
     )
 

@@ -279,10 +279,9 @@ def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
         _end_run(resume_run(folder, **how, trust=trust))
         return
     from pipeline.launch.suite import resume_suite
-    from pipeline.recipe.suite import runs_of
-    from pipeline.track.trials import over_in
+    from pipeline.track.trials import entries_in, over_in
 
-    had_ended = len(over_in(folder)) == len(runs_of(folder))
+    had_ended = len(over_in(folder)) == len(entries_in(folder))
     _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
 
 

@@ -1,5 +1,5 @@
 """`spiketrain launch` and `resume` of a suite: its runs one after another, or side by side on
-different cores.
+different cores, then its measurements.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check, driver_lock, ignore_lost_terminal, train
+from pipeline.launch.measurements import measure_the_rest
 from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
 from pipeline.launch.resume import change_run, change_suite, check_resumed
 from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
@@ -30,7 +31,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
 from pipeline.track.state import is_driven, state_of
-from pipeline.track.trials import over_in
+from pipeline.track.trials import entries_in, over_in
 from pipeline.train.job import was_stopped
 from pipeline.train.placeholder_weights import with_stand_ins
 
@@ -85,7 +86,7 @@ def resume_suite(
         begun_job(run, suite_file.parent, trust=trust)
     over = over_in(folder)
     left = [run for name, run in begun.items() if name not in over]
-    if len(begun) == len(suite_file.runs) and not left:
+    if len(over) == len(entries_in(folder)):
         say(new_console(), f"{folder.name} has finished")
         return folder
     launched = Cluster.from_json(suite_file.cluster)
@@ -133,6 +134,7 @@ def _train_the_rest(
                 done = train_side_by_side(children, launcher, slots, console)
             else:
                 done = _train_in_turn(children, launcher, console)
+            done = done and _measure(children, folder)
     finally:
         if is_ours:
             _sync_states(children, console)
@@ -185,6 +187,15 @@ def _train_in_turn(children: SuiteRuns, launcher: Launcher, console: Console) ->
             ):
                 return False
     except KeyboardInterrupt:  # between two runs
+        return False
+    return True
+
+
+def _measure(children: SuiteRuns, folder: Path) -> bool:
+    """Returns False if the user stopped it."""
+    try:
+        measure_the_rest(folder, children.suite_file.suite, trust=children.trust)
+    except KeyboardInterrupt:
         return False
     return True
 

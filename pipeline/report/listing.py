@@ -11,13 +11,13 @@ from rich.console import Console
 from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.command_line import how_to_resume
-from pipeline.recipe.suite import FILE, runs_of
+from pipeline.recipe.suite import FILE
 from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
 from pipeline.report.runs import suite_folders
 from pipeline.track.events import Evaluation
 from pipeline.track.journal import last
 from pipeline.track.state import is_driven
-from pipeline.track.trials import over_in
+from pipeline.track.trials import entries_in, over_in
 
 _OVER = ("finished", "running", "diverged")  # states of runs that cannot be resumed
 
@@ -89,7 +89,7 @@ def _cells(run: Run) -> tuple[str, ...]:
 
 def _suite_row(folder: Path) -> SuiteRow:
     try:
-        runs, over = runs_of(folder), len(over_in(folder))
+        runs, over = entries_in(folder), len(over_in(folder))
     except ValueError:  # the list shows every other suite all the same
         return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)
     driven = is_driven(folder)

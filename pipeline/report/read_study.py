@@ -27,7 +27,7 @@ from pipeline.report.study import WITHIN, Study
 from pipeline.report.suite import Reported, own_report, suite_named
 from pipeline.report.sweeps import sweep_of
 from pipeline.track.publish import REPORT
-from pipeline.track.trials import over_in
+from pipeline.track.trials import entries_in, over_in
 
 _WIDTH = 120  # characters of what a suite's own report prints
 
@@ -148,7 +148,7 @@ def _own_report(
     Raises:
         ReportError: it cannot be made. An earlier page is worth more than one without claims.
     """
-    runs, over = runs_of(suite), over_in(suite)
+    runs, over = entries_in(suite), over_in(suite)
     if not has_report(suite):
         return Returned(), "", []
     if len(over) < len(runs):

@@ -20,7 +20,7 @@ from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import flat
-from pipeline.recipe.suite import Report, SuiteFile, is_suite, runs_of
+from pipeline.recipe.suite import Report, SuiteFile, is_suite
 from pipeline.report.compare import comparisons, finite, print_studies, unfinished_to_json
 from pipeline.report.results import Run, read_run, read_runs
 from pipeline.report.runs import (
@@ -32,7 +32,7 @@ from pipeline.report.runs import (
 from pipeline.report.selection import is_study, written
 from pipeline.report.study import WITHIN
 from pipeline.track.state import is_driven, state_of
-from pipeline.track.trials import best, over_in
+from pipeline.track.trials import best, entries_in, over_in
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
@@ -117,7 +117,7 @@ def print_suite(
             f"compare: {folder.name} has a report of its own, so --against and --within have no"
             f" effect; got {against}, {within:g}"
         )
-    runs, over = runs_of(folder), over_in(folder)
+    runs, over = entries_in(folder), over_in(folder)
     if format == "json" and report is not None:
         _print_json(folder, report, runs, over, console)
         return None

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 
-from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.units import counted
 from pipeline.forecast.bench import RESERVE, Cost
@@ -22,7 +19,7 @@ def print_sweep(found: Sweep, *, as_json: bool = False, console: Console | None 
     """Bytes, time and largest batch against T, and each rule's growth in bytes."""
     console = console or new_console()
     if as_json:
-        console.out(json.dumps(told_sweep(found), indent=2, allow_nan=False), highlight=False)
+        console.out(json.dumps(found.to_json(), indent=2, allow_nan=False), highlight=False)
         return
     own = ("rule's own",) if any(point.cost.rule_bytes for point in found.points) else ()
     titles = (
@@ -110,14 +107,6 @@ def _of_largest(found: Sweep) -> list[str]:
     if found.memory_bytes is None:
         return []
     return ["largest batch", *(["images/s of its fwd+bwd"] if found.at_largest else [])]
-
-
-def told_sweep(found: Sweep) -> dict[str, Any]:
-    """What `--format json` prints, and reports read: the sweep, whose seconds others' are divided
-    by, and the commit.
-    """
-    fastest = {str(T): cost.rule for T, cost in found.time_baselines.items()}
-    return {"commit": commit(), **asdict(found), "time_baselines": fastest}
 
 
 def _divided(found: Sweep) -> str:
