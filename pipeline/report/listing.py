@@ -15,7 +15,7 @@ from pipeline.recipe.suite import FILE
 from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
 from pipeline.report.runs import suite_folders
 from pipeline.track.events import Evaluation
-from pipeline.track.journal import last
+from pipeline.track.journal import last_event
 from pipeline.track.state import is_driven
 from pipeline.track.trials import entries_in, over_in
 
@@ -69,8 +69,8 @@ def newest_top1(run: Run) -> float | None:
     """Of a finished run its result, of another its newest evaluation."""
     if run.state == "finished":
         return run.value("top1")
-    evaluation = last(RunFolder(run.folder).journal, Evaluation.kind) or {}
-    return evaluation.get("metrics", {}).get("top1")
+    evaluation = last_event(RunFolder(run.folder).journal, Evaluation)
+    return None if evaluation is None else evaluation.metrics.get("top1")
 
 
 def _cells(run: Run) -> tuple[str, ...]:

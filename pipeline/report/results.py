@@ -11,8 +11,9 @@ writes it into `summary.json`.
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,8 @@ from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import History, count, number
 from pipeline.report.runs import ReportError, load, run_folders, summary_of
-from pipeline.track.events import Finish, Start, Step, Stopped
-from pipeline.track.journal import Record, every, last, read
+from pipeline.track.events import Event, Finish, Start, Step, Stopped
+from pipeline.track.journal import Record, every, last_event, read_events
 from pipeline.track.provenance import told_in, trained_on
 from pipeline.track.state import State, state_of
 
@@ -39,6 +40,10 @@ NOT_SAID = "not known"
 # ------------------------------------------------------------------------------------- quantities
 
 
+Numbers = Mapping[str, float]
+"""the finite numbers of a summary, by their dotted paths"""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A quantity of a finished run.
@@ -49,9 +54,9 @@ class Metric:
         unit: how it is printed: share, B, s, J, rate or count (`pipeline.core.units`).
         better: whether "less" or "more" of it is better. Such a metric is compared with the
             baseline. One with "" is listed beside the comparison.
-        source: where `summary.json` has it, as a dotted path, or a function of the summary.
-            Without one, `name` is the path. A `*` stands for any key, and there is a metric for
-            each key that a summary has; `{}` in the title is that key.
+        source: its dotted path in `summary.json`, or a function of the summary's numbers by their
+            dotted paths. Without one, `name` is the path. A `*` in the name stands for any key:
+            there is a metric for each key that a summary has, and `{}` in the title is that key.
         about: what the quantity is, for the captions of figures.
     """
 
@@ -59,34 +64,35 @@ class Metric:
     title: str
     unit: str
     better: Literal["less", "more", ""] = ""
-    source: str | Callable[[Mapping[str, Any]], float | None] = ""
+    source: str | Callable[[Numbers], float | None] = ""
     about: str = ""
 
-    def value(self, summary: Mapping[str, Any]) -> float | None:
+    def value(self, numbers: Numbers) -> float | None:
         """The value in a summary; None where it was not measured, or is not finite."""
         if callable(self.source):
-            return self.source(summary)
-        return number(at(summary, self.source or self.name))
+            return self.source(numbers)
+        return numbers.get(self.source or self.name)
 
 
-def at(value: Any, path: str) -> Any:
-    """What a dotted path leads to in nested objects; None where it leads nowhere."""
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, by dotted paths."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        found |= flat(item, f"{name}.") if isinstance(item, Mapping) else {name: item}
+    return found
 
 
 def _sum(
     *paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()
-) -> Callable[[Mapping[str, Any]], float | None]:
+) -> Callable[[Numbers], float | None]:
     """A sum of numbers of a summary; None without one of them, but for those in `minus_any`."""
 
-    def total(summary: Mapping[str, Any]) -> float | None:
-        plus, less = ([number(at(summary, path)) for path in each] for each in (paths, minus))
-        if None in (*plus, *less):
+    def total(numbers: Numbers) -> float | None:
+        if not numbers.keys() >= {*paths, *minus}:
             return None
-        any_less = (number(summary.get(path)) for path in minus_any)
-        return sum(filter(None, plus)) - sum(filter(None, less)) - sum(filter(None, any_less))
+        less = sum(numbers.get(path, 0.0) for path in (*minus, *minus_any))
+        return sum(numbers[path] for path in paths) - less
 
     return total
 
@@ -174,31 +180,21 @@ def compared() -> list[Metric]:
     return [each for each in METRICS if each.better]
 
 
-def expanded(summaries: Iterable[Mapping[str, Any] | None]) -> list[Metric]:
-    """All metrics, with one for each key that stands for a `*` in these summaries."""
-    summaries = [summary for summary in summaries if summary is not None]
+def expanded(runs: Iterable[Run]) -> list[Metric]:
+    """All metrics, with one for each key that stands for a `*` in the summaries of these runs."""
+    names = list(dict.fromkeys(name for run in runs for name in run.numbers))
     found: list[Metric] = []
     for each in METRICS:
         if "*" not in each.name:
             found.append(each)
             continue
-        parts = each.name.split(".")
-        keys = dict.fromkeys(keys for one in summaries for keys in _matches(one, parts))
-        for of in keys:
-            name = each.name.replace("*", "{}").format(*of)
-            found.append(replace(each, name=name, title=each.title.format(*of)))
+        pattern = re.escape(each.name).replace(r"\*", "(.+)")
+        found += [
+            replace(each, name=match[0], title=each.title.format(match[1]))
+            for match in (re.fullmatch(pattern, name) for name in names)
+            if match
+        ]
     return found
-
-
-def _matches(value: Any, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The keys that stand for each `*` of a path, for every path that leads to a value."""
-    if not parts:
-        yield ()
-    elif isinstance(value, Mapping):
-        head, *rest = parts
-        for key in value if head == "*" else [head]:
-            for more in _matches(value[key], rest) if key in value else ():
-                yield (key, *more) if head == "*" else more
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -253,7 +249,7 @@ class Run:
     damage: str = ""  # why the run cannot be used, of one with a damaged file
     curve_every: int = 1  # the curve has one of so many points of the journal
     redone: Literal["dropped", "kept"] = "dropped"
-    journal: Callable[[], Sequence[Record]] = field(default=list, repr=False, compare=False)
+    journal: Callable[[], Sequence[Event]] = field(default=list, repr=False, compare=False)
     layers: Callable[[], Sequence[Any] | None] = field(default=list, repr=False, compare=False)
 
     @property
@@ -294,9 +290,14 @@ class Run:
     def activity(self) -> tuple[LayerRates, ...]:
         return tuple(map(_layer, self.layers() or ()))
 
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        found = {name: number(value) for name, value in flat(self.summary or {}).items()}
+        return {name: value for name, value in found.items() if value is not None}
+
     def value(self, name: str) -> float | None:
         """A metric, or a number that a dotted path leads to in the summary."""
-        return None if self.summary is None else metric(name).value(self.summary)
+        return metric(name).value(self.numbers)
 
 
 def run_of(
@@ -330,7 +331,7 @@ def run_of(
         study=str(newest.get("study") or ""),
         recipe=(fields if isinstance(fields, Mapping) else {}) or newest.get("params") or {},
         summary=finished,
-        trained_on=tuple(map(_trained_on, on)),
+        trained_on=tuple(TrainedOn(**{**each, "hardware": each["hardware"] or {}}) for each in on),
         commits=tuple(dict.fromkeys(map(str, filter(None, commits)))),
         total_steps=count(newest.get("total_steps") or newest.get("steps")),
         steps_per_epoch=count(newest.get("steps_per_epoch")),
@@ -362,21 +363,20 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
     files, state = RunFolder(folder), state_of(folder)
     journal = files.journal
     starts = every(journal, Start.kind)
-    kinds = (Step.kind, Start.kind, Stopped.kind)
-    progress = summary if state == "finished" else last(journal, *kinds)
-    finish = last(journal, Finish.kind) if state == "finished" else None
+    finish = last_event(journal, Finish) if state == "finished" else None
+    newest = finish or last_event(journal, Step, Start, Stopped)
     return run_of(
         folder.name,
         state=state,
         starts=starts,
         summary=summary,
         recipe=recipe,
-        step=count((progress or {}).get("steps" if state == "finished" else "step")),
+        step=(summary or {}).get("steps") or (newest and newest.step),
         started=float(starts[0]["time"]) if starts else folder.stat().st_mtime,
-        ended=float(finish["time"]) if finish else folder.stat().st_mtime,
+        ended=finish.time if finish else folder.stat().st_mtime,
         folder=folder,
         damage=damage,
-        journal=lambda: read(journal),
+        journal=lambda: read_events(journal),
         layers=lambda: load(files.activity, list),
     )
 
@@ -395,14 +395,9 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
     runs = list(runs)
     for run in runs:
         refuse_damage(run)
-    metrics = expanded(run.summary for run in runs)
-    about = pd.DataFrame(
-        [_about(run) for run in runs], columns=list(_about(Run(name="", state="new")))
-    )
-    values = [
-        [None if run.summary is None else each.value(run.summary) for each in metrics]
-        for run in runs
-    ]
+    metrics = expanded(runs)
+    about = pd.DataFrame(map(_about, runs), columns=list(_about(Run(name="", state="new"))))
+    values = [[each.value(run.numbers) for each in metrics] for run in runs]
     numbers = pd.DataFrame(values, columns=[each.name for each in metrics], dtype=float)
     return pd.concat([about, numbers], axis=1)
 
@@ -430,16 +425,6 @@ def _about(run: Run) -> dict[str, Any]:
         "recipe": run.recipe,
         "summary": run.summary,
     }
-
-
-def _trained_on(on: Mapping[str, Any]) -> TrainedOn:
-    return TrainedOn(
-        world_size=count(on.get("world_size")),
-        micro_batch=count(on.get("micro_batch")),
-        hardware=on.get("hardware") or {},
-        loader_threads=count(on.get("loader_threads")),
-        own_cores=bool(on.get("own_cores")),
-    )
 
 
 def _layer(layer: Any) -> LayerRates:

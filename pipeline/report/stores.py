@@ -26,9 +26,9 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.report.results import Run, is_silent, run_of
 from pipeline.report.runs import ReportError
 from pipeline.track.connect import SQLITE, connect, reason, without_password
-from pipeline.track.events import KIND, Start, Step
+from pipeline.track.events import Event, Start, Step, from_dict
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF
-from pipeline.track.journal import Record, read, read_thinned
+from pipeline.track.journal import Record, read_thinned
 from pipeline.track.publish import REPORT, REPORT_DATA
 from pipeline.track.state import State
 
@@ -125,7 +125,7 @@ class StoredStudy:
 class Sent:
     """A run's journal as it was sent; of the points of its curve one of `every` is here."""
 
-    events: Sequence[Record] = ()
+    events: Sequence[Event] = ()
     every: int = 1
 
 
@@ -193,12 +193,12 @@ def start_of(stored: StoredRun) -> Record:
     """The `start` event of a run, as far as its tags have it."""
     text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
-    counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in numbers}
+    counts = {name: _value(stored.tags.get(f"spiketrain.{name}")) for name in numbers}
     about = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
-    return {KIND: Start.kind, "time": stored.started, **about}
+    return {"event": Start.kind, "time": stored.started, **about}
 
 
-def hardware_of(stored: StoredRun) -> dict[str, str | int]:
+def hardware_of(stored: StoredRun) -> dict[str, Any]:
     prefix = "hardware."
     tags = {name: value for name, value in stored.tags.items() if name.startswith(prefix)}
     return {name.removeprefix(prefix): _value(value) for name, value in tags.items()}
@@ -257,16 +257,18 @@ def _listed_state(run: StoredRun) -> str:
     return "silent" if is_silent(run.state, run.newest) else run.state
 
 
-def _value(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
+def _value(text: str | None) -> str | int | None:
+    return int(text) if text and text.isdecimal() else text
 
 
 def _sent_at(file: Path) -> Sent:
     size = file.stat().st_size
-    if size <= MOST_BYTES:
-        return Sent(events=read(file))
-    every = math.ceil(size / _THINNED_BYTES)
-    return Sent(events=read_thinned(file, Step.kind, every=every), every=every)
+    every = 1 if size <= MOST_BYTES else math.ceil(size / _THINNED_BYTES)
+    records = read_thinned(file, Step.kind, every=every)
+    try:
+        return Sent(events=list(map(from_dict, records)), every=every)
+    except ValueError as error:
+        raise ArtifactError(f"its {JOURNAL} in MLflow cannot be read: {error}") from error
 
 
 def _refuse_unknown_artifact(name: str) -> None:

@@ -23,7 +23,7 @@ from pipeline.core.units import counted, shown
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report import results
 from pipeline.report.history import number
-from pipeline.report.results import COMPUTE, Run, kind
+from pipeline.report.results import COMPUTE, Run, flat, kind
 from pipeline.report.selection import tuned_in, written
 from pipeline.track.journal import number as number_or_text
 
@@ -195,7 +195,7 @@ class Group:
         of_rule = self._by_rule.get(rule, self.frame.iloc[:0])
         if name in of_rule:
             return of_rule[name].dropna()
-        return of_rule["summary"].map(lambda summary: number(results.at(summary, name))).dropna()
+        return of_rule["summary"].map(lambda of: number(flat(of).get(name))).dropna()
 
     @cached_property
     def _by_rule(self) -> dict[Any, Any]:
@@ -427,7 +427,7 @@ def what_to_change(recipe: Mapping[str, Any]) -> str:
 
 def _not_counted(run: Run) -> list[str]:
     """Products that the network made and nobody counted, in training or in an inference."""
-    names = [results.at(run.summary, path) for path in ("not_counted", "inference.not_counted")]
+    names = [flat(run.summary or {}).get(path) for path in ("not_counted", "inference.not_counted")]
     return [str(name) for each in names if isinstance(each, list) for name in each]
 
 

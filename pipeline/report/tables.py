@@ -17,6 +17,7 @@ from pipeline.report.figure import Cell, Table
 from pipeline.report.results import (
     ENERGY,
     KEPT,
+    METRICS,
     NOT_SAID,
     Metric,
     Run,
@@ -146,7 +147,7 @@ def beside(group: Group) -> Table | None:
     in_costs = f"({prices(group.finished)})"
     metrics = [
         each
-        for each in expanded(run.summary for run in group.finished)
+        for each in expanded(group.finished)
         if not each.better
         and not each.name.startswith(_HELD)
         and not each.title.endswith(in_costs)
@@ -159,7 +160,7 @@ def held(group: Group) -> Table | None:
     """The bytes that each rule holds in training, by kind; None where no run measured them."""
     if not any(run.value("held.parameters") is not None for run in group.finished):
         return None
-    kinds = [each for each in expanded([]) if each.name.startswith(_HELD)]
+    kinds = [each for each in METRICS if each.name.startswith(_HELD)]
     return _of_metrics(group, [*kinds, metric("state_bytes")])
 
 
@@ -407,7 +408,7 @@ def _progress(run: Run) -> str:
 
 def _is_there(run: Run, metric: Metric) -> bool:
     """Whether it was measured; without a device, its peaks are 0."""
-    value = None if run.summary is None else metric.value(run.summary)
+    value = run.value(metric.name)
     return value is not None and (value != 0 or "peak_" not in metric.name)
 
 

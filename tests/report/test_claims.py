@@ -24,6 +24,7 @@ from pipeline.report.study import COMPUTE, Group, Study
 from pipeline.track.journal import Journal
 from recipes.compare import claims_fashion
 from recipes.compare.claims_base import at_their_largest, flat_in_t, temporal_shares, time_in_turn
+from tests.helpers.events import event
 from tests.helpers.hand_made import fidelity, run
 
 
@@ -444,8 +445,8 @@ def on_two_machines(make_run: Callable, tmp_path: Path) -> dict[str, Path]:
         write_json(run / "recipe.json", recipe.to_json())
         if rule == "SLTT":
             with Journal(run / "journal.jsonl", attempt=0) as journal:
-                journal.event("fidelity", step=0, epoch=None, temporal_share={"first": 0.25})
-                journal.event("finish", step=40)
+                journal.write(event("fidelity", step=0, epoch=None, temporal_share={"first": 0.25}))
+                journal.write(event("finish", step=40))
     return runs
 
 

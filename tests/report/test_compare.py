@@ -28,6 +28,7 @@ from pipeline.report.read_study import read_study
 from pipeline.report.runs import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING
 from pipeline.track.journal import Journal
+from tests.helpers.events import event
 from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY
 
@@ -722,7 +723,7 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
 def test_a_prolonged_run_is_not_finished(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     with Journal(make_run("sltt", rule="SLTT") / "journal.jsonl", attempt=1) as journal:
-        journal.event("start", rule="SLTT", study=STUDY, step=100)
+        journal.write(event("start", rule="SLTT", study=STUDY, step=100))
     comparison = compare(runs_dir)
     assert [run.name for run in comparison.runs] == ["bptt"]
     assert [run.folder.name for run in comparison.unfinished] == ["sltt"]
@@ -817,8 +818,8 @@ def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callabl
     del told["rule"]
     (folder / "summary.json").write_text(json.dumps({**told, "recipe": "=1+1"}))
     with Journal(folder / "journal.jsonl", attempt=1) as journal:
-        journal.event("start", step=100)
-        journal.event("finish", step=100)
+        journal.write(event("start", step=100))
+        journal.write(event("finish", step=100))
     comparison = compare(runs_dir, ["bptt", "old"])
     _, old = comparison.to_json()["runs"]
     assert (old["rule"], old["behind"]["ratios_to"]) == (

@@ -19,6 +19,7 @@ from pipeline.report.study import Study
 from pipeline.spiking.op_scope import OpScope
 from pipeline.track.journal import Journal
 from tests.helpers.browser import Watch, chromium, violations
+from tests.helpers.events import event
 from tests.helpers.hand_made import fidelity, run, study
 from tests.helpers.real_study import train_real_study
 
@@ -41,8 +42,10 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Journal(
         runs_dir / "ottt-0" / "journal.jsonl", attempt=1
     ) as journal:  # killed after its end, and started again
-        journal.event("start", rule="OTTT-A", study="s", step=16, steps_per_epoch=8, total_steps=16)
-        journal.event("finish", step=16)
+        journal.write(
+            event("start", rule="OTTT-A", study="s", step=16, steps_per_epoch=8, total_steps=16)
+        )
+        journal.write(event("finish", step=16))
     return runs_dir
 
 
