@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,14 +113,14 @@ def probe(
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.probe import probe as probe_recipe
-    from pipeline.report.probe import print_probe, probe_as_json
+    from pipeline.report.forecasts import print_probe, probe_to_json
 
     about = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
     _print(
         made,
         partial(probe_recipe, **about),
         step_inputs,
-        print_probe if format_ == "table" else probe_as_json,
+        print_probe if format_ == "table" else probe_to_json,
         as_json=format_ == "json",
     )
 
@@ -173,7 +174,7 @@ def sweep(
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.sweep import Sweep
     from pipeline.forecast.sweep import sweep as sweep_recipe
-    from pipeline.report.sweep import print_sweep
+    from pipeline.report.forecasts import print_sweep
 
     limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
     about: dict[str, Any] = {
@@ -217,7 +218,7 @@ def plan(
     from pipeline.forecast.devices import DEVICES
     from pipeline.forecast.plan import Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
-    from pipeline.report.plan import plan_as_json, print_plan
+    from pipeline.report.forecasts import plan_to_json, print_plan
 
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
@@ -242,7 +243,7 @@ def plan(
     if against is not None:
         _print_errors(made, forecast, cluster, runs, against, as_json=as_json)
         return
-    _print(made, forecast, plan_inputs, plan_as_json if as_json else print_plan, as_json=as_json)
+    _print(made, forecast, plan_inputs, plan_to_json if as_json else print_plan, as_json=as_json)
 
 
 def _print_errors(
@@ -256,7 +257,7 @@ def _print_errors(
 ) -> None:
     """Print the plan of a recipe beside what a run of it has measured."""
     from pipeline.recipe.recipe import Recipe
-    from pipeline.report.plan import print_plan
+    from pipeline.report.forecasts import plan_to_json, print_plan
     from pipeline.report.planned import errors, refuse_unless_comparable
     from pipeline.report.runs import find_run
 
@@ -267,7 +268,11 @@ def _print_errors(
     folder = find_run(runs, name)
     refuse_unless_comparable(made, cluster, folder)
     found = forecast(made)
-    print_plan(found, against=errors(found, folder), as_json=as_json)
+    off = errors(found, folder)
+    if as_json:
+        _print_json(plan_to_json(found, off))
+    else:
+        print_plan(found, against=off)
 
 
 def _print(
@@ -285,33 +290,29 @@ def _print(
         alike: recipes with equal keys share a network.
         show: prints a forecast as a table, or returns its JSON.
     """
-    import json
-
-    from pipeline.core.printing import new_console
     from pipeline.forecast.bench import RULES, group_by_network
     from pipeline.recipe.recipe import Recipe
     from pipeline.train.placeholder_weights import with_stand_ins
 
-    console = new_console()
-
-    def print_json(value: object) -> None:
-        console.out(json.dumps(value, indent=2, allow_nan=False), highlight=False)
-
     if isinstance(made, Recipe):
         shown = show(forecast(made))
         if as_json:
-            print_json(shown)
+            _print_json(shown)
         return
     with with_stand_ins(made) as recipes:
         networks = group_by_network(recipes, alike)
         forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
         if as_json:
-            print_json([show(each) for each in forecasts])
+            _print_json([show(each) for each in forecasts])
             return
         for index, each in enumerate(forecasts):
             if index:
-                console.print()
+                print(flush=True)
             show(each)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False), flush=True)
 
 
 def _threads(who: str, cores: str) -> int:

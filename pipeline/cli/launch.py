@@ -258,12 +258,12 @@ def resume(
     """
     _heed_signals()
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
-    from pipeline.report.runs import find_run_or_suite
+    from pipeline.report.runs import find_run
 
     sizes = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
     options |= _counts("resume", context.params)
-    folder = find_run_or_suite(runs, run)
+    folder = find_run(runs, run, suites=True)
     _resume(
         folder, workers=sizes, inline=inline, address=address, options=options, trust=tuple(trust)
     )
@@ -299,9 +299,9 @@ def _end_run(folder: Path | None) -> None:
     """Print the table of the run; exit code 130 if a user stopped it."""
     if folder is None:
         sys.exit(130)
-    from pipeline.report.compare import print_studies
+    from pipeline.report.compare import print_comparison
 
-    print_studies(folder.parent, [folder])
+    print_comparison(folder.parent, folders=[folder])
     _print_next(folder, run=folder)
 
 

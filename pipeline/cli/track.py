@@ -22,13 +22,13 @@ def add_track_commands(app: typer.Typer) -> None:
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
     from pipeline.recipe.suite import is_suite, runs_of
-    from pipeline.report.runs import find_run_or_suite
+    from pipeline.report.runs import find_run
     from pipeline.track.connect import without_password
     from pipeline.track.mlflow import sync as sync_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.state import state_of
 
-    found = find_run_or_suite(runs, run)
+    found = find_run(runs, run, suites=True)
     uri = tracking_uri(found.parent)
     begun = (
         [each for each in runs_of(found).values() if state_of(each) != "new"]

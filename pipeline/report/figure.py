@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,6 +188,11 @@ def harmless(cell: Cell) -> Cell:
 def plain(text: str) -> str:
     """For a drawing: plotly reads some HTML in its texts."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def slug(text: str) -> str:
+    """A text for the name of a file."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 
 def _coloured(value: Any, theme: dict[str, Any]) -> Any:

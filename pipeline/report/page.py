@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -24,7 +23,7 @@ from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.claims import Returned
 from pipeline.report.compare import finite
-from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table
+from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.read_study import Found
@@ -191,11 +190,6 @@ def shown(cell: Cell) -> str:
     if cell is None:
         return NOT_MEASURED
     return rounded(cell) if isinstance(cell, float) else str(cell)
-
-
-def slug(text: str) -> str:
-    """For a file's name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 
 @cache

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.run_folder import RunFolder
 from pipeline.forecast.plan import Cluster, Plan
 from pipeline.measure.memory import hardware_differences
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import Recipe, Role, select
-from pipeline.report.results import read_run
-from pipeline.report.runs import ReportError, recipe_of
+from pipeline.report.results import Run, TrainedOn, read_run
+from pipeline.report.runs import ReportError
 from pipeline.report.selection import trained_apart
-from pipeline.track.journal import read
-from pipeline.track.provenance import told_in
 
 
 @dataclass(frozen=True)
@@ -34,19 +31,19 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Of one rule's plan."""
+    """The errors of one rule's plan."""
 
     run: str
     rule: str
+    own_cores: bool
+    """others may have trained beside it, which are in no plan"""
     saved_bytes: Quantity
     step_s: Quantity
     """of the batches whose speed counts: neither the first nor those on which bytes or operations
     are counted
     """
-    own_cores: bool
-    """others may have trained beside it, which are in no plan"""
 
-    def told(self) -> str:
+    def describe(self) -> str:
         saved, step = self.saved_bytes, self.step_s
         return (
             f"Against {self.run}, {self.rule}: saved for backward {saved.planned / 1e6:.4g} MB"
@@ -60,15 +57,9 @@ class Errors:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "run": self.run,
-            "rule": self.rule,
-            "own_cores": self.own_cores,
-            **{
-                name: {"planned": each.planned, "measured": each.measured, "error": each.error}
-                for name, each in (("saved_bytes", self.saved_bytes), ("step_s", self.step_s))
-            },
-        }
+        quantities = {"saved_bytes": self.saved_bytes, "step_s": self.step_s}
+        errors = {name: {**asdict(each), "error": each.error} for name, each in quantities.items()}
+        return {**asdict(self), **errors}
 
 
 def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> None:
@@ -78,38 +69,32 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
         ReportError: it has not finished, was of another recipe, on other machines or other workers,
         or changed them on the way.
     """
-    summary = _summary(folder)
-    on = _trained_on(folder, summary)
-    found = (
-        [("workers", cluster.workers, on["world_size"])]
-        if on["world_size"] != cluster.workers
-        else []
-    )
-    found += _other_machine(cluster, on)
-    theirs = recipe_of(folder)
+    run, on = _measured(folder)
+    found = [("workers", cluster.workers, on.world_size)]
+    found = [each for each in found if each[1] != each[2]] + _other_machine(cluster, on)
     mine = recipe.resolved().to_json()["recipe"]
     found += list(
         differing(
             "",
             *(
                 select(each, lambda role: Role.STUDY in role and Role.NO_STEP_COST not in role)
-                for each in (mine, theirs)
+                for each in (mine, run.recipe)
             ),
         )
     )
     _refuse_if(found, folder)
 
 
-def _other_machine(cluster: Cluster, on: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]]:
     """How the machine that is planned for differs from the one that a run was trained on; a card's
     host is in no plan.
     """
-    there = on["hardware"]
+    there = on.hardware
     if cluster.device is not None:
         return list(differing("card", cluster.device.driver, there["gpu"]))
     found = [
         (f"hardware.{name}", *values)
-        for name, *values in hardware_differences(there, own_cores=on["own_cores"])
+        for name, *values in hardware_differences(there, own_cores=on.own_cores)
     ]
     if there["threads"] != cluster.threads:
         found.append(("cpus-per-worker", cluster.threads, there["threads"]))
@@ -123,39 +108,43 @@ def errors(found: Plan, folder: Path) -> Errors:
         ReportError: the plan has no such rule, another one of its label, or a micro-batch that the
         run was not trained in.
     """
-    summary = _summary(folder)
-    planned = next((each for each in found.rules if each.rule == summary["rule"]), None)
+    run, on = _measured(folder)
+    planned = next((each for each in found.rules if each.rule == run.rule), None)
     if planned is None:
-        told = ", ".join(each.rule for each in found.rules) or "none"
+        rules = ", ".join(each.rule for each in found.rules) or "none"
         raise ReportError(
-            f"plan: --against must be of a rule that is planned, {told}; got {summary['rule']} of"
+            f"plan: --against must be of a rule that is planned, {rules}; got {run.rule} of"
             f" {folder.name}"
         )
-    on = _trained_on(folder, summary)
-    of_rule = differing("rule", {**planned.written}, recipe_of(folder)["rule"])
-    _refuse_if(
-        [*of_rule, *differing("micro_batch", planned.micro_batch, on["micro_batch"])], folder
-    )
+    of_rule = differing("rule", {**planned.written}, run.recipe["rule"])
+    _refuse_if([*of_rule, *differing("micro_batch", planned.micro_batch, on.micro_batch)], folder)
+    summary = run.summary or {}
     batch_size = planned.images_per_s * planned.step_s
     return Errors(
         run=folder.name,
         rule=planned.rule,
         saved_bytes=Quantity(planned.saved_bytes, summary["peak_saved_bytes"]),
         step_s=Quantity(planned.step_s, batch_size / summary["images_per_s"]),
-        own_cores=on["own_cores"],
+        own_cores=on.own_cores,
     )
 
 
-def _trained_on(folder: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What it was, from the first step to the last."""
-    first, *later = told_in(summary, read(RunFolder(folder).journal))
+def _measured(folder: Path) -> tuple[Run, TrainedOn]:
+    """The run, and what it was trained on from the first step to the last."""
+    run = read_run(folder)
+    if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
+        raise ReportError(
+            "plan: --against must be a run that has finished, of more than a few batches, on one"
+            f" of which its saved bytes were counted; got {folder.name}"
+        )
+    first, *later = run.trained_on
     if later:
-        changed = listed(list(trained_apart([first], later)))
+        changed = listed(list(trained_apart([asdict(first)], [asdict(each) for each in later])))
         raise ReportError(
             f"plan: --against must be a run that changed nothing on the way; {folder.name} did:"
             f" {changed}"
         )
-    return first
+    return run, first
 
 
 def _refuse_if(differs: Sequence[tuple[str, Any, Any]], folder: Path) -> None:
@@ -164,13 +153,3 @@ def _refuse_if(differs: Sequence[tuple[str, Any, Any]], folder: Path) -> None:
         raise ReportError(
             f"plan: --against must be a run of what is planned; {folder.name} differs: {shown}"
         )
-
-
-def _summary(folder: Path) -> Mapping[str, Any]:
-    summary = read_run(folder).summary
-    if summary is None or not summary.get("images_per_s") or not summary.get("peak_saved_bytes"):
-        raise ReportError(
-            "plan: --against must be a run that has finished, of more than a few batches, on one"
-            f" of which its saved bytes were counted; got {folder.name}"
-        )
-    return summary

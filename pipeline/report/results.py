@@ -24,7 +24,7 @@ from pipeline.core.units import counted
 from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
 from pipeline.report import history
 from pipeline.report.history import History, count, number
-from pipeline.report.runs import ReportError, load, run_folders, summary_of
+from pipeline.report.runs import ReportError, folders_in, load, summary_of
 from pipeline.track.events import Event, Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, every, last_event, read_events
 from pipeline.track.provenance import told_in, trained_on
@@ -351,7 +351,7 @@ def read_run(folder: Path) -> Run:
 def read_runs(runs_dir: Path) -> list[Run]:
     """All runs in a folder, by name. One with a damaged file says so in `damage`."""
     found: list[Run] = []
-    for folder in run_folders(runs_dir):
+    for folder in folders_in(runs_dir):
         try:
             found.append(read_run(folder))
         except ReportError as error:

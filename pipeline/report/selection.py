@@ -12,14 +12,8 @@ from pipeline.core.units import counted
 from pipeline.recipe import is_baseline
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import Role, select
-from pipeline.report.results import Run, read_run, refuse_damage
+from pipeline.report.results import Run, flat, read_run, refuse_damage
 from pipeline.report.runs import ReportError, find_run
-
-
-def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe as JSON that all runs of one study share."""
-    return select(recipe, lambda role: Role.STUDY in role)
-
 
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
@@ -28,14 +22,32 @@ class ComparisonError(ReportError):
     """Runs that must not be compared, or none to compare; one line that names what differs."""
 
 
-def newest_study(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
-    """The runs of the study whose run finished last.
+def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe as JSON that all runs of one study share."""
+    return select(recipe, lambda role: Role.STUDY in role)
 
-    Trials of a search belong to none: they are judged on a part of the training set.
+
+def chosen(
+    runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
+) -> list[Run]:
+    """The runs that names, paths and study keys mean, in the order of the names; without names
+    those of the study whose run finished last.
+
+    Trials of a search belong to no study: they are judged on a part of the training set.
+
+    Args:
+        runs: all runs of the folder.
 
     Raises:
-        ComparisonError: no run has finished.
+        ReportError: nothing, or several, answer to a name.
+        ComparisonError: there are no names, and no run has finished.
     """
+    if not names:
+        return _newest(runs_dir, runs)
+    return _named(runs_dir, [os.fspath(name) for name in names], runs)
+
+
+def _newest(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         refuse_damage(run)
     finished = sorted((run for run in runs if run.is_finished), key=lambda run: run.ended)
@@ -52,17 +64,10 @@ def newest_study(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.study == newest.study]
 
 
-def named(
-    runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
-) -> list[Run]:
-    """The runs that names, paths and study keys mean, in the order of the names.
-
-    Raises:
-        ReportError: nothing, or several, answer to a name.
-    """
+def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
     found: dict[Path, Run] = {}
-    for text in [os.fspath(name) for name in names]:
+    for text in names:
         keys = {run.study for run in runs if text and run.study.startswith(text)}
         if not keys or (runs_dir / text).exists():
             folder = find_run(runs_dir, text, among=[run.folder for run in runs]).resolve()
@@ -188,11 +193,8 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`hardware.cpu` and the like with their values, each once; a single one stands alone."""
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
-        machine = {
-            f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()
-        }
-        for name, value in {**each, **machine}.items():
-            if name != "hardware" and value not in columns.setdefault(name, []):
+        for name, value in flat(each).items():
+            if value not in columns.setdefault(name, []):
                 columns[name].append(value)
     return {name: values[0] if len(values) == 1 else values for name, values in columns.items()}
 

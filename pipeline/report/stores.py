@@ -49,7 +49,6 @@ ARTIFACTS = (
 MOST_BYTES = 64 << 20  # of an artifact that is read whole, as a person looks at it
 LOCKED_S = 2.0
 _THINNED_BYTES = 8 << 20  # about so much of the curve of a longer journal is kept
-_READABLE = "are the file and its folder readable to you?"
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
 _OF_SUITES = (REPORT, REPORT_DATA)  # of a run that may be deleted: its id is from tags of others
 _SUMMARY = "summary/"
@@ -290,8 +289,10 @@ _RUNS = f"""
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
 """
 _OF_STUDY = """
-    and exists (select 1 from tags s
-                where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study' and s.value = ?)
+    and r.run_uuid in (select run_uuid from tags where key = 'spiketrain.study' and value = ?)
+"""
+_LATEST = """
+    select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
 """
 _PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
@@ -313,18 +314,15 @@ class SqliteStore:
             return _runs(connection.execute(_RUNS).fetchall(), times, {})
 
     def runs(self, study: str | None) -> list[StoredRun]:
-        latest = "select key, value, is_nan, timestamp from latest_metrics where run_uuid = ?"
+        of, values = ("", ()) if study is None else (_OF_STUDY, (study,))
+        with self._connection() as connection:
+            rows = connection.execute(_RUNS + of, values).fetchall()
+            latest = connection.execute(_LATEST + of, values).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
-        with self._connection() as connection:
-            query = _RUNS if study is None else _RUNS + _OF_STUDY
-            rows = connection.execute(query, () if study is None else (study,)).fetchall()
-            for run in {row[0] for row in rows}:
-                found = connection.execute(latest, (run,)).fetchall()
-                metrics[run] = {
-                    key: math.nan if is_nan else value for key, value, is_nan, _ in found
-                }
-                times[run] = max((time for *_, time in found), default=0)
+        for run, key, value, is_nan, time in latest:
+            metrics.setdefault(run, {})[key] = math.nan if is_nan else value
+            times[run] = max(time, times.get(run, 0))
         return sorted(_runs(rows, times, metrics), key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -373,69 +371,70 @@ class SqliteStore:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        if self._size() == 0:
-            empty = "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
-            raise StoreError(f"store {self.file} {empty}")
+        """Read-only, unless SQLite must first undo a write in which its writer was killed."""
+        self._refuse_unless_filled()
         try:
-            with closing(self._opened()) as connection:
+            try:
+                connection = self._opened("ro")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode not in _TO_BE_UNDONE:
+                    raise
+                connection = self._opened("rw")
+            with closing(connection):
                 yield connection
         except sqlite3.OperationalError as error:
-            raise StoreError(f"store {self.file} {_explained(error)}") from error
+            text = str(error)
+            said = next((said for words, said in _TROUBLE.items() if words in text), _UNREADABLE)
+            raise StoreError(f"store {self.file} {said.format(text)}") from error
         except sqlite3.DatabaseError as error:
             advice = "move it away: `spiketrain sync RUN` fills a new one from the journals"
             raise StoreError(f"store {self.file} is damaged ({error}); {advice}") from error
 
-    def _size(self) -> int:
-        try:
-            facts = self.file.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            facts = None
-        except OSError as error:
-            raise StoreError(
-                f"store {self.file} cannot be read ({error.strerror}); {_READABLE}"
-            ) from error
-        if facts is None or not stat.S_ISREG(facts.st_mode):
-            advice = "launch a run, or name another by MLFLOW_TRACKING_URI"
-            raise StoreError(f"store {self.file} does not exist; {advice}")
-        return facts.st_size
-
-    def _opened(self) -> sqlite3.Connection:
-        """Read-only, unless SQLite must first undo a write in which its writer was killed."""
-        connection = self._open("ro")
+    def _opened(self, mode: str) -> sqlite3.Connection:
+        place = f"file:{quote(str(self.file))}?mode={mode}"
+        connection = sqlite3.connect(place, uri=True, timeout=LOCKED_S)
         try:
             connection.execute("select 1 from alembic_version").fetchall()
-        except sqlite3.OperationalError as error:
-            connection.close()
-            if error.sqlite_errorcode not in (
-                sqlite3.SQLITE_READONLY_ROLLBACK,
-                sqlite3.SQLITE_CANTOPEN,
-            ):
-                raise
-            connection = self._open("rw")
         except sqlite3.DatabaseError:
             connection.close()
             raise
         return connection
 
-    def _open(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(
-            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
-        )
+    def _refuse_unless_filled(self) -> None:
+        why = ""
+        try:
+            facts = self.file.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                why = _MISSING
+            elif not facts.st_size:
+                why = "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
+        except (FileNotFoundError, NotADirectoryError):
+            why = _MISSING
+        except OSError as error:
+            why = _UNREADABLE.format(error.strerror)
+        if why:
+            raise StoreError(f"store {self.file} {why}")
 
 
-def _explained(error: sqlite3.OperationalError) -> str:
-    text = str(error)
-    if "locked" in text or "busy" in text:
-        return (
-            f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
-        )
-    if "no such table: alembic_version" in text:
-        advice = "look again, name another, or move it away: `spiketrain sync RUN` fills a new one"
-        return f"is no MLflow store, or is being made; {advice}"
-    if "no such table" in text or "no such column" in text:
-        upgrade = "look again, then mlflow db upgrade sqlite:///FILE"
-        return f"is being made, or is of another version of MLflow ({text}); {upgrade}"
-    return f"cannot be read ({text}); {_READABLE}"
+_TO_BE_UNDONE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
+_MISSING = "does not exist; launch a run, or name another by MLFLOW_TRACKING_URI"
+_UNREADABLE = "cannot be read ({}); are the file and its folder readable to you?"
+_LOCKED = f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+_OTHER_VERSION = (
+    "is being made, or is of another version of MLflow ({}); look again, then mlflow db upgrade"
+    " sqlite:///FILE"
+)
+_TROUBLE = {
+    "locked": _LOCKED,
+    "busy": _LOCKED,
+    "no such table: alembic_version": (
+        "is no MLflow store, or is being made; look again, name another, or move it away:"
+        " `spiketrain sync RUN` fills a new one"
+    ),
+    "no such table": _OTHER_VERSION,
+    "no such column": _OTHER_VERSION,
+}
+"""what a message of SQLite means, by words of it"""
 
 
 def _runs(

@@ -1,8 +1,6 @@
 """The results of a suite: its own report once all runs are over, or its comparisons so far.
 
-A search's report: shared settings for every rule, beside each rule with its own best value.
-
-The trials are listed with their accuracy on the held-out part of the training set.
+`print_protocols` is the report of a search.
 """
 
 from __future__ import annotations
@@ -21,14 +19,9 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import flat
 from pipeline.recipe.suite import Report, SuiteFile, is_suite
-from pipeline.report.compare import comparisons, finite, print_studies, unfinished_to_json
+from pipeline.report.compare import comparisons, finite, print_comparison, unfinished_to_json
 from pipeline.report.results import Run, read_run, read_runs
-from pipeline.report.runs import (
-    AmbiguousName,
-    ReportError,
-    find_run_or_suite,
-    run_and_suite_folders,
-)
+from pipeline.report.runs import AmbiguousName, ReportError, find_run, folders_in
 from pipeline.report.selection import is_study, written
 from pipeline.report.study import WITHIN
 from pipeline.track.state import is_driven, state_of
@@ -42,10 +35,10 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
         ReportError: a suite beside something else, or a name that begins those of several runs
             and no study's key.
     """
-    there = run_and_suite_folders(runs_dir)
+    there = folders_in(runs_dir, suites=True)
     for name in names:
         try:
-            folder = find_run_or_suite(runs_dir, name, among=there)
+            folder = find_run(runs_dir, name, suites=True, among=there)
         except AmbiguousName:
             if not is_study(read_runs(runs_dir), name):
                 raise
@@ -117,43 +110,38 @@ def print_suite(
             f"compare: {folder.name} has a report of its own, so --against and --within have no"
             f" effect; got {against}, {within:g}"
         )
-    runs, over = entries_in(folder), over_in(folder)
+    over = over_in(folder)
+    left = {name: run for name, run in entries_in(folder).items() if name not in over}
+    done = f"{len(over)} of {len(over) + len(left)}"
     if format == "json" and report is not None:
-        _print_json(folder, report, runs, over, console)
+        if left:
+            raise ValueError(f"compare: {folder.name} must have finished; {done} runs have")
+        _print_json(folder.name, report, over, console)
         return None
-    if len(over) == len(runs) and report is not None:
+    if report is not None and not left:
         return own_report(folder.name, report, over, console)
     if report is None:
         ended = [run for run in map(read_run, over.values()) if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
         folders = [run.folder for run in ended if run.study in studies]
-        about: dict[str, Any] = {"format": format, "against": against, "within": within}
-        print_studies(folder.parent, folders, **about, console=console)
+        judged: dict[str, Any] = {"against": against, "within": within, "format": format}
+        print_comparison(folder.parent, folders=folders, **judged, console=console)
         for run in (run for run in ended if run.study not in studies):
             say(beside, f"{run.name} diverged, and so did all other ended runs of its study")
-    if len(over) < len(runs):
-        for name, run in ((name, run) for name, run in runs.items() if name not in over):
-            state = f"is {state_of(run)}" if run.exists() else "has not begun"
-            say(beside, f"not finished: {name} ({run.name}) {state}")
+    for name, run in left.items():
+        state = f"is {state_of(run)}" if run.exists() else "has not begun"
+        say(beside, f"not finished: {name} ({run.name}) {state}")
+    if left:
         until = "" if report is None else ", the report is printed when all have"
         command = "" if is_driven(folder) else how_to_resume(folder)
-        count = f"{len(over)} of {len(runs)} finished{until}"
-        say(beside, f"{count}; {command}" if command else count, whole=[command])
+        counts = f"{done} finished{until}"
+        say(beside, f"{counts}; {command}" if command else counts, whole=[command])
     return None
 
 
-def _print_json(
-    folder: Path,
-    report: Report,
-    runs: Mapping[str, Path],
-    over: Mapping[str, Path],
-    console: Console,
-) -> None:
-    if len(over) < len(runs):
-        have = f"{len(over)} of {len(runs)} runs have"
-        raise ValueError(f"compare: {folder.name} must have finished; {have}")
-    value = own_report(folder.name, report, over, Console(file=io.StringIO())).value
-    whose = f"the report of {folder.name}"
+def _print_json(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> None:
+    value = own_report(suite, report, over, Console(file=io.StringIO())).value
+    whose = f"the report of {suite}"
     if value is None:
         raise ValueError(f"compare: {whose} returns nothing, so there is no --format json of it")
     try:
@@ -170,7 +158,8 @@ TITLES = {
 
 
 def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """Print a table for each study of a protocol, and one of the trials.
+    """Print a search: shared settings for every rule, then each rule with its own best value, then
+    the trials with their accuracy on the held-out part of the training set.
 
     A study whose runs all diverged has no table: its runs are named.
 
@@ -213,12 +202,12 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
 
 def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """The trials of each search in the order that they were tried in, and which was taken."""
-    searches: dict[tuple[str, str], dict[str, float | None]] = {}
+    searches: dict[str, dict[str, float | None]] = {}
     for run in runs:
         top1 = None if run.state == "diverged" else run.value("top1")
-        searches.setdefault((run.study, _search(run)), {})[run.name] = top1
+        searches.setdefault(_search(run), {})[run.name] = top1
     for run in runs:
-        tried = searches[run.study, _search(run)]
+        tried = searches[_search(run)]
         [field] = run.recipe["tuned"]
         yield {
             "run": run.name,
@@ -231,28 +220,22 @@ def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
 
 
 def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
-    rows = []
-    for trial in trials:
-        top1 = "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}"
-        rows.append(
-            (
-                trial["rule"],
-                trial["field"],
-                str(trial["value"]),
-                top1,
-                "taken" if trial["taken"] else "",
-            )
+    rows = [
+        (
+            trial["rule"],
+            trial["field"],
+            str(trial["value"]),
+            "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}",
+            "taken" if trial["taken"] else "",
         )
-    print_table(
-        console,
-        ("rule", "field", number("value"), number("top-1"), ""),
-        rows,
-        title="trials, on a held-out part",
-    )
+        for trial in trials
+    ]
+    columns = ("rule", "field", number("value"), number("top-1"), "")
+    print_table(console, columns, rows, title="trials, on a held-out part")
 
 
 def _search(run: Run) -> str:
     """What the trials of one search share: all but their name and the value that they try."""
     tried = ("name", *run.recipe["tuned"])
     fields = {key: value for key, value in flat(run.recipe) if key not in tried}
-    return json.dumps(fields, sort_keys=True)
+    return json.dumps([run.study, fields], sort_keys=True)

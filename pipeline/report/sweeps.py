@@ -1,12 +1,10 @@
-"""Sweeps over time steps, as `spiketrain sweep --format json` prints them: what pages show of
-one.
-
-Each rule's memory and time against the number of time steps, from a sweep's JSON.
+"""Sweeps over time steps, as `spiketrain sweep --format json` prints them: their figures and the
+table of largest batches.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +14,6 @@ from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.figure import Figure, Table, color, drawing, plain, symbol, titled
 from pipeline.report.runs import ReportError
 
-_NUMBERS = ("peak_saved_bytes", "forward_s", "backward_s")
 LARGEST_SAID = (
     "The largest batch that fits, and how fast forward and backward of it are, beside the faster "
     f"{BASELINE} at its own largest batch: the speed that a rule's memory buys on the same card "
@@ -26,143 +23,108 @@ LARGEST_SAID = (
 )
 
 
-class Largest(NamedTuple):
-    """A rule's own largest batch at one T. One that was not tried has no speed."""
+class Point(NamedTuple):
+    """One rule at one T."""
 
     rule: str
     time_steps: int
-    batch: int
-    images_per_s: float | None  # of forward and backward
-    base_batch: int | None  # of the faster BPTT at that T; None where no BPTT was tried
-    ratio: float | None  # images_per_s over that BPTT's
-
-
-def largest(sweep: Mapping[str, Any]) -> list[Largest]:
-    """Each rule's own largest batch, in the order of the sweep; none where none was looked for."""
-    points = [point for point in sweep["points"] if "largest_batch" in point]
-    fastest: dict[int, tuple[float, int]] = {}
-    for point in points:
-        T, speed = point["time_steps"], _images_per_s(point)
-        if speed is not None and is_baseline(point["cost"]["rule"]):
-            fastest[T] = max((speed, point["largest_batch"]), fastest.get(T, (0.0, 0)))
-    found: list[Largest] = []
-    for point in points:
-        T, speed = point["time_steps"], _images_per_s(point)
-        base_speed, base_batch = fastest.get(T, (None, None))
-        ratio = None if speed is None or base_speed is None else speed / base_speed
-        found.append(
-            Largest(str(point["cost"]["rule"]), T, point["largest_batch"], speed, base_batch, ratio)
-        )
-    return found
-
-
-def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
-    """One row for each rule and T; None where no largest batch was looked for."""
-    rows = [
-        (each.rule, each.time_steps, each.batch, each.images_per_s, each.ratio)
-        for each in largest(sweep)
-    ]
-    limit = sweep.get("memory_bytes")
-    batch = "largest batch" if limit is None else f"largest batch in {limit / 1e9:.3g} GB"
-    speeds = ("images/s of its forward and backward", f"× the faster {BASELINE}'s")
-    return Table(columns=("rule", "time steps", batch, *speeds), rows=tuple(rows)) if rows else None
+    saved: float  # bytes
+    kept: float | None  # with states, where the sweep has them
+    seconds: float  # of forward and backward
+    batch: int | None  # the rule's own largest; None where none was looked for
+    images_per_s: float | None  # of forward and backward of that batch; None where it was not tried
 
 
 class Swept(NamedTuple):
-    """What a page shows of one sweep."""
+    """A sweep on a page."""
 
-    key: str  # on the page
+    key: str
     recipe: str
     figures: tuple[Figure, ...]
     largest: Table | None  # None where no largest batch was looked for
+
+
+def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
+    """The sweep, if it is one.
+
+    Raises:
+        ReportError: the value, which came from `where`, is no sweep.
+    """
+    try:
+        format_hardware(value["hardware"])
+        numbers = (int(value["samples"]), int(value.get("memory_bytes") or 0))
+        text = (str(value["recipe"]), str(value["commit"]))
+        json.dumps([points_of(value), numbers, text], allow_nan=False)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ReportError(
+            f"report: {where} must hold what sweep --format json prints; {error!r}"
+        ) from error
+    return value
+
+
+def points_of(sweep: Mapping[str, Any]) -> list[Point]:
+    return list(map(_point, sweep["points"]))
+
+
+def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:
+    """At each T the faster BPTT at its own largest batch, where one was tried."""
+    tried = [each for each in points if each.images_per_s is not None and is_baseline(each.rule)]
+    return {
+        each.time_steps: each for each in sorted(tried, key=lambda each: each.images_per_s or 0)
+    }
 
 
 def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
     """Of each sweep that has points; one of a single T with largest batches has no figures."""
     found = [(sweep, largest_batches(sweep)) for sweep in sweeps if sweep["points"]]
     for index, (sweep, table) in enumerate(found, start=1):
-        is_of_one = table is not None and len({each["time_steps"] for each in sweep["points"]}) == 1
+        is_of_one = table is not None and len({each.time_steps for each in points_of(sweep)}) == 1
         figures = () if is_of_one else of_a_sweep(sweep)
         yield Swept(f"sweep{index}", str(sweep["recipe"]), figures, table)
 
 
-def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
-    """The fields of a sweep that pages show.
-
-    Raises:
-        ReportError: the value, which came from `where`, is no sweep.
-    """
-    try:
-        kept: dict[str, Any] = {name: str(value[name]) for name in ("recipe", "commit")}
-        kept |= {"samples": int(value["samples"]), "hardware": dict(value["hardware"])}
-        format_hardware(kept["hardware"])  # as pages do
-        if value.get("memory_bytes") is not None:
-            kept["memory_bytes"] = int(value["memory_bytes"])
-        return {**kept, "points": [_point(point) for point in value["points"]]}
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ReportError(
-            f"report: {where} must hold what sweep --format json prints; {error!r}"
-        ) from error
-
-
-def _point(value: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {"time_steps": int(value["time_steps"]), "cost": _cost(value["cost"])}
-    if value.get("largest_batch") is not None:
-        kept["largest_batch"] = int(value["largest_batch"])
-    if value.get("at_largest") is not None:
-        kept["at_largest"] = cost = _cost(value["at_largest"])
-        if not float(cost["forward_s"]) + float(cost["backward_s"]):
-            raise ValueError("at_largest must have taken seconds; got 0")
-    return kept
-
-
-def _cost(value: Any) -> dict[str, Any]:
-    cost = dict(value)
-    cost["rule"]
-    has_states = cost.get("state_bytes") is not None
-    for name in (*_NUMBERS, *(("state_bytes",) if has_states else ())):
-        if not 0 <= float(cost[name]) < math.inf:  # null in a report.json where it is not finite
-            raise ValueError(f"{name} must be a number from 0; got {cost[name]!r}")
-    return cost
-
-
-def _images_per_s(point: Mapping[str, Any]) -> float | None:
-    cost = point.get("at_largest")
-    return cost and point["largest_batch"] / (float(cost["forward_s"]) + float(cost["backward_s"]))
-
-
-_HEIGHT = 380
-_DOTTED = ", with states"
-
-
-class _Point(NamedTuple):
-    """One rule at one T."""
-
-    time_steps: int
-    saved: float
-    kept: float | None  # with states, where the sweep has them
-    seconds: float
+def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
+    """One row for each rule and T; None where no largest batch was looked for."""
+    points = [each for each in points_of(sweep) if each.batch is not None]
+    fastest = fastest_baselines(points)
+    rows: list[tuple[Any, ...]] = []
+    for each in points:
+        base, speed = fastest.get(each.time_steps), each.images_per_s
+        ratio = None if speed is None or base is None else speed / (base.images_per_s or 1)
+        rows.append((each.rule, each.time_steps, each.batch, speed, ratio))
+    limit = sweep.get("memory_bytes")
+    batch = "largest batch" if limit is None else f"largest batch in {limit / 1e9:.3g} GB"
+    speeds = ("images/s of its forward and backward", f"× the faster {BASELINE}'s")
+    return Table(columns=("rule", "time steps", batch, *speeds), rows=tuple(rows)) if rows else None
 
 
 def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
     """Memory and time against T, of a sweep that has points."""
-    by_rule: dict[str, list[_Point]] = {}
-    for point in sweep["points"]:
-        by_rule.setdefault(str(point["cost"]["rule"]), []).append(
-            _plotted(point["time_steps"], point["cost"])
-        )
+    by_rule: dict[str, list[Point]] = {}
+    for point in points_of(sweep):
+        by_rule.setdefault(point.rule, []).append(point)
     return _memory(sweep, by_rule), _time(sweep, by_rule)
 
 
-def _plotted(time_steps: int, cost: Mapping[str, Any]) -> _Point:
+def _point(value: Mapping[str, Any]) -> Point:
+    cost, tried, batch = value["cost"], value.get("at_largest"), value.get("largest_batch")
     saved, states = float(cost["peak_saved_bytes"]), cost.get("state_bytes")
-    kept = None if states is None else saved + float(states)
-    return _Point(
-        int(time_steps), saved, kept, float(cost["forward_s"]) + float(cost["backward_s"])
+    return Point(
+        rule=str(cost["rule"]),
+        time_steps=int(value["time_steps"]),
+        saved=saved,
+        kept=None if states is None else saved + float(states),
+        seconds=_seconds(cost),
+        batch=batch,
+        images_per_s=None if tried is None else (batch or 0) / _seconds(tried),
     )
 
 
-def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> Figure:
+def _seconds(cost: Mapping[str, Any]) -> float:
+    return float(cost["forward_s"]) + float(cost["backward_s"])
+
+
+def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> Figure:
     every = [point for points in by_rule.values() for point in points]
     scale, unit = unit_of("B", [point.kept or point.saved for point in every])
     has_states = any(point.kept is not None for point in every)
@@ -197,7 +159,7 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -
     )
 
 
-def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> Figure:
+def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> Figure:
     data = [
         _line(place, rule, points, [1e3 * point.seconds for point in points], "ms")
         for place, (rule, points) in enumerate(by_rule.items())
@@ -235,14 +197,14 @@ def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[_Point]]) -> 
 def _line(
     place: int,
     rule: str,
-    points: Sequence[_Point],
+    points: Sequence[Point],
     y: Sequence[float | None],
     unit: str,
     *,
     is_dotted: bool = False,
 ) -> dict[str, Any]:
     """A dotted line is in the legend with the rule's own."""
-    name = plain(rule) + (_DOTTED if is_dotted else "")
+    name = plain(rule) + (", with states" if is_dotted else "")
     width, dash = (1, "dot") if is_dotted else (2, "solid")
     return {
         "type": "scatter",
@@ -259,11 +221,11 @@ def _line(
 
 
 def _drawing(
-    data: Sequence[dict[str, Any]], by_rule: Mapping[str, Sequence[_Point]], title: str
+    data: Sequence[dict[str, Any]], by_rule: Mapping[str, Sequence[Point]], title: str
 ) -> dict[str, Any]:
     steps = sorted({point.time_steps for points in by_rule.values() for point in points})
     x, y = titled("time steps T", tickvals=steps), titled(title, rangemode="tozero")
-    return drawing(data, height=_HEIGHT, xaxis=x, yaxis=y)
+    return drawing(data, height=380, xaxis=x, yaxis=y)
 
 
 def _caption(sweep: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.claims import Claim, held_to, not_judged, seeds_in_words
 from pipeline.report.results import Run
 from pipeline.report.study import spread_of
-from pipeline.report.sweeps import largest
+from pipeline.report.sweeps import fastest_baselines, points_of
 
 
 def flat_in_t(
@@ -43,12 +43,16 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
 
     Of batches that were trained; no paper has these, so nothing is judged.
     """
-    found = [] if sweep is None else [each for each in largest(sweep) if each.rule == rule]
+    points = [] if sweep is None else points_of(sweep)
+    fastest, batches, speeds = fastest_baselines(points), [], []
+    for each in points:
+        base = fastest.get(each.time_steps)
+        if each.rule == rule and each.images_per_s is not None and base is not None:
+            batches.append(f"T = {each.time_steps}: {each.batch:,} of {base.batch:,}")
+            ratio = each.images_per_s / (base.images_per_s or 1)
+            speeds.append(f"T = {each.time_steps}: {ratio:.2f}")
     limit = None if sweep is None else sweep.get("memory_bytes")
     where = "" if limit is None else f" in {limit / 1e6:.4g} MB"
-    tried = [each for each in found if each.ratio is not None]
-    batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
-    speeds = [f"T = {each.time_steps}: {each.ratio:.2f}" for each in tried]
     for claim, values in (("images of its largest batch", batches), ("images/s of it", speeds)):
         ours = ", ".join(values) or "not measured"
         yield not_judged(

@@ -175,10 +175,17 @@ def _most_complete(study: str, found: list[Comparison], console: Console) -> Com
     line tells of runs elsewhere.
     """
     judged = max(
-        found, key=lambda comparison: (len(CLAIMED & set(comparison.rules)), len(comparison.runs))
+        found,
+        key=lambda comparison: (
+            len(CLAIMED & set(comparison.group.finished_rules)),
+            len(comparison.group.finished),
+        ),
     )
     if elsewhere := [
-        run.name for comparison in found if comparison is not judged for run in comparison.runs
+        run.name
+        for comparison in found
+        if comparison is not judged
+        for run in comparison.group.finished
     ]:
         say(
             console,

@@ -26,7 +26,7 @@ from pipeline.forecast.plan import Cluster, Plan, Planned, _Planner, plan
 from pipeline.measure.processes import NO_CONTENTION, Contention, measure_contention
 from pipeline.measure.traffic import Device, Traffic
 from pipeline.recipe.recipe import Recipe, Spec, spec, write_json
-from pipeline.report.plan import advice, basis, print_plan
+from pipeline.report.forecasts import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT

@@ -19,7 +19,7 @@ from pipeline.forecast.bench import Bench, Cost
 from pipeline.forecast.sweep import COARSE, Sweep, sweep
 from pipeline.measure.memory import memory_now_bytes, peak_rss_bytes, reset_peak_rss
 from pipeline.recipe.recipe import Spec, spec
-from pipeline.report.sweep import print_sweep
+from pipeline.report.forecasts import print_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy

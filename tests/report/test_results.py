@@ -148,7 +148,9 @@ def test_a_damaged_run_is_named(make_run: Callable, runs_dir: Path):
     (make_run("sltt", rule="SLTT", study="f" * 16) / "summary.json").write_text("{")
     with pytest.raises(ReportError, match=r"sltt/summary\.json is not JSON"):
         pipeline.results(runs_dir)
-    assert [run.name for run in compare(runs_dir, ["bptt"]).runs] == ["bptt"]  # of another study
+    assert [run.name for run in compare(runs_dir, ["bptt"]).group.finished] == [
+        "bptt"
+    ]  # of another study
 
 
 def test_where_nothing_is(tmp_path: Path):
