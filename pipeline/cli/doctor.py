@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from pipeline.cli.options import RUNS, Runs
+from pipeline.cli.options import RUNS, Commands, Runs
 from pipeline.core.printing import new_console, say
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ Checkpoints = Annotated[
 _MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
 
 
-def add_doctor_command(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain doctor --address auto --runs /shared/runs")(doctor)
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain doctor --address auto --runs /shared/runs")
 def doctor(
     address: Address = None,
     runs: Runs = RUNS,

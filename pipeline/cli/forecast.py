@@ -12,6 +12,7 @@ import typer
 
 from pipeline.cli.options import (
     RUNS,
+    Commands,
     Cores,
     RecipeFile,
     Runs,
@@ -59,15 +60,10 @@ AgainstRun = Annotated[
 _PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
 
 
-def add_forecast_commands(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")(show)
-    app.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")(probe)
-    app.command(
-        epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
-    )(sweep)
-    app.command(epilog=_PLAN)(plan)
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")
 def show(
     recipe: RecipeFile,
     workers: Workers = 1,
@@ -94,6 +90,7 @@ def show(
     show_recipe(made, workers, steps=steps)
 
 
+@commands.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")
 def probe(
     recipe: RecipeFile,
     batch: Annotated[
@@ -125,6 +122,9 @@ def probe(
     )
 
 
+@commands.command(
+    epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
+)
 def sweep(
     recipe: RecipeFile,
     steps: Annotated[
@@ -193,6 +193,7 @@ def sweep(
     )
 
 
+@commands.command(epilog=_PLAN)
 def plan(
     context: typer.Context,
     recipe: RecipeFile,

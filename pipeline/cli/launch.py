@@ -12,6 +12,7 @@ import typer
 from pipeline.cli.options import (
     RUNS,
     Address,
+    Commands,
     Cores,
     CoresOrAsBefore,
     Device,
@@ -95,15 +96,14 @@ OrResume = Annotated[
 ]
 
 
-def add_launch_commands(app: typer.Typer) -> None:
-    app.command(
-        epilog=(
-            "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
-        )
-    )(launch)
-    app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")(resume)
+commands = Commands()
 
 
+@commands.command(
+    epilog=(
+        "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
+    )
+)
 def launch(
     context: typer.Context,
     recipes: RecipeFiles,
@@ -234,6 +234,7 @@ def _train(
     _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trust), trust)
 
 
+@commands.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
 def resume(
     context: typer.Context,
     run: RunOrSuite,

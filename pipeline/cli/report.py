@@ -1,6 +1,4 @@
-"""`spiketrain compare`, `report` and `dashboard`, which read results. Nothing heavy is imported
-before one of them runs.
-"""
+"""`spiketrain compare`, `report`, `dashboard` and `runs`, which read results."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, Runs, Trust, is_typed, number_option
+from pipeline.cli.options import RUNS, Commands, Runs, Trust, is_typed, number_option
 from pipeline.core.stages import say_stage
 
 Names = Annotated[
@@ -23,12 +21,10 @@ Within = Annotated[
 ]
 
 
-def add_report_commands(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain compare --format json")(compare)
-    app.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")(report)
-    app.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")(dashboard)
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain compare --format json")
 def compare(
     names: Names = None,
     against: Against = "BPTT",
@@ -52,6 +48,7 @@ def compare(
     print_suite(suite, against=against, within=within, format=format_, trust=tuple(trust))
 
 
+@commands.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")
 def report(
     names: Names = None,
     out: Annotated[
@@ -93,6 +90,7 @@ def report(
         print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
 
 
+@commands.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")
 def dashboard(
     context: typer.Context,
     store: Annotated[
@@ -134,3 +132,11 @@ def dashboard(
     from pipeline.report.dashboard.app import serve
 
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)
+
+
+@commands.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
+def runs_(runs: Runs = RUNS) -> None:
+    """List suites and runs with their state and the command that resumes each."""
+    from pipeline.report.listing import print_runs
+
+    print_runs(runs)

@@ -8,17 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, RunName, RunOrSuite, Runs
+from pipeline.cli.options import RUNS, Commands, RunName, RunOrSuite, Runs
 from pipeline.core.units import counted
 
-
-def add_track_commands(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")(sync)
-    app.command(
-        epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best"
-    )(register)
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
     from pipeline.recipe.suite import is_suite, runs_of
@@ -46,6 +42,9 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
         print(f"{found.name}: none of its runs has begun")
 
 
+@commands.command(
+    epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best"
+)
 def register(
     run: RunName,
     name: Annotated[

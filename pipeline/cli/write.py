@@ -1,4 +1,4 @@
-"""`spiketrain write`, which makes data sets. Nothing heavy is imported before a command runs."""
+"""`spiketrain write`, which makes data sets, and `verify`, which checks them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.options import Commands, number_option
+from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.data.ffcv.manifest import Manifest
     from pipeline.data.write.images import Progress as OnProgress
 
-write_app = Commands(
+commands = Commands()
+write = Commands(
     no_args_is_help=True,
     help="Write a data set as FFCV files.",
     epilog="Example: spiketrain write fashion --out data/fashion",
 )
+commands.add_typer(write, name="write")
 
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")
@@ -33,7 +36,7 @@ OnExisting = Annotated[
 Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
 
 
-@write_app.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
+@write.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
 def write_fashion(
     out: Out,
     source: Annotated[
@@ -46,13 +49,13 @@ def write_fashion(
     existing: OnExisting = "refuse",
 ) -> None:
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
-    from pipeline.data.write.images import write_fashion as write
+    from pipeline.data.write.images import write_fashion as write_files
 
     with _progress("fashion") as bar:
-        _report(write(out, workers=workers, source=source, progress=bar, existing=existing))
+        _report(write_files(out, workers=workers, source=source, progress=bar, existing=existing))
 
 
-@write_app.command(
+@write.command(
     "folder",
     epilog=(
         "Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg"
@@ -86,10 +89,10 @@ def write_folder(
     ] = 0,
 ) -> None:
     """A folder of pictures in the layout of ImageNet."""
-    from pipeline.data.write.images import write_folder as write
+    from pipeline.data.write.images import write_folder as write_files
 
     with _progress(source.name) as bar:
-        manifests = write(
+        manifests = write_files(
             source,
             out,
             mode=mode,
@@ -150,7 +153,7 @@ MaxBadRecordings = Annotated[
 ]
 
 
-@write_app.command("events", epilog="Example: spiketrain write events moving --out data/moving")
+@write.command("events", epilog="Example: spiketrain write events moving --out data/moving")
 def write_events(
     name: EventSet,
     out: Out,
@@ -172,7 +175,7 @@ def write_events(
     Generated: moving (shapes whose direction only memory tells), saccades (over Fashion-MNIST).
     Published, read by tonic: nmnist, cifar10dvs, gesture, ncaltech101.
     """
-    from pipeline.data.write.events import write_events as write
+    from pipeline.data.write.events import write_events as write_files
 
     given = {
         "source": source,
@@ -191,10 +194,10 @@ def write_events(
         "existing": existing,
     }
     with _progress(name) as bar:
-        _report(write(name, out, progress=bar, max_bad=max_bad, **how, **options))
+        _report(write_files(name, out, progress=bar, max_bad=max_bad, **how, **options))
 
 
-@write_app.command(
+@write.command(
     "stamps",
     epilog="Example: spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2",
 )
@@ -238,7 +241,7 @@ def write_stamps(
     Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.
     """
-    from pipeline.data.write.stamps import write_stamps as write
+    from pipeline.data.write.stamps import write_stamps as write_files
 
     options = {
         "size": size,
@@ -249,7 +252,24 @@ def write_stamps(
     }
     how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
     with _progress("stamps") as bar:
-        _report(write(out, workers=workers, progress=bar, existing=existing, **options, **how))
+        _report(
+            write_files(out, workers=workers, progress=bar, existing=existing, **options, **how)
+        )
+
+
+@commands.command(epilog="Example: spiketrain verify data/fashion")
+def verify(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")
+    ],
+) -> None:
+    """Check every byte of FFCV files against their manifests."""
+    from pipeline.data.ffcv.page_checks import verify as verify_files
+
+    say_stage(f"reading every byte of {path}")
+    for manifest in verify_files(path):
+        counts = f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
+        print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")
 
 
 @contextmanager

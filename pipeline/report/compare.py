@@ -52,7 +52,7 @@ _FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "step
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs of a study that may be compared, and what a reader must know beside them."""
+    """Runs of a study that may be compared, with notes for the reader."""
 
     group: Group
     elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study that were trained otherwise
@@ -61,13 +61,13 @@ class Comparison:
 
     @property
     def unfinished(self) -> tuple[Run, ...]:
-        """Those without a place in any mean."""
+        """Runs that are not part of any mean."""
         here = (run for run in self.group.runs if not run.is_finished)
         return (*here, *self.elsewhere)
 
     @cached_property
     def behind(self) -> dict[str, dict[str, str]]:
-        """By rule, `tables.behind` of it, with names for JSON."""
+        """`tables.behind` of each rule, with names for JSON."""
         found = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
         return {
             rule: {name.replace(" ", "_").replace("-", "_"): value for name, value in each.items()}
@@ -145,7 +145,7 @@ class Comparison:
                 say(console, line, whole=[how_to_resume(run.folder)])
 
     def _describe_unfinished(self, run: Run) -> str:
-        """Empty for a run that diverged in the group, which a note names."""
+        """A line for the table's end; empty for a diverged run that a note names."""
         if run.state == "diverged":
             what = "diverged, trained otherwise than these: it is in no mean"
             return f"{run.name} ({run.rule}) {what}" if run in self.elsewhere else ""
@@ -199,7 +199,7 @@ def comparisons(
     against: str = BASELINE,
     within: float = WITHIN,
 ) -> list[Comparison]:
-    """Those of the runs that may be compared, by study and machine.
+    """Compare runs, grouped by study and machine.
 
     Raises:
         ComparisonError: nothing of a study finished, or its runs differ in what no key covers.
@@ -273,7 +273,7 @@ def unfinished_to_json(run: Run) -> dict[str, str]:
 
 
 def csv_of(comparisons: Sequence[Comparison]) -> str:
-    """One line for each finished run, with nested fields as `hardware.cpu` and `ratios.top1`."""
+    """One line for each finished run. Nested fields have names such as `hardware.cpu`."""
     rows = [
         {**flat(run), **{name: found[name] for name in ("study", "where", "time_baseline")}}
         for found in (comparison.to_json() for comparison in comparisons)
@@ -286,7 +286,7 @@ def csv_of(comparisons: Sequence[Comparison]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """As JSON has it, with null for NaN and infinities; other values stay as they are."""
+    """JSON values with null in the place of NaN and infinities."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -297,9 +297,7 @@ def finite(value: Any) -> Any:
 def _compared(
     runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool
 ) -> Comparison:
-    """A study that `is_whole` lacks nothing but the baseline, whose runs may be of another
-    suite.
-    """
+    """Compare the members. A whole study (`is_whole`) lacks nothing but the baseline."""
     for run in members:
         refuse_damage(run)
     others = [run for run in members if not run.is_finished]
@@ -356,7 +354,7 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
 
 
 def _where(run: Run) -> str:
-    """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
+    """A place such as `a cpu, 2 cores, 1 thread; 2 workers, with 1 loader thread`."""
     threads = {loaders(on) for on in run.trained_on}
     loader = threads.pop() if len(threads) == 1 else ""  # several are in `places`
     return ", ".join(filter(None, (places(run, between="; "), loader)))
@@ -368,7 +366,7 @@ def _state(run: Run) -> str:
 
 
 def _label(rule: str, *, finished: int, diverged: int) -> str:
-    """`SLTT-1 (2 of 3 runs, the other diverged)`"""
+    """A label such as `SLTT-1 (2 of 3 runs, the other diverged)`."""
     if finished and diverged:
         others = "other" if diverged == 1 else "others"
         return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
@@ -377,7 +375,7 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
 
 
 def _cell(found: tables.Shown | None, console: Console) -> str:
-    """In a terminal the deviation stands below the mean and its ratio."""
+    """The text of a cell. In a terminal the deviation stands below the mean and its ratio."""
     if found is None:
         return "-"
     over = f"\t{found.ratio}" if found.ratio else ""
@@ -387,7 +385,7 @@ def _cell(found: tables.Shown | None, console: Console) -> str:
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:
-    """`inference.energy_j` and `nan`, of each number within an object that JSON does not have."""
+    """The path and the text of each number that JSON does not have."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _not_finite(item, f"{name}.{key}" if name else key)

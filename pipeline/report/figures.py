@@ -1,8 +1,5 @@
-"""The savings of each rule of a group beside the baseline, and their cost in accuracy.
-
-The time of each rule by the parts of a batch.
-
-Learning curves of a group, with restarts, beside the published points that recipes carry.
+"""The figures of a group: costs beside the baseline and against accuracy, where the time goes, and
+learning curves beside published points.
 """
 
 from __future__ import annotations
@@ -58,6 +55,7 @@ def ratios(group: Group) -> Figure | Missing:
 
     data = []
     for index, rule in enumerate(rules):
+        offset = 0.6 * (index / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         here = [
             (place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found
         ]
@@ -67,7 +65,7 @@ def ratios(group: Group) -> Figure | Missing:
                 "name": plain(rule),
                 "mode": "markers+text",
                 "x": [ratio.mean for _, ratio in here],
-                "y": [place + _offset(index, len(rules)) for place, _ in here],
+                "y": [place + offset for place, _ in here],
                 "error_x": _errors([ratio for _, ratio in here], index + 1),
                 "text": [f"{ratio.mean:.2f}" for _, ratio in here],
                 "textposition": "top center",
@@ -127,7 +125,7 @@ def ratios(group: Group) -> Figure | Missing:
 
 
 def trade_off(group: Group, name: str) -> Figure | Missing:
-    """Accuracy against a cost, with those rules marked that no other beats in both."""
+    """Accuracy against a cost. Rules on the Pareto front are marked."""
     cost_of = metric(name)
     what, how = cost_of.title, cost_of.about or "see the table of costs"
     title = f"Accuracy against {what}"
@@ -142,11 +140,38 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
     front = pareto({rule: (cost.mean, top1.mean) for rule, (cost, top1) in points.items()})
     scale, unit = unit_of(cost_of.unit, [cost.mean for cost, _ in points.values()])
 
-    data = [_front_line(points, front, scale)]
-    for rule, spreads in points.items():
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "name": "Pareto front",
+            "mode": "lines",
+            "x": [points[rule][0].mean / scale for rule in front],
+            "y": [100 * points[rule][1].mean for rule in front],
+            "line": {"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
+            "hoverinfo": "skip",
+        }
+    ]
+    for rule, (cost, top1) in points.items():
         place = group.rules.index(rule)
-        shape = symbol(place) if rule in front else f"{symbol(place)}-open"
-        data.append(_marker(rule, *spreads, place=place, shape=shape, scale=scale, unit=unit))
+        marker = {
+            "color": color(place),
+            "symbol": symbol(place) if rule in front else f"{symbol(place)}-open",
+            "size": 12,
+            "line": {"width": 2, "color": color(place)},
+        }
+        data.append(
+            {
+                "type": "scatter",
+                "name": plain(rule),
+                "mode": "markers",
+                "x": [cost.mean / scale],
+                "y": [100 * top1.mean],
+                "error_x": _errors([cost], place, scale=1 / scale),
+                "error_y": _errors([top1], place, scale=100),
+                "marker": marker,
+                "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
+            }
+        )
     x = titled(f"{what}, {unit}", rangemode="tozero")
     rows = [
         (
@@ -194,7 +219,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:
-    """Of an inference: joules measured by cards, multiply-accumulates, accumulates."""
+    """Of an inference: measured joules, multiply-accumulates and accumulates."""
     found = [
         group.spread(rule, name) for name in (ENERGY_MEASURED, "inference.macs", "inference.acs")
     ]
@@ -229,7 +254,7 @@ def _counted_on(group: Group) -> str:
 
 
 def _lost(group: Group) -> str:
-    """` Diverged, and in no mean: SLTT-1 (seed 1, 2).`; empty where nothing did."""
+    """A sentence such as ` Diverged, and in no mean: SLTT-1 (seed 1, 2).`, or an empty text."""
     lost = {
         rule: ", ".join(map(str, sorted(seeds)))
         for rule in group.rules
@@ -239,51 +264,14 @@ def _lost(group: Group) -> str:
     return f" Diverged, and in no mean: {text}." if text else ""
 
 
-def _front_line(
-    points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str], scale: float
-) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "name": "Pareto front",
-        "mode": "lines",
-        "x": [points[rule][0].mean / scale for rule in front],
-        "y": [100 * points[rule][1].mean for rule in front],
-        "line": {"color": MUTED, "width": 1.5, "dash": "dash", "shape": "hv"},
-        "hoverinfo": "skip",
-    }
-
-
-def _marker(
-    rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, scale: float, unit: str
-) -> dict[str, Any]:
-    outline = {"width": 2, "color": color(place)}
-    return {
-        "type": "scatter",
-        "name": plain(rule),
-        "mode": "markers",
-        "x": [cost.mean / scale],
-        "y": [100 * top1.mean],
-        "error_x": _errors([cost], place, scale=1 / scale),
-        "error_y": _errors([top1], place, scale=100),
-        "marker": {"color": color(place), "symbol": shape, "size": 12, "line": outline},
-        "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
-    }
-
-
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Those that no other beats: at no more cost and no less gain, and better in one; cheapest
-    first.
-    """
+    """The names on the Pareto front (least cost, most gain), the cheapest first."""
     kept = [
         name
         for name, (cost, gain) in points.items()
         if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points.values())
     ]
     return sorted(kept, key=lambda name: points[name])
-
-
-def _offset(index: int, count: int) -> float:
-    return 0.0 if count == 1 else 0.6 * (index / (count - 1) - 0.5)
 
 
 def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dict[str, Any]:
@@ -464,14 +452,14 @@ def learning_curves(group: Group) -> Figure | Missing:
 
 
 def standings(group: Group) -> list[str]:
-    """How each run that carries published points stands at the last epoch that both have."""
+    """How each run compares with the published points that its recipe carries."""
     return [f"{run.name}: {standing(run)}" for run in group.runs if published(run)]
 
 
 def standing(run: Run) -> str:
-    """`on track` or `4.0 points below the published run at epoch 4`.
+    """How a run compares with its published log: `on track`, or `4.0 points below ... at epoch 4`.
 
-    Between published points nothing is judged, nor a run of another setting than the log's.
+    Only published epochs are judged, and only runs with the settings of the log.
     """
     if other := _other_setting(run):
         return f"not judged by the published log, which is of another setting: {other}"
@@ -607,7 +595,7 @@ def _rows(run: Run, curve: Sequence[Point]) -> Iterator[tuple[Cell, ...]]:
 
 
 def _mean(points: Sequence[Point], *, after: int) -> Point:
-    """At the last of the points, which follow batch `after`; None for what none of them has."""
+    """The mean of points that follow batch `after`; None where no point has a value."""
     steps = [after, *(each.step for each in points)]
     batches = [max(1, end - begin) for begin, end in itertools.pairwise(steps)]
 

@@ -53,7 +53,7 @@ class History:
 
 
 def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"]) -> History:
-    """From a journal's events, oldest first.
+    """The history of a run from its events, oldest first.
 
     Args:
         redone: batches that a restart repeats are dropped, or kept until it has repeated them.
@@ -154,7 +154,7 @@ def _point(event: Step | Evaluation, seconds: float) -> Point:
 
 
 def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
-    """With those points of `again` that lie behind what `points` has repeated."""
+    """The points, and those of `again` that come after the last repeated step."""
     if not again:
         return list(points)
     repeated = max((each.step for each in points if each.step <= again[-1].step), default=0)

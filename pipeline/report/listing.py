@@ -64,7 +64,7 @@ def how_to_go_on(run: Run) -> str | None:
 
 
 def newest_top1(run: Run) -> float | None:
-    """Of a finished run its result, of another its newest evaluation."""
+    """The result of a finished run, or the newest evaluation of another."""
     if run.state == "finished":
         return run.value("top1")
     evaluation = last_event(RunFolder(run.folder).journal, Evaluation)

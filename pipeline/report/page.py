@@ -23,7 +23,7 @@ from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.claims import Returned
 from pipeline.report.compare import finite
-from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
+from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.read_study import Found
@@ -51,7 +51,7 @@ _NO_SCALING = (
 
 
 def write(study: Study, out: Path) -> Path:
-    """Write the page whole or not at all; returns its path.
+    """Write the page atomically and return its path.
 
     Raises:
         OSError: it cannot be written.
@@ -145,7 +145,7 @@ FIGURES = {
 
 
 class Section(NamedTuple):
-    """A group on a page: figures, and those that nothing was measured for."""
+    """A group on a page: its figures, and the figures without a measurement."""
 
     key: str
     title: str
@@ -155,7 +155,7 @@ class Section(NamedTuple):
 
     @property
     def drawings(self) -> dict[str, Any]:
-        """By the keys of their places."""
+        """The drawings by the keys of their places."""
         return {f"{self.key}-{figure.name}": drawn(figure) for figure in self.figures}
 
     @property
@@ -181,12 +181,12 @@ def section_of(
 
 
 def drawn(figure: Figure) -> Mapping[str, Any]:
-    """In both themes: a page takes the one of its reader's system, and the light one for paper."""
+    """The drawing in both themes. A page uses its reader's theme, and the light one for print."""
     return {theme: figure.draw(theme) for theme in THEMES}
 
 
 def shown(cell: Cell) -> str:
-    """A cell as pages show it; numbers to four digits."""
+    """The text of a cell. Numbers have four digits."""
     if cell is None:
         return NOT_MEASURED
     return rounded(cell) if isinstance(cell, float) else str(cell)
@@ -211,14 +211,10 @@ def environment() -> Environment:
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     made.filters |= {
         "shown": shown,
-        "csv": _data_uri,
+        "csv": lambda table: f"data:text/csv;charset=utf-8,{quote(table.to_csv())}",
         "slug": slug,
         "described": describe_state,
         "standings": standings,
         "swept": lambda sweeps: list(swept(sweeps)),
     }
     return made
-
-
-def _data_uri(table: Table) -> str:
-    return "data:text/csv;charset=utf-8," + quote(table.to_csv())

@@ -18,14 +18,14 @@ from pipeline.report.selection import trained_apart
 
 @dataclass(frozen=True)
 class Quantity:
-    """One that was planned and measured."""
+    """A planned and a measured value."""
 
     planned: float
     measured: float
 
     @property
     def error(self) -> float:
-        """A share of what was measured; above 0 the plan was too high."""
+        """Relative error: positive if the plan was too high."""
         return self.planned / self.measured - 1
 
 
@@ -63,7 +63,7 @@ class Errors:
 
 
 def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> None:
-    """Refuse a run that a plan of `recipe` on `cluster` says nothing about.
+    """Refuse a run that a plan of `recipe` on `cluster` does not describe.
 
     Raises:
         ReportError: it has not finished, was of another recipe, on other machines or other workers,
@@ -86,9 +86,7 @@ def refuse_unless_comparable(recipe: Recipe, cluster: Cluster, folder: Path) -> 
 
 
 def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]]:
-    """How the machine that is planned for differs from the one that a run was trained on; a card's
-    host is in no plan.
-    """
+    """Differences of the planned machine from the run's. A card's host is not part of a plan."""
     there = on.hardware
     if cluster.device is not None:
         return list(differing("card", cluster.device.driver, there["gpu"]))
@@ -102,7 +100,7 @@ def _other_machine(cluster: Cluster, on: TrainedOn) -> list[tuple[str, Any, Any]
 
 
 def errors(found: Plan, folder: Path) -> Errors:
-    """Of the rule that the run was trained by.
+    """The errors of the plan of the rule that trained the run.
 
     Raises:
         ReportError: the plan has no such rule, another one of its label, or a micro-batch that the
@@ -130,7 +128,7 @@ def errors(found: Plan, folder: Path) -> Errors:
 
 
 def _measured(folder: Path) -> tuple[Run, TrainedOn]:
-    """The run, and what it was trained on from the first step to the last."""
+    """The run and the conditions that it was trained under from first to last step."""
     run = read_run(folder)
     if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
         raise ReportError(

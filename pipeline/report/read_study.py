@@ -34,7 +34,7 @@ _WIDTH = 120  # characters of what a suite's own report prints
 
 
 class Found(NamedTuple):
-    """A study, where its page belongs, and the folders of its runs and of trials left out."""
+    """A study, the path of its page, and the folders of its runs and of its trials."""
 
     study: Study
     place: Path
@@ -98,7 +98,7 @@ def read_study(
 
 
 def _runs_of_suite(suite: Path, *, judges_alike: bool) -> tuple[list[Run], list[Run]]:
-    """Its runs and its trials; `judges_alike`: --against and --within are as its own report's."""
+    """The runs and the trials. `judges_alike`: --against and --within have their defaults."""
     members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
     if not members:
         raise ReportError(f"report: {suite.name} has no run yet")
@@ -126,7 +126,7 @@ def _without_trials(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 def _with_their_baseline(
     everything: Sequence[Run], runs: Sequence[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """The runs of each study and machine, with those of the baseline that they lack.
+    """The runs, with the baseline's runs that each study and machine lacks.
 
     A note says why there are none.
     """

@@ -86,7 +86,7 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _sum(
     *paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()
 ) -> Callable[[Numbers], float | None]:
-    """A sum of numbers of a summary; None without one of them, but for those in `minus_any`."""
+    """A sum of numbers of a summary; None if one is missing, except for those in `minus_any`."""
 
     def total(numbers: Numbers) -> float | None:
         if not numbers.keys() >= {*paths, *minus}:
@@ -171,7 +171,7 @@ METRICS = [
 
 
 def metric(name: str) -> Metric:
-    """The metric of a name; of a name that none has, one that reads the summary."""
+    """The metric with this name. An unknown name becomes a metric that reads the summary."""
     return next((each for each in METRICS if each.name == name), Metric(name, name, "count"))
 
 
@@ -202,7 +202,7 @@ def expanded(runs: Iterable[Run]) -> list[Metric]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
-    """What one or several starts of a run trained on."""
+    """The conditions of one or several starts of a run."""
 
     world_size: int | None = None
     micro_batch: int | None = None  # samples that a worker holds at a time
@@ -403,7 +403,7 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def refuse_damage(run: Run) -> None:
-    """Raises: ReportError for a run with a damaged file."""
+    """Raise ReportError for a run with a damaged file."""
     if run.damage:
         raise ReportError(run.damage)
 
@@ -457,9 +457,9 @@ def machine(hardware: Mapping[str, Any]) -> str:
 
 
 def places(run: Run, *, between: str = ", ") -> str:
-    """`a cpu, 2 cores, 2 workers, in micro-batches of 64, then a cpu, 2 cores, 1 worker`
+    """Machines and workers, such as `a cpu, 2 cores, 2 workers, then a cpu, 2 cores, 1 worker`.
 
-    Loader threads are named where they changed on the way.
+    Loader threads are named if they changed during the run.
     """
     texts = [
         between.join(filter(None, (machine(on.hardware), _workers(run, on))))
@@ -469,13 +469,13 @@ def places(run: Run, *, between: str = ", ") -> str:
 
 
 def micro_batches(run: Run) -> str:
-    """Samples that a worker holds at a time, and how many times in a batch: `128`, `64 × 2`."""
+    """Samples that a worker holds at a time, and how many times per batch: `128`, `64 × 2`."""
     texts = [_micro_batch(on, _accumulated(run, on)) for on in run.trained_on]
     return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
 
 
 def loaders(on: TrainedOn) -> str:
-    """`with 1 loader thread`; empty where it is not known."""
+    """A text such as `with 1 loader thread`; empty if the number is unknown."""
     return (
         "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
     )
@@ -498,7 +498,7 @@ def _micro_batch(on: TrainedOn, accumulated: int | None) -> str:
 
 
 def _accumulated(run: Run, on: TrainedOn) -> int | None:
-    """Micro-batches of a worker in a batch; None where a journal alone has the recipe, as text."""
+    """Micro-batches of a worker per batch; None if only a journal has the recipe, as text."""
     batch = run.recipe.get("batch_size")
     if not isinstance(batch, int) or not on.world_size or not on.micro_batch:
         return None
@@ -511,7 +511,7 @@ points of the curve, evaluations and checkpoints, of which the slowest takes min
 
 
 def describe_state(state: str, heard: float | None) -> str:
-    """`running, no word for 25 min`; a driver that was killed cannot say so to MLflow.
+    """A state such as `running, no word for 25 min`: a killed driver cannot report to MLflow.
 
     Args:
         heard: the last sign of life, in unix seconds; None where the state is known for sure.
@@ -527,11 +527,10 @@ def is_silent(state: str, heard: float) -> bool:
 
 
 def kind(run: Run) -> str:
-    """Equal for runs that may be compared.
+    """A key that is equal for runs that may be compared.
 
-    Such runs have one study key, and trained from the first step to the last on as many workers,
-    as large micro-batches and equal machines, with as many loader threads, on cores of their own
-    or not.
+    Such runs have one study key. From first to last step they trained with as many workers, the
+    same micro-batch, machine and loader threads, and all or none of them with reserved cores.
     """
     on = [asdict(each) for each in run.trained_on]
     return json.dumps([run.study, on], sort_keys=True, default=str)

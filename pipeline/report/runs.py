@@ -65,7 +65,7 @@ def find_run(
 
 
 def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
-    """The folder that all of these runs and suites are in; `runs_dir` where one is a study key."""
+    """The folder that holds all these runs and suites, or `runs_dir` if one is a study key."""
     there = folders_in(runs_dir, suites=True)
     try:
         folders = {find_run(runs_dir, name, suites=True, among=there).parent for name in names}
@@ -116,7 +116,7 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
-    """Raises: ReportError, which names `where`, for a field of another kind than readers expect."""
+    """Raise ReportError if a field has an unexpected type; the message names `where`."""
     for name, (kind, called) in _KINDS.items():
         if (value := summary.get(name)) is not None and not isinstance(value, kind):
             raise ReportError(f"{where}: {name} must be {called}; got {value!r}")

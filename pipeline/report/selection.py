@@ -147,10 +147,10 @@ def with_baseline(
 
 
 def differences(a: Run, b: Run) -> list[Differing]:
-    """All that must be equal in two finished runs and is not; empty where they may be compared.
+    """Everything that must be equal in two finished runs but is not.
 
-    Unequal study keys are explained from the two recipes. A path counts by its content, so it is
-    named only where nothing else explains the keys.
+    Unequal study keys are explained by the two recipes. Data count by their content, so a path is
+    named only if nothing else explains the keys.
     """
     found = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
     if a.rule == b.rule:
@@ -164,9 +164,9 @@ def differences(a: Run, b: Run) -> list[Differing]:
 def trained_apart(
     mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
 ) -> Iterator[Differing]:
-    """The fields of what two runs were trained on that differ.
+    """The training conditions in which two runs differ.
 
-    Where one changed on the way, its values are in a list: `[2, 1]`.
+    If a condition changed during a run, its values are a list: `[2, 1]`.
     """
     if list(mine) != list(theirs):
         found = list(differing("", _columns(mine), _columns(theirs)))
@@ -174,7 +174,7 @@ def trained_apart(
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The dotted keys that each rule has its own value of; none where only a journal has them."""
+    """The dotted keys that each rule has a value of its own for; may be empty."""
     keys = recipe.get("tuned")
     return tuple(keys) if isinstance(keys, (list, tuple)) else ()
 
@@ -190,7 +190,7 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`hardware.cpu` and the like with their values, each once; a single one stands alone."""
+    """Each condition by its dotted name. Several values are a list."""
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
         for name, value in flat(each).items():
@@ -202,14 +202,14 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _explained(a: Run, b: Run) -> list[Differing]:
     recipes = [{**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (a, b)]
     found = list(differing("", *recipes))
-    paths = [one for one in found if all(_is_path(value) for value in one[1:])]
+    # Recipes are written with absolute paths.
+    paths = [
+        one
+        for one in found
+        if all(value is None or str(value).startswith("/") for value in one[1:])
+    ]
     found = [one for one in found if one not in paths]
     contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
     if contents[0] != contents[1]:
         found.append(("data_fingerprint", contents[0], contents[1]))
     return found or paths or [("study", a.study, b.study)]
-
-
-def _is_path(value: Any) -> bool:
-    """Recipes are written with absolute paths."""
-    return value is None or (isinstance(value, str) and value.startswith("/"))

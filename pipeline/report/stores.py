@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
@@ -86,7 +86,7 @@ class StoredRun:
 
     @property
     def short(self) -> str:
-        """The beginning of its id, in addresses."""
+        """The beginning of the id, for addresses."""
         return self.id[:8]
 
     @property
@@ -103,7 +103,7 @@ class StoredRun:
 
     @property
     def parent(self) -> str | None:
-        """The id of the run that stands for its suite."""
+        """The id of the MLflow run of its suite."""
         return self.tags.get(PARENT_OF)
 
 
@@ -122,7 +122,7 @@ class StoredStudy:
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A run's journal as it was sent; of the points of its curve one of `every` is here."""
+    """A run's journal as it was sent. It has one of `every` points of the curve."""
 
     events: Sequence[Event] = ()
     every: int = 1
@@ -133,38 +133,6 @@ class Point:
     step: int
     time: float
     value: float
-
-
-class Store(Protocol):
-    """An MLflow store, opened anew for each question. All methods may raise `StoreError`."""
-
-    def listed(self) -> list[StoredRun]:
-        """Every run of ours, without metrics."""
-        ...
-
-    def runs(self, study: str | None) -> list[StoredRun]:
-        """The runs of a study key, or all, with their metrics, the one started last first."""
-        ...
-
-    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
-        """A metric of one run after the step `since`, in the order of steps."""
-        ...
-
-    def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None where the run, or a suite's run, has none (yet).
-
-        Raises:
-            ArtifactError: this one cannot be read.
-        """
-        ...
-
-    def journal(self, run_id: str) -> Sent:
-        """A run's journal, thinned where it is long (of ImageNet it has some 100 MB).
-
-        Raises:
-            ArtifactError: it cannot be read.
-        """
-        ...
 
 
 def open_store(uri: str) -> Store:
@@ -184,12 +152,12 @@ def open_store(uri: str) -> Store:
 
 
 def runs_of_store(store: Store) -> list[Run]:
-    """All runs of a store, from tags and metrics alone; recipes have the protocol alone."""
+    """All runs of a store, from tags and metrics. A recipe has its protocol only."""
     return [_run_of(stored) for stored in store.runs(None)]
 
 
 def start_of(stored: StoredRun) -> Record:
-    """The `start` event of a run, as far as its tags have it."""
+    """The `start` event of a run, as far as its tags contain it."""
     text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     counts = {name: _value(stored.tags.get(f"spiketrain.{name}")) for name in numbers}
@@ -204,7 +172,7 @@ def hardware_of(stored: StoredRun) -> dict[str, Any]:
 
 
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
-    """The runs of `Store.listed` by study, the one that something happened in last first."""
+    """Group runs by study, the most recently active study first."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
@@ -271,7 +239,7 @@ def _sent_at(file: Path) -> Sent:
 
 
 def _refuse_unknown_artifact(name: str) -> None:
-    """No name leads out of a run's folder of artifacts."""
+    """Only known names are read, so that no name leads out of a run's folder."""
     if name not in ARTIFACTS:
         raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
 
@@ -302,18 +270,20 @@ _HISTORY = """
 
 
 class SqliteStore:
-    """See `Store`."""
+    """An MLflow store in a file, opened for each question. All methods may raise `StoreError`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.absolute()
 
     def listed(self) -> list[StoredRun]:
+        """All spiketrain runs, without metrics."""
         newest = "select run_uuid, max(timestamp) from latest_metrics group by run_uuid"
         with self._connection() as connection:
             times = dict(connection.execute(newest).fetchall())
             return _runs(connection.execute(_RUNS).fetchall(), times, {})
 
     def runs(self, study: str | None) -> list[StoredRun]:
+        """The runs of a study key, or all, with their metrics, newest start first."""
         of, values = ("", ()) if study is None else (_OF_STUDY, (study,))
         with self._connection() as connection:
             rows = connection.execute(_RUNS + of, values).fetchall()
@@ -326,6 +296,7 @@ class SqliteStore:
         return sorted(_runs(rows, times, metrics), key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        """A metric of one run after the step `since`, in the order of steps."""
         with self._connection() as connection:
             rows = connection.execute(_HISTORY, (run_id, metric, since)).fetchall()
         return [
@@ -334,10 +305,20 @@ class SqliteStore:
         ]
 
     def text(self, run_id: str, name: str) -> str | None:
+        """An artifact, one of `ARTIFACTS`; None where the run, or a suite's run, has none (yet).
+
+        Raises:
+            ArtifactError: this one cannot be read.
+        """
         _refuse_unknown_artifact(name)
         return self._read(run_id, name, self._whole)
 
     def journal(self, run_id: str) -> Sent:
+        """A run's journal, thinned where it is long (of ImageNet it has some 100 MB).
+
+        Raises:
+            ArtifactError: it cannot be read.
+        """
         return self._read(run_id, JOURNAL, _sent_at) or Sent()
 
     def _whole(self, path: Path) -> str:
@@ -440,7 +421,7 @@ _TROUBLE = {
 def _runs(
     rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]
 ) -> list[StoredRun]:
-    """From rows of which there is one for each tag of a run."""
+    """Runs from rows with one row per tag."""
     tags: dict[str, dict[str, str]] = {}
     heads: dict[str, tuple[Any, ...]] = {}
     for run, *head, key, value in rows:
@@ -465,7 +446,7 @@ def _runs(
 
 
 class ServerStore:
-    """See `Store`; asked through MLflow's client."""
+    """A server, or another store, asked through MLflow's client; see `SqliteStore`."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -541,6 +522,9 @@ class ServerStore:
             why = f"does not answer as an MLflow server ({reason(self.uri, error)})"
             advice = "is it up, and is MLFLOW_TRACKING_URI right?"
             raise StoreError(f"store {without_password(self.uri)} {why}; {advice}") from error
+
+
+Store = SqliteStore | ServerStore
 
 
 def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:

@@ -29,7 +29,7 @@ from pipeline.track.trials import best, entries_in, over_in
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
-    """The folder of the suite that is meant; None where runs or studies are.
+    """The folder of the suite that the names mean; None if they mean runs or studies.
 
     Raises:
         ReportError: a suite beside something else, or a name that begins those of several runs
@@ -54,14 +54,14 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
 
 
 class Reported(NamedTuple):
-    """What a suite's own report has returned and, as plain text, printed."""
+    """The value of a suite's own report, and the plain text that it printed."""
 
     value: Any
     printed: str
 
 
 def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> Reported:
-    """Run a suite's own report on the runs that are over.
+    """Run a suite's own report on its finished and diverged runs.
 
     Raises:
         ValueError: what it refused, or the error that it ended in, and where.
@@ -196,7 +196,18 @@ def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any
     tried = [run for run in read if run.protocol == "trial"]
     studies = dict.fromkeys(run.study for run in tried)
     trials = list(_trials([run for study in studies for run in tried if run.study == study]))
-    _print_trials(trials, console)
+    rows = [
+        (
+            trial["rule"],
+            trial["field"],
+            str(trial["value"]),
+            "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}",
+            "taken" if trial["taken"] else "",
+        )
+        for trial in trials
+    ]
+    columns = ("rule", "field", number("value"), number("top-1"), "")
+    print_table(console, columns, rows, title="trials, on a held-out part")
     return {**found, "trials": trials}
 
 
@@ -219,23 +230,8 @@ def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _print_trials(trials: list[dict[str, Any]], console: Console) -> None:
-    rows = [
-        (
-            trial["rule"],
-            trial["field"],
-            str(trial["value"]),
-            "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}",
-            "taken" if trial["taken"] else "",
-        )
-        for trial in trials
-    ]
-    columns = ("rule", "field", number("value"), number("top-1"), "")
-    print_table(console, columns, rows, title="trials, on a held-out part")
-
-
 def _search(run: Run) -> str:
-    """What the trials of one search share: all but their name and the value that they try."""
+    """A key of a search: everything that its trials share."""
     tried = ("name", *run.recipe["tuned"])
     fields = {key: value for key, value in flat(run.recipe) if key not in tried}
     return json.dumps([run.study, fields], sort_keys=True)

@@ -45,7 +45,7 @@ class Swept(NamedTuple):
 
 
 def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
-    """The sweep, if it is one.
+    """Return the value if it is a sweep.
 
     Raises:
         ReportError: the value, which came from `where`, is no sweep.
@@ -67,7 +67,7 @@ def points_of(sweep: Mapping[str, Any]) -> list[Point]:
 
 
 def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:
-    """At each T the faster BPTT at its own largest batch, where one was tried."""
+    """The fastest BPTT at each T, at its own largest batch; only batches that were tried count."""
     tried = [each for each in points if each.images_per_s is not None and is_baseline(each.rule)]
     return {
         each.time_steps: each for each in sorted(tried, key=lambda each: each.images_per_s or 0)
@@ -75,7 +75,10 @@ def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:
 
 
 def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
-    """Of each sweep that has points; one of a single T with largest batches has no figures."""
+    """Figures and tables of the sweeps that have points.
+
+    A sweep of a single T with largest batches has no figures.
+    """
     found = [(sweep, largest_batches(sweep)) for sweep in sweeps if sweep["points"]]
     for index, (sweep, table) in enumerate(found, start=1):
         is_of_one = table is not None and len({each.time_steps for each in points_of(sweep)}) == 1
@@ -84,7 +87,7 @@ def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
 
 
 def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
-    """One row for each rule and T; None where no largest batch was looked for."""
+    """One row for each rule and T; None if no largest batch was searched."""
     points = [each for each in points_of(sweep) if each.batch is not None]
     fastest = fastest_baselines(points)
     rows: list[tuple[Any, ...]] = []
@@ -99,7 +102,7 @@ def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
 
 
 def of_a_sweep(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
-    """Memory and time against T, of a sweep that has points."""
+    """Figures of memory and time against T. The sweep must have points."""
     by_rule: dict[str, list[Point]] = {}
     for point in points_of(sweep):
         by_rule.setdefault(point.rule, []).append(point)

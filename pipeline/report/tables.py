@@ -83,9 +83,9 @@ class Shown(NamedTuple):
 
 
 def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True) -> Shown | None:
-    """The mean over the finished runs of a rule, its deviation, × the baseline over paired seeds.
+    """A rule's mean over its finished runs, the deviation, and the ratio over paired seeds.
 
-    None where no run measured it.
+    None if no run measured it.
     """
     found = group.spread(rule, metric.name)
     if found is None:
@@ -99,7 +99,7 @@ def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
-    """The compared metrics that a finished run measured, and those of every table."""
+    """The columns of every table, and the compared metrics that a finished run measured."""
     finished = group.finished
     return [
         each
@@ -109,19 +109,19 @@ def columns_of_costs(group: Group) -> list[Metric]:
 
 
 def title(metric: Metric, runs: Iterable[Run]) -> str:
-    """The head of a metric's column; that of energy names the prices behind the joules."""
+    """The title of a metric's column. For energy it names the price table."""
     priced = prices(runs) if metric.name == ENERGY else ""
     return f"{metric.title} ({priced})" if priced else metric.title
 
 
 def prices(runs: Iterable[Run]) -> str:
-    """The prices behind the joules of inferences, such as `45 nm, fp32`; empty without joules."""
+    """The price tables behind the estimated joules, such as `45 nm, fp32`; may be empty."""
     of = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
     return "; ".join(dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in of))
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
-    """Each rule with a sentence: its savings beside the baseline, and its loss in accuracy."""
+    """A sentence for each rule: its savings and its loss of accuracy."""
     if not group.has_baseline:
         return []
     texts = {each.rule: each.text(group.within) for each in group.differences}
@@ -134,7 +134,7 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 
 def costs(group: Group) -> Table:
-    """One row for each rule: means over seeds, and how many of its runs finished."""
+    """One row for each rule: means over seeds, and the number of finished runs."""
     metrics = columns_of_costs(group)
     columns = ("rule", *(title(each, group.finished) for each in metrics), "finished runs")
     return Table(
@@ -143,7 +143,7 @@ def costs(group: Group) -> Table:
 
 
 def beside(group: Group) -> Table | None:
-    """The metrics that are not compared, mean over seeds; None where none was measured."""
+    """Metrics that are not compared, averaged over seeds; None if none was measured."""
     in_costs = f"({prices(group.finished)})"
     metrics = [
         each
@@ -157,7 +157,7 @@ def beside(group: Group) -> Table | None:
 
 
 def held(group: Group) -> Table | None:
-    """The bytes that each rule holds in training, by kind; None where no run measured them."""
+    """The bytes that each rule holds in training, by kind; None if no run measured them."""
     if not any(run.value("held.parameters") is not None for run in group.finished):
         return None
     kinds = [each for each in METRICS if each.name.startswith(_HELD)]
@@ -256,7 +256,7 @@ def provenance(study: Study) -> Table:
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
-    """Runs of groups with one rule, which compare with nothing."""
+    """Runs of groups with a single rule. They are compared with nothing."""
     finished = [run for group in groups for run in group.finished]
     metrics = [each for each in compared() if each.name != "top1"]
     rows: list[tuple[Cell, ...]] = []
@@ -326,9 +326,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
-    """A quantity with its unit; a deviation is written in the unit of the mean that it is
-    `like`.
-    """
+    """A quantity with its unit. A deviation has the unit of the mean, which is `like`."""
     size, digits = (value, 4) if like is None else (like, 2)
     if metric.unit == "share":
         return f"{value:.2%}"
@@ -341,7 +339,7 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
 
 
 def _headline(group: Group, rule: str, difference: str | None) -> str:
-    """Empty where nothing of the rule can be compared with the baseline."""
+    """Empty if nothing of the rule can be compared with the baseline."""
     saved = ", ".join(_saved(group, rule))
     if not saved and not group.lost(rule):
         return ""
@@ -358,7 +356,7 @@ def _saved(group: Group, rule: str) -> Iterator[str]:
 
 
 def _without_interval(group: Group, rule: str) -> str:
-    """Of a rule with at most one seed in common with the baseline; one that diverged fails."""
+    """The difference of a rule that shares at most one seed with the baseline."""
     base = group.by_seed(group.against, "top1")
     points = [
         100 * (base[seed] - top1)
@@ -396,7 +394,7 @@ def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
 
 
 def _unfinished(run: Run) -> str:
-    """The state of a run that is in no mean; one that has finished waits for its summary."""
+    """The state of a run that is not part of a mean."""
     return "without a summary" if run.state == "finished" else run.state
 
 
@@ -407,7 +405,7 @@ def _progress(run: Run) -> str:
 
 
 def _is_there(run: Run, metric: Metric) -> bool:
-    """Whether it was measured; without a device, its peaks are 0."""
+    """Whether it was measured. Without a device, its peaks are 0."""
     value = run.value(metric.name)
     return value is not None and (value != 0 or "peak_" not in metric.name)
 
@@ -454,7 +452,7 @@ def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_turn(values: Iterable[Cell]) -> Cell:
-    """`2, then 1`; a value that did not change stands alone."""
+    """The distinct values in order, such as `2, then 1`."""
     found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None
 
@@ -488,7 +486,7 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
 
 
 def _is_split_as_written(run: Run, workers: int) -> bool:
-    """Whether all of it trained on the same, in the recipe's micro-batches."""
+    """Whether all starts trained alike, in the micro-batches of the recipe."""
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
         return False
@@ -496,7 +494,7 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
 
 
 def _but_for_workers(run: Run) -> str:
-    """What must be equal: the study, the rule in the recipe, the machine and its share of it."""
+    """A key of runs that may differ only in their number of workers."""
     (on,) = run.trained_on
     rule = run.recipe.get("rule")
     found = [

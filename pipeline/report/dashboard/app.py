@@ -39,7 +39,7 @@ _NO_RUN = "<p class='note'>The store has no run of this study.</p>"
 
 
 def make_app(store: Store, *, name: str, every: float, patience_s: float | None = None) -> Flask:
-    """The server.
+    """Make the server.
 
     Args:
         name: what the page calls the store.
@@ -67,7 +67,7 @@ class _Answers:
         self._live, self._every = live, every
 
     def list(self) -> str:
-        """A look asks the store; a change of the address is answered from the newest look."""
+        """Answer with the list. A look asks the store; other requests use the newest look."""
         try:
             listed = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
@@ -77,7 +77,7 @@ class _Answers:
         return _template("list.html").render(studies=known, found=place.listed(known), **about)
 
     def study(self) -> Response | tuple[str, int]:
-        """The study as JSON; 204 where `seen`, the version that the page shows, is the newest."""
+        """Answer with the study as JSON, or 204 if the page shows the newest version (`seen`)."""
         place = _place()
         title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
         window = f"{title}, {VIEWS[place.view]}, spiketrain dashboard"
@@ -108,7 +108,7 @@ class _Answers:
         )
 
     def csv(self) -> Response:
-        """The data of a figure or a table as a file."""
+        """Answer with the data of a figure or a table."""
         place, name = _place(), request.args.get("name", "")
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
@@ -201,7 +201,7 @@ def _version(
     runs: Sequence[StoredRun],
     reports: Sequence[SuiteReport],
 ) -> str:
-    """A digest of all that a study's answer depends on."""
+    """A digest of everything that the answer about a study depends on."""
     states = [[run.id, describe_state(run.state, run.newest)] for run in members]
     sent = "spiketrain.artifact."
     news = [

@@ -52,7 +52,7 @@ T_ = TypeVar("T_")
 
 @dataclass
 class _Running:
-    """What was read of a running run."""
+    """What has been read of a running run."""
 
     seen: float = 0.0  # the time of MLflow's newest metric at the last look
     points: dict[str, list[Point]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class _Running:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteReport:
-    """What `spiketrain report` put into the store about all runs of a suite."""
+    """The report of a suite as `spiketrain report` put it into the store."""
 
     key: str = ""  # the beginning of the id of the suite's run in MLflow
     title: str = ""  # the suite, with commits and machines of those of its runs that are shown
@@ -73,7 +73,7 @@ class SuiteReport:
 
 
 class Live:
-    """Reads a store again and again. Threads may share it; what it asks of the store may raise."""
+    """A cached reader of a store. Threads may share it. Errors of the store pass through."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -83,15 +83,15 @@ class Live:
         self._running: OrderedDict[str, _Running] = OrderedDict()
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
-        """All runs, as the store had them at most `fresh_s` ago; 0 asks it."""
+        """All runs, at most `fresh_s` seconds old; 0 asks the store."""
         return self._asked("listed", "", self.store.listed, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
-        """The runs of a study key, the one that started last first."""
+        """The runs of a study key, newest start first."""
         return self._asked("members", study, lambda: self.store.runs(study))
 
     def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
-        """These runs; notes name those that cannot be read.
+        """A study of these runs. Its notes name the runs that cannot be read.
 
         Raises:
             StoreError: the store cannot be read.
@@ -130,7 +130,7 @@ class Live:
         return Study(title=f"Study {keys}", runs=tuple(found), against=against, notes=tuple(notes))
 
     def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
-        """The reports of the suites that these runs were launched with, the last launched first.
+        """The reports of the suites that these runs belong to, newest launch first.
 
         Raises:
             StoreError: the store cannot be read.
@@ -145,7 +145,7 @@ class Live:
         ]
 
     def run(self, stored: StoredRun) -> Run:
-        """One run, from its artifacts; a running one from its metrics, too."""
+        """A run from its artifacts, and from its metrics too if it is running."""
         with self._lock:
             if stored.state == "running":
                 running = self._running.setdefault(stored.id, _Running())
@@ -162,7 +162,7 @@ class Live:
             return run
 
     def _asked(self, what: str, of: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S) -> T_:
-        """The answer to a question that was last asked at most `fresh_s` ago."""
+        """The answer to a question, at most `fresh_s` seconds old."""
         asked, answer = self._recent.get((what, of), (-math.inf, None))
         if time.monotonic() - asked >= fresh_s:
             answer = ask()  # without the lock: a slow list keeps nobody from the figures
@@ -222,9 +222,7 @@ class Live:
         except StoreError:
             raise  # of the store, not of this report
         except ReportError as error:
-            return SuiteReport(
-                version=str(error), note=f"What its report tells is left out: {error}"
-            )
+            return SuiteReport(version=str(error), note=f"Its report is left out: {error}")
         version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
         return SuiteReport(version=version, returned=found, printed=printed)
 
