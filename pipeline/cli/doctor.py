@@ -17,23 +17,6 @@ if TYPE_CHECKING:
 
     from pipeline.launch.preflight_services import Finding
 
-Address = Annotated[
-    str | None,
-    typer.Option(
-        "--address",
-        help=(
-            "of a Ray cluster: auto, host:6379; without it, or with local, this machine is checked"
-        ),
-    ),
-]
-Checkpoints = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoints",
-        metavar="DIR|URI",
-        help="where runs are to keep their checkpoints: each node tries to write there",
-    ),
-]
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
 
@@ -43,9 +26,25 @@ commands = Commands()
 
 @commands.command(epilog="Example: spiketrain doctor --address auto --runs /shared/runs")
 def doctor(
-    address: Address = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help=(
+                "of a Ray cluster: auto, host:6379; without it, or with local, this machine is"
+                " checked"
+            ),
+        ),
+    ] = None,
     runs: Runs = RUNS,
-    checkpoints: Checkpoints = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints",
+            metavar="DIR|URI",
+            help="where runs are to keep their checkpoints: each node tries to write there",
+        ),
+    ] = None,
 ) -> None:
     """Check this machine, or each node of the cluster at --address, and advise what to repair.
 

@@ -31,31 +31,6 @@ if TYPE_CHECKING:
     from pipeline.recipe.suite import Suite
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
-PlanDevice = Annotated[
-    str,
-    typer.Option("--device", metavar="here|CARD", help="a GPU of the table, or machines like this"),
-]
-PerNode = Annotated[
-    int | None, typer.Option("--per-node", min=1, help="GPUs in a node; without it 8")
-]
-NodeGbps = Annotated[
-    float | None,
-    number_option("--node-gbps", min=0.001, max=1e6, help="between nodes, in Gb/s; without it 400"),
-]
-Price = Annotated[
-    float | None,
-    number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option("--samples", min=1, help="of an epoch; without it the data's, if they are here"),
-]
-AgainstRun = Annotated[
-    str | None,
-    typer.Option(
-        "--against", metavar="RUN", help="a run on such a machine or GPU: print the plan's errors"
-    ),
-]
 
 _PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
 
@@ -198,13 +173,40 @@ def plan(
     context: typer.Context,
     recipe: RecipeFile,
     workers: Workers = 1,
-    device: PlanDevice = "here",
-    per_node: PerNode = None,
-    node_gbps: NodeGbps = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="here|CARD", help="a GPU of the table, or machines like this"
+        ),
+    ] = "here",
+    per_node: Annotated[
+        int | None, typer.Option("--per-node", min=1, help="GPUs in a node; without it 8")
+    ] = None,
+    node_gbps: Annotated[
+        float | None,
+        number_option(
+            "--node-gbps", min=0.001, max=1e6, help="between nodes, in Gb/s; without it 400"
+        ),
+    ] = None,
     cpus_per_worker: Cores = "auto",
-    price: Price = None,
-    samples: Samples = None,
-    against: AgainstRun = None,
+    price: Annotated[
+        float | None,
+        number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", min=1, help="of an epoch; without it the data's, if they are here"
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="RUN",
+            help="a run on such a machine or GPU: print the plan's errors",
+        ),
+    ] = None,
     runs: Runs = RUNS,
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
@@ -316,9 +318,9 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, allow_nan=False), flush=True)
 
 
-def _threads(who: str, cores: str) -> int:
+def _threads(who: str, cores: str | None) -> int:
     """torch's threads of one worker; `auto` as in a launch."""
-    number = count_or_auto(cores, option=f"{who}: --cpus-per-worker", of="cores")
+    number = count_or_auto(cores or "auto", option=f"{who}: --cpus-per-worker", of="cores")
     if number != "auto":
         return number
     import torch

@@ -10,34 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.options import (
+    AT_A_TIME,
     RUNS,
+    SIZES,
     Address,
     Commands,
     Cores,
-    CoresOrAsBefore,
     Device,
-    DeviceOrAsBefore,
     Hang,
-    HangOrAsBefore,
     Inline,
     Loaders,
-    LoadersOrAsBefore,
     NodeLoss,
-    NodeLossOrAsBefore,
-    RecipeFiles,
     Restarts,
-    RestartsOrAsBefore,
     RunOrSuite,
     Runs,
     Sets,
-    SideBySide,
-    SideBySideOrAsBefore,
-    Sizes,
-    SizesOrAsBefore,
     Tiny,
     Trust,
     Verify,
-    VerifyOrAsBefore,
     count_or_auto,
     is_typed,
     made_of,
@@ -60,41 +50,6 @@ if TYPE_CHECKING:
     from pipeline.recipe.suite import Suite
     from pipeline.report.suite import Reported
 
-Seeds = Annotated[
-    int,
-    typer.Option("--seeds", min=1, help="train each recipe so often, with consecutive seeds"),
-]
-Tune = Annotated[
-    str | None,
-    typer.Option(
-        "--tune",
-        metavar="KEY=V,V,...",
-        help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr",
-    ),
-]
-Name = Annotated[
-    str | None,
-    typer.Option(
-        "--name",
-        help="the run's name, or the suite's; without it the recipe's, or the file's, and the time",
-    ),
-]
-Checkpoints = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoints",
-        metavar="DIR|URI",
-        help=(
-            "where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix,"
-            " ...; without it in its own"
-        ),
-    ),
-]
-OrResume = Annotated[
-    bool,
-    typer.Option("--or-resume", help="continue the run or suite of this --name if it has begun"),
-]
-
 
 commands = Commands()
 
@@ -106,8 +61,17 @@ commands = Commands()
 )
 def launch(
     context: typer.Context,
-    recipes: RecipeFiles,
-    workers: Sizes = "1",
+    recipes: Annotated[
+        list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
+    ],
+    workers: Annotated[
+        str,
+        typer.Option(
+            "--workers",
+            metavar=SIZES,
+            help="processes that train together; of several numbers, what there is room for",
+        ),
+    ] = "1",
     inline: Inline = False,
     address: Address = None,
     device: Device = "auto",
@@ -117,13 +81,57 @@ def launch(
     hang_minutes: Hang = 30.0,
     verify: Verify = "sampled",
     node_loss: NodeLoss = "fast",
-    seeds: Seeds = 1,
-    tune: Tune = None,
-    side_by_side: SideBySide = None,
+    seeds: Annotated[
+        int,
+        typer.Option("--seeds", min=1, help="train each recipe so often, with consecutive seeds"),
+    ] = 1,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            "--tune",
+            metavar="KEY=V,V,...",
+            help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr",
+        ),
+    ] = None,
+    side_by_side: Annotated[
+        str | None,
+        typer.Option(
+            "--side-by-side",
+            metavar="N|auto",
+            help=(
+                f"{AT_A_TIME}; without it what there is room for, but one with --inline, --address"
+                " or several numbers of workers"
+            ),
+        ),
+    ] = None,
     runs: Runs = RUNS,
-    name: Name = None,
-    or_resume: OrResume = False,
-    checkpoints: Checkpoints = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name",
+            help=(
+                "the run's name, or the suite's; without it the recipe's, or the file's, and the"
+                " time"
+            ),
+        ),
+    ] = None,
+    or_resume: Annotated[
+        bool,
+        typer.Option(
+            "--or-resume", help="continue the run or suite of this --name if it has begun"
+        ),
+    ] = False,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints",
+            metavar="DIR|URI",
+            help=(
+                "where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix,"
+                " ...; without it in its own"
+            ),
+        ),
+    ] = None,
     set_: Sets = [],  # noqa: B006  (typer reads the default, nothing changes it)
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,
@@ -238,17 +246,26 @@ def _train(
 def resume(
     context: typer.Context,
     run: RunOrSuite,
-    workers: SizesOrAsBefore = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar=SIZES,
+            help="processes; without it as many as it was launched with",
+        ),
+    ] = None,
     inline: Inline = False,
     address: Address = None,
-    device: DeviceOrAsBefore = None,
-    cpus_per_worker: CoresOrAsBefore = None,
-    loader_threads: LoadersOrAsBefore = None,
-    max_restarts: RestartsOrAsBefore = None,
-    hang_minutes: HangOrAsBefore = None,
-    verify: VerifyOrAsBefore = None,
-    node_loss: NodeLossOrAsBefore = None,
-    side_by_side: SideBySideOrAsBefore = None,
+    device: Device = None,
+    cpus_per_worker: Cores = None,
+    loader_threads: Loaders = None,
+    max_restarts: Restarts = None,
+    hang_minutes: Hang = None,
+    verify: Verify = None,
+    node_loss: NodeLoss = None,
+    side_by_side: Annotated[
+        str | None, typer.Option("--side-by-side", metavar="N|auto", help=AT_A_TIME)
+    ] = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:

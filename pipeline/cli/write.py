@@ -106,69 +106,56 @@ def write_folder(
     _report(manifests)
 
 
-EventSet = Annotated[
-    Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
-    typer.Argument(metavar="SET"),
-]
-EventSource = Annotated[
-    str | None,
-    typer.Option(
-        "--source",
-        help="published sets: the folder that tonic fills; saccades: fashion, or its files",
-    ),
-]
-Slices = Annotated[
-    int | None,
-    typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
-]
-FramesBy = Annotated[
-    Literal["time", "number"],
-    typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
-]
-Size = Annotated[
-    int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
-]
-Resize = Annotated[
-    Literal["sum", "area"] | None,
-    typer.Option(
-        "--resize", help="the sum of the counts of the pixels that become one, or their mean"
-    ),
-]
-Counts = Annotated[
-    Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
-]
-Overflow = Annotated[
-    Literal["refuse", "saturate"],
-    typer.Option("--overflow", help="what happens to a count that is too large"),
-]
-Recordings = Annotated[
-    int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
-]
-ValRecordings = Annotated[
-    int | None,
-    typer.Option("--val-samples", min=1, help="evaluation recordings that are generated"),
-]
-MaxBadRecordings = Annotated[
-    int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
-]
-
-
 @write.command("events", epilog="Example: spiketrain write events moving --out data/moving")
 def write_events(
-    name: EventSet,
+    name: Annotated[
+        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
+        typer.Argument(metavar="SET"),
+    ],
     out: Out,
-    source: EventSource = None,
-    slices: Slices = None,
-    frames_by: FramesBy = "time",
-    size: Size = None,
-    resize: Resize = None,
-    counts: Counts = "uint8",
-    overflow: Overflow = "refuse",
-    samples: Recordings = None,
-    val_samples: ValRecordings = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            help="published sets: the folder that tonic fills; saccades: fashion, or its files",
+        ),
+    ] = None,
+    slices: Annotated[
+        int | None,
+        typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
+    ] = None,
+    frames_by: Annotated[
+        Literal["time", "number"],
+        typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
+    ] = "time",
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
+    ] = None,
+    resize: Annotated[
+        Literal["sum", "area"] | None,
+        typer.Option(
+            "--resize", help="the sum of the counts of the pixels that become one, or their mean"
+        ),
+    ] = None,
+    counts: Annotated[
+        Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
+    ] = "uint8",
+    overflow: Annotated[
+        Literal["refuse", "saturate"],
+        typer.Option("--overflow", help="what happens to a count that is too large"),
+    ] = "refuse",
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
+    ] = None,
+    val_samples: Annotated[
+        int | None,
+        typer.Option("--val-samples", min=1, help="evaluation recordings that are generated"),
+    ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
-    max_bad: MaxBadRecordings = 0,
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
+    ] = 0,
 ) -> None:
     """Recordings of event cameras.
 
