@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 from pipeline.core.units import counted, shown, unit_of
 from pipeline.measure.constants import BETWEEN, PARTS, REST
@@ -292,64 +293,56 @@ _SO_FAR = ", batches alone"
 def time_parts(group: Group) -> Figure | Missing:
     """Where each rule's time goes, in milliseconds of a batch."""
     title = "Where the time goes"
-    of_rule = dict(_bars(group))
-    if not of_rule:
+    means: dict[str, Any] = {}  # seconds of a batch by part, averaged over the runs of each rule
+    for rule in group.rules:
+        finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
+        if of_runs := finished or [run.parts for run in group.of(rule) if run.parts]:
+            label = rule if finished else f"{rule}{_SO_FAR}"
+            means[label] = pd.DataFrame(of_runs).mean()
+    if not means:
         return Missing(title=title, why="no run has measured the parts of its time")
-    names = [
-        name
-        for name in (*PARTS, REST, *BETWEEN)
-        if any(parts.get(name) for parts in of_rule.values())
-    ]
-    totals = {rule: sum(parts.values()) for rule, parts in of_rule.items()}
-    large = [
-        name
-        for name in names
-        if any(of_rule[rule].get(name, 0) >= _SMALL * totals[rule] for rule in of_rule)
-    ]
-    small = [name for name in names if name not in large]
+    seconds: Any = pd.DataFrame(means).reindex([*PARTS, REST, *BETWEEN]).drop("fidelity")
+    seconds = seconds[seconds.gt(0).any(axis=1)]
+    totals: Any = seconds.sum()
+    shares: Any = (seconds / totals).fillna(0.0)
+    is_large = shares.ge(_SMALL).any(axis=1)
+    bars = seconds[is_large].rename(lambda name: name.replace("_", " "))
+    if not is_large.all():
+        bars.loc[f"{(~is_large).sum()} small ones"] = seconds[~is_large].sum()
 
-    bars = [
-        *((name, [name]) for name in large),
-        *([(f"{len(small)} small ones", small)] if small else []),
-    ]
     data = []
-    for place, (label, merged) in enumerate(bars):
+    for place, (label, by_rule) in enumerate(bars.fillna(0.0).iterrows()):
         hatch = {"shape": pattern(place), "size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
         outline = {"color": PAPER, "width": 1}
         data.append(
             {
                 "type": "bar",
-                "name": label.replace("_", " "),
+                "name": label,
                 "orientation": "h",
-                "y": [plain(rule) for rule in of_rule],
-                "x": [
-                    sum(1e3 * parts.get(name, 0.0) for name in merged) for parts in of_rule.values()
-                ],
+                "y": list(map(plain, means)),
+                "x": [1e3 * value for value in by_rule],
                 "marker": {"color": color(place + 1), "pattern": hatch, "line": outline},
-                "hovertemplate": "%{y}: %{x:.3g} ms<extra>" + label.replace("_", " ") + "</extra>",
+                "hovertemplate": f"%{{y}}: %{{x:.3g}} ms<extra>{label}</extra>",
             }
         )
     layout: dict[str, Any] = {
         "barmode": "stack",
         "bargap": 0.35,
         "legend": {"traceorder": "normal"},
-    }
-    layout |= {
         "xaxis": titled("ms of a batch"),
         "yaxis": {"autorange": "reversed", "showgrid": False},
     }
-    height = 170 + 42 * len(of_rule)
     rows = [
-        (rule, name, of_rule[rule].get(name), of_rule[rule].get(name, 0.0) / totals[rule])
-        for rule in of_rule
-        for name in names
+        (rule, name, None if pd.isna(value) else value, shares.at[name, rule])
+        for rule in means
+        for name, value in seconds[rule].items()
     ]
-    slowest = max(totals, key=lambda rule: totals[rule])
-    most = max(of_rule[slowest], key=lambda name: of_rule[slowest][name])
-    share = of_rule[slowest][most] / totals[slowest]
+    slowest = totals.idxmax()
+    most: Any = seconds[slowest].idxmax()
+    share = shares.at[most, slowest]
     took = shown(totals[slowest], kind="s")
     alone = (
-        "; of a rule without one, of its batches alone" if of_rule.keys() - set(group.rules) else ""
+        "; of a rule without one, of its batches alone" if means.keys() - set(group.rules) else ""
     )
     return Figure(
         name="time-parts",
@@ -364,26 +357,8 @@ def time_parts(group: Group) -> Figure | Missing:
             f" {share:.0%}."
         ),
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
-        drawing=drawing(data, height=height, **layout),
+        drawing=drawing(data, height=170 + 42 * len(means), **layout),
     )
-
-
-def _bars(group: Group) -> Iterator[tuple[str, dict[str, float]]]:
-    """The label of each rule's bar, and its seconds of a batch in each part.
-
-    These are the mean over its finished runs. Other runs have measured their batches alone, and
-    stand for a rule of which none has finished.
-    """
-    for rule in group.rules:
-        finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
-        of_runs = finished or [run.parts for run in group.of(rule) if run.parts]
-        if of_runs:
-            names = dict.fromkeys(name for parts in of_runs for name in parts if name != "fidelity")
-            means = {
-                name: statistics.fmean(parts[name] for parts in of_runs if name in parts)
-                for name in names
-            }
-            yield rule if finished else f"{rule}{_SO_FAR}", means
 
 
 ON_TRACK = 1.0  # points of accuracy below the published run that still count as on track

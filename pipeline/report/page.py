@@ -23,7 +23,7 @@ from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.claims import Returned
 from pipeline.report.compare import finite
-from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, slug
+from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.read_study import Found
@@ -81,12 +81,13 @@ def render(study: Study) -> str:
     ]
     memory = list(swept(study.sweeps))
     scaled = tables.scaling(study)
-    drawings = {
-        key: drawing for each in (*sections, *lone) for key, drawing in each.drawings.items()
-    }
-    drawings |= {
-        f"{each.key}-{figure.name}": drawn(figure) for each in memory for figure in each.figures
-    }
+    drawings: dict[str, Any] = {}
+
+    def offer(key: str, figure: Figure) -> str:
+        """Add the drawing of a figure to the page; returns the address of its table."""
+        drawings[key] = drawn(figure)
+        return _csv_address(figure.table)
+
     missing = [reason for each in sections for reason in each.reasons]
     missing += [] if any(each.figures for each in memory) else [_NO_SWEEP]
     missing += [] if scaled else [_NO_SCALING]
@@ -103,6 +104,7 @@ def render(study: Study) -> str:
             scaled=scaled,
             missing=missing,
             drawings=drawings,
+            offer=offer,
             plotly=Markup(plotly_script()),
             css=Markup((WEB / "page.css").read_text()),
             js=Markup((WEB / "page.js").read_text()),
@@ -152,11 +154,6 @@ class Section(NamedTuple):
     group: Group
     figures: list[Figure]
     missing: list[Missing]
-
-    @property
-    def drawings(self) -> dict[str, Any]:
-        """The drawings by the keys of their places."""
-        return {f"{self.key}-{figure.name}": drawn(figure) for figure in self.figures}
 
     @property
     def reasons(self) -> list[tuple[str, str]]:
@@ -211,10 +208,14 @@ def environment() -> Environment:
     made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     made.filters |= {
         "shown": shown,
-        "csv": lambda table: f"data:text/csv;charset=utf-8,{quote(table.to_csv())}",
+        "csv": _csv_address,
         "slug": slug,
         "described": describe_state,
         "standings": standings,
         "swept": lambda sweeps: list(swept(sweeps)),
     }
     return made
+
+
+def _csv_address(table: Table) -> str:
+    return f"data:text/csv;charset=utf-8,{quote(table.to_csv())}"

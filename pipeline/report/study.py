@@ -284,25 +284,22 @@ def _labelled_apart(runs: Sequence[Run]) -> list[Run]:
 
     Examples are SLTT-1 with and without rescaling, or two values of a tuned field.
     """
-    by_rule: dict[str, list[Run]] = {}
+    labels: dict[str, list[str]] = {}
+    for rule in {run.rule for run in runs}:
+        labels[rule] = _apart([run for run in runs if run.rule == rule])
+    found: list[Run] = []
     for run in runs:
-        by_rule.setdefault(run.rule, []).append(run)
-    apart = {rule: _apart(namesakes) for rule, namesakes in by_rule.items()}
-    return [_labelled(run, apart[run.rule]) for run in runs]
+        values = [each for name, each in _described(run.recipe).items() if name in labels[run.rule]]
+        found.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
+    return found
 
 
 def _apart(runs: Sequence[Run]) -> list[str]:
     """The names in `_described` whose values differ between the runs."""
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        for name, value in _described(run.recipe).items():
-            values.setdefault(name, set()).add(value)
-    return [name for name, several in values.items() if len(several) > 1]
+    import pandas as pd
 
-
-def _labelled(run: Run, apart: Sequence[str]) -> Run:
-    values = [value for name, value in _described(run.recipe).items() if name in apart]
-    return replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run
+    values = pd.DataFrame([_described(run.recipe) for run in runs])
+    return list(values.columns[values.nunique() > 1])
 
 
 def _described(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -327,17 +324,20 @@ def _python(value: Any) -> str:
 
 
 def _notes(group: Group) -> Iterator[str]:
-    of_rule = {rule: [run for run in group.finished if run.rule == rule] for rule in group.rules}
-    of_rule = {rule: runs for rule, runs in of_rule.items() if runs}
+    of_rule = {
+        rule: [run for run in group.of(rule) if run.is_finished] for rule in group.finished_rules
+    }
     for rule, (run, *_) in of_rule.items():
         part = run.recipe.get("rule")
         if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
             yield f"{rule} is {_python(part)}"
     for run in group.runs:
         if how := _divergence(run):
-            advice = what_to_change(run.recipe)
+            rate, clip = (written(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
+            advice = remedy(number_or_text(rate), number_or_text(clip))
             yield (
                 f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
+                " for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})
     if len(commits) > 1:
@@ -358,7 +358,13 @@ def _notes(group: Group) -> Iterator[str]:
     if uncounted:
         why = "no batch was whole on which bytes are counted"
         yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"
-    unknown = {name for run in group.finished for name in _not_counted(run)}
+    summaries = [flat(run.summary or {}) for run in group.finished]
+    unknown = {
+        str(name)
+        for summary in summaries
+        for path in ("not_counted", "inference.not_counted")
+        for name in summary.get(path) or ()
+    }
     if unknown:
         yield (
             "operations, and the energy of an inference, leave out what no count knows:"
@@ -417,18 +423,6 @@ def _divergence(run: Run) -> str:
     if run.is_finished and back and run.value("skipped_batches"):
         return f"went back {counted(back, 'time')} as its training diverged"
     return ""
-
-
-def what_to_change(recipe: Mapping[str, Any]) -> str:
-    """The advice for all recipes of a comparison in which one diverged."""
-    values = (number_or_text(written(recipe, key)) for key in ("optimizer.lr", "clip_norm"))
-    return f"{remedy(*values)} for every rule, and train again"
-
-
-def _not_counted(run: Run) -> list[str]:
-    """Products of the network that were not counted, in training or in an inference."""
-    names = [flat(run.summary or {}).get(path) for path in ("not_counted", "inference.not_counted")]
-    return [str(name) for each in names if isinstance(each, list) for name in each]
 
 
 def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:

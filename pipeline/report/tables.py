@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -166,8 +165,12 @@ def held(group: Group) -> Table | None:
 
 def behind_the_rows(group: Group) -> Table:
     """By rule: what it is divided by, the choices that decide the comparison, and its seeds."""
+    seeds = {
+        rule: ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
+        for rule in group.rules
+    }
     rows = [
-        {"rule": rule, **behind(group, rule), "seeds": _seeds(group, rule)} for rule in group.rules
+        {"rule": rule, **behind(group, rule), "seeds": of or "none"} for rule, of in seeds.items()
     ]
     return Table(columns=tuple(rows[0]), rows=tuple(tuple(row.values()) for row in rows))
 
@@ -410,10 +413,6 @@ def _is_there(run: Run, metric: Metric) -> bool:
     return value is not None and (value != 0 or "peak_" not in metric.name)
 
 
-def _seeds(group: Group, rule: str) -> str:
-    return ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished) or "none"
-
-
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
     """How many time steps a forward takes. A recipe that a journal alone has is text."""
     whole = written(recipe, "time_steps")
@@ -435,20 +434,18 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
 
 
 def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
-    yield from differing("", *(_shared(run.recipe) for run in (first, other)))
+    """The fields that differ, but for those in which runs of a group may differ."""
+    recipes = [
+        {**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (first, other)
+    ]
+    for name, *values in differing("", *recipes):
+        mine, theirs = (
+            "each rule's own" if name in tuned_in(run.recipe) else value
+            for run, value in zip((first, other), values, strict=True)
+        )
+        if mine != theirs:
+            yield name, mine, theirs
     yield from trained_apart(*([asdict(on) for on in run.trained_on] for run in (first, other)))
-
-
-def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the fields in which runs of a group may differ, and without what was tuned."""
-    kept = copy.deepcopy({**of_the_study(recipe), "init": recipe.get("init")})
-    for key in (key for key in tuned_in(recipe) if written(recipe, key) is not None):
-        *parts, last = key.split(".")
-        inner: Any = kept
-        for name in parts:
-            inner = inner.get("kwargs", inner)[name]
-        inner.get("kwargs", inner)[last] = "each rule's own"
-    return kept
 
 
 def _in_turn(values: Iterable[Cell]) -> Cell:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from pipeline.report.results import describe_state
 from pipeline.report.runs import ReportError
 from pipeline.report.stores import Store, StoredRun, open_store, studies
 from pipeline.report.study import Study
-from pipeline.report.sweeps import LARGEST_SAID, swept
+from pipeline.report.sweeps import LARGEST_SAID
 from pipeline.track.connect import without_password
 from pipeline.track.mlflow import tracking_uri
 
@@ -98,49 +98,51 @@ class _Answers:
         newest = (
             (len(runs), len(members)) if place.runs is None and len(runs) < len(members) else None
         )
+        html, drawings, _ = _shown(place, study, reports, newest)
         return _json(
             title=title,
             window=window,
             version=version,
             boxes=_template("macros.html").module.boxes(members),  # type: ignore[attr-defined]
             picked=[run.short for run in runs],
-            **_shown(place, study, reports, newest),
+            html=html,
+            drawings=drawings,
         )
 
     def csv(self) -> Response:
         """Answer with the data of a figure or a table."""
-        place, name = _place(), request.args.get("name", "")
+        place, offered = _place(), {}
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
-            found = (
-                dict(_tables(place, self._live.study(runs), self._live.reports(runs)))
-                if runs
-                else {}
-            )
-            table = found[name]() if name in found else None
+            if runs:
+                reports = self._live.reports(runs)
+                *_, offered = _shown(place, self._live.study(runs), reports, None)
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
-        if table is None:
+        if (table := offered.get(request.args.get("name", ""))) is None:
             return Response("dashboard: there is no such table here\n", 404, mimetype="text/plain")
         return Response(table.to_csv(), mimetype="text/csv")
 
 
 def _shown(
     place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
-) -> dict[str, Any]:
-    """The view of a study as HTML, and its drawings by the keys of their places."""
+) -> tuple[str, dict[str, Any], dict[str, Table]]:
+    """The view of a study as HTML, with its drawings and tables by the keys of their places."""
+    drawings: dict[str, Any] = {}
+    offered: dict[str, Table] = {}
 
-    def href(key: str) -> str:
+    def offer(key: str, table: Table, figure: Figure | None = None) -> str:
+        """Note a table, and the drawing of its figure; returns the address of the table."""
+        offered[key] = table
+        if figure is not None:
+            drawings[key] = drawn(figure)
         return f"/csv{place.search or '?'}&name={key}"
 
     def file(key: str, where: str) -> str:
-        """The group or suite is in the name, which stands alone in a folder of such files."""
+        """A file's name with the group or suite: it stands alone in a folder of such files."""
         return f"{slug(where)[:_NAME] if where else place.study[:8]}-{key}"
 
     sections = [section_of(group, group.key, (place.view,)) for group in study.groups]
-    drawings = {key: drawing for each in sections for key, drawing in each.drawings.items()}
-    if place.view == "claims":
-        drawings |= {key: drawn(figure) for key, figure in _of_reports(reports)}
     html = _template("study.html").render(
         place=place,
         study=study,
@@ -150,45 +152,10 @@ def _shown(
         newest=newest,
         scaled=tables.scaling(study) if place.view == "costs" else None,
         largest_said=LARGEST_SAID,
-        href=href,
+        offer=offer,
         file=file,
     )
-    return {"html": html, "drawings": drawings}
-
-
-def _of_reports(reports: Sequence[SuiteReport]) -> Iterator[tuple[str, Figure]]:
-    for report in reports:
-        for each in swept(report.returned.sweeps):
-            for figure in each.figures:
-                yield f"{report.key}-{each.key}-{figure.name}", figure
-
-
-def _tables(
-    place: Place, study: Study, reports: Sequence[SuiteReport]
-) -> Iterator[tuple[str, Callable[[], Table | None]]]:
-    """The tables of a view by the names of their files."""
-    yield "runs", lambda: tables.provenance(study)
-    yield "differences", lambda: tables.recipe_differences(study) if len(study.groups) > 1 else None
-    yield "scaling", lambda: tables.scaling(study)
-    for report in reports:
-        claims = report.returned.claims
-        yield (
-            f"{report.key}-claims",
-            lambda claims=claims: tables.claims(claims) if claims else None,
-        )
-        for each in swept(report.returned.sweeps):
-            yield f"{report.key}-{each.key}-largest", lambda each=each: each.largest
-    for key, figure in _of_reports(reports):
-        yield key, lambda figure=figure: figure.table
-    for group in study.groups:
-        for name, make in (
-            ("costs", tables.costs),
-            ("beside", tables.beside),
-            ("held", tables.held),
-        ):
-            yield f"{group.key}-{name}", lambda make=make, group=group: make(group)
-        for each in section_of(group, group.key, (place.view,)).figures:
-            yield f"{group.key}-{each.name}", lambda each=each: each.table
+    return html, drawings, offered
 
 
 def _place() -> Place:
