@@ -714,7 +714,7 @@ def test_tiny_follows_references_and_names_do_not_collide(
     words = ("launch", str(tmp_path / "twin.py"), "--inline", "--runs", str(tmp_path / "runs"))
     code, _, error = spiketrain(*words, "--tiny")
     assert code == 0, error
-    [suite] = [row.folder for row in list_suites(tmp_path / "runs")]
+    [suite] = [tmp_path / "runs" / row.name for row in list_suites(tmp_path / "runs")]
     runs = runs_of(suite)
     assert list(runs) == ["twin-tiny", "after-tiny"] and all(
         state_of(run) == "finished" for run in runs.values()
@@ -725,7 +725,7 @@ def test_tiny_follows_references_and_names_do_not_collide(
     assert code == 2 and f"--name must be new in {tmp_path / 'runs'}; got {suite.name}" in error
     code, _, error = spiketrain(*words, "--set", "epochs=1")
     assert code == 0, error
-    newest = list_suites(tmp_path / "runs")[0].folder
+    newest = tmp_path / "runs" / list_suites(tmp_path / "runs")[0].name
     names = [newest.name, *(run.name for run in runs_of(newest).values())]
     assert names[1].startswith("twin-") and len(set(names)) == 3
 
