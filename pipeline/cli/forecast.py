@@ -50,19 +50,9 @@ def show(
     Needs no data: a step is counted without running it.
     """
     made = made_of(recipe, set_, tiny)
-    from pipeline.forecast.counts import describe_steps
-    from pipeline.recipe.recipe import Recipe
-    from pipeline.recipe.suite import refuse_references
     from pipeline.report.show import show_recipe
-    from pipeline.train.placeholder_weights import with_stand_ins
 
-    if isinstance(made, Recipe):
-        refuse_references(made)
-        show_recipe(made, workers, steps=describe_steps([made], workers))
-        return
-    with with_stand_ins(made) as recipes:
-        steps = describe_steps(recipes, workers)
-    show_recipe(made, workers, steps=steps)
+    show_recipe(made, workers, counts_steps=True)
 
 
 @commands.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")
