@@ -247,9 +247,10 @@ def print_comparison(
         raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
     if format == "table":
         _print_tables(found, console or new_console())
+    elif format == "csv" and (found or not refusals):
+        sys.stdout.write(csv_of(found))
     elif found or not refusals:
-        as_json = json.dumps([each.to_json() for each in found], indent=2, allow_nan=False)
-        sys.stdout.write(as_json + "\n" if format == "json" else csv_of(found))
+        print(json.dumps([each.to_json() for each in found], indent=2, allow_nan=False))
     if refusals:
         raise refusals[0]
 

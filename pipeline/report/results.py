@@ -470,7 +470,11 @@ def places(run: Run, *, between: str = ", ") -> str:
 
 def micro_batches(run: Run) -> str:
     """Samples that a worker holds at a time, and how many times per batch: `128`, `64 × 2`."""
-    texts = [_micro_batch(on, _accumulated(run, on)) for on in run.trained_on]
+    texts: list[str] = []
+    for on in run.trained_on:
+        times = _accumulated(run, on) or 1
+        whole = NOT_SAID if on.micro_batch is None else str(on.micro_batch)
+        texts.append(f"{whole} × {times}" if times > 1 else whole)
     return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
 
 
@@ -489,12 +493,6 @@ def _workers(run: Run, on: TrainedOn) -> str:
         loaders(on) if len({each.loader_threads for each in run.trained_on}) > 1 else "",
     ]
     return ", ".join(filter(None, texts))
-
-
-def _micro_batch(on: TrainedOn, accumulated: int | None) -> str:
-    if on.micro_batch is None:
-        return NOT_SAID
-    return f"{on.micro_batch} × {accumulated}" if (accumulated or 1) > 1 else str(on.micro_batch)
 
 
 def _accumulated(run: Run, on: TrainedOn) -> int | None:
