@@ -35,6 +35,33 @@ Format = Annotated[Literal["table", "json"], typer.Option("--format")]
 _PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
 
 
+NodeGbps = Annotated[
+    float | None,
+    number_option("--node-gbps", min=0.001, max=1e6, help="between nodes, in Gb/s; without it 400"),
+]
+Price = Annotated[
+    float | None,
+    number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="of an epoch; without it the data's, if they are here"),
+]
+AgainstRun = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="RUN",
+        help="a run on such a machine or GPU: print the plan's errors",
+    ),
+]
+AtLargest = Annotated[
+    bool,
+    typer.Option(
+        "--at-largest",
+        help="with --batch auto: find each rule's own largest batch by training it and others",
+    ),
+]
 commands = Commands()
 
 
@@ -111,13 +138,7 @@ def sweep(
             help="limit for the largest batch; without it the free memory",
         ),
     ] = None,
-    at_largest: Annotated[
-        bool,
-        typer.Option(
-            "--at-largest",
-            help="with --batch auto: find each rule's own largest batch by training it and others",
-        ),
-    ] = False,
+    at_largest: AtLargest = False,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
@@ -172,31 +193,11 @@ def plan(
     per_node: Annotated[
         int | None, typer.Option("--per-node", min=1, help="GPUs in a node; without it 8")
     ] = None,
-    node_gbps: Annotated[
-        float | None,
-        number_option(
-            "--node-gbps", min=0.001, max=1e6, help="between nodes, in Gb/s; without it 400"
-        ),
-    ] = None,
+    node_gbps: NodeGbps = None,
     cpus_per_worker: Cores = "auto",
-    price: Annotated[
-        float | None,
-        number_option("--price", min=0, max=1e9, help="of an hour of one worker, in your currency"),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            "--samples", min=1, help="of an epoch; without it the data's, if they are here"
-        ),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            metavar="RUN",
-            help="a run on such a machine or GPU: print the plan's errors",
-        ),
-    ] = None,
+    price: Price = None,
+    samples: Samples = None,
+    against: AgainstRun = None,
     runs: Runs = RUNS,
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006

@@ -51,6 +51,64 @@ if TYPE_CHECKING:
     from pipeline.report.suite import Reported
 
 
+RecipeFiles = Annotated[
+    list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
+]
+Sizes = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        metavar=SIZES,
+        help="processes that train together; of several numbers, what there is room for",
+    ),
+]
+Seeds = Annotated[
+    int,
+    typer.Option("--seeds", min=1, help="train each recipe so often, with consecutive seeds"),
+]
+Tune = Annotated[
+    str | None,
+    typer.Option(
+        "--tune",
+        metavar="KEY=V,V,...",
+        help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr",
+    ),
+]
+SideBySide = Annotated[
+    str | None,
+    typer.Option(
+        "--side-by-side",
+        metavar="N|auto",
+        help=(
+            f"{AT_A_TIME}; without it what there is room for, but one with --inline, --address"
+            " or several numbers of workers"
+        ),
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        help=(
+            "the run's name, or the suite's; without it the recipe's, or the file's, and the time"
+        ),
+    ),
+]
+OrResume = Annotated[
+    bool,
+    typer.Option("--or-resume", help="continue the run or suite of this --name if it has begun"),
+]
+Checkpoints = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoints",
+        metavar="DIR|URI",
+        help=(
+            "where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix,"
+            " ...; without it in its own"
+        ),
+    ),
+]
 commands = Commands()
 
 
@@ -61,17 +119,8 @@ commands = Commands()
 )
 def launch(
     context: typer.Context,
-    recipes: Annotated[
-        list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
-    ],
-    workers: Annotated[
-        str,
-        typer.Option(
-            "--workers",
-            metavar=SIZES,
-            help="processes that train together; of several numbers, what there is room for",
-        ),
-    ] = "1",
+    recipes: RecipeFiles,
+    workers: Sizes = "1",
     inline: Inline = False,
     address: Address = None,
     device: Device = "auto",
@@ -81,57 +130,13 @@ def launch(
     hang_minutes: Hang = 30.0,
     verify: Verify = "sampled",
     node_loss: NodeLoss = "fast",
-    seeds: Annotated[
-        int,
-        typer.Option("--seeds", min=1, help="train each recipe so often, with consecutive seeds"),
-    ] = 1,
-    tune: Annotated[
-        str | None,
-        typer.Option(
-            "--tune",
-            metavar="KEY=V,V,...",
-            help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr",
-        ),
-    ] = None,
-    side_by_side: Annotated[
-        str | None,
-        typer.Option(
-            "--side-by-side",
-            metavar="N|auto",
-            help=(
-                f"{AT_A_TIME}; without it what there is room for, but one with --inline, --address"
-                " or several numbers of workers"
-            ),
-        ),
-    ] = None,
+    seeds: Seeds = 1,
+    tune: Tune = None,
+    side_by_side: SideBySide = None,
     runs: Runs = RUNS,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            "--name",
-            help=(
-                "the run's name, or the suite's; without it the recipe's, or the file's, and the"
-                " time"
-            ),
-        ),
-    ] = None,
-    or_resume: Annotated[
-        bool,
-        typer.Option(
-            "--or-resume", help="continue the run or suite of this --name if it has begun"
-        ),
-    ] = False,
-    checkpoints: Annotated[
-        str | None,
-        typer.Option(
-            "--checkpoints",
-            metavar="DIR|URI",
-            help=(
-                "where each run keeps its checkpoints, under its name: a folder, s3://bucket/prefix,"
-                " ...; without it in its own"
-            ),
-        ),
-    ] = None,
+    name: Name = None,
+    or_resume: OrResume = False,
+    checkpoints: Checkpoints = None,
     set_: Sets = [],  # noqa: B006  (typer reads the default, nothing changes it)
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,

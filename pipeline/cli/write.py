@@ -18,6 +18,27 @@ if TYPE_CHECKING:
     from pipeline.data.ffcv.manifest import Manifest
     from pipeline.data.write.images import Progress as OnProgress
 
+EventSource = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        help="published sets: the folder that tonic fills; saccades: fashion, or its files",
+    ),
+]
+Resize = Annotated[
+    Literal["sum", "area"] | None,
+    typer.Option(
+        "--resize", help="the sum of the counts of the pixels that become one, or their mean"
+    ),
+]
+FramesBy = Annotated[
+    Literal["time", "number"],
+    typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
+]
+Slices = Annotated[
+    int | None,
+    typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
+]
 commands = Commands()
 write = Commands(
     no_args_is_help=True,
@@ -113,30 +134,13 @@ def write_events(
         typer.Argument(metavar="SET"),
     ],
     out: Out,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--source",
-            help="published sets: the folder that tonic fills; saccades: fashion, or its files",
-        ),
-    ] = None,
-    slices: Annotated[
-        int | None,
-        typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
-    ] = None,
-    frames_by: Annotated[
-        Literal["time", "number"],
-        typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
-    ] = "time",
+    source: EventSource = None,
+    slices: Slices = None,
+    frames_by: FramesBy = "time",
     size: Annotated[
         int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
     ] = None,
-    resize: Annotated[
-        Literal["sum", "area"] | None,
-        typer.Option(
-            "--resize", help="the sum of the counts of the pixels that become one, or their mean"
-        ),
-    ] = None,
+    resize: Resize = None,
     counts: Annotated[
         Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
     ] = "uint8",

@@ -54,27 +54,7 @@ def ratios(group: Group) -> Figure | Missing:
     ]
     names = [name for name in costs if any((rule, name) in found for rule in rules)]
 
-    data = []
-    for index, rule in enumerate(rules):
-        offset = 0.6 * (index / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
-        here = [
-            (place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found
-        ]
-        data.append(
-            {
-                "type": "scatter",
-                "name": plain(rule),
-                "mode": "markers+text",
-                "x": [ratio.mean for _, ratio in here],
-                "y": [place + offset for place, _ in here],
-                "error_x": _errors([ratio for _, ratio in here], index + 1),
-                "text": [f"{ratio.mean:.2f}" for _, ratio in here],
-                "textposition": "top center",
-                "textfont": {"size": 12, "color": color(index + 1)},
-                "marker": {"color": color(index + 1), "symbol": symbol(index + 1), "size": 10},
-                "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
-            }
-        )
+    data = list(_ratio_traces(found, rules, names))
     most = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in found.values()))
     dotted = {"color": INK, "width": 1, "dash": "dot"}
     line = {"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "y domain", "line": dotted}
@@ -82,22 +62,15 @@ def ratios(group: Group) -> Figure | Missing:
     y = {**ticks, "range": [len(names) - 0.5, -0.75], "showgrid": False, "zeroline": False}
     x = titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * most])
     height = 110 + len(names) * max(52, 30 * len(rules))
-    least = min(
-        (item for item in found.items() if item[0][1] == "peak_saved_bytes"),
-        key=lambda item: item[1].mean,
-        default=None,
-    )
+    saved = {rule: ratio for (rule, name), ratio in found.items() if name == "peak_saved_bytes"}
+    least = min(saved, key=lambda rule: saved[rule].mean, default="")
     faster = group.fastest_baseline
     times = (
         ""
         if faster == group.against
         else f" Times are multiples of {faster}'s, the faster {group.against}."
     )
-    said = (
-        ""
-        if least is None
-        else f": {least[0][0]} keeps {least[1].mean:.2f} of its saved bytes, the least"
-    )
+    said = f": {least} keeps {saved[least].mean:.2f} of its saved bytes, the least" if least else ""
     return Figure(
         name="ratios",
         title=title,
@@ -123,6 +96,30 @@ def ratios(group: Group) -> Figure | Missing:
         ),
         drawing=drawing(data, height=height, xaxis=x, yaxis=y, shapes=[line]),
     )
+
+
+def _ratio_traces(
+    found: Mapping[tuple[str, str], Spread], rules: Sequence[str], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """A row of markers for each rule, a little apart from those of the others."""
+    for index, rule in enumerate(rules):
+        offset = 0.6 * (index / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
+        here = [
+            (place, found[rule, name]) for place, name in enumerate(names) if (rule, name) in found
+        ]
+        yield {
+            "type": "scatter",
+            "name": plain(rule),
+            "mode": "markers+text",
+            "x": [ratio.mean for _, ratio in here],
+            "y": [place + offset for place, _ in here],
+            "error_x": _errors([ratio for _, ratio in here], index + 1),
+            "text": [f"{ratio.mean:.2f}" for _, ratio in here],
+            "textposition": "top center",
+            "textfont": {"size": 12, "color": color(index + 1)},
+            "marker": {"color": color(index + 1), "symbol": symbol(index + 1), "size": 10},
+            "hovertemplate": "%{x:.3f}<extra>" + plain(rule) + "</extra>",
+        }
 
 
 def trade_off(group: Group, name: str) -> Figure | Missing:
@@ -152,52 +149,13 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             "hoverinfo": "skip",
         }
     ]
-    for rule, (cost, top1) in points.items():
+    for rule, spreads in points.items():
         place = group.rules.index(rule)
-        marker = {
-            "color": color(place),
-            "symbol": symbol(place) if rule in front else f"{symbol(place)}-open",
-            "size": 12,
-            "line": {"width": 2, "color": color(place)},
-        }
-        data.append(
-            {
-                "type": "scatter",
-                "name": plain(rule),
-                "mode": "markers",
-                "x": [cost.mean / scale],
-                "y": [100 * top1.mean],
-                "error_x": _errors([cost], place, scale=1 / scale),
-                "error_y": _errors([top1], place, scale=100),
-                "marker": marker,
-                "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
-            }
-        )
+        shape = symbol(place) if rule in front else f"{symbol(place)}-open"
+        data.append(_marker(rule, *spreads, place=place, shape=shape, scale=scale, unit=unit))
     x = titled(f"{what}, {unit}", rangemode="tozero")
-    rows = [
-        (
-            rule,
-            cost.mean,
-            cost.deviation,
-            top1.mean,
-            top1.deviation,
-            top1.runs,
-            "yes" if rule in front else "no",
-        )
-        for rule, (cost, top1) in points.items()
-    ]
-    columns = (
-        "rule",
-        f"{what}, {_UNITS.get(cost_of.unit, cost_of.unit)}",
-        "its deviation",
-        "top-1",
-        "its deviation",
-        "runs",
-        "on the Pareto front",
-    )
+    table = _trade_off_table(group, name, points, front)
     if name == ENERGY:
-        columns = (*columns, "measured on cards, joules", "MACs", "ACs")
-        rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
         how = (
             f"{how}. Prices of an operation: {prices(group.finished)}. {_counted_on(group)}."
             f" {_measured_on(group)}"
@@ -214,9 +172,58 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             f"On the Pareto front of accuracy and {what}, of {len(points)} rules:"
             f" {', '.join(front)}."
         ),
-        table=Table(columns=columns, rows=tuple(rows)),
+        table=table,
         drawing=drawing(data, height=380, xaxis=x, yaxis=titled("top-1, %")),
     )
+
+
+def _trade_off_table(
+    group: Group, name: str, points: Mapping[str, tuple[Spread, Spread]], front: Sequence[str]
+) -> Table:
+    cost_of = metric(name)
+    rows = [
+        (
+            rule,
+            cost.mean,
+            cost.deviation,
+            top1.mean,
+            top1.deviation,
+            top1.runs,
+            "yes" if rule in front else "no",
+        )
+        for rule, (cost, top1) in points.items()
+    ]
+    columns = (
+        "rule",
+        f"{cost_of.title}, {_UNITS.get(cost_of.unit, cost_of.unit)}",
+        "its deviation",
+        "top-1",
+        "its deviation",
+        "runs",
+        "on the Pareto front",
+    )
+
+    if name == ENERGY:
+        columns = (*columns, "measured on cards, joules", "MACs", "ACs")
+        rows = [(*row, *_beside(group, str(row[0]))) for row in rows]
+    return Table(columns=columns, rows=tuple(rows))
+
+
+def _marker(
+    rule: str, cost: Spread, top1: Spread, *, place: int, shape: str, scale: float, unit: str
+) -> dict[str, Any]:
+    outline = {"width": 2, "color": color(place)}
+    return {
+        "type": "scatter",
+        "name": plain(rule),
+        "mode": "markers",
+        "x": [cost.mean / scale],
+        "y": [100 * top1.mean],
+        "error_x": _errors([cost], place, scale=1 / scale),
+        "error_y": _errors([top1], place, scale=100),
+        "marker": {"color": color(place), "symbol": shape, "size": 12, "line": outline},
+        "hovertemplate": f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
+    }
 
 
 def _beside(group: Group, rule: str) -> list[float | None]:
@@ -288,21 +295,15 @@ def _errors(spreads: Sequence[Spread], place: int, *, scale: float = 1.0) -> dic
 
 _SMALL = 0.01  # of a bar: parts below it in every rule are drawn as one
 _SO_FAR = ", batches alone"
+_HATCH = {"size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
 
 
 def time_parts(group: Group) -> Figure | Missing:
     """Where each rule's time goes, in milliseconds of a batch."""
     title = "Where the time goes"
-    means: dict[str, Any] = {}  # seconds of a batch by part, averaged over the runs of each rule
-    for rule in group.rules:
-        finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
-        if of_runs := finished or [run.parts for run in group.of(rule) if run.parts]:
-            label = rule if finished else f"{rule}{_SO_FAR}"
-            means[label] = pd.DataFrame(of_runs).mean()
-    if not means:
+    seconds = _seconds_by_part(group)
+    if seconds.empty:
         return Missing(title=title, why="no run has measured the parts of its time")
-    seconds: Any = pd.DataFrame(means).reindex([*PARTS, REST, *BETWEEN]).drop("fidelity")
-    seconds = seconds[seconds.gt(0).any(axis=1)]
     totals: Any = seconds.sum()
     shares: Any = (seconds / totals).fillna(0.0)
     is_large = shares.ge(_SMALL).any(axis=1)
@@ -310,21 +311,22 @@ def time_parts(group: Group) -> Figure | Missing:
     if not is_large.all():
         bars.loc[f"{(~is_large).sum()} small ones"] = seconds[~is_large].sum()
 
-    data = []
-    for place, (label, by_rule) in enumerate(bars.fillna(0.0).iterrows()):
-        hatch = {"shape": pattern(place), "size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
-        outline = {"color": PAPER, "width": 1}
-        data.append(
-            {
-                "type": "bar",
-                "name": label,
-                "orientation": "h",
-                "y": list(map(plain, means)),
-                "x": [1e3 * value for value in by_rule],
-                "marker": {"color": color(place + 1), "pattern": hatch, "line": outline},
-                "hovertemplate": f"%{{y}}: %{{x:.3g}} ms<extra>{label}</extra>",
-            }
-        )
+    data = [
+        {
+            "type": "bar",
+            "name": label,
+            "orientation": "h",
+            "y": list(map(plain, seconds)),
+            "x": [1e3 * value for value in by_rule],
+            "marker": {
+                "color": color(place + 1),
+                "pattern": {**_HATCH, "shape": pattern(place)},
+                "line": {"color": PAPER, "width": 1},
+            },
+            "hovertemplate": f"%{{y}}: %{{x:.3g}} ms<extra>{label}</extra>",
+        }
+        for place, (label, by_rule) in enumerate(bars.fillna(0.0).iterrows())
+    ]
     layout: dict[str, Any] = {
         "barmode": "stack",
         "bargap": 0.35,
@@ -334,15 +336,13 @@ def time_parts(group: Group) -> Figure | Missing:
     }
     rows = [
         (rule, name, None if pd.isna(value) else value, shares.at[name, rule])
-        for rule in means
+        for rule in seconds
         for name, value in seconds[rule].items()
     ]
     slowest = totals.idxmax()
     most: Any = seconds[slowest].idxmax()
-    share = shares.at[most, slowest]
-    took = shown(totals[slowest], kind="s")
     alone = (
-        "; of a rule without one, of its batches alone" if means.keys() - set(group.rules) else ""
+        "; of a rule without one, of its batches alone" if set(seconds) - set(group.rules) else ""
     )
     return Figure(
         name="time-parts",
@@ -353,12 +353,27 @@ def time_parts(group: Group) -> Figure | Missing:
             " every named part."
         ),
         alt=(
-            f"{slowest} takes longest with {took} a batch, of which {most.replace('_', ' ')} is"
-            f" {share:.0%}."
+            f"{slowest} takes longest with {shown(totals[slowest], kind='s')} a batch, of which"
+            f" {most.replace('_', ' ')} is {shares.at[most, slowest]:.0%}."
         ),
         table=Table(columns=("rule", "part", "seconds of a batch", "share"), rows=tuple(rows)),
-        drawing=drawing(data, height=170 + 42 * len(means), **layout),
+        drawing=drawing(data, height=170 + 42 * len(seconds.columns), **layout),
     )
+
+
+def _seconds_by_part(group: Group) -> Any:
+    """A frame with seconds of a batch: a row for each part of the clock, a column for each rule.
+
+    They are means over the rule's finished runs. Other runs have measured their batches alone, and
+    stand for a rule of which none has finished.
+    """
+    means: dict[str, Any] = {}
+    for rule in group.rules:
+        finished = [run.parts for run in group.of(rule) if run.is_finished and run.parts]
+        if of_runs := finished or [run.parts for run in group.of(rule) if run.parts]:
+            means[rule if finished else f"{rule}{_SO_FAR}"] = pd.DataFrame(of_runs).mean()
+    seconds = pd.DataFrame(means).reindex([*PARTS, REST, *BETWEEN]).drop("fidelity")
+    return seconds[seconds.gt(0).any(axis=1)]
 
 
 ON_TRACK = 1.0  # points of accuracy below the published run that still count as on track

@@ -64,8 +64,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for journal in runs_dir.glob(
         "*/journal.jsonl"
     ):  # as a launch tells runs apart, and what they have in common
+        of_start = {"run_id": journal.parent.name, "family": "small"}
         told = [
-            {**event, "run_id": journal.parent.name, "family": "small"} for event in read(journal)
+            {**each, **(of_start if each["event"] == "start" else {})} for each in read(journal)
         ]
         journal.write_text("".join(json.dumps(event) + "\n" for event in told))
     (runs_dir / "failed-0").mkdir()
