@@ -310,7 +310,6 @@ def time_parts(group: Group) -> Figure | Missing:
     bars = seconds[is_large].rename(lambda name: name.replace("_", " "))
     if not is_large.all():
         bars.loc[f"{(~is_large).sum()} small ones"] = seconds[~is_large].sum()
-
     data = [
         {
             "type": "bar",
