@@ -252,7 +252,7 @@ def _print_errors(
     """Print the plan of a recipe beside what a run of it has measured."""
     from pipeline.recipe.recipe import Recipe
     from pipeline.report.forecasts import errors, plan_to_json, print_plan, refuse_unless_comparable
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
 
     if not isinstance(made, Recipe):
         raise ValueError(

@@ -281,7 +281,7 @@ def resume(
     """
     _heed_signals()
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
 
     sizes = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}

@@ -64,7 +64,7 @@ def evaluate(
         )
         return
     from pipeline.launch.evaluate import evaluate_run
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
 
     if set_:
         raise ValueError(
@@ -99,7 +99,7 @@ def export(
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Write a trained network as one file for pipeline.load, and print its size."""
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
     layout = "packed" if packed else "plain"

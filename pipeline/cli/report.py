@@ -37,7 +37,7 @@ def compare(
     suite's report.
     """
     from pipeline.report.compare import print_comparison
-    from pipeline.report.runs import runs_dir_of
+    from pipeline.report.selection import runs_dir_of
     from pipeline.report.suite import print_suite, suite_named
 
     runs = runs_dir_of(runs, names or [])
@@ -77,7 +77,7 @@ def report(
     """
     from pipeline.report.page import publish, write
     from pipeline.report.read_study import read_study
-    from pipeline.report.runs import runs_dir_of
+    from pipeline.report.selection import runs_dir_of
 
     runs = runs_dir_of(runs, names or [])
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}

@@ -18,7 +18,7 @@ commands = Commands()
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
     from pipeline.recipe.suite import is_suite, runs_of
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
     from pipeline.track.connect import without_password
     from pipeline.track.mlflow import sync as sync_run
     from pipeline.track.mlflow import tracking_uri
@@ -62,7 +62,7 @@ def register(
     """Register a run's checkpoint as a version of a model in MLflow. Its address is registered, and
     nothing is uploaded.
     """
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.publish import register as register_run
     from pipeline.train.checkpoint import Folder, pin, verified

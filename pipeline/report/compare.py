@@ -26,6 +26,7 @@ from pipeline.recipe.command_line import how_to_resume
 from pipeline.report import tables
 from pipeline.report.figure import Cell, Table
 from pipeline.report.results import (
+    ReportError,
     Run,
     compared,
     flat,
@@ -36,7 +37,6 @@ from pipeline.report.results import (
     read_runs,
     refuse_damage,
 )
-from pipeline.report.runs import ReportError
 from pipeline.report.selection import (
     ComparisonError,
     chosen,

@@ -22,8 +22,7 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import Recipe, Role, select
 from pipeline.report.compare import finite
-from pipeline.report.results import Run, TrainedOn, read_run
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError, Run, TrainedOn, read_run
 from pipeline.report.selection import trained_apart
 
 MODEL = "a model, not measured"

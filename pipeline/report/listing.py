@@ -12,8 +12,7 @@ from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.suite import FILE, is_suite
-from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
-from pipeline.report.runs import folders_in
+from pipeline.report.results import UNKNOWN_RULE, Run, folders_in, read_runs
 from pipeline.track.events import Evaluation
 from pipeline.track.journal import last_event
 from pipeline.track.state import is_driven

@@ -27,8 +27,7 @@ from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, 
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.read_study import Found
-from pipeline.report.results import ENERGY, describe_state
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ENERGY, ReportError, describe_state
 from pipeline.report.study import Group, Study
 from pipeline.report.sweeps import LARGEST_SAID, swept
 from pipeline.track.mlflow import tracking_uri

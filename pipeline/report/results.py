@@ -11,6 +11,7 @@ writes it into `summary.json`.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
+from pipeline.recipe.suite import is_suite
 from pipeline.report import history
 from pipeline.report.history import History, count, number
-from pipeline.report.runs import ReportError, folders_in, load, summary_of
 from pipeline.track.events import Event, Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, every, last_event, read_events
 from pipeline.track.provenance import told_in, trained_on
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 UNKNOWN_RULE = "unknown rule"  # the label of a run that names none
 NOT_SAID = "not known"
+
+
+class ReportError(ValueError):
+    """A run cannot be found or read; the message is one line for a user."""
 
 
 # ------------------------------------------------------------------------------------- quantities
@@ -440,6 +445,74 @@ def _layer(layer: Any) -> LayerRates:
     except (KeyError, TypeError, ValueError) as error:
         needed = ", ".join(LayerRates.__dataclass_fields__)
         raise ReportError(f"activity.json: a layer must have {needed}; got {layer!r}") from error
+
+
+# ------------------------------------------------------------------------------------------- files
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "trained_on": (list, "a list of objects"),
+    "commits": (list, "a list"),
+    "hardware": (dict, "an object"),
+    "conditions": (dict, "an object"),
+    **dict.fromkeys(("steps", "images_per_s", "peak_saved_bytes"), ((int, float), "a number")),
+}  # fields of a summary whose kind readers rely on
+
+
+def folders_in(runs_dir: str | os.PathLike[str], *, suites: bool = False) -> list[Path]:
+    """The folders that hold a run, or with `suites` a run or a suite, by name.
+
+    Folders whose launch was killed while it made them have hidden names.
+    """
+    if not Path(runs_dir).is_dir():
+        return []
+    visible = sorted(each for each in Path(runs_dir).iterdir() if not each.name.startswith("."))
+    return [folder for folder in visible if is_run(folder) or (suites and is_suite(folder))]
+
+
+def load(path: Path, kind: type = dict) -> Any:
+    """The JSON object of a file, or its list; None where there is no such file.
+
+    Raises:
+        ReportError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        called = "an object" if kind is dict else "a list"
+        raise ReportError(f"{path} holds a {type(value).__name__}, not {called}")
+    return value
+
+
+def summary_of(folder: Path) -> dict[str, Any] | None:
+    """The summary.json of a run; None where there is none.
+
+    Raises:
+        ReportError: it is damaged.
+    """
+    path = RunFolder(folder).summary
+    summary = load(path)
+    refuse_damaged_summary(summary or {}, str(path))
+    return summary
+
+
+def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
+    """Raise ReportError if a field has an unexpected type; the message names `where`."""
+    for name, (kind, called) in _KINDS.items():
+        if (value := summary.get(name)) is not None and not isinstance(value, kind):
+            raise ReportError(f"{where}: {name} must be {called}; got {value!r}")
+    for each in summary.get("trained_on") or ():
+        if not isinstance(each, dict):
+            raise ReportError(f"{where}: trained_on must be a list of objects; got {each!r} in it")
+        refuse_damaged_summary(each, where)
+
+
+def is_run(folder: Path) -> bool:
+    files = RunFolder(folder)
+    return files.recipe.is_file() or files.journal.is_file()
 
 
 # ------------------------------------------------------------------- machines and workers in words

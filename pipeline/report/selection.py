@@ -12,8 +12,16 @@ from pipeline.core.units import counted
 from pipeline.recipe import is_baseline
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import Role, select
-from pipeline.report.results import Run, flat, read_run, refuse_damage
-from pipeline.report.runs import ReportError, find_run
+from pipeline.recipe.suite import is_suite
+from pipeline.report.results import (
+    ReportError,
+    Run,
+    flat,
+    folders_in,
+    is_run,
+    read_run,
+    refuse_damage,
+)
 
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
@@ -213,3 +221,53 @@ def _explained(a: Run, b: Run) -> list[Differing]:
     if contents[0] != contents[1]:
         found.append(("data_fingerprint", contents[0], contents[1]))
     return found or paths or [("study", a.study, b.study)]
+
+
+class AmbiguousName(ReportError):
+    """A name begins the names of several runs."""
+
+
+def find_run(
+    runs_dir: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str],
+    *,
+    suites: bool = False,
+    among: Sequence[Path] | None = None,
+) -> Path:
+    """The absolute folder of a run, from its name, an unambiguous beginning of it, or a path.
+
+    The parent of the folder is the folder of runs that it belongs to, whatever `runs_dir` is.
+
+    Args:
+        suites: the name may also be that of a suite.
+        among: `folders_in(runs_dir, suites=suites)`, for callers that look up many names.
+
+    Raises:
+        ReportError: no run, or several, answer to the name.
+    """
+    text = os.fspath(name_or_path)
+    for folder in (Path(runs_dir) / text, Path(text)):
+        if is_run(folder) or (suites and is_suite(folder)):
+            # Without `.` and `..`; a link is not followed, as its run belongs where the link is.
+            return Path(os.path.abspath(folder))  # noqa: PTH100
+    folders = folders_in(runs_dir, suites=suites) if among is None else among
+    found = [folder for folder in folders if folder.name.startswith(text)] if text else []
+    if len(found) == 1:
+        return found[0].absolute()
+    if found:
+        names = ", ".join(folder.name for folder in found)
+        raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {names}")
+    known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
+    there = f"; there are {known}" if folders else ", which has no runs"
+    what = "run or suite" if suites else "run"
+    raise ReportError(f"no {what} {text!r} in {runs_dir}{there}")
+
+
+def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
+    """The folder that holds all these runs and suites, or `runs_dir` if one is a study key."""
+    there = folders_in(runs_dir, suites=True)
+    try:
+        folders = {find_run(runs_dir, name, suites=True, among=there).parent for name in names}
+    except ReportError:
+        return runs_dir
+    return folders.pop() if len(folders) == 1 else runs_dir

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
-from pipeline.report.results import Run, is_silent, run_of
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError, Run, is_silent, run_of
 from pipeline.track.connect import SQLITE, connect, reason, without_password
 from pipeline.track.events import Event, Start, Step, from_dict
 from pipeline.track.hierarchy import KIND_TAG, PARENT_OF

@@ -20,9 +20,8 @@ from pipeline.recipe.command_line import how_to_resume
 from pipeline.recipe.json import flat
 from pipeline.recipe.suite import Report, SuiteFile, is_suite
 from pipeline.report.compare import comparisons, finite, print_comparison, unfinished_to_json
-from pipeline.report.results import Run, read_run, read_runs
-from pipeline.report.runs import AmbiguousName, ReportError, find_run, folders_in
-from pipeline.report.selection import is_study, written
+from pipeline.report.results import ReportError, Run, folders_in, read_run, read_runs
+from pipeline.report.selection import AmbiguousName, find_run, is_study, written
 from pipeline.report.study import WITHIN
 from pipeline.track.state import is_driven, state_of
 from pipeline.track.trials import best, entries_in, over_in

@@ -12,7 +12,7 @@ from pipeline.core.units import counted, unit_of
 from pipeline.measure.memory import format_hardware
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.figure import Figure, Table, color, drawing, plain, symbol, titled
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError
 
 LARGEST_SAID = (
     "The largest batch that fits, and how fast forward and backward of it are, beside the faster "

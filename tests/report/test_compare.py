@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.printing import NO_WIDTH
-from pipeline.report import results, runs
+from pipeline.report import results
 from pipeline.report.compare import (
     Comparison,
     ComparisonError,
@@ -24,7 +24,7 @@ from pipeline.report.compare import (
     print_comparison,
 )
 from pipeline.report.read_study import read_study
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING
 from pipeline.track.journal import Journal
 from tests.helpers.events import event
@@ -585,8 +585,9 @@ def test_many_names_are_looked_up_in_one_list(
 
         return look
 
-    for module in ("runs", "results"):
-        monkeypatch.setattr(f"pipeline.report.{module}.folders_in", counted(runs.folders_in))
+    look = counted(results.folders_in)
+    for module in ("selection", "results", "suite"):
+        monkeypatch.setattr(f"pipeline.report.{module}.folders_in", look)
     monkeypatch.setattr("pipeline.report.results.read_run", counted(results.read_run))
     monkeypatch.setattr("pipeline.report.page.write", lambda study, out: out)
     spiketrain = command(monkeypatch, capsys)

@@ -17,7 +17,7 @@ from pipeline.recipe.suite import Suite, SuiteFile
 from pipeline.report.claims import Claim, returned
 from pipeline.report.page import publish
 from pipeline.report.read_study import read_study
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError
 from pipeline.report.suite import own_report, print_suite
 from tests.helpers.small import command, small_recipe
 from tests.report.conftest import STUDY

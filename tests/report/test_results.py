@@ -14,8 +14,7 @@ import pipeline
 from pipeline.report import page, results
 from pipeline.report.compare import compare, csv_of
 from pipeline.report.read_study import read_study
-from pipeline.report.results import METRICS, Metric, Run, expanded, frame
-from pipeline.report.runs import ReportError
+from pipeline.report.results import METRICS, Metric, ReportError, Run, expanded, frame
 from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.track.journal import Journal
 from pipeline.track.mlflow import sync

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.report.history import History
-from pipeline.report.results import read_run
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError, read_run
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
 from pipeline.track.journal import OF_NONE, Record

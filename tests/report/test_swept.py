@@ -14,7 +14,7 @@ from pipeline.forecast.sweep import sweep
 from pipeline.recipe.recipe import spec
 from pipeline.report import page
 from pipeline.report.claims import Returned, returned
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError
 from pipeline.report.sweeps import largest_batches, sweep_of, swept
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT

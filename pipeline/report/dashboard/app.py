@@ -24,8 +24,7 @@ from pipeline.report.dashboard.live import Live, SuiteReport
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, describe_states
 from pipeline.report.figure import Figure, Table, slug
 from pipeline.report.page import WEB, drawn, environment, plotly_script, section_of
-from pipeline.report.results import describe_state
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError, describe_state
 from pipeline.report.stores import Store, StoredRun, open_store, studies
 from pipeline.report.study import Study
 from pipeline.report.sweeps import LARGEST_SAID

@@ -24,8 +24,7 @@ from pipeline.measure.constants import PARTS, REST
 from pipeline.recipe import BASELINE
 from pipeline.report.claims import Returned, returned
 from pipeline.report.history import UNKNOWN_EPOCH
-from pipeline.report.results import Run, machine, run_of
-from pipeline.report.runs import ReportError, refuse_damaged_summary
+from pipeline.report.results import ReportError, Run, machine, refuse_damaged_summary, run_of
 from pipeline.report.stores import (
     FILES,
     JOURNAL,
