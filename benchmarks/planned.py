@@ -42,7 +42,7 @@ from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.driver import launch_run
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe
-from pipeline.report.planned import errors
+from pipeline.report.forecasts import errors
 from recipes.events.moving_sltt import recipe as moving_sltt
 from recipes.fashion.dsr_if import recipe as fashion_dsr_if
 from recipes.fashion.ide import recipe as fashion_ide

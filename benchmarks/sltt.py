@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from pipeline.core.code_version import commit
 from pipeline.core.printing import new_console
@@ -50,7 +50,8 @@ def main() -> None:
     images = BATCH // arguments.workers if arguments.images is None else arguments.images
     recipe = replace(fashion(), time_steps=T, batch_size=images * arguments.workers)
     rules = [RULES[name] for name in ("bptt", "bptt-stepped", "sltt", "sltt-1")]
-    turns = measure_interleaved(recipe, rules, workers=arguments.workers, starts=arguments.starts)
+    found = measure_interleaved(recipe, rules, workers=arguments.workers, starts=arguments.starts)
+    turns = {label: asdict(times) for label, times in found.items()}
     sltt = time_in_turn("SLTT", turns, "SLTT", bound=1.0, published="")
     print_claims(
         [sltt, time_in_turn("SLTT-1", turns, "SLTT-1", bound=share_of_k(T, 1), published="")],

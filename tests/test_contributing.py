@@ -71,11 +71,14 @@ def tree(tmp_path: Path) -> Path:
         (tmp_path / name).write_text(code)
     command, _ = added("A command")
     [function] = re.findall(r"gets this function:\n\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    [(before, line)] = re.findall(r"```diff\n (.*)\n\+(.*)\n```", TEXT)
-    text = (tmp_path / command).read_text()
-    assert text.count(f"{before}\n") == 1
-    edited = text.replace(f"{before}\n", f"{before}\n{line}\n")
-    (tmp_path / command).write_text(f"{edited}\n\n{function}")
+    diffs = re.findall(r"`([\w/]+\.py)`[^`]*\n\n```diff\n (.*)\n\+(.*)\n```", TEXT)
+    assert len(diffs) == TEXT.count("```diff") == 2
+    for name, before, line in diffs:
+        text = (tmp_path / name).read_text()
+        assert text.count(f"{before}\n") == 1
+        (tmp_path / name).write_text(text.replace(f"{before}\n", f"{before}\n{line}\n"))
+    with (tmp_path / command).open("a") as file:
+        file.write(f"\n\n{function}")
     return tmp_path
 
 

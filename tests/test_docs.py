@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,7 @@ def blocks(page: str, language: str) -> list[str]:
 [LOOP] = blocks("README.md", "python")
 [PHASES] = blocks("rules.md", "python")
 MINE, PARTS, TAUGHT, RESULT = blocks("recipes.md", "python")
+[FRAME] = blocks("comparing.md", "python")
 BRIEFLY = ("--inline", "--set", "backend=plain", "--set", "stop_after=2", "--set", "batch_size=8")
 
 
@@ -122,6 +124,15 @@ def test_the_plain_loop_learns(rule: type, monkeypatch: pytest.MonkeyPatch) -> N
     exec(compile(LOOP, "README.md", "exec"), {**names, "Linear": Linear, "LIF": LIF, "SLTT": rule})
     assert fmean(losses[-4:]) < 0.5 * fmean(losses[:4])
     assert len(LOOP.splitlines()) <= 10
+
+
+def test_the_frame_of_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_inline(tmp_path / "runs" / "small", small_recipe(stop_after=2))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(FRAME, "comparing.md", "exec"), names)
+    [mean] = names["means"].to_dict("records")
+    assert 0 <= mean["top1"] <= 1 and mean["peak_saved_bytes"] > 0 and mean["wall_s"] > 0
 
 
 def test_readme_keeps_to_its_size() -> None:

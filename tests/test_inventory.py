@@ -70,7 +70,11 @@ def commands(
         name = each.name or each.callback.__name__
         yield prefix + name, each.callback, made.commands[name].params
     for each in group.registered_groups:
-        yield from commands(each.typer_instance, made.commands[each.name], f"{prefix}{each.name} ")
+        if isinstance(each.name, str):
+            inner = made.commands[each.name]
+            yield from commands(each.typer_instance, inner, f"{prefix}{each.name} ")
+        else:  # a file of commands beside one another
+            yield from commands(each.typer_instance, made, prefix)
 
 
 def imported(dotted: str) -> Any:

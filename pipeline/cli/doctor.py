@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from pipeline.cli.options import RUNS, Runs
+from pipeline.cli.options import RUNS, Commands, Runs
 from pipeline.core.printing import new_console, say
 
 if TYPE_CHECKING:
@@ -17,35 +17,34 @@ if TYPE_CHECKING:
 
     from pipeline.launch.preflight import Finding
 
-Address = Annotated[
-    str | None,
-    typer.Option(
-        "--address",
-        help=(
-            "of a Ray cluster: auto, host:6379; without it, or with local, this machine is checked"
-        ),
-    ),
-]
-Checkpoints = Annotated[
-    str | None,
-    typer.Option(
-        "--checkpoints",
-        metavar="DIR|URI",
-        help="where runs are to keep their checkpoints: each node tries to write there",
-    ),
-]
 
 _MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
 
 
-def add_doctor_command(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain doctor --address auto --runs /shared/runs")(doctor)
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain doctor --address auto --runs /shared/runs")
 def doctor(
-    address: Address = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help=(
+                "of a Ray cluster: auto, host:6379; without it, or with local, this machine is"
+                " checked"
+            ),
+        ),
+    ] = None,
     runs: Runs = RUNS,
-    checkpoints: Checkpoints = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints",
+            metavar="DIR|URI",
+            help="where runs are to keep their checkpoints: each node tries to write there",
+        ),
+    ] = None,
 ) -> None:
     """Check this machine, or each node of the cluster at --address, and advise what to repair.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from pipeline.cli.options import (
     RUNS,
+    Commands,
     Cores,
     RecipeFile,
     Runs,
@@ -29,13 +31,10 @@ if TYPE_CHECKING:
     from pipeline.recipe.suite import Suite
 
 Format = Annotated[Literal["table", "json"], typer.Option("--format")]
-PlanDevice = Annotated[
-    str,
-    typer.Option("--device", metavar="here|CARD", help="a GPU of the table, or machines like this"),
-]
-PerNode = Annotated[
-    int | None, typer.Option("--per-node", min=1, help="GPUs in a node; without it 8")
-]
+
+_PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
+
+
 NodeGbps = Annotated[
     float | None,
     number_option("--node-gbps", min=0.001, max=1e6, help="between nodes, in Gb/s; without it 400"),
@@ -51,22 +50,22 @@ Samples = Annotated[
 AgainstRun = Annotated[
     str | None,
     typer.Option(
-        "--against", metavar="RUN", help="a run on such a machine or GPU: print the plan's errors"
+        "--against",
+        metavar="RUN",
+        help="a run on such a machine or GPU: print the plan's errors",
     ),
 ]
-
-_PLAN = "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
-
-
-def add_forecast_commands(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")(show)
-    app.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")(probe)
-    app.command(
-        epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
-    )(sweep)
-    app.command(epilog=_PLAN)(plan)
+AtLargest = Annotated[
+    bool,
+    typer.Option(
+        "--at-largest",
+        help="with --batch auto: find each rule's own largest batch by training it and others",
+    ),
+]
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")
 def show(
     recipe: RecipeFile,
     workers: Workers = 1,
@@ -78,21 +77,12 @@ def show(
     Needs no data: a step is counted without running it.
     """
     made = made_of(recipe, set_, tiny)
-    from pipeline.forecast.counts import describe_steps
-    from pipeline.recipe.recipe import Recipe
-    from pipeline.recipe.suite import refuse_references
     from pipeline.report.show import show_recipe
-    from pipeline.train.build import with_placeholder_weights
 
-    if isinstance(made, Recipe):
-        refuse_references(made)
-        show_recipe(made, workers, steps=describe_steps([made], workers))
-        return
-    with with_placeholder_weights(made) as recipes:
-        steps = describe_steps(recipes, workers)
-    show_recipe(made, workers, steps=steps)
+    show_recipe(made, workers, counts_steps=True)
 
 
+@commands.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")
 def probe(
     recipe: RecipeFile,
     batch: Annotated[
@@ -112,18 +102,21 @@ def probe(
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.bench import step_inputs
     from pipeline.forecast.probe import probe as probe_recipe
-    from pipeline.report.probe import print_probe, probe_as_json
+    from pipeline.report.forecasts import print_probe, probe_to_json
 
     about = {"batch_size": batch, "threads": _threads("probe", cpus_per_worker)}
     _print(
         made,
         partial(probe_recipe, **about),
         step_inputs,
-        print_probe if format_ == "table" else probe_as_json,
+        print_probe if format_ == "table" else probe_to_json,
         as_json=format_ == "json",
     )
 
 
+@commands.command(
+    epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
+)
 def sweep(
     recipe: RecipeFile,
     steps: Annotated[
@@ -145,13 +138,7 @@ def sweep(
             help="limit for the largest batch; without it the free memory",
         ),
     ] = None,
-    at_largest: Annotated[
-        bool,
-        typer.Option(
-            "--at-largest",
-            help="with --batch auto: find each rule's own largest batch by training it and others",
-        ),
-    ] = False,
+    at_largest: AtLargest = False,
     cpus_per_worker: Cores = "auto",
     format_: Format = "table",
     set_: Sets = [],  # noqa: B006
@@ -171,8 +158,9 @@ def sweep(
     times = parse_time_steps("sweep", steps)
     made = made_of(recipe, set_, tiny)
     from pipeline.forecast.bench import step_inputs
+    from pipeline.forecast.sweep import Sweep
     from pipeline.forecast.sweep import sweep as sweep_recipe
-    from pipeline.report.sweep import print_sweep, told_sweep
+    from pipeline.report.forecasts import print_sweep
 
     limit = None if size != "auto" else "free" if memory is None else int(memory * 1e9)
     about: dict[str, Any] = {
@@ -186,17 +174,25 @@ def sweep(
         made,
         partial(sweep_recipe, **about),
         step_inputs,
-        print_sweep if format_ == "table" else told_sweep,
+        print_sweep if format_ == "table" else Sweep.to_json,
         as_json=format_ == "json",
     )
 
 
+@commands.command(epilog=_PLAN)
 def plan(
     context: typer.Context,
     recipe: RecipeFile,
     workers: Workers = 1,
-    device: PlanDevice = "here",
-    per_node: PerNode = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", metavar="here|CARD", help="a GPU of the table, or machines like this"
+        ),
+    ] = "here",
+    per_node: Annotated[
+        int | None, typer.Option("--per-node", min=1, help="GPUs in a node; without it 8")
+    ] = None,
     node_gbps: NodeGbps = None,
     cpus_per_worker: Cores = "auto",
     price: Price = None,
@@ -216,7 +212,7 @@ def plan(
     from pipeline.forecast.devices import DEVICES
     from pipeline.forecast.plan import Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
-    from pipeline.report.plan import plan_as_json, print_plan
+    from pipeline.report.forecasts import plan_to_json, print_plan
 
     if device != "here" and device not in DEVICES:
         raise ValueError(f"plan: --device must be here, {', '.join(DEVICES)}; got {device}")
@@ -241,7 +237,7 @@ def plan(
     if against is not None:
         _print_errors(made, forecast, cluster, runs, against, as_json=as_json)
         return
-    _print(made, forecast, plan_inputs, plan_as_json if as_json else print_plan, as_json=as_json)
+    _print(made, forecast, plan_inputs, plan_to_json if as_json else print_plan, as_json=as_json)
 
 
 def _print_errors(
@@ -255,9 +251,8 @@ def _print_errors(
 ) -> None:
     """Print the plan of a recipe beside what a run of it has measured."""
     from pipeline.recipe.recipe import Recipe
-    from pipeline.report.plan import print_plan
-    from pipeline.report.planned import errors, refuse_unless_comparable
-    from pipeline.report.runs import find_run
+    from pipeline.report.forecasts import errors, plan_to_json, print_plan, refuse_unless_comparable
+    from pipeline.report.selection import find_run
 
     if not isinstance(made, Recipe):
         raise ValueError(
@@ -266,7 +261,11 @@ def _print_errors(
     folder = find_run(runs, name)
     refuse_unless_comparable(made, cluster, folder)
     found = forecast(made)
-    print_plan(found, against=errors(found, folder), as_json=as_json)
+    off = errors(found, folder)
+    if as_json:
+        _print_json(plan_to_json(found, off))
+    else:
+        print_plan(found, against=off)
 
 
 def _print(
@@ -284,38 +283,34 @@ def _print(
         alike: recipes with equal keys share a network.
         show: prints a forecast as a table, or returns its JSON.
     """
-    import json
-
-    from pipeline.core.printing import new_console
     from pipeline.forecast.bench import RULES, group_by_network
     from pipeline.recipe.recipe import Recipe
     from pipeline.train.build import with_placeholder_weights
 
-    console = new_console()
-
-    def print_json(value: object) -> None:
-        console.out(json.dumps(value, indent=2, allow_nan=False), highlight=False)
-
     if isinstance(made, Recipe):
         shown = show(forecast(made))
         if as_json:
-            print_json(shown)
+            _print_json(shown)
         return
     with with_placeholder_weights(made) as recipes:
         networks = group_by_network(recipes, alike)
         forecasts = (forecast(each, rules=(*RULES, *rules)) for each, rules in networks)
         if as_json:
-            print_json([show(each) for each in forecasts])
+            _print_json([show(each) for each in forecasts])
             return
         for index, each in enumerate(forecasts):
             if index:
-                console.print()
+                print(flush=True)
             show(each)
 
 
-def _threads(who: str, cores: str) -> int:
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False), flush=True)
+
+
+def _threads(who: str, cores: str | None) -> int:
     """torch's threads of one worker; `auto` as in a launch."""
-    number = count_or_auto(cores, option=f"{who}: --cpus-per-worker", of="cores")
+    number = count_or_auto(cores or "auto", option=f"{who}: --cpus-per-worker", of="cores")
     if number != "auto":
         return number
     import torch

@@ -10,33 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.cli.options import (
+    AT_A_TIME,
     RUNS,
+    SIZES,
     Address,
+    Commands,
     Cores,
-    CoresOrAsBefore,
     Device,
-    DeviceOrAsBefore,
     Hang,
-    HangOrAsBefore,
     Inline,
     Loaders,
-    LoadersOrAsBefore,
     NodeLoss,
-    NodeLossOrAsBefore,
-    RecipeFiles,
     Restarts,
-    RestartsOrAsBefore,
     RunOrSuite,
     Runs,
     Sets,
-    SideBySide,
-    SideBySideOrAsBefore,
-    Sizes,
-    SizesOrAsBefore,
     Tiny,
     Trust,
     Verify,
-    VerifyOrAsBefore,
     count_or_auto,
     is_typed,
     made_of,
@@ -59,6 +50,18 @@ if TYPE_CHECKING:
     from pipeline.recipe.suite import Suite
     from pipeline.report.suite import Reported
 
+
+RecipeFiles = Annotated[
+    list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
+]
+Sizes = Annotated[
+    str,
+    typer.Option(
+        "--workers",
+        metavar=SIZES,
+        help="processes that train together; of several numbers, what there is room for",
+    ),
+]
 Seeds = Annotated[
     int,
     typer.Option("--seeds", min=1, help="train each recipe so often, with consecutive seeds"),
@@ -71,12 +74,29 @@ Tune = Annotated[
         help="beside it, each rule with the best of 5 values or more, such as of optimizer.lr",
     ),
 ]
+SideBySide = Annotated[
+    str | None,
+    typer.Option(
+        "--side-by-side",
+        metavar="N|auto",
+        help=(
+            f"{AT_A_TIME}; without it what there is room for, but one with --inline, --address"
+            " or several numbers of workers"
+        ),
+    ),
+]
 Name = Annotated[
     str | None,
     typer.Option(
         "--name",
-        help="the run's name, or the suite's; without it the recipe's, or the file's, and the time",
+        help=(
+            "the run's name, or the suite's; without it the recipe's, or the file's, and the time"
+        ),
     ),
+]
+OrResume = Annotated[
+    bool,
+    typer.Option("--or-resume", help="continue the run or suite of this --name if it has begun"),
 ]
 Checkpoints = Annotated[
     str | None,
@@ -89,21 +109,14 @@ Checkpoints = Annotated[
         ),
     ),
 ]
-OrResume = Annotated[
-    bool,
-    typer.Option("--or-resume", help="continue the run or suite of this --name if it has begun"),
-]
+commands = Commands()
 
 
-def add_launch_commands(app: typer.Typer) -> None:
-    app.command(
-        epilog=(
-            "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
-        )
-    )(launch)
-    app.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")(resume)
-
-
+@commands.command(
+    epilog=(
+        "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
+    )
+)
 def launch(
     context: typer.Context,
     recipes: RecipeFiles,
@@ -234,20 +247,30 @@ def _train(
     _end_suite(launch_suite(made, here, runs, stem=stem, name=name, trust=trust), trust)
 
 
+@commands.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
 def resume(
     context: typer.Context,
     run: RunOrSuite,
-    workers: SizesOrAsBefore = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar=SIZES,
+            help="processes; without it as many as it was launched with",
+        ),
+    ] = None,
     inline: Inline = False,
     address: Address = None,
-    device: DeviceOrAsBefore = None,
-    cpus_per_worker: CoresOrAsBefore = None,
-    loader_threads: LoadersOrAsBefore = None,
-    max_restarts: RestartsOrAsBefore = None,
-    hang_minutes: HangOrAsBefore = None,
-    verify: VerifyOrAsBefore = None,
-    node_loss: NodeLossOrAsBefore = None,
-    side_by_side: SideBySideOrAsBefore = None,
+    device: Device = None,
+    cpus_per_worker: Cores = None,
+    loader_threads: Loaders = None,
+    max_restarts: Restarts = None,
+    hang_minutes: Hang = None,
+    verify: Verify = None,
+    node_loss: NodeLoss = None,
+    side_by_side: Annotated[
+        str | None, typer.Option("--side-by-side", metavar="N|auto", help=AT_A_TIME)
+    ] = None,
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
@@ -258,12 +281,12 @@ def resume(
     """
     _heed_signals()
     from pipeline.launch.cluster import OPERATIONAL, parse_workers
-    from pipeline.report.runs import find_run_or_suite
+    from pipeline.report.selection import find_run
 
     sizes = None if workers is None else parse_workers(workers)
     options = {field: context.params[field] for field in OPERATIONAL if is_typed(context, field)}
     options |= _counts("resume", context.params)
-    folder = find_run_or_suite(runs, run)
+    folder = find_run(runs, run, suites=True)
     _resume(
         folder, workers=sizes, inline=inline, address=address, options=options, trust=tuple(trust)
     )
@@ -279,10 +302,9 @@ def _resume(folder: Path, *, trust: tuple[str, ...], **how: Any) -> None:
         _end_run(resume_run(folder, **how, trust=trust))
         return
     from pipeline.launch.suite import resume_suite
-    from pipeline.recipe.suite import runs_of
-    from pipeline.track.state import over_in
+    from pipeline.track.state import entries_in, over_in
 
-    had_ended = len(over_in(folder)) == len(runs_of(folder))
+    had_ended = len(over_in(folder)) == len(entries_in(folder))
     _end_suite(resume_suite(folder, **how, trust=trust), trust, had_ended=had_ended)
 
 
@@ -300,9 +322,9 @@ def _end_run(folder: Path | None) -> None:
     """Print the table of the run; exit code 130 if a user stopped it."""
     if folder is None:
         sys.exit(130)
-    from pipeline.report.compare import print_studies
+    from pipeline.report.compare import print_comparison
 
-    print_studies(folder.parent, [folder])
+    print_comparison(folder.parent, folders=[folder])
     _print_next(folder, run=folder)
 
 
@@ -368,6 +390,6 @@ def _comparison(made: list[Recipe | Suite], seeds: int, tune: str | None) -> Rec
     )
     if tune is None:
         return suite
-    from pipeline.report.protocols import print_protocols
+    from pipeline.report.suite import print_protocols
 
     return tuned(suite, *parse_search(tune), report=print_protocols)

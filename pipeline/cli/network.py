@@ -7,19 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, RunName, Runs, Sets, Trust, is_typed, made_of
+from pipeline.cli.options import RUNS, Commands, RunName, Runs, Sets, Trust, is_typed, made_of
+
+commands = Commands()
 
 
-def add_network_commands(app: typer.Typer) -> None:
-    app.command(
-        epilog=(
-            "Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best; "
-            "spiketrain evaluate recipes/imagenet/qkformer_10_384_bptt.py --weights published.pth"
-        )
-    )(evaluate)
-    app.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")(export)
-
-
+@commands.command(
+    epilog=(
+        "Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best; "
+        "spiketrain evaluate recipes/imagenet/qkformer_10_384_bptt.py --weights published.pth"
+    )
+)
 def evaluate(
     context: typer.Context,
     run: Annotated[
@@ -66,7 +64,7 @@ def evaluate(
         )
         return
     from pipeline.launch.evaluate import evaluate_run
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
 
     if set_:
         raise ValueError(
@@ -78,6 +76,7 @@ def evaluate(
     )
 
 
+@commands.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")
 def export(
     run: RunName,
     packed: Annotated[
@@ -100,7 +99,7 @@ def export(
     trust: Trust = [],  # noqa: B006
 ) -> None:
     """Write a trained network as one file for pipeline.load, and print its size."""
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
     layout = "packed" if packed else "plain"

@@ -55,9 +55,6 @@ def number_option(name: str, **about: Any) -> Any:
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")
 ]
-RecipeFiles = Annotated[
-    list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
-]
 RunOrSuite = Annotated[
     str, typer.Argument(metavar="RUN|SUITE", help="its folder, or its name under --runs")
 ]
@@ -90,47 +87,10 @@ Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that t
 
 RUNS = Path("runs")
 
-# ------------------------------------------- options of launch, and of resume without their default
+# ------------------- options of launch, and of resume, where None stands for "as it was launched"
 
-_SIZES = "N|MIN:MAX|N,N,..."
-_DEVICE = typer.Option("--device", help="auto takes GPUs where there are any")
-_CORES = typer.Option(
-    "--cpus-per-worker",
-    metavar="N|auto",
-    help="cores of a worker, and its torch threads; auto: the node's cores per GPU",
-)
-_LOADERS = typer.Option(
-    "--loader-threads",
-    metavar="N|auto",
-    help="that read data in each worker; auto: one per core with a GPU",
-)
-_RESTARTS = typer.Option(
-    "--max-restarts",
-    min=0,
-    help="of dead workers, without a new checkpoint between",
-)
-_HANG = number_option(
-    "--hang-minutes",
-    min=0,
-    help="without a sign of life, before a worker is restarted; 0: never",
-)
-_VERIFY = typer.Option(
-    "--verify", help="compare pages of the data while reading: for one sample in 256, or for each"
-)
-_NODE_LOSS = typer.Option(
-    "--node-loss", help="fast: continue without a node that does not answer; patient: wait"
-)
-_AT_A_TIME = "runs of a suite at a time, each on cores and cards of its own"
-_SIDE_BY_SIDE = typer.Option("--side-by-side", metavar="N|auto", help=_AT_A_TIME)
-
-Sizes = Annotated[
-    str,
-    typer.Option(
-        "--workers",
-        metavar=_SIZES,
-        help="processes that train together; of several numbers, what there is room for",
-    ),
-]
+SIZES = "N|MIN:MAX|N,N,..."
+AT_A_TIME = "runs of a suite at a time, each on cores and cards of its own"
 Inline = Annotated[bool, typer.Option("--inline", help="one worker in this process, without Ray")]
 Address = Annotated[
     str | None,
@@ -139,39 +99,52 @@ Address = Annotated[
         help="of a Ray cluster: auto, host:6379; without it, or with local, one starts here",
     ),
 ]
-Device = Annotated[Literal["auto", "cpu", "gpu"], _DEVICE]
-Cores = Annotated[str, _CORES]
-Loaders = Annotated[str, _LOADERS]
-Restarts = Annotated[int, _RESTARTS]
-Hang = Annotated[float, _HANG]
-Verify = Annotated[Literal["sampled", "full"], _VERIFY]
-NodeLoss = Annotated[Literal["fast", "patient"], _NODE_LOSS]
-SideBySide = Annotated[
+Device = Annotated[
+    Literal["auto", "cpu", "gpu"] | None,
+    typer.Option("--device", help="auto takes GPUs where there are any"),
+]
+Cores = Annotated[
     str | None,
     typer.Option(
-        "--side-by-side",
+        "--cpus-per-worker",
         metavar="N|auto",
-        help=(
-            f"{_AT_A_TIME}; without it what there is room for, but one with --inline, --address or"
-            " several numbers of workers"
-        ),
+        help="cores of a worker, and its torch threads; auto: the node's cores per GPU",
     ),
 ]
-
-SizesOrAsBefore = Annotated[
+Loaders = Annotated[
     str | None,
     typer.Option(
-        "--workers", metavar=_SIZES, help="processes; without it as many as it was launched with"
+        "--loader-threads",
+        metavar="N|auto",
+        help="that read data in each worker; auto: one per core with a GPU",
     ),
 ]
-DeviceOrAsBefore = Annotated[Literal["auto", "cpu", "gpu"] | None, _DEVICE]
-CoresOrAsBefore = Annotated[str | None, _CORES]
-LoadersOrAsBefore = Annotated[str | None, _LOADERS]
-RestartsOrAsBefore = Annotated[int | None, _RESTARTS]
-HangOrAsBefore = Annotated[float | None, _HANG]
-VerifyOrAsBefore = Annotated[Literal["sampled", "full"] | None, _VERIFY]
-NodeLossOrAsBefore = Annotated[Literal["fast", "patient"] | None, _NODE_LOSS]
-SideBySideOrAsBefore = Annotated[str | None, _SIDE_BY_SIDE]
+Restarts = Annotated[
+    int | None,
+    typer.Option("--max-restarts", min=0, help="of dead workers, without a new checkpoint between"),
+]
+Hang = Annotated[
+    float | None,
+    number_option(
+        "--hang-minutes",
+        min=0,
+        help="without a sign of life, before a worker is restarted; 0: never",
+    ),
+]
+Verify = Annotated[
+    Literal["sampled", "full"] | None,
+    typer.Option(
+        "--verify",
+        help="compare pages of the data while reading: for one sample in 256, or for each",
+    ),
+]
+NodeLoss = Annotated[
+    Literal["fast", "patient"] | None,
+    typer.Option(
+        "--node-loss",
+        help="fast: continue without a node that does not answer; patient: wait",
+    ),
+]
 
 
 def is_typed(context: typer.Context, name: str) -> bool:

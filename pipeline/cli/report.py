@@ -1,6 +1,4 @@
-"""`spiketrain compare`, `report` and `dashboard`, which read results. Nothing heavy is imported
-before one of them runs.
-"""
+"""`spiketrain compare`, `report`, `dashboard` and `runs`, which read results."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, Runs, Trust, is_typed, number_option
+from pipeline.cli.options import RUNS, Commands, Runs, Trust, is_typed, number_option
 from pipeline.core.stages import say_stage
 
 Names = Annotated[
@@ -23,12 +21,10 @@ Within = Annotated[
 ]
 
 
-def add_report_commands(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain compare --format json")(compare)
-    app.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")(report)
-    app.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")(dashboard)
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain compare --format json")
 def compare(
     names: Names = None,
     against: Against = "BPTT",
@@ -41,7 +37,7 @@ def compare(
     suite's report.
     """
     from pipeline.report.compare import print_comparison
-    from pipeline.report.runs import runs_dir_of
+    from pipeline.report.selection import runs_dir_of
     from pipeline.report.suite import print_suite, suite_named
 
     runs = runs_dir_of(runs, names or [])
@@ -52,6 +48,7 @@ def compare(
     print_suite(suite, against=against, within=within, format=format_, trust=tuple(trust))
 
 
+@commands.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")
 def report(
     names: Names = None,
     out: Annotated[
@@ -80,7 +77,7 @@ def report(
     """
     from pipeline.report.page import publish, write
     from pipeline.report.read_study import read_study
-    from pipeline.report.runs import runs_dir_of
+    from pipeline.report.selection import runs_dir_of
 
     runs = runs_dir_of(runs, names or [])
     about = {"against": against, "within": within, "sweeps": sweep or [], "trust": tuple(trust)}
@@ -93,6 +90,7 @@ def report(
         print("no artifact in MLflow: these runs were launched by themselves", file=sys.stderr)
 
 
+@commands.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")
 def dashboard(
     context: typer.Context,
     store: Annotated[
@@ -131,6 +129,14 @@ def dashboard(
             f"dashboard: --store names the store, so --runs has no effect; got --runs {runs}"
             " beside it"
         )
-    from pipeline.report.dashboard.serve import serve
+    from pipeline.report.dashboard.app import serve
 
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)
+
+
+@commands.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
+def runs_(runs: Runs = RUNS) -> None:
+    """List suites and runs with their state and the command that resumes each."""
+    from pipeline.report.listing import print_runs
+
+    print_runs(runs)

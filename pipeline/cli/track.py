@@ -8,27 +8,23 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, RunName, RunOrSuite, Runs
+from pipeline.cli.options import RUNS, Commands, RunName, RunOrSuite, Runs
 from pipeline.core.units import counted
 
-
-def add_track_commands(app: typer.Typer) -> None:
-    app.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")(sync)
-    app.command(
-        epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best"
-    )(register)
+commands = Commands()
 
 
+@commands.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     """Deliver to MLflow what it lacks of a run, or of each run of a suite."""
     from pipeline.recipe.suite import is_suite, runs_of
-    from pipeline.report.runs import find_run_or_suite
+    from pipeline.report.selection import find_run
     from pipeline.track.connect import without_password
     from pipeline.track.mlflow import sync as sync_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.track.state import state_of
 
-    found = find_run_or_suite(runs, run)
+    found = find_run(runs, run, suites=True)
     uri = tracking_uri(found.parent)
     begun = (
         [each for each in runs_of(found).values() if state_of(each) != "new"]
@@ -46,6 +42,9 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
         print(f"{found.name}: none of its runs has begun")
 
 
+@commands.command(
+    epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best"
+)
 def register(
     run: RunName,
     name: Annotated[
@@ -63,7 +62,7 @@ def register(
     """Register a run's checkpoint as a version of a model in MLflow. Its address is registered, and
     nothing is uploaded.
     """
-    from pipeline.report.runs import find_run
+    from pipeline.report.selection import find_run
     from pipeline.track.mlflow import register as register_run
     from pipeline.track.mlflow import tracking_uri
     from pipeline.train.checkpoint import pin, verified

@@ -1,4 +1,4 @@
-"""`spiketrain write`, which makes data sets. Nothing heavy is imported before a command runs."""
+"""`spiketrain write`, which makes data sets, and `verify`, which checks them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,41 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.cli.options import Commands, number_option
+from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.data.ffcv.manifest import Manifest
     from pipeline.data.write.writer import Progress as OnProgress
 
-write_app = Commands(
+EventSource = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        help="published sets: the folder that tonic fills; saccades: fashion, or its files",
+    ),
+]
+Resize = Annotated[
+    Literal["sum", "area"] | None,
+    typer.Option(
+        "--resize", help="the sum of the counts of the pixels that become one, or their mean"
+    ),
+]
+FramesBy = Annotated[
+    Literal["time", "number"],
+    typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
+]
+Slices = Annotated[
+    int | None,
+    typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
+]
+commands = Commands()
+write = Commands(
     no_args_is_help=True,
     help="Write a data set as FFCV files.",
     epilog="Example: spiketrain write fashion --out data/fashion",
 )
+commands.add_typer(write, name="write")
 
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")
@@ -33,7 +57,7 @@ OnExisting = Annotated[
 Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
 
 
-@write_app.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
+@write.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
 def write_fashion(
     out: Out,
     source: Annotated[
@@ -46,13 +70,13 @@ def write_fashion(
     existing: OnExisting = "refuse",
 ) -> None:
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
-    from pipeline.data.write.images import write_fashion as write
+    from pipeline.data.write.images import write_fashion as write_files
 
     with _progress("fashion") as bar:
-        _report(write(out, workers=workers, source=source, progress=bar, existing=existing))
+        _report(write_files(out, workers=workers, source=source, progress=bar, existing=existing))
 
 
-@write_app.command(
+@write.command(
     "folder",
     epilog=(
         "Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg"
@@ -86,10 +110,10 @@ def write_folder(
     ] = 0,
 ) -> None:
     """A folder of pictures in the layout of ImageNet."""
-    from pipeline.data.write.images import write_folder as write
+    from pipeline.data.write.images import write_folder as write_files
 
     with _progress(source.name) as bar:
-        manifests = write(
+        manifests = write_files(
             source,
             out,
             mode=mode,
@@ -103,76 +127,46 @@ def write_folder(
     _report(manifests)
 
 
-EventSet = Annotated[
-    Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
-    typer.Argument(metavar="SET"),
-]
-EventSource = Annotated[
-    str | None,
-    typer.Option(
-        "--source",
-        help="published sets: the folder that tonic fills; saccades: fashion, or its files",
-    ),
-]
-Slices = Annotated[
-    int | None,
-    typer.Option("--slices", min=1, help="frames stored; read with any T that divides them"),
-]
-FramesBy = Annotated[
-    Literal["time", "number"],
-    typer.Option("--frames-by", help="slices of equal length, or of equally many events"),
-]
-Size = Annotated[
-    int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
-]
-Resize = Annotated[
-    Literal["sum", "area"] | None,
-    typer.Option(
-        "--resize", help="the sum of the counts of the pixels that become one, or their mean"
-    ),
-]
-Counts = Annotated[
-    Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
-]
-Overflow = Annotated[
-    Literal["refuse", "saturate"],
-    typer.Option("--overflow", help="what happens to a count that is too large"),
-]
-Recordings = Annotated[
-    int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
-]
-ValRecordings = Annotated[
-    int | None,
-    typer.Option("--val-samples", min=1, help="evaluation recordings that are generated"),
-]
-MaxBadRecordings = Annotated[
-    int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
-]
-
-
-@write_app.command("events", epilog="Example: spiketrain write events moving --out data/moving")
+@write.command("events", epilog="Example: spiketrain write events moving --out data/moving")
 def write_events(
-    name: EventSet,
+    name: Annotated[
+        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
+        typer.Argument(metavar="SET"),
+    ],
     out: Out,
     source: EventSource = None,
     slices: Slices = None,
     frames_by: FramesBy = "time",
-    size: Size = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="pixels a side; without it the sensor's")
+    ] = None,
     resize: Resize = None,
-    counts: Counts = "uint8",
-    overflow: Overflow = "refuse",
-    samples: Recordings = None,
-    val_samples: ValRecordings = None,
+    counts: Annotated[
+        Literal["uint8", "int16"], typer.Option("--counts", help="how a count is stored")
+    ] = "uint8",
+    overflow: Annotated[
+        Literal["refuse", "saturate"],
+        typer.Option("--overflow", help="what happens to a count that is too large"),
+    ] = "refuse",
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="training recordings that are generated")
+    ] = None,
+    val_samples: Annotated[
+        int | None,
+        typer.Option("--val-samples", min=1, help="evaluation recordings that are generated"),
+    ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
-    max_bad: MaxBadRecordings = 0,
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", min=0, help="unreadable recordings to skip before giving up")
+    ] = 0,
 ) -> None:
     """Recordings of event cameras.
 
     Generated: moving (shapes whose direction only memory tells), saccades (over Fashion-MNIST).
     Published, read by tonic: nmnist, cifar10dvs, gesture, ncaltech101.
     """
-    from pipeline.data.write.events import write_events as write
+    from pipeline.data.write.events import write_events as write_files
 
     given = {
         "source": source,
@@ -191,10 +185,10 @@ def write_events(
         "existing": existing,
     }
     with _progress(name) as bar:
-        _report(write(name, out, progress=bar, max_bad=max_bad, **how, **options))
+        _report(write_files(name, out, progress=bar, max_bad=max_bad, **how, **options))
 
 
-@write_app.command(
+@write.command(
     "stamps",
     epilog="Example: spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2",
 )
@@ -238,7 +232,7 @@ def write_stamps(
     Their pictures come with Debian: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.
     """
-    from pipeline.data.write.stamps import write_stamps as write
+    from pipeline.data.write.stamps import write_stamps as write_files
 
     options = {
         "size": size,
@@ -249,7 +243,24 @@ def write_stamps(
     }
     how = {"content_seed": content_seed, "source": source, "mode": mode, "quality": quality}
     with _progress("stamps") as bar:
-        _report(write(out, workers=workers, progress=bar, existing=existing, **options, **how))
+        _report(
+            write_files(out, workers=workers, progress=bar, existing=existing, **options, **how)
+        )
+
+
+@commands.command(epilog="Example: spiketrain verify data/fashion")
+def verify(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")
+    ],
+) -> None:
+    """Check every byte of FFCV files against their manifests."""
+    from pipeline.data.ffcv.page_checks import verify as verify_files
+
+    say_stage(f"reading every byte of {path}")
+    for manifest in verify_files(path):
+        counts = f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
+        print(f"{manifest.file}: {counts}, content {manifest.content[:16]}: whole")
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from pipeline.core.checks import are_counts, require
+from pipeline.core.code_version import commit
 from pipeline.core.stages import say_stage
 from pipeline.forecast.bench import (
     RESERVE,
@@ -99,6 +100,13 @@ class Sweep:
         """Saved bytes at the largest T over those at the smallest."""
         points = self.of(rule)
         return points[-1].cost.peak_saved_bytes / max(1, points[0].cost.peak_saved_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `sweep --format json` prints it: with the commit, and the label of the reference of
+        times at each T.
+        """
+        fastest = {str(T): cost.rule for T, cost in self.time_baselines.items()}
+        return {"commit": commit(), **asdict(self), "time_baselines": fastest}
 
 
 def sweep(

@@ -1,5 +1,5 @@
 """`spiketrain launch` and `resume` of a suite: its runs one after another, or side by side on
-different cores.
+different cores, then its measurements.
 """
 
 import time
@@ -18,6 +18,7 @@ from pipeline.core.units import counted
 from pipeline.launch.base import Launcher
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import check, drive, driver_lock, ignore_lost_terminal, say_stopped
+from pipeline.launch.measurements import measure_the_rest
 from pipeline.launch.prepare import atomic_folder, named, numbered_folders, open_place, refuse_taken
 from pipeline.launch.resume import check_resumed, save_options
 from pipeline.launch.side_by_side import parallel_runs, train_side_by_side
@@ -26,7 +27,7 @@ from pipeline.recipe import own_code
 from pipeline.recipe.command_line import command
 from pipeline.recipe.suite import Suite, SuiteFile, runs_of
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
-from pipeline.track.state import is_driven, over_in, state_of
+from pipeline.track.state import entries_in, is_driven, over_in, state_of
 from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
 
@@ -81,7 +82,7 @@ def resume_suite(
         begun_job(run, suite_file.parent, trust=trust)
     over = over_in(folder)
     left = [run for name, run in begun.items() if name not in over]
-    if len(begun) == len(suite_file.runs) and not left:
+    if len(over) == len(entries_in(folder)):
         say(new_console(), f"{folder.name} has finished")
         return folder
     launched = Cluster.from_json(suite_file.cluster)
@@ -120,6 +121,7 @@ def _train(suite: SuiteRuns, launcher: Launcher, slots: int) -> Path | None:
                 done = train_side_by_side(suite, launcher, slots, console)
             else:
                 done = _train_in_turn(suite, launcher, console)
+            done = done and _measure(suite, folder)
     finally:
         if is_ours:
             _sync_states(suite, console)
@@ -175,6 +177,15 @@ def _train_in_turn(suite: SuiteRuns, launcher: Launcher, console: Console) -> bo
             if was_stopped(suite.where[recipe.name]) and recipe is not left[-1]:
                 return False
     except KeyboardInterrupt:  # between two runs
+        return False
+    return True
+
+
+def _measure(suite: SuiteRuns, folder: Path) -> bool:
+    """Returns False if the user stopped it."""
+    try:
+        measure_the_rest(folder, suite.suite_file.suite, trust=suite.trust)
+    except KeyboardInterrupt:
         return False
     return True
 

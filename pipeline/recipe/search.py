@@ -111,7 +111,7 @@ def tuned(
     trials, which have the seed of the first.
 
     Args:
-        report: prints the results, such as `pipeline.report.protocols.print_protocols`; see
+        report: prints the results, such as `pipeline.report.suite.print_protocols`; see
         `Suite`.
 
     Raises:

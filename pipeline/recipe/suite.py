@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pipeline.core.checks import require
 from pipeline.recipe import own_code
@@ -29,12 +29,14 @@ from pipeline.recipe.spec import arguments_of, reference_to, referred
 __all__ = [
     "FILE",
     "Choice",
+    "Measurement",
     "Report",
     "Suite",
     "SuiteFile",
     "filled",
     "has_report",
     "is_suite",
+    "measured_in",
     "needed",
     "references",
     "refuse_references",
@@ -47,11 +49,11 @@ __all__ = [
 
 Report = Callable[[Mapping[str, Path], Any], object]
 """called with the folder of each recipe's run, all finished or diverged (pipeline/track/state.py),
-by
-the recipe's name in their order, and rich's Console; prints, and may return what `compare --format
-json` prints: JSON values. Of an object `report` shows "claims", as report/claims.py tells them, and
-"sweeps", as `sweep --format json` prints them"""
+and the file of each measurement, by their names in their order, and rich's Console; prints, and may
+return JSON values, which `compare --format json` prints. Of an object `report` shows "claims", as
+in report/claims.py, and "sweeps", as `sweep --format json` prints them"""
 
+_Kind = Literal["sweep", "interleaved", "plan"]
 FILE = "suite.json"
 FORMAT = 1
 # Where a report may be defined: narrower than what a recipe is made of, of which nothing reports.
@@ -73,6 +75,45 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """Costs that a suite's report needs beside its runs. They are measured once all runs are over.
+
+    The result is a JSON file in the suite's folder, which a resume does not measure again.
+    """
+
+    name: str
+    kind: _Kind
+    """the function of pipeline.forecast that measures: see pipeline/launch/measurements.py"""
+    of: tuple[str | Recipe, ...]
+    """names of recipes of the suite, or recipes that it does not train; the first one is measured,
+    with the rules of all
+    """
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """keywords of the function, as JSON values"""
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in get_args(_Kind) and self.of,
+            f"suite: a measurement must be {', '.join(get_args(_Kind))} of a recipe; got"
+            f" {self.kind!r} of {len(self.of)}",
+        )
+        require(
+            re.fullmatch("[a-z0-9-]+", self.name),
+            "suite: a measurement's name must be of small letters, digits and hyphens; got"
+            f" {self.name!r}",
+        )
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Those that the suite does not train."""
+        return tuple(each for each in self.of if isinstance(each, Recipe))
+
+    def to_json(self) -> dict[str, Any]:
+        of = [each if isinstance(each, str) else each.to_json() for each in self.of]
+        return {"name": self.name, "kind": self.kind, "of": of, "options": dict(self.options)}
+
+
+@dataclass(frozen=True)
 class Suite:
     """Recipes in training order, with a report of their results."""
 
@@ -80,6 +121,8 @@ class Suite:
     report: Report | None = None  # None: a table for each study
     choices: Mapping[str, Choice] = field(default_factory=dict)
     """by the name of the recipe that waits for it"""
+    measurements: tuple[Measurement, ...] = ()
+    """for the report"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipes", tuple(self.recipes))
@@ -106,8 +149,20 @@ class Suite:
             raise ValueError(
                 f"suite: a choice must be one of its recipes'; got {', '.join(sorted(unknown))}"
             )
+        for measurement in self.measurements:
+            unknown = {each for each in measurement.of if isinstance(each, str)} - set(names)
+            require(
+                measurement.name not in names and not unknown,
+                f"suite: a measurement must have a name of its own and be of recipes of the suite;"
+                f" got {measurement.name} of {', '.join(sorted(unknown)) or 'recipes that are'}",
+            )
+            names.append(measurement.name)
         if self.report is not None:
             _check_report(self.report)
+        require(
+            self.report is not None or not self.measurements,
+            "suite: measurements need a report that reads them; got none",
+        )
 
     @property
     def family(self) -> str:
@@ -130,7 +185,7 @@ class Suite:
         return replace(self, recipes=tuple(_overridden(recipe, changes) for recipe in self.recipes))
 
     def tiny(self) -> Suite:
-        """The same suite of `Recipe.tiny` recipes, without its report."""
+        """The same suite of `Recipe.tiny` recipes, without its report and what it measures."""
         names = {recipe.name: recipe.tiny().name for recipe in self.recipes}
         choices = {
             names[name]: choice.renamed(names.__getitem__) for name, choice in self.choices.items()
@@ -138,11 +193,21 @@ class Suite:
         recipes = tuple(
             filled(recipe.tiny(), lambda name: reference_to(names[name])) for recipe in self.recipes
         )
-        return replace(self, recipes=recipes, report=None, choices=choices)
+        return Suite(recipes, choices=choices)
 
     def resolved(self) -> Suite:
         """The same suite with every path absolute; references stay."""
-        return replace(self, recipes=tuple(recipe.resolved() for recipe in self.recipes))
+        measurements = tuple(
+            replace(each, of=tuple(of if isinstance(of, str) else of.resolved() for of in each.of))
+            for each in self.measurements
+        )
+        recipes = tuple(recipe.resolved() for recipe in self.recipes)
+        return replace(self, recipes=recipes, measurements=measurements)
+
+    @property
+    def all_recipes(self) -> tuple[Recipe, ...]:
+        """Its recipes, and those that its measurements are of alone."""
+        return (*self.recipes, *(each for of in self.measurements for each in of.recipes))
 
 
 def _overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -204,7 +269,8 @@ def targets_of(made: Recipe | Suite, *, but_trusted: bool = False) -> list[str]:
     Args:
         but_trusted: without the names that need no `--trust`.
     """
-    recipes, report = (made.recipes, made.report) if isinstance(made, Suite) else ((made,), None)
+    is_suite = isinstance(made, Suite)
+    recipes, report = (made.all_recipes, made.report) if is_suite else ((made,), None)
     parts = [(name, PARTS) for recipe in recipes for name in targets(recipe.to_json())]
     reports = [] if report is None else [(dotted(report), TRUSTED)]
     return [
@@ -220,7 +286,7 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
     Raises:
         ValueError: a part of a recipe, or the report, is not trusted.
     """
-    for recipe in suite.recipes:
+    for recipe in suite.all_recipes:
         Recipe.from_json(recipe.to_json(), trust=trust)
     if suite.report is not None:
         _imported_report(dotted(suite.report), trust)
@@ -250,6 +316,7 @@ class SuiteFile:
             "parent": self.parent,
             "cluster": dict(self.cluster),
             "report": None if self.suite.report is None else dotted(self.suite.report),
+            "measurements": [each.to_json() for each in self.suite.measurements],
             "children": children,
         }
 
@@ -281,9 +348,9 @@ class SuiteFile:
             for recipe, child in zip(recipes, children, strict=True)
             if "choice" in child
         }
-        return cls(
-            suite=Suite(recipes, function, choices), runs=runs, parent=parent, cluster=cluster
-        )
+        measurements = tuple(_measurement(each, trust) for each in value.get("measurements") or ())
+        suite = Suite(recipes, function, choices, measurements)
+        return cls(suite=suite, runs=runs, parent=parent, cluster=cluster)
 
     def write(self, folder: Path) -> None:
         write_json(folder / FILE, self.to_json())
@@ -328,6 +395,21 @@ def runs_of(folder: Path) -> dict[str, Path]:
             f"{folder}: a run must be a folder; {run} is a file",
         )
     return runs
+
+
+def measured_in(folder: Path) -> dict[str, Path]:
+    """The file of each measurement of a suite, by its name, whether or not it exists.
+
+    Raises:
+        ValueError: suite.json is damaged.
+    """
+    found = read_json(folder / FILE).get("measurements") or ()
+    try:
+        return {each["name"]: folder / f"measured-{Path(each['name']).name}.json" for each in found}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / FILE}: a measurement must have a name; got {found!r}"
+        ) from error
 
 
 def sources_in(folder: Path) -> set[str]:
@@ -384,6 +466,18 @@ def _choice(value: Any) -> Choice:
     if isinstance(value, Mapping) and isinstance(trials := value.get("trials"), list):
         value = {**value, "trials": tuple(trials)}
     return Choice(**arguments_of(Choice, value, who=f"{FILE}: a choice"))
+
+
+def _measurement(value: Any, trust: Collection[str]) -> Measurement:
+    try:
+        of = tuple(
+            each if isinstance(each, str) else Recipe.from_json(each, trust=trust)
+            for each in value["of"]
+        )
+        return Measurement(**{**value, "of": of})
+    except (KeyError, TypeError) as error:
+        rule = "a measurement must have name, kind, of and options"
+        raise ValueError(f"{FILE}: {rule}; got {value!r}") from error
 
 
 def _check_choice(recipe: Recipe, choice: Choice, *, earlier: Collection[str]) -> None:

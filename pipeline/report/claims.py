@@ -17,8 +17,7 @@ from rich.console import Console
 
 from pipeline.core.printing import print_table, prose
 from pipeline.core.units import counted
-from pipeline.report.results import COMPUTE, KEPT
-from pipeline.report.runs import ReportError
+from pipeline.report.results import COMPUTE, KEPT, ReportError
 from pipeline.report.study import Group, spread_of
 from pipeline.report.sweeps import sweep_of
 
@@ -62,7 +61,7 @@ class Returned:
 
 
 def returned(value: Any, where: str) -> Returned:
-    """The "claims" and the "sweeps" of a report's value, each a list or a mapping of them.
+    """Read the "claims" and the "sweeps" of a report's value, each a list or a mapping.
 
     Raises:
         ReportError: one of them is no claim or no sweep; the value came from `where`.
@@ -82,9 +81,9 @@ tenth more than its value. None: nothing is claimed that ours could be held to."
 def share(
     about: str, group: Group, rule: str, name: str, *, bound: Bound = None, published: str = ""
 ) -> Claim:
-    """A rule's quantity over its baseline's, the mean over the seeds of both.
+    """The ratio of a rule's quantity to its baseline's, averaged over the seeds of both.
 
-    Bytes are of the baseline's, and compute time is of the faster BPTT's.
+    Bytes are divided by those of the baseline, compute time by that of the faster BPTT.
     """
     claim = f"{_CALLED[name]}, of {group.against}'s"
     base, paired = group.base_of(name), group.paired(rule, name)
@@ -125,18 +124,19 @@ def share(
 
 
 def share_of_k(T: int, k: int) -> Callable[[float], float]:
-    """Of all of T forwards and k of T backwards: (T + k r) / (T (1 + r)) of BPTT's time."""
+    """The share of BPTT's time for T forwards and k backwards: (T + k r) / (T (1 + r))."""
     return lambda r: (T + k * r) / (T * (1 + r))
 
 
 def share_of_two_forwards(r: float) -> float:
-    """Of a rule that makes every forward twice: (2 + r) / (1 + r) of BPTT's time."""
+    """The share of BPTT's time for a rule that runs every forward twice: (2 + r) / (1 + r)."""
     return (2 + r) / (1 + r)
 
 
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
-    """At most `within` points below the baseline over paired seeds: the whole interval, none of it,
-    or undecided.
+    """The claim that a rule is at most `within` points below the baseline over paired seeds.
+
+    It holds for the whole interval, for none of it, or is undecided.
     """
     claim, bound = (
         f"top-1 below {group.against}'s, points",
@@ -176,7 +176,7 @@ def not_judged(about: str, claim: str, published: str, *, ours: str) -> Claim:
 
 
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
-    """A table, in which a terminal shows once what several lines are about."""
+    """Print the claims. A terminal shows the rule of consecutive lines once."""
     columns = ("rule", *map(prose, ("claim", "published", "held to", "ours")), "")
     rows = [
         (each.about, each.claim, each.published, each.bound, each.ours, each.verdict)

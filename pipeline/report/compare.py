@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,10 @@ from pipeline.recipe.command_line import how_to_resume
 from pipeline.report import tables
 from pipeline.report.figure import Cell, Table
 from pipeline.report.results import (
+    ReportError,
     Run,
     compared,
+    flat,
     kind,
     loaders,
     places,
@@ -35,12 +37,10 @@ from pipeline.report.results import (
     read_runs,
     refuse_damage,
 )
-from pipeline.report.runs import ReportError
 from pipeline.report.selection import (
     ComparisonError,
+    chosen,
     is_study,
-    named,
-    newest_study,
     refuse_unlike,
     with_baseline,
 )
@@ -52,7 +52,7 @@ _FIRST = ("run", "rule", "seed", "study", "where", "recipe", "world_size", "step
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Runs of a study that may be compared, and what a reader must know beside them."""
+    """Runs of a study that may be compared, with notes for the reader."""
 
     group: Group
     elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study that were trained otherwise
@@ -60,41 +60,17 @@ class Comparison:
     where: str = ""  # machine and workers, for a study with several comparisons
 
     @property
-    def study(self) -> str:
-        return self.group.study
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """Those that finished, the baseline's first."""
-        return self.group.finished
-
-    @property
-    def rules(self) -> list[str]:
-        return self.group.finished_rules
-
-    @property
     def unfinished(self) -> tuple[Run, ...]:
-        """Those without a place in any mean."""
+        """Runs that are not part of any mean."""
         here = (run for run in self.group.runs if not run.is_finished)
         return (*here, *self.elsewhere)
 
-    def ratio(self, run: Run, name: str) -> float | None:
-        """A run's quantity over the baseline's mean in the same seed; None without either."""
-        value, over = run.value(name), self._over[name].get(run.seed)
-        return None if value is None or not over else value / over
-
-    @cached_property
-    def _over(self) -> dict[str, dict[int, float]]:
-        """What each quantity is divided by, by seed."""
-        names = [each.name for each in compared()]
-        return {name: self.group.by_seed(self.group.base_of(name), name) for name in names}
-
     @cached_property
     def behind(self) -> dict[str, dict[str, str]]:
-        """By rule, what `tables.behind` has of it, with names for JSON."""
-        found = {rule: tables.behind(self.group, rule) for rule in self.rules}
+        """`tables.behind` of each rule, with names for JSON."""
+        found = {rule: tables.behind(self.group, rule) for rule in self.group.finished_rules}
         return {
-            rule: {_key(name): value for name, value in each.items()}
+            rule: {name.replace(" ", "_").replace("-", "_"): value for name, value in each.items()}
             for rule, each in found.items()
         }
 
@@ -106,26 +82,36 @@ class Comparison:
         time to `time_baseline`. Wall clocks are divided without `startup_s` and `fidelity_s`.
         JSON has no NaN and no infinity: null stands in their place, and `not_finite` names them.
         """
-        baseline = [run.name for run in self.group.of(self.group.against) if run.is_finished]
-        differences = self.group.differences
+        group = self.group
+        baseline = [run.name for run in group.of(group.against) if run.is_finished]
+        over = {
+            each.name: group.by_seed(group.base_of(each.name), each.name) for each in compared()
+        }
         return {
-            "study": self.study,
+            "study": group.study,
             "where": self.where or None,
             "baseline": baseline[0] if baseline else None,
             "baseline_runs": baseline,
-            "time_baseline": self.group.fastest_baseline if baseline else None,
-            "runs": list(map(self._run_to_json, self.runs)),
+            "time_baseline": group.fastest_baseline if baseline else None,
+            "runs": [self._run_to_json(run, over) for run in group.finished],
             "differences": [
-                {**asdict(each), "verdict": each.verdict(self.group.within)} for each in differences
+                {**asdict(each), "verdict": each.verdict(group.within)}
+                for each in group.differences
             ],
-            "within": self.group.within,
+            "within": group.within,
             "unfinished": [unfinished_to_json(run) for run in self.unfinished],
             "notes": list(self.notes),
         }
 
-    def _run_to_json(self, run: Run) -> dict[str, Any]:
-        metrics = compared()
-        computed = {each.name: run.value(each.name) for each in metrics if each.source}
+    def _run_to_json(self, run: Run, over: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+        """`over`: by metric and seed, the baseline's values."""
+        computed = {each.name: run.value(each.name) for each in compared() if each.source}
+        ratios = {
+            name: None
+            if (value := run.value(name)) is None or not base.get(run.seed)
+            else value / base[run.seed]
+            for name, base in over.items()
+        }
         summary = dict(run.summary or {})
         return {
             **{name: value for name, value in computed.items() if name not in summary},
@@ -133,7 +119,7 @@ class Comparison:
             "run": run.name,
             "rule": run.rule,
             "behind": self.behind[run.rule],
-            "ratios": {each.name: self.ratio(run, each.name) for each in metrics},
+            "ratios": ratios,
             "not_finite": dict(_not_finite(summary)),
         }
 
@@ -159,7 +145,7 @@ class Comparison:
                 say(console, line, whole=[how_to_resume(run.folder)])
 
     def _describe_unfinished(self, run: Run) -> str:
-        """Empty for a run that diverged in the group, which a note names."""
+        """A line for the table's end; empty for a diverged run that a note names."""
         if run.state == "diverged":
             what = "diverged, trained otherwise than these: it is in no mean"
             return f"{run.name} ({run.rule}) {what}" if run in self.elsewhere else ""
@@ -170,12 +156,12 @@ class Comparison:
         metrics = tables.columns_of_costs(self.group)
         diverged = Counter(run.rule for run in self.group.runs if run.state == "diverged")
         rows = []
-        for rule in dict.fromkeys((*self.rules, *diverged)):
-            finished = sum(run.rule == rule for run in self.runs)
+        for rule in dict.fromkeys((*self.group.finished_rules, *diverged)):
+            finished = sum(run.rule == rule for run in self.group.finished)
             cells = [_cell(tables.shown_of(self.group, rule, each), console) for each in metrics]
             cells[0] = cells[0] if finished else "diverged"
             rows.append((_label(rule, finished=finished, diverged=diverged[rule]), *cells))
-        title = f"study {self.study[:8]}" + (f" on {self.where}" if self.where else "")
+        title = f"study {self.group.study[:8]}" + (f" on {self.where}" if self.where else "")
         columns = (prose("rule"), *(number(each.title) for each in metrics))
         print_table(console, columns, rows, title=title)
 
@@ -201,30 +187,25 @@ def compare(
         ComparisonError: nothing finished, or the runs differ in more than the rule and the seed.
         ReportError: a name that is neither a run nor a study.
     """
-    runs_dir = Path(runs_dir)
-    runs = read_runs(runs_dir)
-    chosen = named(runs_dir, names, runs) if names else newest_study(runs_dir, runs)
-    return _compared(runs, chosen, against=against, within=within, is_whole=not names)
+    runs = read_runs(Path(runs_dir))
+    members = chosen(Path(runs_dir), names, runs)
+    return _compared(runs, members, against=against, within=within, is_whole=not names)
 
 
 def comparisons(
     runs_dir: str | os.PathLike[str],
-    folders: Sequence[Path],
+    folders: Iterable[Path],
     *,
     against: str = BASELINE,
     within: float = WITHIN,
 ) -> list[Comparison]:
-    """Those of the runs that may be compared, by study and machine.
+    """Compare runs, grouped by study and machine.
 
     Raises:
         ComparisonError: nothing of a study finished, or its runs differ in what no key covers.
     """
-    found, refusals = _made(
-        read_runs(Path(runs_dir)),
-        [read_run(folder) for folder in folders],
-        against=against,
-        within=within,
-    )
+    members = list(map(read_run, folders))
+    found, refusals = _made(read_runs(Path(runs_dir)), members, against=against, within=within)
     if refusals:
         raise refusals[0]
     return found
@@ -234,50 +215,44 @@ def print_comparison(
     runs_dir: str | os.PathLike[str],
     names: Sequence[str | os.PathLike[str]] = (),
     *,
+    folders: Iterable[Path] | None = None,
     format: str = "table",
     against: str = BASELINE,
     within: float = WITHIN,
     console: Console | None = None,
 ) -> None:
-    """Print `compare`; of a whole study a comparison for each machine. See `print_studies`."""
-    runs_dir = Path(runs_dir)
-    runs = read_runs(runs_dir)
-    about: dict[str, Any] = {"against": against, "within": within}
-    key = os.fspath(names[0]) if len(names) == 1 else ""
-    is_key = is_study(runs, key) and not (runs_dir / key).exists()
-    if not names or is_key:
-        chosen = named(runs_dir, names, runs) if names else newest_study(runs_dir, runs)
-        _print_made(*_made(runs, chosen, **about), format=format, console=console)
-    else:
-        found = _compared(runs, named(runs_dir, names, runs), **about, is_whole=False)
-        _print([found], format=format, console=console)
-
-
-def print_studies(
-    runs_dir: str | os.PathLike[str],
-    folders: Sequence[Path],
-    *,
-    format: str = "table",
-    against: str = BASELINE,
-    within: float = WITHIN,
-    console: Console | None = None,
-) -> None:
-    """Print `comparisons`. An error about some of the runs is raised after the others are printed.
+    """Print `compare`; of a whole study, or of the runs in `folders`, a comparison for each study
+    and machine. An error about some of the runs is raised after the others are printed.
 
     Args:
         format: table, one below another on the console; json, a list of them; or csv, a line for
             each finished run.
 
     Raises:
-        ComparisonError: see `comparisons`.
+        ComparisonError: see `compare`.
     """
-    made = _made(
-        read_runs(Path(runs_dir)),
-        [read_run(folder) for folder in folders],
-        against=against,
-        within=within,
-    )
-    _print_made(*made, format=format, console=console)
+    runs_dir = Path(runs_dir)
+    runs = read_runs(runs_dir)
+    judged: dict[str, Any] = {"against": against, "within": within}
+    key = os.fspath(names[0]) if len(names) == 1 else ""
+    is_key = is_study(runs, key) and not (runs_dir / key).exists()
+    refusals: list[ComparisonError] = []
+    if folders is not None:
+        found, refusals = _made(runs, list(map(read_run, folders)), **judged)
+    elif not names or is_key:
+        found, refusals = _made(runs, chosen(runs_dir, names, runs), **judged)
+    else:
+        found = [_compared(runs, chosen(runs_dir, names, runs), **judged, is_whole=False)]
+    if format not in ("table", "json", "csv"):
+        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
+    if format == "table":
+        _print_tables(found, console or new_console())
+    elif format == "csv" and (found or not refusals):
+        sys.stdout.write(csv_of(found))
+    elif found or not refusals:
+        print(json.dumps([each.to_json() for each in found], indent=2, allow_nan=False))
+    if refusals:
+        raise refusals[0]
 
 
 def comparable(runs: Sequence[Run]) -> list[list[Run]]:
@@ -285,16 +260,12 @@ def comparable(runs: Sequence[Run]) -> list[list[Run]]:
 
     Unfinished runs of a machine on which nothing finished join the first of their study.
     """
-    groups: dict[str, list[Run]] = {}
-    first_of: dict[str, str] = {}
-    for run in runs:
-        if run.is_finished:
-            groups.setdefault(kind(run), []).append(run)
-            first_of.setdefault(run.study, kind(run))
-    for run in runs:
-        if not run.is_finished:
-            key = kind(run) if kind(run) in groups else first_of.get(run.study, run.study)
-            groups.setdefault(key, []).append(run)
+    finished = [run for run in runs if run.is_finished]
+    groups: dict[str, list[Run]] = {kind(run): [] for run in finished}
+    first_of = {run.study: kind(run) for run in reversed(finished)}
+    for run in (*finished, *(run for run in runs if not run.is_finished)):
+        key = kind(run) if kind(run) in groups else first_of.get(run.study, run.study)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
@@ -303,9 +274,9 @@ def unfinished_to_json(run: Run) -> dict[str, str]:
 
 
 def csv_of(comparisons: Sequence[Comparison]) -> str:
-    """One line for each finished run, with nested fields as `hardware.cpu` and `ratios.top1`."""
+    """One line for each finished run. Nested fields have names such as `hardware.cpu`."""
     rows = [
-        {**_flat(run), **{name: found[name] for name in ("study", "where", "time_baseline")}}
+        {**flat(run), **{name: found[name] for name in ("study", "where", "time_baseline")}}
         for found in (comparison.to_json() for comparison in comparisons)
         for run in found["runs"]
     ]
@@ -316,7 +287,7 @@ def csv_of(comparisons: Sequence[Comparison]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """As JSON has it, with null for NaN and infinities; other values stay as they are."""
+    """JSON values with null in the place of NaN and infinities."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -327,9 +298,7 @@ def finite(value: Any) -> Any:
 def _compared(
     runs: Sequence[Run], members: Sequence[Run], *, against: str, within: float, is_whole: bool
 ) -> Comparison:
-    """A study that `is_whole` lacks nothing but the baseline, whose runs may be of another
-    suite.
-    """
+    """Compare the members. A whole study (`is_whole`) lacks nothing but the baseline."""
     for run in members:
         refuse_damage(run)
     others = [run for run in members if not run.is_finished]
@@ -361,36 +330,14 @@ def _made(
             )
         except ComparisonError as error:
             refusals.append(error)
-    times = Counter(each.study for each in found)
+    times = Counter(each.group.study for each in found)
     several = [
-        replace(each, where=_where(each.runs[-1])) if times[each.study] > 1 else each
+        replace(each, where=_where(each.group.finished[-1]))
+        if times[each.group.study] > 1
+        else each
         for each in found
     ]
     return several, refusals
-
-
-def _print_made(
-    found: Sequence[Comparison],
-    refusals: Sequence[ComparisonError],
-    *,
-    format: str,
-    console: Console | None,
-) -> None:
-    if found or not refusals:
-        _print(found, format=format, console=console)
-    if refusals:
-        raise refusals[0]
-
-
-def _print(found: Sequence[Comparison], *, format: str, console: Console | None) -> None:
-    if format == "table":
-        _print_tables(found, console or new_console())
-    elif format == "json":
-        print(json.dumps([each.to_json() for each in found], indent=2, allow_nan=False))
-    elif format == "csv":
-        sys.stdout.write(csv_of(found))
-    else:
-        raise ReportError(f"compare: format must be table, json or csv; got {format!r}")
 
 
 def _print_tables(found: Sequence[Comparison], console: Console) -> None:
@@ -398,7 +345,7 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
         if index:
             console.print()
         comparison.render(console)
-    for study, times in Counter(each.study for each in found).items():
+    for study, times in Counter(each.group.study for each in found).items():
         if times > 1:
             why = (
                 "of different machines, workers or micro-batches: nothing is divided from one to"
@@ -408,14 +355,10 @@ def _print_tables(found: Sequence[Comparison], console: Console) -> None:
 
 
 def _where(run: Run) -> str:
-    """`a cpu, 2 cores, 1 thread; 2 workers, each on cores of its own, with 1 loader thread`"""
+    """A place such as `a cpu, 2 cores, 1 thread; 2 workers, with 1 loader thread`."""
     threads = {loaders(on) for on in run.trained_on}
     loader = threads.pop() if len(threads) == 1 else ""  # several are in `places`
     return ", ".join(filter(None, (places(run, between="; "), loader)))
-
-
-def _key(name: str) -> str:
-    return name.replace(" ", "_").replace("-", "_")
 
 
 def _state(run: Run) -> str:
@@ -424,7 +367,7 @@ def _state(run: Run) -> str:
 
 
 def _label(rule: str, *, finished: int, diverged: int) -> str:
-    """`SLTT-1 (2 of 3 runs, the other diverged)`"""
+    """A label such as `SLTT-1 (2 of 3 runs, the other diverged)`."""
     if finished and diverged:
         others = "other" if diverged == 1 else "others"
         return f"{rule} ({finished} of {finished + diverged} runs, the {others} diverged)"
@@ -433,7 +376,7 @@ def _label(rule: str, *, finished: int, diverged: int) -> str:
 
 
 def _cell(found: tables.Shown | None, console: Console) -> str:
-    """In a terminal the deviation stands below the mean and its ratio."""
+    """The text of a cell. In a terminal the deviation stands below the mean and its ratio."""
     if found is None:
         return "-"
     over = f"\t{found.ratio}" if found.ratio else ""
@@ -442,16 +385,8 @@ def _cell(found: tables.Shown | None, console: Console) -> str:
     return f"{found.mean} {found.spread}".rstrip() + over
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        is_object = isinstance(item, dict)
-        flat |= _flat(item, f"{prefix}{name}.") if is_object else {f"{prefix}{name}": item}
-    return flat
-
-
 def _not_finite(value: Any, name: str = "") -> Iterator[tuple[str, Cell]]:
-    """`inference.energy_j` and `nan`, of each number within an object that JSON does not have."""
+    """The path and the text of each number that JSON does not have."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _not_finite(item, f"{name}.{key}" if name else key)

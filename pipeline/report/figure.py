@@ -8,8 +8,7 @@ a value.
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +86,11 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
     def to_csv(self) -> str:
-        """CSV in which no spreadsheet takes a name for a formula."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([harmless(cell) for cell in row] for row in self.rows)
-        return text.getvalue()
+        """The table as CSV. No cell is a formula for a spreadsheet."""
+        import pandas as pd
+
+        rows = pd.DataFrame(self.rows, columns=list(self.columns), dtype=object)
+        return rows.map(harmless).to_csv(index=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ class Figure:
 
     @property
     def height(self) -> int:
-        """In pixels."""
+        """Height in pixels."""
         return self.drawing["layout"]["height"]
 
     def draw(self, theme: str) -> Any:
@@ -125,9 +123,9 @@ class Missing:
 
 
 def drawing(data: Sequence[dict[str, Any]], *, height: int, **more: Any) -> dict[str, Any]:
-    """Traces with the layout that all drawings share, and `more` of it.
+    """Traces with the layout that all drawings share, changed by `more`.
 
-    There is no title, which the page has, the legend is above, and margins fit the labels.
+    The page shows the title. The legend is above the drawing, and margins fit the labels.
     """
     axis = {"gridcolor": GRID, "linecolor": MUTED, "zerolinecolor": GRID, "automargin": True}
     above = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
@@ -156,7 +154,7 @@ def titled(text: str, **more: Any) -> dict[str, Any]:
 
 
 def color(place: int) -> Colour:
-    """Of a rule, by its place in its group."""
+    """The colour of a rule, by its position in its group."""
     return Colour(f"series {place % _SERIES}")
 
 
@@ -169,12 +167,12 @@ def pattern(place: int) -> str:
 
 
 def _shifted(shapes: Sequence[str], place: int) -> str:
-    """There are as many shapes as colours: in each round of the colours another one beside each."""
+    """There are as many shapes as colours: each round of the colours shifts the shapes by one."""
     return shapes[(place + place // len(shapes)) % len(shapes)]
 
 
 def harmless(cell: Cell) -> Cell:
-    """A text that a spreadsheet would take for a formula is quoted; `-inf` is a number."""
+    """Quote a text that a spreadsheet would read as a formula. `-inf` is a number and stays."""
     if not isinstance(cell, str) or cell[:1] not in ("=", "+", "-", "@", "\t", "\r"):
         return cell
     try:
@@ -185,8 +183,13 @@ def harmless(cell: Cell) -> Cell:
 
 
 def plain(text: str) -> str:
-    """For a drawing: plotly reads some HTML in its texts."""
+    """Escape a text for a drawing: plotly reads some HTML in its texts."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def slug(text: str) -> str:
+    """A text for the name of a file."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
 
 
 def _coloured(value: Any, theme: dict[str, Any]) -> Any:

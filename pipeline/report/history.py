@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from pipeline.measure.constants import PARTS, REST
-from pipeline.track import events as kinds
-from pipeline.track.events import OF_NONE, kind_of
-from pipeline.track.journal import Record
+from pipeline.track.events import (
+    OF_NONE,
+    Checkpoint,
+    Evaluation,
+    Event,
+    Fidelity,
+    Start,
+    Step,
+    Unwritten,
+)
 
-_FROM_THREADS = (kinds.Checkpoint, kinds.Unwritten)  # written late, with the step that they are of
+UNKNOWN_EPOCH = -1  # of an event that was made of a store's metrics
 
 
 class Point(NamedTuple):
@@ -29,23 +36,13 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fidelity:
-    """The rule's gradient beside BPTT's on one batch; None for a layer where BPTT's is 0."""
-
-    step: int
-    epoch: int | None  # that has ended, from 0; None at the start
-    temporal_share: Mapping[str, float | None]  # by layer
-    cosines: Mapping[str, Mapping[str, float | None]]  # by rule, then by layer
-
-
-@dataclass(frozen=True, kw_only=True)
 class History:
     """A run over time."""
 
     curve: tuple[Point, ...]
     evaluations: tuple[Point, ...]
     starts: tuple[Point, ...]
-    fidelity: tuple[Fidelity, ...]
+    fidelity: tuple[Fidelity, ...]  # with None for what is not a finite number
     step: int  # batches done
     again_from: int | None  # where a restart stands that repeats the batches up to `step`
 
@@ -55,8 +52,8 @@ class History:
         return self.starts[1:]
 
 
-def read_history(events: Sequence[Record], *, redone: Literal["dropped", "kept"]) -> History:
-    """From a journal's events, oldest first.
+def read_history(events: Iterable[Event], *, redone: Literal["dropped", "kept"]) -> History:
+    """The history of a run from its events, oldest first.
 
     Args:
         redone: batches that a restart repeats are dropped, or kept until it has repeated them.
@@ -68,26 +65,26 @@ def read_history(events: Sequence[Record], *, redone: Literal["dropped", "kept"]
     fidelity: dict[int, Fidelity] = {}
     last = 0
     for seconds, event in _timed(events):
-        kind, step = kind_of(event), count(event.get("step", event.get("steps")))
+        step = getattr(event, "step", None)
         if step is None:
             continue
-        last = last if kind in _FROM_THREADS else step
-        metrics = event.get("metrics") or {}
-        top1, loss = number(metrics.get("top1")), number(metrics.get("loss"))
-        point = Point(step, seconds, top1, loss, count(event.get("epoch")))
-        if kind is kinds.Start:
-            starts.append(point)
+        # Checkpoints are written by threads, late, with the step that they are of.
+        last = last if isinstance(event, (Checkpoint, Unwritten)) else step
+        if isinstance(event, Start):
+            starts.append(Point(step, seconds))
             known = _joined(curve, again)
             curve = [each for each in known if each.step <= step]
             again = [each for each in known if each.step > step and redone == "kept"]
             if redone == "dropped":
                 evaluations = {at: each for at, each in evaluations.items() if at <= step}
-        elif kind is kinds.Step:
-            curve.append(point)
-        elif kind is kinds.Evaluation:
-            evaluations[step] = point  # of one that is repeated the newest
-        elif kind is kinds.Fidelity:
-            fidelity[step] = _fidelity(event, step)
+        elif isinstance(event, Step):
+            curve.append(_point(event, seconds))
+        elif isinstance(event, Evaluation):
+            evaluations[step] = _point(event, seconds)  # of one that is repeated the newest
+        elif isinstance(event, Fidelity):
+            cosines = {rule: _known(of_rule) for rule, of_rule in event.cosines.items()}
+            shares = _known(event.temporal_share)
+            fidelity[step] = replace(event, temporal_share=shares, cosines=cosines)
     curve = _joined(curve, again)
     known = max(last, curve[-1].step) if curve and redone == "kept" else last
     return History(
@@ -100,7 +97,7 @@ def read_history(events: Sequence[Record], *, redone: Literal["dropped", "kept"]
     )
 
 
-def parts(events: Iterable[Record]) -> dict[str, float]:
+def parts(events: Iterable[Event]) -> dict[str, float]:
     """Seconds of a batch in each part of the clock, of the batches whose parts are known.
 
     The first point of a start is left out: its first batch waits for imports and compilation.
@@ -109,17 +106,16 @@ def parts(events: Iterable[Record]) -> dict[str, float]:
     done = batches_known = 0
     is_first = True
     for event in events:
-        kind, step = kind_of(event), count(event.get("step"))
-        if kind not in (kinds.Start, kinds.Step) or step is None:
+        if not isinstance(event, (Start, Step)):
             continue
-        metrics = {} if is_first or kind is kinds.Start else event.get("metrics") or {}
+        metrics = {} if is_first or isinstance(event, Start) else event.metrics
         found = {name: number(metrics.get(f"{name}_s")) for name in (*PARTS, REST)}
         means = {name: mean for name, mean in found.items() if mean is not None}
-        batches = max(0, step - done) if means else 0
+        batches = max(0, event.step - done) if means else 0
         batches_known += batches
         for name, mean in means.items():
             seconds[name] = seconds.get(name, 0.0) + mean * batches
-        done, is_first = step, kind is kinds.Start
+        done, is_first = event.step, isinstance(event, Start)
     return {name: total / batches_known for name, total in seconds.items()} if batches_known else {}
 
 
@@ -135,26 +131,30 @@ def count(value: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def _timed(events: Iterable[Record]) -> Iterator[tuple[float, Record]]:
+def _timed(events: Iterable[Event]) -> Iterator[tuple[float, Event]]:
     """Each event with the seconds of the attempts up to it; time between attempts is left out."""
-    paid = begun = now = last = 0.0
-    attempt: Any = None
+    paid = begun = last = 0.0
+    attempt: int | None = None
     for event in events:
-        if event.get("attempt") == OF_NONE:
+        if event.attempt == OF_NONE:
             yield paid + last - begun, event
             continue
-        time = number(event.get("time"))
-        now = now if time is None else time
-        if event.get("attempt") != attempt:
-            paid, attempt, begun = paid + last - begun, event.get("attempt"), now
-        if kind_of(event) is kinds.Start and (began := number(event.get("began"))) is not None:
-            begun = began  # with what the process did before its first event
-        last = now
-        yield paid + now - begun, event
+        if event.attempt != attempt:
+            paid, attempt, begun = paid + last - begun, event.attempt, event.time
+        if isinstance(event, Start):
+            begun = event.began  # with what the process did before its first event
+        last = event.time
+        yield paid + last - begun, event
+
+
+def _point(event: Step | Evaluation, seconds: float) -> Point:
+    top1, loss = (number(event.metrics.get(name)) for name in ("top1", "loss"))
+    epoch = None if event.epoch == UNKNOWN_EPOCH else event.epoch
+    return Point(event.step, seconds, top1, loss, epoch)
 
 
 def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
-    """With those points of `again` that lie behind what `points` has repeated."""
+    """The points, and those of `again` that come after the last repeated step."""
     if not again:
         return list(points)
     repeated = max((each.step for each in points if each.step <= again[-1].step), default=0)
@@ -163,16 +163,5 @@ def _joined(points: Sequence[Point], again: Sequence[Point]) -> list[Point]:
     )
 
 
-def _fidelity(event: Record, step: int) -> Fidelity:
-    shares = event.get("temporal_share") or {}
-    cosines = event.get("cosines") or {}
-    return Fidelity(
-        step=step,
-        epoch=count(event.get("epoch")),
-        temporal_share=_numbers(shares),
-        cosines={str(rule): _numbers(by_layer) for rule, by_layer in cosines.items()},
-    )
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
-    return {str(name): number(value) for name, value in values.items()}
+def _known(values: Mapping[str, float]) -> dict[str, Any]:
+    return {name: number(value) for name, value in values.items()}

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.command_line import how_to_resume
-from pipeline.recipe.suite import FILE, runs_of
-from pipeline.report.results import UNKNOWN_RULE, Run, read_runs
-from pipeline.report.runs import suite_folders
+from pipeline.recipe.suite import FILE, is_suite
+from pipeline.report.results import UNKNOWN_RULE, Run, folders_in, read_runs
 from pipeline.track.events import Evaluation
-from pipeline.track.journal import last
-from pipeline.track.state import is_driven, over_in
+from pipeline.track.journal import last_event
+from pipeline.track.state import entries_in, is_driven, over_in
 
 _OVER = ("finished", "running", "diverged")  # states of runs that cannot be resumed
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuiteRow:
-    """One suite in a list."""
+class SuiteRow(NamedTuple):
+    """A suite in a list."""
 
     name: str
-    folder: Path
     state: str  # such as 2 of 5 finished
     resume: str | None  # None for one that is finished or being trained
 
@@ -38,7 +35,7 @@ def list_runs(runs_dir: str | os.PathLike[str]) -> list[Run]:
 
 def list_suites(runs_dir: str | os.PathLike[str]) -> list[SuiteRow]:
     """All suites of a folder, the one launched last first."""
-    folders = suite_folders(Path(runs_dir))
+    folders = [each for each in folders_in(runs_dir, suites=True) if is_suite(each)]
     folders.sort(key=lambda folder: (folder / FILE).stat().st_mtime, reverse=True)
     return [_suite_row(folder) for folder in folders]
 
@@ -65,11 +62,11 @@ def how_to_go_on(run: Run) -> str | None:
 
 
 def newest_top1(run: Run) -> float | None:
-    """Of a finished run its result, of another its newest evaluation."""
+    """The result of a finished run, or the newest evaluation of another."""
     if run.state == "finished":
         return run.value("top1")
-    evaluation = last(RunFolder(run.folder).journal, Evaluation.kind) or {}
-    return evaluation.get("metrics", {}).get("top1")
+    evaluation = last_event(RunFolder(run.folder).journal, Evaluation)
+    return None if evaluation is None else evaluation.metrics.get("top1")
 
 
 def _cells(run: Run) -> tuple[str, ...]:
@@ -88,10 +85,10 @@ def _cells(run: Run) -> tuple[str, ...]:
 
 def _suite_row(folder: Path) -> SuiteRow:
     try:
-        runs, over = runs_of(folder), len(over_in(folder))
+        runs, over = entries_in(folder), len(over_in(folder))
     except ValueError:  # the list shows every other suite all the same
-        return SuiteRow(name=folder.name, folder=folder, state=f"{FILE} is damaged", resume=None)
+        return SuiteRow(folder.name, f"{FILE} is damaged", None)
     driven = is_driven(folder)
     resume = None if over == len(runs) or driven else how_to_resume(folder)
     state = f"{over} of {len(runs)} finished" + (", running" if driven else "")
-    return SuiteRow(name=folder.name, folder=folder, state=state, resume=resume)
+    return SuiteRow(folder.name, state, resume)

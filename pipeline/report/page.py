@@ -1,6 +1,8 @@
 """A study as one self-contained HTML page, which asks the network for nothing.
 
 page.write(study, Path("report.html"))
+
+What the page and the dashboard share: the figures of each view, and the templates in web/.
 """
 
 from __future__ import annotations
@@ -8,18 +10,26 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.claims import Returned
 from pipeline.report.compare import finite
+from pipeline.report.figure import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
+from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
+from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.read_study import Found
-from pipeline.report.runs import ReportError
-from pipeline.report.study import Study
+from pipeline.report.results import ENERGY, ReportError, describe_state
+from pipeline.report.study import Group, Study
 from pipeline.report.sweeps import LARGEST_SAID, swept
-from pipeline.report.views import WEB, drawn, environment, plotly_script, section_of
 from pipeline.track.mlflow import log_report, tracking_uri
 
 _NO_SWEEP = (
@@ -39,7 +49,7 @@ _NO_SCALING = (
 
 
 def write(study: Study, out: Path) -> Path:
-    """Write the page whole or not at all; returns its path.
+    """Write the page atomically and return its path.
 
     Raises:
         OSError: it cannot be written.
@@ -69,12 +79,13 @@ def render(study: Study) -> str:
     ]
     memory = list(swept(study.sweeps))
     scaled = tables.scaling(study)
-    drawings = {
-        key: drawing for each in (*sections, *lone) for key, drawing in each.drawings.items()
-    }
-    drawings |= {
-        f"{each.key}-{figure.name}": drawn(figure) for each in memory for figure in each.figures
-    }
+    drawings: dict[str, Any] = {}
+
+    def offer(key: str, figure: Figure) -> str:
+        """Add the drawing of a figure to the page; returns the address of its table."""
+        drawings[key] = drawn(figure)
+        return _csv_address(figure.table)
+
     missing = [reason for each in sections for reason in each.reasons]
     missing += [] if any(each.figures for each in memory) else [_NO_SWEEP]
     missing += [] if scaled else [_NO_SCALING]
@@ -91,6 +102,7 @@ def render(study: Study) -> str:
             scaled=scaled,
             missing=missing,
             drawings=drawings,
+            offer=offer,
             plotly=Markup(plotly_script()),
             css=Markup((WEB / "page.css").read_text()),
             js=Markup((WEB / "page.js").read_text()),
@@ -118,3 +130,90 @@ def publish(found: Found, page: Path) -> list[str]:
         ) from error
     uri = tracking_uri(found.folders[0].parent)
     return log_report(page, found.folders, name=found.place.name, data=text, uri=uri)
+
+
+WEB = Path(__file__).parent / "web"
+FIGURES = {
+    "costs": (
+        ratios,
+        *(partial(trade_off, name=name) for name in ("wall_s", "peak_saved_bytes", ENERGY)),
+    ),
+    "time": (time_parts,),
+    "learning": (learning_curves,),
+    "gradients": (gradient_fidelity, temporal_share, firing_rates),
+}
+
+
+class Section(NamedTuple):
+    """A group on a page: its figures, and the figures without a measurement."""
+
+    key: str
+    title: str
+    group: Group
+    figures: list[Figure]
+    missing: list[Missing]
+
+    @property
+    def reasons(self) -> list[tuple[str, str]]:
+        """Each missing figure, and why it is missing."""
+        return [(each.title, f"{self.title}: {each.why}") for each in self.missing]
+
+
+def section_of(
+    group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, among: Sequence[Group] = ()
+) -> Section:
+    """The figures of some views of a group, which stands `among` others on the page."""
+    makers = [make for view in views for make in FIGURES.get(view, ())]
+    # Without a baseline there are no ratios, which a note says.
+    found = [make(group) for make in makers if make is not ratios or group.has_baseline]
+    return Section(
+        key,
+        tables.named(group, among=among),
+        group,
+        [each for each in found if isinstance(each, Figure)],
+        [each for each in found if isinstance(each, Missing)],
+    )
+
+
+def drawn(figure: Figure) -> Mapping[str, Any]:
+    """The drawing in both themes. A page uses its reader's theme, and the light one for print."""
+    return {theme: figure.draw(theme) for theme in THEMES}
+
+
+def shown(cell: Cell) -> str:
+    """The text of a cell. Numbers have four digits."""
+    if cell is None:
+        return NOT_MEASURED
+    return rounded(cell) if isinstance(cell, float) else str(cell)
+
+
+@cache
+def plotly_script() -> str:
+    """plotly.js whole, without text that would end a script element."""
+    from plotly.offline import get_plotlyjs
+
+    script = get_plotlyjs()
+    assert "</script" not in script.lower(), "plotly.js 4.1.1 has no such text"
+    return script
+
+
+@cache
+def environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    made.globals |= {"tables": tables}
+    made.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    made.filters |= {
+        "shown": shown,
+        "csv": _csv_address,
+        "slug": slug,
+        "described": describe_state,
+        "standings": standings,
+        "swept": lambda sweeps: list(swept(sweeps)),
+    }
+    return made
+
+
+def _csv_address(table: Table) -> str:
+    return f"data:text/csv;charset=utf-8,{quote(table.to_csv())}"

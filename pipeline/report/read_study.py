@@ -20,20 +20,20 @@ from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import SuiteFile, has_report, runs_of
 from pipeline.report.claims import Returned, returned
 from pipeline.report.compare import comparable
-from pipeline.report.results import Run, read_run, read_runs, refuse_damage
-from pipeline.report.runs import ReportError
-from pipeline.report.selection import named, newest_study, with_baseline
+from pipeline.report.figure import slug
+from pipeline.report.results import ReportError, Run, read_run, read_runs, refuse_damage
+from pipeline.report.selection import chosen, with_baseline
 from pipeline.report.study import WITHIN, Study
 from pipeline.report.suite import Reported, own_report, suite_named
 from pipeline.report.sweeps import sweep_of
 from pipeline.track.mlflow import REPORT
-from pipeline.track.state import over_in
+from pipeline.track.state import entries_in, over_in
 
 _WIDTH = 120  # characters of what a suite's own report prints
 
 
 class Found(NamedTuple):
-    """A study, where its page belongs, and the folders of its runs and of trials left out."""
+    """A study, the path of its page, and the folders of its runs and of its trials."""
 
     study: Study
     place: Path
@@ -72,12 +72,11 @@ def read_study(
         title, place = suite.name, suite / REPORT
     else:
         everything = read_runs(runs_dir)
-        chosen = named(runs_dir, names, everything) if names else newest_study(runs_dir, everything)
-        runs, tried = _without_trials(chosen)
+        runs, tried = _without_trials(chosen(runs_dir, names, everything))
         if names:
             runs, notes = _with_their_baseline(everything, runs, against)
         title = _title(runs, names)
-        place = runs_dir / f"report-{_slug(title)}.html"
+        place = runs_dir / f"report-{slug(title)[:80]}.html"
     if tried:
         trials = counted(len(tried), "trial")
         notes.append(f"Left out: {trials} on a held-out part of the training set.")
@@ -98,7 +97,7 @@ def read_study(
 
 
 def _runs_of_suite(suite: Path, *, judges_alike: bool) -> tuple[list[Run], list[Run]]:
-    """Its runs and its trials; `judges_alike`: --against and --within are as its own report's."""
+    """The runs and the trials. `judges_alike`: --against and --within have their defaults."""
     members = [read_run(run) for run in runs_of(suite).values() if run.is_dir()]
     if not members:
         raise ReportError(f"report: {suite.name} has no run yet")
@@ -126,7 +125,7 @@ def _without_trials(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 def _with_their_baseline(
     everything: Sequence[Run], runs: Sequence[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """The runs of each study and machine, with those of the baseline that they lack.
+    """The runs, with the baseline's runs that each study and machine lacks.
 
     A note says why there are none.
     """
@@ -143,17 +142,17 @@ def _with_their_baseline(
 def _own_report(
     suite: Path, trust: tuple[str, ...], reported: Reported | None
 ) -> tuple[Returned, str, list[str]]:
-    """What the suite's report returns and prints, or a note that it waits for runs.
+    """The values and the text of the suite's report, or a note that it waits for runs.
 
     Raises:
         ReportError: it cannot be made. An earlier page is worth more than one without claims.
     """
-    runs, over = runs_of(suite), over_in(suite)
+    entries, over = entries_in(suite), over_in(suite)
     if not has_report(suite):
         return Returned(), "", []
-    if len(over) < len(runs):
+    if len(over) < len(entries):
         waits = "The suite's own report, with its claims, waits for all runs"
-        return Returned(), "", [f"{waits}: {len(over)} of {len(runs)} have finished."]
+        return Returned(), "", [f"{waits}: {len(over)} of {len(entries)} have finished."]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"
@@ -173,8 +172,3 @@ def _title(runs: Sequence[Run], names: Sequence[str]) -> str:
     if len(studies) == 1 and (study := studies.pop()):
         return f"Study {study[:8]}"
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _slug(text: str) -> str:
-    words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
-    return "-".join(words)[:80] or "runs"

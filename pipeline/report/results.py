@@ -11,8 +11,10 @@ writes it into `summary.json`.
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted
 from pipeline.measure.constants import BETWEEN, MEMORY_EVERY, PARTS, REST
+from pipeline.recipe.suite import is_suite
 from pipeline.report import history
 from pipeline.report.history import History, count, number
-from pipeline.report.runs import ReportError, load, run_folders, summary_of
-from pipeline.track.events import Finish, Start, Step, Stopped
-from pipeline.track.journal import Record, every, last, read
+from pipeline.track.events import Event, Finish, Start, Step, Stopped
+from pipeline.track.journal import Record, every, last_event, read_events
 from pipeline.track.provenance import conditions_of, trained_on
 from pipeline.track.state import State, state_of
 
@@ -36,7 +38,15 @@ UNKNOWN_RULE = "unknown rule"  # the label of a run that names none
 NOT_SAID = "not known"
 
 
+class ReportError(ValueError):
+    """A run cannot be found or read; the message is one line for a user."""
+
+
 # ------------------------------------------------------------------------------------- quantities
+
+
+Numbers = Mapping[str, float]
+"""the finite numbers of a summary, by their dotted paths"""
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,9 @@ class Metric:
         unit: how it is printed: share, B, s, J, rate or count (`pipeline.core.units`).
         better: whether "less" or "more" of it is better. Such a metric is compared with the
             baseline. One with "" is listed beside the comparison.
-        source: where `summary.json` has it, as a dotted path, or a function of the summary.
-            Without one, `name` is the path. A `*` stands for any key, and there is a metric for
-            each key that a summary has; `{}` in the title is that key.
+        source: its dotted path in `summary.json`, or a function of the summary's numbers by their
+            dotted paths. Without one, `name` is the path. A `*` in the name stands for any key:
+            there is a metric for each key that a summary has, and `{}` in the title is that key.
         about: what the quantity is, for the captions of figures.
     """
 
@@ -59,34 +69,35 @@ class Metric:
     title: str
     unit: str
     better: Literal["less", "more", ""] = ""
-    source: str | Callable[[Mapping[str, Any]], float | None] = ""
+    source: str | Callable[[Numbers], float | None] = ""
     about: str = ""
 
-    def value(self, summary: Mapping[str, Any]) -> float | None:
+    def value(self, numbers: Numbers) -> float | None:
         """The value in a summary; None where it was not measured, or is not finite."""
         if callable(self.source):
-            return self.source(summary)
-        return number(at(summary, self.source or self.name))
+            return self.source(numbers)
+        return numbers.get(self.source or self.name)
 
 
-def at(value: Any, path: str) -> Any:
-    """What a dotted path leads to in nested objects; None where it leads nowhere."""
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one, by dotted paths."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        found |= flat(item, f"{name}.") if isinstance(item, Mapping) else {name: item}
+    return found
 
 
 def _sum(
     *paths: str, minus: Sequence[str] = (), minus_any: Sequence[str] = ()
-) -> Callable[[Mapping[str, Any]], float | None]:
-    """A sum of numbers of a summary; None without one of them, but for those in `minus_any`."""
+) -> Callable[[Numbers], float | None]:
+    """A sum of numbers of a summary; None if one is missing, except for those in `minus_any`."""
 
-    def total(summary: Mapping[str, Any]) -> float | None:
-        plus, less = ([number(at(summary, path)) for path in each] for each in (paths, minus))
-        if None in (*plus, *less):
+    def total(numbers: Numbers) -> float | None:
+        if not numbers.keys() >= {*paths, *minus}:
             return None
-        any_less = (number(summary.get(path)) for path in minus_any)
-        return sum(filter(None, plus)) - sum(filter(None, less)) - sum(filter(None, any_less))
+        less = sum(numbers.get(path, 0.0) for path in (*minus, *minus_any))
+        return sum(numbers[path] for path in paths) - less
 
     return total
 
@@ -165,7 +176,7 @@ METRICS = [
 
 
 def metric(name: str) -> Metric:
-    """The metric of a name; of a name that none has, one that reads the summary."""
+    """The metric with this name. An unknown name becomes a metric that reads the summary."""
     return next((each for each in METRICS if each.name == name), Metric(name, name, "count"))
 
 
@@ -174,31 +185,21 @@ def compared() -> list[Metric]:
     return [each for each in METRICS if each.better]
 
 
-def expanded(summaries: Iterable[Mapping[str, Any] | None]) -> list[Metric]:
-    """All metrics, with one for each key that stands for a `*` in these summaries."""
-    summaries = [summary for summary in summaries if summary is not None]
+def expanded(runs: Iterable[Run]) -> list[Metric]:
+    """All metrics, with one for each key that stands for a `*` in the summaries of these runs."""
+    names = list(dict.fromkeys(name for run in runs for name in run.numbers))
     found: list[Metric] = []
     for each in METRICS:
         if "*" not in each.name:
             found.append(each)
             continue
-        parts = each.name.split(".")
-        keys = dict.fromkeys(keys for one in summaries for keys in _matches(one, parts))
-        for of in keys:
-            name = each.name.replace("*", "{}").format(*of)
-            found.append(replace(each, name=name, title=each.title.format(*of)))
+        pattern = re.escape(each.name).replace(r"\*", "(.+)")
+        found += [
+            replace(each, name=match[0], title=each.title.format(match[1]))
+            for match in (re.fullmatch(pattern, name) for name in names)
+            if match
+        ]
     return found
-
-
-def _matches(value: Any, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The keys that stand for each `*` of a path, for every path that leads to a value."""
-    if not parts:
-        yield ()
-    elif isinstance(value, Mapping):
-        head, *rest = parts
-        for key in value if head == "*" else [head]:
-            for more in _matches(value[key], rest) if key in value else ():
-                yield (key, *more) if head == "*" else more
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -206,7 +207,7 @@ def _matches(value: Any, parts: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
-    """What one or several starts of a run trained on."""
+    """The conditions of one or several starts of a run."""
 
     world_size: int | None = None
     micro_batch: int | None = None  # samples that a worker holds at a time
@@ -253,7 +254,7 @@ class Run:
     damage: str = ""  # why the run cannot be used, of one with a damaged file
     curve_every: int = 1  # the curve has one of so many points of the journal
     redone: Literal["dropped", "kept"] = "dropped"
-    journal: Callable[[], Sequence[Record]] = field(default=list, repr=False, compare=False)
+    journal: Callable[[], Sequence[Event]] = field(default=list, repr=False, compare=False)
     layers: Callable[[], Sequence[Any] | None] = field(default=list, repr=False, compare=False)
 
     @property
@@ -294,9 +295,14 @@ class Run:
     def activity(self) -> tuple[LayerRates, ...]:
         return tuple(map(_layer, self.layers() or ()))
 
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        found = {name: number(value) for name, value in flat(self.summary or {}).items()}
+        return {name: value for name, value in found.items() if value is not None}
+
     def value(self, name: str) -> float | None:
         """A metric, or a number that a dotted path leads to in the summary."""
-        return None if self.summary is None else metric(name).value(self.summary)
+        return metric(name).value(self.numbers)
 
 
 def run_of(
@@ -330,7 +336,7 @@ def run_of(
         study=str(newest.get("study") or ""),
         recipe=(fields if isinstance(fields, Mapping) else {}) or newest.get("params") or {},
         summary=finished,
-        trained_on=tuple(map(_trained_on, on)),
+        trained_on=tuple(TrainedOn(**{**each, "hardware": each["hardware"] or {}}) for each in on),
         commits=tuple(dict.fromkeys(map(str, filter(None, commits)))),
         total_steps=count(newest.get("total_steps") or newest.get("steps")),
         steps_per_epoch=count(newest.get("steps_per_epoch")),
@@ -350,7 +356,7 @@ def read_run(folder: Path) -> Run:
 def read_runs(runs_dir: Path) -> list[Run]:
     """All runs in a folder, by name. One with a damaged file says so in `damage`."""
     found: list[Run] = []
-    for folder in run_folders(runs_dir):
+    for folder in folders_in(runs_dir):
         try:
             found.append(read_run(folder))
         except ReportError as error:
@@ -362,21 +368,20 @@ def _read(folder: Path, *, summary: Any = None, recipe: Any = None, damage: str 
     files, state = RunFolder(folder), state_of(folder)
     journal = files.journal
     starts = every(journal, Start.kind)
-    kinds = (Step.kind, Start.kind, Stopped.kind)
-    progress = summary if state == "finished" else last(journal, *kinds)
-    finish = last(journal, Finish.kind) if state == "finished" else None
+    finish = last_event(journal, Finish) if state == "finished" else None
+    newest = finish or last_event(journal, Step, Start, Stopped)
     return run_of(
         folder.name,
         state=state,
         starts=starts,
         summary=summary,
         recipe=recipe,
-        step=count((progress or {}).get("steps" if state == "finished" else "step")),
+        step=(summary or {}).get("steps") or (newest and newest.step),
         started=float(starts[0]["time"]) if starts else folder.stat().st_mtime,
-        ended=float(finish["time"]) if finish else folder.stat().st_mtime,
+        ended=finish.time if finish else folder.stat().st_mtime,
         folder=folder,
         damage=damage,
-        journal=lambda: read(journal),
+        journal=lambda: read_events(journal),
         layers=lambda: load(files.activity, list),
     )
 
@@ -395,20 +400,15 @@ def frame(runs: Iterable[Run]) -> pd.DataFrame:
     runs = list(runs)
     for run in runs:
         refuse_damage(run)
-    metrics = expanded(run.summary for run in runs)
-    about = pd.DataFrame(
-        [_about(run) for run in runs], columns=list(_about(Run(name="", state="new")))
-    )
-    values = [
-        [None if run.summary is None else each.value(run.summary) for each in metrics]
-        for run in runs
-    ]
+    metrics = expanded(runs)
+    about = pd.DataFrame(map(_about, runs), columns=list(_about(Run(name="", state="new"))))
+    values = [[each.value(run.numbers) for each in metrics] for run in runs]
     numbers = pd.DataFrame(values, columns=[each.name for each in metrics], dtype=float)
     return pd.concat([about, numbers], axis=1)
 
 
 def refuse_damage(run: Run) -> None:
-    """Raises: ReportError for a run with a damaged file."""
+    """Raise ReportError for a run with a damaged file."""
     if run.damage:
         raise ReportError(run.damage)
 
@@ -432,16 +432,6 @@ def _about(run: Run) -> dict[str, Any]:
     }
 
 
-def _trained_on(on: Mapping[str, Any]) -> TrainedOn:
-    return TrainedOn(
-        world_size=count(on.get("world_size")),
-        micro_batch=count(on.get("micro_batch")),
-        hardware=on.get("hardware") or {},
-        loader_threads=count(on.get("loader_threads")),
-        own_cores=bool(on.get("own_cores")),
-    )
-
-
 def _layer(layer: Any) -> LayerRates:
     try:
         return LayerRates(
@@ -455,6 +445,74 @@ def _layer(layer: Any) -> LayerRates:
     except (KeyError, TypeError, ValueError) as error:
         needed = ", ".join(LayerRates.__dataclass_fields__)
         raise ReportError(f"activity.json: a layer must have {needed}; got {layer!r}") from error
+
+
+# ------------------------------------------------------------------------------------------- files
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "trained_on": (list, "a list of objects"),
+    "commits": (list, "a list"),
+    "hardware": (dict, "an object"),
+    "conditions": (dict, "an object"),
+    **dict.fromkeys(("steps", "images_per_s", "peak_saved_bytes"), ((int, float), "a number")),
+}  # fields of a summary whose kind readers rely on
+
+
+def folders_in(runs_dir: str | os.PathLike[str], *, suites: bool = False) -> list[Path]:
+    """The folders that hold a run, or with `suites` a run or a suite, by name.
+
+    Folders whose launch was killed while it made them have hidden names.
+    """
+    if not Path(runs_dir).is_dir():
+        return []
+    visible = sorted(each for each in Path(runs_dir).iterdir() if not each.name.startswith("."))
+    return [folder for folder in visible if is_run(folder) or (suites and is_suite(folder))]
+
+
+def load(path: Path, kind: type = dict) -> Any:
+    """The JSON object of a file, or its list; None where there is no such file.
+
+    Raises:
+        ReportError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        called = "an object" if kind is dict else "a list"
+        raise ReportError(f"{path} holds a {type(value).__name__}, not {called}")
+    return value
+
+
+def summary_of(folder: Path) -> dict[str, Any] | None:
+    """The summary.json of a run; None where there is none.
+
+    Raises:
+        ReportError: it is damaged.
+    """
+    path = RunFolder(folder).summary
+    summary = load(path)
+    refuse_damaged_summary(summary or {}, str(path))
+    return summary
+
+
+def refuse_damaged_summary(summary: Mapping[str, Any], where: str) -> None:
+    """Raise ReportError if a field has an unexpected type; the message names `where`."""
+    for name, (kind, called) in _KINDS.items():
+        if (value := summary.get(name)) is not None and not isinstance(value, kind):
+            raise ReportError(f"{where}: {name} must be {called}; got {value!r}")
+    for each in summary.get("trained_on") or ():
+        if not isinstance(each, dict):
+            raise ReportError(f"{where}: trained_on must be a list of objects; got {each!r} in it")
+        refuse_damaged_summary(each, where)
+
+
+def is_run(folder: Path) -> bool:
+    files = RunFolder(folder)
+    return files.recipe.is_file() or files.journal.is_file()
 
 
 # ------------------------------------------------------------------- machines and workers in words
@@ -472,9 +530,9 @@ def machine(hardware: Mapping[str, Any]) -> str:
 
 
 def places(run: Run, *, between: str = ", ") -> str:
-    """`a cpu, 2 cores, 2 workers, in micro-batches of 64, then a cpu, 2 cores, 1 worker`
+    """Machines and workers, such as `a cpu, 2 cores, 2 workers, then a cpu, 2 cores, 1 worker`.
 
-    Loader threads are named where they changed on the way.
+    Loader threads are named if they changed during the run.
     """
     texts = [
         between.join(filter(None, (machine(on.hardware), _workers(run, on))))
@@ -484,13 +542,17 @@ def places(run: Run, *, between: str = ", ") -> str:
 
 
 def micro_batches(run: Run) -> str:
-    """Samples that a worker holds at a time, and how many times in a batch: `128`, `64 × 2`."""
-    texts = [_micro_batch(on, _accumulated(run, on)) for on in run.trained_on]
+    """Samples that a worker holds at a time, and how many times per batch: `128`, `64 × 2`."""
+    texts: list[str] = []
+    for on in run.trained_on:
+        times = _accumulated(run, on) or 1
+        whole = NOT_SAID if on.micro_batch is None else str(on.micro_batch)
+        texts.append(f"{whole} × {times}" if times > 1 else whole)
     return ", then ".join(dict.fromkeys(texts)) or NOT_SAID
 
 
 def loaders(on: TrainedOn) -> str:
-    """`with 1 loader thread`; empty where it is not known."""
+    """A text such as `with 1 loader thread`; empty if the number is unknown."""
     return (
         "" if on.loader_threads is None else f"with {counted(on.loader_threads, 'loader thread')}"
     )
@@ -506,14 +568,8 @@ def _workers(run: Run, on: TrainedOn) -> str:
     return ", ".join(filter(None, texts))
 
 
-def _micro_batch(on: TrainedOn, accumulated: int | None) -> str:
-    if on.micro_batch is None:
-        return NOT_SAID
-    return f"{on.micro_batch} × {accumulated}" if (accumulated or 1) > 1 else str(on.micro_batch)
-
-
 def _accumulated(run: Run, on: TrainedOn) -> int | None:
-    """Micro-batches of a worker in a batch; None where a journal alone has the recipe, as text."""
+    """Micro-batches of a worker per batch; None if only a journal has the recipe, as text."""
     batch = run.recipe.get("batch_size")
     if not isinstance(batch, int) or not on.world_size or not on.micro_batch:
         return None
@@ -526,7 +582,7 @@ points of the curve, evaluations and checkpoints, of which the slowest takes min
 
 
 def describe_state(state: str, heard: float | None) -> str:
-    """`running, no word for 25 min`; a driver that was killed cannot say so to MLflow.
+    """A state such as `running, no word for 25 min`: a killed driver cannot report to MLflow.
 
     Args:
         heard: the last sign of life, in unix seconds; None where the state is known for sure.
@@ -542,11 +598,10 @@ def is_silent(state: str, heard: float) -> bool:
 
 
 def kind(run: Run) -> str:
-    """Equal for runs that may be compared.
+    """A key that is equal for runs that may be compared.
 
-    Such runs have one study key, and trained from the first step to the last on as many workers,
-    as large micro-batches and equal machines, with as many loader threads, on cores of their own
-    or not.
+    Such runs have one study key. From first to last step they trained with as many workers, the
+    same micro-batch, machine and loader threads, and all or none of them with reserved cores.
     """
     on = [asdict(each) for each in run.trained_on]
     return json.dumps([run.study, on], sort_keys=True, default=str)

@@ -12,14 +12,16 @@ from pipeline.core.units import counted
 from pipeline.recipe import is_baseline
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import Role, select
-from pipeline.report.results import Run, read_run, refuse_damage
-from pipeline.report.runs import ReportError, find_run
-
-
-def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe as JSON that all runs of one study share."""
-    return select(recipe, lambda role: Role.STUDY in role)
-
+from pipeline.recipe.suite import is_suite
+from pipeline.report.results import (
+    ReportError,
+    Run,
+    flat,
+    folders_in,
+    is_run,
+    read_run,
+    refuse_damage,
+)
 
 Differing = tuple[str, Any, Any]  # a field, and its values in two runs
 
@@ -28,14 +30,32 @@ class ComparisonError(ReportError):
     """Runs that must not be compared, or none to compare; one line that names what differs."""
 
 
-def newest_study(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
-    """The runs of the study whose run finished last.
+def of_the_study(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe as JSON that all runs of one study share."""
+    return select(recipe, lambda role: Role.STUDY in role)
 
-    Trials of a search belong to none: they are judged on a part of the training set.
+
+def chosen(
+    runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
+) -> list[Run]:
+    """The runs that names, paths and study keys mean, in the order of the names; without names
+    those of the study whose run finished last.
+
+    Trials of a search belong to no study: they are judged on a part of the training set.
+
+    Args:
+        runs: all runs of the folder.
 
     Raises:
-        ComparisonError: no run has finished.
+        ReportError: nothing, or several, answer to a name.
+        ComparisonError: there are no names, and no run has finished.
     """
+    if not names:
+        return _newest(runs_dir, runs)
+    return _named(runs_dir, [os.fspath(name) for name in names], runs)
+
+
+def _newest(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         refuse_damage(run)
     finished = sorted((run for run in runs if run.is_finished), key=lambda run: run.ended)
@@ -52,17 +72,10 @@ def newest_study(runs_dir: Path, runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.study == newest.study]
 
 
-def named(
-    runs_dir: Path, names: Sequence[str | os.PathLike[str]], runs: Sequence[Run]
-) -> list[Run]:
-    """The runs that names, paths and study keys mean, in the order of the names.
-
-    Raises:
-        ReportError: nothing, or several, answer to a name.
-    """
+def _named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
     known = {run.folder.resolve(): run for run in runs}
     found: dict[Path, Run] = {}
-    for text in [os.fspath(name) for name in names]:
+    for text in names:
         keys = {run.study for run in runs if text and run.study.startswith(text)}
         if not keys or (runs_dir / text).exists():
             folder = find_run(runs_dir, text, among=[run.folder for run in runs]).resolve()
@@ -142,10 +155,10 @@ def with_baseline(
 
 
 def differences(a: Run, b: Run) -> list[Differing]:
-    """All that must be equal in two finished runs and is not; empty where they may be compared.
+    """Everything that must be equal in two finished runs but is not.
 
-    Unequal study keys are explained from the two recipes. A path counts by its content, so it is
-    named only where nothing else explains the keys.
+    Unequal study keys are explained by the two recipes. Data count by their content, so a path is
+    named only if nothing else explains the keys.
     """
     found = [*trained_apart(*([asdict(on) for on in run.trained_on] for run in (a, b)))]
     if a.rule == b.rule:
@@ -159,9 +172,9 @@ def differences(a: Run, b: Run) -> list[Differing]:
 def trained_apart(
     mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
 ) -> Iterator[Differing]:
-    """The fields of what two runs were trained on that differ.
+    """The training conditions in which two runs differ.
 
-    Where one changed on the way, its values are in a list: `[2, 1]`.
+    If a condition changed during a run, its values are a list: `[2, 1]`.
     """
     if list(mine) != list(theirs):
         found = list(differing("", _columns(mine), _columns(theirs)))
@@ -169,7 +182,7 @@ def trained_apart(
 
 
 def tuned_in(recipe: Mapping[str, Any]) -> tuple[str, ...]:
-    """The dotted keys that each rule has its own value of; none where only a journal has them."""
+    """The dotted keys that each rule has a value of its own for; may be empty."""
     keys = recipe.get("tuned")
     return tuple(keys) if isinstance(keys, (list, tuple)) else ()
 
@@ -185,14 +198,11 @@ def written(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`hardware.cpu` and the like with their values, each once; a single one stands alone."""
+    """Each condition by its dotted name. Several values are a list."""
     columns: dict[str, list[Any]] = {}
     for each in trained_on:
-        machine = {
-            f"hardware.{name}": value for name, value in (each.get("hardware") or {}).items()
-        }
-        for name, value in {**each, **machine}.items():
-            if name != "hardware" and value not in columns.setdefault(name, []):
+        for name, value in flat(each).items():
+            if value not in columns.setdefault(name, []):
                 columns[name].append(value)
     return {name: values[0] if len(values) == 1 else values for name, values in columns.items()}
 
@@ -200,7 +210,12 @@ def _columns(trained_on: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _explained(a: Run, b: Run) -> list[Differing]:
     recipes = [{**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (a, b)]
     found = list(differing("", *recipes))
-    paths = [one for one in found if all(_is_path(value) for value in one[1:])]
+    # Recipes are written with absolute paths.
+    paths = [
+        one
+        for one in found
+        if all(value is None or str(value).startswith("/") for value in one[1:])
+    ]
     found = [one for one in found if one not in paths]
     contents = [(run.summary or {}).get("data_fingerprint") for run in (a, b)]
     if contents[0] != contents[1]:
@@ -208,6 +223,51 @@ def _explained(a: Run, b: Run) -> list[Differing]:
     return found or paths or [("study", a.study, b.study)]
 
 
-def _is_path(value: Any) -> bool:
-    """Recipes are written with absolute paths."""
-    return value is None or (isinstance(value, str) and value.startswith("/"))
+class AmbiguousName(ReportError):
+    """A name begins the names of several runs."""
+
+
+def find_run(
+    runs_dir: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str],
+    *,
+    suites: bool = False,
+    among: Sequence[Path] | None = None,
+) -> Path:
+    """The absolute folder of a run, from its name, an unambiguous beginning of it, or a path.
+
+    The parent of the folder is the folder of runs that it belongs to, whatever `runs_dir` is.
+
+    Args:
+        suites: the name may also be that of a suite.
+        among: `folders_in(runs_dir, suites=suites)`, for callers that look up many names.
+
+    Raises:
+        ReportError: no run, or several, answer to the name.
+    """
+    text = os.fspath(name_or_path)
+    for folder in (Path(runs_dir) / text, Path(text)):
+        if is_run(folder) or (suites and is_suite(folder)):
+            # Without `.` and `..`; a link is not followed, as its run belongs where the link is.
+            return Path(os.path.abspath(folder))  # noqa: PTH100
+    folders = folders_in(runs_dir, suites=suites) if among is None else among
+    found = [folder for folder in folders if folder.name.startswith(text)] if text else []
+    if len(found) == 1:
+        return found[0].absolute()
+    if found:
+        names = ", ".join(folder.name for folder in found)
+        raise AmbiguousName(f"{text!r} begins the names of {len(found)} runs: {names}")
+    known = ", ".join(folder.name for folder in folders[:8]) + (", ..." if len(folders) > 8 else "")
+    there = f"; there are {known}" if folders else ", which has no runs"
+    what = "run or suite" if suites else "run"
+    raise ReportError(f"no {what} {text!r} in {runs_dir}{there}")
+
+
+def runs_dir_of(runs_dir: Path, names: Sequence[str]) -> Path:
+    """The folder that holds all these runs and suites, or `runs_dir` if one is a study key."""
+    there = folders_in(runs_dir, suites=True)
+    try:
+        folders = {find_run(runs_dir, name, suites=True, among=there).parent for name in names}
+    except ReportError:
+        return runs_dir
+    return folders.pop() if len(folders) == 1 else runs_dir

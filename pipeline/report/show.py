@@ -10,6 +10,7 @@ from rich.console import Console
 from pipeline.core.printing import new_console, print_fields, say
 from pipeline.core.units import counted
 from pipeline.data.base import DataError
+from pipeline.forecast.counts import describe_steps
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.train.backend.deepspeed import config
@@ -24,7 +25,7 @@ def show_recipe(
     workers: int,
     console: Console | None = None,
     *,
-    steps: Sequence[str] | None = None,
+    counts_steps: bool = False,
 ) -> None:
     """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
 
@@ -32,15 +33,15 @@ def show_recipe(
     recipe. No data file is needed, nor the weights that a reference names.
 
     Args:
-        steps: the cost of a step of each recipe, one line each.
+        counts_steps: also print what a step of each recipe costs, counted without running it.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
-        _print(made.name, *_resolved(made, made, workers, steps[0] if steps else None), console)
-        return
+        made = Suite((made,))
     with with_placeholder_weights(made) as recipes:
-        of_each = zip(made.recipes, recipes, steps or [None] * len(recipes), strict=True)
+        steps = describe_steps(recipes, workers) if counts_steps else [""] * len(recipes)
+        of_each = zip(made.recipes, recipes, steps, strict=True)
         found = [_resolved(recipe, ready, workers, step) for recipe, ready, step in of_each]
     fields, lines = (_shared(each) for each in zip(*found, strict=True))
     if len(found) > 1:
@@ -53,7 +54,7 @@ def show_recipe(
 
 
 def _resolved(
-    recipe: Recipe, ready: Recipe, workers: int, step: str | None
+    recipe: Recipe, ready: Recipe, workers: int, step: str
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Its fields, and what follows from them. `ready` is the recipe with files in the place of its
     references.

@@ -19,15 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
-from pipeline.report.results import Run, is_silent, run_of
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError, Run, is_silent, run_of
 from pipeline.track.connect import KIND_TAG, PARENT_OF, SQLITE, connect, reason, without_password
-from pipeline.track.events import KIND, Start, Step
-from pipeline.track.journal import Record, read, read_thinned
+from pipeline.track.events import Event, Start, Step, from_dict
+from pipeline.track.journal import Record, read_thinned
 from pipeline.track.mlflow import REPORT, REPORT_DATA
 from pipeline.track.state import State
 
@@ -48,7 +47,6 @@ ARTIFACTS = (
 MOST_BYTES = 64 << 20  # of an artifact that is read whole, as a person looks at it
 LOCKED_S = 2.0
 _THINNED_BYTES = 8 << 20  # about so much of the curve of a longer journal is kept
-_READABLE = "are the file and its folder readable to you?"
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
 _OF_SUITES = (REPORT, REPORT_DATA)  # of a run that may be deleted: its id is from tags of others
 _SUMMARY = "summary/"
@@ -86,7 +84,7 @@ class StoredRun:
 
     @property
     def short(self) -> str:
-        """The beginning of its id, in addresses."""
+        """The beginning of the id, for addresses."""
         return self.id[:8]
 
     @property
@@ -103,7 +101,7 @@ class StoredRun:
 
     @property
     def parent(self) -> str | None:
-        """The id of the run that stands for its suite."""
+        """The id of the MLflow run of its suite."""
         return self.tags.get(PARENT_OF)
 
 
@@ -122,9 +120,9 @@ class StoredStudy:
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """A run's journal as it was sent; of the points of its curve one of `every` is here."""
+    """A run's journal as it was sent. It has one of `every` points of the curve."""
 
-    events: Sequence[Record] = ()
+    events: Sequence[Event] = ()
     every: int = 1
 
 
@@ -133,38 +131,6 @@ class Point:
     step: int
     time: float
     value: float
-
-
-class Store(Protocol):
-    """An MLflow store, opened anew for each question. All methods may raise `StoreError`."""
-
-    def listed(self) -> list[StoredRun]:
-        """Every run of ours, without metrics."""
-        ...
-
-    def runs(self, study: str | None) -> list[StoredRun]:
-        """The runs of a study key, or all, with their metrics, the one started last first."""
-        ...
-
-    def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
-        """A metric of one run after the step `since`, in the order of steps."""
-        ...
-
-    def text(self, run_id: str, name: str) -> str | None:
-        """An artifact, one of `ARTIFACTS`; None where the run, or a suite's run, has none (yet).
-
-        Raises:
-            ArtifactError: this one cannot be read.
-        """
-        ...
-
-    def journal(self, run_id: str) -> Sent:
-        """A run's journal, thinned where it is long (of ImageNet it has some 100 MB).
-
-        Raises:
-            ArtifactError: it cannot be read.
-        """
-        ...
 
 
 def open_store(uri: str) -> Store:
@@ -184,27 +150,27 @@ def open_store(uri: str) -> Store:
 
 
 def runs_of_store(store: Store) -> list[Run]:
-    """All runs of a store, from tags and metrics alone; recipes have the protocol alone."""
+    """All runs of a store, from tags and metrics. A recipe has its protocol only."""
     return [_run_of(stored) for stored in store.runs(None)]
 
 
 def start_of(stored: StoredRun) -> Record:
-    """The `start` event of a run, as far as its tags have it."""
+    """The `start` event of a run, as far as its tags contain it."""
     text = {name: stored.tags.get(f"spiketrain.{name}") for name in ("rule", "study", "commit")}
     numbers = ("seed", "world_size", "micro_batch", "attempt")
-    counts = {name: _value(stored.tags.get(f"spiketrain.{name}", "")) for name in numbers}
+    counts = {name: _value(stored.tags.get(f"spiketrain.{name}")) for name in numbers}
     about = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
-    return {KIND: Start.kind, "time": stored.started, **about}
+    return {"event": Start.kind, "time": stored.started, **about}
 
 
-def hardware_of(stored: StoredRun) -> dict[str, str | int]:
+def hardware_of(stored: StoredRun) -> dict[str, Any]:
     prefix = "hardware."
     tags = {name: value for name, value in stored.tags.items() if name.startswith(prefix)}
     return {name.removeprefix(prefix): _value(value) for name, value in tags.items()}
 
 
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
-    """The runs of `Store.listed` by study, the one that something happened in last first."""
+    """Group runs by study, the most recently active study first."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
@@ -256,20 +222,22 @@ def _listed_state(run: StoredRun) -> str:
     return "silent" if is_silent(run.state, run.newest) else run.state
 
 
-def _value(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
+def _value(text: str | None) -> str | int | None:
+    return int(text) if text and text.isdecimal() else text
 
 
 def _sent_at(file: Path) -> Sent:
     size = file.stat().st_size
-    if size <= MOST_BYTES:
-        return Sent(events=read(file))
-    every = math.ceil(size / _THINNED_BYTES)
-    return Sent(events=read_thinned(file, Step.kind, every=every), every=every)
+    every = 1 if size <= MOST_BYTES else math.ceil(size / _THINNED_BYTES)
+    records = read_thinned(file, Step.kind, every=every)
+    try:
+        return Sent(events=list(map(from_dict, records)), every=every)
+    except ValueError as error:
+        raise ArtifactError(f"its {JOURNAL} in MLflow cannot be read: {error}") from error
 
 
 def _refuse_unknown_artifact(name: str) -> None:
-    """No name leads out of a run's folder of artifacts."""
+    """Only known names are read, so that no name leads out of a run's folder."""
     if name not in ARTIFACTS:
         raise StoreError(f"store: an artifact must be {', '.join(ARTIFACTS)}; got {name!r}")
 
@@ -287,8 +255,10 @@ _RUNS = f"""
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
 """
 _OF_STUDY = """
-    and exists (select 1 from tags s
-                where s.run_uuid = r.run_uuid and s.key = 'spiketrain.study' and s.value = ?)
+    and r.run_uuid in (select run_uuid from tags where key = 'spiketrain.study' and value = ?)
+"""
+_LATEST = """
+    select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
 """
 _PLACE = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
@@ -298,33 +268,33 @@ _HISTORY = """
 
 
 class SqliteStore:
-    """See `Store`."""
+    """An MLflow store in a file, opened for each question. All methods may raise `StoreError`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.absolute()
 
     def listed(self) -> list[StoredRun]:
+        """All spiketrain runs, without metrics."""
         newest = "select run_uuid, max(timestamp) from latest_metrics group by run_uuid"
         with self._connection() as connection:
             times = dict(connection.execute(newest).fetchall())
             return _runs(connection.execute(_RUNS).fetchall(), times, {})
 
     def runs(self, study: str | None) -> list[StoredRun]:
-        latest = "select key, value, is_nan, timestamp from latest_metrics where run_uuid = ?"
+        """The runs of a study key, or all, with their metrics, newest start first."""
+        of, values = ("", ()) if study is None else (_OF_STUDY, (study,))
+        with self._connection() as connection:
+            rows = connection.execute(_RUNS + of, values).fetchall()
+            latest = connection.execute(_LATEST + of, values).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
-        with self._connection() as connection:
-            query = _RUNS if study is None else _RUNS + _OF_STUDY
-            rows = connection.execute(query, () if study is None else (study,)).fetchall()
-            for run in {row[0] for row in rows}:
-                found = connection.execute(latest, (run,)).fetchall()
-                metrics[run] = {
-                    key: math.nan if is_nan else value for key, value, is_nan, _ in found
-                }
-                times[run] = max((time for *_, time in found), default=0)
+        for run, key, value, is_nan, time in latest:
+            metrics.setdefault(run, {})[key] = math.nan if is_nan else value
+            times[run] = max(time, times.get(run, 0))
         return sorted(_runs(rows, times, metrics), key=lambda run: run.started, reverse=True)
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
+        """A metric of one run after the step `since`, in the order of steps."""
         with self._connection() as connection:
             rows = connection.execute(_HISTORY, (run_id, metric, since)).fetchall()
         return [
@@ -333,10 +303,20 @@ class SqliteStore:
         ]
 
     def text(self, run_id: str, name: str) -> str | None:
+        """An artifact, one of `ARTIFACTS`; None where the run, or a suite's run, has none (yet).
+
+        Raises:
+            ArtifactError: this one cannot be read.
+        """
         _refuse_unknown_artifact(name)
         return self._read(run_id, name, self._whole)
 
     def journal(self, run_id: str) -> Sent:
+        """A run's journal, thinned where it is long (of ImageNet it has some 100 MB).
+
+        Raises:
+            ArtifactError: it cannot be read.
+        """
         return self._read(run_id, JOURNAL, _sent_at) or Sent()
 
     def _whole(self, path: Path) -> str:
@@ -370,75 +350,76 @@ class SqliteStore:
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
-        if self._size() == 0:
-            empty = "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
-            raise StoreError(f"store {self.file} {empty}")
+        """Read-only, unless SQLite must first undo a write in which its writer was killed."""
+        self._refuse_unless_filled()
         try:
-            with closing(self._opened()) as connection:
+            try:
+                connection = self._opened("ro")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode not in _TO_BE_UNDONE:
+                    raise
+                connection = self._opened("rw")
+            with closing(connection):
                 yield connection
         except sqlite3.OperationalError as error:
-            raise StoreError(f"store {self.file} {_explained(error)}") from error
+            text = str(error)
+            said = next((said for words, said in _TROUBLE.items() if words in text), _UNREADABLE)
+            raise StoreError(f"store {self.file} {said.format(text)}") from error
         except sqlite3.DatabaseError as error:
             advice = "move it away: `spiketrain sync RUN` fills a new one from the journals"
             raise StoreError(f"store {self.file} is damaged ({error}); {advice}") from error
 
-    def _size(self) -> int:
-        try:
-            facts = self.file.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            facts = None
-        except OSError as error:
-            raise StoreError(
-                f"store {self.file} cannot be read ({error.strerror}); {_READABLE}"
-            ) from error
-        if facts is None or not stat.S_ISREG(facts.st_mode):
-            advice = "launch a run, or name another by MLFLOW_TRACKING_URI"
-            raise StoreError(f"store {self.file} does not exist; {advice}")
-        return facts.st_size
-
-    def _opened(self) -> sqlite3.Connection:
-        """Read-only, unless SQLite must first undo a write in which its writer was killed."""
-        connection = self._open("ro")
+    def _opened(self, mode: str) -> sqlite3.Connection:
+        place = f"file:{quote(str(self.file))}?mode={mode}"
+        connection = sqlite3.connect(place, uri=True, timeout=LOCKED_S)
         try:
             connection.execute("select 1 from alembic_version").fetchall()
-        except sqlite3.OperationalError as error:
-            connection.close()
-            if error.sqlite_errorcode not in (
-                sqlite3.SQLITE_READONLY_ROLLBACK,
-                sqlite3.SQLITE_CANTOPEN,
-            ):
-                raise
-            connection = self._open("rw")
         except sqlite3.DatabaseError:
             connection.close()
             raise
         return connection
 
-    def _open(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(
-            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCKED_S
-        )
+    def _refuse_unless_filled(self) -> None:
+        why = ""
+        try:
+            facts = self.file.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                why = _MISSING
+            elif not facts.st_size:
+                why = "is empty, nothing was delivered yet; `spiketrain sync RUN` fills it"
+        except (FileNotFoundError, NotADirectoryError):
+            why = _MISSING
+        except OSError as error:
+            why = _UNREADABLE.format(error.strerror)
+        if why:
+            raise StoreError(f"store {self.file} {why}")
 
 
-def _explained(error: sqlite3.OperationalError) -> str:
-    text = str(error)
-    if "locked" in text or "busy" in text:
-        return (
-            f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
-        )
-    if "no such table: alembic_version" in text:
-        advice = "look again, name another, or move it away: `spiketrain sync RUN` fills a new one"
-        return f"is no MLflow store, or is being made; {advice}"
-    if "no such table" in text or "no such column" in text:
-        upgrade = "look again, then mlflow db upgrade sqlite:///FILE"
-        return f"is being made, or is of another version of MLflow ({text}); {upgrade}"
-    return f"cannot be read ({text}); {_READABLE}"
+_TO_BE_UNDONE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
+_MISSING = "does not exist; launch a run, or name another by MLFLOW_TRACKING_URI"
+_UNREADABLE = "cannot be read ({}); are the file and its folder readable to you?"
+_LOCKED = f"is locked by another process for over {LOCKED_S:g} s; try again, or end who holds it"
+_OTHER_VERSION = (
+    "is being made, or is of another version of MLflow ({}); look again, then mlflow db upgrade"
+    " sqlite:///FILE"
+)
+_TROUBLE = {
+    "locked": _LOCKED,
+    "busy": _LOCKED,
+    "no such table: alembic_version": (
+        "is no MLflow store, or is being made; look again, name another, or move it away:"
+        " `spiketrain sync RUN` fills a new one"
+    ),
+    "no such table": _OTHER_VERSION,
+    "no such column": _OTHER_VERSION,
+}
+"""what a message of SQLite means, by words of it"""
 
 
 def _runs(
     rows: list[tuple], times: Mapping[str, int], metrics: Mapping[str, dict[str, float]]
 ) -> list[StoredRun]:
-    """From rows of which there is one for each tag of a run."""
+    """Runs from rows with one row per tag."""
     tags: dict[str, dict[str, str]] = {}
     heads: dict[str, tuple[Any, ...]] = {}
     for run, *head, key, value in rows:
@@ -463,7 +444,7 @@ def _runs(
 
 
 class ServerStore:
-    """See `Store`; asked through MLflow's client."""
+    """A server, or another store, asked through MLflow's client; see `SqliteStore`."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -539,6 +520,9 @@ class ServerStore:
             why = f"does not answer as an MLflow server ({reason(self.uri, error)})"
             advice = "is it up, and is MLFLOW_TRACKING_URI right?"
             raise StoreError(f"store {without_password(self.uri)} {why}; {advice}") from error
+
+
+Store = SqliteStore | ServerStore
 
 
 def _pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from pipeline.core.units import counted, shown
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report import results
 from pipeline.report.history import number
-from pipeline.report.results import COMPUTE, Run, kind
+from pipeline.report.results import COMPUTE, Run, flat, kind
 from pipeline.report.selection import tuned_in, written
 from pipeline.track.journal import number as number_or_text
 
@@ -65,7 +65,7 @@ class Spread:
 
 
 def spread_of(values: Sequence[float]) -> Spread | None:
-    """None without values."""
+    """The spread of some values; None if there are none."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -90,9 +90,9 @@ class Difference:
     diverged: int = 0  # further seeds in which the baseline finished and the rule diverged
 
     def verdict(self, within: float) -> Literal["holds", "fails", "is undecided"]:
-        """Whether "at most `within` points below the baseline" is true of the whole interval.
+        """Whether the whole interval is at most `within` points below the baseline.
 
-        It fails where it is true of no part. A rule that diverged in a seed fails.
+        The verdict is "fails" if no part of it is, or if the rule diverged in a seed.
         """
         if self.diverged:
             return "fails"
@@ -111,7 +111,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that may be compared: of one study key, trained on the same alone."""
+    """Runs that may be compared: they share a study key and their training conditions."""
 
     runs: tuple[Run, ...]  # the baseline's first
     against: str = BASELINE
@@ -123,7 +123,7 @@ class Group:
 
     @property
     def key(self) -> str:
-        """The same whatever other groups and runs stand beside: a digest of the runs' `kind`."""
+        """A digest of the runs' `kind`, which does not depend on other groups."""
         return f"g{hashlib.sha256(kind(self.runs[0]).encode()).hexdigest()[:8]}"
 
     @cached_property
@@ -137,7 +137,7 @@ class Group:
 
     @property
     def rules(self) -> list[str]:
-        """Of all runs, the baseline first."""
+        """The rules of all runs, the baseline first."""
         return list(dict.fromkeys(run.rule for run in self.runs))
 
     @property
@@ -150,7 +150,7 @@ class Group:
 
     @property
     def several_baselines(self) -> str:
-        """`several BPTTs with different optimizer.lr; name one`, where none is just `against`."""
+        """A text such as `several BPTTs with different optimizer.lr; name one`, or empty."""
         labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
         if self.has_baseline or not any(run.is_finished for run in labelled):
             return ""
@@ -164,12 +164,12 @@ class Group:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the reader of its means and ratios must know."""
+        """Facts that the reader of means and ratios needs."""
         return tuple(_notes(self))
 
     @property
     def differences(self) -> list[Difference]:
-        """Of every rule with at least two seeds in common with the baseline."""
+        """The difference of each rule that shares at least two seeds with the baseline."""
         found = [self._difference(rule) for rule in self.rules if rule != self.against]
         return [difference for difference in found if difference is not None]
 
@@ -177,32 +177,32 @@ class Group:
         return tuple(run for run in self.runs if run.rule == rule)
 
     def diverged(self, rule: str) -> set[int]:
-        """Seeds in which every run of the rule diverged."""
+        """The seeds in which all runs of the rule diverged."""
         lost = {run.seed for run in self.of(rule) if run.state == "diverged"}
         return lost - self.by_seed(rule, "top1").keys()
 
     def lost(self, rule: str) -> int:
-        """How many of the seeds that the baseline finished the rule diverged in."""
+        """The number of the baseline's finished seeds in which the rule diverged."""
         return len(self.diverged(rule) & self.by_seed(self.against, "top1").keys())
 
     def describe_lost(self, rule: str) -> str:
-        """`diverged in 2 of BPTT's 3 seeds`; empty where it did in none of them."""
+        """A text such as `diverged in 2 of BPTT's 3 seeds`, or an empty text."""
         lost, seeds = self.lost(rule), len(self.by_seed(self.against, "top1"))
         return f"diverged in {lost} of {self.against}'s {counted(seeds, 'seed')}" if lost else ""
 
     def values(self, rule: str, name: str) -> pd.Series:
-        """A metric, or a number of the summaries, of a rule's finished runs, by their seeds."""
+        """A metric, or a number of the summaries, of the rule's finished runs, indexed by seed."""
         of_rule = self._by_rule.get(rule, self.frame.iloc[:0])
         if name in of_rule:
             return of_rule[name].dropna()
-        return of_rule["summary"].map(lambda summary: number(results.at(summary, name))).dropna()
+        return of_rule["summary"].map(lambda of: number(flat(of).get(name))).dropna()
 
     @cached_property
     def _by_rule(self) -> dict[Any, Any]:
         return dict(iter(self.frame.set_index("seed").groupby("rule")))
 
     def spread(self, rule: str, name: str) -> Spread | None:
-        """Over the rule's finished runs; None where none of them has the quantity."""
+        """The spread over the rule's finished runs; None if none has the quantity."""
         return spread_of(self.values(rule, name).tolist())
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
@@ -211,21 +211,21 @@ class Group:
         return by_seed.mean().to_dict()
 
     def paired(self, rule: str, name: str) -> dict[int, float]:
-        """By seed, over the value of `base_of(name)` in the same seed."""
+        """By seed, the ratio to `base_of(name)` in the same seed."""
         over, values = self.by_seed(self.base_of(name), name), self.by_seed(rule, name)
         return {seed: value / over[seed] for seed, value in values.items() if over.get(seed)}
 
     def ratios(self, rule: str, name: str) -> Spread | None:
-        """The spread of `paired`; None without a seed in common."""
+        """The spread of `paired`; None without a common seed."""
         return spread_of(list(self.paired(rule, name).values()))
 
     def base_of(self, name: str) -> str:
-        """The rule that a quantity is divided by: for time and speed the faster BPTT."""
+        """The rule that a quantity is divided by. For time and speed it is the faster BPTT."""
         return self.fastest_baseline if name in _OF_TIME else self.against
 
     @cached_property
     def fastest_baseline(self) -> str:
-        """BPTT folded over time or step by step: which computes faster, on the seeds of both."""
+        """The faster of BPTT folded over time and BPTT step by step, on the seeds of both."""
         kinds = [rule for rule in self.rules if is_baseline(rule, self.against)]
         times = {rule: seconds for rule in kinds if (seconds := self.by_seed(rule, COMPUTE))}
         if self.against not in times:
@@ -250,7 +250,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The runs of a page, and the claims and sweeps beside them."""
+    """The runs of a page, with claims and sweeps."""
 
     title: str
     runs: tuple[Run, ...]
@@ -263,7 +263,7 @@ class Study:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Those with most rules first, else in the order of their runs."""
+        """Groups with the most rules come first; otherwise the order of the runs is kept."""
         by_kind: dict[str, list[Run]] = {}
         for run in self.runs:
             by_kind.setdefault(kind(run), []).append(run)
@@ -275,34 +275,31 @@ class Study:
 
 
 def place(run: Run, against: str) -> tuple[bool, str, int, str]:
-    """Where a run stands among others: those of the baseline first."""
+    """A sort key: runs of the baseline come first."""
     return run.rule != against, run.rule, run.seed, run.name
 
 
 def _labelled_apart(runs: Sequence[Run]) -> list[Run]:
-    """Rules of one label get what tells them apart into it.
+    """Extend equal labels of different rules by the values in which the rules differ.
 
-    Such are SLTT-1 rescaled and not, or one rule with two values of what was tuned.
+    Examples are SLTT-1 with and without rescaling, or two values of a tuned field.
     """
-    by_rule: dict[str, list[Run]] = {}
+    labels: dict[str, list[str]] = {}
+    for rule in {run.rule for run in runs}:
+        labels[rule] = _apart([run for run in runs if run.rule == rule])
+    found: list[Run] = []
     for run in runs:
-        by_rule.setdefault(run.rule, []).append(run)
-    apart = {rule: _apart(namesakes) for rule, namesakes in by_rule.items()}
-    return [_labelled(run, apart[run.rule]) for run in runs]
+        values = [each for name, each in _described(run.recipe).items() if name in labels[run.rule]]
+        found.append(replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run)
+    return found
 
 
 def _apart(runs: Sequence[Run]) -> list[str]:
-    """The names of what `_described` has of the runs that is not the same in all."""
-    values: dict[str, set[str]] = {}
-    for run in runs:
-        for name, value in _described(run.recipe).items():
-            values.setdefault(name, set()).add(value)
-    return [name for name, several in values.items() if len(several) > 1]
+    """The names in `_described` whose values differ between the runs."""
+    import pandas as pd
 
-
-def _labelled(run: Run, apart: Sequence[str]) -> Run:
-    values = [value for name, value in _described(run.recipe).items() if name in apart]
-    return replace(run, rule=f"{run.rule} ({', '.join(values)})") if values else run
+    values = pd.DataFrame([_described(run.recipe) for run in runs])
+    return list(values.columns[values.nunique() > 1])
 
 
 def _described(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -327,17 +324,20 @@ def _python(value: Any) -> str:
 
 
 def _notes(group: Group) -> Iterator[str]:
-    of_rule = {rule: [run for run in group.finished if run.rule == rule] for rule in group.rules}
-    of_rule = {rule: runs for rule, runs in of_rule.items() if runs}
+    of_rule = {
+        rule: [run for run in group.of(rule) if run.is_finished] for rule in group.finished_rules
+    }
     for rule, (run, *_) in of_rule.items():
         part = run.recipe.get("rule")
         if isinstance(part, Mapping) and (keywords := _keywords(part)) and keywords not in rule:
             yield f"{rule} is {_python(part)}"
     for run in group.runs:
         if how := _divergence(run):
-            advice = what_to_change(run.recipe)
+            rate, clip = (written(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
+            advice = remedy(number_or_text(rate), number_or_text(clip))
             yield (
                 f"{run.name} ({run.rule}) {how}: its figures and ratios compare no rules; {advice}"
+                " for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})
     if len(commits) > 1:
@@ -358,7 +358,13 @@ def _notes(group: Group) -> Iterator[str]:
     if uncounted:
         why = "no batch was whole on which bytes are counted"
         yield f"saved bytes were not measured in runs of {', '.join(uncounted)}, in which {why}"
-    unknown = {name for run in group.finished for name in _not_counted(run)}
+    summaries = [flat(run.summary or {}) for run in group.finished]
+    unknown = {
+        str(name)
+        for summary in summaries
+        for path in ("not_counted", "inference.not_counted")
+        for name in summary.get(path) or ()
+    }
     if unknown:
         yield (
             "operations, and the energy of an inference, leave out what no count knows:"
@@ -406,7 +412,7 @@ def _notes_on_clocks(group: Group, of_rule: Mapping[str, Sequence[Run]]) -> Iter
 
 
 def _divergence(run: Run) -> str:
-    """`went back 2 times as its training diverged`; empty where training did not diverge."""
+    """A text such as `went back 2 times as its training diverged`, or an empty text."""
     loss = number_or_text((run.summary or {}).get("loss"))
     back = int(run.value("rollbacks") or 0)
     if run.state == "diverged":
@@ -417,18 +423,6 @@ def _divergence(run: Run) -> str:
     if run.is_finished and back and run.value("skipped_batches"):
         return f"went back {counted(back, 'time')} as its training diverged"
     return ""
-
-
-def what_to_change(recipe: Mapping[str, Any]) -> str:
-    """The advice for all recipes of a comparison in which one diverged."""
-    values = (number_or_text(written(recipe, key)) for key in ("optimizer.lr", "clip_norm"))
-    return f"{remedy(*values)} for every rule, and train again"
-
-
-def _not_counted(run: Run) -> list[str]:
-    """Products that the network made and nobody counted, in training or in an inference."""
-    names = [results.at(run.summary, path) for path in ("not_counted", "inference.not_counted")]
-    return [str(name) for each in names if isinstance(each, list) for name in each]
 
 
 def _notes_on_divisions(group: Group, seeds: Mapping[str, set[int]]) -> Iterator[str]:

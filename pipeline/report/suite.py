@@ -1,44 +1,42 @@
-"""The results of a suite: its own report once all runs are over, or its comparisons so far."""
+"""The results of a suite: its own report once all runs are over, or its comparisons so far.
+
+`print_protocols` is the report of a search.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipeline.core.printing import new_console, say
+from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.recipe import BASELINE
 from pipeline.recipe.command_line import how_to_resume
-from pipeline.recipe.suite import Report, SuiteFile, is_suite, runs_of
-from pipeline.report.compare import finite, print_studies
-from pipeline.report.results import read_run, read_runs
-from pipeline.report.runs import (
-    AmbiguousName,
-    ReportError,
-    find_run_or_suite,
-    run_and_suite_folders,
-)
-from pipeline.report.selection import is_study
+from pipeline.recipe.json import flat
+from pipeline.recipe.suite import Report, SuiteFile, is_suite
+from pipeline.report.compare import comparisons, finite, print_comparison, unfinished_to_json
+from pipeline.report.results import ReportError, Run, folders_in, read_run, read_runs
+from pipeline.report.selection import AmbiguousName, find_run, is_study, written
 from pipeline.report.study import WITHIN
-from pipeline.track.state import is_driven, over_in, state_of
+from pipeline.track.state import best, entries_in, is_driven, over_in, state_of
 
 
 def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
-    """The folder of the suite that is meant; None where runs or studies are.
+    """The folder of the suite that the names mean; None if they mean runs or studies.
 
     Raises:
         ReportError: a suite beside something else, or a name that begins those of several runs
             and no study's key.
     """
-    there = run_and_suite_folders(runs_dir)
+    there = folders_in(runs_dir, suites=True)
     for name in names:
         try:
-            folder = find_run_or_suite(runs_dir, name, among=there)
+            folder = find_run(runs_dir, name, suites=True, among=there)
         except AmbiguousName:
             if not is_study(read_runs(runs_dir), name):
                 raise
@@ -54,14 +52,14 @@ def suite_named(runs_dir: Path, names: Sequence[str]) -> Path | None:
 
 
 class Reported(NamedTuple):
-    """What a suite's own report has returned and, as plain text, printed."""
+    """The value of a suite's own report, and the plain text that it printed."""
 
     value: Any
     printed: str
 
 
 def own_report(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> Reported:
-    """Run a suite's own report on the runs that are over.
+    """Run a suite's own report on its finished and diverged runs.
 
     Raises:
         ValueError: what it refused, or the error that it ended in, and where.
@@ -110,43 +108,38 @@ def print_suite(
             f"compare: {folder.name} has a report of its own, so --against and --within have no"
             f" effect; got {against}, {within:g}"
         )
-    runs, over = runs_of(folder), over_in(folder)
+    over = over_in(folder)
+    left = {name: run for name, run in entries_in(folder).items() if name not in over}
+    done = f"{len(over)} of {len(over) + len(left)}"
     if format == "json" and report is not None:
-        _print_json(folder, report, runs, over, console)
+        if left:
+            raise ValueError(f"compare: {folder.name} must have finished; {done} runs have")
+        _print_json(folder.name, report, over, console)
         return None
-    if len(over) == len(runs) and report is not None:
+    if report is not None and not left:
         return own_report(folder.name, report, over, console)
     if report is None:
         ended = [run for run in map(read_run, over.values()) if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
         folders = [run.folder for run in ended if run.study in studies]
-        about: dict[str, Any] = {"format": format, "against": against, "within": within}
-        print_studies(folder.parent, folders, **about, console=console)
+        judged: dict[str, Any] = {"against": against, "within": within, "format": format}
+        print_comparison(folder.parent, folders=folders, **judged, console=console)
         for run in (run for run in ended if run.study not in studies):
             say(beside, f"{run.name} diverged, and so did all other ended runs of its study")
-    if len(over) < len(runs):
-        for name, run in ((name, run) for name, run in runs.items() if name not in over):
-            state = f"is {state_of(run)}" if run.exists() else "has not begun"
-            say(beside, f"not finished: {name} ({run.name}) {state}")
+    for name, run in left.items():
+        state = f"is {state_of(run)}" if run.exists() else "has not begun"
+        say(beside, f"not finished: {name} ({run.name}) {state}")
+    if left:
         until = "" if report is None else ", the report is printed when all have"
         command = "" if is_driven(folder) else how_to_resume(folder)
-        count = f"{len(over)} of {len(runs)} finished{until}"
-        say(beside, f"{count}; {command}" if command else count, whole=[command])
+        counts = f"{done} finished{until}"
+        say(beside, f"{counts}; {command}" if command else counts, whole=[command])
     return None
 
 
-def _print_json(
-    folder: Path,
-    report: Report,
-    runs: Mapping[str, Path],
-    over: Mapping[str, Path],
-    console: Console,
-) -> None:
-    if len(over) < len(runs):
-        have = f"{len(over)} of {len(runs)} runs have"
-        raise ValueError(f"compare: {folder.name} must have finished; {have}")
-    value = own_report(folder.name, report, over, Console(file=io.StringIO())).value
-    whose = f"the report of {folder.name}"
+def _print_json(suite: str, report: Report, over: Mapping[str, Path], console: Console) -> None:
+    value = own_report(suite, report, over, Console(file=io.StringIO())).value
+    whose = f"the report of {suite}"
     if value is None:
         raise ValueError(f"compare: {whose} returns nothing, so there is no --format json of it")
     try:
@@ -154,3 +147,89 @@ def _print_json(
     except (TypeError, ValueError) as error:
         raise ReportError(f"compare: {whose} must return JSON values; {error}") from error
     console.out(text, highlight=False)
+
+
+TITLES = {
+    "shared": "shared: only the rule differs",
+    "tuned": "tuned: each rule with its own best value of {fields}",
+}
+
+
+def print_protocols(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
+    """Print a search: shared settings for every rule, then each rule with its own best value, then
+    the trials with their accuracy on the held-out part of the training set.
+
+    A study whose runs all diverged has no table: its runs are named.
+
+    Args:
+        runs: all runs of a suite.
+
+    Returns:
+        what it printed, as JSON values.
+    """
+    found: dict[str, Any] = {}
+    read = [read_run(folder) for folder in runs.values()]
+    for protocol, title in TITLES.items():
+        found[protocol] = []
+        of_protocol = [run for run in read if run.protocol == protocol]
+        for study in dict.fromkeys(run.study for run in of_protocol):
+            members = [run for run in of_protocol if run.study == study]
+            say(
+                console,
+                title.format(fields=", ".join(members[0].recipe.get("tuned", ()))),
+                style="bold",
+            )
+            if all(run.state == "diverged" for run in members):
+                for run in members:
+                    say(console, f"{run.name} ({run.rule}) diverged")
+                console.print()
+                lost = list(map(unfinished_to_json, members))
+                found[protocol].append({"study": study, "runs": [], "unfinished": lost})
+                continue
+            folders = [run.folder for run in members]
+            for comparison in comparisons(folders[0].parent, folders):
+                comparison.render(console)
+                console.print()
+                found[protocol].append(comparison.to_json())
+    tried = [run for run in read if run.protocol == "trial"]
+    studies = dict.fromkeys(run.study for run in tried)
+    trials = list(_trials([run for study in studies for run in tried if run.study == study]))
+    rows = [
+        (
+            trial["rule"],
+            trial["field"],
+            str(trial["value"]),
+            "diverged" if trial["top1"] is None else f"{trial['top1']:.2%}",
+            "taken" if trial["taken"] else "",
+        )
+        for trial in trials
+    ]
+    columns = ("rule", "field", number("value"), number("top-1"), "")
+    print_table(console, columns, rows, title="trials, on a held-out part")
+    return {**found, "trials": trials}
+
+
+def _trials(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """The trials of each search in the order that they were tried in, and which was taken."""
+    searches: dict[str, dict[str, float | None]] = {}
+    for run in runs:
+        top1 = None if run.state == "diverged" else run.value("top1")
+        searches.setdefault(_search(run), {})[run.name] = top1
+    for run in runs:
+        tried = searches[_search(run)]
+        [field] = run.recipe["tuned"]
+        yield {
+            "run": run.name,
+            "rule": run.rule,
+            "field": field,
+            "value": written(run.recipe, field),
+            "top1": tried[run.name],
+            "taken": run.name == best(tried),
+        }
+
+
+def _search(run: Run) -> str:
+    """A key of a search: everything that its trials share."""
+    tried = ("name", *run.recipe["tuned"])
+    fields = {key: value for key, value in flat(run.recipe) if key not in tried}
+    return json.dumps([run.study, fields], sort_keys=True)

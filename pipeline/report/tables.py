@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pipeline.report.figure import Cell, Table
 from pipeline.report.results import (
     ENERGY,
     KEPT,
+    METRICS,
     NOT_SAID,
     Metric,
     Run,
@@ -82,9 +82,9 @@ class Shown(NamedTuple):
 
 
 def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True) -> Shown | None:
-    """The mean over the finished runs of a rule, its deviation, × the baseline over paired seeds.
+    """A rule's mean over its finished runs, the deviation, and the ratio over paired seeds.
 
-    None where no run measured it.
+    None if no run measured it.
     """
     found = group.spread(rule, metric.name)
     if found is None:
@@ -98,7 +98,7 @@ def shown_of(group: Group, rule: str, metric: Metric, *, is_divided: bool = True
 
 
 def columns_of_costs(group: Group) -> list[Metric]:
-    """The compared metrics that a finished run measured, and those of every table."""
+    """The columns of every table, and the compared metrics that a finished run measured."""
     finished = group.finished
     return [
         each
@@ -108,19 +108,19 @@ def columns_of_costs(group: Group) -> list[Metric]:
 
 
 def title(metric: Metric, runs: Iterable[Run]) -> str:
-    """The head of a metric's column; that of energy names the prices behind the joules."""
+    """The title of a metric's column. For energy it names the price table."""
     priced = prices(runs) if metric.name == ENERGY else ""
     return f"{metric.title} ({priced})" if priced else metric.title
 
 
 def prices(runs: Iterable[Run]) -> str:
-    """The prices behind the joules of inferences, such as `45 nm, fp32`; empty without joules."""
+    """The price tables behind the estimated joules, such as `45 nm, fp32`; may be empty."""
     of = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
     return "; ".join(dict.fromkeys(str(inference.get("prices", NOT_SAID)) for inference in of))
 
 
 def headlines(group: Group) -> list[tuple[str, str]]:
-    """Each rule with a sentence: its savings beside the baseline, and its loss in accuracy."""
+    """A sentence for each rule: its savings and its loss of accuracy."""
     if not group.has_baseline:
         return []
     texts = {each.rule: each.text(group.within) for each in group.differences}
@@ -133,7 +133,7 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 
 def costs(group: Group) -> Table:
-    """One row for each rule: means over seeds, and how many of its runs finished."""
+    """One row for each rule: means over seeds, and the number of finished runs."""
     metrics = columns_of_costs(group)
     columns = ("rule", *(title(each, group.finished) for each in metrics), "finished runs")
     return Table(
@@ -142,11 +142,11 @@ def costs(group: Group) -> Table:
 
 
 def beside(group: Group) -> Table | None:
-    """The metrics that are not compared, mean over seeds; None where none was measured."""
+    """Metrics that are not compared, averaged over seeds; None if none was measured."""
     in_costs = f"({prices(group.finished)})"
     metrics = [
         each
-        for each in expanded(run.summary for run in group.finished)
+        for each in expanded(group.finished)
         if not each.better
         and not each.name.startswith(_HELD)
         and not each.title.endswith(in_costs)
@@ -156,17 +156,21 @@ def beside(group: Group) -> Table | None:
 
 
 def held(group: Group) -> Table | None:
-    """The bytes that each rule holds in training, by kind; None where no run measured them."""
+    """The bytes that each rule holds in training, by kind; None if no run measured them."""
     if not any(run.value("held.parameters") is not None for run in group.finished):
         return None
-    kinds = [each for each in expanded([]) if each.name.startswith(_HELD)]
+    kinds = [each for each in METRICS if each.name.startswith(_HELD)]
     return _of_metrics(group, [*kinds, metric("state_bytes")])
 
 
 def behind_the_rows(group: Group) -> Table:
     """By rule: what it is divided by, the choices that decide the comparison, and its seeds."""
+    seeds = {
+        rule: ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
+        for rule in group.rules
+    }
     rows = [
-        {"rule": rule, **behind(group, rule), "seeds": _seeds(group, rule)} for rule in group.rules
+        {"rule": rule, **behind(group, rule), "seeds": of or "none"} for rule, of in seeds.items()
     ]
     return Table(columns=tuple(rows[0]), rows=tuple(tuple(row.values()) for row in rows))
 
@@ -255,7 +259,7 @@ def provenance(study: Study) -> Table:
 
 
 def lone_runs(groups: Sequence[Group]) -> Table:
-    """Runs of groups with one rule, which compare with nothing."""
+    """Runs of groups with a single rule. They are compared with nothing."""
     finished = [run for group in groups for run in group.finished]
     metrics = [each for each in compared() if each.name != "top1"]
     rows: list[tuple[Cell, ...]] = []
@@ -325,9 +329,7 @@ def named(group: Group, *, among: Sequence[Group] = ()) -> str:
 
 
 def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
-    """A quantity with its unit; a deviation is written in the unit of the mean that it is
-    `like`.
-    """
+    """A quantity with its unit. A deviation has the unit of the mean, which is `like`."""
     size, digits = (value, 4) if like is None else (like, 2)
     if metric.unit == "share":
         return f"{value:.2%}"
@@ -340,7 +342,7 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
 
 
 def _headline(group: Group, rule: str, difference: str | None) -> str:
-    """Empty where nothing of the rule can be compared with the baseline."""
+    """Empty if nothing of the rule can be compared with the baseline."""
     saved = ", ".join(_saved(group, rule))
     if not saved and not group.lost(rule):
         return ""
@@ -357,7 +359,7 @@ def _saved(group: Group, rule: str) -> Iterator[str]:
 
 
 def _without_interval(group: Group, rule: str) -> str:
-    """Of a rule with at most one seed in common with the baseline; one that diverged fails."""
+    """The difference of a rule that shares at most one seed with the baseline."""
     base = group.by_seed(group.against, "top1")
     points = [
         100 * (base[seed] - top1)
@@ -395,7 +397,7 @@ def _of_metrics(group: Group, metrics: Sequence[Metric]) -> Table:
 
 
 def _unfinished(run: Run) -> str:
-    """The state of a run that is in no mean; one that has finished waits for its summary."""
+    """The state of a run that is not part of a mean."""
     return "without a summary" if run.state == "finished" else run.state
 
 
@@ -406,13 +408,9 @@ def _progress(run: Run) -> str:
 
 
 def _is_there(run: Run, metric: Metric) -> bool:
-    """Whether it was measured; without a device, its peaks are 0."""
-    value = None if run.summary is None else metric.value(run.summary)
+    """Whether it was measured. Without a device, its peaks are 0."""
+    value = run.value(metric.name)
     return value is not None and (value != 0 or "peak_" not in metric.name)
-
-
-def _seeds(group: Group, rule: str) -> str:
-    return ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished) or "none"
 
 
 def _over_time(steps: int | None, recipe: Mapping[str, Any]) -> str:
@@ -436,24 +434,22 @@ def _evaluated(recipe: Mapping[str, Any]) -> str:
 
 
 def _apart(first: Run, other: Run) -> Iterator[tuple[str, Any, Any]]:
-    yield from differing("", *(_shared(run.recipe) for run in (first, other)))
+    """The fields that differ, but for those in which runs of a group may differ."""
+    recipes = [
+        {**of_the_study(run.recipe), "init": run.recipe.get("init")} for run in (first, other)
+    ]
+    for name, *values in differing("", *recipes):
+        mine, theirs = (
+            "each rule's own" if name in tuned_in(run.recipe) else value
+            for run, value in zip((first, other), values, strict=True)
+        )
+        if mine != theirs:
+            yield name, mine, theirs
     yield from trained_apart(*([asdict(on) for on in run.trained_on] for run in (first, other)))
 
 
-def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the fields in which runs of a group may differ, and without what was tuned."""
-    kept = copy.deepcopy({**of_the_study(recipe), "init": recipe.get("init")})
-    for key in (key for key in tuned_in(recipe) if written(recipe, key) is not None):
-        *parts, last = key.split(".")
-        inner: Any = kept
-        for name in parts:
-            inner = inner.get("kwargs", inner)[name]
-        inner.get("kwargs", inner)[last] = "each rule's own"
-    return kept
-
-
 def _in_turn(values: Iterable[Cell]) -> Cell:
-    """`2, then 1`; a value that did not change stands alone."""
+    """The distinct values in order, such as `2, then 1`."""
     found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else ", then ".join(map(str, found)) or None
 
@@ -487,7 +483,7 @@ def _scaling_rows(by_workers: Mapping[int, Sequence[Run]]) -> Iterator[tuple[Cel
 
 
 def _is_split_as_written(run: Run, workers: int) -> bool:
-    """Whether all of it trained on the same, in the recipe's micro-batches."""
+    """Whether all starts trained alike, in the micro-batches of the recipe."""
     size, most = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not isinstance(size, int) or size % workers:
         return False
@@ -495,7 +491,7 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
 
 
 def _but_for_workers(run: Run) -> str:
-    """What must be equal: the study, the rule in the recipe, the machine and its share of it."""
+    """A key of runs that may differ only in their number of workers."""
     (on,) = run.trained_on
     rule = run.recipe.get("rule")
     found = [

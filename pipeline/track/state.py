@@ -1,6 +1,6 @@
 """The state of a run, derived from its journal and the driver's lock: no process keeps it.
 
-From the states follows which runs of a suite are done. A diverged run counts as done; a diverged
+From the states follows which entries of a suite are done. A diverged run counts as done; a diverged
 trial ranks last.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import read_json
-from pipeline.recipe.suite import runs_of, sources_in
+from pipeline.recipe.suite import measured_in, runs_of, sources_in
 from pipeline.track.events import KINDS, State, kind_of
 from pipeline.track.journal import last
 
@@ -56,15 +56,22 @@ def is_over(run: Path, *, is_needed: bool) -> bool:
     return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 
 
-def over_in(suite: Path) -> dict[str, Path]:
-    """The runs of a suite's folder that are done, by the names of their recipes, in their order.
+def entries_in(suite: Path) -> dict[str, Path]:
+    """The folder of each run of a suite and the file of each measurement, by name, in their order.
 
     Raises:
         ValueError: suite.json is damaged.
     """
-    needed = sources_in(suite)
+    return {**runs_of(suite), **measured_in(suite)}
+
+
+def over_in(suite: Path) -> dict[str, Path]:
+    """The entries of a suite that are done; see `entries_in`."""
+    needed, runs = sources_in(suite), runs_of(suite)
     return {
-        name: run for name, run in runs_of(suite).items() if is_over(run, is_needed=name in needed)
+        name: place
+        for name, place in entries_in(suite).items()
+        if (is_over(place, is_needed=name in needed) if name in runs else place.exists())
     }
 
 

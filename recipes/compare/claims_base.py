@@ -1,29 +1,17 @@
-"""What the study of SLTT's and OTTT's claims measures beside its runs, and how that is judged.
-
-A report that is made again, or elsewhere, shows what was measured then (`beside`).
-"""
+"""How the study of SLTT's and OTTT's claims judges what it measures beside its runs."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rich.console import Console
-
-from pipeline.core.printing import say
 from pipeline.core.units import counted
-from pipeline.forecast.interleaved import InterleavedTimes
 from pipeline.recipe import BASELINE, is_baseline
-from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import Claim, held_to, not_judged, seeds_in_words
 from pipeline.report.results import Run
 from pipeline.report.study import spread_of
-from pipeline.report.sweeps import largest
-
-T_ = TypeVar("T_")
+from pipeline.report.sweeps import fastest_baselines, points_of
 
 
 def flat_in_t(
@@ -55,12 +43,16 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
 
     Of batches that were trained; no paper has these, so nothing is judged.
     """
-    found = [] if sweep is None else [each for each in largest(sweep) if each.rule == rule]
+    points = [] if sweep is None else points_of(sweep)
+    fastest, batches, speeds = fastest_baselines(points), [], []
+    for each in points:
+        base = fastest.get(each.time_steps)
+        if each.rule == rule and each.images_per_s is not None and base is not None:
+            batches.append(f"T = {each.time_steps}: {each.batch:,} of {base.batch:,}")
+            ratio = each.images_per_s / (base.images_per_s or 1)
+            speeds.append(f"T = {each.time_steps}: {ratio:.2f}")
     limit = None if sweep is None else sweep.get("memory_bytes")
     where = "" if limit is None else f" in {limit / 1e6:.4g} MB"
-    tried = [each for each in found if each.ratio is not None]
-    batches = [f"T = {each.time_steps}: {each.batch:,} of {each.base_batch:,}" for each in tried]
-    speeds = [f"T = {each.time_steps}: {each.ratio:.2f}" for each in tried]
     for claim, values in (("images of its largest batch", batches), ("images/s of it", speeds)):
         ours = ", ".join(values) or "not measured"
         yield not_judged(
@@ -70,39 +62,42 @@ def at_their_largest(about: str, sweep: Mapping[str, Any] | None, rule: str) -> 
 
 def time_in_turn(
     about: str,
-    turns: Mapping[str, InterleavedTimes],
+    turns: Mapping[str, Mapping[str, Any]],
     rule: str,
     *,
     bound: float | Callable[[float], float],
     published: str,
 ) -> Claim:
-    """Of the faster BPTT's, start by start of rules that took turns: what a machine that drifts
-    from run to run cannot blur.
+    """A rule's time over the faster BPTT's, start by start of rules that took turns, so that the
+    drift of a machine drops out.
 
-    `turns` without the rule: it was not measured so. `bound`: what ours is held to, or a function
-    of r, the backward over the forward of what is divided by, and then a tenth more.
+    Args:
+        turns: fields of InterleavedTimes by rule; without the rule, nothing is judged.
+        bound: what ours is held to, or a function of r, the backward over the forward of what is
+            divided by; ours may be a tenth more than its value.
     """
     claim = f"forward and backward in turn, of {BASELINE}'s"
     if rule not in turns:
         return not_judged(about, claim, published, ours="not measured in turn")
-    kinds = {each: statistics.fmean(turns[each].compute_s) for each in turns if is_baseline(each)}
-    base = min(kinds, key=lambda each: kinds[each])
-    r = sum(turns[base].backward_s) / sum(turns[base].forward_s)
-    most, limit = held_to(bound, r)
-    seconds = zip(turns[rule].compute_s, turns[base].compute_s, strict=True)
-    found = spread_of([mine / its for mine, its in seconds])
+    compute = {
+        each: [sum(both) for both in zip(of["forward_s"], of["backward_s"], strict=True)]
+        for each, of in turns.items()
+    }
+    base = min(filter(is_baseline, turns), key=lambda each: statistics.fmean(compute[each]))
+    of = turns[base]
+    most, limit = held_to(bound, sum(of["backward_s"]) / sum(of["forward_s"]))
+    found = spread_of([mine / its for mine, its in zip(compute[rule], compute[base], strict=True)])
     assert found is not None and found.interval is not None, "of several starts"
     low, high = found.interval
-    starts, samples = counted(found.runs, "start"), counted(turns[base].samples, "sample")
-    counts = f"{starts} of {turns[base].processes} at once, {samples} each, {turns[base].backend}"
+    starts, samples = counted(found.runs, "start"), counted(of["samples"], "sample")
+    counts = f"{starts} of {of['processes']} at once, {samples} each, {of['backend']}"
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=limit,
         ours=(
-            f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at"
-            f" {turns[base].commit}"
+            f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {of['commit']}"
         ),
         holds=found.mean <= most,
         within_noise=low <= most < high,
@@ -137,47 +132,3 @@ def _mean_of_known(shares: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):.2f}" + (
         f" ({len(known)} of {len(shares)})" if len(known) < len(shares) else ""
     )
-
-
-def beside(
-    file: Path,
-    *,
-    rests_on: Mapping[str, Any],
-    measure: Callable[[], Any],
-    parse: Callable[[Any], T_],
-    console: Console,
-) -> T_ | None:
-    """What `parse` makes of a measurement, JSON values that `file` keeps as long as it rests on the
-    same.
-
-    None, and a line that says why, where it is not there and cannot be measured here: where
-    `measure` raises ValueError. Where the file can be neither read nor written, as on a read-only
-    mount, nothing but that is lost.
-    """
-    try:
-        kept = json.loads(file.read_text()) if file.exists() else None
-        if kept is not None:
-            if kept["rests_on"] == rests_on:
-                return parse(kept["found"])
-            changed = [
-                name for name, value in rests_on.items() if kept["rests_on"].get(name) != value
-            ]
-            say(console, f"{file}: of no use, for it is of another {' and '.join(changed)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        say(console, f"{file}: of no use, for it is damaged, or of an earlier version: {error!r}")
-    except OSError as error:
-        say(console, f"{file}: of no use, for it cannot be read: {error.strerror}")
-    try:
-        found = measure()
-    except ValueError as error:
-        say(console, f"{file}: not measured: {error}")
-        return None
-    try:
-        write_json(file, {"rests_on": rests_on, "found": found})
-    except OSError as error:
-        say(
-            console,
-            f"{file}: what was measured is not kept, and the next report does it anew:"
-            f" {error.strerror}",
-        )
-    return parse(found)

@@ -16,7 +16,7 @@ expected gradient is SLTT's. The claims and their bounds are in the log, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -24,14 +24,10 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.core.code_version import code_digest
 from pipeline.core.printing import say
-from pipeline.forecast.devices import DEVICES
-from pipeline.forecast.interleaved import InterleavedTimes, measure_interleaved
-from pipeline.forecast.plan import Cluster, Planned, plan
-from pipeline.forecast.sweep import sweep
-from pipeline.measure.memory import device_here, hardware, hardware_differences
 from pipeline.recipe import Evaluation, Recipe, Suite, spec
+from pipeline.recipe.json import read_json
+from pipeline.recipe.suite import Measurement
 from pipeline.report.claims import (
     Claim,
     accuracy,
@@ -44,15 +40,12 @@ from pipeline.report.claims import (
 from pipeline.report.compare import Comparison, comparisons
 from pipeline.report.results import COMPUTE, KEPT, Run, read_run
 from pipeline.report.study import WITHIN, Group
-from pipeline.report.sweep import told_sweep
-from pipeline.report.sweeps import sweep_of
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.track.state import state_of
 from recipes.compare.claims_base import (
     at_their_largest,
-    beside,
     flat_in_t,
     temporal_shares,
     time_in_turn,
@@ -80,13 +73,38 @@ RULES = {
 }
 TURNED = ("bptt", "bptt-stepped", "sltt", "sltt-1", "sltt-2")
 CLAIMED = {RULES[rule].build().label for rule in ("bptt", "sltt", "sltt-1")}
-IMAGENET_SAMPLES = 1_281_167
+PLANNED_FOR = {"device": "v100", "samples": 1_281_167, "workers": 1}
+"""one card, and the training images of ImageNet"""
 
 
 def recipe() -> Suite:
     return Suite(
-        recipes=tuple(each for study in STUDIES for each in _of_study(study)), report=report
+        recipes=tuple(each for study in STUDIES for each in _of_study(study)),
+        report=report,
+        measurements=(
+            *(each for study in STUDIES for each in _beside(study)),
+            Measurement("imagenet", "plan", _imagenet_recipes(), PLANNED_FOR),
+        ),
     )
+
+
+def _beside(study: str) -> Iterator[Measurement]:
+    """Bytes and time by T, each rule's largest batch, and times of rules that took turns."""
+
+    def of(rules: Iterable[str]) -> tuple[str, ...]:
+        return tuple(_name(study, rule, SEEDS[0]) for rule in rules)
+
+    yield Measurement(f"{study}-by-t", "sweep", of(DRAWN), {"steps": SWEPT})
+    largest = {"memory_bytes": LARGEST_IN, "at_largest": True}
+    yield Measurement(f"{study}-largest", "sweep", of(RULES), largest)
+    yield Measurement(f"{study}-in-turn", "interleaved", of(TURNED))
+
+
+def _imagenet_recipes() -> tuple[Recipe, ...]:
+    """NF-ResNet-34 at T = 6 in fp32, as the sheet of the card has it."""
+    shared = replace(nf_resnet34_sltt(), precision="fp32")
+    rules = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1))
+    return tuple(replace(shared, rule=rule) for rule in rules)
 
 
 def _of_study(study: str) -> Iterator[Recipe]:
@@ -112,7 +130,7 @@ def _name(study: str, rule: str, seed: int) -> str:
 
 
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    told_of, claims, sweeps = {}, [], {}
+    studies, claims, sweeps = {}, [], {}
     for study in STUDIES:
         folders = {rule: [runs[_name(study, rule, seed)] for seed in SEEDS] for rule in RULES}
         every = [folder for each in folders.values() for folder in each]
@@ -122,23 +140,27 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         found = comparisons(every[0].parent, every)
         for comparison in found:
             comparison.render(console)
-        told_of[study] = [comparison.to_json() for comparison in found]
-        trained = Recipe.read(folders["bptt"][0] / "recipe.json")
-        judged = _most_complete(study, found, console)
-        run, first = judged.group.finished[0], folders["bptt"][0]
-        swept = _swept(trained, run, first / "sweep.json", console)
-        largest = _at_largest(trained, run, first / "largest.json", console)
-        turns = _turned(trained, run, first / "turns.json", console)
-        sweeps |= {
-            f"{study}, {of}": found
-            for of, found in (("by T", swept), ("largest batches", largest))
-            if found is not None
+        studies[study] = [comparison.to_json() for comparison in found]
+        beside = {
+            of: _measured(runs, f"{study}-{of}", console) for of in ("by-t", "largest", "in-turn")
         }
-        looked = [read_run(folder) for folder in folders["sltt"]]
-        claims += _claims(trained, judged.group, swept, largest, turns, looked)
-    claims += _imagenet(_planned(next(iter(runs.values())) / "plan.json", console))
+        named = {"by T": beside["by-t"], "largest batches": beside["largest"]}
+        sweeps |= {f"{study}, {of}": sweep for of, sweep in named.items() if sweep is not None}
+        trained = Recipe.read(folders["bptt"][0] / "recipe.json")
+        group = _most_complete(study, found, console).group
+        claims += _claims(trained, group, beside, [read_run(folder) for folder in folders["sltt"]])
+    claims += _imagenet(_measured(runs, "imagenet", console))
     print_claims(claims, console)
-    return {"claims": [asdict(claim) for claim in claims], "studies": told_of, "sweeps": sweeps}
+    return {"claims": [asdict(claim) for claim in claims], "studies": studies, "sweeps": sweeps}
+
+
+def _measured(runs: Mapping[str, Path], name: str, console: Console) -> dict[str, Any] | None:
+    """The result of a measurement of the suite; None, and a line that says why, without one."""
+    found = read_json(runs[name])
+    if "refused" not in found:
+        return found
+    say(console, f"{name}: not measured: {found['refused']}")
+    return None
 
 
 def _lost(study: str, runs: int) -> Claim:
@@ -153,10 +175,17 @@ def _most_complete(study: str, found: list[Comparison], console: Console) -> Com
     line tells of runs elsewhere.
     """
     judged = max(
-        found, key=lambda comparison: (len(CLAIMED & set(comparison.rules)), len(comparison.runs))
+        found,
+        key=lambda comparison: (
+            len(CLAIMED & set(comparison.group.finished_rules)),
+            len(comparison.group.finished),
+        ),
     )
     if elsewhere := [
-        run.name for comparison in found if comparison is not judged for run in comparison.runs
+        run.name
+        for comparison in found
+        if comparison is not judged
+        for run in comparison.group.finished
     ]:
         say(
             console,
@@ -166,94 +195,19 @@ def _most_complete(study: str, found: list[Comparison], console: Console) -> Com
     return judged
 
 
-def _swept(trained: Recipe, run: Run, file: Path, console: Console) -> Mapping[str, Any] | None:
-    """None where it is not there and this is not the machine that `run` was trained on."""
-
-    def measure() -> dict[str, Any]:
-        _refuse_elsewhere(run)
-        return told_sweep(sweep(trained, steps=SWEPT, rules=[RULES[name] for name in DRAWN]))
-
-    return _kept(file, {"machine": dict(run.hardware)}, measure, console)
-
-
-def _at_largest(
-    trained: Recipe, run: Run, file: Path, console: Console
-) -> Mapping[str, Any] | None:
-    """Each rule's own largest batch at the T of the runs. None as `_swept`."""
-    T = trained.time_steps
-
-    def measure() -> dict[str, Any]:
-        _refuse_elsewhere(run)
-        about = {"rules": [*RULES.values()], "memory_bytes": LARGEST_IN, "at_largest": True}
-        return told_sweep(sweep(trained, steps=(T,), **about))
-
-    return _kept(
-        file, {"machine": dict(run.hardware), "memory": LARGEST_IN, "T": T}, measure, console
-    )
-
-
-def _kept(
-    file: Path, rests_on: Mapping[str, Any], measure: Callable[[], dict[str, Any]], console: Console
-) -> Mapping[str, Any] | None:
-    def parse(found: Any) -> Mapping[str, Any]:
-        sweep_of(found, str(file))  # which refuses what is none
-        return found
-
-    return beside(file, rests_on=rests_on, measure=measure, parse=parse, console=console)
-
-
-def _turned(trained: Recipe, run: Run, file: Path, console: Console) -> dict[str, InterleavedTimes]:
-    """Rules that take turns as `run` was trained: so many at once, with as many samples and
-    threads. Nothing as `_swept`.
-    """
-    on = run.trained_on[-1]
-    about = {
-        "workers": on.world_size or 1,
-        "samples": on.micro_batch,
-        "threads": on.hardware.get("threads", 1),
-    }
-
-    def measure() -> dict[str, Any]:
-        _refuse_elsewhere(run)
-        return {
-            label: asdict(each)
-            for label, each in measure_interleaved(
-                trained, [RULES[name] for name in TURNED], **about
-            ).items()
-        }
-
-    def parse(found: Any) -> dict[str, InterleavedTimes]:
-        return {
-            label: InterleavedTimes(
-                **{**of, "forward_s": tuple(of["forward_s"]), "backward_s": tuple(of["backward_s"])}
-            )
-            for label, of in found.items()
-        }
-
-    rests_on = {"machine": dict(run.hardware), "batch": about, "backend": trained.backend}
-    return beside(file, rests_on=rests_on, measure=measure, parse=parse, console=console) or {}
-
-
-def _refuse_elsewhere(run: Run) -> None:
-    """Raises: ValueError where `run` was trained on another machine than this one, or on another of
-    its devices.
-    """
-    found = hardware_differences(run.hardware, own_cores=run.trained_on[-1].own_cores)
-    if other := [f"{name} {there}, here {here}" for name, here, there in found]:
-        raise ValueError(f"the runs were trained on another machine: {'; '.join(other)}")
-
-
 def _claims(
     trained: Recipe,
     group: Group,
-    swept: Mapping[str, Any] | None,
-    largest: Mapping[str, Any] | None,
-    turns: Mapping[str, InterleavedTimes],
+    beside: Mapping[str, Mapping[str, Any] | None],
     looked: Sequence[Run],
 ) -> Iterator[Claim]:
-    """Of runs that may be compared; a rule without a run beside BPTT's leaves a claim without a
-    verdict. `looked` told shares.
+    """The claims of a study. A rule without a run beside BPTT's leaves a claim without a verdict.
+
+    Args:
+        beside: what was measured of the study, by the ends of the names of `_beside`.
+        looked: runs that compared gradients.
     """
+    swept, largest, turns = beside["by-t"], beside["largest"], beside["in-turn"] or {}
     T, decay = (
         trained.time_steps,
         Fraction(trained.value_of("model.neuron.decay")).limit_denominator(100),
@@ -320,46 +274,13 @@ def _bytes_of_T(swept: Mapping[str, Any] | None, rule: str) -> dict[int, float]:
     return {steps: cost["peak_saved_bytes"] for steps, cost in costs.items()}
 
 
-def _planned(file: Path, console: Console) -> dict[str, str]:
-    """What is predicted of each rule, or why nothing is: NF-ResNet-34 at T = 6 on one V100 in fp32,
-    as its sheet has it.
-
-    A minute of counting, which is not repeated while our code, the recipe and this machine stay the
-    same.
+def _imagenet(plan: Mapping[str, Any] | None) -> Iterator[Claim]:
+    """NF-ResNet-34 at T = 6: published figures of one card with AMP, and what a plan in fp32
+    predicts.
     """
-    recipe = replace(nf_resnet34_sltt(), precision="fp32")
-    rules, card = (RULES["bptt"], RULES["sltt"], spec(SLTT, k=1)), DEVICES["v100"]
-    machine = {
-        name: value for name, value in hardware(device_here()).items() if name != "threads"
-    }  # which a plan sets
-    asked = {
-        "recipe": recipe.to_json(),
-        "rules": [each.label for each in rules],
-        "card": asdict(card),
-    }
-
-    def measure() -> dict[str, str]:
-        found = plan(recipe, Cluster(workers=1, device=card), samples=IMAGENET_SAMPLES, rules=rules)
-        return {each.rule: _predicted(each) for each in found.rules} | {
-            rule: f"not planned: {why}" for rule, why in found.refused.items()
-        }
-
-    rests_on = {"code": code_digest(), "machine": machine, **asked}
-    return beside(file, rests_on=rests_on, measure=measure, parse=dict, console=console) or {}
-
-
-def _predicted(model: Planned) -> str:
-    size = f"{model.micro_batch} samples at a time x {model.accumulation}"
-    return (
-        f"plan in fp32, a model, not measured: {model.memory_bytes / 1e9:.3g} GB, {size},"
-        f" {model.hours:.3g} h"
-    )
-
-
-def _imagenet(planned: Mapping[str, str]) -> Iterator[Claim]:
-    """NF-ResNet-34 at T = 6: published figures of one card with AMP, and what is planned in
-    fp32.
-    """
+    planned = {} if plan is None else {each["rule"]: _predicted(each) for each in plan["rules"]}
+    refused = {} if plan is None else plan["refused"]
+    planned |= {rule: f"not planned: {why}" for rule, why in refused.items()}
     published = {
         "BPTT": ("28.41 GB, AMP", "73.8 h, AMP", "66.47 %"),
         "SLTT": ("8.47 GB, AMP", "66.9 h, AMP", "66.19 %"),
@@ -371,3 +292,11 @@ def _imagenet(planned: Mapping[str, str]) -> Iterator[Claim]:
             yield not_judged(about, "memory", memory, ours=f"not run here; {predicted}")
         yield not_judged(about, "time", hours, ours=f"not run here; {predicted}")
         yield not_judged(about, "top-1", top1, ours="not run here")
+
+
+def _predicted(rule: Mapping[str, Any]) -> str:
+    size = f"{rule['micro_batch']} samples at a time x {rule['accumulation']}"
+    return (
+        f"plan in fp32, a model, not measured: {rule['memory_bytes'] / 1e9:.3g} GB, {size},"
+        f" {rule['hours']:.3g} h"
+    )

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from pipeline.recipe import Suite, spec
 from pipeline.recipe.search import over_seeds, tuned
-from pipeline.report.protocols import print_protocols
+from pipeline.report.suite import print_protocols
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from recipes.fashion.base import fashion

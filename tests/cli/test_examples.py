@@ -27,7 +27,10 @@ def _epilogs(of: typer.Typer) -> Iterator[tuple[str, str]]:
         yield each.name or get_command_name(each.callback.__name__), str(each.epilog)
     for group in of.registered_groups:
         assert group.typer_instance is not None
-        yield str(group.name), str(group.typer_instance.info.epilog)
+        if not isinstance(group.name, str):  # a file of commands beside one another
+            yield from _epilogs(group.typer_instance)
+            continue
+        yield group.name, str(group.typer_instance.info.epilog)
         yield from (
             (f"{group.name} {name}", epilog) for name, epilog in _epilogs(group.typer_instance)
         )
@@ -47,7 +50,7 @@ WORK = {
     "probe": "pipeline.forecast.probe.probe",
     "sweep": "pipeline.forecast.sweep.sweep",
     "plan": "pipeline.forecast.plan.plan",
-    "dashboard": "pipeline.report.dashboard.serve.serve",
+    "dashboard": "pipeline.report.dashboard.app.serve",
 }
 
 

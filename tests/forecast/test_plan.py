@@ -24,7 +24,7 @@ from pipeline.forecast.counts import Traffic, counted, counted_optimizer
 from pipeline.forecast.devices import DEVICES, Device, Operation
 from pipeline.forecast.plan import LIMIT, Cluster, Plan, Planned, _at, _Planner, plan
 from pipeline.recipe.recipe import Evaluation, Recipe, Spec, spec, write_json
-from pipeline.report.plan import advice, basis, print_plan
+from pipeline.report.forecasts import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT

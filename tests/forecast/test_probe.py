@@ -26,7 +26,7 @@ from pipeline.forecast.sweep import sweep
 from pipeline.measure.fidelity import Fidelity, gradients
 from pipeline.models.mlp import mlp
 from pipeline.recipe.recipe import Recipe, Spec, spec
-from pipeline.report.probe import print_probe
+from pipeline.report.forecasts import print_probe, probe_to_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
@@ -147,13 +147,12 @@ def test_a_taught_recipe_is_probed_with_labels_and_its_teacher_is_told_beside() 
     assert found.teacher.bytes > 4 * sum(
         each.numel() for each in timm.create_model("test_efficientnet").parameters()
     )
-    out, told = io.StringIO(), io.StringIO()
+    out = io.StringIO()
     print_probe(found, console=Console(file=out, width=200))
     assert (
         "the teacher, test_efficientnet, is in no row: beside every rule it holds" in out.getvalue()
     )
-    print_probe(found, as_json=True, console=Console(file=told))
-    assert json.loads(told.getvalue())["teacher"]["bytes"] == found.teacher.bytes
+    assert probe_to_json(found)["teacher"]["bytes"] == found.teacher.bytes
 
 
 def test_rules_take_turns_and_the_median_of_the_rounds_counts(
@@ -262,8 +261,7 @@ def test_without_bptts_gradient_none_is_compared_and_why_is_told(
     ] and found.fidelity is None
     why = "BPTT's gradient: a batch must fit into memory; 8 samples at T = 4 do not"
     assert advice(found) == f"There is nothing to compare gradients with; {why}."
-    print_probe(found, as_json=True, console=Console(file=(out := io.StringIO())))
-    told = json.loads(out.getvalue())
+    told = json.loads(json.dumps(probe_to_json(found), allow_nan=False))
     assert (
         told["fidelity"] is None
         and told["uncompared"] == {"BPTT": why}
@@ -382,8 +380,7 @@ def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
     print_probe(found, console=console)
     (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("SLTT  ")]  # type: ignore[attr-defined]
     assert "×0.20" in line and "400 ms  ×0.80" in line
-    print_probe(found, as_json=True, console=(console := Console(file=io.StringIO())))
-    assert json.loads(console.file.getvalue())["time_baseline"] == "BPTT-chunk-1"  # type: ignore[attr-defined]
+    assert probe_to_json(found)["time_baseline"] == "BPTT-chunk-1"
 
 
 def test_no_rule_is_called_safe_on_layers_that_nobody_can_compare() -> None:

@@ -19,7 +19,7 @@ from pipeline.forecast.bench import Bench, Cost
 from pipeline.forecast.sweep import COARSE, Sweep, sweep
 from pipeline.measure.memory import memory_now_bytes, peak_rss_bytes, reset_peak_rss
 from pipeline.recipe.recipe import Spec, spec
-from pipeline.report.sweep import print_sweep, told_sweep
+from pipeline.report.forecasts import print_sweep
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.objective import CrossEntropy
@@ -71,7 +71,7 @@ def test_seconds_are_over_the_faster_of_folded_and_stepped_bptt_at_each_t(found:
         for (rule, T), each in seconds.items()
     ]
     made = replace(found, points=tuple(points), memory_bytes=None)
-    assert told_sweep(made)["time_baselines"] == {"2": "BPTT", "4": "BPTT-chunk-1"}
+    assert made.to_json()["time_baselines"] == {"2": "BPTT", "4": "BPTT-chunk-1"}
     print_sweep(made, console=(console := Console(file=io.StringIO(), width=200)))
     out = console.file.getvalue()  # type: ignore[attr-defined]
     assert "×: bytes over BPTT's, fwd+bwd over BPTT's at T = 2, BPTT-chunk-1's at T = 4" in out

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.report.stores import ArtifactError, Point, Sent, StoredRun, StoreError
 from pipeline.track.connect import PARENT_OF
+from tests.helpers.events import typed
 from tests.helpers.hand_made import KEY, LAYERS, events, recipe, run
 
 
@@ -48,7 +49,7 @@ class FakeStore:
 
     def journal(self, run_id: str) -> Sent:
         lines = (self.text(run_id, "journal.jsonl") or "").splitlines()
-        return Sent(events=list(map(json.loads, lines)), every=self.every)
+        return Sent(events=[typed(json.loads(line)) for line in lines], every=self.every)
 
     def _ask(self, *what: Any) -> None:
         time.sleep(self.pause_s)
@@ -81,7 +82,9 @@ class FakeStore:
         """A run that has ended and left its artifacts, as hand_made.py has them."""
         made = self.add(name, rule=rule, seed=str(seed), **about)
         lines = "".join(
-            json.dumps({**event, "study": made.study}) + "\n" for event in events(rule, seed=seed)
+            json.dumps({**event, "study": made.study} if event["event"] == "start" else event)
+            + "\n"
+            for event in events(rule, seed=seed)
         )
         summary = run(rule, seed=seed, study=made.study, world_size=workers).summary
         files = {

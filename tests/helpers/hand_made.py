@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.report.results import Run, run_of
 from pipeline.report.study import Study
+from tests.helpers.events import typed
 
 KEY = "0123456789abcdef"
 MACHINE = {
@@ -120,7 +121,8 @@ def events(
         step(100, late + 6, attempt),
         evaluation(100, late + 7, top1, attempt),
     ]
-    return [*found, {"event": "finish", "time": late + 8, "attempt": attempt, "step": 100}]
+    found += [{"event": "finish", "time": late + 8, "attempt": attempt, "step": 100}]
+    return [typed(record).to_dict() for record in found]
 
 
 def run(
@@ -186,7 +188,8 @@ def made(
 ) -> Run:
     """A run of these events and files."""
     starts = [event for event in events if event["event"] == "start"]
-    files: dict[str, Any] = {"journal": lambda: events, "layers": lambda: activity}
+    journal = list(map(typed, events))
+    files: dict[str, Any] = {"journal": lambda: journal, "layers": lambda: activity}
     return run_of(name, starts=starts, state=state, **files, **about)
 
 

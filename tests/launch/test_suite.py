@@ -711,7 +711,7 @@ def test_tiny_follows_references_and_names_do_not_collide(
     words = ("launch", str(tmp_path / "twin.py"), "--inline", "--runs", str(tmp_path / "runs"))
     code, _, error = spiketrain(*words, "--tiny")
     assert code == 0, error
-    [suite] = [row.folder for row in list_suites(tmp_path / "runs")]
+    [suite] = [tmp_path / "runs" / row.name for row in list_suites(tmp_path / "runs")]
     runs = runs_of(suite)
     assert list(runs) == ["twin-tiny", "after-tiny"] and all(
         state_of(run) == "finished" for run in runs.values()
@@ -722,7 +722,7 @@ def test_tiny_follows_references_and_names_do_not_collide(
     assert code == 2 and f"--name must be new in {tmp_path / 'runs'}; got {suite.name}" in error
     code, _, error = spiketrain(*words, "--set", "epochs=1")
     assert code == 0, error
-    newest = list_suites(tmp_path / "runs")[0].folder
+    newest = tmp_path / "runs" / list_suites(tmp_path / "runs")[0].name
     names = [newest.name, *(run.name for run in runs_of(newest).values())]
     assert names[1].startswith("twin-") and len(set(names)) == 3
 
@@ -795,3 +795,41 @@ def test_storage_that_is_away_at_the_end_hides_no_other_error(tmp_path: Path) ->
     children: Any = SimpleNamespace(where={"one": tmp_path}, runs=tmp_path, left=away)
     _sync_states(children, console)
     assert "Stale file handle" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+MEASURED = """
+import json
+from pipeline.recipe.suite import Measurement, Suite
+from tests.helpers.small import small_recipe
+
+def told(runs, console):
+    rules = {point["cost"]["rule"] for point in json.loads(runs["by-t"].read_text())["points"]}
+    console.print("MEASURED", ", ".join(sorted(rules)))
+
+def recipe():
+    measurement = Measurement("by-t", "sweep", ("only",), {"steps": [2]})
+    return Suite((small_recipe(name="only", epochs=1),), told, measurements=(measurement,))
+"""
+
+
+def test_a_measurement_is_an_entry_that_a_resume_makes(
+    places: Path, spiketrain: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (places / "lab_measured.py").write_text(MEASURED)
+    runs, trust = places / "measured", ("--trust", "lab_measured")
+    words = ("--name", "study", "--inline", "--runs", str(runs))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.launch.suite.measure_the_rest", interrupted)
+        code, out, error = spiketrain("launch", str(places / "lab_measured.py"), *words)
+    assert code == 130 and "MEASURED" not in out, error
+    code, out, error = spiketrain("compare", "study", "--runs", str(runs), *trust)
+    assert code == 0 and "not finished: by-t (measured-by-t.json) has not begun" in out, error
+    assert "1 of 2 finished" in spiketrain("runs", "--runs", str(runs))[1]
+    code, out, error = spiketrain("resume", "study", "--inline", "--runs", str(runs), *trust)
+    assert code == 0 and "MEASURED SLTT-2" in out, error
+    assert "2 of 2 finished" in spiketrain("runs", "--runs", str(runs))[1]
+    code, out, error = spiketrain("resume", "study", "--inline", "--runs", str(runs), *trust)
+    assert code == 0 and "study has finished" in out, error

@@ -12,7 +12,7 @@ from pipeline.models.teachers.network import network_teacher
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.recipe.search import joined, over_seeds, parse_search, tuned
 from pipeline.recipe.suite import Suite
-from pipeline.report.protocols import print_protocols
+from pipeline.report.suite import print_protocols
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.events import RawJournal
+from tests.helpers.events import RawJournal, event
 
 RECIPE = {
     "name": "a",
@@ -84,13 +84,16 @@ def make_run(runs_dir: Path) -> Callable[..., Path]:
         begun = {
             name: whole[name] for name in ("run", "rule", "study", "seed", "world_size", "hardware")
         }
+        unknown = {"micro_batch": None, "loader_threads": None}
+        begun = {**begun, **unknown, "total_steps": 100, **(start or {})}
         with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
-            journal.event("start", **begun, **(start or {}), step=0, total_steps=100)
-            journal.event("step", step=30, metrics={"loss": 1.0, "top1": 0.1})
-            journal.event("evaluation", step=30, metrics={"top1": 0.5})
-            journal.event("step", step=40, metrics={"loss": 1.0, "top1": 0.1})
+            journal.write(event("start", **begun))
+            journal.write(event("step", step=30, metrics={"loss": 1.0, "top1": 0.1}))
+            journal.write(event("evaluation", step=30, metrics={"top1": 0.5}))
+            journal.write(event("step", step=40, metrics={"loss": 1.0, "top1": 0.1}))
             if end is not None:
-                journal.event(end, step=40)
+                has_step = end in ("finish", "stopped")
+                journal.write(event(end, **({"step": 40} if has_step else {})))
         if end == "finish":
             (folder / "summary.json").write_text(json.dumps(whole))
         return folder

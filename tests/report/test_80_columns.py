@@ -23,11 +23,9 @@ from pipeline.measure.fidelity import Fidelity
 from pipeline.recipe.recipe import spec
 from pipeline.report.claims import Claim, print_claims
 from pipeline.report.compare import print_comparison
+from pipeline.report.forecasts import print_plan, print_probe, print_sweep
 from pipeline.report.listing import print_runs
-from pipeline.report.plan import print_plan
-from pipeline.report.probe import print_probe
 from pipeline.report.show import show_recipe
-from pipeline.report.sweep import print_sweep
 from pipeline.rules.sltt import SLTT
 from tests.helpers.small import small_recipe
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from pipeline.forecast.interleaved import InterleavedTimes
 from pipeline.recipe.recipe import write_json
 from pipeline.report.claims import (
     Claim,
@@ -26,7 +23,7 @@ from pipeline.report.results import Run
 from pipeline.report.study import COMPUTE, Group, Study
 from recipes.compare import claims_fashion
 from recipes.compare.claims_base import at_their_largest, flat_in_t, temporal_shares, time_in_turn
-from tests.helpers.events import RawJournal
+from tests.helpers.events import RawJournal, event
 from tests.helpers.hand_made import fidelity, run
 
 
@@ -96,7 +93,8 @@ def test_a_largest_batch_is_beside_that_of_the_faster_bptt_and_nothing_is_judged
             if seconds is None
             else {"at_largest": {"forward_s": seconds / 4, "backward_s": 3 * seconds / 4}}
         )
-        return {"time_steps": T, "cost": {"rule": rule}, "largest_batch": batch, **tried}
+        cost = {"rule": rule, "peak_saved_bytes": 1, **_TRIED}
+        return {"time_steps": T, "cost": cost, "largest_batch": batch, **tried}
 
     folded, stepped = (
         [point("BPTT", 2, 100, 2.0), point("BPTT", 16, 20, 4.0)],
@@ -169,15 +167,15 @@ BACKWARD_S = {
     **dict.fromkeys(("SLTT-1", "SLTT-2"), (0.0, 0.0, 0.0)),
 }
 TURNS = {
-    rule: InterleavedTimes(
-        (1.0, 2.0, 4.0),
-        seconds,
-        processes=2,
-        samples=128,
-        threads=1,
-        backend="deepspeed",
-        commit="0123456789ab",
-    )
+    rule: {
+        "forward_s": [1.0, 2.0, 4.0],
+        "backward_s": seconds,
+        "processes": 2,
+        "samples": 128,
+        "threads": 1,
+        "backend": "deepspeed",
+        "commit": "0123456789ab",
+    }
     for rule, seconds in BACKWARD_S.items()
 }
 """of a machine that gets slower fourfold"""
@@ -362,7 +360,12 @@ _TRIED = {"forward_s": 1.0, "backward_s": 1.0}
 LARGEST = {
     "memory_bytes": 10**8,
     "points": [
-        {"time_steps": 6, "cost": {"rule": rule}, "largest_batch": batch, "at_largest": _TRIED}
+        {
+            "time_steps": 6,
+            "cost": {"rule": rule, "peak_saved_bytes": 1, **_TRIED},
+            "largest_batch": batch,
+            "at_largest": _TRIED,
+        }
         for rule, batch in {
             "BPTT": 100,
             "SLTT": 300,
@@ -375,12 +378,27 @@ LARGEST = {
 }
 
 
+PLAN = {
+    "rules": [
+        {
+            "rule": "SLTT",
+            "memory_bytes": 9.5e9,
+            "micro_batch": 64,
+            "accumulation": 4,
+            "hours": 60.0,
+        }
+    ],
+    "refused": {"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"},
+}
+
+
 def test_fashions_claims_are_of_what_was_trained() -> None:
     """Not of the sizes that its file was written with: `--set time_steps=4` is judged at T = 4."""
     changed = claims_fashion.recipe().override({"time_steps": 4, "model.neuron.decay": 0.25})
     trained = next(iter(changed.recipes))
     runs = twice(*((rule, 1.0, 2.0) for rule in ("BPTT", "SLTT", "SLTT-1", "SLTT-2")))
-    found = list(claims_fashion._claims(trained, runs, SWEPT, None, TURNS, ()))
+    beside = {"by-t": SWEPT, "largest": None, "in-turn": TURNS}
+    found = list(claims_fashion._claims(trained, runs, beside, ()))
     saved, kept, flat, batches, speeds, time, turned = found[:7]
     assert (saved.about, saved.bound, saved.holds) == ("SLTT, decay 1/4, T = 4", "<= 0.3", True)
     assert (kept.claim, kept.holds, kept.bound) == ("saved bytes and states, of BPTT's", None, "")
@@ -392,7 +410,7 @@ def test_fashions_claims_are_of_what_was_trained() -> None:
         if claim.claim == "forward and backward, of BPTT's"
     }
     assert turned.claim == "forward and backward in turn, of BPTT's" and turned.holds
-    unswept = list(claims_fashion._claims(trained, runs, None, None, {}, ()))[2]
+    unswept = list(claims_fashion._claims(trained, runs, dict.fromkeys(beside), ()))[2]
     assert (unswept.holds, unswept.ours) == (None, "not measured at T = 2, 4, 8, 16")
     assert (
         time.holds
@@ -404,16 +422,17 @@ def test_fashions_claims_are_of_what_was_trained() -> None:
 
 
 @pytest.fixture
-def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+def on_two_machines(make_run: Callable, tmp_path: Path) -> dict[str, Path]:
     """Fashion's runs; of the first study the last seed was trained elsewhere, ten times as fast,
     and so was BPTT step by step.
     """
-    monkeypatch.setattr(claims_fashion, "_planned", lambda file, console: {})
-    monkeypatch.setattr(claims_fashion, "_swept", lambda *_: SWEPT)
-    monkeypatch.setattr(claims_fashion, "_at_largest", lambda *_: LARGEST)
-    monkeypatch.setattr(claims_fashion, "_turned", lambda *_: TURNS)
-    runs = {}
-    for recipe in claims_fashion.recipe().recipes:
+    suite, runs = claims_fashion.recipe(), {}
+    results = {"by-t": SWEPT, "largest": LARGEST, "in-turn": TURNS, "imagenet": PLAN}
+    for each in suite.measurements:
+        [found] = [value for name, value in results.items() if each.name.endswith(name)]
+        runs[each.name] = tmp_path / f"{each.name}.json"
+        write_json(runs[each.name], found)
+    for recipe in suite.recipes:
         rule, study = recipe.rule.build().label, recipe.name.split("-")[3]
         is_elsewhere = study == "11" and (recipe.seed == 2 or rule == "BPTT-chunk-1")
         seconds = 0.1 if is_elsewhere else 1.0
@@ -431,8 +450,8 @@ def on_two_machines(make_run: Callable, monkeypatch: pytest.MonkeyPatch) -> dict
         write_json(run / "recipe.json", recipe.to_json())
         if rule == "SLTT":
             with RawJournal(run / "journal.jsonl", attempt=0) as journal:
-                journal.event("fidelity", step=0, epoch=None, temporal_share={"first": 0.25})
-                journal.event("finish", step=40)
+                journal.write(event("fidelity", step=0, epoch=None, temporal_share={"first": 0.25}))
+                journal.write(event("finish", step=40))
     return runs
 
 
@@ -502,82 +521,9 @@ def test_every_rule_of_fashions_claims_has_a_row_for_its_accuracy_and_its_bytes(
         assert shares["ours"] == "start 0.25; seeds 0, 1, 2"
 
 
-def test_rules_take_turns_as_the_runs_were_trained_and_on_their_machine_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[dict[str, object]] = []
-
-    def measure_interleaved(
-        trained: object, rules: object, **about: object
-    ) -> dict[str, InterleavedTimes]:
-        taken.append(about)
-        return TURNS
-
-    def turned(
-        *, own_cores: bool = False, **machine: Any
-    ) -> tuple[dict[str, InterleavedTimes], str]:
-        told = {**claims_fashion.hardware(claims_fashion.device_here()), "threads": 7, **machine}
-        of_run = run(
-            trained_on=[
-                {"world_size": 2, "micro_batch": 64, "own_cores": own_cores, "hardware": told}
-            ]
-        )
-        console = Console(file=io.StringIO(), width=200)
-        return claims_fashion._turned(trained, of_run, file, console), console.file.getvalue()  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(claims_fashion, "measure_interleaved", measure_interleaved)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    trained, file = next(iter(claims_fashion.recipe().recipes)), tmp_path / "turns.json"
-    found, said = turned(cpu="another", torch="1.0")
-    assert (found, taken) == ({}, []) and "; torch 1.0, here" in said
-    assert said.startswith(
-        f"{file}: not measured: the runs were trained on another machine: cpu another, here "
-    )
-    assert turned(cores=1)[0] == {} and turned(cores=1, own_cores=True) == (
-        TURNS,
-        "",
-    )  # which see those alone
-    assert turned() == (
-        TURNS,
-        f"{file}: of no use, for it is of another machine\n",
-    ) and turned() == (TURNS, "")
-    assert taken == 2 * [{"workers": 2, "samples": 64, "threads": 7}]
-    trained = replace(trained, backend="plain")
-    assert (
-        turned() == (TURNS, f"{file}: of no use, for it is of another backend\n")
-        and len(taken) == 3
-    )
-
-
-def test_imagenets_plan_is_made_once_and_says_why_there_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[object] = []
-    model = SimpleNamespace(
-        rule="SLTT", memory_bytes=9.5e9, micro_batch=64, accumulation=4, hours=60.0
-    )
-
-    def plan(*given: object, **about: object) -> SimpleNamespace:
-        made.append(given)
-        return SimpleNamespace(
-            rules=[model],
-            refused={"BPTT": "BPTT: a worker must fit into 28.8 GB; it needs 30 GB at least"},
-        )
-
-    def asked(*, threads: int = 2) -> tuple[dict[str, str], str]:
-        monkeypatch.setattr(
-            claims_fashion, "hardware", lambda device: {"cpu": "a cpu", "threads": threads}
-        )
-        console = Console(file=io.StringIO(), width=200)
-        return claims_fashion._planned(tmp_path / "plan.json", console), console.file.getvalue()  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(claims_fashion, "plan", plan)
-    found, said = asked()
-    assert (found, said) == (asked(threads=1)[0], "") and len(made) == 1
-    monkeypatch.setattr(claims_fashion, "code_digest", lambda: "other code")
-    assert "plan.json: of no use, for it is of another code" in asked()[1] and len(made) == 2
+def test_imagenets_plan_stands_beside_the_published_figures_and_says_why_there_is_none() -> None:
     rows = {
-        (claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(found)
+        (claim.about.split(",")[0], claim.claim): claim for claim in claims_fashion._imagenet(PLAN)
     }
     memory = rows["SLTT", "memory"]
     ours = (
@@ -589,3 +535,23 @@ def test_imagenets_plan_is_made_once_and_says_why_there_is_none(
     )
     assert (rows["BPTT", "time"].published, rows["BPTT", "time"].ours) == ("73.8 h, AMP", ours)
     assert rows["SLTT-1", "time"].ours == "not run here; not planned"
+    assert all(
+        "not planned" in claim.ours
+        for claim in claims_fashion._imagenet(None)
+        if claim.claim == "time"
+    )
+
+
+def test_what_could_not_be_measured_is_named_in_the_report(
+    on_two_machines: dict[str, Path],
+) -> None:
+    write_json(on_two_machines["decay-1-2-in-turn"], {"refused": "another machine"})
+    console = Console(file=io.StringIO(), width=200)
+    found = claims_fashion.report(on_two_machines, console)["claims"]
+    assert "decay-1-2-in-turn: not measured: another machine" in console.file.getvalue()  # type: ignore[attr-defined]
+    [turned] = [
+        claim
+        for claim in found
+        if claim["about"].startswith("SLTT, decay 1/2") and "in turn" in claim["claim"]
+    ]
+    assert (turned["holds"], turned["ours"]) == (None, "not measured in turn")

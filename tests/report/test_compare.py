@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.printing import NO_WIDTH
-from pipeline.report import results, runs
+from pipeline.report import results
 from pipeline.report.compare import (
     Comparison,
     ComparisonError,
@@ -22,12 +22,11 @@ from pipeline.report.compare import (
     comparisons,
     csv_of,
     print_comparison,
-    print_studies,
 )
 from pipeline.report.read_study import read_study
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING
-from tests.helpers.events import RawJournal
+from tests.helpers.events import RawJournal, event
 from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY
 
@@ -60,8 +59,8 @@ def test_costs_beside_the_baseline(make_run: Callable, runs_dir: Path):
     )
     make_run("bptt")
     comparison = compare(runs_dir)
-    assert comparison.study == STUDY
-    assert [run.name for run in comparison.runs] == ["bptt", "sltt"]
+    assert comparison.group.study == STUDY
+    assert [run.name for run in comparison.group.finished] == ["bptt", "sltt"]
     value = json.loads(json.dumps(comparison.to_json()))
     assert (value["study"], value["baseline"]) == (STUDY, "bptt")
     ratios = {**UNKNOWN, "top1": 1.0, "peak_saved_bytes": 1.0, "images_per_s": 1.0, "wall_s": 1.0}
@@ -89,7 +88,7 @@ def test_the_baseline_comes_first_whatever_the_others_are_called(
 ):
     make_run("a", rule="ADJOINT")
     make_run("z")
-    assert [run.name for run in compare(runs_dir).runs] == ["z", "a"]
+    assert [run.name for run in compare(runs_dir).group.finished] == ["z", "a"]
 
 
 def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Path):
@@ -139,7 +138,7 @@ def test_time_is_divided_by_the_faster_bptt(make_run: Callable, runs_dir: Path):
     )
     make_run("sltt", rule="SLTT", wall_s=50.0, peak_saved_bytes=2_000_000)
     comparison = compare(runs_dir, ["sltt"])
-    assert [run.name for run in comparison.runs] == ["bptt", "stepped", "sltt"]
+    assert [run.name for run in comparison.group.finished] == ["bptt", "stepped", "sltt"]
     divided = "images/s, wall clock and compute time are divided by BPTT-chunk-1's, the faster BPTT"
     assert comparison.notes == (RECOMPUTES_NOTHING, divided)
     value = comparison.to_json()
@@ -241,7 +240,7 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
 ):
     folders = two_machines(make_run)
     found = comparisons(runs_dir, folders)
-    assert [[run.name for run in each.runs] for each in found] == [
+    assert [[run.name for run in each.group.finished] for each in found] == [
         ["bptt-0", "sltt-0"],
         ["bptt-1", "sltt-1"],
         ["ottt-1"],
@@ -262,7 +261,7 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
     )
 
     out = io.StringIO()
-    print_studies(runs_dir, folders, console=Console(file=out, width=120))
+    print_comparison(runs_dir, folders=folders, console=Console(file=out, width=120))
     shown = out.getvalue()
     assert "study 01234567 on a cpu, 2 cores; 2 workers" in shown and "×0.75" in shown
     assert "no baseline, no ratios: bptt-0 does not stand comparison: " in shown
@@ -321,10 +320,10 @@ def test_what_may_not_be_compared_is_raised_after_what_may(
     folders = [make_run("bptt"), make_run("lost", study="f" * 16, end="failed")]
     for format in ("json", "csv"):
         with pytest.raises(ComparisonError, match="no finished run: lost is failed"):
-            print_studies(runs_dir, folders, format=format)
+            print_comparison(runs_dir, folders=folders, format=format)
         assert "bptt" in capsys.readouterr().out
         with pytest.raises(ComparisonError, match="no finished run: lost is failed"):
-            print_studies(runs_dir, folders[1:], format=format)
+            print_comparison(runs_dir, folders=folders[1:], format=format)
         assert capsys.readouterr().out == ""
 
 
@@ -467,8 +466,8 @@ def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: 
     make_run("new-sltt", study="f" * 16, rule="SLTT", end=None)
     make_run("unfinished", study="e" * 16, end="failed")
     comparison = compare(runs_dir)
-    assert comparison.study == "f" * 16
-    assert [run.name for run in comparison.runs] == ["new-bptt"]
+    assert comparison.group.study == "f" * 16
+    assert [run.name for run in comparison.group.finished] == ["new-bptt"]
     said = (
         "not in the table: new-sltt (SLTT) is interrupted; spiketrain resume new-sltt --runs"
         f" {runs_dir}\n"
@@ -551,8 +550,10 @@ def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir
     make_run("bptt")
     make_run("sltt", rule="SLTT")
     make_run("ottt", rule="OTTT")
-    assert [run.name for run in compare(runs_dir, ["sltt"]).runs] == ["bptt", "sltt"]
-    assert [run.name for run in compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"]).runs] == [
+    assert [run.name for run in compare(runs_dir, ["sltt"]).group.finished] == ["bptt", "sltt"]
+    assert [
+        run.name for run in compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"]).group.finished
+    ] == [
         "bptt",
         "ottt",
     ]
@@ -577,13 +578,15 @@ def test_many_names_are_looked_up_in_one_list(
     looks: Counter[str] = Counter()
 
     def counted(function: Callable) -> Callable:
-        def look(*args: Any) -> Any:
+        def look(*args: Any, **how: Any) -> Any:
             looks[function.__name__] += 1
-            return function(*args)
+            return function(*args, **how)
 
         return look
 
-    monkeypatch.setattr("pipeline.report.runs._visible", counted(runs._visible))
+    look = counted(results.folders_in)
+    for module in ("selection", "results", "suite"):
+        monkeypatch.setattr(f"pipeline.report.{module}.folders_in", look)
     monkeypatch.setattr("pipeline.report.results.read_run", counted(results.read_run))
     monkeypatch.setattr("pipeline.report.page.write", lambda study, out: out)
     spiketrain = command(monkeypatch, capsys)
@@ -711,7 +714,7 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
             study="f" * 16,
             recipe={"protocol": "trial", "tuned": ["optimizer.lr"]},
         )
-    assert [run.name for run in compare(runs_dir).runs] == ["bptt"]
+    assert [run.name for run in compare(runs_dir).group.finished] == ["bptt"]
     (runs_dir / "bptt" / "summary.json").unlink()
     with pytest.raises(
         ComparisonError, match=r"no finished run in .* but 2 trials on a held-out part"
@@ -722,9 +725,9 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
 def test_a_prolonged_run_is_not_finished(make_run: Callable, runs_dir: Path):
     make_run("bptt")
     with RawJournal(make_run("sltt", rule="SLTT") / "journal.jsonl", attempt=1) as journal:
-        journal.event("start", rule="SLTT", study=STUDY, step=100)
+        journal.write(event("start", rule="SLTT", study=STUDY, step=100))
     comparison = compare(runs_dir)
-    assert [run.name for run in comparison.runs] == ["bptt"]
+    assert [run.name for run in comparison.group.finished] == ["bptt"]
     assert [run.folder.name for run in comparison.unfinished] == ["sltt"]
 
 
@@ -762,11 +765,18 @@ def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, run
             compare(runs_dir, names)
     with pytest.raises(ComparisonError, match=said):
         read_study(runs_dir, ["sltt"])
-    assert [run.name for run in compare(runs_dir, ["sltt", "bptt-b"]).runs] == ["bptt-b", "sltt"]
+    assert [run.name for run in compare(runs_dir, ["sltt", "bptt-b"]).group.finished] == [
+        "bptt-b",
+        "sltt",
+    ]
     make_run("bptt-c", seed=2, study="f" * 16, recipe=tuned(0.1))
     make_run("bptt-d", seed=3, study="f" * 16, recipe=tuned(0.1))
     make_run("ottt", rule="OTTT", study="f" * 16, recipe=tuned(0.3))
-    assert [run.name for run in compare(runs_dir, ["ottt"]).runs] == ["bptt-c", "bptt-d", "ottt"]
+    assert [run.name for run in compare(runs_dir, ["ottt"]).group.finished] == [
+        "bptt-c",
+        "bptt-d",
+        "ottt",
+    ]
 
 
 def test_values_that_are_missing_or_nan(make_run: Callable, runs_dir: Path):
@@ -817,8 +827,8 @@ def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callabl
     del told["rule"]
     (folder / "summary.json").write_text(json.dumps({**told, "recipe": "=1+1"}))
     with RawJournal(folder / "journal.jsonl", attempt=1) as journal:
-        journal.event("start", step=100)
-        journal.event("finish", step=100)
+        journal.write(event("start", step=100))
+        journal.write(event("finish", step=100))
     comparison = compare(runs_dir, ["bptt", "old"])
     _, old = comparison.to_json()["runs"]
     assert (old["rule"], old["behind"]["ratios_to"]) == (
@@ -874,4 +884,4 @@ def test_one_label_for_two_rules_is_refused(make_run: Callable, runs_dir: Path):
     )
     with pytest.raises(ComparisonError, match=r'rule\.rescale: "\(absent\)" and true'):
         compare(runs_dir, ["bptt", "plain", "rescaled"])
-    assert len(compare(runs_dir, ["bptt", "rescaled"]).runs) == 2
+    assert len(compare(runs_dir, ["bptt", "rescaled"]).group.finished) == 2

@@ -28,7 +28,7 @@ from pipeline.report.dashboard.place import VIEWS, View
 from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
 from tests.helpers.browser import Watch, chromium, violations
-from tests.helpers.events import RawJournal
+from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY
 from tests.helpers.real_study import train_real_study
@@ -64,15 +64,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for journal in runs_dir.glob(
         "*/journal.jsonl"
     ):  # as a launch tells runs apart, and what they have in common
+        of_start = {"run_id": journal.parent.name, "family": "small"}
         told = [
-            {**event, "run_id": journal.parent.name, "family": "small"} for event in read(journal)
+            {**each, **(of_start if each["event"] == "start" else {})} for each in read(journal)
         ]
         journal.write_text("".join(json.dumps(event) + "\n" for event in told))
     (runs_dir / "failed-0").mkdir()
     with RawJournal(runs_dir / "failed-0" / "journal.jsonl", attempt=0) as journal:
         about = {"study": "f" * 16, "run_id": "failed", "family": "cifar"}
-        journal.event("start", run="failed-0", rule="OPZO", seed=0, step=0, **about)
-        journal.event("failed", step=3, error="it did not fit")
+        journal.write(event("start", run="failed-0", rule="OPZO", seed=0, step=0, **about))
+        journal.write(event("failed", error="it did not fit"))
     for folder in sorted(runs_dir.iterdir()):
         if folder.is_dir():
             sync(folder, uri=f"sqlite:///{runs_dir / 'mlflow.db'}")
@@ -455,10 +456,10 @@ def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
             "steps_per_epoch": 8,
             "total_steps": 16,
         }
-        journal.event("start", run="going-0", rule="OPZO", seed=0, step=0, **about)
+        journal.write(event("start", run="going-0", rule="OPZO", seed=0, step=0, **about))
         mirror = Mirror(folder, uri=f"sqlite:///{runs / 'mlflow.db'}", interval=0.2)
         for step in (1, 2):
-            journal.event("step", step=step, metrics={"loss": 1.0, "top1": step / 20})
+            journal.write(event("step", step=step, metrics={"loss": 1.0, "top1": step / 20}))
         expect(page.get_by_role("checkbox", name="going-0")).to_contain_text(
             "running", timeout=30_000
         )
@@ -466,9 +467,9 @@ def test_a_run_that_goes_on_draws_on(page: Page, runs: Path):
         page.wait_for_function(_POINTS, arg=2, timeout=30_000)
         asked = page.url
         for step in (3, 4, 5):
-            journal.event("step", step=step, metrics={"loss": 0.5, "top1": step / 20})
+            journal.write(event("step", step=step, metrics={"loss": 0.5, "top1": step / 20}))
         page.wait_for_function(_POINTS, arg=5, timeout=30_000)
-        journal.event("finish", step=16)
+        journal.write(event("finish", step=16))
         assert mirror.close()
     expect(page.get_by_role("checkbox", name="going-0")).to_contain_text("finished", timeout=30_000)
     assert page.url == asked

@@ -10,13 +10,11 @@ import pytest
 from pipeline.core.units import shown, unit_of
 from pipeline.measure.constants import BETWEEN, PARTS, REST
 from pipeline.report.figure import THEMES, Figure, Missing, Table, harmless, plain
-from pipeline.report.figures import pareto, ratios, trade_off
-from pipeline.report.figures_learning import learning_curves, standing
-from pipeline.report.figures_maps import firing_rates, gradient_fidelity, temporal_share
-from pipeline.report.figures_sweep import of_a_sweep
-from pipeline.report.figures_time import time_parts
+from pipeline.report.figures import learning_curves, pareto, ratios, standing, time_parts, trade_off
+from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.results import Run
 from pipeline.report.study import Study
+from pipeline.report.sweeps import of_a_sweep
 from pipeline.report.tables import MEASURED_SAID
 from tests.helpers.hand_made import MACHINE, events, fidelity, recipe, run, study
 from tests.helpers.hand_made import made as written
@@ -481,7 +479,7 @@ def test_each_published_log_is_drawn_once_and_named_after_the_rules_that_carry_i
     )
 
 
-def test_a_long_curve_is_told_in_means_not_in_some_of_its_points():
+def test_a_long_curve_is_conditions_of_means_not_in_some_of_its_points():
     """One step in two told 1, the others 0: to leave out points in between would show a network
     that has learnt, or has not.
     """

@@ -275,6 +275,6 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     store.refused["first-launch"] = "report.json cannot be read"
     assert (
         Live(store).reports(store.members)[1].note
-        == "What its report tells is left out: report.json cannot be read"
+        == "Its report is left out: report.json cannot be read"
     )
     assert len(Live(store).study(store.members).runs) == 4

@@ -13,12 +13,12 @@ import pytest
 from playwright.sync_api import Browser, Page
 
 from pipeline.report import page as pages
+from pipeline.report.page import shown
 from pipeline.report.read_study import read_study
 from pipeline.report.study import Study
-from pipeline.report.views import shown
 from pipeline.spiking.op_scope import OpScope
 from tests.helpers.browser import Watch, chromium, violations
-from tests.helpers.events import RawJournal
+from tests.helpers.events import RawJournal, event
 from tests.helpers.hand_made import fidelity, run, study
 from tests.helpers.real_study import train_real_study
 
@@ -41,8 +41,10 @@ def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with RawJournal(
         runs_dir / "ottt-0" / "journal.jsonl", attempt=1
     ) as journal:  # killed after its end, and started again
-        journal.event("start", rule="OTTT-A", study="s", step=16, steps_per_epoch=8, total_steps=16)
-        journal.event("finish", step=16)
+        journal.write(
+            event("start", rule="OTTT-A", study="s", step=16, steps_per_epoch=8, total_steps=16)
+        )
+        journal.write(event("finish", step=16))
     return runs_dir
 
 
@@ -125,7 +127,7 @@ def test_it_is_quiet_alone_and_accessible(
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
 
 
-def test_headings_are_in_order_and_every_figure_is_told_in_words(page: Page):
+def test_headings_are_in_order_and_every_figure_is_conditions_of_words(page: Page):
     levels = [
         int(each.evaluate("node => node.tagName[1]"))
         for each in page.locator("h1, h2, h3, h4").all()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.report.compare import compare, print_studies
+from pipeline.report.compare import compare, print_comparison
 from pipeline.report.study import Difference, Study
 from tests.helpers.hand_made import run
 
@@ -76,9 +76,10 @@ def test_the_table_says_which(make_run: Callable, runs_dir: Path):
     verdicts = {each.rule: each.verdict(0.7) for each in compare(runs_dir).group.differences}
     assert verdicts == {"SLTT": "holds", "OTTT-A": "fails"}
     other = compare(runs_dir, against="OTTT-A")
-    assert {each.rule for each in other.group.differences} == {"BPTT", "SLTT"} and other.runs[
-        0
-    ].name == "o0"
+    assert {each.rule for each in other.group.differences} == {
+        "BPTT",
+        "SLTT",
+    } and other.group.finished[0].name == "o0"
     value = other.to_json()
     assert value["differences"][0]["verdict"] == "holds" and value["differences"][0][
         "mean"
@@ -93,8 +94,8 @@ def test_studies_stand_one_below_another_each_with_its_baseline(make_run: Callab
         make_run("d2", rule="DSR", study="f" * 16, top1=0.25),
     ]
     out = io.StringIO()
-    print_studies(
-        runs_dir, [Path(folder) for folder in folders], console=Console(file=out, width=120)
+    print_comparison(
+        runs_dir, folders=[Path(folder) for folder in folders], console=Console(file=out, width=120)
     )
     text = out.getvalue()
     first, second = text[: text.index("study ffff")], text[text.index("study ffff") :]

@@ -17,7 +17,7 @@ from pipeline.recipe.suite import Suite, SuiteFile
 from pipeline.report.claims import Claim, returned
 from pipeline.report.page import publish
 from pipeline.report.read_study import read_study
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError
 from pipeline.report.suite import own_report, print_suite
 from tests.helpers.small import command, small_recipe
 from tests.report.conftest import STUDY
@@ -294,7 +294,7 @@ def test_a_sweep(make_run: Callable, runs_dir: Path, tmp_path: Path):
     path.write_text(json.dumps({**SWEEP, "points": [{"time_steps": 1, "cost": {}}]}))
     with pytest.raises(
         ValueError,
-        match=r"sweep\.json must hold what sweep --format json prints; KeyError\('rule'\)",
+        match=r"sweep\.json must hold what sweep --format json prints; KeyError\('peak_saved",
     ):
         read_study(runs_dir, sweeps=[path])
 

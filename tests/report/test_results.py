@@ -14,11 +14,10 @@ import pipeline
 from pipeline.report import page, results
 from pipeline.report.compare import compare, csv_of
 from pipeline.report.read_study import read_study
-from pipeline.report.results import METRICS, Metric, expanded, frame
-from pipeline.report.runs import ReportError
+from pipeline.report.results import METRICS, Metric, ReportError, Run, expanded, frame
 from pipeline.report.stores import ServerStore, runs_of_store
 from pipeline.track.mlflow import sync
-from tests.helpers.events import RawJournal
+from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import KEY
 from tests.report.conftest import STUDY
@@ -73,7 +72,8 @@ def test_a_star_stands_for_each_key_that_a_summary_has():
         None,
         {},
     ]
-    names = [each.name for each in expanded(summaries) if each.name.startswith("operations")]
+    runs = [Run(name="", state="finished", summary=summary) for summary in summaries]
+    names = [each.name for each in expanded(runs) if each.name.startswith("operations")]
     assert names == ["operations.forward.additions", "operations.error.additions"]
 
 
@@ -106,9 +106,11 @@ def test_a_folder_and_a_store_have_the_same_rows(make_run: Callable, runs_dir: P
         with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
             summary = folder / "summary.json"
             whole = json.loads(summary.read_text()) if summary.exists() else {}
-            journal.event(
-                told[-1]["event"],
-                **{key: value for key, value in whole.items() if key not in ("run",)},
+            journal.write(
+                event(
+                    told[-1]["event"],
+                    **{key: value for key, value in whole.items() if key not in ("run",)},
+                )
             )
         sync(folder, uri=f"sqlite:///{runs_dir / 'mlflow.db'}")
     here = pipeline.results(runs_dir).set_index("run")
@@ -144,7 +146,9 @@ def test_a_damaged_run_is_named(make_run: Callable, runs_dir: Path):
     (make_run("sltt", rule="SLTT", study="f" * 16) / "summary.json").write_text("{")
     with pytest.raises(ReportError, match=r"sltt/summary\.json is not JSON"):
         pipeline.results(runs_dir)
-    assert [run.name for run in compare(runs_dir, ["bptt"]).runs] == ["bptt"]  # of another study
+    assert [run.name for run in compare(runs_dir, ["bptt"]).group.finished] == [
+        "bptt"
+    ]  # of another study
 
 
 def test_where_nothing_is(tmp_path: Path):

@@ -30,7 +30,7 @@ from pipeline.report.stores import (
 )
 from pipeline.track.connect import connect
 from pipeline.track.mlflow import sync
-from tests.helpers.events import RawJournal
+from tests.helpers.events import RawJournal, event
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +54,28 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "recipe.json").write_text('{"é": 1}')
         with RawJournal(folder / "journal.jsonl", attempt=0) as journal:
             about = {"run_id": name * 8, "study_parent": "f" * 32, "suite": "a-suite"}
-            journal.event(
-                "start",
-                run=name,
-                rule=rule,
-                study=study,
-                family=family,
-                seed=seed,
-                params={"lr": "1"},
-                **about,
+            journal.write(
+                event(
+                    "start",
+                    run=name,
+                    rule=rule,
+                    study=study,
+                    family=family,
+                    seed=seed,
+                    params={"lr": "1"},
+                    **about,
+                )
             )
             for step in range(5):
-                journal.event(
-                    "step",
-                    step=step,
-                    metrics={"loss": float("nan") if step == 3 else 1.0 / (step + 1)},
+                journal.write(
+                    event(
+                        "step",
+                        step=step,
+                        metrics={"loss": float("nan") if step == 3 else 1.0 / (step + 1)},
+                    )
                 )
-            journal.event("failed" if name == "b" else "finish", step=4, top1=0.5)
+            ending = event("failed") if name == "b" else event("finish", step=4, top1=0.5)
+            journal.write(ending)
         sync(folder, uri=uri)
     client = connect(uri)
     experiment = client.get_experiment_by_name("fashion")
@@ -175,7 +180,7 @@ def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(
 ):
     run = run_named(store, "a")
     whole = open_store(str(store)).journal(run.id)
-    assert whole.every == 1 and [event["event"] for event in whole.events] == [
+    assert whole.every == 1 and [event.kind for event in whole.events] == [
         "start",
         *5 * ["step"],
         "finish",
@@ -185,8 +190,8 @@ def test_a_long_journal_is_thinned_and_any_other_long_artifact_is_not_read(
     monkeypatch.setattr("pipeline.report.stores._THINNED_BYTES", math.ceil(file.stat().st_size / 2))
     for opened in (open_store(str(store)), ServerStore(f"sqlite:///{store}")):
         told = opened.journal(run.id)
-        assert told.every == 2 and [event.get("step") for event in told.events] == [
-            None,
+        assert told.every == 2 and [getattr(event, "step", None) for event in told.events] == [
+            0,
             1,
             3,
             4,

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.report.history import History
-from pipeline.report.results import read_run
-from pipeline.report.runs import ReportError
+from pipeline.report.results import ReportError, read_run
 from pipeline.report.study import Study
 from pipeline.report.tables import provenance
 from pipeline.track.events import OF_NONE
@@ -161,7 +160,7 @@ def test_what_a_restart_does_again_is_kept_until_it_is_told_again():
 def test_a_checkpoint_that_is_told_of_late_is_no_step_back():
     """Threads write them."""
     told = events()[:3]  # a start, 25, 50
-    late = {**told[-1], "event": "checkpoint", "step": 25}
+    late = {"event": "checkpoint", "step": 25, "time": told[-1]["time"], "attempt": 0}
     for redone in ("kept", "dropped"):
         found = made("r", [*told, late], state="running", redone=redone)
         assert (found.history.step, found.history.again_from) == (50, None)

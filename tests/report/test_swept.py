@@ -14,8 +14,7 @@ from pipeline.forecast.sweep import sweep
 from pipeline.recipe.recipe import spec
 from pipeline.report import page
 from pipeline.report.claims import Returned, returned
-from pipeline.report.runs import ReportError
-from pipeline.report.sweep import told_sweep
+from pipeline.report.results import ReportError
 from pipeline.report.sweeps import largest_batches, sweep_of, swept
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
@@ -97,7 +96,7 @@ def test_what_sweep_prints_is_what_a_page_reads():
     found = sweep(
         recipe, steps=(4,), rules=(spec(BPTT), spec(SLTT)), memory_bytes=500_000, at_largest=True
     )
-    printed = json.loads(json.dumps(told_sweep(found)))
+    printed = json.loads(json.dumps(found.to_json()))
     table = largest_batches(sweep_of(printed, "sweep.json"))
     assert table is not None and len(table.rows) == len(found.points)
     for row, point in zip(table.rows, found.points, strict=True):

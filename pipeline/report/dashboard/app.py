@@ -2,28 +2,34 @@
 
 The address is the one state: the list and the figures are made from it (place.py). The list is
 read at each look, and no journal before a study is picked.
+
+`spiketrain dashboard`: a waitress server, on loopback unless a token guards it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, request
 
 from pipeline.report import tables
+from pipeline.report.dashboard.guard import guard, is_loopback, refuse_open_to_others
 from pipeline.report.dashboard.live import Live, SuiteReport
 from pipeline.report.dashboard.place import ONLY, SORTS, VIEWS, Place, describe_states
-from pipeline.report.figure import Figure, Table
-from pipeline.report.results import describe_state
-from pipeline.report.runs import ReportError
-from pipeline.report.stores import Store, StoredRun, studies
+from pipeline.report.figure import Figure, Table, slug
+from pipeline.report.page import WEB, drawn, environment, plotly_script, section_of
+from pipeline.report.results import ReportError, describe_state
+from pipeline.report.stores import Store, StoredRun, open_store, studies
 from pipeline.report.study import Study
-from pipeline.report.sweeps import LARGEST_SAID, swept
-from pipeline.report.views import WEB, drawn, environment, plotly_script, section_of, slug
+from pipeline.report.sweeps import LARGEST_SAID
+from pipeline.track.connect import without_password
+from pipeline.track.mlflow import tracking_uri
 
 SHOWN = 200  # studies of a list
 _NAME = 120  # letters of a group or suite in the name of a file, which may have 255 bytes
@@ -32,7 +38,7 @@ _NO_RUN = "<p class='note'>The store has no run of this study.</p>"
 
 
 def make_app(store: Store, *, name: str, every: float, patience_s: float | None = None) -> Flask:
-    """The server.
+    """Make the server.
 
     Args:
         name: what the page calls the store.
@@ -60,7 +66,7 @@ class _Answers:
         self._live, self._every = live, every
 
     def list(self) -> str:
-        """A look asks the store; a change of the address is answered from the newest look."""
+        """Answer with the list. A look asks the store; other requests use the newest look."""
         try:
             listed = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
@@ -70,7 +76,7 @@ class _Answers:
         return _template("list.html").render(studies=known, found=place.listed(known), **about)
 
     def study(self) -> Response | tuple[str, int]:
-        """The study as JSON; 204 where `seen`, the version that the page shows, is the newest."""
+        """Answer with the study as JSON, or 204 if the page shows the newest version (`seen`)."""
         place = _place()
         title = f"Study {place.study[:8]}" + (f" of {place.family}" if place.family else "")
         window = f"{title}, {VIEWS[place.view]}, spiketrain dashboard"
@@ -91,49 +97,51 @@ class _Answers:
         newest = (
             (len(runs), len(members)) if place.runs is None and len(runs) < len(members) else None
         )
+        html, drawings, _ = _shown(place, study, reports, newest)
         return _json(
             title=title,
             window=window,
             version=version,
             boxes=_template("macros.html").module.boxes(members),  # type: ignore[attr-defined]
             picked=[run.short for run in runs],
-            **_shown(place, study, reports, newest),
+            html=html,
+            drawings=drawings,
         )
 
     def csv(self) -> Response:
-        """The data of a figure or a table as a file."""
-        place, name = _place(), request.args.get("name", "")
+        """Answer with the data of a figure or a table."""
+        place, offered = _place(), {}
         try:
             runs = place.picked(self._live.members(place.study)) if place.study else []
-            found = (
-                dict(_tables(place, self._live.study(runs), self._live.reports(runs)))
-                if runs
-                else {}
-            )
-            table = found[name]() if name in found else None
+            if runs:
+                reports = self._live.reports(runs)
+                *_, offered = _shown(place, self._live.study(runs), reports, None)
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
-        if table is None:
+        if (table := offered.get(request.args.get("name", ""))) is None:
             return Response("dashboard: there is no such table here\n", 404, mimetype="text/plain")
         return Response(table.to_csv(), mimetype="text/csv")
 
 
 def _shown(
     place: Place, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
-) -> dict[str, Any]:
-    """The view of a study as HTML, and its drawings by the keys of their places."""
+) -> tuple[str, dict[str, Any], dict[str, Table]]:
+    """The view of a study as HTML, with its drawings and tables by the keys of their places."""
+    drawings: dict[str, Any] = {}
+    offered: dict[str, Table] = {}
 
-    def href(key: str) -> str:
+    def offer(key: str, table: Table, figure: Figure | None = None) -> str:
+        """Note a table, and the drawing of its figure; returns the address of the table."""
+        offered[key] = table
+        if figure is not None:
+            drawings[key] = drawn(figure)
         return f"/csv{place.search or '?'}&name={key}"
 
     def file(key: str, where: str) -> str:
-        """The group or suite is in the name, which stands alone in a folder of such files."""
+        """A file's name with the group or suite: it stands alone in a folder of such files."""
         return f"{slug(where)[:_NAME] if where else place.study[:8]}-{key}"
 
     sections = [section_of(group, group.key, (place.view,)) for group in study.groups]
-    drawings = {key: drawing for each in sections for key, drawing in each.drawings.items()}
-    if place.view == "claims":
-        drawings |= {key: drawn(figure) for key, figure in _of_reports(reports)}
     html = _template("study.html").render(
         place=place,
         study=study,
@@ -143,45 +151,10 @@ def _shown(
         newest=newest,
         scaled=tables.scaling(study) if place.view == "costs" else None,
         largest_said=LARGEST_SAID,
-        href=href,
+        offer=offer,
         file=file,
     )
-    return {"html": html, "drawings": drawings}
-
-
-def _of_reports(reports: Sequence[SuiteReport]) -> Iterator[tuple[str, Figure]]:
-    for report in reports:
-        for each in swept(report.returned.sweeps):
-            for figure in each.figures:
-                yield f"{report.key}-{each.key}-{figure.name}", figure
-
-
-def _tables(
-    place: Place, study: Study, reports: Sequence[SuiteReport]
-) -> Iterator[tuple[str, Callable[[], Table | None]]]:
-    """The tables of a view by the names of their files."""
-    yield "runs", lambda: tables.provenance(study)
-    yield "differences", lambda: tables.recipe_differences(study) if len(study.groups) > 1 else None
-    yield "scaling", lambda: tables.scaling(study)
-    for report in reports:
-        claims = report.returned.claims
-        yield (
-            f"{report.key}-claims",
-            lambda claims=claims: tables.claims(claims) if claims else None,
-        )
-        for each in swept(report.returned.sweeps):
-            yield f"{report.key}-{each.key}-largest", lambda each=each: each.largest
-    for key, figure in _of_reports(reports):
-        yield key, lambda figure=figure: figure.table
-    for group in study.groups:
-        for name, make in (
-            ("costs", tables.costs),
-            ("beside", tables.beside),
-            ("held", tables.held),
-        ):
-            yield f"{group.key}-{name}", lambda make=make, group=group: make(group)
-        for each in section_of(group, group.key, (place.view,)).figures:
-            yield f"{group.key}-{each.name}", lambda each=each: each.table
+    return html, drawings, offered
 
 
 def _place() -> Place:
@@ -194,7 +167,7 @@ def _version(
     runs: Sequence[StoredRun],
     reports: Sequence[SuiteReport],
 ) -> str:
-    """A digest of all that a study's answer depends on."""
+    """A digest of everything that the answer about a study depends on."""
     states = [[run.id, describe_state(run.state, run.newest)] for run in members]
     sent = "spiketrain.artifact."
     news = [
@@ -230,3 +203,52 @@ def _seeds(seeds: Sequence[str]) -> str:
         if len(seeds) <= 6
         else f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
     )
+
+
+_THREADS = 8
+
+
+def serve(
+    *, store: str | None, runs: Path, host: str, port: int, token: str | None, every: float
+) -> None:
+    """Serve until interrupted. The store need not exist or be readable yet.
+
+    Args:
+        store: an MLflow tracking URI; None: that of the folder `runs`.
+        every: seconds between looks at the store while a page is open.
+
+    Raises:
+        ValueError: the store is of an unknown kind, the host is open to others without a token,
+            or the port is taken.
+    """
+    refuse_open_to_others(host, token)
+    uri = store or tracking_uri(runs)
+    opened = open_store(uri)
+    from waitress.server import create_server
+
+    from pipeline.report.dashboard.app import make_app
+
+    app = make_app(opened, name=without_password(uri), every=every)
+    guard(app, host=host, token=token)
+    address = "127.0.0.1" if host == "localhost" else host
+    try:
+        kept: dict[str, Any] = {
+            "clear_untrusted_proxy_headers": False
+        }  # guard.py reads one of them
+        server = create_server(app, host=address, port=port, threads=_THREADS, ident=None, **kept)
+    except OSError as error:
+        raise ValueError(
+            f"dashboard: cannot listen at {host}:{port} ({error.strerror or error}); name another"
+            " --port"
+        ) from error
+    at = f"[{address}]" if ":" in address else address
+    with_token = "" if token is None else "/?token=TOKEN"
+    whom = "this machine alone" if is_loopback(host) and token is None else "whoever has the token"
+    print(
+        f"http://{at}:{getattr(server, 'effective_port', port)}{with_token} shows"
+        f" {without_password(uri)} to {whom}",
+        flush=True,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # background jobs of a shell ignore the first
+        signal.signal(number, signal.default_int_handler)
+    server.run()

@@ -29,7 +29,7 @@ HEADERS = {
 
 
 def guard(server: Flask, *, host: str, token: str | None) -> None:
-    """Make a server refuse everybody who may not read it, and set headers that harden the page.
+    """Make a server refuse strangers, and set headers that protect the page.
 
     Raises:
         ValueError: it would be open to other machines without a token.
@@ -93,9 +93,7 @@ def _name_of(host: str) -> str:
 
 
 def _unless_known(token: str) -> AnyResponse | None:
-    """None for a request with the cookie or the bearer token; one with `?token=` gets the
-    cookie.
-    """
+    """None if the request has the cookie or the bearer token. `?token=` sets the cookie."""
     said = request.args.get("token")
     if said is not None:
         if not _same(said, token):
@@ -126,8 +124,9 @@ def _unless_known(token: str) -> AnyResponse | None:
 
 
 def _came_over_tls() -> bool:
-    """Whether the request used TLS, to this server or to a proxy; a forged header harms its
-    sender.
+    """Whether the request used TLS, to this server or to a proxy.
+
+    A forged header harms its sender only.
     """
     said = request.headers.get("X-Forwarded-Proto", "")
     return request.is_secure or "https" in (each.strip().lower() for each in said.split(","))

@@ -16,16 +16,15 @@ import shlex
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pipeline.measure.constants import PARTS, REST
 from pipeline.recipe import BASELINE
 from pipeline.report.claims import Returned, returned
-from pipeline.report.history import count
-from pipeline.report.results import Run, machine, run_of
-from pipeline.report.runs import ReportError, refuse_damaged_summary
+from pipeline.report.history import UNKNOWN_EPOCH
+from pipeline.report.results import ReportError, Run, machine, refuse_damaged_summary, run_of
 from pipeline.report.stores import (
     FILES,
     JOURNAL,
@@ -39,14 +38,10 @@ from pipeline.report.stores import (
     start_of,
 )
 from pipeline.report.study import Study
-from pipeline.track.events import KIND, Evaluation, Start, Step
-from pipeline.track.journal import Record
+from pipeline.track.events import Evaluation, Event, Start, Step
 from pipeline.track.mlflow import REPORT_DATA
 
-_METRICS = {
-    Step.kind: ("train/", ("loss", "top1")),
-    Evaluation.kind: ("val/", ("top1", "loss")),
-}
+_METRICS = ("loss", "top1")  # of train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _SENT = "spiketrain.artifact."  # tags with the version of each artifact that was sent
 _KEPT = 512  # runs
@@ -56,7 +51,7 @@ T_ = TypeVar("T_")
 
 @dataclass
 class _Running:
-    """What was read of a running run."""
+    """What has been read of a running run."""
 
     seen: float = 0.0  # the time of MLflow's newest metric at the last look
     points: dict[str, list[Point]] = field(default_factory=dict)
@@ -66,7 +61,7 @@ class _Running:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteReport:
-    """What `spiketrain report` put into the store about all runs of a suite."""
+    """The report of a suite as `spiketrain report` put it into the store."""
 
     key: str = ""  # the beginning of the id of the suite's run in MLflow
     title: str = ""  # the suite, with commits and machines of those of its runs that are shown
@@ -77,7 +72,7 @@ class SuiteReport:
 
 
 class Live:
-    """Reads a store again and again. Threads may share it; what it asks of the store may raise."""
+    """A cached reader of a store. Threads may share it. Errors of the store pass through."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -87,15 +82,15 @@ class Live:
         self._running: OrderedDict[str, _Running] = OrderedDict()
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
-        """All runs, as the store had them at most `fresh_s` ago; 0 asks it."""
+        """All runs, at most `fresh_s` seconds old; 0 asks the store."""
         return self._asked("listed", "", self.store.listed, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
-        """The runs of a study key, the one that started last first."""
+        """The runs of a study key, newest start first."""
         return self._asked("members", study, lambda: self.store.runs(study))
 
     def study(self, runs: Sequence[StoredRun], *, against: str = BASELINE) -> Study:
-        """These runs; notes name those that cannot be read.
+        """A study of these runs. Its notes name the runs that cannot be read.
 
         Raises:
             StoreError: the store cannot be read.
@@ -134,7 +129,7 @@ class Live:
         return Study(title=f"Study {keys}", runs=tuple(found), against=against, notes=tuple(notes))
 
     def reports(self, runs: Sequence[StoredRun]) -> list[SuiteReport]:
-        """The reports of the suites that these runs were launched with, the last launched first.
+        """The reports of the suites that these runs belong to, newest launch first.
 
         Raises:
             StoreError: the store cannot be read.
@@ -149,20 +144,24 @@ class Live:
         ]
 
     def run(self, stored: StoredRun) -> Run:
-        """One run, from its artifacts; a running one from its metrics, too."""
+        """A run from its artifacts, and from its metrics too if it is running."""
         with self._lock:
             if stored.state == "running":
-                return self._read_running(stored)
+                running = self._running.setdefault(stored.id, _Running())
+                _keep(self._running, stored.id, running)
+                sent = self._with_metrics(stored, running)
+                # MLflow takes no second value of a step: it has nothing of the batches that a
+                # restart repeats until the journal is sent again.
+                return self._made(stored, sent, redone="kept", heard=stored.newest)
             sent = tuple(sorted(item for item in stored.tags.items() if item[0].startswith(_SENT)))
             key = (stored.id, stored.status, stored.newest, sent)
-            if key not in self._ended:
-                _keep(self._ended, key, self._read_ended(stored))
-                self._running.pop(stored.id, None)
-            self._ended.move_to_end(key)
-            return self._ended[key]
+            run = self._ended.get(key) or self._read_ended(stored)
+            _keep(self._ended, key, run)
+            self._running.pop(stored.id, None)
+            return run
 
     def _asked(self, what: str, of: str, ask: Callable[[], T_], *, fresh_s: float = _FRESH_S) -> T_:
-        """The answer to a question that was last asked at most `fresh_s` ago."""
+        """The answer to a question, at most `fresh_s` seconds old."""
         asked, answer = self._recent.get((what, of), (-math.inf, None))
         if time.monotonic() - asked >= fresh_s:
             answer = ask()  # without the lock: a slow list keeps nobody from the figures
@@ -171,29 +170,21 @@ class Live:
 
     def _read_ended(self, stored: StoredRun) -> Run:
         sent = self.store.journal(stored.id)
-        if not any(event[KIND] == Start.kind for event in sent.events):
+        if not any(isinstance(event, Start) for event in sent.events):
             sent = self._with_metrics(stored, _Running())
         summary = self._json(stored.id, FILES.summary.name, dict)
         refuse_damaged_summary(summary or {}, f"its {FILES.summary.name} in MLflow")
         layers = self._json(stored.id, FILES.activity.name, list)
-        run = _run(
-            stored,
-            sent,
-            self._json(stored.id, FILES.recipe.name, dict),
-            summary=summary,
-            layers=lambda: layers,
-        )
+        run = self._made(stored, sent, summary=summary, layers=lambda: layers)
         _ = run.activity  # which may be damaged
         return run
 
-    def _read_running(self, stored: StoredRun) -> Run:
-        running = self._running.setdefault(stored.id, _Running())
-        _keep(self._running, stored.id, running)
-        sent = self._with_metrics(stored, running)
+    def _made(self, stored: StoredRun, sent: Sent, **about: Any) -> Run:
+        starts = [event.to_dict() for event in sent.events if isinstance(event, Start)]
         recipe = self._json(stored.id, FILES.recipe.name, dict)
-        # MLflow takes no second value of a step: it has nothing of the batches that a restart
-        # repeats until the journal is sent again.
-        return _run(stored, sent, recipe, redone="kept", heard=stored.newest)
+        about |= {"recipe": recipe, "curve_every": sent.every, "journal": lambda: sent.events}
+        starts = starts or [start_of(stored)]
+        return run_of(stored.name, state=stored.state, starts=starts, **about)
 
     def _with_metrics(self, stored: StoredRun, running: _Running) -> Sent:
         """The journal as it was last sent, with the metrics after it as events."""
@@ -201,22 +192,20 @@ class Live:
         if version != running.version:
             running.version, running.sent = version, self.store.journal(stored.id)
         if stored.newest > running.seen:
-            for key in (prefix + name for prefix, names in _METRICS.values() for name in names):
+            for key in (f"{prefix}/{name}" for prefix in ("train", "val") for name in _METRICS):
                 if key in stored.metrics:
                     known = running.points.setdefault(key, [])
                     known += self.store.history(
                         stored.id, key, since=known[-1].step if known else -1
                     )
             running.seen = stored.newest
-        events = list(running.sent.events) or [start_of(stored)]
-        later = list(_after(events, running.points))
-        if newest := next((event for event in reversed(later) if event[KIND] == Step.kind), None):
+        events = list(running.sent.events) or [Event(time=stored.started, attempt=0)]
+        later = _after(events, running.points)
+        if newest := next((event for event in reversed(later) if isinstance(event, Step)), None):
             # The run's newest values, which cost no further question; earlier ones are not asked
             # for.
-            keys = {name: f"train/{name}" for name in _PARTS}
-            newest["metrics"] |= {
-                name: stored.metrics[key] for name, key in keys.items() if key in stored.metrics
-            }
+            keys = {name: f"train/{name}" for name in _PARTS if f"train/{name}" in stored.metrics}
+            newest.metrics.update({name: stored.metrics[key] for name, key in keys.items()})
         return replace(running.sent, events=[*events, *later])
 
     def _report(self, suite: str) -> SuiteReport:
@@ -232,9 +221,7 @@ class Live:
         except StoreError:
             raise  # of the store, not of this report
         except ReportError as error:
-            return SuiteReport(
-                version=str(error), note=f"What its report tells is left out: {error}"
-            )
+            return SuiteReport(version=str(error), note=f"Its report is left out: {error}")
         version = hashlib.sha256(json.dumps(value).encode()).hexdigest()
         return SuiteReport(version=version, returned=found, printed=printed)
 
@@ -250,36 +237,33 @@ class Live:
         return value
 
 
-def _run(stored: StoredRun, sent: Sent, recipe: Mapping[str, Any] | None, **about: Any) -> Run:
-    starts = [event for event in sent.events if event[KIND] == Start.kind]
-    about |= {"recipe": recipe, "curve_every": sent.every, "journal": lambda: sent.events}
-    return run_of(stored.name, state=stored.state, starts=starts, **about)
-
-
-def _after(events: Sequence[Record], points: Mapping[str, Sequence[Point]]) -> Iterator[Record]:
+def _after(
+    events: Sequence[Event], points: Mapping[str, Sequence[Point]]
+) -> list[Step | Evaluation]:
     """Points of steps that the journal does not have, as events in the order of their time."""
-    attempt = events[-1].get("attempt")
-    found: list[Record] = []
-    for kind, (prefix, names) in _METRICS.items():
-        known = max(
-            (count(event.get("step")) or 0 for event in events if event[KIND] == kind),
-            default=-1,
-        )
-        by_step: dict[int, Record] = {}
-        for name in names:
-            for point in points.get(prefix + name, ()):
+    found: list[Step | Evaluation] = []
+    for kind, prefix in ((Step, "train"), (Evaluation, "val")):
+        known = max((event.step for event in events if isinstance(event, kind)), default=-1)
+        metrics: dict[int, dict[str, float]] = {}
+        times: dict[int, float] = {}
+        for name in _METRICS:
+            for point in points.get(f"{prefix}/{name}", ()):
                 if point.step > known:
-                    about = {
-                        KIND: kind,
-                        "time": point.time,
-                        "attempt": attempt,
-                        "step": point.step,
-                    }
-                    by_step.setdefault(point.step, {**about, "metrics": {}})["metrics"][name] = (
-                        point.value
-                    )
-        found += by_step.values()
-    yield from sorted(found, key=lambda event: (event["time"], event["step"]))
+                    metrics.setdefault(point.step, {})[name] = point.value
+                    times.setdefault(point.step, point.time)
+        more: dict[str, Any] = {"samples": 0} if kind is Evaluation else {"memory_bytes": None}
+        found += [
+            kind(
+                step=step,
+                epoch=UNKNOWN_EPOCH,
+                metrics=values,
+                time=times[step],
+                attempt=events[-1].attempt,
+                **more,
+            )
+            for step, values in metrics.items()
+        ]
+    return sorted(found, key=lambda event: (event.time, event.step))
 
 
 def _title(suite: str, members: Sequence[StoredRun]) -> str:

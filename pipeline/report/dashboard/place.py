@@ -55,7 +55,7 @@ class Place:
 
     @classmethod
     def at(cls, search: str) -> Place:
-        """Of the query of an address, of which nothing is trusted."""
+        """Parse the query of an address. Wrong values become defaults."""
         try:
             fields = parse_qs(search.lstrip("?"), max_num_fields=20)
         except ValueError:  # more fields than any address of ours has
@@ -98,12 +98,12 @@ class Place:
         return replace(self, study=study.study, family=study.experiment, runs=runs)
 
     def sorted_by(self, column: str) -> Place:
-        """A second time in the other order."""
+        """Sort by a column; the second time in reverse."""
         down = not self.descending if self.sort == column else column in _DOWN_FIRST
         return replace(self, sort=column, descending=down)
 
     def listed(self, studies: Sequence[StoredStudy]) -> list[StoredStudy]:
-        """The studies that the filter leaves, sorted."""
+        """The studies that pass the filter, sorted."""
         states, words = ONLY[self.only][1], self.text.lower().split()
         kept = [
             study
@@ -114,7 +114,7 @@ class Place:
         return sorted(kept, key=lambda study: _key(study, self.sort), reverse=self.descending)
 
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
-        """Those of the study's runs that are shown."""
+        """The runs of the study that are shown."""
         members = self.members(runs)
         if self.runs is None:
             return _newest_seeds(members)
@@ -125,7 +125,7 @@ class Place:
 
 
 def describe_states(states: dict[str, int]) -> str:
-    """`3 finished, 1 running, 1 silent`"""
+    """A text such as `3 finished, 1 running, 1 silent`."""
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
 
 

@@ -151,7 +151,7 @@ def temporal_share(group: Group) -> Figure | Missing:
 
 
 def _still_to_come(runs: Iterable[Run]) -> str:
-    """Which of the runs compare gradients by their recipes, though none has done so yet."""
+    """Names the runs whose recipes compare gradients but which have not done so yet."""
     looking = [
         run.name
         for run in runs
@@ -184,7 +184,7 @@ def _map(
     written: str,
     **about: Any,
 ) -> dict[str, Any]:
-    """With a number in each cell where there is room, so that nobody has to judge a colour."""
+    """A heat map. If there is room, each cell shows its number."""
     fits = len(x) <= _FIGURES_FIT
     return {
         "type": "heatmap",

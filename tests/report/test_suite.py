@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.report.protocols import print_protocols
+from pipeline.report.suite import print_protocols
 
 TRIALS, TUNED = "e" * 16, "f" * 16
 
