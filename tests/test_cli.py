@@ -2,8 +2,6 @@
 run from end to end.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -2,8 +2,6 @@
 trained it before.
 """
 
-from __future__ import annotations
-
 from benchmarks.survived import Record, survived, wrong
 
 ABOUT = {"batch_size": 4, "samples": 8, "workers": 2}

@@ -2,8 +2,6 @@
 of logits by hand.
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 not refuse it.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator
 from pathlib import Path

@@ -2,8 +2,6 @@
 data are asked for.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """`spiketrain write folder`: what it could not read, and what it left out, is told."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

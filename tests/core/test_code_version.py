@@ -1,7 +1,5 @@
 """Nodes with different files of spiketrain do not train together."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Cores of a worker: one holder each, for all threads, waited for, free when the holder dies."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The value of a secret variable appears in no text, in whatever form an error quotes it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """Settings of a worker on a GPU for the same bits after a restart, and the conditions of a run."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A command announces each slow stage before it begins."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

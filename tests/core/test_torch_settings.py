@@ -2,8 +2,6 @@
 memory and allocates it again, measured in processes of their own.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

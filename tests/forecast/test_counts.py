@@ -2,8 +2,6 @@
 the operations, bytes and roofline of known products.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rules in turn: real processes that meet before each turn, and a drift that falls on all alike."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

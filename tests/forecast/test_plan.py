@@ -1,7 +1,5 @@
 """Plans: counts of the whole step, and what follows from them (benchmarks/planned.py: how near)."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -2,8 +2,6 @@
 distance.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """Bytes and time against T, and the largest batch, which is tried."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable

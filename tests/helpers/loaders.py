@@ -1,7 +1,5 @@
 """Batches of a loader, for tests of data sets."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

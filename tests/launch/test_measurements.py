@@ -1,7 +1,5 @@
 """The measurements of a suite: made once, on the machine of the runs, and read by the report."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Firing by layer and time step, against spikes that were chosen."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

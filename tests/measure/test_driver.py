@@ -2,8 +2,6 @@
 built for, what to do.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -2,8 +2,6 @@
 needed.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Cosines and temporal shares: known gradients, and how the decay decides them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -5,8 +5,6 @@ derivatives.yaml of torch 2.13. The files of control groups are planted, as Linu
 containers, pods and jobs.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

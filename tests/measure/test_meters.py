@@ -1,7 +1,5 @@
 """Meters against a batch whose loss, hits and bytes are known."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

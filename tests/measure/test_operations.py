@@ -2,8 +2,6 @@
 Linear(8 -> 3); and pairs against loops over every pair.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 That two synchronised ranks equal one is in tests/spiking/test_norm.py.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

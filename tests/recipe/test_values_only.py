@@ -1,7 +1,5 @@
 """Recipes hold values: none imports what trains or measures, not even for its report."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

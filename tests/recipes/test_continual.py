@@ -1,7 +1,5 @@
 """The continual recipes hold the published settings that they name."""
 
-from __future__ import annotations
-
 import importlib
 
 import pytest

@@ -2,8 +2,6 @@
 intervals that hold the truth.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

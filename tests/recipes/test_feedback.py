@@ -1,7 +1,5 @@
 """The recipes of IDE and SPIDE that name a published network have its dropout."""
 
-from __future__ import annotations
-
 import importlib
 
 import pytest

@@ -1,7 +1,5 @@
 """Run folders as training leaves them, without training."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -2,8 +2,6 @@
 has no width.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path

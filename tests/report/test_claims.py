@@ -1,7 +1,5 @@
 """Claims against figures that were chosen to hold them just, and just not."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path

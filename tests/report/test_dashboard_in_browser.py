@@ -2,8 +2,6 @@
 system's Chromium.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -2,8 +2,6 @@
 their newest points too.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The page of runs that were really trained, opened in the system's Chromium."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

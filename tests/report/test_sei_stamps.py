@@ -2,8 +2,6 @@
 are made up.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

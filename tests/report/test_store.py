@@ -2,8 +2,6 @@
 without touching it.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import math

@@ -2,8 +2,6 @@
 took.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable

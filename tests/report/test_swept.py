@@ -2,8 +2,6 @@
 BPTT at its own.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from typing import Any

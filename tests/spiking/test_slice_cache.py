@@ -6,8 +6,6 @@ Outputs for a static input are tested in test_static_input.py.
 
 # T time, B batch
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator

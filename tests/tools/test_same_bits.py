@@ -1,7 +1,5 @@
 """Weights of two commits are the same to the bit, or the tool says where they differ."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 from importlib.machinery import SourceFileLoader

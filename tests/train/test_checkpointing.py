@@ -1,7 +1,5 @@
 """How long a save stops training, and when machines that will leave need a save."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from types import SimpleNamespace

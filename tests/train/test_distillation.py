@@ -2,8 +2,6 @@
 
 # T time, B batch, K classes
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -2,8 +2,6 @@
 sample once. backend/test_collectives.py tests its figures over ranks.
 """
 
-from __future__ import annotations
-
 import itertools
 from contextlib import closing
 from pathlib import Path

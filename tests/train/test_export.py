@@ -2,8 +2,6 @@
 cannot be read.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run writes about itself: conditions, times, machines."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Losses against their formulas, in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

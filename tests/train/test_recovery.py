@@ -1,7 +1,5 @@
 """Decisions of recovery are kept in the run's folder and in its checkpoints."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

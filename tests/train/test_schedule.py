@@ -1,7 +1,5 @@
 """Learning rates as functions of the step, and of nothing else."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -2,8 +2,6 @@
 again where it is known.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from dataclasses import replace

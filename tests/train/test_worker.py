@@ -1,7 +1,5 @@
 """One worker: a resume to the bit, stops, refusals, what it reports, and every recipe in small."""
 
-from __future__ import annotations
-
 import json
 import time
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """One writer for a run: the next one waits until the last one's process is gone."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """A network of this pipeline as a teacher."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

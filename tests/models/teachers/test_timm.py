@@ -3,8 +3,6 @@
 Its view undoes the normalisation exactly, and is cut and resized as Pillow does it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

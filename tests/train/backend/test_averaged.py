@@ -2,8 +2,6 @@
 DeepSpeed ranks at every stage.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -4,8 +4,6 @@ weights and scales.
 
 # T time, B batch
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

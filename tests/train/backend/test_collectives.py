@@ -1,7 +1,5 @@
 """What workers say to one another, in two real processes."""
 
-from __future__ import annotations
-
 import os
 import time
 from datetime import timedelta

@@ -4,8 +4,6 @@ and accumulation.
 
 # T time, B batch, C channels, H W pixels, K classes
 
-from __future__ import annotations
-
 import itertools
 import subprocess
 import sys

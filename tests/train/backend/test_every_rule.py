@@ -4,8 +4,6 @@ and the rule's own state.
 
 # T time, B batch
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

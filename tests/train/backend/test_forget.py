@@ -4,8 +4,6 @@ ranks; unused heads stay.
 
 # T time, B batch, C channels, K classes
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import partial

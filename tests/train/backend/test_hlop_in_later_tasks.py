@@ -8,8 +8,6 @@ gradient.
 
 # T time, B batch
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

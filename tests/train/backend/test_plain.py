@@ -1,7 +1,5 @@
 """Plain torch over several ranks: gradients are summed, by one collective for all of a dtype."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, distributed, nn

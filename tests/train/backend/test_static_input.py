@@ -4,8 +4,6 @@ joint batch as a recording.
 
 # T time, B batch, C channels, H W pixels
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path

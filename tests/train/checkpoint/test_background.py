@@ -2,8 +2,6 @@
 by one rank and by two.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

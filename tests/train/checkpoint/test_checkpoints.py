@@ -2,8 +2,6 @@
 best one kept.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

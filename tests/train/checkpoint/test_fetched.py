@@ -2,8 +2,6 @@
 manifest lists it, or not at all.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -2,8 +2,6 @@
 whole, and deletes nothing.
 """
 
-from __future__ import annotations
-
 import errno
 import uuid
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 shows late is waited for.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 from pathlib import Path

@@ -2,8 +2,6 @@
 verified, pruned, swept.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

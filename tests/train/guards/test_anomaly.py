@@ -1,7 +1,5 @@
 """What must not be learnt from: told apart on every rank alike, and gone without a trace."""
 
-from __future__ import annotations
-
 import math
 import re
 import time

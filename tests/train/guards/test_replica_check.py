@@ -1,7 +1,5 @@
 """Whether ranks hold the same bits, and which of them takes long."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

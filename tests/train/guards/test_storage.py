@@ -2,8 +2,6 @@
 given up in the end.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A process that hangs ends, and leaves what its threads were at; one that beats does not."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time
