@@ -1,9 +1,15 @@
 """What every test process must have about it before numba, DeepSpeed, Ray or MLflow is imported."""
 
+from __future__ import annotations
+
 import os
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.helpers.small import Command
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -34,3 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture
+def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process, see `tests.helpers.small.command`."""
+    from tests.helpers.small import command
+
+    return command(monkeypatch, capsys)

@@ -45,8 +45,8 @@ from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
 from pipeline.train.tasks import Learnt, Loaders, Task, mean_of, tasks_of
 from pipeline.train.trainer import Trainer
+from tests.helpers.interruptions import Killed, die_at
 from tests.helpers.small import job_of, same_weights, small_recipe
-from tests.train.test_worker import Killed, die_at
 
 # Steps 0-7, 8-23 (in two epochs) and 24-31.
 TASKS = tuple(

@@ -16,8 +16,8 @@ from pipeline.launch.prepare import prepare
 from pipeline.recipe.recipe import read_json, spec, write_json
 from pipeline.track.journal import read
 from pipeline.train.checkpoint import WEIGHTS, step_folders
+from tests.helpers.interruptions import Killed, die_at
 from tests.helpers.small import Command, command, same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -15,8 +15,8 @@ from pipeline.track.events import Event, Step
 from pipeline.track.journal import Journal, read
 from pipeline.track.state import state_of
 from pipeline.train.checkpoint import read_trainer, step_folders
+from tests.helpers.interruptions import Killed, die_at
 from tests.helpers.small import same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(120)
 SEED = 20261128  # of the steps

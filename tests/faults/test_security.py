@@ -44,9 +44,9 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.export import _digest
+from tests.helpers.interruptions import Killed, die_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import Command, command, make_run, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
 
 pytestmark = pytest.mark.timeout(120)
 SECRET = "sesame-b41f0c"

@@ -23,8 +23,8 @@ from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
 from pipeline.train.build import check_recipe
 from pipeline.train.gradient_fidelity import Nearness
+from tests.helpers.interruptions import Killed, die_at
 from tests.helpers.small import same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
 
 
 def told(folder: Path) -> list[dict[str, Any]]:

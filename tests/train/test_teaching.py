@@ -43,9 +43,9 @@ from pipeline.train.teaching import build_teacher, open_teaching
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import study_inputs
 from pipeline.train.worker import run
+from tests.helpers.interruptions import Killed, die_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at
 
 
 def taught(*, cache: Any = None, **changes: Any) -> Recipe:

@@ -35,6 +35,7 @@ from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
 from tests.helpers.events import event
+from tests.helpers.interruptions import Killed, die_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.recipe.test_recipe import RECIPES
@@ -83,21 +84,6 @@ LONG = (pytest.mark.full, pytest.mark.timeout(900))  # dozens of runs
 TIERED = [
     pytest.param(path, marks=LONG) if path.name.startswith(REPEATED) else path for path in RECIPES
 ]
-
-
-class Killed(BaseException):
-    """Stands for a process that dies: nothing in the product catches it."""
-
-
-def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if self.step == step:
-            raise Killed
-        return original(self, source)
-
-    monkeypatch.setattr(Trainer, "_micro_batches", micro_batches)
 
 
 @pytest.mark.parametrize("step", [1, 5, 8, 11])
