@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray_auth import draw_token
 from pipeline.launch.ray_cluster import worker_environment
-from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.recipe import read_json, write_json
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.checkpoint import (
     WEIGHTS,
@@ -44,26 +45,20 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.export import _digest
-from tests.helpers.interruptions import Killed, die_at
+from tests.helpers.interruptions import dies_at
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import Command, command, make_run, small_recipe, train_inline
+from tests.helpers.small import Command, make_run, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 SECRET = "sesame-b41f0c"
 RECIPE = """
 from dataclasses import replace
 from pipeline.recipe.recipe import spec
-from tests.helpers.processes import run_ranks
 from tests.helpers.small import small_recipe
 
 def recipe():
     return replace(small_recipe(), {change})
 """
-
-
-@pytest.fixture
-def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(monkeypatch, capsys)
 
 
 def refusal(code: int, error: str) -> str:
@@ -155,17 +150,14 @@ def test_a_run_and_its_store_hold_no_secret(
     )["run_id"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "pipeline.train.evaluation.Evaluation.__init__", _fail
+            "pipeline.train.evaluation.Evaluation.__init__",
+            Mock(side_effect=KeyError("the cable fell out")),
         )  # with a traceback in its journal
         with pytest.raises(KeyError):
             spiketrain(*words, "--name", "failed")
     assert "KeyError" in (tmp_path / "runs" / "failed" / "journal.jsonl").read_text()
     assert SECRET not in said + error
     assert holders(tmp_path) == []
-
-
-def _fail(*words: Any, **more: Any) -> None:
-    raise KeyError("the cable fell out")
 
 
 @pytest.mark.parametrize(
@@ -240,15 +232,6 @@ def reseal(folder: Path) -> None:
     assert damage(folder) is None
 
 
-def broken_off(run: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
-    """A run that died in batch 5, and its newest checkpoint."""
-    with patch.context() as inside:
-        die_at(inside, 5)
-        with pytest.raises(Killed):
-            train_inline(run, recipe)
-    return step_folders(run / "checkpoints")[-1]
-
-
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -262,7 +245,9 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     name: str, how: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(stop_after=7, ema_decay=0.9)
-    newest = broken_off(tmp_path / "it", recipe, monkeypatch)
+    with dies_at(5):
+        train_inline(tmp_path / "it", recipe)
+    newest = step_folders(tmp_path / "it" / "checkpoints")[-1]
     how(newest / name, tmp_path / "harmed")
     reseal(newest)
     with pytest.raises(
