@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.helpers.small import Command
+    from tests.helpers.small import Command, Refused
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -48,3 +48,16 @@ def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     from tests.helpers.small import command
 
     return command(monkeypatch, capsys)
+
+
+@pytest.fixture
+def refused(spiketrain: Command) -> Refused:
+    """The one line on stderr of a command that a user's mistake ends with exit code 2."""
+
+    def refused(*words: str) -> str:
+        code, _, error = spiketrain(*words)
+        assert code == 2, error
+        assert len(error.strip().splitlines()) == 1, error
+        return error.strip()
+
+    return refused

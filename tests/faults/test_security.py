@@ -47,7 +47,7 @@ from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.export import _digest
 from tests.helpers.interruptions import dies_at
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import Command, make_run, small_recipe, train_inline
+from tests.helpers.small import Command, Refused, make_run, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 SECRET = "sesame-b41f0c"
@@ -59,13 +59,6 @@ from tests.helpers.small import small_recipe
 def recipe():
     return replace(small_recipe(), {change})
 """
-
-
-def refusal(code: int, error: str) -> str:
-    """The one line that it is."""
-    assert code == 2, error
-    assert len(error.strip().splitlines()) == 1, error
-    return error
 
 
 # ------------------------------------------------------------------------------------------ secrets
@@ -301,7 +294,9 @@ def tampered_with(rank: int, ranks: int) -> None:
     shutil.rmtree(here)
 
 
-def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Command) -> None:
+def test_weights_that_are_a_pickle_are_refused(
+    tmp_path: Path, spiketrain: Command, refused: Refused
+) -> None:
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=2"))
     recipe, runs = str(tmp_path / "small.py"), ("--runs", str(tmp_path / "runs"))
     with Inline() as launcher:
@@ -312,12 +307,10 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Comma
     for name in ("weights.pt", "weights.safetensors"):
         harmful_alone(tmp_path / name, tmp_path / "harmed")
         for what in (("it", *runs), (recipe,)):
-            code, _, error = spiketrain("evaluate", *what, "--weights", str(tmp_path / name))
-            assert f"{name} must hold weights" in refusal(code, error)
-        code, _, error = spiketrain(
-            "launch", recipe, "--inline", "--set", f"init={tmp_path / name}", *runs
-        )
-        assert name in refusal(code, error)
+            line = refused("evaluate", *what, "--weights", str(tmp_path / name))
+            assert f"{name} must hold weights" in line
+        started = ("--set", f"init={tmp_path / name}")
+        assert name in refused("launch", recipe, "--inline", *started, *runs)
     newest = step_folders(tmp_path / "runs" / "it" / "checkpoints")[-1]
     harmful(
         newest / "plain" / "state.pt", tmp_path / "harmed"
@@ -334,14 +327,13 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Comma
         ("evaluate", "it"),
         ("export", "it", "--out", str(tmp_path / "other.safetensors")),
     ):
-        code, _, error = spiketrain(*words, *runs)
-        assert "must hold weights" in refusal(code, error)
+        assert "must hold weights" in refused(*words, *runs)
     assert not (tmp_path / "harmed").exists()
 
 
 @pytest.mark.parametrize("where", ["timm.models", "timm.models._helpers"])
 def test_a_pickle_that_a_recipe_has_read_is_not_run(
-    where: str, tmp_path: Path, spiketrain: Command
+    where: str, tmp_path: Path, refused: Refused
 ) -> None:
     """By a function that reads pickles where it is told to, of a package of which others make
     parts.
@@ -359,8 +351,7 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
         ("evaluate", "it"),
         ("export", "it", "--out", str(tmp_path / "out")),
     ):
-        code, _, error = spiketrain(*words, *runs)
-        assert said in refusal(code, error)
+        assert said in refused(*words, *runs)
     told = {
         "format": "spiketrain",
         "version": "1",
@@ -379,23 +370,12 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
 
 
 @pytest.mark.parametrize("name", ["../out", "..", "", "a/b", "/tmp/out"])
-def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, spiketrain: Command) -> None:
+def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=1"))
-    words = (
-        "launch",
-        str(tmp_path / "small.py"),
-        "--inline",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--name",
-        name,
-    )
+    words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"))
     for more in ((), ("--or-resume",), ("--seeds", "2")):
-        code, _, error = spiketrain(*words, *more)
-        assert (
-            refusal(code, error)
-            == f"launch: --name must be a name in {tmp_path / 'runs'}; got {name!r}\n"
-        )
+        line = refused(*words, "--name", name, *more)
+        assert line == f"launch: --name must be a name in {tmp_path / 'runs'}; got {name!r}"
     assert [path.name for path in tmp_path.iterdir()] == ["small.py"]
 
 
@@ -418,7 +398,7 @@ def test_a_run_from_elsewhere_names_no_folder_elsewhere(
 
 
 def test_a_run_from_elsewhere_leads_to_no_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """Whoever is joined is shown the token, and may run what they like here."""
     plant(monkeypatch)
@@ -426,13 +406,13 @@ def test_a_run_from_elsewhere_leads_to_no_cluster(
         elsewhere.setblocking(False)
         address = f"127.0.0.1:{elsewhere.getsockname()[1]}"
         prepare(small_recipe(), Cluster(address=address), tmp_path / "runs", name="it")
-        code, _, error = spiketrain("resume", "it", "--runs", str(tmp_path / "runs"))
-        assert f"needs --address anew; got none, it was {address}" in refusal(code, error)
+        line = refused("resume", "it", "--runs", str(tmp_path / "runs"))
+        assert f"needs --address anew; got none, it was {address}" in line
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
 
 
-def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Command) -> None:
+def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, refused: Refused) -> None:
     prepare(small_recipe(), Cluster(inline=True), tmp_path / "runs", name="it")
     file, runs = tmp_path / "runs" / "it" / "recipe.json", ("--runs", str(tmp_path / "runs"))
     value = read_json(file)
@@ -452,8 +432,7 @@ def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Comma
             ("evaluate", "it"),
             ("export", "it", "--out", str(tmp_path / "out")),
         ):
-            code, _, error = spiketrain(*words, *runs)
-            assert f"{target} is not in a trusted package" in refusal(code, error)
+            assert f"{target} is not in a trusted package" in refused(*words, *runs)
     assert not (tmp_path / "harmed").exists()
 
 

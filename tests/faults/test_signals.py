@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch.signals import ECHO_S
-from pipeline.track.journal import read
 from pipeline.train.checkpoint import step_folders
 from tests.helpers.lab import Driven, Lab
-from tests.helpers.small import same_weights
+from tests.helpers.small import events, same_weights, steps_of
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
@@ -55,7 +54,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
         run.process.send_signal(number)
         assert run.process.wait(60) == 130, run.log.read_text()
         assert time.monotonic() - asked < 45  # what a step and MLflow take, on a busy machine
-        stopped = read(run.run / "journal.jsonl")[-1]
+        stopped = events(run.run)[-1]
         assert (stopped["event"], stopped["reason"]) == (
             "stopped",
             f"asked to stop by {number.name}",
@@ -72,15 +71,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     time.sleep(ECHO_S + 0.3)
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(20) == 130
-    assert read(run.run / "journal.jsonl")[-1]["event"] != "stopped"
+    assert events(run.run)[-1]["event"] != "stopped"
     newest = int(step_folders(run.run / "checkpoints")[-1].name.removeprefix("step_"))
     assert newest <= at
 
     lab.pace(0)
     driven(lab).finish()
-    starts = [
-        event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "start"
-    ]
+    starts = steps_of(run.run, "start")
     assert len(starts) == 6 and starts[-1] == newest
     monkeypatch.syspath_prepend(lab.folder)
     assert same_weights(run.run, whole.run, trust=["told_lab"])
@@ -120,6 +117,6 @@ def test_a_lost_terminal_saves_and_stops(
     assert not reader.is_alive()
     os.killpg(run.process.pid, signal.SIGHUP)
     assert run.process.wait(60) == 130
-    stopped = read(run.run / "journal.jsonl")[-1]
+    stopped = events(run.run)[-1]
     assert (stopped["event"], stopped["reason"]) == ("stopped", "asked to stop by SIGHUP")
     assert step_folders(run.run / "checkpoints")[-1].name == f"step_{stopped['step']:08d}"

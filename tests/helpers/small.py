@@ -26,6 +26,9 @@ from pipeline.train.schedule import cosine
 from pipeline.train.weights import load_run
 
 Command = Callable[..., tuple[int, str, str]]
+"""from the words of a command to its exit code, stdout and stderr"""
+Refused = Callable[..., str]
+"""from the words of a command to the line that refuses it"""
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
