@@ -150,7 +150,7 @@ def server(
             pass
 
     with HTTPServer(("127.0.0.1", 0), Answer) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         yield f"127.0.0.1:{http.server_port}", shown
         http.shutdown()
 

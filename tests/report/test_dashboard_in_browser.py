@@ -321,7 +321,7 @@ def served_here(store: FakeStore, *, token: str | None = None) -> Iterator[str]:
     app = make_app(store, name="store", every=0.2)
     guard(app, host="127.0.0.1", token=token)
     server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/?study={KEY}"
