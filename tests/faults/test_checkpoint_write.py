@@ -426,6 +426,7 @@ def recipe():
 """
 
 
+@pytest.mark.usefixtures("own_store")
 def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     tmp_path: Path,
     whole: Path,
@@ -438,7 +439,6 @@ def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     (tmp_path / "recipe.py").write_text(RECIPE.format(every=first))
     one = size_of(step_folders(whole / "checkpoints")[-1], page=4096)
     grow(small_disk, one * 3 // 2)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     runs, place = ("--runs", str(tmp_path / "runs")), small_disk / "full"
     words = (str(tmp_path / "recipe.py"), "--inline", "--name", "full")
     code, _, said = spiketrain("launch", *words, "--checkpoints", str(small_disk), *runs)
@@ -467,6 +467,7 @@ def fill(disk: Path) -> None:
             pass
 
 
+@pytest.mark.usefixtures("own_store")
 @pytest.mark.parametrize("filled", ["by a checkpoint", "by others"])
 def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
     tmp_path: Path,
@@ -481,7 +482,6 @@ def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
     (tmp_path / "recipe.py").write_text(RECIPE.format(every=every))
     size = size_of(step_folders(whole / "checkpoints")[-1])
     grow(small_disk, size * 2 if every else size * 8)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     words, folder = ("--inline", "--runs", str(small_disk)), small_disk / "full"
     with monkeypatch.context() as patch:
         if not every:
@@ -516,6 +516,7 @@ def recipe():
 """
 
 
+@pytest.mark.usefixtures("own_store")
 @pytest.mark.distributed
 @pytest.mark.full
 def test_workers_that_a_full_disk_ends_are_not_started_again(
@@ -527,7 +528,6 @@ def test_workers_that_a_full_disk_ends_are_not_started_again(
     grow(small_disk, 2**24)
     (tmp_path / "recipe.py").write_text(LONG)
     (small_disk / "full.log").symlink_to(tmp_path / "said")  # what the driver says finds room
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     words = ("launch", str(tmp_path / "recipe.py"), "--name", "full")
     where = ("--workers", "2", "--device", "cpu")
     driver = Driver(*words, *where, run=small_disk / "full", folder=tmp_path)

@@ -410,6 +410,7 @@ class Flips(SLTT):
 @pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("own_store")
 def test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
 ) -> None:
@@ -425,7 +426,6 @@ def test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line(
     }
     (tmp_path / "damage_lab.py").write_text(LAB.format(**place))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     runs = tmp_path / "runs"
     flips = importlib.import_module("damage_lab").Flips
     cluster = Cluster(workers=2, device="cpu", verify="full")

@@ -5,6 +5,7 @@ untouched run.
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,10 +28,11 @@ Launch = Callable[[str, str], Driven]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("elastic")
+    store = shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
         yield folder
 
 

@@ -211,7 +211,7 @@ def doors(driver: psutil.Process) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]]
+    tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]], empty_store: Path
 ) -> Iterator[tuple[Path, Path]]:
     """The run that met them, and one of two plain processes that was told to skip what it
     skipped.
@@ -228,7 +228,8 @@ def runs(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        store = shutil.copy(empty_store, folder / "mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
         with tempfile.TemporaryDirectory(
             prefix="ray"
         ) as logs:  # of a short name: sockets lie in it

@@ -33,6 +33,7 @@ from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray_auth import draw_token
 from pipeline.launch.ray_cluster import worker_environment
 from pipeline.recipe.recipe import read_json, write_json
+from pipeline.report.stores import open_store
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.checkpoint import (
     WEIGHTS,
@@ -129,18 +130,15 @@ def test_a_token_that_the_user_names_is_that_of_a_cluster_of_our_own(
 
 
 def test_a_run_and_its_store_hold_no_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+    tmp_path: Path, own_store: str, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
 ) -> None:
     plant(monkeypatch)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store/mlflow.db")
-    (tmp_path / "store").mkdir()
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=4"))
     words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"))
     code, said, error = spiketrain(*words, "--name", "whole")
     assert code == 0, error
-    assert (tmp_path / "store" / "mlflow.db").exists() and read_json(
-        tmp_path / "runs" / "whole" / "mlflow.json"
-    )["run_id"]
+    run_id = read_json(tmp_path / "runs" / "whole" / "mlflow.json")["run_id"]
+    assert run_id in [seen.id for seen in open_store(own_store).listed()]
     with monkeypatch.context() as patch:
         patch.setattr(
             "pipeline.train.evaluation.Evaluation.__init__",

@@ -19,7 +19,11 @@ from pipeline.train.checkpoint import step_folders
 from tests.helpers.lab import Driven, Lab
 from tests.helpers.small import events, same_weights, steps_of
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("own_store"),
+]
 
 SEED = 20261128
 
@@ -40,7 +44,6 @@ def driven() -> Iterator[Callable[..., Driven]]:
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     tmp_path: Path, driven: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     whole = driven(Lab(tmp_path / "whole"))
     whole.finish()
     draw = random.Random(SEED)
@@ -94,15 +97,11 @@ def shown_until(master: int, lost: threading.Event) -> None:
 
 @pytest.mark.parametrize("where", [("--inline",), ("--workers", "2")], ids=["inline", "under Ray"])
 def test_a_lost_terminal_saves_and_stops(
-    tmp_path: Path,
-    driven: Callable[..., Driven],
-    monkeypatch: pytest.MonkeyPatch,
-    where: tuple[str, ...],
+    tmp_path: Path, driven: Callable[..., Driven], where: tuple[str, ...]
 ) -> None:
     """As of an ssh that ended: all processes of the session get the signal, and what they write
     fails.
     """
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     lab = Lab(tmp_path / "lost")
     lab.pace(0.1)
     master, slave = os.openpty()

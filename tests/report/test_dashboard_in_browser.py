@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,10 +57,11 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     """Five runs of the study "s", and one that failed of another."""
     runs_dir = tmp_path_factory.mktemp("real") / "runs"
     train_real_study(runs_dir)
+    shutil.copy(empty_store, runs_dir)
     for journal in runs_dir.glob(
         "*/journal.jsonl"
     ):  # as a launch tells runs apart, and what they have in common
