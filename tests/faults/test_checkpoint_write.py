@@ -27,7 +27,6 @@ from pipeline.recipe import Checkpointing, Policy
 from pipeline.train.checkpoint import background, step_folders, step_name
 from pipeline.train.guards import storage
 from pipeline.train.guards.anomaly import Skipped
-from pipeline.train.trainer import Trainer
 from tests.faults.test_not_finite import hit
 from tests.helpers.driver import Driver
 from tests.helpers.interruptions import before_batch, between_batches, dies_at
@@ -41,6 +40,7 @@ from tests.helpers.small import (
     steps_of,
     train_inline,
 )
+from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -287,13 +287,12 @@ def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
 def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int, steps: list[int]
 ) -> None:
-    def until_it_is_known(trainer: Trainer) -> None:
-        deadline = time.monotonic() + 20
-        while not trainer.parts.checkpoints.failed() and time.monotonic() < deadline:
-            time.sleep(0.01)
-
     fail_writes(monkeypatch, step, times=100)
-    between_batches(monkeypatch, until_it_is_known, step=step + 1)
+    between_batches(
+        monkeypatch,
+        lambda trainer: until(trainer.parts.checkpoints.failed, within=20),
+        step=step + 1,
+    )
     train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=step)))
     [event] = events(tmp_path / "run", "unwritten")
     assert (event["step"], event["error"]) == (

@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from tests.faults.test_security import holders, plant
 from tests.helpers.driver import Driver
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import events, make_run, recipes_of, same_weights
+from tests.helpers.waiting import until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -166,12 +166,12 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
     """
     first = Driver("launch", str(file), *OPTIONS, "--name", run.name, run=run, folder=file.parent)
     try:
-        deadline = time.monotonic() + 400
-        while not (file.parent / "driver").exists():
-            assert first.process.poll() is None and time.monotonic() < deadline, (
-                first.log.read_text()[-3000:]
-            )
-            time.sleep(0.05)
+        until(
+            (file.parent / "driver").exists,
+            process=first.process,
+            within=400,
+            said=first.log.read_text,
+        )
         workers = first.workers()
         assert len(workers) == 2
         write_json(file.parent / "doors.json", doors(psutil.Process(first.process.pid)))

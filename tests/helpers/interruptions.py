@@ -13,7 +13,7 @@ from pipeline.rules.base import LossOf
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.trainer import Trainer
 
-Act = Callable[[Trainer], None]
+Act = Callable[[Trainer], object]
 
 
 def before_batch(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:

@@ -12,16 +12,17 @@ import signal
 import socket
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.launch.ray_cluster import NODES
 from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
+from tests.helpers.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"
@@ -83,11 +84,10 @@ class Slurm:
 
     def until(self, name: str) -> str:
         """The content of a file that a stand-in writes."""
-        deadline = time.monotonic() + 20.0
-        while not ((file := self.folder / name).exists() and file.read_text()):
-            assert time.monotonic() < deadline, f"{name} was not written"
-            time.sleep(0.02)
-        return file.read_text()
+        file = self.folder / name
+        return until(
+            lambda: file.read_text() if file.exists() else "", within=20, said=lambda: name
+        )
 
     def close(self) -> None:
         """What a test that failed has left in the job's session."""
@@ -506,11 +506,5 @@ def test_shellcheck_finds_nothing():
 
 
 def _command_lines() -> dict[int, str]:
-    lines = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):  # it has ended
-                lines[int(folder.name)] = (
-                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
-    return lines
+    found = psutil.process_iter(["cmdline"])
+    return {each.pid: " ".join(each.info["cmdline"] or ()) for each in found}
