@@ -40,9 +40,9 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Two test processes at a time. Tests that start processes of their own come last: most of their time they wait.
+# Three processes on two cores: a test often waits for a process, a page or a disk. Tests that start workers come last, two at a time.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
-	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile
+	$(PROCESSES) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 3 --dist loadfile
 	$(PROCESSES) $(BIN)/pytest -m "distributed and not full and not gpu" -n 2 --dist loadfile
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2

@@ -182,18 +182,17 @@ def test_an_option_that_the_script_says_itself_is_refused(
     assert not slurm.runs.exists() and not (slurm.folder / "srun.options").exists()
 
 
-def test_another_word_for_it_is_an_error(slurm: Slurm):
-    status, said = slurm.run("r.py", SPIKETRAIN_RAY="clever")
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SPIKETRAIN_RAY": "clever"}, "SPIKETRAIN_RAY must be symmetric or manual; got clever"),
+        ({"STAND_IN_RAY": "broken"}, "never began"),  # a Ray that did not start ends with 0
+    ],
+)
+def test_what_never_begins_is_a_failure(slurm: Slurm, environment: dict[str, str], said: str):
+    status, all_said = slurm.run("r.py", **environment)
 
-    assert status == 1
-    assert "SPIKETRAIN_RAY must be symmetric or manual; got clever" in said
-
-
-def test_a_ray_that_did_not_start_is_a_failure_though_it_ends_with_0(slurm: Slurm):
-    status, said = slurm.run("r.py", STAND_IN_RAY="broken")
-
-    assert status == 1
-    assert "never began" in said
+    assert status == 1 and said in all_said
     assert not (slurm.folder / "scontrol").exists()
 
 
@@ -263,36 +262,27 @@ def test_a_time_limit_that_nears_saves_and_queues_the_job_again(
     assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
 
 
-def test_a_preemption_that_tells_the_tasks_alone_saves_and_queues_again(slurm: Slurm):
-    slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    slurm.until("driver.began")
-    for task in slurm.until("srun.tasks").split():
-        os.kill(int(task), signal.SIGTERM)
-
-    status, said = slurm.end()
-    assert status == 130, said
-    assert (slurm.folder / "driver.saved").exists()
-    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
-
-
-def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm):
+@pytest.mark.parametrize(
+    ("to", "number", "is_queued_again"),
+    [
+        ("tasks", signal.SIGTERM, True),  # a preemption that tells them alone
+        ("script", signal.SIGTERM, False),  # the job is cancelled
+        ("driver", signal.SIGUSR1, False),  # somebody stopped the run, as by `touch RUN/stop`
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves(
+    slurm: Slurm, to: str, number: signal.Signals, is_queued_again: bool
+):
     batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    slurm.until("driver.began")
-    batch.send_signal(signal.SIGTERM)
+    driver = slurm.until("driver.began")
+    pids = {"tasks": slurm.until("srun.tasks"), "script": str(batch.pid), "driver": driver}
+    for pid in pids[to].split():
+        os.kill(int(pid), number)
 
     status, said = slurm.end()
     assert status == 130, said
     assert (slurm.folder / "driver.saved").exists()
-    assert not (slurm.folder / "scontrol").exists()
-
-
-def test_a_run_that_somebody_stopped_is_not_queued_again(slurm: Slurm):
-    slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    os.kill(int(slurm.until("driver.began")), signal.SIGUSR1)  # as by `touch RUN/stop`
-
-    status, _ = slurm.end()
-    assert status == 130
-    assert not (slurm.folder / "scontrol").exists()
+    assert (slurm.folder / "scontrol").exists() is is_queued_again
 
 
 # -------------------------------------------------------------------------------------------- token
@@ -422,12 +412,10 @@ def test_the_script_asks_for_what_no_option_says():
     assert sorted(names) == sorted(asked) and "#SBATCH" not in SCRIPT.read_text()[len(head) :]
 
 
-def test_neither_gpus_nor_a_partition_unless_asked_for():
+def test_what_is_not_asked_for_is_not_in_the_command():
     line = command(gpus=0, time="10:00", workers=2)
     assert "gpus-per-node=" not in line and "partition=" not in line
-
-
-def test_workers_that_leave_gpus_alone_may_be_more_than_these():
+    # Workers that leave GPUs alone may be more than these.
     assert " SPIKETRAIN_WORKERS=17 " in command("r.py", "--device", "cpu", workers=17)
 
 
