@@ -1,7 +1,5 @@
 """Tests see no GPU, unless `-m gpu` asks for them."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

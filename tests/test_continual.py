@@ -2,8 +2,6 @@
 schedule and head in each.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

@@ -2,8 +2,6 @@
 README keeps to its size.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

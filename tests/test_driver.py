@@ -1,7 +1,5 @@
 """A driver does not outlive the tests that started it, however they end."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

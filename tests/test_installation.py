@@ -1,7 +1,5 @@
 """What works without the extras, and what the command line says when an extra is missing."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

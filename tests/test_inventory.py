@@ -1,7 +1,5 @@
 """What a user had at commit 082bf30 is still there, each with its test: tests/inventory.toml."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

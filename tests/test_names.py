@@ -1,7 +1,5 @@
 """Every module, object and file that tracked text names is there, whoever was renamed last."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Recipes that name a published result train with the published settings."""
 
-from __future__ import annotations
-
 import importlib
 import math
 

@@ -2,8 +2,6 @@
 trained it before.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.survived import Record, survived, wrong

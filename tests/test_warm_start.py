@@ -2,8 +2,6 @@
 training batches.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 it is, to the same bits.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -2,8 +2,6 @@
 time that runs backwards.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from itertools import pairwise

@@ -3,8 +3,6 @@
 Once the file is restored the run goes on, with the bits of a run that nobody touched.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import io

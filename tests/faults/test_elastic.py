@@ -2,8 +2,6 @@
 untouched run.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import signal

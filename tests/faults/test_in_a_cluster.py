@@ -5,8 +5,6 @@ All of them in one run, as every start of workers costs seconds; a test for each
 became of it. The last fault is the death of the run's driver, and the run is resumed by its name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -2,8 +2,6 @@
 new server misses nothing.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

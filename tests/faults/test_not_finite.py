@@ -2,8 +2,6 @@
 of a run that was told so.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

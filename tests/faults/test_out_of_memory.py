@@ -2,8 +2,6 @@
 but for the order of sums.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

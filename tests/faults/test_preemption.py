@@ -2,8 +2,6 @@
 at hand, and on it goes.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import time

@@ -2,8 +2,6 @@
 happens, and which result its tests check.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -2,8 +2,6 @@
 stay in their folder.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import os

@@ -2,8 +2,6 @@
 an untouched run.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -2,8 +2,6 @@
 of a run that was told so.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 from pathlib import Path

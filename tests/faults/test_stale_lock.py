@@ -2,8 +2,6 @@
 nobody here asks for one.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

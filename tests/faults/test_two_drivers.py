@@ -2,8 +2,6 @@
 one goes on.
 """
 
-from __future__ import annotations
-
 import random
 import signal
 from collections.abc import Callable, Iterator

@@ -2,8 +2,6 @@
 cut and mended.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import secrets

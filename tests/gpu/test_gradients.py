@@ -1,7 +1,5 @@
 """Each rule's gradient on the device against float64 on a CPU."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -4,8 +4,6 @@ the number of time steps.
 
 # T time, B batch
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 
 # T time, B batch
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

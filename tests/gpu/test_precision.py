@@ -1,7 +1,5 @@
 """fp32 is IEEE single precision in products and in convolutions, and TF32 is what it says."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

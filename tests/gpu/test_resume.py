@@ -1,7 +1,5 @@
 """A run on a card that is killed and resumed ends with the bits of one that nobody touched."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

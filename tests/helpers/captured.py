@@ -1,7 +1,5 @@
 """What a checkpoint does with the files that a backend has captured."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

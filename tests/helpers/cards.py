@@ -2,8 +2,6 @@
 are skipped with a reason.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

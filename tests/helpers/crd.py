@@ -10,8 +10,6 @@ added here.
 tools/kuberay_facts.py writes the file.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

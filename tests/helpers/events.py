@@ -1,7 +1,5 @@
 """Events for tests that care about some of their fields."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any, get_type_hints
 

@@ -1,7 +1,5 @@
 """A store in memory, of runs by hand: what a dashboard asks, without MLflow."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass, field

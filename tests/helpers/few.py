@@ -1,7 +1,5 @@
 """A backend of a few numbers, and a rule with state of its own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

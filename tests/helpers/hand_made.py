@@ -2,8 +2,6 @@
 the summary tell them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

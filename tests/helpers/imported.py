@@ -2,8 +2,6 @@
 (tests/helpers/processes.py).
 """
 
-from __future__ import annotations
-
 import pipeline.train.worker  # noqa: F401
 from pipeline.train.backend.deepspeed import import_deepspeed
 

@@ -1,7 +1,5 @@
 """What a test does at a step of a training, or lets it die of there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

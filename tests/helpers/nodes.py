@@ -4,8 +4,6 @@ It is a `ray.cluster_utils.Cluster` in a process with an environment of its own.
 this machine, with one CPU: room for one worker.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import subprocess

@@ -1,7 +1,5 @@
 """Real processes for tests: gloo ranks that run one function."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

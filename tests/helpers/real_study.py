@@ -2,8 +2,6 @@
 seeds of BPTT and SLTT.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small files of recordings, in the layout of each published format."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 

@@ -11,8 +11,6 @@
     contract_exceptions  optional: the name of a contract test, and why the rule cannot promise it
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """An S3 of this machine, for tests: moto's server in a thread of this process."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A recipe of seconds, and runs of it without Ray."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace

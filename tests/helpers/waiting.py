@@ -1,7 +1,5 @@
 """What a test waits for: a condition, within a time, while a process lives."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 nothing of one that keeps it.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import re

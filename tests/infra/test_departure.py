@@ -2,8 +2,6 @@
 them as all that there are.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

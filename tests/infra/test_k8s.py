@@ -2,8 +2,6 @@
 cluster is needed.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re

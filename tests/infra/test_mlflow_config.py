@@ -1,7 +1,5 @@
 """What the files of infra/mlflow say, and that neither a secret nor a stray version is in them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

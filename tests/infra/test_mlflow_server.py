@@ -2,8 +2,6 @@
 container, loopback alone.
 """
 
-from __future__ import annotations
-
 import os
 import pwd
 import re

@@ -2,8 +2,6 @@
 package exposes.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -2,8 +2,6 @@
 fetched or installed.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -2,8 +2,6 @@
 (tests/infra/stand_in).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

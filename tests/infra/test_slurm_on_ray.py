@@ -2,8 +2,6 @@
 again, finished.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
