@@ -82,10 +82,16 @@ def write_pictures() -> list[str]:
     return first.removeprefix("spiketrain ").removesuffix(" --workers 2").split()
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("own_store")
 @pytest.mark.parametrize(
     ("name", "text", "said"),
-    [("mine", MINE, ["BPTT ", "SLTT "]), ("taught", TAUGHT, ["first 0.", "student 0."])],
-    ids=["mine", "taught"],
+    [
+        pytest.param("mine", MINE, ["BPTT ", "SLTT "], id="mine"),
+        pytest.param(
+            "taught", TAUGHT, ["first 0.", "student 0."], marks=pytest.mark.full, id="taught"
+        ),
+    ],
 )
 def test_a_recipe_file_of_the_page_trains(
     place: Path, spiketrain: Command, name: str, text: str, said: list[str]
