@@ -255,7 +255,6 @@ def parts_of(found: Answers) -> tuple[np.ndarray, ...]:
 
 @pytest.mark.timeout(300)
 def test_of_a_share_held_out_index_counts_in_the_training_file(tmp_path: Path) -> None:
-    pytest.importorskip("ffcv")
     data = spec(
         Beton, folder=str(pictures(tmp_path)), classes=2, size=16, crop="shift", held_out=0.25
     )

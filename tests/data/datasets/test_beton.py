@@ -3,8 +3,6 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("ffcv")
-
 from pipeline.data.base import Data, DataError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.write.images import write_folder

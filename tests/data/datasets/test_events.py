@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("ffcv")
-
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.base import Batch, Data, DataError, Loader
 from pipeline.data.datasets.beton import Beton

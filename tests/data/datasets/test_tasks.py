@@ -176,7 +176,6 @@ def test_split_fingerprint_names_classes_and_labels():
 
 
 def test_files_leave_classes_out(fashion):
-    pytest.importorskip("ffcv")
     from pipeline.data.datasets.beton import Beton
 
     beton = Beton(

@@ -2,9 +2,6 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("ffcv")
-
 from PIL import Image
 
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import xxhash
 
-pytest.importorskip("ffcv")
-
 from pipeline.core import files
 from pipeline.data.base import DataError
 from pipeline.data.datasets.beton import Beton

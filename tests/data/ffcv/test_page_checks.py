@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("ffcv")
-
 from pipeline.core import files
 from pipeline.data.base import DataError, with_page_checks
 from pipeline.data.datasets.beton import Beton

@@ -6,9 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-pytest.importorskip("ffcv")
-
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import auto_augment

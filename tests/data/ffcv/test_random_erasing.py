@@ -9,8 +9,6 @@ import math
 import numpy as np
 import pytest
 
-pytest.importorskip("ffcv")
-
 from pipeline.core.random import ERASE, ERASE_PIXELS, below, bits, normal_table
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.augment import ratio_table

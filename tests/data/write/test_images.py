@@ -15,8 +15,6 @@ import psutil
 import pytest
 from PIL import ExifTags, Image
 
-pytest.importorskip("ffcv")
-
 from pipeline.data.base import DataError, LoaderError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import api, manifest

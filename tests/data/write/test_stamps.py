@@ -188,9 +188,6 @@ def test_scenes_of_the_real_pictures() -> None:
     assert min(pixels.std() for pixels in seen) > 5
 
 
-pytest.importorskip("ffcv")
-
-
 def write(share: Path, out: Path, **options) -> list[Manifest]:
     return write_stamps(
         out,
