@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -42,6 +43,15 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name)
         if value is not None:
             os.environ[name] = value
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what stays until the end: modules and tests, a million objects.
+
+    It took 8 % of the time of tests/track and of those of two rules.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
