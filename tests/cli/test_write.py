@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-pytest.importorskip("ffcv")
-
 from tests.helpers.small import command
 
 

@@ -24,7 +24,6 @@ def test_values_never_change():
 
 
 def test_numba_equals_numpy():
-    pytest.importorskip("ffcv")
     from numba import njit
 
     from pipeline.data.ffcv.loops import bits as compiled

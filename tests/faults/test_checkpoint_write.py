@@ -22,16 +22,23 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipeline.core.errors import UserError
 from pipeline.launch.in_process import Inline
 from pipeline.recipe import Checkpointing, Policy
-from pipeline.track.journal import read
 from pipeline.train.checkpoint import background, step_folders, step_name
 from pipeline.train.guards import storage
 from pipeline.train.recovery import Decisions
-from pipeline.train.trainer import Trainer
 from tests.faults.test_not_finite import hit
 from tests.helpers.driver import Driver
+from tests.helpers.interruptions import before_batch, between_batches, dies_at
 from tests.helpers.s3 import s3_server
-from tests.helpers.small import Command, command, make_run, same_weights, small_recipe, train_inline
-from tests.train.test_worker import Killed, die_at, train_and_die
+from tests.helpers.small import (
+    Command,
+    events,
+    make_run,
+    same_weights,
+    small_recipe,
+    steps_of,
+    train_inline,
+)
+from tests.helpers.waiting import until
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -55,8 +62,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
+def saved(run: Path) -> list[str]:
+    return [path.name for path in step_folders(run / "checkpoints")]
+
+
+def fail_writes(patch: pytest.MonkeyPatch, step: int, *, times: int) -> None:
+    """Storage fails to take the first so many files of the checkpoint of this step."""
+    write, failed = background._write, []
+
+    def fails(file: Path, value: Any) -> None:
+        if step_name(step) in str(file) and len(failed) < times:
+            failed.append(file)
+            raise OSError(errno.EIO, "Input/output error", "x")
+        write(file, value)
+
+    patch.setattr(background, "_write", fails)
 
 
 KILLED = """
@@ -125,7 +145,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, whole: Path, seed:
     killed_at(run, "", step, name, "written")
     assert list((run / "checkpoints").glob(f".writing-*-step_{step:08d}"))
     train_inline(run, small_recipe())
-    assert [event["step"] for event in events(run, "start")] == [0, before(step)]
+    assert steps_of(run, "start") == [0, before(step)]
     assert same_weights(run, whole)
     assert not list((run / "checkpoints").glob(".*"))
 
@@ -139,7 +159,7 @@ def test_killed_while_a_checkpoint_goes_to_s3_and_gone_on_with_in_a_fresh_folder
         job = replace(make_run(tmp_path / "fresh", small_recipe()), checkpoints=f"{bucket}/run")
         with Inline() as launcher:
             launcher.run(job, "test")
-        assert [event["step"] for event in events(tmp_path / "fresh", "start")] == [before(step)]
+        assert steps_of(tmp_path / "fresh", "start") == [before(step)]
         (tmp_path / "fresh" / "job.json").write_text(f'{{"checkpoints": "{job.checkpoints}"}}')
         assert same_weights(tmp_path / "fresh", whole)
 
@@ -165,42 +185,38 @@ def without_manifest(checkpoint: Path, name: str) -> None:
 
 @pytest.mark.parametrize("damage", [truncated, flipped, missing, without_manifest])
 def test_the_newest_is_damaged(
-    tmp_path: Path,
-    whole: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    damage: Callable[[Path, str], None],
+    tmp_path: Path, whole: Path, damage: Callable[[Path, str], None]
 ) -> None:
     run, draw = tmp_path / "run", random.Random(f"{SEED} {damage.__name__}")
-    train_and_die(monkeypatch, draw.randrange(STEPS[1], STEPS[-1]), run, small_recipe())
+    with dies_at(draw.randrange(STEPS[1], STEPS[-1])):
+        train_inline(run, small_recipe())
     older, newest = step_folders(run / "checkpoints")[-2:]
     damage(newest, draw.choice(FILES))
     train_inline(run, small_recipe())
-    assert f"step_{events(run, 'start')[-1]['step']:08d}" == older.name
+    assert step_name(steps_of(run, "start")[-1]) == older.name
     assert [newest.name in event["path"] for event in events(run, "quarantine")] == [True] * (
         damage is not missing
     )
     assert same_weights(run, whole)
 
 
-def test_all_are_damaged_and_the_run_begins_anew(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_are_damaged_and_the_run_begins_anew(tmp_path: Path, whole: Path) -> None:
     run, draw = tmp_path / "run", random.Random(SEED)
-    train_and_die(monkeypatch, 7, run, small_recipe())
+    with dies_at(7):
+        train_inline(run, small_recipe())
     for checkpoint in step_folders(run / "checkpoints"):
         flipped(checkpoint, draw.choice(FILES))
     train_inline(run, small_recipe())
-    assert [event["step"] for event in events(run, "start")] == [0, 0] and len(
-        events(run, "quarantine")
-    ) == 2
+    assert steps_of(run, "start") == [0, 0] and len(events(run, "quarantine")) == 2
     assert same_weights(run, whole)
 
 
 def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Path
 ) -> None:
     run = tmp_path / "run"
-    train_and_die(monkeypatch, 7, run, small_recipe())
+    with dies_at(7):
+        train_inline(run, small_recipe())
     away = (run / "checkpoints").rename(tmp_path / "away")
     for _ in range(2):
         with pytest.raises(UserError) as refusal:
@@ -211,12 +227,10 @@ def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
             " got no checkpoint: mount or restore its storage, or begin anew under another"
             " --name"
         )
-    assert [event["step"] for event in events(run, "start")] == [0] and len(
-        events(run, "failed")
-    ) == 2
+    assert steps_of(run, "start") == [0] and len(events(run, "failed")) == 2
     away.rename(run / "checkpoints")
     train_inline(run, small_recipe())
-    assert [event["step"] for event in events(run, "start")] == [0, 6]
+    assert steps_of(run, "start") == [0, 6]
     assert same_weights(run, whole)
 
 
@@ -238,7 +252,7 @@ def test_going_back_waits_for_the_checkpoint_that_is_being_written(
     hit(monkeypatch, {6, 7})
     train_inline(tmp_path / "hit", small_recipe(policy=Policy(max_skips=1)))
     assert [event["to"] for event in events(tmp_path / "hit", "rollback")] == [6]
-    assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 6]
+    assert steps_of(tmp_path / "hit", "start") == [0, 6]
 
 
 def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
@@ -247,23 +261,14 @@ def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
     """The step that is written down is the one that training goes on from, and batches are passed
     over from there.
     """
-    write, failed = background._write, []
-
-    def fails_once(file: Path, value: Any) -> None:
-        if "step_00000006" in str(file) and not failed:
-            failed.append(file)
-            raise OSError(errno.EIO, "Input/output error", "x")
-        write(file, value)
-
     with monkeypatch.context() as patch:
-        patch.setattr(background, "_write", fails_once)
+        fail_writes(patch, 6, times=1)
         hit(patch, {6})
         train_inline(tmp_path / "hit", small_recipe(policy=Policy(max_skips=0)))
-    assert [event["step"] for event in events(tmp_path / "hit", "unwritten")] == [6]
-    assert [(event["step"], event["to"]) for event in events(tmp_path / "hit", "rollback")] == [
-        (6, 3)
-    ]
-    assert [event["step"] for event in events(tmp_path / "hit", "start")] == [0, 3]
+    assert steps_of(tmp_path / "hit", "unwritten") == [6]
+    [back] = events(tmp_path / "hit", "rollback")
+    assert (back["step"], back["to"]) == (6, 3)
+    assert steps_of(tmp_path / "hit", "start") == [0, 3]
     train_inline(tmp_path / "told", small_recipe(policy=Policy(skip=((3, 7),))))
     assert same_weights(tmp_path / "hit", tmp_path / "told") and not same_weights(
         tmp_path / "hit", whole
@@ -271,42 +276,29 @@ def test_going_back_passes_by_a_checkpoint_that_storage_failed_to_take(
 
 
 @pytest.mark.parametrize(
-    ("step", "saved"),
+    ("step", "steps"),
     [
         (3, [4, *STEPS[1:]]),  # the state at hand, at once
         (7, [8, 8, 14, 16]),  # ... and at an epoch's end before the evaluation, and with its score
     ],
 )
 def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
-    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int, saved: list[int]
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, step: int, steps: list[int]
 ) -> None:
-    write, between = background._write, Trainer._between_batches
-
-    def fails(file: Path, value: Any) -> None:
-        if f"step_{step:08d}" in str(file):
-            raise OSError(errno.EIO, "Input/output error", "x")
-        write(file, value)
-
-    def once_it_is_known(self: Trainer, epoch: int, *, last: bool) -> None:
-        deadline = time.monotonic() + 20
-        while (
-            self.step == step + 1
-            and not self.context.checkpoints.failed()
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.01)
-        between(self, epoch, last=last)
-
-    monkeypatch.setattr(background, "_write", fails)
-    monkeypatch.setattr(Trainer, "_between_batches", once_it_is_known)
+    fail_writes(monkeypatch, step, times=100)
+    between_batches(
+        monkeypatch,
+        lambda trainer: until(trainer.context.checkpoints.failed, within=20),
+        step=step + 1,
+    )
     train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=step)))
     [event] = events(tmp_path / "run", "unwritten")
     assert (event["step"], event["error"]) == (
         step,
         f"checkpoint after step {step} was not written: Input/output error: x",
     )
-    assert [event["step"] for event in events(tmp_path / "run", "start")] == [0]
-    assert [event["step"] for event in events(tmp_path / "run", "checkpoint")] == saved
+    assert steps_of(tmp_path / "run", "start") == [0]
+    assert steps_of(tmp_path / "run", "checkpoint") == steps
     assert same_weights(tmp_path / "run", whole)
 
 
@@ -314,37 +306,18 @@ def test_storage_that_fails_for_a_moment_costs_one_checkpoint_and_no_training(
 def test_storage_that_fails_for_a_moment_at_the_last_checkpoint_gets_it_once_more(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
 ) -> None:
-    write, failed = background._write, []
-    last = 5 if stops else 16
-
-    def fails_once(file: Path, value: Any) -> None:
-        if f"step_{last:08d}" in str(file) and not failed:
-            failed.append(file)
-            raise OSError(errno.EIO, "Input/output error", "x")
-        write(file, value)
-
-    monkeypatch.setattr(background, "_write", fails_once)
+    run, last = tmp_path / "run", 5 if stops else 16
+    fail_writes(monkeypatch, last, times=1)
     recipe = small_recipe(checkpoints=Checkpointing(every=0))
     if stops:
-        between = Trainer._between_batches
-
-        def stopped(self: Trainer, epoch: int, *, last: bool) -> None:
-            if self.step == 5 and not failed:
-                (self.folder / "stop").touch()
-            between(self, epoch, last=last)
-
-        monkeypatch.setattr(Trainer, "_between_batches", stopped)
-        assert train_inline(tmp_path / "run", recipe) is None
-        assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == [
-            "step_00000005"
-        ]
-        (tmp_path / "run" / "stop").unlink()
-    train_inline(tmp_path / "run", recipe)
-    assert [event["step"] for event in events(tmp_path / "run", "unwritten")] == [last]
-    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")][
-        -1
-    ] == "step_00000016"
-    assert same_weights(tmp_path / "run", whole)
+        with monkeypatch.context() as patch:
+            between_batches(patch, lambda trainer: (trainer.folder / "stop").touch(), step=5)
+            assert train_inline(run, recipe) is None
+        assert saved(run) == [step_name(5)]
+        (run / "stop").unlink()
+    train_inline(run, recipe)
+    assert steps_of(run, "unwritten") == [last] and saved(run)[-1] == step_name(16)
+    assert same_weights(run, whole)
 
 
 class ServerDown(Exception):
@@ -357,10 +330,8 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
     run, address = tmp_path / "run", f"memory://away/{tmp_path.name}"
     job = replace(make_run(run, small_recipe()), checkpoints=address)
     (run / "job.json").write_text(f'{{"checkpoints": "{address}"}}')
-    with monkeypatch.context() as patch, Inline() as launcher:
-        die_at(patch, 7)
-        with pytest.raises(Killed):
-            launcher.run(job, "test")
+    with dies_at(7), Inline() as launcher:
+        launcher.run(job, "test")
     ls, failed = MemoryFileSystem.ls, []
 
     def down(self: MemoryFileSystem, *path: Any, **how: Any) -> Any:
@@ -379,9 +350,7 @@ def test_storage_that_is_away_as_a_run_starts_is_waited_for_by_the_same_attempt(
         and len(failed) == 3
     )
     assert waiting["attempt"] == 1
-    assert [event["step"] for event in events(run, "start")] == [0, 6] and events(
-        run, "failed"
-    ) == []
+    assert steps_of(run, "start") == [0, 6] and events(run, "failed") == []
     assert same_weights(run, whole)
 
 
@@ -407,20 +376,16 @@ def test_what_a_run_has_written_down_is_waited_for(
     train_inline(run, recipe)
     [waiting], [start] = events(run, "waiting"), events(run, "start")
     assert waiting["error"] == f"[Errno 5] Input/output error: '{run / name}'" and len(failed) == 2
-    assert start["micro_batch"] == 4 and [event["step"] for event in events(run, "skipped")] == [2]
+    assert start["micro_batch"] == 4 and steps_of(run, "skipped") == [2]
 
 
 def test_whoever_stops_a_run_leaves_a_whole_checkpoint(tmp_path: Path, slow: None) -> None:
-    make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
-    (tmp_path / "run" / "stop").touch()
-    assert train_inline(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))) is None
-    assert [event["event"] for event in read(tmp_path / "run" / "journal.jsonl")][-2:] == [
-        "checkpoint",
-        "stopped",
-    ]
-    assert [path.name for path in step_folders(tmp_path / "run" / "checkpoints")] == [
-        "step_00000001"
-    ]
+    run, recipe = tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))
+    make_run(run, recipe)
+    (run / "stop").touch()
+    assert train_inline(run, recipe) is None
+    assert [event["event"] for event in events(run)][-2:] == ["checkpoint", "stopped"]
+    assert saved(run) == [step_name(1)]
 
 
 @pytest.fixture
@@ -445,6 +410,11 @@ def grow(disk: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
+def size_of(checkpoint: Path, *, page: int = 1) -> int:
+    """Bytes of its files, in whole pages."""
+    return sum(-(-file.stat().st_size // page) * page for file in checkpoint.rglob("*"))
+
+
 RECIPE = """
 from tests.helpers.small import small_recipe
 
@@ -453,36 +423,22 @@ def recipe():
 """
 
 
+@pytest.mark.usefixtures("own_store")
 def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     tmp_path: Path,
     whole: Path,
     small_disk: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    spiketrain: Command,
 ) -> None:
     first = random.Random(SEED).randrange(2, 8)
     second = min(2 * first, 8)  # or the epoch's end
     (tmp_path / "recipe.py").write_text(RECIPE.format(every=first))
-    run: Command = command(monkeypatch, capsys)
-    page = 4096
-    one = sum(
-        -(-file.stat().st_size // page) * page
-        for file in step_folders(whole / "checkpoints")[-1].rglob("*")
-    )
+    one = size_of(step_folders(whole / "checkpoints")[-1], page=4096)
     grow(small_disk, one * 3 // 2)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    words = ("--runs", str(tmp_path / "runs"))
-    code, _, said = run(
-        "launch",
-        str(tmp_path / "recipe.py"),
-        "--inline",
-        "--name",
-        "full",
-        "--checkpoints",
-        str(small_disk),
-        *words,
-    )
-    place = small_disk / "full"
+    runs, place = ("--runs", str(tmp_path / "runs")), small_disk / "full"
+    words = (str(tmp_path / "recipe.py"), "--inline", "--name", "full")
+    code, _, said = spiketrain("launch", *words, "--checkpoints", str(small_disk), *runs)
     assert code == 2
     [line] = said.strip().splitlines()
     wanted = f"checkpoint: cannot be written after step {second}: No space left on device"
@@ -492,58 +448,43 @@ def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     assert {path.name for path in place.iterdir()} == {"owner.json", step_name(first)}
     assert re.search(wanted, events(tmp_path / "runs" / "full", "failed")[0]["error"])
     grow(small_disk, one * 8)
-    code, _, said = run("resume", "full", "--inline", *words)
+    code, _, said = spiketrain("resume", "full", "--inline", *runs)
     assert code == 0, said
-    assert [event["step"] for event in events(tmp_path / "runs" / "full", "start")] == [0, first]
+    assert steps_of(tmp_path / "runs" / "full", "start") == [0, first]
     assert same_weights(tmp_path / "runs" / "full", whole)
 
 
 BALLAST = "ballast"
 
 
-def filling_at(patch: pytest.MonkeyPatch, step: int, disk: Path) -> None:
-    """Somebody else fills the disk to its last byte before this step."""
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if self.step == step:
-            fill(disk)
-        return original(self, source)
-
-    patch.setattr(Trainer, "_micro_batches", micro_batches)
-
-
 def fill(disk: Path) -> None:
+    """Somebody else fills the disk to its last byte."""
     with (disk / BALLAST).open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
 
 
+@pytest.mark.usefixtures("own_store")
 @pytest.mark.parametrize("filled", ["by a checkpoint", "by others"])
 def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
     tmp_path: Path,
     whole: Path,
     small_disk: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    spiketrain: Command,
     filled: str,
 ) -> None:
     """The journal lies on it, too: with others on the disk it is the first that finds no room."""
     every = random.Random(SEED + 1).randrange(2, 8) if filled == "by a checkpoint" else 0
     (tmp_path / "recipe.py").write_text(RECIPE.format(every=every))
-    run: Command = command(monkeypatch, capsys)
-    size = sum(file.stat().st_size for file in step_folders(whole / "checkpoints")[-1].rglob("*"))
+    size = size_of(step_folders(whole / "checkpoints")[-1])
     grow(small_disk, size * 2 if every else size * 8)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    words, folder = ("--runs", str(small_disk)), small_disk / "full"
+    words, folder = ("--inline", "--runs", str(small_disk)), small_disk / "full"
     with monkeypatch.context() as patch:
         if not every:
-            filling_at(
-                patch, 9, small_disk
-            )  # of a later step on, the journal's last page may still hold all that is to come
-        code, _, said = run(
-            "launch", str(tmp_path / "recipe.py"), "--inline", "--name", "full", *words
-        )
+            # After a later step the journal's last page may hold all that is still to come.
+            before_batch(patch, lambda trainer: fill(small_disk), step=9)
+        code, _, said = spiketrain("launch", str(tmp_path / "recipe.py"), "--name", "full", *words)
     assert code == 2
     [line] = said.strip().splitlines()
     by_journal = (  # which may find the disk full of half a checkpoint, too
@@ -551,14 +492,13 @@ def test_a_full_disk_that_holds_the_whole_run_costs_no_bit(
     )
     by_checkpoint = f"checkpoint: cannot be written after step {min(2 * every, 8)}: "
     assert line.startswith((by_checkpoint, by_journal) if every else by_journal)
-    [first] = [event["step"] for event in events(folder, "start")]
-    saved = [event["step"] for event in events(folder, "checkpoint")]
-    assert (first, saved) == (0, [every or 8])
+    [newest] = steps_of(folder, "checkpoint")
+    assert steps_of(folder, "start") == [0] and newest == (every or 8)
     (small_disk / BALLAST).unlink(missing_ok=True)
     grow(small_disk, size * 8)
-    code, _, said = run("resume", "full", "--inline", *words)
+    code, _, said = spiketrain("resume", "full", *words)
     assert code == 0, said
-    assert [event["step"] for event in events(folder, "start")] == [0, saved[-1]]
+    assert steps_of(folder, "start") == [0, newest]
     assert same_weights(folder, whole)
 
 
@@ -573,6 +513,7 @@ def recipe():
 """
 
 
+@pytest.mark.usefixtures("own_store")
 @pytest.mark.distributed
 @pytest.mark.full
 def test_workers_that_a_full_disk_ends_are_not_started_again(
@@ -584,29 +525,16 @@ def test_workers_that_a_full_disk_ends_are_not_started_again(
     grow(small_disk, 2**24)
     (tmp_path / "recipe.py").write_text(LONG)
     (small_disk / "full.log").symlink_to(tmp_path / "said")  # what the driver says finds room
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    words = (
-        "launch",
-        str(tmp_path / "recipe.py"),
-        "--name",
-        "full",
-        "--workers",
-        "2",
-        "--device",
-        "cpu",
-    )
-    driver = Driver(*words, run=small_disk / "full", folder=tmp_path)
+    words = ("launch", str(tmp_path / "recipe.py"), "--name", "full")
+    where = ("--workers", "2", "--device", "cpu")
+    driver = Driver(*words, *where, run=small_disk / "full", folder=tmp_path)
     try:
         driver.at_step(random.Random(SEED + 2).randrange(5, 30))
         fill(small_disk)
         assert driver.end() == 2
     finally:
         driver.kill()
-    journal = small_disk / "full" / "journal.jsonl"
     line = driver.log.read_text().splitlines()[-1]
-    assert (
-        line.startswith("worker 0: ")
-        and f"[Errno {errno.ENOSPC}] journal: " in line
-        and line.endswith(f"{str(journal)!r}")
-    )
-    assert [event["step"] for event in read(journal) if event["event"] == "start"] == [0]
+    assert line.startswith("worker 0: ") and f"[Errno {errno.ENOSPC}] journal: " in line
+    assert line.endswith(f"{str(small_disk / 'full' / 'journal.jsonl')!r}")
+    assert steps_of(small_disk / "full", "start") == [0]

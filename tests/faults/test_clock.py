@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.track.events import Event, Step
-from pipeline.track.journal import Journal, read
+from pipeline.track.journal import Journal
 from pipeline.track.state import state_of
 from pipeline.train.checkpoint import read_trainer, step_folders
-from tests.helpers.small import same_weights, small_recipe, train_inline
-from tests.train.test_worker import train_and_die
+from tests.helpers.interruptions import dies_at
+from tests.helpers.small import events, same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 SEED = 20261128  # of the steps
@@ -25,7 +25,7 @@ def test_set_back_in_the_middle_and_before_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw, recipe = random.Random(SEED), small_recipe()
-    dies, turns = draw.randrange(4, 8), draw.randrange(10, 15)
+    step, turns = draw.randrange(4, 8), draw.randrange(10, 15)
     train_inline(tmp_path / "untouched", recipe)
     clock, behind, written = time.time, [0.0], Journal.write
 
@@ -37,17 +37,17 @@ def test_set_back_in_the_middle_and_before_a_resume(
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: clock() - behind[0])
         patch.setattr(Journal, "write", write)
-        train_and_die(patch, dies, tmp_path / "hit", recipe)
+        with dies_at(step):
+            train_inline(tmp_path / "hit", recipe)
         behind[0] = HOUR
         summary = train_inline(tmp_path / "hit", recipe)
     assert same_weights(tmp_path / "hit", tmp_path / "untouched")
-    events = read(tmp_path / "hit" / "journal.jsonl")
     backwards = [
         later["step"]
-        for earlier, later in pairwise(events)
+        for earlier, later in pairwise(events(tmp_path / "hit"))
         if later["time"] < earlier["time"] - HOUR / 2
     ]
-    newest = max(step for step in (0, 3, 6) if step <= dies)
+    newest = max(each for each in (0, 3, 6) if each <= step)
     assert backwards == [newest, turns], "the clock was set back at a start and at a step"
     assert state_of(tmp_path / "hit") == "finished"
     assert summary is not None and 0 < summary["net_s"] <= summary["wall_s"] < 100

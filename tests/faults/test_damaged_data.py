@@ -31,12 +31,20 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.recipe.recipe import Policy, Recipe, spec
-from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train import assemble
 from pipeline.train.trainer import Trainer
 from tests.helpers import damage
-from tests.helpers.small import Command, command, job_of, make_run, same_weights, small_recipe
+from tests.helpers.interruptions import between_batches
+from tests.helpers.small import (
+    Command,
+    events,
+    job_of,
+    make_run,
+    same_weights,
+    small_recipe,
+    steps_of,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -154,10 +162,6 @@ def train(run: Path, recipe: Recipe, *, verify: Any = "full") -> dict[str, Any] 
         return launcher.run(replace(job, verify=verify), "test")
 
 
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
-
-
 def once_checked(patch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Acts once, after a run has found its files whole and before it reads them."""
     original, acted = assemble.check_data, False
@@ -235,14 +239,13 @@ def test_verify_names_the_page(
     data: Path,
     page: int,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    spiketrain: Command,
 ) -> None:
-    run: Command = command(monkeypatch, capsys)
     if how == "bad sector":
         bad_sector(monkeypatch, data, page)
     else:
         flip(data, page)
-    code, _, line = run("verify", str(data))
+    code, _, line = spiketrain("verify", str(data))
     assert (code, len(line.splitlines())) == (2, 1)
     assert re.search(
         named(page, UNREADABLE if how == "bad sector" else "differs from its manifest"),
@@ -285,7 +288,7 @@ def test_damage_in_the_middle_is_refused_and_restored_the_run_goes_on_at_the_new
     )
     flip(data, page)
     train(tmp_path / "hit", recipe(data, epochs=3))
-    first, again = [event["step"] for event in events(tmp_path / "hit", "start")]
+    first, again = steps_of(tmp_path / "hit", "start")
     assert first == 0 and again >= max(each for each in CHECKPOINTS if each <= step)
     train(tmp_path / "untouched", recipe(whole, epochs=3))
     assert same_weights(tmp_path / "hit", tmp_path / "untouched")
@@ -312,15 +315,9 @@ def damaged_in_the_middle(
     verify: Verify,
 ) -> int:
     """UserError after the step that is returned."""
-    step, original = random.Random(SEED).randrange(EPOCH, 2 * EPOCH), Trainer._between_batches
-
-    def between(self: Trainer, epoch: int, *, last: bool) -> None:
-        original(self, epoch, last=last)
-        if self.step == step:
-            act()
-
+    step = random.Random(SEED).randrange(EPOCH, 2 * EPOCH)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_between_batches", between)
+        between_batches(patch, lambda _: act(), step=step)
         with pytest.raises(UserError, match=f"^{named(page)}"):
             train(tmp_path / "hit", recipe(data, epochs=3), verify=verify)
     return step
@@ -352,15 +349,14 @@ def test_a_file_that_nobody_reads_may_be_damaged(tmp_path: Path, whole: Path, da
 
 
 def test_a_truncated_file_is_refused_in_one_line(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Path, spiketrain: Command
 ) -> None:
-    run: Command = command(monkeypatch, capsys)
     path = data / "train.beton"
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(size - 100)
     changes = ("--set", f"data.folder={data}", "--set", "data.size=8")
-    code, _, line = run(
+    code, _, line = spiketrain(
         "launch", "recipes/fashion/sltt.py", "--inline", *changes, "--runs", str(tmp_path / "runs")
     )
     assert (code, len(line.splitlines())) == (2, 1)
@@ -386,9 +382,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(
         match=rf"train\.beton must have {size} bytes by its manifest; got {size - 100}: truncated",
     ):
         train(tmp_path / "hit", recipe(data, epochs=1), verify="sampled")
-    assert [
-        event["step"] for event in events(tmp_path / "hit", "step")
-    ] != []  # it was whole when it was opened
+    assert events(tmp_path / "hit", "step") != []  # it was whole when it was opened
 
 
 LAB = """
@@ -414,8 +408,9 @@ class Flips(SLTT):
 @pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.timeout(400)
+@pytest.mark.usefixtures("own_store")
 def test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
 ) -> None:
     places = np.argsort(permutation(64, seed=0, epoch=0))
     page = max(range(12), key=lambda each: places[slice(*samples_of(each))].min())
@@ -429,13 +424,12 @@ def test_a_page_that_one_of_two_workers_meets_ends_the_run_in_one_line(
     }
     (tmp_path / "damage_lab.py").write_text(LAB.format(**place))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    run, runs = command(monkeypatch, capsys), tmp_path / "runs"
+    runs = tmp_path / "runs"
     flips = importlib.import_module("damage_lab").Flips
     cluster = Cluster(workers=2, device="cpu", verify="full")
     made = recipe(data, rule=spec(flips), backend="deepspeed", batch_size=size)
     prepare(made, cluster, runs, name="hit", trust=("damage_lab",))
-    code, _, said = run("resume", "hit", "--runs", str(runs), "--trust", "damage_lab")
+    code, _, said = spiketrain("resume", "hit", "--runs", str(runs), "--trust", "damage_lab")
     assert code == 2
     assert re.search(named(page), said.strip().splitlines()[-1])
-    assert [event["step"] for event in events(runs / "hit", "start")] == [0]
+    assert steps_of(runs / "hit", "start") == [0]

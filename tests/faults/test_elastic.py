@@ -3,6 +3,7 @@ untouched run.
 """
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,21 +14,23 @@ import pytest
 import torch
 
 from pipeline.launch.ray_cluster import NODES
-from pipeline.track.journal import read
 from pipeline.train.weights import load_run
 from tests.helpers.lab import BATCH, EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.helpers.nodes import Nodes, nodes
+from tests.helpers.small import events, steps_of
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 SEED = 20261127  # of the steps at which something happens
+Launch = Callable[[str, str], Driven]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("elastic")
+    store = shutil.copy(empty_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
         yield folder
 
 
@@ -40,7 +43,7 @@ def unhurt(place: Path) -> Driven:
 
 
 @pytest.fixture
-def driven(place: Path, request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], Driven]]:
+def driven(place: Path, request: pytest.FixtureRequest) -> Iterator[Launch]:
     """Launches a run on a cluster at a pace that it can be met at."""
     started: list[Driven] = []
 
@@ -83,27 +86,17 @@ def assert_as(unhurt: Driven, run: Driven, monkeypatch: pytest.MonkeyPatch) -> N
         )
 
 
-def checkpoints(run: Driven) -> list[int]:
-    return [
-        event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "checkpoint"
-    ]
-
-
 def assert_from_a_checkpoint(start: dict[str, Any], run: Driven) -> None:
     """From the newest that was told of, or from one that was whole just before its writer died."""
-    events = [each for each in read(run.run / "journal.jsonl") if each["time"] < start["time"]]
-    newest = {
-        kind: max(each["step"] for each in events if each["event"] == kind)
+    checkpoint, step = (
+        max(each["step"] for each in events(run.run, kind) if each["time"] < start["time"])
         for kind in ("checkpoint", "step")
-    }
-    assert newest["checkpoint"] <= start["step"] <= newest["step"]
+    )
+    assert checkpoint <= start["step"] <= step
 
 
 def test_a_node_dies(
-    cluster: Nodes,
-    driven: Callable[[str, str], Driven],
-    unhurt: Driven,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Nodes, driven: Launch, unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2 -> 1"""
     first = cluster.add()
@@ -117,10 +110,7 @@ def test_a_node_dies(
 
 
 def test_a_node_dies_and_another_comes(
-    cluster: Nodes,
-    driven: Callable[[str, str], Driven],
-    unhurt: Driven,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Nodes, driven: Launch, unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2 -> 1 -> 2"""
     first = cluster.add()
@@ -132,16 +122,15 @@ def test_a_node_dies_and_another_comes(
     run.lab.pace(2)  # until the other one is there
     cluster.add()
     again = run.start_of(2)
-    assert again["step"] == max(checkpoints(run)) > alone["step"]  # it saved before it grew
+    assert (
+        again["step"] == max(steps_of(run.run, "checkpoint")) > alone["step"]
+    )  # it saved before it grew
     run.finish()
     assert_as(unhurt, run, monkeypatch)
 
 
 def test_one_of_three_nodes_dies(
-    cluster: Nodes,
-    driven: Callable[[str, str], Driven],
-    unhurt: Driven,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Nodes, driven: Launch, unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3 -> 2, of sizes that a user may write: 12 samples do not divide by 5."""
     added = [cluster.add(), cluster.add()]
@@ -156,10 +145,7 @@ def test_one_of_three_nodes_dies(
 
 
 def test_a_node_is_taken_away_after_a_notice(
-    cluster: Nodes,
-    driven: Callable[[str, str], Driven],
-    unhurt: Driven,
-    monkeypatch: pytest.MonkeyPatch,
+    cluster: Nodes, driven: Launch, unhurt: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2 -> 1, saved as soon as the notice is there."""
     first = cluster.add()
@@ -180,10 +166,7 @@ def test_a_node_is_taken_away_after_a_notice(
 
 @pytest.mark.parametrize("sizes", ["2", "2,3"])
 def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
-    cluster: Nodes,
-    driven: Callable[[str, str], Driven],
-    monkeypatch: pytest.MonkeyPatch,
-    sizes: str,
+    cluster: Nodes, driven: Launch, monkeypatch: pytest.MonkeyPatch, sizes: str
 ) -> None:
     """2 -> nobody, as two it has to be."""
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
@@ -196,7 +179,9 @@ def test_whoever_stops_a_run_that_waits_for_a_node_is_told_so(
     assert (waiting["what"], waiting["most_s"]) == ("a place for 2 workers", 3600.0)
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130
-    stopped = read(run.run / "journal.jsonl")[-1]
-    assert stopped["event"] == "stopped" and stopped["step"] == max(checkpoints(run), default=0)
+    stopped = events(run.run)[-1]
+    assert stopped["event"] == "stopped" and stopped["step"] == max(
+        steps_of(run.run, "checkpoint"), default=0
+    )
     assert stopped["reason"] == "asked to stop by SIGINT while its workers had no place"
     assert f"--address {cluster.address}" in stopped["resume_command"]

@@ -10,10 +10,8 @@ import os
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -21,11 +19,14 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.stores import open_store
-from pipeline.track.journal import read
+from pipeline.train import worker
 from pipeline.train.checkpoint import step_name
+from pipeline.train.job import Job, RankInfo
 from tests.faults.test_security import holders, plant
 from tests.helpers.driver import Driver
-from tests.helpers.small import same_weights
+from tests.helpers.processes import run_ranks
+from tests.helpers.small import events, make_run, recipes_of, same_weights
+from tests.helpers.waiting import until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -141,41 +142,34 @@ def faults() -> dict[str, tuple[int, int]]:
 
 
 OPTIONS = (
-    "--workers",
-    "2",
-    "--device",
-    "cpu",
-    "--hang-minutes",
-    "0.3",
-    "--max-restarts",
-    "4",
-    "--trust",
-    "faulty_lab",
+    *("--workers", "2", "--device", "cpu", "--trust", "faulty_lab"),
+    *("--hang-minutes", "0.3", "--max-restarts", "4"),
 )
 
 
-def launched(file: Path, runs: Path) -> Path:
-    words = ["launch", str(file), *OPTIONS, "--runs", str(runs), "--name", file.stem]
+def synced(run: Path) -> str:
+    """The run's status in MLflow after `spiketrain sync`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["spiketrain", *words])
+        patch.setattr("sys.argv", ["spiketrain", "sync", run.name, "--runs", str(run.parent)])
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 0
-    return runs / file.stem
+    return in_mlflow(run)
 
 
 def hunted(file: Path, run: Path) -> list[psutil.Process]:
-    """Launch the run, kill its driver where its turn comes, and resume it; the workers that
-    outlived the driver by 15 s.
+    """Launch the run, kill its driver where its turn comes, and resume it.
+
+    Returns the workers that outlived the driver by 15 s.
     """
     first = Driver("launch", str(file), *OPTIONS, "--name", run.name, run=run, folder=file.parent)
     try:
-        deadline = time.monotonic() + 400
-        while not (file.parent / "driver").exists():
-            assert first.process.poll() is None and time.monotonic() < deadline, (
-                first.log.read_text()[-3000:]
-            )
-            time.sleep(0.05)
+        until(
+            (file.parent / "driver").exists,
+            process=first.process,
+            within=400,
+            said=first.log.read_text,
+        )
         workers = first.workers()
         assert len(workers) == 2
         write_json(file.parent / "doors.json", doors(psutil.Process(first.process.pid)))
@@ -185,6 +179,7 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
         )  # sooner than they would take themselves to hang
     finally:
         first.kill()
+    assert synced(run) == "KILLED"
     second = Driver("resume", run.name, "--trust", "faulty_lab", run=run, folder=file.parent)
     try:
         assert second.end() == 0, second.log.read_text()[-3000:]
@@ -194,12 +189,9 @@ def hunted(file: Path, run: Path) -> list[psutil.Process]:
 
 
 def in_mlflow(run: Path) -> str:
-    [status] = [
-        each.status
-        for each in open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
-        if each.name == run.name
-    ]
-    return status
+    [seen] = open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
+    assert seen.name == run.name
+    return seen.status
 
 
 def doors(driver: psutil.Process) -> list[tuple[str, str]]:
@@ -217,9 +209,11 @@ def doors(driver: psutil.Process) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]]
+    tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]], empty_store: Path
 ) -> Iterator[tuple[Path, Path]]:
-    """The run that met them, and the one that was told to skip what it skipped."""
+    """The run that met them, and one of two plain processes that was told to skip what it
+    skipped.
+    """
     folder = tmp_path_factory.mktemp("faults")
     saved = {name: step_name(newest(step)) for name, (_, step) in faults.items()}
     (folder / "faulty_lab.py").write_text(LAB.format(faults=faults, saved=saved))
@@ -232,7 +226,8 @@ def runs(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        store = shutil.copy(empty_store, folder / "mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
         with tempfile.TemporaryDirectory(
             prefix="ray"
         ) as logs:  # of a short name: sockets lie in it
@@ -246,12 +241,15 @@ def runs(
                 symlinks=True,
                 ignore=lambda _, names: [n for n in names if n == "sockets"],
             )
-            told = launched(folder / "told.py", folder / "runs")
-        yield hit, told
+        [recipe] = recipes_of(folder / "told.py")
+        told = make_run(folder / "runs" / "told", recipe)
+        (folder / "meeting").mkdir()
+        run_ranks(_train, 2, folder / "meeting", told)
+        yield hit, Path(told.run)
 
 
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
+def _train(rank: int, ranks: int, job: Job) -> None:
+    worker.run(job, RankInfo(rank, ranks, "cpu", rank))
 
 
 def test_the_parameters_are_the_same_to_the_bit(
@@ -333,7 +331,7 @@ def test_weights_that_come_apart_are_found_and_given_up(
 def test_a_driver_that_is_killed_takes_its_workers_along_and_the_run_is_resumed(
     runs: tuple[Path, Path], faults: dict[str, tuple[int, int]]
 ) -> None:
-    """Within 15 s. MLflow hears of the end when the run is resumed or synced."""
+    """Within 15 s. MLflow hears of the death when the run is synced, see `hunted`."""
     start = events(runs[0], "start")[6]
     assert (start["step"], start["attempt"]) == (newest(faults["driver"][1]), 6)
     assert in_mlflow(runs[0]) == "FINISHED"

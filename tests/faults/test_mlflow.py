@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.stores import open_store
-from pipeline.track.journal import read
 from pipeline.track.mlflow import sync
 from tests.helpers.lab import EPOCHS, STEPS_PER_EPOCH, Driven, Lab
 from tests.helpers.nodes import free_port
-from tests.helpers.small import same_weights
+from tests.helpers.small import events, same_weights
 from tests.track.test_mlflow import start_server
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
@@ -61,9 +60,7 @@ def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(
         driven.finish()
         server = start_server(store, port)
         run = driven.run
-        trained = [
-            event["time"] for event in read(run / "journal.jsonl") if event["event"] == "step"
-        ]
+        trained = [event["time"] for event in events(run, "step")]
         while_it_hung = [when for when in trained if hangs < when < goes_on]
         assert len(while_it_hung) > 20
         assert max(after - before for before, after in pairwise(while_it_hung)) < TIMEOUT_S / 2

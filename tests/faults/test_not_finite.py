@@ -17,7 +17,6 @@ from pipeline.core.errors import Diverged, remedy
 from pipeline.recipe.recipe import Checkpointing, Policy, Recipe, spec
 from pipeline.rules.ottt import OTTT
 from pipeline.spiking.encode import over_steps
-from pipeline.track.journal import read
 from pipeline.track.state import state_of
 from pipeline.train import checkpointing, trainer, worker
 from pipeline.train.checkpointing import Saving
@@ -26,7 +25,14 @@ from pipeline.train.recovery import Decisions
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, same_weights, small_recipe, train_inline
+from tests.helpers.small import (
+    events,
+    make_run,
+    same_weights,
+    small_recipe,
+    steps_of,
+    train_inline,
+)
 
 REASON = "its gradient is not finite on 1 of 1 worker"  # spikes hide it from the loss
 pytestmark = pytest.mark.timeout(120)
@@ -55,10 +61,6 @@ def hit(patch: pytest.MonkeyPatch, steps: Collection[int]) -> None:
             yield batch._replace(x_TB=nothing_TB) if self.step in steps else batch
 
     patch.setattr(Trainer, "_micro_batches", micro_batches)
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read(run / "journal.jsonl") if event["event"] == kind]
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -105,7 +107,7 @@ def test_several_in_a_row_lead_back_to_the_checkpoint_and_around_them(
     assert (back["step"], back["to"], back["reason"]) == (last, to, REASON)
     assert back["advice"].startswith("lower optimizer.lr (0.1)")
     assert Decisions.read(tmp_path / "hit") == Decisions(1, ((to, last + 1),))
-    assert [start["step"] for start in events(tmp_path / "hit", "start")] == [0, to]
+    assert steps_of(tmp_path / "hit", "start") == [0, to]
     assert same_weights(tmp_path / "hit", told(tmp_path / "told", ((first, last + 1),)))
     assert summary is not None
     assert (summary["skipped_batches"], summary["rollbacks"], summary["restarts"]) == (4, 1, 1)
@@ -155,7 +157,7 @@ def test_it_never_goes_back_to_a_checkpoint_whose_evaluation_was_not_finite(
     quarantined = [event["reason"] for event in events(run, "quarantine")]
     assert quarantined == ["the loss of the evaluation after it is nan"] * 2 * is_saved_before
     train_inline(run, recipe(policy=Policy(max_rollbacks=2)))  # resumed, it goes on from there
-    assert [start["step"] for start in events(run, "start")] == [0, 6, 6]
+    assert steps_of(run, "start") == [0, 6, 6]
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -25,13 +25,12 @@ from pipeline.recipe.recipe import Recipe, spec
 from pipeline.rules.base import LossOf, LossTerm, Rule
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.track.journal import read
 from pipeline.train.job import Job, RankInfo
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_run
 from pipeline.train.worker import run
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, same_weights, small_recipe, train_inline
+from tests.helpers.small import events, make_run, same_weights, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -68,19 +67,15 @@ def test_the_micro_batch_is_halved_until_it_fits(
     assert summary is not None and [on["micro_batch"] for on in summary["trained_on"]] == [
         2
     ]  # nothing of the others is left
-    events = read(tmp_path / "hit" / "journal.jsonl")
-    assert [event["micro_batch"] for event in events if event["event"] == "smaller"] == [4, 2]
-    assert [
-        (event["micro_batch"], event["accumulation"])
-        for event in events
-        if event["event"] == "start"
-    ] == [
-        (8, 1),
-        (4, 2),
-        (2, 4),
-    ]
+    assert [event["micro_batch"] for event in events(tmp_path / "hit", "smaller")] == [4, 2]
+    assert sizes_of(tmp_path / "hit") == [(8, 1), (4, 2), (2, 4)]
     train_inline(tmp_path / "told", small_recipe(micro_batch=2))
     assert same_weights(tmp_path / "hit", tmp_path / "told")
+
+
+def sizes_of(run: Path) -> list[tuple[int, int]]:
+    """The micro-batch and the accumulation of each start."""
+    return [(start["micro_batch"], start["accumulation"]) for start in events(run, "start")]
 
 
 def test_it_is_halved_too_where_another_than_torchs_allocator_says_so(
@@ -89,10 +84,8 @@ def test_it_is_halved_too_where_another_than_torchs_allocator_says_so(
     said = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
     room_for(monkeypatch, 4, error=RuntimeError(said))
     train_inline(tmp_path / "hit", small_recipe(stop_after=1))
-    smaller = [
-        event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "smaller"
-    ]
-    assert [(event["micro_batch"], event["reason"]) for event in smaller] == [(4, said)]
+    [smaller] = events(tmp_path / "hit", "smaller")
+    assert (smaller["micro_batch"], smaller["reason"]) == (4, said)
 
 
 def test_another_error_of_the_device_ends_the_run(
@@ -147,9 +140,7 @@ def samples_of(run: Path, files: list[Path]) -> list[list[str]]:
     """Of each step of the history that survived, by row."""
     told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     found: dict[tuple[int, int], str] = {}
-    for each in survived(
-        told, [event for event in read(run / "journal.jsonl") if event["event"] == "start"]
-    ):
+    for each in survived(told, events(run, "start")):
         for row, sample in zip(each["rows"], each["samples"], strict=True):
             assert (
                 each["step"],
@@ -203,12 +194,9 @@ def test_memory_that_runs_out_in_mid_run_costs_no_sample(
     with monkeypatch.context() as patch:
         written_down(patch, tmp_path / "rows.jsonl", met=(step, row), room=2)
         train_inline(tmp_path / "run", of_20_steps(micro_batch=4))
-    events = read(tmp_path / "run" / "journal.jsonl")
-    assert [
-        (event["step"], event["micro_batch"]) for event in events if event["event"] == "smaller"
-    ] == [(step, 2)]
-    starts = [event for event in events if event["event"] == "start"]
-    assert [(start["micro_batch"], start["accumulation"]) for start in starts] == [(4, 2), (2, 4)]
+    [smaller] = events(tmp_path / "run", "smaller")
+    assert (smaller["step"], smaller["micro_batch"]) == (step, 2)
+    assert sizes_of(tmp_path / "run") == [(4, 2), (2, 4)]
     assert_as_untouched(tmp_path / "run", [tmp_path / "rows.jsonl"], untouched)
 
 
@@ -224,10 +212,7 @@ def test_memory_that_runs_out_on_one_of_two_ranks_in_mid_run_costs_no_sample(
     assert (tmp_path / f"ended{rank}").read_text() == "OutOfMemoryError"
     (tmp_path / "meeting").mkdir()  # of their own: where the first two met, one has left for good
     run_ranks(_written_down, 2, tmp_path / "meeting", job, (step, row))
-    starts = [
-        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"
-    ]
-    assert [(start["micro_batch"], start["accumulation"]) for start in starts] == [(2, 2), (1, 4)]
+    assert sizes_of(tmp_path / "run") == [(2, 2), (1, 4)]
     assert_as_untouched(
         tmp_path / "run", [tmp_path / f"rows{rank}.jsonl" for rank in range(2)], untouched
     )
@@ -292,8 +277,7 @@ def test_mixing_takes_the_next_fewer_that_are_whole_pairs(
     train_inline(
         tmp_path / "hit", small_recipe(batch_size=12, stop_after=2, mixing=spec(Mixing, mixup=0.5))
     )
-    events = read(tmp_path / "hit" / "journal.jsonl")
-    assert [event["micro_batch"] for event in events if event["event"] == "smaller"] == [6, 2]
+    assert [event["micro_batch"] for event in events(tmp_path / "hit", "smaller")] == [6, 2]
 
 
 @pytest.mark.parametrize(
@@ -356,11 +340,7 @@ def test_a_worker_that_dies_of_it_is_spoken_for_by_the_next_attempt(tmp_path: Pa
         run_ranks(_without_room_on_one, 2, tmp_path, job)
     for _ in range(2):  # and once alone
         run(job, RankInfo())
-    told = [
-        event
-        for event in read(tmp_path / "run" / "journal.jsonl")
-        if event["event"] in ("start", "smaller")
-    ]
+    told = events(tmp_path / "run", "start", "smaller")
     assert [(event["event"], event["micro_batch"]) for event in told] == [
         ("start", 4),
         ("smaller", 2),

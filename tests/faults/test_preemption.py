@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from pipeline.models.feedback import fc_feedback
-from pipeline.recipe.recipe import Checkpointing, Spec, spec, write_json
+from pipeline.recipe.recipe import Checkpointing, Recipe, Spec, spec, write_json
 from pipeline.rules.base import Rule
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE
 from pipeline.track.delivery import Translation
-from pipeline.track.journal import read
 from pipeline.train import checkpointing, evaluate_tasks, trainer
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import read_trainer, step_folders
@@ -27,24 +26,25 @@ from pipeline.train.evaluation import Evaluation
 from pipeline.train.job import Job, Notice, RankInfo, no_notice
 from pipeline.train.metadata import rule_metrics
 from pipeline.train.worker import run
+from tests.helpers.interruptions import before_batch, between_batches, dies
+from tests.helpers.interruptions import die as dying
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import make_run, same_weights, small_recipe
+from tests.helpers.small import events, make_run, same_weights, small_recipe, steps_of
 
 SEED = 20261127  # of the steps at which something happens
 ASKED = random.Random(SEED).randrange(1, 8)
 
 
-def steps_of(folder: Path, kind: str) -> list[int]:
-    return [event["step"] for event in read(folder / "journal.jsonl") if event["event"] == kind]
+def rarely_saved(**changes: Any) -> Recipe:
+    """A run that saves at the end of an epoch alone, unless it is asked to."""
+    return small_recipe(checkpoints=Checkpointing(every=0), **changes)
 
 
-@pytest.fixture
-def untouched(tmp_path: Path) -> Path:
-    run(
-        make_run(tmp_path / "untouched", small_recipe(checkpoints=Checkpointing(every=0))),
-        RankInfo(),
-    )
-    return tmp_path / "untouched"
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_ = tmp_path_factory.mktemp("untouched") / "run"
+    run(make_run(run_, rarely_saved()), RankInfo())
+    return run_
 
 
 def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouched: Path) -> None:
@@ -57,16 +57,11 @@ def test_a_notice_is_saved_upon_once_and_the_run_goes_on(tmp_path: Path, untouch
         return Notice(("node",), deadline) if asked >= told else None
 
     deadline = time.time() + 120
-    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
+    job = make_run(tmp_path / "run", rarely_saved())
     assert run(job, RankInfo(notice=notice)) is not None
-    [event] = [
-        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
-    ]
-    assert (
-        event["step"] == told
-        and event["machines"] == ["node"]
-        and 60 < event["seconds_left"] <= 120
-    )
+    [event] = events(tmp_path / "run", "preempted")
+    assert (event["step"], event["machines"]) == (told, ["node"])
+    assert 60 < event["seconds_left"] <= 120
     assert steps_of(tmp_path / "run", "checkpoint") == [told, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
     assert Translation().tags(event) == {"spiketrain.preemptions": "1"}
@@ -80,27 +75,20 @@ def test_a_notice_is_saved_upon_once_more_before_its_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is learnt between the two is not lost with the machine."""
-    original, told, step = trainer.Trainer._micro_batches, [], random.Random(SEED + 2).randrange(3)
+    told, step = [], random.Random(SEED + 2).randrange(3)
 
-    def slowly(self: trainer.Trainer, source: Any) -> Any:
-        if self.step == step:
+    def slowly(training: trainer.Trainer) -> None:
+        if training.step == step:
             told.append(Notice(("node",), time.time() + 3.6))
         time.sleep(0.1 if told else 0.0)
-        return original(self, source)
 
-    monkeypatch.setattr(trainer.Trainer, "_micro_batches", slowly)
+    before_batch(monkeypatch, slowly)
     monkeypatch.setattr(checkpointing, "MARGIN_S", 2.8)
     data = small_recipe().data.with_(samples=160)
-    job = make_run(
-        tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0), data=data, stop_after=12)
-    )
+    job = make_run(tmp_path / "run", rarely_saved(data=data, stop_after=12))
     assert run(job, RankInfo(notice=lambda: told[-1] if told else None)) is not None
     assert steps_of(tmp_path / "run", "preempted") == [step + 1]
-    first, last, *others = [
-        event
-        for event in read(tmp_path / "run" / "journal.jsonl")
-        if event["event"] == "checkpoint"
-    ]
+    first, last, *others = events(tmp_path / "run", "checkpoint")
     assert first["step"] == step + 1 < last["step"] < 12 and last["time"] < told[0].deadline
     assert [event["step"] for event in others] == [12, 12]
 
@@ -109,29 +97,17 @@ def test_who_asks_for_a_save_may_know_of_a_notice_first(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the controller does, which takes the machine's workers away as soon as they have saved."""
-    original, asked = (
-        trainer.Trainer._between_batches,
-        sorted(random.Random(SEED + 3).sample(range(1, 8), 2)),
-    )
+    asked = sorted(random.Random(SEED + 3).sample(range(1, 8), 2))
 
-    def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
-        if self.step in asked:
-            write_json(self.folder / "save", asdict(Notice(("node",), time.time() + 60)))
-        original(self, epoch, last=last)
+    def ask(training: trainer.Trainer) -> None:
+        write_json(training.folder / "save", asdict(Notice(("node",), time.time() + 60)))
 
-    monkeypatch.setattr(trainer.Trainer, "_between_batches", between)
-    assert (
-        run(
-            make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))), RankInfo()
-        )
-        is not None
-    )
-    [event] = [
-        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "preempted"
-    ]  # told once
-    assert (event["step"], event["machines"]) == (asked[0], ["node"]) and 0 < event[
-        "seconds_left"
-    ] <= 60
+    for step in asked:
+        between_batches(monkeypatch, ask, step=step)
+    assert run(make_run(tmp_path / "run", rarely_saved()), RankInfo()) is not None
+    [event] = events(tmp_path / "run", "preempted")  # told once
+    assert (event["step"], event["machines"]) == (asked[0], ["node"])
+    assert 0 < event["seconds_left"] <= 60
     assert steps_of(tmp_path / "run", "checkpoint") == [*asked, 8, 8, 16, 16]
     assert same_weights(tmp_path / "run", untouched)
 
@@ -150,44 +126,39 @@ def test_a_save_that_is_asked_for_comes_at_the_next_step(
         assert not (self.folder / "save").exists()
 
     monkeypatch.setattr(trainer.Trainer, "_between_batches", between)
-    assert (
-        run(
-            make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))), RankInfo()
-        )
-        is not None
-    )
+    assert run(make_run(tmp_path / "run", rarely_saved()), RankInfo()) is not None
     assert steps_of(tmp_path / "run", "checkpoint") == sorted([step, 8, 16])
-    events = [
-        event["event"]
-        for event in read(tmp_path / "run" / "journal.jsonl")
-        if event["event"] != "step"
-    ]
-    assert events.index("checkpoint") < events.index("evaluation")
+    assert told_of(tmp_path / "run")[0][0] == "checkpoint"
     assert same_weights(tmp_path / "run", untouched)
 
 
-def ask_in_an_evaluation(
-    patch: pytest.MonkeyPatch, *, of: int, file: str = "stop", said: str = "SIGTERM"
+def in_an_evaluation(
+    patch: pytest.MonkeyPatch, act: Callable[[trainer.Trainer], None], *, of: int
 ) -> None:
-    """Somebody asks to stop, or to save, while the evaluation after `of` steps is under way, with
-    batches of it to come.
-    """
+    """Act while the evaluation after `of` steps is under way, with batches of it to come."""
     original = trainer.Trainer._evaluate
 
     def evaluate(self: trainer.Trainer) -> list[Evaluation]:
         if self.step == of:
-            (self.folder / file).write_text(said)
+            act(self)
         return original(self)
 
     patch.setattr(evaluate_tasks, "LOOK_S", -1.0)  # after every batch
     patch.setattr(trainer.Trainer, "_evaluate", evaluate)
 
 
+def ask_in_an_evaluation(
+    patch: pytest.MonkeyPatch, *, of: int, file: str = "stop", said: str = "SIGTERM"
+) -> None:
+    """Somebody asks to stop, or to save."""
+    in_an_evaluation(patch, lambda training: (training.folder / file).write_text(said), of=of)
+
+
 @pytest.mark.parametrize("step", [8, 16])
 def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
+    job = make_run(tmp_path / "run", rarely_saved())
     with monkeypatch.context() as patch:
         ask_in_an_evaluation(patch, of=step)
         assert run(job, RankInfo()) is None
@@ -230,82 +201,45 @@ def test_of_no_batch_nothing_is_told(rule: Rule) -> None:
     assert rule_metrics(rule, Ranks(), saved) == saved
 
 
+@pytest.mark.parametrize("how", ["a save", "a notice"])
 def test_a_save_waits_for_no_evaluation_which_is_begun_anew(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    notice = json.dumps(asdict(Notice(("node",), time.time() + 60)))
-    ask_in_an_evaluation(monkeypatch, of=8, file="save", said=notice)
-    assert (
-        run(
-            make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0))), RankInfo()
-        )
-        is not None
-    )
-    assert not (tmp_path / "run" / "save").exists()
-    assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert steps_of(tmp_path / "run", "checkpoint") == [
-        8,
-        8,
-        16,
-        16,
-    ]  # the second of each with its score
-    assert evaluations(tmp_path / "run") == evaluations(untouched)
-    assert same_weights(tmp_path / "run", untouched)
-
-
-def test_a_notice_waits_for_no_evaluation(
-    tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
-    assert run(job, RankInfo(notice=told_in_an_evaluation(monkeypatch, of=8))) is not None
-    assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert steps_of(tmp_path / "run", "preempted") == [8]
-    assert evaluations(tmp_path / "run") == evaluations(untouched)
-    assert same_weights(tmp_path / "run", untouched)
+    run_, notice = tmp_path / "run", no_notice
+    if how == "a save":
+        asked = json.dumps(asdict(Notice(("node",), time.time() + 60)))
+        ask_in_an_evaluation(monkeypatch, of=8, file="save", said=asked)
+    else:
+        notice = told_in_an_evaluation(monkeypatch, of=8)
+    assert run(make_run(run_, rarely_saved()), RankInfo(notice=notice)) is not None
+    assert not (run_ / "save").exists()
+    assert told_of(run_)[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
+    assert steps_of(run_, "preempted") == [8]
+    # The second checkpoint of each has its score.
+    assert steps_of(run_, "checkpoint") == [8, 8, 16, 16]
+    assert evaluations(run_) == evaluations(untouched)
+    assert same_weights(run_, untouched)
 
 
 def told_in_an_evaluation(patch: pytest.MonkeyPatch, *, of: int) -> Callable[[], Notice | None]:
-    """What a worker hears whom Ray tells of a machine while the evaluation after `of` steps is
-    under way.
-    """
-    original, told = trainer.Trainer._evaluate, []
-
-    def evaluate(self: trainer.Trainer) -> list[Evaluation]:
-        if self.step == of:
-            told.append(Notice(("node",), time.time() + 60))
-        return original(self)
-
-    patch.setattr(evaluate_tasks, "LOOK_S", -1.0)  # after every batch
-    patch.setattr(trainer.Trainer, "_evaluate", evaluate)
+    """What a worker hears whom Ray tells of a machine then."""
+    told: list[Notice] = []
+    in_an_evaluation(patch, lambda _: told.append(Notice(("node",), time.time() + 60)), of=of)
     return lambda: told[-1] if told else None
 
 
 def told_of(folder: Path) -> list[tuple[str, int]]:
-    kinds = ("preempted", "checkpoint", "evaluation")
-    return [
-        (event["event"], event["step"])
-        for event in read(folder / "journal.jsonl")
-        if event["event"] in kinds
-    ]
-
-
-class Killed(BaseException):
-    """Stands for a worker that dies."""
+    found = events(folder, "preempted", "checkpoint", "evaluation")
+    return [(event["event"], event["step"]) for event in found]
 
 
 def test_what_dies_in_an_evaluation_has_saved_before_it(
     tmp_path: Path, untouched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
+    job = make_run(tmp_path / "run", rarely_saved())
     monkeypatch.setattr(checkpointing, "UNSAVED_S", -1.0)
-
-    def dies(*args: object, **more: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate_tasks", dies)
-        with pytest.raises(Killed):
-            run(job, RankInfo())
+    with dies(lambda patch: patch.setattr(trainer, "evaluate_tasks", dying)):
+        run(job, RankInfo())
     assert run(job, RankInfo()) is not None
     assert steps_of(tmp_path / "run", "start") == [0, 8]
     assert steps_of(tmp_path / "run", "checkpoint") == [
@@ -321,30 +255,19 @@ def test_what_dies_in_an_evaluation_has_saved_before_it(
 
 
 @pytest.mark.distributed
-def test_two_ranks_leave_an_evaluation_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("file", "kind", "at", "evaluated"),
+    [("stop", "stopped", [8], []), ("save", "checkpoint", [8, 8, 16], [8, 16])],
+)
+def test_two_ranks_leave_an_evaluation_together_or_save_in_it(
+    tmp_path: Path, file: str, kind: str, at: list[int], evaluated: list[int]
 ) -> None:
-    """Also where one of them alone has seen that it is to stop, or has no more batches."""
-    job = make_run(
-        tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0), backend="deepspeed")
-    )
-    assert run_ranks(_asked_one, 2, tmp_path, job, "stop") == [None, None]
-    assert (steps_of(tmp_path / "run", "stopped"), steps_of(tmp_path / "run", "evaluation")) == (
-        [8],
-        [],
-    )
-
-
-@pytest.mark.distributed
-def test_two_ranks_save_in_an_evaluation_together(tmp_path: Path) -> None:
-    job = make_run(
-        tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0), backend="deepspeed")
-    )
-    run_ranks(_asked_one, 2, tmp_path, job, "save")
-    assert (steps_of(tmp_path / "run", "checkpoint"), steps_of(tmp_path / "run", "evaluation")) == (
-        [8, 8, 16],
-        [8, 16],
-    )
+    """Also where one of them alone has seen what is asked, or has no more batches."""
+    job = make_run(tmp_path / "run", rarely_saved(backend="deepspeed"))
+    summaries = run_ranks(_asked_one, 2, tmp_path, job, file)
+    assert [each is None for each in summaries] == [file == "stop"] * 2
+    assert steps_of(tmp_path / "run", kind) == at
+    assert steps_of(tmp_path / "run", "evaluation") == evaluated
 
 
 def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
@@ -358,13 +281,11 @@ def _asked_one(rank: int, ranks: int, job: Job, file: str) -> object:
 
 @pytest.mark.distributed
 def test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard(tmp_path: Path) -> None:
-    job = make_run(tmp_path / "run", small_recipe(checkpoints=Checkpointing(every=0)))
+    job = make_run(tmp_path / "run", rarely_saved())
     run_ranks(_told_to_one, 2, tmp_path, job)
     assert told_of(tmp_path / "run")[:3] == [("preempted", 8), ("checkpoint", 8), ("evaluation", 8)]
-    assert (steps_of(tmp_path / "run", "preempted"), steps_of(tmp_path / "run", "evaluation")) == (
-        [8],
-        [8, 16],
-    )
+    assert steps_of(tmp_path / "run", "preempted") == [8]
+    assert steps_of(tmp_path / "run", "evaluation") == [8, 16]
 
 
 def _told_to_one(rank: int, ranks: int, job: Job) -> None:
@@ -384,15 +305,8 @@ def test_a_group_that_is_taken_from_workers_who_train_is_no_refusal(tmp_path: Pa
 
 
 def _without_a_group(rank: int, ranks: int, job: Job) -> str:
-    original = trainer.Trainer._between_batches
-
-    def between(self: trainer.Trainer, epoch: int, *, last: bool) -> None:
-        if self.step == ASKED:
-            torch.distributed.destroy_process_group()
-        original(self, epoch, last=last)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_between_batches", between)
+        between_batches(patch, lambda _: torch.distributed.destroy_process_group(), step=ASKED)
         with pytest.raises(RuntimeError) as raised:
             run(job, RankInfo(rank, ranks, "cpu", rank))
     torch.distributed.init_process_group(
@@ -402,11 +316,7 @@ def _without_a_group(rank: int, ranks: int, job: Job) -> str:
 
 
 def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    return [
-        (event["step"], event["metrics"])
-        for event in read(folder / "journal.jsonl")
-        if event["event"] == "evaluation"
-    ]
+    return [(event["step"], event["metrics"]) for event in events(folder, "evaluation")]
 
 
 @pytest.mark.parametrize(
@@ -416,6 +326,6 @@ def test_a_run_that_stopped_says_who_asked(tmp_path: Path, said: str, reason: st
     job = make_run(tmp_path / "run", small_recipe())
     (tmp_path / "run" / "stop").write_text(said)
     assert run(job, RankInfo()) is None
-    stopped = read(tmp_path / "run" / "journal.jsonl")[-1]
+    stopped = events(tmp_path / "run")[-1]
     assert stopped["reason"] == reason
     assert Translation().tags(stopped) == {"spiketrain.stopped": reason}

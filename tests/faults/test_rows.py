@@ -217,7 +217,6 @@ ROWS: dict[str, tuple[str, ...]] = {
         *(f"{ELASTIC}::test_a_node_is_taken_away_after_a_notice",),
         *("faults/test_preemption.py::test_a_notice_is_saved_upon_once_and_the_run_goes_on",),
         *("faults/test_preemption.py::test_a_notice_is_saved_upon_once_more_before_its_deadline",),
-        *("faults/test_preemption.py::test_a_notice_waits_for_no_evaluation",),
         *(
             "faults/test_preemption.py::test_two_ranks_save_in_an_evaluation_upon_what_one_of_them_has_heard",
         ),

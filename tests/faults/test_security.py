@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray_auth import draw_token
 from pipeline.launch.ray_cluster import worker_environment
-from pipeline.recipe.recipe import Recipe, read_json, write_json
+from pipeline.recipe.recipe import read_json, write_json
+from pipeline.report.stores import open_store
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.checkpoint import (
     WEIGHTS,
@@ -42,33 +44,20 @@ from pipeline.train.checkpoint import (
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
 from pipeline.train.export import _digest
+from tests.helpers.interruptions import dies_at
 from tests.helpers.processes import run_ranks
-from tests.helpers.small import Command, command, make_run, small_recipe, train_inline
-from tests.train.test_worker import train_and_die
+from tests.helpers.small import Command, Refused, make_run, small_recipe, train_inline
 
 pytestmark = pytest.mark.timeout(120)
 SECRET = "sesame-b41f0c"
 RECIPE = """
 from dataclasses import replace
 from pipeline.recipe.recipe import spec
-from tests.helpers.processes import run_ranks
 from tests.helpers.small import small_recipe
 
 def recipe():
     return replace(small_recipe(), {change})
 """
-
-
-@pytest.fixture
-def spiketrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return command(monkeypatch, capsys)
-
-
-def refusal(code: int, error: str) -> str:
-    """The one line that it is."""
-    assert code == 2, error
-    assert len(error.strip().splitlines()) == 1, error
-    return error
 
 
 # ------------------------------------------------------------------------------------------ secrets
@@ -139,31 +128,25 @@ def test_a_token_that_the_user_names_is_that_of_a_cluster_of_our_own(
 
 
 def test_a_run_and_its_store_hold_no_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+    tmp_path: Path, own_store: str, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
 ) -> None:
     plant(monkeypatch)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store/mlflow.db")
-    (tmp_path / "store").mkdir()
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=4"))
     words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"))
     code, said, error = spiketrain(*words, "--name", "whole")
     assert code == 0, error
-    assert (tmp_path / "store" / "mlflow.db").exists() and read_json(
-        tmp_path / "runs" / "whole" / "mlflow.json"
-    )["run_id"]
+    run_id = read_json(tmp_path / "runs" / "whole" / "mlflow.json")["run_id"]
+    assert run_id in [seen.id for seen in open_store(own_store).listed()]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "pipeline.train.evaluation.Evaluation.__init__", _fail
+            "pipeline.train.evaluation.Evaluation.__init__",
+            Mock(side_effect=KeyError("the cable fell out")),
         )  # with a traceback in its journal
         with pytest.raises(KeyError):
             spiketrain(*words, "--name", "failed")
     assert "KeyError" in (tmp_path / "runs" / "failed" / "journal.jsonl").read_text()
     assert SECRET not in said + error
     assert holders(tmp_path) == []
-
-
-def _fail(*words: Any, **more: Any) -> None:
-    raise KeyError("the cable fell out")
 
 
 @pytest.mark.parametrize(
@@ -238,12 +221,6 @@ def reseal(folder: Path) -> None:
     assert damage(folder) is None
 
 
-def broken_off(run: Path, recipe: Recipe, patch: pytest.MonkeyPatch) -> Path:
-    """A run that died in batch 5, and its newest checkpoint."""
-    train_and_die(patch, 5, run, recipe)
-    return step_folders(run / "checkpoints")[-1]
-
-
 @pytest.mark.parametrize(
     ("name", "how"),
     [
@@ -257,7 +234,9 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     name: str, how: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(stop_after=7, ema_decay=0.9)
-    newest = broken_off(tmp_path / "it", recipe, monkeypatch)
+    with dies_at(5):
+        train_inline(tmp_path / "it", recipe)
+    newest = step_folders(tmp_path / "it" / "checkpoints")[-1]
     how(newest / name, tmp_path / "harmed")
     reseal(newest)
     with pytest.raises(
@@ -311,7 +290,9 @@ def tampered_with(rank: int, ranks: int) -> None:
     shutil.rmtree(here)
 
 
-def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Command) -> None:
+def test_weights_that_are_a_pickle_are_refused(
+    tmp_path: Path, spiketrain: Command, refused: Refused
+) -> None:
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=2"))
     recipe, runs = str(tmp_path / "small.py"), ("--runs", str(tmp_path / "runs"))
     with Inline() as launcher:
@@ -322,12 +303,10 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Comma
     for name in ("weights.pt", "weights.safetensors"):
         harmful_alone(tmp_path / name, tmp_path / "harmed")
         for what in (("it", *runs), (recipe,)):
-            code, _, error = spiketrain("evaluate", *what, "--weights", str(tmp_path / name))
-            assert f"{name} must hold weights" in refusal(code, error)
-        code, _, error = spiketrain(
-            "launch", recipe, "--inline", "--set", f"init={tmp_path / name}", *runs
-        )
-        assert name in refusal(code, error)
+            line = refused("evaluate", *what, "--weights", str(tmp_path / name))
+            assert f"{name} must hold weights" in line
+        started = ("--set", f"init={tmp_path / name}")
+        assert name in refused("launch", recipe, "--inline", *started, *runs)
     newest = step_folders(tmp_path / "runs" / "it" / "checkpoints")[-1]
     harmful(
         newest / "plain" / "state.pt", tmp_path / "harmed"
@@ -344,14 +323,13 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path: Path, spiketrain: Comma
         ("evaluate", "it"),
         ("export", "it", "--out", str(tmp_path / "other.safetensors")),
     ):
-        code, _, error = spiketrain(*words, *runs)
-        assert "must hold weights" in refusal(code, error)
+        assert "must hold weights" in refused(*words, *runs)
     assert not (tmp_path / "harmed").exists()
 
 
 @pytest.mark.parametrize("where", ["timm.models", "timm.models._helpers"])
 def test_a_pickle_that_a_recipe_has_read_is_not_run(
-    where: str, tmp_path: Path, spiketrain: Command
+    where: str, tmp_path: Path, refused: Refused
 ) -> None:
     """By a function that reads pickles where it is told to, of a package of which others make
     parts.
@@ -369,8 +347,7 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
         ("evaluate", "it"),
         ("export", "it", "--out", str(tmp_path / "out")),
     ):
-        code, _, error = spiketrain(*words, *runs)
-        assert said in refusal(code, error)
+        assert said in refused(*words, *runs)
     told = {
         "format": "spiketrain",
         "version": "1",
@@ -389,23 +366,12 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
 
 
 @pytest.mark.parametrize("name", ["../out", "..", "", "a/b", "/tmp/out"])
-def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, spiketrain: Command) -> None:
+def test_a_name_stays_in_the_folder_of_runs(name: str, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "small.py").write_text(RECIPE.format(change="stop_after=1"))
-    words = (
-        "launch",
-        str(tmp_path / "small.py"),
-        "--inline",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--name",
-        name,
-    )
+    words = ("launch", str(tmp_path / "small.py"), "--inline", "--runs", str(tmp_path / "runs"))
     for more in ((), ("--or-resume",), ("--seeds", "2")):
-        code, _, error = spiketrain(*words, *more)
-        assert (
-            refusal(code, error)
-            == f"launch: --name must be a name in {tmp_path / 'runs'}; got {name!r}\n"
-        )
+        line = refused(*words, "--name", name, *more)
+        assert line == f"launch: --name must be a name in {tmp_path / 'runs'}; got {name!r}"
     assert [path.name for path in tmp_path.iterdir()] == ["small.py"]
 
 
@@ -428,7 +394,7 @@ def test_a_run_from_elsewhere_names_no_folder_elsewhere(
 
 
 def test_a_run_from_elsewhere_leads_to_no_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spiketrain: Command
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
     """Whoever is joined is shown the token, and may run what they like here."""
     plant(monkeypatch)
@@ -436,13 +402,13 @@ def test_a_run_from_elsewhere_leads_to_no_cluster(
         elsewhere.setblocking(False)
         address = f"127.0.0.1:{elsewhere.getsockname()[1]}"
         prepare(small_recipe(), Cluster(address=address), tmp_path / "runs", name="it")
-        code, _, error = spiketrain("resume", "it", "--runs", str(tmp_path / "runs"))
-        assert f"needs --address anew; got none, it was {address}" in refusal(code, error)
+        line = refused("resume", "it", "--runs", str(tmp_path / "runs"))
+        assert f"needs --address anew; got none, it was {address}" in line
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
 
 
-def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Command) -> None:
+def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, refused: Refused) -> None:
     prepare(small_recipe(), Cluster(inline=True), tmp_path / "runs", name="it")
     file, runs = tmp_path / "runs" / "it" / "recipe.json", ("--runs", str(tmp_path / "runs"))
     value = read_json(file)
@@ -462,8 +428,7 @@ def test_a_saved_recipe_names_no_code_but_ours(tmp_path: Path, spiketrain: Comma
             ("evaluate", "it"),
             ("export", "it", "--out", str(tmp_path / "out")),
         ):
-            code, _, error = spiketrain(*words, *runs)
-            assert f"{target} is not in a trusted package" in refusal(code, error)
+            assert f"{target} is not in a trusted package" in refused(*words, *runs)
     assert not (tmp_path / "harmed").exists()
 
 

@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch.signals import ECHO_S
-from pipeline.track.journal import read
 from pipeline.train.checkpoint import step_folders
 from tests.helpers.lab import Driven, Lab
-from tests.helpers.small import same_weights
+from tests.helpers.small import events, same_weights, steps_of
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.timeout(900),
+    pytest.mark.usefixtures("own_store"),
+]
 
 SEED = 20261128
 
@@ -39,7 +42,6 @@ def driven() -> Iterator[Callable[..., Driven]]:
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     tmp_path: Path, driven: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     whole = driven(Lab(tmp_path / "whole"))
     whole.finish()
     draw = random.Random(SEED)
@@ -53,7 +55,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
         run.process.send_signal(number)
         assert run.process.wait(60) == 130, run.log.read_text()
         assert time.monotonic() - asked < 45  # what a step and MLflow take, on a busy machine
-        stopped = read(run.run / "journal.jsonl")[-1]
+        stopped = events(run.run)[-1]
         assert (stopped["event"], stopped["reason"]) == (
             "stopped",
             f"asked to stop by {number.name}",
@@ -70,15 +72,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
     time.sleep(ECHO_S + 0.3)
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(20) == 130
-    assert read(run.run / "journal.jsonl")[-1]["event"] != "stopped"
+    assert events(run.run)[-1]["event"] != "stopped"
     newest = int(step_folders(run.run / "checkpoints")[-1].name.removeprefix("step_"))
     assert newest <= at
 
     lab.pace(0)
     driven(lab).finish()
-    starts = [
-        event["step"] for event in read(run.run / "journal.jsonl") if event["event"] == "start"
-    ]
+    starts = steps_of(run.run, "start")
     assert len(starts) == 6 and starts[-1] == newest
     monkeypatch.syspath_prepend(lab.folder)
     assert same_weights(run.run, whole.run, trust=["told_lab"])
@@ -95,15 +95,11 @@ def shown_until(master: int, lost: threading.Event) -> None:
 
 @pytest.mark.parametrize("where", [("--inline",), ("--workers", "2")], ids=["inline", "under Ray"])
 def test_a_lost_terminal_saves_and_stops(
-    tmp_path: Path,
-    driven: Callable[..., Driven],
-    monkeypatch: pytest.MonkeyPatch,
-    where: tuple[str, ...],
+    tmp_path: Path, driven: Callable[..., Driven], where: tuple[str, ...]
 ) -> None:
     """As of an ssh that ended: all processes of the session get the signal, and what they write
     fails.
     """
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     lab = Lab(tmp_path / "lost")
     lab.pace(0.1)
     master, slave = os.openpty()
@@ -118,6 +114,6 @@ def test_a_lost_terminal_saves_and_stops(
     assert not reader.is_alive()
     os.killpg(run.process.pid, signal.SIGHUP)
     assert run.process.wait(60) == 130
-    stopped = read(run.run / "journal.jsonl")[-1]
+    stopped = events(run.run)[-1]
     assert (stopped["event"], stopped["reason"]) == ("stopped", "asked to stop by SIGHUP")
     assert step_folders(run.run / "checkpoints")[-1].name == f"step_{stopped['step']:08d}"

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.lab import Driven, Lab
-from tests.helpers.small import Command, command, same_weights
+from tests.helpers.small import Command, same_weights
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 SEED = 20261127  # of the step at which the first one is stopped
-
-spiketrain = pytest.fixture(command)
 
 
 @pytest.fixture

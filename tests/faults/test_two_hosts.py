@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from pipeline.launch.ray_cluster import NODES
-from pipeline.track.journal import last, read
-from tests.helpers.small import same_weights
+from pipeline.track.journal import last
+from tests.helpers.small import events, same_weights
+from tests.helpers.waiting import until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -96,17 +97,8 @@ class Hosts:
     def launch(
         self, host: str | None, name: str, *words: str, token: bool = True
     ) -> subprocess.Popen[str]:
-        told = [
-            "--workers",
-            "2",
-            "--device",
-            "cpu",
-            "--runs",
-            str(self.folder / "runs"),
-            "--name",
-            name,
-        ]
-        told += ["--node-loss", "patient", "--trust", "slow_lab"]
+        told = ["--workers", "2", "--device", "cpu", "--node-loss", "patient"]
+        told += ["--trust", "slow_lab", "--runs", str(self.folder / "runs"), "--name", name]
         return self.on(
             host, "spiketrain", "launch", "lab.py", *told, *words, token=token, log=f"{name}.log"
         )
@@ -124,20 +116,8 @@ def namespaces(names: dict[str, str]) -> Iterator[None]:
         for name in names.values():
             ip("netns", "add", name)
             ends.callback(ip, "netns", "del", name)
-        ip(
-            "link",
-            "add",
-            LINK,
-            "netns",
-            names["a"],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            LINK,
-            "netns",
-            names["b"],
-        )
+        pair = (LINK, "netns", names["a"], "type", "veth", "peer", "name", LINK)
+        ip("link", "add", *pair, "netns", names["b"])
         for host, name in names.items():
             ip("-n", name, "addr", "add", f"{ADDRESS[host]}/24", "dev", LINK)
             for device in ("lo", LINK):
@@ -164,21 +144,17 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         ):
             short = Path(f"/tmp/st-{os.getpid()}-{host}")  # a socket's name has at most 107 bytes
             ends.callback(shutil.rmtree, short, ignore_errors=True)
-            words = (
-                "ray",
-                "start",
-                *how,
-                "--node-ip-address",
-                ADDRESS[host],
-                "--num-cpus",
-                "1",
-                "--block",
-            )
+            where = ("--node-ip-address", ADDRESS[host], "--num-cpus", "1", "--block")
             made.environment["RAY_TMPDIR"] = str(short)
-            ray = made.on(host, *words, log=f"ray-{host}.log")
+            ray = made.on(host, "ray", "start", *how, *where, log=f"ray-{host}.log")
             ends.callback(_end, ray)
             log = made.folder / f"ray-{host}.log"
-            until(lambda log=log: "Ray runtime started" in log.read_text(), ray, within=90)
+            until(
+                lambda log=log: "Ray runtime started" in log.read_text(),
+                process=ray,
+                within=90,
+                said=log.read_text,
+            )
         del made.environment["RAY_TMPDIR"]
         yield made
 
@@ -191,14 +167,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def until(is_so: Callable[[], bool], process: subprocess.Popen[str], *, within: float) -> None:
-    deadline = time.monotonic() + within
-    while not is_so():
-        assert process.poll() is None, f"ended with {process.returncode}"
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.1)
 
 
 def test_a_client_without_the_token_is_told_so(hosts: Hosts) -> None:
@@ -232,18 +200,10 @@ def test_a_client_that_has_lost_its_token_is_told_so(
 
 
 def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
-    doctor = hosts.on(
-        "a",
-        "spiketrain",
-        "doctor",
-        "--address",
-        HEAD,
-        "--runs",
-        str(hosts.folder / "runs"),
-        log="doctor.log",
-    )
-    assert doctor.wait(300) == 0, (hosts.folder / "doctor.log").read_text()
-    said = (hosts.folder / "doctor.log").read_text()
+    where = ("--address", HEAD, "--runs", str(hosts.folder / "runs"))
+    doctor = hosts.on("a", "spiketrain", "doctor", *where, log="doctor.log")
+    status, said = doctor.wait(300), (hosts.folder / "doctor.log").read_text()
+    assert status == 0, said
     assert "the same on 2 nodes" in said and said.count("images were written and read") == 2
     assert f"the Ray at {HEAD} asks for its token" in said
     assert "2 processes reach one another" in said
@@ -262,7 +222,7 @@ def test_a_link_that_was_cut_and_mended_costs_no_bit(
         step = last(run / "journal.jsonl", "step") if (run / "journal.jsonl").exists() else None
         return step is not None and step["step"] >= at
 
-    until(has_come, training, within=120)
+    until(has_come, process=training, within=120)
     hosts.link("down")
     time.sleep(CUT_S)
     before = last(run / "journal.jsonl", "step")
@@ -271,8 +231,6 @@ def test_a_link_that_was_cut_and_mended_costs_no_bit(
     assert before is not None and before["step"] < 120, (
         "the training had ended before the link was cut"
     )
-    assert {
-        event["world_size"] for event in read(run / "journal.jsonl") if event["event"] == "start"
-    } == {2}
+    assert {start["world_size"] for start in events(run, "start")} == {2}
     monkeypatch.syspath_prepend(hosts.folder)
     assert same_weights(run, alone, trust=("slow_lab",))

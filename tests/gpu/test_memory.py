@@ -16,10 +16,9 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.track.journal import read
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.cards import device_of
-from tests.helpers.small import make_run, small_recipe
+from tests.helpers.small import events, make_run, small_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -52,11 +51,7 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
     job = make_run(tmp_path / "run", recipe)
     with Inline(device="gpu") as launcher:
         assert launcher.run(job, "test") is not None
-    sizes = [
-        event["micro_batch"]
-        for event in read(tmp_path / "run" / "journal.jsonl")
-        if event["event"] == "smaller"
-    ]
+    sizes = [event["micro_batch"] for event in events(tmp_path / "run", "smaller")]
     assert sizes and sizes == [256 // 2**n for n in range(1, len(sizes) + 1)]
 
 

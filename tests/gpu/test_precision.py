@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.launch.in_process import Inline
-from pipeline.track.journal import read
 from tests.helpers.cards import device_of
-from tests.helpers.small import make_run, small_recipe
+from tests.helpers.small import events, make_run, small_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -26,9 +25,7 @@ def test_products_and_convolutions_are_computed_as_a_run_tells(
     job = make_run(tmp_path / "run", small_recipe(precision=precision, stop_after=1))
     with Inline(device="gpu") as launcher:
         launcher.run(job, "test")
-    [start] = [
-        event for event in read(tmp_path / "run" / "journal.jsonl") if event["event"] == "start"
-    ]
+    [start] = events(tmp_path / "run", "start")
     assert start["precision"] == precision
     expected = NEAR_ONE if precision == "fp32" else 1.0
     assert (

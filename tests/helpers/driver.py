@@ -39,15 +39,8 @@ class Driver:
             self.process = subprocess.Popen(
                 # No preexec_fn, which may hang where a process has threads.
                 [
-                    "setpriv",
-                    "--pdeathsig",
-                    "KILL",
-                    sys.executable,
-                    "-m",
-                    "pipeline",
-                    *words,
-                    "--runs",
-                    str(run.parent),
+                    *("setpriv", "--pdeathsig", "KILL", sys.executable),
+                    *("-m", "pipeline", *words, "--runs", str(run.parent)),
                 ],
                 stdin=terminal,
                 stdout=log if terminal is None else terminal,

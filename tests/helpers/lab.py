@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.survived import survived
-from pipeline.track.journal import read
 from tests.helpers.driver import Driver
 from tests.helpers.nodes import TOKEN
+from tests.helpers.small import events
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 12, 10, 4
 LAB = '''
@@ -65,11 +65,7 @@ class Lab:
                 told.append(
                     {"step": int(step), "row": int(row), "sample": sample, "time": int(when) / 1e9}
                 )
-        starts = [
-            event
-            for event in read(self.folder / "runs" / "run" / "journal.jsonl")
-            if event["event"] == "start"
-        ]
+        starts = events(self.folder / "runs" / "run", "start")
         found: dict[tuple[int, int], str] = {}
         for each in survived(told, starts):
             place = each["step"], each["row"]

@@ -17,12 +17,16 @@ from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.files import load_recipe
 from pipeline.recipe.recipe import Checkpointing, Recipe, spec, write_json
 from pipeline.rules.sltt import SLTT
+from pipeline.track.journal import read
 from pipeline.train.job import Job
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
 from pipeline.train.weights import load_run
 
 Command = Callable[..., tuple[int, str, str]]
+"""from the words of a command to its exit code, stdout and stderr"""
+Refused = Callable[..., str]
+"""from the words of a command to the line that refuses it"""
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
@@ -99,6 +103,16 @@ def train_inline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     job = job_of(folder, recipe) if folder.exists() else make_run(folder, recipe)
     with Inline() as launcher:
         return launcher.run(job, "test")
+
+
+def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The events of these kinds in the run's journal; all of them without a kind."""
+    return [event for event in read(run / "journal.jsonl") if not kinds or event["event"] in kinds]
+
+
+def steps_of(run: Path, kind: str) -> list[int]:
+    """The steps of the events of one kind in the run's journal."""
+    return [event["step"] for event in events(run, kind)]
 
 
 def same_weights(one: Path, other: Path, *, trust: Sequence[str] = ()) -> bool:

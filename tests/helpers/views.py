@@ -3,9 +3,9 @@
 import math
 
 import numpy as np
-from ffcv.libffcv import resize_crop
 
 from pipeline.core.random import CROP, bits
+from pipeline.data.ffcv.api import resize_crop
 from pipeline.data.ffcv.augment import lookup
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

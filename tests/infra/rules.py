@@ -6,7 +6,7 @@ import copy
 import functools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,42 +58,47 @@ def _built(folder: Path) -> list[Manifest]:
 def containers(node: Any) -> list[Manifest]:
     """Every container that a manifest names, whatever its kind."""
     found: list[Manifest] = []
-    for key, value in (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, list)
-        else ()
-    ):
+    for key, value in _children(node):
         is_list = key in ("containers", "initContainers") and isinstance(value, list)
         found += value if is_list else containers(value)
     return found
 
 
+def when(broken: object, complaint: str) -> Sequence[str]:
+    """The complaint, where what it is about is broken."""
+    return [complaint] if broken else []
+
+
 def authentication(manifest: Manifest) -> Iterator[str]:
     for spec in _clusters(manifest):
-        if spec.get("authOptions") != {"mode": "token"}:
-            yield f"authOptions must be mode: token; got {spec.get('authOptions')}"
+        yield from when(
+            spec.get("authOptions") != {"mode": "token"},
+            f"authOptions must be mode: token; got {spec.get('authOptions')}",
+        )
 
 
 def secrets(manifest: Manifest) -> Iterator[str]:
     """By reference only, and optional: without MLflow's the runs keep their own store."""
-    if manifest["kind"] == "Secret":
-        yield "a Secret must not lie among the manifests"
+    yield from when(manifest["kind"] == "Secret", "a Secret must not lie among the manifests")
     for container in containers(manifest):
         for variable in container.get("env", ()):
-            if "value" in variable and re.search(
-                "TOKEN|PASSWORD|SECRET|CREDENTIAL|_KEY$|_URI$", variable["name"].upper()
-            ):
-                yield (
-                    f"{container['name']}: {variable['name']} must come from a Secret; got a value"
-                )
+            yield from when(
+                "value" in variable
+                and re.search(
+                    "TOKEN|PASSWORD|SECRET|CREDENTIAL|_KEY$|_URI$", variable["name"].upper()
+                ),
+                f"{container['name']}: {variable['name']} must come from a Secret; got a value",
+            )
         for source in container.get("envFrom", ()):
-            if set(source) != {"secretRef"} or source["secretRef"].get("optional") is not True:
-                yield f"{container['name']}: envFrom must be an optional secretRef; got {source}"
+            yield from when(
+                set(source) != {"secretRef"} or source["secretRef"].get("optional") is not True,
+                f"{container['name']}: envFrom must be an optional secretRef; got {source}",
+            )
     for path, text in _texts(manifest):
-        if re.search(r"\w+://[^/\s]*:[^/\s]*@", text):
-            yield f"{path}: a password must not stand in an address"
+        yield from when(
+            re.search(r"\w+://[^/\s]*:[^/\s]*@", text),
+            f"{path}: a password must not stand in an address",
+        )
 
 
 def user(manifest: Manifest) -> Iterator[str]:
@@ -106,13 +111,14 @@ def user(manifest: Manifest) -> Iterator[str]:
             ("runAsGroup", 10001),
             ("fsGroup", 10001),
         ):
-            if context.get(name) != value:
-                yield f"a pod's {name} must be {value}; got {context.get(name)}"
-        if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
-            yield (
-                "a pod's seccompProfile must be RuntimeDefault; got"
-                f" {context.get('seccompProfile')}"
+            yield from when(
+                context.get(name) != value,
+                f"a pod's {name} must be {value}; got {context.get(name)}",
             )
+        yield from when(
+            context.get("seccompProfile") != {"type": "RuntimeDefault"},
+            f"a pod's seccompProfile must be RuntimeDefault; got {context.get('seccompProfile')}",
+        )
     own = [
         (container["name"], container.get("securityContext")) for container in containers(manifest)
     ]
@@ -121,38 +127,47 @@ def user(manifest: Manifest) -> Iterator[str]:
         for spec in _clusters(manifest)
     ]
     for name, context in own:
-        if context != {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}:
-            yield f"{name}: must drop all capabilities and allow no escalation; got {context}"
+        yield from when(
+            context != {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+            f"{name}: must drop all capabilities and allow no escalation; got {context}",
+        )
 
 
 def closed(manifest: Manifest) -> Iterator[str]:
     """No way in from outside the cluster."""
-    if manifest["kind"] in ("Service", "Ingress", "Route", "Gateway"):
-        yield f"a {manifest['kind']} must not lie among the manifests"
+    yield from when(
+        manifest["kind"] in ("Service", "Ingress", "Route", "Gateway"),
+        f"a {manifest['kind']} must not lie among the manifests",
+    )
     for path, text in _texts(manifest):
-        if "0.0.0.0" in text or re.search(r"(^|\W)::", text):  # ray:: is the title of a process
-            yield f"{path}: must not name every interface; got {text!r}"
+        # `ray::` begins the title of a process.
+        yield from when(
+            "0.0.0.0" in text or re.search(r"(^|\W)::", text),
+            f"{path}: must not name every interface; got {text!r}",
+        )
     for spec in _clusters(manifest):
         head = spec["headGroupSpec"]
-        if head.get("serviceType") != "ClusterIP":
-            yield f"the head's serviceType must be ClusterIP; got {head.get('serviceType')}"
+        yield from when(
+            head.get("serviceType") != "ClusterIP",
+            f"the head's serviceType must be ClusterIP; got {head.get('serviceType')}",
+        )
         for name in ("enableIngress", "ingressOptions", "headService"):
-            if name in head:
-                yield f"the head must have no {name}"
+            yield from when(name in head, f"the head must have no {name}")
         ports = {
             port["name"] for port in head["template"]["spec"]["containers"][0].get("ports", ())
         }
-        if ports != {"gcs-server", "dashboard", "metrics"}:
-            yield (
-                "the head's ports must be gcs-server, dashboard and metrics, or KubeRay opens"
-                f" others; got {sorted(ports)}"
-            )
+        yield from when(
+            ports != {"gcs-server", "dashboard", "metrics"},
+            "the head's ports must be gcs-server, dashboard and metrics, or KubeRay opens"
+            f" others; got {sorted(ports)}",
+        )
     for pod, labels in zip(_pods(manifest), _labels(manifest), strict=True):
-        if labels != LABEL:
-            yield f"a pod must have the label that the NetworkPolicy goes by; got {labels}"
+        yield from when(
+            labels != LABEL,
+            f"a pod must have the label that the NetworkPolicy goes by; got {labels}",
+        )
         for name in ("hostNetwork", "hostPID", "hostIPC"):
-            if name in pod:
-                yield f"a pod must have no {name}"
+            yield from when(name in pod, f"a pod must have no {name}")
 
 
 def retries(manifest: Manifest) -> Iterator[str]:
@@ -162,30 +177,40 @@ def retries(manifest: Manifest) -> Iterator[str]:
     if manifest["kind"] != "RayJob":
         return
     spec, words = manifest["spec"], manifest["spec"]["entrypoint"].split()
-    if spec.get("backoffLimit", 0) < LEAST_RETRIES:
-        yield f"backoffLimit must be {LEAST_RETRIES} or more; got {spec.get('backoffLimit')}"
+    yield from when(
+        spec.get("backoffLimit", 0) < LEAST_RETRIES,
+        f"backoffLimit must be {LEAST_RETRIES} or more; got {spec.get('backoffLimit')}",
+    )
     for option in ("--or-resume", "--name", "--runs"):
-        if option not in words:
-            yield f"the entrypoint must say {option}"
-    if "--name" in words and words[words.index("--name") + 1] != manifest["metadata"]["name"]:
-        yield f"the run must have the RayJob's name, {manifest['metadata']['name']}"
-    if spec.get("shutdownAfterJobFinishes") is not True:
-        yield "shutdownAfterJobFinishes must be true"
-    if spec.get("submissionMode") != "HTTPMode":
-        yield f"submissionMode must be HTTPMode; got {spec.get('submissionMode')}"
+        yield from when(option not in words, f"the entrypoint must say {option}")
+    yield from when(
+        "--name" in words and words[words.index("--name") + 1] != manifest["metadata"]["name"],
+        f"the run must have the RayJob's name, {manifest['metadata']['name']}",
+    )
+    yield from when(
+        spec.get("shutdownAfterJobFinishes") is not True, "shutdownAfterJobFinishes must be true"
+    )
+    yield from when(
+        spec.get("submissionMode") != "HTTPMode",
+        f"submissionMode must be HTTPMode; got {spec.get('submissionMode')}",
+    )
 
 
 def head(manifest: Manifest) -> Iterator[str]:
     """Nothing trains on it."""
     for spec in _clusters(manifest):
         params = spec["headGroupSpec"].get("rayStartParams", {})
-        if params.get("num-cpus") != "0" or "num-gpus" in params:
-            yield f"the head must have num-cpus 0 and no num-gpus; got {params}"
+        yield from when(
+            params.get("num-cpus") != "0" or "num-gpus" in params,
+            f"the head must have num-cpus 0 and no num-gpus; got {params}",
+        )
         for container in spec["headGroupSpec"]["template"]["spec"]["containers"]:
             for kind, amounts in container["resources"].items():
                 for name in amounts:
-                    if name not in ("cpu", "memory"):
-                        yield f"the head's {kind} must be of cpu and memory; got {name}"
+                    yield from when(
+                        name not in ("cpu", "memory"),
+                        f"the head's {kind} must be of cpu and memory; got {name}",
+                    )
 
 
 def stays(manifest: Manifest) -> Iterator[str]:
@@ -198,13 +223,15 @@ def stays(manifest: Manifest) -> Iterator[str]:
             spec["headGroupSpec"]["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
         )
         preferred = affinity.get("preferredDuringSchedulingIgnoredDuringExecution", [])
-        if [each["preference"].get("matchExpressions") for each in preferred] != [wanted]:
-            yield (
-                f"the head must prefer nodes without any label of spot machines, {', '.join(SPOT)};"
-                f" got {preferred}"
-            )
-        if "requiredDuringSchedulingIgnoredDuringExecution" in affinity:
-            yield "the head must require no label of its node: there may be no such node"
+        yield from when(
+            [each["preference"].get("matchExpressions") for each in preferred] != [wanted],
+            f"the head must prefer nodes without any label of spot machines, {', '.join(SPOT)};"
+            f" got {preferred}",
+        )
+        yield from when(
+            "requiredDuringSchedulingIgnoredDuringExecution" in affinity,
+            "the head must require no label of its node: there may be no such node",
+        )
 
 
 def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
@@ -213,26 +240,27 @@ def loss_of_a_node(manifest: Manifest) -> Iterator[str]:
         container = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
         told = {each["name"]: each.get("value") for each in container.get("env", ())}
         for name, value in NODES["fast"].items():
-            if told.get(name) != value:
-                yield f"the head's {name} must be {value}; got {told.get(name)}"
+            yield from when(
+                told.get(name) != value, f"the head's {name} must be {value}; got {told.get(name)}"
+            )
 
 
 def scale(manifest: Manifest) -> Iterator[str]:
     for spec in _clusters(manifest):
-        if (
+        yield from when(
             spec.get("enableInTreeAutoscaling") is not True
-            or spec.get("autoscalerOptions", {}).get("version") != "v2"
-        ):
-            yield "the autoscaler must be on, version v2"
+            or spec.get("autoscalerOptions", {}).get("version") != "v2",
+            "the autoscaler must be on, version v2",
+        )
         for group in spec["workerGroupSpecs"]:
             least, now, most = (
                 group.get(name) for name in ("minReplicas", "replicas", "maxReplicas")
             )
-            if None in (least, now, most) or not 0 <= least <= now <= most or most < 1:
-                yield (
-                    f"replicas must lie between minReplicas and maxReplicas; got {now} of {least}"
-                    f" to {most}"
-                )
+            yield from when(
+                None in (least, now, most) or not 0 <= least <= now <= most or most < 1,
+                f"replicas must lie between minReplicas and maxReplicas; got {now} of {least}"
+                f" to {most}",
+            )
             if manifest["kind"] == "RayJob" and None not in (least, now, most):
                 yield from _room(manifest, group)
 
@@ -253,16 +281,15 @@ def _room(manifest: Manifest, group: Manifest) -> Iterator[str]:
     if told.get("--device") == "gpu":
         room = min(room, int(limits["nvidia.com/gpu"]))
     for name, workers in (("minReplicas", numbers[0]), ("maxReplicas", numbers[-1])):
-        if group[name] * room < workers:
-            yield (
-                f"a RayJob's {name} must hold {workers} workers, {room} in each pod; got"
-                f" {group[name]}"
-            )
-    if len(numbers) == 1 and group["minReplicas"] != group["replicas"]:
-        yield (
-            f"a RayJob's minReplicas must be its replicas, {group['replicas']}, all of which train;"
-            f" got {group['minReplicas']}"
+        yield from when(
+            group[name] * room < workers,
+            f"a RayJob's {name} must hold {workers} workers, {room} in each pod; got {group[name]}",
         )
+    yield from when(
+        len(numbers) == 1 and group["minReplicas"] != group["replicas"],
+        f"a RayJob's minReplicas must be its replicas, {group['replicas']}, all of which train;"
+        f" got {group['minReplicas']}",
+    )
 
 
 def departure(manifest: Manifest) -> Iterator[str]:
@@ -271,17 +298,19 @@ def departure(manifest: Manifest) -> Iterator[str]:
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             pod, is_head = group["template"]["spec"], group is spec["headGroupSpec"]
             grace = pod.get("terminationGracePeriodSeconds", 30)  # Kubernetes' own
-            if grace < 120:
-                yield f"a pod's terminationGracePeriodSeconds must be 120 or more; got {grace}"
+            yield from when(
+                grace < 120,
+                f"a pod's terminationGracePeriodSeconds must be 120 or more; got {grace}",
+            )
             container = pod["containers"][0]
             hook = " ".join(
                 container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ())
             )
-            if is_head and "kill -USR1" not in hook:
-                yield (
-                    f"{container['name']}: preStop must ask the driver to save with SIGUSR1; got"
-                    f" {hook!r}"
-                )
+            yield from when(
+                is_head and "kill -USR1" not in hook,
+                f"{container['name']}: preStop must ask the driver to save with SIGUSR1; got"
+                f" {hook!r}",
+            )
             if not is_head:
                 found = re.search(r"ray drain-node .*--deadline-remaining-seconds (\d+)", hook)
                 if found is None or "--reason DRAIN_NODE_REASON_PREEMPTION" not in hook:
@@ -311,10 +340,10 @@ def storage(manifest: Manifest) -> Iterator[str]:
             ("/shared/runs", "spiketrain-runs"),
             ("/opt/spiketrain/data", "spiketrain-data"),
         ):
-            if mounts.get(path, {}).get("persistentVolumeClaim") != {"claimName": claim}:
-                yield (
-                    f"{container['name']}: {path} must be the claim {claim}; got {mounts.get(path)}"
-                )
+            yield from when(
+                mounts.get(path, {}).get("persistentVolumeClaim") != {"claimName": claim},
+                f"{container['name']}: {path} must be the claim {claim}; got {mounts.get(path)}",
+            )
         shm = mounts.get("/dev/shm", {}).get("emptyDir", {})
         if shm.get("medium") != "Memory" or "sizeLimit" not in shm:
             yield (
@@ -346,12 +375,11 @@ def storage(manifest: Manifest) -> Iterator[str]:
         for spec in _clusters(manifest)
     ]
     for name, resources in amounts:
-        if resources.get("requests") != resources.get("limits") or not {"cpu", "memory"} <= set(
-            resources.get("requests", {})
-        ):
-            yield (
-                f"{name}: must request cpu and memory, and be limited to just that; got {resources}"
-            )
+        yield from when(
+            resources.get("requests") != resources.get("limits")
+            or not {"cpu", "memory"} <= set(resources.get("requests", {})),
+            f"{name}: must request cpu and memory, and be limited to just that; got {resources}",
+        )
 
 
 def metrics(manifest: Manifest) -> Iterator[str]:
@@ -375,23 +403,24 @@ def metrics(manifest: Manifest) -> Iterator[str]:
             "SPIKETRAIN_METRICS"
         )
         written, read = (_volume_at(each, folder) for each in (driver, exporter))
-        if written != read or written not in {
-            volume["name"] for volume in pod["volumes"] if "emptyDir" in volume
-        }:
-            yield (
-                f"SPIKETRAIN_METRICS must be an emptyDir of {driver['name']} and"
-                f" {exporter['name']}; got {folder}"
-            )
-        if f"--collector.textfile.directory={folder}" not in exporter.get("args", ()):
-            yield f"{exporter['name']}: must read {folder}; got {exporter.get('args')}"
+        yield from when(
+            written != read
+            or written not in {volume["name"] for volume in pod["volumes"] if "emptyDir" in volume},
+            f"SPIKETRAIN_METRICS must be an emptyDir of {driver['name']} and"
+            f" {exporter['name']}; got {folder}",
+        )
+        yield from when(
+            f"--collector.textfile.directory={folder}" not in exporter.get("args", ()),
+            f"{exporter['name']}: must read {folder}; got {exporter.get('args')}",
+        )
 
 
 def _port(container: Manifest, name: str) -> Iterator[str]:
-    if {"name": name, "containerPort": METRICS[name]} not in container.get("ports", ()):
-        yield (
-            f"{container['name']}: must have the port {name}, {METRICS[name]}; got"
-            f" {container.get('ports')}"
-        )
+    yield from when(
+        {"name": name, "containerPort": METRICS[name]} not in container.get("ports", ()),
+        f"{container['name']}: must have the port {name}, {METRICS[name]}; got"
+        f" {container.get('ports')}",
+    )
 
 
 def _volume_at(container: Manifest, path: str | None) -> str | None:
@@ -412,11 +441,11 @@ def policy(manifest: Manifest) -> Iterator[str]:
     if manifest["kind"] != "NetworkPolicy":
         return
     spec = manifest["spec"]
-    if spec["podSelector"] != {"matchLabels": LABEL} or spec.get("policyTypes") != ["Ingress"]:
-        yield (
-            f"the policy must be about what comes in to {LABEL}; got {spec['podSelector']},"
-            f" {spec.get('policyTypes')}"
-        )
+    yield from when(
+        spec["podSelector"] != {"matchLabels": LABEL} or spec.get("policyTypes") != ["Ingress"],
+        f"the policy must be about what comes in to {LABEL}; got {spec['podSelector']},"
+        f" {spec.get('policyTypes')}",
+    )
     for rule in spec.get("ingress", ()):
         sources = rule.get("from") or [{}]
         own = sources == [{"podSelector": {"matchLabels": LABEL}}]
@@ -428,15 +457,13 @@ def policy(manifest: Manifest) -> Iterator[str]:
         ]
         at_dashboard = all(of_operator) and rule.get("ports") == [{"protocol": "TCP", "port": 8265}]
         figures = [{"protocol": "TCP", "port": port} for port in METRICS.values()]
-        if (
+        yield from when(
             not own
             and not at_dashboard
-            and not (sources == [MONITORING] and rule.get("ports") == figures)
-        ):
-            yield (
-                "the policy must let in its own pods, the operator at port 8265, and a Prometheus"
-                f" at figures; got {rule}"
-            )
+            and not (sources == [MONITORING] and rule.get("ports") == figures),
+            "the policy must let in its own pods, the operator at port 8265, and a Prometheus"
+            f" at figures; got {rule}",
+        )
 
 
 RULES = (
@@ -450,17 +477,17 @@ def versions(manifest: Manifest, *, ray: str, spiketrain: str) -> Iterator[str]:
     rayVersion.
     """
     for spec in _clusters(manifest):
-        if spec.get("rayVersion") != ray:
-            yield (
-                f"rayVersion must be that of requirements.lock, {ray}; got {spec.get('rayVersion')}"
-            )
+        yield from when(
+            spec.get("rayVersion") != ray,
+            f"rayVersion must be that of requirements.lock, {ray}; got {spec.get('rayVersion')}",
+        )
     for pod in _pods(manifest):
         container = pod["containers"][0]  # Ray's; whatever stands beside it has its own
-        if not container["image"].endswith(f"/spiketrain:{spiketrain}-ray{ray}"):
-            yield (
-                f"{container['name']}: the image must be spiketrain:{spiketrain}-ray{ray}; got"
-                f" {container['image']}"
-            )
+        yield from when(
+            not container["image"].endswith(f"/spiketrain:{spiketrain}-ray{ray}"),
+            f"{container['name']}: the image must be spiketrain:{spiketrain}-ray{ray}; got"
+            f" {container['image']}",
+        )
 
 
 # ------------------------------------------------------------------------------ parts of a manifest
@@ -496,16 +523,17 @@ def _labels(manifest: Manifest) -> list[dict[str, str]]:
     return [template.get("metadata", {}).get("labels", {}) for template in _templates(manifest)]
 
 
+def _children(node: Any) -> Iterable[tuple[Any, Any]]:
+    """Key and value of each; none of a value that holds no others."""
+    if isinstance(node, dict):
+        return node.items()
+    return enumerate(node) if isinstance(node, list) else ()
+
+
 def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(node, str):
         yield path, node
-    for key, value in (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, list)
-        else ()
-    ):
+    for key, value in _children(node):
         yield from _texts(value, f"{path}.{key}" if path else str(key))
 
 

@@ -163,15 +163,13 @@ def test_the_image_has_what_nccl_loads_for_infiniband() -> None:
 
 
 def test_every_node_sees_the_claims() -> None:
-    claims = {
-        each["metadata"]["name"]
+    modes = {
+        each["metadata"]["name"]: each["spec"]["accessModes"]
         for each in build(K8S / "shared")
         if each["kind"] == "PersistentVolumeClaim"
     }
-    assert claims == {"spiketrain-data", "spiketrain-runs"}
-    for each in build(K8S / "shared"):
-        if each["kind"] == "PersistentVolumeClaim":
-            assert each["spec"]["accessModes"] == ["ReadWriteMany"]
+    names = ("spiketrain-data", "spiketrain-runs")
+    assert modes == {name: ["ReadWriteMany"] for name in names}
 
 
 # -------------------------------------------------------------------------- what is broken is found
@@ -461,26 +459,23 @@ def test_a_wrong_field_is_named_with_its_path(
     assert said in found[0]
 
 
-@pytest.mark.parametrize(("path", "value", "said"), BROKEN_RULES)
-def test_a_broken_rule_is_found(path: tuple[str | int, ...], value: object, said: str) -> None:
-    manifest = _broken("overlays/one-node-8-gpus/job", 0, path, value)
-    assert any(said in complaint for rule in RULES for complaint in rule(manifest))
+JOB, POLICY_FILE = ("overlays/one-node-8-gpus/job", 0), ("shared", 2)
 
 
-@pytest.mark.parametrize(("path", "value", "said"), BROKEN_POLICIES)
-def test_a_policy_that_lets_others_in_is_found(
-    path: tuple[str | int, ...], value: object, said: str
+@pytest.mark.parametrize(
+    ("place", "path", "value", "said"),
+    [
+        *((JOB, *broken) for broken in BROKEN_RULES),
+        *((POLICY_FILE, *broken) for broken in BROKEN_POLICIES),
+        *((JOB, ("kind",), kind, kind) for kind in ("Secret", "Service", "Ingress")),
+    ],
+)
+def test_a_broken_rule_is_found(
+    place: tuple[str, int], path: tuple[str | int, ...], value: object, said: str
 ) -> None:
-    manifest = _broken("shared", 2, path, value)
-    assert manifest["kind"] == "NetworkPolicy"
+    """So are a policy that lets others in, and a manifest that must not be there."""
+    manifest = _broken(*place, path, value)
     assert any(said in complaint for rule in RULES for complaint in rule(manifest))
-
-
-@pytest.mark.parametrize("kind", ["Secret", "Service", "Ingress"])
-def test_a_manifest_that_must_not_be_there_is_found(kind: str) -> None:
-    assert any(
-        kind in complaint for rule in RULES for complaint in rule({"kind": kind, "spec": {}})
-    )
 
 
 def test_another_ray_is_found() -> None:

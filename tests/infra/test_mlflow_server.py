@@ -2,8 +2,6 @@
 container, loopback alone.
 """
 
-import base64
-import json
 import os
 import pwd
 import re
@@ -13,19 +11,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import requests
 import yaml
 
 from pipeline.track.connect import TrackingError, connect
 from pipeline.track.mlflow import sync
 from tests.helpers.nodes import free_port
+from tests.helpers.waiting import until
 from tests.track.conftest import FakeRun, fake_run, steps
 
 __all__ = ["fake_run"]  # a fixture
@@ -103,12 +101,12 @@ def postgres() -> Iterator[int]:
             "--username=mlflow",
             "mlflow",
         ]
-        deadline = time.monotonic() + 30
-        while subprocess.run(createdb, capture_output=True, env=environment).returncode != 0:
-            assert server.poll() is None and time.monotonic() < deadline, (
-                folder / "log"
-            ).read_text()
-            time.sleep(0.2)
+        until(
+            lambda: not subprocess.run(createdb, capture_output=True, env=environment).returncode,
+            process=server,
+            within=30,
+            said=(folder / "log").read_text,
+        )
         yield port
     finally:
         server.send_signal(signal.SIGQUIT)
@@ -151,13 +149,14 @@ def server(postgres: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
-        while answer(f"http://127.0.0.1:{port}/health")[0] != 200:
-            assert process.poll() is None and time.monotonic() < deadline, (
-                folder / "log"
-            ).read_text()
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}", process.pid
+        uri = f"http://127.0.0.1:{port}"
+        until(
+            lambda: answer(f"{uri}/health")[0] == 200,
+            process=process,
+            within=120,
+            said=(folder / "log").read_text,
+        )
+        yield uri, process.pid
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -185,22 +184,13 @@ def answer(
 ) -> tuple[int, str]:
     """Status and body; 0 where nobody listens. What is `asked` goes in a POST, as JSON."""
     headers = {name: value for name, value in {"Host": host, "Origin": origin}.items() if value}
-    data = None if asked is None else json.dumps(asked).encode()
-    if data is not None:
-        headers["Content-Type"] = "application/json"
-    if password is not None:
-        headers["Authorization"] = (
-            "Basic " + base64.b64encode(f"admin:{password}".encode()).decode()
-        )
+    login = None if password is None else ("admin", password)
+    ask = requests.get if asked is None else requests.post
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, data, headers), timeout=20
-        ) as response:
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-    except OSError:
+        found = ask(url, headers=headers, auth=login, json=asked, timeout=20)
+    except requests.ConnectionError:
         return 0, ""
+    return found.status_code, found.text
 
 
 def test_a_run_that_is_logged_with_the_password_arrives(
@@ -295,15 +285,7 @@ def test_it_has_a_health_that_asks_for_nothing(server: tuple[str, int]):
 
 
 def test_no_password_is_on_a_command_line(server: tuple[str, int]):
-    lines = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if os.getpgid(int(folder.name)) == server[1]:
-                    lines[folder.name] = (folder / "cmdline").read_bytes().decode()
-            except OSError:  # it has ended
-                continue
+    process = psutil.Process(server[1])
+    lines = [" ".join(each.cmdline()) for each in (process, *process.children(recursive=True))]
     assert len(lines) >= 2  # the command, and what serves
-    assert not [
-        line for line in lines.values() for password in PASSWORD.values() if password in line
-    ]
+    assert not [line for line in lines for password in PASSWORD.values() if password in line]

@@ -94,9 +94,8 @@ def expressions(board: dict[str, Any]) -> list[str]:
 
 
 def test_the_metrics_of_an_expression():
-    found = metrics_in('sum(rate(a_b{run=~"$run"}[5m])) by (instance) / on(run) c:d == 1')
-
-    assert found == {"a_b", "c:d"}
+    expression = 'sum(rate(a_b{run=~"$run"}[5m])) by (instance) / on(run) c:d == 1'
+    assert metrics_in(expression) == {"a_b", "c:d"}
 
 
 def test_every_expression_asks_for_a_metric_that_there_is(board: dict[str, Any]):

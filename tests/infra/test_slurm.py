@@ -10,16 +10,17 @@ import signal
 import socket
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.launch.ray_cluster import NODES
 from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
+from tests.helpers.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "infra" / "slurm" / "train.sbatch"
@@ -81,11 +82,10 @@ class Slurm:
 
     def until(self, name: str) -> str:
         """The content of a file that a stand-in writes."""
-        deadline = time.monotonic() + 20.0
-        while not ((file := self.folder / name).exists() and file.read_text()):
-            assert time.monotonic() < deadline, f"{name} was not written"
-            time.sleep(0.02)
-        return file.read_text()
+        file = self.folder / name
+        return until(
+            lambda: file.read_text() if file.exists() else "", within=20, said=lambda: name
+        )
 
     def close(self) -> None:
         """What a test that failed has left in the job's session."""
@@ -180,18 +180,17 @@ def test_an_option_that_the_script_says_itself_is_refused(
     assert not slurm.runs.exists() and not (slurm.folder / "srun.options").exists()
 
 
-def test_another_word_for_it_is_an_error(slurm: Slurm):
-    status, said = slurm.run("r.py", SPIKETRAIN_RAY="clever")
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SPIKETRAIN_RAY": "clever"}, "SPIKETRAIN_RAY must be symmetric or manual; got clever"),
+        ({"STAND_IN_RAY": "broken"}, "never began"),  # a Ray that did not start ends with 0
+    ],
+)
+def test_what_never_begins_is_a_failure(slurm: Slurm, environment: dict[str, str], said: str):
+    status, all_said = slurm.run("r.py", **environment)
 
-    assert status == 1
-    assert "SPIKETRAIN_RAY must be symmetric or manual; got clever" in said
-
-
-def test_a_ray_that_did_not_start_is_a_failure_though_it_ends_with_0(slurm: Slurm):
-    status, said = slurm.run("r.py", STAND_IN_RAY="broken")
-
-    assert status == 1
-    assert "never began" in said
+    assert status == 1 and said in all_said
     assert not (slurm.folder / "scontrol").exists()
 
 
@@ -234,77 +233,54 @@ def test_a_folder_that_somebody_else_has_put_in_its_place_is_refused(
 # ------------------------------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("ray", ["2.60", pytest.param("2.48", marks=pytest.mark.full)])
-def test_a_time_limit_that_nears_saves_and_queues_the_job_again(slurm: Slurm, ray: str):
-    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", STAND_IN_RAY=ray)
+OLD_RAY = {"STAND_IN_DRIVER": "train", "STAND_IN_RAY": "2.48"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_saved", "said"),
+    [
+        ({"STAND_IN_DRIVER": "train"}, True, ""),
+        pytest.param(OLD_RAY, True, "", marks=pytest.mark.full),
+        ({"STAND_IN_DRIVER": "asleep"}, False, "status 138"),  # it did not listen yet
+        ({"STAND_IN_DRIVER": "deaf", "SPIKETRAIN_SAVE_WITHIN": "1"}, False, "status none"),
+        ({"STAND_IN_DRIVER": "train", "STAND_IN_SCONTROL": "1"}, True, "submit it again"),
+    ],
+    ids=["saves", "with an old Ray", "asleep", "cannot save in time", "requeue is refused"],
+)
+def test_a_time_limit_that_nears_saves_and_queues_the_job_again(
+    slurm: Slurm, environment: dict[str, str], is_saved: bool, said: str
+):
+    batch = slurm.start(SCRIPT, "r.py", **environment)
     slurm.until("driver.began")
     batch.send_signal(signal.SIGUSR1)  # --signal=B: the script alone
 
-    status, said = slurm.end()
-    assert status == 130, said
-    assert (slurm.folder / "driver.saved").exists()
+    status, all_said = slurm.end()
+    assert status == 130 and said in all_said
+    assert (slurm.folder / "driver.saved").exists() is is_saved
     assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
 
 
-def test_a_driver_that_was_not_yet_listening_is_queued_again(slurm: Slurm):
-    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="asleep")
-    slurm.until("driver.began")
-    batch.send_signal(signal.SIGUSR1)
-
-    status, said = slurm.end()
-    assert status == 130 and "status 138" in said
-    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
-
-
-def test_workers_that_cannot_save_in_time_do_not_cost_the_requeue(slurm: Slurm):
-    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="deaf", SPIKETRAIN_SAVE_WITHIN="1")
-    slurm.until("driver.began")
-    batch.send_signal(signal.SIGUSR1)
-
-    status, said = slurm.end()
-    assert status == 130 and "status none" in said
-    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
-
-
-def test_a_preemption_that_tells_the_tasks_alone_saves_and_queues_again(slurm: Slurm):
-    slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    slurm.until("driver.began")
-    for task in slurm.until("srun.tasks").split():
-        os.kill(int(task), signal.SIGTERM)
-
-    status, said = slurm.end()
-    assert status == 130, said
-    assert (slurm.folder / "driver.saved").exists()
-    assert (slurm.folder / "scontrol").read_text() == f"requeue {slurm.number}\n"
-
-
-def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm):
+@pytest.mark.parametrize(
+    ("to", "number", "is_queued_again"),
+    [
+        ("tasks", signal.SIGTERM, True),  # a preemption that tells them alone
+        ("script", signal.SIGTERM, False),  # the job is cancelled
+        ("driver", signal.SIGUSR1, False),  # somebody stopped the run, as by `touch RUN/stop`
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves(
+    slurm: Slurm, to: str, number: signal.Signals, is_queued_again: bool
+):
     batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    slurm.until("driver.began")
-    batch.send_signal(signal.SIGTERM)
+    driver = slurm.until("driver.began")
+    pids = {"tasks": slurm.until("srun.tasks"), "script": str(batch.pid), "driver": driver}
+    for pid in pids[to].split():
+        os.kill(int(pid), number)
 
     status, said = slurm.end()
     assert status == 130, said
     assert (slurm.folder / "driver.saved").exists()
-    assert not (slurm.folder / "scontrol").exists()
-
-
-def test_a_run_that_somebody_stopped_is_not_queued_again(slurm: Slurm):
-    slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-    os.kill(int(slurm.until("driver.began")), signal.SIGUSR1)  # as by `touch RUN/stop`
-
-    status, _ = slurm.end()
-    assert status == 130
-    assert not (slurm.folder / "scontrol").exists()
-
-
-def test_a_requeue_that_slurm_refuses_is_said(slurm: Slurm):
-    batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train", STAND_IN_SCONTROL="1")
-    slurm.until("driver.began")
-    batch.send_signal(signal.SIGUSR1)
-
-    status, said = slurm.end()
-    assert status == 130 and "submit it again" in said
+    assert (slurm.folder / "scontrol").exists() is is_queued_again
 
 
 # -------------------------------------------------------------------------------------------- token
@@ -346,14 +322,10 @@ def test_the_token_is_in_a_file_of_its_owner_and_in_no_command_line(slurm: Slurm
 def test_another_start_has_another_token(slurm: Slurm):
     secrets = set()
     for _ in range(2):
-        batch = slurm.start(SCRIPT, "r.py", STAND_IN_DRIVER="train")
-        slurm.until("driver.began")
-        secrets.add((slurm.job / "token").read_text())
-        batch.send_signal(signal.SIGTERM)
-        slurm.end()
-        (slurm.folder / "driver.began").unlink()
+        assert slurm.run("r.py")[0] == 0
+        secrets.add((slurm.folder / "driver.token").read_text())
         (slurm.folder / "over").unlink()
-    assert len(secrets) == 2
+    assert len(secrets) == 2 and "" not in secrets
 
 
 # -------------------------------------------------------------------------------- render and submit
@@ -438,12 +410,10 @@ def test_the_script_asks_for_what_no_option_says():
     assert sorted(names) == sorted(asked) and "#SBATCH" not in SCRIPT.read_text()[len(head) :]
 
 
-def test_neither_gpus_nor_a_partition_unless_asked_for():
+def test_what_is_not_asked_for_is_not_in_the_command():
     line = command(gpus=0, time="10:00", workers=2)
     assert "gpus-per-node=" not in line and "partition=" not in line
-
-
-def test_workers_that_leave_gpus_alone_may_be_more_than_these():
+    # Workers that leave GPUs alone may be more than these.
     assert " SPIKETRAIN_WORKERS=17 " in command("r.py", "--device", "cpu", workers=17)
 
 
@@ -522,11 +492,5 @@ def test_shellcheck_finds_nothing():
 
 
 def _command_lines() -> dict[int, str]:
-    lines = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with suppress(OSError):  # it has ended
-                lines[int(folder.name)] = (
-                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
-    return lines
+    found = psutil.process_iter(["cmdline"])
+    return {each.pid: " ".join(each.info["cmdline"] or ()) for each in found}

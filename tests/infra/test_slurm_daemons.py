@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch.schedulers import Order, render_sbatch, submit_sbatch
+from tests.helpers.waiting import until
 
 pytestmark = [
     pytest.mark.full,
@@ -106,19 +107,17 @@ def slurm() -> Iterator[Path]:
                         subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
                     )
                 time.sleep(1)
-            deadline = time.monotonic() + 30
-            while (
-                "idle"
-                not in subprocess.run(
-                    ["sinfo", "--noheader", "--format=%T"], capture_output=True, text=True
-                ).stdout
-            ):
-                assert time.monotonic() < deadline, "".join(
+            sinfo = ["sinfo", "--noheader", "--format=%T"]
+            until(
+                lambda: "idle" in subprocess.run(sinfo, capture_output=True, text=True).stdout,
+                within=30,
+                pause=0.5,
+                said=lambda: "".join(
                     file.read_text()[-2000:]
                     for file in sorted(folder.glob("*.[ls]*"))
                     if file.is_file()
-                )
-                time.sleep(0.5)
+                ),
+            )
             yield folder
         finally:
             for daemon in reversed(daemons):
@@ -181,12 +180,12 @@ class Submitted:
         return file.read_text() if file.exists() else ""
 
     def until(self, what: str, holds: Callable[[], bool], *, within: float = 150.0) -> None:
-        deadline = time.monotonic() + within
-        while not holds():
-            assert time.monotonic() < deadline, (
-                f"{what} did not come about; {self.told('JobState')}:\n{self.said()}"
-            )
-            time.sleep(0.3)
+        until(
+            holds,
+            within=within,
+            pause=0.3,
+            said=lambda: f"{what}; {self.told('JobState')}:\n{self.said()}",
+        )
 
 
 def test_a_run_that_needs_two_limits_of_time(submitted: Callable[[str], Submitted], tmp_path: Path):

@@ -9,12 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.track.journal import last, read
+from pipeline.track.journal import last
+from tests.helpers.small import events
+from tests.helpers.waiting import until
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(400)]
 
@@ -79,15 +80,16 @@ def test_a_run_in_two_slices_of_time(tmp_path: Path, way: str):
     started = []
     try:
         started.append(first := start())
-        deadline = time.monotonic() + 150
-        while (step := last(run / "journal.jsonl", "step")) is None or step["step"] < 3:
-            assert first.poll() is None and time.monotonic() < deadline, told()
-            time.sleep(0.1)
+        until(
+            lambda: (last(run / "journal.jsonl", "step") or {"step": 0})["step"] >= 3,
+            process=first,
+            within=150,
+            said=told,
+        )
         first.send_signal(signal.SIGUSR1)
         assert first.wait(60) == 130, told()
         assert (tmp_path / "scontrol").read_text() == f"requeue {number}\n"
-        events = [event["event"] for event in read(run / "journal.jsonl")]
-        assert events[-1] == "stopped" and "finish" not in events
+        assert events(run)[-1]["event"] == "stopped" and events(run, "finish") == []
 
         started.append(second := start(SLURM_RESTART_COUNT="1"))
         assert second.wait(150) == 0, told()

@@ -33,15 +33,11 @@ def recipe():
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
+def run(tmp_path: Path, own_store: str, spiketrain: Command) -> Command:
     """`spiketrain launch` of the recipe as "run", with its checkpoints beneath `elsewhere`."""
     (tmp_path / "recipe.py").write_text(RECIPE)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     words = ("launch", str(tmp_path / "recipe.py"), "--inline", "--name", "run")
-    done = command(monkeypatch, capsys)
-    return lambda *more, elsewhere=str(tmp_path / "elsewhere"): done(
+    return lambda *more, elsewhere=str(tmp_path / "elsewhere"): spiketrain(
         *words, "--checkpoints", elsewhere, *more
     )
 

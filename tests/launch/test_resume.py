@@ -5,6 +5,7 @@ What it, or `resume`, says of how it trains holds from then on.
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +36,13 @@ TWO = ONE.replace(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("again")
     (folder / "one.py").write_text(ONE)
     (folder / "two.py").write_text(TWO)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        store = shutil.copy(empty_store, folder / "mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
         yield folder
 
 

@@ -5,6 +5,7 @@ system's Chromium.
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,10 +56,11 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     """Five runs of the study "s", and one that failed of another."""
     runs_dir = tmp_path_factory.mktemp("real") / "runs"
     train_real_study(runs_dir)
+    shutil.copy(empty_store, runs_dir)
     for journal in runs_dir.glob(
         "*/journal.jsonl"
     ):  # as a launch tells runs apart, and what they have in common
@@ -321,7 +323,7 @@ def served_here(store: FakeStore, *, token: str | None = None) -> Iterator[str]:
     app = make_app(store, name="store", every=0.2)
     guard(app, host="127.0.0.1", token=token)
     server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/?study={KEY}"

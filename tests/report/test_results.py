@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,10 +87,14 @@ def test_no_two_metrics_have_one_name_or_one_title():
     )
 
 
-def test_a_folder_and_a_store_have_the_same_rows(make_run: Callable, runs_dir: Path):
+def test_a_folder_and_a_store_have_the_same_rows(
+    make_run: Callable, runs_dir: Path, empty_store: Path
+):
     """A store by SQL and through MLflow's client; of a summary's fields it has the numbers
     alone.
     """
+    runs_dir.mkdir(exist_ok=True)
+    shutil.copy(empty_store, runs_dir / "mlflow.db")
     for name, rule in (("bptt", "BPTT"), ("sltt", "SLTT")):
         folder = make_run(
             name,

@@ -76,7 +76,6 @@ def test_narrow_has_as_many_stored_bits(recipes: dict[str, Recipe]) -> None:
 
 
 def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) -> None:
-    pytest.importorskip("ffcv")
     from pipeline.data.write.stamps import write_stamps
     from tests.helpers.made_pictures import make
 

@@ -3,6 +3,7 @@ takes seconds).
 """
 
 import json
+import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,10 +86,5 @@ def fake_run(tmp_path: Path) -> Callable[..., FakeRun]:
 
 
 @pytest.fixture(scope="session")
-def sqlite_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from pipeline.track.connect import connect
-    from pipeline.track.mlflow import tracking_uri
-
-    uri = tracking_uri(tmp_path_factory.mktemp("store"))
-    connect(uri).search_experiments()
-    return uri
+def sqlite_store(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> str:
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path_factory.mktemp('store'))}"

@@ -41,9 +41,9 @@ from pipeline.train.tasks import tasks_of
 from pipeline.train.trainer import Trainer
 from pipeline.train.worker import run
 from tests import test_continual as continual
+from tests.helpers.interruptions import Killed
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, small_recipe, train_inline
-from tests.train.test_worker import Killed
 
 T, B, I, K = 3, 192, 4, 7
 

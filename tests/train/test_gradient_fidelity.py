@@ -21,8 +21,8 @@ from pipeline.rules.sltt import SLTT
 from pipeline.track.journal import read
 from pipeline.train.build import check_recipe
 from pipeline.train.gradient_fidelity import FidelityCheck
+from tests.helpers.interruptions import dies_at
 from tests.helpers.small import same_weights, small_recipe, train_inline
-from tests.train.test_worker import train_and_die
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -56,7 +56,8 @@ def test_it_is_told_at_the_start_and_after_each_epoch_and_changes_nothing(tmp_pa
 
 def test_a_run_that_died_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_inline(tmp_path / "whole", compared())
-    train_and_die(monkeypatch, 5, tmp_path / "broken", compared())
+    with dies_at(5):
+        train_inline(tmp_path / "broken", compared())
     train_inline(tmp_path / "broken", compared())
     whole, broken = (
         [

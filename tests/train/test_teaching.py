@@ -41,9 +41,9 @@ from pipeline.train.teaching import build_teacher, open_teaching
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import study_inputs
 from pipeline.train.worker import run
+from tests.helpers.interruptions import dies_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, same_weights, small_recipe, train_inline
-from tests.train.test_worker import train_and_die
 
 
 def taught(*, cache: Any = None, **changes: Any) -> Recipe:
@@ -179,7 +179,8 @@ def test_a_run_that_died_goes_on_to_the_same_bits_with_the_probe_it_had(
         taught(cache=tmp_path / f"cache-{name}" if cached else None) for name in ("whole", "broken")
     )
     train_inline(tmp_path / "whole", whole)
-    train_and_die(monkeypatch, 5, tmp_path / "broken", broken)
+    with dies_at(5):
+        train_inline(tmp_path / "broken", broken)
     train_inline(tmp_path / "broken", broken)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     assert len(fits) == 2  # once for each run

@@ -32,6 +32,7 @@ from pipeline.train.job import Job, RankInfo, note_refusal
 from pipeline.train.trainer import Trainer
 from pipeline.train.weights import load_start, weights_file
 from tests.helpers.events import event
+from tests.helpers.interruptions import Killed, dies_at
 from tests.helpers.processes import run_ranks
 from tests.helpers.small import make_run, recipes_of, same_weights, small_recipe, train_inline
 from tests.recipe.test_recipe import RECIPES
@@ -82,36 +83,14 @@ TIERED = [
 ]
 
 
-class Killed(BaseException):
-    """Stands for a process that dies: nothing in the product catches it."""
-
-
-def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = Trainer._micro_batches
-
-    def micro_batches(self: Trainer, source: Any) -> Any:
-        if self.step == step:
-            raise Killed
-        return original(self, source)
-
-    monkeypatch.setattr(Trainer, "_micro_batches", micro_batches)
-
-
-def train_and_die(monkeypatch: pytest.MonkeyPatch, step: int, run: Path, recipe: Recipe) -> None:
-    """Train a run whose process dies in a batch."""
-    with monkeypatch.context() as patch:
-        die_at(patch, step)
-        with pytest.raises(Killed):
-            train_inline(run, recipe)
-
-
 @pytest.mark.parametrize("step", [1, 5, 8, 11])
 def test_a_run_that_died_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     recipe = small_recipe()
     whole = train_inline(tmp_path / "whole", recipe)
-    train_and_die(monkeypatch, step, tmp_path / "broken", recipe)
+    with dies_at(step):
+        train_inline(tmp_path / "broken", recipe)
     with (tmp_path / "broken" / "journal.jsonl").open(
         "a"
     ) as journal:  # hours in which there was no place for it
@@ -176,7 +155,8 @@ def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(
 ) -> None:
     recipe = small_recipe(mixing=spec(Mixing, mixup=0.5, cutmix=1.0))
     train_inline(tmp_path / "whole", recipe)
-    train_and_die(monkeypatch, 5, tmp_path / "broken", recipe)
+    with dies_at(5):
+        train_inline(tmp_path / "broken", recipe)
     train_inline(tmp_path / "broken", recipe)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     train_inline(tmp_path / "micro", replace(recipe, micro_batch=2))
@@ -193,7 +173,8 @@ def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_th
 ) -> None:
     recipe = small_recipe(ema_decay=0.8)
     train_inline(tmp_path / "whole", recipe)
-    train_and_die(monkeypatch, 5, tmp_path / "broken", recipe)
+    with dies_at(5):
+        train_inline(tmp_path / "broken", recipe)
     train_inline(tmp_path / "broken", recipe)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")
     train_inline(tmp_path / "plain", small_recipe())
@@ -446,7 +427,8 @@ def test_a_resumed_run_needs_the_weights_it_started_from_no_more(
     train_inline(tmp_path / "first", small_recipe())
     recipe = small_recipe(init=str(tmp_path / "first"))
     train_inline(tmp_path / "whole", recipe)
-    train_and_die(monkeypatch, 7, tmp_path / "broken", recipe)
+    with dies_at(7):
+        train_inline(tmp_path / "broken", recipe)
     (tmp_path / "first").rename(tmp_path / "moved")
     train_inline(tmp_path / "broken", recipe)
     assert same_weights(tmp_path / "whole", tmp_path / "broken")

@@ -1,14 +1,18 @@
 """The parts of FFCV that this package builds on, imported without their side effects.
 
-FFCV 1.0.2 sets torch's number of threads when it is imported and when a loader is made. Where torch
-finds a GPU, the thread of its loader makes CUDA streams. A new thread starts on device 0, so every
-rank would open a context on that card. No stage of these loaders runs on a GPU, so no stream is
-needed.
+FFCV 1.0.2 makes a dictionary of numba's when it is imported, which numba compiles for 3 s. Python
+alone reads it, so a plain dictionary stands in its place.
+
+FFCV sets torch's number of threads when it is imported and when a loader is made. Where torch finds
+a GPU, the thread of its loader makes CUDA streams. A new thread starts on device 0, so every rank
+would open a context on that card. No stage of these loaders runs on a GPU, so no stream is needed.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
+import numba.typed
 import torch
 
 from pipeline.data.ffcv.tbb import load_tbb
@@ -24,9 +28,20 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def plain_dictionaries() -> Iterator[None]:
+    """Whoever imports numba's typed dictionary inside gets a plain one."""
+    typed: Any = numba.typed
+    before, typed.Dict = typed.Dict, dict
+    try:
+        yield
+    finally:
+        typed.Dict = before
+
+
 with suppress(ImportError, OSError):  # one loader thread does not need TBB
     load_tbb()  # before FFCV, whose import starts numba's threads
-with torch_threads_kept():
+with torch_threads_kept(), plain_dictionaries():
     from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.libffcv import imdecode, resize_crop
     from ffcv.loader import epoch_iterator

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ffcv.loader import epoch_iterator
 
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import api
@@ -22,7 +21,7 @@ def test_reading_asks_for_no_cuda_stream_where_there_is_a_gpu(
         raise AssertionError("FFCV asked for CUDA")
 
     monkeypatch.setattr(
-        epoch_iterator, "IS_CUDA", True
+        api.epoch_iterator, "IS_CUDA", True
     )  # as FFCV 1.0.2 sets it where torch finds a GPU
     for name in ("current_stream", "stream", "Stream", "Event"):
         monkeypatch.setattr(torch.cuda, name, refuse)
@@ -33,3 +32,10 @@ def test_reading_asks_for_no_cuda_stream_where_there_is_a_gpu(
         .epoch(0) as batches
     ):
         assert len(list(batches)) == 5
+
+
+def test_importing_it_compiles_nothing() -> None:
+    """The name is that of FFCV 1.0.2."""
+    from ffcv.fields.rgb_image import IMAGE_MODES
+
+    assert type(IMAGE_MODES) is dict and IMAGE_MODES == {"jpg": 0, "raw": 1}

@@ -1,0 +1,80 @@
+"""What a test does at a step of a training, or lets it die of there."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from pipeline.rules.base import LossOf
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.trainer import Trainer
+
+Act = Callable[[Trainer], object]
+
+
+def before_batch(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:
+    """Call `act` before a trainer reads batch `step`, or any batch."""
+    original = Trainer._micro_batches
+
+    def micro_batches(self: Trainer, source: Any) -> Any:
+        if step in (None, self.step):
+            act(self)
+        return original(self, source)
+
+    patch.setattr(Trainer, "_micro_batches", micro_batches)
+
+
+def between_batches(patch: pytest.MonkeyPatch, act: Act, *, step: int | None = None) -> None:
+    """Call `act` after `step` batches, or after each, before the trainer looks for requests."""
+    original = Trainer._between_batches
+
+    def between(self: Trainer, epoch: int, *, last: bool) -> None:
+        if step in (None, self.step):
+            act(self)
+        original(self, epoch, last=last)
+
+    patch.setattr(Trainer, "_between_batches", between)
+
+
+def change_losses(patch: pytest.MonkeyPatch, changed: Callable[[int, Tensor], Tensor]) -> None:
+    """`changed(step, loss)` stands in the place of the loss of each micro-batch."""
+    loss_for, now = CrossEntropy.__call__, [0]
+
+    def call(self: CrossEntropy, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossOf:
+        loss_of = loss_for(self, target_B, teacher_BK)
+        return lambda logits_BK: changed(now[0], loss_of(logits_BK))
+
+    before_batch(patch, lambda trainer: now.__setitem__(0, trainer.step))
+    patch.setattr(CrossEntropy, "__call__", call)
+
+
+class Killed(BaseException):
+    """Stands for the death of a process: nothing in the product catches it."""
+
+
+def die(*args: object, **named: object) -> None:
+    """For a patched function: the process dies in it."""
+    raise Killed
+
+
+def die_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Training dies before it reads batch `step`."""
+    before_batch(patch, die, step=step)
+
+
+@contextmanager
+def dies(patched: Callable[[pytest.MonkeyPatch], None]) -> Iterator[None]:
+    """The training inside dies where `patched` has it die."""
+    with pytest.MonkeyPatch.context() as patch:
+        patched(patch)
+        with pytest.raises(Killed):
+            yield
+
+
+@contextmanager
+def dies_at(step: int) -> Iterator[None]:
+    """The training inside dies before it reads batch `step`."""
+    with dies(lambda patch: die_at(patch, step)):
+        yield
