@@ -189,7 +189,8 @@ def a_plan(console: Console | None) -> None:
     found = Plan(
         recipe="imagenet-qkformer-10-384-sltt-k1",
         cluster=Cluster(workers=64, device=DEVICES["h100"], price=3.0),
-        device=DEVICES["h100"],
+        device=DEVICES["h100"].name,
+        timed=(),
         samples=1_281_167,
         teacher="caformer_b36.sail_in22k_ft_in1k",
         teacher_bytes=395_000_000,
