@@ -26,7 +26,9 @@ from pipeline.report.forecasts import advice, basis, print_plan
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
+from pipeline.train.guards.anomaly import AnomalyGuard
 from pipeline.train.objective import CrossEntropy
+from pipeline.train.recovery import SkipBatch
 from pipeline.train.teaching import build_teacher
 from tests.forecast.test_probe import RECIPE, TWO_NETWORKS, recipe_with
 from tests.helpers.small import command, recipes_of, train_inline
@@ -258,10 +260,12 @@ def test_sums_here_grow_with_the_bytes_that_are_moved() -> None:
 
 def test_a_rule_that_cannot_be_timed_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one whose gradient is not finite; the other rules are planned."""
-    monkeypatch.setattr(
-        "pipeline.train.guards.anomaly.Guard.verdict",
-        lambda guard: "its loss is nan" if guard.rule.label == "BPTT" else None,
-    )
+
+    def check(guard: AnomalyGuard) -> None:
+        if guard.rule.label == "BPTT":
+            raise SkipBatch("its loss is nan")
+
+    monkeypatch.setattr(AnomalyGuard, "check", check)
     found = plan(replace(made(), backend="plain"), Cluster(workers=1), rules=RULES)
     assert [each.rule for each in found.rules] == ["SLTT"]
     assert found.refused == {"BPTT": "BPTT: cannot be timed; batch 0: its loss is nan"}
