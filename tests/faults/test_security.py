@@ -38,8 +38,8 @@ from pipeline.train.checkpoint import (
     CheckpointError,
     Checkpoints,
     Place,
+    checkpoints,
     damage,
-    place,
     step_folders,
 )
 from pipeline.train.checkpoint.manifest import facts_of, seal
@@ -248,7 +248,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(
     ):
         train_inline(tmp_path / "it", recipe)
     assert newest.is_dir()  # for whoever asks where it came from
-    monkeypatch.setattr(place, "find_code", lambda folder: None)  # the second wall
+    monkeypatch.setattr(checkpoints, "find_code", lambda folder: None)  # the second wall
     with pytest.raises(pickle.UnpicklingError):
         train_inline(tmp_path / "it", recipe)
     assert not (tmp_path / "harmed").exists()

@@ -62,13 +62,13 @@ def test_what_is_saved_comes_back_bit_for_bit(place: Place) -> None:
     np.random.seed(5)  # noqa: NPY002
     told = save(checkpoints, 7, original, Counting(2.5), TRAINER)
     drawn = (torch.rand(3), random.random(), np.random.rand())  # noqa: NPY002
-    other, rule = backend(2), Counting()
-    trainer = restore(checkpoints, other, rule)
-    assert trainer["step"] == 7
     made = "step_00000007" if place.folder else "step_00000007-a"
     assert told.address == f"{place.url}/{made}" and told.bytes > 0
     assert content(place) == {f"{made}/{name}" for name in FILES}
     assert place.folder or not [*place.staging.iterdir()]  # the run's own disk keeps nothing
+    other, rule = backend(2), Counting()
+    trainer = restore(checkpoints, other, rule)
+    assert trainer["step"] == 7
     for a, b in zip(original.network.parameters(), other.network.parameters(), strict=True):
         assert torch.equal(a, b)
     momenta = [
