@@ -578,8 +578,8 @@ def test_what_cannot_be_trained_to_its_end_leaves_nothing_behind(
         (
             "compare whole",
             (
-                "suite.json: lab_suite.table is not in a trusted package; trusted are recipes,"
-                " pipeline.report"
+                "suite.json: lab_suite.table is not in a trusted package; name its package"
+                " with --trust"
             ),
         ),
         ("resume whole", "suite.json: lab_suite.table is not in a trusted package"),
