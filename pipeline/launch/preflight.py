@@ -174,7 +174,9 @@ def _network(runs: Path) -> Finding:
         "open all ports between the nodes, name the network's interface with GLOO_SOCKET_IFNAME"
         " and NCCL_SOCKET_IFNAME, and see that no GPU is in use"
     )
-    with tempfile.TemporaryDirectory(dir=runs, prefix=".doctor-") as storage:
+    with tempfile.TemporaryDirectory(
+        dir=runs, prefix=".doctor-", ignore_cleanup_errors=True
+    ) as storage:
         trainer = TorchTrainer(
             add_up,
             torch_config=TorchConfig("nccl" if gpus else "gloo", timeout_s=30 + 2 * count),

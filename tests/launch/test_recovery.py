@@ -54,7 +54,7 @@ def recipe():
 
 
 LAB = """
-def triangle(optimizer, steps):
+def triangle(optimizer, steps, epoch_steps):
     '''Up to the optimizer's learning rate at half the run, and down again.'''
     highest = optimizer.param_groups[0]["lr"]
 
