@@ -8,24 +8,26 @@ from torch.nn import functional as F
 
 from pipeline.rules.base import LossTerm, Rule
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from tests.helpers.saved import SavedBytes
 
 FEATURES, CLASSES, SEED = 6, 3, 8
 
 
+def drawn(model: nn.Module, *, seed: int, scale: float = 0.9) -> nn.Module:
+    """The model in float64 with normal weights, the same at each call."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.double().parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.copy_(scale * noise)
+    return model
+
+
 def lif_network(**neuron) -> nn.Sequential:
     """Two hidden layers that spike at about a third of the steps on `batch`, in float64."""
-    generator = torch.Generator().manual_seed(SEED)
-    model = nn.Sequential(
-        Linear(FEATURES, 8), LIF(**neuron), Linear(8, 7), LIF(**neuron), Linear(7, CLASSES)
-    ).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(
-                0.9 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            )
-    return model
+    layers = (Linear(FEATURES, 8), LIF(**neuron), Linear(8, 7), LIF(**neuron), Linear(7, CLASSES))
+    return drawn(nn.Sequential(*layers), seed=SEED)  # type: ignore[return-value]
 
 
 def batch(
@@ -50,6 +52,21 @@ def learn(loss_terms: Iterable[LossTerm]) -> list[LossTerm]:
     return seen
 
 
+def outputs(model: nn.Module, *slices_TB: Tensor, grad: bool = False) -> Tensor:
+    """The outputs for the slices of one batch, which begins with a fresh state."""
+    with torch.set_grad_enabled(grad), fresh_state(model):
+        return torch.cat([model(x_TB) for x_TB in slices_TB])
+
+
+def one_batch(
+    rule: Rule, model: nn.Module, steps: int, *, step: int | None = None, **attach
+) -> list[LossTerm]:
+    """Attach the rule and differentiate the loss of `batch(steps)`."""
+    x_TBC, target_B = batch(steps)
+    rule.attach(model, **attach)
+    return learn(rule.loss_terms(model, x_TBC, cross_entropy(target_B), step=step))
+
+
 def gradients(
     rule: Rule, model: nn.Module, x_TB: Tensor, loss_of, *, step: int = 0, **attach
 ) -> dict[str, Tensor]:
@@ -68,6 +85,14 @@ def gradients(
     }
     model.zero_grad()
     return found
+
+
+def gradients_on(
+    steps: int, model: nn.Module, *rules: Rule, **attach
+) -> tuple[dict[str, Tensor], ...]:
+    """The gradients that `batch(steps)` gives under each of the rules."""
+    x_TBC, target_B = batch(steps)
+    return tuple(gradients(rule, model, x_TBC, cross_entropy(target_B), **attach) for rule in rules)
 
 
 def saved_peak(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor, **attach) -> int:
