@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipeline.models.convnet import convnet
 from pipeline.rules.bptt import BPTT
@@ -13,7 +12,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateLIF
 from pipeline.spiking.state import fresh_state
-from tests.helpers.rule_networks import cross_entropy, learn, spikes_of
+from tests.helpers.rule_networks import cross_entropy, learn, outputs, spikes_of
 
 
 def test_parameter_counts():
@@ -28,7 +27,6 @@ def test_parameter_counts():
 
 @pytest.mark.parametrize(("norm", "stride"), [("batch", 1), ("none", 1), ("none", 2)])
 def test_against_an_independent_forward(norm, stride):
-    torch.manual_seed(0)
     model = convnet(
         4,
         in_channels=2,
@@ -52,8 +50,8 @@ def test_against_an_independent_forward(norm, stride):
     for h in x_TBCHW:
         for name in names:
             if name == "stages.1.0":
-                h = F.avg_pool2d(h, 2)
-            h = F.conv2d(
+                h = nn.functional.avg_pool2d(h, 2)
+            h = nn.functional.conv2d(
                 h,
                 w[f"{name}.conv.weight"],
                 w.get(f"{name}.conv.bias"),
@@ -73,15 +71,13 @@ def test_against_an_independent_forward(norm, stride):
             [h[..., i : i + 2, j : j + 2].mean((-2, -1)) for i in (0, 2) for j in (0, 2)], -1
         )
         expected.append(h.flatten(1) @ w["classifier.weight"].T + w["classifier.bias"])
-    with torch.no_grad(), fresh_state(model):
-        got = model(x_TBCHW)
+    got = outputs(model, x_TBCHW)
     assert got.std() > 1e-2
     assert torch.allclose(got, torch.stack(expected), atol=1e-12)
 
 
 @pytest.mark.parametrize("mask", ["batch", "step"])
 def test_dropout_stands_behind_each_neuron_with_one_mask_for_a_batch_or_each_step(mask):
-    torch.manual_seed(0)
     model = convnet(stages=((8,), (8, 8)), dropout=0.5, mask=mask, neuron=nn.ReLU())
     dropped = []
     for module in model.modules():
@@ -125,8 +121,7 @@ def test_the_rate_head_ends_in_rates():
     for name in ("neuron_in", "neuron_out"):
         module = model.classifier.get_submodule(name)
         module.register_forward_hook(lambda _module, _x, y, name=name: outputs.update({name: y}))
-    with torch.no_grad(), fresh_state(model):
-        logits_TBK = model(3 * torch.randn(1, 2, 3, 6, 6).expand(8, -1, -1, -1, -1) + 1)
+    logits_TBK = outputs(model, 3 * torch.randn(1, 2, 3, 6, 6).expand(8, -1, -1, -1, -1) + 1)
     assert set(outputs) == {"neuron_in", "neuron_out"}
     for out_TBC in outputs.values():
         assert out_TBC.unique().tolist() == pytest.approx([0.0, 1.0])

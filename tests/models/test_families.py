@@ -16,7 +16,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from tests.helpers.families import RESNETS, STREAMS, awake, small_qkformer
-from tests.helpers.rule_networks import cross_entropy, learn
+from tests.helpers.rule_networks import cross_entropy, learn, outputs
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     name: lambda build=build: awake(build()) for name, build in RESNETS.items()
@@ -38,8 +38,7 @@ def test_slices_equal_the_whole(family, mode, still):
     for dropout in [m for m in model.modules() if isinstance(m, Dropout)]:
         dropout.share = 0.0  # a mask is drawn for each fresh_state
     with torch.no_grad():
-        with fresh_state(model):
-            whole_TBK = model(x_TBCHW)
+        whole_TBK = outputs(model, x_TBCHW, grad=True)
         with fresh_state(model):
             slices_TBK = torch.cat([model(x_BCHW[None]) for x_BCHW in x_TBCHW])
     assert whole_TBK.shape == (3, 2, 5) and whole_TBK.std() > 0

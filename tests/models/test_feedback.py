@@ -20,8 +20,8 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
-from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
+from tests.helpers.rule_networks import outputs
 
 
 def parameters(model: nn.Module) -> int:
@@ -51,7 +51,6 @@ def test_parameter_counts():
 
 
 def test_fully_connected_against_an_independent_forward():
-    torch.manual_seed(0)
     model = fc_feedback(4, in_features=6, hidden=9, neuron=IF(threshold=2.0)).double().eval()
     x_BCHW = 3 * torch.randn(5, 1, 2, 3, dtype=torch.float64)
     p = dict(model.named_parameters())
@@ -70,13 +69,11 @@ def test_fully_connected_against_an_independent_forward():
         v, total = u - 2 * s, total + s
     assert 0.05 < total.mean() / 6 < 0.8
     expected = F.linear(total / 6, p["classifier.weight"], p["classifier.bias"])
-    with torch.no_grad(), fresh_state(model):
-        assert torch.allclose(model(repeat(x_BCHW, 6)).mean(0), expected, atol=1e-12)
+    assert torch.allclose(outputs(model, repeat(x_BCHW, 6)).mean(0), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("build", [alexnet_f, cifarnet_f])
 def test_the_classic_networks_train_under_ide_and_bptt(build):
-    torch.manual_seed(0)
     x_BCHW, target = torch.randn(4, 3, 16, 16), torch.randint(10, (4,))
     for rule in (IDE(), BPTT()):
         model = build(size=16, width=0.1)
@@ -100,7 +97,6 @@ def test_the_feedback_brings_the_last_layer_to_the_first():
 
 @pytest.mark.parametrize("build", [convnet_f, lenet_f])
 def test_the_networks_without_norm_fire_and_train_under_spide(build):
-    torch.manual_seed(0)
     model = build()
     rule = SPIDE(
         100, scale=64.0
@@ -123,7 +119,6 @@ def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
     """As published for IDE: one mask behind each synapse, in all steps and in the equation for
     beta; none at the readout.
     """
-    torch.manual_seed(0)
     T, model = (
         6,
         fc_feedback(4, in_features=6, hidden=9, dropout=0.4, dropout_on="currents").double(),
@@ -196,7 +191,6 @@ def test_an_upsampling_feedback_starts_at_a_tenth_of_the_norm_of_its_outputs():
     """Published: each of its 96 (or 128) outputs has a weight of norm 0.1, so |V| is 0.98 (or
     1.13).
     """
-    torch.manual_seed(0)
     for first, last, published in ((96, 256, 0.98), (128, 512, 1.13)):
         model = convnet_f(size=8, layers=((first, 3, 2), (last, 3, 2)), gain=1.0)
         assert model.get_parameter(

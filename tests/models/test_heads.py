@@ -12,7 +12,7 @@ from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.transforms import MultiHead, multi_head, select_head
 from pipeline.models.vgg import vgg_sws
-from pipeline.spiking.state import fresh_state
+from tests.helpers.rule_networks import outputs
 
 
 def small() -> Any:
@@ -21,8 +21,7 @@ def small() -> Any:
 
 
 def answer(network: nn.Module, x_TB: torch.Tensor) -> torch.Tensor:
-    with fresh_state(network):
-        return network(x_TB)
+    return outputs(network, x_TB, grad=True)
 
 
 def test_the_selected_head_answers() -> None:

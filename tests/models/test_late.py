@@ -2,8 +2,6 @@
 contract.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -18,6 +16,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
 from pipeline.train.objective import CrossEntropy
+from tests.helpers.rule_networks import outputs
 
 T, B, K = 6, 5, 3
 
@@ -37,8 +36,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("share", "heard"), [(0.5, 3), (1 / 3, 2), (0.01, 1), (1.0, 6)])
 def test_the_last_steps_are_scaled_and_the_others_silent(share: float, heard: int) -> None:
     readout, x_TBK = LateReadout(share=share, time_steps=T), torch.randn(T, B, K)
-    with fresh_state(readout):
-        y_TBK = readout(x_TBK)
+    y_TBK = outputs(readout, x_TBK, grad=True)
     assert torch.equal(y_TBK[: T - heard], torch.zeros(T - heard, B, K))
     torch.testing.assert_close(y_TBK[T - heard :], x_TBK[T - heard :] * T / heard)
     torch.testing.assert_close(y_TBK.mean(0), x_TBK[T - heard :].mean(0))
@@ -47,8 +45,7 @@ def test_the_last_steps_are_scaled_and_the_others_silent(share: float, heard: in
 @pytest.mark.parametrize("sizes", [[1] * T, [2, 3, 1], [5, 1]])
 def test_slices_continue_one_another_and_each_batch_begins_anew(sizes: list[int]) -> None:
     readout, x_TBK = LateReadout(share=0.5, time_steps=T), torch.randn(T, B, K)
-    with fresh_state(readout):
-        whole = readout(x_TBK)
+    whole = outputs(readout, x_TBK, grad=True)
     for _ in range(2):
         with fresh_state(readout):
             assert torch.equal(torch.cat([readout(x_cBK) for x_cBK in x_TBK.split(sizes)]), whole)
@@ -61,8 +58,7 @@ def test_slices_continue_one_another_and_each_batch_begins_anew(sizes: list[int]
 )
 def test_the_loss_is_that_of_the_late_steps_and_a_constant(rule: BPTT | SLTT | OTTT) -> None:
     model, (x_TB, target_B) = network(), inputs()
-    with fresh_state(model):
-        late_TBK = model(x_TB)[T // 2 :]
+    late_TBK = outputs(model, x_TB, grad=True)[T // 2 :]
     expected = sum(nn.functional.cross_entropy(logits_BK, target_B) for logits_BK in late_TBK) / T
     rule.attach(model)
     shares = list(rule.loss_terms(model, x_TB, CrossEntropy()(target_B)))

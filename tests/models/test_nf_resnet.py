@@ -4,7 +4,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipeline.models.nf_resnet import (
     NFResNet,
@@ -17,9 +16,9 @@ from pipeline.models.residual import ALPHA, Residual
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d
+from tests.helpers.rule_networks import outputs
 
 
 def parameters(model: nn.Module) -> int:
@@ -82,7 +81,7 @@ def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
     rule.attach(model)
     target = torch.arange(3)
     (objective,) = rule.loss_terms(
-        model, torch.randn(2, 3, 3, 8, 8), lambda o: F.cross_entropy(o, target)
+        model, torch.randn(2, 3, 3, 8, 8), lambda o: nn.functional.cross_entropy(o, target)
     )
     assert objective.logits.abs().max() == 0
     assert objective.loss.item() == pytest.approx(math.log(classes), rel=1e-6)
@@ -96,7 +95,7 @@ def standardized(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
         * (w - w.mean((1, 2, 3), keepdim=True))
         / torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
     )
-    return F.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
+    return nn.functional.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
 
 
 def residuals(model: nn.Module) -> list[Any]:
@@ -117,7 +116,7 @@ def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
     for _ in range(steps):
         h = standardized(model.stem[0], x_BCHW)
         if len(model.stem) == 2:
-            h = F.avg_pool2d(h, 3, 2, 1)
+            h = nn.functional.avg_pool2d(h, 3, 2, 1)
         for block in residuals(model):
             out = neuron(block.first, h / block.first.beta)
             identity = (
@@ -137,8 +136,7 @@ def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
 def test_against_an_independent_forward(bottleneck, stem):
     model = awake(tiny(bottleneck=bottleneck, stem=stem))
     x_BCHW = torch.randn(3, 2, 16, 16, dtype=torch.float64)
-    with torch.no_grad(), fresh_state(model):
-        got = model(repeat(x_BCHW, 4))
+    got = outputs(model, repeat(x_BCHW, 4))
     assert got.shape == (4, 3, 5)
     assert got.std() > 0.1
     assert torch.allclose(got, by_hand(model, x_BCHW, 4), atol=1e-10)
@@ -164,13 +162,11 @@ def test_the_size_of_the_image_on_its_way_through_imagenet():
         sizes = []
         for stage in model.stages:
             stage.register_forward_hook(lambda _m, _x, y: sizes.append(tuple(y.shape[2:])))
-        with fresh_state(model):
-            assert model(torch.empty(1, 2, 3, 224, 224)).shape == (1, 2, 1000)
+        assert outputs(model, torch.empty(1, 2, 3, 224, 224), grad=True).shape == (1, 2, 1000)
     assert sizes == [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]
 
 
 def test_the_variance_of_the_stream_is_as_expected_at_the_start():
-    torch.manual_seed(0)
     with torch.no_grad():
         stem = tiny(width=256, in_channels=64).stem
         y = stem(torch.randn(1, 8, 64, 12, 12))[..., 2:-2, 2:-2]

@@ -16,6 +16,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
 from tests.helpers.families import small_qkformer
+from tests.helpers.rule_networks import outputs
 
 
 @pytest.mark.parametrize("shortcut", ["membrane", "multiple"])
@@ -23,13 +24,11 @@ def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
     """In training mode, whatever the stream; and every one of them can leave it: its last gains
     have a gradient.
     """
-    torch.manual_seed(0)
     blocks = BlockFactory(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
     for attention in (TokenQK, SelfAttention):
         block = Block(blocks, 16, attention=attention, heads=2, expansion=4, drop_path=0.0)
         x_TBCHW = 3 * torch.randn(2, 3, 16, 8, 8)
-        with fresh_state(block):
-            y_TBCHW = block(x_TBCHW)
+        y_TBCHW = outputs(block, x_TBCHW, grad=True)
         assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)
         (y_TBCHW * torch.randn_like(y_TBCHW)).sum().backward()
         last = [
@@ -199,8 +198,7 @@ def test_any_size_that_leaves_a_pixel():
     for shrink, sides in ((1, (1, 8, 9)), (4, (4, 7, 33))):
         model = small_qkformer(shrink=shrink).eval()
         for side in sides:
-            with torch.no_grad(), fresh_state(model):
-                assert model(torch.rand(2, 2, 3, side, side)).shape == (2, 2, 5)
+            assert outputs(model, torch.rand(2, 2, 3, side, side)).shape == (2, 2, 5)
     with pytest.raises(
         ValueError, match=r"QKFormer: images must have shrink=4 pixels a side or more; got 8 x 3$"
     ):
@@ -228,10 +226,8 @@ def test_drop_path_grows_with_depth_and_works():
                 runs.append(model(x_TBCHW))
         assert not torch.equal(*runs)
         model.eval()
-        with fresh_state(model):
-            first = model(x_TBCHW)
-        with fresh_state(model):
-            assert torch.equal(first, model(x_TBCHW))
+        first = outputs(model, x_TBCHW, grad=True)
+        assert torch.equal(first, outputs(model, x_TBCHW, grad=True))
 
 
 @pytest.mark.parametrize(

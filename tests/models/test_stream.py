@@ -17,7 +17,6 @@ def test_group_mean_undoes_repeat():
 
 def test_expected_variance_of_a_stream():
     """Against streams drawn at random: branches of unit variance, weighted by ALPHA."""
-    torch.manual_seed(0)
     stream = StreamVariance()
     x = torch.randn(1, 1, 2, 1_000_000, dtype=torch.float64)
     stream.add()

@@ -2,8 +2,6 @@
 tests/spiking/test_norm.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

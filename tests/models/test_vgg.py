@@ -11,7 +11,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Sigmoid, Triangle, spike
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.rule_networks import cross_entropy, difference, gradients
+from tests.helpers.rule_networks import cross_entropy, difference, gradients, outputs
 
 
 def test_parameter_count():
@@ -26,7 +26,6 @@ def test_parameter_count():
 
 
 def test_against_an_independent_forward():
-    torch.manual_seed(0)
     model = vgg_sws(4, in_channels=2, stages=((3, 5), (6,))).double()
     x_BCHW = 3 * torch.randn(2, 2, 8, 8, dtype=torch.float64)
     names = ["stages.0.0.conv.0", "stages.0.1.conv", "stages.1.0.conv"]
@@ -46,8 +45,7 @@ def test_against_an_independent_forward():
             membranes[name] = u - s
             h = 2.74 * s
         expected.append(F.linear(h.mean((2, 3)), p["classifier.weight"], p["classifier.bias"]))
-    with torch.no_grad(), fresh_state(model):
-        got = model(repeat(x_BCHW, 3))
+    got = outputs(model, repeat(x_BCHW, 3))
     assert got.abs().max() > 1e-3
     assert torch.allclose(got, torch.stack(expected), atol=1e-12)
 
@@ -115,8 +113,7 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
 def test_feedback_against_an_independent_network(rule, detach):
     model, x_TBCHW, target = small_vgg_f(), images(4), torch.tensor([0, 3])
     expected = vgg_f_by_hand(model, x_TBCHW, detach=detach)
-    with torch.no_grad(), fresh_state(model):
-        assert torch.allclose(model(x_TBCHW), expected, atol=1e-12)
+    assert torch.allclose(outputs(model, x_TBCHW), expected, atol=1e-12)
     loss = torch.stack([F.cross_entropy(o, target) for o in expected]).mean()
     wanted = dict(
         zip(
@@ -130,7 +127,6 @@ def test_feedback_against_an_independent_network(rule, detach):
 
 
 def test_feedback_starts_at_zero_and_slices_continue_one_another():
-    torch.manual_seed(0)
     plain, fed_back = (
         vgg_sws(4, in_channels=2, stages=((3,), (6,))),
         vgg_sws_f(4, in_channels=2, stages=((3,), (6,))),
@@ -148,14 +144,12 @@ def test_feedback_starts_at_zero_and_slices_continue_one_another():
             with fresh_state(plain), fresh_state(fed_back):
                 assert torch.equal(plain(x_TBCHW), fed_back(x_TBCHW))
         model = small_vgg_f()
-        with fresh_state(model):
-            together = model(images(4))
+        together = outputs(model, images(4), grad=True)
         with fresh_state(model):
             assert torch.equal(torch.cat([model(x) for x in images(4).split(1)]), together)
 
 
 def test_start_of_the_classifier():
-    torch.manual_seed(0)
     weight = vgg_sws().classifier.weight
     assert weight.std().item() == pytest.approx(0.01, rel=0.05)
 
@@ -201,8 +195,7 @@ def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
     convs = [m for m in model.modules() if isinstance(m, Conv2d)]
     shapes = [(*m.weight.shape[1:], *m.stride) for m in convs]
     assert shapes == [(1, 5, 5, 2, 2), (3, 3, 3, 1, 1), (5, 3, 3, 1, 1)]
-    with fresh_state(model):
-        assert model(torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)
+    assert outputs(model, torch.zeros(2, 1, 1, 28, 28), grad=True).shape == (2, 1, 4)
     with (
         fresh_state(model),
         pytest.raises(ValueError, match=r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)"),
@@ -225,7 +218,6 @@ def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
 
 
 def test_dropout_drops_the_same_neurons_at_every_step():
-    torch.manual_seed(0)
     model = vgg_sws(4, in_channels=2, stages=((16,), (8,)), dropout=0.5)
     record = []
     first = model.get_submodule("stages.0.0")

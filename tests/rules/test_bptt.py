@@ -3,7 +3,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.opzo import OPZO
@@ -52,10 +51,10 @@ def test_both_losses_are_reported_as_they_are_differentiated(over_time, losses):
 
     def loss_of(logits_BK):
         seen_logits.append(logits_BK.detach())
-        return F.cross_entropy(logits_BK, target)
+        return nn.functional.cross_entropy(logits_BK, target)
 
     (objective,) = learn(rule.loss_terms(model, x_TBC, loss_of))
-    expected = sum(F.cross_entropy(o, target).item() for o in seen_logits) / losses
+    expected = sum(nn.functional.cross_entropy(o, target).item() for o in seen_logits) / losses
     assert len(seen_logits) == losses and objective.loss.item() == pytest.approx(expected)
     assert not objective.loss.requires_grad and not objective.logits.requires_grad
     assert torch.allclose(objective.logits, sum(seen_logits) / losses)
@@ -70,7 +69,7 @@ def test_a_model_without_neurons_is_plain_backpropagation():
     model = nn.Sequential(lif_network()[0])
     x_TBC, target = batch(3, classes=8)
     got = gradients(BPTT(), model, x_TBC, cross_entropy(target))
-    loss = torch.stack([F.cross_entropy(o, target) for o in model(x_TBC)]).mean()
+    loss = torch.stack([nn.functional.cross_entropy(o, target) for o in model(x_TBC)]).mean()
     assert torch.allclose(got["0.weight"], torch.autograd.grad(loss, list(model.parameters()))[0])
 
 

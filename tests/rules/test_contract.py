@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
@@ -67,8 +66,8 @@ def run(rule: Rule, model: nn.Module, steps: int, *, step: int | None = 0) -> li
 
 def mean_loss(rule: Rule, logits_TBK: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if rule.over_time_choices[0] == "mean":
-        return F.cross_entropy(logits_TBK.mean(0), target)
-    return torch.stack([F.cross_entropy(o, target) for o in logits_TBK]).mean()
+        return nn.functional.cross_entropy(logits_TBK.mean(0), target)
+    return torch.stack([nn.functional.cross_entropy(o, target) for o in logits_TBK]).mean()
 
 
 def global_generators() -> tuple:

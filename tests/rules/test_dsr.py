@@ -19,7 +19,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.helpers.rule_networks import batch, cross_entropy, difference, gradients, learn
+from tests.helpers.rule_networks import batch, cross_entropy, difference, gradients, learn, outputs
 
 MEAN = {"over_time": "mean"}
 contract_exceptions = {
@@ -55,8 +55,7 @@ def map_of(
     rule = rule or DSR()
     rule.attach(neuron, **MEAN)
     x_TB = x_TB.clone().requires_grad_()
-    with fresh_state(neuron):
-        out_TB = neuron(x_TB)
+    out_TB = outputs(neuron, x_TB, grad=True)
     g_x_TB, g_threshold = torch.autograd.grad(out_TB, (x_TB, neuron.threshold), g_TB)
     rule.release()
     return g_x_TB, g_threshold
@@ -268,8 +267,7 @@ def test_the_two_losses_over_time():
     x_TBC, target = batch(5)
     for over_time in ("mean", "steps"):
         model, rule = smallest_model(RateIF(), RateIF()).double(), DSR()
-        with torch.no_grad(), fresh_state(model):
-            logits_TBK = model(x_TBC)
+        logits_TBK = outputs(model, x_TBC)
         expected = {
             "mean": F.cross_entropy(logits_TBK.mean(0), target),
             "steps": torch.stack([F.cross_entropy(o, target) for o in logits_TBK]).mean(),
@@ -278,17 +276,6 @@ def test_the_two_losses_over_time():
         (objective,) = learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
         assert objective.loss.item() == pytest.approx(expected[over_time].item(), abs=1e-12)
         assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
-
-
-def test_weighted_logits_have_one_loss():
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got"
-            r" over_time='steps'"
-        ),
-    ):
-        DSR().attach(smallest_model(), over_time="steps")
 
 
 def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
@@ -315,7 +302,6 @@ def calibrated(model: nn.Module, batches: list[torch.Tensor], **how: Any) -> Any
     "make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1)]
 )
 def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make):
-    torch.manual_seed(0)
     batches = [torch.randn(4, size, 6) for size in (40, 30, 80)]
     model = calibrated(smallest_model(make(), make()), batches)
     h = torch.cat(batches, 1)
@@ -328,14 +314,12 @@ def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make)
             sorted_rates[nearest_rank - 1].item(), rel=1e-5
         )
         assert sorted_rates[-1] > 1.01 * sorted_rates[nearest_rank - 1]
-        with torch.no_grad(), fresh_state(neuron):
-            h = neuron(h)
+        h = outputs(neuron, h)
 
 
 @pytest.mark.parametrize("still", [True, False])
 def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
     """As published: ReLU in the place of the neurons, batch norm by its running statistics."""
-    torch.manual_seed(0)
     model = convnet(3, in_channels=1, stages=((4,), (4,)), over="time", neuron=RateIF()).double()
     for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
         norm.running_mean.normal_()
@@ -365,7 +349,6 @@ def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
 
 
 def test_calibration_leaves_everything_else_as_it_was():
-    torch.manual_seed(0)
     model = convnet(3, in_channels=1, stages=((4,), (4,)), over="time", neuron=RateIF())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
@@ -427,6 +410,11 @@ def test_a_silent_layer_is_left_at_the_bound():
         (
             lambda: DSR().attach(nn.Sequential(RateIF(), nn.Sequential(LIF()))),
             r"DSR: every neuron must be a RateIF or RateLIF; got LIF at 1\.0",
+        ),
+        (
+            lambda: DSR().attach(smallest_model(), over_time="steps"),
+            r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got"
+            r" over_time='steps'",
         ),
     ],
 )

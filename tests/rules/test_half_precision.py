@@ -5,8 +5,6 @@ So no spike flips, whatever is rounded, and what is left to differ is the arithm
 backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.models.parts import copy_neuron
 from pipeline.rules.base import Rule, World
@@ -25,10 +24,9 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF
-from pipeline.spiking.state import fresh_state
 from pipeline.spiking.subspace import SecondMoments, orthonormal
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import batch, cross_entropy, gradients, learn, lif_network
+from tests.helpers.rule_networks import batch, cross_entropy, gradients, learn, lif_network, outputs
 
 ROWS = ((3, 4, 3), (1, 2, 2))
 LEARNING = 160
@@ -64,8 +62,7 @@ def train(
 
 
 def logits(model: nn.Module, x_TB: Tensor) -> Tensor:
-    with torch.no_grad(), fresh_state(model):
-        return model(x_TB)
+    return outputs(model, x_TB)
 
 
 def rows_of(rule: HLOP, index: int, *, name: str = "old") -> Tensor:
@@ -260,7 +257,9 @@ def test_a_projected_convolution_is_one_on_projected_patches(geometry):
         [
             p.T
             for x in x_TB
-            for p in F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+            for p in nn.functional.unfold(
+                x, conv.kernel_size, conv.dilation, conv.padding, conv.stride
+            )
         ]
     )
     assert torch.allclose(

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.rules.base import World
 from pipeline.rules.bptt import BPTT
@@ -206,7 +205,7 @@ def test_another_weight_carries_the_error_down(error):
             u2 = 0.5 * v2 + s1 @ w2.T + b2
             s2 = (u2 >= 1).double()
             v1, v2 = u1 - s1, u2 - s2
-            g3 = (torch.softmax(s2 @ w3.T + b3, 1) - F.one_hot(target_B, 3)) / 20
+            g3 = (torch.softmax(s2 @ w3.T + b3, 1) - nn.functional.one_hot(target_B, 3)) / 20
             g2 = g3 @ carrier3 * (1 - (u2 - 1).abs()).clamp(min=0)
             g1 = g2 @ carrier2 * (1 - (u1 - 1).abs()).clamp(min=0)
             for layer, g, s in ((4, g3, s2), (2, g2, s1), (0, g1, x)):

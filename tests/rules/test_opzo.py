@@ -38,6 +38,7 @@ from tests.helpers.rule_networks import (
     difference,
     learn,
     lif_network,
+    outputs,
     spikes_of,
 )
 
@@ -356,16 +357,14 @@ def test_an_evaluation_sees_no_noise():
     x_TBC, _ = batch(3)
 
     def logits() -> Tensor:
-        with torch.no_grad(), fresh_state(model):
-            return model(x_TBC)
+        return outputs(model, x_TBC)
 
     before = logits()
     rule.attach(model)
     gradient_of(rule, model, 3)
     assert torch.equal(logits(), before)
     twin = copy.deepcopy(model)
-    with torch.no_grad(), fresh_state(twin):
-        assert torch.equal(twin(x_TBC), before)
+    assert torch.equal(outputs(twin, x_TBC), before)
 
 
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
@@ -440,7 +439,6 @@ def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
     """The second head is the first with its sign turned: what was known is then known to be
     wrong.
     """
-    torch.manual_seed(0)
     model: Any = multi_head(mlp(CLASSES, in_features=FEATURES, hidden=(8, 7)), heads=2)
     first, second = model.classifier.heads
     with torch.no_grad():

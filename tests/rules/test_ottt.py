@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.vgg import vgg_sws, vgg_sws_f
@@ -71,7 +70,6 @@ def test_no_weight_does_where_the_reset_depends_on_the_potential(neuron):
 
 
 def test_one_hidden_layer_with_a_plain_readout_is_bptt_in_every_weight():
-    torch.manual_seed(0)
     model = nn.Sequential(Linear(6, 8, bias=False), LIF(), Linear(8, 3)).double()
     x_TBC, target = batch(6)
     rules = (OTTT(first="traced", readout="plain"), BPTT())
@@ -87,7 +85,11 @@ def test_readout(decay):
     x_TBC, target = batch(6)
     with torch.no_grad(), fresh_state(model):
         s_TBC = model[:4](x_TBC)
-        e_TBK = (torch.softmax(model[4](s_TBC), -1) - F.one_hot(target, 3)) / target.numel() / 6
+        e_TBK = (
+            (torch.softmax(model[4](s_TBC), -1) - nn.functional.one_hot(target, 3))
+            / target.numel()
+            / 6
+        )
     traces = traces_of(s_TBC, decay)
     got = {
         choice: gradients(OTTT(readout=choice), model, x_TBC, cross_entropy(target))
@@ -129,7 +131,7 @@ def three_factors(
     log: dict[str, list[list[Tensor]]] = {
         name: [[], [], []] for name in ("0.weight", "2.weight", "4.weight")
     }
-    onehot = F.one_hot(target_B, 3).double()
+    onehot = nn.functional.one_hot(target_B, 3).double()
     for x in x_TBC:
         u1 = decay * v1 + x @ w1.T + b1
         s1 = (u1 >= 1).double()
@@ -210,7 +212,6 @@ GEOMETRIES = [
 @pytest.mark.parametrize("weights", ["plain", "standardized"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_convolutions_against_two_forwards(geometry, weights):
-    torch.manual_seed(0)
     convs = [
         Conv2d(2, 4, 3, padding=1),
         Conv2d(4, 6, **geometry, weights=weights),
@@ -251,7 +252,6 @@ def test_vgg_against_two_forwards(build):
     """Every synapse traced but the first; in VGG-F the one of the feedback, too, whose trace is of
     upsampled features.
     """
-    torch.manual_seed(0)
     model = build(4, in_channels=2, stages=((3, 5), (6,))).double()
     nn.init.normal_(model.classifier.weight)
     if model.feedback is not None:

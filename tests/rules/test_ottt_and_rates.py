@@ -13,7 +13,6 @@ decay 0.5 one first layer in 60 had a cosine of -0.03.
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.models.vgg import Feedback
 from pipeline.rules.dsr import DSR
@@ -95,7 +94,8 @@ def weighted_rates(model: nn.Module, x_TBC: Tensor, decay: float) -> list[Tensor
 
 def error_of_rates(readout: Linear, r_BC: Tensor, target_B: Tensor) -> Tensor:
     return (
-        torch.softmax(r_BC @ readout.weight.T + readout.bias, 1) - F.one_hot(target_B, CLASSES)
+        torch.softmax(r_BC @ readout.weight.T + readout.bias, 1)
+        - nn.functional.one_hot(target_B, CLASSES)
     ) / BATCH
 
 
@@ -177,7 +177,7 @@ def test_it_descends_where_the_rates_do(build, of_rates, decay, steps):
         for first in ("plain", "traced"):
             got = gradients(OTTT(first=first), model, x_TBC, cross_entropy(target))
             for name, g in wanted.items():
-                cosine = F.cosine_similarity(g.flatten(), got[name].flatten(), dim=0)
+                cosine = nn.functional.cosine_similarity(g.flatten(), got[name].flatten(), dim=0)
                 cosines.setdefault(name, []).append(float(cosine))
     assert len(cosines) == 3 and all(
         len(values) == 2 * NETWORKS and min(values) > 0 for values in cosines.values()

@@ -4,7 +4,6 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipeline.rules import sltt
 from pipeline.rules.base import World
@@ -176,4 +175,4 @@ def test_small_leak_brings_sltt_near_bptt():
     cosine .99 against .74 at 0.5).
     """
     found = gradients_on(6, lif_network(decay=1 / 11), SLTT(), BPTT())
-    assert F.cosine_similarity(*(g["0.weight"].flatten() for g in found), dim=0) > 0.95
+    assert nn.functional.cosine_similarity(*(g["0.weight"].flatten() for g in found), dim=0) > 0.95

@@ -291,7 +291,6 @@ def test_another_weight_carries_its_errors_down_as_it_does_under_ide(error):
 
 
 def test_so_it_does_on_a_convolutional_network():
-    torch.manual_seed(0)
     model = convnet_f(
         CLASSES, in_channels=2, size=8, layers=((3, 3, 2), (4, 3, 2)), dropout=0.0
     ).double()
@@ -340,7 +339,6 @@ def test_events_are_handed_down_as_a_product_is(limit):
     """Sparse sums of rows against the transposed synapse; samples without an event, the last among
     them, and none at all.
     """
-    torch.manual_seed(0)
     rest = fc_feedback(in_features=6, hidden=9, limit=limit).double().equilibrium
     vjp = Linearized(rest, torch.rand(1, 5, 9).double(), 2 * torch.randn(1, 5, 9).double())
     s_BN = torch.randint(-1, 2, (5, 9)).double()

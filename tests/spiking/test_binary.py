@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -24,10 +23,9 @@ from pipeline.spiking.binary import (
 from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
-from tests.helpers.rule_networks import gradients
+from tests.helpers.rule_networks import gradients, outputs
 from tests.helpers.saved import SavedBytes
 
 VARIANTS = ["scaled", "centred", "ir", "learnable"]
@@ -178,7 +176,9 @@ def test_one_time_step_is_a_binary_network(weights):
     x_BC = 3 * torch.randn(20, 6, dtype=torch.float64)
 
     def activation(norm: nn.Module, current_BC: Tensor) -> Tensor:
-        z_BC = F.batch_norm(current_BC, None, None, norm.weight, norm.bias, training=True)  # type: ignore[arg-type]
+        z_BC = nn.functional.batch_norm(
+            current_BC, None, None, norm.weight, norm.bias, training=True
+        )  # type: ignore[arg-type]
         return ((z_BC >= 1).double() * 2 - 1 + 1) / 2
 
     first, second, last = model[0], model[3], model[6]
@@ -191,8 +191,7 @@ def test_one_time_step_is_a_binary_network(weights):
     h_BC = activation(model[1], x_BC @ first.weight.T + first.bias)
     h_BC = activation(model[4], h_BC @ W_b.T + second.bias)
     assert 0.05 < h_BC.mean() < 0.95
-    with fresh_state(model):
-        logits_TBK = model(x_BC.unsqueeze(0))
+    logits_TBK = outputs(model, x_BC.unsqueeze(0), grad=True)
     assert torch.allclose(logits_TBK[0], h_BC @ last.weight.T + last.bias, atol=1e-12)
 
 
@@ -201,7 +200,9 @@ def test_one_time_step_is_a_binary_network(weights):
 def test_latent_weights_learn_under_every_kind_of_rule(weights, rule):
     model = network(weights, normed=not isinstance(rule, OTTT))
     x_TBC, target_B = 2 * torch.randn(4, 9, 6, dtype=torch.float64), torch.arange(9) % 3
-    found = gradients(rule, model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B))
+    found = gradients(
+        rule, model, x_TBC, lambda logits_BK: nn.functional.cross_entropy(logits_BK, target_B)
+    )
     for name in ("3.weight", *(["3.binarizer.scale"] if weights == "learnable" else [])):
         assert found[name].isfinite().all() and found[name].abs().max() > 1e-6
 
@@ -210,7 +211,9 @@ def test_slices_equal_the_whole_in_value_and_gradient():
     model = network("scaled", normed=False)
     x_TBC, target_B = 2 * torch.randn(4, 9, 6, dtype=torch.float64), torch.arange(9) % 3
     whole, slices = (
-        gradients(rule, model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B))
+        gradients(
+            rule, model, x_TBC, lambda logits_BK: nn.functional.cross_entropy(logits_BK, target_B)
+        )
         for rule in (BPTT(), BPTT(chunk=1))
     )
     assert all(torch.allclose(whole[name], slices[name], atol=1e-12) for name in whole)

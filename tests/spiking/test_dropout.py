@@ -4,15 +4,14 @@ import torch
 from pipeline.models.residual import Residual
 from pipeline.spiking.dropout import Dropout, DropPath
 from pipeline.spiking.state import fresh_state
+from tests.helpers.rule_networks import outputs
 
 
 def test_one_mask_for_each_batch_over_time_and_passes():
-    torch.manual_seed(0)
     dropout, x_TB = Dropout(0.25), torch.ones(3, 50, 40)
     with fresh_state(dropout):
         first, again = dropout(x_TB), dropout(x_TB[:1])
-    with fresh_state(dropout):
-        other = dropout(x_TB)
+    other = outputs(dropout, x_TB, grad=True)
     assert torch.equal(first[0], first[2]) and torch.equal(first[:1], again)
     assert not torch.equal(first, other)
     assert first.unique().tolist() == pytest.approx([0, 4 / 3])
@@ -21,12 +20,10 @@ def test_one_mask_for_each_batch_over_time_and_passes():
 
 
 def test_a_path_is_dropped_for_whole_samples_at_all_times_and_in_every_pass():
-    torch.manual_seed(0)
     drop, x_TBCHW = DropPath(0.25), torch.ones(3, 400, 2, 4, 4)
     with fresh_state(drop):
         first, again = drop(x_TBCHW), drop(x_TBCHW[1:2])
-    with fresh_state(drop):
-        other = drop(x_TBCHW)
+    other = outputs(drop, x_TBCHW, grad=True)
     of_samples_B = first[0, :, 0, 0, 0]
     assert torch.equal(
         first, of_samples_B[:, None, None, None].expand_as(first)
@@ -38,10 +35,8 @@ def test_a_path_is_dropped_for_whole_samples_at_all_times_and_in_every_pass():
 
 
 def test_a_sample_whose_branch_is_dropped_is_its_shortcut():
-    torch.manual_seed(0)
     block, x_TBC = Residual(torch.nn.Linear(3, 3), drop_path=0.5), torch.randn(2, 40, 3)
-    with fresh_state(block):
-        y_TBC = block(x_TBC)
+    y_TBC = outputs(block, x_TBC, grad=True)
     dropped_B = (y_TBC == x_TBC).all(-1).all(0)
     assert 5 < dropped_B.sum() < 35
     kept = (x_TBC + 2 * block.branch(x_TBC))[:, ~dropped_B]

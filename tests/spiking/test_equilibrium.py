@@ -14,6 +14,7 @@ from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear
+from tests.helpers.rule_networks import outputs
 
 
 def network(
@@ -77,12 +78,10 @@ def test_without_an_adjoint_it_is_a_recurrent_network(decay):
 def test_the_mean_of_the_first_steps_is_their_rate_however_they_are_sliced(decay):
     e, x_TB = network(decay=decay), frames(9)
     with torch.no_grad():
-        with fresh_state(e):
-            whole_TB = e(x_TB)
+        whole_TB = outputs(e, x_TB, grad=True)
         with fresh_state(e):
             sliced_TB = torch.cat([e(x_cB) for x_cB in x_TB.split([1, 3, 5])])
-        with fresh_state(e):
-            first_TB = e(x_TB[:4])
+        first_TB = outputs(e, x_TB[:4], grad=True)
     assert torch.equal(whole_TB, sliced_TB)
     assert torch.equal(whole_TB[:4], first_TB)
 
@@ -92,14 +91,12 @@ def test_the_mean_of_the_first_steps_is_their_rate_however_they_are_sliced(decay
 def test_the_adjoint_leaves_the_simulation_as_it_is(decay, still):
     e = network(decay=decay)
     x_TB = repeat(frames(1)[0], 7) if still else frames(7)
-    with torch.no_grad(), fresh_state(e):
-        rate_B = e(x_TB).mean(0)
+    rate_B = outputs(e, x_TB).mean(0)
     e.adjoint = lambda g_B, vjp: g_B
     with fresh_state(e):
         (a_B,) = e(x_TB)
     assert a_B.requires_grad and torch.allclose(a_B, rate_B, atol=1e-15)
-    with torch.no_grad(), fresh_state(e):
-        assert e(x_TB).shape[0] == 7  # no gradient wanted: the plain network
+    assert outputs(e, x_TB).shape[0] == 7  # no gradient wanted: the plain network
 
 
 def test_linearized_is_the_transposed_jacobian_of_the_map_and_touches_no_parameter():
@@ -212,8 +209,7 @@ def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
         (each[0][dropped_B] == 0).all() for each in inputs
     )  # 4 steps, the map, the Jacobian
     e.eval()
-    with torch.no_grad(), fresh_state(e):
-        one = e(x_TB)
+    one = outputs(e, x_TB)
     assert torch.equal(one, by_hand(e, x_TB).detach())
 
 

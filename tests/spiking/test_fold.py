@@ -93,7 +93,6 @@ def test_the_network_is_as_before():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_a_folded_scale_changes_nothing(kind, bias):
-    torch.manual_seed(0)
     synapse = Linear(5, 4, bias) if kind == "linear" else Conv2d(5, 4, 3, bias=bias)
     norm, a_O = BatchNorm(4), torch.rand(4, dtype=torch.float64) * 0.1 + 0.01
     with torch.no_grad():

@@ -16,7 +16,6 @@ from pipeline.spiking.synapse import Conv2d, Linear
 
 
 def test_a_readout_is_the_identity_in_a_network_and_reads_averaged_places():
-    torch.manual_seed(0)
     readout, s_TBCHW = Readout(3, 4, cells=2), (torch.rand(2, 5, 3, 6, 6) < 0.3).float()
     assert readout(s_TBCHW) is s_TBCHW
     mean_TBF = s_TBCHW.unflatten(-1, (2, 3)).unflatten(-3, (2, 3)).mean((-1, -3)).flatten(2)

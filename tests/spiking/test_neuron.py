@@ -8,15 +8,14 @@ from hypothesis import strategies as st
 from pipeline.spiking.neuron import IF, LIF, named_neurons
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid, Triangle
-from tests.helpers.rule_networks import lif_network
+from tests.helpers.rule_networks import lif_network, outputs
 from tests.helpers.saved import SavedBytes
 
 VARIANTS = list(itertools.product(("subtract", "zero"), ("detached", "kept")))
 
 
 def run(lif: LIF, x_TB: torch.Tensor) -> torch.Tensor:
-    with fresh_state(lif):
-        return lif(x_TB)
+    return outputs(lif, x_TB, grad=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -198,8 +197,7 @@ def test_subtract_is_what_a_spike_takes():
     """
     neuron = IF(threshold=1.0, subtract=2.0)
     x = torch.full((1000, 1, 1), 0.5, dtype=torch.float64)
-    with fresh_state(neuron):
-        spikes = neuron(x)
+    spikes = outputs(neuron, x, grad=True)
     assert abs(spikes.mean().item() - 0.25) <= 1 / 1000
     with pytest.raises(
         ValueError,

@@ -10,11 +10,11 @@ from torch import nn
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout
 from pipeline.spiking.state import fresh_state
+from tests.helpers.rule_networks import outputs
 
 
 def run(neuron: nn.Module, x_TB: torch.Tensor) -> torch.Tensor:
-    with fresh_state(neuron), torch.no_grad():
-        return neuron(x_TB)
+    return outputs(neuron, x_TB)
 
 
 def by_hand(x, *, threshold, alpha, b=None, dt=1.0):

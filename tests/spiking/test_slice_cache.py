@@ -6,8 +6,6 @@ Outputs for a static input are tested in test_static_input.py.
 
 # T time, B batch
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -149,7 +147,6 @@ def test_gradients_that_autograd_leaves_as_one_add_up_apart(
     """Of stems and of a parameter with the shape of their currents, where a micro-batch has two
     samples.
     """
-    torch.manual_seed(0)
     model = lively(
         nn.Sequential(
             Sum(stems=stems, early=early),

@@ -36,7 +36,7 @@ from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import cross_entropy
+from tests.helpers.rule_networks import cross_entropy, outputs
 from tests.helpers.saved import SavedBytes
 
 STEPS = 4
@@ -277,8 +277,7 @@ def test_another_image_is_another_image():
 
 
 def plain(model: nn.Module, x_TB: Tensor) -> Tensor:
-    with torch.no_grad(), fresh_state(model):
-        return model(x_TB)
+    return outputs(model, x_TB)
 
 
 def peaks(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor) -> tuple[int, int]:

@@ -3,7 +3,6 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight, folded
@@ -54,7 +53,7 @@ def test_standardized_weights_and_their_gradients():
     nn.init.normal_(conv.gain)
     x = double(2, 2, 3, 6, 6)
     reference = folded(
-        lambda x_N: F.conv2d(x_N, standardized(conv.weight, conv.gain), conv.bias), x
+        lambda x_N: nn.functional.conv2d(x_N, standardized(conv.weight, conv.gain), conv.bias), x
     )
     assert torch.allclose(conv(x), reference, atol=1e-13)
     upstream = torch.randn_like(reference)
@@ -176,7 +175,6 @@ def test_under_autocast_the_seams_are_the_plain_op_on_what_they_put_in_its_place
     """Weights learn from the factor, the error goes down by the error_weight, both in fp32: bf16 is
     within 1 % of that, and seen.
     """
-    torch.manual_seed(0)
     synapse, error_weight = (
         (
             Linear(40, 6, weights=weights)

@@ -4,8 +4,6 @@ or too many.
 
 # B batch, K classes
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A network of this pipeline as a teacher."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from pipeline.models.teachers.network import NetworkTeacher, network_teacher
 from pipeline.recipe.recipe import spec
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
+from tests.helpers.rule_networks import outputs
 
 
 def teacher(file: Path, *, hidden: Any = (8,), classes: int = 10, **more: Any) -> NetworkTeacher:
@@ -28,8 +27,7 @@ def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path:
     network = mlp(in_features=64, hidden=(8,))
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     x_BCHW = torch.randn(4, 1, 8, 8)
-    with torch.no_grad(), fresh_state(network):
-        wanted = network(repeat(x_BCHW, 3)).mean(0)
+    wanted = outputs(network, repeat(x_BCHW, 3)).mean(0)
     found = teacher(tmp_path / "model.safetensors")
     assert torch.equal(found(x_BCHW), wanted)
     assert torch.equal(found(x_BCHW), wanted)  # the membranes begin anew

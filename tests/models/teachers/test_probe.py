@@ -2,8 +2,6 @@
 
 # N samples, D features, K classes
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """A timm model as a teacher: frozen, in eval, in fp32 or bf16, with its own head or a probe's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -2,8 +2,6 @@
 
 # B batch, C channels, H W pixels
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -4,8 +4,6 @@ every way to be wrong.
 
 # B batch, C channels, H W pixels
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import shutil
