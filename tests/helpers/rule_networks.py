@@ -1,6 +1,7 @@
 """What the tests of rules share: a batch, a loss, and gradients by a rule."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,13 @@ def outputs(model: nn.Module, *slices_TB: Tensor, grad: bool = False) -> Tensor:
     """The outputs for the slices of one batch, which begins with a fresh state."""
     with torch.set_grad_enabled(grad), fresh_state(model):
         return torch.cat([model(x_TB) for x_TB in slices_TB])
+
+
+def attached(rule: Rule, model: nn.Module | None = None, **about) -> tuple[Any, Any]:
+    """The rule attached to the model, or to a `lif_network`."""
+    model = lif_network() if model is None else model
+    rule.attach(model, **about)
+    return rule, model
 
 
 def one_batch(

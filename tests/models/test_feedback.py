@@ -21,7 +21,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.synapse import Linear
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import attached, outputs
 
 
 def parameters(model: nn.Module) -> int:
@@ -98,10 +98,7 @@ def test_the_feedback_brings_the_last_layer_to_the_first():
 @pytest.mark.parametrize("build", [convnet_f, lenet_f])
 def test_the_networks_without_norm_fire_and_train_under_spide(build):
     model = build()
-    rule = SPIDE(
-        100, scale=64.0
-    )  # two pools stand between the loss and the first layer: an eighth passes each
-    rule.attach(model, over_time="mean")
+    rule, model = attached(SPIDE(100, scale=64.0), model, over_time="mean")
     x_BCHW, target = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
     (objective,) = rule.loss_terms(model, repeat(x_BCHW, 30), lambda o: F.cross_entropy(o, target))
     assert objective.backward is not None
@@ -133,8 +130,7 @@ def test_dropout_on_currents_drops_the_same_inside_the_loop_and_in_the_solve():
         if isinstance(module, Dropout) and module.share > 0:
             module.register_forward_hook(lambda module, _, __, name=name: keep(name, module))
     x_BC, target = 3 * torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
-    rule = IDE(iterations=60, tolerance=0.0)
-    rule.attach(model, over_time="mean")
+    rule, model = attached(IDE(iterations=60, tolerance=0.0), model, over_time="mean")
     loss_terms = rule.loss_terms(model, repeat(x_BC, T), lambda o: F.cross_entropy(o, target))
     objective = next(loss_terms)
     assert objective.backward is not None

@@ -18,7 +18,7 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import attached, outputs
 
 
 def parameters(model: nn.Module) -> int:
@@ -77,8 +77,7 @@ def test_betas_of_34_layers():
 
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
-    model, rule = nf_resnet18_small(classes, width=4, blocks=(1, 1)), BPTT()
-    rule.attach(model)
+    rule, model = attached(BPTT(), nf_resnet18_small(classes, width=4, blocks=(1, 1)))
     target = torch.arange(3)
     (objective,) = rule.loss_terms(
         model, torch.randn(2, 3, 3, 8, 8), lambda o: nn.functional.cross_entropy(o, target)

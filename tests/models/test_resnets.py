@@ -1,9 +1,14 @@
 """SEW-ResNet, Spiking ResNet and MS-ResNet."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
 from pipeline.models.ms_resnet import ms_resnet
+from pipeline.models.qkformer import qkformer_10
 from pipeline.models.sew_resnet import sew_resnet
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
@@ -57,3 +62,37 @@ def test_sizes_of_the_image():
 def test_refuses(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# ------------------------------------------------------------------------------------------ counts
+
+
+spiking_resnet = partial(sew_resnet, shortcut="post_activation")
+TABLE: list[tuple[Callable[..., nn.Module], int, int, dict[str, int]]] = [
+    # family, width or depth, published, dead
+    (qkformer_10, 384, 16_473_688, {}),
+    (qkformer_10, 512, 29_079_336, {}),
+    (qkformer_10, 768, 64_962_760, {}),
+    (sew_resnet, 18, 11_689_512, {}),
+    (sew_resnet, 34, 21_797_672, {}),
+    (sew_resnet, 50, 25_557_032, {}),
+    (sew_resnet, 101, 44_549_160, {}),
+    (sew_resnet, 152, 60_192_808, {}),
+    (spiking_resnet, 18, 11_689_512, {}),
+    (spiking_resnet, 34, 21_797_672, {}),
+    (spiking_resnet, 50, 25_557_032, {}),
+    (spiking_resnet, 101, 44_549_160, {}),
+    (spiking_resnet, 152, 60_192_808, {}),
+    (ms_resnet, 18, 11_693_736, {}),
+    (ms_resnet, 34, 21_801_896, {}),
+    (ms_resnet, 104, 77_350_504, {}),
+]
+
+
+@pytest.mark.parametrize(("family", "size", "published", "dead"), TABLE)
+def test_ours_are_the_published_less_the_dead(
+    family: Callable[..., nn.Module], size: int, published: int, dead: Mapping[str, int]
+) -> None:
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in family(size).parameters())
+    assert ours == published - sum(dead.values())

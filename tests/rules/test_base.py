@@ -17,6 +17,7 @@ from pipeline.rules.spide import SPIDE
 from pipeline.spiking.encode import is_static, repeat
 from tests.helpers.rule_networks import (
     FEATURES,
+    attached,
     batch,
     cross_entropy,
     difference,
@@ -50,8 +51,7 @@ def test_world_is_one_rank_by_default():
 
 
 def test_a_rule_does_not_own_the_network():
-    rule, model = BPTT(), lif_network()
-    rule.attach(model)
+    rule, _ = attached(BPTT())
     assert not list(rule.parameters()) and not rule.state_dict() and len(list(rule.modules())) == 1
 
 
@@ -118,8 +118,7 @@ class Steps(Rule):
 
 
 def test_step_counts_on_and_rows_count_from_zero():
-    rule, model = Steps(), nn.Identity()
-    rule.attach(model)
+    rule, model = attached(Steps(), nn.Identity())
 
     def first(**about) -> LossTerm:
         return next(rule.loss_terms(model, torch.zeros(1, 3, FEATURES), torch.sum, **about))

@@ -19,7 +19,16 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.helpers.rule_networks import batch, cross_entropy, difference, gradients, learn, outputs
+from tests.helpers.rule_networks import (
+    attached,
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    gradients_on,
+    learn,
+    outputs,
+)
 
 MEAN = {"over_time": "mean"}
 contract_exceptions = {
@@ -247,20 +256,14 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
 
 def test_bptt_trains_the_same_network_by_another_gradient():
     model = smallest_model().double()
-    x_TBC, target = batch(6)
-    dsr, bptt = (
-        gradients(rule, model, x_TBC, cross_entropy(target), **MEAN) for rule in (DSR(), BPTT())
-    )
+    dsr, bptt = gradients_on(6, model, DSR(), BPTT(), **MEAN)
     assert dsr.keys() == bptt.keys() and difference(dsr, bptt) > 1e-2
     assert all(g.abs().max() > 0 for name, g in bptt.items())
 
 
 def test_sltt_trains_if_neurons_step_by_step():
     model = smallest_model(RateIF(threshold=2.0), RateIF(threshold=2.0)).double()
-    x_TBC, target = batch(6)
-    assert all(
-        g.abs().max() > 0 for g in gradients(SLTT(), model, x_TBC, cross_entropy(target)).values()
-    )
+    assert all(g.abs().max() > 0 for g in gradients_on(6, model, SLTT())[0].values())
 
 
 def test_the_two_losses_over_time():
@@ -291,8 +294,7 @@ def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
 
 
 def calibrated(model: nn.Module, batches: list[torch.Tensor], **how: Any) -> Any:
-    rule = DSR(calibrate=len(batches), **how)
-    rule.attach(model, **MEAN)
+    rule, model = attached(DSR(calibrate=len(batches), **how), model, **MEAN)
     rule.calibrate(model, batches)
     rule.release()
     return model

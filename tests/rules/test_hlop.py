@@ -1,10 +1,10 @@
-"""HLOP the rule: what it holds still, and how tasks follow one another.
+"""HLOP: what it keeps, how tasks follow one another, what it learns from and what it refuses.
 
-Its lateral neurons are in tests/spiking/test_subspace.py, what they record in test_hlop_hears.py,
-what it refuses in test_hlop_refuses.py.
+Its lateral neurons are tested in tests/spiking/test_subspace.py.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,20 +13,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.datasets.tasks import Permuted
+from pipeline.models.mlp import mlp
 from pipeline.models.parts import copy_neuron
+from pipeline.recipe.recipe import Phase, Recipe, spec
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.hlop import HLOP
+from pipeline.rules.ide import IDE
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.equilibrium import Equilibrium
+from pipeline.spiking.error_feedback import FixedFeedback, sign_symmetric
+from pipeline.spiking.limit import SpectralLimit
+from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.rate import RateIF, RateLIF
+from pipeline.spiking.rate import RateIF, RateLIF, WeightedRates
 from pipeline.spiking.subspace import SecondMoments, orthonormal
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import batch, cross_entropy, gradients, learn, lif_network, outputs
+from pipeline.train.build import check_recipe
+from tests.helpers.rule_networks import (
+    attached,
+    batch,
+    cross_entropy,
+    difference,
+    gradients,
+    learn,
+    lif_network,
+    outputs,
+)
+from tests.helpers.small import small_recipe
+from tests.rules.test_opzo import smallest_model as with_readouts
 
 ROWS = ((3, 4, 3), (1, 2, 2))
 LEARNING = 160
@@ -139,10 +158,13 @@ def with_the_old_task_learnt(
     """A rule whose rows know the inputs of the old task to the last bits; the weights stay where
     they are.
     """
-    rule = HLOP(
-        inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=learning_rate, inner_iterations=25
+    rule, model = attached(
+        HLOP(
+            inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=learning_rate, inner_iterations=25
+        ),
+        model,
+        over_time=rule.over_time_choices[0],
     )
-    rule.attach(model, over_time=rule.over_time_choices[0])
     for step in range(LEARNING):
         train(rule, model, *old_task(), step=step)
     return rule
@@ -250,8 +272,7 @@ def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_a_projected_convolution_is_one_on_projected_patches(geometry):
     model, (x_TB, target_B) = ConvNet(**geometry).double(), images()
     conv = model.conv
-    rule = HLOP(BPTT(), rows=((4, 2), (1, 1)))
-    rule.attach(model)
+    rule, model = attached(HLOP(BPTT(), rows=((4, 2), (1, 1))), model)
     train(rule, model, x_TB, target_B, step=0)
     patches_NC = torch.cat(
         [
@@ -284,8 +305,7 @@ def test_after_the_first_task_vectors_and_statistics_rest():
     """
     norm = BatchNorm(7)
     model = nn.Sequential(Linear(6, 7), norm, RateLIF(), Linear(7, 5), LIF(), Linear(5, 3)).double()
-    rule = HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1)))
-    rule.attach(model)
+    rule, model = attached(HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1))), model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     start = copy.deepcopy(model.state_dict())
     for step in range(3):
@@ -382,8 +402,7 @@ def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
 
 
 def test_each_task_begins_rows_of_its_own():
-    rule, model = HLOP(SLTT(), rows=((2, 3, 2), (1, 0, 1))), lif_network()
-    rule.attach(model)
+    rule, model = attached(HLOP(SLTT(), rows=((2, 3, 2), (1, 0, 1))))
     assert [len(rows_of(rule, index, name="new")) for index in range(3)] == [2, 3, 2]
     for task, sizes in ((1, [2, 3, 2]), (2, [3, 3, 3]), (3, [4, 3, 4])):
         train(rule, model, *batch(4), step=task)
@@ -394,3 +413,546 @@ def test_each_task_begins_rows_of_its_own():
             assert torch.allclose(
                 rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-14
             )
+
+
+# ------------------------------------------------------------------------------------------- hears
+
+
+def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
+    """Against a plain forward; accumulated micro-batches are one batch, whether steps are
+    differentiated or not.
+    """
+    x_TB, target_B = batch(4, size=6)
+    model = lif_network()
+    seen = inputs_of(model, ("0", "2", "4"))
+    logits(model, x_TB)
+    rules = [
+        HLOP(inner, rows=ROWS) for inner in (BPTT(), BPTT(recompute=True), SLTT(), SLTT(1), OTTT())
+    ]
+    for rule in rules:
+        model = lif_network()
+        rule.attach(model)
+        for part in (slice(0, 2), slice(2, 6)):
+            learn(rule.loss_terms(model, x_TB[:, part], cross_entropy(target_B[part]), step=0))
+        rule.end_of_batch()
+        for index, (x,) in enumerate(seen):
+            x_NC = x.flatten(0, 1)
+            assert torch.allclose(moments_of(rule, index), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
+            assert torch.allclose(
+                rows_of(rule, index, name="new"), rows_of(rules[0], index, name="new"), atol=1e-12
+            )
+
+
+def test_traces_and_rates():
+    x_TB, target_B = batch(4)
+    rule, model = attached(HLOP(OTTT(), rows=ROWS, learn_from="traces"))
+    (spikes,) = inputs_of(model, ("2",))
+    train(rule, model, x_TB, target_B, step=0)
+    s_TB = torch.cat(spikes)
+    trace_TB = torch.stack([sum(0.5 ** (t - k) * s_TB[k] for k in range(t + 1)) for t in range(4)])  # type: ignore[misc]
+    for index, factor_TB in ((0, x_TB), (1, trace_TB)):  # the first synapse has no trace
+        f_NC = factor_TB.flatten(0, 1)
+        assert torch.allclose(moments_of(rule, index), f_NC.T @ f_NC / len(f_NC), atol=1e-13)
+
+    model = nn.Sequential(
+        Linear(6, 8), RateLIF(), Linear(8, 3), WeightedRates(RateLIF().decay)
+    ).double()
+    rule, model = attached(
+        HLOP(DSR(), rows=((3, 4), (1, 1)), learn_from="rates"), model, over_time="mean"
+    )
+    (spikes,) = inputs_of(model, ("2",))
+    train(rule, model, x_TB, target_B, step=0)
+    w_T = [math.exp(-0.05 * (3 - t)) for t in range(4)]
+    for index, z_TB in ((0, x_TB), (1, spikes[0])):
+        rate_BC = torch.stack([w * z_BC for w, z_BC in zip(w_T, z_TB, strict=True)]).sum(0) / sum(
+            w_T
+        )
+        assert torch.allclose(
+            moments_of(rule, index), rate_BC.T @ rate_BC / len(rate_BC), atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("learn_from", ["spikes", "rates"])
+def test_a_repeated_frame_is_heard_once(learn_from):
+    x_B, target_B = batch(1)[0][0], batch(1)[1]
+    rule, model = attached(HLOP(BPTT(), rows=ROWS, learn_from=learn_from))
+    train(rule, model, x_B.expand(5, *x_B.shape), target_B, step=0)
+    assert torch.allclose(moments_of(rule, 0), x_B.T @ x_B / len(x_B), atol=1e-14)
+
+
+def test_rows_stay_in_single_precision_under_autocast():
+    rule, model = attached(HLOP(BPTT(), rows=ROWS), lif_network().float())
+    for step in range(2):
+        x_TB, target_B = batch(4)
+        with torch.autocast("cpu", torch.bfloat16):
+            learn(rule.loss_terms(model, x_TB.float(), cross_entropy(target_B), step=step))
+        rule.end_of_batch()
+        x_NC = x_TB.float().flatten(0, 1)
+        assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), rtol=1e-6, atol=1e-6)
+        if step == 0:
+            rule.start_task(model, 1)
+            model.zero_grad()
+    old = rows_of(rule, 2)
+    assert old.dtype == torch.float32 and (gradient(model, "4.weight") @ old.T).abs().max() < 1e-6
+
+
+def test_evaluation_and_broken_batches_are_not_heard():
+    rule, model = attached(HLOP(SLTT(), rows=ROWS))
+
+    def broken(logits_BK: Tensor) -> Tensor:
+        raise RuntimeError("no loss today")
+
+    with pytest.raises(RuntimeError, match="no loss today"):
+        list(rule.loss_terms(model, 100 * batch(4)[0], broken, step=0))
+    train(rule, model, *batch(4), step=1)
+    logits(model, 100 * batch(5)[0])
+    x_NC = batch(4)[0].flatten(0, 1)
+    assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
+
+
+READOUTS = [
+    {},
+    {"local_readouts": True},
+    {"intermediate": (1,)},
+    {"feedback": "random", "local_readouts": True},
+]
+
+
+@pytest.mark.parametrize("options", READOUTS)
+def test_every_synapse_with_rows_is_heard(options):
+    """A readout, which stands beside the network, hears the spikes that the synapse behind it in
+    the network hears.
+    """
+    rule, model = attached(HLOP(OPZO(**options), rows=((2,) * 5, (1,) * 5)), with_readouts())
+    train(rule, model, *batch(4), step=0)
+    assert [recorder.name for recorder in rule._recorders] == [
+        "0",
+        "2.linear",
+        "3",
+        "5.linear",
+        "6",
+    ]
+    assert all(recorder.last is not None for recorder in rule._recorders)
+    for readout, onward in ((1, 2), (3, 4)):
+        assert torch.allclose(moments_of(rule, readout), moments_of(rule, onward), atol=1e-14)
+    assert moments_of(rule, 1).any() and moments_of(rule, 3).any()
+
+
+def test_figures_say_what_is_kept_and_what_is_free():
+    rule, model = attached(HLOP(SLTT(), rows=ROWS))
+    assert {name for name in rule.figures() if name.startswith("free")} == {
+        "free_0",
+        "free_2",
+        "free_4",
+    }
+    for step in range(50):
+        train(rule, model, *batch(4), step=step)
+    figures, x_NC = rule.figures(), batch(4)[0].flatten(0, 1)
+    rows = rows_of(rule, 0, name="new")
+    assert figures["energy_0"] == pytest.approx(
+        float((x_NC @ rows.T).square().sum() / x_NC.square().sum()), abs=1e-12
+    )
+    assert 0.5 < figures["energy_0"] < 1 and figures["free_0"] == 3
+    rule.start_task(model, 1)
+    assert rule.figures()["free_0"] == 2
+
+
+# -------------------------------------------------------------------------------------- error paths
+
+
+def carriers_of(model: nn.Sequential) -> list[Tensor]:
+    """What carries the error down, by synapse."""
+    synapses = [module for module in model if isinstance(module, Linear)]
+    assert all(synapse.backward_weight is not None for synapse in synapses)
+    return [synapse.backward_weight(synapse.weight.detach()) for synapse in synapses]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])
+def test_another_weight_carries_the_error_down(error):
+    """Every factor written out: the synapse that carries the error differs, the weights' own
+    gradients follow from it.
+    """
+    model, (x_TB, target_B) = lif_network(), batch(4)
+    rule = HLOP(SLTT(), rows=ROWS, error=error)
+    got = gradients(rule, model, x_TB, cross_entropy(target_B), world=World(seed=5))
+    rule.attach(model, world=World(seed=5))
+    _, carrier2, carrier3 = carriers_of(model)
+    rule.release()
+    found = {name: torch.zeros_like(value) for name, value in got.items()}
+    with torch.no_grad():
+        w1, b1, w2, b2, w3, b3 = model.parameters()
+        v1, v2 = torch.zeros(5, 8, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
+        for x in x_TB:
+            u1 = 0.5 * v1 + x @ w1.T + b1
+            s1 = (u1 >= 1).double()
+            u2 = 0.5 * v2 + s1 @ w2.T + b2
+            s2 = (u2 >= 1).double()
+            v1, v2 = u1 - s1, u2 - s2
+            g3 = (torch.softmax(s2 @ w3.T + b3, 1) - nn.functional.one_hot(target_B, 3)) / 20
+            g2 = g3 @ carrier3 * (1 - (u2 - 1).abs()).clamp(min=0)
+            g1 = g2 @ carrier2 * (1 - (u1 - 1).abs()).clamp(min=0)
+            for layer, g, s in ((4, g3, s2), (2, g2, s1), (0, g1, x)):
+                found[f"{layer}.weight"] += g.T @ s
+                found[f"{layer}.bias"] += g.sum(0)
+    assert difference(got, found) < 1e-12
+    assert difference(got, gradients(SLTT(), model, x_TB, cross_entropy(target_B))) > 1e-2
+
+
+def test_the_carriers_have_the_published_scales():
+    """Signs: 1 / sqrt(in) of a matrix, sqrt(2 / (k^2 out)) of a convolution. At random:
+    kaiming_uniform(sqrt 5).
+    """
+    weight, kernels = (
+        torch.randn(300, 100, dtype=torch.float64),
+        torch.randn(8, 11, 5, 5, dtype=torch.float64),
+    )
+    assert torch.equal(sign_symmetric(weight), 0.1 * weight.sign())
+    assert torch.equal(sign_symmetric(kernels), 0.1 * kernels.sign())
+    for shape in (weight, kernels):
+        published = torch.nn.init.kaiming_uniform_(torch.empty(shape.shape), a=math.sqrt(5))
+        matrix = FixedFeedback(shape, key=2**64 - 1)(shape)
+        assert matrix.shape == shape.shape and matrix.dtype == shape.dtype
+        assert (
+            matrix.std().item() == pytest.approx(published.std().item(), rel=0.05)
+            and abs(matrix.mean().item()) < 0.002
+        )
+        bound = 1 / math.sqrt(shape[0].numel())
+        assert 0.99 * bound < matrix.abs().max().item() <= bound
+
+
+def test_feedback_depends_on_the_seed_and_the_layer_alone():
+    def matrices(seed: int) -> list[Tensor]:
+        rule, model = attached(HLOP(SLTT(), rows=ROWS, error="feedback"), world=World(seed=seed))
+        return carriers_of(model)
+
+    one, again, other = matrices(1), matrices(1), matrices(2)
+    assert all(
+        torch.equal(a, b) and not torch.allclose(a, c, atol=0.1)
+        for a, b, c in zip(one, again, other, strict=True)
+    )
+    assert not torch.allclose(one[0][:7, :3], one[1][:7, :3], atol=0.1)
+
+
+# -------------------------------------------------------------------------------------------- bytes
+
+SYNAPSES = ((6, 3), (8, 4), (7, 3))
+"""inputs, and rows of the first task, of each"""
+
+
+@pytest.mark.parametrize("lateral_steps", [None, 40])
+def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps: int | None):
+    """By hand, in fp64; while a batch runs, what it adds up lies beside what the last one came
+    to.
+    """
+    rule, model, (x_TB, target_B) = (
+        HLOP(SLTT(), rows=ROWS, lateral_steps=lateral_steps),
+        lif_network(),
+        batch(4),
+    )
+    rule.attach(model)
+    train(rule, model, x_TB, target_B, step=0)
+    learn(rule.loss_terms(model, x_TB, cross_entropy(target_B), step=1))
+    numbers_of = (
+        (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
+    )
+    moments = sum(8 * numbers_of(C, K) for C, K in SYNAPSES)
+    for name in ("pending", "last"):
+        there = [vars(getattr(recorder, name)).values() for recorder in rule._recorders]
+        assert (
+            sum(each.nbytes for values in there for each in values if isinstance(each, Tensor))
+            == moments
+        )
+    own = (
+        8 + sum(8 * (2 * K * C + 1) for C, K in SYNAPSES) + 2 * moments
+    )  # the task; rows, their velocity, the energy
+    assert rule.bytes() == own
+    rule.end_of_batch()
+    assert rule.bytes() == own
+
+
+def test_its_own_bytes_have_the_inner_rules_and_the_feedback_that_is_fixed():
+    x_TB, target_B = batch(4)
+    opzo = OPZO()
+
+    def own(rule: HLOP) -> int:
+        model = lif_network()
+        rule.attach(model)
+        train(rule, model, x_TB, target_B, step=0)
+        return rule.bytes()
+
+    plain = own(HLOP(SLTT(), rows=ROWS))
+    assert own(HLOP(opzo, rows=ROWS)) == plain + opzo.bytes() == plain + 2 * (8 + 7) * 3 * 8 + 8
+    assert own(HLOP(SLTT(), rows=ROWS, error="feedback")) == plain + 8 * (6 * 8 + 8 * 7 + 7 * 3)
+    assert own(HLOP(SLTT(), rows=ROWS, error="sign_symmetric")) == plain
+
+
+# ----------------------------------------------------------------------------------------- refuses
+
+
+def sgd(**more: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, **more)  # type: ignore[arg-type]
+
+
+def network_with(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(Linear(6, 8), LIF(), *modules)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: HLOP(HLOP(SLTT(), rows=ROWS), rows=ROWS),
+            r"HLOP: inner must be a rule other than HLOP",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=(3, 4, 3)),
+            r"HLOP: rows must hold, for each task, .* got rows=\(3, 4, 3\)",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, learning_rate=0.0),
+            r"HLOP: learning_rate must be numbers > 0; got learning_rate=0\.0",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, inner_iterations=0),
+            r"HLOP: inner_iterations must be a whole number >= 1",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, momentum=1.0),
+            r"HLOP: momentum must be in 0\.\.1, below 1; got momentum=1\.0",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, lateral_steps=0),
+            r"HLOP: lateral_steps must be a whole number >= 1; got lateral_steps=0",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, learn_from="all"),
+            r"HLOP: learn_from must be 'spikes', 'traces' or 'rates'; got learn_from='all'",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, error="fa"),
+            r"HLOP: error must be 'backprop', .* or 'feedback'; got error='fa'",
+        ),
+        (
+            lambda: HLOP(OPZO(), rows=ROWS, error="feedback"),
+            r"OPZO hands no error from layer to layer, .*; got error='feedback'",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=((3, 4),))),
+            r"HLOP\(SLTT\): rows must name one for each of 0, 2, 4; got \(3, 4\)",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS, learning_rate=(1, 2))),
+            r"HLOP\(SLTT\): learning_rate must name one for each",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=((7, 4, 3), (4, 1, 1)))),
+            r"HLOP\(SLTT\): rows must fit into the 6 inputs of 0; got 7",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS, learn_from="rates").check_steps(4),
+            (
+                r"HLOP\(SLTT\): learn_from='rates' needs a rule that gives all T steps to the model"
+                r" at once; SLTT gives 1 of 4"
+            ),
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS, skip=("5",))),
+            r"HLOP\(SLTT\): skip must name modules of the model; got '5'",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS, learn_from="traces")),
+            r"needs a rule that keeps traces, .*; got SLTT",
+        ),
+        (lambda: attached(HLOP(SLTT(), rows=ROWS), over_time="mean"), r"over_time must be 'steps'"),
+        (
+            lambda: attached(
+                HLOP(BPTT(), rows=((3, 4),), learn_from="rates"),
+                nn.Sequential(Linear(6, 5), Linear(5, 3)),
+            ),
+            (
+                r"HLOP\(BPTT\): the model must have LIF neurons, whose decay traces and rates"
+                r" share;"
+                r" got Sequential"
+            ),
+        ),
+        (
+            lambda: attached(
+                HLOP(SLTT(), rows=ROWS), network_with(Linear(8, 3, weights="standardized"))
+            ),
+            (
+                r"HLOP\(SLTT\): every layer must be a plain Linear or Conv2d, .* got standardized"
+                r" weights at 2"
+            ),
+        ),
+        (
+            lambda: attached(
+                HLOP(SLTT(), rows=ROWS),
+                network_with(nn.utils.parametrizations.weight_norm(Linear(8, 3))),
+            ),
+            r"got parametrised weights at 2",
+        ),
+        (
+            lambda: attached(
+                HLOP(SLTT(), rows=ROWS), network_with(SpectralLimit(Linear(8, 8, False)))
+            ),
+            r"got SpectralLimit, .* at 2",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(Conv2d(4, 4, 3, groups=2))),
+            r"got groups=2 at 2",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.Linear(8, 3))),
+            r"got torch's Linear at 2",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.BatchNorm1d(8))),
+            r"got BatchNorm1d, which cannot be frozen .* at 2",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), network_with(nn.Bilinear(8, 8, 3))),
+            r"every matrix must be .*; got 2\.weight",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS), LIF()),
+            r"the model must have synapses, .*; got none",
+        ),
+        (
+            lambda: attached(HLOP(SLTT(), rows=ROWS))[0].start_task(nn.Module(), 2),
+            r"one after another; got task 2 after task 0",
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(
+                torch.optim.Adam([nn.Parameter(torch.ones(1))])
+            ),
+            (
+                r"HLOP\(SLTT\): the optimizer must be SGD, whose steps are sums of projected"
+                r" gradients; got Adam"
+            ),
+        ),
+        (
+            lambda: HLOP(SLTT(), rows=ROWS).check_optimizer(sgd(weight_decay=1e-4)),
+            (
+                r"HLOP\(SLTT\): weight_decay must be 0, because it also shrinks .*; got"
+                r" weight_decay=0\.0001"
+            ),
+        ),
+    ],
+)
+def test_refuses(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_refuses_slices_where_rates_are_asked_for_and_more_rows_than_there_is_room():
+    rule, model = attached(HLOP(BPTT(chunk=1), rows=((5, 1, 1), (1, 1, 1)), learn_from="rates"))
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"HLOP\(BPTT-chunk-1\): learn_from='rates' needs .* all T steps .*; BPTT-chunk-1 gives"
+            r" 1 of 4"
+        ),
+    ):
+        train(rule, model, *batch(4), step=0)
+    rule.start_task(model, 1)
+    with pytest.raises(
+        ValueError, match=r"got 1 more for task 2, where synapse 0 has 0 directions left"
+    ):
+        rule.start_task(model, 2)
+
+
+def test_a_refused_model_is_free_again():
+    model = lif_network()
+    with pytest.raises(ValueError, match="traces"):
+        HLOP(SLTT(), rows=ROWS, learn_from="traces").attach(model)
+    BPTT().attach(model)
+
+
+def test_sgd_of_every_kind_is_welcome():
+    for optimizer in (sgd(), sgd(momentum=0.9), sgd(momentum=0.9, nesterov=True)):
+        HLOP(SLTT(), rows=ROWS).check_optimizer(optimizer)
+
+
+def test_labels_are_distinct():
+    made = [
+        HLOP(SLTT(), rows=ROWS),
+        HLOP(SLTT(), rows=ROWS, lateral_steps=40),
+        HLOP(OTTT(), rows=ROWS, error="sign_symmetric"),
+    ]
+    assert [rule.label for rule in made] == [
+        "HLOP(SLTT)",
+        "HLOP(SLTT, spiking)",
+        "HLOP(OTTT-A, sign-symmetric)",
+    ]
+    assert [rule.memory for rule in made] == ["constant"] * 3 and HLOP(
+        OTTT(update="step"), rows=ROWS
+    ).update == "step"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer.weight_decay": 1e-4},
+            r"HLOP\(SLTT\): weight_decay must be 0, .*; got weight_decay=0\.0001",
+        ),
+        ({"optimizer.opt": "adam"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Adam"),
+        ({"optimizer.opt": "lamb"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Lamb"),
+        (
+            {"model.weights": "standardized"},
+            r"HLOP\(SLTT\): every layer must be a plain .*; got standardized weights at layers\.0",
+        ),
+        (
+            {"rule.rows": ((3, 8), (1, 2))},
+            r"rows of all 2 tasks must fit into the 8 inputs of classifier; got 10",
+        ),
+    ],
+)
+def test_a_recipe_is_refused_before_anything_is_launched(changes, message):
+    recipe = small_recipe(
+        model=spec(mlp, in_features=64, hidden=(8,)),
+        rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2), (1, 1))),
+        phases=tuple(
+            Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(2)
+        ),
+    ).override({"optimizer.weight_decay": 0.0})
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    check_recipe(recipe, 1)
+    with pytest.raises(ValueError, match=message):
+        check_recipe(recipe.override(changes), 1)
+
+
+def test_a_recipe_of_one_task_has_nothing_to_protect():
+    recipe = small_recipe(
+        model=spec(mlp, in_features=64, hidden=(8,)),
+        rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2),)),
+    )
+    with pytest.raises(
+        ValueError, match=r"HLOP\(SLTT\): .* a recipe must have 2 phases or more; got 1"
+    ):
+        check_recipe(recipe.override({"optimizer.weight_decay": 0.0}), 1)
+
+
+def test_rates_of_an_equilibrium_are_not_heard():
+    feedback = Linear(4, 4, bias=False)
+    model = nn.Sequential(
+        Equilibrium(inject=Linear(6, 4), feedback=feedback, neurons=[IF()], synapses=[]),
+        Linear(4, 3),
+    )
+    rule = HLOP(IDE(), rows=((1, 1, 1),), learn_from="rates")
+    with pytest.raises(
+        ValueError,
+        match=r"HLOP\(IDE\): an equilibrium is run one step at a time, so learn_from must not be",
+    ):
+        rule.attach(model, over_time="mean")
+
+
+def test_rows_must_fit_all_tasks_that_come():
+    model = mlp(3, in_features=6, hidden=(8, 7), bias=False)
+    rule, model = attached(HLOP(SLTT(), rows=((2, 2, 2), (1, 1, 1))), model)
+    rule.check_tasks(model, 5)
+    with pytest.raises(
+        ValueError,
+        match=r"HLOP\(SLTT\): rows of all 6 tasks must fit into the 6 inputs of layers\.0; got 7",
+    ):
+        rule.check_tasks(model, 6)

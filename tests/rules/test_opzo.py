@@ -33,6 +33,7 @@ from pipeline.train.objective import CrossEntropy
 from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
+    attached,
     batch,
     cross_entropy,
     difference,
@@ -189,8 +190,7 @@ def test_no_gradient_passes_from_a_layer_to_the_one_below():
 
 
 def test_the_first_batch_teaches_the_matrices_and_the_readout_alone():
-    model, rule = lif_network(), OPZO()
-    rule.attach(model)
+    rule, model = attached(OPZO())
     first = gradient_of(rule, model, 3)
     rule.end_of_batch()
     second = gradient_of(rule, model, 3)
@@ -203,8 +203,7 @@ def test_a_single_point_is_the_estimate_of_the_sample():
     """The gradient of the last hidden bias at T = 1, where the spikes are those of `record` without
     their noise.
     """
-    model, rule = lif_network(), OPZO("single_point", noise=0.2)
-    rule.attach(model, world=World(seed=2))
+    rule, model = attached(OPZO("single_point", noise=0.2), world=World(seed=2))
     record = spikes_of(model)
     got = gradient_of(rule, model, 1)
     _, target_B = batch(1)
@@ -336,8 +335,7 @@ def test_matrices_stay_in_fp32_under_bf16():
 
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_every_second_step_turns_the_sign(antithetic):
-    model, rule = lif_network(), OPZO(antithetic=antithetic)
-    rule.attach(model)
+    rule, model = attached(OPZO(antithetic=antithetic))
     record = spikes_of(model)
     gradient_of(rule, model, 5)
     noises = [
@@ -370,11 +368,11 @@ def test_an_evaluation_sees_no_noise():
 @pytest.mark.parametrize("reset", ["subtract", "zero"])
 @pytest.mark.parametrize("scale_input", [True, False])
 def test_noise_in_the_membrane_decides_and_is_not_carried(reset, scale_input):
-    model, rule = (
-        lif_network(reset=reset, scale_input=scale_input),
+    rule, model = attached(
         OPZO(inject="membrane", antithetic=False),
+        lif_network(reset=reset, scale_input=scale_input),
+        world=World(seed=9),
     )
-    rule.attach(model, world=World(seed=9))
     record = spikes_of(model)
     gradient_of(rule, model, 4)
     x_TBC, decay = batch(4)[0], 0.5
@@ -444,8 +442,9 @@ def test_a_task_with_a_head_of_its_own_begins_its_matrices_anew(protected):
     with torch.no_grad():
         second.weight.copy_(-first.weight)
     opzo = OPZO()
-    rule = HLOP(opzo, rows=((2, 2), (1, 1)), skip=("classifier",)) if protected else opzo
-    rule.attach(model)
+    rule, model = attached(
+        HLOP(opzo, rows=((2, 2), (1, 1)), skip=("classifier",)) if protected else opzo, model
+    )
     found = []
     for task, batches in enumerate((30, 10)):
         select_head(model, task)
@@ -503,8 +502,7 @@ def other_decay() -> nn.Module:
 
 
 def run(model: nn.Module, x_TB: Tensor) -> None:
-    rule = OPZO()
-    rule.attach(model)
+    rule, model = attached(OPZO(), model)
     learn(
         rule.loss_terms(model, x_TB, cross_entropy(torch.zeros(x_TB.shape[1], dtype=torch.int64)))
     )

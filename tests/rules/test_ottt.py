@@ -19,10 +19,12 @@ from pipeline.spiking.state import State, fresh_state, state_bytes, states_of
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.helpers.rule_networks import (
+    attached,
     batch,
     cross_entropy,
     difference,
     gradients,
+    gradients_on,
     learn,
     lif_network,
 )
@@ -44,11 +46,7 @@ def contract_rules() -> list[OTTT]:
 @pytest.mark.parametrize("more", [{}, {"scale_input": True}, {"subtract": 1.3}])
 def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(decay, more):
     model = lif_network(decay=decay, **more)
-    x_TBC, target = batch(6)
-    got, full = (
-        gradients(rule, model, x_TBC, cross_entropy(target))
-        for rule in (OTTT(first="traced"), BPTT())
-    )
+    got, full = gradients_on(6, model, OTTT(first="traced"), BPTT())
     largest = {name: g.abs().max() for name, g in full.items()}
     apart = {name: (g - full[name]).abs().max() for name, g in got.items()}
     assert largest["2.weight"] > 1e-3 and apart["2.weight"] < 1e-12
@@ -61,11 +59,7 @@ def test_the_last_weight_that_feeds_a_lif_learns_as_under_bptt(decay, more):
 @pytest.mark.parametrize("neuron", [{"reset": "zero"}, {"reset_gradient": "kept"}])
 def test_no_weight_does_where_the_reset_depends_on_the_potential(neuron):
     model = lif_network(decay=0.5, **neuron)
-    x_TBC, target = batch(6)
-    got, full = (
-        gradients(rule, model, x_TBC, cross_entropy(target))
-        for rule in (OTTT(first="traced"), BPTT())
-    )
+    got, full = gradients_on(6, model, OTTT(first="traced"), BPTT())
     assert all((got[name] - full[name]).abs().max() > 1e-3 for name in ("0.weight", "2.weight"))
 
 
@@ -110,8 +104,7 @@ def test_readout(decay):
 @pytest.mark.parametrize("rule", [OTTT(), OTTT(first="traced"), OTTT(readout="plain")])
 def test_without_leak_or_at_one_step_it_is_sltt(decay, steps, rule):
     model = lif_network(decay=decay)
-    x_TBC, target = batch(steps)
-    got, expected = (gradients(r, model, x_TBC, cross_entropy(target)) for r in (rule, SLTT()))
+    got, expected = gradients_on(steps, model, rule, SLTT())
     assert expected["0.weight"].abs().max() > 1e-3
     assert difference(got, expected) < 1e-14
 
@@ -428,8 +421,7 @@ def test_the_networks_run_their_first_and_last_synapse_where_they_are_registered
     small = (
         {"width": 4, "blocks": (1, 1)} if build is nf_resnet18_small else {"stages": ((4,), (4,))}
     )
-    model, rule = build(3, in_channels=1, **small), OTTT(readout="plain")
-    rule.attach(model)
+    rule, model = attached(OTTT(readout="plain"), build(3, in_channels=1, **small))
     learn(rule.loss_terms(model, torch.randn(2, 2, 1, 8, 8), cross_entropy(torch.tensor([0, 2]))))
 
 
@@ -448,8 +440,7 @@ def test_a_synapse_that_runs_twice_in_a_time_step_is_refused():
             return self.last(self.lif(self.again(self.again(self.first(x_TB)))))
 
     for chunk in (1, 2, 4):
-        rule, model = OTTT(chunk=chunk), Twice().double()
-        rule.attach(model)
+        rule, model = attached(OTTT(chunk=chunk), Twice().double())
         x_TBC, target = batch(4)
         message = (
             rf"OTTT-A: a synapse must run once in a time step, .* got again, which ran {2 * chunk}"

@@ -27,10 +27,12 @@ from pipeline.spiking.synapse import Linear
 from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
+    attached,
     batch,
     cross_entropy,
     difference,
     gradients,
+    gradients_on,
     learn,
     lif_network,
     spikes_of,
@@ -244,8 +246,7 @@ def emissions(
     """Of every backward neuron, [B, N], and the gradient divided by what the backend multiplies
     by.
     """
-    model, rule = smallest_model(), SPIDE(100, scale=0.25)
-    rule.attach(model, over_time="mean")
+    rule, model = attached(SPIDE(100, scale=0.25), smallest_model(), over_time="mean")
     recorded = Recorded(model)
     for objective in rule.loss_terms(model, x_TB, cross_entropy(target_B)):
         assert objective.backward is not None
@@ -258,18 +259,11 @@ def emissions(
 @pytest.mark.parametrize("widths", [(12,), (8, 9, 7)])
 def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
     model = feedback_network(*widths)
-    x_TBC, target = batch(20)
-    exact = gradients(
-        IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean"
-    )
+    exact = gradients_on(20, model, IDE(tolerance=0, iterations=60), over_time="mean")[0]
     errors = []
     for steps in STEPS:
         rule = SPIDE(steps, scale=0.25)
-        errors.append(
-            difference(
-                gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean"), exact
-            )
-        )
+        errors.append(difference(gradients_on(20, model, rule, over_time="mean")[0], exact))
         assert rule.figures()["saturated"] == 0 < rule.figures()["backward_rate"] < 0.5
     assert max(g.abs().max() for g in exact.values()) > 0.1
     assert errors[0] < 0.02
@@ -313,19 +307,10 @@ def test_leaky_neurons_in_either_phase():
     remainder.
     """
     model = feedback_network(12, decay=0.9)
-    x_TBC, target = batch(20)
-    exact = gradients(
-        IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean"
-    )
+    exact = gradients_on(20, model, IDE(tolerance=0, iterations=60), over_time="mean")[0]
     even, leaky = (
         difference(
-            gradients(
-                SPIDE(5000, scale=0.25, decay=decay),
-                model,
-                x_TBC,
-                cross_entropy(target),
-                over_time="mean",
-            ),
+            gradients_on(20, model, SPIDE(5000, scale=0.25, decay=decay), over_time="mean")[0],
             exact,
         )
         for decay in (1.0, 0.99)
@@ -404,13 +389,10 @@ def test_spikes_know_neither_batch_nor_backend():
 
 def test_the_scale_resolves_and_does_not_multiply():
     model = feedback_network(8, 7)
-    x_TBC, target = batch(20)
-    exact = gradients(IDE(), model, x_TBC, cross_entropy(target), over_time="mean")
+    exact = gradients_on(20, model, IDE(), over_time="mean")[0]
     errors = {
         scale: difference(
-            gradients(
-                SPIDE(100, scale=scale), model, x_TBC, cross_entropy(target), over_time="mean"
-            ),
+            gradients_on(20, model, SPIDE(100, scale=scale), over_time="mean")[0],
             exact,
         )
         for scale in (0.01, 0.25, 100.0)
@@ -437,8 +419,7 @@ def test_the_symmetric_reset_of_the_forward_phase_centres_its_rates():
 
 
 def test_figures_are_of_both_phases():
-    model, rule = smallest_model(), SPIDE(50, scale=0.25)
-    rule.attach(model, over_time="mean")
+    rule, model = attached(SPIDE(50, scale=0.25), smallest_model(), over_time="mean")
     record = spikes_of(model)
     x_TBC, target = batch(12)
     learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))

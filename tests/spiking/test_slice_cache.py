@@ -29,7 +29,7 @@ from pipeline.spiking.state import State, fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
-from tests.helpers.rule_networks import cross_entropy
+from tests.helpers.rule_networks import attached, cross_entropy
 from tests.spiking.test_static_input import Head, distance, images, learn, lively, peaks
 
 STEPS = 4
@@ -197,8 +197,7 @@ def test_weights_that_move_within_a_batch_are_made_at_each_step() -> None:
     """OTTT-O."""
     x_BCHW, target_B = images()
     model = small()
-    rule = OTTT(update="step")
-    rule.attach(model)
+    rule, model = attached(OTTT(update="step"), model)
     with counted(model) as counts:
         learn(rule, model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     assert counts == {"made": STEPS, "backwards": STEPS}
@@ -261,8 +260,7 @@ def test_plain_weights_are_nobodys_state() -> None:
     """The parameter itself is what every slice reads, and its own gradient adds up."""
     model = nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)).double()
     x_BCHW, target_B = images()
-    rule = SLTT()
-    rule.attach(model)
+    rule, model = attached(SLTT(), model)
     for objective in rule.loss_terms(model, repeat(x_BCHW, STEPS), cross_entropy(target_B)):
         assert state_bytes(model) == 6 * 4 * 6 * 6 * 8  # the membranes
         assert objective.backward is not None

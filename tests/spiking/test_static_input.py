@@ -36,7 +36,7 @@ from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import cross_entropy, outputs
+from tests.helpers.rule_networks import attached, cross_entropy, outputs
 from tests.helpers.saved import SavedBytes
 
 STEPS = 4
@@ -215,8 +215,7 @@ def test_two_weights_a_batch_compute_each_step():
     for model, x_TB in zip(
         models, (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous()), strict=True
     ):
-        rule = OTTT(update="step")
-        rule.attach(model)
+        rule, model = attached(OTTT(update="step"), model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         with counted(model) as counts:
             for objective in rule.loss_terms(model, x_TB, cross_entropy(target_B)):
@@ -334,8 +333,7 @@ def test_evaluation_computes_it_once():
 
 def test_it_is_copied_and_pickled():
     model, (x_BCHW, target_B) = small(), images()
-    rule = SLTT()
-    rule.attach(model)
+    rule, model = attached(SLTT(), model)
     learn(rule, model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     rule.release()
     assert "0.0.weight" in model.state_dict()
@@ -345,8 +343,7 @@ def test_it_is_copied_and_pickled():
 
 def test_a_batch_that_fails_leaves_nothing():
     model, (x_BCHW, target_B) = small(), images()
-    rule = SLTT()
-    rule.attach(model)
+    rule, model = attached(SLTT(), model)
     loss_terms = rule.loss_terms(model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     next(loss_terms)
     loss_terms.close()  # type: ignore[attr-defined]
