@@ -1,4 +1,6 @@
-"""SEW-ResNet, Spiking ResNet and MS-ResNet."""
+"""SEW-ResNet, Spiking ResNet and MS-ResNet; the numbers of parameters and neurons of every
+network.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,8 @@ from pipeline.spiking.surrogate import Sigmoid, Triangle
 from tests.helpers.rule_networks import lif_network, outputs
 from tests.helpers.saved import SavedBytes
 
+run = partial(outputs, grad=True)
 VARIANTS = list(itertools.product(("subtract", "zero"), ("detached", "kept")))
-
-
-def run(lif: LIF, x_TB: torch.Tensor) -> torch.Tensor:
-    return outputs(lif, x_TB, grad=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,19 +70,11 @@ def test_slices_continue_one_another(reset, reset_gradient, scale_input):
     lif = LIF(0.7, reset=reset, reset_gradient=reset_gradient, scale_input=scale_input)
     x_TB = (3 * torch.randn(6, 2, 4, dtype=torch.float64)).requires_grad_()
     weights = torch.randn(6, 2, 4, dtype=torch.float64)
-    whole = run(lif, x_TB)
-    with fresh_state(lif):
-        sliced = torch.cat([lif(x_TB[:1]), lif(x_TB[1:4]), lif(x_TB[4:])])
-    assert torch.equal(whole, sliced)
-    assert 0 < whole.mean() < 1
-    g_whole, g_sliced = (torch.autograd.grad((s * weights).sum(), x_TB)[0] for s in (whole, sliced))
-    assert torch.equal(g_whole, g_sliced)
-
-
-def test_every_batch_starts_at_rest():
-    lif = LIF(0.9)
-    x_TB = torch.full((3, 1, 1), 0.6)
-    assert torch.equal(run(lif, x_TB), run(lif, x_TB))
+    whole, sliced = run(lif, x_TB), run(lif, *x_TB.split([1, 3, 2]))
+    assert torch.equal(whole, sliced) and 0 < whole.mean() < 1
+    assert torch.equal(
+        *(torch.autograd.grad((s * weights).sum(), x_TB)[0] for s in (whole, sliced))
+    )
 
 
 def test_carry_stands_between_all_steps():
@@ -146,77 +136,60 @@ def test_what_is_kept_for_backward(reset, reset_gradient):
 
 
 def test_IF_forgets_nothing():
-    assert run(IF(), torch.full((4, 1, 1), 0.25)).flatten().tolist() == [0, 0, 0, 1]
+    """In a batch. The next one starts at rest."""
+    lif, x_TB = IF(), torch.full((4, 1, 1), 0.25)
+    assert [run(lif, x_TB).flatten().tolist() for _ in range(2)] == [[0, 0, 0, 1]] * 2
     assert IF(threshold=2.0, surrogate=Sigmoid()).threshold == 2.0
 
 
-def test_names_fresh_state_where_it_is_missing():
-    with pytest.raises(ValueError, match=r"LIF: .* only inside fresh_state"):
-        LIF()(torch.zeros(1, 1, 1))
+def a_batch_that_changes() -> None:
+    run(LIF(), torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))
 
 
-def test_refuses_a_batch_that_changes_half_way():
-    lif = LIF()
-    with fresh_state(lif):
-        lif(torch.zeros(1, 2, 4))
-        with pytest.raises(
-            ValueError, match=r"must agree in all but time; got \(3, 4\) after \(2, 4\)"
-        ):
-            lif(torch.zeros(1, 3, 4))
+SURROGATE = "^LIF: surrogate must be a value with a derivative and without parameters"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("call", "message"),
     [
-        ({"decay": 1.5}, r"LIF: decay must be in 0\.\.1; got decay=1\.5"),
-        ({"decay": -0.1}, r"LIF: decay must be in 0\.\.1; got decay=-0\.1"),
-        ({"threshold": 0}, r"LIF: threshold must be > 0; got threshold=0"),
-        ({"reset": "hard"}, r"LIF: reset must be 'subtract' or 'zero'; got reset='hard'"),
+        (lambda: LIF(1.5), r"LIF: decay must be in 0\.\.1; got decay=1\.5"),
+        (lambda: LIF(-0.1), r"LIF: decay must be in 0\.\.1; got decay=-0\.1"),
+        (lambda: LIF(threshold=0), r"LIF: threshold must be > 0; got threshold=0"),
         (
-            {"reset_gradient": "yes"},
+            lambda: LIF(reset="hard"),
+            r"LIF: reset must be 'subtract' or 'zero'; got reset='hard'",
+        ),
+        (
+            lambda: LIF(reset_gradient="yes"),
             r"LIF: reset_gradient must be 'detached' or 'kept'; got reset_gradient='yes'",
         ),
         (
-            {"decay": 1.0, "scale_input": True},
+            lambda: LIF(1.0, scale_input=True),
             r"LIF: scale_input .* decay must be < 1; got decay=1",
         ),
+        (
+            lambda: IF(subtract=2.0, reset="zero"),
+            r"LIF: subtract must be > 0 and needs reset='subtract'; got subtract=2.0, reset='zero'",
+        ),
+        (lambda: LIF()(torch.zeros(1, 1, 1)), r"LIF: .* only inside fresh_state"),
+        (a_batch_that_changes, r"must agree in all but time; got \(3, 4\) after \(2, 4\)"),
+        (lambda: LIF(surrogate=torch.nn.Sigmoid()), rf"{SURROGATE}; got Sigmoid\(\)$"),
+        (lambda: LIF(surrogate=torch.sigmoid), rf"{SURROGATE}; got <built-in method sigmoid .*$"),
     ],
 )
-def test_refuses(arguments, message):
+def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
-        LIF(**arguments)
-
-
-def test_repr_says_which_neuron_it_is():
-    assert "decay=0.25" in repr(LIF(0.25)) and repr(Triangle()) in repr(LIF())
+        call()
 
 
 def test_subtract_is_what_a_spike_takes():
     """The symmetric reset: 2 thresholds, so that the membrane stays centred; a constant current
     fires at half the rate.
     """
-    neuron = IF(threshold=1.0, subtract=2.0)
-    x = torch.full((1000, 1, 1), 0.5, dtype=torch.float64)
-    spikes = outputs(neuron, x, grad=True)
+    spikes = run(IF(threshold=1.0, subtract=2.0), torch.full((1000, 1, 1), 0.5).double())
     assert abs(spikes.mean().item() - 0.25) <= 1 / 1000
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"LIF: subtract must be > 0 and needs reset='subtract'; got subtract=2.0, reset='zero'"
-        ),
-    ):
-        IF(subtract=2.0, reset="zero")
 
 
-def test_named_neurons():
+def test_a_neuron_is_found_and_says_which_it_is():
     assert [name for name, _ in named_neurons(lif_network())] == ["1", "3"]
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [(torch.nn.Sigmoid(), r"Sigmoid\(\)"), (torch.sigmoid, "<built-in method sigmoid .*")],
-)
-def test_a_surrogate_that_learns_or_has_no_derivative_is_refused(given, text):
-    rule = "surrogate must be a value with a derivative and without parameters"
-    with pytest.raises(ValueError, match=rf"^LIF: {rule}; got {text}$"):
-        LIF(surrogate=given)
+    assert "decay=0.25" in repr(LIF(0.25)) and repr(Triangle()) in repr(LIF())
