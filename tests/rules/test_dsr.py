@@ -24,9 +24,10 @@ from tests.helpers.rule_networks import (
     batch,
     cross_entropy,
     difference,
+    drawn,
     gradients,
     gradients_on,
-    learn,
+    one_batch,
     outputs,
 )
 
@@ -43,15 +44,9 @@ def smallest_model(*neurons: RateNeuron) -> nn.Sequential:
     rates need.
     """
     first, second = neurons or (RateIF(threshold=1.0), RateLIF(threshold=0.1, dt=0.1))
-    model = nn.Sequential(
-        Linear(6, 8), first, Linear(8, 7), second, Linear(7, 3), rate_readout(second)
-    )
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for index in (0, 2, 4):
-            for parameter in model[index].parameters():
-                parameter.copy_(0.9 * torch.randn(parameter.shape, generator=generator))
-    return model
+    synapses = drawn(nn.Sequential(Linear(6, 8), Linear(8, 7), Linear(7, 3)), seed=3).float()
+    one, two, three = synapses  # type: ignore[misc]
+    return nn.Sequential(one, first, two, second, three, rate_readout(second))
 
 
 # ------------------------------------------------------------------------- one neuron, closed forms
@@ -70,6 +65,19 @@ def map_of(
     return g_x_TB, g_threshold
 
 
+def drawn_batch(seed: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An input around the ramp, and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TB, g_TB = torch.randn(2, steps, 3, 4, generator=generator, dtype=torch.float64)
+    return 8 * x_TB + 2, g_TB
+
+
+def weights_of(b: float, steps: int) -> torch.Tensor:
+    """b^(T-t) of every step, with the sum 1."""
+    w_T = b ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    return (w_T / w_T.sum()).view(-1, 1, 1)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -81,19 +89,15 @@ def test_gradient_is_autograd_through_the_clamp_of_the_mean(seed, steps, leaky, 
     """Whatever the input does in time, and for any upstream gradient that a function of the rate
     can give.
     """
-    generator = torch.Generator().manual_seed(seed)
     dt, tau = 0.2, 1.3
     neuron = (
         RateLIF(threshold=0.4, dt=dt, tau=tau, threshold_gradient=scale)
         if leaky
         else RateIF(threshold_gradient=scale)
-    )
-    neuron.double()
-    x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
-    g_B = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    ).double()
+    x_TB, (g_B, *_) = drawn_batch(seed, steps)
     b = math.exp(-dt / tau) if leaky else 1.0
-    w_T = torch.tensor([b ** (steps - t) for t in range(1, steps + 1)], dtype=torch.float64)
-    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    w_T = weights_of(b, steps)
     x, threshold = x_TB.clone().requires_grad_(), neuron.threshold.detach().clone().requires_grad_()
     height, gain = (threshold / dt, (1 - b) / dt) if leaky else (threshold, 1.0)
     rate = torch.minimum((gain * (w_T * x).sum(0)).clamp_min(0), height)
@@ -134,22 +138,14 @@ def test_the_published_backward_of_lif(seed, steps):
     gradient times dt.
     """
     dt, tau, threshold = 0.2, 1.3, 0.4
-    generator = torch.Generator().manual_seed(seed)
     neuron = exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold)
-    x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
-    g_TB = torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64)
-    w_T = torch.tensor(
-        [math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64
-    )
-    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    (x_TB, g_TB), w_T = drawn_batch(seed, steps), weights_of(math.exp(-dt / tau), steps)
     mean_B, G_B = (w_T * x_TB).sum(0), steps * (w_T * g_TB).sum(0)
     top = threshold / dt * tau
-    expected_x = torch.where((mean_B > 0) & (mean_B < top), G_B / tau / steps, 0.0).expand(
-        steps, -1, -1
-    )
+    expected_x = torch.where((mean_B > 0) & (mean_B < top), G_B / tau / steps, 0.0)
     expected_threshold = torch.where(mean_B > top, G_B, 0.0).sum() * dt
     got_x, got_threshold = map_of(neuron, x_TB, g_TB, DSR(backward="published"))
-    assert torch.allclose(got_x, expected_x, atol=1e-13)
+    assert torch.allclose(got_x, expected_x.expand(steps, -1, -1), atol=1e-13)
     assert torch.allclose(got_threshold, expected_threshold, atol=1e-12)
 
 
@@ -174,10 +170,7 @@ def test_the_published_backward_of_a_network_of_lif():
     x_TBC, target = batch(steps)
     got = gradients(DSR(backward="published"), model, x_TBC, cross_entropy(target), **MEAN)
 
-    w_T = torch.tensor(
-        [math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64
-    )
-    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    w_T = weights_of(math.exp(-dt / tau), steps)
     p = {name: each.detach() for name, each in model.named_parameters()}
     spikes, currents = [x_TBC], []
     with torch.no_grad(), fresh_state(model):
@@ -254,31 +247,23 @@ def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rat
     assert all(g.abs().max() > 1e-3 for g in got.values())
 
 
-def test_bptt_trains_the_same_network_by_another_gradient():
-    model = smallest_model().double()
-    dsr, bptt = gradients_on(6, model, DSR(), BPTT(), **MEAN)
-    assert dsr.keys() == bptt.keys() and difference(dsr, bptt) > 1e-2
-    assert all(g.abs().max() > 0 for name, g in bptt.items())
+@pytest.mark.parametrize("over_time", ["mean", "steps"])
+def test_the_two_losses_over_time(over_time):
+    (x_TBC, target), model = batch(5), smallest_model(RateIF(), RateIF()).double()
+    logits_TBK = outputs(model, x_TBC)
+    each = logits_TBK if over_time == "steps" else logits_TBK.mean(0, keepdim=True)
+    expected = torch.stack([F.cross_entropy(o, target) for o in each]).mean().item()
+    (objective,) = one_batch(DSR(), model, 5, over_time=over_time)
+    assert objective.loss.item() == pytest.approx(expected, abs=1e-12)
+    assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
 
 
-def test_sltt_trains_if_neurons_step_by_step():
+def test_other_rules_train_the_same_neurons_by_another_gradient():
+    dsr, bptt = gradients_on(6, smallest_model().double(), DSR(), BPTT(), **MEAN)
+    assert difference(dsr, bptt) > 1e-2 and all(g.abs().max() > 0 for g in bptt.values())
     model = smallest_model(RateIF(threshold=2.0), RateIF(threshold=2.0)).double()
-    assert all(g.abs().max() > 0 for g in gradients_on(6, model, SLTT())[0].values())
-
-
-def test_the_two_losses_over_time():
-    x_TBC, target = batch(5)
-    for over_time in ("mean", "steps"):
-        model, rule = smallest_model(RateIF(), RateIF()).double(), DSR()
-        logits_TBK = outputs(model, x_TBC)
-        expected = {
-            "mean": F.cross_entropy(logits_TBK.mean(0), target),
-            "steps": torch.stack([F.cross_entropy(o, target) for o in logits_TBK]).mean(),
-        }
-        rule.attach(model, over_time=over_time)
-        (objective,) = learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
-        assert objective.loss.item() == pytest.approx(expected[over_time].item(), abs=1e-12)
-        assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
+    (sltt,) = gradients_on(6, model, SLTT())
+    assert all(g.abs().max() > 0 for g in sltt.values())
 
 
 def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
