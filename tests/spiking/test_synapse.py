@@ -50,7 +50,10 @@ def test_it_is_torchs_at_every_step(build, torchs, geometry, shape):
 
 
 def test_standardized_weights_and_their_gradients():
-    conv, x = Conv2d(3, 5, 3, weights="standardized").double(), double(2, 2, 3, 6, 6)
+    conv, x = (
+        Conv2d(3, 5, 3, weights="standardized").double(),
+        double(2, 2, 3, 6, 6).requires_grad_(),
+    )
     nn.init.normal_(conv.gain)
     weight = standardized(conv.weight, conv.gain)
     reference = folded(lambda x_N: nn.functional.conv2d(x_N, weight, conv.bias), x)
