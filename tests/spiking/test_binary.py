@@ -166,7 +166,9 @@ def test_one_time_step_is_a_binary_network(weights):
     h_BC = x_BC
     for norm, weight, bias in ((model[1], first.weight, first.bias), (model[4], W_b, second.bias)):
         current_BC = nn.functional.linear(h_BC, weight, bias)
-        z_BC = nn.functional.batch_norm(current_BC, None, None, norm.weight, norm.bias, training=True)
+        z_BC = nn.functional.batch_norm(
+            current_BC, None, None, norm.weight, norm.bias, training=True
+        )
         h_BC = (z_BC >= 1).double()
     assert 0.05 < h_BC.mean() < 0.95
     (logits_BK,) = outputs(model, x_BC.unsqueeze(0))
