@@ -60,9 +60,9 @@ def trained(rule: Rule, model: nn.Module, shape: tuple[int, ...], *, steps: int)
 
 
 @pytest.mark.parametrize("build", [alexnet_f, cifarnet_f])
-@pytest.mark.parametrize("rule", [IDE(), BPTT()])
-def test_the_classic_networks_train_under_ide_and_bptt(build, rule):
-    trained(rule, build(size=16, width=0.1), (3, 16, 16), steps=4)
+@pytest.mark.parametrize("make_rule", [IDE, BPTT])
+def test_the_classic_networks_train_under_ide_and_bptt(build, make_rule):
+    trained(make_rule(), build(size=16, width=0.1), (3, 16, 16), steps=4)
 
 
 @pytest.mark.parametrize("build", [convnet_f, lenet_f])

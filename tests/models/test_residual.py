@@ -30,12 +30,12 @@ def blocks(shortcut, norm="batch", **choices) -> BlockFactory:
 
 def lively(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, BatchNorm):
-                module.weight.copy_(1 + 2 * torch.rand(module.channels, generator=generator))
-                module.bias.copy_(torch.rand(module.channels, generator=generator))
-                module.running_mean.copy_(torch.rand(module.channels, generator=generator))
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            gain, bias, mean = torch.rand(3, module.channels, generator=generator)
+            module.weight.data.copy_(1 + 2 * gain)
+            module.bias.data.copy_(bias)
+            module.running_mean.copy_(mean)
     return model.double().eval()
 
 
@@ -98,16 +98,13 @@ def test_orders(shortcut):
 def test_pooled_projection(shortcut):
     model = lively(blocks(shortcut).residual(DOWN, pooled=True))
     x_BCHW = spike(torch.randn(3, 4, 8, 8, dtype=torch.float64))
-    cs, ns = layers(model)[2]
+    _, (_, last), (cs, ns) = layers(model)
     assert cs.stride == (1, 1)
-    with torch.no_grad():
-        for module in layers(model)[1]:
-            nn.init.zeros_(module.weight)
-        nn.init.constant_(layers(model)[1][1].bias, -1.0)
-        projected = norm(ns, conv(cs, F.avg_pool2d(x_BCHW, 2)))
-        with fresh_state(model):
-            expected = spike(projected) if shortcut == "sew" else projected - 1
-            assert (model(x_BCHW[None])[0] - expected).abs().max() < 1e-12
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, -1.0)
+    projected = norm(ns, conv(cs, F.avg_pool2d(x_BCHW, 2)))
+    expected = spike(projected) if shortcut == "sew" else projected - 1
+    assert (outputs(model, x_BCHW[None])[0] - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -131,41 +128,22 @@ def test_a_stream_passes_silent_layers_whole(shortcut, kind):
     assert (x_TB.grad - g_TB).abs().max() < 1e-15  # type: ignore[operator]
 
 
-def test_every_layer_has_its_shortcut():
-    assert (
-        len([m for m in blocks("multiple").residual(DOWN * 1).modules() if isinstance(m, Residual)])
-        == 2
-    )
-    assert (
-        len([m for m in blocks("membrane").residual(DOWN).modules() if isinstance(m, Residual)])
-        == 1
-    )
-    assert (
-        len(named_neurons(blocks("multiple").residual(FFN)))
-        == len(named_neurons(blocks("membrane").residual(FFN)))
-        == 2
-    )
+@pytest.mark.parametrize(("shortcut", "residuals"), [("multiple", 2), ("membrane", 1)])
+def test_every_layer_has_its_shortcut(shortcut, residuals):
+    found = blocks(shortcut).residual(DOWN).modules()
+    assert sum(isinstance(m, Residual) for m in found) == residuals
+    assert len(named_neurons(blocks(shortcut).residual(FFN))) == 2
 
 
 def test_sws_divides_by_the_stream_and_projects_spikes():
     factory = blocks("membrane", "sws")
-    first, second, third = (
-        factory.residual(FFN),
-        factory.residual(DOWN),
-        factory.residual([*FFN[:1], Layer(12, 8)]),
-    )
-    betas = [
-        m.beta
-        for block in (first, second, third)
-        for m in block.modules()
-        if isinstance(m, Rescaled)
-    ]
-    assert [beta**2 for beta in betas[::2]] == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
-    assert isinstance(first, Residual) and first.shortcut_of == "stream"
-    assert isinstance(second, Residual) and second.shortcut_of == "first"
-    assert isinstance(third, Residual) and third.shortcut_of == "first"
-    assert not any(isinstance(m, BatchNorm) for m in second.modules())
-    assert all(m.weights == "standardized" for m in second.modules() if isinstance(m, Conv2d))
+    made = [factory.residual(layers) for layers in (FFN, DOWN, [FFN[0], Layer(12, 8)])]
+    assert [block.shortcut_of for block in made] == ["stream", "first", "first"]
+    rescaled = [m for block in made for m in block.modules() if isinstance(m, Rescaled)]
+    variances = [m.beta**2 for m in rescaled[::2]]
+    assert variances == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
+    assert not any(isinstance(m, BatchNorm) for m in made[1].modules())
+    assert all(m.weights == "standardized" for m in made[1].modules() if isinstance(m, Conv2d))
 
 
 @pytest.mark.parametrize(
@@ -175,50 +153,44 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
             {"shortcut": "none"},
             r"shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='none'",
         ),
-        ({"shortcut": "sew", "norm": "group"}, r"norm must be 'batch' or 'sws'; got norm='group'"),
+        ({"norm": "group"}, r"norm must be 'batch' or 'sws'; got norm='group'"),
         (
-            {"shortcut": "sew", "norm": "sws"},
+            {"norm": "sws"},
             r"norm='sws' needs shortcut='membrane' or 'multiple', .*got shortcut='sew'",
+        ),
+        (
+            {"shortcut": "membrane", "norm": "sws", "neuron": LIF(scale_input=True)},
+            r"norm='sws' counts on currents of unit variance",
         ),
     ],
 )
 def test_refuses(choices, message):
     with pytest.raises(ValueError, match=message):
-        BlockFactory(neuron=LIF(), **choices)
+        BlockFactory(**({"shortcut": "sew", "neuron": LIF()} | choices))
 
 
-def test_refuses_sws_on_neurons_that_shrink_their_input():
-    with pytest.raises(ValueError, match=r"norm='sws' counts on currents of unit variance"):
-        BlockFactory(shortcut="membrane", norm="sws", neuron=LIF(scale_input=True))
-
-
-def test_what_the_stream_holds():
-    """Spikes, their whole sums, or, behind a mean over groups of copies, multiples of one over
-    their number.
+@pytest.mark.parametrize(("shortcut", "unit"), [("sew", 1), ("sew_multiple", 3)])
+def test_what_the_stream_holds(shortcut, unit):
+    """Spikes, their whole sums, or, behind a mean over groups of copies (4 channels to 12 and back),
+    multiples of one over their number.
     """
     x_TBCHW = (torch.rand(2, 3, 4, 5, 5) < 0.5).double()
-    for shortcut, unit in (("sew", 1), ("sew_multiple", 3)):  # 4 channels to 12 and back
-        factory = blocks(shortcut)
-        model = lively(nn.Sequential(factory.residual(FFN), factory.residual(FFN)))
-        y_TBCHW = outputs(model, x_TBCHW)
-        assert torch.allclose(y_TBCHW * unit, (y_TBCHW * unit).round(), rtol=0, atol=1e-9)
-        assert (unit == 1) == torch.equal(y_TBCHW, y_TBCHW.round())
+    model = lively(nn.Sequential(*(blocks(shortcut).residual(FFN) for _ in range(2))))
+    y_TBCHW = outputs(model, x_TBCHW)
+    assert torch.allclose(y_TBCHW * unit, (y_TBCHW * unit).round(), rtol=0, atol=1e-9)
+    assert (unit == 1) == torch.equal(y_TBCHW, y_TBCHW.round())
 
 
 def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none():
-    factory = BlockFactory(
-        shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8)
-    )
-    neuron = factory.neuron(threshold=0.5)
-    assert isinstance(neuron, LIF) and (neuron.threshold, neuron.subtract) == (0.5, 0.4)
-    assert isinstance(
-        BlockFactory(shortcut="sew", norm="batch", neuron=nn.ReLU()).neuron(threshold=0.5), nn.ReLU
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"neuron must be a LIF to get a threshold of 0\.5; got RateNeuron",
-    ):
-        BlockFactory(shortcut="sew", norm="batch", neuron=RateIF()).neuron(threshold=0.5)
+    def changed(prototype: nn.Module) -> nn.Module:
+        return BlockFactory(shortcut="sew", neuron=prototype).neuron(threshold=0.5)
+
+    neuron = changed(LIF(0.5, threshold=1.0, subtract=0.8))
+    assert (neuron.threshold, neuron.subtract) == (0.5, 0.4)
+    assert isinstance(changed(nn.ReLU()), nn.ReLU)
+    message = r"neuron must be a LIF to get a threshold of 0\.5; got RateNeuron"
+    with pytest.raises(ValueError, match=message):
+        changed(RateIF())
 
 
 # ------------------------------------------------------------------------------------------ stream

@@ -29,12 +29,14 @@ def grown(size: int, *counts: int, dtype: torch.dtype = torch.float64) -> Subspa
     return subspace
 
 
-def moments_from(subspace: Subspace, *parts: torch.Tensor, steps: int | None = None) -> Any:
+def moments_from(
+    subspace: Subspace, *parts: torch.Tensor, steps: int | None = None, mean=lambda sums: sums
+) -> Any:
     """Of a batch that comes in parts; with `steps`, of spiking lateral neurons."""
     moments = SecondMoments(subspace) if steps is None else SpikingMoments(subspace, steps=steps)
     for x_NC in parts:
         moments.add(x_NC)
-    moments.mean(lambda statistic: statistic)
+    moments.mean(mean)
     return moments
 
 
@@ -152,13 +154,12 @@ def test_single_precision_holds_what_it_can():
 def test_moments_do_not_depend_on_how_a_batch_is_cut(steps):
     subspace, x_NC = grown(9, 3, 4), double(24, 9)
     one, other = (moments_from(subspace, *x_NC.split(size), steps=steps) for size in (24, 5))
-    ranks = [moments_from(subspace, steps=steps) for _ in range(2)]
-    sums: list[torch.Tensor] = []
-    for moments, part_NC in zip(ranks, x_NC.split(12), strict=True):
-        moments.add(part_NC)
-    ranks[0].mean(lambda statistic: sums.append(statistic) or statistic)
-    ranks[1].mean(lambda statistic: (sums.pop(0) + statistic) / 2)
-    for each in (other, ranks[1]):
+    sent: list[torch.Tensor] = []
+    moments_from(subspace, x_NC[:12], steps=steps, mean=lambda sums: sent.append(sums) or sums)
+    of_two_ranks = moments_from(
+        subspace, x_NC[12:], steps=steps, mean=lambda sums: (sent.pop(0) + sums) / 2
+    )
+    for each in (other, of_two_ranks):
         assert torch.allclose(each.drive(subspace), one.drive(subspace), atol=1e-14)
         assert torch.allclose(each.energy(subspace), one.energy(subspace), atol=1e-14)
 
