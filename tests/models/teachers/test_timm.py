@@ -54,11 +54,13 @@ def test_it_sees_what_timm_would_show_it() -> None:
     assert torch.allclose(found(X), wanted, atol=1e-4)
 
 
-def test_its_own_size_and_cut_come_from_its_configuration() -> None:
-    assert teacher().view.size == (160, 160)
-    found = teacher(crop="own").view
-    assert (found.size, found.crop) == ((160, 160), 0.95)
-    assert teacher(size=64, crop=0.5).view.crop == 0.5
+@pytest.mark.parametrize(
+    ("choices", "size", "crop"),
+    [({}, 160, 1.0), ({"crop": "own"}, 160, 0.95), ({"size": 64, "crop": 0.5}, 64, 0.5)],
+)
+def test_its_own_size_and_cut_come_from_its_configuration(choices, size, crop) -> None:
+    found = teacher(**choices).view
+    assert (found.size, found.crop) == ((size, size), crop)
 
 
 def test_in_bf16_it_answers_in_fp32_and_nearly_the_same() -> None:
