@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -129,3 +130,17 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The largest difference of two sets of gradients."""
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def refusals(cases: Iterable[tuple[Any, str]], build: Callable[..., Any] | None = None) -> Any:
+    """A test for all that a module refuses.
+
+    A case is a call, or choices for `build`, and a pattern for the message of its ValueError.
+    """
+
+    @pytest.mark.parametrize(("call", "message"), cases)
+    def test(call: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            call() if build is None else build(**call)
+
+    return test

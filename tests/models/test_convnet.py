@@ -9,7 +9,7 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateLIF
-from tests.helpers.rule_networks import attached, cross_entropy, learn, outputs, spikes_of
+from tests.helpers.rule_networks import attached, cross_entropy, learn, outputs, refusals, spikes_of
 
 
 @pytest.mark.parametrize(("norm", "stride"), [("batch", 1), ("none", 1), ("none", 2)])
@@ -121,8 +121,7 @@ def test_relu_is_the_ann(head):
     assert ann(torch.randn(1, 2, 3, 8, 8)).shape == (1, 2, 10)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+test_refuses = refusals(
     [
         (
             {"stages": ((4,), ())},
@@ -149,10 +148,8 @@ def test_relu_is_the_ann(head):
             r"ConvNet: mask must be 'batch' without dropout; got mask='step'",
         ),
     ],
+    convnet,
 )
-def test_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        convnet(**arguments)
 
 
 def test_an_image_too_small_for_the_pools_is_refused():

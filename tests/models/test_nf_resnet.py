@@ -15,7 +15,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.rule_networks import attached, outputs
+from tests.helpers.rule_networks import attached, outputs, refusals
 
 
 def awake(model: NFResNet) -> NFResNet:
@@ -136,8 +136,7 @@ def test_the_variance_of_the_stream_is_as_expected_at_the_start():
     assert ALPHA == 0.2
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
+test_refuses = refusals(
     [
         ({"stem": "large"}, r"NFResNet: stem must be 'imagenet' or 'small'; got stem='large'"),
         ({"classes": 0}, r"NFResNet: classes must be a whole number >= 1; got classes=0"),
@@ -145,7 +144,5 @@ def test_the_variance_of_the_stream_is_as_expected_at_the_start():
         ({"blocks": ()}, r"NFResNet: blocks must be whole numbers >= 1; got blocks=\(\)"),
         ({"width": 0}, r"NFResNet: width must be a whole number >= 1; got width=0"),
     ],
+    tiny,
 )
-def test_refuses(choices, message):
-    with pytest.raises(ValueError, match=message):
-        tiny(**choices)

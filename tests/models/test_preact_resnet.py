@@ -7,7 +7,7 @@ from pipeline.models.preact_resnet import preact_resnet18, preact_resnet18_small
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, WeightedRates
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 
 def test_parameter_counts():
@@ -98,8 +98,7 @@ def test_lif_logits_are_weighted(head, where):
     assert [name for name, m in model.named_modules() if isinstance(m, WeightedRates)] == [where]
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (
             lambda: preact_resnet18_small(0),
@@ -109,11 +108,8 @@ def test_lif_logits_are_weighted(head, where):
             lambda: preact_resnet18_small(blocks=()),
             r"PreActResNet: blocks must be whole numbers >= 1; got blocks=\(\)",
         ),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
 
 
 def test_with_a_linear_head_it_is_slTTs_network():

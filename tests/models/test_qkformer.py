@@ -18,7 +18,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
 from tests.helpers.families import small_qkformer
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 
 @pytest.mark.parametrize("shortcut", ["membrane", "multiple"])
@@ -192,8 +192,7 @@ def test_drop_path_grows_with_depth_and_works():
         assert torch.equal(one, other) == (not mode)
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
+test_refuses = refusals(
     [
         ({"channels": 36}, "channels must be a multiple of 4 heads; got channels=36, heads=2"),
         ({"depth": 3}, "depth must be >= 4"),
@@ -218,10 +217,8 @@ def test_drop_path_grows_with_depth_and_works():
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),
         ({"norm": "layer"}, "norm must be 'batch' or 'sws'; got norm='layer'"),
     ],
+    small_qkformer,
 )
-def test_refuses(choices, message):
-    with pytest.raises(ValueError, match=message):
-        small_qkformer(**choices)
 
 
 # --------------------------------------------------------------------------------------- published
@@ -294,8 +291,7 @@ def without(key: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in WEIGHTS.items() if name != key}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses_what_does_not_fit = refusals(
     [
         (
             lambda: from_published(without("head.weight")),
@@ -329,8 +325,5 @@ def without(key: str) -> dict[str, torch.Tensor]:
             lambda: outputs(small_qkformer(shrink=4), torch.rand(2, 2, 3, 8, 3)),
             r"QKFormer: images must have shrink=4 pixels a side or more; got 8 x 3$",
         ),
-    ],
+    ]
 )
-def test_refuses_what_does_not_fit(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

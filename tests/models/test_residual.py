@@ -171,8 +171,8 @@ def test_refuses(choices, message):
 
 @pytest.mark.parametrize(("shortcut", "unit"), [("sew", 1), ("sew_multiple", 3)])
 def test_what_the_stream_holds(shortcut, unit):
-    """Spikes, their whole sums, or, behind a mean over groups of copies (4 channels to 12 and back),
-    multiples of one over their number.
+    """Spikes, their whole sums, or, behind a mean over groups of copies, multiples of one over
+    their number.
     """
     x_TBCHW = (torch.rand(2, 3, 4, 5, 5) < 0.5).double()
     model = lively(nn.Sequential(*(blocks(shortcut).residual(FFN) for _ in range(2))))

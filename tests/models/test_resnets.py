@@ -29,6 +29,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
 from tests.helpers.families import RESNETS
+from tests.helpers.rule_networks import refusals
 
 
 def test_ms_block_starts_as_its_shortcut():
@@ -52,8 +53,7 @@ def test_sizes_of_the_image():
             assert [y.shape[-1] for y in sizes] == expected
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (lambda: sew_resnet(20), r"sew_resnet: depth must be 18, 34, 50, 101 or 152; got depth=20"),  # type: ignore[arg-type]
         (lambda: ms_resnet(50), r"ms_resnet: depth must be 18, 34 or 104; got depth=50"),  # type: ignore[arg-type]
@@ -73,11 +73,8 @@ def test_sizes_of_the_image():
             lambda: RESNETS["ms"](blocks=()),
             r"MSResNet: blocks must be whole numbers >= 1; got blocks=\(\)",
         ),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
 
 
 # ------------------------------------------------------------------------------------------ counts

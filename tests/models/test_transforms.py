@@ -49,6 +49,7 @@ from tests.helpers.rule_networks import (
     learn,
     one_batch,
     outputs,
+    refusals,
 )
 from tests.helpers.small import small_recipe
 
@@ -158,8 +159,7 @@ def test_a_packed_headline_network_is_half_its_size():
 HIDDEN_1_BIT = {"in_features": 6, "hidden": (5, 5)}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (
             lambda: binarized(nf_resnet18_small(width=4, blocks=(1,)), part="ffn"),
@@ -255,11 +255,8 @@ HIDDEN_1_BIT = {"in_features": 6, "hidden": (5, 5)}
             lambda: synchronized(convnet(norm="none")),
             "synchronized: the network must have batch norm; got ConvNet without any",
         ),
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 @pytest.mark.parametrize("rule", [BPTT(), SLTT(k=2)], ids=lambda rule: rule.label)

@@ -11,7 +11,7 @@ from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d
 from tests.helpers.references import gradient_of
-from tests.helpers.rule_networks import cross_entropy, difference, gradients, outputs
+from tests.helpers.rule_networks import cross_entropy, difference, gradients, outputs, refusals
 
 
 def test_against_an_independent_forward():
@@ -120,8 +120,7 @@ SMALL = {"classes": 2, "in_channels": 1, "neuron": LIF()}
 STEM = {"stages": ((3, 5), (6,)), "stem": (5, 2), "in_channels": 1}
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (
             lambda: vgg_sws(stages=((4,), ())),
@@ -150,11 +149,8 @@ STEM = {"stages": ((3, 5), (6,)), "stem": (5, 2), "in_channels": 1}
         ),
         (keep_two_steps, r"Feedback: keep must be handed one time step, .* shape \(2, 3\)"),
         (Feedback().recall, r"Feedback: its membrane or trace exists only inside fresh_state"),
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_the_stem_has_a_kernel_and_a_stride_of_its_own():

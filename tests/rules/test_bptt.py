@@ -22,6 +22,7 @@ from tests.helpers.rule_networks import (
     learn,
     lif_network,
     one_batch,
+    refusals,
     saved_peak,
 )
 
@@ -137,8 +138,7 @@ def run(rule: BPTT, steps: int) -> None:
     next(iter(one_batch(rule, lif_network(), steps)))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (lambda: run(BPTT(chunk=4), 3), r"BPTT: chunk must be in 1\.\.T; got chunk=4, T=3"),
         (lambda: run(BPTT(truncate=4), 3), r"BPTT: truncate must be in 1\.\.T; got truncate=4, T"),
@@ -155,11 +155,8 @@ def run(rule: BPTT, steps: int) -> None:
             )
             for rule in (BPTT(1), BPTT(recompute=True), BPTT(truncate=2), SLTT(), OTTT(), OPZO())
         ],
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_steps_may_be_weighed_where_all_come_at_once():

@@ -29,6 +29,7 @@ from tests.helpers.rule_networks import (
     gradients_on,
     one_batch,
     outputs,
+    refusals,
 )
 
 MEAN = {"over_time": "mean"}
@@ -367,8 +368,7 @@ def test_a_silent_layer_is_left_at_the_bound():
 # ----------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (
             lambda: DSR(calibrate=-1),
@@ -403,8 +403,5 @@ def test_a_silent_layer_is_left_at_the_bound():
             r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got"
             r" over_time='steps'",
         ),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()

@@ -45,6 +45,7 @@ from tests.helpers.rule_networks import (
     learn,
     lif_network,
     outputs,
+    refusals,
 )
 from tests.helpers.small import small_recipe
 from tests.helpers.traces import traces_of
@@ -672,8 +673,7 @@ def recipe_of(rows: tuple, phases: int, **changes: Any) -> None:
     check_recipe(recipe.override(changes), 1)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (
             lambda: HLOP(HLOP(SLTT(), rows=ROWS), rows=ROWS),
@@ -857,11 +857,8 @@ def recipe_of(rows: tuple, phases: int, **changes: Any) -> None:
                 ),
             )
         ],
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_as_many_rows_as_there_is_room_for_are_accepted():

@@ -18,6 +18,7 @@ from tests.helpers.rule_networks import (
     gradients_on,
     lif_network,
     one_batch,
+    refusals,
 )
 
 
@@ -138,8 +139,7 @@ def run(rule: SLTT) -> None:
     one_batch(rule, lif_network(), 4)
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (
             lambda: SLTT(rescale=True),
@@ -163,11 +163,8 @@ def run(rule: SLTT) -> None:
             lambda: SLTT(2).attach(normed("time")),
             r"SLTT-2: a rule that runs in slices of time needs .* got over='time' at 1\.norm",
         ),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
 
 
 def test_small_leak_brings_sltt_near_bptt():

@@ -38,6 +38,7 @@ from tests.helpers.rule_networks import (
     lif_network,
     one_batch,
     outputs,
+    refusals,
     spikes_of,
 )
 
@@ -414,8 +415,7 @@ def test_a_gradient_that_is_not_finite_is_handed_on_as_that():
     assert all(g.isnan().any() for g in found.values())
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (lambda: SPIDE(0), r"SPIDE: steps must be a whole number >= 1; got steps=0"),
         (lambda: SPIDE(scale=0), r"SPIDE: scale must be > 0 and finite; got scale=0"),
@@ -430,11 +430,8 @@ def test_a_gradient_that_is_not_finite_is_handed_on_as_that():
             lambda: SPIDE().attach(smallest_model()),
             r"SPIDE: it has one loss, of rates, so over_time must be 'mean'",
         ),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
 
 
 def test_a_tiny_recipe_has_a_short_backward_phase():

@@ -24,6 +24,7 @@ from tests.helpers.rule_networks import (
     gradients_on,
     lif_network,
     outputs,
+    refusals,
     saved_peak,
 )
 from tests.helpers.saved import SavedBytes
@@ -165,8 +166,7 @@ def a_batch_that_changes() -> None:
 SURROGATE = "^LIF: surrogate must be a value with a derivative and without parameters"
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (lambda: LIF(1.5), r"LIF: decay must be in 0\.\.1; got decay=1\.5"),
         (lambda: LIF(-0.1), r"LIF: decay must be in 0\.\.1; got decay=-0\.1"),
@@ -191,11 +191,8 @@ SURROGATE = "^LIF: surrogate must be a value with a derivative and without param
         (a_batch_that_changes, r"must agree in all but time; got \(3, 4\) after \(2, 4\)"),
         (lambda: LIF(surrogate=torch.nn.Sigmoid()), rf"{SURROGATE}; got Sigmoid\(\)$"),
         (lambda: LIF(surrogate=torch.sigmoid), rf"{SURROGATE}; got <built-in method sigmoid .*$"),
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def test_subtract_is_what_a_spike_takes():

@@ -9,6 +9,7 @@ from torch import distributed, nn
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from tests.helpers.processes import run_ranks
+from tests.helpers.rule_networks import refusals
 
 SHAPES = [(4, 5, 3), (4, 5, 3, 2, 2)]
 
@@ -93,8 +94,7 @@ def test_between_world_is_per_rank_where_there_is_one_rank():
     assert torch.equal(fresh(between="world")(x), fresh()(x))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (
             lambda: BatchNorm(3, over="batch"),
@@ -108,11 +108,8 @@ def test_between_world_is_per_rank_where_there_is_one_rank():
             lambda: BatchNorm(3)(torch.zeros(2, 2, 4)),
             r"BatchNorm: the input must be \[T, B, 3, \.\.\.\]; got shape \(2, 2, 4\)",
         ),
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def rank_of_two(

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 
 def run(neuron: nn.Module, *slices_TB: torch.Tensor) -> torch.Tensor:
@@ -180,8 +180,7 @@ def test_it_is_a_neuron_as_others_are():
     assert "alpha=0.3" in repr(model[1])
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (
             lambda: run(rate_readout(RateLIF()), *torch.ones(4, 2, 3).split(2)),
@@ -201,8 +200,5 @@ def test_it_is_a_neuron_as_others_are():
             r"RateIF: threshold_gradient must be >= 0; got threshold_gradient=-1",
         ),
         (lambda: RateLIF(dt=0), r"RateLIF: tau and dt must be > 0; got tau=1\.0, dt=0"),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()

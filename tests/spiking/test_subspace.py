@@ -13,6 +13,7 @@ from pipeline.spiking.subspace import (
     quantized_response,
 )
 from pipeline.spiking.synapse import Linear
+from tests.helpers.rule_networks import refusals
 
 CPU = torch.device("cpu")
 LEARNING = {"rate": 0.01, "momentum": 0.9, "iterations": 5}
@@ -233,8 +234,7 @@ def grow_beyond() -> None:
         rows.grow("who", subspaces, task=task, key_of=lambda index: index)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (
             lambda: BUDGET.check("who", TWO, tasks=4),
@@ -248,11 +248,8 @@ def grow_beyond() -> None:
             grow_beyond,
             r"who: rows must fit .* got 1 more for task 2, where synapse 0 has 0 directions left",
         ),
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 @pytest.mark.parametrize("tasks", [1, 3])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight, folded
+from tests.helpers.rule_networks import refusals
 from tests.helpers.saved import SavedBytes
 
 GEOMETRIES = [
@@ -193,8 +194,7 @@ def another_shape() -> None:
     linear(torch.zeros(2, 2, 4))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (
             lambda: Linear(4, 3)(torch.zeros(2, 4)),
@@ -217,8 +217,5 @@ def another_shape() -> None:
             r"Conv2d: standardized weights need a fan-in of at least 2; got 1",
         ),
         (another_shape, r"the shape of the input, \(2, 2, 4\); got \(1, 2, 4\)"),
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

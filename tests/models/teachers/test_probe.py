@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.models.teachers import probe as module
 from pipeline.models.teachers.probe import Probe
+from tests.helpers.rule_networks import refusals
 
 
 def data(samples: int = 120, features: int = 7, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -73,10 +74,6 @@ def test_a_fit_that_ends_early_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         Probe().fit(*data(), 4)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "said"),
-    [({"l2": 0.0}, "l2 must be"), ({"views": 0}, "views must"), ({"seed": -1}, "seed")],
+test_refuses = refusals(
+    [({"l2": 0.0}, "l2 must be"), ({"views": 0}, "views must"), ({"seed": -1}, "seed")], Probe
 )
-def test_refuses(kwargs: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Probe(**kwargs)
