@@ -251,20 +251,12 @@ def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_a_projected_convolution_is_one_on_projected_patches(geometry):
     model, (x_TB, target_B) = ConvNet(**geometry).double(), images()
     conv = model.conv
-    rule, model = attached(HLOP(BPTT(), rows=((4, 2), (1, 1))), model)
+    rule, _ = attached(HLOP(BPTT(), rows=((4, 2), (1, 1))), model)
     train(rule, model, x_TB, target_B, step=0)
-    patches_NC = torch.cat(
-        [
-            p.T
-            for x in x_TB
-            for p in nn.functional.unfold(
-                x, conv.kernel_size, conv.dilation, conv.padding, conv.stride
-            )
-        ]
-    )
-    assert torch.allclose(
-        moments_of(rule, 0), patches_NC.T @ patches_NC / len(patches_NC), atol=1e-12
-    )
+    about = (conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    patches_TBNC = torch.stack([nn.functional.unfold(x, *about).mT for x in x_TB])
+    patches_NC = patches_TBNC.flatten(0, 2)
+    assert torch.allclose(moments_of(rule, 0), second_moment(patches_NC), atol=1e-12)
     rule.start_task(model, 1)
     errors: list[Tensor] = []
     conv.register_forward_hook(
@@ -278,38 +270,34 @@ def test_a_projected_convolution_is_one_on_projected_patches(geometry):
     assert torch.allclose(gradient(conv).flatten(1), expected, atol=1e-13)
 
 
+def moved_by(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+
+
+def three_batches(rule: HLOP, model: nn.Module, first: int, **how: float) -> set[str]:
+    """The names of all that moved."""
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **how)
+    for step in range(3):
+        train(rule, model, *batch(4 + step), step=first + step, optimizer=optimizer)
+    return moved_by(model, before)
+
+
 def test_after_the_first_task_vectors_and_statistics_rest():
     """Biases, the gain and bias of batch norm, thresholds; its running statistics; and rows of old
     tasks, to the bit.
     """
     norm = BatchNorm(7)
     model = nn.Sequential(Linear(6, 7), norm, RateLIF(), Linear(7, 5), LIF(), Linear(5, 3)).double()
-    rule, model = attached(HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1))), model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    start = copy.deepcopy(model.state_dict())
-    for step in range(3):
-        train(rule, model, *batch(4), step=step, optimizer=optimizer)
+    rule, _ = attached(HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1))), model)
     # The bias in front of batch norm has no gradient but rounding.
-    vectors = [
-        name for name, value in model.state_dict().items() if value.dim() == 1 and name != "0.bias"
-    ]
-    assert len(vectors) == 7 and all(
-        not torch.equal(model.state_dict()[name], start[name]) for name in vectors
-    )
+    assert three_batches(rule, model, 0) | {"0.bias"} == set(model.state_dict())
     for task in (1, 2):
         rule.start_task(model, task)
-        before, rows = (
-            copy.deepcopy(model.state_dict()),
-            [rows_of(rule, index).clone() for index in range(3)],
-        )
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        for step in range(3):
-            train(rule, model, *batch(4 + step), step=3 * task + step, optimizer=optimizer)
-        moved = {
-            name
-            for name, value in model.state_dict().items()
-            if not torch.equal(value, before[name])
-        }
+        rows = [rows_of(rule, index).clone() for index in range(3)]
+        moved = three_batches(rule, model, 3 * task, momentum=0.9)
         assert moved == {"0.weight", "3.weight", "5.weight"}
         assert all(torch.equal(rows_of(rule, index), rows[index]) for index in range(3))
         assert all(p.requires_grad for p in model.parameters())
@@ -337,42 +325,31 @@ def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
     """The rule is attached, its state loaded, and start_task is not called again."""
 
     def fresh() -> tuple[HLOP, nn.Sequential]:
-        rule = HLOP(BPTT(), rows=ROWS, lateral_steps=lateral_steps)
         torch.manual_seed(0)
-        model = nn.Sequential(
-            Linear(6, 8), BatchNorm(8), LIF(), Linear(8, 7), LIF(), Linear(7, 3)
-        ).double()
-        rule.attach(model, world=World(seed=3))
-        return rule, model
+        first, *rest = lif_network()
+        model = nn.Sequential(first, BatchNorm(8), *rest).double()
+        rule = HLOP(BPTT(), rows=ROWS, lateral_steps=lateral_steps)
+        return attached(rule, model, world=World(seed=3))
 
-    def go_on(rule: HLOP, model: nn.Module, steps: range) -> None:
+    def go_on(rule: HLOP, model: nn.Module, steps: range, *, task: int | None = None) -> None:
+        if task is not None:
+            rule.start_task(model, task)
         for step in steps:
-            train(
-                rule,
-                model,
-                *batch(2 + step),
-                step=step,
-                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            train(rule, model, *batch(2 + step), step=step, optimizer=optimizer)
 
-    (whole, whole_model), (second, second_model) = fresh(), fresh()
-    whole.start_task(whole_model, 0)
-    go_on(whole, whole_model, range(2))
-    whole.start_task(whole_model, 1)
-    go_on(whole, whole_model, range(2, 4))
-    whole.figures()
-    second_model.load_state_dict(copy.deepcopy(whole_model.state_dict()))
-    second.load_state_dict(copy.deepcopy(whole.state_dict()))
-    assert second.figures() == whole.figures()
-    for rule, model in ((whole, whole_model), (second, second_model)):
-        go_on(rule, model, range(4, 6))
-        rule.start_task(model, 2)
-        go_on(rule, model, range(6, 7))
-    expected, got = (
-        whole.state_dict() | whole_model.state_dict(),
-        second.state_dict() | second_model.state_dict(),
-    )
-    assert got.keys() == expected.keys() and int(whole.task) == 2
+    whole, second = fresh(), fresh()
+    go_on(*whole, range(2), task=0)
+    go_on(*whole, range(2, 4), task=1)
+    whole[0].figures()
+    for stopped, going in zip(whole, second, strict=True):
+        going.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    assert second[0].figures() == whole[0].figures()
+    for each in (whole, second):
+        go_on(*each, range(4, 6))
+        go_on(*each, range(6, 7), task=2)
+    expected, got = (rule.state_dict() | model.state_dict() for rule, model in (whole, second))
+    assert got.keys() == expected.keys() and int(whole[0].task) == 2
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
 
 
@@ -383,11 +360,9 @@ def test_each_task_begins_rows_of_its_own():
         train(rule, model, *batch(4), step=task)
         rule.start_task(model, task)
         assert [len(rows_of(rule, index)) for index in range(3)] == sizes
-        for index in range(3):
-            rows = torch.cat([rows_of(rule, index), rows_of(rule, index, name="new")])
-            assert torch.allclose(
-                rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-14
-            )
+        for subspace in rule.subspaces:
+            identity = torch.eye(len(subspace.rows), dtype=torch.float64)
+            assert torch.allclose(subspace.rows @ subspace.rows.T, identity, atol=1e-14)
 
 
 # ------------------------------------------------------------------------------------------- hears

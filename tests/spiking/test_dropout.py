@@ -4,7 +4,7 @@ import torch
 from pipeline.models.residual import Residual
 from pipeline.spiking.dropout import Dropout, DropPath
 from pipeline.spiking.state import fresh_state
-from tests.helpers.rule_networks import outputs
+from tests.helpers.rule_networks import outputs, refusals
 
 
 def three_passes(layer: torch.nn.Module, x_TB: torch.Tensor) -> list[torch.Tensor]:
@@ -47,12 +47,15 @@ def test_the_identity(dropout):
     assert dropout(x_TB) is x_TB
 
 
-def test_needs_a_fresh_state_and_a_share():
-    with pytest.raises(
-        ValueError, match="Dropout: its membrane or trace exists only inside fresh_state"
-    ):
-        Dropout(0.5)(torch.ones(1, 2, 3))
-    with pytest.raises(
-        ValueError, match=r"Dropout: the share must be in 0\.\.1, 1 excluded; got share=1"
-    ):
-        Dropout(1.0)
+test_refuses = refusals(
+    [
+        (
+            lambda: Dropout(0.5)(torch.ones(1, 2, 3)),
+            "Dropout: its membrane or trace exists only inside fresh_state",
+        ),
+        (
+            lambda: Dropout(1.0),
+            r"Dropout: the share must be in 0\.\.1, 1 excluded; got share=1",
+        ),
+    ]
+)
