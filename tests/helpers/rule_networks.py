@@ -60,6 +60,19 @@ def outputs(model: nn.Module, *slices_TB: Tensor, grad: bool = False) -> Tensor:
         return torch.cat([model(x_TB) for x_TB in slices_TB])
 
 
+class Network(nn.Module):
+    """Named modules, put together by a function of the network and its input."""
+
+    def __init__(self, put_together: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.put_together = put_together
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x_TB: Tensor) -> Tensor:
+        return self.put_together(self, x_TB)
+
+
 def attached(rule: Rule, model: nn.Module | None = None, **about) -> tuple[Any, Any]:
     """The rule attached to the model, or to a `lif_network`."""
     model = lif_network() if model is None else model

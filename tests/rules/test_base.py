@@ -22,6 +22,7 @@ from pipeline.train.backend.plain import Plain
 from pipeline.train.objective import CrossEntropy
 from tests.helpers.rule_networks import (
     FEATURES,
+    Network,
     attached,
     batch,
     cross_entropy,
@@ -235,15 +236,9 @@ def test_an_option_of_the_wrong_type_or_range_is_refused(make, rule, value):
 # ------------------------------------------------------------- norms of torch and timm
 
 
-class Folded(nn.Module):
+def folded(norm: nn.Module) -> nn.Module:
     """A norm for `[N, C]` on `[T, B, C]`, as code for other libraries has it."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x_TBC: torch.Tensor) -> torch.Tensor:
-        return self.norm(x_TBC.flatten(0, 1)).view_as(x_TBC)
+    return Network(lambda m, x: m.norm(x.flatten(0, 1)).view_as(x), norm=norm)
 
 
 class StaysInEvaluation(nn.BatchNorm1d):
@@ -253,7 +248,7 @@ class StaysInEvaluation(nn.BatchNorm1d):
 
 def normed(norm: nn.Module) -> nn.Sequential:
     first, *rest = lif_network()
-    return nn.Sequential(first, Folded(norm), *rest).double()
+    return nn.Sequential(first, folded(norm), *rest).double()
 
 
 @pytest.mark.parametrize(
@@ -267,8 +262,8 @@ def normed(norm: nn.Module) -> nn.Sequential:
         (OPZO(), normed),
         (HLOP(SLTT(), rows=ROWS), normed),
         (HLOP(OTTT(), rows=ROWS, skip=("1",)), normed),
-        (IDE(), lambda norm: nn.Sequential(test_ide.smallest_model(), Folded(norm))),
-        (SPIDE(), lambda norm: nn.Sequential(test_spide.smallest_model(), Folded(norm))),
+        (IDE(), lambda norm: nn.Sequential(test_ide.smallest_model(), folded(norm))),
+        (SPIDE(), lambda norm: nn.Sequential(test_spide.smallest_model(), folded(norm))),
     ],
     ids=lambda each: each.label if isinstance(each, Rule) else "",
 )
@@ -284,7 +279,7 @@ def test_a_foreign_norm_is_refused_by_name_where_steps_are_differentiated_apart(
 def test_the_forward_of_slices_would_differ() -> None:
     """The reason for the refusal."""
     x_TBC, _ = batch(4)
-    model = nn.Sequential(Folded(nn.BatchNorm1d(x_TBC.shape[-1]))).double()
+    model = nn.Sequential(folded(nn.BatchNorm1d(x_TBC.shape[-1]))).double()
     assert not torch.allclose(model(x_TBC), torch.cat([model(x_1BC) for x_1BC in x_TBC.split(1)]))
 
 

@@ -36,6 +36,7 @@ from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.train.build import check_recipe
 from tests.helpers.references import summed, three_factors
 from tests.helpers.rule_networks import (
+    Network,
     attached,
     batch,
     cross_entropy,
@@ -224,16 +225,13 @@ def test_what_truncated_rows_miss_bounds_the_change():
     assert (change > bound).any()
 
 
-class ConvNet(nn.Module):
-    def __init__(self, **geometry: Any) -> None:
-        super().__init__()
-        self.conv = Conv2d(2, 4, **geometry)
-        self.norm = BatchNorm(4)
-        self.neuron = LIF()
-        self.classifier = Linear(4, 3)
-
-    def forward(self, x_TB: Tensor) -> Tensor:
-        return self.classifier(self.neuron(self.norm(self.conv(x_TB))).mean((3, 4)))
+def conv_net(**geometry: Any) -> nn.Module:
+    layers = {"conv": Conv2d(2, 4, **geometry), "norm": BatchNorm(4), "neuron": LIF()}
+    return Network(
+        lambda m, x: m.classifier(m.neuron(m.norm(m.conv(x))).mean((3, 4))),
+        **layers,
+        classifier=Linear(4, 3),
+    ).double()
 
 
 def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -249,8 +247,8 @@ def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (3, 1), "dilation": (2, 1)}],
 )
 def test_a_projected_convolution_is_one_on_projected_patches(geometry):
-    model, (x_TB, target_B) = ConvNet(**geometry).double(), images()
-    conv = model.conv
+    model, (x_TB, target_B) = conv_net(**geometry), images()
+    conv: Any = model.conv
     rule, _ = attached(HLOP(BPTT(), rows=((4, 2), (1, 1))), model)
     train(rule, model, x_TB, target_B, step=0)
     about = (conv.kernel_size, conv.dilation, conv.padding, conv.stride)

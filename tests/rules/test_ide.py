@@ -31,6 +31,7 @@ from pipeline.track.journal import read
 from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
+    Network,
     attached,
     batch,
     cross_entropy,
@@ -101,9 +102,7 @@ def two_layers(*, decay: float = 1.0) -> nn.Sequential:
     return seeded(nn.Sequential(equilibrium, Linear(7, CLASSES)).double(), seed=4)
 
 
-class Flat(nn.Module):
-    def forward(self, x_TB: Tensor) -> Tensor:
-        return x_TB.flatten(2)
+FLAT = Network(lambda m, x_TB: x_TB.flatten(2))
 
 
 def convolutional(*, decay: float = 1.0) -> nn.Sequential:
@@ -114,7 +113,7 @@ def convolutional(*, decay: float = 1.0) -> nn.Sequential:
         synapses=[Conv2d(4, 3, 3, 1, 1)],
     )
     return seeded(
-        nn.Sequential(equilibrium, Flat(), Linear(3 * 3 * 3, CLASSES)).double(), seed=5, scale=0.25
+        nn.Sequential(equilibrium, FLAT, Linear(3 * 3 * 3, CLASSES)).double(), seed=5, scale=0.25
     )
 
 

@@ -32,6 +32,7 @@ from tests.helpers.references import gradient_of as reference_gradient
 from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
+    Network,
     attached,
     batch,
     cross_entropy,
@@ -454,16 +455,12 @@ def run(model: nn.Module, x_TB: Tensor) -> None:
     learn(rule.loss_terms(model, x_TB, cross_entropy(target_B)))
 
 
-class Swapped(nn.Module):
+def swapped() -> nn.Module:
     """Registers the synapse of its second layer first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.second, self.first, self.third = Linear(8, 7), Linear(FEATURES, 8), Linear(7, CLASSES)
-        self.one, self.two = LIF(), LIF()
-
-    def forward(self, x_TB: Tensor) -> Tensor:
-        return self.third(self.two(self.second(self.one(self.first(x_TB)))))
+    layers = {"second": Linear(8, 7), "first": Linear(FEATURES, 8), "third": Linear(7, CLASSES)}
+    return Network(
+        lambda m, x: m.third(m.two(m.second(m.one(m.first(x))))), **layers, one=LIF(), two=LIF()
+    )
 
 
 def a_neuron_twice() -> nn.Module:
@@ -595,7 +592,7 @@ test_refuses = refusals(
             ),
         ),
         (
-            lambda: run(Swapped(), torch.randn(2, 2, FEATURES)),
+            lambda: run(swapped(), torch.randn(2, 2, FEATURES)),
             r"OPZO: the first synapse .* got first before second",
         ),
     ]

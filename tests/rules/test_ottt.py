@@ -24,6 +24,7 @@ from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.helpers.references import sigmoid_window, summed, three_factors
 from tests.helpers.rule_networks import (
+    Network,
     attached,
     batch,
     cross_entropy,
@@ -174,16 +175,14 @@ def test_convolutions_against_two_forwards(geometry, weights):
 
     def network(wrap) -> nn.Sequential:
         hidden = (first, one, wrap(second), two, wrap(third), three)
-        return nn.Sequential(*hidden, Pool(), wrap(readout)).double()
+        return nn.Sequential(*hidden, POOL, wrap(readout)).double()
 
     x_TBCHW = 3 * torch.randn(5, 2, 2, 7, 6, dtype=torch.float64)
     wrapped = network(lambda op: TwoForwards(op, 0.5))
     check_two_forwards(network(lambda op: op), wrapped, x_TBCHW)
 
 
-class Pool(nn.Module):
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return x_TBCHW.mean((3, 4))
+POOL = Network(lambda m, x_TBCHW: x_TBCHW.mean((3, 4)))
 
 
 @pytest.mark.parametrize("build", [vgg_sws, vgg_sws_f])
@@ -253,13 +252,9 @@ def two_norms() -> nn.Sequential:
     return nn.Sequential(lif_network(), norms)
 
 
-class BackToFront(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.readout, self.neuron, self.hidden = Linear(4, 3), LIF(), Linear(6, 4)
-
-    def forward(self, x_TB: Tensor) -> Tensor:
-        return self.readout(self.neuron(self.hidden(x_TB)))
+def back_to_front() -> nn.Module:
+    layers = {"readout": Linear(4, 3), "neuron": LIF(), "hidden": Linear(6, 4)}
+    return Network(lambda m, x: m.readout(m.neuron(m.hidden(x))), **layers).double()
 
 
 def runs_twice(*, limit: bool = False) -> nn.Sequential:
@@ -312,14 +307,14 @@ test_refuses = refusals(
             r"OTTT-A: a trace cannot pass batch norm; .* got batch norm at 1\.a, 1\.b$",
         ),
         (
-            lambda: one_batch(OTTT(), BackToFront().double(), 4),
+            lambda: one_batch(OTTT(), back_to_front(), 4),
             (
                 r"OTTT-A: first='plain' means readout, by order of registration, but hidden ran in"
                 r" its place; .*first='traced'"
             ),
         ),
         (
-            lambda: one_batch(OTTT(first="traced", readout="plain"), BackToFront().double(), 4),
+            lambda: one_batch(OTTT(first="traced", readout="plain"), back_to_front(), 4),
             r"readout='plain' means hidden, .* but readout ran in its place",
         ),
         *[
@@ -340,15 +335,15 @@ test_refuses = refusals(
 
 def test_what_is_refused_for_one_choice_is_accepted_for_another():
     OTTT(0.5).attach(lif_network(decay=0.5))
-    one_batch(OTTT(first="traced"), BackToFront().double(), 4)
+    one_batch(OTTT(first="traced"), back_to_front(), 4)
     limited = SpectralLimit(Linear(6, 5, bias=False))
     one_batch(OTTT(), nn.Sequential(limited, LIF(), Linear(5, 3)).double(), 4)
 
 
 def test_a_batch_that_is_refused_leaves_no_hooks():
-    rule, model = attached(OTTT(), BackToFront())
+    rule, model = attached(OTTT(), back_to_front())
     with pytest.raises(ValueError, match="ran in its place"):
-        list(rule.loss_terms(model, torch.ones(4, 2, 6), torch.sum))
+        list(rule.loss_terms(model, torch.ones(4, 2, 6).double(), torch.sum))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -12,40 +12,34 @@ from pipeline.spiking.fold import fold, following_norms
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d, Linear
+from tests.helpers.rule_networks import Network
 
 X_TBC = torch.zeros(2, 1, 4)
 
 
-class Two(nn.Module):
+def two(forward_of) -> Network:
     """Two synapses and two norms, put together by `forward_of`."""
-
-    def __init__(self, forward_of) -> None:
-        super().__init__()
-        self.one, self.other = Linear(4, 4), Linear(4, 4)
-        self.norm, self.norm2 = BatchNorm(4), BatchNorm(4)
-        self.neuron = LIF()
-        self.forward_of = forward_of
-
-    def forward(self, x_TBC: Tensor) -> Tensor:
-        return self.forward_of(self, x_TBC)
+    synapses = {"one": Linear(4, 4), "other": Linear(4, 4)}
+    norms = {"norm": BatchNorm(4), "norm2": BatchNorm(4)}
+    return Network(forward_of, **synapses, **norms, neuron=LIF())
 
 
 def found(forward_of) -> dict[str, str]:
-    model = Two(forward_of)
+    model = two(forward_of)
     return following_norms(model, {"one": model.one, "other": model.other}, X_TBC)
 
 
-def heard_twice(m: Two, x_TBC: Tensor) -> Tensor:
+def heard_twice(m: nn.Module, x_TBC: Tensor) -> Tensor:
     current_TBC = m.one(x_TBC)
     return m.norm(current_TBC) + current_TBC
 
 
-def counted_by_a_condition(m: Two, x_TBC: Tensor) -> Tensor:
+def counted_by_a_condition(m: nn.Module, x_TBC: Tensor) -> Tensor:
     current_TBC = m.one(x_TBC)
     return m.norm(current_TBC) if current_TBC.sum() < 1e9 else x_TBC
 
 
-def by_a_neuron_too(m: Two, x_TBC: Tensor) -> Tensor:
+def by_a_neuron_too(m: nn.Module, x_TBC: Tensor) -> Tensor:
     current_TBC = m.one(x_TBC)
     return m.norm(current_TBC) + m.neuron(current_TBC)
 
@@ -81,7 +75,7 @@ def test_only_a_norm_that_hears_all_and_nothing_else(forward_of, expected):
 
 
 def test_the_network_is_as_before():
-    model = Two(lambda m, x: m.norm(m.one(x)))
+    model = two(lambda m, x: m.norm(m.one(x)))
     before = copy.deepcopy(model.state_dict())
     following_norms(model, {"one": model.one}, X_TBC)
     assert model.training and all(

@@ -29,7 +29,7 @@ from pipeline.spiking.state import State, fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
 from tests.helpers.rule_networks import attached, cross_entropy
-from tests.spiking.test_static_input import NEURON, Head, distance, images, learn, lively, peaks
+from tests.spiking.test_static_input import NEURON, distance, head, images, learn, lively, peaks
 
 STEPS = 4
 
@@ -43,7 +43,7 @@ def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.
         for each in (first, second, last):
             binarize(each, weights)  # type: ignore[arg-type]
     stem = StaticInput(first) if once_per_image else first
-    return lively(nn.Sequential(stem, LIF(**NEURON), second, LIF(**NEURON), Head(), last))
+    return lively(nn.Sequential(stem, LIF(**NEURON), second, LIF(**NEURON), head(), last))
 
 
 def check_alone(rule: Callable[[], Rule], model: nn.Module, x_TB: Tensor, target_B: Tensor) -> dict:
@@ -157,7 +157,7 @@ def test_gradients_that_autograd_leaves_as_one_add_up_apart(
     """
     stem, conv = Sum(stems=stems, early=early), Conv2d(4, 4, 3, padding=1)
     hidden = (stem, LIF(**NEURON), conv, LIF(**NEURON))
-    model = lively(nn.Sequential(*hidden, Head(), Linear(4, 3)))
+    model = lively(nn.Sequential(*hidden, head(), Linear(4, 3)))
     x_BCHW, target_B = images(4)
     got = check_alone(RULES[name][0], model, repeat(x_BCHW, STEPS), target_B)
     assert all(float(got[name].abs().max()) > 1e-4 for name, _ in model.named_parameters())
@@ -214,7 +214,7 @@ class Early(nn.Module):
 )
 def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[], Rule]) -> None:
     early, conv = Early(Linear(4, 4, weights="standardized")), Conv2d(2, 4, 3, padding=1)
-    model = lively(nn.Sequential(conv, LIF(**NEURON), Head(), early, Linear(4, 3)))
+    model = lively(nn.Sequential(conv, LIF(**NEURON), head(), early, Linear(4, 3)))
     x_BCHW, target_B = images()
     got = check_alone(rule, model, repeat(x_BCHW, STEPS), target_B)
     assert float(got["3.synapse.weight"].abs().max()) > 1e-4
@@ -222,7 +222,7 @@ def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[],
 
 def plain_network() -> nn.Sequential:
     conv = Conv2d(2, 4, 3, padding=1)
-    return nn.Sequential(conv, LIF(**NEURON), Head(), Linear(4, 3)).double()
+    return nn.Sequential(conv, LIF(**NEURON), head(), Linear(4, 3)).double()
 
 
 def test_a_synapse_that_was_fixed_is_plain_again() -> None:

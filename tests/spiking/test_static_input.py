@@ -36,15 +36,18 @@ from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.static_input import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import attached, cross_entropy, gradients, outputs
+from tests.helpers.rule_networks import Network, attached, cross_entropy, gradients, outputs
 from tests.helpers.saved import SavedBytes
 
 STEPS = 4
 
 
-class Head(nn.Module):
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return x_TBCHW.mean((3, 4))
+def mean_of_places(_network: nn.Module, x_TBCHW: Tensor) -> Tensor:
+    return x_TBCHW.mean((3, 4))
+
+
+def head() -> nn.Module:
+    return Network(mean_of_places)
 
 
 def lively(model: nn.Module) -> Any:
@@ -66,7 +69,7 @@ def small(*, norm: bool = True) -> nn.Module:
     torch.manual_seed(0)
     conv, other = Conv2d(2, 4, 3, padding=1), Conv2d(4, 4, 3, padding=1)
     first = StaticInput(conv, BatchNorm(4)) if norm else StaticInput(conv)
-    return lively(nn.Sequential(first, LIF(**NEURON), other, LIF(**NEURON), Head(), Linear(4, 3)))
+    return lively(nn.Sequential(first, LIF(**NEURON), other, LIF(**NEURON), head(), Linear(4, 3)))
 
 
 def both(x_BCHW: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor]:
@@ -369,13 +372,13 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[Callable[[], Rule], ...
     ("family", "rule"), [(name, rule) for name, (_, rules) in FAMILIES.items() for rule in rules]
 )
 def test_families(family, rule):
-    x_BCHW, target_B = images(4, side=16)
-    found = []
-    for x_TB, computed in zip(both(x_BCHW, 3), (1, 3), strict=True):
+    (x_BCHW, target_B), found, seen = images(4, side=16), [], []
+    for x_TB in both(x_BCHW, 3):
         torch.manual_seed(3)
         with counted(model := lively(FAMILIES[family][0]())) as counts:
             found.append(trained(rule(), model, x_TB, target_B))
-        assert counts == {"images": 4 * computed, "backwards": computed} or computed > 1
+        seen.append(dict(counts))
+    assert seen[0] == {"images": 4, "backwards": 1}
     moved = set(first_of(model).parameters())
     names = [name for name, p in model.named_parameters() if p in moved]
     assert max(float(found[0][name].abs().max()) for name in names) > 1e-4
