@@ -69,7 +69,7 @@ class FeedForward(nn.Sequential):
         }
         super().__init__(OrderedDict(layers))
 
-    def forward(self, h_TBC: Tensor) -> Tensor:
+    def forward(self, h_TBC: Tensor) -> Tensor:  # type: ignore[override]
         return h_TBC + super().forward(h_TBC)
 
 
@@ -82,7 +82,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.neuron, self.projection = LIF(), Linear(channels, channels)
 
-    def forward(self, h_TBC: Tensor) -> Tensor:
+    def forward(self, h_TBC: Tensor) -> Tensor:  # type: ignore[override]
         return h_TBC + self.projection(self.neuron(h_TBC))
 
 
@@ -410,7 +410,7 @@ def test_gradients_reach_the_past_through_time_alone(rule, sees) -> None:
     (rule, model), (x_TB, target_B) = attached(rule, network()), batch(T)
     x_TB.requires_grad_()
     learn(rule.loss_terms(model, x_TB, cross_entropy(target_B)))
-    assert bool(x_TB.grad[0].any()) == sees and bool(x_TB.grad[-1].any())
+    assert bool(x_TB.grad[0].any()) == sees and bool(x_TB.grad[-1].any())  # type: ignore[index]
 
 
 # ---------------------------------------------------------------------------------------- readouts

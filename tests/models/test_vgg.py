@@ -56,7 +56,7 @@ def by_hand(model: VGG, x_TBCHW: Tensor, *, detach=lambda h: h) -> Tensor:
         if t and model.feedback is not None:
             wide = last[:, :, nearest][:, :, :, nearest]
             synapse = (p[f"feedback.conv.{name}"] for name in ("weight", "bias"))
-            back = F.conv2d(wide, *synapse, padding=1)
+            back = F.conv2d(wide, *synapse, padding=1)  # type: ignore[call-overload]
         for name in names:
             if name == names[2]:
                 h = F.avg_pool2d(h, 2)

@@ -231,7 +231,7 @@ def test_local_readouts_add_the_gradient_of_their_own_loss():
     rule.release()
     h_TBN, losses = x_TBC, []
     for first in (0, 3):
-        synapse, neuron, readout = model[first : first + 3]
+        synapse, neuron, readout = model[first : first + 3]  # type: ignore[misc]
         h_TBN = outputs(nn.Sequential(synapse, neuron), h_TBN.detach(), grad=True)
         losses.append(F.cross_entropy(F.linear(h_TBN[0], *readout.parameters()), target_B))
     losses.append(F.cross_entropy(model[6](h_TBN.detach())[0], target_B))
@@ -619,6 +619,6 @@ def test_a_convolutional_network_learns():
             seen = learn(rule.loss_terms(model, x_TB, cross_entropy(target_B), step=step))
             rule.end_of_batch()
             optimizer.step()
-        return sum(objective.loss.item() for objective in seen)
+        return sum(objective.loss.item() for objective in seen)  # type: ignore[possibly-undefined]
 
     assert last_loss(OPZO(momentum=0.99)) < 0.6 < 0.9 < last_loss(OPZO("random"))

@@ -90,7 +90,7 @@ def test_rescale_moves_the_gradient_and_not_the_report():
     )
     assert [o.loss.item() for o in plain] == [o.loss.item() for o in rescaled]
     ratios = [
-        (b.backward / a.backward).item()
+        (b.backward / a.backward).item()  # type: ignore[operator]
         for a, b in zip(plain, rescaled, strict=True)
         if a.backward is not None
     ]

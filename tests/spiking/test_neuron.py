@@ -307,7 +307,7 @@ def test_the_gradient_of_the_leak_with_and_without_what_comes_through_time(
         (outputs(neuron, x_TB, grad=True) * weights_TB).sum().backward()
         about = {"scale_input": scale_input, "through_time": through_time}
         exact = neuron.decay_logit.sigmoid().item()
-        found.append(neuron.decay_logit.grad.item())
+        found.append(neuron.decay_logit.grad.item())  # type: ignore[union-attr]
         expected = sum(by_hand(currents, weights, exact, **about) for currents, weights in alone)
         assert found[-1] == pytest.approx(expected, abs=1e-14)
     assert abs(found[0] - found[1]) > 1e-3

@@ -166,7 +166,7 @@ def test_the_threshold_is_held_by_a_view():
     assert run(neuron, torch.full((4, 1, 1), 0.5)).flatten().tolist() == [0.5] * 4
     neuron.clamped_threshold().sum().backward()
     assert neuron.threshold.item() == pytest.approx(0.1)
-    assert neuron.threshold.grad.tolist() == [2.0]
+    assert neuron.threshold.grad.tolist() == [2.0]  # type: ignore[union-attr]
 
 
 def test_it_is_a_neuron_as_others_are():
