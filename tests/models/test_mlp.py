@@ -26,11 +26,6 @@ def test_against_an_independent_forward():
     assert torch.allclose(outputs(model, x, grad=True), torch.stack(logits), atol=1e-12)
 
 
-def test_relu_is_the_ann():
-    model = mlp(neuron=nn.ReLU())
-    assert model(torch.randn(1, 2, 1, 28, 28)).shape == (1, 2, 10)
-
-
 def test_leaky_rates_end_in_their_weighted_mean():
     model = mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double()
     x = 10 * torch.rand(4, 2, 8, dtype=torch.float64)

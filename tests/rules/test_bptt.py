@@ -61,11 +61,6 @@ def test_both_losses_are_reported_as_they_are_differentiated(over_time, losses):
     assert torch.allclose(objective.logits, sum(seen_logits) / losses)
 
 
-def test_the_two_losses_have_different_gradients():
-    found = [gradients_on(5, lif_network(), BPTT(), over_time=o)[0] for o in ("steps", "mean")]
-    assert difference(*found) > 1e-2
-
-
 def test_a_model_without_neurons_is_plain_backpropagation():
     model = nn.Sequential(lif_network()[0])
     x_TBC, target = batch(3, classes=8)

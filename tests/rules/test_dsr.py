@@ -201,11 +201,8 @@ class Ramp(nn.Module):
 
     def __init__(self, neuron: RateNeuron) -> None:
         super().__init__()
-        self.threshold, self.dt, self.gain = (
-            nn.Parameter(neuron.threshold.detach().clone()),
-            neuron.dt,
-            neuron.gain,
-        )
+        self.threshold = nn.Parameter(neuron.threshold.detach().clone())
+        self.dt, self.gain = neuron.dt, neuron.gain
 
     def forward(self, rate_B: torch.Tensor) -> torch.Tensor:
         return torch.minimum((self.gain * rate_B).clamp_min(0), self.threshold / self.dt)
@@ -218,32 +215,27 @@ class Ramp(nn.Module):
 def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rates(make):
     """The reference knows rates only, with torch's own autograd; it is fed the rates that the
     spikes had, as otherwise the two would see other values. Then nothing is left to differ: LIF's
-    weights in time are carried through every layer."""
-    spiking = smallest_model(make(), make()).double()
-    x_TBC, target = batch(6)
-    with torch.no_grad(), fresh_state(spiking):
-        out_TBC, before = x_TBC, []
-        for module in spiking:
-            if isinstance(module, Linear):
-                before.append(
-                    (rate_weights(spiking[1].decay, out_TBC).view(-1, 1, 1) * out_TBC).sum(0)
-                )
-            out_TBC = module(out_TBC)
-    ramps = [Ramp(spiking[1]).double(), Ramp(spiking[3]).double()]
-    layers = [nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)]
-    for layer, source in zip(layers, (spiking[0], spiking[2], spiking[4]), strict=True):
-        layer.double().load_state_dict(source.state_dict())
+    weights in time are carried through every layer.
+    """
+    spiking, (x_TBC, target) = smallest_model(make(), make()).double(), batch(6)
+    weights_T = rate_weights(spiking[1].decay, x_TBC).view(-1, 1, 1)
     # Straight-through: the value of the spikes' own rate, the gradient of the ramp's.
-    h = layers[0](before[0])
-    for ramp, layer, seen in zip(ramps, layers[1:], before[1:], strict=True):
-        rate = ramp(h)
-        h = layer(rate + (seen - rate).detach())
-    F.cross_entropy(h, target).backward()
-    got = gradients(DSR(), spiking, x_TBC, cross_entropy(target), **MEAN)
-    parts = (layers[0], ramps[0], layers[1], ramps[1], layers[2])
-    expected = {
-        f"{i}.{name}": p.grad for i, part in enumerate(parts) for name, p in part.named_parameters()
-    }
+    out_TBC, h = x_TBC, (weights_T * x_TBC).sum(0)
+    ramps = {}
+    for index, layer in enumerate(spiking[:5]):
+        out_TBC = outputs(layer, out_TBC)
+        if isinstance(layer, Linear):
+            h = nn.functional.linear(h, layer.weight, layer.bias)
+        else:
+            ramps[f"{index}.threshold"] = ramp = Ramp(layer).double()
+            rate = ramp(h)
+            h = rate + ((weights_T * out_TBC).sum(0) - rate).detach()
+    loss = F.cross_entropy(h, target)
+    names = [name for name, _ in spiking.named_parameters() if "threshold" not in name]
+    learnt = [*(spiking.get_parameter(name) for name in names)]
+    learnt += [ramp.threshold for ramp in ramps.values()]
+    expected = dict(zip([*names, *ramps], torch.autograd.grad(loss, learnt), strict=True))
+    (got,) = gradients_on(6, spiking, DSR(), **MEAN)
     assert difference(got, expected) < 1e-13
     assert all(g.abs().max() > 1e-3 for g in got.values())
 
@@ -286,22 +278,26 @@ def calibrated(model: nn.Module, batches: list[torch.Tensor], **how: Any) -> Any
     return model
 
 
+def percentile(values: torch.Tensor, *, below: float = 1.001) -> float:
+    """The nearest rank of 99.9 %, which is so many times below the largest."""
+    ranked = values.relu().flatten().sort().values
+    found = ranked[math.ceil(0.999 * len(ranked) - 1e-9) - 1].item()
+    assert ranked[-1] > below * found
+    return found
+
+
 @pytest.mark.parametrize(
     "make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1)]
 )
+@torch.no_grad()
 def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make):
     batches = [torch.randn(4, size, 6) for size in (40, 30, 80)]
-    model = calibrated(smallest_model(make(), make()), batches)
-    h = torch.cat(batches, 1)
+    model, h = calibrated(smallest_model(make(), make()), batches), torch.cat(batches, 1)
     for linear, neuron in ((model[0], model[1]), (model[2], model[3])):
         h = linear(h)
-        weighted = (rate_weights(neuron.decay, h).view(-1, 1, 1) * h).sum(0)
-        sorted_rates = (neuron.gain * weighted).relu().flatten().sort().values
-        nearest_rank = math.ceil(0.999 * len(sorted_rates) - 1e-9)
-        assert neuron.threshold.item() / neuron.dt == pytest.approx(
-            sorted_rates[nearest_rank - 1].item(), rel=1e-5
-        )
-        assert sorted_rates[-1] > 1.01 * sorted_rates[nearest_rank - 1]
+        mean = (rate_weights(neuron.decay, h).view(-1, 1, 1) * h).sum(0)
+        expected = percentile(neuron.gain * mean, below=1.01)
+        assert neuron.threshold.item() / neuron.dt == pytest.approx(expected, rel=1e-5)
         h = outputs(neuron, h)
 
 
@@ -314,26 +310,18 @@ def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
         norm.running_var.uniform_(0.5, 2)
         nn.init.uniform_(norm.weight, 0.5, 2)
         nn.init.normal_(norm.bias)
-    frames = [
-        torch.randn(1 if still else 3, size, 1, 6, 6, dtype=torch.float64) for size in (20, 45)
-    ]
+    steps = 1 if still else 3
+    frames = [torch.randn(steps, size, 1, 6, 6, dtype=torch.float64) for size in (20, 45)]
     batches = [repeat(each[0], 3) for each in frames] if still else frames
     calibrated(model, batches, calibrate_on="activations")
-    ann = copy.deepcopy(model).eval()
-    seen: dict[str, torch.Tensor] = {}
-    for name, module in list(ann.named_modules()):
+    ann, seen = copy.deepcopy(model).eval(), {}
+    for name, module in ann.named_modules():
         if isinstance(module, RateNeuron):
             module.gradient = lambda lif, x_TB, name=name: seen.setdefault(name, x_TB).relu()
-    with torch.no_grad(), fresh_state(ann):
-        ann(torch.cat([each.mean(0) for each in frames]).unsqueeze(0))
-    assert len(seen) == 2
-    for name, input_TB in seen.items():
-        largest = input_TB.relu().flatten().sort().values
-        found = model.get_parameter(f"{name}.threshold").item()
-        assert found == pytest.approx(
-            largest[math.ceil(0.999 * len(largest) - 1e-9) - 1].item(), rel=1e-12
-        )
-        assert largest[-1] > 1.001 * found
+    outputs(ann, torch.cat([each.mean(0) for each in frames]).unsqueeze(0))
+    found = {name: model.get_parameter(f"{name}.threshold").item() for name in seen}
+    expected = {name: percentile(x_TB) for name, x_TB in seen.items()}
+    assert len(seen) == 2 and found == pytest.approx(expected, rel=1e-12)
 
 
 def test_calibration_leaves_everything_else_as_it_was():

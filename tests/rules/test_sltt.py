@@ -120,10 +120,6 @@ def normed(over: str) -> nn.Sequential:
     return nn.Sequential(lif_network(), nn.ModuleDict({"norm": BatchNorm(3, over=over)}))
 
 
-def test_batch_norm_of_each_step_is_accepted():
-    SLTT().attach(normed("step"))
-
-
 def test_running_statistics_move_alike_under_every_rule():
     statistics = []
     for rule in (BPTT(), SLTT(), SLTT(1), SLTT(chunk=3)):

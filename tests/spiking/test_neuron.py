@@ -109,12 +109,6 @@ def test_carry_stands_between_all_steps():
     assert [round(v.item(), 6) for v in halves] == [0.6, 0.75, 0.7875, 0.796875]
 
 
-def test_gradient_seam_replaces_the_loop():
-    lif = LIF()
-    lif.gradient = lambda self, x_TB: x_TB * self.threshold + 1
-    assert torch.equal(run(lif, torch.zeros(2, 1, 1)), torch.ones(2, 1, 1))
-
-
 @pytest.mark.parametrize(
     "given_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 )
