@@ -27,10 +27,8 @@ def network(
         neurons=[LIF(decay), LIF(decay, threshold=0.5, subtract=0.8)],
         synapses=[nn.Sequential(Linear(6, 5), BatchNorm(5)) if norm else Linear(6, 5)],
     ).double()
-    with torch.no_grad():
-        for parameter in equilibrium.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(2)
+    for parameter in equilibrium.parameters():
+        parameter.data.mul_(2 if parameter.dim() > 1 else 1)
     return equilibrium
 
 
@@ -173,12 +171,9 @@ def test_batch_norm_moves_once_a_batch(still):
 
 
 def test_samples_do_not_mix_in_the_jacobian_of_a_network_with_batch_norm():
-    e, x_TB = network(norm=True), frames(1, size=4)
-    a_1B = torch.rand(1, 4, 5, dtype=torch.float64)
-    current_1B = e.eval().inject(x_TB)
-    e.train()
-    v_B = torch.randn(4, 5, dtype=torch.float64)
-    whole = Linearized(e, a_1B, current_1B)(v_B)
+    e, v_B = network(norm=True), torch.randn(4, 5, dtype=torch.float64)
+    a_1B, current_1B = torch.rand(1, 4, 5).double(), e.eval().inject(frames(1, size=4))
+    whole = Linearized(e.train(), a_1B, current_1B)(v_B)
     alone = Linearized(e, a_1B[:, 1:2], current_1B[:, 1:2])(v_B[1:2])
     assert torch.equal(whole[1:2], alone)
     assert all(m.running_mean.abs().max() == 0 for m in e.modules() if isinstance(m, BatchNorm))
@@ -206,20 +201,18 @@ def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
 
 
 def test_conv_and_a_slice_too_many():
-    e = Equilibrium(
-        inject=Conv2d(1, 2, 3, padding=1),
-        feedback=Conv2d(2, 2, 3, padding=1, bias=False),
-        neurons=[IF()],
+    inject, feedback = Conv2d(1, 2, 3, padding=1), Conv2d(2, 2, 3, padding=1, bias=False)
+    e, x_TB = (
+        Equilibrium(inject=inject, feedback=feedback, neurons=[IF()]),
+        torch.randn(4, 2, 1, 5, 5),
     )
     e.adjoint = lambda g, vjp: g + vjp(g)
-    x_TB = torch.randn(4, 2, 1, 5, 5)
+    message = "Equilibrium: with an adjoint a batch is one call on all T steps"
     with fresh_state(e):
         a_1B = e(x_TB)
         assert a_1B.shape == (1, 2, 2, 5, 5) and state_bytes(e) > 0
         a_1B.sum().backward()
-        with pytest.raises(
-            ValueError, match="Equilibrium: with an adjoint a batch is one call on all T steps"
-        ):
+        with pytest.raises(ValueError, match=message):
             e(x_TB)
     assert state_bytes(e) == 0
 
