@@ -15,18 +15,16 @@ from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.rule_networks import attached, outputs, refusals
+from tests.helpers.rule_networks import attached, cross_entropy, outputs, refusals
 
 
 def awake(model: NFResNet) -> NFResNet:
     """Gains, biases and a classifier under which every branch speaks."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "gain" in name:
-                p.copy_(0.5 + torch.rand(p.shape, generator=generator))
-            elif p.dim() < 4:
-                p.copy_(torch.randn(p.shape, generator=generator))
+    for name, p in model.named_parameters():
+        if "gain" in name:
+            nn.init.uniform_(p, 0.5, 1.5)
+        elif p.dim() < 4:
+            nn.init.normal_(p)
     return model.double()
 
 
@@ -55,23 +53,17 @@ def test_betas_of_34_layers():
 @pytest.mark.parametrize("classes", [10, 1000])
 def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
     rule, model = attached(BPTT(), nf_resnet18_small(classes, width=4, blocks=(1, 1)))
-    target = torch.arange(3)
-    (objective,) = rule.loss_terms(
-        model, torch.randn(2, 3, 3, 8, 8), lambda o: nn.functional.cross_entropy(o, target)
-    )
+    x_TB, loss_of = torch.randn(2, 3, 3, 8, 8), cross_entropy(torch.arange(3))
+    (objective,) = rule.loss_terms(model, x_TB, loss_of)
     assert objective.logits.abs().max() == 0
     assert objective.loss.item() == pytest.approx(math.log(classes), rel=1e-6)
 
 
 def standardized(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
-    w, gain = conv.weight, conv.gain
-    assert gain is not None
-    w = (
-        gain
-        * (w - w.mean((1, 2, 3), keepdim=True))
-        / torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
-    )
-    return nn.functional.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
+    w = conv.weight
+    scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
+    w = conv.gain * (w - w.mean((1, 2, 3), keepdim=True)) / scale
+    return F.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
 
 
 def residuals(model: nn.Module) -> list[Any]:
@@ -112,10 +104,9 @@ def by_hand(model: NFResNet, x_BCHW: torch.Tensor, steps: int) -> torch.Tensor:
 def test_against_an_independent_forward(bottleneck, stem):
     model = awake(tiny(bottleneck=bottleneck, stem=stem))
     x_BCHW = torch.randn(3, 2, 16, 16, dtype=torch.float64)
-    got = outputs(model, repeat(x_BCHW, 4))
-    assert got.shape == (4, 3, 5)
-    assert got.std() > 0.1
-    assert torch.allclose(got, by_hand(model, x_BCHW, 4), atol=1e-10)
+    got, expected = outputs(model, repeat(x_BCHW, 4)), by_hand(model, x_BCHW, 4)
+    assert got.shape == (4, 3, 5) and got.std() > 0.1
+    assert torch.allclose(got, expected, atol=1e-10)
 
 
 def test_the_size_of_the_image_on_its_way_through_imagenet():

@@ -394,14 +394,16 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
     """For the whole of the batch, whatever of it can be solved, as a micro-batch that saturates the
     unit.
     """
-    monkeypatch.setattr(
-        Equilibrium, "_simulate", lambda self, x_TB, current_1B: torch.full((1, 4, 1), 0.3).double()
-    )
+    a_1B = torch.full((1, 4, 1), 0.3).double()
+    monkeypatch.setattr(Equilibrium, "_simulate", lambda self, x_TB, current_1B: a_1B)
     rule, model = attached(IDE(solver="fixed_point"), too_strong(), over_time="mean")
+    loss_of = cross_entropy(torch.zeros(4, dtype=torch.int64))
 
-    def micro_batch(x: float, *, step: int) -> None:
-        x_TB, target_B = torch.full((1, 4, 1), x).double(), torch.zeros(4, dtype=torch.int64)
-        learn(rule.loss_terms(model, x_TB, cross_entropy(target_B), step=step))
+    def unsolved(x: float, *, step: int) -> bool:
+        """Whether the batch counts as unsolved after a micro-batch of this input."""
+        x_TB = torch.full((1, 4, 1), x).double()
+        learn(rule.loss_terms(model, x_TB, loss_of, step=step))
+        return rule.is_unsolved()
 
     message = (
         r"IDE: the solve of beta = g \+ J\^T beta must converge; got a residual of .* on 4 of 4"
@@ -410,13 +412,9 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
         r" \(SpectralLimit\)"
     )
     with pytest.warns(RuntimeWarning, match=message):
-        micro_batch(-0.5, step=0)
-    assert rule.is_unsolved() and is_nan(model).all()
-    assert HLOP(rule, rows=((1,),)).is_unsolved()  # as the rule inside it
-    micro_batch(5.0, step=0)
-    assert rule.is_unsolved()
-    micro_batch(5.0, step=1)
-    assert not rule.is_unsolved()
+        assert unsolved(-0.5, step=0)
+    assert is_nan(model).all() and HLOP(rule, rows=((1,),)).is_unsolved()  # as the rule inside it
+    assert [unsolved(5.0, step=step) for step in (0, 1)] == [True, False]
 
 
 def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
