@@ -63,7 +63,7 @@ def standardized(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
     w = conv.weight
     scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
     w = conv.gain * (w - w.mean((1, 2, 3), keepdim=True)) / scale
-    return F.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
+    return nn.functional.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
 
 
 def residuals(model: nn.Module) -> list[Any]:

@@ -171,9 +171,10 @@ def test_without_the_symmetric_reset_the_error_is_larger_at_equal_range(seed):
 
 def test_odd_in_its_input():
     ring = Chain(0, (9, 12, 7))
-    one, other = ring.solve(60, **SYMMETRIC), ring.solve(60, g_BN=-ring.g_BN, **SYMMETRIC)
+    one, other, nothing = (
+        ring.solve(60, g_BN=sign * ring.g_BN, **SYMMETRIC) for sign in (1, -1, 0)
+    )
     assert all(torch.equal(a, -b) and a.any() for a, b in zip(one.beta, other.beta, strict=True))
-    nothing = ring.solve(60, g_BN=torch.zeros_like(ring.g_BN), **SYMMETRIC)
     assert nothing.rate == 0 and not any(beta_BN.any() for beta_BN in nothing.beta)
 
 
@@ -231,14 +232,11 @@ class Recorded:
         equilibrium.adjoint = self
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
-        betas = self.adjoint(g_B, vjp)
-        unit = 2 * self.adjoint.threshold / self.adjoint.steps
-        counts = [
-            beta_B * (self.adjoint.scale * self.adjoint.samples / self.adjoint.factor / unit)
-            for beta_B in betas
-        ]
-        assert all((count_B - count_B.round()).abs().max() < 1e-9 for count_B in counts)
-        self.seen.append(torch.cat([count_B.round() for count_B in counts], 1))
+        betas, phase = self.adjoint(g_B, vjp), self.adjoint
+        emission = 2 * phase.threshold / phase.steps * phase.factor / (phase.scale * phase.samples)
+        counts = torch.cat(betas, 1) / emission
+        assert (counts - counts.round()).abs().max() < 1e-9
+        self.seen.append(counts.round())
         return betas
 
 

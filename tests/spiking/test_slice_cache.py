@@ -252,10 +252,10 @@ def test_memory(rule: Callable[[], Rule], held: int) -> None:
     more is kept for a backward.
     """
     x_BCHW, target_B = images()
-    x_TB = repeat(x_BCHW, STEPS).contiguous()
-    saved, states = peaks(rule(), small(), x_TB, target_B)
+    batch = (repeat(x_BCHW, STEPS).contiguous(), target_B)
+    saved, states = peaks(rule(), small(), *batch)
     with each_slice_its_own():
-        saved_alone, states_alone = peaks(rule(), small(), x_TB, target_B)
+        saved_alone, states_alone = peaks(rule(), small(), *batch)
     numbers = 4 * 2 * 9 + 4 * 4 * 9 + 3 * 4
     assert states - states_alone == held * numbers * 8
     assert saved <= saved_alone + numbers * 8
