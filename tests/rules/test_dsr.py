@@ -326,30 +326,25 @@ def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
 
 def test_calibration_leaves_everything_else_as_it_was():
     model = convnet(3, in_channels=1, stages=((4,), (4,)), over="time", neuron=RateIF())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = {name: module.training for name, module in model.named_modules()}
     norm = next(m for m in model.modules() if isinstance(m, BatchNorm))
     norm.between = "world"
-    x_TBCHW = 5 * torch.randn(2, 40, 1, 6, 6)
-    state = torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    modes = {name: module.training for name, module in model.named_modules()}
+    x_TBCHW, state = 5 * torch.randn(2, 40, 1, 6, 6), torch.get_rng_state()
     calibrated(model, [x_TBCHW])
-    assert {
-        name: module.training for name, module in model.named_modules()
-    } == modes and norm.between == "world"
-    moved = {
-        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
-    }
+    assert torch.equal(torch.get_rng_state(), state) and norm.between == "world"
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    after = model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if name.endswith("threshold")}
     # Batch norm by the batch's own statistics: the 99.9th percentile of about a normal
     # distribution, three deviations.
-    assert len(moved) == 2 and all(2 < model.state_dict()[name].item() < 4 for name in moved)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert len(moved) == 2 and all(2 < after[name].item() < 4 for name in moved)
 
 
 def test_a_silent_layer_is_left_at_the_bound():
     model = smallest_model()
-    with torch.no_grad():
-        model.get_parameter("0.bias").fill_(-100)
+    nn.init.constant_(model.get_parameter("0.bias"), -100)
     assert calibrated(model, [torch.randn(4, 8, 6)])[1].threshold.item() == pytest.approx(0.01)
 
 

@@ -418,33 +418,24 @@ def test_a_solve_that_diverges_says_what_to_do_and_gives_no_gradient(monkeypatch
 
 
 def test_a_batch_that_is_not_solved_is_skipped(tmp_path, monkeypatch):
-    recipe = small_recipe(
-        model=spec(fc_feedback, in_features=64, hidden=12), rule=spec(IDE), over_time="mean"
-    )
-    solves = itertools.count()
+    model, solves = spec(fc_feedback, in_features=64, hidden=12), itertools.count()
+    recipe = small_recipe(model=model, rule=spec(IDE), over_time="mean")
 
     def solve(g_B: Tensor, vjp: Callable[[Tensor], Tensor], **how: Any) -> Solution:
         found = broyden(g_B, vjp, **how)
-        return (
-            replace(found, residual_B=torch.ones_like(found.residual_B))
-            if next(solves) == 4
-            else found
-        )
+        is_hit = next(solves) == 4
+        return replace(found, residual_B=torch.ones_like(found.residual_B)) if is_hit else found
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.rules.ide.broyden", solve)
         with pytest.warns(RuntimeWarning, match="IDE: the solve of beta = .* must converge"):
             train_inline(tmp_path / "hit", recipe)
-    [skipped] = [
-        event for event in read(tmp_path / "hit" / "journal.jsonl") if event["event"] == "skipped"
-    ]
-    assert skipped["step"] == 4
-    assert (
-        skipped["reason"]
-        == "its gradient is not finite on 1 of 1 worker: IDE could not solve for it on 1"
-    )
-    train_inline(tmp_path / "told", recipe.override({"policy.skip": ((4, 5),)}))
-    assert same_weights(tmp_path / "hit", tmp_path / "told")
+    events = read(tmp_path / "hit" / "journal.jsonl")
+    reason = "its gradient is not finite on 1 of 1 worker: IDE could not solve for it on 1"
+    skipped = [(e["step"], e["reason"]) for e in events if e["event"] == "skipped"]
+    assert skipped == [(4, reason)]
+    train_inline(tmp_path / "skipped", recipe.override({"policy.skip": ((4, 5),)}))
+    assert same_weights(tmp_path / "hit", tmp_path / "skipped")
 
 
 class Outside(nn.Module):
