@@ -62,7 +62,7 @@ def test_first_logits_are_zero_and_the_first_loss_is_ln_K(classes):
 def standardized(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
     w = conv.weight
     scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
-    w = conv.gain * (w - w.mean((1, 2, 3), keepdim=True)) / scale
+    w = conv.gain * (w - w.mean((1, 2, 3), keepdim=True)) / scale  # type: ignore[operator]
     return nn.functional.conv2d(x, w, conv.bias, conv.stride, conv.kernel_size[0] // 2)
 
 

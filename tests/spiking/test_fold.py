@@ -3,6 +3,7 @@ without a change of the output.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -86,11 +87,10 @@ def test_the_network_is_as_before():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("build", "shape"),
-    [(Linear, ()), (lambda *sizes: Conv2d(*sizes[:2], 3, bias=sizes[2]), (6, 6))],
+    ("build", "shape"), [(Linear, ()), (partial(Conv2d, kernel_size=3), (6, 6))]
 )
 def test_a_folded_scale_changes_nothing(build, shape, bias):
-    synapse, norm = build(5, 4, bias).double(), BatchNorm(4).double().eval()
+    synapse, norm = build(5, 4, bias=bias).double(), BatchNorm(4).double().eval()
     for values in (norm.weight.data, norm.bias.data, norm.running_mean):
         values.normal_()
     norm.running_var.uniform_(0.1, 2)
