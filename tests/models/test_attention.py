@@ -1,7 +1,5 @@
 """Both attentions at one time step against sums over pairs of tokens, written out."""
 
-import re
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +8,8 @@ from pipeline.models.attention import Attention, OverSamples, SelfAttention, Tok
 from pipeline.models.residual import BlockFactory
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
+from tests.helpers.rule_networks import outputs
 
 HEADS, CHANNELS = 2, 6
 
@@ -71,69 +69,51 @@ def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", [TokenQK, SelfAttention])
 @pytest.mark.parametrize("shortcut", ["sew", "membrane", "multiple", "multiple_all"])
+@torch.no_grad()
 def test_its_form(kind, shortcut):
-    torch.manual_seed(0)
-    attention = lively(
-        kind(BlockFactory(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS)
-    )
+    factory = BlockFactory(shortcut=shortcut, neuron=LIF(0.5))
+    attention = lively(kind(factory, CHANNELS, heads=HEADS))
     x_BCHW = 2 * torch.randn(3, CHANNELS, 3, 2, dtype=torch.float64)
     x_BCHW = spike(x_BCHW) if shortcut == "sew" else x_BCHW
-    with torch.no_grad():
-        with fresh_state(attention):
-            got = attention(x_BCHW[None])[0]
-        expected = by_hand(attention, shortcut, x_BCHW.flatten(2)).unflatten(2, (3, 2))
+    expected = by_hand(attention, shortcut, x_BCHW.flatten(2)).unflatten(2, (3, 2))
     assert expected.std() > 0.1
-    assert (got - expected).abs().max() < 1e-12
+    assert (outputs(attention, x_BCHW[None])[0] - expected).abs().max() < 1e-12
 
 
-def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries():
+@pytest.mark.parametrize(("kind", "step"), [(TokenQK, 1.0), (SelfAttention, 0.125)])
+@pytest.mark.parametrize("shortcut", ["multiple", "multiple_all"])
+def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries(kind, step, shortcut):
     """As blocks start: nothing, but under "multiple_all" the spikes that TokenQK masks, and the
     sums of SelfAttention.
     """
-    torch.manual_seed(0)
+    factory = BlockFactory(shortcut=shortcut, neuron=LIF(0.5))
     x_TBCHW = 2 * torch.randn(1, 3, CHANNELS, 4, 4)
-    for kind, step in ((TokenQK, 1.0), (SelfAttention, 0.125)):
-        for shortcut in ("multiple", "multiple_all"):
-            attention = kind(
-                BlockFactory(shortcut=shortcut, neuron=LIF(0.5)), CHANNELS, heads=HEADS
-            )
-            with torch.no_grad(), fresh_state(attention):
-                y_TBCHW = attention(x_TBCHW)
-            assert bool(y_TBCHW.any()) == (shortcut == "multiple_all")
-            assert torch.equal(y_TBCHW % step, torch.zeros_like(y_TBCHW)) and y_TBCHW.min() >= 0
+    y_TBCHW = outputs(kind(factory, CHANNELS, heads=HEADS), x_TBCHW)
+    assert bool(y_TBCHW.any()) == (shortcut == "multiple_all")
+    assert torch.equal(y_TBCHW % step, torch.zeros_like(y_TBCHW)) and y_TBCHW.min() >= 0
 
 
 NEURON = LIF(0.5, threshold=0.8, reset="zero", scale_input=True, surrogate=Sigmoid(3.0))
 
 
-def run_slices(neuron: nn.Module, *slices: torch.Tensor) -> torch.Tensor:
-    with fresh_state(neuron):
-        return torch.cat([neuron(each) for each in slices])
-
-
 def test_a_neuron_over_samples_is_the_lif_on_the_samples_one_after_another() -> None:
-    x_TBC = 2 * torch.randn(
-        3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    x_TBC, neuron = 2 * torch.randn(3, 4, 5, dtype=torch.float64), OverSamples.of(NEURON)
     v, expected = torch.zeros(5, dtype=torch.float64), []
-    for t in range(3):
-        for b in range(4):
-            u = 0.5 * v + 0.5 * x_TBC[t, b]
-            s = (u >= 0.8).double()
-            v = u * (1 - s)
-            expected.append(s)
-    neuron = OverSamples.of(NEURON)
-    assert torch.equal(run_slices(neuron, x_TBC), torch.stack(expected).view(3, 4, 5))
-    assert torch.equal(run_slices(neuron, *x_TBC.split([1, 2])), run_slices(neuron, x_TBC))
-    assert torch.equal(run_slices(neuron, x_TBC[:, :1]), run_slices(NEURON, x_TBC[:, :1]))
-    assert not torch.equal(run_slices(neuron, x_TBC), run_slices(NEURON, x_TBC))
+    for x_C in x_TBC.flatten(0, 1):
+        u = 0.5 * v + 0.5 * x_C
+        s = (u >= 0.8).double()
+        v = u * (1 - s)
+        expected.append(s)
+    whole_TBC = outputs(neuron, x_TBC)
+    assert torch.equal(whole_TBC, torch.stack(expected).view(3, 4, 5))
+    assert torch.equal(outputs(neuron, *x_TBC.split([1, 2])), whole_TBC)
+    assert torch.equal(outputs(neuron, x_TBC[:, :1]), outputs(NEURON, x_TBC[:, :1]))
+    assert not torch.equal(whole_TBC, outputs(NEURON, x_TBC))
     assert repr(neuron) == repr(NEURON).replace("LIF", "OverSamples")
 
 
-def test_over_samples_refuses_other_neurons() -> None:
-    for neuron in (PLIF(), nn.ReLU()):
-        with pytest.raises(
-            ValueError,
-            match=re.escape(f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}"),
-        ):
-            OverSamples.of(neuron)
+@pytest.mark.parametrize("neuron", [PLIF(), nn.ReLU()])
+def test_over_samples_refuses_other_neurons(neuron) -> None:
+    message = f"OverSamples: the neuron must be a LIF; got {type(neuron).__name__}"
+    with pytest.raises(ValueError, match=message):
+        OverSamples.of(neuron)

@@ -1,9 +1,6 @@
-import math
-
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipeline.models.convnet import convnet
 from pipeline.rules.bptt import BPTT
@@ -12,23 +9,11 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateLIF
-from pipeline.spiking.state import fresh_state
-from tests.helpers.rule_networks import cross_entropy, learn, spikes_of
-
-
-def test_parameter_counts():
-    assert (
-        sum(p.numel() for p in convnet(in_channels=1, norm="none").parameters())
-        == 320 + 64 * 289 + 128 * 577 + 1290
-    )
-    assert sum(
-        p.numel() for p in convnet(stages=((4, 4),), grid=3).parameters()
-    ) == 4 * 27 + 4 * 36 + 16 + 10 * (4 * 9 + 1)
+from tests.helpers.rule_networks import attached, cross_entropy, learn, outputs, refusals, spikes_of
 
 
 @pytest.mark.parametrize(("norm", "stride"), [("batch", 1), ("none", 1), ("none", 2)])
 def test_against_an_independent_forward(norm, stride):
-    torch.manual_seed(0)
     model = convnet(
         4,
         in_channels=2,
@@ -52,8 +37,8 @@ def test_against_an_independent_forward(norm, stride):
     for h in x_TBCHW:
         for name in names:
             if name == "stages.1.0":
-                h = F.avg_pool2d(h, 2)
-            h = F.conv2d(
+                h = nn.functional.avg_pool2d(h, 2)
+            h = nn.functional.conv2d(
                 h,
                 w[f"{name}.conv.weight"],
                 w.get(f"{name}.conv.bias"),
@@ -73,15 +58,13 @@ def test_against_an_independent_forward(norm, stride):
             [h[..., i : i + 2, j : j + 2].mean((-2, -1)) for i in (0, 2) for j in (0, 2)], -1
         )
         expected.append(h.flatten(1) @ w["classifier.weight"].T + w["classifier.bias"])
-    with torch.no_grad(), fresh_state(model):
-        got = model(x_TBCHW)
+    got = outputs(model, x_TBCHW)
     assert got.std() > 1e-2
     assert torch.allclose(got, torch.stack(expected), atol=1e-12)
 
 
 @pytest.mark.parametrize("mask", ["batch", "step"])
 def test_dropout_stands_behind_each_neuron_with_one_mask_for_a_batch_or_each_step(mask):
-    torch.manual_seed(0)
     model = convnet(stages=((8,), (8, 8)), dropout=0.5, mask=mask, neuron=nn.ReLU())
     dropped = []
     for module in model.modules():
@@ -89,31 +72,24 @@ def test_dropout_stands_behind_each_neuron_with_one_mask_for_a_batch_or_each_ste
             module.register_forward_hook(
                 lambda _module, x, y: dropped.append((y == 0)[x[0] > 0].float())
             )
-    with fresh_state(model):
-        model(
-            torch.randn(4, 3, 16, 16).expand(4, -1, -1, -1, -1)
-        )  # the same at each step, dropout aside
+    # The same image at each step.
+    outputs(model, torch.randn(4, 3, 16, 16).expand(4, -1, -1, -1, -1))
     assert len(dropped) == 3 and all(0.42 < each.mean() < 0.58 for each in dropped)
     first_T = dropped[0].view(4, -1)
     assert all(torch.equal(first_T[0], each) for each in first_T[1:]) == (mask == "batch")
 
 
 def test_bptt_and_sltt_drop_the_same_units():
-    torch.manual_seed(0)
     x_TBCHW, target_B, found = 2 * torch.randn(4, 5, 1, 8, 8).double(), torch.arange(5) % 3, []
+    how = {"in_channels": 1, "stages": ((4,), (4,)), "dropout": 0.3}
     for rule in (BPTT(), SLTT()):
         torch.manual_seed(0)
-        model = convnet(
-            3, in_channels=1, stages=((4,), (4,)), dropout=0.3, neuron=LIF(threshold=0.5)
-        ).double()
-        rule.attach(model)
+        rule, model = attached(rule, convnet(3, neuron=LIF(threshold=0.5), **how).double())
         record = spikes_of(model)
         learn(rule.loss_terms(model, x_TBCHW, cross_entropy(target_B)))
         found.append([torch.cat(slices) for slices in record.values()])
-    bptt, sltt = found
-    assert len(bptt) == 2 and all(
-        torch.equal(one, other) and one.any() for one, other in zip(bptt, sltt, strict=True)
-    )
+    assert len(found[0]) == 2 and all(s.any() for s in found[0])
+    assert all(map(torch.equal, *found))
 
 
 def test_the_rate_head_ends_in_rates():
@@ -121,20 +97,16 @@ def test_the_rate_head_ends_in_rates():
     weighted rate.
     """
     model = convnet(4, stages=((3,),), head="rate", neuron=RateLIF(threshold=0.05)).eval()
-    outputs = {}
+    found = {}
     for name in ("neuron_in", "neuron_out"):
         module = model.classifier.get_submodule(name)
-        module.register_forward_hook(lambda _module, _x, y, name=name: outputs.update({name: y}))
-    with torch.no_grad(), fresh_state(model):
-        logits_TBK = model(3 * torch.randn(1, 2, 3, 6, 6).expand(8, -1, -1, -1, -1) + 1)
-    assert set(outputs) == {"neuron_in", "neuron_out"}
-    for out_TBC in outputs.values():
-        assert out_TBC.unique().tolist() == pytest.approx([0.0, 1.0])
-    b = math.exp(-0.05)
-    w = torch.tensor([b ** (8 - t) for t in range(1, 9)]).view(-1, 1, 1)
-    assert torch.allclose(
-        logits_TBK.mean(0), (w * outputs["neuron_out"]).sum(0) / w.sum(), atol=1e-6
-    )
+        module.register_forward_hook(lambda _module, _x, y, name=name: found.update({name: y}))
+    logits_TBK = outputs(model, 3 * torch.randn(1, 2, 3, 6, 6).expand(8, -1, -1, -1, -1) + 1)
+    levels = {name: out_TBC.unique().tolist() for name, out_TBC in found.items()}
+    assert levels == {name: pytest.approx([0.0, 1.0]) for name in ("neuron_in", "neuron_out")}
+    w = torch.exp(-0.05 * torch.arange(7.0, -1, -1)).view(-1, 1, 1)
+    expected = (w * found["neuron_out"]).sum(0) / w.sum()
+    assert torch.allclose(logits_TBK.mean(0), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["linear", "rate"])
@@ -149,8 +121,7 @@ def test_relu_is_the_ann(head):
     assert ann(torch.randn(1, 2, 3, 8, 8)).shape == (1, 2, 10)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
+test_refuses = refusals(
     [
         (
             {"stages": ((4,), ())},
@@ -177,19 +148,12 @@ def test_relu_is_the_ann(head):
             r"ConvNet: mask must be 'batch' without dropout; got mask='step'",
         ),
     ],
+    convnet,
 )
-def test_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        convnet(**arguments)
 
 
 def test_an_image_too_small_for_the_pools_is_refused():
     assert convnet(grid=2, stem_stride=2).smallest == 15  # the stem makes 8 of it
-    model = convnet(grid=2)
-    with (
-        fresh_state(model),
-        pytest.raises(
-            ValueError, match=r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)"
-        ),
-    ):
-        model(torch.zeros(1, 1, 3, 7, 9))
+    message = r"ConvNet: 3 stages, .* need 8 pixels a side; got \(7, 9\)"
+    with pytest.raises(ValueError, match=message):
+        outputs(convnet(grid=2), torch.zeros(1, 1, 3, 7, 9))

@@ -7,12 +7,7 @@ from torch import nn
 from pipeline.models.mlp import mlp
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import RateLIF, rate_weights
-from pipeline.spiking.state import fresh_state
-
-
-def test_parameter_counts():
-    assert sum(p.numel() for p in mlp(bias=False).parameters()) == 784 * 800 + 800 * 800 + 800 * 10
-    assert sum(p.numel() for p in mlp(hidden=(400,)).parameters()) == 785 * 400 + 401 * 10
+from tests.helpers.rule_networks import outputs
 
 
 def test_against_an_independent_forward():
@@ -28,28 +23,16 @@ def test_against_an_independent_forward():
             h = (u >= 1).double()
             v[index] = u - h
         logits.append(h @ w["classifier.weight"].T + w["classifier.bias"])
-    with fresh_state(model):
-        assert torch.allclose(model(x), torch.stack(logits), atol=1e-12)
-
-
-def test_relu_is_the_ann():
-    model = mlp(neuron=nn.ReLU())
-    assert model(torch.randn(1, 2, 1, 28, 28)).shape == (1, 2, 10)
+    assert torch.allclose(outputs(model, x, grad=True), torch.stack(logits), atol=1e-12)
 
 
 def test_leaky_rates_end_in_their_weighted_mean():
-    torch.manual_seed(0)
-    model, x = (
-        mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double(),
-        10 * torch.rand(4, 2, 8, dtype=torch.float64),
-    )
-    with fresh_state(model):
-        plain = model.classifier(model.layers(x))
-    with fresh_state(model):
-        weighted = model(x).mean(0)
-    assert torch.allclose(
-        weighted, torch.einsum("t,tbk->bk", rate_weights(math.exp(-0.05), x), plain), atol=1e-12
-    )
+    model = mlp(3, in_features=8, hidden=(5,), neuron=RateLIF()).double()
+    x = 10 * torch.rand(4, 2, 8, dtype=torch.float64)
+    plain = outputs(nn.Sequential(model.layers, model.classifier), x)
+    weighted = outputs(model, x).mean(0)
+    expected = torch.einsum("t,tbk->bk", rate_weights(math.exp(-0.05), x), plain)
+    assert torch.allclose(weighted, expected, atol=1e-12)
     assert not torch.allclose(weighted, plain.mean(0), atol=1e-4)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.parts import (
     RELU_GAIN,
@@ -39,6 +40,7 @@ def test_one_more_neuron_shares_nothing():
     [
         lambda n: vgg_sws(stages=((4,), (4,)), neuron=n),
         lambda n: nf_resnet18_small(width=4, blocks=(1, 1), neuron=n),
+        lambda n: mlp(in_features=3 * 8 * 8, neuron=n),
     ],
 )
 def test_the_ann_has_the_same_layers(build):

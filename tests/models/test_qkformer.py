@@ -25,6 +25,7 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import Sigmoid
 from tests.helpers.families import small_qkformer
+from tests.helpers.rule_networks import outputs, refusals
 
 
 @pytest.mark.parametrize("shortcut", ["membrane", "multiple"])
@@ -32,13 +33,11 @@ def test_fresh_blocks_on_a_stream_of_real_numbers_are_the_identity(shortcut):
     """In training mode, whatever the stream; and every one of them can leave it: its last gains
     have a gradient.
     """
-    torch.manual_seed(0)
     blocks = BlockFactory(shortcut=shortcut, neuron=LIF(0.5, surrogate=Sigmoid(4.0)))
     for attention in (TokenQK, SelfAttention):
         block = Block(blocks, 16, attention=attention, heads=2, expansion=4, drop_path=0.0)
         x_TBCHW = 3 * torch.randn(2, 3, 16, 8, 8)
-        with fresh_state(block):
-            y_TBCHW = block(x_TBCHW)
+        y_TBCHW = outputs(block, x_TBCHW, grad=True)
         assert torch.allclose(y_TBCHW, x_TBCHW, atol=1e-6)
         (y_TBCHW * torch.randn_like(y_TBCHW)).sum().backward()
         last = [
@@ -131,10 +130,9 @@ def test_against_an_independent_forward():
     model = small_qkformer(depth=5).double().eval()
     x_BCHW = 2 * torch.randn(2, 3, 48, 40, dtype=torch.float64)
     reference = Reference(to_published(model), heads=2)
-    with torch.no_grad(), fresh_state(model):
-        logits_TBK = model(repeat(x_BCHW, 3))
+    with torch.no_grad():
         expected_TBK = torch.stack([reference(x_BCHW) for _ in range(3)])
-    assert (logits_TBK - expected_TBK).abs().max() < 1e-12
+    assert (outputs(model, repeat(x_BCHW, 3)) - expected_TBK).abs().max() < 1e-12
     assert not torch.equal(expected_TBK[0], expected_TBK[2])  # membranes carry over
     assert len(reference.membranes) == len(named_neurons(model))
 
@@ -155,96 +153,53 @@ class AsPublished(Reference):
 def test_the_published_projection_neuron_runs_from_sample_to_sample():
     model = small_qkformer(depth=5, projection_neuron="over_samples").double().eval()
     x_BCHW = 2 * torch.randn(3, 3, 48, 40, dtype=torch.float64)
-    reference = AsPublished(to_published(model), heads=2)
-    answers = []
+    reference, x_TBCHW = AsPublished(to_published(model), heads=2), repeat(x_BCHW, 3)
     with torch.no_grad():
         expected_TBK = torch.stack([reference(x_BCHW) for _ in range(3)])
-        for order in ([0, 1, 2], [2, 1, 0]):
-            with fresh_state(model):
-                answers.append(model(repeat(x_BCHW[order], 3))[:, order])
-        with fresh_state(model):
-            sliced_TBK = torch.cat([model(x_BCHW[None]) for _ in range(3)])
-    assert (answers[0] - expected_TBK).abs().max() < 1e-12 and (
-        sliced_TBK - expected_TBK
-    ).abs().max() < 1e-12
-    assert (answers[0] - answers[1]).abs().max() > 1e-3  # the order within the batch counts
-    activity = Activity(model)
-    with (
-        torch.no_grad(),
-        activity,
-        activity.batch(torch.arange(3)),
-        fresh_state(model),
-    ):  # spikes are counted by sample
-        model(repeat(x_BCHW, 3))
-    assert len(activity.layers()) == len(named_neurons(model)) and all(
-        each.samples == 3 for each in activity.layers()
-    )
+    turned_TBK = outputs(model, repeat(x_BCHW.flip(0), 3)).flip(1)
+    assert (outputs(model, x_TBCHW) - expected_TBK).abs().max() < 1e-12
+    assert (outputs(model, *x_TBCHW.split(1)) - expected_TBK).abs().max() < 1e-12
+    assert (turned_TBK - expected_TBK).abs().max() > 1e-3  # the order within the batch counts
+    with (activity := Activity(model)), activity.batch(torch.arange(3)):
+        outputs(model, x_TBCHW)
+    # Spikes are counted by sample.
+    assert [each.samples for each in activity.layers()] == [3] * len(named_neurons(model))
     alone = small_qkformer(depth=5).double().eval()
-    with (
-        torch.no_grad(),
-        fresh_state(model),
-        fresh_state(alone),
-    ):  # a batch of one is the mended function
-        assert torch.equal(model(repeat(x_BCHW[:1], 3)), alone(repeat(x_BCHW[:1], 3)))
+    # A batch of one is the mended function.
+    assert torch.equal(outputs(model, x_TBCHW[:, :1]), outputs(alone, x_TBCHW[:, :1]))
 
 
 @pytest.mark.parametrize(("shortcut", "norm"), [("sew", "batch"), ("multiple", "sws")])
 def test_a_shrunk_picture_is_the_mean_of_squares(shortcut, norm):
-    model, shrunk = (
-        small_qkformer(shortcut, norm).eval(),
-        small_qkformer(shortcut, norm, shrink=2).eval(),
-    )
+    model, shrunk = (small_qkformer(shortcut, norm, shrink=s).eval() for s in (1, 2))
     assert list(model.state_dict()) == list(shrunk.state_dict())
     x_BCHW = torch.randn(2, 3, 64, 64)
     mean_BCHW = sum(x_BCHW[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
-    answers = []
-    for network, image_BCHW in ((model, mean_BCHW), (shrunk, x_BCHW)):
-        with torch.no_grad(), fresh_state(network):
-            answers.append(network(repeat(image_BCHW, 2)))
-    assert (answers[0] - answers[1]).abs().max() < 1e-5 and answers[0].std() > 0
-
-
-def test_any_size_that_leaves_a_pixel():
-    for shrink, sides in ((1, (1, 8, 9)), (4, (4, 7, 33))):
-        model = small_qkformer(shrink=shrink).eval()
-        for side in sides:
-            with torch.no_grad(), fresh_state(model):
-                assert model(torch.rand(2, 2, 3, side, side)).shape == (2, 2, 5)
-    with pytest.raises(
-        ValueError, match=r"QKFormer: images must have shrink=4 pixels a side or more; got 8 x 3$"
-    ):
-        model(torch.rand(2, 2, 3, 8, 3))
-
-
-def test_shrinking_leaves_out_what_fills_no_square():
-    model, x_TBCHW = small_qkformer(shrink=2).eval(), torch.rand(2, 2, 3, 33, 33)
-    answers = []
-    for image_TBCHW in (x_TBCHW, x_TBCHW[..., :32, :32]):
-        with torch.no_grad(), fresh_state(model):
-            answers.append(model(image_TBCHW))
-    assert torch.equal(*answers)
-
-
-def test_drop_path_grows_with_depth_and_works():
-    model = small_qkformer(depth=6, drop_path=0.5)
-    shares = [round(m.share, 3) for m in model.modules() if isinstance(m, DropPath)]
-    assert shares == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
-    x_TBCHW = repeat(torch.randn(2, 3, 32, 32), 2)
-    with torch.no_grad():
-        runs = []
-        for _ in range(2):
-            with fresh_state(model):
-                runs.append(model(x_TBCHW))
-        assert not torch.equal(*runs)
-        model.eval()
-        with fresh_state(model):
-            first = model(x_TBCHW)
-        with fresh_state(model):
-            assert torch.equal(first, model(x_TBCHW))
+    one, other = outputs(model, repeat(mean_BCHW, 2)), outputs(shrunk, repeat(x_BCHW, 2))
+    assert (one - other).abs().max() < 1e-5 and one.std() > 0
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"),
+    ("shrink", "side"), [(1, 1), (1, 8), (1, 9), (4, 4), (4, 7), (4, 33), (2, 33)]
+)
+def test_any_size_that_leaves_a_pixel(shrink, side):
+    """What fills no square is left out."""
+    model, x_TBCHW = small_qkformer(shrink=shrink).eval(), torch.rand(2, 2, 3, side, side)
+    y_TBK, whole = outputs(model, x_TBCHW), side // shrink * shrink
+    assert y_TBK.shape == (2, 2, 5)
+    assert torch.equal(y_TBK, outputs(model, x_TBCHW[..., :whole, :whole]))
+
+
+def test_drop_path_grows_with_depth_and_works():
+    model, x_TBCHW = small_qkformer(depth=6, drop_path=0.5), repeat(torch.randn(2, 3, 32, 32), 2)
+    shares = [round(m.share, 3) for m in model.modules() if isinstance(m, DropPath)]
+    assert shares == [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
+    for mode in (True, False):
+        one, other = (outputs(model.train(mode), x_TBCHW) for _ in range(2))
+        assert torch.equal(one, other) == (not mode)
+
+
+test_refuses = refusals(
     [
         ({"channels": 36}, "channels must be a multiple of 4 heads; got channels=36, heads=2"),
         ({"depth": 3}, "depth must be >= 4"),
@@ -269,10 +224,11 @@ def test_drop_path_grows_with_depth_and_works():
         ({"norm": "sws"}, "norm='sws' needs shortcut='membrane' or 'multiple'"),
         ({"norm": "layer"}, "norm must be 'batch' or 'sws'; got norm='layer'"),
     ],
+    small_qkformer,
 )
-def test_refuses(choices, message):
-    with pytest.raises(ValueError, match=message):
-        small_qkformer(**choices)
+
+
+# --------------------------------------------------------------------------------------- published
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "qkformer_10_384.txt"
@@ -286,14 +242,11 @@ def published() -> dict[str, tuple[int, ...]]:
 
 def test_names_and_shapes_are_the_published_ones():
     with torch.device("meta"):
-        ours = {
-            name: tuple(tensor.shape) for name, tensor in to_published(qkformer_10(384)).items()
-        }
-    theirs = {
-        name: shape for name, shape in published().items() if name.rsplit(".", 1)[-1] not in IGNORED
-    }
-    assert len(theirs) == len(ours) == 367
-    assert ours == theirs
+        weights = to_published(qkformer_10(384))
+    ours = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    named = published().items()
+    theirs = {name: shape for name, shape in named if name.rsplit(".", 1)[-1] not in IGNORED}
+    assert len(ours) == 367 and ours == theirs
 
 
 def small() -> QKFormer:
@@ -301,7 +254,6 @@ def small() -> QKFormer:
 
 
 def test_there_and_back():
-    torch.manual_seed(0)
     model = small().eval()
     weights = to_published(model) | {"patch_embed1.proj_bn.num_batches_tracked": torch.tensor(3)}
     again = from_published(weights).eval()
@@ -327,7 +279,6 @@ def test_published_weights_answer_as_the_published_code_where_that_is_chosen():
     """In a batch, the published function is another one; the weights and their names are the
     same.
     """
-    torch.manual_seed(0)
     weights = to_published(small())
     networks = [
         from_published(weights, projection_neuron=each).eval()
@@ -340,45 +291,46 @@ def test_published_weights_answer_as_the_published_code_where_that_is_chosen():
         ] == [expected] * 2
 
 
-def test_refuses_what_does_not_fit():
-    weights = to_published(small())
-    for said, refused in (
+WEIGHTS = to_published(QKFormer(channels=64, depth=5, heads=1, classes=7, in_channels=2))
+
+
+def without(key: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in WEIGHTS.items() if name != key}
+
+
+test_refuses_what_does_not_fit = refusals(
+    [
         (
+            lambda: from_published(without("head.weight")),
             r"must be those of a published QKFormer; got none named 'head.weight'",
-            lambda: from_published(
-                {name: tensor for name, tensor in weights.items() if name != "head.weight"}
-            ),
         ),
         (
+            lambda: from_published(without("stage2.1.mlp.fc2_bn.bias")),
             r"got 1 missing: stages\.1\.2\.ffn\.branch\.2\.norm\.bias",
-            lambda: from_published(
-                {
-                    name: tensor
-                    for name, tensor in weights.items()
-                    if name != "stage2.1.mlp.fc2_bn.bias"
-                }
-            ),
         ),
         (
+            lambda: from_published(WEIGHTS | {"pos_embed": torch.zeros(1)}),
             r"got 1 unknown: pos_embed",
-            lambda: from_published(weights | {"pos_embed": torch.zeros(1)}),
         ),
         (
+            lambda: from_published(WEIGHTS | {"head.bias": torch.zeros(8)}),
             r"got 1 of another shape: classifier.bias \(\[8\] instead of \[7\]\)",
-            lambda: from_published(weights | {"head.bias": torch.zeros(8)}),
         ),
         (
+            lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7)}),
             r"head.weight must have 2 dimensions; got the shape \(7,\)",
-            lambda: from_published(weights | {"head.weight": torch.zeros(7)}),
         ),
         (
+            lambda: from_published(WEIGHTS | {"head.weight": torch.zeros(7, 36)}),
             "heads must be given for fewer than 64 channels; got 36 channels",
-            lambda: from_published(weights | {"head.weight": torch.zeros(7, 36)}),
         ),
         (
-            r"only tensors of a QKFormer with shortcut='sew' were published; got .*ffn\.0\.branch",
             lambda: published_name("stages.0.1.ffn.0.branch.0.synapse.weight"),
+            r"only tensors of a QKFormer with shortcut='sew' were published; got .*ffn\.0\.branch",
         ),
-    ):
-        with pytest.raises(ValueError, match=said):
-            refused()
+        (
+            lambda: outputs(small_qkformer(shrink=4), torch.rand(2, 2, 3, 8, 3)),
+            r"QKFormer: images must have shrink=4 pixels a side or more; got 8 x 3$",
+        ),
+    ]
+)

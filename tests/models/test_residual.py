@@ -3,12 +3,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models.residual import ALPHA, BlockFactory, Layer, Rescaled, Residual
+from pipeline.models.residual import (
+    ALPHA,
+    BlockFactory,
+    GroupMean,
+    Layer,
+    Repeat,
+    Rescaled,
+    Residual,
+    StreamVariance,
+)
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d
+from tests.helpers.rule_networks import outputs
 
 FFN = [Layer(4, 12, bias=True), Layer(12, 4, bias=True)]
 DOWN = [Layer(4, 8, 3, 2), Layer(8, 8, 3)]
@@ -20,12 +30,12 @@ def blocks(shortcut, norm="batch", **choices) -> BlockFactory:
 
 def lively(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, BatchNorm):
-                module.weight.copy_(1 + 2 * torch.rand(module.channels, generator=generator))
-                module.bias.copy_(torch.rand(module.channels, generator=generator))
-                module.running_mean.copy_(torch.rand(module.channels, generator=generator))
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            gain, bias, mean = torch.rand(3, module.channels, generator=generator)
+            module.weight.data.copy_(1 + 2 * gain)
+            module.bias.data.copy_(bias)
+            module.running_mean.copy_(mean)
     return model.double().eval()
 
 
@@ -76,12 +86,10 @@ def by_hand(shortcut: str, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     "shortcut", ["post_activation", "sew", "sew_multiple", "membrane", "multiple"]
 )
 def test_orders(shortcut):
-    torch.manual_seed(0)
     model = lively(blocks(shortcut).residual(DOWN))
     x_BCHW = torch.randn(3, 4, 8, 8, dtype=torch.float64)
     x_BCHW = x_BCHW if shortcut in ("membrane", "multiple") else spike(x_BCHW)
-    with torch.no_grad(), fresh_state(model):
-        got = model(x_BCHW[None])[0]
+    got = outputs(model, x_BCHW[None])[0]
     assert got.std() > 0
     assert (got - by_hand(shortcut, model, x_BCHW)).abs().max() < 1e-12
 
@@ -90,16 +98,13 @@ def test_orders(shortcut):
 def test_pooled_projection(shortcut):
     model = lively(blocks(shortcut).residual(DOWN, pooled=True))
     x_BCHW = spike(torch.randn(3, 4, 8, 8, dtype=torch.float64))
-    cs, ns = layers(model)[2]
+    _, (_, last), (cs, ns) = layers(model)
     assert cs.stride == (1, 1)
-    with torch.no_grad():
-        for module in layers(model)[1]:
-            nn.init.zeros_(module.weight)
-        nn.init.constant_(layers(model)[1][1].bias, -1.0)
-        projected = norm(ns, conv(cs, F.avg_pool2d(x_BCHW, 2)))
-        with fresh_state(model):
-            expected = spike(projected) if shortcut == "sew" else projected - 1
-            assert (model(x_BCHW[None])[0] - expected).abs().max() < 1e-12
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, -1.0)
+    projected = norm(ns, conv(cs, F.avg_pool2d(x_BCHW, 2)))
+    expected = spike(projected) if shortcut == "sew" else projected - 1
+    assert (outputs(model, x_BCHW[None])[0] - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -123,41 +128,22 @@ def test_a_stream_passes_silent_layers_whole(shortcut, kind):
     assert (x_TB.grad - g_TB).abs().max() < 1e-15  # type: ignore[operator]
 
 
-def test_every_layer_has_its_shortcut():
-    assert (
-        len([m for m in blocks("multiple").residual(DOWN * 1).modules() if isinstance(m, Residual)])
-        == 2
-    )
-    assert (
-        len([m for m in blocks("membrane").residual(DOWN).modules() if isinstance(m, Residual)])
-        == 1
-    )
-    assert (
-        len(named_neurons(blocks("multiple").residual(FFN)))
-        == len(named_neurons(blocks("membrane").residual(FFN)))
-        == 2
-    )
+@pytest.mark.parametrize(("shortcut", "residuals"), [("multiple", 2), ("membrane", 1)])
+def test_every_layer_has_its_shortcut(shortcut, residuals):
+    found = blocks(shortcut).residual(DOWN).modules()
+    assert sum(isinstance(m, Residual) for m in found) == residuals
+    assert len(named_neurons(blocks(shortcut).residual(FFN))) == 2
 
 
 def test_sws_divides_by_the_stream_and_projects_spikes():
     factory = blocks("membrane", "sws")
-    first, second, third = (
-        factory.residual(FFN),
-        factory.residual(DOWN),
-        factory.residual([*FFN[:1], Layer(12, 8)]),
-    )
-    betas = [
-        m.beta
-        for block in (first, second, third)
-        for m in block.modules()
-        if isinstance(m, Rescaled)
-    ]
-    assert [beta**2 for beta in betas[::2]] == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
-    assert isinstance(first, Residual) and first.shortcut_of == "stream"
-    assert isinstance(second, Residual) and second.shortcut_of == "first"
-    assert isinstance(third, Residual) and third.shortcut_of == "first"
-    assert not any(isinstance(m, BatchNorm) for m in second.modules())
-    assert all(m.weights == "standardized" for m in second.modules() if isinstance(m, Conv2d))
+    made = [factory.residual(layers) for layers in (FFN, DOWN, [FFN[0], Layer(12, 8)])]
+    assert [block.shortcut_of for block in made] == ["stream", "first", "first"]
+    rescaled = [m for block in made for m in block.modules() if isinstance(m, Rescaled)]
+    variances = [m.beta**2 for m in rescaled[::2]]
+    assert variances == pytest.approx([1, 1 + ALPHA**2, 1 + ALPHA**2])
+    assert not any(isinstance(m, BatchNorm) for m in made[1].modules())
+    assert all(m.weights == "standardized" for m in made[1].modules() if isinstance(m, Conv2d))
 
 
 @pytest.mark.parametrize(
@@ -167,49 +153,74 @@ def test_sws_divides_by_the_stream_and_projects_spikes():
             {"shortcut": "none"},
             r"shortcut must be 'post_activation', .* or 'multiple_all'; got shortcut='none'",
         ),
-        ({"shortcut": "sew", "norm": "group"}, r"norm must be 'batch' or 'sws'; got norm='group'"),
+        ({"norm": "group"}, r"norm must be 'batch' or 'sws'; got norm='group'"),
         (
-            {"shortcut": "sew", "norm": "sws"},
+            {"norm": "sws"},
             r"norm='sws' needs shortcut='membrane' or 'multiple', .*got shortcut='sew'",
+        ),
+        (
+            {"shortcut": "membrane", "norm": "sws", "neuron": LIF(scale_input=True)},
+            r"norm='sws' counts on currents of unit variance",
         ),
     ],
 )
 def test_refuses(choices, message):
     with pytest.raises(ValueError, match=message):
-        BlockFactory(neuron=LIF(), **choices)
+        BlockFactory(**({"shortcut": "sew", "neuron": LIF()} | choices))
 
 
-def test_refuses_sws_on_neurons_that_shrink_their_input():
-    with pytest.raises(ValueError, match=r"norm='sws' counts on currents of unit variance"):
-        BlockFactory(shortcut="membrane", norm="sws", neuron=LIF(scale_input=True))
-
-
-def test_what_the_stream_holds():
+@pytest.mark.parametrize(("shortcut", "unit"), [("sew", 1), ("sew_multiple", 3)])
+def test_what_the_stream_holds(shortcut, unit):
     """Spikes, their whole sums, or, behind a mean over groups of copies, multiples of one over
     their number.
     """
-    torch.manual_seed(0)
     x_TBCHW = (torch.rand(2, 3, 4, 5, 5) < 0.5).double()
-    for shortcut, unit in (("sew", 1), ("sew_multiple", 3)):  # 4 channels to 12 and back
-        factory = blocks(shortcut)
-        model = lively(nn.Sequential(factory.residual(FFN), factory.residual(FFN)))
-        with torch.no_grad(), fresh_state(model):
-            y_TBCHW = model(x_TBCHW)
-        assert torch.allclose(y_TBCHW * unit, (y_TBCHW * unit).round(), rtol=0, atol=1e-9)
-        assert (unit == 1) == torch.equal(y_TBCHW, y_TBCHW.round())
+    model = lively(nn.Sequential(*(blocks(shortcut).residual(FFN) for _ in range(2))))
+    y_TBCHW = outputs(model, x_TBCHW)
+    assert torch.allclose(y_TBCHW * unit, (y_TBCHW * unit).round(), rtol=0, atol=1e-9)
+    assert (unit == 1) == torch.equal(y_TBCHW, y_TBCHW.round())
 
 
 def test_a_threshold_moves_the_reset_with_it_and_is_refused_where_there_is_none():
-    factory = BlockFactory(
-        shortcut="sew", norm="batch", neuron=LIF(0.5, threshold=1.0, subtract=0.8)
-    )
-    neuron = factory.neuron(threshold=0.5)
-    assert isinstance(neuron, LIF) and (neuron.threshold, neuron.subtract) == (0.5, 0.4)
-    assert isinstance(
-        BlockFactory(shortcut="sew", norm="batch", neuron=nn.ReLU()).neuron(threshold=0.5), nn.ReLU
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"neuron must be a LIF to get a threshold of 0\.5; got RateNeuron",
-    ):
-        BlockFactory(shortcut="sew", norm="batch", neuron=RateIF()).neuron(threshold=0.5)
+    def changed(prototype: nn.Module) -> nn.Module:
+        return BlockFactory(shortcut="sew", neuron=prototype).neuron(threshold=0.5)
+
+    neuron = changed(LIF(0.5, threshold=1.0, subtract=0.8))
+    assert (neuron.threshold, neuron.subtract) == (0.5, 0.4)
+    assert isinstance(changed(nn.ReLU()), nn.ReLU)
+    message = r"neuron must be a LIF to get a threshold of 0\.5; got RateNeuron"
+    with pytest.raises(ValueError, match=message):
+        changed(RateIF())
+
+
+# ------------------------------------------------------------------------------------------ stream
+
+
+def test_group_mean_undoes_repeat():
+    x = torch.randn(2, 3, 4, 5)
+    repeated = Repeat(3)(x)
+    assert repeated.shape == (2, 3, 12, 5)
+    assert torch.allclose(GroupMean(3)(repeated), x)
+    assert GroupMean(2)(torch.tensor([1.0, 2.0, 5.0, 8.0]).view(1, 1, 4)).flatten().tolist() == [
+        3,
+        5,
+    ]
+
+
+def test_expected_variance_of_a_stream():
+    """Against streams drawn at random: branches of unit variance, weighted by ALPHA."""
+    stream = StreamVariance()
+    x = torch.randn(1, 1, 2, 1_000_000, dtype=torch.float64)
+    stream.add()
+    x = x + ALPHA * torch.randn_like(x)
+    stream.repeat()
+    x = Repeat(4)(x)
+    x = x + 5 * ALPHA * torch.randn_like(x)  # louder than expected, so that the division is seen
+    stream.own *= 25
+    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
+    stream.average(4)
+    x = GroupMean(4)(x)
+    x = x + ALPHA * torch.randn_like(x)
+    assert x.var().item() == pytest.approx(stream.variance, rel=0.01)
+    stream.restart()
+    assert stream.variance == 1 + ALPHA**2

@@ -1,13 +1,35 @@
-"""SEW-ResNet, Spiking ResNet and MS-ResNet."""
+"""SEW-ResNet, Spiking ResNet and MS-ResNet; the numbers of parameters and neurons of every
+network.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
+from pipeline.models.convnet import convnet
+from pipeline.models.feedback import (
+    alexnet_f,
+    cifarnet_f,
+    conv_feedback,
+    convnet_f,
+    fc_feedback,
+    lenet_f,
+)
+from pipeline.models.mlp import mlp
 from pipeline.models.ms_resnet import ms_resnet
+from pipeline.models.nf_resnet import nf_resnet18_small, nf_resnet34, nf_resnet50, nf_resnet101
+from pipeline.models.qkformer import qkformer_10
 from pipeline.models.sew_resnet import sew_resnet
+from pipeline.models.vgg import vgg_sws, vgg_sws_f
+from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.surrogate import Sigmoid
 from tests.helpers.families import RESNETS
+from tests.helpers.rule_networks import refusals
 
 
 def test_ms_block_starts_as_its_shortcut():
@@ -31,8 +53,7 @@ def test_sizes_of_the_image():
             assert [y.shape[-1] for y in sizes] == expected
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (lambda: sew_resnet(20), r"sew_resnet: depth must be 18, 34, 50, 101 or 152; got depth=20"),  # type: ignore[arg-type]
         (lambda: ms_resnet(50), r"ms_resnet: depth must be 18, 34 or 104; got depth=50"),  # type: ignore[arg-type]
@@ -52,8 +73,88 @@ def test_sizes_of_the_image():
             lambda: RESNETS["ms"](blocks=()),
             r"MSResNet: blocks must be whole numbers >= 1; got blocks=\(\)",
         ),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
+
+
+# ------------------------------------------------------------------------------------------ counts
+
+
+spiking_resnet = partial(sew_resnet, shortcut="post_activation")
+TABLE: list[tuple[Callable[..., nn.Module], int, int, dict[str, int]]] = [
+    # family, width or depth, published, dead
+    (qkformer_10, 384, 16_473_688, {}),
+    (qkformer_10, 512, 29_079_336, {}),
+    (qkformer_10, 768, 64_962_760, {}),
+    (sew_resnet, 18, 11_689_512, {}),
+    (sew_resnet, 34, 21_797_672, {}),
+    (sew_resnet, 50, 25_557_032, {}),
+    (sew_resnet, 101, 44_549_160, {}),
+    (sew_resnet, 152, 60_192_808, {}),
+    (spiking_resnet, 18, 11_689_512, {}),
+    (spiking_resnet, 34, 21_797_672, {}),
+    (spiking_resnet, 50, 25_557_032, {}),
+    (spiking_resnet, 101, 44_549_160, {}),
+    (spiking_resnet, 152, 60_192_808, {}),
+    (ms_resnet, 18, 11_693_736, {}),
+    (ms_resnet, 34, 21_801_896, {}),
+    (ms_resnet, 104, 77_350_504, {}),
+]
+
+
+@pytest.mark.parametrize(("family", "size", "published", "dead"), TABLE)
+def test_ours_are_the_published_less_the_dead(
+    family: Callable[..., nn.Module], size: int, published: int, dead: Mapping[str, int]
+) -> None:
+    assert parameters(partial(family, size)) == published - sum(dead.values())
+
+
+def parameters(build: Callable[[], nn.Module]) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build().parameters())
+
+
+# A 3x3 stem and 10 classes for torchvision's ResNet-18 (11,689,512), and a skip gain per block.
+NF_18 = 11_689_512 - 64 * 3 * (49 - 9) - 513 * 990 + 8
+COUNTS: list[tuple[Callable[..., nn.Module], dict, int]] = [
+    (mlp, {"bias": False}, 784 * 800 + 800 * 800 + 800 * 10),
+    (mlp, {"hidden": (400,)}, 785 * 400 + 401 * 10),
+    (convnet, {"in_channels": 1, "norm": "none"}, 320 + 64 * 289 + 128 * 577 + 1290),
+    (convnet, {"stages": ((4, 4),), "grid": 3}, 4 * 27 + 4 * 36 + 16 + 10 * (4 * 9 + 1)),
+    (alexnet_f, {}, 3_708_139),  # published: 3.7 M
+    (cifarnet_f, {}, 11_837_579),  # published: 11.8 M
+    (fc_feedback, {}, 478_011),
+    (convnet_f, {}, 25 * 64 + 2 * 25 * 64**2 + 3 * 64 + 9 * 64**2 + (64 * 49 + 1) * 10),
+    (convnet_f, {}, 274_826),
+    (lenet_f, {}, 15 * 26 + 40 * (15 * 25 + 1) + 300 * (40 * 49 + 1) + 3010),
+    (lenet_f, {}, 606_740),
+    (conv_feedback, {}, 25 * 64 + 2 * 64 + 25 * 64 * 64 + 1 + (64 * 14 * 14 + 1) * 10),
+    (nf_resnet34, {}, 21_797_688),
+    (nf_resnet50, {}, 25_557_048),
+    (nf_resnet101, {}, 44_549_193),
+    (nf_resnet18_small, {}, NF_18),
+    (vgg_sws, {}, 9_228_362),
+    # One 3x3 convolution with bias from 512 to 64 channels more.
+    (vgg_sws_f, {}, 9_228_362 + 512 * 64 * 9 + 64),
+    (vgg_sws_f, {}, 9_523_338),
+]
+
+
+@pytest.mark.parametrize(("build", "choices", "count"), COUNTS)
+def test_parameter_counts(build, choices, count):
+    assert parameters(partial(build, **choices)) == count
+
+
+def test_a_small_network_is_small():
+    assert parameters(partial(nf_resnet18_small, in_channels=1, width=8, blocks=(1, 1))) < 6000
+
+
+@pytest.mark.parametrize(("build", "layers"), [(nf_resnet50, 48), (vgg_sws, 8), (alexnet_f, 5)])
+def test_neuron_arguments_reach_every_neuron(build, layers):
+    about = {"decay": 0.25, "threshold": 1.5, "surrogate": Sigmoid(2.0)}
+    if build is not alexnet_f:  # an equilibrium resets by subtraction
+        about |= {"reset": "zero", "reset_gradient": "kept"}
+    with torch.device("meta"):
+        neurons = [m for m in build(neuron=LIF(**about)).modules() if isinstance(m, LIF)]
+    found = [{name: getattr(each, name) for name in about} for each in neurons]
+    assert found == [about] * layers and len({id(each.state) for each in neurons}) == layers

@@ -6,50 +6,20 @@ from torch.nn import functional as F
 from pipeline.models.vgg import VGG, Feedback, vgg_sws, vgg_sws_f
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state, state_bytes
-from pipeline.spiking.surrogate import Sigmoid, Triangle, spike
+from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d
-from tests.helpers.rule_networks import cross_entropy, difference, gradients
-
-
-def test_parameter_count():
-    with torch.device("meta"):
-        assert sum(p.numel() for p in vgg_sws().parameters()) == 9_228_362
-        # One 3x3 convolution with bias from 512 to 64 channels more.
-        assert (
-            sum(p.numel() for p in vgg_sws_f().parameters())
-            == 9_228_362 + 512 * 64 * 9 + 64
-            == 9_523_338
-        )
+from tests.helpers.references import gradient_of
+from tests.helpers.rule_networks import cross_entropy, difference, gradients, outputs, refusals
 
 
 def test_against_an_independent_forward():
-    torch.manual_seed(0)
     model = vgg_sws(4, in_channels=2, stages=((3, 5), (6,))).double()
-    x_BCHW = 3 * torch.randn(2, 2, 8, 8, dtype=torch.float64)
-    names = ["stages.0.0.conv.0", "stages.0.1.conv", "stages.1.0.conv"]
-    p = dict(model.named_parameters())
-    membranes = dict.fromkeys(names, 0.0)
-    expected = []
-    for _ in range(3):
-        h = x_BCHW
-        for name in names:
-            if name == names[2]:
-                h = F.avg_pool2d(h, 2)
-            w = p[f"{name}.weight"]
-            scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
-            w = p[f"{name}.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
-            u = 0.5 * membranes[name] + F.conv2d(h, w, p[f"{name}.bias"], padding=1)
-            s = (u >= 1).double()
-            membranes[name] = u - s
-            h = 2.74 * s
-        expected.append(F.linear(h.mean((2, 3)), p["classifier.weight"], p["classifier.bias"]))
-    with torch.no_grad(), fresh_state(model):
-        got = model(repeat(x_BCHW, 3))
+    x_TBCHW = images(3)
+    got = outputs(model, x_TBCHW)
     assert got.abs().max() > 1e-3
-    assert torch.allclose(got, torch.stack(expected), atol=1e-12)
+    assert torch.allclose(got, by_hand(model, x_TBCHW), atol=1e-12)
 
 
 def small_vgg_f() -> VGG:
@@ -71,7 +41,7 @@ def images(steps: int) -> Tensor:
     )
 
 
-def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
+def by_hand(model: VGG, x_TBCHW: Tensor, *, detach=lambda h: h) -> Tensor:
     """The network written out, with its own spikes; `detach` is applied to whatever crosses a time
     step.
     """
@@ -80,26 +50,21 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
     membranes: dict = dict.fromkeys(names, 0.0)
     last, logits = torch.zeros(2, 6, 4, 4, dtype=torch.float64), []
     nearest = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])  # floor(i 4 / 9)
-    for t, x in enumerate(x_TBCHW):
-        h = x
+    for t, h in enumerate(x_TBCHW):
         # As published, the first time step has no feedback at all, not even the bias.
-        back = t > 0 and F.conv2d(
-            last[:, :, nearest][:, :, :, nearest],
-            p["feedback.conv.weight"],
-            p["feedback.conv.bias"],
-            padding=1,
-        )
+        back = 0
+        if t and model.feedback is not None:
+            wide = last[:, :, nearest][:, :, :, nearest]
+            synapse = (p[f"feedback.conv.{name}"] for name in ("weight", "bias"))
+            back = F.conv2d(wide, *synapse, padding=1)  # type: ignore[call-overload]
         for name in names:
             if name == names[2]:
                 h = F.avg_pool2d(h, 2)
             w = p[f"{name}.weight"]
             scale = torch.sqrt(w.var((1, 2, 3), keepdim=True) * w[0].numel() + 1e-4)
             w = p[f"{name}.gain"] * (w - w.mean((1, 2, 3), keepdim=True)) / scale
-            u = (
-                0.5 * membranes[name]
-                + F.conv2d(h, w, p[f"{name}.bias"], padding=1)
-                + (back if name == names[0] else 0)
-            )
+            current = F.conv2d(h, w, p[f"{name}.bias"], padding=1)
+            u = 0.5 * membranes[name] + current + (back if name == names[0] else 0)
             s = spike(u - 1, surrogate=Triangle())
             membranes[name] = detach(u - s.detach())
             h = 2.74 * s
@@ -114,130 +79,96 @@ def vgg_f_by_hand(model: VGG, x_TBCHW: Tensor, *, detach) -> Tensor:
 )
 def test_feedback_against_an_independent_network(rule, detach):
     model, x_TBCHW, target = small_vgg_f(), images(4), torch.tensor([0, 3])
-    expected = vgg_f_by_hand(model, x_TBCHW, detach=detach)
-    with torch.no_grad(), fresh_state(model):
-        assert torch.allclose(model(x_TBCHW), expected, atol=1e-12)
+    expected = by_hand(model, x_TBCHW, detach=detach)
+    assert torch.allclose(outputs(model, x_TBCHW), expected, atol=1e-12)
     loss = torch.stack([F.cross_entropy(o, target) for o in expected]).mean()
-    wanted = dict(
-        zip(
-            dict(model.named_parameters()),
-            torch.autograd.grad(loss, list(model.parameters())),
-            strict=True,
-        )
-    )
+    wanted = gradient_of(loss, model)
     assert wanted["feedback.conv.weight"].abs().max() > 1e-3
     assert difference(gradients(rule, model, x_TBCHW, cross_entropy(target)), wanted) < 1e-12
 
 
-def test_feedback_starts_at_zero_and_slices_continue_one_another():
-    torch.manual_seed(0)
+def test_feedback_starts_at_zero():
     plain, fed_back = (
-        vgg_sws(4, in_channels=2, stages=((3,), (6,))),
-        vgg_sws_f(4, in_channels=2, stages=((3,), (6,))),
+        build(4, in_channels=2, stages=((3,), (6,))) for build in (vgg_sws, vgg_sws_f)
     )
-    assert set(fed_back.state_dict()) - set(plain.state_dict()) == {
+    assert fed_back.state_dict().keys() - plain.state_dict().keys() == {
         "feedback.conv.weight",
         "feedback.conv.bias",
     }
     fed_back.load_state_dict(plain.state_dict(), strict=False)
-    with torch.no_grad():
-        for x_TBCHW in (
-            images(4).float(),
-            3 * torch.rand(4, 2, 2, 6, 6),
-        ):  # at the end 16 and 9 places: a sum of 9 rounds
-            with fresh_state(plain), fresh_state(fed_back):
-                assert torch.equal(plain(x_TBCHW), fed_back(x_TBCHW))
-        model = small_vgg_f()
-        with fresh_state(model):
-            together = model(images(4))
-        with fresh_state(model):
-            assert torch.equal(torch.cat([model(x) for x in images(4).split(1)]), together)
+    # At the end are 16 and 9 places: a sum of 9 rounds.
+    for x_TBCHW in (images(4).float(), 3 * torch.rand(4, 2, 2, 6, 6)):
+        assert torch.equal(outputs(plain, x_TBCHW), outputs(fed_back, x_TBCHW))
+
+
+def test_slices_of_a_network_with_feedback_continue_one_another():
+    model = small_vgg_f()
+    assert torch.equal(outputs(model, *images(4).split(1)), outputs(model, images(4)))
 
 
 def test_start_of_the_classifier():
-    torch.manual_seed(0)
     weight = vgg_sws().classifier.weight
     assert weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
-def test_neuron_arguments_reach_every_neuron():
-    with torch.device("meta"):
-        model = vgg_sws(
-            neuron=LIF(
-                0.25, threshold=0.5, reset="zero", reset_gradient="kept", surrogate=Sigmoid()
-            )
-        )
-    neurons = [m for m in model.modules() if isinstance(m, LIF)]
-    assert len(neurons) == 8
-    assert {(n.decay, n.threshold, n.reset, n.reset_gradient, n.surrogate) for n in neurons} == {
-        (0.25, 0.5, "zero", "kept", Sigmoid())
-    }
+def keep_two_steps() -> None:
+    with fresh_state(feedback := Feedback()):
+        feedback.keep(torch.zeros(2, 3))
 
 
-def test_refuses():
-    for said, refused in (
+SMALL = {"classes": 2, "in_channels": 1, "neuron": LIF()}
+STEM = {"stages": ((3, 5), (6,)), "stem": (5, 2), "in_channels": 1}
+
+
+test_refuses = refusals(
+    [
         (
-            r"VGG: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)",
             lambda: vgg_sws(stages=((4,), ())),
+            r"VGG: each stage must hold at least one width >= 1; got stages=\(\(4,\), \(\)\)",
         ),
-        (r"VGG: classes must be a whole number >= 1; got classes=0", lambda: vgg_sws(0)),
+        (lambda: vgg_sws(0), r"VGG: classes must be a whole number >= 1; got classes=0"),
         (
+            lambda: VGG(stages=((2,),), feedback="all", **SMALL),
             r"VGG: feedback must be 'none' or 'last'; got feedback='all'",
-            lambda: VGG(stages=((2,),), classes=2, in_channels=1, feedback="all", neuron=LIF()),
         ),
-    ):
-        with pytest.raises(ValueError, match=said):
-            refused()
-    model = vgg_sws(stages=((2,), (2,), (2,)))
-    with (
-        fresh_state(model),
-        pytest.raises(ValueError, match=r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)"),
-    ):
-        model(torch.zeros(1, 1, 3, 3, 8))
+        (
+            lambda: outputs(vgg_sws(stages=((2,), (2,), (2,))), torch.zeros(1, 1, 3, 3, 8)),
+            r"VGG: 3 stages, .* need 4 pixels a side; got \(3, 8\)",
+        ),
+        (
+            lambda: outputs(vgg_sws(4, **STEM), torch.zeros(1, 1, 1, 3, 8)),
+            r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)",
+        ),
+        (
+            lambda: vgg_sws(stem=(4, 2)),
+            r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)",
+        ),
+        (
+            lambda: VGG(stages=((4,),), stem=(5, 2), feedback="last", **SMALL),
+            r"VGG: stem must keep the size .* got \(5, 2\)",
+        ),
+        (keep_two_steps, r"Feedback: keep must be handed one time step, .* shape \(2, 3\)"),
+        (Feedback().recall, r"Feedback: its membrane or trace exists only inside fresh_state"),
+    ]
+)
 
 
 def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
-    model = vgg_sws(4, in_channels=1, stages=((3, 5), (6,)), stem=(5, 2))
+    model = vgg_sws(4, **STEM)
     convs = [m for m in model.modules() if isinstance(m, Conv2d)]
     shapes = [(*m.weight.shape[1:], *m.stride) for m in convs]
     assert shapes == [(1, 5, 5, 2, 2), (3, 3, 3, 1, 1), (5, 3, 3, 1, 1)]
-    with fresh_state(model):
-        assert model(torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)
-    with (
-        fresh_state(model),
-        pytest.raises(ValueError, match=r"VGG: 2 stages, .* need 4 pixels a side; got \(3, 8\)"),
-    ):
-        model(torch.zeros(1, 1, 1, 3, 8))
-    for said, refused in (
-        (
-            r"VGG: stem must be an odd kernel and a stride >= 1; got stem=\(4, 2\)",
-            lambda: vgg_sws(stem=(4, 2)),
-        ),
-        (
-            r"VGG: stem must keep the size .* got \(5, 2\)",
-            lambda: VGG(
-                stages=((4,),), classes=2, in_channels=1, stem=(5, 2), feedback="last", neuron=LIF()
-            ),
-        ),
-    ):
-        with pytest.raises(ValueError, match=said):
-            refused()
+    assert outputs(model, torch.zeros(2, 1, 1, 28, 28)).shape == (2, 1, 4)
 
 
 def test_dropout_drops_the_same_neurons_at_every_step():
-    torch.manual_seed(0)
-    model = vgg_sws(4, in_channels=2, stages=((16,), (8,)), dropout=0.5)
-    record = []
+    model, record = vgg_sws(4, in_channels=2, stages=((16,), (8,)), dropout=0.5), []
     first = model.get_submodule("stages.0.0")
     first.register_forward_hook(lambda _module, _x, h_TBCHW: record.append(h_TBCHW))  # type: ignore[arg-type]
-    with torch.no_grad(), fresh_state(model):
-        model(images(6).float()[:3])
-        model(images(6).float()[3:])
+    outputs(model, *images(6).float().split(3))
     fired = torch.cat(record) > 0
     dropped = ~fired.any(0)
-    model.eval()
-    with torch.no_grad(), fresh_state(model):
-        model(images(6).float())
+    outputs(model.eval(), images(6).float())
     would_fire = (record[-1] > 0).any(0)
     # Inputs are the same, so in the first layer a neuron that fires without dropout, and never with
     # it, was dropped.
@@ -266,18 +197,3 @@ def test_the_graph_crosses_the_step_under_bptt_alone(rule, has_graph):
         feedback.keep(torch.ones(1, 2, requires_grad=True) * 2)
         kept = feedback.recall()
     assert kept is not None and kept.requires_grad == has_graph
-
-
-def test_feedback_refuses_several_steps_and_no_state():
-    feedback = Feedback()
-    with (
-        fresh_state(feedback),
-        pytest.raises(
-            ValueError, match=r"Feedback: keep must be handed one time step, .* shape \(2, 3\)"
-        ),
-    ):
-        feedback.keep(torch.zeros(2, 3))
-    with pytest.raises(
-        ValueError, match=r"Feedback: its membrane or trace exists only inside fresh_state"
-    ):
-        feedback.recall()

@@ -8,31 +8,32 @@ import copy
 import pickle
 import random
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
 from pipeline.spiking.limit import SpectralLimit
-from pipeline.spiking.state import SEAMS, fresh_state, state_bytes
+from pipeline.spiking.state import SEAMS, state_bytes
 from pipeline.spiking.synapse import Conv2d, Linear
 from tests.helpers.rule_cases import CASES, FILES, Case, rule_classes
 from tests.helpers.rule_networks import (
     batch,
     cross_entropy,
     difference,
-    gradients,
+    gradients_on,
     learn,
+    outputs,
+    saved_peak,
     spikes_of,
 )
-from tests.helpers.saved import SavedBytes
 
 
 @pytest.fixture(params=CASES, ids=[case.name for case in CASES])
@@ -44,10 +45,16 @@ def case(request) -> Case:
     return replace(request.param, model=lambda: request.param.model().double())
 
 
-def attach(rule: Rule, model: nn.Module, **more) -> Rule:
+def attached(rule: Rule, model: nn.Module, **more) -> tuple[Rule, nn.Module]:
     """Under the first of the losses over time that the rule knows."""
     rule.attach(model, over_time=rule.over_time_choices[0], **more)
-    return rule
+    return rule, model
+
+
+def under(rule: Rule, model: nn.Module, *, steps: int = 4, by: Rule | None = None, **more):
+    """The gradient that a batch gives under the rule, or, of the same loss, `by` another."""
+    over_time = rule.over_time_choices[0]
+    return gradients_on(steps, model, by or rule, over_time=over_time, **more)[0]
 
 
 def run(rule: Rule, model: nn.Module, steps: int, *, step: int | None = 0) -> list:
@@ -59,8 +66,8 @@ def run(rule: Rule, model: nn.Module, steps: int, *, step: int | None = 0) -> li
 
 def mean_loss(rule: Rule, logits_TBK: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     if rule.over_time_choices[0] == "mean":
-        return F.cross_entropy(logits_TBK.mean(0), target)
-    return torch.stack([F.cross_entropy(o, target) for o in logits_TBK]).mean()
+        return nn.functional.cross_entropy(logits_TBK.mean(0), target)
+    return torch.stack([nn.functional.cross_entropy(o, target) for o in logits_TBK]).mean()
 
 
 def global_generators() -> tuple:
@@ -82,33 +89,24 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     return model
 
 
-def plain_logits(model: nn.Module, x_TBC: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), fresh_state(model):
-        return model(x_TBC)
-
-
 def test_discovery():
     """Each file in pipeline/rules is one rule, has tests beside it, and is under this contract."""
     assert {"bptt", "dsr", "hlop", "ide", "opzo", "ottt", "sltt", "spide"} <= set(FILES)
-    for stem in FILES:
-        assert len(rule_classes(stem)) == 1, f"rules/{stem}.py must define one public Rule"
-        assert Path(__file__).with_name(f"test_{stem}.py").exists(), (
-            f"rules/{stem}.py needs tests/rules/test_{stem}.py"
-        )
+    assert {stem: len(rule_classes(stem)) for stem in FILES} == dict.fromkeys(FILES, 1)
+    beside = [stem for stem in FILES if Path(__file__).with_name(f"test_{stem}.py").exists()]
+    assert beside == FILES
     assert {case.name.split("-")[0] for case in CASES} == set(FILES)
 
 
 def test_losses_and_logits_sum_to_the_batch(case):
-    rule, model = case.quiet(), case.model()
     x_TBC, target = batch(4)
-    logits_TBK = plain_logits(model, x_TBC)
-    attach(rule, model)
-    seen = run(rule, model, 4)
+    rule, model = case.quiet(), case.model()
+    logits_TBK = outputs(model, x_TBC)
+    seen = run(*attached(rule, model), 4)
     expected = mean_loss(rule, logits_TBK, target).item()
     assert sum(o.loss.item() for o in seen) == pytest.approx(expected, abs=1e-12)
-    assert torch.allclose(
-        torch.stack([o.logits for o in seen]).sum(0), logits_TBK.mean(0), atol=1e-12
-    )
+    total_BK = torch.stack([o.logits for o in seen]).sum(0)
+    assert torch.allclose(total_BK, logits_TBK.mean(0), atol=1e-12)
     assert not any(o.loss.requires_grad or o.logits.requires_grad for o in seen)
 
 
@@ -116,13 +114,11 @@ def test_backwards_sum_to_the_gradient_of_the_mean_loss(case):
     """Seen where every path is instantaneous: the bias of the readout. Rules that skip steps
     promise it in expectation only.
     """
-    rule, model = case.quiet(), case.model()
-    x_TBC, target = batch(4)
-    logits_TBK = plain_logits(model, x_TBC).requires_grad_()
+    rule, model, (x_TBC, target) = case.quiet(), case.model(), batch(4)
+    logits_TBK = outputs(model, x_TBC).detach().requires_grad_()
     (g_TBK,) = torch.autograd.grad(mean_loss(rule, logits_TBK, target), logits_TBK)
     readout = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    attach(rule, model)
-    seen = run(rule, model, 4)
+    seen = run(*attached(rule, model), 4)
     if all(o.backward is not None for o in seen):
         assert torch.allclose(readout.bias.grad, g_TBK.sum((0, 1)), atol=1e-12)
         assert all(o.backward.item() == pytest.approx(o.loss.item(), abs=1e-14) for o in seen)
@@ -131,42 +127,29 @@ def test_backwards_sum_to_the_gradient_of_the_mean_loss(case):
 
 
 def test_memory_is_as_claimed(case):
-    def peak(steps: int) -> int:
-        rule, model = case.rule(), case.model()
-        attach(rule, model)
-        with SavedBytes(model) as saved:
-            run(rule, model, steps)
-        return saved.peak
-
-    few, many = peak(2), peak(16)
-    assert few > 0
-    if case.rule().memory == "constant":
-        assert many == few
-    else:
-        assert case.rule().memory == "linear" and many > 4 * few
+    few, many = (
+        saved_peak(rule, case.model(), *batch(steps), over_time=rule.over_time_choices[0])
+        for rule, steps in ((case.rule(), 2), (case.rule(), 16))
+    )
+    memory = case.rule().memory
+    assert few > 0 and memory in ("constant", "linear")
+    assert many == few if memory == "constant" else many > 4 * few
 
 
 def test_one_step_equals_bptt(case):
-    model = case.model()
-    x_TBC, target = batch(1)
-    rule = case.rule()
+    model, rule = case.model(), case.rule()
     for name in ("chunk", "truncate"):  # longer slices than the sequence are refused
         if getattr(rule, name, None):
             setattr(rule, name, 1)
-    over_time = rule.over_time_choices[0]
-    got, expected = (
-        gradients(r, model, x_TBC, cross_entropy(target), over_time=over_time)
-        for r in (rule, BPTT())
-    )
+    expected = under(rule, model, steps=1, by=BPTT())
     assert max(g.abs().max() for g in expected.values()) > 1e-3
-    assert difference(got, expected) < 1e-14
+    assert difference(under(rule, model, steps=1), expected) < 1e-14
 
 
 def test_attach_leaves_the_checkpoint_alone(case):
     rule, model = case.rule(), case.model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    attach(rule, model)
-    run(rule, model, 4)
+    before = copy.deepcopy(model.state_dict())
+    run(*attached(rule, model), 4)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [key for key in rule.state_dict() if key in before]
@@ -177,112 +160,79 @@ def test_release_restores(case):
     seams = [
         (m, seam, getattr(m, seam)) for m in model.modules() for seam in SEAMS if hasattr(m, seam)
     ]
-    x_TBC, target = batch(4)
-    over_time = rule.over_time_choices[0]
-    before = gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time)
-    gradients(rule, model, x_TBC, cross_entropy(target), over_time=over_time)
+    before = under(rule, model, by=BPTT())
+    under(rule, model)
     assert all(getattr(m, seam) is value for m, seam, value in seams)
-    assert (
-        difference(
-            gradients(BPTT(), model, x_TBC, cross_entropy(target), over_time=over_time), before
-        )
-        == 0
-    )
-    attach(rule, case.model())  # a released rule may be attached again
+    assert difference(under(rule, model, by=BPTT()), before) == 0
+    attached(rule, case.model())  # a released rule may be attached again
 
 
 def test_second_attach_is_refused(case):
-    rule, model = case.rule(), case.model()
-    attach(rule, model)
+    rule, model = attached(case.rule(), case.model())
     with pytest.raises(ValueError, match=rf"^{re.escape(rule.label)}: "):
-        attach(rule, case.model())
+        attached(rule, case.model())
     with pytest.raises(ValueError, match=r"BPTT: .* no rule yet"):
         BPTT().attach(model)
 
 
 def test_the_forward_is_untouched(case):
-    model = case.model()
+    model, x_TBC = case.model(), batch(4)[0]
     record = spikes_of(model)
-    x_TBC, _ = batch(4)
-    logits_TBK = plain_logits(model, x_TBC)
-    before = {name: torch.cat(spikes) for name, spikes in record.items()}
-    for spikes in record.values():
-        spikes.clear()
-    rule = case.quiet()
-    attach(rule, model)
-    run(rule, model, 4)
-    # A rule that computes steps a second time does so after the first.
-    assert all(torch.equal(torch.cat(record[name])[:4], spikes) for name, spikes in before.items())
-    for spikes in record.values():
-        spikes.clear()
-    assert torch.equal(plain_logits(model, x_TBC), logits_TBK)
+
+    def spikes(ran: Callable[[], object]) -> dict[str, Tensor]:
+        for each in record.values():
+            each.clear()
+        ran()
+        # A rule that computes steps a second time does so after the first.
+        return {name: torch.cat(each)[:4] for name, each in record.items()}
+
+    logits_TBK = outputs(model, x_TBC)
+    before = spikes(lambda: outputs(model, x_TBC))
+    learning = spikes(lambda: run(*attached(case.quiet(), model), 4))
+    assert all(torch.equal(learning[name], each) for name, each in before.items())
+    assert torch.equal(outputs(model, x_TBC), logits_TBK)
 
 
 def test_draws_do_not_touch_the_global_generators(case):
-    x_TBC, target = batch(4)
     found = []
     for seed in (0, 1):
         model, rule = case.model(), case.rule()
-        for seed_all in (
-            torch.manual_seed,
-            np.random.seed,
-            random.seed,
-        ):  # the legacy generator is the global one
+        # NumPy's legacy generator is the global one.
+        for seed_all in (torch.manual_seed, np.random.seed, random.seed):
             seed_all(seed)
         states = global_generators()
-        over_time = rule.over_time_choices[0]
-        found.append(
-            gradients(
-                rule,
-                model,
-                x_TBC,
-                cross_entropy(target),
-                step=5,
-                world=World(seed=7),
-                over_time=over_time,
-            )
-        )
+        found.append(under(rule, model, step=5, world=World(seed=7)))
         assert global_generators() == states
     assert difference(*found) == 0
 
 
 def test_nothing_is_left_after_a_batch(case):
-    rule, model = case.rule(), case.model()
-    attach(rule, model)
+    rule, model = attached(case.rule(), case.model())
     run(rule, model, 4)
     assert state_bytes(model) == 0
-    twin = copy.deepcopy(model)
-    assert torch.equal(plain_logits(twin, batch(4)[0]), plain_logits(model, batch(4)[0]))
+    one, other = (outputs(each, batch(4)[0]) for each in (model, copy.deepcopy(model)))
+    assert torch.equal(one, other)
 
 
 def test_a_batch_that_fails_leaves_the_model_usable(case):
-    rule, model = case.rule(), case.model()
-    attach(rule, model)
-
-    def broken(logits_BK):
-        raise RuntimeError("no loss today")
-
-    with pytest.raises(RuntimeError, match="no loss today"):
-        list(rule.loss_terms(model, batch(4)[0], broken))
+    rule, model = attached(case.rule(), case.model())
+    with pytest.raises(ZeroDivisionError):
+        list(rule.loss_terms(model, batch(4)[0], lambda logits_BK: 1 / 0))
     assert state_bytes(model) == 0
     run(rule, model, 4)
 
 
 def test_names_are_known(case):
     rule = case.rule()
-    assert rule.label and rule.memory in ("constant", "linear") and rule.update in ("batch", "step")
-    assert rule.label.startswith(type(rule).__name__)
+    assert rule.update in ("batch", "step") and rule.label.startswith(type(rule).__name__)
 
 
 def test_pickles(case):
     rule, model = case.rule(), case.model()
     assert pickle.loads(pickle.dumps(rule)).label == rule.label
-    attach(rule, model)
-    run(rule, model, 4)
+    run(*attached(rule, model), 4)
     rule.release()
-    again = pickle.loads(pickle.dumps(rule))
-    attach(again, model)
-    run(again, model, 4)
+    run(*attached(pickle.loads(pickle.dumps(rule)), model), 4)
 
 
 def test_resumes_exactly(case):
@@ -290,26 +240,21 @@ def test_resumes_exactly(case):
     fresh objects.
     """
 
-    def train(rule: Rule, model: nn.Module, steps: range) -> None:
+    def trained(rule: Rule, model: nn.Module, steps: range) -> dict[str, Tensor]:
         for step in steps:
             model.zero_grad()
             run(rule, model, 4, step=step)
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.sub_(torch.zeros_like(p) if p.grad is None else p.grad, alpha=0.1)
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        return rule.state_dict() | model.state_dict()
 
-    whole_model, first_model, second_model = case.model(), case.model(), case.model()
     whole, first, second = (
-        attach(case.rule(), model, world=World(seed=3))
-        for model in (whole_model, first_model, second_model)
+        attached(case.rule(), case.model(), world=World(seed=3)) for _ in range(3)
     )
-    train(whole, whole_model, range(3))
-    train(first, first_model, range(2))
-    second_model.load_state_dict(first_model.state_dict())
-    second.load_state_dict(first.state_dict())
-    train(second, second_model, range(2, 3))
-    expected = whole.state_dict() | whole_model.state_dict()
-    got = second.state_dict() | second_model.state_dict()
+    expected = trained(*whole, range(3))
+    trained(*first, range(2))
+    for stopped, fresh in zip(first, second, strict=True):
+        fresh.load_state_dict(stopped.state_dict())
+    got = trained(*second, range(2, 3))
     assert got.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
 
@@ -322,7 +267,7 @@ def test_hlop_around_it_is_orthogonal(case):
     synapses = [module for module in model.modules() if isinstance(module, (Linear, Conv2d))]
     if not isinstance(rule, HLOP):
         rule = HLOP(rule, rows=((3,) * len(synapses), (1,) * len(synapses)))
-    attach(rule, model, world=World(seed=3))
+    attached(rule, model, world=World(seed=3))
     for step in range(2):
         run(rule, model, 4, step=step)
     rule.start_task(model, 1)

@@ -19,7 +19,18 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout, rate_weights
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Linear
-from tests.helpers.rule_networks import batch, cross_entropy, difference, gradients, learn
+from tests.helpers.rule_networks import (
+    attached,
+    batch,
+    cross_entropy,
+    difference,
+    drawn,
+    gradients,
+    gradients_on,
+    one_batch,
+    outputs,
+    refusals,
+)
 
 MEAN = {"over_time": "mean"}
 contract_exceptions = {
@@ -34,15 +45,9 @@ def smallest_model(*neurons: RateNeuron) -> nn.Sequential:
     rates need.
     """
     first, second = neurons or (RateIF(threshold=1.0), RateLIF(threshold=0.1, dt=0.1))
-    model = nn.Sequential(
-        Linear(6, 8), first, Linear(8, 7), second, Linear(7, 3), rate_readout(second)
-    )
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for index in (0, 2, 4):
-            for parameter in model[index].parameters():
-                parameter.copy_(0.9 * torch.randn(parameter.shape, generator=generator))
-    return model
+    synapses = drawn(nn.Sequential(Linear(6, 8), Linear(8, 7), Linear(7, 3)), seed=3).float()
+    one, two, three = synapses  # type: ignore[misc]
+    return nn.Sequential(one, first, two, second, three, rate_readout(second))
 
 
 # ------------------------------------------------------------------------- one neuron, closed forms
@@ -55,11 +60,23 @@ def map_of(
     rule = rule or DSR()
     rule.attach(neuron, **MEAN)
     x_TB = x_TB.clone().requires_grad_()
-    with fresh_state(neuron):
-        out_TB = neuron(x_TB)
+    out_TB = outputs(neuron, x_TB, grad=True)
     g_x_TB, g_threshold = torch.autograd.grad(out_TB, (x_TB, neuron.threshold), g_TB)
     rule.release()
     return g_x_TB, g_threshold
+
+
+def drawn_batch(seed: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An input around the ramp, and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TB, g_TB = torch.randn(2, steps, 3, 4, generator=generator, dtype=torch.float64)
+    return 8 * x_TB + 2, g_TB
+
+
+def weights_of(b: float, steps: int) -> torch.Tensor:
+    """b^(T-t) of every step, with the sum 1."""
+    w_T = b ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    return (w_T / w_T.sum()).view(-1, 1, 1)
 
 
 @settings(max_examples=80, deadline=None)
@@ -73,19 +90,15 @@ def test_gradient_is_autograd_through_the_clamp_of_the_mean(seed, steps, leaky, 
     """Whatever the input does in time, and for any upstream gradient that a function of the rate
     can give.
     """
-    generator = torch.Generator().manual_seed(seed)
     dt, tau = 0.2, 1.3
     neuron = (
         RateLIF(threshold=0.4, dt=dt, tau=tau, threshold_gradient=scale)
         if leaky
         else RateIF(threshold_gradient=scale)
-    )
-    neuron.double()
-    x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
-    g_B = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    ).double()
+    x_TB, (g_B, *_) = drawn_batch(seed, steps)
     b = math.exp(-dt / tau) if leaky else 1.0
-    w_T = torch.tensor([b ** (steps - t) for t in range(1, steps + 1)], dtype=torch.float64)
-    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    w_T = weights_of(b, steps)
     x, threshold = x_TB.clone().requires_grad_(), neuron.threshold.detach().clone().requires_grad_()
     height, gain = (threshold / dt, (1 - b) / dt) if leaky else (threshold, 1.0)
     rate = torch.minimum((gain * (w_T * x).sum(0)).clamp_min(0), height)
@@ -126,22 +139,14 @@ def test_the_published_backward_of_lif(seed, steps):
     gradient times dt.
     """
     dt, tau, threshold = 0.2, 1.3, 0.4
-    generator = torch.Generator().manual_seed(seed)
     neuron = exact_lif(RateLIF(threshold=threshold, dt=dt, tau=tau), threshold)
-    x_TB = 8 * torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64) + 2
-    g_TB = torch.randn(steps, 3, 4, generator=generator, dtype=torch.float64)
-    w_T = torch.tensor(
-        [math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64
-    )
-    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    (x_TB, g_TB), w_T = drawn_batch(seed, steps), weights_of(math.exp(-dt / tau), steps)
     mean_B, G_B = (w_T * x_TB).sum(0), steps * (w_T * g_TB).sum(0)
     top = threshold / dt * tau
-    expected_x = torch.where((mean_B > 0) & (mean_B < top), G_B / tau / steps, 0.0).expand(
-        steps, -1, -1
-    )
+    expected_x = torch.where((mean_B > 0) & (mean_B < top), G_B / tau / steps, 0.0)
     expected_threshold = torch.where(mean_B > top, G_B, 0.0).sum() * dt
     got_x, got_threshold = map_of(neuron, x_TB, g_TB, DSR(backward="published"))
-    assert torch.allclose(got_x, expected_x, atol=1e-13)
+    assert torch.allclose(got_x, expected_x.expand(steps, -1, -1), atol=1e-13)
     assert torch.allclose(got_threshold, expected_threshold, atol=1e-12)
 
 
@@ -166,10 +171,7 @@ def test_the_published_backward_of_a_network_of_lif():
     x_TBC, target = batch(steps)
     got = gradients(DSR(backward="published"), model, x_TBC, cross_entropy(target), **MEAN)
 
-    w_T = torch.tensor(
-        [math.exp(-(steps - t) * dt / tau) for t in range(1, steps + 1)], dtype=torch.float64
-    )
-    w_T = (w_T / w_T.sum()).view(-1, 1, 1)
+    w_T = weights_of(math.exp(-dt / tau), steps)
     p = {name: each.detach() for name, each in model.named_parameters()}
     spikes, currents = [x_TBC], []
     with torch.no_grad(), fresh_state(model):
@@ -199,11 +201,8 @@ class Ramp(nn.Module):
 
     def __init__(self, neuron: RateNeuron) -> None:
         super().__init__()
-        self.threshold, self.dt, self.gain = (
-            nn.Parameter(neuron.threshold.detach().clone()),
-            neuron.dt,
-            neuron.gain,
-        )
+        self.threshold = nn.Parameter(neuron.threshold.detach().clone())
+        self.dt, self.gain = neuron.dt, neuron.gain
 
     def forward(self, rate_B: torch.Tensor) -> torch.Tensor:
         return torch.minimum((self.gain * rate_B).clamp_min(0), self.threshold / self.dt)
@@ -216,79 +215,48 @@ class Ramp(nn.Module):
 def test_a_network_that_follows_its_rates_has_the_gradient_of_the_network_of_rates(make):
     """The reference knows rates only, with torch's own autograd; it is fed the rates that the
     spikes had, as otherwise the two would see other values. Then nothing is left to differ: LIF's
-    weights in time are carried through every layer."""
-    spiking = smallest_model(make(), make()).double()
-    x_TBC, target = batch(6)
-    with torch.no_grad(), fresh_state(spiking):
-        out_TBC, before = x_TBC, []
-        for module in spiking:
-            if isinstance(module, Linear):
-                before.append(
-                    (rate_weights(spiking[1].decay, out_TBC).view(-1, 1, 1) * out_TBC).sum(0)
-                )
-            out_TBC = module(out_TBC)
-    ramps = [Ramp(spiking[1]).double(), Ramp(spiking[3]).double()]
-    layers = [nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3)]
-    for layer, source in zip(layers, (spiking[0], spiking[2], spiking[4]), strict=True):
-        layer.double().load_state_dict(source.state_dict())
+    weights in time are carried through every layer.
+    """
+    spiking, (x_TBC, target) = smallest_model(make(), make()).double(), batch(6)
+    weights_T = rate_weights(spiking[1].decay, x_TBC).view(-1, 1, 1)
     # Straight-through: the value of the spikes' own rate, the gradient of the ramp's.
-    h = layers[0](before[0])
-    for ramp, layer, seen in zip(ramps, layers[1:], before[1:], strict=True):
-        rate = ramp(h)
-        h = layer(rate + (seen - rate).detach())
-    F.cross_entropy(h, target).backward()
-    got = gradients(DSR(), spiking, x_TBC, cross_entropy(target), **MEAN)
-    parts = (layers[0], ramps[0], layers[1], ramps[1], layers[2])
-    expected = {
-        f"{i}.{name}": p.grad for i, part in enumerate(parts) for name, p in part.named_parameters()
-    }
+    out_TBC, h = x_TBC, (weights_T * x_TBC).sum(0)
+    ramps = {}
+    for index, layer in enumerate(spiking[:5]):
+        out_TBC = outputs(layer, out_TBC)
+        if isinstance(layer, Linear):
+            h = nn.functional.linear(h, layer.weight, layer.bias)
+        else:
+            ramps[f"{index}.threshold"] = ramp = Ramp(layer).double()
+            rate = ramp(h)
+            h = rate + ((weights_T * out_TBC).sum(0) - rate).detach()
+    loss = F.cross_entropy(h, target)
+    names = [name for name, _ in spiking.named_parameters() if "threshold" not in name]
+    learnt = [*(spiking.get_parameter(name) for name in names)]
+    learnt += [ramp.threshold for ramp in ramps.values()]
+    expected = dict(zip([*names, *ramps], torch.autograd.grad(loss, learnt), strict=True))
+    (got,) = gradients_on(6, spiking, DSR(), **MEAN)
     assert difference(got, expected) < 1e-13
     assert all(g.abs().max() > 1e-3 for g in got.values())
 
 
-def test_bptt_trains_the_same_network_by_another_gradient():
-    model = smallest_model().double()
-    x_TBC, target = batch(6)
-    dsr, bptt = (
-        gradients(rule, model, x_TBC, cross_entropy(target), **MEAN) for rule in (DSR(), BPTT())
-    )
-    assert dsr.keys() == bptt.keys() and difference(dsr, bptt) > 1e-2
-    assert all(g.abs().max() > 0 for name, g in bptt.items())
+@pytest.mark.parametrize("over_time", ["mean", "steps"])
+def test_the_two_losses_over_time(over_time):
+    (x_TBC, target), model = batch(5), smallest_model(RateIF(), RateIF()).double()
+    logits_TBK = outputs(model, x_TBC)
+    each = logits_TBK if over_time == "steps" else logits_TBK.mean(0, keepdim=True)
+    expected = torch.stack([F.cross_entropy(o, target) for o in each]).mean().item()
+    (objective,) = one_batch(DSR(), model, 5, over_time=over_time)
+    assert objective.loss.item() == pytest.approx(expected, abs=1e-12)
+    assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
 
 
-def test_sltt_trains_if_neurons_step_by_step():
+def test_other_rules_train_the_same_neurons_by_another_gradient():
+    dsr, bptt = gradients_on(6, smallest_model().double(), DSR(), BPTT(), **MEAN)
+    assert difference(dsr, bptt) > 1e-2 and all(g.abs().max() > 0 for g in bptt.values())
     model = smallest_model(RateIF(threshold=2.0), RateIF(threshold=2.0)).double()
-    x_TBC, target = batch(6)
-    assert all(
-        g.abs().max() > 0 for g in gradients(SLTT(), model, x_TBC, cross_entropy(target)).values()
-    )
-
-
-def test_the_two_losses_over_time():
-    x_TBC, target = batch(5)
-    for over_time in ("mean", "steps"):
-        model, rule = smallest_model(RateIF(), RateIF()).double(), DSR()
-        with torch.no_grad(), fresh_state(model):
-            logits_TBK = model(x_TBC)
-        expected = {
-            "mean": F.cross_entropy(logits_TBK.mean(0), target),
-            "steps": torch.stack([F.cross_entropy(o, target) for o in logits_TBK]).mean(),
-        }
-        rule.attach(model, over_time=over_time)
-        (objective,) = learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
-        assert objective.loss.item() == pytest.approx(expected[over_time].item(), abs=1e-12)
-        assert torch.allclose(objective.logits, logits_TBK.mean(0), atol=1e-14)
-
-
-def test_weighted_logits_have_one_loss():
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got"
-            r" over_time='steps'"
-        ),
-    ):
-        DSR().attach(smallest_model(), over_time="steps")
+    (sltt,) = gradients_on(6, model, SLTT())
+    assert all(g.abs().max() > 0 for g in sltt.values())
 
 
 def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
@@ -304,101 +272,86 @@ def test_under_autocast_a_rate_is_held_against_its_height_in_fp32():
 
 
 def calibrated(model: nn.Module, batches: list[torch.Tensor], **how: Any) -> Any:
-    rule = DSR(calibrate=len(batches), **how)
-    rule.attach(model, **MEAN)
+    rule, model = attached(DSR(calibrate=len(batches), **how), model, **MEAN)
     rule.calibrate(model, batches)
     rule.release()
     return model
 
 
+def percentile(values: torch.Tensor, *, below: float = 1.001) -> float:
+    """The nearest rank of 99.9 %, which is so many times below the largest."""
+    ranked = values.relu().flatten().sort().values
+    found = ranked[math.ceil(0.999 * len(ranked) - 1e-9) - 1].item()
+    assert ranked[-1] > below * found
+    return found
+
+
 @pytest.mark.parametrize(
     "make", [lambda: RateIF(threshold=1.0), lambda: RateLIF(threshold=0.1, dt=0.1)]
 )
+@torch.no_grad()
 def test_calibration_is_the_percentile_of_the_mean_input_layer_after_layer(make):
-    torch.manual_seed(0)
     batches = [torch.randn(4, size, 6) for size in (40, 30, 80)]
-    model = calibrated(smallest_model(make(), make()), batches)
-    h = torch.cat(batches, 1)
+    model, h = calibrated(smallest_model(make(), make()), batches), torch.cat(batches, 1)
     for linear, neuron in ((model[0], model[1]), (model[2], model[3])):
         h = linear(h)
-        weighted = (rate_weights(neuron.decay, h).view(-1, 1, 1) * h).sum(0)
-        sorted_rates = (neuron.gain * weighted).relu().flatten().sort().values
-        nearest_rank = math.ceil(0.999 * len(sorted_rates) - 1e-9)
-        assert neuron.threshold.item() / neuron.dt == pytest.approx(
-            sorted_rates[nearest_rank - 1].item(), rel=1e-5
-        )
-        assert sorted_rates[-1] > 1.01 * sorted_rates[nearest_rank - 1]
-        with torch.no_grad(), fresh_state(neuron):
-            h = neuron(h)
+        mean = (rate_weights(neuron.decay, h).view(-1, 1, 1) * h).sum(0)
+        expected = percentile(neuron.gain * mean, below=1.01)
+        assert neuron.threshold.item() / neuron.dt == pytest.approx(expected, rel=1e-5)
+        h = outputs(neuron, h)
 
 
 @pytest.mark.parametrize("still", [True, False])
 def test_calibration_on_activations_is_the_percentile_of_the_anns(still):
     """As published: ReLU in the place of the neurons, batch norm by its running statistics."""
-    torch.manual_seed(0)
     model = convnet(3, in_channels=1, stages=((4,), (4,)), over="time", neuron=RateIF()).double()
     for norm in (m for m in model.modules() if isinstance(m, BatchNorm)):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
         nn.init.uniform_(norm.weight, 0.5, 2)
         nn.init.normal_(norm.bias)
-    frames = [
-        torch.randn(1 if still else 3, size, 1, 6, 6, dtype=torch.float64) for size in (20, 45)
-    ]
+    steps = 1 if still else 3
+    frames = [torch.randn(steps, size, 1, 6, 6, dtype=torch.float64) for size in (20, 45)]
     batches = [repeat(each[0], 3) for each in frames] if still else frames
     calibrated(model, batches, calibrate_on="activations")
-    ann = copy.deepcopy(model).eval()
-    seen: dict[str, torch.Tensor] = {}
-    for name, module in list(ann.named_modules()):
+    ann, seen = copy.deepcopy(model).eval(), {}
+    for name, module in ann.named_modules():
         if isinstance(module, RateNeuron):
             module.gradient = lambda lif, x_TB, name=name: seen.setdefault(name, x_TB).relu()
-    with torch.no_grad(), fresh_state(ann):
-        ann(torch.cat([each.mean(0) for each in frames]).unsqueeze(0))
-    assert len(seen) == 2
-    for name, input_TB in seen.items():
-        largest = input_TB.relu().flatten().sort().values
-        found = model.get_parameter(f"{name}.threshold").item()
-        assert found == pytest.approx(
-            largest[math.ceil(0.999 * len(largest) - 1e-9) - 1].item(), rel=1e-12
-        )
-        assert largest[-1] > 1.001 * found
+    outputs(ann, torch.cat([each.mean(0) for each in frames]).unsqueeze(0))
+    found = {name: model.get_parameter(f"{name}.threshold").item() for name in seen}
+    expected = {name: percentile(x_TB) for name, x_TB in seen.items()}
+    assert len(seen) == 2 and found == pytest.approx(expected, rel=1e-12)
 
 
 def test_calibration_leaves_everything_else_as_it_was():
-    torch.manual_seed(0)
     model = convnet(3, in_channels=1, stages=((4,), (4,)), over="time", neuron=RateIF())
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = {name: module.training for name, module in model.named_modules()}
     norm = next(m for m in model.modules() if isinstance(m, BatchNorm))
     norm.between = "world"
-    x_TBCHW = 5 * torch.randn(2, 40, 1, 6, 6)
-    state = torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    modes = {name: module.training for name, module in model.named_modules()}
+    x_TBCHW, state = 5 * torch.randn(2, 40, 1, 6, 6), torch.get_rng_state()
     calibrated(model, [x_TBCHW])
-    assert {
-        name: module.training for name, module in model.named_modules()
-    } == modes and norm.between == "world"
-    moved = {
-        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
-    }
+    assert torch.equal(torch.get_rng_state(), state) and norm.between == "world"
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    after = model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if name.endswith("threshold")}
     # Batch norm by the batch's own statistics: the 99.9th percentile of about a normal
     # distribution, three deviations.
-    assert len(moved) == 2 and all(2 < model.state_dict()[name].item() < 4 for name in moved)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert len(moved) == 2 and all(2 < after[name].item() < 4 for name in moved)
 
 
 def test_a_silent_layer_is_left_at_the_bound():
     model = smallest_model()
-    with torch.no_grad():
-        model.get_parameter("0.bias").fill_(-100)
+    nn.init.constant_(model.get_parameter("0.bias"), -100)
     assert calibrated(model, [torch.randn(4, 8, 6)])[1].threshold.item() == pytest.approx(0.01)
 
 
 # ----------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (
             lambda: DSR(calibrate=-1),
@@ -428,8 +381,10 @@ def test_a_silent_layer_is_left_at_the_bound():
             lambda: DSR().attach(nn.Sequential(RateIF(), nn.Sequential(LIF()))),
             r"DSR: every neuron must be a RateIF or RateLIF; got LIF at 1\.0",
         ),
-    ],
+        (
+            lambda: DSR().attach(smallest_model(), over_time="steps"),
+            r"DSR: logits that weigh the steps .* so over_time must be 'mean'; got"
+            r" over_time='steps'",
+        ),
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()

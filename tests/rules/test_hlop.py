@@ -1,7 +1,6 @@
-"""HLOP: what it protects, how tasks follow one another, what it learns from, other weights that
-carry errors down, and what it refuses.
+"""HLOP: what it keeps, how tasks follow one another, what it learns from and what it refuses.
 
-Its lateral neurons are in tests/spiking/test_subspace.py.
+Its lateral neurons are tested in tests/spiking/test_subspace.py.
 """
 
 import copy
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.data.datasets.tasks import Permuted
 from pipeline.models.mlp import mlp
@@ -33,22 +31,29 @@ from pipeline.spiking.limit import SpectralLimit
 from pipeline.spiking.neuron import IF, LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF, WeightedRates
-from pipeline.spiking.state import fresh_state
-from pipeline.spiking.subspace import SecondMoments, orthonormal
+from pipeline.spiking.subspace import orthonormal
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.train.build import check_recipe
+from tests.helpers.references import summed, three_factors
 from tests.helpers.rule_networks import (
+    Network,
+    attached,
     batch,
     cross_entropy,
     difference,
-    gradients,
+    drawn,
+    gradients_on,
     learn,
     lif_network,
+    outputs,
+    refusals,
 )
 from tests.helpers.small import small_recipe
+from tests.helpers.traces import traces_of
 from tests.rules.test_opzo import smallest_model as with_readouts
 
 ROWS = ((3, 4, 3), (1, 2, 2))
+SIZES = ((12, 60), (60, 60), (60, 3))
 LEARNING = 160
 """batches of the old task: after 80 the rows of the last synapse still miss 4e-10 of its inputs"""
 
@@ -81,26 +86,23 @@ def train(
         optimizer.step()
 
 
-def logits(model: nn.Module, x_TB: Tensor) -> Tensor:
-    with torch.no_grad(), fresh_state(model):
-        return model(x_TB)
-
-
 def rows_of(rule: HLOP, index: int, *, name: str = "old") -> Tensor:
     return rule.subspaces[index].get_buffer(name)
 
 
 def moments_of(rule: HLOP, index: int) -> Tensor:
     """S of the last batch."""
-    last = rule._recorders[index].last
-    assert isinstance(last, SecondMoments)
-    return last.second_CC
+    return rule._recorders[index].last.second_CC  # type: ignore[union-attr]
+
+
+def second_moment(x: Tensor) -> Tensor:
+    """S of inputs, whatever their time and samples."""
+    x_NC = x.flatten(0, -2)
+    return x_NC.T @ x_NC / len(x_NC)
 
 
 def gradient(module: nn.Module, name: str = "weight") -> Tensor:
-    found = module.get_parameter(name).grad
-    assert found is not None
-    return found
+    return module.get_parameter(name).grad  # type: ignore[return-value]
 
 
 def inputs_of(model: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
@@ -115,33 +117,13 @@ def inputs_of(model: nn.Module, names: Sequence[str]) -> list[list[Tensor]]:
     return seen
 
 
-def batch_and_loss(steps: int) -> tuple[Tensor, Any]:
-    x_TB, target_B = batch(steps)
-    return x_TB, cross_entropy(target_B)
-
-
-def distance_moved(model: nn.Module, before: dict[str, Tensor], name: str) -> float:
-    """How far a weight moved, relative to its length."""
-    return ((model.get_parameter(name) - before[name]).norm() / before[name].norm()).item()
-
-
 def wide_network(neuron: nn.Module = LIF()) -> nn.Sequential:
-    generator = torch.Generator().manual_seed(1)
-    layers = (
-        Linear(12, 60),
-        copy_neuron(neuron),
-        Linear(60, 60),
-        copy_neuron(neuron),
-        Linear(60, 3),
-    )
-    model = nn.Sequential(*layers).double()
-    with torch.no_grad():
-        for p in (p for layer in layers[::2] for p in layer.parameters()):
-            p.copy_(
-                torch.randn(p.shape, generator=generator, dtype=torch.float64)
-                / (p.shape[-1] ** 0.5 if p.dim() > 1 else 2)
-            )
-    return model
+    neurons = [copy_neuron(neuron) for _ in range(2)]
+    synapses = [drawn(Linear(*size), seed=size[1], scale=1.0) for size in SIZES]
+    for synapse in synapses:
+        synapse.weight.data.div_(synapse.weight.shape[1] ** 0.5)
+        synapse.bias.data.div_(2)
+    return nn.Sequential(synapses[0], neurons[0], synapses[1], neurons[1], synapses[2]).double()
 
 
 def old_task() -> tuple[Tensor, Tensor]:
@@ -160,9 +142,8 @@ def with_the_old_task_learnt(
     """A rule whose rows know the inputs of the old task to the last bits; the weights stay where
     they are.
     """
-    rule = HLOP(
-        inner, rows=((5, 20, 20), (2, 4, 4)), learning_rate=learning_rate, inner_iterations=25
-    )
+    about = {"rows": ((5, 20, 20), (2, 4, 4)), "learning_rate": learning_rate}
+    rule = HLOP(inner, **about, inner_iterations=25)
     rule.attach(model, over_time=rule.over_time_choices[0])
     for step in range(LEARNING):
         train(rule, model, *old_task(), step=step)
@@ -171,89 +152,83 @@ def with_the_old_task_learnt(
 
 @pytest.mark.parametrize("inner", [BPTT, SLTT, OTTT, DSR, OPZO])
 def test_old_outputs_stay_where_rows_span_the_old_inputs(inner):
+    model, rates = wide_network(), {}
     if inner is DSR:  # fires more, so its inputs are larger
-        model = wide_network(RateIF(threshold=1.0))
-        rule = with_the_old_task_learnt(DSR(), model, learning_rate=(0.1, 0.2, 0.4))
-    else:
-        model = wide_network()
-        rule = with_the_old_task_learnt(inner(), model)
+        model, rates = wide_network(RateIF(threshold=1.0)), {"learning_rate": (0.1, 0.2, 0.4)}
+    rule = with_the_old_task_learnt(inner(), model, **rates)
     rule.start_task(model, 1)
     before = copy.deepcopy(model.state_dict())
-    old = logits(model, old_task()[0])
+    old = outputs(model, old_task()[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     for step in range(40):
         x_TB, target_B = batch(5 + step % 7, size=8, features=12)
         train(rule, model, x_TB, target_B, step=LEARNING + step, optimizer=optimizer)
     for name in ("0.weight", "2.weight", "4.weight"):
-        assert distance_moved(model, before, name) > 0.05
-    assert (logits(model, old_task()[0]) - old).abs().max() < 1e-10
+        moved = model.get_parameter(name) - before[name]
+        assert moved.norm() / before[name].norm() > 0.05
+    assert (outputs(model, old_task()[0]) - old).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("leaves", ["adam", "weight_decay", "momentum"])
-def test_what_is_refused_or_must_be_fresh_moves_old_outputs(leaves):
+@pytest.mark.parametrize(
+    ("make", "settings", "is_fresh"),
+    [
+        (torch.optim.Adam, {"lr": 1e-3}, True),
+        (torch.optim.SGD, {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4}, True),
+        (torch.optim.SGD, {"lr": 0.2, "momentum": 0.9}, False),
+    ],
+    ids=["adam", "weight_decay", "momentum"],
+)
+def test_what_is_refused_or_must_be_fresh_moves_old_outputs(make, settings, is_fresh):
     """Why: the same run as above with Adam, with weight decay, or with the old task's momentum."""
     model = wide_network()
     rule = with_the_old_task_learnt(BPTT(), model)
-    make = {"adam": torch.optim.Adam, "weight_decay": torch.optim.SGD, "momentum": torch.optim.SGD}[
-        leaves
-    ]
-    more = {
-        "adam": {"lr": 1e-3},
-        "weight_decay": {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4},
-    }
-    optimizer = make(model.parameters(), **more.get(leaves, {"lr": 0.2, "momentum": 0.9}))
-    if leaves == "momentum":
+    optimizer = make(model.parameters(), **settings)
+    if not is_fresh:
         at = copy.deepcopy(model.state_dict())
         train(rule, model, *old_task(), step=LEARNING, optimizer=optimizer)
         model.load_state_dict(at)
     rule.start_task(model, 1)
-    old = logits(model, old_task()[0])
+    old = outputs(model, old_task()[0])
     for step in range(10):
         x_TB, target_B = batch(5 + step % 7, size=8, features=12)
         train(rule, model, x_TB, target_B, step=81 + step, optimizer=optimizer)
-    assert (logits(model, old_task()[0]) - old).norm() / old.norm() > 1e-3
+    assert (outputs(model, old_task()[0]) - old).norm() / old.norm() > 1e-3
 
 
 def test_what_truncated_rows_miss_bounds_the_change():
     """Without neurons the outputs are W x: their change is dW (x - x H^T H)."""
     x_TB, target_B = batch(4, size=6, features=12)
-    projected, free = (Linear(12, 3, bias=False).double() for _ in range(2))
+    rule, projected = attached(
+        HLOP(BPTT(), rows=((4,),), learning_rate=0.1), Linear(12, 3, bias=False).double()
+    )
+    baseline, free = attached(BPTT(), Linear(12, 3, bias=False).double())
     free.load_state_dict(projected.state_dict())
-    rule, baseline = HLOP(BPTT(), rows=((4,),), learning_rate=0.1), BPTT()
-    rule.attach(projected)
     for step in range(100):
         train(rule, projected, x_TB, target_B, step=step)
     rule.start_task(projected, 1)
-    baseline.attach(free)
-    residual = (x_TB - x_TB @ rows_of(rule, 0).T @ rows_of(rule, 0)).norm(dim=-1)
+    rows = rows_of(rule, 0)
+    residual = (x_TB - x_TB @ rows.T @ rows).norm(dim=-1)
     found = []
     for each, linear in ((rule, projected), (baseline, free)):
-        old, weight = logits(linear, x_TB), linear.weight.detach().clone()
+        old, weight = outputs(linear, x_TB), linear.weight.detach().clone()
         optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
-        for step in range(30):
-            train(
-                each, linear, *batch(5, size=8, features=12), step=100 + step, optimizer=optimizer
-            )
-        change = (logits(linear, x_TB) - old).norm(dim=-1)
-        found.append(
-            (change, residual * torch.linalg.matrix_norm(linear.weight.detach() - weight, 2))
-        )
-    change, bound = found[0]
+        for step in range(100, 130):
+            new = batch(5, size=8, features=12)
+            train(each, linear, *new, step=step, optimizer=optimizer)
+        moved = torch.linalg.matrix_norm(linear.weight.detach() - weight, 2)
+        found.append(((outputs(linear, x_TB) - old).norm(dim=-1), residual * moved))
+    (change, bound), (free_change, free_bound) = found
     assert (change <= bound + 1e-12).all() and change.max() > 0.3 * bound.max() > 1e-3
-    change, bound = found[1]
-    assert (change > bound).any()
+    assert (free_change > free_bound).any()
 
 
-class ConvNet(nn.Module):
-    def __init__(self, **geometry: Any) -> None:
-        super().__init__()
-        self.conv = Conv2d(2, 4, **geometry)
-        self.norm = BatchNorm(4)
-        self.neuron = LIF()
-        self.classifier = Linear(4, 3)
-
-    def forward(self, x_TB: Tensor) -> Tensor:
-        return self.classifier(self.neuron(self.norm(self.conv(x_TB))).mean((3, 4)))
+def conv_net(**geometry: Any) -> nn.Module:
+    layers = {"conv": Conv2d(2, 4, **geometry), "norm": BatchNorm(4), "neuron": LIF()}
+    return Network(
+        lambda m, x: m.classifier(m.neuron(m.norm(m.conv(x))).mean((3, 4))),
+        **layers,
+        classifier=Linear(4, 3),
+    ).double()
 
 
 def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -269,21 +244,14 @@ def images(size: int = 4, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     [{"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": (3, 1), "dilation": (2, 1)}],
 )
 def test_a_projected_convolution_is_one_on_projected_patches(geometry):
-    model, (x_TB, target_B) = ConvNet(**geometry).double(), images()
-    conv = model.conv
-    rule = HLOP(BPTT(), rows=((4, 2), (1, 1)))
-    rule.attach(model)
+    model, (x_TB, target_B) = conv_net(**geometry), images()
+    conv: Any = model.conv
+    rule, _ = attached(HLOP(BPTT(), rows=((4, 2), (1, 1))), model)
     train(rule, model, x_TB, target_B, step=0)
-    patches_NC = torch.cat(
-        [
-            p.T
-            for x in x_TB
-            for p in F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
-        ]
-    )
-    assert torch.allclose(
-        moments_of(rule, 0), patches_NC.T @ patches_NC / len(patches_NC), atol=1e-12
-    )
+    about = (conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    patches_TBNC = torch.stack([nn.functional.unfold(x, *about).mT for x in x_TB])
+    patches_NC = patches_TBNC.flatten(0, 2)
+    assert torch.allclose(moments_of(rule, 0), second_moment(patches_NC), atol=1e-12)
     rule.start_task(model, 1)
     errors: list[Tensor] = []
     conv.register_forward_hook(
@@ -297,63 +265,54 @@ def test_a_projected_convolution_is_one_on_projected_patches(geometry):
     assert torch.allclose(gradient(conv).flatten(1), expected, atol=1e-13)
 
 
+def moved_by(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+
+
+def three_batches(rule: HLOP, model: nn.Module, first: int, **how: float) -> set[str]:
+    """The names of all that moved."""
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **how)
+    for step in range(3):
+        train(rule, model, *batch(4 + step), step=first + step, optimizer=optimizer)
+    return moved_by(model, before)
+
+
 def test_after_the_first_task_vectors_and_statistics_rest():
     """Biases, the gain and bias of batch norm, thresholds; its running statistics; and rows of old
     tasks, to the bit.
     """
     norm = BatchNorm(7)
     model = nn.Sequential(Linear(6, 7), norm, RateLIF(), Linear(7, 5), LIF(), Linear(5, 3)).double()
-    rule = HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1)))
-    rule.attach(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    start = copy.deepcopy(model.state_dict())
-    for step in range(3):
-        train(rule, model, *batch(4), step=step, optimizer=optimizer)
+    rule, _ = attached(HLOP(BPTT(), rows=((2, 3, 2), (1, 1, 1))), model)
     # The bias in front of batch norm has no gradient but rounding.
-    vectors = [
-        name for name, value in model.state_dict().items() if value.dim() == 1 and name != "0.bias"
-    ]
-    assert len(vectors) == 7 and all(
-        not torch.equal(model.state_dict()[name], start[name]) for name in vectors
-    )
+    assert three_batches(rule, model, 0) | {"0.bias"} == set(model.state_dict())
     for task in (1, 2):
         rule.start_task(model, task)
-        before, rows = (
-            copy.deepcopy(model.state_dict()),
-            [rows_of(rule, index).clone() for index in range(3)],
-        )
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        for step in range(3):
-            train(rule, model, *batch(4 + step), step=3 * task + step, optimizer=optimizer)
-        moved = {
-            name
-            for name, value in model.state_dict().items()
-            if not torch.equal(value, before[name])
-        }
+        rows = [rows_of(rule, index).clone() for index in range(3)]
+        moved = three_batches(rule, model, 3 * task, momentum=0.9)
         assert moved == {"0.weight", "3.weight", "5.weight"}
         assert all(torch.equal(rows_of(rule, index), rows[index]) for index in range(3))
         assert all(p.requires_grad for p in model.parameters())
-    trained = logits(model, batch(4)[0])
-    assert torch.equal(trained, logits(model.eval(), batch(4)[0])) and norm.frozen
+    trained = outputs(model, batch(4)[0])
+    assert torch.equal(trained, outputs(model.eval(), batch(4)[0])) and norm.frozen
     rule.release()
     assert not norm.frozen
 
 
 def test_modules_in_skip_are_left_alone():
     model = nn.Sequential(*lif_network(), norm := BatchNorm(3).double())
-    rule = HLOP(BPTT(), rows=((3, 4), (1, 2)), skip=("4", "5"))
-    plain = gradients(BPTT(), model, *batch_and_loss(4))
-    rule.attach(model)
+    (plain,) = gradients_on(4, model, BPTT())
+    rule, _ = attached(HLOP(BPTT(), rows=((3, 4), (1, 2)), skip=("4", "5")), model)
     train(rule, model, *batch(4), step=0)
     rule.start_task(model, 1)
     train(rule, model, *batch(4), step=1)
-    assert not norm.frozen
     found = {name: gradient(model, name) for name in plain}
-    assert torch.equal(found["4.weight"], plain["4.weight"]) and torch.equal(
-        found["4.bias"], plain["4.bias"]
-    )
+    assert not norm.frozen and not found["2.bias"].any() and not found["0.bias"].any()
+    assert all(torch.equal(found[name], plain[name]) for name in ("4.weight", "4.bias"))
     assert not torch.allclose(found["2.weight"], plain["2.weight"], atol=1e-4)
-    assert not found["2.bias"].any() and not found["0.bias"].any()
 
 
 @pytest.mark.parametrize("lateral_steps", [None, 40])
@@ -361,153 +320,124 @@ def test_a_fresh_process_goes_on_in_the_middle_of_a_later_task(lateral_steps):
     """The rule is attached, its state loaded, and start_task is not called again."""
 
     def fresh() -> tuple[HLOP, nn.Sequential]:
-        rule = HLOP(BPTT(), rows=ROWS, lateral_steps=lateral_steps)
         torch.manual_seed(0)
-        model = nn.Sequential(
-            Linear(6, 8), BatchNorm(8), LIF(), Linear(8, 7), LIF(), Linear(7, 3)
-        ).double()
-        rule.attach(model, world=World(seed=3))
-        return rule, model
+        first, *rest = lif_network()
+        model = nn.Sequential(first, BatchNorm(8), *rest).double()
+        rule = HLOP(BPTT(), rows=ROWS, lateral_steps=lateral_steps)
+        return attached(rule, model, world=World(seed=3))
 
-    def go_on(rule: HLOP, model: nn.Module, steps: range) -> None:
+    def go_on(rule: HLOP, model: nn.Module, steps: range, *, task: int | None = None) -> None:
+        if task is not None:
+            rule.start_task(model, task)
         for step in steps:
-            train(
-                rule,
-                model,
-                *batch(2 + step),
-                step=step,
-                optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            )
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            train(rule, model, *batch(2 + step), step=step, optimizer=optimizer)
 
-    (whole, whole_model), (second, second_model) = fresh(), fresh()
-    whole.start_task(whole_model, 0)
-    go_on(whole, whole_model, range(2))
-    whole.start_task(whole_model, 1)
-    go_on(whole, whole_model, range(2, 4))
-    whole.metrics()
-    second_model.load_state_dict(copy.deepcopy(whole_model.state_dict()))
-    second.load_state_dict(copy.deepcopy(whole.state_dict()))
-    assert second.metrics() == whole.metrics()
-    for rule, model in ((whole, whole_model), (second, second_model)):
-        go_on(rule, model, range(4, 6))
-        rule.start_task(model, 2)
-        go_on(rule, model, range(6, 7))
-    expected, got = (
-        whole.state_dict() | whole_model.state_dict(),
-        second.state_dict() | second_model.state_dict(),
-    )
-    assert got.keys() == expected.keys() and int(whole.task) == 2
+    whole, second = fresh(), fresh()
+    go_on(*whole, range(2), task=0)
+    go_on(*whole, range(2, 4), task=1)
+    whole[0].metrics()
+    for stopped, going in zip(whole, second, strict=True):
+        going.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    assert second[0].metrics() == whole[0].metrics()
+    for each in (whole, second):
+        go_on(*each, range(4, 6))
+        go_on(*each, range(6, 7), task=2)
+    expected, got = (rule.state_dict() | model.state_dict() for rule, model in (whole, second))
+    assert got.keys() == expected.keys() and int(whole[0].task) == 2
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
 
 
 def test_each_task_begins_rows_of_its_own():
-    rule, model = HLOP(SLTT(), rows=((2, 3, 2), (1, 0, 1))), lif_network()
-    rule.attach(model)
+    rule, model = attached(HLOP(SLTT(), rows=((2, 3, 2), (1, 0, 1))))
     assert [len(rows_of(rule, index, name="new")) for index in range(3)] == [2, 3, 2]
     for task, sizes in ((1, [2, 3, 2]), (2, [3, 3, 3]), (3, [4, 3, 4])):
         train(rule, model, *batch(4), step=task)
         rule.start_task(model, task)
         assert [len(rows_of(rule, index)) for index in range(3)] == sizes
-        for index in range(3):
-            rows = torch.cat([rows_of(rule, index), rows_of(rule, index, name="new")])
-            assert torch.allclose(
-                rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), atol=1e-14
-            )
+        for subspace in rule.subspaces:
+            identity = torch.eye(len(subspace.rows), dtype=torch.float64)
+            assert torch.allclose(subspace.rows @ subspace.rows.T, identity, atol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------- hears
 
 
 def test_the_rows_learn_from_the_inputs_of_every_synapse_at_every_step():
     """Against a plain forward; accumulated micro-batches are one batch, whether steps are
     differentiated or not.
     """
-    x_TB, target_B = batch(4, size=6)
-    model = lif_network()
+    (x_TB, target_B), model = batch(4, size=6), lif_network()
     seen = inputs_of(model, ("0", "2", "4"))
-    logits(model, x_TB)
-    rules = [
-        HLOP(inner, rows=ROWS) for inner in (BPTT(), BPTT(recompute=True), SLTT(), SLTT(1), OTTT())
-    ]
-    for rule in rules:
-        model = lif_network()
-        rule.attach(model)
+    outputs(model, x_TB)
+    first = None
+    for inner in (BPTT(), BPTT(recompute=True), SLTT(), SLTT(1), OTTT()):
+        rule, model = attached(HLOP(inner, rows=ROWS))
+        first = first or rule
         for part in (slice(0, 2), slice(2, 6)):
             learn(rule.loss_terms(model, x_TB[:, part], cross_entropy(target_B[part]), step=0))
         rule.end_of_batch()
         for index, (x,) in enumerate(seen):
-            x_NC = x.flatten(0, 1)
-            assert torch.allclose(moments_of(rule, index), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
-            assert torch.allclose(
-                rows_of(rule, index, name="new"), rows_of(rules[0], index, name="new"), atol=1e-12
-            )
+            rows, expected = (rows_of(each, index, name="new") for each in (rule, first))
+            assert torch.allclose(moments_of(rule, index), second_moment(x), atol=1e-13)
+            assert torch.allclose(rows, expected, atol=1e-12)
 
 
-def test_traces_and_rates():
-    x_TB, target_B = batch(4)
-    rule, model = HLOP(OTTT(), rows=ROWS, learn_from="traces"), lif_network()
-    rule.attach(model)
+def test_traces():
+    rule, model = attached(HLOP(OTTT(), rows=ROWS, learn_from="traces"))
     (spikes,) = inputs_of(model, ("2",))
-    train(rule, model, x_TB, target_B, step=0)
-    s_TB = torch.cat(spikes)
-    trace_TB = torch.stack([sum(0.5 ** (t - k) * s_TB[k] for k in range(t + 1)) for t in range(4)])  # type: ignore[misc]
-    for index, factor_TB in ((0, x_TB), (1, trace_TB)):  # the first synapse has no trace
-        f_NC = factor_TB.flatten(0, 1)
-        assert torch.allclose(moments_of(rule, index), f_NC.T @ f_NC / len(f_NC), atol=1e-13)
+    train(rule, model, *batch(4), step=0)
+    # The first synapse has no trace.
+    for index, factor_TB in ((0, batch(4)[0]), (1, traces_of(torch.cat(spikes), 0.5))):
+        assert torch.allclose(moments_of(rule, index), second_moment(factor_TB), atol=1e-13)
 
+
+def test_rates():
     model = nn.Sequential(
         Linear(6, 8), RateLIF(), Linear(8, 3), WeightedRates(RateLIF().decay)
     ).double()
     rule = HLOP(DSR(), rows=((3, 4), (1, 1)), learn_from="rates")
     rule.attach(model, over_time="mean")
     (spikes,) = inputs_of(model, ("2",))
-    train(rule, model, x_TB, target_B, step=0)
-    w_T = [math.exp(-0.05 * (3 - t)) for t in range(4)]
-    for index, z_TB in ((0, x_TB), (1, spikes[0])):
-        rate_BC = torch.stack([w * z_BC for w, z_BC in zip(w_T, z_TB, strict=True)]).sum(0) / sum(
-            w_T
-        )
-        assert torch.allclose(
-            moments_of(rule, index), rate_BC.T @ rate_BC / len(rate_BC), atol=1e-12
-        )
+    train(rule, model, *batch(4), step=0)
+    w_T = torch.exp(-0.05 * torch.arange(3, -1, -1, dtype=torch.float64))
+    for index, z_TB in ((0, batch(4)[0]), (1, spikes[0])):
+        rate_BC = torch.einsum("t,tbc->bc", w_T / w_T.sum(), z_TB)
+        assert torch.allclose(moments_of(rule, index), second_moment(rate_BC), atol=1e-12)
 
 
 @pytest.mark.parametrize("learn_from", ["spikes", "rates"])
 def test_a_repeated_frame_is_heard_once(learn_from):
-    x_B, target_B = batch(1)[0][0], batch(1)[1]
-    rule, model = HLOP(BPTT(), rows=ROWS, learn_from=learn_from), lif_network()
-    rule.attach(model)
-    train(rule, model, x_B.expand(5, *x_B.shape), target_B, step=0)
-    assert torch.allclose(moments_of(rule, 0), x_B.T @ x_B / len(x_B), atol=1e-14)
+    (x_1B, target_B), (rule, model) = (
+        batch(1),
+        attached(HLOP(BPTT(), rows=ROWS, learn_from=learn_from)),
+    )
+    train(rule, model, x_1B.expand(5, -1, -1), target_B, step=0)
+    assert torch.allclose(moments_of(rule, 0), second_moment(x_1B), atol=1e-14)
 
 
 def test_rows_stay_in_single_precision_under_autocast():
-    rule, model = HLOP(BPTT(), rows=ROWS), lif_network().float()
-    rule.attach(model)
-    for step in range(2):
-        x_TB, target_B = batch(4)
+    rule, model = attached(HLOP(BPTT(), rows=ROWS), lif_network().float())
+    x_TB, target_B = batch(4)
+    for task in range(2):
+        rule.start_task(model, task)
+        model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            learn(rule.loss_terms(model, x_TB.float(), cross_entropy(target_B), step=step))
+            learn(rule.loss_terms(model, x_TB.float(), cross_entropy(target_B), step=task))
         rule.end_of_batch()
-        x_NC = x_TB.float().flatten(0, 1)
-        assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), rtol=1e-6, atol=1e-6)
-        if step == 0:
-            rule.start_task(model, 1)
-            model.zero_grad()
+        expected = second_moment(x_TB.float())
+        assert torch.allclose(moments_of(rule, 0), expected, rtol=1e-6, atol=1e-6)
     old = rows_of(rule, 2)
     assert old.dtype == torch.float32 and (gradient(model, "4.weight") @ old.T).abs().max() < 1e-6
 
 
 def test_evaluation_and_broken_batches_are_not_heard():
-    rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
-    rule.attach(model)
-
-    def broken(logits_BK: Tensor) -> Tensor:
-        raise RuntimeError("no loss today")
-
-    with pytest.raises(RuntimeError, match="no loss today"):
-        list(rule.loss_terms(model, 100 * batch(4)[0], broken, step=0))
+    rule, model = attached(HLOP(SLTT(), rows=ROWS))
+    with pytest.raises(ZeroDivisionError):
+        list(rule.loss_terms(model, 100 * batch(4)[0], lambda logits_BK: 1 / 0, step=0))
     train(rule, model, *batch(4), step=1)
-    logits(model, 100 * batch(5)[0])
-    x_NC = batch(4)[0].flatten(0, 1)
-    assert torch.allclose(moments_of(rule, 0), x_NC.T @ x_NC / len(x_NC), atol=1e-13)
+    outputs(model, 100 * batch(5)[0])
+    assert torch.allclose(moments_of(rule, 0), second_moment(batch(4)[0]), atol=1e-13)
 
 
 READOUTS = [
@@ -523,37 +453,24 @@ def test_every_synapse_with_rows_is_heard(options):
     """A readout, which stands beside the network, hears the spikes that the synapse behind it in
     the network hears.
     """
-    rule, model = HLOP(OPZO(**options), rows=((2,) * 5, (1,) * 5)), with_readouts()
-    rule.attach(model)
+    rule, model = attached(HLOP(OPZO(**options), rows=((2,) * 5, (1,) * 5)), with_readouts())
     train(rule, model, *batch(4), step=0)
-    assert [recorder.name for recorder in rule._recorders] == [
-        "0",
-        "2.linear",
-        "3",
-        "5.linear",
-        "6",
-    ]
-    assert all(recorder.last is not None for recorder in rule._recorders)
+    names = [recorder.name for recorder in rule._recorders if recorder.last is not None]
+    assert names == ["0", "2.linear", "3", "5.linear", "6"]
     for readout, onward in ((1, 2), (3, 4)):
-        assert torch.allclose(moments_of(rule, readout), moments_of(rule, onward), atol=1e-14)
-    assert moments_of(rule, 1).any() and moments_of(rule, 3).any()
+        heard = moments_of(rule, readout)
+        assert heard.any() and torch.allclose(heard, moments_of(rule, onward), atol=1e-14)
 
 
 def test_figures_say_what_is_kept_and_what_is_free():
-    rule, model = HLOP(SLTT(), rows=ROWS), lif_network()
-    rule.attach(model)
-    assert {name for name in rule.metrics() if name.startswith("free")} == {
-        "free_0",
-        "free_2",
-        "free_4",
-    }
+    rule, model = attached(HLOP(SLTT(), rows=ROWS))
+    free = {name: value for name, value in rule.metrics().items() if name.startswith("free")}
+    assert list(free) == ["free_0", "free_2", "free_4"]
     for step in range(50):
         train(rule, model, *batch(4), step=step)
-    figures, x_NC = rule.metrics(), batch(4)[0].flatten(0, 1)
-    rows = rows_of(rule, 0, name="new")
-    assert figures["energy_0"] == pytest.approx(
-        float((x_NC @ rows.T).square().sum() / x_NC.square().sum()), abs=1e-12
-    )
+    figures, x_TB, rows = rule.metrics(), batch(4)[0], rows_of(rule, 0, name="new")
+    kept = float((x_TB @ rows.T).square().sum() / x_TB.square().sum())
+    assert figures["energy_0"] == pytest.approx(kept, abs=1e-12)
     assert 0.5 < figures["energy_0"] < 1 and figures["free_0"] == 3
     rule.start_task(model, 1)
     assert rule.metrics()["free_0"] == 2
@@ -574,58 +491,34 @@ def test_another_weight_carries_the_error_down(error):
     """Every factor written out: the synapse that carries the error differs, the weights' own
     gradients follow from it.
     """
-    model, (x_TB, target_B) = lif_network(), batch(4)
-    rule = HLOP(SLTT(), rows=ROWS, error=error)
-    got = gradients(rule, model, x_TB, cross_entropy(target_B), world=World(seed=5))
-    rule.attach(model, world=World(seed=5))
-    _, carrier2, carrier3 = carriers_of(model)
+    rule, model = attached(HLOP(SLTT(), rows=ROWS, error=error), world=World(seed=5))
+    _, *carriers = carriers_of(model)
     rule.release()
-    found = {name: torch.zeros_like(value) for name, value in got.items()}
-    with torch.no_grad():
-        w1, b1, w2, b2, w3, b3 = model.parameters()
-        v1, v2 = torch.zeros(5, 8, dtype=torch.float64), torch.zeros(5, 7, dtype=torch.float64)
-        for x in x_TB:
-            u1 = 0.5 * v1 + x @ w1.T + b1
-            s1 = (u1 >= 1).double()
-            u2 = 0.5 * v2 + s1 @ w2.T + b2
-            s2 = (u2 >= 1).double()
-            v1, v2 = u1 - s1, u2 - s2
-            g3 = (torch.softmax(s2 @ w3.T + b3, 1) - F.one_hot(target_B, 3)) / 20
-            g2 = g3 @ carrier3 * (1 - (u2 - 1).abs()).clamp(min=0)
-            g1 = g2 @ carrier2 * (1 - (u1 - 1).abs()).clamp(min=0)
-            for layer, g, s in ((4, g3, s2), (2, g2, s1), (0, g1, x)):
-                found[f"{layer}.weight"] += g.T @ s
-                found[f"{layer}.bias"] += g.sum(0)
-    assert difference(got, found) < 1e-12
-    assert difference(got, gradients(SLTT(), model, x_TB, cross_entropy(target_B))) > 1e-2
+    (got,), (plain,) = (
+        gradients_on(4, model, each, world=World(seed=5)) for each in (rule, SLTT())
+    )
+    assert difference(got, summed(three_factors(model, *batch(4), carriers=carriers))) < 1e-12
+    assert difference(got, plain) > 1e-2
 
 
-def test_the_carriers_have_the_published_scales():
+@pytest.mark.parametrize("shape", [(300, 100), (8, 11, 5, 5)])
+def test_the_carriers_have_the_published_scales(shape):
     """Signs: 1 / sqrt(in) of a matrix, sqrt(2 / (k^2 out)) of a convolution. At random:
     kaiming_uniform(sqrt 5).
     """
-    weight, kernels = (
-        torch.randn(300, 100, dtype=torch.float64),
-        torch.randn(8, 11, 5, 5, dtype=torch.float64),
-    )
+    weight = torch.randn(shape, dtype=torch.float64)
     assert torch.equal(sign_symmetric(weight), 0.1 * weight.sign())
-    assert torch.equal(sign_symmetric(kernels), 0.1 * kernels.sign())
-    for shape in (weight, kernels):
-        published = torch.nn.init.kaiming_uniform_(torch.empty(shape.shape), a=math.sqrt(5))
-        matrix = FixedFeedback(shape, key=2**64 - 1)(shape)
-        assert matrix.shape == shape.shape and matrix.dtype == shape.dtype
-        assert (
-            matrix.std().item() == pytest.approx(published.std().item(), rel=0.05)
-            and abs(matrix.mean().item()) < 0.002
-        )
-        bound = 1 / math.sqrt(shape[0].numel())
-        assert 0.99 * bound < matrix.abs().max().item() <= bound
+    published = nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
+    matrix = FixedFeedback(weight, key=2**64 - 1)(weight)
+    assert matrix.shape == shape and matrix.dtype == weight.dtype
+    assert matrix.std().item() == pytest.approx(published.std().item(), rel=0.05)
+    bound = 1 / math.sqrt(weight[0].numel())
+    assert abs(matrix.mean()) < 0.002 and 0.99 * bound < matrix.abs().max() <= bound
 
 
 def test_feedback_depends_on_the_seed_and_the_layer_alone():
     def matrices(seed: int) -> list[Tensor]:
-        model, rule = lif_network(), HLOP(SLTT(), rows=ROWS, error="feedback")
-        rule.attach(model, world=World(seed=seed))
+        _, model = attached(HLOP(SLTT(), rows=ROWS, error="feedback"), world=World(seed=seed))
         return carriers_of(model)
 
     one, again, other = matrices(1), matrices(1), matrices(2)
@@ -642,68 +535,90 @@ SYNAPSES = ((6, 3), (8, 4), (7, 3))
 """inputs, and rows of the first task, of each"""
 
 
-@pytest.mark.parametrize("lateral_steps", [None, 40])
-def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps: int | None):
+@pytest.mark.parametrize(
+    ("lateral_steps", "numbers_of"),
+    [(None, lambda C, K: C * C), (40, lambda C, K: 2 * K * C + K * K + 1)],
+)
+def test_its_own_bytes_are_the_rows_and_the_moments_of_two_batches(lateral_steps, numbers_of):
     """By hand, in fp64; while a batch runs, what it adds up lies beside what the last one came
     to.
     """
-    rule, model, (x_TB, target_B) = (
-        HLOP(SLTT(), rows=ROWS, lateral_steps=lateral_steps),
-        lif_network(),
-        batch(4),
-    )
-    rule.attach(model)
+    rule, model = attached(HLOP(SLTT(), rows=ROWS, lateral_steps=lateral_steps))
+    (x_TB, target_B) = batch(4)
     train(rule, model, x_TB, target_B, step=0)
     learn(rule.loss_terms(model, x_TB, cross_entropy(target_B), step=1))
-    numbers_of = (
-        (lambda C, K: C * C) if lateral_steps is None else (lambda C, K: 2 * K * C + K * K + 1)
-    )
     moments = sum(8 * numbers_of(C, K) for C, K in SYNAPSES)
     for name in ("pending", "last"):
         there = [vars(getattr(recorder, name)).values() for recorder in rule._recorders]
-        assert (
-            sum(each.nbytes for values in there for each in values if isinstance(each, Tensor))
-            == moments
-        )
-    own = (
-        8 + sum(8 * (2 * K * C + 1) for C, K in SYNAPSES) + 2 * moments
-    )  # the task; rows, their velocity, the energy
+        tensors = [each for values in there for each in values if isinstance(each, Tensor)]
+        assert sum(each.nbytes for each in tensors) == moments
+    # The task; rows, their velocity, the energy.
+    own = 8 + sum(8 * (2 * K * C + 1) for C, K in SYNAPSES) + 2 * moments
     assert rule.bytes() == own
     rule.end_of_batch()
     assert rule.bytes() == own
 
 
 def test_its_own_bytes_have_the_inner_rules_and_the_feedback_that_is_fixed():
-    x_TB, target_B = batch(4)
-    opzo = OPZO()
-
-    def own(rule: HLOP) -> int:
-        model = lif_network()
-        rule.attach(model)
-        train(rule, model, x_TB, target_B, step=0)
+    def own(inner: Rule, **how: Any) -> int:
+        rule, model = attached(HLOP(inner, rows=ROWS, **how))
+        train(rule, model, *batch(4), step=0)
         return rule.bytes()
 
-    plain = own(HLOP(SLTT(), rows=ROWS))
-    assert own(HLOP(opzo, rows=ROWS)) == plain + opzo.bytes() == plain + 2 * (8 + 7) * 3 * 8 + 8
-    assert own(HLOP(SLTT(), rows=ROWS, error="feedback")) == plain + 8 * (6 * 8 + 8 * 7 + 7 * 3)
-    assert own(HLOP(SLTT(), rows=ROWS, error="sign_symmetric")) == plain
+    plain, opzo = own(SLTT()), OPZO()
+    assert own(opzo) == plain + opzo.bytes() == plain + 2 * (8 + 7) * 3 * 8 + 8
+    assert own(SLTT(), error="feedback") == plain + 8 * (6 * 8 + 8 * 7 + 7 * 3)
+    assert own(SLTT(), error="sign_symmetric") == plain
+
+
+# ----------------------------------------------------------------------------------------- refuses
 
 
 def sgd(**more: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, **more)  # type: ignore[arg-type]
 
 
-def attached(rule: HLOP, model: nn.Module | None = None, **more: Any) -> HLOP:
-    rule.attach(lif_network() if model is None else model, **more)
-    return rule
-
-
 def network_with(*modules: nn.Module) -> nn.Module:
     return nn.Sequential(Linear(6, 8), LIF(), *modules)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+def a_batch_in_slices() -> None:
+    rule, model = attached(HLOP(BPTT(chunk=1), rows=ROWS, learn_from="rates"))
+    train(rule, model, *batch(4), step=0)
+
+
+def more_tasks_than_room() -> None:
+    rule, model = attached(HLOP(BPTT(), rows=((5, 1, 1), (1, 1, 1))))
+    for task in (1, 2):
+        rule.start_task(model, task)
+
+
+def rates_of_an_equilibrium() -> None:
+    feedback = Linear(4, 4, bias=False)
+    rest = Equilibrium(inject=Linear(6, 4), feedback=feedback, neurons=[IF()], synapses=[])
+    rule = HLOP(IDE(), rows=((1, 1, 1),), learn_from="rates")
+    rule.attach(nn.Sequential(rest, Linear(4, 3)), over_time="mean")
+
+
+def tasks_that_come(tasks: int) -> None:
+    model = mlp(3, in_features=6, hidden=(8, 7), bias=False)
+    rule, _ = attached(HLOP(SLTT(), rows=((2, 2, 2), (1, 1, 1))), model)
+    rule.check_tasks(model, tasks)
+
+
+def recipe_of(rows: tuple, phases: int, **changes: Any) -> None:
+    recipe = small_recipe(
+        model=spec(mlp, in_features=64, hidden=(8,)),
+        rule=spec(HLOP, inner=spec(SLTT), rows=rows),
+        phases=tuple(
+            Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(phases)
+        ),
+    ).override({"optimizer.weight_decay": 0.0})
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    check_recipe(recipe.override(changes), 1)
+
+
+test_refuses = refusals(
     [
         (
             lambda: HLOP(HLOP(SLTT(), rows=ROWS), rows=ROWS),
@@ -823,7 +738,7 @@ def network_with(*modules: nn.Module) -> nn.Module:
             r"the model must have synapses, .*; got none",
         ),
         (
-            lambda: attached(HLOP(SLTT(), rows=ROWS)).start_task(nn.Module(), 2),
+            lambda: attached(HLOP(SLTT(), rows=ROWS))[0].start_task(nn.Module(), 2),
             r"one after another; got task 2 after task 0",
         ),
         (
@@ -842,32 +757,58 @@ def network_with(*modules: nn.Module) -> nn.Module:
                 r" weight_decay=0\.0001"
             ),
         ),
-    ],
-)
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_refuses_slices_where_rates_are_asked_for_and_more_rows_than_there_is_room():
-    rule, model = (
-        HLOP(BPTT(chunk=1), rows=((5, 1, 1), (1, 1, 1)), learn_from="rates"),
-        lif_network(),
-    )
-    rule.attach(model)
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"HLOP\(BPTT-chunk-1\): learn_from='rates' needs .* all T steps .*; BPTT-chunk-1 gives"
-            r" 1 of 4"
+        (
+            a_batch_in_slices,
+            (
+                r"HLOP\(BPTT-chunk-1\): learn_from='rates' needs .* all T steps .*;"
+                r" BPTT-chunk-1 gives 1 of 4"
+            ),
         ),
-    ):
-        train(rule, model, *batch(4), step=0)
-    rule.start_task(model, 1)
-    with pytest.raises(
-        ValueError, match=r"got 1 more for task 2, where synapse 0 has 0 directions left"
-    ):
-        rule.start_task(model, 2)
+        (more_tasks_than_room, r"got 1 more for task 2, where synapse 0 has 0 directions left"),
+        (
+            rates_of_an_equilibrium,
+            r"HLOP\(IDE\): an equilibrium is run one step at a time, so learn_from must not be",
+        ),
+        (
+            lambda: tasks_that_come(6),
+            r"HLOP\(SLTT\): rows of all 6 tasks must fit into the 6 inputs of layers\.0; got 7",
+        ),
+        (
+            lambda: recipe_of(((3, 2),), 0),
+            r"HLOP\(SLTT\): .* a recipe must have 2 phases or more; got 1",
+        ),
+        *[
+            (lambda changes=changes: recipe_of(((3, 2), (1, 1)), 2, **changes), message)
+            for changes, message in (
+                (
+                    {"optimizer.weight_decay": 1e-4},
+                    r"HLOP\(SLTT\): weight_decay must be 0, .*; got weight_decay=0\.0001",
+                ),
+                (
+                    {"optimizer.opt": "adam"},
+                    r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Adam",
+                ),
+                (
+                    {"optimizer.opt": "lamb"},
+                    r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Lamb",
+                ),
+                (
+                    {"model.weights": "standardized"},
+                    r"every layer must be a plain .*; got standardized weights at layers\.0",
+                ),
+                (
+                    {"rule.rows": ((3, 8), (1, 2))},
+                    r"rows of all 2 tasks must fit into the 8 inputs of classifier; got 10",
+                ),
+            )
+        ],
+    ]
+)
+
+
+def test_as_many_rows_as_there_is_room_for_are_accepted():
+    tasks_that_come(5)
+    recipe_of(((3, 2), (1, 1)), 2)
 
 
 def test_a_refused_model_is_free_again():
@@ -896,73 +837,3 @@ def test_labels_are_distinct():
     assert [rule.memory for rule in made] == ["constant"] * 3 and HLOP(
         OTTT(update="step"), rows=ROWS
     ).update == "step"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"optimizer.weight_decay": 1e-4},
-            r"HLOP\(SLTT\): weight_decay must be 0, .*; got weight_decay=0\.0001",
-        ),
-        ({"optimizer.opt": "adam"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Adam"),
-        ({"optimizer.opt": "lamb"}, r"HLOP\(SLTT\): the optimizer must be SGD, .*; got Lamb"),
-        (
-            {"model.weights": "standardized"},
-            r"HLOP\(SLTT\): every layer must be a plain .*; got standardized weights at layers\.0",
-        ),
-        (
-            {"rule.rows": ((3, 8), (1, 2))},
-            r"rows of all 2 tasks must fit into the 8 inputs of classifier; got 10",
-        ),
-    ],
-)
-def test_a_recipe_is_refused_before_anything_is_launched(changes, message):
-    recipe = small_recipe(
-        model=spec(mlp, in_features=64, hidden=(8,)),
-        rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2), (1, 1))),
-        phases=tuple(
-            Phase(name=f"order-{task}", data=spec(Permuted, task=task)) for task in range(2)
-        ),
-    ).override({"optimizer.weight_decay": 0.0})
-    assert Recipe.from_json(recipe.to_json()) == recipe
-    check_recipe(recipe, 1)
-    with pytest.raises(ValueError, match=message):
-        check_recipe(recipe.override(changes), 1)
-
-
-def test_a_recipe_of_one_task_has_nothing_to_protect():
-    recipe = small_recipe(
-        model=spec(mlp, in_features=64, hidden=(8,)),
-        rule=spec(HLOP, inner=spec(SLTT), rows=((3, 2),)),
-    )
-    with pytest.raises(
-        ValueError, match=r"HLOP\(SLTT\): .* a recipe must have 2 phases or more; got 1"
-    ):
-        check_recipe(recipe.override({"optimizer.weight_decay": 0.0}), 1)
-
-
-def test_rates_of_an_equilibrium_are_not_heard():
-    feedback = Linear(4, 4, bias=False)
-    model = nn.Sequential(
-        Equilibrium(inject=Linear(6, 4), feedback=feedback, neurons=[IF()], synapses=[]),
-        Linear(4, 3),
-    )
-    rule = HLOP(IDE(), rows=((1, 1, 1),), learn_from="rates")
-    with pytest.raises(
-        ValueError,
-        match=r"HLOP\(IDE\): an equilibrium is run one step at a time, so learn_from must not be",
-    ):
-        rule.attach(model, over_time="mean")
-
-
-def test_rows_must_fit_all_tasks_that_come():
-    model = mlp(3, in_features=6, hidden=(8, 7), bias=False)
-    rule = HLOP(SLTT(), rows=((2, 2, 2), (1, 1, 1)))
-    rule.attach(model)
-    rule.check_tasks(model, 5)
-    with pytest.raises(
-        ValueError,
-        match=r"HLOP\(SLTT\): rows of all 6 tasks must fit into the 6 inputs of layers\.0; got 7",
-    ):
-        rule.check_tasks(model, 6)

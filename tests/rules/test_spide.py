@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipeline.models.feedback import convnet_f, fc_feedback
 from pipeline.recipe.files import load_recipe
 from pipeline.recipe.recipe import Recipe
+from pipeline.rules.base import Rule
 from pipeline.rules.hlop import HLOP
 from pipeline.rules.ide import IDE
 from pipeline.rules.spide import SPIDE, Ternary, _transposed_layer, ternary_phase
@@ -27,12 +28,17 @@ from pipeline.spiking.synapse import Linear
 from tests.helpers.rule_networks import (
     CLASSES,
     FEATURES,
+    attached,
     batch,
     cross_entropy,
     difference,
+    drawn,
     gradients,
-    learn,
+    gradients_on,
     lif_network,
+    one_batch,
+    outputs,
+    refusals,
     spikes_of,
 )
 
@@ -43,24 +49,24 @@ SYMMETRIC = {"threshold": 0.5, "quantum": 1.0}
 def feedback_network(*widths: int, seed: int = 8, weight: float = 0.5, **neuron) -> nn.Sequential:
     """Layers of `widths`, a feedback of spectral norm 1, and a readout, in float64."""
     neuron = {"decay": 1.0, "threshold": 1.0, "subtract": 2.0} | neuron
-    generator = torch.Generator().manual_seed(seed)
     feedback = Linear(widths[-1], widths[0], bias=False)
-    model = nn.Sequential(
-        Equilibrium(
-            inject=Linear(FEATURES, widths[0]),
-            feedback=feedback,
-            neurons=[LIF(**neuron) for _ in widths],
-            synapses=[Linear(a, b) for a, b in itertools.pairwise(widths)],
-        ),
-        Linear(widths[-1], CLASSES),
-    ).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(
-                weight * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            )
-        feedback.weight.div_(torch.linalg.matrix_norm(feedback.weight, 2))
-    return model
+    rest = Equilibrium(
+        inject=Linear(FEATURES, widths[0]),
+        feedback=feedback,
+        neurons=[LIF(**neuron) for _ in widths],
+        synapses=[Linear(a, b) for a, b in itertools.pairwise(widths)],
+    )
+    readout = Linear(widths[-1], CLASSES)
+    model = drawn(nn.Sequential(rest, readout), seed=seed, scale=weight)
+    feedback.weight.data.div_(torch.linalg.matrix_norm(feedback.weight, 2))
+    return model  # type: ignore[return-value]
+
+
+EXACT = IDE(tolerance=0, iterations=60)
+
+
+def mean_gradients(model: nn.Module, *rules: Rule, steps: int = 20) -> tuple[dict, ...]:
+    return gradients_on(steps, model, *rules, over_time="mean")
 
 
 def smallest_model() -> nn.Sequential:
@@ -165,9 +171,10 @@ def test_without_the_symmetric_reset_the_error_is_larger_at_equal_range(seed):
 
 def test_odd_in_its_input():
     ring = Chain(0, (9, 12, 7))
-    one, other = ring.solve(60, **SYMMETRIC), ring.solve(60, g_BN=-ring.g_BN, **SYMMETRIC)
+    one, other, nothing = (
+        ring.solve(60, g_BN=sign * ring.g_BN, **SYMMETRIC) for sign in (1, -1, 0)
+    )
     assert all(torch.equal(a, -b) and a.any() for a, b in zip(one.beta, other.beta, strict=True))
-    nothing = ring.solve(60, g_BN=torch.zeros_like(ring.g_BN), **SYMMETRIC)
     assert nothing.rate == 0 and not any(beta_BN.any() for beta_BN in nothing.beta)
 
 
@@ -195,9 +202,7 @@ def one_neuron(g: float, steps: int) -> Ternary:
 def test_a_threshold_reached_is_a_spike(sign):
     """u = 0.5 and an emission, 0 and none, 0.5 and an emission."""
     found = one_neuron(0.5 * sign, 3)
-    assert found.beta[0].item() == pytest.approx(sign * 2 / 3) and found.rate == pytest.approx(
-        2 / 3
-    )
+    assert (found.beta[0].item(), found.rate) == pytest.approx((sign * 2 / 3, 2 / 3))
 
 
 def test_saturated_is_who_holds_back_more_than_one_emission():
@@ -227,14 +232,11 @@ class Recorded:
         equilibrium.adjoint = self
 
     def __call__(self, g_B: Tensor, vjp: Linearized) -> list[Tensor]:
-        betas = self.adjoint(g_B, vjp)
-        unit = 2 * self.adjoint.threshold / self.adjoint.steps
-        counts = [
-            beta_B * (self.adjoint.scale * self.adjoint.samples / self.adjoint.factor / unit)
-            for beta_B in betas
-        ]
-        assert all((count_B - count_B.round()).abs().max() < 1e-9 for count_B in counts)
-        self.seen.append(torch.cat([count_B.round() for count_B in counts], 1))
+        betas, phase = self.adjoint(g_B, vjp), self.adjoint
+        emission = 2 * phase.threshold / phase.steps * phase.factor / (phase.scale * phase.samples)
+        counts = torch.cat(betas, 1) / emission
+        assert (counts - counts.round()).abs().max() < 1e-9
+        self.seen.append(counts.round())
         return betas
 
 
@@ -244,95 +246,64 @@ def emissions(
     """Of every backward neuron, [B, N], and the gradient divided by what the backend multiplies
     by.
     """
-    model, rule = smallest_model(), SPIDE(100, scale=0.25)
-    rule.attach(model, over_time="mean")
+    rule, model = attached(SPIDE(100, scale=0.25), smallest_model(), over_time="mean")
     recorded = Recorded(model)
     for objective in rule.loss_terms(model, x_TB, cross_entropy(target_B)):
-        assert objective.backward is not None
         (factor * objective.backward).backward()
-    return recorded.seen[0], {
-        name: p.grad / factor for name, p in model.named_parameters() if p.grad is not None
-    }
+    return recorded.seen[0], {name: p.grad / factor for name, p in model.named_parameters()}
+
+
+def fall(errors: list[float]) -> float:
+    """The slope of errors at a hundredfold number of steps."""
+    return math.log10(errors[-1] / errors[0]) / 2
 
 
 @pytest.mark.parametrize("widths", [(12,), (8, 9, 7)])
 def test_the_gradient_approaches_ide_as_one_over_the_steps(widths):
-    model = feedback_network(*widths)
-    x_TBC, target = batch(20)
-    exact = gradients(
-        IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean"
-    )
-    errors = []
-    for steps in STEPS:
-        rule = SPIDE(steps, scale=0.25)
-        errors.append(
-            difference(
-                gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean"), exact
-            )
-        )
+    rules = [SPIDE(steps, scale=0.25) for steps in STEPS]
+    exact, *found = mean_gradients(feedback_network(*widths), EXACT, *rules)
+    for rule in rules:
         assert rule.metrics()["saturated"] == 0 < rule.metrics()["backward_rate"] < 0.5
+    errors = [difference(each, exact) for each in found]
     assert max(g.abs().max() for g in exact.values()) > 0.1
-    assert errors[0] < 0.02
-    assert math.log10(errors[2] / errors[0]) / 2 == pytest.approx(-1, abs=0.15)
-
-
-@pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])
-def test_another_weight_carries_its_errors_down_as_it_does_under_ide(error):
-    model, (x_TBC, target) = feedback_network(8, 7), batch(20)
-    plain, ide, spide = (
-        gradients(rule, model, x_TBC, cross_entropy(target), over_time="mean")
-        for rule in (
-            IDE(),
-            HLOP(IDE(tolerance=0, iterations=60), rows=((2, 2, 2, 2),), error=error),
-            HLOP(SPIDE(5000, scale=0.25), rows=((2, 2, 2, 2),), error=error),
-        )
-    )
-    assert difference(ide, spide) < 1e-3 < 1e-2 < difference(ide, plain)
+    assert errors[0] < 0.02 and fall(errors) == pytest.approx(-1, abs=0.15)
 
 
 def test_so_it_does_on_a_convolutional_network():
-    torch.manual_seed(0)
-    model = convnet_f(
-        CLASSES, in_channels=2, size=8, layers=((3, 3, 2), (4, 3, 2)), dropout=0.0
-    ).double()
+    layers = ((3, 3, 2), (4, 3, 2))
+    model = convnet_f(CLASSES, in_channels=2, size=8, layers=layers, dropout=0.0).double()
     x_TBCHW = 3 * torch.randn(1, 5, 2, 8, 8).double().expand(30, -1, -1, -1, -1)
-    target = batch(1)[1]
-    exact = gradients(
-        IDE(tolerance=0, iterations=60), model, x_TBCHW, cross_entropy(target), over_time="mean"
+    exact, few, many = (
+        gradients(rule, model, x_TBCHW, cross_entropy(batch(1)[1]), over_time="mean")
+        for rule in (EXACT, SPIDE(100), SPIDE(1000))
     )
-    errors = [
-        difference(
-            gradients(SPIDE(steps), model, x_TBCHW, cross_entropy(target), over_time="mean"), exact
-        )
-        for steps in (100, 1000)
-    ]
-    assert max(g.abs().max() for g in exact.values()) > 0.1 and errors[1] < 0.2 * errors[0] < 0.02
+    assert max(g.abs().max() for g in exact.values()) > 0.1
+    assert difference(many, exact) < 0.2 * difference(few, exact) < 0.02
 
 
 def test_leaky_neurons_in_either_phase():
     """A decay of the forward phase leaves the equation as it is; one of the backward phase leaves a
     remainder.
     """
-    model = feedback_network(12, decay=0.9)
-    x_TBC, target = batch(20)
-    exact = gradients(
-        IDE(tolerance=0, iterations=60), model, x_TBC, cross_entropy(target), over_time="mean"
-    )
-    even, leaky = (
-        difference(
-            gradients(
-                SPIDE(5000, scale=0.25, decay=decay),
-                model,
-                x_TBC,
-                cross_entropy(target),
-                over_time="mean",
-            ),
-            exact,
-        )
-        for decay in (1.0, 0.99)
-    )
+    rules = [SPIDE(5000, scale=0.25, decay=decay) for decay in (1.0, 0.99)]
+    exact, even, leaky = mean_gradients(feedback_network(12, decay=0.9), EXACT, *rules)
     assert max(g.abs().max() for g in exact.values()) > 0.1
-    assert even < 0.001 < leaky < 0.05
+    assert difference(even, exact) < 0.001 < difference(leaky, exact) < 0.05
+
+
+def test_the_scale_resolves_and_does_not_multiply():
+    rules = [SPIDE(100, scale=scale) for scale in (0.01, 0.25, 100.0)]
+    exact, *found = mean_gradients(feedback_network(8, 7), IDE(), *rules)
+    small, right, large = (difference(each, exact) for each in found)
+    assert right < 0.01 < 0.05 < min(small, large)
+
+
+@pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])
+def test_another_weight_carries_its_errors_down_as_it_does_under_ide(error):
+    inner = (EXACT, SPIDE(5000, scale=0.25))
+    around = [HLOP(rule, rows=((2, 2, 2, 2),), error=error) for rule in inner]
+    plain, ide, spide = mean_gradients(feedback_network(8, 7), IDE(), *around)
+    assert difference(ide, spide) < 1e-3 < 1e-2 < difference(ide, plain)
 
 
 @pytest.mark.parametrize("limit", ["spectral", "none"])
@@ -340,7 +311,6 @@ def test_events_are_handed_down_as_a_product_is(limit):
     """Sparse sums of rows against the transposed synapse; samples without an event, the last among
     them, and none at all.
     """
-    torch.manual_seed(0)
     rest = fc_feedback(in_features=6, hidden=9, limit=limit).double().equilibrium
     vjp = Linearized(rest, torch.rand(1, 5, 9).double(), 2 * torch.randn(1, 5, 9).double())
     s_BN = torch.randint(-1, 2, (5, 9)).double()
@@ -357,97 +327,67 @@ def test_beta_stays_within_the_bound_of_ide_s():
     """The error that the equation's inverse allows, on the Jacobian that the equilibrium itself
     hands out.
     """
-    model = feedback_network(12)
-    x_TBC, target = batch(20)
-    checked = []
+    model, (x_TBC, target), eye = feedback_network(12), batch(20), torch.eye(12).double()
+    norms = []
 
     def adjoint(g_B: Tensor, vjp: Linearized) -> Tensor:
-        exact_B = IDE(tolerance=0, iterations=60).adjoint(g_B, vjp)
-        columns = torch.stack(
-            [vjp(torch.eye(12).double()[n].expand(len(g_B), -1)) for n in range(12)], -1
-        )
-        norm = torch.linalg.inv(torch.eye(12).double() - columns).abs().sum(-1).max().item()
+        exact_B = EXACT.adjoint(g_B, vjp)
+        columns = torch.stack([vjp(row.expand(len(g_B), -1)) for row in eye], -1)
+        norms.append(torch.linalg.inv(eye - columns).abs().sum(-1).max().item())
         for steps in STEPS:
             phase = SPIDE(steps, scale=0.25).adjoint
             phase.samples = len(g_B)
             (beta_B,) = phase(g_B, vjp)
-            assert 0 < phase.scale * phase.samples * beta_B.abs().max() < 1
-            assert phase.scale * phase.samples * (beta_B - exact_B).abs().max() <= norm / steps
-            checked.append(norm)
+            scale = phase.scale * phase.samples
+            assert 0 < scale * beta_B.abs().max() < 1
+            assert scale * (beta_B - exact_B).abs().max() <= norms[0] / steps
         return exact_B
 
     model[0].adjoint = adjoint
-    with fresh_state(model):
-        cross_entropy(target)(model(x_TBC)[0]).backward()
-    assert len(checked) == 3 and 1.1 < checked[0] < 4
+    cross_entropy(target)(outputs(model, x_TBC, grad=True)[0]).backward()
+    assert len(norms) == 1 and 1.1 < norms[0] < 4
 
 
 def test_spikes_know_neither_batch_nor_backend():
     x_TBC, target = batch(20, size=6)
     counts, gradient = emissions(x_TBC, target)
     assert counts.abs().sum() > 100 and counts.abs().max() < 100
-    for factor in (3.0, 0.37, 1e-6):
-        scaled, same = emissions(x_TBC, target, factor=factor)
-        assert torch.equal(scaled, counts) and difference(same, gradient) < 1e-14
     order = torch.tensor([4, 0, 5, 2, 1, 3])
-    permuted, same = emissions(x_TBC[:, order], target[order])
-    assert torch.equal(permuted, counts[order]) and difference(same, gradient) < 1e-14
-    parts = [
-        emissions(x_TBC[:, rows], target[rows], factor=len(rows) / 6)
-        for rows in (range(1), range(1, 3), range(3, 6))
-    ]
-    assert torch.equal(torch.cat([part for part, _ in parts]), counts)
-    shares = [{name: g * (len(part) / 6) for name, g in found.items()} for part, found in parts]
-    assert (
-        difference({name: sum(share[name] for share in shares) for name in gradient}, gradient)
-        < 1e-14
-    )
+    for rows, factor in ((slice(None), 3.0), (slice(None), 0.37), (slice(None), 1e-6), (order, 1)):
+        same_counts, same = emissions(x_TBC[:, rows], target[rows], factor=factor)
+        assert torch.equal(same_counts, counts[rows]) and difference(same, gradient) < 1e-14
+    total, found = dict.fromkeys(gradient, 0), []
+    for rows in (range(1), range(1, 3), range(3, 6)):
+        part, own = emissions(x_TBC[:, rows], target[rows], factor=len(rows) / 6)
+        found.append(part)
+        total = {name: total[name] + g * len(rows) / 6 for name, g in own.items()}
+    assert torch.equal(torch.cat(found), counts) and difference(total, gradient) < 1e-14
 
 
-def test_the_scale_resolves_and_does_not_multiply():
-    model = feedback_network(8, 7)
-    x_TBC, target = batch(20)
-    exact = gradients(IDE(), model, x_TBC, cross_entropy(target), over_time="mean")
-    errors = {
-        scale: difference(
-            gradients(
-                SPIDE(100, scale=scale), model, x_TBC, cross_entropy(target), over_time="mean"
-            ),
-            exact,
-        )
-        for scale in (0.01, 0.25, 100.0)
-    }
-    assert errors[0.25] < 0.01 < 0.05 < min(errors[0.01], errors[100.0])
-
-
-def test_the_symmetric_reset_of_the_forward_phase_centres_its_rates():
+@pytest.mark.parametrize("seed", range(5))
+def test_the_symmetric_reset_of_the_forward_phase_centres_its_rates(seed):
     """Same fixed point; the rate's error is about half, and its sign no longer gives it away."""
-    for seed in range(5):
-        x_TBC = batch(1, size=16)[0].expand(30, -1, -1)
-        found = []
-        for neuron in ({"threshold": 1.0, "subtract": 2.0}, {"threshold": 2.0, "subtract": 2.0}):
-            model = feedback_network(24, seed=seed, weight=0.35, **neuron)
-            rest: Any = model[0]
-            with torch.no_grad(), fresh_state(model):
-                a_1B = torch.zeros(1, 16, 24).double()
-                for _ in range(500):
-                    a_1B = rest.rate(0, rest.inject(x_TBC[:1]) + rest.feedback(a_1B))
-                found.append(rest(x_TBC).mean(0) - a_1B[0])
-        symmetric, plain = found
-        assert symmetric.abs().mean() < 0.7 * plain.abs().mean() < 0.02
-        assert abs(symmetric.mean()) < 0.5 * abs(plain.mean())
+    x_TBC, found = batch(1, size=16)[0].expand(30, -1, -1), []
+    for threshold in (1.0, 2.0):
+        model = feedback_network(24, seed=seed, weight=0.35, threshold=threshold, subtract=2.0)
+        with torch.no_grad(), fresh_state(rest := model[0]):
+            a_1B = torch.zeros(1, 16, 24).double()
+            for _ in range(500):
+                a_1B = rest.rate(0, rest.inject(x_TBC[:1]) + rest.feedback(a_1B))  # type: ignore[operator]
+            found.append(rest(x_TBC).mean(0) - a_1B[0])
+    symmetric, plain = found
+    assert symmetric.abs().mean() < 0.7 * plain.abs().mean() < 0.02
+    assert abs(symmetric.mean()) < 0.5 * abs(plain.mean())
 
 
 def test_figures_are_of_both_phases():
     model, rule = smallest_model(), SPIDE(50, scale=0.25)
-    rule.attach(model, over_time="mean")
     record = spikes_of(model)
-    x_TBC, target = batch(12)
-    learn(rule.loss_terms(model, x_TBC, cross_entropy(target)))
+    one_batch(rule, model, 12, over_time="mean")
     spikes = torch.cat([torch.cat(layer).flatten() for layer in record.values()])
-    assert rule.metrics()["forward_rate"] == pytest.approx(spikes.mean().item(), abs=1e-12)
-    assert 0.01 < rule.metrics()["backward_rate"] < 0.5
-    assert rule.metrics()["saturated"] == 0
+    figures = rule.metrics()
+    assert figures["forward_rate"] == pytest.approx(spikes.mean().item(), abs=1e-12)
+    assert 0.01 < figures["backward_rate"] < 0.5 and figures["saturated"] == 0
 
 
 @pytest.mark.parametrize(
@@ -456,19 +396,24 @@ def test_figures_are_of_both_phases():
 def test_warns_once_where_the_scale_is_out_of_range(scale, message):
     rule = SPIDE(50, scale=scale)
     with pytest.warns(RuntimeWarning, match=rf"^SPIDE: {message}"):
-        gradients(rule, feedback_network(12), *batch_of_12(), over_time="mean")
+        mean_gradients(feedback_network(12), rule, steps=12)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        gradients(rule, feedback_network(12, seed=9), *batch_of_12(), over_time="mean")
+        mean_gradients(feedback_network(12, seed=9), rule, steps=12)
 
 
-def batch_of_12():
-    x_TBC, target = batch(12)
-    return x_TBC, cross_entropy(target)
+def test_a_gradient_that_is_not_finite_is_handed_on_as_that():
+    x_TBC, _ = batch(12)
+    with pytest.warns(
+        RuntimeWarning, match="SPIDE: the gradient of the loss must be finite; got nan"
+    ):
+        found = gradients(
+            SPIDE(), smallest_model(), x_TBC, lambda o: o.sum() * math.nan, over_time="mean"
+        )
+    assert all(g.isnan().any() for g in found.values())
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
         (lambda: SPIDE(0), r"SPIDE: steps must be a whole number >= 1; got steps=0"),
         (lambda: SPIDE(scale=0), r"SPIDE: scale must be > 0 and finite; got scale=0"),
@@ -483,25 +428,8 @@ def batch_of_12():
             lambda: SPIDE().attach(smallest_model()),
             r"SPIDE: it has one loss, of rates, so over_time must be 'mean'",
         ),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
-
-
-def test_a_gradient_that_is_not_finite_is_handed_on_as_that():
-    with pytest.warns(
-        RuntimeWarning, match="SPIDE: the gradient of the loss must be finite; got nan"
-    ):
-        found = gradients(
-            SPIDE(),
-            smallest_model(),
-            batch_of_12()[0],
-            lambda o: o.sum() * math.nan,
-            over_time="mean",
-        )
-    assert all(g.isnan().any() for g in found.values())
 
 
 def test_a_tiny_recipe_has_a_short_backward_phase():

@@ -14,6 +14,7 @@ from pipeline.spiking.rate import RateIF
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Triangle, spike
 from pipeline.spiking.synapse import Conv2d, Linear
+from tests.helpers.rule_networks import outputs
 
 
 def network(
@@ -26,10 +27,8 @@ def network(
         neurons=[LIF(decay), LIF(decay, threshold=0.5, subtract=0.8)],
         synapses=[nn.Sequential(Linear(6, 5), BatchNorm(5)) if norm else Linear(6, 5)],
     ).double()
-    with torch.no_grad():
-        for parameter in equilibrium.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(2)
+    for parameter in equilibrium.parameters():
+        parameter.data.mul_(2 if parameter.dim() > 1 else 1)
     return equilibrium
 
 
@@ -59,32 +58,23 @@ def by_hand(e: Equilibrium, x_TB: Tensor) -> Tensor:
 @pytest.mark.parametrize("decay", [1.0, 0.9, 0.5])
 def test_without_an_adjoint_it_is_a_recurrent_network(decay):
     e, x_TB = network(decay=decay), frames(7)
-    s_TB = by_hand(e, x_TB)
-    assert 0.1 < s_TB.mean() < 0.7
-    weights_T = decay ** torch.arange(6, -1, -1, dtype=torch.float64)
-    rate_B = (weights_T[:, None, None] * s_TB).sum(0) / weights_T.sum()
-    with fresh_state(e):
-        out_TB = e(x_TB)
-        assert torch.allclose(out_TB.mean(0), rate_B, atol=1e-14)
-        if decay == 1:
-            assert torch.equal(out_TB, s_TB)
-        got = torch.autograd.grad(out_TB.mean(0).square().sum(), list(e.parameters()))
-    expected = torch.autograd.grad(rate_B.square().sum(), list(e.parameters()))
+    s_TB, out_TB = by_hand(e, x_TB), outputs(e, x_TB, grad=True)
+    rate_B = weighted_mean(s_TB, decay)[0]
+    assert 0.1 < s_TB.mean() < 0.7 and (decay < 1 or torch.equal(out_TB, s_TB))
+    assert torch.allclose(out_TB.mean(0), rate_B, atol=1e-14)
+    got, expected = (
+        torch.autograd.grad(rate.square().sum(), list(e.parameters()))
+        for rate in (out_TB.mean(0), rate_B)
+    )
     assert all(torch.allclose(a, b, atol=1e-13) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.8])
 def test_the_mean_of_the_first_steps_is_their_rate_however_they_are_sliced(decay):
     e, x_TB = network(decay=decay), frames(9)
-    with torch.no_grad():
-        with fresh_state(e):
-            whole_TB = e(x_TB)
-        with fresh_state(e):
-            sliced_TB = torch.cat([e(x_cB) for x_cB in x_TB.split([1, 3, 5])])
-        with fresh_state(e):
-            first_TB = e(x_TB[:4])
-    assert torch.equal(whole_TB, sliced_TB)
-    assert torch.equal(whole_TB[:4], first_TB)
+    whole_TB = outputs(e, x_TB)
+    assert torch.equal(whole_TB, outputs(e, *x_TB.split([1, 3, 5])))
+    assert torch.equal(whole_TB[:4], outputs(e, x_TB[:4]))
 
 
 @pytest.mark.parametrize("still", [True, False])
@@ -92,14 +82,11 @@ def test_the_mean_of_the_first_steps_is_their_rate_however_they_are_sliced(decay
 def test_the_adjoint_leaves_the_simulation_as_it_is(decay, still):
     e = network(decay=decay)
     x_TB = repeat(frames(1)[0], 7) if still else frames(7)
-    with torch.no_grad(), fresh_state(e):
-        rate_B = e(x_TB).mean(0)
+    rate_B = outputs(e, x_TB).mean(0)
     e.adjoint = lambda g_B, vjp: g_B
-    with fresh_state(e):
-        (a_B,) = e(x_TB)
+    (a_B,) = outputs(e, x_TB, grad=True)
     assert a_B.requires_grad and torch.allclose(a_B, rate_B, atol=1e-15)
-    with torch.no_grad(), fresh_state(e):
-        assert e(x_TB).shape[0] == 7  # no gradient wanted: the plain network
+    assert len(outputs(e, x_TB)) == 7  # no gradient wanted: the plain network
 
 
 def test_linearized_is_the_transposed_jacobian_of_the_map_and_touches_no_parameter():
@@ -184,12 +171,9 @@ def test_batch_norm_moves_once_a_batch(still):
 
 
 def test_samples_do_not_mix_in_the_jacobian_of_a_network_with_batch_norm():
-    e, x_TB = network(norm=True), frames(1, size=4)
-    a_1B = torch.rand(1, 4, 5, dtype=torch.float64)
-    current_1B = e.eval().inject(x_TB)
-    e.train()
-    v_B = torch.randn(4, 5, dtype=torch.float64)
-    whole = Linearized(e, a_1B, current_1B)(v_B)
+    e, v_B = network(norm=True), torch.randn(4, 5, dtype=torch.float64)
+    a_1B, current_1B = torch.rand(1, 4, 5).double(), e.eval().inject(frames(1, size=4))
+    whole = Linearized(e.train(), a_1B, current_1B)(v_B)
     alone = Linearized(e, a_1B[:, 1:2], current_1B[:, 1:2])(v_B[1:2])
     assert torch.equal(whole[1:2], alone)
     assert all(m.running_mean.abs().max() == 0 for m in e.modules() if isinstance(m, BatchNorm))
@@ -212,35 +196,33 @@ def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
         (each[0][dropped_B] == 0).all() for each in inputs
     )  # 4 steps, the map, the Jacobian
     e.eval()
-    with torch.no_grad(), fresh_state(e):
-        one = e(x_TB)
+    one = outputs(e, x_TB)
     assert torch.equal(one, by_hand(e, x_TB).detach())
 
 
 def test_conv_and_a_slice_too_many():
-    e = Equilibrium(
-        inject=Conv2d(1, 2, 3, padding=1),
-        feedback=Conv2d(2, 2, 3, padding=1, bias=False),
-        neurons=[IF()],
+    inject, feedback = Conv2d(1, 2, 3, padding=1), Conv2d(2, 2, 3, padding=1, bias=False)
+    e, x_TB = (
+        Equilibrium(inject=inject, feedback=feedback, neurons=[IF()]),
+        torch.randn(4, 2, 1, 5, 5),
     )
     e.adjoint = lambda g, vjp: g + vjp(g)
-    x_TB = torch.randn(4, 2, 1, 5, 5)
+    message = "Equilibrium: with an adjoint a batch is one call on all T steps"
     with fresh_state(e):
         a_1B = e(x_TB)
         assert a_1B.shape == (1, 2, 2, 5, 5) and state_bytes(e) > 0
         a_1B.sum().backward()
-        with pytest.raises(
-            ValueError, match="Equilibrium: with an adjoint a batch is one call on all T steps"
-        ):
+        with pytest.raises(ValueError, match=message):
             e(x_TB)
     assert state_bytes(e) == 0
 
 
 def test_weighted_mean():
     x_TB = frames(4)
-    expected = (x_TB * torch.tensor([0.125, 0.25, 0.5, 1.0])[:, None, None]).sum(0) / 1.875
-    assert torch.allclose(weighted_mean(x_TB, 0.5), expected.unsqueeze(0), atol=1e-15)
-    assert torch.allclose(weighted_mean(x_TB, 1.0), x_TB.mean(0, keepdim=True), atol=1e-15)
+    for decay, weights in ((0.5, [0.125, 0.25, 0.5, 1.0]), (1.0, [1.0] * 4)):
+        w_T = torch.tensor(weights, dtype=torch.float64)
+        expected = torch.einsum("t,tbc->bc", w_T / w_T.sum(), x_TB)
+        assert torch.allclose(weighted_mean(x_TB, decay)[0], expected, atol=1e-15)
 
 
 def ring(**changes) -> Equilibrium:

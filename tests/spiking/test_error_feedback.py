@@ -1,5 +1,6 @@
 """The three sources of a signal, on networks whose Jacobian is known."""
 
+import itertools
 import math
 
 import pytest
@@ -43,12 +44,19 @@ def cosine(one: Tensor, other: Tensor) -> float:
     return float(F.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0))
 
 
+def moved(feedback: MeanJacobian, *pairs: tuple[Tensor, Tensor]) -> MeanJacobian:
+    """After one batch of outputs and the noise in them."""
+    for o_BK, z_BN in pairs:
+        feedback.accumulate(0, o_BK, z_BN)
+    feedback.end_of_batch(lambda statistic: statistic)
+    return feedback
+
+
 def learnt(network: Tanh, momentum: float, *, updates: int = 6000) -> MeanJacobian:
     found = MeanJacobian(momentum=momentum, scale=SCALE)
     for _ in range(updates):
         h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
-        found.accumulate(0, network.outputs(h_BN + SCALE * z_BN), z_BN)
-        found.end_of_batch(lambda statistic: statistic)
+        moved(found, (network.outputs(h_BN + SCALE * z_BN), z_BN))
     return found
 
 
@@ -79,40 +87,27 @@ def test_what_does_not_depend_on_the_noise_averages_out():
     assert float(found.jacobian(0).square().mean().sqrt()) == pytest.approx(spread, rel=0.15)
 
 
-def test_a_linear_network_gives_one_estimate_at_every_scale():
+@pytest.mark.parametrize("scale", [0.01, 0.2, 3.0])
+def test_a_linear_network_gives_one_estimate_at_every_scale(scale):
     """For a pair z, -z exactly, z z^T W^T; for single points in the mean."""
     network = Tanh()
     h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
-    estimates = []
-    for scale in (0.01, 0.2, 3.0):
-        found = MeanJacobian(momentum=0.0, scale=scale)
-        for sign in (1, -1):
-            found.accumulate(0, (h_BN + scale * sign * z_BN) @ network.w2.T, sign * z_BN)
-        found.end_of_batch(lambda statistic: statistic)
-        estimates.append(found.jacobian(0))
-    assert all(
-        torch.allclose(estimate, z_BN.T @ z_BN @ network.w2.T / BATCH, atol=1e-11)
-        for estimate in estimates
-    )
+    pair = [((h_BN + scale * z) @ network.w2.T, z) for z in (z_BN, -z_BN)]
+    found = moved(MeanJacobian(momentum=0.0, scale=scale), *pair)
+    expected = z_BN.T @ z_BN @ network.w2.T / BATCH
+    assert torch.allclose(found.jacobian(0), expected, atol=1e-11)
 
 
 def test_pairs_vary_less_than_two_single_points():
-    network = Tanh()
+    network, errors = Tanh(), {"pair": 0.0, "points": 0.0}
     expected = network.expected_jacobian()
-
-    def error(second: int) -> float:
-        total = 0.0
-        for _ in range(200):
-            found = MeanJacobian(momentum=0.0, scale=SCALE)
-            h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
-            other_BN = -z_BN if second < 0 else network.draw(BATCH, HIDDEN)
-            for each_BN in (z_BN, other_BN):
-                found.accumulate(0, network.outputs(h_BN + SCALE * each_BN), each_BN)
-            found.end_of_batch(lambda statistic: statistic)
-            total += float((found.jacobian(0) - expected).square().sum())
-        return total
-
-    assert error(+1) / error(-1) > 3
+    for kind, _ in itertools.product(errors, range(200)):
+        h_BN, z_BN = network.hidden(), network.draw(BATCH, HIDDEN)
+        other_BN = -z_BN if kind == "pair" else network.draw(BATCH, HIDDEN)
+        noisy = [(network.outputs(h_BN + SCALE * z), z) for z in (z_BN, other_BN)]
+        found = moved(MeanJacobian(momentum=0.0, scale=SCALE), *noisy)
+        errors[kind] += float((found.jacobian(0) - expected).square().sum())
+    assert errors["points"] / errors["pair"] > 3
 
 
 def test_the_correction_undoes_the_start_at_zero():
@@ -137,17 +132,16 @@ def test_matrices_are_moved_by_the_mean_over_micro_batches_and_ranks():
     """Two ranks of unequal share, as one with all samples."""
     network = Tanh()
     z_BN, o_BK = network.draw(6, HIDDEN), network.draw(6, OUTPUTS)
-    whole = MeanJacobian(momentum=0.5, scale=SCALE)
-    whole.accumulate(0, o_BK, z_BN)
-    whole.end_of_batch(lambda statistic: statistic)
-    ranks = [MeanJacobian(momentum=0.5, scale=SCALE) for _ in range(2)]
+    whole, first, second = (MeanJacobian(momentum=0.5, scale=SCALE) for _ in range(3))
+    moved(whole, (o_BK, z_BN))
     sent: list[Tensor] = []
-    ranks[1].accumulate(0, o_BK[4:], z_BN[4:])
-    ranks[1].end_of_batch(lambda statistic: (sent.append(statistic), statistic)[1])
-    ranks[0].accumulate(0, o_BK[:1], z_BN[:1])
-    ranks[0].accumulate(0, o_BK[1:4], z_BN[1:4])
-    ranks[0].end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
-    assert torch.allclose(ranks[0].get_buffer("matrix_0"), whole.get_buffer("matrix_0"), atol=1e-14)
+    second.accumulate(0, o_BK[4:], z_BN[4:])
+    second.end_of_batch(lambda statistic: (sent.append(statistic), statistic)[1])
+    for rows in (slice(0, 1), slice(1, 4)):
+        first.accumulate(0, o_BK[rows], z_BN[rows])
+    first.end_of_batch(lambda statistic: (statistic + sent[0]) / 2)
+    matrices = [each.get_buffer("matrix_0") for each in (first, whole)]
+    assert torch.allclose(*matrices, atol=1e-14)
 
 
 def test_single_point_is_the_product_of_the_sample():
@@ -169,24 +163,24 @@ def test_a_fixed_matrix_has_the_scale_of_the_errors():
 
 @pytest.mark.parametrize("build", [lambda: MeanJacobian(momentum=0.9, scale=SCALE), FixedRandom])
 def test_a_checkpoint_brings_the_sizes(build):
-    e_BK, z_BN = torch.ones(2, OUTPUTS), noise([1, 2], 6, distribution="gaussian")
-    first: ErrorFeedback = build()
-    first.signal(0, 6, e_BK=e_BK, o_BK=e_BK, z_BN=z_BN)
+    first, second = build(), build()
+
+    def signal(feedback: ErrorFeedback, units: int) -> None:
+        e_BK, z_BN = torch.ones(2, OUTPUTS), noise([1, 2], units, distribution="gaussian")
+        feedback.signal(0, units, e_BK=e_BK, o_BK=e_BK, z_BN=z_BN)
+
+    signal(first, 6)
     first.end_of_batch(lambda statistic: statistic)
-    second: ErrorFeedback = build()
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.get_buffer("matrix_0"), first.get_buffer("matrix_0"))
-    with pytest.raises(
-        ValueError,
-        match=r"a layer must keep its size; got 7 units and 5 outputs at layer 0, .* \(6, 5\)",
-    ):
-        second.signal(0, 7, e_BK=e_BK, o_BK=e_BK, z_BN=noise([1, 2], 7, distribution="gaussian"))
+    message = r"a layer must keep its size; got 7 units and 5 outputs at layer 0, .* \(6, 5\)"
+    with pytest.raises(ValueError, match=message):
+        signal(second, 7)
     second.begin(torch.device("cpu"))
     assert "matrix_0" not in second.state_dict()
 
 
 def test_momentum_below_one():
-    with pytest.raises(
-        ValueError, match="MeanJacobian: momentum must be at least 0 and below 1; got momentum=1"
-    ):
+    message = "MeanJacobian: momentum must be at least 0 and below 1; got momentum=1"
+    with pytest.raises(ValueError, match=message):
         MeanJacobian(momentum=1, scale=SCALE)

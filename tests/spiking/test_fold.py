@@ -3,6 +3,8 @@ without a change of the output.
 """
 
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,40 +14,34 @@ from pipeline.spiking.fold import fold, following_norms
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d, Linear
+from tests.helpers.rule_networks import Network
 
 X_TBC = torch.zeros(2, 1, 4)
 
 
-class Two(nn.Module):
+def two(forward_of) -> Network:
     """Two synapses and two norms, put together by `forward_of`."""
-
-    def __init__(self, forward_of) -> None:
-        super().__init__()
-        self.one, self.other = Linear(4, 4), Linear(4, 4)
-        self.norm, self.norm2 = BatchNorm(4), BatchNorm(4)
-        self.neuron = LIF()
-        self.forward_of = forward_of
-
-    def forward(self, x_TBC: Tensor) -> Tensor:
-        return self.forward_of(self, x_TBC)
+    synapses = {"one": Linear(4, 4), "other": Linear(4, 4)}
+    norms = {"norm": BatchNorm(4), "norm2": BatchNorm(4)}
+    return Network(forward_of, **synapses, **norms, neuron=LIF())
 
 
 def found(forward_of) -> dict[str, str]:
-    model = Two(forward_of)
+    model = two(forward_of)
     return following_norms(model, {"one": model.one, "other": model.other}, X_TBC)
 
 
-def heard_twice(m: Two, x_TBC: Tensor) -> Tensor:
+def heard_twice(m: Any, x_TBC: Tensor) -> Tensor:
     current_TBC = m.one(x_TBC)
     return m.norm(current_TBC) + current_TBC
 
 
-def counted_by_a_condition(m: Two, x_TBC: Tensor) -> Tensor:
+def counted_by_a_condition(m: Any, x_TBC: Tensor) -> Tensor:
     current_TBC = m.one(x_TBC)
     return m.norm(current_TBC) if current_TBC.sum() < 1e9 else x_TBC
 
 
-def by_a_neuron_too(m: Two, x_TBC: Tensor) -> Tensor:
+def by_a_neuron_too(m: Any, x_TBC: Tensor) -> Tensor:
     current_TBC = m.one(x_TBC)
     return m.norm(current_TBC) + m.neuron(current_TBC)
 
@@ -81,27 +77,25 @@ def test_only_a_norm_that_hears_all_and_nothing_else(forward_of, expected):
 
 
 def test_the_network_is_as_before():
-    model = Two(lambda m, x: m.norm(m.one(x)))
+    model = two(lambda m, x: m.norm(m.one(x)))
     before = copy.deepcopy(model.state_dict())
     following_norms(model, {"one": model.one}, X_TBC)
-    assert model.training and all(
-        torch.equal(value, before[key]) for key, value in model.state_dict().items()
-    )
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_folded_scale_changes_nothing(kind, bias):
-    torch.manual_seed(0)
-    synapse = Linear(5, 4, bias) if kind == "linear" else Conv2d(5, 4, 3, bias=bias)
-    norm, a_O = BatchNorm(4), torch.rand(4, dtype=torch.float64) * 0.1 + 0.01
-    with torch.no_grad():
-        for values in (norm.weight, norm.bias, norm.running_mean):
-            values.normal_()
-        norm.running_var.uniform_(0.1, 2)
-    synapse, norm = synapse.double(), norm.double().eval()
-    x_TB = torch.randn(2, 3, *((5,) if kind == "linear" else (5, 6, 6)), dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("build", "shape"), [(Linear, ()), (partial(Conv2d, kernel_size=3), (6, 6))]
+)
+def test_a_folded_scale_changes_nothing(build, shape, bias):
+    synapse, norm = build(5, 4, bias=bias).double(), BatchNorm(4).double().eval()
+    for values in (norm.weight.data, norm.bias.data, norm.running_mean):
+        values.normal_()
+    norm.running_var.uniform_(0.1, 2)
+    a_O = torch.rand(4, dtype=torch.float64) * 0.1 + 0.01
+    x_TB = torch.randn(2, 3, 5, *shape, dtype=torch.float64)
     scaled = a_O.view(-1, *[1] * (synapse.weight.dim() - 1)) * synapse.weight
     expected = norm(synapse(x_TB, scaled))
     fold(a_O, synapse.bias, norm)

@@ -1,9 +1,9 @@
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
@@ -13,6 +13,7 @@ from pipeline.spiking.limit import FrobeniusLimit, SpectralLimit, spectral_norm
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d, Linear
+from tests.helpers.rule_networks import gradients_on, outputs
 
 
 def exact(V: Tensor) -> float:
@@ -21,9 +22,8 @@ def exact(V: Tensor) -> float:
 
 def limited(kind: str) -> SpectralLimit:
     torch.manual_seed(0)
-    return SpectralLimit(
-        Linear(60, 70, bias=False) if kind == "linear" else Conv2d(6, 8, 3, 1, 1, bias=False)
-    )
+    shapes = {"linear": lambda: Linear(60, 70, bias=False)}
+    return SpectralLimit(shapes.get(kind, lambda: Conv2d(6, 8, 3, 1, 1, bias=False))())
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -97,9 +97,8 @@ def test_a_convolution_on_images_may_be_longer_and_is_bounded():
     ],
 )
 def test_refuses(synapse):
-    with pytest.raises(
-        ValueError, match=r"SpectralLimit: the synapse must be one of .* without bias; got"
-    ):
+    message = r"SpectralLimit: the synapse must be one of .* without bias; got"
+    with pytest.raises(ValueError, match=message):
         SpectralLimit(synapse)
 
 
@@ -117,26 +116,14 @@ def test_a_trace_reaches_whatever_the_weight_is_made_of(limit):
     """The last weight that feeds a LIF with soft reset learns under OTTT exactly as under BPTT,
     limited or not.
     """
-    torch.manual_seed(0)
-    limited = limit(Linear(5, 4, bias=False))
+    limited = limit(Linear(6, 4, bias=False))
     if isinstance(limited, SpectralLimit):
         nn.init.constant_(limited.gain, 0.9)
     model = nn.Sequential(limited, LIF(decay=0.7, threshold=0.1), Linear(4, 3)).double()
-    x_TBC = torch.rand(6, 8, 5, dtype=torch.float64)
-    target_B = torch.arange(8) % 3
-    found = []
-    for rule in (OTTT(first="traced"), BPTT()):
-        rule.attach(model)
-        model.zero_grad(set_to_none=True)
-        for objective in rule.loss_terms(
-            model, x_TBC, lambda logits_BK: F.cross_entropy(logits_BK, target_B)
-        ):
-            assert objective.backward is not None
-            objective.backward.backward()
-        found.append([parameter.grad for parameter in limited.parameters()])
-        rule.release()
-    for ours, theirs in zip(*found, strict=True):
-        assert theirs.abs().max() > 1e-4 and torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    ottt, bptt = gradients_on(6, model, OTTT(first="traced"), BPTT())
+    for name, _ in limited.named_parameters(prefix="0"):
+        assert bptt[name].abs().max() > 1e-4
+        assert torch.allclose(ottt[name], bptt[name], rtol=0, atol=1e-12)
 
 
 def test_a_weight_that_moves_within_a_batch_is_limited_anew():
@@ -155,62 +142,44 @@ def test_keeps_the_type_under_autocast():
 
 
 def test_a_batch_seeks_its_singular_vectors_once(monkeypatch):
-    sought = []
-    original = limit_module.top_singular_vectors
-
-    def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
-        sought.append(steps)
-        return original(V, steps=steps)
-
-    monkeypatch.setattr(limit_module, "top_singular_vectors", top_singular_vectors)
+    seek = Mock(wraps=limit_module.top_singular_vectors)
+    monkeypatch.setattr(limit_module, "top_singular_vectors", seek)
     synapse = Linear(40, 50, bias=False).double()
-    limit = SpectralLimit(synapse).double()
-    x_TBC = torch.randn(6, 2, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    alone = limit(x_TBC)
-    with fresh_state(limit):
-        together = torch.cat([limit(x_1BC) for x_1BC in x_TBC.split(1)])
-    assert len(sought) == 2 and torch.allclose(together, alone, atol=1e-12)
-    with torch.no_grad(), fresh_state(limit):
-        synapse.weight.mul_(2)
-        assert torch.allclose(limit(x_TBC), alone, atol=1e-12)  # the next batch's weight
-    assert len(sought) == 3
+    limit, x_TBC = SpectralLimit(synapse).double(), torch.randn(6, 2, 40, dtype=torch.float64)
+    alone, together = limit(x_TBC), outputs(limit, *x_TBC.split(1))
+    assert seek.call_count == 2 and torch.allclose(together, alone, atol=1e-12)
+    synapse.weight.data.mul_(2)  # the next batch's weight
+    assert torch.allclose(outputs(limit, x_TBC), alone, atol=1e-12) and seek.call_count == 3
 
 
 # --------------------------------------------------------------------------- largest singular value
 
 
-def orthogonal(size: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(size)))[
-        0
-    ]
-
-
-def _random(*shape: int) -> Tensor:
+def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+ORTHOGONAL = torch.linalg.qr(random(200, 200))[0]
 HARD = {
-    "square": lambda: _random(400, 400),
-    "wide": lambda: _random(96, 2304),
-    "tall": lambda: _random(1152, 128),
-    "uniform spectrum": lambda: (
-        orthogonal(200) @ torch.diag(torch.linspace(0, 1, 200)) @ orthogonal(200).T
-    ),
-    "diagonal": lambda: torch.diag(torch.arange(400.0)),
-    "orthogonal": lambda: orthogonal(200),
-    "identity": lambda: torch.eye(200),
-    "common direction": lambda: torch.ones(200, 200) + 0.01 * _random(200, 200),
-    "no common direction": lambda: torch.eye(200) - torch.ones(200, 200) / 200,
-    "rank 3": lambda: _random(200, 3) @ _random(3, 200),
-    "rank 1": lambda: torch.outer(_random(30), _random(50)),
-    "one by one": lambda: torch.full((1, 1), -2.0),
+    "square": random(400, 400),
+    "wide": random(96, 2304),
+    "tall": random(1152, 128),
+    "uniform spectrum": ORTHOGONAL @ torch.diag(torch.linspace(0, 1, 200)) @ ORTHOGONAL.T,
+    "diagonal": torch.diag(torch.arange(400.0)),
+    "orthogonal": ORTHOGONAL,
+    "identity": torch.eye(200),
+    "common direction": torch.ones(200, 200) + 0.01 * random(200, 200),
+    "no common direction": torch.eye(200) - torch.ones(200, 200) / 200,
+    "rank 3": random(200, 3) @ random(3, 200),
+    "rank 1": torch.outer(random(30), random(50)),
+    "one by one": torch.full((1, 1), -2.0),
 }
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 @pytest.mark.parametrize("name", HARD)
 def test_the_largest_singular_value(name, scale):
-    V = HARD[name]() * scale
+    V = HARD[name] * scale
     found = spectral_norm(V).item() / exact(V)
     assert 1 - 1e-3 < found < 1 + 1e-5
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
@@ -7,6 +9,7 @@ from torch import distributed, nn
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from tests.helpers.processes import run_ranks
+from tests.helpers.rule_networks import refusals
 
 SHAPES = [(4, 5, 3), (4, 5, 3, 2, 2)]
 
@@ -17,27 +20,21 @@ def double(*shape: int) -> torch.Tensor:
 
 def fresh(**choices: str) -> BatchNorm:
     norm = BatchNorm(3, **choices).double()
-    with torch.no_grad():
-        norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0]))
-        norm.bias.copy_(torch.tensor([0.1, -0.3, 1.0]))
+    norm.weight.data.copy_(torch.tensor([0.5, 2.0, -1.0]))
+    norm.bias.data.copy_(torch.tensor([0.1, -0.3, 1.0]))
     return norm
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_folded_equals_slices(shape):
-    x = double(*shape).requires_grad_()
-    upstream = double(*shape)
+    x, upstream = double(*shape).requires_grad_(), double(*shape)
     one, many = fresh(), fresh()
-    folded, sliced = one(x), torch.cat([many(x[:1]), many(x[1:3]), many(x[3:])])
-    assert torch.equal(folded, sliced)
-    assert torch.equal(one.running_mean, many.running_mean) and torch.equal(
-        one.running_var, many.running_var
-    )
+    folded, sliced = one(x), torch.cat([many(part) for part in x.split([1, 2, 1])])
     gradients = [torch.autograd.grad((y * upstream).sum(), x)[0] for y in (folded, sliced)]
-    assert torch.equal(*gradients)
-    one.eval()
-    many.eval()
-    assert torch.allclose(one(x), torch.cat([many(x[t : t + 1]) for t in range(4)]), atol=1e-14)
+    assert torch.equal(folded, sliced) and torch.equal(*gradients)
+    assert all(map(torch.equal, one.state_dict().values(), many.state_dict().values()))
+    sliced = torch.cat([many.eval()(x_1B) for x_1B in x.split(1)])
+    assert torch.allclose(one.eval()(x), sliced, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -45,11 +42,10 @@ def test_per_step_is_torchs_batch_norm_called_at_each_step(shape):
     ours, theirs = fresh(), (nn.BatchNorm2d(3) if len(shape) == 5 else nn.BatchNorm1d(3)).double()
     theirs.load_state_dict(ours.state_dict(), strict=False)
     x = double(*shape)
-    assert torch.allclose(ours(x), torch.stack([theirs(x_t) for x_t in x]), atol=1e-13)
-    assert torch.allclose(ours.running_var, theirs.running_var)
-    ours.eval()
-    theirs.eval()
-    assert torch.allclose(ours(x), torch.stack([theirs(x_t) for x_t in x]), atol=1e-13)
+    for mode in (True, False):
+        expected = torch.stack([theirs.train(mode)(x_t) for x_t in x])
+        assert torch.allclose(ours.train(mode)(x), expected, atol=1e-13)
+        assert torch.allclose(ours.running_var, theirs.running_var)
 
 
 def test_over_time_takes_one_statistic():
@@ -61,25 +57,16 @@ def test_over_time_takes_one_statistic():
     assert not torch.allclose(y, BatchNorm(3).double()(x), atol=0.1)
 
 
-def test_statistics_move_without_a_graph_and_rest_in_eval():
-    norm = fresh()
-    with torch.no_grad():
-        norm(double(2, 5, 3) + 3)
-    assert norm.running_mean.min() > 0.1
-    before = norm.running_mean.clone()
-    norm.eval()(double(2, 5, 3))
-    assert torch.equal(norm.running_mean, before)
-
-
 @pytest.mark.parametrize("choice", [{}, {"over": "time"}, {"between": "world"}])
 def test_frozen_is_eval_mode_in_training(choice):
     norm, x = fresh(**choice), double(4, 5, 3)
-    norm(x + 2)
-    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with torch.no_grad():  # statistics move without a graph, too
+        norm(x + 2)
+    before = copy.deepcopy(norm.state_dict())
     norm.frozen = True
     y = norm(x)
+    assert torch.equal(y, norm.eval()(x)) and norm.running_mean.min() > 0.1
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
-    assert torch.equal(y, norm.eval()(x))
     norm.train().frozen = False
     assert not torch.allclose(norm(x), y, atol=0.1)
 
@@ -107,8 +94,7 @@ def test_between_world_is_per_rank_where_there_is_one_rank():
     assert torch.equal(fresh(between="world")(x), fresh()(x))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
+test_refuses = refusals(
     [
         (
             lambda: BatchNorm(3, over="batch"),
@@ -122,11 +108,8 @@ def test_between_world_is_per_rank_where_there_is_one_rank():
             lambda: BatchNorm(3)(torch.zeros(2, 2, 4)),
             r"BatchNorm: the input must be \[T, B, 3, \.\.\.\]; got shape \(2, 2, 4\)",
         ),
-    ],
+    ]
 )
-def test_refuses(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
 
 
 def rank_of_two(

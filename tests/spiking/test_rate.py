@@ -9,12 +9,21 @@ from torch import nn
 
 from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.rate import RateIF, RateLIF, RateNeuron, rate_readout
-from pipeline.spiking.state import fresh_state
+from tests.helpers.rule_networks import outputs, refusals
 
 
-def run(neuron: nn.Module, x_TB: torch.Tensor) -> torch.Tensor:
-    with fresh_state(neuron), torch.no_grad():
-        return neuron(x_TB)
+def run(neuron: nn.Module, *slices_TB: torch.Tensor) -> torch.Tensor:
+    return outputs(neuron, *slices_TB)
+
+
+def constant(steps: int, value: float) -> torch.Tensor:
+    return torch.full((steps, 1, 1), value, dtype=torch.float64)
+
+
+def exact(neuron: RateNeuron, threshold: float) -> RateNeuron:
+    """In float64, with the threshold as it was written."""
+    nn.init.constant_(neuron.double().threshold, threshold)
+    return neuron
 
 
 def by_hand(x, *, threshold, alpha, b=None, dt=1.0):
@@ -55,13 +64,6 @@ def test_equations_against_a_loop_over_numbers(x, threshold, alpha, leaky):
     )  # the threshold itself was rounded to fp32
 
 
-def exact(neuron: RateNeuron, threshold: float) -> RateNeuron:
-    """In float64, with the threshold as it was written."""
-    neuron.double()
-    nn.init.constant_(neuron.threshold, threshold)
-    return neuron
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     share=st.floats(0, 1),
@@ -71,10 +73,9 @@ def exact(neuron: RateNeuron, threshold: float) -> RateNeuron:
 )
 def test_if_rate_of_a_constant_input(share, threshold, alpha, steps):
     """|r - clamp(I)| <= max(alpha, 1 - alpha) threshold / T."""
-    neuron = exact(RateIF(threshold=threshold, alpha=alpha), threshold)
-    x = share * threshold
-    rate = run(neuron, torch.full((steps, 1, 1), x, dtype=torch.float64)).mean().item()
-    assert abs(rate - x) <= max(alpha, 1 - alpha) * threshold / steps + 1e-9
+    neuron, x = exact(RateIF(threshold=threshold, alpha=alpha), threshold), share * threshold
+    error = abs(run(neuron, constant(steps, x)).mean().item() - x)
+    assert error <= max(alpha, 1 - alpha) * threshold / steps + 1e-9
 
 
 @settings(max_examples=150, deadline=None)
@@ -90,15 +91,10 @@ def test_lif_rate_of_a_constant_input(share, alpha, dt, tau, steps):
     threshold, b = 0.3, math.exp(-dt / tau)
     height, gain = threshold / dt, (1 - b) / dt
     neuron = exact(RateLIF(threshold=threshold, alpha=alpha, dt=dt, tau=tau), threshold)
-    x_TBC = torch.full((steps, 1, 1), share * height / gain, dtype=torch.float64)
-    w = [b ** (steps - t) for t in range(1, steps + 1)]
-    rate = sum(
-        w_t * out for w_t, out in zip(w, run(neuron, x_TBC).flatten().tolist(), strict=True)
-    ) / sum(w)
-    assert (
-        abs(rate - share * height)
-        <= max(alpha, 1 - alpha) * height * (1 - b) / (1 - b**steps) + 1e-9
-    )
+    w_T = b ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    out_T = run(neuron, constant(steps, share * height / gain)).flatten()
+    error = abs((w_T @ out_T / w_T.sum()).item() - share * height)
+    assert error <= max(alpha, 1 - alpha) * height * (1 - b) / (1 - b**steps) + 1e-9
 
 
 def mean_error(neuron: RateNeuron, steps: int) -> float:
@@ -129,30 +125,19 @@ def test_an_input_that_changes_has_no_such_bound():
 
 
 def test_weighted_rates_are_the_weighted_mean():
-    x_TBK = torch.randn(5, 2, 3, dtype=torch.float64)
-    b = math.exp(-0.05 / 1.0)
-    w = [b ** (5 - t) for t in range(1, 6)]
-    expected = sum(w_t * x for w_t, x in zip(w, x_TBK, strict=True)) / sum(w)
-    readout = rate_readout(RateLIF())
-    assert torch.allclose(run(readout, x_TBK).mean(0), expected, atol=1e-15)
-    with fresh_state(readout):
-        readout(x_TBK[:2])
-        with pytest.raises(ValueError, match="all T steps must come at once; got a second slice"):
-            readout(x_TBK[2:])
-    assert torch.equal(
-        run(readout, x_TBK), run(readout, x_TBK)
-    )  # the next batch is a first slice again
-    assert all(
-        isinstance(rate_readout(neuron), nn.Identity) for neuron in (RateIF(), LIF(), nn.ReLU())
-    )
+    x_TBK, readout = torch.randn(5, 2, 3, dtype=torch.float64), rate_readout(RateLIF())
+    w_T = torch.exp(-0.05 * torch.arange(4, -1, -1, dtype=torch.float64))
+    expected = torch.einsum("t,tbk->bk", w_T / w_T.sum(), x_TBK)
+    for _ in range(2):  # the next batch is a first slice again
+        assert torch.allclose(run(readout, x_TBK).mean(0), expected, atol=1e-15)
+    plain = (RateIF(), LIF(), nn.ReLU())
+    assert all(isinstance(rate_readout(neuron), nn.Identity) for neuron in plain)
 
 
 @pytest.mark.parametrize("make", [RateIF, RateLIF])
 def test_slices_continue_one_another(make):
-    neuron = make().double()
-    x_TB = 4 * torch.rand(6, 2, 4, dtype=torch.float64) + 1
-    with fresh_state(neuron), torch.no_grad():
-        sliced = torch.cat([neuron(x_TB[:1]), neuron(x_TB[1:4]), neuron(x_TB[4:])])
+    neuron, x_TB = make().double(), 4 * torch.rand(6, 2, 4, dtype=torch.float64) + 1
+    sliced = run(neuron, *x_TB.split([1, 3, 2]))
     assert torch.equal(run(neuron, x_TB), sliced) and sliced.count_nonzero() > 0
 
 
@@ -161,32 +146,27 @@ def test_surrogate_gradients_of_one_step():
     of a spike beside it.
     """
     x, threshold, alpha, dt = 3.0, 1.2, 0.5, 0.5
-    b = math.exp(-dt)
-    neuron = exact(
-        RateLIF(threshold=threshold, alpha=alpha, dt=dt, threshold_gradient=0.1), threshold
-    )
-    x_TBC = torch.full((1, 1, 1), x, dtype=torch.float64, requires_grad=True)
-    with fresh_state(neuron):
-        out = neuron(x_TBC)
-        out.sum().backward()
+    height, b = threshold / dt, math.exp(-dt)
+    how = {"alpha": alpha, "dt": dt, "threshold_gradient": 0.1}
+    neuron = exact(RateLIF(threshold=threshold, **how), threshold)
+    x_TBC = constant(1, x).requires_grad_()
+    out = outputs(neuron, x_TBC, grad=True)
     u = (1 - b) * x
     psi = 1 - abs(u / threshold - alpha)
-    assert psi > 0 and out.item() == pytest.approx(threshold / dt)
-    assert x_TBC.grad is not None and neuron.threshold.grad is not None
-    assert x_TBC.grad.item() == pytest.approx(threshold / dt * psi * (1 - b) / threshold)
-    assert neuron.threshold.grad.item() == pytest.approx(
-        0.1 * (1 / dt + threshold / dt * psi * -u / threshold**2)
-    )
+    assert psi > 0 and out.item() == pytest.approx(height)
+    g_x, g_threshold = torch.autograd.grad(out.sum(), (x_TBC, neuron.threshold))
+    assert g_x.item() == pytest.approx(height * psi * (1 - b) / threshold)
+    expected = 0.1 * (1 / dt + height * psi * -u / threshold**2)
+    assert g_threshold.item() == pytest.approx(expected)
 
 
 def test_the_threshold_is_held_by_a_view():
     neuron = RateIF(threshold=1.0, bound=0.5, threshold_gradient=2.0)
-    with torch.no_grad():
-        neuron.threshold.fill_(0.1)
+    neuron.threshold.data.fill_(0.1)
     assert run(neuron, torch.full((4, 1, 1), 0.5)).flatten().tolist() == [0.5] * 4
-    assert neuron.threshold.item() == pytest.approx(0.1)
     neuron.clamped_threshold().sum().backward()
-    assert neuron.threshold.grad is not None and neuron.threshold.grad.tolist() == [2.0]
+    assert neuron.threshold.item() == pytest.approx(0.1)
+    assert neuron.threshold.grad.tolist() == [2.0]  # type: ignore[union-attr]
 
 
 def test_it_is_a_neuron_as_others_are():
@@ -200,9 +180,12 @@ def test_it_is_a_neuron_as_others_are():
     assert "alpha=0.3" in repr(model[1])
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
+test_refuses = refusals(
     [
+        (
+            lambda: run(rate_readout(RateLIF()), *torch.ones(4, 2, 3).split(2)),
+            "all T steps must come at once; got a second slice",
+        ),
         (lambda: RateIF(alpha=0), r"RateIF: alpha must be above 0 and at most 1; got alpha=0"),
         (
             lambda: RateLIF(alpha=1.5),
@@ -217,8 +200,5 @@ def test_it_is_a_neuron_as_others_are():
             r"RateIF: threshold_gradient must be >= 0; got threshold_gradient=-1",
         ),
         (lambda: RateLIF(dt=0), r"RateLIF: tau and dt must be > 0; got tau=1\.0, dt=0"),
-    ],
+    ]
 )
-def test_refuses(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()

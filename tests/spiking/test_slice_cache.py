@@ -9,7 +9,7 @@ Outputs for a static input are tested in test_static_input.py.
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,13 +26,11 @@ from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import SliceCache, StaticInput
 from pipeline.spiking.state import State, fresh_state, state_bytes
-from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear, effective_weight
-from tests.helpers.rule_networks import cross_entropy
-from tests.spiking.test_static_input import Head, distance, images, learn, lively, peaks
+from tests.helpers.rule_networks import attached, cross_entropy
+from tests.spiking.test_static_input import NEURON, distance, head, images, learn, lively, peaks
 
 STEPS = 4
-NEURON = {"decay": 0.7, "threshold": 0.4, "surrogate": Sigmoid()}
 
 
 def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.Module:
@@ -44,7 +42,17 @@ def small(weights: str = "standardized", *, once_per_image: bool = False) -> nn.
         for each in (first, second, last):
             binarize(each, weights)  # type: ignore[arg-type]
     stem = StaticInput(first) if once_per_image else first
-    return lively(nn.Sequential(stem, LIF(**NEURON), second, LIF(**NEURON), Head(), last))
+    return lively(nn.Sequential(stem, LIF(**NEURON), second, LIF(**NEURON), head(), last))
+
+
+def check_alone(rule: Callable[[], Rule], model: nn.Module, x_TB: Tensor, target_B: Tensor) -> dict:
+    """The gradients of a batch are those of slices that share nothing."""
+    twin = copy.deepcopy(model)
+    got = trained(rule(), model, x_TB, target_B)
+    with each_slice_its_own():
+        expected = trained(rule(), twin, x_TB, target_B)
+    assert distance(got, expected) < 1e-12
+    return got
 
 
 class Sum(nn.Module):
@@ -146,28 +154,12 @@ def test_gradients_that_autograd_leaves_as_one_add_up_apart(
     """Of stems and of a parameter with the shape of their currents, where a micro-batch has two
     samples.
     """
-    torch.manual_seed(0)
-    model = lively(
-        nn.Sequential(
-            Sum(stems=stems, early=early),
-            LIF(**NEURON),
-            Conv2d(4, 4, 3, padding=1),
-            LIF(**NEURON),
-            Head(),
-            Linear(4, 3),
-        )
-    )
-    twin = copy.deepcopy(model)
-    x_BCHW, target_B = images(2)
-    rules = [RULES[name][0]() for _ in range(2)]
-    got, expected = ({}, {})
-    for rule, network, found in ((rules[0], model, got), (rules[1], twin, expected)):
-        rule.attach(network)
-        with each_slice_its_own() if network is twin else nullcontext():
-            learn(rule, network, repeat(x_BCHW, STEPS), cross_entropy(target_B), step=3)
-        found.update({name: p.grad for name, p in network.named_parameters()})
-    assert all(float(g.abs().max()) > 1e-4 for g in expected.values())
-    assert distance(got, expected) < 1e-12
+    stem, conv = Sum(stems=stems, early=early), Conv2d(4, 4, 3, padding=1)
+    hidden = (stem, LIF(**NEURON), conv, LIF(**NEURON))
+    model = lively(nn.Sequential(*hidden, head(), Linear(4, 3)))
+    x_BCHW, target_B = images(4)
+    got = check_alone(RULES[name][0], model, repeat(x_BCHW, STEPS), target_B)
+    assert all(float(got[name].abs().max()) > 1e-4 for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -175,30 +167,23 @@ def test_gradients_that_autograd_leaves_as_one_add_up_apart(
 @pytest.mark.parametrize("image", ["recording", "still", "still, its first synapse once"])
 def test_made_once_is_made_by_each(name: str, weights: Binarization, image: str) -> None:
     rule, (made, backwards) = RULES[name]
-    model = small(weights, once_per_image="once" in image)
-    twin = copy.deepcopy(model)
-    x_BCHW, target_B = images()
+    model, (x_BCHW, target_B) = small(weights, once_per_image="once" in image), images()
     x_TB = repeat(x_BCHW, STEPS)
     if image == "recording":
         x_TB = x_TB * torch.arange(1, STEPS + 1, dtype=torch.float64).view(-1, 1, 1, 1, 1) / STEPS
+    twin = copy.deepcopy(model)
     with counted(model) as counts:
-        got = trained(rule(), model, x_TB, target_B)
-    with each_slice_its_own():
-        expected = trained(rule(), twin, x_TB, target_B)
+        trained(rule(), model, x_TB, target_B)
     assert counts == {"made": made, "backwards": backwards}
+    got = check_alone(rule, twin, x_TB, target_B)
     assert all(float(got[name].abs().max()) > 1e-4 for name, _ in model.named_parameters())
-    assert distance(got, expected) < 1e-12
-    assert state_bytes(model) == 0 and all(
-        module.slice_cache is None for module in model.modules() if hasattr(module, "slice_cache")
-    )
+    caches = [m.slice_cache for m in model.modules() if hasattr(m, "slice_cache")]
+    assert state_bytes(model) == 0 and not any(each is not None for each in caches)
 
 
 def test_weights_that_move_within_a_batch_are_made_at_each_step() -> None:
     """OTTT-O."""
-    x_BCHW, target_B = images()
-    model = small()
-    rule = OTTT(update="step")
-    rule.attach(model)
+    (x_BCHW, target_B), (rule, model) = images(), attached(OTTT(update="step"), small())
     with counted(model) as counts:
         learn(rule, model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     assert counts == {"made": STEPS, "backwards": STEPS}
@@ -227,45 +212,34 @@ class Early(nn.Module):
     ids=["SLTT", "in slices", "truncated"],
 )
 def test_nothing_is_lost_of_what_the_last_slice_does_not_read(rule: Callable[[], Rule]) -> None:
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        early = Early(Linear(4, 4, weights="standardized"))
-        return lively(
-            nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), early, Linear(4, 3))
-        )
-
+    early, conv = Early(Linear(4, 4, weights="standardized")), Conv2d(2, 4, 3, padding=1)
+    model = lively(nn.Sequential(conv, LIF(**NEURON), head(), early, Linear(4, 3)))
     x_BCHW, target_B = images()
-    one, other = model(), model()
-    got = trained(rule(), one, repeat(x_BCHW, STEPS), target_B)
-    with each_slice_its_own():
-        expected = trained(rule(), other, repeat(x_BCHW, STEPS), target_B)
+    got = check_alone(rule, model, repeat(x_BCHW, STEPS), target_B)
     assert float(got["3.synapse.weight"].abs().max()) > 1e-4
-    assert distance(got, expected) < 1e-12
+
+
+def plain_network() -> nn.Sequential:
+    conv = Conv2d(2, 4, 3, padding=1)
+    return nn.Sequential(conv, LIF(**NEURON), head(), Linear(4, 3)).double()
 
 
 def test_a_synapse_that_was_fixed_is_plain_again() -> None:
     """Of a packed export: its parameter is what every slice reads."""
-    model = nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)).double()
+    model, (x_BCHW, target_B) = plain_network(), images()
     twin = copy.deepcopy(model)
     for each in (model[0], model[3]):
         binarize(each)  # type: ignore[arg-type]
         unbinarize(each)  # type: ignore[arg-type]
-    x_BCHW, target_B = images()
-    got, expected = (
-        trained(SLTT(), each, repeat(x_BCHW, STEPS), target_B) for each in (model, twin)
-    )
-    assert distance(got, expected) == 0
+    x_TB = repeat(x_BCHW, STEPS)
+    assert distance(*(trained(SLTT(), each, x_TB, target_B) for each in (model, twin))) == 0
 
 
 def test_plain_weights_are_nobodys_state() -> None:
     """The parameter itself is what every slice reads, and its own gradient adds up."""
-    model = nn.Sequential(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Head(), Linear(4, 3)).double()
-    x_BCHW, target_B = images()
-    rule = SLTT()
-    rule.attach(model)
+    (rule, model), (x_BCHW, target_B) = attached(SLTT(), plain_network()), images()
     for objective in rule.loss_terms(model, repeat(x_BCHW, STEPS), cross_entropy(target_B)):
         assert state_bytes(model) == 6 * 4 * 6 * 6 * 8  # the membranes
-        assert objective.backward is not None
         objective.backward.backward()
 
 
@@ -277,10 +251,10 @@ def test_memory(rule: Callable[[], Rule], held: int) -> None:
     more is kept for a backward.
     """
     x_BCHW, target_B = images()
-    x_TB = repeat(x_BCHW, STEPS).contiguous()
-    saved, states = peaks(rule(), small(), x_TB, target_B)
+    batch = (repeat(x_BCHW, STEPS).contiguous(), target_B)
+    saved, states = peaks(rule(), small(), *batch)
     with each_slice_its_own():
-        saved_alone, states_alone = peaks(rule(), small(), x_TB, target_B)
+        saved_alone, states_alone = peaks(rule(), small(), *batch)
     numbers = 4 * 2 * 9 + 4 * 4 * 9 + 3 * 4
     assert states - states_alone == held * numbers * 8
     assert saved <= saved_alone + numbers * 8

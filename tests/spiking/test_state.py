@@ -7,6 +7,7 @@ from torch import nn
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import State, attribute_set, fresh_state, hooked, state_bytes, states_of
 from pipeline.spiking.synapse import Linear
+from tests.helpers.rule_networks import outputs
 
 
 class Trace:
@@ -26,70 +27,56 @@ def network() -> nn.Sequential:
     return nn.Sequential(Linear(3, 5), LIF(), Linear(5, 4), LIF(), Linear(4, 2))
 
 
+X_TBC = torch.randn(2, 7, 3)
+
+
 def test_state_lives_as_long_as_the_block():
-    model = network()
-    with fresh_state(model):
+    with fresh_state(model := network()):
         assert state_bytes(model) == 0
-        model(torch.randn(2, 7, 3))
+        model(X_TBC)
         assert state_bytes(model) == 7 * (5 + 4) * 4
     assert state_bytes(model) == 0
 
 
 def test_state_is_cleared_when_the_block_raises():
-    model = network()
-
-    def interrupted():
-        with fresh_state(model):
-            model(torch.randn(2, 7, 3))
-            raise RuntimeError("midway")
-
-    with pytest.raises(RuntimeError, match="midway"):
-        interrupted()
+    model = nn.Sequential(network(), nn.Flatten(9))
+    with pytest.raises(IndexError):
+        outputs(model, X_TBC)
     assert state_bytes(model) == 0
-    with fresh_state(model):
-        model(torch.randn(1, 2, 3))
+    outputs(model[0], X_TBC[:1])
 
 
 def test_nested_use_is_refused_and_leaves_the_first_intact():
-    model = network()
-    with fresh_state(model):
-        model(torch.randn(2, 7, 3))
-        with (
-            pytest.raises(ValueError, match="leave the first fresh_state"),
-            fresh_state(nn.Sequential(model)),
-        ):
-            pass
+    with fresh_state(model := network()):
+        model(X_TBC)
+        with pytest.raises(ValueError, match="leave the first fresh_state"):
+            outputs(nn.Sequential(model), X_TBC)
         assert state_bytes(model) > 0
 
 
 def test_a_wrapper_and_a_seam_are_found():
-    model = network()
-    wrapper = nn.Module()
+    model, wrapper = network(), nn.Module()
     wrapper.module = model
     model[2].presynaptic = Trace()
     assert len(states_of(wrapper)) == 3
     with fresh_state(wrapper):
-        model(torch.randn(2, 7, 3))
+        model(X_TBC)
         assert state_bytes(wrapper) == 7 * (5 + 4 + 5) * 4
     assert state_bytes(wrapper) == 0
+    with pytest.raises(ValueError, match=r"trace: .*with fresh_state\(model\)"):
+        Trace()(X_TBC)
 
 
 def test_state_is_no_part_of_the_checkpoint_nor_of_a_copy():
     model = network()
     keys = list(model.state_dict())
     with fresh_state(model):
-        model(torch.randn(2, 7, 3)).sum().backward()
-        assert list(model.state_dict()) == keys
-        assert not list(model.buffers())
+        model(X_TBC).sum().backward()
+        assert list(model.state_dict()) == keys and not list(model.buffers())
     twin = copy.deepcopy(model)
     with fresh_state(twin), fresh_state(model):
-        twin(torch.randn(2, 7, 3))
+        twin(X_TBC)
         assert state_bytes(model) == 0
-
-
-def test_an_exception_message_names_the_owner():
-    with pytest.raises(ValueError, match=r"trace: .*with fresh_state\(model\)"):
-        Trace()(torch.zeros(1, 1, 1))
 
 
 def test_attributes_and_hooks_are_given_back_when_the_block_raises():

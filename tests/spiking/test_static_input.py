@@ -35,42 +35,46 @@ from pipeline.spiking.slice_cache import StaticInput, slice_cache
 from pipeline.spiking.state import fresh_state, state_bytes
 from pipeline.spiking.surrogate import Sigmoid
 from pipeline.spiking.synapse import Conv2d, Linear
-from tests.helpers.rule_networks import cross_entropy
+from tests.helpers.rule_networks import Network, attached, cross_entropy, gradients, outputs
 from tests.helpers.saved import SavedBytes
 
 STEPS = 4
 
 
-class Head(nn.Module):
-    def forward(self, x_TBCHW: Tensor) -> Tensor:
-        return x_TBCHW.mean((3, 4))
+def mean_of_places(_network: nn.Module, x_TBCHW: Tensor) -> Tensor:
+    return x_TBCHW.mean((3, 4))
 
 
-def lively(model: nn.Module) -> nn.Module:
+def head() -> nn.Module:
+    return Network(mean_of_places)
+
+
+def lively(model: nn.Module) -> Any:
     """In float64, with thresholds that are reached and no parameter without a gradient."""
     generator = torch.Generator().manual_seed(1)
-    model = model.double()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
-                p.copy_(1 + torch.rand(p.shape, generator=generator, dtype=torch.float64))
-            elif name.endswith(("bias", "skip_gain")):
-                p.copy_(torch.rand(p.shape, generator=generator, dtype=torch.float64))
-            elif "classifier" in name:
-                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    for name, p in model.double().named_parameters():
+        if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "bias", "skip_gain")):
+            uniform = torch.rand(p.shape, generator=generator, dtype=torch.float64)
+            p.data.copy_(uniform + name.endswith(".weight"))
+        elif "classifier" in name:
+            p.data.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
     return model
+
+
+NEURON = {"decay": 0.7, "threshold": 0.4, "surrogate": Sigmoid()}
 
 
 def small(*, norm: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    conv = Conv2d(2, 4, 3, padding=1)
+    conv, other = Conv2d(2, 4, 3, padding=1), Conv2d(4, 4, 3, padding=1)
     first = StaticInput(conv, BatchNorm(4)) if norm else StaticInput(conv)
-    lif = {"decay": 0.7, "threshold": 0.4, "surrogate": Sigmoid()}
-    return lively(
-        nn.Sequential(
-            first, LIF(**lif), Conv2d(4, 4, 3, padding=1), LIF(**lif), Head(), Linear(4, 3)
-        )
-    )
+    return lively(nn.Sequential(first, LIF(**NEURON), other, LIF(**NEURON), head(), Linear(4, 3)))
+
+
+def both(x_BCHW: Tensor, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    """A still image, and its recording, which nothing takes for one."""
+    still_TB = repeat(x_BCHW, steps)
+    return still_TB, still_TB.contiguous()
 
 
 def first_of(model: nn.Module) -> StaticInput:
@@ -92,18 +96,15 @@ def counted(model: nn.Module) -> Iterator[Counter[str]]:
     plain = functional.conv2d
 
     def conv2d(x_NCHW: Tensor, weight: Tensor, *args: Any) -> Tensor:
-        y_NCHW = plain(x_NCHW, weight, *args)
         if weight.shape == conv.weight.shape:  # standardised it is another tensor
             counts["images"] += len(x_NCHW)
-        return y_NCHW
+        return plain(x_NCHW, weight, *args)
 
     hook = conv.weight.register_hook(lambda g: counts.update(backwards=1))
-    functional.conv2d = conv2d
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "conv2d", conv2d)
         yield counts
-    finally:
-        functional.conv2d = plain
-        hook.remove()
+    hook.remove()
 
 
 def trained(
@@ -189,13 +190,11 @@ COSTS = dict.fromkeys(RULES, (1, 1)) | {
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("cuts", [(), (2,)], ids=["whole", "two unequal micro-batches"])
 def test_a_still_image_is_its_recording(name, cuts):
-    model = small(norm=not name.startswith("OTTT"))
-    x_BCHW, target_B = images()
-    twin = copy.deepcopy(model)
-    x_TBCHW = repeat(x_BCHW, STEPS)
+    model, (x_BCHW, target_B) = small(norm=not name.startswith("OTTT")), images()
+    twin, (still_TB, recording_TB) = copy.deepcopy(model), both(x_BCHW)
     with counted(model) as counts:
-        got = trained(RULES[name](), model, x_TBCHW, target_B, cuts=cuts)
-    expected = trained(RULES[name](), twin, x_TBCHW.contiguous(), target_B, cuts=cuts)
+        got = trained(RULES[name](), model, still_TB, target_B, cuts=cuts)
+    expected = trained(RULES[name](), twin, recording_TB, target_B, cuts=cuts)
     assert max(float(g.abs().max()) for n, g in got.items() if n.startswith("0.0")) > 1e-3
     assert distance(got, expected) < 1e-12
     calls, backwards = COSTS[name]
@@ -209,75 +208,45 @@ def test_a_still_image_is_its_recording(name, cuts):
 
 def test_two_weights_a_batch_compute_each_step():
     """OTTT-O: what is before the first neuron is another at each step."""
-    x_BCHW, target_B = images()
-    models = [small(norm=False) for _ in range(2)]
-    for model, x_TB in zip(
-        models, (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous()), strict=True
-    ):
-        rule = OTTT(update="step")
-        rule.attach(model)
+    (x_BCHW, target_B), states = images(), []
+    for x_TB in both(x_BCHW):
+        rule, model = attached(OTTT(update="step"), small(norm=False))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
         with counted(model) as counts:
             for objective in rule.loss_terms(model, x_TB, cross_entropy(target_B)):
-                assert objective.backward is not None
                 objective.backward.backward()
                 optimizer.step()
                 optimizer.zero_grad()
         assert counts["images"] == STEPS * len(target_B)
-    states = [model.state_dict() for model in models]
+        states.append(model.state_dict())
     assert distance(*states) < 1e-12
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_whichever_steps_learn(k):
     """Steps without a graph come before, between and behind those that learn, as the draw has
-    it.
+    it. Equal frames of a recording are no image.
     """
     x_BCHW, target_B = images()
-    drawn = set()
     for step in range(6):
-        drawn.add(selected_steps(STEPS, k, seed=0, step=step))
-        one, other = small(), small()
-        got = trained(SLTT(k=k), one, repeat(x_BCHW, STEPS), target_B, step=step)
-        assert (
-            distance(
-                got,
-                trained(SLTT(k=k), other, repeat(x_BCHW, STEPS).contiguous(), target_B, step=step),
-            )
-            < 1e-12
-        )
-    assert len(drawn) > 2
-
-
-def test_equal_frames_of_a_recording_are_no_image():
-    model, (x_BCHW, target_B) = small(), images()
-    with counted(model) as counts:
-        trained(SLTT(), model, repeat(x_BCHW, STEPS).contiguous(), target_B)
-    assert counts == {"images": STEPS * len(target_B), "backwards": STEPS}
+        found = []
+        for x_TB, computed in zip(both(x_BCHW), (1, STEPS), strict=True):
+            with counted(model := small()) as counts:
+                found.append(trained(SLTT(k=k), model, x_TB, target_B, step=step))
+            assert counts["images"] == computed * len(target_B)
+        assert distance(*found) < 1e-12
+    assert len({selected_steps(STEPS, k, seed=0, step=step) for step in range(6)}) > 2
 
 
 def test_another_image_is_another_image():
     """Within one batch, where the first is remembered."""
     first, (x_BCHW, _) = first_of(small(norm=False)), images(2)
-    one, other = repeat(x_BCHW, 3), repeat(-x_BCHW, 3)
-    expected = first(one)[:1], first(other)[:1]
-    with (
-        fresh_state(first),
-        slice_cache(first, steps=3, backwards="one"),
-        counted(first) as counts,
-    ):
-        assert torch.equal(first(one[:1]), expected[0]) and torch.equal(
-            first(one[1:2]), expected[0]
-        )
-        assert torch.equal(first(other[:1]), expected[1]) and torch.equal(
-            first(one[2:]), expected[0]
-        )
+    frames = [each for x in (x_BCHW, -x_BCHW) for each in repeat(x, 2).split(1)]
+    expected = [first(each) for each in frames]
+    with fresh_state(first), slice_cache(first, steps=3, backwards="one"), counted(first) as counts:
+        for index in (0, 1, 2, 0):
+            assert torch.equal(first(frames[index]), expected[index])
     assert counts["images"] == 2 * len(x_BCHW)
-
-
-def plain(model: nn.Module, x_TB: Tensor) -> Tensor:
-    with torch.no_grad(), fresh_state(model):
-        return model(x_TB)
 
 
 def peaks(rule: Rule, model: nn.Module, x_TB: Tensor, target_B: Tensor) -> tuple[int, int]:
@@ -301,13 +270,9 @@ def test_memory(rule, held):
     y, and its gradient.
     """
     x_BCHW, target_B = images()
-    still, recording = (
-        peaks(rule(), small(), x, target_B)
-        for x in (repeat(x_BCHW, STEPS), repeat(x_BCHW, STEPS).contiguous())
-    )
-    assert still[0] <= recording[0]
+    still, recording = (peaks(rule(), small(), x, target_B) for x in both(x_BCHW))
     y = 6 * 4 * 6 * 6 * 8
-    assert still[1] - recording[1] == held * y
+    assert still[0] <= recording[0] and still[1] - recording[1] == held * y
 
 
 def test_bfloat16_collects_in_float32():
@@ -324,32 +289,26 @@ def test_bfloat16_collects_in_float32():
 
 
 def test_evaluation_computes_it_once():
-    model, (x_BCHW, _) = small(), images()
-    model.eval()
+    model, (still_TB, recording_TB) = small().eval(), both(images()[0])
     with counted(model) as counts:
-        logits_TBK = plain(model, repeat(x_BCHW, STEPS))
-    assert counts == {"images": len(x_BCHW)}
-    assert (logits_TBK - plain(model, repeat(x_BCHW, STEPS).contiguous())).abs().max() < 1e-12
+        logits_TBK = outputs(model, still_TB)
+    assert counts == {"images": still_TB.shape[1]}
+    assert (logits_TBK - outputs(model, recording_TB)).abs().max() < 1e-12
 
 
 def test_it_is_copied_and_pickled():
     model, (x_BCHW, target_B) = small(), images()
-    rule = SLTT()
-    rule.attach(model)
-    learn(rule, model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
-    rule.release()
+    gradients(SLTT(), model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     assert "0.0.weight" in model.state_dict()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(plain(twin, repeat(x_BCHW, 2)), plain(model, repeat(x_BCHW, 2)))
+        assert torch.equal(*(outputs(each, repeat(x_BCHW, 2)) for each in (twin, model)))
 
 
 def test_a_batch_that_fails_leaves_nothing():
-    model, (x_BCHW, target_B) = small(), images()
-    rule = SLTT()
-    rule.attach(model)
+    (rule, model), (x_BCHW, target_B) = attached(SLTT(), small()), images()
     loss_terms = rule.loss_terms(model, repeat(x_BCHW, STEPS), cross_entropy(target_B))
     next(loss_terms)
-    loss_terms.close()  # type: ignore[attr-defined]
+    loss_terms.close()
     assert first_of(model).slice_cache is None and state_bytes(model) == 0
 
 
@@ -412,20 +371,14 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[Callable[[], Rule], ...
     ("family", "rule"), [(name, rule) for name, (_, rules) in FAMILIES.items() for rule in rules]
 )
 def test_families(family, rule):
-    def model() -> nn.Module:
+    (x_BCHW, target_B), found, seen = images(4, side=16), [], []
+    for x_TB in both(x_BCHW, 3):
         torch.manual_seed(3)
-        return lively(FAMILIES[family][0]())
-
-    one, other = model(), model()
-    x_BCHW, target_B = images(4, side=16)
-    with counted(one) as counts:
-        got = trained(rule(), one, repeat(x_BCHW, 3), target_B)
-    assert counts == {"images": 4, "backwards": 1}
-    expected = trained(rule(), other, repeat(x_BCHW, 3).contiguous(), target_B)
-    moved = [
-        name
-        for name, p in one.named_parameters()
-        if any(p is q for q in first_of(one).parameters())
-    ]
-    assert max(float(got[name].abs().max()) for name in moved) > 1e-4
-    assert distance(got, expected) < 1e-12
+        with counted(model := lively(FAMILIES[family][0]())) as counts:
+            found.append(trained(rule(), model, x_TB, target_B))
+        seen.append(dict(counts))
+    assert seen[0] == {"images": 4, "backwards": 1}
+    moved = set(first_of(model).parameters())  # type: ignore[possibly-undefined]
+    names = [name for name, p in model.named_parameters() if p in moved]  # type: ignore[possibly-undefined]
+    assert max(float(found[0][name].abs().max()) for name in names) > 1e-4
+    assert distance(*found) < 1e-12

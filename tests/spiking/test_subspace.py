@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from pipeline.spiking.subspace import (
     quantized_response,
 )
 from pipeline.spiking.synapse import Linear
+from tests.helpers.rule_networks import refusals
 
 CPU = torch.device("cpu")
 LEARNING = {"rate": 0.01, "momentum": 0.9, "iterations": 5}
@@ -27,11 +30,19 @@ def grown(size: int, *counts: int, dtype: torch.dtype = torch.float64) -> Subspa
     return subspace
 
 
+def moments_from(
+    subspace: Subspace, *parts: torch.Tensor, steps: int | None = None, mean=lambda sums: sums
+) -> Any:
+    """Of a batch that comes in parts; with `steps`, of spiking lateral neurons."""
+    moments = SecondMoments(subspace) if steps is None else SpikingMoments(subspace, steps=steps)
+    for x_NC in parts:
+        moments.add(x_NC)
+    moments.mean(mean)
+    return moments
+
+
 def learn(subspace: Subspace, x_NC: torch.Tensor, **changes: float) -> None:
-    moments = SecondMoments(subspace)
-    moments.add(x_NC)
-    moments.mean(lambda statistic: statistic)
-    subspace.learn(moments, **{**LEARNING, **changes})  # type: ignore[arg-type]
+    subspace.learn(moments_from(subspace, x_NC), **{**LEARNING, **changes})  # type: ignore[arg-type]
 
 
 def away_from_identity(rows: torch.Tensor) -> float:
@@ -140,38 +151,26 @@ def test_single_precision_holds_what_it_can():
     assert (subspace.project(g) @ subspace.old.T).abs().max() < 2e-6 * g.norm(dim=1).max()
 
 
-@pytest.mark.parametrize(
-    "make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)]
-)
-def test_moments_do_not_depend_on_how_a_batch_is_cut(make):
+@pytest.mark.parametrize("steps", [None, 40])
+def test_moments_do_not_depend_on_how_a_batch_is_cut(steps):
     subspace, x_NC = grown(9, 3, 4), double(24, 9)
-    found = []
-    for parts in (x_NC.split(24), x_NC.split(5)):
-        moments = make(subspace)
-        for part_NC in parts:
-            moments.add(part_NC)
-        moments.mean(lambda statistic: statistic)
-        found.append((moments.drive(subspace), moments.energy(subspace)))
-    two_ranks = [make(subspace) for _ in range(2)]
-    for moments, part_NC in zip(two_ranks, x_NC.split(12), strict=True):
-        moments.add(part_NC)
-    sums: list[torch.Tensor] = []
-    two_ranks[0].mean(lambda statistic: sums.append(statistic) or statistic)
-    two_ranks[1].mean(lambda statistic: (sums.pop(0) + statistic) / 2)
-    found.append((two_ranks[1].drive(subspace), two_ranks[1].energy(subspace)))
-    for drive, energy in found[1:]:
-        assert torch.allclose(drive, found[0][0], atol=1e-14) and torch.allclose(
-            energy, found[0][1], atol=1e-14
-        )
+    one, other = (moments_from(subspace, *x_NC.split(size), steps=steps) for size in (24, 5))
+    sent: list[torch.Tensor] = []
+    moments_from(subspace, x_NC[:12], steps=steps, mean=lambda sums: sent.append(sums) or sums)
+    of_two_ranks = moments_from(
+        subspace, x_NC[12:], steps=steps, mean=lambda sums: (sent.pop(0) + sums) / 2
+    )
+    for each in (other, of_two_ranks):
+        assert torch.allclose(each.drive(subspace), one.drive(subspace), atol=1e-14)
+        assert torch.allclose(each.energy(subspace), one.energy(subspace), atol=1e-14)
 
 
 def test_energy_is_what_the_rows_keep():
     subspace, x_NC = grown(9, 3, 4), double(24, 9)
     expected = (x_NC @ subspace.rows.T).square().sum() / x_NC.square().sum()
-    for moments in (SecondMoments(subspace), SpikingMoments(subspace, steps=10**9)):
-        moments.add(x_NC)
-        moments.mean(lambda statistic: statistic)
-        assert torch.allclose(moments.energy(subspace), expected, atol=1e-8)
+    for steps in (None, 10**9):
+        energy = moments_from(subspace, x_NC, steps=steps).energy(subspace)
+        assert torch.allclose(energy, expected, atol=1e-8)
     assert subspace.free == 2
 
 
@@ -179,33 +178,22 @@ def test_spikes_of_lateral_neurons():
     y = torch.tensor([0.24, 0.26, -0.26, 19.9, 20.4, -1000.0, 0.0], dtype=torch.float64)
     assert quantized_response(y, 40).tolist() == [0.0, 0.5, -0.5, 20.0, 20.0, -20.0, 0.0]
     subspace, x_NC = grown(9, 3, 4), 2 * double(24, 9)
-    moments = SpikingMoments(subspace, steps=40)
-    moments.add(x_NC)
-    moments.mean(lambda statistic: statistic)
-    y_NK = (x_NC @ subspace.rows.T / 0.5).round() * 0.5
-    assert torch.allclose(
-        moments.drive(subspace), (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:], atol=1e-14
+    exact, coarse, fine = (
+        moments_from(subspace, x_NC, steps=steps).drive(subspace) for steps in (None, 40, 10**9)
     )
-    exact = SecondMoments(subspace)
-    exact.add(x_NC)
-    exact.mean(lambda statistic: statistic)
-    fine = SpikingMoments(subspace, steps=10**9)
-    fine.add(x_NC)
-    fine.mean(lambda statistic: statistic)
-    assert torch.allclose(fine.drive(subspace), exact.drive(subspace), atol=1e-7)
-    assert not torch.allclose(moments.drive(subspace), exact.drive(subspace), atol=1e-2)
+    y_NK = (x_NC @ subspace.rows.T / 0.5).round() * 0.5
+    expected = (y_NK.T @ (x_NC - y_NK @ subspace.rows) / 24)[3:]
+    assert torch.allclose(coarse, expected, atol=1e-14)
+    assert torch.allclose(fine, exact, atol=1e-7)
+    assert not torch.allclose(coarse, exact, atol=1e-2)
 
 
 def test_rows_are_drawn_from_the_key_alone():
     states = torch.get_rng_state()
-    assert torch.equal(grown(9, 3, 4).new, grown(9, 3, 4).new)
-    one, other = (
-        Subspace(9, dtype=torch.float64, device=CPU),
-        Subspace(9, dtype=torch.float64, device=CPU),
-    )
-    one.grow(3, key=1)
-    other.grow(3, key=2**63 + 2)
-    assert not torch.allclose(one.new, other.new, atol=0.1)
+    one, same, other = (Subspace(9, dtype=torch.float64, device=CPU) for _ in range(3))
+    for subspace, key in ((one, 1), (same, 1), (other, 2**63 + 2)):
+        subspace.grow(3, key=key)
+    assert torch.equal(one.new, same.new) and not torch.allclose(one.new, other.new, atol=0.1)
     assert torch.equal(torch.get_rng_state(), states)
 
 
@@ -213,23 +201,21 @@ def test_a_checkpoint_brings_its_rows():
     before, fresh = grown(9, 3, 4), grown(9, 3)
     learn(before, double(20, 9))
     fresh.load_state_dict(before.state_dict())
-    assert all(
-        torch.equal(value, before.state_dict()[name]) for name, value in fresh.state_dict().items()
-    )
-    learn(before, double(20, 9, seed=1))
-    learn(fresh, double(20, 9, seed=1))
-    assert torch.equal(fresh.new, before.new)
+    for _ in range(2):
+        state = before.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
+        for subspace in (before, fresh):
+            learn(subspace, double(20, 9, seed=1))
 
 
-@pytest.mark.parametrize(
-    "make", [SecondMoments, lambda subspace: SpikingMoments(subspace, steps=40)]
-)
-def test_of_silent_inputs_all_is_kept(make):
+@pytest.mark.parametrize("steps", [None, 40])
+def test_of_silent_inputs_all_is_kept(steps):
     subspace = grown(6, 2)
-    moments = make(subspace)
-    moments.add(torch.zeros(4, 6, dtype=torch.float64))
-    moments.mean(lambda statistic: statistic)
-    assert moments.energy(subspace).item() == 1
+    silent = moments_from(subspace, torch.zeros(4, 6, dtype=torch.float64), steps=steps)
+    assert silent.energy(subspace).item() == 1
+
+
+# ------------------------------------------------------------------------------------------ budget
 
 
 def test_what_is_written_last_holds_for_all_later_tasks():
@@ -237,43 +223,44 @@ def test_what_is_written_last_holds_for_all_later_tasks():
     assert [rows.of(task) for task in range(4)] == [(3, 2), (1, 0), (1, 0), (1, 0)]
 
 
-@pytest.mark.parametrize(
-    ("tasks", "message"),
+BUDGET = RowBudget("HLOP", ((3, 2), (1, 0)))
+TWO = {"first": Linear(5, 4), "second": Linear(4, 2)}
+
+
+def grow_beyond() -> None:
+    rows = RowBudget("HLOP", ((2, 2), (1, 1)))
+    subspaces = [Subspace(3, dtype=torch.float64, device=CPU) for _ in range(2)]
+    for task in range(3):
+        rows.grow("who", subspaces, task=task, key_of=lambda index: index)
+
+
+test_refuses = refusals(
     [
-        (1, None),
-        (3, None),
-        (4, "who: rows of all 4 tasks must fit into the 5 inputs of first; got 6"),
-    ],
+        (
+            lambda: BUDGET.check("who", TWO, tasks=4),
+            "who: rows of all 4 tasks must fit into the 5 inputs of first; got 6$",
+        ),
+        (
+            lambda: RowBudget("HLOP", ((3, 2),)).check("who", {"first": Linear(5, 4)}, tasks=1),
+            r"who: rows must name one for each of first; got \(3, 2\)",
+        ),
+        (
+            grow_beyond,
+            r"who: rows must fit .* got 1 more for task 2, where synapse 0 has 0 directions left",
+        ),
+    ]
 )
-def test_there_must_be_room(tasks, message):
-    rows, synapses = (
-        RowBudget("HLOP", ((3, 2), (1, 0))),
-        {"first": Linear(5, 4), "second": Linear(4, 2)},
-    )
-    if message is None:
-        rows.check("who", synapses, tasks=tasks)
-        return
-    with pytest.raises(ValueError) as refused:
-        rows.check("who", synapses, tasks=tasks)
-    assert str(refused.value) == message
 
 
-def test_each_synapse_has_its_number():
-    with pytest.raises(
-        ValueError, match=r"who: rows must name one for each of first; got \(3, 2\)"
-    ):
-        RowBudget("HLOP", ((3, 2),)).check("who", {"first": Linear(5, 4)}, tasks=1)
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_there_is_room(tasks):
+    BUDGET.check("who", TWO, tasks=tasks)
 
 
 def test_rows_grow_task_by_task_from_keys_of_their_own():
     rows = RowBudget("HLOP", ((2, 2), (1, 1)))
-    subspaces = [Subspace(3, dtype=torch.float64, device=torch.device("cpu")) for _ in range(2)]
-    rows.grow("who", subspaces, task=0, key_of=lambda index: index)
-    assert not torch.equal(subspaces[0].new, subspaces[1].new)
-    rows.grow("who", subspaces, task=1, key_of=lambda index: index)
+    subspaces = [Subspace(3, dtype=torch.float64, device=CPU) for _ in range(2)]
+    for task in range(2):
+        rows.grow("who", subspaces, task=task, key_of=lambda index: index)
+        assert not torch.equal(*(each.rows for each in subspaces))
     assert [(len(each.old), len(each.new), each.free) for each in subspaces] == [(2, 1, 0)] * 2
-    with pytest.raises(
-        ValueError,
-        match=r"who: rows must fit .* got 1 more for task 2, where synapse 0 has 0 directions left",
-    ):
-        rows.grow("who", subspaces, task=2, key_of=lambda index: index)

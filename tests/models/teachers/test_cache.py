@@ -29,27 +29,23 @@ def test_what_was_written_is_read_to_the_bit_in_any_order(tmp_path: Path) -> Non
     index_B, logits_BK = answers(10, 6)
     assert torch.equal(kept(tmp_path).add(3, index_B, logits_BK), logits_BK)
     order = torch.tensor([4, 0, 2])
-    found = kept(tmp_path).find(3, index_B[order])
-    assert found is not None and torch.equal(found, logits_BK[order])
+    assert torch.equal(kept(tmp_path).find(3, index_B[order]), logits_BK[order])
 
 
 def test_another_epoch_another_sample_or_a_part_of_a_batch_is_not_known(tmp_path: Path) -> None:
     kept(tmp_path).add(3, *answers(10, 6))
     reader = kept(tmp_path)
-    assert reader.find(4, torch.tensor([10])) is None
-    assert reader.find(3, torch.tensor([9])) is None
-    assert reader.find(3, torch.tensor([10, 16])) is None
-    assert reader.find(3, torch.tensor([10, 15])) is not None
+    asked = ((4, [10]), (3, [9]), (3, [10, 16]), (3, [10, 15]))
+    known = [reader.find(epoch, torch.tensor(index)) is not None for epoch, index in asked]
+    assert known == [False, False, False, True]
 
 
 def test_several_write_at_one_time(tmp_path: Path) -> None:
-    one, other = kept(tmp_path), kept(tmp_path, rank=1)
-    for first in (0, 4):
-        one.add(0, *answers(first, 2))
-        other.add(0, *answers(first + 2, 2))
-    found = kept(tmp_path).find(0, torch.arange(8))
-    assert found is not None
-    assert torch.equal(found, torch.cat([answers(first, 2)[1] for first in (0, 2, 4, 6)]))
+    writers = kept(tmp_path), kept(tmp_path, rank=1)
+    for first in (0, 2, 4, 6):
+        writers[first // 2 % 2].add(0, *answers(first, 2))
+    expected = torch.cat([answers(first, 2)[1] for first in (0, 2, 4, 6)])
+    assert torch.equal(kept(tmp_path).find(0, torch.arange(8)), expected)
 
 
 def test_what_a_death_left_half_written_is_not_read(tmp_path: Path) -> None:
@@ -82,31 +78,26 @@ def test_rounded_answers_are_the_same_the_first_time(
 ) -> None:
     index_B, logits_BK = answers(0, 4)
     first = kept(tmp_path, storage=storage).add(0, index_B, logits_BK)
-    again = kept(tmp_path, storage=storage).find(0, index_B)
-    assert again is not None and torch.equal(first, again)
+    assert torch.equal(kept(tmp_path, storage=storage).find(0, index_B), first)
     assert torch.equal(first, logits_BK.to(dtype).float())
     assert record(K, storage).itemsize == 16 + 2 * K  # type: ignore[arg-type]
 
 
-def test_a_run_that_would_not_fit_is_refused_before_it_begins(tmp_path: Path) -> None:
-    mine, others = tmp_path / "mine", tmp_path / "others"
+@pytest.mark.parametrize(("planned", "least"), [(4, 10), (8, 14)])
+def test_a_run_that_would_not_fit_is_refused_before_it_begins(tmp_path, planned, least) -> None:
+    """`least`: the answers that are there and those that will be."""
     size = record(K, "fp32").itemsize
-    kept(mine).add(0, *answers(0, 4))
-    kept(others).add(0, *answers(0, 6))
-    for answers_planned, limit, fits in (
-        (4, 10.5, True),
-        (4, 9.5, False),
-        (8, 14.5, True),
-        (8, 13.5, False),
-    ):
+    for folder, count in (("mine", 4), ("others", 6)):
+        kept(tmp_path / folder).add(0, *answers(0, count))
+
+    def check(limit: float) -> None:
         cache = Cache(folder=tmp_path, limit_gb=limit * size / 1e9)
-        if fits:
-            cache.check(mine, answers=answers_planned, classes=K)
-        else:
-            with pytest.raises(
-                ValueError, match=r"Cache: .* must hold .* GB, .* there already, .*; got limit_gb="
-            ):
-                cache.check(mine, answers=answers_planned, classes=K)
+        cache.check(tmp_path / "mine", answers=planned, classes=K)
+
+    check(least + 0.5)
+    message = r"Cache: .* must hold .* GB, .* there already, .*; got limit_gb="
+    with pytest.raises(ValueError, match=message):
+        check(least - 0.5)
 
 
 @pytest.mark.parametrize(

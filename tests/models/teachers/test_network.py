@@ -13,10 +13,11 @@ from pipeline.models.teachers.network import NetworkTeacher, network_teacher
 from pipeline.recipe.recipe import spec
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.state import fresh_state
+from tests.helpers.rule_networks import outputs
 
 
-def teacher(file: Path, *, hidden: Any = (8,), classes: int = 10, **more: Any) -> NetworkTeacher:
-    model = spec(mlp, in_features=64, hidden=hidden, classes=classes)
+def teacher(file: Path, **more: Any) -> NetworkTeacher:
+    model = spec(mlp, in_features=64, hidden=(8,))
     return spec(network_teacher, model=model, weights=str(file), time_steps=3, **more).build(
         Synthetic(shape=(1, 8, 8))
     )
@@ -26,8 +27,7 @@ def test_it_answers_with_the_mean_logits_of_the_network_that_was_saved(tmp_path:
     network = mlp(in_features=64, hidden=(8,))
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     x_BCHW = torch.randn(4, 1, 8, 8)
-    with torch.no_grad(), fresh_state(network):
-        wanted = network(repeat(x_BCHW, 3)).mean(0)
+    wanted = outputs(network, repeat(x_BCHW, 3)).mean(0)
     found = teacher(tmp_path / "model.safetensors")
     assert torch.equal(found(x_BCHW), wanted)
     assert torch.equal(found(x_BCHW), wanted)  # the membranes begin anew
@@ -51,44 +51,38 @@ def test_in_bf16_it_answers_in_fp32_and_nearly_the_same(tmp_path: Path) -> None:
         assert torch.equal(half(x_BCHW), found) and torch.equal(full(x_BCHW), in_full)
 
 
-def test_refuses(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file(mlp(in_features=64, hidden=(8,)).state_dict(), file)
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"network_teacher: the weights in .* must fit the model to the last key; got .* shape"
-        ),
-    ):
-        teacher(file, hidden=(9,))
-    save_file(mlp(in_features=64, hidden=(8,), classes=3).state_dict(), file)
-    with pytest.raises(
-        ValueError, match="network_teacher: model and data must have the same classes; got 3 and 10"
-    ):
-        teacher(file, classes=3)
-    other = tmp_path / "other.safetensors"
-    save_file(mlp(in_features=63, hidden=(8,)).state_dict(), other)
-    part = spec(
-        network_teacher,
-        model=spec(mlp, in_features=63, hidden=(8,)),
-        weights=str(other),
-        time_steps=3,
-    )
-    for said, refused in (
+def build(file: Path, *, saved: dict, asked: dict, time_steps: int = 3) -> None:
+    save_file(mlp(**({"in_features": 64, "hidden": (8,)} | saved)).state_dict(), file)
+    model = spec(mlp, **({"in_features": 64, "hidden": (8,)} | asked))
+    how = {"model": model, "weights": str(file), "time_steps": time_steps}
+    spec(network_teacher, **how).build(Synthetic(shape=(1, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
         (
+            lambda file: build(file, saved={}, asked={"hidden": (9,)}),
+            r"network_teacher: the weights in .* must fit the model to the last key; got .* shape",
+        ),
+        (
+            lambda file: build(file, saved={"classes": 3}, asked={"classes": 3}),
+            "network_teacher: model and data must have the same classes; got 3 and 10",
+        ),
+        (
+            lambda file: build(file, saved={"in_features": 63}, asked={"in_features": 63}),
             r"network_teacher: the model must take the data's samples, 1 x 8 x 8; it does not",
-            lambda: part.build(Synthetic(shape=(1, 8, 8))),
         ),
         (
+            lambda file: build(file, saved={}, asked={}, time_steps=0),
             "network_teacher: time_steps must be a whole number >= 1; got time_steps=0",
-            lambda: spec(network_teacher, model=spec(mlp), weights="any", time_steps=0).build(
-                Synthetic(shape=(1, 8, 8))
-            ),
         ),
         (
+            lambda file: NetworkTeacher(mlp(), time_steps=1, cache=None).features(torch.zeros(1)),
             "shows no features, so no probe can be fitted",
-            lambda: NetworkTeacher(mlp(), time_steps=1, cache=None).features(torch.zeros(1)),
         ),
-    ):
-        with pytest.raises(ValueError, match=said):
-            refused()
+    ],
+)
+def test_refuses(tmp_path: Path, call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "model.safetensors")

@@ -1,7 +1,4 @@
-"""A timm model as a teacher: frozen, in eval, in fp32 or bf16, with its own head or a probe's.
-
-Its view undoes the normalisation exactly, and is cut and resized as Pillow does it.
-"""
+"""A timm model as a teacher: frozen, in eval, in fp32 or bf16, with its own head or a probe's."""
 
 from typing import Any
 
@@ -19,6 +16,7 @@ from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.timm import LEVELS, TeacherView, TimmTeacher, timm_teacher
 from pipeline.models.teachers.weights import Untrained
 from pipeline.recipe.recipe import spec
+from tests.helpers.rule_networks import refusals
 
 
 def teacher(
@@ -35,12 +33,10 @@ X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_it_is_frozen_and_stays_in_eval_whatever_is_asked() -> None:
     """Batch statistics would move in training, and with them the answers to the same picture."""
     found = teacher(size=32)
-    before = content_hash(found.body)
-    first = found(X)
+    before, first = content_hash(found.body), found(X)
     again = nn.Sequential(found).train()(X)
-    assert torch.equal(first, again)
+    assert torch.equal(first, again) and content_hash(found.body) == before
     assert not any(module.training for module in found.modules())
-    assert content_hash(found.body) == before
     assert not again.requires_grad and not any(p.requires_grad for p in found.parameters())
 
 
@@ -57,26 +53,23 @@ def test_it_sees_what_timm_would_show_it() -> None:
     assert torch.allclose(found(X), wanted, atol=1e-4)
 
 
-def test_its_own_size_and_cut_come_from_its_configuration() -> None:
-    assert teacher().view.size == (160, 160)
-    found = teacher(crop="own").view
-    assert (found.size, found.crop) == ((160, 160), 0.95)
-    assert teacher(size=64, crop=0.5).view.crop == 0.5
+@pytest.mark.parametrize(
+    ("choices", "size", "crop"),
+    [({}, 160, 1.0), ({"crop": "own"}, 160, 0.95), ({"size": 64, "crop": 0.5}, 64, 0.5)],
+)
+def test_its_own_size_and_cut_come_from_its_configuration(choices, size, crop) -> None:
+    found = teacher(**choices).view
+    assert (found.size, found.crop) == ((size, size), crop)
 
 
 def test_in_bf16_it_answers_in_fp32_and_nearly_the_same() -> None:
     full, half = teacher(size=32), teacher(size=32, precision="bf16")
     assert {p.dtype for p in half.body.parameters()} == {torch.bfloat16}
-    answer = half(X)
+    answer, exact = half(X), full(X)
     assert answer.dtype == torch.float32
-    assert 0 < float((answer - full(X)).abs().max()) < 0.1 * float(full(X).abs().max())
-
-
-def test_the_students_autocast_does_not_reach_it() -> None:
-    found = teacher(size=32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = found(X)
-    assert torch.equal(inside, found(X))
+    assert 0 < (answer - exact).abs().max() < 0.1 * exact.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as around a student in bf16
+        assert torch.equal(full(X), exact)
 
 
 def test_with_a_probe_it_answers_by_the_fitted_head() -> None:
@@ -102,12 +95,14 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
     assert repr(teacher().identity()) == found[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
+test_refuses = refusals(
     [
         (
             {"classes": 13},
-            "test_efficientnet has 1000 classes and the data 13, so it needs a probe, .*; got None",
+            (
+                "test_efficientnet has 1000 classes and the data 13, so it needs a probe, .*;"
+                " got None"
+            ),
         ),
         (
             {"name": "test_efficientnett"},
@@ -125,16 +120,17 @@ def test_what_it_answers_depends_on_all_that_it_calls_its_identity() -> None:
         ({"crop": 1.5}, "crop must be a share"),
         (
             {"shape": (4, 2, 16, 16)},
-            (r"needs images, RGB or grey, .*; got Synthetic of shape \(4, 2, 16," r" 16\)"),
+            (
+                r"needs images, RGB or grey, .*; got Synthetic of shape \(4, 2, 16,"
+                r" 16\)"
+            ),
         ),
     ],
+    teacher,
 )
-def test_refuses(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        teacher(**changes)
 
 
-# B batch, C channels, H W pixels
+# -------------------------------------------------------------------------------------------- view
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -228,10 +224,6 @@ def test_of_a_picture_that_is_not_square_it_sees_the_middle() -> None:
     assert torch.equal(found, levels[:, :, 2:10] / 255)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "said"),
-    [({"crop": 0.0}, "crop must be a share"), ({"interpolation": "lanczos"}, "bilinear")],
+test_view_refuses = refusals(
+    [({"crop": 0.0}, "crop must be a share"), ({"interpolation": "lanczos"}, "bilinear")], view
 )
-def test_view_refuses(kwargs: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        view(**kwargs)
