@@ -26,8 +26,6 @@ equations are a reconstruction. Standard errors over groups: Liang & Zeger 1986
 
 # T time, B batch, C channels, K classes, N samples and places within a channel
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager

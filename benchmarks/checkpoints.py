@@ -25,8 +25,6 @@ several workers comparing them comes on top. `--folder`: the storage that is ask
 the temporary one.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

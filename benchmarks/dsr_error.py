@@ -15,8 +15,6 @@ bound max(alpha, 1 - alpha)(1 - b)/(1 - b^T). Noise around the same means obeys 
 the error, bounded above for a constant input, grows.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Sequence

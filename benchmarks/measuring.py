@@ -35,8 +35,6 @@ thread; images are noise. Of what is timed the middle half counts, and of proces
 lies differently, the mean. Exits with 1 where measuring costs more than 1 % of training or of a
 run."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

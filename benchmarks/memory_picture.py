@@ -6,8 +6,6 @@ Result:   docs/memory.svg, of the commit and machine in docs/memory.json; bytes 
           counted, so the machine does not change them
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping

@@ -18,8 +18,6 @@ first three tell the direction 0.50 of the time at best; 0.53 leaves room for th
 recordings (standard error 0.0125). The fourth shows that the directions are there to be seen. Exits
 with 1 when one of the three tells more than `BOUND`, or the fourth less than `SEEN`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

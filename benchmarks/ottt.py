@@ -13,8 +13,6 @@ step, which knows no rule, comes after the clock. Exits with 1 when the ratio of
 above the bound.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

@@ -13,8 +13,6 @@ that were read before. Medians of both are compared, so that drift of the machin
 alike. Batch size is tuned beforehand until a bare step takes about 100 ms.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools

@@ -9,8 +9,6 @@ The files are in the page cache, where a run that starts again finds them if mem
 them; else it takes as long as the storage does.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from pathlib import Path

@@ -18,8 +18,6 @@ Exits with 1 where a run diverged, or where the means of the two rules lie more 
 apart.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -28,8 +28,6 @@ drifted.
 Nothing else should run. Exits with 1 where saved bytes differ, or seconds by more than 25 %.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -21,8 +21,6 @@ calls everything T times, and the fixed cost of a call does not shrink with the 
 faster BPTT.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import asdict, replace

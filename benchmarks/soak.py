@@ -31,8 +31,6 @@ trained anew, without waiting for what had been rolled back; those steps are lis
 with 1 where a sample is lost or doubled, or a run does not come back.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random

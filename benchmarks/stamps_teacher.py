@@ -14,8 +14,6 @@ the second, which it was not fitted on as hardly any view of a run is. Label smo
 are as uncertain stands beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 from contextlib import closing
 from functools import partial

@@ -12,8 +12,6 @@ weights see the same random images, one as `encode.repeat` gives them and one as
 equal frames, which is computed frame by frame; whoever comes first takes turns, so that drift of
 the machine falls on both alike. Timed are forward, loss and backward of all T steps."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from functools import partial

@@ -21,8 +21,6 @@ first row of the list. Exits with 1 where `compare` adds more than 2 s, results 
 from the folder or SQLite or 4 s through the server, or the first row takes more than 2 s.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

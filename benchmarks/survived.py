@@ -5,8 +5,6 @@ A record tells of a batch, or of a part of one: the `time` at which it was train
 its `step`, its `samples`. A start is the journal's event of that name: an attempt that began at the
 time `began` with the weights that stood before `step`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ Result:   images/s, contiguous and channels last:  fp32 17.6, 28.3 (1.60);  bf16
 Fresh weights; the two layouts take turns on the same random images, once in fp32 and once in bf16.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics

@@ -2,8 +2,6 @@
 the same images.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 

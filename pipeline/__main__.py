@@ -1,7 +1,5 @@
 """The entry of the command line. It needs no extra, so that it can name one that is missing."""
 
-from __future__ import annotations
-
 import atexit
 import logging
 import os

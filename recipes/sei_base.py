@@ -2,8 +2,6 @@
 with.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

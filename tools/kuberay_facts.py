@@ -7,8 +7,6 @@ After a new KubeRay, with its ray.io_rayjobs.yaml and ray.io_rayclusters.yaml
     .venv/bin/python tools/kuberay_facts.py v1.7.0 FOLDER > tests/golden/kuberay.json
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

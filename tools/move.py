@@ -16,8 +16,6 @@ moved on."""
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
 
-from __future__ import annotations
-
 import ast
 import os
 import re

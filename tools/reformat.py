@@ -8,8 +8,6 @@ BLACK.
 
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalOperand=false
 
-from __future__ import annotations
-
 import ast
 import io
 import os

@@ -12,8 +12,6 @@ with the fields `name`, `seed`, `data`, `protocol`, `tuned` and `searched`, and 
 in a module `synthetic` under `pipeline.data`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

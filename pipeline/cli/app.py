@@ -1,7 +1,5 @@
 """All commands of the command line. Nothing heavy is imported before a command runs."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`spiketrain evaluate` and `export`: commands for a trained network."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

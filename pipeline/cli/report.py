@@ -1,7 +1,5 @@
 """`spiketrain compare`, `report`, `dashboard` and `runs`, which read results."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Literal

@@ -2,8 +2,6 @@
 run.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import typer

@@ -3,8 +3,6 @@
 The version of the package is the same for every checkout between two releases.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

@@ -6,8 +6,6 @@ takes it by a lock on a file of its name, which the kernel releases when the wor
 on a machine that take cores this way use the same files. Other programs may still use these cores.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import platform

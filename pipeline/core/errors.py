@@ -3,8 +3,6 @@
 `DataError` and `LoaderError` stand here so that processes that write data need not import torch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -2,8 +2,6 @@
 user has to resolve.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import secrets

@@ -6,8 +6,6 @@ between words. Text to be copied, such as a command, a path or a run's name, is 
 is longer than the terminal is wide, it has a line of its own.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import sys

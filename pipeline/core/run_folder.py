@@ -1,7 +1,5 @@
 """The files of a run's folder: no other module spells out their names."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

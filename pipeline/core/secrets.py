@@ -1,7 +1,5 @@
 """Secrets in environment variables: which variables hold one, and texts without their values."""
 
-from __future__ import annotations
-
 import os
 
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")

@@ -1,7 +1,5 @@
 """A uniquely named file. A process that can read it shares the folder."""
 
-from __future__ import annotations
-
 import errno
 import secrets
 import socket

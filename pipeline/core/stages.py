@@ -1,7 +1,5 @@
 """Progress of a command: a line on stderr before each slow stage; stdout holds only the result."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder

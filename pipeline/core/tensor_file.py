@@ -6,8 +6,6 @@ before it is loaded, and it is loaded with `weights_only`, which calls only list
 2.13).
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 from collections.abc import Mapping

@@ -19,8 +19,6 @@ thread whatever the thresholds are, and Ray trains in a thread. The resident set
 process is therefore the most memory that it has needed since `release_freed_memory`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

@@ -1,7 +1,5 @@
 """Numbers for a reader: scaled, with their units."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

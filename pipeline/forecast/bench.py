@@ -8,8 +8,6 @@ The cost of a teacher is the same for every rule and T: one answer per batch, wi
 measured apart, with random weights, so that nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import copy
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -16,8 +16,6 @@ Thresholds that a rule calibrates on data affect values only, and are left uncha
 
 # B batch
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence

@@ -10,8 +10,6 @@ several operations are faster.
 Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for the roofline.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

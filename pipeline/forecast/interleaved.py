@@ -10,8 +10,6 @@ Cores share caches, memory and clock rates, so processes that compute at the sam
 than one alone, as the workers of a run are.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -28,8 +28,6 @@ worker's part. A rule that updates the weights at every time step communicates a
 
 # N workers, T time steps
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 (`bench.py`).
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

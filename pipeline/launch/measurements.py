@@ -4,8 +4,6 @@ They begin once all runs are over, one after another, in the process of the laun
 written whole to a file of the suite's folder. A resume measures what has no file yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -5,8 +5,6 @@ SIGUSR1, SIGHUP     save and stop, however often they come. A scheduler sends SI
                     time limit; SIGHUP comes when a terminal closes
 """
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -15,8 +15,6 @@ A batch has about thirty boundaries, and each follows a layer that has just fill
 every call costs microseconds. A boundary therefore does nothing but record a name and the time.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator

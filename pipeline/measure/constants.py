@@ -3,8 +3,6 @@
 This module does not import torch, so that reports can read it at once.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 # Parts of a batch:

@@ -5,8 +5,6 @@ older than the CUDA that torch was built for. Without this check, workers would 
 fail.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -14,8 +14,6 @@ included. A GPU's counter (NVML) measures the whole card, with its idle power an
 that computes on it, and a GPU is another kind of chip: the measurement stands beside the estimate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

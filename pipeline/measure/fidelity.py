@@ -12,8 +12,6 @@ Both hold at the current weights: they say what a rule leaves out there, not how
 
 # T time, B batch
 
-from __future__ import annotations
-
 import copy
 import math
 import statistics

@@ -11,8 +11,6 @@ The path of the process's group then leads nowhere, or is "/", and the root coun
 Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

@@ -7,8 +7,6 @@ whose classes alternate, which every tenth sample might not.
 
 # T time, B batch
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Iterator
 

@@ -7,8 +7,6 @@ A claim that was not run is shown as that. Accuracy and time of one seed have no
 no verdict.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any

@@ -4,8 +4,6 @@ Runs that differ in more than the rule and the seed are refused, and nothing is 
 studies or machines. A study whose runs are of several machines has a comparison for each.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -6,8 +6,6 @@ gives
 a value.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

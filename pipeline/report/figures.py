@@ -2,8 +2,6 @@
 learning curves beside published points.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence

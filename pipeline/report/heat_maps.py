@@ -1,7 +1,5 @@
 """Heat maps of a group: firing rates, and each rule's gradient beside BPTT's."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A run over time, from its journal: curve, evaluations, starts, gradients, parts of its time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """`spiketrain runs`: the runs and suites of a folder, and the commands that resume them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ page.write(study, Path("report.html"))
 What the page and the dashboard share: the figures of each view, and the templates in web/.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -5,8 +5,6 @@ of a search are left out: they differ in a tried value, and are judged on a part
 set.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

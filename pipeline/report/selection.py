@@ -1,7 +1,5 @@
 """Which runs are meant: by name or study key, or the newest study; and with which they compare."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """`spiketrain show`: a recipe with all its values, before anything is launched."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 `print_protocols` is the report of a search.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import traceback

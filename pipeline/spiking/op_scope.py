@@ -8,8 +8,6 @@ reads `current_scope()`. The innermost scope counts. A scope costs two updates o
 variable.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -2,8 +2,6 @@
 newest checkpoint.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import socket

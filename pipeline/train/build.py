@@ -4,8 +4,6 @@ schedule.
 Nothing here reads a data file or speaks to another process.
 """
 
-from __future__ import annotations
-
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence

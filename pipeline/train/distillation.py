@@ -4,8 +4,6 @@ the network's own logits over time.
 T time (steps 1..T), B batch, K classes
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

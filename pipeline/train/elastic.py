@@ -16,8 +16,6 @@ cut:
     a rule's own state    is averaged over ranks by every rule
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

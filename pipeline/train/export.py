@@ -17,8 +17,6 @@ Rounding may change a spike if a potential equals its threshold to the last bits
 or another machine may, too.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -4,8 +4,6 @@ current weights.
 
 # T time, B batch
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn

@@ -3,8 +3,6 @@
 T time, B batch, C channels, H W pixels, K classes
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple

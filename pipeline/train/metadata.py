@@ -4,8 +4,6 @@ The conditions of a run are read off what was built, so that a reader need not t
 leaves out.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence

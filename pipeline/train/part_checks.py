@@ -4,8 +4,6 @@ anything trains.
 T time, B batch, C channels, H W pixels, K classes
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar

@@ -5,8 +5,6 @@ Each is made with the optimizer, the global batches of the run (or of a phase), 
 epoch. timm's schedulers do the arithmetic. DeepSpeed gets no schedule: it would count steps itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 

@@ -7,8 +7,6 @@ or, without a cache, in the run's folder. So a resume neither fits nor evaluates
 B batch, K classes, N samples, D features
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Weights of a run or a file, loaded for evaluation or as the start of another run."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

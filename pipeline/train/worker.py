@@ -2,8 +2,6 @@
 fault that the run survives (recovery.py).
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable

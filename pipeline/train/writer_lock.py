@@ -6,8 +6,6 @@ attempt cannot write to the journal or a finished checkpoint. (The other ranks w
 with the name of the attempt, also in a bucket.)
 """
 
-from __future__ import annotations
-
 import fcntl
 import time
 import traceback

@@ -5,8 +5,6 @@ SOURCE/train/CLASS/*.png and SOURCE/val/CLASS/*.png, the test set being val. `--
 pixels as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from timm.optim import create_optimizer_v2

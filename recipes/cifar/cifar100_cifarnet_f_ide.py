@@ -7,8 +7,6 @@ Result:   not run (target, published: 73.07 % top-1, mean of several runs, best 
           71.56 %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

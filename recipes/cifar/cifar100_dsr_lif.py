@@ -7,8 +7,6 @@ Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: the settings of cifar10_dsr_
 Result:   not run (target, unconfirmed: 78.50 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

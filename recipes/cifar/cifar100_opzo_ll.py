@@ -9,8 +9,6 @@ Source:   Xiao et al. 2024 (OPZO+LL+IGL, 9 layers), arXiv:2407.12516; its settin
 Result:   not run (target, published: 66.13 % top-1; spatial backpropagation 65.96 %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.transforms import with_readouts

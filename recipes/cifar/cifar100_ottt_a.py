@@ -8,8 +8,6 @@ Result:   not run (target, published: 71.05 +- 0.04 % top-1; BPTT on the same ne
           %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

@@ -7,8 +7,6 @@ Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195, the settings of the network
 Result:   not run (target, published: 72.63 +- 0.23 % top-1; without feedback 71.05 +- 0.04 %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.vgg import vgg_sws_f

@@ -8,8 +8,6 @@ Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: batch 128, 100 epochs, SGD 0
 Result:   not run (target, published: 91.74 % top-1, mean of several runs; IF 91.73 %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.feedback import alexnet_f

@@ -7,8 +7,6 @@ Result:   not run (target, published: 92.52 % top-1, mean of several runs, best 
           92.08 %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.feedback import cifarnet_f

@@ -7,8 +7,6 @@ Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its co
 Result:   not run (the published accuracies were not available)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

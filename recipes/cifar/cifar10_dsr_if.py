@@ -7,8 +7,6 @@ Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: as cifar10_dsr_lif.py, thres
 Result:   not run
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

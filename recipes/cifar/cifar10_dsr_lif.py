@@ -9,8 +9,6 @@ Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, batch 128, 200 epoch
 Result:   not run (target, published: 95.40 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.preact_resnet import preact_resnet18_small

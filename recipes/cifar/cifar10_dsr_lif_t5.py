@@ -8,8 +8,6 @@ Source:   Meng et al. 2022 (DSR), arXiv:2205.00459, the published code's setting
 Result:   not run (target, published: about 94.45 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

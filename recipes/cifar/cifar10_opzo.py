@@ -7,8 +7,6 @@ Source:   Xiao et al. 2024 (OPZO, 5 convolutional layers), arXiv:2407.12516; its
 Result:   not run (target, published: 85.74 % top-1; spatial backpropagation 90.00 %, DFA 79.90 %,
 zeroth order 49.04 %)"""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

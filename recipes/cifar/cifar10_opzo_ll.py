@@ -7,8 +7,6 @@ Source:   Xiao et al. 2024 (OPZO+LL), arXiv:2407.12516; see cifar10_opzo.py. Rea
 Result:   not run (target, published: 89.42 % top-1; spatial backpropagation 90.00 %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.transforms import with_readouts

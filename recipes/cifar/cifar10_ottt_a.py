@@ -10,8 +10,6 @@ Result:   not run (target, published: 93.52 +- 0.06 % top-1; BPTT on the same ne
           %)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

@@ -7,8 +7,6 @@ Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195, the settings of OTTT-A, lea
 Result:   not run (target, published: 93.49 +- 0.17 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

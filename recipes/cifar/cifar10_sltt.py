@@ -11,8 +11,6 @@ The published BPTT keeps the gradient through the reset. Here the default detach
 model.neuron.reset_gradient=kept` keeps it.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

@@ -1,7 +1,5 @@
 """SLTT's network and settings for CIFAR."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.preact_resnet import preact_resnet18_small

@@ -1,7 +1,5 @@
 """How the study of SLTT's and OTTT's claims judges what it measures beside its runs."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -14,8 +14,6 @@ each. Only the rule differs; all share the learning rate 0.3. SLTT-K is rescaled
 expected gradient is SLTT's. The claims and their bounds are in the log, too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction

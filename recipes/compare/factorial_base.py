@@ -23,8 +23,6 @@ Bootstrap Methods and their Application, ch. 3; Hesterberg 2014, arXiv:1411.5279
 
 # C cells, G groups of a split, K contrasts, R resamples
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

@@ -13,8 +13,6 @@ that its expectation is SLTT's. The published rule is not rescaled: under SGD th
 rate six times smaller.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Evaluation, Recipe, spec

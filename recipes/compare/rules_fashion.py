@@ -12,8 +12,6 @@ Within a study only the rule differs, learning rate included. Each study has its
 Accuracies are of two epochs; recipes/fashion has each rule at its best.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -14,8 +14,6 @@ as the teacher's answers; `peer` is taught by a full-precision network of the sa
 full precision with 4 % more stored bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product

@@ -12,8 +12,6 @@ All cells get one rate, because the study compares networks and not rates. Runs 
 study's epochs.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping
 from dataclasses import replace

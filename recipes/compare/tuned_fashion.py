@@ -13,8 +13,6 @@ The setting is that of claims_fashion.py at decay 1/11. Trials train on nine ten
 set and are judged by the last tenth. The test set is read once, after the last epoch.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Suite, spec

@@ -2,8 +2,6 @@
 tasks made of Fashion-MNIST.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -10,8 +10,6 @@ Result:   ran with wrong rows, 70, 70, 50, 70, 70, 50, 70, 70, 50 after the firs
           core of an AMD EPYC, under other load, 30 minutes; commit 3321c9f2391e
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -11,8 +11,6 @@ Result:   ran with wrong rows, 70, 70, 50, 70, 70, 50, 70, 70, 50 after the firs
           EPYC, under other load, 22 to 23 minutes a run; commit 15d3b0516162, c2f974888e7a
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -10,8 +10,6 @@ Result:   on the 10,000 test images of every task, 3 seeds: ACC 0.5177 (0.5144, 
           c2f974888e7a
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

@@ -8,8 +8,6 @@ Result:   ACC 0.9880, BWT -0.2 points, last task 0.9965 on the test images of fi
           with --inline: one core of an AMD EPYC, under other load, 91 s; commit cd65a7941c5d
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

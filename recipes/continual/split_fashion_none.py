@@ -8,8 +8,6 @@ Result:   ACC 0.7763, BWT -26.8 points, last task 0.9975 on the test images of f
           with --inline: one core of an AMD EPYC, under other load, 37 s; commit cd65a7941c5d
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

@@ -5,8 +5,6 @@ Of moving shapes the test set is read once, after the last epoch; learning rate 
 chosen on a held-out tenth of the training set (`--set data.held_out=0.1`). The published settings
 evaluate as they go, every ten epochs or after each."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from timm.optim import create_optimizer_v2

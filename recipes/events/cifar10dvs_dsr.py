@@ -10,8 +10,6 @@ Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 20, 48 pixels, padded by
 Result:   not run (target, published: 77.3 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.data.datasets.events import Events

@@ -12,8 +12,6 @@ Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 10 frames of equally ma
 Result:   not run (target, published: 76.27 +- 0.05 % top-1; OTTT-O 76.63 +- 0.34 %, BPTT on the
 same network 72.60 +- 1.26 %)"""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.data.datasets.events import Events

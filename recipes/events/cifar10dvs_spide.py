@@ -11,8 +11,6 @@ Source:   Xiao et al. 2023 (SPIDE), arXiv:2302.00232, and the defaults of its co
 Result:   not run (the published accuracy could not be had)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.data.datasets.events import Events

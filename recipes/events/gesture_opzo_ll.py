@@ -11,8 +11,6 @@ Source:   Xiao et al. 2024 (OPZO+LL+IGL, 9 layers), arXiv:2407.12516; its settin
 Result:   not run (target, published: 96.88 % top-1; spatial backpropagation 94.10 %)
 """
 
-from __future__ import annotations
-
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.events import Events

@@ -12,8 +12,6 @@ Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311, and the defaults of its cod
 Result:   not run (target, published for all twenty steps: 97.92 % top-1)
 """
 
-from __future__ import annotations
-
 from pipeline.data.datasets.events import Events
 from pipeline.recipe import Recipe, spec
 from recipes.events.base import sltt_k

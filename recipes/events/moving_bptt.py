@@ -9,8 +9,6 @@ Result:   0.9977 top-1 on the 1,600 test recordings after 6 epochs, 3 seeds (0.9
           half a run; commit a3147a782acd
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -10,8 +10,6 @@ Below BPTT's 0.9977. OTTT leaves out the gradient from a layer's past to the lay
 Whether that is the cause was not tested; docs/LOG.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -9,8 +9,6 @@ Result:   0.8431 top-1 on the 1,600 test recordings after 6 epochs, 3 seeds (0.8
 Below BPTT's 0.9977. SLTT leaves out the gradient through the membrane. Whether that is the cause
 was not tested; docs/LOG.md."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -10,8 +10,6 @@ Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247: batch 128, 100 epochs, SGD 0
 Result:   not run (target, published: 99.42 % top-1, mean of several runs; IF 99.30 %)
 """
 
-from __future__ import annotations
-
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.events import Events

@@ -8,8 +8,6 @@ Source:   Xiao et al. 2024 (OPZO), arXiv:2407.12516. A fully connected network i
 Result:   not run (target, published: 98.27 % top-1; spatial backpropagation 98.15 %, DFA 97.98 %,
 zeroth order 72.90 %)"""
 
-from __future__ import annotations
-
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.events import Events

@@ -8,8 +8,6 @@ Result:   0.9174 top-1 on the 10,000 test images after 8 epochs, one run with --
           an AMD EPYC, under other load, 2 minutes; commit 1c241ec47596
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import nn

@@ -8,8 +8,6 @@ reading of the test set led to another search on the held-out tenth: once for th
 shifts), once for OPZO's study. At decay 0.5 that is 0.3: `--set model.neuron.decay=0.5 --set
 optimizer.lr=0.3`."""
 
-from __future__ import annotations
-
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.beton import Beton

@@ -11,8 +11,6 @@ Result:   top-1 on the 10,000 test images after 10 epochs, mean of three seeds, 
           seed 0; commit 7e0b3e633c90
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

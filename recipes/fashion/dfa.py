@@ -9,8 +9,6 @@ Result:   top-1 0.8380 (0.8389, 0.8351, 0.8400) on the 10,000 test images after 
           run; commit 15d3b0516162
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

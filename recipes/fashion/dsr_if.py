@@ -9,8 +9,6 @@ Batch norm gives every neuron currents of unit deviation, of which the threshold
 a thousand above it; the published 6 suits T = 20.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -8,8 +8,6 @@ Result:   0.9048 top-1 on the 10,000 test images after 8 epochs, one run with --
           0.9161; after two epochs it led by ten points)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

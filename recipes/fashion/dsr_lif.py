@@ -10,8 +10,6 @@ Result:   0.9134 top-1 on the 10,000 test images after 8 epochs, one run with --
 The threshold of 0.15 is a height of 3, as dsr_if.py has it.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -12,8 +12,6 @@ study; SPIDE needs the symmetric reset and forms one with spide_ide.py. Learning
 and length were chosen on a held-out tenth; the figures of the latter two were not kept.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.feedback import fc_feedback

@@ -8,8 +8,6 @@ Result:   0.8981 top-1 on the 10,000 test images after 60 epochs, one run with -
           reached biases and gains (ide.py)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -8,8 +8,6 @@ Result:   0.8911 top-1 on the 10,000 test images after 60 epochs, one run with -
           parameters: 0.8994). It ran before weight decay reached biases and gains (ide.py)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.mlp import mlp

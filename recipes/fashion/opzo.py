@@ -13,8 +13,6 @@ Result:   top-1 0.9025 (0.9042, 0.9004, 0.9030) on the 10,000 test images after 
           commit 15d3b0516162; paired intervals in docs/LOG.md
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from timm.optim import create_optimizer_v2

@@ -9,8 +9,6 @@ Result:   top-1 0.9142 (0.9133, 0.9135, 0.9158) on the 10,000 test images after 
           (0.9180, 0.9155, 0.9158)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -8,8 +8,6 @@ Result:   top-1 0.8820 on the 10,000 test images after 10 epochs, one seed, with
           of an AMD EPYC, under other load, 2 minutes; commit 15d3b0516162
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.mlp import mlp

@@ -9,8 +9,6 @@ Result:   top-1 0.9024 (0.8987, 0.9043, 0.9042) on the 10,000 test images after 
           run; commit 15d3b0516162
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

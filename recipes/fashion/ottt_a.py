@@ -9,8 +9,6 @@ Result:   top-1 on the 10,000 test images after 10 epochs, mean of three seeds, 
           run; commit 1c241ec47596 (BPTT, same seeds: see bptt.py; paired intervals in docs/LOG.md)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

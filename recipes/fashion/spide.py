@@ -10,8 +10,6 @@ Result:   0.8920 top-1 on the 10,000 test images after 20 epochs, one run with -
           spide_ide.py: 0.8930). It ran before weight decay reached biases and gains (ide.py)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Evaluation, Recipe, spec

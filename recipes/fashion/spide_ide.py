@@ -9,8 +9,6 @@ Result:   0.8930 top-1 on the 10,000 test images after 20 epochs, one run with -
           reached biases and gains (ide.py)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

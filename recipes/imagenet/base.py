@@ -5,8 +5,6 @@ Published accuracies need both; the published hours are those of the second stag
 published, weight decay reaches biases and gains, and the rate changes once an epoch. The published
 code trains in fp16; here the precision is bf16."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -13,8 +13,6 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
 Result:   not run (nothing like it is published)
 """
 
-from __future__ import annotations
-
 from timm.optim import create_optimizer_v2
 
 from pipeline.data.datasets.beton import Beton

@@ -11,8 +11,6 @@ Source:   Meng et al. 2023 (SLTT-2), arXiv:2302.14311: batch 256, 30 epochs, SGD
 Result:   not run (target, unconfirmed: 69.26 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.nf_resnet import nf_resnet101

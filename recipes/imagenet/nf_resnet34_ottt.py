@@ -10,8 +10,6 @@ Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epoch
 Result:   not run (target, published: 65.15 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.nf_resnet import nf_resnet34

@@ -10,8 +10,6 @@ Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 30 epochs, SGD 0
 Result:   not run (target, published: 66.19 % top-1)
 """
 
-from __future__ import annotations
-
 from pipeline.models.nf_resnet import nf_resnet34
 from pipeline.recipe import Recipe
 from recipes.imagenet.base import second_stage

@@ -8,8 +8,6 @@ Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 100 epochs, SGD 
 Result:   not run
 """
 
-from __future__ import annotations
-
 from pipeline.models.nf_resnet import nf_resnet34
 from pipeline.recipe import Recipe
 from recipes.imagenet.base import first_stage

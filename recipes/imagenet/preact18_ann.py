@@ -8,8 +8,6 @@ Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: SGD 0.1, weight decay 1e-4, 
 Result:   not run
 """
 
-from __future__ import annotations
-
 from timm.optim import create_optimizer_v2
 from torch import nn
 

@@ -13,8 +13,6 @@ Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: T = 50, Adam 1e-3, batch 144
 Result:   not run (target, unconfirmed: 67.74 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from timm.optim import create_optimizer_v2

@@ -10,8 +10,6 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
 Result:   not run (target, none is published for this width)
 """
 
-from __future__ import annotations
-
 from pipeline.recipe import Suite
 from recipes.imagenet.qkformer_base import sei
 

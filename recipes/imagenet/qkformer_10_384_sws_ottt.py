@@ -10,8 +10,6 @@ Source:   a construction of ours: Xiao et al. 2022 (OTTT), arXiv:2210.04195, for
 Result:   not run (nothing like it is published)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -8,8 +8,6 @@ Source:   Zhou et al. 2024 (QKFormer), arXiv:2403.16552: AdamW 6e-4 for a batch 
 Result:   not run (published of another setting, see qkformer_base.py: 84.22 % top-1)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe

@@ -13,8 +13,6 @@ Result:   not run (published: 82.52 % top-1 at T = 2, for a Transformer that is 
           built on the published QKFormer, its answers depend on the batch, see qkformer_base.py)
 """
 
-from __future__ import annotations
-
 from pipeline.recipe import Suite
 from recipes.imagenet.qkformer_base import sei
 

@@ -9,8 +9,6 @@ Source:   Meng et al. 2023 (SLTT-K), arXiv:2302.14311, for the rule; the rest as
 Result:   not run (no target is published for this rule on this network)
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -9,8 +9,6 @@ Issue 14 of its repository has 78.73 % for the 384 channels at batch 32 and 74.2
 third party's figures). So these are studies of our own, and published accuracies are of another
 setting, which reports name."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from timm.optim import create_optimizer_v2

@@ -9,8 +9,6 @@ Objects and grounds of the evaluation images were never seen in training. The le
 evaluation objects train in the other three. The test set is read once, after the last epoch.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from timm.optim import create_optimizer_v2

@@ -11,8 +11,6 @@ Result:   on unseen objects of split 0, one seed: full precision .1923; 1-bit, f
           thread of 2 cores of an AMD EPYC, under other load, torch 2.13
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.models.ms_resnet import MSResNet

@@ -8,8 +8,6 @@ Result:   .2202 on unseen objects of split 0, one seed; 327 s, 107 MB kept for b
           other load, torch 2.13
 """
 
-from __future__ import annotations
-
 from pipeline.recipe import Recipe
 from recipes.stamps.base import qkformer
 

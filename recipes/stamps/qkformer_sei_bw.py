@@ -11,8 +11,6 @@ Result:   on unseen objects of split 0, one seed: full precision .2942; 1-bit by
           torch 2.13
 """
 
-from __future__ import annotations
-
 from pipeline.recipe import Suite
 from recipes.sei_base import two_stages
 from recipes.stamps.base import sei_first_stage

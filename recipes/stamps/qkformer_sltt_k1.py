@@ -8,8 +8,6 @@ Result:   .2240 on unseen objects of split 0, one seed; 288 s, 59 MB kept for ba
           other load, torch 2.13
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

@@ -9,8 +9,6 @@ Result:   .2327 on unseen objects of split 0, one seed; 28 min, 52 MB kept for b
           other load, torch 2.13
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from pipeline.recipe import Recipe, spec

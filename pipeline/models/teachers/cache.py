@@ -9,8 +9,6 @@ and a process may die at any point.
 
 # B batch, K classes
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Mapping

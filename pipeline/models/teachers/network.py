@@ -6,8 +6,6 @@ teacher=spec(network_teacher, model=spec(...), time_steps=2,
 
 # T time, B batch, K classes
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ trained on.
 
 # N samples, D features, K classes
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

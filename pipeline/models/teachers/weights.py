@@ -3,8 +3,6 @@
 Each source returns a timm model whose weights fit to the last key, or raises a one-line error.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import re

@@ -6,8 +6,6 @@ read at each look, and no journal before a study is picked.
 `spiketrain dashboard`: a waitress server, on loopback unless a token guards it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import signal

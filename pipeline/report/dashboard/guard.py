@@ -6,8 +6,6 @@ cookie derived from the token identifies the browser from then on. The server th
 name, as a proxy may keep its own: a browser sends no cookie to a name that somebody points here.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import ipaddress

@@ -7,8 +7,6 @@ What was read is kept: of a run that has ended, until MLflow has a newer artifac
 of a running one its points, so that the next look asks for those after them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

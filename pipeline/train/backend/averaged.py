@@ -13,8 +13,6 @@ Source: Polyak and Juditsky 1992. The form is that of timm's ModelEmaV3 (1.0.31)
 test compares the two.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

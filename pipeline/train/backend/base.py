@@ -4,8 +4,6 @@ Every backward call of the product goes through `Backend.backward`. So the rules
 backward calls per optimizer step, which fail silently if they are broken, are in one place.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

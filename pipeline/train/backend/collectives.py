@@ -1,7 +1,5 @@
 """Communication between the workers of one run about anything but gradients."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator

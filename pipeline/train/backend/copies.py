@@ -2,8 +2,6 @@
 be undone.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, TypeVar

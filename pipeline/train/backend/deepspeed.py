@@ -6,8 +6,6 @@ backward call's gradient, without an error. `managed_gradient_accumulation: fals
 pins both facts.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -2,8 +2,6 @@
 for DeepSpeed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Saving and restoring: training waits for a copy of its state, which a thread writes."""
 
-from __future__ import annotations
-
 import errno
 import json
 import random

@@ -15,8 +15,6 @@ holds gradients of its own. The first bad one then leads to Rollback. An evaluat
 not finite leads to Rollback as well, and the checkpoint of its step goes into quarantine.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque

@@ -2,8 +2,6 @@
 which ranks are slow.
 """
 
-from __future__ import annotations
-
 import hashlib
 import statistics
 from collections import Counter

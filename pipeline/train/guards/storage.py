@@ -1,7 +1,5 @@
 """Storage that is away for a while: all ranks wait for it together."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import suppress
