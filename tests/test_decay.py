@@ -23,7 +23,8 @@ DECAY = 0.1
 def network(weights: str) -> nn.Module:
     """Wrapped, so that the outermost network knows nothing of its bits."""
     inside = convnet(3, in_channels=1, stages=((4,), (4,), (4,)))
-    return late(binarized(inside, part="all_but_ends", weights=weights), time_steps=2)  # type: ignore[arg-type]
+    network: Any = binarized(inside, part="all_but_ends", weights=weights)
+    return late(network, time_steps=2)
 
 
 def by_torch(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:

@@ -205,7 +205,8 @@ def test_a_module_of_no_extra_is_no_message_for_the_user() -> None:
 def modules_of(*extras: str) -> set[str]:
     """The top-level modules of the packages that these extras list."""
     listed = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {re.match(r"[\w-]+", each)[0] for extra in extras for each in listed[extra]}  # type: ignore[index]
+    needed = [each for extra in extras for each in listed[extra]]
+    names = {re.split(r"[^\w-]", each)[0] for each in needed}
     modules = {"pyyaml": "yaml", "pillow": "PIL"}
     # timm imports these three itself.
     needed_without = {"pyyaml", "pillow", "fsspec"}

@@ -607,4 +607,5 @@ def _height_at(run: Run, step: int) -> float:
     """The curve at the last point at or before a step, for a mark upon it."""
     known = [each for each in run.history.curve if each.top1 is not None]
     before = [each.top1 for each in known if each.step <= step]
-    return 100 * (before[-1] if before else known[0].top1 if known else 0.0)  # type: ignore[operator]
+    of_nothing = known[0].top1 if known else 0.0
+    return 100 * (before[-1] if before else of_nothing)  # type: ignore[operator]

@@ -24,7 +24,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -192,7 +192,8 @@ def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor
         is_positive, scale_O = synapse.binarizer.split(synapse.weight)
         packed[f"{name}.bits"] = pack_bits(is_positive)
         if scale_O is not None and name in norms and scale_O.min() >= SMALLEST_SCALE:
-            fold(scale_O, synapse.bias, network.get_submodule(norms[name]))  # type: ignore[arg-type]
+            norm: Any = network.get_submodule(norms[name])
+            fold(scale_O, synapse.bias, norm)
             folded += 1
         elif scale_O is not None:
             packed[f"{name}.scale"] = scale_O
@@ -255,7 +256,8 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no mapping)
+            names = opened.keys()  # `opened` is no mapping
+            tensors = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"

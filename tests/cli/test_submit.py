@@ -341,5 +341,6 @@ def test_what_a_scheduler_requires_is_said_in_the_help(
 ) -> None:
     code, _, err = launch(SMALL, "--cluster", where, "--name", "mine", *others.split(), "--dry-run")
     assert code == 2 and missing in err
-    options = {each.name: each for each in get_command(app).commands["launch"].params}  # type: ignore[attr-defined]
+    group: Any = get_command(app)
+    options = {each.name: each for each in group.commands["launch"].params}
     assert options[missing].help.startswith(f"{where}, required")

@@ -376,7 +376,8 @@ def test_time_is_over_the_faster_of_folded_and_stepped_bptt() -> None:
     assert f"{said}, 80% to 80%" in advice(found)
     console = Console(file=io.StringIO(), width=200)
     print_probe(found, console=console)
-    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("SLTT  ")]  # type: ignore[attr-defined]
+    file: Any = console.file
+    (line,) = [line for line in file.getvalue().splitlines() if line.startswith("SLTT  ")]
     assert "×0.20" in line and "400 ms  ×0.80" in line
     assert probe_to_json(found)["time_baseline"] == "BPTT-chunk-1"
 

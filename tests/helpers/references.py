@@ -3,6 +3,7 @@
 # T time, B batch, C channels, K classes
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ def three_factors(
         e1 = (e2 * psi2) @ down2
         log.append((x, psi1, e1, s1, psi2, e2, s2, torch.ones_like(e3), e3))
     each = [torch.stack(values) for values in zip(*log, strict=True)]
-    return {"0": tuple(each[:3]), "2": tuple(each[3:6]), "4": tuple(each[6:])}  # type: ignore[return-value]
+    by_layer: Any = {"0": tuple(each[:3]), "2": tuple(each[3:6]), "4": tuple(each[6:])}
+    return by_layer
 
 
 def summed(factors: Factors) -> dict[str, Tensor]:

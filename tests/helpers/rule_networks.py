@@ -135,7 +135,8 @@ def spikes_of(model: nn.Module) -> dict[str, list[Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, LIF):
             record[name] = []
-            module.register_forward_hook(lambda _module, _x, s_TB, name=name: keep(name, s_TB))  # type: ignore[arg-type]
+            hook: Any = lambda _module, _x, s_TB, name=name: keep(name, s_TB)
+            module.register_forward_hook(hook)
     return record
 
 

@@ -132,7 +132,8 @@ def test_an_example_is_what_its_order_gives(folder: str) -> None:
     assert yaml.safe_load(render_rayjob(order, K8S / folder)) == job
     assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
     command = typer.main.get_command(app)
-    options = {name for each in command.commands["launch"].params for name in each.opts}  # type: ignore[attr-defined]
+    group: Any = command
+    options = {name for each in group.commands["launch"].params for name in each.opts}
     assert {word for word in words if word.startswith("--")} <= options
 
 

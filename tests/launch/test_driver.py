@@ -71,7 +71,8 @@ def driven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
     job = Job(run=str(tmp_path), study="s", data_fingerprint="d", commit="c", recipe={}, run_id="r")
 
     def run(file: Any, launcher: Launcher | None = None) -> dict[str, Any] | None:
-        return drive(job, launcher or Launcher(), Console(file=file, width=200))  # type: ignore[arg-type]
+        started: Any = launcher or Launcher()
+        return drive(job, started, Console(file=file, width=200))
 
     return run
 

@@ -1,5 +1,7 @@
 """Both attentions at one time step against sums over pairs of tokens, written out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,8 @@ def currents(layer: nn.Module, x_BCN: Tensor) -> Tensor:
     y_BCN = torch.einsum("oc,bcn->bon", synapse.weight[:, :, 0, 0], x_BCN)  # type: ignore[index]
     y_BCN = y_BCN if synapse.bias is None else y_BCN + synapse.bias[:, None]  # type: ignore[index]
     gain_C = norm.weight / (norm.running_var + norm.eps) ** 0.5  # type: ignore[operator]
-    return gain_C[:, None] * (y_BCN - norm.running_mean[:, None]) + norm.bias[:, None]  # type: ignore[index]
+    mean_C: Any = norm.running_mean
+    return gain_C[:, None] * (y_BCN - mean_C[:, None]) + norm.bias[:, None]
 
 
 def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:

@@ -55,8 +55,14 @@ def test_sizes_of_the_image():
 
 test_refuses = refusals(
     [
-        (lambda: sew_resnet(20), r"sew_resnet: depth must be 18, 34, 50, 101 or 152; got depth=20"),  # type: ignore[arg-type]
-        (lambda: ms_resnet(50), r"ms_resnet: depth must be 18, 34 or 104; got depth=50"),  # type: ignore[arg-type]
+        (
+            lambda: sew_resnet(20),  # type: ignore[arg-type]
+            r"sew_resnet: depth must be 18, 34, 50, 101 or 152; got depth=20",
+        ),
+        (
+            lambda: ms_resnet(50),  # type: ignore[arg-type]
+            r"ms_resnet: depth must be 18, 34 or 104; got depth=50",
+        ),
         (
             lambda: RESNETS["sew"](shortcut="membrane"),
             r"SEWResNet: shortcut must be 'sew' or 'post_activation'",

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -164,7 +166,8 @@ def test_the_stem_has_a_kernel_and_a_stride_of_its_own():
 def test_dropout_drops_the_same_neurons_at_every_step():
     model, record = vgg_sws(4, in_channels=2, stages=((16,), (8,)), dropout=0.5), []
     first = model.get_submodule("stages.0.0")
-    first.register_forward_hook(lambda _module, _x, h_TBCHW: record.append(h_TBCHW))  # type: ignore[arg-type]
+    hook: Any = lambda _module, _x, h_TBCHW: record.append(h_TBCHW)
+    first.register_forward_hook(hook)
     outputs(model, *images(6).float().split(3))
     fired = torch.cat(record) > 0
     dropped = ~fired.any(0)

@@ -28,7 +28,8 @@ def test_names_from_outside_are_text():
     html = body(page.render(study(run(f"SLTT{BAD}", name=BAD), title=BAD, notes=(BAD,))))
     assert BAD not in html and "&lt;script&gt;alert(1)" in html
     assert html.count("<script") == 2  # the drawings and the page's own
-    drawings = json.loads(re.search(r'id="drawings">(.*?)</script>', html, re.DOTALL).group(1))  # type: ignore[union-attr]
+    [text] = re.findall(r'id="drawings">(.*?)</script>', html, re.DOTALL)
+    drawings = json.loads(text)
     assert any(
         "alert(1)" in trace.get("name", "") for trace in drawings["g1-ratios"]["light"]["data"]
     )

@@ -483,7 +483,8 @@ def carriers_of(model: nn.Sequential) -> list[Tensor]:
     """What carries the error down, by synapse."""
     synapses = [module for module in model if isinstance(module, Linear)]
     assert all(synapse.backward_weight is not None for synapse in synapses)
-    return [synapse.backward_weight(synapse.weight.detach()) for synapse in synapses]  # type: ignore[misc]
+    learnt: Any = synapses
+    return [synapse.backward_weight(synapse.weight.detach()) for synapse in learnt]
 
 
 @pytest.mark.parametrize("error", ["sign_symmetric", "feedback"])

@@ -62,7 +62,9 @@ def smallest_model() -> nn.Sequential:
     """
     readouts = nn.ModuleList([Readout(8, CLASSES), Readout(7, CLASSES)])
     one, other = lif_network(), drawn(readouts, seed=3, scale=0.5)
-    return nn.Sequential(one[0], one[1], other[0], one[2], one[3], other[1], one[4])  # type: ignore[index]
+    a, b, c, d, e = one.children()
+    first, last = other.children()
+    return nn.Sequential(a, b, first, c, d, last, e)
 
 
 def contract_rules() -> list[OPZO]:

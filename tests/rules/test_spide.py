@@ -373,7 +373,8 @@ def test_the_symmetric_reset_of_the_forward_phase_centres_its_rates(seed):
         with torch.no_grad(), fresh_state(rest := model[0]):
             a_1B = torch.zeros(1, 16, 24).double()
             for _ in range(500):
-                a_1B = rest.rate(0, rest.inject(x_TBC[:1]) + rest.feedback(a_1B))  # type: ignore[operator]
+                currents = rest.inject(x_TBC[:1]) + rest.feedback(a_1B)  # type: ignore[operator]
+                a_1B = rest.rate(0, currents)
             found.append(rest(x_TBC).mean(0) - a_1B[0])
     symmetric, plain = found
     assert symmetric.abs().mean() < 0.7 * plain.abs().mean() < 0.02

@@ -1,5 +1,6 @@
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +183,8 @@ def test_samples_do_not_mix_in_the_jacobian_of_a_network_with_batch_norm():
 def test_dropout_is_one_mask_in_simulation_map_and_jacobian():
     e, x_TB = network(dropout=0.5), repeat(frames(1)[0], 5)
     inputs: list[Tensor] = []
-    e.feedback[1].register_forward_pre_hook(lambda m, i: inputs.append(i[0].detach()))  # type: ignore[index]
+    feedback: Any = e.feedback
+    feedback[1].register_forward_pre_hook(lambda m, i: inputs.append(i[0].detach()))
     masks = []
 
     def adjoint(g_B, vjp):

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,8 @@ def counted(model: nn.Module) -> Iterator[Counter[str]]:
         counts["made"] += each is model[2]  # type: ignore[index]
         return effective_weight(each)
 
-    hook = model[2].weight.register_hook(lambda g: counts.update(backwards=1))  # type: ignore[index]
+    weight: Any = model[2].weight  # type: ignore[index]
+    hook = weight.register_hook(lambda g: counts.update(backwards=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synapse, "effective_weight", noted)
         yield counts

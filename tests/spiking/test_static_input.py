@@ -379,6 +379,7 @@ def test_families(family, rule):
         seen.append(dict(counts))
     assert seen[0] == {"images": 4, "backwards": 1}
     moved = set(first_of(model).parameters())  # type: ignore[possibly-undefined]
-    names = [name for name, p in model.named_parameters() if p in moved]  # type: ignore[possibly-undefined]
+    last: Any = model  # type: ignore[possibly-undefined]
+    names = [name for name, p in last.named_parameters() if p in moved]
     assert max(float(found[0][name].abs().max()) for name in names) > 1e-4
     assert distance(*found) < 1e-12

@@ -42,7 +42,8 @@ def moments_from(
 
 
 def learn(subspace: Subspace, x_NC: torch.Tensor, **changes: float) -> None:
-    subspace.learn(moments_from(subspace, x_NC), **{**LEARNING, **changes})  # type: ignore[arg-type]
+    options: Any = {**LEARNING, **changes}
+    subspace.learn(moments_from(subspace, x_NC), **options)
 
 
 def away_from_identity(rows: torch.Tensor) -> float:

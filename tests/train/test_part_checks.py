@@ -57,7 +57,7 @@ class OtherSizes(WithoutFingerprint):
     def fingerprint(self) -> str:
         return "1"
 
-    def train(self, *, seed: int, batch: int) -> None: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+    def train(self, *, seed: int, batch: int) -> None: ...  # type: ignore[override]
 
 
 class Network(nn.Module):
@@ -81,7 +81,7 @@ class WithoutObjectives(Rule):
 
 
 class WithoutMemory(Rule):
-    def _loss_terms(self, *args: Any) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _loss_terms(self, *args: Any) -> Iterator[Any]:  # type: ignore[override]
         raise NotImplementedError
 
 

@@ -182,7 +182,8 @@ def _json(**fields: Any) -> Response:
 
 def _trouble(error: Exception) -> str:
     text = str(error)
-    return _template("macros.html").module.trouble(text[:1].upper() + text[1:])  # type: ignore[attr-defined]
+    macros: Any = _template("macros.html").module
+    return macros.trouble(text[:1].upper() + text[1:])
 
 
 def _template(name: str) -> Any:

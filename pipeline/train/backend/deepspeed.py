@@ -123,7 +123,8 @@ class DeepSpeed(Backend):
         # ZeRO (0.19.8) moves them: at stage 1 to an attribute of its own, at stage 2 to this rank's
         # share of their sum.
         if self.zero == 2:
-            shares = (self.optimizer.averaged_gradients, self.optimizer.all_grad_tensors)  # type: ignore[attr-defined]
+            optimizer: Any = self.optimizer
+            shares = (optimizer.averaged_gradients, optimizer.all_grad_tensors)
             found = (
                 gradient for share in shares for group in share.values() for gradient in group or ()
             )

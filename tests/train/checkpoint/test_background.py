@@ -231,7 +231,8 @@ def _two_ranks(rank: int, size: int, folder: str) -> dict[str, Any]:
         checkpoints.save(1 + writer, made, Counting(), {**TRAINER, "world_size": size})
         if rank == writer:
             held.set()
-            wait_for(checkpoints._writing.temp / (f".{rank}.json" if rank else "trainer.json"))  # type: ignore[union-attr]
+            writing: Any = checkpoints._writing
+            wait_for(writing.temp / (f".{rank}.json" if rank else "trainer.json"))
         distributed.barrier()
         found[f"half {writer}"] = (place.staging / f"step_0000000{1 + writer}").exists()
         distributed.barrier()

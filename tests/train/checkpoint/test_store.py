@@ -114,7 +114,8 @@ def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut
     assert store(address, tmp_path).names() == ["step_00000002"]
     rule = Counting()
     trainer = restore(checkpoints(address, tmp_path / "fresh", keep=1), backend(), rule)
-    assert (trainer["score"], rule.feedback[0]) == ((0.5, 3) if is_new else (None, 2))  # type: ignore[index]
+    first = rule.feedback[0]  # type: ignore[index]
+    assert (trainer["score"], first) == ((0.5, 3) if is_new else (None, 2))
     folders = {path.split("/")[0] for path in paths(address)}
     assert folders == {
         "step_00000002.1-a" if is_new else "step_00000002-a"

@@ -145,7 +145,8 @@ def test_a_gradient_that_is_not_finite_is_bad_though_the_loss_is() -> None:
     hit = Trained()
     hit.batch(0)
     before = hit.values()
-    hook = hit.backend.network[0].weight.register_hook(lambda g: g * math.inf)  # type: ignore[union-attr, operator]
+    network: Any = hit.backend.network
+    hook = network[0].weight.register_hook(lambda g: g * math.inf)
     hit.batch(1)
     hook.remove()
     assert same(hit.values(), before) and hit.told == [
@@ -178,7 +179,8 @@ def test_a_loss_that_leaps_is_bad_once_there_is_something_to_hold_it_against() -
     for step in range(1, WINDOW):
         hit.batch(step)
     before = hit.values()
-    hit.backend.network[4].bias.data.copy_(torch.tensor([60.0, 0.0, 0.0]))  # type: ignore[union-attr, operator]
+    network: Any = hit.backend.network
+    network[4].bias.data.copy_(torch.tensor([60.0, 0.0, 0.0]))
     leapt = hit.values()
     hit.batch(WINDOW)
     assert same(hit.values(), leapt) and not same(before, leapt)
