@@ -35,12 +35,12 @@ def lively(attention: Attention) -> Attention:
 
 def currents(layer: nn.Module, x_BCN: Tensor) -> Tensor:
     """1x1 synapse and norm."""
-    synapse, norm = layer.synapse, layer.norm
-    y_BCN = torch.einsum("oc,bcn->bon", synapse.weight[:, :, 0, 0], x_BCN)  # type: ignore[index]
-    y_BCN = y_BCN if synapse.bias is None else y_BCN + synapse.bias[:, None]  # type: ignore[index]
-    gain_C = norm.weight / (norm.running_var + norm.eps) ** 0.5  # type: ignore[operator]
-    mean_C: Any = norm.running_mean
-    return gain_C[:, None] * (y_BCN - mean_C[:, None]) + norm.bias[:, None]
+    synapse: Any = layer.synapse
+    norm: Any = layer.norm
+    y_BCN = torch.einsum("oc,bcn->bon", synapse.weight[:, :, 0, 0], x_BCN)
+    y_BCN = y_BCN if synapse.bias is None else y_BCN + synapse.bias[:, None]
+    gain_C = norm.weight / (norm.running_var + norm.eps) ** 0.5
+    return gain_C[:, None] * (y_BCN - norm.running_mean[:, None]) + norm.bias[:, None]
 
 
 def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:

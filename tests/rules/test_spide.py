@@ -370,11 +370,11 @@ def test_the_symmetric_reset_of_the_forward_phase_centres_its_rates(seed):
     x_TBC, found = batch(1, size=16)[0].expand(30, -1, -1), []
     for threshold in (1.0, 2.0):
         model = feedback_network(24, seed=seed, weight=0.35, threshold=threshold, subtract=2.0)
-        with torch.no_grad(), fresh_state(rest := model[0]):
+        rest: Any = model[0]
+        with torch.no_grad(), fresh_state(rest):
             a_1B = torch.zeros(1, 16, 24).double()
             for _ in range(500):
-                currents = rest.inject(x_TBC[:1]) + rest.feedback(a_1B)  # type: ignore[operator]
-                a_1B = rest.rate(0, currents)
+                a_1B = rest.rate(0, rest.inject(x_TBC[:1]) + rest.feedback(a_1B))
             found.append(rest(x_TBC).mean(0) - a_1B[0])
     symmetric, plain = found
     assert symmetric.abs().mean() < 0.7 * plain.abs().mean() < 0.02
