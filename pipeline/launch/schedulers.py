@@ -339,11 +339,9 @@ def render_sbatch(
         nodes >= 1 and gpus_per_node >= 0,
         f"slurm: nodes must be 1 or more, gpus_per_node 0 or more; got {nodes} and {gpus_per_node}",
     )
-    require(
-        len(order.sizes) <= 1,
-        "slurm: the number of nodes of a job is fixed, so workers must be one number; got"
-        f" {format_sizes(order.sizes)}",
-    )
+    if len(order.sizes) > 1:
+        rule = "slurm: the number of nodes of a job is fixed, so workers must be one number"
+        raise ValueError(f"{rule}; got {format_sizes(order.sizes)}")
     gpus = nodes * gpus_per_node
     workers = order.sizes[0] if order.sizes else gpus  # as the script counts them
     require(

@@ -25,7 +25,7 @@ from urllib.parse import quote, unquote, urlparse
 from pipeline.core.run_folder import RunFolder
 from pipeline.report.results import ReportError, Run, is_silent, run_of
 from pipeline.track.connect import KIND_TAG, PARENT_OF, SQLITE, connect, reason, without_password
-from pipeline.track.events import Event, Start, Step, from_dict
+from pipeline.track.events import KIND, Event, Start, Step, from_dict
 from pipeline.track.journal import Record, read_thinned
 from pipeline.track.mlflow import REPORT, REPORT_DATA
 from pipeline.track.state import State
@@ -160,7 +160,7 @@ def start_of(stored: StoredRun) -> Record:
     numbers = ("seed", "world_size", "micro_batch", "attempt")
     counts = {name: _value(stored.tags.get(f"spiketrain.{name}")) for name in numbers}
     about = {"step": 0, "hardware": hardware_of(stored), **text, **counts}
-    return {"event": Start.kind, "time": stored.started, **about}
+    return {KIND: Start.kind, "time": stored.started, **about}
 
 
 def hardware_of(stored: StoredRun) -> dict[str, Any]:

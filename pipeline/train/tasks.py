@@ -69,10 +69,11 @@ def check_data(data: Data, *, fingerprint: str, every_page: bool) -> None:
     Raises:
         ValueError: the content differs, or a page is damaged.
     """
+    content = data.fingerprint()
     require(
-        data.fingerprint() == fingerprint,
-        f"data: this run was launched on content {fingerprint[:12]}; got"
-        f" {data.fingerprint()[:12]}: another file lies where the recipe points",
+        content == fingerprint,
+        f"data: this run was launched on content {fingerprint[:12]}; got {content[:12]}: another"
+        " file lies where the recipe points",
     )
     if every_page:
         data.check()

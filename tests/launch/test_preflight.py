@@ -163,7 +163,7 @@ def test_a_full_disk_is_reported_with_what_to_do(
 ) -> None:
     """A disk with no room even for a marker."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(module, "placed_marker", raising(full))
+    monkeypatch.setattr(module, "_marker_in", raising(full))
     (found,) = run(tmp_path / "runs")
     text = f"this machine cannot use {tmp_path / 'runs'}: OSError: [Errno 28] No space"
     assert (found.check, found.state) == ("storage", "bad") and found.text.startswith(text)
