@@ -205,8 +205,7 @@ def test_the_doctor_finds_both_hosts_well(hosts: Hosts) -> None:
     status, said = doctor.wait(300), (hosts.folder / "doctor.log").read_text()
     assert status == 0, said
     assert "the same on 2 nodes" in said and said.count("images were written and read") == 2
-    assert f"the Ray at {HEAD} asks for its token" in said
-    assert "2 processes reach one another" in said
+    assert "2 processes reached one another" in said
 
 
 def test_a_link_that_was_cut_and_mended_costs_no_bit(
