@@ -85,7 +85,7 @@ def check(recipe: Recipe, cluster: Cluster, *, trust: tuple[str, ...]) -> None:
 
 
 def train_alone(job: Job, launcher: Launcher, *, address: str | None) -> Path | None:
-    """Train a run that belongs to no suite launch. Returns its folder.
+    """Train one run on its own, not as a part of a suite. Returns its folder.
 
     If it was asked to stop, print the command that resumes it and return None.
     """

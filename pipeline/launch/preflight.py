@@ -96,11 +96,11 @@ def preflight(
         stack.enter_context(_locked(runs, stores[0].marker))
         if address in (None, "local"):  # a launch starts a cluster here
             report = examine(*stores)
-            found = [*compare([report]), *report.findings]
+            findings = [*compare([report]), *report.findings]
         else:
             stack.enter_context(Ray(workers=0, device="cpu", address=address))
-            found = [*_nodes(stores), _network(runs.absolute())]
-    return [*found, of_mlflow(tracking_uri(runs))]
+            findings = [*_nodes(stores), _network(runs.absolute())]
+    return [*findings, of_mlflow(tracking_uri(runs))]
 
 
 @contextmanager
@@ -132,12 +132,12 @@ def _locked(runs: Path, marker: Marker | None) -> Iterator[None]:
 @contextmanager
 def _failing(check: str, what: str, advice: str) -> Iterator[list[Finding]]:
     """Turn any exception into a finding: libraries, stores and GPUs raise many types."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     try:
-        yield found
+        yield findings
     except Exception as error:
         text = without_secrets(f"{type(error).__name__}: {' '.join(str(error).split())}")
-        found.append(Finding(check, "bad", f"{what}: {text}", advice))
+        findings.append(Finding(check, "bad", f"{what}: {text}", advice))
 
 
 # ---------------------------------------------------------------------------------- of a cluster
@@ -301,7 +301,7 @@ def _gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[
 
 
 def _try_reading() -> list[Finding]:
-    """Write a few images and read them as a training does: with FFCV, its C library and numba."""
+    """Write a few images and read them as a training does: with FFCV, its library and numba."""
     advice = "infra/setup.sh builds FFCV and what it needs"
     with _failing("ffcv", "images cannot be written and read", advice) as bad:
         shades = _read_written((41, 201))

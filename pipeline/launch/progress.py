@@ -345,8 +345,8 @@ def _soon(seconds_left: float | None) -> str:
 
 
 def _short(value: Any) -> str:
-    found = number(value)
-    return "-" if found is None else f"{found:,.0f}" if abs(found) >= 1000 else f"{found:.3g}"
+    size = number(value)
+    return "-" if size is None else f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.3g}"
 
 
 def _share(value: Any) -> str:

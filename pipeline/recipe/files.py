@@ -65,9 +65,9 @@ def trust_of(
 ) -> tuple[str, ...]:
     """The packages that must be trusted to read back a run of these recipe files, each once.
 
-    Candidates are the names of `--trust` and the modules of the recipe files, because the user
-    trusts a file that he runs. A candidate counts if it defines a part or a report that is not
-    trusted by default.
+    Candidates are the names of `--trust` and the modules of the recipe files, because running a
+    file means trusting it. A candidate counts if it defines a part or a report that is not trusted
+    by default.
 
     Args:
         named: the values of `--trust`.

@@ -148,9 +148,9 @@ class Learnt:
 
     def metrics(self, row: Sequence[float], tasks: Sequence[Task]) -> dict[str, float]:
         """The metrics of an evaluation on the tasks so far, for the journal."""
-        found = {f"top1_{task.name}": top1 for task, top1 in zip(tasks, row, strict=False)}
+        values = {f"top1_{task.name}": top1 for task, top1 in zip(tasks, row, strict=False)}
         bwt = self.forgotten(row)
-        return found if bwt is None else {**found, "bwt": bwt}
+        return values if bwt is None else {**values, "bwt": bwt}
 
     def summary(self, tasks: Sequence[Task]) -> dict[str, Any]:
         """Entries of a summary. ACC is the mean of the last row. Shares in 0..1, BWT in -1..1."""

@@ -82,7 +82,7 @@ def weights_file(start: Path) -> Path:
 
 def lasting_weights(run: Path) -> Path:
     """The weights of a finished run, in a file of its folder that a recipe.json may name. The
-    folder of a fetched checkpoint is not lasting.
+    folder of a fetched checkpoint is deleted later.
     """
     source, lasting = weights_file(run), run / WEIGHTS
     if not lasting.exists():

@@ -17,7 +17,7 @@ STATE = "state.pt"
 
 
 class _Autocast(nn.Module):
-    """The network in the recipe's precision. As a module, `fresh_state` finds its neurons."""
+    """The network in the recipe's precision. `fresh_state` finds its neurons: it is a module."""
 
     def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()
